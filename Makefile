@@ -1,0 +1,64 @@
+# make venv | demo | test | test-slow | test-dassl DASSL=PATH | benchmark | format | clean
+.POSIX:
+.PHONY: venv demo test test-slow test-dassl benchmark format clean
+
+BIN = .venv/bin
+# Present only after an installation that ran to its end; one that was interrupted starts anew.
+COMPLETE = .venv/.complete
+
+venv: $(COMPLETE)
+
+$(COMPLETE): requirements.txt
+	@test -f $(COMPLETE) || rm -rf .venv
+	@rm -f $(COMPLETE)
+	@for python in $(PYTHON) python3.11 python3 python; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+			found=$$python; break; fi; done; \
+	if test -z "$$found"; then \
+		echo "error: Python 3.11 is needed and not on the PATH; make PYTHON=/path/to/python3.11" >&2; \
+		exit 2; fi; \
+	echo "making .venv with $$found (torch is large: minutes on a first installation)"; \
+	$$found -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(COMPLETE)
+
+demo: $(COMPLETE)
+	sh forget_clip.sh 1 0 "MiniDigits,MiniLetters,MiniSymbols,MiniShapes" mini 0
+	$(BIN)/python utils.py results/results1/seed_0
+
+test: $(COMPLETE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(COMPLETE)
+	$(BIN)/python -m pytest -m slow
+
+# The real Dassl (github.com/KaiyangZhou/Dassl.pytorch, on no package index; DASSL is a checkout) in
+# an environment of its own: its requirements with the pins of 2019 lifted and its linters left out;
+# wilds without its dependencies, since it would bring a torch of its own choice.
+test-dassl:
+	@test -n "$(DASSL)" || { echo "error: make test-dassl DASSL=path of a checkout of Dassl.pytorch" >&2; exit 2; }
+	@test -f "$(DASSL)/dassl/__init__.py" || { echo "error: no package dassl in '$(DASSL)'; DASSL is the path of a checkout of Dassl.pytorch" >&2; exit 2; }
+	@$(MAKE) --no-print-directory .venv-dassl/.complete
+	dassl=$$(cd "$(DASSL)" && pwd) && \
+	CLIP_FORGET_ENGINE=dassl OUTDATED_IGNORE=1 PYTHON="$$PWD/.venv-dassl/bin/python" PYTHONPATH="$$dassl" \
+	.venv-dassl/bin/python -m pytest tests/test_engine.py tests/test_end_to_end.py tests/test_engines_agree.py
+
+.venv-dassl/.complete: requirements.txt
+	rm -rf .venv-dassl
+	$${PYTHON:-python3.11} -m venv .venv-dassl
+	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+		gdown tensorboard future tabulate ogb outdated pytz littleutils
+	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps wilds==1.2.2
+	touch $@
+
+benchmark: $(COMPLETE)
+	$(BIN)/python benchmarks/pipeline.py
+
+format: $(COMPLETE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-dassl

@@ -1,0 +1,16 @@
+"""The only room that knows CLIP: texts to hidden states, images to embeddings, both to bundles."""
+
+from clip.architectures import ARCHITECTURES, Architecture, architecture
+from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
+from clip.source import ClipSource
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ClipSource",
+    "FeatureBundle",
+    "architecture",
+    "bundle_path",
+    "list_bundles",
+    "load_bundle",
+]

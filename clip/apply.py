@@ -1,0 +1,76 @@
+"""A full checkpoint from an adapter and the weights that it was made for.
+
+    python -m clip.apply ADAPTER OUT [--weights PATH] [--cache cache]
+
+OUT is a plain state dict in OpenAI's layout: for open_clip as `pretrained=OUT`, for OpenAI's code
+as `clip.model.build_model(torch.load(OUT))`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip.checkpoint import read_state_dict
+from clip.cli import Parser, run
+from clip.source import ClipSource
+from engine import UserError, atomic_path
+from forgetting.adapter import load_adapter, projection_sha256
+from forgetting.problem import ProblemError
+
+
+def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None:
+    """Write the state dict of `source` with `text_projection + delta`, whole or not at all.
+
+    `delta` is (w, d). The changed projection is float32; everything else is what the original
+    file holds, to the bit. Raises UserError if `path` exists or `delta` has another shape.
+    """
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists and is not overwritten; move it or choose another name")
+    projection = source.projection  # loading the model also proves that the file fits it
+    if delta.shape != projection.shape:
+        raise UserError(
+            f"the change is {tuple(delta.shape)}, but {source.arch} has a projection of "
+            f"{tuple(projection.shape)}"
+        )
+    state = read_state_dict(source.weights_path)
+    state["text_projection"] = projection + delta.detach().to("cpu", torch.float32)
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(prog="python -m clip.apply", description=__doc__.splitlines()[0])
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of a forgotten class")
+    parser.add_argument("out", metavar="OUT", help="checkpoint to write; must not exist")
+    parser.add_argument("--weights", help="the original checkpoint; default: the published one")
+    parser.add_argument("--cache", default="cache", help="folder of downloaded weights")
+    args = parser.parse_args(argv)
+
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten; move it or choose another OUT")
+    try:
+        adapter = load_adapter(args.adapter)
+    except ProblemError as error:
+        raise UserError(str(error)) from error
+    source = ClipSource(adapter.backbone, args.weights, args.cache)
+    if projection_sha256(source.projection) != adapter.projection_sha256:
+        raise UserError(
+            f"adapter {args.adapter} was made for other weights (sha256 {adapter.weights[:16]}) "
+            f"than {source.weights_path}; give the original ones by --weights"
+        )
+    save_full_model(source, adapter.delta(), out)
+    print(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,125 @@
+"""From a data set and a CLIP to a FeatureBundle: the stage that is run once.
+
+python -m clip.features DATASET ARCH [--root data] [--weights PATH] [--cache cache] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import datasets
+from clip.architectures import architecture
+from clip.bundle import FeatureBundle, bundle_path
+from clip.cache import FeatureCache
+from clip.cli import Parser, run
+from clip.source import ClipSource
+from engine import UserError, unknown
+
+SPLITS = ("train_x", "val", "test")
+BARE = "{}"  # the template of the texts to forget and to retain
+EMPTY_PROMPT = ""
+
+
+def build_bundle(
+    dataset: str,
+    source: ClipSource,
+    root: str | Path,
+    cache: str | Path,
+    template: str | None = None,
+    split: str = "test",
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> FeatureBundle:
+    """Encode a split of a data set, or read from `cache` what was encoded before.
+
+    Args:
+        dataset: name in `datasets.SETS`; `root` holds its images.
+        template: the evaluation prompt with one `{}`; None for the data set's own.
+        split: "train_x", "val" or "test".
+        workers: processes that load images; None for none on two cores, else up to eight.
+
+    Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
+    Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
+    """
+    row = datasets.spec(dataset)
+    template = row.template if template is None else template
+    if template.count(BARE) != 1:
+        raise UserError(f"template {template!r} must hold the class name's place {BARE} once")
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    images = datasets.load(dataset, root)
+    items = getattr(images, split)
+    if not items:
+        raise UserError(f"data set {dataset} in {root} has no images in its split {split!r}")
+    classnames = list(images.classnames)
+    names = [datasets.plain(name) for name in classnames]
+    retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
+
+    stored = FeatureCache(source, cache)
+    image_features = stored.images(
+        f"{dataset}-{split}",
+        [item.impath for item in items],
+        root,
+        batch_size,
+        _workers() if workers is None else workers,
+        progress,
+    )
+    bundle = FeatureBundle(
+        image_features=image_features,
+        labels=torch.tensor([item.label for item in items]),
+        class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
+        forget_hidden=stored.texts(names),
+        retain_hidden=stored.texts(retain_names),
+        neutral_hidden=stored.texts([EMPTY_PROMPT]),
+        text_projection=stored.projection(),
+        backbone=source.arch,
+        weights=source.weights_sha256,
+        dataset=dataset,
+        split=split,
+        template=template,
+        classnames=classnames,
+        retain_names=retain_names,
+        extra={"forget_template": BARE},
+    )
+    bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
+    return bundle
+
+
+def _workers() -> int:
+    """Two cores are better spent on the model than on a second process that loads images."""
+    cores = os.cpu_count() or 1
+    return 0 if cores <= 2 else min(8, cores - 1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line of this stage alone."""
+    parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")
+    parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")
+    parser.add_argument("--root", default="data", help="root of the image sets")
+    parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
+    parser.add_argument("--cache", default="cache", help="folder for what was encoded")
+    parser.add_argument("--out", help="also write the bundle into this folder")
+    args = parser.parse_args(argv)
+
+    dataset = datasets.spec(args.dataset).name
+    out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
+    if out and out.exists():
+        raise UserError(f"{out} exists and is not overwritten; move it or choose another --out")
+    source = ClipSource(args.arch, args.weights, args.cache)
+    bundle = build_bundle(dataset, source, args.root, args.cache)
+    count, classes = len(bundle.labels), len(bundle.classnames)
+    place = FeatureCache(source, args.cache).folder
+    print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
+    if out:
+        bundle.save(out)
+        print(f"clip: bundle written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

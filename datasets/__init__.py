@@ -1,0 +1,30 @@
+"""The image sets: class names, test images and retain vocabularies.
+
+Importing this package registers every set of the table with `engine`'s data set registry, so that
+`build_dataset(cfg)` finds them by name; `load(name, root)` does the same without a config.
+"""
+
+from __future__ import annotations
+
+from engine import DATASET_REGISTRY
+
+from .names import match, plain
+from .reader import CLASSES, ImageSet, available, load
+from .table import SETS, SetSpec, spec
+from .vocabulary import retain_vocabulary, synonyms
+
+for _class in CLASSES.values():
+    DATASET_REGISTRY.register(_class)
+
+__all__ = [
+    "SETS",
+    "ImageSet",
+    "SetSpec",
+    "available",
+    "load",
+    "match",
+    "plain",
+    "retain_vocabulary",
+    "spec",
+    "synonyms",
+]

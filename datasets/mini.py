@@ -1,0 +1,336 @@
+"""The four Mini sets, drawn from what pip packages bring, so that they need no network.
+
+MiniDigits are scikit-learn's handwritten digits, MiniLetters and MiniSymbols characters in the
+fonts that matplotlib ships, MiniShapes coloured shapes. `draw` makes one picture of a name; the
+sets' files (`render`) and the training of `mini` (`clip.train_mini`) both call it, on random
+streams that never meet. A name that is neither a digit nor a shape is a character's name in
+`unicodedata`, in lower case.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import unicodedata
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.errors import UserError, unknown
+from engine.files import atomic_path
+
+SIDE = 32  # pixels of a finished picture
+CANVAS = 64  # pixels of a master mask: twice the side, so that halving it smooths the edges
+INK = 40  # pixels of the longer side of what a master mask shows
+TEST_IMAGES = 20
+TRAIN_IMAGES = 5
+DIGIT_EVERY = 6  # every sixth handwritten digit is a test image and is never trained on
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+COLOURS = {
+    "red": (215, 35, 35),
+    "orange": (250, 140, 10),
+    "yellow": (250, 225, 40),
+    "green": (35, 150, 50),
+    "turquoise": (50, 210, 200),
+    "blue": (35, 65, 215),
+    "purple": (130, 40, 165),
+    "pink": (255, 140, 195),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+SYMBOLS = (
+    "leftwards arrow",
+    "upwards arrow",
+    "anticlockwise open circle arrow",
+    "white chess king",
+    "white chess knight",
+    "white chess rook",
+    "eighth note",
+    "beamed eighth notes",
+    "music flat sign",
+    "music sharp sign",
+    "black star",
+    "black heart suit",
+    "black spade suit",
+    "black club suit",
+    "snowman",
+    "umbrella",
+    "skull and crossbones",
+    "radioactive sign",
+    "biohazard sign",
+    "peace symbol",
+    "yin yang",
+    "anchor",
+    "airplane",
+    "envelope",
+    "black scissors",
+    "black telephone",
+    "check mark",
+    "ballot x",
+    "infinity",
+    "integral",
+    "n-ary summation",
+    "square root",
+    "die face-3",
+    "die face-5",
+    "gear",
+    "fleur-de-lis",
+)
+MINI: dict[str, list[str]] = {
+    "MiniDigits": [f"digit {word}" for word in DIGITS],
+    "MiniLetters": [f"latin capital letter {chr(c)}" for c in range(ord("a"), ord("z") + 1)],
+    "MiniSymbols": list(SYMBOLS),
+    "MiniShapes": [
+        f"{colour} {shape}"
+        for colour in ("red", "yellow", "green", "blue", "purple")
+        for shape in ("circle", "square", "triangle", "star", "heart", "cross")
+    ],
+}
+
+UNICODE_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+)
+ASCII_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")  # beyond ASCII their tables name other glyphs
+
+
+def _polygon(corners: int, inner: float = 1.0, turn: float = -90.0) -> list[tuple[float, float]]:
+    """Corners of a regular polygon in the unit circle, or of a star if `inner` is below 1."""
+    count = corners if inner == 1.0 else 2 * corners
+    return [
+        (
+            (1.0 if i % 2 == 0 else inner) * math.cos(math.radians(turn + 360 * i / count)),
+            (1.0 if i % 2 == 0 else inner) * math.sin(math.radians(turn + 360 * i / count)),
+        )
+        for i in range(count)
+    ]
+
+
+def _heart() -> list[tuple[float, float]]:
+    steps = [2 * math.pi * i / 60 for i in range(60)]
+    return [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
+        )
+        for t in steps
+    ]
+
+
+# Outlines in [-1, 1] x [-1, 1], y downwards; a second outline is cut out of the first.
+SHAPES: dict[str, tuple[list[tuple[float, float]], ...]] = {
+    "circle": (_polygon(72),),
+    "square": (_polygon(4, turn=45.0),),
+    "triangle": (_polygon(3),),
+    "star": (_polygon(5, inner=0.42),),
+    "heart": (_heart(),),
+    "cross": (
+        [(x, y) for x, y in ((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3))]
+        + [(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    ),
+    "ring": (_polygon(72), [(0.58 * x, 0.58 * y) for x, y in _polygon(72)]),
+    "frame": (_polygon(4, turn=45.0), [(0.6 * x, 0.6 * y) for x, y in _polygon(4, turn=45.0)]),
+    "crescent": (_polygon(72), [(0.85 * x + 0.45, 0.85 * y) for x, y in _polygon(72)]),
+    "semicircle": ([p for p in _polygon(72) if p[1] <= 0.01],),
+    "lozenge": ([(0, -1), (0.6, 0), (0, 1), (-0.6, 0)],),
+    "bar": ([(-1, -0.25), (1, -0.25), (1, 0.25), (-1, 0.25)],),
+}
+
+
+@lru_cache(maxsize=1)
+def _handwritten() -> dict[tuple[int, bool], np.ndarray]:
+    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part)."""
+    from sklearn.datasets import load_digits  # here: it takes a second that only digits need
+
+    digits = load_digits()
+    parts: dict[tuple[int, bool], np.ndarray] = {}
+    for digit in range(10):
+        images = np.clip(digits.images[digits.target == digit] * 16, 0, 255).astype(np.uint8)
+        is_test = np.arange(len(images)) % DIGIT_EVERY == 0
+        parts[digit, True], parts[digit, False] = images[is_test], images[~is_test]
+    return parts
+
+
+@lru_cache(maxsize=1)
+def _font_tables() -> dict[str, frozenset[int]]:
+    """The code points that each font really has, so that no missing-glyph box is ever drawn."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    tables = {}
+    for font in UNICODE_FONTS + ASCII_FONTS:
+        path = folder / f"{font}.ttf"
+        points = frozenset(FT2Font(str(path)).get_charmap())
+        tables[str(path)] = points if font in UNICODE_FONTS else points & frozenset(range(128))
+    return tables
+
+
+@lru_cache(maxsize=4096)
+def _fonts_with(character: str) -> tuple[str, ...]:
+    return tuple(path for path, points in _font_tables().items() if ord(character) in points)
+
+
+@lru_cache(maxsize=64)
+def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+def _fit(mask: Image.Image) -> Image.Image:
+    """Scale what a mask shows to INK pixels on its longer side, centred on a CANVAS square."""
+    mask = mask.crop(mask.getbbox())
+    scale = INK / max(mask.size)
+    size = tuple(max(1, round(scale * side)) for side in mask.size)
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    corner = tuple((CANVAS - side) // 2 for side in size)
+    canvas.paste(mask.resize(size, Image.Resampling.BICUBIC), corner)
+    return canvas
+
+
+@lru_cache(maxsize=8192)
+def _glyph_mask(character: str, font: str) -> Image.Image:
+    mask = Image.new("L", (4 * CANVAS, 4 * CANVAS))
+    ImageDraw.Draw(mask).text((CANVAS, CANVAS), character, fill=255, font=_font(font, 80))
+    return _fit(mask)
+
+
+@lru_cache(maxsize=64)
+def _shape_mask(shape: str) -> Image.Image:
+    mask = Image.new("L", (4 * CANVAS, 4 * CANVAS))
+    pen = ImageDraw.Draw(mask)
+    for outline, fill in zip(SHAPES[shape], (255, 0), strict=False):
+        pen.polygon([(2 * CANVAS + 80 * x, 2 * CANVAS + 80 * y) for x, y in outline], fill=fill)
+    return _fit(mask)
+
+
+def _digit_mask(digit: int, test: bool, rng: np.random.Generator) -> Image.Image:
+    images = _handwritten()[digit, test]
+    small = Image.fromarray(images[rng.integers(len(images))])
+    mask = Image.new("L", (CANVAS, CANVAS))
+    edge = (CANVAS - INK) // 2
+    mask.paste(small.resize((INK, INK), Image.Resampling.BICUBIC), (edge, edge))
+    return mask
+
+
+def _master(name: str, test: bool, rng: np.random.Generator) -> Image.Image:
+    words = name.split()
+    if len(words) == 2 and words[0] in COLOURS and words[1] in SHAPES:
+        return _shape_mask(words[1])
+    if len(words) == 2 and words[0] == "digit" and words[1] in DIGITS:
+        return _digit_mask(DIGITS.index(words[1]), test, rng)
+    try:
+        character = unicodedata.lookup(name.upper())
+    except KeyError:
+        raise UserError(f"nothing to draw for {name!r}: no digit, shape or character") from None
+    fonts = _fonts_with(character)
+    if not fonts:
+        raise UserError(f"no font of matplotlib's has the character {name!r}")
+    return _glyph_mask(character, fonts[rng.integers(len(fonts))])
+
+
+def _colours(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ink and ground, each (3,) in 0..1, far enough apart to be seen."""
+    fixed = COLOURS.get(name.split(" ")[0]) if name.split(" ")[-1] in SHAPES else None
+    while True:
+        ground = rng.uniform(0.0, 1.0, 3)
+        if fixed is None:
+            ink = rng.uniform(0.0, 1.0, 3)
+            contrast = abs(float((ink - ground) @ (0.3, 0.59, 0.11)))
+        else:
+            ink = np.clip(np.array(fixed) / 255 + rng.normal(0.0, 0.025, 3), 0.0, 1.0)
+            contrast = float(np.linalg.norm(ink - ground)) * 0.7
+        if contrast > 0.4:
+            return ink.astype(np.float32), ground.astype(np.float32)
+
+
+def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
+    """One picture of a name: (32, 32, 3) uint8 RGB.
+
+    Size, place, turn, font, colours, the ground's gradient and noise come from `rng`. `test`
+    chooses the part of the handwritten digits. The empty name is a ground with nothing on it.
+    Raises UserError for a name that cannot be drawn.
+    """
+    ink, ground = _colours(name, rng)
+    slope = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
+    line = np.linspace(-0.5, 0.5, SIDE)
+    picture = (
+        ground + (slope[0] * line[:, None] + slope[1] * line[None, :])[:, :, None]
+    )  # (s, s, 3)
+    if name:
+        longer = rng.uniform(19.0, 26.0)  # pixels of the longer side in the finished picture
+        zoom = INK / (2 * longer)
+        turn = math.radians(rng.uniform(-10.0, 10.0))
+        a, b = zoom * math.cos(turn), zoom * math.sin(turn)
+        reach = (SIDE - longer) / 2
+        x, y = CANVAS / 2 + 2 * rng.uniform(-reach, reach, 2)
+        turned = (a, b, CANVAS / 2 - a * x - b * y, -b, a, CANVAS / 2 + b * x - a * y)
+        mask = _master(name, test, rng).transform(
+            (CANVAS, CANVAS), Image.Transform.AFFINE, turned, Image.Resampling.BILINEAR
+        )
+        cover = np.asarray(mask.reduce(2), dtype=np.float32)[:, :, None] / 255  # (s, s, 1)
+        picture = picture + cover * (ink - picture)
+    noise = np.float32(rng.uniform(0.0, 0.05)) * rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
+    return np.clip((picture + noise) * 255, 0, 255).astype(np.uint8)
+
+
+def pictures(name: str, part: str) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The pictures of a Mini set's `part` ("train" or "test"): (class name, label, picture).
+
+    Each class and part has a random stream of its own, so the pictures are the same on every call.
+    """
+    count = {"train": TRAIN_IMAGES, "test": TEST_IMAGES}[part]
+    for label, class_name in enumerate(MINI[name]):
+        rng = np.random.default_rng(zlib.crc32(f"{name}/{part}/{class_name}".encode()))
+        for _ in range(count):
+            yield class_name, label, draw(class_name, rng, test=part == "test")
+
+
+def split_file(name: str) -> str:
+    """The name of a Mini set's split file, in CoOp's form; its paths start at the set's folder."""
+    return f"split_mini_{name}.json"
+
+
+def _write(name: str, folder: Path) -> None:
+    split: dict[str, list] = {"train": [], "val": [], "test": []}
+    for part in ("train", "test"):
+        for number, (class_name, label, picture) in enumerate(pictures(name, part)):
+            path = f"{part}/{class_name.replace(' ', '_')}/{number:04d}.png"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / path)
+            split[part].append([path, label, class_name])
+    (folder / split_file(name)).write_text(json.dumps(split), encoding="utf-8")
+
+
+def render(name: str, folder: str | os.PathLike[str]) -> None:
+    """Draw a Mini set into `folder`: PNG files of 32 x 32 pixels and the split file.
+
+    The same files on every call. The folder appears whole or not at all, also when two processes
+    draw it at once; one that is complete is left as it is. Raises UserError for an unknown set,
+    or if the folder holds something else.
+    """
+    if name not in MINI:
+        raise unknown("Mini set", name, list(MINI))
+    folder = Path(folder)
+    if (folder / split_file(name)).is_file():
+        return
+    try:
+        with atomic_path(folder) as whole:
+            whole.mkdir()
+            _write(name, whole)
+    except UserError:
+        if not (folder / split_file(name)).is_file():  # else another process was first
+            raise

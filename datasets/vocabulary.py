@@ -1,0 +1,66 @@
+"""Retain vocabularies: names of the same kind as a set's classes, one text file a set.
+
+`vocabularies/NAME.txt` has a name a line, `#` begins a comment. `name = Class; Other class` says
+that `name` means the same as those classes, so it must leave the retain set when one of them is
+forgotten: a synonym that is retained keeps the forgotten class alive.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine import UserError
+
+from .names import key
+from .table import spec
+
+FOLDER = Path(__file__).parent / "vocabularies"
+
+
+def retain_vocabulary(name: str) -> list[str]:
+    """The names of a set's vocabulary, lower case, in file order, without repeats, synonyms
+    included (the caller removes what `synonyms` names for the classes it forgets).
+
+    Raises:
+        UserError: unknown set, or no or an unreadable vocabulary file (named).
+    """
+    return list(_read(name))
+
+
+def synonyms(name: str) -> dict[str, set[str]]:
+    """Class name (lower case, underscores to spaces) -> the vocabulary names that mean the same.
+
+    Raises:
+        UserError: as `retain_vocabulary`.
+    """
+    found: dict[str, set[str]] = {}
+    for word, classes in _read(name).items():
+        for class_name in classes:
+            found.setdefault(class_name, set()).add(word)
+    return found
+
+
+def _read(name: str) -> dict[str, set[str]]:
+    """Vocabulary name -> the classes that it is a synonym of (mostly none)."""
+    path = FOLDER / f"{spec(name).name}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"retain vocabulary of {name}: {path} cannot be read ({error}); it must be a text file "
+            "with one name a line"
+        ) from error
+    words: dict[str, set[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.split("#", 1)[0].strip()
+        if not text:
+            continue
+        word, marked, classes = text.partition("=")
+        means = {key(part) for part in classes.split(";") if part.strip()}
+        if not word.strip() or (marked and not means):
+            raise UserError(
+                f"retain vocabulary {path}, line {number}: {line.strip()!r} must be "
+                "'name' or 'name = Class; Other class'"
+            )
+        words.setdefault(key(word), set()).update(means)
+    return words

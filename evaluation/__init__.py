@@ -1,0 +1,1 @@
+"""From a FeatureBundle and a change of the projection to accuracies, and from those to logs."""

@@ -1,0 +1,79 @@
+#!/bin/sh
+# Forget classes of CLIP: one run of train.py for every data set and seed.
+set -uf
+
+usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options of train.py]
+  ATTEMPT     results go to results/resultsATTEMPT; letters, digits, "_", "-", "."
+  SEED        0 or more; several with commas: 0,1,2
+  DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini...; several with commas
+  ARCH        RN50, ViT-B/16, ViT-B/32 or mini
+  MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
+  options     --forget NAME, --overwrite, --save-model, --weights PATH, KEY VALUE, ...
+environment:
+  DATA      folder of the image sets (default: data)
+  FEATURES  folder of feature bundles; then neither model nor images are needed
+  OUT       folder of the results (default: results)
+  CACHE     folder for weights and encoded features (default: cache)
+  TRAINER   ForgetLoRA (default)
+  PYTHON    default: .venv/bin/python, else python3
+example: sh forget_clip.sh 1 0 "StanfordDogs,Caltech101" RN50 0'
+
+die() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+case ${1-} in -h | --help) printf '%s\n' "$usage"; exit 0 ;; esac
+[ $# -ge 5 ] || die "five arguments are needed (ATTEMPT SEED DATASETS ARCH MULTICLASS), got $#; sh forget_clip.sh --help"
+attempt=$1 seeds=$2 datasets=$3 arch=$4 multiclass=$5
+shift 5
+
+case $attempt in '' | .* | *[!A-Za-z0-9_.-]*) die "ATTEMPT must be letters, digits, '_', '-' or '.', got '$attempt'" ;; esac
+case $datasets in '' | *,,* | ,* | *,) die "DATASETS must be names with commas between them, got '$datasets'" ;; esac
+case $seeds in '' | *,,* | ,* | *,) die "SEED must be integers with commas between them, got '$seeds'" ;; esac
+case $multiclass in
+    0) flag= ;;
+    1) flag=--multiclass ;;
+    *) die "MULTICLASS must be 0 or 1, got '$multiclass'" ;;
+esac
+old_ifs=$IFS
+IFS=,
+for seed in $seeds; do
+    case $seed in '' | *[!0-9]*) die "SEED must be an integer of 0 or more, got '$seed'" ;; esac
+done
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 2
+if [ -z "${PYTHON-}" ]; then
+    if [ -x "$here/.venv/bin/python" ]; then PYTHON=$here/.venv/bin/python; else PYTHON=python3; fi
+fi
+command -v "$PYTHON" >/dev/null 2>&1 || die "no Python at '$PYTHON'; run 'make venv' or set PYTHON"
+out=${OUT:-$here/results}/results$attempt
+
+trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exit 130' INT
+failed=
+for seed in $seeds; do
+    for dataset in $datasets; do
+        IFS=$old_ifs
+        dataset=$(printf '%s' "$dataset" | tr -d '[:space:]')
+        printf '== %s, %s, seed %s\n' "$dataset" "$arch" "$seed"
+        "$PYTHON" "$here/train.py" \
+            --dataset "$dataset" --backbone "$arch" --seed "$seed" \
+            --trainer "${TRAINER:-ForgetLoRA}" --output-dir "$out/seed_$seed" \
+            --root "${DATA:-$here/data}" --features "${FEATURES-}" --cache "${CACHE:-$here/cache}" \
+            $flag "$@"
+        status=$?
+        [ $status -ne 130 ] || exit 130
+        [ $status -eq 0 ] || failed="$failed $dataset(seed $seed)"
+    done
+done
+
+case $arch in RN*) rn=True ;; *) rn=False ;; esac
+case $multiclass in 1) multi=True ;; *) multi=False ;; esac
+IFS=,
+for seed in $seeds; do
+    [ -f "$out/seed_$seed/logs.json" ] || continue
+    printf 'results: %s/seed_%s\n' "$out" "$seed"
+    printf 'load them: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
+        "$out" "$seed" "$rn" "$multi"
+done
+[ -z "$failed" ] || die "failed:$failed; see the messages above"

@@ -1,0 +1,99 @@
+"""Checkpoints in OpenAI's format with random weights, and small image sets to encode."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip import get_model_config
+from open_clip.model import convert_weights_to_fp16
+from PIL import Image
+from torch import Tensor, nn
+
+from clip.architectures import ARCHITECTURES
+
+OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
+
+
+def reduce_depth(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
+    """Give an OpenAI architecture one layer a stage for the length of a test, widths kept."""
+    config = get_model_config(ARCHITECTURES[name].config)
+    config["vision_cfg"]["layers"] = [1, 1, 1, 1] if name == "RN50" else 1
+    config["text_cfg"]["layers"] = 1
+    file = folder / f"{name.replace('/', '-')}.json"
+    file.write_text(json.dumps(config))
+    monkeypatch.setitem(ARCHITECTURES, name, replace(ARCHITECTURES[name], config=file))
+
+
+def random_model(name: str, seed: int = 0) -> nn.Module:
+    """An open_clip model in which every tensor matters: none is left at 0 or 1 by its
+    initialisation, as the last batch normalisation of a block would be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[name].build().eval()
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.ndim == 1:
+                    tensor.add_(0.1 * torch.rand_like(tensor))
+    return model
+
+
+def openai_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights as OpenAI's archives hold them: partly float16, with three integers."""
+    model = random_model(name, seed)
+    size, context, words = model.visual.image_size, model.context_length, model.vocab_size
+    convert_weights_to_fp16(model)
+    integers = {"input_resolution": size, "context_length": context, "vocab_size": words}
+    return model.state_dict() | {
+        key: torch.tensor(value[0] if isinstance(value, tuple) else value)
+        for key, value in integers.items()
+    }
+
+
+def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Make `mini` a model that encodes hundreds of images a second; returns random weights."""
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "image_size": 16,
+            "layers": 1,
+            "width": 16,
+            "head_width": 8,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 24,
+            "vocab_size": 49408,
+            "width": 8,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mini.json").write_text(json.dumps(config))
+    weights = folder / "mini.pt"
+    small = replace(ARCHITECTURES["mini"], config=folder / "mini.json", weights=weights)
+    monkeypatch.setitem(ARCHITECTURES, "mini", small)
+    torch.save(random_model("mini").state_dict(), weights)
+    return weights
+
+
+def caltech(root: Path, images_per_class: int = 30) -> Path:
+    """A tiny Caltech101 in CoOp's layout, four classes of noise; returns `root`."""
+    rng = np.random.default_rng(0)
+    folder = root / "caltech-101"
+    test = []
+    for label, name in enumerate(("crab", "sea_horse", "wild_cat", "yin_yang")):
+        (folder / "101_ObjectCategories" / name).mkdir(parents=True)
+        for number in range(images_per_class):
+            path = f"{name}/image_{number:04d}.jpg"
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "101_ObjectCategories" / path)
+            test.append([path, label, name])
+    split = {"train": [], "val": [], "test": test}
+    (folder / "split_zhou_Caltech101.json").write_text(json.dumps(split))
+    return root

@@ -1,0 +1,202 @@
+"""FeatureBundle files: what is written comes back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
+
+from clip import FeatureBundle, bundle_path, list_bundles, load_bundle
+from clip.bundle import FORMAT, SHAPES
+from engine import UserError
+
+REAL = Path(__file__).parents[2] / "shared" / "real_clip"
+N, C, M, W, D = 7, 3, 5, 6, 4
+
+
+def make(images: int = N) -> FeatureBundle:
+    random = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return FeatureBundle(
+        image_features=normalize(rows(images, D), dim=1),
+        labels=torch.arange(images) % C,
+        class_hidden=rows(C, W),
+        forget_hidden=rows(C, W),
+        retain_hidden=rows(M, W),
+        neutral_hidden=rows(1, W),
+        text_projection=rows(W, D),
+        backbone="ViT-B/32",
+        weights="ab" * 32,
+        dataset="Some",
+        split="test",
+        template="a photo of a {}.",
+        classnames=["Ram C/V", "Größe", "sea_horse"],
+        retain_names=["a", "b", "c", "d", "e"],
+        extra={"forget_template": "{}"},
+        extra_tensors={"more": torch.arange(3)},
+    )
+
+
+def same(one: FeatureBundle, other: FeatureBundle) -> bool:
+    texts = [k for k in vars(one) if k not in SHAPES and k != "extra_tensors"]
+    return (
+        all(getattr(one, key) == getattr(other, key) for key in texts)
+        and all(torch.equal(getattr(one, key), getattr(other, key)) for key in SHAPES)
+        and one.extra_tensors.keys() == other.extra_tensors.keys()
+        and all(torch.equal(v, other.extra_tensors[k]) for k, v in one.extra_tensors.items())
+    )
+
+
+@pytest.mark.parametrize("images", [N, 0])
+def test_a_saved_bundle_comes_back(tmp_path: Path, images: int) -> None:
+    bundle = make(images)
+    path = bundle_path(tmp_path, "ViT-B/32", "Some")
+    bundle.save(path)
+    assert path == tmp_path / "ViT-B-32" / "Some.safetensors"
+    assert same(load_bundle(tmp_path, "ViT-B/32", "Some"), bundle)
+    assert not same(bundle, replace(bundle, split="val"))
+    assert list_bundles(tmp_path, "ViT-B/32") == {"Some": path}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match="exists"):
+        make().save(path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_an_invalid_bundle_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="labels"):
+        replace(make(), labels=torch.full((N,), C)).save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_is_read_as_float32(tmp_path: Path) -> None:
+    path = write(tmp_path, image_features=make().image_features.half())
+    bundle = FeatureBundle.load(path)
+    assert bundle.image_features.dtype == torch.float32
+    assert torch.equal(bundle.image_features, make().image_features.half().float())
+
+
+def write(folder: Path, **changes: object) -> Path:
+    """The file of `make()` with keys replaced, or left out where the value is None."""
+    path = folder / "file.safetensors"
+    make().save(path)
+    with safe_open(path, framework="pt") as file:
+        keys = file.keys()
+        tensors = {key: file.get_tensor(key) for key in keys}
+        metadata = dict(file.metadata())
+    for key, value in changes.items():
+        store = tensors if key in SHAPES else metadata
+        store.pop(key)
+        if value is not None:
+            store[key] = value
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def nan(shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.zeros(shape)
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+WRONG = {
+    "no format": ("format", None, "format is None"),
+    "another format": ("format", FORMAT[:-1] + "2", "not 'clip-forget-features/1'"),
+    "no backbone": ("backbone", None, "missing from the metadata"),
+    "no class names": ("classnames", None, "missing from the metadata"),
+    "no tensor": ("retain_hidden", None, "missing from the tensors"),
+    "torn JSON": ("classnames", '["a", ', "not valid JSON"),
+    "no list": ("retain_names", '{"a": 1}', "not a JSON list of strings"),
+    "no strings": ("classnames", "[1, 2, 3]", "not a JSON list of strings"),
+    "too few class names": ("classnames", json.dumps(["a", "b"]), r"\(2, 6\); classnames"),
+    "too many names retained": ("retain_names", json.dumps(["a"] * 6), r"\(5, 6\)"),
+    "no classes": ("classnames", "[]", "expected"),
+    "image width": ("image_features", torch.eye(N), r"\(7, 7\)"),
+    "label count": ("labels", torch.zeros(N + 1, dtype=torch.int64), r"\(8,\)"),
+    "text width": ("class_hidden", torch.zeros(C, W + 1), r"\(3, 7\)"),
+    "two neutral texts": ("neutral_hidden", torch.zeros(2, W), r"\(2, 6\)"),
+    "one dimension": ("forget_hidden", torch.zeros(W), r"\(6,\)"),
+    "NaN": ("retain_hidden", nan((M, W)), "NaN"),
+    "infinite": ("text_projection", torch.full((W, D), float("inf")), "infinite"),
+    "label above": ("labels", torch.full((N,), C), "0 to 2"),
+    "label below": ("labels", torch.full((N,), -1), "from -1"),
+    "labels as numbers": ("labels", torch.zeros(N), "not integers"),
+    "integers as features": ("class_hidden", torch.zeros(C, W, dtype=torch.int8), "int8"),
+    "not normalised": ("image_features", 1.02 * make().image_features, "not L2-normalised"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_with_file_and_key(tmp_path: Path, case: str) -> None:
+    key, value, message = WRONG[case]
+    path = write(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=message) as error:
+        FeatureBundle.load(path)
+    text = str(error.value)
+    assert str(path) in text and key in text and "\n" not in text
+
+
+def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
+    """Negative control of the cases above."""
+    assert same(FeatureBundle.load(write(tmp_path)), make())
+    FeatureBundle.load(write(tmp_path / "b", image_features=1.005 * make().image_features))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 500, -1])
+def test_a_truncated_file_is_one_line(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="truncated or not a safetensors file") as error:
+        FeatureBundle.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
+    text = tmp_path / "text.safetensors"
+    text.write_text("no bundle at all, but long enough to hold a header")
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.ones(2)}, other)
+    for path, message in ((text, "not a safetensors"), (other, "format"), (tmp_path, "folder")):
+        with pytest.raises(UserError, match=message):
+            FeatureBundle.load(path)
+    with pytest.raises(UserError, match="does not exist"):
+        FeatureBundle.load(tmp_path / "none.safetensors")
+
+
+def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        list_bundles(tmp_path / "none", "RN50")
+    make().save(bundle_path(tmp_path, "ViT-B/32", "Some"))
+    with pytest.raises(UserError, match="ViT-B-32"):
+        list_bundles(tmp_path, "RN50")
+    with pytest.raises(UserError, match="Some"):
+        load_bundle(tmp_path, "ViT-B/32", "Sone")
+    make().save(bundle_path(tmp_path, "RN50", "Some"))
+    with pytest.raises(UserError, match="backbone is 'ViT-B/32'"):
+        load_bundle(tmp_path, "RN50", "Some")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real features are not part of the repository")
+@pytest.mark.parametrize(
+    ("dataset", "accuracy"),
+    [("CaltechNature", 0.9402), ("CaltechObjects", 0.9715), ("StanfordCars", 0.6276)],
+)
+def test_real_features_give_their_published_accuracy(dataset: str, accuracy: float) -> None:
+    bundle = load_bundle(REAL, "ViT-B/32", dataset)
+    texts = normalize(bundle.class_hidden @ bundle.text_projection, dim=1)
+    right = (bundle.image_features @ texts.T).argmax(dim=1) == bundle.labels
+    assert round(right.float().mean().item(), 4) == accuracy
+    assert "forget_template" in bundle.extra

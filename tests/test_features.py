@@ -1,0 +1,275 @@
+"""Features are encoded once: whatever else changes, and however often a run is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from clip_fixtures import caltech, random_model, tiny
+from torch import Tensor
+
+import clip.cache
+from clip import ClipSource, FeatureBundle
+from clip.cli import run
+from clip.features import build_bundle, main
+from engine import UserError
+
+SET, IMAGES, BATCH = "Caltech101", 120, 16
+
+
+class Counting(ClipSource):
+    """A ClipSource that counts what it encodes, and can fail after some batches of images."""
+
+    batches = images = texts = 0
+    fail_after: int | None = None
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        if self.batches == self.fail_after:
+            raise KeyboardInterrupt
+        self.batches += 1
+        self.images += len(images)
+        return super().encode_images(images)
+
+    def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        self.texts += len(texts)
+        return super().encode_hidden(texts, batch_size)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with weights, a data root and room for a cache; shards of 32 images."""
+    tiny(monkeypatch, tmp_path / "weights")
+    caltech(tmp_path / "data")
+    monkeypatch.setattr(clip.cache, "SHARD", 2 * BATCH)
+    return tmp_path
+
+
+@pytest.fixture
+def encode(place: Path) -> Callable[..., tuple[FeatureBundle, Counting]]:
+    def encode(fail_after: int | None = None, **settings: object) -> tuple:
+        source = Counting("mini", cache=place / "cache", device="cpu")
+        source.fail_after = fail_after
+        settings = {"batch_size": BATCH, "workers": 0, "progress": False} | settings
+        root = settings.pop("root", place / "data")
+        return build_bundle(SET, source, root, place / "cache", **settings), source
+
+    return encode
+
+
+def test_a_bundle_holds_what_the_model_says(place: Path, encode: Callable) -> None:
+    bundle, source = encode(template="a drawing of a {}!")
+    assert source.images == IMAGES and len(bundle.labels) == IMAGES
+    assert bundle.classnames == ["crab", "sea_horse", "wild_cat", "yin_yang"]
+    names = ["crab", "sea horse", "wild cat", "yin yang"]
+    assert torch.equal(bundle.forget_hidden, source.encode_hidden(names))
+    prompts = [f"a drawing of a {name}!" for name in names]
+    assert torch.equal(bundle.class_hidden, source.encode_hidden(prompts))
+    assert torch.equal(bundle.neutral_hidden, source.encode_hidden([""]))
+    assert torch.equal(bundle.text_projection, source.projection)
+    assert len(bundle.retain_names) >= 100
+    assert bundle.labels.tolist() == [label for label in range(4) for _ in range(30)]
+    assert (bundle.dataset, bundle.split, bundle.backbone) == (SET, "test", "mini")
+    assert bundle.weights == source.weights_sha256
+
+
+def test_nothing_is_encoded_twice(place: Path, encode: Callable) -> None:
+    first, counted = encode()
+    assert counted.images == IMAGES and counted.batches == 8
+    again, source = encode()
+    assert source.images == source.texts == 0
+    assert "model" not in vars(source), "what is cached needs no model"
+    for key in ("image_features", "class_hidden", "retain_hidden", "text_projection"):
+        assert torch.equal(getattr(first, key), getattr(again, key))
+
+
+def test_a_change_of_texts_encodes_no_image(
+    encode: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = encode()
+    other, source = encode(template="this is a {}.")
+    assert (source.images, source.texts) == (0, 4)
+    assert not torch.equal(first.class_hidden, other.class_hidden)
+    monkeypatch.setattr("datasets.retain_vocabulary", lambda name: ["otter", "lynx"])
+    small, source = encode()
+    assert (source.images, source.texts) == (0, 2)
+    assert torch.equal(small.class_hidden, first.class_hidden), "no stale template"
+
+
+def test_a_change_of_labels_encodes_no_image(place: Path, encode: Callable) -> None:
+    first, _ = encode()
+    file = place / "data" / "caltech-101" / "split_zhou_Caltech101.json"
+    swap = {0: (1, "sea_horse"), 1: (0, "crab")}
+    split = json.loads(file.read_text())
+    split["test"] = [[p, *swap.get(label, (label, name))] for p, label, name in split["test"]]
+    file.write_text(json.dumps(split))
+    other, source = encode()
+    assert source.images == 0
+    assert torch.equal(first.image_features, other.image_features)
+    assert other.labels[0] == 1 and first.labels[0] == 0
+
+
+def test_a_change_of_images_or_weights_encodes_again(place: Path, encode: Callable) -> None:
+    encode()
+    folder = place / "data" / "caltech-101"
+    image = folder / "101_ObjectCategories" / "crab" / "image_0000.jpg"
+    shutil.copy(image.with_name("image_0001.jpg"), image)
+    image.write_bytes(image.read_bytes() + b"\0")
+    _, source = encode()
+    assert (source.images, source.texts) == (IMAGES, 0)
+    torch.save(random_model("mini", seed=1).state_dict(), place / "weights" / "mini.pt")
+    _, source = encode()
+    assert source.images == IMAGES and source.texts > 100
+
+
+def test_a_data_root_may_move(place: Path, encode: Callable) -> None:
+    encode()
+    (place / "data").rename(place / "elsewhere")
+    _, source = encode(root=place / "elsewhere")
+    assert source.images == 0
+
+
+def test_a_killed_run_goes_on_where_it_was(place: Path, encode: Callable) -> None:
+    expected, _ = encode()
+    shutil.rmtree(place / "cache" / "features")
+    with pytest.raises(KeyboardInterrupt):
+        encode(fail_after=5)
+    bundle, source = encode()
+    assert source.images == IMAGES - 4 * BATCH, "two shards of two batches were kept"
+    assert torch.equal(bundle.image_features, expected.image_features)
+    assert not list((place / "cache").rglob("*.parts")), "parts are removed at the end"
+    _, source = encode()
+    assert source.images == 0
+
+
+def test_a_damaged_part_or_entry_is_made_again(place: Path, encode: Callable) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        encode(fail_after=7)
+    parts = sorted((place / "cache").rglob("*.parts/*"))
+    assert len(parts) == 3
+    parts[1].write_bytes(parts[1].read_bytes()[:-7])
+    bundle, source = encode()
+    assert source.images == 2 * BATCH + IMAGES % (2 * BATCH), "the torn part and the missing one"
+    entry = next((place / "cache").rglob(f"{SET}-test-*.safetensors"))
+    entry.write_bytes(b"torn")
+    again, source = encode()
+    assert source.images == IMAGES
+    assert torch.equal(again.image_features, bundle.image_features)
+
+
+def test_two_runs_at_once_encode_once(place: Path, encode: Callable) -> None:
+    sources, failures = [], []
+
+    def work() -> None:
+        try:
+            sources.append(encode()[1])
+        except Exception as error:  # an assertion below reports it
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(source.images for source in sources) == [0, 0, IMAGES]
+
+
+def test_the_second_of_two_processes_says_that_it_waits(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = place / "entry.safetensors"
+    holder = (
+        "import sys, pathlib; from clip.cache import _alone\n"
+        f"with _alone(pathlib.Path({str(path)!r})):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", holder]
+    pipe = subprocess.PIPE
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as process:
+        assert process.stdout.readline() == "held\n"
+        threading.Timer(0.3, process.stdin.close).start()
+        with clip.cache._alone(path):
+            assert process.wait() == 0
+    assert "another process is encoding entry" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_one_line(place: Path, encode: Callable, workers: int) -> None:
+    image = next((place / "data").rglob("wild_cat/image_0003.jpg"))
+    whole = image.read_bytes()
+    for content in (whole[: len(whole) // 2], b"no image", b"", b"\x89PNG\r\n\x1a\n\0\0"):
+        image.write_bytes(content)
+        with pytest.raises(UserError, match="image_0003") as error:
+            encode(workers=workers)
+        assert "python -m datasets.check" in str(error.value) and "\n" not in str(error.value)
+        if workers:
+            break  # the same code; starting a process is slow
+    image.write_bytes(whole)
+    _, source = encode()
+    assert source.images == IMAGES - 2 * BATCH, "the shard before the broken image was kept"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "a photo"}, "{}"),
+        ({"template": "{} {}"}, "{}"),
+        ({"split": "tset"}, "test"),
+        ({"split": "val"}, "no images"),
+        ({"root": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_one_line(encode: Callable, settings: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        encode(**settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_writes_an_exchangeable_bundle(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
+    out = place / "bundles"
+    main([SET, "mini", *options, "--out", str(out)])
+    bundle = FeatureBundle.load(out / "mini" / f"{SET}.safetensors")
+    assert len(bundle.labels) == IMAGES
+    log = capsys.readouterr().out
+    assert str(out / "mini") in log and str(place / "cache" / "features" / "mini") in log
+    with pytest.raises(UserError, match="not overwritten"):
+        main([SET, "mini", *options, "--out", str(out)])
+    main([SET, "mini", *options])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Caltech01", "mini"], "'Caltech101'"),
+        ([SET, "minni"], "'mini'"),
+        ([SET], "ARCH"),
+        ([SET, "mini", "more"], "'more'"),
+        ([SET, "mini", "--wieghts", "x"], "'--weights'"),
+        ([SET, "mini", "--root"], "--root"),
+        ([SET, "mini", "--root", "nowhere"], "nowhere"),
+        ([SET, "mini", "--weights", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(place)
+    assert run(lambda: main(arguments)) == 1
+    written = capfd.readouterr().err
+    assert message in written and written.count("\n") == 1 and written.startswith("error: ")
+    assert not (place / "cache" / "features").exists()

@@ -1,0 +1,256 @@
+"""logs.json and args.txt: merged, atomic, guarded, and read by create_results."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from engine.errors import UserError
+from evaluation.results import (
+    check_folder,
+    is_done,
+    join_label,
+    label_file,
+    merge_args,
+    merge_entry,
+    read_logs,
+)
+from utils import compute_avg_gain, create_results, plot_results, summarise
+
+SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
+
+
+def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), settings=None):
+    def side(own, rest, other):
+        own_results = {"cls_acc_test": own, "no_cls_acc": rest, "acc_train": None}
+        return {dataset: {name: own_results}} | {o: {"all": {"all_ds": other}} for o in others}
+
+    return {
+        "final_results": side(after, 0.7, 0.5),
+        "zero_shot": side(before, 0.8, 0.6),
+        "solver": {"settings": settings or {"lamb_forget": 1.3}},
+    }
+
+
+def test_merging_keeps_what_is_there(tmp_path):
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
+    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
+    logs = read_logs(tmp_path)
+    assert set(logs) == {"A", "B"} and set(logs["A"]) == {"settings", "cat", "cat|dog"}
+    assert logs["A"]["cat"] == entry()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_numbers_keep_full_precision(tmp_path):
+    third = 1 / 3
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry(before=third))
+    assert read_logs(tmp_path)["A"]["cat"]["zero_shot"]["A"]["cat"]["cls_acc_test"] == third
+
+
+WRITER = """
+import sys
+from evaluation.results import merge_entry
+folder, dataset = sys.argv[1:]
+for number in range(25):
+    merge_entry(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", {"n": number})
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in "AAB"
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    logs = read_logs(tmp_path)
+    assert all(len(logs[name]) == 26 for name in "AB")
+
+
+@pytest.mark.parametrize("key", ["trainer", "backbone"])
+def test_results_of_another_kind_are_refused(tmp_path, key):
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    for dataset in ("A", "B"):
+        with pytest.raises(UserError, match="another ATTEMPT"):
+            check_folder(tmp_path, dataset, SETTINGS | {key: "other"})
+        with pytest.raises(UserError, match="another ATTEMPT"):
+            merge_entry(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
+    assert set(read_logs(tmp_path)) == {"A"}
+    check_folder(tmp_path, "A", SETTINGS)
+
+
+def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    with pytest.raises(UserError, match="weights"):
+        check_folder(tmp_path, "A", SETTINGS | {"weights": "def"})
+
+
+def test_done_means_the_same_solver_settings():
+    logs = {"A": {"cat": entry()}}
+    assert is_done(logs, "A", "cat", {"lamb_forget": 1.3})
+    assert not is_done(logs, "A", "dog", {"lamb_forget": 1.3})
+    with pytest.raises(UserError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
+        is_done(logs, "A", "cat", {"lamb_forget": 1.1})
+
+
+@pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
+def test_torn_logs_are_kept_aside(tmp_path, text):
+    (tmp_path / "logs.json").write_text(text)
+    with pytest.raises(UserError, match=r"kept as logs\.torn"):
+        read_logs(tmp_path)
+    (aside,) = tmp_path.glob("logs.torn-*.json")
+    assert aside.read_text() == text
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
+    assert aside.read_text() == text
+
+
+def test_label_files_are_distinct_and_short():
+    names = ["C/V", "..", ".hidden", "a|b", "x" * 400, "x" * 401, "CON", "naïve"]
+    files = [label_file(name) for name in names]
+    assert len(set(files)) == len(files)
+    assert all("/" not in file and not file.startswith(".") and len(file) < 200 for file in files)
+    assert join_label(["a", "b"]) == "a|b"
+
+
+def test_args_keep_every_command_line_once(tmp_path):
+    for line in ("Namespace(a=1)", "Namespace(a=2)", "Namespace(a=1)"):
+        merge_args(tmp_path, line)
+    assert (tmp_path / "args.txt").read_text().splitlines() == ["Namespace(a=2)", "Namespace(a=1)"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
+    both = entry()
+    for side, value in (("final_results", 0.3), ("zero_shot", 0.5)):
+        both[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
+    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", both)
+    merge_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
+    return tmp_path
+
+
+def test_create_results_columns_and_values(folder):
+    df, args = create_results(folder)
+    assert list(df.columns) == [
+        *("ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget"),
+        *("res_B", "full_B", "res_A", "full_A"),
+    ]
+    row = df.set_index("name").loc["cat"]
+    assert row.tolist()[:5] == ["A", 0.8, 0.9, 0.1, 0.7]
+    assert (row.res_B, row.full_B) == (0.5, 0.6) and math.isnan(row.res_A)
+    assert args.backbone == "mini" and args.seed == 0 and args.forget == ["a", "b"]
+
+
+def test_create_results_of_multiclass(folder):
+    df, _, logs = create_results(folder, multiclass=True, return_logs=True)
+    assert df.name.tolist() == ["cat|dog"] and set(logs) == {"A", "B"}
+    row = df.iloc[0]
+    assert row.cls_forget == pytest.approx(0.2) and row.cls_Noforget == pytest.approx(0.7)
+    assert row.cls_forget_all == {"cat": 0.1, "dog": 0.3}
+
+
+def test_create_results_takes_any_spelling_of_the_folder(folder, monkeypatch):
+    expected, _ = create_results(folder)
+    monkeypatch.chdir(folder.parent)
+    for spelling in (f"{folder}/", str(folder), folder.name, f"./{folder.name}/"):
+        assert create_results(spelling)[0].equals(expected)
+
+
+def test_wrong_rn_is_a_warning_with_the_right_one(folder):
+    with pytest.warns(UserWarning, match="rn=False is right"):
+        create_results(folder, rn=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_results(folder, rn=False)
+
+
+@pytest.mark.parametrize("multiclass", [False, True])
+def test_logs_of_the_papers_public_code(tmp_path, multiclass):
+    """No zero_shot, no solver, no settings; args.txt is the text of a Namespace."""
+    label = "Pekinese|toy poodle" if multiclass else "Pekinese"
+    own = {
+        name: {"cls_acc_test": acc, "no_cls_acc": 0.5, "acc_train": None}
+        for name, acc in zip(label.split("|"), (0.1, 0.3), strict=False)
+    }
+    results = {"StanfordDogs": own, "Caltech101": {"all": {"all_ds": 0.85}}}
+    logs = {"StanfordDogs": {label: {"final_results": results}}}
+    (tmp_path / "logs.json").write_text(json.dumps(logs))
+    (tmp_path / "args.txt").write_text("Namespace(backbone_arch='RN50', seed=0, lora_r=5)")
+    with pytest.warns(UserWarning, match="before forgetting"):
+        df, args = create_results(tmp_path, rn=True, multiclass=multiclass)
+    assert df.cls_forget[0] == pytest.approx(0.2 if multiclass else 0.1)
+    assert df.full_forget[0] == 0.5 and df.res_Caltech101[0] == 0.85
+    assert df[["full_Noforget", "cls_Noforget", "full_Caltech101"]].isna().all().all()
+    assert args.lora_r == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "multiclass", "message"),
+    [
+        (None, False, "run forget_clip.sh"),
+        (
+            {"A": {"settings": {}, "cat": {"final_results": {"A": {"cat": {}}}}}},
+            True,
+            "no multiclass",
+        ),
+        ({"A": {"settings": {}}}, False, "no single-class"),
+    ],
+)
+def test_a_folder_without_such_results_is_one_line(tmp_path, content, multiclass, message):
+    if content is not None:
+        (tmp_path / "logs.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        create_results(tmp_path, multiclass=multiclass)
+
+
+def test_args_are_read_and_never_run(folder):
+    (folder / "args.txt").write_text("Namespace(a=__import__('os').system('touch owned'))")
+    with pytest.raises(UserError, match=r"args\.txt"):
+        create_results(folder)
+    assert not (folder / "owned").exists()
+
+
+def test_avg_gain_is_the_mean_of_the_papers_five_numbers():
+    import pandas as pd
+
+    df = pd.DataFrame(
+        {
+            "ds": ["A"],
+            "name": ["cat"],
+            "full_Noforget": [0.8],
+            "cls_Noforget": [0.5],
+            "cls_forget": [0.1],  # a fifth is left
+            "full_forget": [0.6],  # a quarter is lost
+            "res_B": [0.5],
+            "full_B": [0.4],  # a gain counts as 0
+            "res_C": [0.45],
+            "full_C": [0.5],  # a tenth is lost
+            "res_D": [0.3],
+            "full_D": [0.3],
+        }
+    )
+    assert compute_avg_gain(df) == pytest.approx((0.2 + 0.25 + 0 + 0.1 + 0) / 5)
+
+
+def test_avg_gain_works_for_any_sets(folder):
+    df, _ = create_results(folder)
+    cat = (0.1 / 0.9 + 0.1 / 0.8 + 0.1 / 0.6) / 3
+    x = (0 + 0.1 / 0.8 + 0.1 / 0.6) / 3
+    assert compute_avg_gain(df) == pytest.approx((cat + x) / 2)
+
+
+def test_plot_and_summary(folder):
+    from PIL import Image
+
+    df, _ = create_results(folder)
+    table = summarise(df)
+    assert table["forgotten class, after"].tolist() == [10.0, 0.0]
+    assert table["other sets, before"].tolist() == [60.0, 60.0]
+    path = plot_results(df, folder / "picture.png")
+    with Image.open(path) as image:
+        assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20)) > 50

@@ -1,0 +1,5 @@
+"""The methods, as Dassl trainers. Importing this package registers them by name."""
+
+from trainers.forget_lora import ForgetLoRA
+
+__all__ = ["ForgetLoRA"]

@@ -1,0 +1,252 @@
+"""The walk that every forgetting trainer shares: inputs, one solve a request, evaluation, logs.
+
+A method is one small subclass: its settings, and `solve` from a bundle and class names to factors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import datasets
+from clip.apply import save_full_model
+from clip.bundle import FeatureBundle, load_bundle
+from clip.features import build_bundle
+from clip.source import ClipSource
+from engine import SimpleTrainer
+from evaluation.results import check_folder, is_done, join_label, label_file, merge_entry
+from evaluation.zero_shot import evaluate_classes, evaluate_set
+from forgetting import Adapter, projection_sha256, save_adapter
+from trainers.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method found: `Delta = left @ right`, and a report of JSON values for the logs."""
+
+    left: Tensor  # (w, r)
+    right: Tensor  # (r, d)
+    report: dict[str, Any]
+
+
+class AdaptedProjection(nn.Module):
+    """CLIP's text projection, frozen, with the low-rank adapter of the class in hand beside it."""
+
+    def __init__(self, projection: Tensor) -> None:
+        super().__init__()
+        w, d = projection.shape
+        self.register_buffer("projection", projection)  # (w, d), never written to
+        self.register_buffer("left", projection.new_zeros(w, 0))
+        self.register_buffer("right", projection.new_zeros(0, d))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, w) to text embeddings (n, d)."""
+        return hidden @ self.projection + (hidden @ self.left) @ self.right
+
+
+class ForgetTrainer(SimpleTrainer):
+    """Forgets the classes of one data set with one backbone and one seed.
+
+    Images never train anything, so there are no training loaders: `build_data_loader` brings the
+    feature bundles (made by CLIP, cached, or given), and `train` walks over the classes.
+    """
+
+    name: str
+
+    @classmethod
+    def preflight(cls, cfg) -> Plan:
+        """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        plan = make_plan(cfg)
+        identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
+        check_folder(cfg.OUTPUT_DIR, plan.dataset, identity)
+        return plan
+
+    def check_cfg(self, cfg) -> None:
+        """Dassl's hook, called before anything is built."""
+        self.plan = self.preflight(cfg)
+
+    def build_data_loader(self) -> None:
+        """The bundle of the set, those of the other sets, and Dassl's names for the classes."""
+        cfg = self.cfg
+        backbone = cfg.MODEL.BACKBONE.NAME
+        if cfg.FEATURES.DIR:
+            self.source = None
+
+            def load(name: str) -> FeatureBundle:
+                return load_bundle(cfg.FEATURES.DIR, backbone, name)
+        else:
+            self.source = ClipSource(
+                backbone, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE, self.device
+            )
+
+            def load(name: str) -> FeatureBundle:
+                own = name == cfg.DATASET.NAME
+                return build_bundle(
+                    name,
+                    self.source,
+                    cfg.DATASET.ROOT,
+                    cfg.FEATURES.CACHE,
+                    template=(cfg.DATASET.TEMPLATE or None) if own else None,
+                    batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
+                    workers=cfg.DATALOADER.NUM_WORKERS,
+                )
+
+        for name, reason in self.plan.absent.items():
+            print(f"not evaluated: {name} ({reason})")
+        self.bundle = load(self.plan.dataset)
+        self.others = {name: load(name) for name in self.plan.others}
+        self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
+        self.num_classes = len(self.bundle.classnames)
+        self.num_source_domains = 0
+        self.lab2cname = dict(enumerate(self.bundle.classnames))
+
+    def build_model(self) -> None:
+        """The text projection with an adapter: all of CLIP that forgetting changes."""
+        self.model = AdaptedProjection(self.bundle.text_projection.to(self.device))
+        self.register_model("text_projection", self.model)
+        bundle = self.bundle
+        print(
+            f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
+            f"{len(bundle.retain_names)} retained names, projection "
+            f"{tuple(bundle.text_projection.shape)}, solving on {self.device} in float32"
+        )
+
+    def solver_settings(self) -> dict[str, Any]:
+        """The constants that make two solves the same, JSON values only; kept in the logs."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its solver depends on")
+
+    def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
+        """Forget `classes` at once, from the original model."""
+        raise NotImplementedError(f"{type(self).__name__} must solve")
+
+    def run_settings(self) -> dict[str, Any]:
+        """What all results of one data set in one folder must share."""
+        return {
+            "trainer": self.cfg.TRAINER.NAME,
+            "backbone": self.bundle.backbone,
+            "weights": self.bundle.weights,
+            "template": self.bundle.template,
+            "split": self.bundle.split,
+            "seed": self.cfg.SEED,
+        }
+
+    def train(self) -> None:
+        """Forget every request of the plan that is not done yet, each from the original model."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        settings, solver_settings = self.run_settings(), self.solver_settings()
+        logs = check_folder(folder, self.plan.dataset, settings)
+        pending = []
+        for classes in self.plan.requests:
+            label = join_label(classes)
+            if not self.cfg.FORGET.OVERWRITE and is_done(
+                logs, self.plan.dataset, label, solver_settings
+            ):
+                print(f"done before, skipped: {self.plan.dataset} / {label}")
+            else:
+                pending.append(classes)
+        for classes in pending:
+            self.forget(classes, folder, settings, solver_settings)
+
+    def forget(
+        self,
+        classes: list[str],
+        folder: Path,
+        settings: dict[str, Any],
+        solver_settings: dict[str, Any],
+    ) -> None:
+        """One request: solve, evaluate before and after, write the adapter, merge the logs.
+
+        The logs come last: a run killed on the way counts the classes as not done.
+        """
+        dataset, label = self.plan.dataset, join_label(classes)
+        print(f"forgetting {dataset} / {label}")
+        started = time.perf_counter()
+        solved = self.solve(classes, self._generator(label))
+        seconds = time.perf_counter() - started
+        self.model.left, self.model.right = solved.left, solved.right
+        factors = (solved.left.cpu(), solved.right.cpu())
+        report = {
+            "name": self.name,
+            "settings": solver_settings,
+            **solved.report,
+            "seconds": seconds,
+            "device": str(self.device),
+        }
+        path = folder / dataset / f"{label_file(label)}.safetensors"
+        adapter = Adapter(
+            left=factors[0],
+            right=factors[1],
+            projection_sha256=projection_sha256(self.bundle.text_projection),
+            classes=classes,
+            dataset=dataset,
+            solver=report,
+            **{key: settings[key] for key in ("backbone", "weights", "trainer")},
+            settings=settings,
+        )
+        save_adapter(adapter, path)
+        report["adapter"] = str(path.relative_to(folder))
+        if self.cfg.FORGET.SAVE_MODEL:
+            model_path = path.with_suffix(".pt")
+            model_path.unlink(missing_ok=True)  # remade with the adapter beside it
+            save_full_model(self.source, adapter.delta(), model_path)
+        entry = {
+            "final_results": self._accuracies(classes, factors),
+            "zero_shot": self._accuracies(classes, None),
+            "solver": report,
+        }
+        merge_entry(folder, dataset, settings, label, entry)
+        self._print_entry(entry, classes, seconds)
+
+    def test(self, split: str | None = None) -> float | None:
+        """Zero-shot accuracy of the set as the projection stands; Dassl's entry point."""
+        return evaluate_set(self.bundle, (self.model.left.cpu(), self.model.right.cpu()))
+
+    def retained(self, classes: list[str]) -> tuple[Tensor, list[str]]:
+        """Hidden states (m, w) of the vocabulary less what is to be forgotten, and what left it.
+
+        A name leaves if it is a forgotten class's name or is marked as its synonym.
+        """
+        dataset = self.plan.dataset
+        synonyms = datasets.synonyms(dataset) if dataset in datasets.SETS else {}
+        leaving = {datasets.plain(name).casefold() for name in classes}
+        for name in classes:
+            leaving |= synonyms.get(datasets.plain(name).casefold(), set())
+        keys = [datasets.plain(name).casefold() for name in self.bundle.retain_names]
+        stay = torch.tensor([key not in leaving for key in keys], dtype=torch.bool)
+        dropped = [
+            name for name, key in zip(self.bundle.retain_names, keys, strict=True) if key in leaving
+        ]
+        return self.bundle.retain_hidden[stay].to(self.device), dropped
+
+    def _generator(self, label: str) -> torch.Generator:
+        """Random numbers of one request: the same in a resumed run, whatever ran before."""
+        text = f"{self.cfg.SEED}/{self.plan.dataset}/{label}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return torch.Generator().manual_seed(seed)
+
+    def _accuracies(self, classes: list[str], factors: tuple[Tensor, Tensor] | None) -> dict:
+        """One side of a log entry: the set's own classes, then every other set."""
+        own = {self.plan.dataset: evaluate_classes(self.bundle, classes, factors)}
+        return own | {
+            name: {"all": {"all_ds": evaluate_set(bundle, factors)}}
+            for name, bundle in self.others.items()
+        }
+
+    def _print_entry(self, entry: dict[str, Any], classes: list[str], seconds: float) -> None:
+        before, after = (entry[side][self.plan.dataset] for side in ("zero_shot", "final_results"))
+        for name in classes:
+            shown = ", ".join(
+                f"{what} {_percent(before[name][key])} -> {_percent(after[name][key])}"
+                for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
+            )
+            print(f"  {name}: {shown} ({seconds:.2f} s)")
+
+
+def _percent(fraction: float | None) -> str:
+    return "no images" if fraction is None else f"{fraction:.1%}"

@@ -1,0 +1,136 @@
+"""The paper's method as a trainer: text-only LoRA descent with a retry."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine import TRAINER_REGISTRY, UserError, unknown
+from evaluation.zero_shot import class_embeddings
+from forgetting import ForgetProblem, LoraSettings, ProblemError, empty_target, solve_lora
+from trainers.base import ForgetTrainer, Solved
+from trainers.plan import Plan
+
+TERMS = ("forget", "preserve", "weight")
+BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
+
+
+@TRAINER_REGISTRY.register()
+class ForgetLoRA(ForgetTrainer):
+    """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective."""
+
+    name = "lora"
+
+    @classmethod
+    def preflight(cls, cfg) -> Plan:
+        """Refuse weights and constants that are missing or impossible, too."""
+        paper_weights(cfg)
+        lora_settings(cfg)
+        return super().preflight(cfg)
+
+    def check_cfg(self, cfg) -> None:
+        super().check_cfg(cfg)
+        self.weights = paper_weights(cfg)
+        self.settings = lora_settings(cfg)
+
+    def solver_settings(self) -> dict[str, Any]:
+        """The paper's constants of this run."""
+        return {
+            **self.weights,
+            "rank": self.cfg.FORGET.RANK,
+            "alpha": float(self.cfg.FORGET.ALPHA),
+            "noise_std": float(self.cfg.FORGET.NOISE_STD),
+            **asdict(self.settings),
+        }
+
+    def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
+        """The paper's problem for `classes`, descended; the report holds every trial."""
+        bundle = self.bundle
+        labels = [bundle.classnames.index(name) for name in classes]
+        retain_hidden, dropped = self.retained(classes)
+        target, draws = empty_target(
+            bundle.neutral_hidden,
+            bundle.text_projection,
+            class_embeddings(bundle),
+            labels,
+            generator,
+            self.cfg.FORGET.NOISE_STD,
+        )
+        problem = ForgetProblem(
+            projection=self.model.projection,
+            forget_hidden=bundle.forget_hidden[labels].to(self.device),
+            retain_hidden=retain_hidden,
+            target=target.to(self.device),
+            rank=self.cfg.FORGET.RANK,
+            alpha=float(self.cfg.FORGET.ALPHA),
+            **self.weights,
+        )
+        with tqdm(unit="step", leave=False) as bar:
+
+            def advance(trial: int, step: int) -> None:
+                if step % BAR_STEPS == 0:
+                    bar.set_description(f"trial {trial + 1}", refresh=False)
+                    bar.update(BAR_STEPS)
+
+            solution = solve_lora(problem, self.settings, generator, advance)
+        if not solution.reached:
+            print(
+                f"  no trial of {len(solution.trials)} moved the texts by "
+                f"{self.settings.reduction:.0%} of their way; the best, "
+                f"{solution.reduction:.1%}, is kept"
+            )
+        report = {
+            "lamb_forget": solution.lamb_forget,
+            "objective": solution.objective,
+            "reduction": solution.reduction,
+            "reached": solution.reached,
+            "trials": [
+                {key: value for key, value in asdict(trial).items() if key != "history"}
+                for trial in solution.trials
+            ],
+            "target": "empty",
+            "target_draws": draws,
+            "retained": len(retain_hidden),
+            "left_retain_set": dropped,
+        }
+        return Solved(solution.left, solution.right, report)
+
+
+def paper_weights(cfg) -> dict[str, float]:
+    """The three weights: the command line's, else the data set's for this backbone and mode.
+
+    A term that `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
+
+    Raises:
+        UserError: no weight, or an impossible one, or an unknown term.
+    """
+    mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
+    pair = cfg.FORGET.WEIGHTS.get(cfg.MODEL.BACKBONE.NAME, {}).get(mode) or (None, None)
+    table = dict(zip(("LAMB_PRESERVE", "LAMB_FORGET"), pair, strict=True))
+    for term in cfg.FORGET.TERMS:
+        if term not in TERMS:
+            raise unknown("loss term in FORGET.TERMS", term, TERMS)
+    weights = {}
+    for term in TERMS:
+        key = f"LAMB_{term.upper()}"
+        value = table.get(key) if cfg.FORGET[key] is None else cfg.FORGET[key]
+        if value is None:
+            raise UserError(
+                f"no {key} for {cfg.MODEL.BACKBONE.NAME} ({mode}) in the config of "
+                f"{cfg.DATASET.NAME} (FORGET.WEIGHTS); add it there or pass FORGET.{key} NUMBER"
+            )
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UserError(f"FORGET.{key} must be a number of 0 or more, got {value!r}")
+        weights[f"lamb_{term}"] = float(value) if term in cfg.FORGET.TERMS else 0.0
+    return weights
+
+
+def lora_settings(cfg) -> LoraSettings:
+    """The descent's constants from `TRAINER.FORGETLORA`; UserError if they make no descent."""
+    try:
+        return LoraSettings(**{key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()})
+    except ProblemError as error:
+        raise UserError(f"TRAINER.FORGETLORA: {error}") from error

@@ -1,0 +1,250 @@
+"""What a notebook imports: results of a folder as a DataFrame, the paper's summary, a picture.
+
+from utils import create_results
+df, args = create_results("results/results1/seed_0/", rn=True, multiclass=False)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from engine.errors import UserError
+from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_logs
+
+ALL_CLASSES = "all"
+# Column -> (side of the log entry, key): "Noforget" is before forgetting.
+OWN_COLUMNS = {
+    "full_Noforget": ("zero_shot", "no_cls_acc"),
+    "cls_Noforget": ("zero_shot", "cls_acc_test"),
+    "cls_forget": ("final_results", "cls_acc_test"),
+    "full_forget": ("final_results", "no_cls_acc"),
+}
+OTHER_COLUMNS = {"res": "final_results", "full": "zero_shot"}  # after, before
+
+
+def create_results(
+    folder: str | Path,
+    rn: bool | None = None,
+    multiclass: bool = False,
+    return_logs: bool = False,
+) -> tuple[pd.DataFrame, argparse.Namespace] | tuple[pd.DataFrame, argparse.Namespace, dict]:
+    """The results of one folder, a row for every forgotten class (or set of classes).
+
+    Args:
+        folder: `results/resultsATTEMPT/seed_SEED`, with or without a slash at the end.
+        rn: whether the backbone is a ResNet; checked against the folder. None checks nothing.
+        multiclass: True for the rows of classes forgotten at once, False for the others.
+        return_logs: also return the logs that the rows were made from.
+
+    Returns:
+        df: columns `ds`, `name`, `full_Noforget`, `cls_Noforget`, `cls_forget`, `full_forget`
+            (`full_*` is the accuracy over all other classes of the set, `cls_*` over the forgotten
+            one, before and after), then `res_X` (after) and `full_X` (before) for every other data
+            set X. With `multiclass` the `cls_*` are means and `cls_forget_all` is the dictionary by
+            class. Fractions; NaN where nothing was measured.
+        args: the command line of the folder's latest run.
+
+    Raises:
+        UserError: no results there, or none of the asked kind, or torn logs.
+    """
+    folder = Path(folder)
+    if not (folder / LOGS).is_file():
+        raise UserError(f"no results in {folder}: {folder / LOGS} is missing; run forget_clip.sh")
+    logs = read_logs(folder)
+    args = _read_args(folder / ARGS)
+    _check_rn(folder, rn, logs, args)
+    rows = [
+        _row(dataset, label, entry)
+        for dataset, entries in logs.items()
+        for label, entry in entries.items()
+        if label != SETTINGS and _is_multiclass(dataset, label, entry) == multiclass
+    ]
+    if not rows:
+        kind, other = ("multiclass", "False") if multiclass else ("single-class", "True")
+        raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={other}")
+    if all("zero_shot" not in logs[row["ds"]][row["name"]] for row in rows):
+        warnings.warn(
+            f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
+            "public code have none): the columns full_Noforget, cls_Noforget and full_X are NaN",
+            stacklevel=2,
+        )
+    df = pd.DataFrame(rows)
+    own = ["ds", "name", *OWN_COLUMNS, *(["cls_forget_all"] if multiclass else [])]
+    others = [column for column in df.columns if column not in own and column != "cls_forget_all"]
+    df = df[[*own, *others]]
+    return (df, args, logs) if return_logs else (df, args)
+
+
+def compute_avg_gain(df: pd.DataFrame) -> float:
+    """The paper's summary over a frame of `create_results`; lower is better, 0 is perfect.
+
+    For every row the mean of: the fraction of the forgotten class's accuracy that is left, the
+    relative loss on the rest of its data set, and the relative loss on each other data set, where
+    a gain counts as 0; then the mean over rows. A quantity that was not measured before (or was 0)
+    has no relative change and is left out.
+    """
+    return float(_gains(df).mean())
+
+
+def _gains(df: pd.DataFrame) -> pd.Series:
+    """`compute_avg_gain`'s number of every row."""
+    parts = [df["cls_forget"] / df["cls_Noforget"].where(df["cls_Noforget"] > 0)]
+    pairs = [("full_forget", "full_Noforget")]
+    pairs += [
+        (column, "full_" + column.removeprefix("res_"))
+        for column in df.columns
+        if column.startswith("res_")
+    ]
+    for after, before in pairs:
+        loss = (df[before] - df[after]) / df[before].where(df[before] > 0)
+        parts.append(loss.clip(lower=0))
+    return pd.concat(parts, axis=1).mean(axis=1)
+
+
+def summarise(df: pd.DataFrame) -> pd.DataFrame:
+    """The frame for reading: percent, one pair of columns (before, after) for all other sets."""
+    others = [c.removeprefix("res_") for c in df.columns if c.startswith("res_")]
+    table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
+    pairs = {"forgotten class": "cls", "rest of set": "full"}
+    for title, stem in pairs.items():
+        for when, suffix in (("before", "Noforget"), ("after", "forget")):
+            table[f"{title}, {when}"] = 100 * df[f"{stem}_{suffix}"]
+    for when, stem in (("before", "full"), ("after", "res")):
+        columns = [f"{stem}_{name}" for name in others]
+        table[f"other sets, {when}"] = 100 * df[columns].mean(axis=1) if columns else float("nan")
+    return table
+
+
+def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
+    """Draw every row of a frame of `create_results` before and after, and save it as a picture.
+
+    Three panels: accuracy on the forgotten class (should fall to zero), on the rest of its data set
+    and on the other data sets (should stay). The format is that of the file name's suffix.
+    """
+    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
+
+    from engine.files import atomic_path
+
+    table = summarise(df)
+    figure = Figure(figsize=(11, 1.4 + 0.34 * len(table)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    positions = range(len(table))
+    for axis, title in zip(axes, ("forgotten class", "rest of set", "other sets"), strict=True):
+        before, after = table[f"{title}, before"], table[f"{title}, after"]
+        axis.hlines(positions, before, after, color="0.75", linewidth=2, zorder=1)
+        axis.scatter(before, positions, s=42, facecolors="white", edgecolors="#33638d", zorder=2)
+        axis.scatter(after, positions, s=42, color="#c8553d", zorder=3)
+        axis.set_title(title)
+        axis.set_xlim(-4, 104)
+        axis.set_xlabel("zero-shot accuracy, %")
+        axis.grid(axis="x", color="0.92")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    names = table["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
+    axes[0].set_yticks(positions, table["data set"] + ": " + names)
+    axes[0].invert_yaxis()
+    for label, style in (
+        ("before", {"facecolors": "white", "edgecolors": "#33638d"}),
+        ("after forgetting", {"color": "#c8553d"}),
+    ):
+        axes[2].scatter([], [], s=42, label=label, **style)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return Path(path)
+
+
+def _row(dataset: str, label: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """One row of the frame from one entry of the logs."""
+    row: dict[str, Any] = {"ds": dataset, "name": label}
+    for column, (side, key) in OWN_COLUMNS.items():
+        values = _by_class(entry.get(side, {}).get(dataset, {}), key)
+        measured = [value for value in values.values() if value is not None]
+        row[column] = sum(measured) / len(measured) if measured else float("nan")
+        if column == "cls_forget" and SEPARATOR in label:
+            row["cls_forget_all"] = values
+    for other in entry["final_results"]:
+        if other != dataset:
+            for stem, side in OTHER_COLUMNS.items():
+                value = entry.get(side, {}).get(other, {}).get(ALL_CLASSES, {}).get("all_ds")
+                row[f"{stem}_{other}"] = float("nan") if value is None else value
+    return row
+
+
+def _by_class(results: dict[str, Any], key: str) -> dict[str, float | None]:
+    """`key` of every class; logs may hold one entry a class, or one for all with a dictionary."""
+    values: dict[str, float | None] = {}
+    for name, numbers in results.items():
+        value = numbers.get(key)
+        values |= value if isinstance(value, dict) else {name: value}
+    return values
+
+
+def _is_multiclass(dataset: str, label: str, entry: dict[str, Any]) -> bool:
+    """More than one class was forgotten; a class name may itself hold the separator."""
+    own = entry["final_results"].get(dataset, {})
+    return (
+        len(own) > 1
+        or (SEPARATOR in label and list(own) != [label])
+        or any(isinstance(value, dict) for numbers in own.values() for value in numbers.values())
+    )
+
+
+def _read_args(path: Path) -> argparse.Namespace:
+    """The last argparse Namespace written in a file, read as text: nothing in it is executed."""
+    if not path.is_file():
+        return argparse.Namespace()
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        call = ast.parse(lines[-1].strip(), mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise ValueError("not a call")
+        return argparse.Namespace(
+            **{keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        )
+    except (SyntaxError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not the text of an argparse Namespace ({error})") from error
+
+
+def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespace) -> None:
+    """Warn if `rn` says another kind of backbone than the folder's."""
+    backbones = {entry.get(SETTINGS, {}).get("backbone") for entry in logs.values()}
+    backbones |= {getattr(args, key, None) for key in ("backbone", "backbone_arch", "arch")}
+    known = sorted(name for name in backbones if isinstance(name, str) and name)
+    if rn is None or not known:
+        return
+    actual = any(name.upper().startswith("RN") for name in known)
+    if actual != rn:
+        warnings.warn(
+            f"rn={rn}, but {folder} holds results of {', '.join(known)}: rn={actual} is right",
+            stacklevel=3,
+        )
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Print the results of a folder as a table and draw them beside the logs."""
+    parser = argparse.ArgumentParser(description=cli.__doc__)
+    parser.add_argument("folder", help="results/resultsATTEMPT/seed_SEED")
+    parser.add_argument("--multiclass", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        df, _ = create_results(args.folder, multiclass=args.multiclass)
+        picture = plot_results(df, Path(args.folder) / "results.png")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summarise(df).to_string(index=False, float_format=lambda value: f"{value:.1f}"))
+    print(f"average gain (0 is perfect, lower is better): {compute_avg_gain(df):.4f}")
+    print(f"picture: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
