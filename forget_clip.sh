@@ -36,8 +36,8 @@ case $multiclass in
     1) flag=--multiclass ;;
     *) die "MULTICLASS must be 0 or 1, got '$multiclass'" ;;
 esac
-old_ifs=$IFS
-IFS=,
+seeds=$(printf '%s' "$seeds" | tr ',' ' ')
+datasets=$(printf '%s' "$datasets" | tr ',' ' ')
 for seed in $seeds; do
     case $seed in '' | *[!0-9]*) die "SEED must be an integer of 0 or more, got '$seed'" ;; esac
 done
@@ -53,8 +53,6 @@ trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exi
 failed=
 for seed in $seeds; do
     for dataset in $datasets; do
-        IFS=$old_ifs
-        dataset=$(printf '%s' "$dataset" | tr -d '[:space:]')
         printf '== %s, %s, seed %s\n' "$dataset" "$arch" "$seed"
         "$PYTHON" "$here/train.py" \
             --dataset "$dataset" --backbone "$arch" --seed "$seed" \
@@ -69,7 +67,6 @@ done
 
 case $arch in RN*) rn=True ;; *) rn=False ;; esac
 case $multiclass in 1) multi=True ;; *) multi=False ;; esac
-IFS=,
 for seed in $seeds; do
     [ -f "$out/seed_$seed/logs.json" ] || continue
     printf 'results: %s/seed_%s\n' "$out" "$seed"

@@ -20,7 +20,7 @@ forget_classes_all = {
     "Caltech101": ["euphonium", "minaret", "platypus"],
     "OxfordFlowers": ["trumpet creeper", "gazania", "tree mallow"],
     "MiniDigits": ["digit two", "digit five", "digit eight"],
-    "MiniLetters": [],
-    "MiniSymbols": [],
-    "MiniShapes": [],
+    "MiniLetters": ["latin capital letter a", "latin capital letter m", "latin capital letter s"],
+    "MiniSymbols": ["anchor", "umbrella", "infinity"],
+    "MiniShapes": ["green triangle", "blue star", "yellow heart"],
 }

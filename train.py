@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 from safetensors import SafetensorError
 from yacs.config import CfgNode
@@ -29,6 +28,8 @@ from engine import (
     setup_logger,
     unknown,
 )
+from engine.cli import Parser, run
+from engine.log import hold_log
 from evaluation.results import merge_args
 from forgetting import LoraSettings, ProblemError
 
@@ -36,19 +37,9 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are a UserError that names the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split(":", 1)[1].split()[0]
-            raise unknown("flag", flag, self._option_string_actions)
-        raise UserError(f"{message}; see python train.py --help")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; CoOp's flags and trailing KEY VALUE pairs."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--dataset", default="", help="name of the data set")
     parser.add_argument("--root", default="data", help="folder that holds the image sets")
     parser.add_argument(
@@ -79,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dataset-config-file", default="", help="default: configs/datasets/DATASET.yaml"
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_args(argv)
 
 
 def extend_cfg(cfg: CfgNode) -> None:
@@ -150,7 +141,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
             f"config keys and values come in pairs, the last has none: {args.opts[-1]!r}"
         )
     for key, value in zip(args.opts[::2], args.opts[1::2], strict=True):
-        _merge(cfg, "command line", lambda pair=(key, value): cfg.merge_from_list(list(pair)))
+        pair = [key, _float_where_float_stands(cfg, key, value)]
+        _merge(cfg, "command line", lambda pair=pair: cfg.merge_from_list(pair))
     if not cfg.DATASET.NAME:
         raise UserError("no data set: pass --dataset NAME")
     cfg.freeze()
@@ -168,6 +160,15 @@ def _merge(cfg: CfgNode, source: str | Path, merge) -> None:
         raise unknown(f"config key ({source})", key, _keys(cfg)) from error
     except Exception as error:  # YAML has many kinds of error, and yacs raises bare ValueErrors
         raise UserError(f"config ({source}): {' '.join(str(error).split())}") from error
+
+
+def _float_where_float_stands(cfg: CfgNode, key: str, value: str) -> str:
+    """`value`, with 2 written as 2.0 for a key that holds a float: yacs refuses the integer."""
+    try:
+        node, leaf = _node(cfg, key)
+        return str(float(int(value))) if isinstance(node[leaf], float) else value
+    except (KeyError, TypeError, ValueError):  # no such key or no integer: for yacs to judge
+        return value
 
 
 def _node(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
@@ -198,35 +199,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
     folder = Path(cfg.OUTPUT_DIR)
     console = sys.stdout
-    setup_logger(str(folder / cfg.DATASET.NAME))
+    hold_log()  # input that only encoding finds broken must leave no file either
     try:
-        merge_args(folder, str(args))
         print(f"arguments: {args}")
         print(f"config:\n{cfg}")
         print(f"environment:\n{collect_env_info()}")
         print(engine_description())
-        build_trainer(cfg).train()
+        trainer = build_trainer(cfg)
+        setup_logger(str(folder / cfg.DATASET.NAME))
+        merge_args(folder, str(args))
+        trainer.train()
         print(f"results: {folder / 'logs.json'}")
     finally:
         sys.stdout = console
     return folder
 
 
-def cli() -> int:
-    """`main` for the shell: errors are one line on stderr, the exit status says whether it ran."""
-    try:
-        main()
-    except (UserError, ProblemError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+def cli(argv: Sequence[str] | None = None) -> int:
+    """`main` for the shell: an error is one line on stderr, the exit status says whether it ran."""
+    return run(main, argv, refusals=(ProblemError, SafetensorError))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import argparse
 import ast
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from engine.cli import Parser, run
 from engine.errors import UserError
+from engine.files import atomic_path
 from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_logs
 
 ALL_CLASSES = "all"
@@ -130,8 +133,6 @@ def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
     """
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
-    from engine.files import atomic_path
-
     table = summarise(df)
     figure = Figure(figsize=(11, 1.4 + 0.34 * len(table)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
@@ -228,23 +229,18 @@ def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespac
         )
 
 
-def cli(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the results of a folder as a table and draw them beside the logs."""
-    parser = argparse.ArgumentParser(description=cli.__doc__)
+    parser = Parser(prog="utils.py", description=main.__doc__)
     parser.add_argument("folder", help="results/resultsATTEMPT/seed_SEED")
-    parser.add_argument("--multiclass", action="store_true")
+    parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
     args = parser.parse_args(argv)
-    try:
-        df, _ = create_results(args.folder, multiclass=args.multiclass)
-        picture = plot_results(df, Path(args.folder) / "results.png")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    df, _ = create_results(args.folder, multiclass=args.multiclass)
+    picture = plot_results(df, Path(args.folder) / "results.png")
     print(summarise(df).to_string(index=False, float_format=lambda value: f"{value:.1f}"))
     print(f"average gain (0 is perfect, lower is better): {compute_avg_gain(df):.4f}")
     print(f"picture: {picture}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(run(main))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from clip.checkpoint import read_state_dict
-from clip.cli import Parser, run
 from clip.source import ClipSource
 from engine import UserError, atomic_path
+from engine.cli import Parser, run
 from forgetting.adapter import load_adapter, projection_sha256
 from forgetting.problem import ProblemError
 

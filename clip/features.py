@@ -15,9 +15,9 @@ import datasets
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path
 from clip.cache import FeatureCache
-from clip.cli import Parser, run
 from clip.source import ClipSource
 from engine import UserError, unknown
+from engine.cli import Parser, run
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain

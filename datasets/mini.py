@@ -30,62 +30,29 @@ INK = 40  # pixels of the longer side of what a master mask shows
 TEST_IMAGES = 20
 TRAIN_IMAGES = 5
 DIGIT_EVERY = 6  # every sixth handwritten digit is a test image and is never trained on
+_LINE = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+# fmt: off
 COLOURS = {
-    "red": (215, 35, 35),
-    "orange": (250, 140, 10),
-    "yellow": (250, 225, 40),
-    "green": (35, 150, 50),
-    "turquoise": (50, 210, 200),
-    "blue": (35, 65, 215),
-    "purple": (130, 40, 165),
-    "pink": (255, 140, 195),
-    "white": (250, 250, 250),
+    "red": (215, 35, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40),
+    "green": (35, 150, 50), "turquoise": (50, 210, 200), "blue": (35, 65, 215),
+    "purple": (130, 40, 165), "pink": (255, 140, 195), "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
 SYMBOLS = (
-    "leftwards arrow",
-    "upwards arrow",
-    "anticlockwise open circle arrow",
-    "white chess king",
-    "white chess knight",
-    "white chess rook",
-    "eighth note",
-    "beamed eighth notes",
-    "music flat sign",
-    "music sharp sign",
-    "black star",
-    "black heart suit",
-    "black spade suit",
-    "black club suit",
-    "snowman",
-    "umbrella",
-    "skull and crossbones",
-    "radioactive sign",
-    "biohazard sign",
-    "peace symbol",
-    "yin yang",
-    "anchor",
-    "airplane",
-    "envelope",
-    "black scissors",
-    "black telephone",
-    "check mark",
-    "ballot x",
-    "infinity",
-    "integral",
-    "n-ary summation",
-    "square root",
-    "die face-3",
-    "die face-5",
-    "gear",
-    "fleur-de-lis",
+    "leftwards arrow; upwards arrow; anticlockwise open circle arrow; white chess king; white "
+    "chess knight; white chess rook; eighth note; beamed eighth notes; music flat sign; music "
+    "sharp sign; black star; black heart suit; black spade suit; black club suit; snowman; "
+    "umbrella; skull and crossbones; radioactive sign; biohazard sign; peace symbol; yin "
+    "yang; anchor; airplane; envelope; black scissors; black telephone; check mark; ballot x; "
+    "infinity; integral; n-ary summation; square root; die face-3; die face-5; gear; "
+    "fleur-de-lis"
 )
 MINI: dict[str, list[str]] = {
     "MiniDigits": [f"digit {word}" for word in DIGITS],
     "MiniLetters": [f"latin capital letter {chr(c)}" for c in range(ord("a"), ord("z") + 1)],
-    "MiniSymbols": list(SYMBOLS),
+    "MiniSymbols": SYMBOLS.split("; "),
     "MiniShapes": [
         f"{colour} {shape}"
         for colour in ("red", "yellow", "green", "blue", "purple")
@@ -94,17 +61,10 @@ MINI: dict[str, list[str]] = {
 }
 
 UNICODE_FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-    "STIXGeneral",
-    "STIXGeneralBol",
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
 )
+# fmt: on
 ASCII_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")  # beyond ASCII their tables name other glyphs
 
 
@@ -153,13 +113,16 @@ SHAPES: dict[str, tuple[list[tuple[float, float]], ...]] = {
 
 @lru_cache(maxsize=1)
 def _handwritten() -> dict[tuple[int, bool], np.ndarray]:
-    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part)."""
+    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part).
+
+    They hold 0 to 16; two thirds of that count as full ink, so that thin strokes are seen.
+    """
     from sklearn.datasets import load_digits  # here: it takes a second that only digits need
 
     digits = load_digits()
     parts: dict[tuple[int, bool], np.ndarray] = {}
     for digit in range(10):
-        images = np.clip(digits.images[digits.target == digit] * 16, 0, 255).astype(np.uint8)
+        images = np.clip(digits.images[digits.target == digit] * 24, 0, 255).astype(np.uint8)
         is_test = np.arange(len(images)) % DIGIT_EVERY == 0
         parts[digit, True], parts[digit, False] = images[is_test], images[~is_test]
     return parts
@@ -196,8 +159,8 @@ def _fit(mask: Image.Image) -> Image.Image:
     scale = INK / max(mask.size)
     size = tuple(max(1, round(scale * side)) for side in mask.size)
     canvas = Image.new("L", (CANVAS, CANVAS))
-    corner = tuple((CANVAS - side) // 2 for side in size)
-    canvas.paste(mask.resize(size, Image.Resampling.BICUBIC), corner)
+    place = tuple((CANVAS - side) // 2 for side in size)
+    canvas.paste(mask.resize(size, Image.Resampling.BICUBIC), place)
     return canvas
 
 
@@ -266,10 +229,8 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
     """
     ink, ground = _colours(name, rng)
     slope = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
-    line = np.linspace(-0.5, 0.5, SIDE)
-    picture = (
-        ground + (slope[0] * line[:, None] + slope[1] * line[None, :])[:, :, None]
-    )  # (s, s, 3)
+    tilt = slope[0] * _LINE[:, None] + slope[1] * _LINE[None, :]
+    picture = ground + tilt[:, :, None]  # (s, s, 3)
     if name:
         longer = rng.uniform(19.0, 26.0)  # pixels of the longer side in the finished picture
         zoom = INK / (2 * longer)
@@ -283,7 +244,9 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
         )
         cover = np.asarray(mask.reduce(2), dtype=np.float32)[:, :, None] / 255  # (s, s, 1)
         picture = picture + cover * (ink - picture)
-    noise = np.float32(rng.uniform(0.0, 0.05)) * rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
+    noise = np.float32(rng.uniform(0.0, 0.05)) * rng.standard_normal(
+        (SIDE, SIDE, 1), dtype=np.float32
+    )
     return np.clip((picture + noise) * 255, 0, 255).astype(np.uint8)
 
 
@@ -310,7 +273,7 @@ def _write(name: str, folder: Path) -> None:
         for number, (class_name, label, picture) in enumerate(pictures(name, part)):
             path = f"{part}/{class_name.replace(' ', '_')}/{number:04d}.png"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(folder / path)
+            Image.fromarray(picture).save(folder / path, compress_level=1)  # noise hardly packs
             split[part].append([path, label, class_name])
     (folder / split_file(name)).write_text(json.dumps(split), encoding="utf-8")
 

@@ -8,6 +8,7 @@ every later print fails. It also keeps writing the second run into the first run
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -41,11 +42,20 @@ class Tee:
         self.file.close()  # and never the console
 
 
+def hold_log() -> None:
+    """Keep what is printed from now on for the file that `setup_logger` opens later.
+
+    A run that is refused before that writes nothing.
+    """
+    sys.stdout = Tee(sys.stdout, io.StringIO())
+
+
 def setup_logger(output: str | None = None) -> None:
     """Copy stdout from now on to `output` (a .txt or .log file) or to `output`/log.txt.
 
     An existing log is kept: the new one gets the time, and if need be a number, behind its name.
-    A log that an earlier call opened is closed. With None nothing happens. Signature as Dassl's.
+    What `hold_log` kept is written first. A log that an earlier call opened is closed. With None
+    nothing happens. Signature as Dassl's.
 
     Raises UserError if the file cannot be made.
     """
@@ -62,6 +72,8 @@ def setup_logger(output: str | None = None) -> None:
     console = sys.stdout
     if isinstance(console, Tee):
         previous, console = console, console.console
+        if isinstance(previous.file, io.StringIO):
+            file.write(previous.file.getvalue())
         previous.file.close()
     sys.stdout = Tee(console, file)
 

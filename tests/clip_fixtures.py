@@ -15,8 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip.architectures import ARCHITECTURES
+from engine import UserError
 
 OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
+
+
+def one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    for part in parts:
+        assert str(part) in text
 
 
 def reduce_depth(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
@@ -54,22 +62,26 @@ def openai_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """Make `mini` a model that encodes hundreds of images a second; returns random weights."""
+def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, width: int = 8) -> Path:
+    """Make `mini` a model that encodes hundreds of images a second; returns random weights.
+
+    With a width of 64 it is one that OpenAI's code could build: heads of 64, QuickGELU.
+    """
     config = {
         "embed_dim": 12,
+        "quick_gelu": True,
         "vision_cfg": {
             "image_size": 16,
             "layers": 1,
-            "width": 16,
-            "head_width": 8,
+            "width": width,
+            "head_width": width,
             "patch_size": 8,
         },
         "text_cfg": {
             "context_length": 24,
             "vocab_size": 49408,
-            "width": 8,
-            "heads": 2,
+            "width": width,
+            "heads": 1,
             "layers": 1,
         },
     }

@@ -1,22 +1,14 @@
-"""clip/: the model is open_clip's own, and every file that cannot be loaded is one clear line."""
+"""clip/: the numbers are those of open_clip, and a full checkpoint is one that others load."""
 
 from __future__ import annotations
 
-import hashlib
-import http.server
-import pickle
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from clip_fixtures import OPENAI, openai_state_dict, random_model, reduce_depth, tiny
 from open_clip.model import build_model_from_openai_state_dict
 from PIL import Image
-from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from torchvision.transforms import (
     CenterCrop,
@@ -27,27 +19,24 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from clip import ARCHITECTURES, ClipSource, architecture
+from clip import ARCHITECTURES, ClipSource
 from clip import apply as apply_command
 from clip.apply import save_full_model
 from clip.architectures import OPENAI_FILES
-from clip.checkpoint import describe, read_state_dict
-from clip.download import download
+from clip.checkpoint import read_state_dict
 from engine import UserError
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
+from tests.clip_fixtures import (
+    OPENAI,
+    one_line,
+    openai_state_dict,
+    random_model,
+    reduce_depth,
+    tiny,
+)
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = ["", "sea horse", "a photo of a 2012 Ram C/V Cargo Van Minivan.", "größer " * 90]
-
-
-def one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text
-
-
-# --- The same numbers as open_clip -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPENAI)
@@ -163,253 +152,9 @@ def test_addresses_are_those_that_open_clip_lists() -> None:
     assert all(len(digest) == 64 for digest in OPENAI_FILES.values())
 
 
-def test_unknown_architecture_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="ViT-B/16") as error:
-        architecture("vit-b16")
-    one_line(error)
-
-
-# --- Files that people have --------------------------------------------------------------------
-
-
 @pytest.fixture
 def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny(monkeypatch, tmp_path / "mini")
-
-
-def test_every_form_of_a_checkpoint_is_read(mini: Path, tmp_path: Path) -> None:
-    state = random_model("mini").state_dict()
-    wrapped = {f"module.{key}": value for key, value in state.items()}
-    forms = {
-        "plain.pt": lambda path: torch.save(state, path),
-        "legacy.pt": lambda path: torch.save(state, path, _use_new_zipfile_serialization=False),
-        "trained.pt": lambda path: torch.save({"epoch": 3, "state_dict": wrapped}, path),
-        "w.safetensors": lambda path: save_file(state, path),
-        "safetensors under another name.bin": lambda path: save_file(state, path),
-    }
-    for name, write in forms.items():
-        write(tmp_path / name)
-        source = ClipSource("mini", tmp_path / name, tmp_path / "cache", "cpu")
-        assert torch.equal(source.projection, state["text_projection"]), name
-
-
-def test_float16_weights_are_computed_in_float32(mini: Path, tmp_path: Path) -> None:
-    state = {key: value.half() for key, value in random_model("mini").state_dict().items()}
-    save_file(state, tmp_path / "half.safetensors")
-    source = ClipSource("mini", tmp_path / "half.safetensors", tmp_path / "cache", "cpu")
-    assert {tensor.dtype for tensor in source.model.state_dict().values()} == {torch.float32}
-    assert torch.equal(source.projection, state["text_projection"].float())
-
-
-class Trap:
-    """A pickle that would make a folder when it is loaded."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.mkdir, (self.folder,)
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_malicious_file_is_not_run(mini: Path, tmp_path: Path, form: str) -> None:
-    trap, path = tmp_path / "trap", tmp_path / "evil.pt"
-    content = {"text_projection": torch.ones(2, 2), "x": Trap(trap)}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content["x"]))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(UserError, match="run") as error:
-        read_state_dict(path)
-    one_line(error, path)
-    assert not trap.exists()
-    if form != "pickle":  # negative control: the trap works
-        torch.load(path, weights_only=False)
-        assert trap.exists()
-
-
-def test_a_program_is_run_only_if_openai_published_it(
-    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "program.pt"
-    holder = torch.nn.Linear(2, 2)
-    with pytest.warns(FutureWarning):  # deprecated, but the form of OpenAI's files
-        torch.jit.trace(holder, torch.ones(1, 2)).save(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the program was loaded"))
-        with pytest.raises(UserError, match="none of OpenAI's published") as error:
-            read_state_dict(path)
-        one_line(error, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(OPENAI_FILES, "program.pt", digest)
-    assert torch.equal(read_state_dict(path)["weight"], holder.weight)
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_a_torn_file_is_one_line(mini: Path, tmp_path: Path, form: str) -> None:
-    state = {"text_projection": torch.randn(8, 4), "x": torch.randn(5)}
-    path = tmp_path / "torn"
-    if form == "safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
-    data = path.read_bytes()
-    assert read_state_dict(path).keys() == state.keys()
-    for keep in {*range(0, len(data), max(1, len(data) // 40)), 1, 2, 9, len(data) - 1}:
-        path.write_bytes(data[:keep])
-        with pytest.raises(UserError) as error:
-            read_state_dict(path)
-        one_line(error, path)
-
-
-def test_random_bytes_are_one_line(mini: Path, tmp_path: Path) -> None:
-    path = tmp_path / "noise.pt"
-    random = torch.Generator().manual_seed(0)
-    starts = (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"\x10\0\0\0\0\0\0\0{")
-    for number in range(200):
-        noise = bytes(torch.randint(256, (60,), generator=random, dtype=torch.uint8).tolist())
-        path.write_bytes(starts[number % len(starts)] + noise)
-        with pytest.raises(UserError) as error:
-            read_state_dict(path)
-        one_line(error, path)
-
-
-def test_what_is_no_checkpoint_is_one_line(mini: Path, tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "folder"), (tmp_path / "none.pt", "does not exist")):
-        with pytest.raises(UserError, match=message) as error:
-            ClipSource("mini", path, tmp_path / "cache")
-        one_line(error, path)
-    (tmp_path / "empty.pt").touch()
-    with pytest.raises(UserError, match="empty"):
-        read_state_dict(tmp_path / "empty.pt")
-    for content, message in (([1], "list"), ({}, "dict"), ({"a": 1}, "int"), ({1: 2}, "1 is")):
-        torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(UserError, match=message) as error:
-            read_state_dict(tmp_path / "other.pt")
-        one_line(error, tmp_path / "other.pt")
-
-
-def test_nan_weights_are_refused(mini: Path, tmp_path: Path) -> None:
-    state = random_model("mini").state_dict()
-    state["ln_final.weight"][3] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises(UserError, match=r"ln_final\.weight holds NaN") as error:
-        read_state_dict(tmp_path / "nan.pt")
-    one_line(error)
-
-
-@pytest.mark.parametrize("name", [*OPENAI, "mini"])
-def test_weights_of_another_architecture_are_recognised(name: str, tmp_path: Path) -> None:
-    with torch.device("meta"):
-        state = ARCHITECTURES[name].build().state_dict()
-    assert describe(state) == name
-    state["visual.conv1.weight"] = state["visual.conv1.weight"][:-1]
-    assert describe(state) != name
-
-
-def test_the_wrong_architecture_is_one_line(mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        _ = ClipSource("RN50", mini, tmp_path / "cache", "cpu").model
-    one_line(error, mini, "not those of RN50", "look like mini")
-    torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
-    with pytest.raises(UserError, match="no CLIP") as error:
-        _ = ClipSource("mini", tmp_path / "fc.pt", tmp_path / "cache", "cpu").model
-    one_line(error)
-
-
-# --- Download ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Server:
-    address: str
-    ranges: list[str | None]
-    limit: int | None = None  # bytes after which the connection breaks
-
-
-CONTENT = bytes(range(256)) * 40
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            state.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-            if start >= len(CONTENT):
-                self.send_error(416)
-                return
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(CONTENT) - start))
-            self.end_headers()
-            self.wfile.write(CONTENT[start:][: state.limit])
-
-        def log_message(self, *_: object) -> None:
-            """Keep the test's output clean."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        state = Server(f"http://127.0.0.1:{httpd.server_port}/w.pt", [])
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield state
-        httpd.shutdown()
-
-
-def test_a_download_goes_on_where_it_broke_off(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "weights" / "w.pt"
-    server.limit = 3000
-    with pytest.raises(UserError) as error:
-        download(server.address, DIGEST, path)
-    one_line(error, server.address, path, "--weights")
-    assert not path.exists()
-    server.limit = None
-    assert download(server.address, DIGEST, path).read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=3000-"]
-    assert not path.with_name("w.pt.part").exists()
-    download(server.address, DIGEST, path)
-    assert len(server.ranges) == 2, "what is there is not fetched again"
-
-
-def test_a_finished_part_needs_no_more_bytes(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "w.pt.part").write_bytes(CONTENT)
-    assert download(server.address, DIGEST, tmp_path / "w.pt").read_bytes() == CONTENT
-
-
-def test_a_download_of_other_content_is_thrown_away(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not 0000") as error:
-        download(server.address, "0" * 64, tmp_path / "w.pt")
-    one_line(error, server.address)
-    assert not (tmp_path / "w.pt").exists() and not (tmp_path / "w.pt.part").exists()
-
-
-def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip.architectures.OPENAI_URL", "http://127.0.0.1:9/models")
-    with pytest.raises(UserError) as error:
-        _ = ClipSource("RN50", cache=tmp_path).weights_sha256
-    url = ARCHITECTURES["RN50"].url
-    one_line(error, url, tmp_path / "weights" / "RN50.pt", "--weights PATH")
-
-
-def test_a_wrong_file_put_there_by_hand_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "RN50.pt").write_bytes(b"something else")
-    with pytest.raises(UserError, match="not the file that OpenAI published") as error:
-        _ = ClipSource("RN50", cache=tmp_path).weights_sha256
-    one_line(error, tmp_path / "weights" / "RN50.pt")
-
-
-def test_the_hash_follows_the_file(mini: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first = ClipSource("mini", mini, cache).weights_sha256
-    assert first == hashlib.sha256(mini.read_bytes()).hexdigest()
-    torch.save(random_model("mini", seed=1).state_dict(), mini)
-    assert ClipSource("mini", mini, cache).weights_sha256 != first
-    (cache / "weights" / "sha256.json").write_text("torn {")
-    assert ClipSource("mini", mini, cache).weights_sha256 != first
-
-
-# --- Full checkpoints --------------------------------------------------------------------------
 
 
 def adapter_for(source: ClipSource, path: Path) -> Adapter:
@@ -432,12 +177,11 @@ def adapter_for(source: ClipSource, path: Path) -> Adapter:
 def test_an_adapter_becomes_a_checkpoint_that_others_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "ViT-B/32"
-    reduce_depth(monkeypatch, tmp_path, name)
+    tiny(monkeypatch, tmp_path / "tiny", width=64)
     weights, out = tmp_path / "w.pt", tmp_path / "new" / "out.pt"
-    torch.save(openai_state_dict(name), weights)
+    torch.save(openai_state_dict("mini"), weights)
     cache = tmp_path / "cache"
-    source = ClipSource(name, weights, cache, "cpu")
+    source = ClipSource("mini", weights, cache, "cpu")
     adapter = adapter_for(source, tmp_path / "a.safetensors")
     arguments = [str(tmp_path / "a.safetensors"), str(out), "--weights", str(weights)]
     apply_command.main([*arguments, "--cache", str(cache)])
@@ -447,13 +191,16 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
     assert torch.equal(state["text_projection"], source.projection + adapter.delta())
     others = [key for key in state if key != "text_projection"]
     assert all(torch.equal(state[key], original[key]) for key in others)
-    # open_clip's own loader for OpenAI's layout, which is OpenAI's; it rounds to float16.
-    model = build_model_from_openai_state_dict(dict(state)).float().eval()
-    tokens = open_clip.get_tokenizer("RN50-quickgelu")(TEXTS)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
+    tokens = source.tokenizer(TEXTS)
+    model = ARCHITECTURES["mini"].build().eval()
+    open_clip.load_checkpoint(model, str(out))
+    assert torch.allclose(model.encode_text(tokens), expected, atol=1e-4, rtol=1e-5)
+    # The loader for OpenAI's layout, as in OpenAI's own code, rounds to float16.
+    model = build_model_from_openai_state_dict(dict(state)).float().eval()
     loaded = model.encode_text(tokens)
     assert (normalize(loaded, dim=1) - normalize(expected, dim=1)).abs().max() < 1e-3
-    mine = ClipSource(name, out, cache, "cpu")
+    mine = ClipSource("mini", out, cache, "cpu")
     assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
 
     with pytest.raises(UserError, match="not overwritten"):
@@ -487,4 +234,4 @@ def test_the_embedded_weights_fit_their_configuration(tmp_path: Path) -> None:
     assert Path(mini.weights).stat().st_size <= 8 * 2**20
     source = ClipSource("mini", cache=tmp_path, device="cpu")
     assert source.encode_hidden(["seven"]).shape == (1, source.projection.shape[0])
-    assert replace(mini).url is None, "the default needs no network"
+    assert mini.url is None, "the default needs no network"

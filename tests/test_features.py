@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from clip_fixtures import caltech, random_model, tiny
 from torch import Tensor
 
 import clip.cache
 from clip import ClipSource, FeatureBundle
-from clip.cli import run
 from clip.features import build_bundle, main
 from engine import UserError
+from engine.cli import run
+from tests.clip_fixtures import caltech, random_model, tiny
 
 SET, IMAGES, BATCH = "Caltech101", 120, 16
 
@@ -181,23 +180,24 @@ def test_two_runs_at_once_encode_once(place: Path, encode: Callable) -> None:
     assert sorted(source.images for source in sources) == [0, 0, IMAGES]
 
 
-def test_the_second_of_two_processes_says_that_it_waits(
-    place: Path, capsys: pytest.CaptureFixture[str]
+def test_the_second_run_says_that_it_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = place / "entry.safetensors"
-    holder = (
-        "import sys, pathlib; from clip.cache import _alone\n"
-        f"with _alone(pathlib.Path({str(path)!r})):\n"
-        "    print('held', flush=True); sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", holder]
-    pipe = subprocess.PIPE
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as process:
-        assert process.stdout.readline() == "held\n"
-        threading.Timer(0.3, process.stdin.close).start()
+    path = tmp_path / "entry.safetensors"
+    held, finished = threading.Event(), threading.Event()
+
+    def hold() -> None:
         with clip.cache._alone(path):
-            assert process.wait() == 0
+            held.set()
+            time.sleep(0.2)
+            finished.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    with clip.cache._alone(path):
+        assert finished.is_set(), "two held it at once"
+    thread.join()
     assert "another process is encoding entry" in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_a_wrong_command_line_is_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(place)
-    assert run(lambda: main(arguments)) == 1
+    assert run(main, arguments) == 2
     written = capfd.readouterr().err
     assert message in written and written.count("\n") == 1 and written.startswith("error: ")
     assert not (place / "cache" / "features").exists()

@@ -27,9 +27,10 @@ class ForgetLoRA(ForgetTrainer):
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse weights and constants that are missing or impossible, too."""
+        plan = super().preflight(cfg)
         paper_weights(cfg)
         lora_settings(cfg)
-        return super().preflight(cfg)
+        return plan
 
     def check_cfg(self, cfg) -> None:
         super().check_cfg(cfg)
@@ -129,7 +130,10 @@ def paper_weights(cfg) -> dict[str, float]:
 
 
 def lora_settings(cfg) -> LoraSettings:
-    """The descent's constants from `TRAINER.FORGETLORA`; UserError if they make no descent."""
+    """The descent's constants; UserError if they, or the adapter's, make no descent."""
+    for key, least in (("RANK", 1), ("ALPHA", 1e-6), ("NOISE_STD", 0)):
+        if not least <= cfg.FORGET[key] < float("inf"):
+            raise UserError(f"FORGET.{key} must be at least {least}, got {cfg.FORGET[key]}")
     try:
         return LoraSettings(**{key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()})
     except ProblemError as error:

@@ -8,7 +8,7 @@ import datasets
 from clip.architectures import architecture
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
-from evaluation.results import SETTINGS, join_label
+from evaluation.results import SETTINGS
 from forget_cls import all_ds, forget_classes_all, mini_ds
 
 ALL = "all"
@@ -37,7 +37,6 @@ def make_plan(cfg) -> Plan:
         UserError: an architecture, data set, folder or class that is not there, with the nearest.
     """
     dataset, backbone = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME
-    architecture(backbone)
     if cfg.FEATURES.DIR:
         if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS:
             raise UserError(
@@ -48,10 +47,11 @@ def make_plan(cfg) -> Plan:
         others = [name for name in list_bundles(cfg.FEATURES.DIR, backbone) if name != dataset]
         absent: dict[str, str] = {}
     else:
+        architecture(backbone)
         classnames = datasets.load(dataset, cfg.DATASET.ROOT).classnames
         group = mini_ds if dataset in mini_ds else all_ds
         states = datasets.available(cfg.DATASET.ROOT)
-        wanted = [name for name in group if datasets.spec(name).name != dataset]
+        wanted = [datasets.spec(name).name for name in group if name != dataset]
         others = [name for name in wanted if states[name] is None]
         absent = {name: states[name] for name in wanted if states[name] is not None}
     classes = _classes(cfg, classnames)
@@ -69,15 +69,10 @@ def _classes(cfg, classnames: list[str]) -> list[str]:
         )
     if asked == [ALL]:
         asked = classnames
-    classes = list(dict.fromkeys(datasets.match(name, classnames) for name in asked))
+    classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in asked))
     if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):
         raise UserError(f"all {len(classnames)} classes of {dataset} at once leave none to retain")
     for name in classes:
         if name == SETTINGS:
             raise UserError(f"a class called {SETTINGS!r} has no place in logs.json; rename it")
     return classes
-
-
-def labels(plan: Plan) -> list[str]:
-    """The labels of a plan's requests in logs.json."""
-    return [join_label(classes) for classes in plan.requests]

@@ -1,0 +1,55 @@
+"""Command lines that answer a mistake with one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from engine.errors import UserError, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, with the nearest option for an unknown one.
+
+    Positional arguments may stand between options, as CoOp's trailing KEY VALUE pairs do.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        # A prefix that happens to be unique today is a mistyped option tomorrow.
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        start, _, rest = message.partition("unrecognized arguments: ")
+        options = [text for action in self._actions for text in action.option_strings]
+        if not start and rest.startswith("-"):
+            raise unknown("option", rest.split()[0].split("=")[0], options)
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run(
+    main: Callable[[Sequence[str] | None], object],
+    argv: Sequence[str] | None = None,
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """Exit status of `main(argv)`; what the user must know of a failure is one line on stderr.
+
+    `refusals` are exceptions beside UserError whose text is such a line.
+    """
+    try:
+        main(argv)
+    except (UserError, *refusals) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,90 @@
+"""What many tests start from: a small world of feature bundles, and the command line in process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import train
+from clip.bundle import FeatureBundle, bundle_path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BACKBONE = "ViT-B/32"
+TOY_CLASSES = {
+    "ToyAnimals": ["cat", "Dog", "sea_horse", "C/V", "owl", "newt"],
+    "ToyTools": ["hammer", "saw", "file", "axe"],
+}
+W, D = 24, 16
+
+
+def toy_bundle(dataset: str, images_per_class: int = 12) -> FeatureBundle:
+    """Separable classes: images lie around the text embedding of their class."""
+    names = TOY_CLASSES[dataset]
+    # One generator a data set, one projection for both: they are of one backbone.
+    generator = torch.Generator().manual_seed(sorted(TOY_CLASSES).index(dataset))
+    projection = torch.randn(W, D, generator=torch.Generator().manual_seed(99)) / W**0.5
+    hidden = torch.randn(len(names), W, generator=generator) * 4
+    prompt_hidden = hidden + 0.2 * torch.randn(len(names), W, generator=generator)
+    labels = torch.arange(len(names)).repeat_interleave(images_per_class)
+    noise = 0.15 * torch.randn(len(labels), D, generator=generator)
+    images = normalize(normalize(prompt_hidden @ projection, dim=1)[labels] + noise, dim=1)
+    retain_names = ["cat", "sea horse", *(f"thing {number}" for number in range(28))]
+    return FeatureBundle(
+        image_features=images,
+        labels=labels,
+        class_hidden=prompt_hidden,
+        forget_hidden=hidden,
+        retain_hidden=torch.randn(len(retain_names), W, generator=generator) * 4,
+        neutral_hidden=torch.randn(1, W, generator=generator),
+        text_projection=projection,
+        backbone=BACKBONE,
+        weights="toy",
+        dataset=dataset,
+        split="test",
+        template="a photo of a {}.",
+        classnames=names,
+        retain_names=retain_names,
+    )
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    """A folder with two bundles of one backbone."""
+    for dataset in TOY_CLASSES:
+        toy_bundle(dataset).save(bundle_path(tmp_path / "features", BACKBONE, dataset))
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def toy_args(features: Path, tmp_path: Path) -> list[str]:
+    """A quick command line on ToyAnimals; append flags or KEY VALUE pairs."""
+    return [
+        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
+        *("--output-dir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
+        *(
+            "FORGET.LAMB_PRESERVE",
+            "0.05",
+            "FORGET.LAMB_FORGET",
+            "3.0",
+            "FORGET.LAMB_WEIGHT",
+            "0.02",
+        ),
+        *("TRAINER.FORGETLORA.STEPS", "100", "TRAINER.FORGETLORA.MAX_TRIALS", "2"),
+    ]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture):
+    """Run a command line that must be refused; returns its one line on stderr."""
+
+    def run(argv: list[str]) -> str:
+        assert train.cli(argv) not in (0, None)
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if line.startswith("error:") or "Traceback" in line]
+        assert len(lines) == 1 and lines[0].startswith("error:"), lines
+        return lines[0]
+
+    return run

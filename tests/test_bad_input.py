@@ -1,0 +1,249 @@
+"""Bad input: one line on stderr saying what is wrong and what would be right; no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clip.bundle import bundle_path
+from tests.conftest import BACKBONE, REPOSITORY
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def caltech(root: Path, split: dict | str | None = None) -> Path:
+    """A tiny Caltech101 of generated JPEGs; `split` replaces its split file."""
+    images = root / "caltech-101" / "101_ObjectCategories"
+    entries = []
+    for label, name in enumerate(["euphonium", "minaret", "platypus"]):
+        (images / name).mkdir(parents=True)
+        for number in range(2):
+            file = f"{name}/image_{number:04}.jpg"
+            Image.new("RGB", (40, 40), (80 * label, 30 * number, 90)).save(images / file)
+            entries.append([file, label, name])
+    text = {"train": [], "val": [], "test": entries} if split is None else split
+    path = root / "caltech-101" / "split_zhou_Caltech101.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return root
+
+
+class World:
+    """What a row may change: a root with images, a folder with bundles, the argument list."""
+
+    def __init__(self, tmp_path: Path, features: Path, toy_args: list[str]) -> None:
+        self.tmp, self.features, self.toy = tmp_path, features, toy_args
+        self.out = tmp_path / "out"
+        self.bundle = bundle_path(features, BACKBONE, "ToyAnimals")
+
+    def images(self, root: Path, *more: str) -> list[str]:
+        return [
+            *("--dataset", "Caltech101", "--root", str(root), "--backbone", "mini"),
+            *("--output-dir", str(self.out), "--cache", str(self.tmp / "cache")),
+            *("FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", "2.0", *more),
+        ]
+
+    def change_bundle(self, change: Callable[[dict], None]) -> list[str]:
+        from safetensors import safe_open
+
+        with safe_open(self.bundle, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(self.bundle)
+        change(tensors)
+        save_file(tensors, self.bundle, metadata)
+        return self.toy
+
+
+def broken_image(world: World) -> list[str]:
+    root = caltech(world.tmp / "root")
+    (root / "caltech-101/101_ObjectCategories/minaret/image_0001.jpg").write_bytes(b"no jpeg")
+    return world.images(root)
+
+
+def other_results(world: World) -> list[str]:
+    world.out.mkdir()
+    settings = {"trainer": "ForgetLoRA", "backbone": "RN50"}
+    (world.out / "logs.json").write_text(json.dumps({"Caltech101": {"settings": settings}}))
+    return [*world.toy, "--forget", "cat"]
+
+
+def truncated_bundle(world: World) -> list[str]:
+    world.bundle.write_bytes(world.bundle.read_bytes()[:-100])
+    return world.toy
+
+
+def foreign_bundle(world: World) -> list[str]:
+    save_file({"x": torch.ones(2)}, world.bundle)
+    return world.toy
+
+
+def other_checkpoint(world: World) -> list[str]:
+    path = world.tmp / "weights.pt"
+    torch.save({"visual.proj": torch.ones(768, 512), "text_projection": torch.ones(512, 512)}, path)
+    return world.images(caltech(world.tmp / "root"), "--weights", str(path))
+
+
+def nan(tensors: dict) -> None:
+    tensors["class_hidden"][0, 0] = float("nan")
+
+
+def bad_label(tensors: dict) -> None:
+    tensors["labels"][0] = 17
+
+
+def split_of(label: object = 0, file: str = "euphonium/image_0000.jpg") -> dict:
+    return {"train": [], "val": [], "test": [[file, label, "euphonium"]]}
+
+
+def with_split(split: dict | str) -> Callable[[World], list[str]]:
+    return lambda world: world.images(caltech(world.tmp / "root", split))
+
+
+def toy(*more: str) -> Callable[[World], list[str]]:
+    return lambda world: [*world.toy, *more]
+
+
+ROWS = {
+    "data set": (toy("--dataset", "ToyAnimls"), "no feature bundle of 'ToyAnimls'.*ToyAnimals"),
+    "data set without bundles": (
+        lambda world: world.images(world.tmp, "--dataset", "StanfrdDogs"),
+        "unknown data set 'StanfrdDogs'; did you mean 'StanfordDogs'",
+    ),
+    "no data set": (toy("--dataset", ""), "pass --dataset NAME"),
+    "architecture": (
+        lambda world: world.images(world.tmp, "--backbone", "RN51"),
+        "unknown architecture 'RN51'; did you mean 'RN50'",
+    ),
+    "architecture of bundles": (toy("--backbone", "RN50"), "backbones there: ViT-B-32"),
+    "class": (toy("--forget", "sea_hors"), "no class 'sea_hors'.*nearest: 'sea_horse'"),
+    "no class listed": (toy(), "forget_cls.py or use --forget NAME"),
+    "all classes at once": (toy("--forget", "all", "--multiclass"), "leave none to retain"),
+    "trainer": (toy("--trainer", "ForgetLora"), "unknown trainer.*did you mean 'ForgetLoRA'"),
+    "seed": (toy("--seed", "one"), "argument --seed: invalid int value: 'one'"),
+    "negative seed": (toy("--seed", "-1"), "--seed must be 0 or more, got -1"),
+    "flag": (toy("--forgett", "cat"), "unknown option '--forgett'; did you mean '--forget'"),
+    "config key": (toy("FORGET.RNK", "3"), "unknown config key.*'FORGET.RNK'.*'FORGET.RANK'"),
+    "config value": (toy("FORGET.RANK", "many"), "FORGET.RANK"),
+    "config pairs": (toy("FORGET.RANK"), "the last has none: 'FORGET.RANK'"),
+    "config file": (toy("--config-file", "nowhere.yaml"), "cannot read config nowhere.yaml"),
+    "weight": (toy("--forget", "cat", "FORGET.LAMB_FORGET", "-2"), "LAMB_FORGET must be a number"),
+    "loss term": (toy("--forget", "cat", "FORGET.TERMS", "('forgot',)"), "did you mean 'forget'"),
+    "steps": (toy("--forget", "cat", "TRAINER.FORGETLORA.STEPS", "0"), "must be at least 1, got 0"),
+    "rank": (toy("--forget", "cat", "FORGET.RANK", "0"), "FORGET.RANK must be at least 1"),
+    "model without weights": (toy("--forget", "cat", "--save-model"), "--save-model"),
+    "feature folder": (toy("--features", "nowhere"), "no folder of feature bundles at nowhere"),
+    "data root": (lambda w: w.images(w.tmp / "nowhere"), "no data root at .*nowhere.*DATASETS.md"),
+    "data folder": (lambda w: w.images(w.tmp), "no folder .*caltech-101.*DATASETS.md"),
+    "split file": (with_split('{"train": ['), "split_zhou_Caltech101.json"),
+    "label": (with_split(split_of(label="one")), "label"),
+    "missing image": (with_split(split_of(file="euphonium/none.jpg")), "none.jpg"),
+    "escaping image": (with_split(split_of(file="../../../x.jpg")), "leads out of"),
+    "broken image": (broken_image, "image_0001.jpg.*datasets.check"),
+    "truncated bundle": (truncated_bundle, "ToyAnimals.safetensors is truncated"),
+    "foreign bundle": (foreign_bundle, "format is None"),
+    "NaN in a bundle": (lambda world: world.change_bundle(nan), "class_hidden holds NaN"),
+    "label in a bundle": (lambda world: world.change_bundle(bad_label), "labels run from 0 to 17"),
+    "missing key of a bundle": (
+        lambda world: world.change_bundle(lambda tensors: tensors.pop("neutral_hidden")),
+        "neutral_hidden is missing",
+    ),
+    "checkpoint of another architecture": (other_checkpoint, "weights.pt.*mini"),
+    "missing checkpoint": (
+        lambda w: w.images(caltech(w.tmp / "root"), "--weights", str(w.tmp / "no.pt")),
+        "no.pt",
+    ),
+    "results of another architecture": (other_results, "backbone 'RN50'.*another ATTEMPT"),
+    "output is a file": (
+        lambda world: [*world.toy, "--forget", "cat", "--output-dir", str(world.bundle)],
+        "ToyAnimals.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_is_one_line_and_writes_nothing(row, tmp_path, features, toy_args, refused):
+    make, message = ROWS[row]
+    world = World(tmp_path, features, toy_args)
+    argv = make(world)
+    before = tree(world.out)
+    line = refused(argv)
+
+    assert re.search(message, line), line
+    assert tree(world.out) == before
+
+
+def test_the_toy_command_line_itself_is_good(toy_args):
+    """Negative control of the table: without the row's change nothing is refused."""
+    import train
+
+    assert train.cli([*toy_args, "--forget", "cat"]) == 0
+
+
+def test_torn_logs_are_refused_and_kept_aside(tmp_path, toy_args, refused):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs.json").write_text('{"ToyAnimals": {"ca')
+    assert "logs.torn-" in refused([*toy_args, "--forget", "cat"])
+    (aside,) = (tmp_path / "out").glob("logs.torn-*.json")
+    assert aside.read_text() == '{"ToyAnimals": {"ca'
+
+
+def run_train(argv: list[str], **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "train.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_full_disk(toy_args, tmp_path):
+    """A limit of 20 KB a file stands in for a full disk: the log fits, the results do not."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+
+    done = run_train([*toy_args, "--forget", "cat"], preexec_fn=limit)
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "logs.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and not shutil.which("chmod"), reason="needs chmod")
+def test_read_only_disk(toy_args, tmp_path, refused):
+    place = Path("/proc/results") if os.geteuid() == 0 else tmp_path / "locked"
+    if os.geteuid() != 0:
+        place.mkdir(mode=0o555)
+    line = refused([*toy_args, "--forget", "cat", "--output-dir", str(place / "seed_0")])
+    assert str(place) in line
+
+
+DRIVER_ROWS = {
+    "missing arguments": (["1", "0", "ToyAnimals"], "five arguments are needed.*got 3"),
+    "attempt": (["../x", "0", "A", "mini", "0"], "ATTEMPT must be.*'../x'"),
+    "seed": (["1", "0,x", "A", "mini", "0"], "SEED must be an integer of 0 or more, got 'x'"),
+    "multiclass": (["1", "0", "A", "mini", "2"], "MULTICLASS must be 0 or 1, got '2'"),
+    "data sets": (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
+    "python": (["1", "0", "A", "mini", "0"], "no Python at '/nowhere/python'"),
+}
+
+
+@pytest.mark.parametrize("row", DRIVER_ROWS)
+def test_the_driver_refuses_before_python_starts(row, tmp_path):
+
+    arguments, message = DRIVER_ROWS[row]
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": "/nowhere/python"}
+    command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr

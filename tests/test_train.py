@@ -1,0 +1,180 @@
+"""train.py in process on toy bundles: results, skipping, resuming, options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from engine import UserError
+from evaluation import zero_shot
+from forgetting import load_adapter
+from tests.conftest import BACKBONE, toy_bundle
+from utils import create_results
+
+
+def logs_of(folder: Path) -> dict:
+    return json.loads((folder / "logs.json").read_text())
+
+
+def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
+    folder = train.main([*toy_args, "--forget", "dog"])
+    entry = logs_of(folder)["ToyAnimals"]["Dog"]
+    own = {side: entry[side]["ToyAnimals"]["Dog"] for side in ("zero_shot", "final_results")}
+    assert own["zero_shot"]["cls_acc_test"] > 0.9 > 0.3 > own["final_results"]["cls_acc_test"]
+    assert set(entry["final_results"]) == {"ToyAnimals", "ToyTools"}
+    df, args = create_results(folder, rn=False)
+    assert df.name.tolist() == ["Dog"] and args.backbone == BACKBONE
+    assert df.cls_forget[0] == own["final_results"]["cls_acc_test"]
+    out = capsys.readouterr().out
+    assert "engine: " in out and "solving on cpu in float32" in out
+    assert "forgetting ToyAnimals / Dog" in (folder / "ToyAnimals" / "log.txt").read_text()
+
+
+def test_the_adapter_gives_the_logged_accuracies(toy_args, features):
+    folder = train.main([*toy_args, "--forget", "owl"])
+    entry = logs_of(folder)["ToyAnimals"]["owl"]
+    adapter = load_adapter(folder / entry["solver"]["adapter"])
+    bundle = toy_bundle("ToyAnimals")
+    found = zero_shot.evaluate_classes(bundle, ["owl"], (adapter.left, adapter.right))
+    assert found == entry["final_results"]["ToyAnimals"]
+    merged = adapter.apply(bundle.text_projection)  # refuses another projection
+    assert torch.allclose(merged, bundle.text_projection + adapter.delta())
+    assert adapter.solver["objective"] == entry["solver"]["objective"]
+
+
+def test_forgotten_names_and_their_spellings_leave_the_retain_set(toy_args):
+    folder = train.main([*toy_args, "--forget", "sea_horse"])
+    solver = logs_of(folder)["ToyAnimals"]["sea_horse"]["solver"]
+    assert solver["left_retain_set"] == ["sea horse"] and solver["retained"] == 29
+
+
+def test_done_classes_are_skipped_and_named_and_overwrite_does_them_again(toy_args, capsys):
+    folder = train.main([*toy_args, "--forget", "cat"])
+    first = logs_of(folder)
+    train.main([*toy_args, "--forget", "cat", "--forget", "owl"])
+    assert "done before, skipped: ToyAnimals / cat" in capsys.readouterr().out
+    second = logs_of(folder)
+    assert (
+        second["ToyAnimals"]["cat"] == first["ToyAnimals"]["cat"] and "owl" in second["ToyAnimals"]
+    )
+    train.main([*toy_args, "--forget", "cat", "--overwrite"])
+    third = logs_of(folder)["ToyAnimals"]
+    assert third["cat"]["solver"]["seconds"] != first["ToyAnimals"]["cat"]["solver"]["seconds"]
+    assert third["cat"]["final_results"] == first["ToyAnimals"]["cat"]["final_results"]
+    assert "owl" in third
+
+
+def test_other_settings_need_overwrite(toy_args):
+    train.main([*toy_args, "--forget", "cat"])
+    with pytest.raises(UserError, match=r"max_trials 2 -> 3.*--overwrite"):
+        train.main([*toy_args[:-1], "3", "--forget", "cat"])
+
+
+def test_a_killed_run_goes_on_at_its_class_with_the_same_results(toy_args, monkeypatch, tmp_path):
+    whole = [*toy_args, "--output-dir", str(tmp_path / "whole"), "--forget", "all"]
+    expected = logs_of(train.main(whole))["ToyAnimals"]
+
+    from trainers import ForgetLoRA
+
+    solve, calls = ForgetLoRA.solve, []
+
+    def dying(self, classes, generator):
+        calls.append(classes)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(self, classes, generator)
+
+    monkeypatch.setattr(ForgetLoRA, "solve", dying)
+    assert train.cli([*toy_args, "--forget", "all"]) == 130
+    train.main([*toy_args, "--forget", "all"])
+    assert [name for (name,) in calls] == [
+        "cat",
+        "Dog",
+        "sea_horse",
+        "sea_horse",
+        "C/V",
+        "owl",
+        "newt",
+    ]
+    resumed = logs_of(tmp_path / "out")["ToyAnimals"]
+    assert {k: v for k, v in resumed.items() if k == "settings" or v.pop("solver")} == {
+        k: v for k, v in expected.items() if k == "settings" or v.pop("solver")
+    }
+
+
+def test_seed_zero_is_a_seed_and_seeds_differ(toy_args, tmp_path):
+    def factors(seed, name):
+        out = tmp_path / name
+        train.main([*toy_args, "--output-dir", str(out), "--seed", seed, "--forget", "cat"])
+        return load_adapter(out / "ToyAnimals" / "cat.safetensors").left
+
+    first = factors("0", "a")
+    assert torch.equal(first, factors("0", "b"))
+    assert not torch.equal(first, factors("1", "c"))
+
+
+def test_multiclass_stands_beside_single_classes(toy_args):
+    names = ["--forget", "cat", "--forget", "owl"]
+    train.main([*toy_args, *names])
+    folder = train.main([*toy_args, *names, "--multiclass"])
+    logs = logs_of(folder)["ToyAnimals"]
+    assert set(logs) == {"settings", "cat", "owl", "cat|owl"}
+    assert set(logs["cat|owl"]["final_results"]["ToyAnimals"]) == {"cat", "owl"}
+    df, _ = create_results(folder, multiclass=True)
+    assert df.name.tolist() == ["cat|owl"] and set(df.cls_forget_all[0]) == {"cat", "owl"}
+    assert len(create_results(folder)[0]) == 2
+
+
+def test_class_names_with_separators_become_file_names(toy_args):
+    folder = train.main([*toy_args, "--forget", "C/V"])
+    assert (folder / "ToyAnimals" / "C%2FV.safetensors").is_file()
+
+
+def test_the_papers_ablation(toy_args):
+    folder = train.main([*toy_args, "--forget", "cat", "FORGET.TERMS", "('forget','weight')"])
+    settings = logs_of(folder)["ToyAnimals"]["cat"]["solver"]["settings"]
+    assert settings["lamb_preserve"] == 0 and settings["lamb_weight"] == 0.02
+
+
+def test_config_order_and_the_papers_constants():
+    def config(*argv):
+        return train.setup_cfg(train.parse(["--dataset", "StanfordCars", *argv]))
+
+    from forgetting import LoraSettings
+    from trainers.forget_lora import lora_settings, paper_weights
+
+    cfg = config("--backbone", "RN50")
+    assert paper_weights(cfg) == {"lamb_forget": 1.3, "lamb_preserve": 0.4, "lamb_weight": 1.0}
+    assert (cfg.FORGET.RANK, cfg.FORGET.ALPHA, cfg.FORGET.NOISE_STD) == (5, 1.0, 0.5)
+    assert lora_settings(cfg) == LoraSettings()
+    assert paper_weights(config("--multiclass"))["lamb_preserve"] == 0.3
+    vit = paper_weights(config("--backbone", "ViT-B/16"))
+    assert vit["lamb_preserve"] == 0.25
+    assert paper_weights(config("--backbone", "ViT-B/32")) == vit
+    assert paper_weights(config("FORGET.LAMB_FORGET", "2"))["lamb_forget"] == 2.0
+    assert cfg.is_frozen()
+
+
+PAPER = {  # METHOD: lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
+    "StanfordCars": [(0.4, 1.3), (0.3, 1.1), (0.25, 1.3), (0.35, 1.1)],
+    "StanfordDogs": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.3), (0.35, 1.0)],
+    "Caltech101": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.3, 1.1)],
+    "OxfordFlowers": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.25, 1.1)],
+}
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+def test_weights_of_every_set_are_the_papers(dataset):
+    from trainers.forget_lora import paper_weights
+
+    found = []
+    for backbone in ("RN50", "ViT-B/16"):
+        for mode in ([], ["--multiclass"]):
+            argv = ["--dataset", dataset, "--backbone", backbone, *mode]
+            weights = paper_weights(train.setup_cfg(train.parse(argv)))
+            found.append((weights["lamb_preserve"], weights["lamb_forget"]))
+    assert found == PAPER[dataset]
