@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from yacs.config import CfgNode
 
 import trainers  # noqa: F401 (registers the methods)
+from clip.features import default_workers
 from engine import (
     TRAINER_REGISTRY,
     UserError,
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def extend_cfg(cfg: CfgNode) -> None:
     """Add this repository's keys to Dassl's."""
+    cfg.DATALOADER.NUM_WORKERS = default_workers()  # Dassl's 4 would crowd a small machine
     cfg.DATASET.TEMPLATE = ""  # evaluation prompt; empty: the data set's own
     cfg.FEATURES = CfgNode()
     cfg.FEATURES.DIR = ""  # bundles that somebody made: no model, no images

@@ -66,7 +66,7 @@ def build_bundle(
         [item.impath for item in items],
         root,
         batch_size,
-        _workers() if workers is None else workers,
+        default_workers() if workers is None else workers,
         progress,
     )
     bundle = FeatureBundle(
@@ -90,8 +90,8 @@ def build_bundle(
     return bundle
 
 
-def _workers() -> int:
-    """Two cores are better spent on the model than on a second process that loads images."""
+def default_workers() -> int:
+    """Processes that load images: none on two cores, which the model needs, else up to eight."""
     cores = os.cpu_count() or 1
     return 0 if cores <= 2 else min(8, cores - 1)
 

@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
         options = [text for action in self._actions for text in action.option_strings]
         if not start and rest.startswith("-"):
             raise unknown("option", rest.split()[0].split("=")[0], options)
+        if not start and rest:
+            message = f"unexpected argument {rest.split()[0]!r}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 import train
 from clip.bundle import FeatureBundle, bundle_path
 
+torch.set_num_threads(1)  # the tests' matrices are small: a second thread only waits
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BACKBONE = "ViT-B/32"
 TOY_CLASSES = {
