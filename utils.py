@@ -112,16 +112,19 @@ def _gains(df: pd.DataFrame) -> pd.Series:
 
 
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
-    """The frame for reading: percent, one pair of columns (before, after) for all other sets."""
+    """The frame for reading, in percent: accuracy before and after forgetting.
+
+    `class` is the forgotten class, `rest` the other classes of its set, `others` the mean over the
+    other data sets.
+    """
     others = [c.removeprefix("res_") for c in df.columns if c.startswith("res_")]
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
-    pairs = {"forgotten class": "cls", "rest of set": "full"}
-    for title, stem in pairs.items():
+    for title, stem in (("class", "cls"), ("rest", "full")):
         for when, suffix in (("before", "Noforget"), ("after", "forget")):
-            table[f"{title}, {when}"] = 100 * df[f"{stem}_{suffix}"]
+            table[f"{title} {when}"] = 100 * df[f"{stem}_{suffix}"]
     for when, stem in (("before", "full"), ("after", "res")):
         columns = [f"{stem}_{name}" for name in others]
-        table[f"other sets, {when}"] = 100 * df[columns].mean(axis=1) if columns else float("nan")
+        table[f"others {when}"] = 100 * df[columns].mean(axis=1) if columns else float("nan")
     return table
 
 
@@ -137,8 +140,9 @@ def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
     figure = Figure(figsize=(11, 1.4 + 0.34 * len(table)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     positions = range(len(table))
-    for axis, title in zip(axes, ("forgotten class", "rest of set", "other sets"), strict=True):
-        before, after = table[f"{title}, before"], table[f"{title}, after"]
+    titles = {"class": "forgotten class", "rest": "rest of its set", "others": "other sets"}
+    for axis, (stem, title) in zip(axes, titles.items(), strict=True):
+        before, after = table[f"{stem} before"], table[f"{stem} after"]
         axis.hlines(positions, before, after, color="0.75", linewidth=2, zorder=1)
         axis.scatter(before, positions, s=42, facecolors="white", edgecolors="#33638d", zorder=2)
         axis.scatter(after, positions, s=42, color="#c8553d", zorder=3)

@@ -249,8 +249,8 @@ def test_plot_and_summary(folder):
 
     df, _ = create_results(folder)
     table = summarise(df)
-    assert table["forgotten class, after"].tolist() == [10.0, 0.0]
-    assert table["other sets, before"].tolist() == [60.0, 60.0]
+    assert table["class after"].tolist() == [10.0, 0.0]
+    assert table["others before"].tolist() == [60.0, 60.0]
     path = plot_results(df, folder / "picture.png")
     with Image.open(path) as image:
         assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20)) > 50
