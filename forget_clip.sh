@@ -49,8 +49,9 @@ fi
 command -v "$PYTHON" >/dev/null 2>&1 || die "no Python at '$PYTHON'; run 'make venv' or set PYTHON"
 out=${OUT:-$here/results}/results$attempt
 
-trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exit 130' INT
+trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exit 130' INT TERM HUP
 failed=
+worked=
 for seed in $seeds; do
     for dataset in $datasets; do
         printf '== %s, %s, seed %s\n' "$dataset" "$arch" "$seed"
@@ -61,16 +62,19 @@ for seed in $seeds; do
             $flag "$@"
         status=$?
         [ $status -ne 130 ] || exit 130
-        [ $status -eq 0 ] || failed="$failed $dataset(seed $seed)"
+        if [ $status -eq 0 ]; then
+            case " $worked " in *" $seed "*) ;; *) worked="$worked $seed" ;; esac
+        else
+            failed="$failed $dataset(seed $seed)"
+        fi
     done
 done
 
 case $arch in RN*) rn=True ;; *) rn=False ;; esac
 case $multiclass in 1) multi=True ;; *) multi=False ;; esac
-for seed in $seeds; do
-    [ -f "$out/seed_$seed/logs.json" ] || continue
+for seed in $worked; do
     printf 'results: %s/seed_%s\n' "$out" "$seed"
-    printf 'load them: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
-        "$out" "$seed" "$rn" "$multi"
+    printf 'load them in %s: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
+        "$here" "$out" "$seed" "$rn" "$multi"
 done
 [ -z "$failed" ] || die "failed:$failed; see the messages above"

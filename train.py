@@ -117,8 +117,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     for file in (dataset_file, trainer_file):
         _merge(cfg, file, lambda file=file: cfg.merge_from_file(str(file)))
 
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    if not 0 <= args.seed < 2**32:  # numpy's range
+        raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     flags = {
         "DATASET.ROOT": args.root,
         "FEATURES.DIR": args.features,
@@ -161,7 +161,10 @@ def _merge(cfg: CfgNode, source: str | Path, merge) -> None:
         key = str(error.args[0]).split(":")[-1].strip().strip("'")
         raise unknown(f"config key ({source})", key, _keys(cfg)) from error
     except Exception as error:  # YAML has many kinds of error, and yacs raises bare ValueErrors
-        raise UserError(f"config ({source}): {' '.join(str(error).split())}") from error
+        hint = (
+            "; a tuple is written as \"('a', 'b')\" or \"('a',)\"" if "tuple" in str(error) else ""
+        )
+        raise UserError(f"config ({source}): {' '.join(str(error).split())}{hint}") from error
 
 
 def _float_where_float_stands(cfg: CfgNode, key: str, value: str) -> str:

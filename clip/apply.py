@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; move it or choose another OUT")
+    folder = out.absolute().parent
+    if not folder.is_dir():  # a typing error must not become a folder
+        raise UserError(f"no folder {folder} to write {out.name} into; make it first")
     try:
         adapter = load_adapter(args.adapter)
     except ProblemError as error:

@@ -130,10 +130,15 @@ class ImageSet(DatasetBase):
 def _demand_images(row: SetSpec, found: Found) -> None:
     lost = missing_images(found.split, found.images)
     if lost:
+        again = (
+            ""
+            if found.comparable
+            else f"; if they were removed on purpose, delete {row.made_split} and it is made anew"
+        )
         raise UserError(
             f"data set {row.name}: {len(lost)} of {len(found.split.paths())} images that the split "
             f"names are missing, first {found.images / lost[0]}; "
-            f"`python -m datasets.check` lists them, DATASETS.md says where they come from"
+            f"`python -m datasets.check` lists them, DATASETS.md says where they come from{again}"
         )
 
 

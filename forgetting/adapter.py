@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,15 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
         name: getattr(adapter, name).detach().to("cpu", torch.float32).contiguous()
         for name in ("left", "right")
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
-    os.close(handle)
+    # Not made by tempfile: its files are private (0600) and would stay so after the rename.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT, **metadata})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_adapter(path: str | Path) -> Adapter:

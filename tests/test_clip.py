@@ -178,7 +178,7 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(monkeypatch, tmp_path / "tiny", width=64)
-    weights, out = tmp_path / "w.pt", tmp_path / "new" / "out.pt"
+    weights, out = tmp_path / "w.pt", tmp_path / "out.pt"
     torch.save(openai_state_dict("mini"), weights)
     cache = tmp_path / "cache"
     source = ClipSource("mini", weights, cache, "cpu")

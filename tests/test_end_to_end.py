@@ -46,9 +46,9 @@ def test_mini_from_the_shell_to_a_data_frame(tmp_path, monkeypatch):
     arguments = ["7", "0", "MiniDigits, MiniShapes", "mini", "0"]
     done = run_driver(tmp_path / "out", *arguments)
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("load them: "))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("load them in "))
     namespace: dict = {}
-    exec(line.removeprefix("load them: "), namespace)
+    exec(line.split(": ", 1)[1], namespace)
     df, args = namespace["df"], namespace["args"]
     assert set(df.ds) == {"MiniDigits", "MiniShapes"} and len(df) >= 6
     assert args.backbone == "mini" and args.multiclass is False

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from engine import SimpleTrainer
 from evaluation.results import check_folder, is_done, join_label, label_file, merge_entry
 from evaluation.zero_shot import evaluate_classes, evaluate_set
 from forgetting import Adapter, projection_sha256, save_adapter
-from trainers.plan import Plan, make_plan
+from trainers.plan import Plan, check_names, make_plan
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,16 @@ class ForgetTrainer(SimpleTrainer):
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        check_names(cfg)
+        cls.check_settings(cfg)
         plan = make_plan(cfg)
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
         check_folder(cfg.OUTPUT_DIR, plan.dataset, identity)
         return plan
+
+    @classmethod
+    def check_settings(cls, cfg) -> None:
+        """A method's own constants; raises UserError for impossible ones."""
 
     def check_cfg(self, cfg) -> None:
         """Dassl's hook, called before anything is built."""
@@ -167,7 +175,8 @@ class ForgetTrainer(SimpleTrainer):
         dataset, label = self.plan.dataset, join_label(classes)
         print(f"forgetting {dataset} / {label}")
         started = time.perf_counter()
-        solved = self.solve(classes, self._generator(label))
+        with one_thread():
+            solved = self.solve(classes, self._generator(label))
         seconds = time.perf_counter() - started
         self.model.left, self.model.right = solved.left, solved.right
         factors = (solved.left.cpu(), solved.right.cpu())
@@ -191,9 +200,11 @@ class ForgetTrainer(SimpleTrainer):
         )
         save_adapter(adapter, path)
         report["adapter"] = str(path.relative_to(folder))
+        model_path = path.with_suffix(".pt")
+        if model_path.exists():  # of the adapter that --overwrite just replaced
+            model_path.unlink()
+            print(f"  removed {model_path}: it belonged to the adapter that was replaced")
         if self.cfg.FORGET.SAVE_MODEL:
-            model_path = path.with_suffix(".pt")
-            model_path.unlink(missing_ok=True)  # remade with the adapter beside it
             save_full_model(self.source, adapter.delta(), model_path)
         entry = {
             "final_results": self._accuracies(classes, factors),
@@ -246,6 +257,24 @@ class ForgetTrainer(SimpleTrainer):
                 for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
             )
             print(f"  {name}: {shown} ({seconds:.2f} s)")
+            left, had = after[name]["cls_acc_test"], before[name]["cls_acc_test"]
+            if left and left > had / 2:
+                print(f"  {name}: more than half of its accuracy is left: not forgotten")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Solve on one CPU thread.
+
+    The matrices of a solve are small: a second thread gains little on an idle machine, waits in a
+    spin on a busy one (tenfold times were seen), and would tie the last digits to the core count.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _percent(fraction: float | None) -> str:

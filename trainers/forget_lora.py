@@ -12,7 +12,6 @@ from engine import TRAINER_REGISTRY, UserError, unknown
 from evaluation.zero_shot import class_embeddings
 from forgetting import ForgetProblem, LoraSettings, ProblemError, empty_target, solve_lora
 from trainers.base import ForgetTrainer, Solved
-from trainers.plan import Plan
 
 TERMS = ("forget", "preserve", "weight")
 BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
@@ -25,12 +24,10 @@ class ForgetLoRA(ForgetTrainer):
     name = "lora"
 
     @classmethod
-    def preflight(cls, cfg) -> Plan:
-        """Refuse weights and constants that are missing or impossible, too."""
-        plan = super().preflight(cfg)
+    def check_settings(cls, cfg) -> None:
+        """Refuse weights and constants that are missing or impossible."""
         paper_weights(cfg)
         lora_settings(cfg)
-        return plan
 
     def check_cfg(self, cfg) -> None:
         super().check_cfg(cfg)
@@ -114,15 +111,18 @@ def paper_weights(cfg) -> dict[str, float]:
     for term in cfg.FORGET.TERMS:
         if term not in TERMS:
             raise unknown("loss term in FORGET.TERMS", term, TERMS)
+    missing = [key for key in ("LAMB_FORGET", "LAMB_PRESERVE") if cfg.FORGET[key] is None]
+    missing = [key for key in missing if key not in table or table[key] is None]
+    if missing:
+        raise UserError(
+            f"no {' and '.join(missing)} for {cfg.MODEL.BACKBONE.NAME} ({mode}) in the config of "
+            f"{cfg.DATASET.NAME} (FORGET.WEIGHTS); add them there or pass "
+            + " ".join(f"FORGET.{key} NUMBER" for key in missing)
+        )
     weights = {}
     for term in TERMS:
         key = f"LAMB_{term.upper()}"
         value = table.get(key) if cfg.FORGET[key] is None else cfg.FORGET[key]
-        if value is None:
-            raise UserError(
-                f"no {key} for {cfg.MODEL.BACKBONE.NAME} ({mode}) in the config of "
-                f"{cfg.DATASET.NAME} (FORGET.WEIGHTS); add it there or pass FORGET.{key} NUMBER"
-            )
         if not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise UserError(f"FORGET.{key} must be a number of 0 or more, got {value!r}")
         weights[f"lamb_{term}"] = float(value) if term in cfg.FORGET.TERMS else 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import datasets
 from clip.architectures import architecture
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
 from evaluation.results import SETTINGS
-from forget_cls import all_ds, forget_classes_all, mini_ds
 
 ALL = "all"
 
@@ -37,6 +37,7 @@ def make_plan(cfg) -> Plan:
         UserError: an architecture, data set, folder or class that is not there, with the nearest.
     """
     dataset, backbone = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME
+    lists = user_lists()
     if cfg.FEATURES.DIR:
         if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS:
             raise UserError(
@@ -47,22 +48,43 @@ def make_plan(cfg) -> Plan:
         others = [name for name in list_bundles(cfg.FEATURES.DIR, backbone) if name != dataset]
         absent: dict[str, str] = {}
     else:
-        architecture(backbone)
         classnames = datasets.load(dataset, cfg.DATASET.ROOT).classnames
-        group = mini_ds if dataset in mini_ds else all_ds
+        group = lists.mini_ds if dataset in lists.mini_ds else lists.all_ds
         states = datasets.available(cfg.DATASET.ROOT)
         wanted = [datasets.spec(name).name for name in group if name != dataset]
         others = [name for name in wanted if states[name] is None]
         absent = {name: states[name] for name in wanted if states[name] is not None}
-    classes = _classes(cfg, classnames)
+    classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
     return Plan(dataset, requests, others, absent)
 
 
-def _classes(cfg, classnames: list[str]) -> list[str]:
+def check_names(cfg) -> None:
+    """Refuse an unknown data set or architecture before any file of theirs is looked at."""
+    if not cfg.FEATURES.DIR:
+        architecture(cfg.MODEL.BACKBONE.NAME)
+        datasets.spec(cfg.DATASET.NAME)
+
+
+def user_lists() -> ModuleType:
+    """The lists of forget_cls.py, which users edit by hand; UserError if it does not read."""
+    try:
+        import forget_cls
+
+        for name, kind in {"all_ds": list, "mini_ds": list, "forget_classes_all": dict}.items():
+            if not isinstance(getattr(forget_cls, name, None), kind):
+                raise UserError(f"forget_cls.py: {name} must be a {kind.__name__}")
+    except SyntaxError as error:
+        raise UserError(f"forget_cls.py, line {error.lineno}: {error.msg}") from error
+    except NameError as error:
+        raise UserError(f"forget_cls.py: {error}; names of classes stand in quotes") from error
+    return forget_cls
+
+
+def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[str]:
     """The class names to forget, as the data set spells them."""
     dataset = cfg.DATASET.NAME
-    asked = list(cfg.FORGET.CLASSES) or forget_classes_all.get(dataset, [])
+    asked = list(cfg.FORGET.CLASSES) or listed.get(dataset, [])
     if not asked:
         raise UserError(
             f"no class of {dataset} to forget: add it to forget_cls.py or use --forget NAME"
