@@ -161,10 +161,10 @@ def _merge(cfg: CfgNode, source: str | Path, merge) -> None:
         key = str(error.args[0]).split(":")[-1].strip().strip("'")
         raise unknown(f"config key ({source})", key, _keys(cfg)) from error
     except Exception as error:  # YAML has many kinds of error, and yacs raises bare ValueErrors
-        hint = (
-            "; a tuple is written as \"('a', 'b')\" or \"('a',)\"" if "tuple" in str(error) else ""
-        )
-        raise UserError(f"config ({source}): {' '.join(str(error).split())}{hint}") from error
+        text = " ".join(str(error).split())
+        if "tuple" in text:
+            text += "; a tuple is written as \"('a', 'b')\" or \"('a',)\""
+        raise UserError(f"config ({source}): {text}") from error
 
 
 def _float_where_float_stands(cfg: CfgNode, key: str, value: str) -> str:

@@ -208,6 +208,24 @@ def test_torn_logs_are_refused_and_kept_aside(tmp_path, toy_args, refused):
     assert aside.read_text() == '{"ToyAnimals": {"ca'
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all_ds = [", r"forget_cls\.py, line 1: '\[' was never closed"),
+        ("all_ds = [Dogs]", r"forget_cls\.py: name 'Dogs' is not defined"),
+        ("all_ds = []; mini_ds = []", r"forget_cls\.py: forget_classes_all must be a dict"),
+    ],
+)
+def test_a_mistake_in_forget_cls_is_one_line(
+    text, message, tmp_path, toy_args, refused, monkeypatch
+):
+    (tmp_path / "forget_cls.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
+    assert re.search(message, refused(toy_args))
+    monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
+
+
 def run_train(argv: list[str], **options) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "train.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, **options)
