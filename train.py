@@ -94,8 +94,23 @@ def extend_cfg(cfg: CfgNode) -> None:
     cfg.FORGET.RANK = 5
     cfg.FORGET.ALPHA = 1.0
     cfg.FORGET.NOISE_STD = 0.5
+    # empty, opposite, orthogonal, specific, text:TEXT or vector:FILE; "": the method's own
+    cfg.FORGET.TARGET = ""
+    cfg.FORGET.BETA = 0.1  # of the targets opposite and specific: how far beyond zero
+    cfg.FORGET.PROMPTS = ""  # JSON file, class name -> texts; "": forget_prompts of forget_cls.py
     cfg.TRAINER.FORGETLORA = CfgNode(
         {name.upper(): value for name, value in asdict(LoraSettings()).items()}
+    )
+    cfg.TRAINER.FORGETEXACT = CfgNode(
+        {
+            "OBJECTIVE": "constrained",
+            "OWN": 1.0,
+            "VOCABULARY": 0.01,
+            "OTHERS": 0.1,
+            "MU": 5e-6,
+            "SHARED": 0.5,
+            "SIMILARITY": 0.95,
+        }
     )
 
 

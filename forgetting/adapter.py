@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from forgetting.problem import ProblemError
@@ -36,6 +37,8 @@ class Adapter:
         backbone, weights: architecture and SHA-256 (or origin) of the checkpoint that holds `W`.
         dataset, classes: what was forgotten.
         trainer: the method; settings and solver: its constants and its report, JSON values only.
+        recipe, tensors: what `forgetting.compose` needs to solve again together with other
+            adapters, JSON values and tensors of any dtype; empty if the method cannot.
     """
 
     left: Tensor
@@ -48,6 +51,8 @@ class Adapter:
     trainer: str
     settings: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
@@ -68,7 +73,7 @@ class Adapter:
         return projection + self.delta().to(projection)
 
 
-# Everything but the two tensors travels as metadata; JSON keeps lists and dictionaries whole.
+# Everything but the tensors travels as metadata; JSON keeps lists and dictionaries whole.
 _METADATA = (
     "projection_sha256",
     "backbone",
@@ -81,24 +86,46 @@ _METADATA = (
 )
 
 
+# What further tensors are called in the file: apart from `left` and `right`, whatever their name.
+_PREFIX = "recipe."
+
+
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
+    """Write a safetensors file, which appears whole or not at all; missing folders are made.
+
+    Raises:
+        ProblemError: the place cannot be written.
+    """
+    path = Path(path)
+    # Made neither by tempfile nor by safetensors' save_file: their files are private (0600).
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(save(tensors, metadata=metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ProblemError(f"cannot write {path} ({error})") from error
+    finally:
+        with suppress(OSError):  # gone already, or in a folder that is none
+            temporary.unlink()
+
+
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
     """Write an adapter as safetensors; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: json.dumps(getattr(adapter, name)) for name in _METADATA}
     tensors = {
         name: getattr(adapter, name).detach().to("cpu", torch.float32).contiguous()
         for name in ("left", "right")
     }
-    # Not made by tempfile: its files are private (0600) and would stay so after the rename.
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, **metadata})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if adapter.recipe:
+        metadata["recipe"] = json.dumps(adapter.recipe)
+        for name, tensor in adapter.tensors.items():
+            # A copy of its own: safetensors refuses tensors that share memory.
+            tensors[_PREFIX + name] = tensor.detach().cpu().clone().contiguous()
+    write_tensors(tensors, {"format": FORMAT, **metadata}, path)
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -117,6 +144,12 @@ def load_adapter(path: str | Path) -> Adapter:
                 )
             tensors = {name: file.get_tensor(name) for name in ("left", "right")}
             fields = {name: json.loads(metadata[name]) for name in _METADATA}
+            recipe = json.loads(metadata.get("recipe", "{}"))
+            further = {
+                name.removeprefix(_PREFIX): file.get_tensor(name)
+                for name in list(file.keys())
+                if name.startswith(_PREFIX)
+            }
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ProblemError(f"{path}: not a readable adapter ({error})") from error
     left, right = tensors["left"], tensors["right"]
@@ -124,6 +157,6 @@ def load_adapter(path: str | Path) -> Adapter:
         raise ProblemError(
             f"{path}: factors of shapes {tuple(left.shape)}, {tuple(right.shape)} do not multiply"
         )
-    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-        raise ProblemError(f"{path}: the factors hold NaN or infinite values")
-    return Adapter(left=left, right=right, **fields)
+    if not all(torch.isfinite(tensor).all() for tensor in (left, right, *further.values())):
+        raise ProblemError(f"{path}: the factors or the recipe hold NaN or infinite values")
+    return Adapter(left=left, right=right, recipe=recipe, tensors=further, **fields)

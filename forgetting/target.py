@@ -58,3 +58,60 @@ def empty_target(
         f"{MAX_DRAWS} noisy empty prompts all lie nearest to a class to forget; "
         "forget fewer classes at once"
     )
+
+
+def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> Tensor:
+    """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
+
+    Another text h with share s(h) of the change becomes `h W - s (1 + beta) h_f W`. With the
+    paper's target, of norm 1 beside embeddings of norm 10, a synonym with s = 0.8 keeps its
+    direction; here it loses it. beta = 0 removes the text's embedding, 0.1 to 0.3 also carries
+    over to other words for it; near 1 the larger change harms others two to four times as much.
+
+    Raises:
+        ProblemError: beta is not a number of 0 or more.
+    """
+    if not 0 <= beta < float("inf"):
+        raise ProblemError(f"beta must be a number of 0 or more, got {beta}")
+    return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
+
+
+def specific_target(
+    forget_hidden: Tensor,
+    projection: Tensor,
+    gram: Tensor,
+    lam: float,
+    beta: float,
+) -> Tensor:
+    """Turn round only what is specific to a text: `P = e - (1 + beta) (e r / r r) r`, (k, d).
+
+    `e = h_f W` is split by ridge regression on what is retained: with `T = W^T G W`, the statistics
+    of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
+    direction goes, and a little of its opposite comes (beta); what the text shares with others (all
+    CLIP texts share most of their length) stays. The smaller change harms names that nobody
+    retained about half as much as `opposite_target`, at a smaller margin for the forgotten class.
+    A large `lam` gives `opposite_target`.
+
+    Args:
+        gram: `G`, (w, w), the weighted statistics of what is retained beside the text.
+        lam: in units of the squared length of an embedding times the weights' sum.
+    """
+    w, g = projection.double(), gram.double()
+    shared = w.T @ g @ w  # (d, d)
+    e = forget_hidden.double() @ w  # (k, d)
+    matrix = shared / lam + torch.eye(len(shared), dtype=torch.float64, device=shared.device)
+    r = torch.linalg.solve(matrix, e.T).T  # (k, d)
+    return e - (1 + beta) * (e * r).sum(1, keepdim=True) / (r * r).sum(1, keepdim=True) * r
+
+
+def orthogonal_target(texts: Tensor, count: int) -> Tensor:
+    """The direction that texts use least, at unit norm, repeated `count` times: (count, d).
+
+    It is orthogonal to the span of `texts` where that leaves a dimension over. Other words for a
+    forgotten class that move only part of the way keep part of their direction.
+
+    Args:
+        texts: (n, d), text embeddings of all that is named: classes and retained names.
+    """
+    _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
+    return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)

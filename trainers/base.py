@@ -26,6 +26,7 @@ from evaluation.results import check_folder, is_done, join_label, label_file, me
 from evaluation.zero_shot import evaluate_classes, evaluate_set
 from forgetting import Adapter, projection_sha256, save_adapter
 from trainers.plan import Plan, check_names, make_plan
+from trainers.texts import Request, check_target, make_request, make_target, read_prompts
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class ForgetTrainer(SimpleTrainer):
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check_names(cfg)
+        check_target(cls.target_kind(cfg))
+        read_prompts(cfg)
         cls.check_settings(cfg)
         plan = make_plan(cfg)
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
@@ -78,6 +81,7 @@ class ForgetTrainer(SimpleTrainer):
     def check_cfg(self, cfg) -> None:
         """Dassl's hook, called before anything is built."""
         self.plan = self.preflight(cfg)
+        self.prompts = read_prompts(cfg)
 
     def build_data_loader(self) -> None:
         """The bundle of the set, those of the other sets, and Dassl's names for the classes."""
@@ -128,6 +132,10 @@ class ForgetTrainer(SimpleTrainer):
     def solver_settings(self) -> dict[str, Any]:
         """The constants that make two solves the same, JSON values only; kept in the logs."""
         raise NotImplementedError(f"{type(self).__name__} must say what its solver depends on")
+
+    def with_recipe(self, adapter: Adapter) -> Adapter:
+        """The adapter with what composing needs, for methods whose answers compose."""
+        return adapter
 
     def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
         """Forget `classes` at once, from the original model."""
@@ -198,7 +206,7 @@ class ForgetTrainer(SimpleTrainer):
             **{key: settings[key] for key in ("backbone", "weights", "trainer")},
             settings=settings,
         )
-        save_adapter(adapter, path)
+        save_adapter(self.with_recipe(adapter), path)
         report["adapter"] = str(path.relative_to(folder))
         model_path = path.with_suffix(".pt")
         if model_path.exists():  # of the adapter that --overwrite just replaced
@@ -234,6 +242,32 @@ class ForgetTrainer(SimpleTrainer):
             name for name, key in zip(self.bundle.retain_names, keys, strict=True) if key in leaving
         ]
         return self.bundle.retain_hidden[stay].to(self.device), dropped
+
+    def text_settings(self) -> dict[str, Any]:
+        """What the texts and targets of a request depend on, for `solver_settings`."""
+        kind = self.target_kind(self.cfg)
+        settings: dict[str, Any] = {"target": kind}
+        if kind == "empty":
+            settings["noise_std"] = float(self.cfg.FORGET.NOISE_STD)
+        if kind in ("opposite", "specific"):
+            settings["beta"] = float(self.cfg.FORGET.BETA)
+        if self.prompts:
+            settings["prompts"] = self.prompts
+        return settings
+
+    def request(self, classes: list[str]) -> Request:
+        """The texts that stand for `classes`."""
+        return make_request(self.cfg, self.bundle, self.source, classes, self.prompts)
+
+    def target(self, request: Request, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Where they are sent: (k, d), and how often noise was drawn for it."""
+        kind = self.target_kind(self.cfg)
+        return make_target(self.cfg, kind, self.bundle, self.source, request, generator)
+
+    @classmethod
+    def target_kind(cls, cfg) -> str:
+        """`FORGET.TARGET`, or what the method takes if it is empty."""
+        return cfg.FORGET.TARGET or "empty"
 
     def _generator(self, label: str) -> torch.Generator:
         """Random numbers of one request: the same in a resumed run, whatever ran before."""

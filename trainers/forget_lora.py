@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from engine import TRAINER_REGISTRY, UserError, unknown
-from evaluation.zero_shot import class_embeddings
-from forgetting import ForgetProblem, LoraSettings, ProblemError, empty_target, solve_lora
+from forgetting import ForgetProblem, LoraSettings, ProblemError, solve_lora
+from forgetting.exact import auto_lamb_forget
 from trainers.base import ForgetTrainer, Solved
+from trainers.texts import Request
 
 TERMS = ("forget", "preserve", "weight")
+AUTO = "auto"
 BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
 
 
@@ -38,33 +41,19 @@ class ForgetLoRA(ForgetTrainer):
         """The paper's constants of this run."""
         return {
             **self.weights,
+            **self.text_settings(),
             "rank": self.cfg.FORGET.RANK,
             "alpha": float(self.cfg.FORGET.ALPHA),
-            "noise_std": float(self.cfg.FORGET.NOISE_STD),
             **asdict(self.settings),
         }
 
     def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
         """The paper's problem for `classes`, descended; the report holds every trial."""
-        bundle = self.bundle
-        labels = [bundle.classnames.index(name) for name in classes]
         retain_hidden, dropped = self.retained(classes)
-        target, draws = empty_target(
-            bundle.neutral_hidden,
-            bundle.text_projection,
-            class_embeddings(bundle),
-            labels,
-            generator,
-            self.cfg.FORGET.NOISE_STD,
-        )
-        problem = ForgetProblem(
-            projection=self.model.projection,
-            forget_hidden=bundle.forget_hidden[labels].to(self.device),
-            retain_hidden=retain_hidden,
-            target=target.to(self.device),
-            rank=self.cfg.FORGET.RANK,
-            alpha=float(self.cfg.FORGET.ALPHA),
-            **self.weights,
+        request = self.request(classes)
+        target, draws = self.target(request, generator)
+        problem = paper_problem(
+            self.cfg, self.weights, self.model.projection, request, retain_hidden, target
         )
         with tqdm(unit="step", leave=False) as bar:
 
@@ -89,7 +78,8 @@ class ForgetLoRA(ForgetTrainer):
                 {key: value for key, value in asdict(trial).items() if key != "history"}
                 for trial in solution.trials
             ],
-            "target": "empty",
+            "texts": request.texts,
+            "target": self.target_kind(self.cfg),
             "target_draws": draws,
             "retained": len(retain_hidden),
             "left_retain_set": dropped,
@@ -97,10 +87,36 @@ class ForgetLoRA(ForgetTrainer):
         return Solved(solution.left, solution.right, report)
 
 
-def paper_weights(cfg) -> dict[str, float]:
+def paper_problem(
+    cfg,
+    weights: dict[str, float | str],
+    projection: Tensor,
+    request: Request,
+    retain_hidden: Tensor,
+    target: Tensor,
+) -> ForgetProblem:
+    """The paper's problem on the projection's device; "auto" as lamb_forget goes just above c*."""
+    numbers = {name: 1.0 if value == AUTO else float(value) for name, value in weights.items()}
+    problem = ForgetProblem(
+        projection=projection,
+        forget_hidden=request.hidden.to(projection),
+        retain_hidden=retain_hidden.to(projection),
+        target=target.to(projection),
+        rank=cfg.FORGET.RANK,
+        alpha=float(cfg.FORGET.ALPHA),
+        **numbers,
+    )
+    if AUTO in weights.values():
+        problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
+    return problem
+
+
+def paper_weights(cfg) -> dict[str, float | str]:
     """The three weights: the command line's, else the data set's for this backbone and mode.
 
-    A term that `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
+    `FORGET.LAMB_FORGET auto` stands for a value just above c*, where texts reach their target (see
+    `forgetting.exact.thresholds`). A term that `FORGET.TERMS` leaves out has weight zero (the
+    paper's ablation).
 
     Raises:
         UserError: no weight, or an impossible one, or an unknown term.
@@ -123,9 +139,11 @@ def paper_weights(cfg) -> dict[str, float]:
     for term in TERMS:
         key = f"LAMB_{term.upper()}"
         value = table.get(key) if cfg.FORGET[key] is None else cfg.FORGET[key]
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        automatic = term == "forget" and value == AUTO
+        number = isinstance(value, int | float) and 0 <= value < float("inf")
+        if not automatic and not number:
             raise UserError(f"FORGET.{key} must be a number of 0 or more, got {value!r}")
-        weights[f"lamb_{term}"] = float(value) if term in cfg.FORGET.TERMS else 0.0
+        weights[f"lamb_{term}"] = value if term in cfg.FORGET.TERMS else 0.0
     return weights
 
 

@@ -1,0 +1,437 @@
+"""Forget A now and B next week, give A back later: unions solved again, from adapters alone.
+
+    python -m forgetting.compose A.safetensors B.safetensors --out AB.safetensors
+    python -m forgetting.compose AB.safetensors --without A.safetensors --out B.safetensors
+
+Adding two changes is wrong: each moves the other's texts. In the constrained form `K_0 = G + mu I`
+is the same for every request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again
+with any other, without G and without W (`solve_from_base`). The paper's objective has a mu that
+depends on the request; it is solved again from the retain statistics (`--statistics FILE`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from forgetting.adapter import Adapter, load_adapter, save_adapter
+from forgetting.constrained import Ridge, certify_constrained, solve_from_base
+from forgetting.exact import auto_lamb_forget, solve_exact
+from forgetting.problem import ForgetProblem, ProblemError
+from forgetting.statistics import RetainStatistics, square_root
+
+# Targets of one text that agree to this are one target: whoever made them may have used float32.
+SAME_TARGET = 1e-4
+# Every tensor of a recipe: which rows it has, and its width (None: a vector).
+COLUMNS = {
+    "forget_hidden": ("forget", "w"),
+    "displacement": ("forget", "d"),
+    "leaving_hidden": ("leaving", "w"),
+    "shares": ("leaving", None),
+}
+BASE_COLUMNS = {"forget_base": ("forget", "w"), "leaving_base": ("leaving", "w")}
+# What two recipes must have in common, apart from the base model and the method.
+SHARED = {
+    "constrained": ("statistics", "weights", "mu"),
+    "paper": (
+        *("statistics", "weights", "lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One class as it was forgotten: the grain in which requests are joined and given back.
+
+    Attributes:
+        dataset, name: of the class; tensors: see `recipe_tensors`.
+    """
+
+    dataset: str
+    name: str
+    tensors: dict[str, Tensor]
+
+
+def recipe_tensors(
+    ridge: Ridge | None,
+    forget_hidden: Tensor,
+    displacement: Tensor,
+    leaving: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What an adapter keeps of one class.
+
+    Texts are kept in float32, which is what CLIP made; the columns of `K_0^-1` and the
+    displacements in float64: with several prompts a class `H_f K^-1 H_f^T` is nearly singular, and
+    float32 would change the composed answer by 5e-6 (columns) or 1e-6 (displacements, which should
+    be computed in float64 as well). P is `displacement + H_f W`.
+
+    Args:
+        ridge: the constrained form's `K_0`; None for the paper's objective, which keeps no columns.
+        forget_hidden: `H_f`, (k, w), the class's texts; displacement: `D = P - H_f W`, (k, d).
+        leaving: (n, w), the texts in the retain statistics that leave them with this class, every
+            copy listed (also one that another class takes out too); shares: (n,), what each weighs
+            in G (`RetainStatistics.share`; 1 in the paper's unweighted sum).
+    """
+    h_f = forget_hidden.detach().cpu().float()
+    leaving = h_f[:0] if leaving is None else leaving.detach().cpu().float()
+    shares = h_f.new_zeros(0) if shares is None else shares.detach().cpu()
+    tensors = {
+        "forget_hidden": h_f,
+        "displacement": displacement.detach().cpu().double(),
+        "leaving_hidden": leaving,
+        "shares": shares.double(),
+    }
+    if len(h_f) != len(displacement) or len(leaving) != len(shares):
+        raise ProblemError(
+            f"{len(h_f)} texts with {len(displacement)} displacements and {len(leaving)} leaving "
+            f"texts with {len(shares)} shares make no recipe"
+        )
+    if ridge is not None:
+        for rows, name in ((h_f, "forget_base"), (leaving, "leaving_base")):
+            tensors[name] = ridge.solve(rows.to(ridge.gram.device)).T.cpu()  # (n, w) float64
+    return tensors
+
+
+def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part]) -> Adapter:
+    """The adapter with its recipe.
+
+    Args:
+        shared: `objective` ("constrained" or "paper") and that objective's keys in `SHARED`:
+            `statistics` is the SHA-256 of the retain statistics, `weights` their group weights
+            (None: the unweighted sum), `lamb_forget` a number or "auto".
+        parts: at least one, a class each; their order is kept.
+    """
+    index = [
+        {
+            "dataset": part.dataset,
+            "class": part.name,
+            "forget": len(part.tensors["forget_hidden"]),
+            "leaving": len(part.tensors["leaving_hidden"]),
+        }
+        for part in parts
+    ]
+    recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
+    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
+    return replace(adapter, recipe=recipe | {"parts": index}, tensors=tensors)
+
+
+def read_parts(adapter: Adapter, where: str) -> list[Part]:
+    """The classes of an adapter's recipe; `where` names the adapter in messages.
+
+    Raises:
+        ProblemError: the adapter has no recipe, or one that does not fit together.
+    """
+    if not adapter.recipe:
+        raise ProblemError(
+            f"{where}: an adapter of {adapter.trainer} without a recipe, which cannot be composed; "
+            "forget its classes again with TRAINER=ForgetExact"
+        )
+    try:
+        columns = COLUMNS | (BASE_COLUMNS if adapter.recipe["objective"] == "constrained" else {})
+        index = adapter.recipe["parts"]
+        totals = {kind: sum(part[kind] for part in index) for kind in ("forget", "leaving")}
+        widths = {"w": adapter.left.shape[0], "d": adapter.right.shape[1]}
+        for name, (kind, width) in columns.items():
+            expected = (totals[kind], *([widths[width]] if width else []))
+            if tuple(adapter.tensors[name].shape) != expected:
+                raise ValueError(f"{name}: {tuple(adapter.tensors[name].shape)}, not {expected}")
+        missing = [key for key in SHARED[adapter.recipe["objective"]] if key not in adapter.recipe]
+        if missing or not index:
+            raise ValueError(f"missing: {', '.join(missing or ['parts'])}")
+        pieces = {
+            name: adapter.tensors[name].split([part[kind] for part in index])
+            for name, (kind, _) in columns.items()
+        }
+        return [
+            Part(part["dataset"], part["class"], {name: pieces[name][i] for name in columns})
+            for i, part in enumerate(index)
+        ]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{where}: a recipe that does not fit together ({error})") from error
+
+
+@dataclass(frozen=True)
+class Composed:
+    """`Delta = left @ right`, left (w, p) orthonormal, right (p, d), float64, and a report."""
+
+    left: Tensor
+    right: Tensor
+    report: dict[str, Any]
+
+    @property
+    def delta(self) -> Tensor:
+        """(w, d) float64."""
+        return self.left @ self.right
+
+
+def solve_recipes(
+    shared: dict[str, Any], parts: Sequence[Part], statistics: RetainStatistics | None = None
+) -> Composed:
+    """Forget all parts at once.
+
+    Args:
+        shared: as in `with_recipe`.
+        parts: of any number of adapters. A text that several of them forget, or take out of the
+            retain statistics, counts once.
+        statistics: needed for the paper's objective; lets the constrained form's answer be
+            certified, which cannot be done without G.
+
+    Raises:
+        ProblemError: statistics that are missing or others, or one text with two targets.
+    """
+    rows = _union(parts)
+    h_f, d = rows["forget_hidden"].double(), rows["displacement"]
+    leaving = rows["leaving_hidden"].double()
+    gram = None
+    if statistics is not None:
+        if statistics.sha256 != shared["statistics"]:
+            raise ProblemError(
+                f"the adapters belong to the retain statistics {shared['statistics'][:12]}, "
+                f"not to the given ones ({statistics.sha256[:12]})"
+            )
+        weights = shared["weights"]
+        gram = statistics.plain() if weights is None else statistics.weighted(weights)
+        gram = gram - (leaving.T * rows["shares"]) @ leaving
+    if shared["objective"] == "constrained":
+        base_f, base_leaving = rows["forget_base"].T, rows["leaving_base"].T
+        left, right = solve_from_base(h_f, base_f, leaving, base_leaving, rows["shares"], d)
+        size = float(torch.linalg.matrix_norm(d))
+        missed = float(torch.linalg.matrix_norm((h_f @ left) @ right - d))
+        # tr Delta^T K Delta at the optimum, where K Delta = H_f^T right
+        report = {"objective": float((right * d).sum()), "residual": missed / size if size else 0.0}
+        if gram is not None:
+            report["gap"] = certify_constrained(gram, shared["mu"], h_f, d, left, right).gap
+    else:
+        if gram is None:
+            raise ProblemError(
+                "adapters of the paper's objective are solved again from the retain statistics: "
+                f"pass --statistics FILE, the one of sha256 {shared['statistics'][:12]}"
+            )
+        left, right, report = _solve_paper(shared, h_f, d, square_root(gram))
+    # Orthonormal columns lose nothing that matters when the factors are rounded to float32.
+    left, rotation = torch.linalg.qr(left)
+    return Composed(left, rotation @ right, report)
+
+
+def _solve_paper(
+    shared: dict[str, Any], h_f: Tensor, d: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The paper's objective with a square root of G; only D matters of W and P, so W is 0 here."""
+    auto = shared["lamb_forget"] == "auto"
+    problem = ForgetProblem(
+        projection=h_f.new_zeros(h_f.shape[1], d.shape[1]),
+        forget_hidden=h_f,
+        retain_hidden=rows,
+        target=d,
+        lamb_forget=1.0 if auto else shared["lamb_forget"],
+        **{key: shared[key] for key in ("lamb_preserve", "lamb_weight", "rank", "alpha")},
+    )
+    if auto:
+        problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
+    solution = solve_exact(problem)
+    report = {
+        "lamb_forget": problem.lamb_forget,
+        "branch": solution.branch,
+        "objective": solution.certificate.primal,
+        "gap": solution.certificate.gap,
+    }
+    return solution.left, solution.right, report
+
+
+def _union(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The rows of all parts, each text once."""
+    forget: list[tuple[int, int]] = []  # (part, row)
+    leaving: list[tuple[int, int]] = []
+    first: dict[bytes, tuple[int, int]] = {}
+    taken: Counter = Counter()
+    for i, part in enumerate(parts):
+        displacement = part.tensors["displacement"]
+        for j, row in enumerate(part.tensors["forget_hidden"]):
+            i0, j0 = first.setdefault(_bytes(row), (i, j))
+            if (i0, j0) == (i, j):
+                forget.append((i, j))
+            elif not _near(displacement[j], parts[i0].tensors["displacement"][j0]):
+                raise ProblemError(
+                    f"{parts[i0].name!r} and {part.name!r} send the same text to different targets"
+                )
+        # Copies of one text in the statistics are told apart by their number within a part.
+        own: Counter = Counter()
+        pairs = zip(part.tensors["leaving_hidden"], part.tensors["shares"], strict=True)
+        for j, (row, share) in enumerate(pairs):
+            key = (_bytes(row), float(share))
+            own[key] += 1
+            if own[key] > taken[key]:
+                leaving.append((i, j))
+        taken |= own
+    chosen = {"forget": forget, "leaving": leaving}
+    kinds = COLUMNS | BASE_COLUMNS
+    return {
+        name: torch.stack([parts[i].tensors[name][j] for i, j in chosen[kinds[name][0]]])
+        if chosen[kinds[name][0]]
+        else parts[0].tensors[name][:0]
+        for name in parts[0].tensors
+    }
+
+
+def _bytes(row: Tensor) -> bytes:
+    return row.contiguous().numpy().tobytes()
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= SAME_TARGET * a.norm())
+
+
+def compose(
+    adapters: dict[str, Adapter],
+    without: dict[str, Adapter] | None = None,
+    statistics: RetainStatistics | None = None,
+) -> Adapter:
+    """One adapter that forgets what all `adapters` forget, less what those in `without` forget.
+
+    Both are named by where they come from, for messages. A class that two adapters forget stays
+    forgotten until it was given back twice.
+
+    Raises:
+        ProblemError: no recipe; adapters that do not belong together; a class to be given back
+            that is not there; nothing is left.
+    """
+    everyone = adapters | (without or {})
+    parts_of = {where: read_parts(adapter, where) for where, adapter in everyone.items()}
+    (first_where, first), *others = everyone.items()
+    for where, adapter in others:
+        _check_fit(first, first_where, adapter, where)
+    parts = [part for where in adapters for part in parts_of[where]]
+    for where in without or {}:
+        for part in parts_of[where]:
+            _give_back(parts, part, where)
+    if not parts:
+        raise ProblemError("nothing is left to forget: use the original projection")
+    composed = solve_recipes(first.recipe, parts, statistics)
+    settings = [adapter.settings for adapter in adapters.values()]
+    result = replace(
+        first,
+        left=composed.left.float(),
+        right=composed.right.float(),
+        dataset=" + ".join(dict.fromkeys(part.dataset for part in parts)),
+        classes=list(dict.fromkeys(part.name for part in parts)),
+        settings={
+            key: value
+            for key, value in first.settings.items()
+            if all(key in other and other[key] == value for other in settings)
+        },
+        solver={"name": "compose", **composed.report},
+    )
+    return with_recipe(result, first.recipe, parts)
+
+
+def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
+    """Refuse two adapters that were not solved over the same `K_0` or with the same constants."""
+    compared = [
+        *((name, getattr(a, name), getattr(b, name)) for name in ("backbone", "trainer")),
+        ("text projection", a.projection_sha256, b.projection_sha256),
+        ("objective", a.recipe["objective"], b.recipe["objective"]),
+        *((key, a.recipe.get(key), b.recipe.get(key)) for key in SHARED[a.recipe["objective"]]),
+    ]
+    for name, ours, theirs in compared:
+        if ours != theirs:
+            if name in ("text projection", "statistics"):  # hashes
+                ours, theirs = ours[:12], theirs[:12]
+            raise ProblemError(
+                f"{name} differs: {ours!r} in {a_where}, {theirs!r} in {b_where}; only adapters "
+                "of one model, made in the same way, compose"
+            )
+
+
+def _give_back(parts: list[Part], part: Part, where: str) -> None:
+    """Take `part` out of the list `parts`."""
+    named = [i for i, p in enumerate(parts) if (p.dataset, p.name) == (part.dataset, part.name)]
+    for i in named:
+        if _same(parts[i], part):
+            del parts[i]
+            return
+    if named:
+        raise ProblemError(
+            f"{where}: {part.name!r} was forgotten in another way there (other texts or another "
+            "target) than in the adapters that it is to be taken out of"
+        )
+    left = ", ".join(repr(p.name) for p in parts) or "nothing"
+    raise ProblemError(f"{where}: forgets {part.name!r}, but what is composed forgets {left}")
+
+
+def _same(a: Part, b: Part) -> bool:
+    exact = ("forget_hidden", "leaving_hidden", "shares")
+    return all(torch.equal(a.tensors[name], b.tensors[name]) for name in exact) and _near(
+        a.tensors["displacement"], b.tensors["displacement"]
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ProblemError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; raises ProblemError with one line."""
+    parser = _Parser(
+        prog="python -m forgetting.compose",
+        description="Join adapters, or give classes back, by solving again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="ADAPTER",
+        help="adapter whose classes are given back; may be repeated",
+    )
+    parser.add_argument("--out", required=True, help="adapter to write; must not exist")
+    parser.add_argument(
+        "--statistics", help="file of retain statistics; needed for the paper's objective"
+    )
+    args = parser.parse_intermixed_args(argv)
+    out = Path(args.out)
+    if out.exists():
+        raise ProblemError(f"{out} exists and is not overwritten; move it or choose another --out")
+    if len(args.adapters) < 2 and not args.without:
+        raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
+    named = [*args.adapters, *args.without]
+    for path in named:
+        if named.count(path) > 1:
+            raise ProblemError(f"{path} is named twice")
+    adapters = {path: load_adapter(path) for path in named}
+    result = compose(
+        {path: adapters[path] for path in args.adapters},
+        {path: adapters[path] for path in args.without},
+        RetainStatistics.load(args.statistics) if args.statistics else None,
+    )
+    save_adapter(result, out)
+    report = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in result.solver.items()
+        if name != "name"
+    )
+    print(f"{out}: forgets {', '.join(result.classes)} of {result.dataset} ({report})")
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Exit status; a mistake is one line on stderr."""
+    try:
+        main(argv)
+    except (ProblemError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,303 @@
+"""The paper's objective, solved exactly: two scalar roots in the eigenbasis of the retained texts.
+
+With `lf`, `lp` the weights of the forget and preserve term, `lw = lamb_weight r / alpha`,
+`D = P - H_f W` and `G = H_r^T H_r`, write every norm as
+
+    ||x|| = min over e > 0 of (e + ||x||^2 / e) / 2
+
+and minimise over `Delta` first. What is left depends on the three `e` through two ratios only,
+
+    mu = (lw / lp) ||H_r Delta|| / ||Delta||    and    r = (lw / lf) ||D - H_f Delta|| / ||Delta||,
+
+and is the square root of
+
+    F2(mu, r) = (lf^2 r + lp^2 mu + lw^2) * <D, (A(mu) + r I)^-1 D>,
+    A(mu) = H_f (I + G / mu)^-1 H_f^T           (mu = 0: H_f N N^T H_f^T, N the kernel of G).
+
+A jointly convex function minimised over some of its arguments stays convex in the others, so F2 is
+quasi-convex in each ratio, and its minimum is found by one root inside another. There
+
+    Delta = (I + G / mu)^-1 H_f^T Z,    (A + r I) Z = D,    Y = (lw / ||Delta||) Z.
+
+`r = 0`: the texts land on P. `mu = 0` (the kernel branch): no retained text moves. `r` infinite:
+nothing moves. docs/exact.md has the derivation; METHOD's `rho` is `r / mu`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forgetting.certificate import Certificate, certify
+from forgetting.problem import ForgetProblem, ProblemError
+from forgetting.reduction import Reduced, Spectrum, best_ridge
+from forgetting.weightless import Weightless
+
+GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
+WARN_GAP = 1e-6
+AUTO_MARGIN = 1e-3  # `auto` goes this fraction above c*
+
+
+@dataclass(frozen=True)
+class ExactSolution:
+    """The optimum of a `ForgetProblem`, `Delta = left @ right`, with its proof.
+
+    Attributes:
+        left: (w, p), right: (p, d), float64, p <= min(k, rank of H_f).
+        branch: "generic", "kernel" (no retained text moves) or "none" (nothing moves).
+        mu: the ratio above; rho: `r / mu`, the ridge of METHOD's stationarity (0: texts reach P).
+        certificate: primal value, lower bound and relative gap.
+        y: (k, d), the multiplier; u_left (m, p) and u_right (p, d): the other one's factors.
+    """
+
+    left: Tensor
+    right: Tensor
+    branch: str
+    mu: float
+    rho: float
+    certificate: Certificate
+    y: Tensor
+    u_left: Tensor
+    u_right: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """(w, d) float64."""
+        return self.left @ self.right
+
+    def truncated(self, problem: ForgetProblem, rank: int) -> tuple[Tensor, Tensor, float]:
+        """The best approximation of rank at most `rank`, and what it costs.
+
+        Returns:
+            left (w, r), right (r, d), and the objective's relative rise over the exact optimum.
+        """
+        left, right = _compress(self.left, self.right, rank)
+        cut = certify(problem, left, right, self.y, self.u_left, self.u_right)
+        exact = self.certificate.primal
+        return left, right, (cut.primal - exact) / exact if exact > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where `lamb_forget` changes the answer: below `start` nothing moves, above `reach` (c*) the
+    texts land on their target; between them they stop on the way. For one text the two are equal.
+    `reach` is infinite if the target cannot be reached at all."""
+
+    start: float
+    reach: float
+
+
+def thresholds(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Thresholds:
+    """The values of `lamb_forget` at which texts start to move and at which they reach `P`.
+
+    Each is one scalar root. The `lamb_forget` of the problem itself plays no part.
+    """
+    reduced = _reduced(problem, spectrum)
+    if reduced.length == 0:
+        return Thresholds(0.0, 0.0)
+    start, _ = _start(reduced)
+    return Thresholds(start, max(start, _reach(reduced)))
+
+
+def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ExactSolution:
+    """The minimum of the paper's objective over all changes of the projection, and its proof.
+
+    Args:
+        problem: any k, m, w, d; the arithmetic is float64 on the problem's device.
+        spectrum: of `problem.retain_hidden`, to share it between problems; None computes it.
+
+    Returns:
+        The solution with its certificate. For weights within a factor 1e4 of each other (or zero)
+        and hidden states whose singular values span up to four decades the gap is at most 1e-9,
+        on CLIP's features about 1e-14. Beyond that the answer still carries its true gap, with a
+        warning if that is above 1e-6.
+    """
+    solution = _solve(problem, _reduced(problem, spectrum))
+    if solution.certificate.gap > GOOD_GAP:
+        precise = _reduced(problem, Spectrum(problem.retain_hidden, precise=True))
+        solution = min(solution, _solve(problem, precise), key=lambda s: s.certificate.gap)
+    if solution.certificate.gap > WARN_GAP:
+        warnings.warn(
+            f"the exact solver proves its answer to a relative gap of "
+            f"{solution.certificate.gap:.1e} only: badly scaled weights or hidden states",
+            stacklevel=2,
+        )
+    return solution
+
+
+def _reduced(problem: ForgetProblem, spectrum: Spectrum | None) -> Reduced:
+    if problem.lamb_preserve == 0:  # the retained texts play no part
+        spectrum = Spectrum(problem.retain_hidden[:0])
+    return Reduced(problem, spectrum or Spectrum(problem.retain_hidden))
+
+
+def auto_lamb_forget(problem: ForgetProblem, spectrum: Spectrum | None = None) -> float:
+    """The paper's retry loop in one step: `lamb_forget` just above c*, so that texts reach P.
+
+    Raises:
+        ProblemError: no weight is enough, because the target cannot be reached.
+    """
+    reach = thresholds(problem, spectrum).reach
+    if reach == float("inf"):
+        raise ProblemError(
+            "no lamb_forget takes the texts to their target: texts that repeat each other have "
+            "different targets, or there are more texts than dimensions; choose lamb_forget"
+        )
+    return (1 + AUTO_MARGIN) * reach
+
+
+def _start(reduced: Reduced) -> tuple[float, float]:
+    """The threshold below which nothing moves, and the mu at which the texts would start.
+
+    At large r, F2 = lf^2 |D|^2 + (price |D|^2 - lf^2 <D, A D>) / r: moving pays once lf^2 exceeds
+    the minimum over mu of price |D|^2 / <D, A D>.
+    """
+
+    if not len(reduced.d):
+        return float("inf"), 0.0
+    if reduced.lw == 0:
+        return Weightless(reduced).start, 0.0
+
+    mu = reduced.minimise_ratio(lambda mu: reduced.slope(mu, reduced.d))
+    strength = float((reduced.c * reduced.a(mu)).sum())
+    if strength <= 0:
+        return float("inf"), mu
+    return (reduced.price(mu) / strength) ** 0.5 * reduced.length, mu
+
+
+def _reach(reduced: Reduced) -> float:
+    """c*: the length of Y at r = 0, where the texts land on P; infinite if they cannot."""
+    if reduced.spread > 0:
+        return float("inf")
+    if reduced.lw == 0:
+        return Weightless(reduced).reach
+
+    def landing(mu: float) -> Tensor | None:
+        """Z (p, d) at r = 0; None where A is singular and P out of reach."""
+        root, info = torch.linalg.cholesky_ex(reduced.a(mu))
+        return None if info else torch.cholesky_solve(reduced.d, root)
+
+    def slope(mu: float) -> float:
+        z = landing(mu)
+        return -1.0 if z is None else reduced.slope(mu, z)
+
+    mu = reduced.minimise_ratio(slope)
+    z = landing(mu)
+    return (reduced.price(mu) * float(z.square().sum()) / float((z * reduced.d).sum())) ** 0.5
+
+
+def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
+    """One pass with a given factorisation."""
+    lf = problem.lamb_forget
+    if reduced.length == 0 or lf == 0:
+        return _answer(problem, reduced, None, 0.0, 0.0, 0.0, "none")
+    if reduced.lw == 0:
+        return _solve_weightless(problem, reduced)
+    start, mu_start = _start(reduced)
+    if lf <= start:
+        return _answer(problem, reduced, None, mu_start, float("inf"), 0.0, "none")
+
+    def slope(mu: float) -> float:
+        state = _State(reduced, mu, lf)
+        # Where moving does not pay F2 is flat; its minimum lies towards mu_start.
+        return state.slope if state.r < float("inf") else (1.0 if mu > mu_start else -1.0)
+
+    mu = reduced.minimise_ratio(slope)
+    state = _State(reduced, mu, lf)
+    left = reduced.change(mu)
+    scale = reduced.lw / float(torch.linalg.matrix_norm(left @ state.z))
+    branch = "generic" if mu > 0 or reduced.lp == 0 else "kernel"
+    return _answer(problem, reduced, state.z, mu, state.r, scale, branch)
+
+
+class _State:
+    """F2 at one mu, at the best r for it: that r, the solution Z (p, d) and the slope in mu."""
+
+    def __init__(self, reduced: Reduced, mu: float, lf: float) -> None:
+        a, rotation = torch.linalg.eigh(reduced.a(mu))  # (p,), (p, p)
+        a = a.clamp(min=0)
+        turned = rotation.T @ reduced.d  # (p, d)
+        self.r = best_ridge(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
+        if self.r < float("inf"):
+            self.z = rotation @ (turned / (a + self.r)[:, None])
+            self.slope = reduced.slope(mu, self.z)
+
+
+def _solve_weightless(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
+    """The answer without a weight term; not the only minimiser, but one of least rank."""
+    free, lf, h_r = Weightless(reduced), problem.lamb_forget, problem.retain_hidden.double()
+    rho = free.ridge(lf)
+    moved = rho < float("inf") and len(free.d) > 0
+    z = free.z(rho) if moved else torch.zeros_like(free.d)
+    target = free.free.T @ reduced.d  # (t, d)
+    shift = free.free.T @ reduced.inside @ (reduced.spectrum.vectors.T @ free.left) @ z  # (t, d)
+    left = torch.cat([free.left, free.free_left], dim=1)  # (w, p)
+    right = torch.cat([z, target - shift])  # (p, d)
+    if moved:
+        pull = float(torch.linalg.matrix_norm(h_r @ free.left @ z))
+        scale = problem.lamb_preserve / pull if pull > 0 else 0.0
+        y = reduced.rotation @ free.held @ (scale * z)
+        if rho > 0:
+            y = y + (scale / rho) * reduced.unreachable
+    elif free.length > 0:  # what is left stays where it is
+        y = (reduced.rotation @ free.held @ free.d + reduced.unreachable) * (lf / free.length)
+    else:
+        y = torch.zeros_like(reduced.unreachable)
+    # V has to vanish here; one step of refinement takes it from the rounding of G's inverse to that
+    # of its own terms.
+    basis, vectors = free.left, reduced.spectrum.vectors
+    if problem.lamb_preserve > 0:
+        rest = free.held.T @ reduced.rows - (_multiplier(problem, basis)).T @ h_r  # (p - t, w)
+        basis = basis + vectors @ ((rest @ vectors) / reduced.e).T
+    u_left = _multiplier(problem, basis)
+    u_right = free.held.T @ reduced.rotation.T @ y
+    branch = "generic" if moved else ("kernel" if len(free.free.T) else "none")
+    proof = certify(problem, left, right, y, u_left, u_right)
+    return ExactSolution(left, right, branch, 0.0, rho, proof, y, u_left, u_right)
+
+
+def _answer(
+    problem: ForgetProblem,
+    reduced: Reduced,
+    z: Tensor | None,
+    mu: float,
+    r: float,
+    scale: float,
+    branch: str,
+) -> ExactSolution:
+    """Factors, multipliers and certificate at (mu, r); `z` None if nothing moves."""
+    w, d = problem.projection.shape
+    if z is None:
+        left, right = reduced.rows.new_zeros(w, 0), reduced.rows.new_zeros(0, d)
+        whole = reduced.rotation @ reduced.d + reduced.unreachable  # D
+        y = whole * (problem.lamb_forget / reduced.length if reduced.length > 0 else 0.0)
+    else:
+        left, right = reduced.change(mu), z
+        y = reduced.rotation @ (scale * z)  # (k, d)
+        if r > 0:
+            y = y + (scale / r) * reduced.unreachable
+    # H_f^T Y = V + H_r^T U with V = mu (G + mu)^-1 H_f^T Y and U = H_r (G + mu)^-1 H_f^T Y.
+    basis = reduced.spectrum.vectors @ (reduced.inside / (reduced.e + mu)).T  # (w, p)
+    u_left = _multiplier(problem, basis)
+    u_right = reduced.rotation.T @ y  # (p, d)
+    proof = certify(problem, left, right, y, u_left, u_right)
+    rho = r / mu if mu > 0 else r
+    return ExactSolution(left, right, branch, mu, rho, proof, y, u_left, u_right)
+
+
+def _multiplier(problem: ForgetProblem, basis: Tensor) -> Tensor:
+    """Left factor (m, p) of U, `H_r` times `basis` (w, p); zero where U must vanish."""
+    left = problem.retain_hidden.double() @ basis
+    return left if problem.lamb_preserve > 0 else torch.zeros_like(left)
+
+
+def _compress(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors of rank at most `rank` of `left @ right` (Eckart and Young)."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    return q_left @ (u * s), vh @ q_right.T

@@ -1,0 +1,411 @@
+"""Compose and undo: unions from adapters alone equal the union solved at once, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from forgetting import (
+    Adapter,
+    ForgetProblem,
+    ProblemError,
+    load_adapter,
+    projection_sha256,
+    save_adapter,
+)
+from forgetting.compose import (
+    Part,
+    cli,
+    compose,
+    read_parts,
+    recipe_tensors,
+    solve_recipes,
+    with_recipe,
+)
+from forgetting.constrained import Ridge, solve_constrained
+from forgetting.exact import auto_lamb_forget, solve_exact
+from forgetting.statistics import RetainStatistics
+from tests.conftest import REPOSITORY
+
+REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip" / "ViT-B-32"
+EQUAL = 1e-6
+W, D = 24, 16
+NAMES = ["cat", "dog", "owl", "newt"]
+WEIGHTS = {"own": 1.0, "vocabulary": 0.1}
+PAPER = {"lamb_forget": 12.0, "lamb_preserve": 0.2, "lamb_weight": 0.05, "rank": 5, "alpha": 1.0}
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    a, b = a.double(), b.double()
+    return float(torch.linalg.matrix_norm(a - b) / torch.linalg.matrix_norm(b))
+
+
+class World:
+    """Four classes with two prompts each, a vocabulary with synonyms, and their statistics.
+
+    Vocabulary rows 0 to 3 are the class names again, row 4 means the same as "cat" and as "dog",
+    rows 5 and 6 hold one further synonym of "cat" twice.
+    """
+
+    mu = 1e-2
+
+    def __init__(self) -> None:
+        self.projection = normal(W, D, seed=1) / W**0.5
+        self.own = normal(len(NAMES), W, seed=2) * 4
+        self.prompts = self.own + normal(len(NAMES), W, seed=3) * 0.3
+        self.vocabulary = normal(40, W, seed=4) * 4
+        self.vocabulary[:4] = self.own
+        # Not in the span of what is forgotten: such a text moves with it, retained or not.
+        self.vocabulary[4] = (self.own[0] + self.own[1]) / 2 + normal(W, seed=6)
+        self.vocabulary[6] = self.vocabulary[5] = self.own[0] * 0.9 + normal(W, seed=5)
+        self.synonyms = {"cat": [0, 4, 5, 6], "dog": [1, 4], "owl": [2], "newt": [3]}
+        self.statistics = RetainStatistics(W)
+        self.statistics.update("own", self.own)
+        self.statistics.update("vocabulary", self.vocabulary)
+        self.ridge = Ridge(self.statistics.weighted(WEIGHTS), self.mu)
+
+    def texts(self, names):
+        labels = [NAMES.index(name) for name in names]
+        rows = torch.stack([self.own[labels], self.prompts[labels]], dim=1).flatten(0, 1)
+        return rows, -1.2 * (rows.double() @ self.projection.double())  # (2k, w), (2k, d)
+
+    def leaving(self, names, plain=False):
+        """Hidden states and shares of all that leaves, each member of the statistics once."""
+        labels = [NAMES.index(name) for name in names]
+        words = sorted({row for name in names for row in self.synonyms[name]})
+        rows = torch.cat([self.own[labels], self.vocabulary[words]])
+        shares = [1.0 if plain else self.statistics.share("own", WEIGHTS)] * len(labels)
+        shares += [1.0 if plain else self.statistics.share("vocabulary", WEIGHTS)] * len(words)
+        return rows, torch.tensor(shares, dtype=torch.float64)
+
+    def at_once(self, names):
+        """The reference, straight from the solver and the statistics."""
+        return solve_constrained(self.ridge, *self.texts(names), *self.leaving(names)).delta
+
+    def paper_at_once(self, names, lamb_forget=None):
+        h_f, d = self.texts(names)
+        rows, _ = self.leaving(names, plain=True)
+        gone = {row.numpy().tobytes() for row in rows}
+        everything = torch.cat([self.own, self.vocabulary])
+        stay = torch.stack([row for row in everything if row.numpy().tobytes() not in gone])
+        problem = ForgetProblem(
+            torch.zeros(W, D, dtype=torch.float64),
+            h_f.double(),
+            stay.double(),
+            d,
+            **PAPER | {"lamb_forget": lamb_forget or 1.0},
+        )
+        if lamb_forget is None:
+            problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
+        return solve_exact(problem).delta
+
+    def adapter(self, *names, objective="constrained", changed=None, **fields):
+        """What a trainer stores of one request."""
+        paper = objective == "paper"
+        parts = [
+            Part(
+                "Animals",
+                name,
+                recipe_tensors(
+                    None if paper else self.ridge,
+                    *self.texts([name]),
+                    *self.leaving([name], plain=paper),
+                ),
+            )
+            for name in names
+        ]
+        shared = {"objective": objective, "statistics": self.statistics.sha256}
+        shared |= PAPER | {"weights": None} if paper else {"weights": WEIGHTS, "mu": self.mu}
+        shared |= changed or {}
+        adapter = Adapter(
+            left=torch.zeros(W, 1),
+            right=torch.zeros(1, D),
+            projection_sha256=projection_sha256(self.projection),
+            backbone="RN50",
+            weights="abc",
+            dataset="Animals",
+            classes=list(names),
+            trainer="ForgetExact",
+            settings={"seed": 0, "template": "{}"},
+        )
+        return with_recipe(replace(adapter, **fields), shared, parts)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def files(world, tmp_path):
+    """Writes adapters; `files("cat")` is the path of one that forgets "cat"."""
+
+    def write(*names, file=None, **fields) -> str:
+        path = tmp_path / f"{file or '+'.join(names)}.safetensors"
+        save_adapter(world.adapter(*names, **fields), path)
+        return str(path)
+
+    return write
+
+
+def one_line(capsys, *argv) -> str:
+    assert cli(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_either_order_and_three_equal_the_union_at_once(world, files, tmp_path):
+    paths = {name: files(name) for name in ("cat", "dog", "owl")}
+    for order in [*permutations(("cat", "dog")), *permutations(("cat", "dog", "owl"))]:
+        out = tmp_path / f"out-{'-'.join(order)}.safetensors"
+        assert cli([*(paths[name] for name in order), "--out", str(out)]) == 0
+        result = load_adapter(out)
+        assert relative(result.delta(), world.at_once(order)) < EQUAL
+        assert result.classes == list(order) and result.dataset == "Animals"
+        assert result.solver["residual"] < 1e-9
+        assert result.settings == {"seed": 0, "template": "{}"}
+    # Step by step: what was composed composes further, and with a request of several classes.
+    pair, steps = tmp_path / "out-cat-dog.safetensors", tmp_path / "steps.safetensors"
+    assert cli([str(pair), paths["owl"], "--out", str(steps)]) == 0
+    assert relative(load_adapter(steps).delta(), world.at_once(["cat", "dog", "owl"])) < EQUAL
+    assert cli([files("dog", "owl"), paths["cat"], "--out", str(tmp_path / "mixed.st")]) == 0
+    mixed = load_adapter(tmp_path / "mixed.st")
+    assert relative(mixed.delta(), world.at_once(["cat", "dog", "owl"])) < EQUAL
+
+
+def test_giving_back_leaves_the_other_alone(world, files, tmp_path):
+    cat, dog, owl = (files(name) for name in ("cat", "dog", "owl"))
+    three = str(tmp_path / "three.st")
+    assert cli([cat, dog, owl, "--out", three]) == 0
+    for without, rest in (
+        ([cat], ["dog", "owl"]),
+        ([owl, cat], ["dog"]),
+        ([files("owl", "cat")], ["dog"]),  # a request of two classes, forgotten one by one
+    ):
+        out = tmp_path / f"without-{len(without)}-{len(rest)}-{without[0][-12:]}.st"
+        flags = [flag for path in without for flag in ("--without", path)]
+        assert cli([three, *flags, "--out", str(out)]) == 0
+        result = load_adapter(out)
+        assert relative(result.delta(), world.at_once(rest)) < EQUAL
+        assert result.classes == rest
+    # A is part of a request that was solved at once, too.
+    assert cli([files("cat", "dog"), "--without", cat, "--out", str(tmp_path / "b.st")]) == 0
+    assert relative(load_adapter(tmp_path / "b.st").delta(), world.at_once(["dog"])) < EQUAL
+
+
+def test_a_class_in_both_is_forgotten_once_and_stays_until_both_are_given_back(world):
+    a, b = world.adapter("cat"), world.adapter("cat", "dog")
+    both = compose({"a": a, "b": b})
+    assert relative(both.delta(), world.at_once(["cat", "dog"])) < EQUAL
+    assert both.classes == ["cat", "dog"]
+    rest = compose({"both": both}, {"a": a})
+    assert rest.classes == ["cat", "dog"]
+    assert relative(rest.delta(), world.at_once(["cat", "dog"])) < EQUAL
+    assert relative(compose({"rest": rest}, {"a": a}).delta(), world.at_once(["dog"])) < EQUAL
+
+
+def test_a_synonym_of_both_leaves_the_statistics_once(world):
+    """Negative control: with the shared synonym kept, or taken out twice, the answer is another."""
+    parts = read_parts(world.adapter("cat", "dog"), "ab")
+    shared = world.adapter("cat").recipe
+    union = world.at_once(["cat", "dog"])
+    assert relative(solve_recipes(shared, parts).delta, union) < EQUAL
+    rows, shares = world.leaving(["cat", "dog"])
+    index = [i for i, row in enumerate(rows) if torch.equal(row, world.vocabulary[4])]
+    assert len(index) == 1
+    kept = [i for i in range(len(rows)) if i not in index]
+    texts = world.texts(["cat", "dog"])
+    kept = solve_constrained(world.ridge, *texts, rows[kept], shares[kept]).delta
+    assert relative(kept, union) > 1e-4
+    rows, shares = torch.cat([rows, rows[index]]), torch.cat([shares, shares[index]])
+    twice = solve_constrained(world.ridge, *texts, rows, shares).delta
+    assert relative(twice, union) > 1e-4
+
+
+def test_adding_two_changes_is_not_the_union(world):
+    union = world.at_once(["cat", "dog"])
+    assert relative(world.at_once(["cat"]) + world.at_once(["dog"]), union) > 0.01
+
+
+def test_statistics_certify_the_union(world, files, tmp_path):
+    path, out = tmp_path / "statistics.st", tmp_path / "ab.st"
+    world.statistics.save(path)
+    argv = [files("cat"), files("dog"), "--out", str(out), "--statistics", str(path)]
+    assert cli(argv) == 0
+    assert load_adapter(out).solver["gap"] < 1e-9
+
+
+@pytest.mark.parametrize("lamb_forget", [12.0, "auto"])
+def test_papers_objective_with_its_statistics(world, files, tmp_path, capsys, lamb_forget):
+    fields = {"objective": "paper", "changed": {"lamb_forget": lamb_forget}}
+    cat, dog = (files(name, **fields) for name in ("cat", "dog"))
+    path, out, back = (str(tmp_path / name) for name in ("statistics.st", "ab.st", "b.st"))
+    assert "pass --statistics FILE" in one_line(capsys, cat, dog, "--out", out)
+    world.statistics.save(path)
+    number = None if lamb_forget == "auto" else lamb_forget
+    union = world.paper_at_once(["cat", "dog"], number)
+    assert float(union.norm()) > 0.1
+    assert cli([cat, dog, "--out", out, "--statistics", path]) == 0
+    result = load_adapter(out)
+    assert relative(result.delta(), union) < EQUAL and result.solver["gap"] < 1e-9
+    assert cli([out, "--without", cat, "--out", back, "--statistics", path]) == 0
+    alone = world.paper_at_once(["dog"], number)
+    assert relative(load_adapter(back).delta(), alone) < EQUAL
+    # Negative control.
+    assert relative(world.paper_at_once(["cat"], number) + alone, union) > 0.01
+
+
+def test_other_statistics_are_refused(world, files, tmp_path, capsys):
+    other = RetainStatistics(W)
+    other.update("own", world.own[1:])
+    other.save(tmp_path / "other.st")
+    argv = [files("cat"), files("dog"), "--out", str(tmp_path / "ab.st")]
+    message = one_line(capsys, *argv, "--statistics", str(tmp_path / "other.st"))
+    assert other.sha256[:12] in message and world.statistics.sha256[:12] in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({"projection_sha256": "f" * 64}, ["text projection", "ffffffffffff"]),
+        ({"backbone": "ViT-B/32"}, ["backbone", "'RN50'", "'ViT-B/32'"]),
+        ({"trainer": "Other"}, ["trainer", "'ForgetExact'", "'Other'"]),
+        ({"objective": "paper"}, ["objective", "'constrained'", "'paper'"]),
+        ({"changed": {"statistics": "e" * 64}}, ["statistics", "eeeeeeeeeeee"]),
+        ({"changed": {"mu": 0.5}}, ["mu", "0.01", "0.5"]),
+        ({"changed": {"weights": {"own": 2.0}}}, ["weights", "{'own': 2.0}"]),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(files, tmp_path, capsys, fields, values):
+    out = tmp_path / "out.st"
+    for a, b in ((files("cat"), files("dog", **fields)), (files("dog", **fields), files("cat"))):
+        message = one_line(capsys, a, b, "--out", str(out))
+        for value in (*values, "cat.safetensors", "dog.safetensors"):
+            assert value in message
+        assert value in one_line(capsys, a, "--without", b, "--out", str(out))
+    assert not out.exists()
+
+
+def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys):
+    cat, dog, out = files("cat"), files("dog"), str(tmp_path / "out.st")
+    lora = str(tmp_path / "lora.st")
+    save_adapter(replace(world.adapter("owl"), recipe={}, trainer="ForgetLoRA"), lora)
+    assert "TRAINER=ForgetExact" in one_line(capsys, cat, lora, "--out", out)
+    assert "nothing to compose" in one_line(capsys, cat, "--out", out)
+    assert "named twice" in one_line(capsys, cat, cat, "--out", out)
+    assert "nothing is left" in one_line(
+        capsys, cat, "--without", files("cat", file="again"), "--out", out
+    )
+    assert "forgets 'dog', but what is composed forgets 'cat'" in one_line(
+        capsys, cat, "--without", dog, "--out", out
+    )
+    assert "missing.st" in one_line(capsys, cat, str(tmp_path / "missing.st"), "--out", out)
+    assert "--out" in one_line(capsys, cat, dog)
+    assert "unrecognized" in one_line(capsys, cat, dog, "--out", out, "--outt", "x")
+    assert not (tmp_path / "out.st").exists()
+    before = (tmp_path / "dog.safetensors").read_bytes()
+    assert "not overwritten" in one_line(capsys, cat, dog, "--out", dog)
+    assert (tmp_path / "dog.safetensors").read_bytes() == before
+
+
+def test_one_text_with_two_targets_is_refused(world):
+    a, b = world.adapter("cat"), world.adapter("cat")
+    b = replace(b, tensors=b.tensors | {"displacement": b.tensors["displacement"] * 1.5})
+    with pytest.raises(ProblemError, match="'cat' and 'cat' send the same text to different"):
+        compose({"a": a, "b": b})
+    with pytest.raises(ProblemError, match="b: 'cat' was forgotten in another way"):
+        compose({"a": a}, {"b": b})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda recipe, tensors: recipe.pop("mu"),
+        lambda recipe, tensors: recipe.pop("objective"),
+        lambda recipe, tensors: recipe.update(objective="another"),
+        lambda recipe, tensors: recipe.update(parts=[]),
+        lambda recipe, tensors: recipe["parts"][0].update(forget=1),
+        lambda recipe, tensors: recipe["parts"][0].update(forget="x"),
+        lambda recipe, tensors: recipe["parts"][0].pop("class"),
+        lambda recipe, tensors: tensors.pop("leaving_base"),
+        lambda recipe, tensors: tensors.update(displacement=torch.zeros(2, D + 1)),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_one_line(world, spoil):
+    adapter = world.adapter("cat")
+    spoil(adapter.recipe, adapter.tensors)
+    with pytest.raises(ProblemError, match="x: a recipe that does not fit together") as caught:
+        compose({"x": adapter, "y": world.adapter("dog")})
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_without_displacements_make_no_recipe(world):
+    with pytest.raises(ProblemError, match="make no recipe"):
+        recipe_tensors(world.ridge, world.own[:1], torch.zeros(2, D))
+
+
+def test_module_command(files, tmp_path):
+    argv = [sys.executable, "-m", "forgetting.compose", files("cat"), files("dog")]
+    run = subprocess.run(
+        [*argv, "--out", str(tmp_path / "ab.st")], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "forgets cat, dog of Animals" in run.stdout and not run.stderr
+
+
+class RealWorld:
+    """A set with its own classes and its vocabulary retained, two prompts a class."""
+
+    mu = 1e-3
+
+    def __init__(self, dataset: str) -> None:
+        with safe_open(str(REAL_CLIP / f"{dataset}.safetensors"), "pt") as file:
+            names = ("forget_hidden", "class_hidden", "retain_hidden", "text_projection")
+            self.own, self.prompts, vocabulary, self.projection = (
+                file.get_tensor(name).float() for name in names
+            )
+        self.statistics = RetainStatistics(self.own.shape[1])
+        self.statistics.update("own", self.own)
+        self.statistics.update("vocabulary", vocabulary)
+        weights = {"own": 1.0, "vocabulary": 0.01}
+        self.share = self.statistics.share("own", weights)
+        self.ridge = Ridge(self.statistics.weighted(weights), self.mu)
+
+    def inputs(self, labels):
+        h_f = torch.cat([self.own[labels], self.prompts[labels]])
+        shares = torch.full((len(labels),), self.share, dtype=torch.float64)
+        displacement = -1.2 * (h_f.double() @ self.projection.double())
+        return h_f, displacement, self.own[labels], shares
+
+    def at_once(self, labels):
+        return solve_constrained(self.ridge, *self.inputs(labels)).delta
+
+
+@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="real CLIP features are not here")
+@pytest.mark.parametrize("dataset", ["CaltechObjects", "StanfordCars"])
+def test_real_features(dataset):
+    real = RealWorld(dataset)
+    shared = {"objective": "constrained", "mu": real.mu}
+    parts = [
+        Part(dataset, str(label), recipe_tensors(real.ridge, *real.inputs([label])))
+        for label in range(8)
+    ]
+    union = real.at_once(list(range(8)))
+    assert relative(solve_recipes(shared, parts).delta, union) < EQUAL
+    assert relative(solve_recipes(shared, parts[::-1]).delta, union) < EQUAL
+    size = sum(tensor.nbytes for tensor in parts[0].tensors.values())
+    assert size < 40_000
+    # Negative control: adding the changes is off by far more than rounding, by how much depends
+    # on how near the classes are to each other.
+    added = sum(real.at_once([label]) for label in range(8))
+    assert relative(added, union) > 1e-3

@@ -1,0 +1,117 @@
+"""The constrained form: on target, least disturbance, proved, and with what left taken out."""
+
+from __future__ import annotations
+
+import cvxpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgetting import ProblemError
+from forgetting.constrained import Ridge, certify_constrained, solve_constrained
+from forgetting.target import opposite_target, orthogonal_target
+
+
+def world(k, m, w, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return normal(k, w), normal(m, w), normal(k, d)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    k=st.integers(1, 4),
+    m=st.integers(0, 15),
+    w=st.integers(4, 10),
+    d=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    mu=st.floats(1e-4, 10),
+)
+def test_on_target_and_proved(k, m, w, d, seed, mu):
+    h_f, h_r, displacement = world(k, m, w, d, seed)
+    solution = solve_constrained(Ridge(h_r.T @ h_r, mu), h_f, displacement)
+    assert solution.residual < 1e-9 and solution.certificate.gap < 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 3))
+def test_an_independent_solver_finds_the_same_change(seed, k):
+    h_f, h_r, displacement = world(k, 8, 6, 3, seed)
+    solution = solve_constrained(Ridge(h_r.T @ h_r, 0.1), h_f, displacement)
+    change = cvxpy.Variable((6, 3))
+    cost = cvxpy.sum_squares(h_r @ change) + 0.1 * cvxpy.sum_squares(change)
+    value = cvxpy.Problem(cvxpy.Minimize(cost), [h_f @ change == displacement]).solve(
+        solver=cvxpy.CLARABEL
+    )
+    assert solution.certificate.primal == pytest.approx(value, rel=1e-6)
+    assert change.value == pytest.approx(solution.delta.numpy(), rel=1e-3, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 3), leaving=st.integers(1, 4))
+def test_what_leaves_is_as_if_it_had_never_been_there(seed, k, leaving):
+    """Woodbury's downdate against statistics made without the rows."""
+    h_f, h_r, displacement = world(k, 12, 8, 5, seed)
+    shares = torch.linspace(0.2, 1.0, 12, dtype=torch.float64)
+    everything = Ridge((h_r.T * shares) @ h_r, 0.05)
+    fewer = Ridge((h_r[leaving:].T * shares[leaving:]) @ h_r[leaving:], 0.05)
+    one = solve_constrained(everything, h_f, displacement, h_r[:leaving], shares[:leaving])
+    other = solve_constrained(fewer, h_f, displacement)
+    assert torch.allclose(one.delta, other.delta, rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(
+        one.delta, solve_constrained(everything, h_f, displacement).delta, rtol=1e-3
+    )
+
+
+def test_a_worse_change_shows_a_gap():
+    h_f, h_r, displacement = world(2, 12, 8, 5, 0)
+    ridge = Ridge(h_r.T @ h_r, 0.05)
+    good = solve_constrained(ridge, h_f, displacement)
+    # On target as well, by the pseudo-inverse, which disturbs more; and a miss of 1%.
+    plain, z = torch.linalg.pinv(h_f), displacement
+    assert certify_constrained(ridge.gram, 0.05, h_f, displacement, plain, z).gap > 0.01
+    missed = certify_constrained(ridge.gram, 0.05, h_f, displacement, good.left, 0.99 * good.right)
+    assert missed.gap > 1e-3
+
+
+def test_duplicate_texts_share_one_constraint():
+    h_f, h_r, displacement = world(2, 12, 8, 5, 0)
+    twice = torch.cat([h_f, h_f[:1]])
+    ridge = Ridge(h_r.T @ h_r, 0.05)
+    same = solve_constrained(ridge, twice, torch.cat([displacement, displacement[:1]]))
+    expected = solve_constrained(ridge, h_f, displacement)
+    assert same.residual < 1e-9 and torch.allclose(same.delta, expected.delta, atol=1e-9)
+    conflict = solve_constrained(ridge, twice, torch.cat([displacement, -displacement[:1]]))
+    assert conflict.residual > 0.1  # says so instead of pretending
+
+
+def test_refused():
+    h_f, h_r, displacement = world(1, 4, 6, 3, 0)
+    with pytest.raises(ProblemError, match="mu must be positive"):
+        Ridge(h_r.T @ h_r, 0.0)
+    with pytest.raises(ProblemError, match="not positive semidefinite"):
+        Ridge(-h_r.T @ h_r, 1e-3)
+    ridge = Ridge(h_r.T @ h_r, 0.1)
+    with pytest.raises(ProblemError, match="do not fit"):
+        solve_constrained(ridge, h_f, displacement[:0])
+    with pytest.raises(ProblemError, match="was not part"):
+        solve_constrained(ridge, h_f, displacement, 9 * h_f, torch.ones(1))
+
+
+def test_targets():
+    hidden, texts, _ = world(3, 20, 8, 8, 0)
+    projection = torch.eye(8, dtype=torch.float64)
+    assert torch.equal(opposite_target(hidden, projection, 0.0), torch.zeros(3, 8))
+    assert torch.allclose(opposite_target(hidden, projection, 0.3), -0.3 * hidden)
+    with pytest.raises(ProblemError, match="beta"):
+        opposite_target(hidden, projection, -0.1)
+    flat = texts.clone()
+    flat[:, 5] = 0  # nothing uses this direction
+    found = orthogonal_target(flat, 2)
+    assert found.shape == (2, 8)
+    assert found[0].abs().argmax() == 5 and found.norm(dim=1) == pytest.approx(1)
+    assert (flat @ found.T).abs().max() < 1e-12

@@ -1,0 +1,119 @@
+"""All classes at once give the answers of class by class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip.bundle import load_bundle
+from forgetting import ForgetProblem, ProblemError
+from forgetting.each import solve_each
+from forgetting.exact import solve_exact, thresholds
+from tests.conftest import REPOSITORY
+
+REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
+
+
+def a_set(classes, further, w, d, seed, **weights) -> tuple[ForgetProblem, torch.Tensor]:
+    """A set whose classes are retained beside `further` names; the last class is not retained."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    h_f = normal(classes, w)
+    h_r = torch.cat([normal(further, w), h_f[:-1]])
+    own = torch.cat([further + torch.arange(classes - 1), torch.tensor([-1])])
+    defaults = {"lamb_forget": 3.0, "lamb_preserve": 0.3, "lamb_weight": 0.2}
+    problem = ForgetProblem(normal(w, d), h_f, h_r, normal(classes, d), **defaults | weights)
+    return problem, own
+
+
+def alone(problem, own, i):
+    keep = [row for row in range(len(problem.retain_hidden)) if row != own[i]]
+    return replace(
+        problem,
+        forget_hidden=problem.forget_hidden[i : i + 1],
+        target=problem.target[i : i + 1],
+        retain_hidden=problem.retain_hidden[keep],
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(2, 7),
+    further=st.integers(0, 12),
+    w=st.integers(2, 10),
+    seed=st.integers(0, 2**31),
+    lamb_forget=st.floats(0.1, 10),
+    lamb_preserve=st.sampled_from([0.0, 0.05, 1.0]),
+    lamb_weight=st.sampled_from([0.0, 0.05, 1.0]),
+)
+def test_the_answers_are_those_of_class_by_class(
+    classes, further, w, seed, lamb_forget, lamb_preserve, lamb_weight
+):
+    weights = {
+        "lamb_forget": lamb_forget,
+        "lamb_preserve": lamb_preserve,
+        "lamb_weight": lamb_weight,
+    }
+    problem, own = a_set(classes, further, w, 5, seed, **weights)
+    together = solve_each(problem, own)
+    assert float(together.gap.max()) <= 1e-9
+    for i in range(classes):
+        single = alone(problem, own, i)
+        one = solve_exact(single)
+        assert float(together.primal[i]) == pytest.approx(
+            one.certificate.primal, rel=1e-9, abs=1e-12
+        )
+        delta = together.left[i][:, None] * together.right[i]
+        assert float(single.objective(delta)) == pytest.approx(
+            float(together.primal[i]), rel=1e-9, abs=1e-12
+        )
+        if lamb_weight > 0:  # else the minimiser is not unique
+            size = float(torch.linalg.matrix_norm(one.delta)) + 1e-9
+            assert float(torch.linalg.matrix_norm(delta - one.delta)) <= 1e-7 * size
+            assert float(together.reach[i]) == pytest.approx(thresholds(single).reach, rel=1e-9)
+
+
+def test_a_row_that_is_not_the_class_is_refused():
+    problem, own = a_set(4, 5, 8, 6, 0)
+    with pytest.raises(ProblemError, match="own must name rows"):
+        solve_each(problem, own.roll(1))
+
+
+def test_retaining_the_class_itself_would_be_another_answer():
+    """Negative control of the downdate: without it the class's own row holds it back."""
+    problem, own = a_set(4, 5, 8, 6, 0)
+    kept = solve_each(problem, torch.full((4,), -1))
+    left = solve_each(problem, own)
+    assert (kept.primal[:3] > left.primal[:3] * 1.001).all()
+    assert kept.primal[3] == pytest.approx(float(left.primal[3]), rel=1e-12)
+
+
+@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
+@pytest.mark.parametrize("lamb_forget", [0.4, 0.8, 1.3])
+def test_a_thousand_classes_of_real_clip(lamb_forget):
+    """0.4: none moves; 0.8: some do; 1.3: all do."""
+    bundle = load_bundle(REAL_CLIP, "ViT-B/16", "ImageNetText")
+    target = torch.nn.functional.normalize(bundle.neutral_hidden @ bundle.text_projection)
+    problem = ForgetProblem(
+        bundle.text_projection,
+        bundle.forget_hidden,
+        bundle.forget_hidden,
+        target.expand(1000, -1).clone(),
+        lamb_forget,
+        0.3,
+    )
+    own = torch.arange(1000)
+    together = solve_each(problem, own)
+    assert float(together.gap.max()) <= 1e-12 and together.alone == 0
+    moved = int((together.left.abs().sum(dim=1) > 0).sum())
+    assert {0.4: moved == 0, 0.8: 100 < moved < 900, 1.3: moved == 1000}[lamb_forget]
+    for i in (0, 333, 999):
+        one = solve_exact(alone(problem, own, i))
+        assert float(together.primal[i]) == pytest.approx(one.certificate.primal, rel=1e-9)

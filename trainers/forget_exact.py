@@ -1,0 +1,255 @@
+"""Complete forgetting as a trainer: the constrained form, solved exactly and proved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import datasets
+from engine import TRAINER_REGISTRY, UserError, unknown
+from forgetting import Adapter
+from forgetting.compose import Part, recipe_tensors, with_recipe
+from forgetting.constrained import Ridge, solve_constrained
+from forgetting.exact import solve_exact, thresholds
+from forgetting.reduction import Spectrum
+from forgetting.statistics import RetainStatistics
+from forgetting.target import specific_target
+from trainers.base import ForgetTrainer, Solved
+from trainers.forget_lora import paper_problem, paper_weights
+from trainers.texts import Request
+
+OBJECTIVES = ("constrained", "paper")
+GROUPS = ("own", "vocabulary", "others")
+
+
+@TRAINER_REGISTRY.register()
+class ForgetExact(ForgetTrainer):
+    """Least disturbance of everything that is retained, with the forgotten texts on their target.
+
+    Retained are three weighted groups of names: the other classes of the set, the vocabulary, and
+    the classes of the other sets. `OBJECTIVE paper` solves the paper's objective instead, with its
+    own retain set (the vocabulary) and target.
+    """
+
+    name = "exact"
+
+    @classmethod
+    def target_kind(cls, cfg) -> str:
+        default = "specific" if cfg.TRAINER.FORGETEXACT.OBJECTIVE == "constrained" else "empty"
+        return cfg.FORGET.TARGET or default
+
+    @classmethod
+    def check_settings(cls, cfg) -> None:
+        """Refuse an unknown objective, and weights, a ridge or a threshold out of range."""
+        node = cfg.TRAINER.FORGETEXACT
+        if node.OBJECTIVE not in OBJECTIVES:
+            raise unknown("objective (TRAINER.FORGETEXACT.OBJECTIVE)", node.OBJECTIVE, OBJECTIVES)
+        if node.OBJECTIVE == "paper":
+            paper_weights(cfg)
+        for key in ("OWN", "VOCABULARY", "OTHERS"):
+            if not 0 <= node[key] < float("inf"):
+                raise UserError(f"TRAINER.FORGETEXACT.{key} must be 0 or more, got {node[key]}")
+        for key in ("MU", "SHARED"):
+            if not 0 < node[key] < float("inf"):
+                raise UserError(f"TRAINER.FORGETEXACT.{key} must be positive, got {node[key]}")
+        specific = cls.target_kind(cfg) == "specific"
+        if specific and node.OBJECTIVE == "paper":
+            raise UserError(
+                "FORGET.TARGET specific needs TRAINER.FORGETEXACT.OBJECTIVE constrained"
+            )
+        if not (node.OWN or node.VOCABULARY or node.OTHERS):
+            raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
+        if not 0 < node.SIMILARITY <= 1:
+            raise UserError(
+                f"TRAINER.FORGETEXACT.SIMILARITY is a cosine, above 0 and at most 1 (1: no name "
+                f"leaves for being similar), got {node.SIMILARITY}"
+            )
+
+    def build_model(self) -> None:
+        """The projection, and the statistics of everything retained, made once for all classes."""
+        super().build_model()
+        node = self.cfg.TRAINER.FORGETEXACT
+        plain = datasets.plain
+        self.names = {
+            "own": [plain(name) for name in self.bundle.classnames],
+            "vocabulary": self.bundle.retain_names,
+            "others": [plain(n) for bundle in self.others.values() for n in bundle.classnames],
+        }
+        self.rows = {
+            "own": self.bundle.forget_hidden,
+            "vocabulary": self.bundle.retain_hidden,
+            "others": torch.cat(
+                [self.bundle.forget_hidden[:0], *(b.forget_hidden for b in self.others.values())]
+            ),
+        }
+        self.statistics = RetainStatistics(self.bundle.text_projection.shape[0])
+        for group in GROUPS:
+            self.statistics.update(group, self.rows[group].to(self.device))
+        self.weights = {group: float(node[group.upper()]) for group in self.statistics.counts}
+        if node.OBJECTIVE == "constrained":
+            gram = self.statistics.weighted(self.weights).to(self.device)
+            # Relative to the mean squared length of a retained text, so that one default serves
+            # every backbone.
+            total = sum(self.weights.values())
+            self.ridge = Ridge(gram, node.MU * float(gram.trace()) / total)
+            w = self.model.projection.double()
+            self.lam = node.SHARED * float((gram @ w @ w.T).trace()) / total
+        counts = ", ".join(
+            f"{count} {group} (weight {self.weights[group]:g})"
+            for group, count in self.statistics.counts.items()
+        )
+        print(f"retained: {counts}; exact solver in float64 on {self.device}")
+
+    def solver_settings(self) -> dict[str, Any]:
+        node = self.cfg.TRAINER.FORGETEXACT
+        settings = {"objective": node.OBJECTIVE, **self.text_settings()}
+        if node.OBJECTIVE == "paper":
+            shape = {"rank": self.cfg.FORGET.RANK, "alpha": float(self.cfg.FORGET.ALPHA)}
+            return settings | paper_weights(self.cfg) | shape
+        return settings | {
+            "weights": self.weights,
+            "mu": float(node.MU),
+            "shared": float(node.SHARED),
+            "similarity": float(node.SIMILARITY),
+            "statistics": self.statistics.sha256,
+        }
+
+    def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
+        request = self.request(classes)
+        if self.cfg.TRAINER.FORGETEXACT.OBJECTIVE == "paper":
+            return self._solve_paper(classes, request, generator)
+        hidden, projection = request.hidden.double(), self.bundle.text_projection.double()
+        leaving = [self._leaving(request, index) for index in range(len(classes))]
+        target, draws = self._targets(request, leaving, generator)
+        displacement = target - hidden @ projection  # (k, d)
+        # A name that leaves with two of the classes leaves once.
+        places = sorted({place for group in leaving for place in group})
+        rows, shares = self._rows(places, hidden)
+        solution = solve_constrained(
+            self.ridge,
+            hidden.to(self.device),
+            displacement.to(self.device),
+            rows.to(self.device),
+            shares.to(self.device),
+        )
+        self.parts = []
+        for index, name in enumerate(classes):
+            mine = [row for row, owner in enumerate(request.owner) if owner == index]
+            rows, shares = self._rows(sorted(leaving[index]), hidden)
+            tensors = recipe_tensors(self.ridge, hidden[mine], displacement[mine], rows, shares)
+            self.parts.append(Part(self.plan.dataset, name, tensors))
+        report = {
+            "certificate": asdict(solution.certificate),
+            "residual": solution.residual,
+            "texts": request.texts,
+            "left_retain_set": sorted({self.names[group][row] for group, row in places}),
+            "target_draws": draws,
+            "mu": self.ridge.mu,
+        }
+        print(f"  proved optimal to a relative gap of {solution.certificate.gap:.1e}")
+        similar = [
+            n for n in report["left_retain_set"] if n not in set(map(datasets.plain, classes))
+        ]
+        if similar:
+            print(f"  left the retain set: {', '.join(similar)}")
+        return Solved(solution.left.float(), solution.right.float(), report)
+
+    def with_recipe(self, adapter: Adapter) -> Adapter:
+        """The constrained form composes from the adapter alone."""
+        if self.cfg.TRAINER.FORGETEXACT.OBJECTIVE == "paper":
+            return adapter
+        shared = {
+            "objective": "constrained",
+            "statistics": self.statistics.sha256,
+            "weights": self.weights,
+            "mu": self.ridge.mu,
+        }
+        return with_recipe(adapter, shared, self.parts)
+
+    def _leaving(self, request: Request, index: int) -> set[tuple[str, int]]:
+        """Places (group, row) of the retained names that mean the same as class `index`.
+
+        These are its own name, those marked as synonyms, and those of the vocabulary and of other
+        sets whose hidden state is more similar to one of its texts than the threshold.
+        """
+        name = datasets.plain(request.classes[index]).casefold()
+        known = datasets.synonyms(self.plan.dataset) if self.plan.dataset in datasets.SETS else {}
+        same = {name} | {datasets.plain(n).casefold() for n in known.get(name, set())}
+        mine = [row for row, owner in enumerate(request.owner) if owner == index]
+        texts = normalize(request.hidden[mine], dim=1)  # (k, w)
+        limit = self.cfg.TRAINER.FORGETEXACT.SIMILARITY
+        places = set()
+        for group in self.statistics.counts:
+            nearest = (normalize(self.rows[group], dim=1) @ texts.T).amax(dim=1)  # (m,)
+            for row, other in enumerate(self.names[group]):
+                # The set's own classes are different things, however alike their names.
+                alike = group != "own" and limit < 1 and float(nearest[row]) > limit
+                if datasets.plain(other).casefold() in same or alike:
+                    places.add((group, row))
+        return places
+
+    def _rows(self, places: list[tuple[str, int]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, w) at those places, and the share (n,) that each has in G."""
+        places = [(g, row) for g, row in places if self.weights[g] > 0]
+        rows = [self.rows[group][row] for group, row in places]
+        shares = [self.statistics.share(group, self.weights) for group, _ in places]
+        return torch.stack(rows).to(like) if rows else like[:0], like.new_tensor(shares)
+
+    def _targets(
+        self, request: Request, leaving: list[set[tuple[str, int]]], generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """`P` (k, d) float64 on the CPU, and the draws of noise.
+
+        A class's own target does not depend on which others are forgotten with it, so that
+        requests compose: only its own names are taken out of what it is compared with.
+        """
+        if self.target_kind(self.cfg) != "specific":
+            target, draws = self.target(request, generator)
+            return target.double(), draws
+        hidden = request.hidden.double()
+        target = hidden.new_empty(len(hidden), self.bundle.text_projection.shape[1])
+        for index, places in enumerate(leaving):
+            mine = [row for row, owner in enumerate(request.owner) if owner == index]
+            rows, shares = (x.to(self.device) for x in self._rows(sorted(places), hidden))
+            target[mine] = specific_target(
+                hidden[mine].to(self.device),
+                self.model.projection,
+                self.ridge.gram - (rows.T * shares) @ rows,
+                self.lam,
+                self.cfg.FORGET.BETA,
+            ).cpu()
+        return target, 0
+
+    def _solve_paper(
+        self, classes: list[str], request: Request, generator: torch.Generator
+    ) -> Solved:
+        """The paper's objective at its exact optimum."""
+        target, draws = self.target(request, generator)
+        retain_hidden, dropped = self.retained(classes)
+        weights, w = paper_weights(self.cfg), self.model.projection
+        problem = paper_problem(self.cfg, weights, w, request, retain_hidden, target)
+        spectrum = Spectrum(problem.retain_hidden)
+        solution = solve_exact(problem, spectrum)
+        limits = thresholds(problem, spectrum)
+        print(
+            f"  {solution.branch}: lamb_forget {problem.lamb_forget:.4g}, c* {limits.reach:.4g}, "
+            f"proved optimal to a relative gap of {solution.certificate.gap:.1e}"
+        )
+        report = {
+            "certificate": asdict(solution.certificate),
+            "branch": solution.branch,
+            "mu": solution.mu,
+            "rho": solution.rho,
+            "lamb_forget": problem.lamb_forget,
+            "thresholds": asdict(limits),
+            "reduction": problem.reduction(solution.delta.to(w)),
+            "texts": request.texts,
+            "target_draws": draws,
+            "retained": len(retain_hidden),
+            "left_retain_set": dropped,
+        }
+        return Solved(solution.left.float(), solution.right.float(), report)
