@@ -3,6 +3,7 @@
 .PHONY: venv demo test test-slow test-dassl benchmark format clean
 
 BIN = .venv/bin
+MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
 # Present only after an installation that ran to its end; one that was interrupted starts anew.
 COMPLETE = .venv/.complete
 
@@ -23,8 +24,10 @@ $(COMPLETE): requirements.txt
 	@touch $(COMPLETE)
 
 demo: $(COMPLETE)
-	sh forget_clip.sh 1 0 "MiniDigits,MiniLetters,MiniSymbols,MiniShapes" mini 0
+	sh forget_clip.sh 1 0 $(MINI) mini 0
+	TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
 	$(BIN)/python utils.py results/results1/seed_0
+	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
 
 test: $(COMPLETE)
 	$(BIN)/ruff check .

@@ -134,18 +134,26 @@ def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
     Three panels: accuracy on the forgotten class (should fall to zero), on the rest of its data set
     and on the other data sets (should stay). The format is that of the file name's suffix.
     """
+    styles = {
+        "before": {"facecolors": "white", "edgecolors": "#33638d"},
+        "after": {"color": "#c8553d"},
+    }
+    return _draw(summarise(df), styles, path)
+
+
+def _draw(table: pd.DataFrame, styles: dict[str, dict[str, str]], path: str | Path) -> Path:
+    """Three panels of dots, one column `STEM NAME` of the table for each style's name."""
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
-    table = summarise(df)
     figure = Figure(figsize=(11, 1.4 + 0.34 * len(table)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     positions = range(len(table))
     titles = {"class": "forgotten class", "rest": "rest of its set", "others": "other sets"}
     for axis, (stem, title) in zip(axes, titles.items(), strict=True):
-        before, after = table[f"{stem} before"], table[f"{stem} after"]
-        axis.hlines(positions, before, after, color="0.75", linewidth=2, zorder=1)
-        axis.scatter(before, positions, s=42, facecolors="white", edgecolors="#33638d", zorder=2)
-        axis.scatter(after, positions, s=42, color="#c8553d", zorder=3)
+        shown = table[[f"{stem} {name}" for name in styles]]
+        axis.hlines(positions, shown.min(axis=1), shown.max(axis=1), color="0.8", zorder=1)
+        for order, (name, style) in enumerate(styles.items(), start=2):
+            axis.scatter(shown[f"{stem} {name}"], positions, s=42, zorder=order, **style)
         axis.set_title(title)
         axis.set_xlim(-4, 104)
         axis.set_xlabel("zero-shot accuracy, %")
@@ -155,15 +163,60 @@ def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
     names = table["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
     axes[0].set_yticks(positions, table["data set"] + ": " + names)
     axes[0].invert_yaxis()
-    for label, style in (
-        ("before", {"facecolors": "white", "edgecolors": "#33638d"}),
-        ("after forgetting", {"color": "#c8553d"}),
-    ):
-        axes[2].scatter([], [], s=42, label=label, **style)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    for name, style in styles.items():
+        axes[2].scatter([], [], s=42, label=name, **style)
+    figure.legend(loc="outside upper right", ncols=len(styles), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return Path(path)
+
+
+def compare_results(folders: dict[str, str | Path], multiclass: bool = False) -> pd.DataFrame:
+    """Several methods on the same classes, side by side, in percent: before, then each method.
+
+    Args:
+        folders: what to call a method -> its results folder.
+
+    Returns:
+        A row for every class that all folders hold: `data set`, `forgotten`, and for `class`,
+        `rest` and `others` (see `summarise`) a column `before` and one a method, then its
+        `seconds`.
+
+    Raises:
+        UserError: no class is in all folders.
+    """
+    parts = {}
+    for name, folder in folders.items():
+        df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
+        table = summarise(df).set_index(["data set", "forgotten"])
+        table["seconds"] = [
+            logs[dataset][label].get("solver", {}).get("seconds", float("nan"))
+            for dataset, label in table.index
+        ]
+        parts[name] = table
+    first = next(iter(parts.values()))
+    shared = first.index
+    for table in parts.values():
+        shared = shared.intersection(table.index, sort=False)
+    if not len(shared):
+        raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")
+    columns = {}
+    for stem in ("class", "rest", "others"):
+        columns[f"{stem} before"] = first.loc[shared, f"{stem} before"]
+        for name, table in parts.items():
+            columns[f"{stem} {name}"] = table.loc[shared, f"{stem} after"]
+    for name, table in parts.items():
+        columns[f"seconds {name}"] = table.loc[shared, "seconds"]
+    return pd.DataFrame(columns).reset_index()
+
+
+def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
+    """Draw a table of `compare_results`, before and every method."""
+    methods = [c.removeprefix("seconds ") for c in table.columns if c.startswith("seconds ")]
+    styles = {"before": {"facecolors": "white", "edgecolors": "#33638d"}}
+    for method, colour in zip(methods, ("#c8553d", "#2d936c", "#8f5aa8", "#b8860b"), strict=False):
+        styles[method] = {"color": colour}
+    return _draw(table, styles, path)
 
 
 def _row(dataset: str, label: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -234,16 +287,32 @@ def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the results of a folder as a table and draw them beside the logs."""
+    """Print the results of a folder as a table and draw them beside the logs; several folders are
+    shown side by side, and drawn beside the last one's."""
     parser = Parser(prog="utils.py", description=main.__doc__)
-    parser.add_argument("folder", help="results/resultsATTEMPT/seed_SEED")
+    parser.add_argument(
+        "folders", nargs="+", metavar="[NAME=]FOLDER", help="results/resultsATTEMPT/seed_SEED"
+    )
     parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
     args = parser.parse_args(argv)
-    df, _ = create_results(args.folder, multiclass=args.multiclass)
-    picture = plot_results(df, Path(args.folder) / "results.png")
-    print(summarise(df).to_string(index=False, float_format=lambda value: f"{value:.1f}"))
-    print(f"average gain (0 is perfect, lower is better): {compute_avg_gain(df):.4f}")
-    print(f"picture: {picture}")
+    named = [folder.rpartition("=") for folder in args.folders]
+    folders = {name or Path(folder).parent.name: folder for name, _, folder in named}
+    for name, folder in folders.items():
+        df, _ = create_results(folder, multiclass=args.multiclass)
+        if len(folders) == 1:
+            _print(summarise(df))
+            print(f"picture: {plot_results(df, Path(folder) / 'results.png')}")
+        print(f"{name}: average gain (0 is perfect, lower is better) {compute_avg_gain(df):.4f}")
+    if len(folders) > 1:
+        table = compare_results(folders, args.multiclass)
+        _print(table)
+        print(f"picture: {plot_comparison(table, Path(folder) / 'comparison.png')}")
+
+
+def _print(table: pd.DataFrame) -> None:
+    formats = {c: "{:.3f}".format if c.startswith("seconds") else "{:.1f}".format for c in table}
+    numbers = {c: f for c, f in formats.items() if table[c].dtype.kind == "f"}
+    print(table.to_string(index=False, formatters=numbers))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip.source import ClipSource
-from engine import UserError, atomic_path, build_data_loader, get_cfg_default, lock
+from engine import UserError, atomic_path, get_cfg_default, lock
 
 SHARD = 512  # images; what a killed run loses at most
 # What PIL raises for files that are no image, torn, or larger than it dares to decode.
@@ -135,6 +135,8 @@ class FeatureCache:
         cfg = get_cfg_default()
         cfg.DATALOADER.NUM_WORKERS = workers
         cfg.USE_CUDA = self.source.device.type == "cuda"
+        from engine import build_data_loader  # torchvision: only where images are encoded
+
         return build_data_loader(
             cfg,
             "SequentialSampler",

@@ -133,7 +133,13 @@ def solve_from_base(
     values, vectors = torch.linalg.eigh((m + m.T) / 2)
     keep = values > DEPENDENT * values.max()
     vectors, values = vectors[:, keep], values[keep]
-    return left, vectors @ ((vectors.T @ d) / values[:, None])
+
+    def against(missing: Tensor) -> Tensor:
+        return vectors @ ((vectors.T @ missing) / values[:, None])
+
+    z = against(d)
+    # One step of refinement: with nearly equal texts M is ill conditioned.
+    return left, z + against(d - (h_f @ left) @ z)
 
 
 def certify_constrained(

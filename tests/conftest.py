@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -11,6 +12,9 @@ from torch.nn.functional import normalize
 import train
 from clip.bundle import FeatureBundle, bundle_path
 
+# The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the tests' matrices are small: a second thread only waits
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -96,6 +96,26 @@ def test_every_answer_is_proved(k, m, w, d, seed, spoil, lamb_forget, lamb_prese
     assert solution.certificate.primal == pytest.approx(primal, rel=1e-9, abs=rounding)
 
 
+@pytest.mark.slow
+@settings(max_examples=20_000, derandomize=False, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_many_more_answers_are_proved(data):
+    """Fresh examples at every run, twenty times as many."""
+    lamb_forget, lamb_preserve, lamb_weight = (data.draw(WEIGHTS) for _ in range(3))
+    problem = random_problem(
+        data.draw(st.integers(1, 6)),
+        data.draw(st.integers(0, 12)),
+        data.draw(st.integers(1, 8)),
+        data.draw(st.integers(1, 6)),
+        data.draw(st.integers(0, 2**31)),
+        data.draw(st.sampled_from(SPOILS)),
+        lamb_forget=lamb_forget,
+        lamb_preserve=lamb_preserve,
+        lamb_weight=lamb_weight,
+    )
+    assert solve_exact(problem).certificate.gap <= GAP
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     k=st.integers(1, 4),

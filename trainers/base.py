@@ -66,7 +66,7 @@ class ForgetTrainer(SimpleTrainer):
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check_names(cfg)
-        check_target(cls.target_kind(cfg))
+        check_target(cls.target_kind(cfg), cfg.FORGET.BETA)
         read_prompts(cfg)
         cls.check_settings(cfg)
         plan = make_plan(cfg)

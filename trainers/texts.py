@@ -107,8 +107,10 @@ def make_request(
     return Request(classes, texts, torch.stack(rows), owner)
 
 
-def check_target(kind: str) -> None:
-    """UserError if `kind` is no target."""
+def check_target(kind: str, beta: float) -> None:
+    """UserError if `kind` is no target, or `beta` no number for it."""
+    if not 0 <= beta < float("inf"):
+        raise UserError(f"FORGET.BETA must be 0 or more, got {beta}")
     name, _, value = kind.partition(":")
     if kind not in TARGETS[:4] and not (name in ("text", "vector") and value):
         raise unknown("target (FORGET.TARGET)", kind, TARGETS)

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import engine.builtin.evaluator  # noqa: F401  registers Classification
-from engine.builtin.loader import DataManager
 from engine.builtin.registry import build_evaluator
 
 
@@ -41,6 +40,8 @@ class SimpleTrainer:
 
     def build_data_loader(self) -> None:
         """Set the loaders, `num_classes`, `num_source_domains` and `lab2cname`."""
+        from engine.builtin.loader import DataManager  # torchvision: only if it is needed
+
         self.dm = DataManager(self.cfg)
         self.train_loader_x = self.dm.train_loader_x
         self.train_loader_u = self.dm.train_loader_u

@@ -1,0 +1,183 @@
+"""The exact solver beside LoRA and the closed forms of others: one input, one table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.closed_forms import ALPHA_DAMPING, null_space, uce_each
+from benchmarks.workload import Workload
+from engine import get_cfg_default
+from evaluation.zero_shot import Factors, evaluate_classes
+from forgetting import LoraSettings, solve_lora
+from forgetting.constrained import Ridge, solve_constrained
+from forgetting.each import solve_each
+from forgetting.statistics import RetainStatistics
+from forgetting.target import opposite_target, specific_target
+from train import extend_cfg
+from trainers.base import one_thread
+
+COMPARED = 30  # classes at most: the null space takes an eigendecomposition for each
+LORA_CLASSES = 3
+Answers = list[Factors]  # a class: left (w, 1), right (1, d), float64
+
+
+@dataclass(frozen=True)
+class LoraRuns:
+    """One trial for each of a few classes: what it took, and what it found."""
+
+    classes: list[int]
+    seconds: list[float]
+    answers: Answers
+
+
+def spread(work: Workload, count: int) -> list[int]:
+    """`count` classes (all, if there are fewer), evenly over the set."""
+    total = len(work.classes)
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def run_lora(work: Workload, lamb_forget: float) -> LoraRuns:
+    """One trial of 2,000 steps for a few classes, in float32 on one thread as the trainer does."""
+    chosen, seconds, answers = spread(work, LORA_CLASSES), [], []
+    for index in chosen:
+        problem = work.alone(index, lamb_forget, torch.float32)
+        started = time.perf_counter()
+        with one_thread():
+            solution = solve_lora(problem, LoraSettings(max_trials=1))
+        seconds.append(time.perf_counter() - started)
+        answers.append((solution.left.double(), solution.right.double()))
+    return LoraRuns(chosen, seconds, answers)
+
+
+def closed_forms(work: Workload, lamb_forget: float, lora: LoraRuns) -> dict:
+    """Every method on the same classes, each forgotten alone.
+
+    Returns:
+        `lamb_forget`, and `methods`: a row a method with the number of `classes`,
+        `seconds_per_class` (everything from hidden states to answers, divided by the classes: what
+        classes share is shared), the means of `objective_over_exact` (the paper's objective at the
+        answer over its optimum), and of `forgotten_accuracy` and `rest_accuracy` (None without
+        images).
+    """
+    chosen = spread(work, COMPARED)
+    d = work.target.double() - work.classes.double() @ work.projection.double()  # (C, d)
+    nothing = [(d.new_zeros(d.shape[1], 1)[:0], d[i : i + 1]) for i in chosen]
+    nothing = [(work.projection.new_zeros(len(work.projection), 1).double(), r) for _, r in nothing]
+    methods: dict[str, Callable[[], Answers]] = {
+        "exact, paper's objective": lambda: _exact(work, lamb_forget, chosen),
+        "constrained, specific": lambda: _constrained(work, chosen, "specific"),
+        "constrained, opposite": lambda: _constrained(work, chosen, "opposite"),
+        "UCE": lambda: _uce(work, chosen, d),
+        "null space": lambda: _null_space(work, chosen, d, 0.0),
+        "AlphaEdit": lambda: _null_space(work, chosen, d, ALPHA_DAMPING),
+    }
+    score = _Score(work, lamb_forget, chosen)
+    rows = [score.row("before (no change)", chosen, 0.0, nothing)]
+    for name, method in methods.items():
+        started = time.perf_counter()
+        answers = method()
+        seconds = (time.perf_counter() - started) / len(chosen)
+        rows.append(score.row(name, chosen, seconds, answers))
+    seconds = statistics.median(lora.seconds)
+    rows.append(score.row("LoRA, one trial", lora.classes, seconds, lora.answers))
+    return {"lamb_forget": lamb_forget, "methods": rows}
+
+
+class _Score:
+    """Judges answers by the paper's objective, relative to the optimum, and by the images."""
+
+    def __init__(self, work: Workload, lamb_forget: float, chosen: list[int]) -> None:
+        self.work, self.lamb_forget = work, lamb_forget
+        everything = torch.arange(len(work.classes))
+        self.optimum = solve_each(work.problem(lamb_forget), everything).primal
+
+    def row(self, name: str, chosen: list[int], seconds: float, answers: Answers) -> dict:
+        measured = [
+            self._one(index, answer) for index, answer in zip(chosen, answers, strict=True)
+        ]
+        ratio, forgotten, rest = (
+            None if None in column else statistics.fmean(column)
+            for column in zip(*measured, strict=True)
+        )
+        return {
+            "method": name,
+            "classes": len(chosen),
+            "seconds_per_class": seconds,
+            "objective_over_exact": ratio,
+            "forgotten_accuracy": forgotten,
+            "rest_accuracy": rest,
+        }
+
+    def _one(self, index: int, answer: Factors) -> tuple[float, float | None, float | None]:
+        left, right = answer
+        objective = self.work.alone(index, self.lamb_forget).objective(left @ right)
+        ratio = float(objective / self.optimum[index])
+        bundle = self.work.bundle
+        if bundle is None:
+            return ratio, None, None
+        name = bundle.classnames[index]
+        accuracy = evaluate_classes(bundle, [name], (left.float(), right.float()))[name]
+        return ratio, accuracy["cls_acc_test"], accuracy["no_cls_acc"]
+
+
+def objective_ratios(work: Workload, lamb_forget: float, lora: LoraRuns) -> list[float]:
+    """LoRA's objective over the optimum, in float64, for each of its classes."""
+    score = _Score(work, lamb_forget, lora.classes)
+    pairs = zip(lora.classes, lora.answers, strict=True)
+    return [score._one(index, answer)[0] for index, answer in pairs]
+
+
+def _exact(work: Workload, lamb_forget: float, chosen: list[int]) -> Answers:
+    own = torch.tensor(chosen)
+    solution = solve_each(work.problem(lamb_forget, own), own)
+    return [(solution.left[i, :, None], solution.right[i, None]) for i in range(len(chosen))]
+
+
+def _uce(work: Workload, chosen: list[int], d: Tensor) -> Answers:
+    retained = work.retained.double()
+    left = uce_each(work.classes[chosen].double(), retained.T @ retained)  # (w, C)
+    return [(left[:, i, None], d[index, None]) for i, index in enumerate(chosen)]
+
+
+def _null_space(work: Workload, chosen: list[int], d: Tensor, damping: float) -> Answers:
+    retained, answers = work.retained.double(), []
+    gram = retained.T @ retained
+    for index in chosen:
+        h = retained[index, None]  # (1, w)
+        left = null_space(h, gram - h.T @ h, len(retained) - 1, damping)
+        answers.append((left, d[index, None]))
+    return answers
+
+
+def _constrained(work: Workload, chosen: list[int], kind: str) -> Answers:
+    """The trainer ForgetExact with its defaults, other sets' names left out."""
+    cfg = get_cfg_default()
+    extend_cfg(cfg)
+    node, beta = cfg.TRAINER.FORGETEXACT, cfg.FORGET.BETA
+    names = RetainStatistics(work.projection.shape[0])
+    names.update("own", work.classes)
+    names.update("vocabulary", work.vocabulary)
+    known = {"own": node.OWN, "vocabulary": node.VOCABULARY}
+    weights = {group: known[group] for group in names.counts}
+    gram, w = names.weighted(weights), work.projection.double()
+    total = sum(weights.values())
+    ridge = Ridge(gram, node.MU * float(gram.trace()) / total)
+    lam = node.SHARED * float((gram @ w @ w.T).trace()) / total
+    share = torch.tensor([names.share("own", weights)], dtype=torch.float64)
+    answers = []
+    for index in chosen:
+        h = work.classes[index, None].double()  # (1, w)
+        if kind == "specific":
+            target = specific_target(h, w, gram - share * h.T @ h, lam, beta)
+        else:
+            target = opposite_target(h, w, beta)
+        solution = solve_constrained(ridge, h, target - h @ w, h, share)
+        answers.append((solution.left, solution.right))
+    return answers

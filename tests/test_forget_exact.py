@@ -1,0 +1,170 @@
+"""The trainer of the exact method, in process on toy bundles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import train
+from forgetting import compose, load_adapter
+from tests.conftest import BACKBONE, toy_bundle
+from utils import compare_results, create_results, plot_comparison
+
+
+@pytest.fixture
+def exact_args(features, tmp_path):
+    return [
+        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
+        *("--output-dir", str(tmp_path / "exact"), "--trainer", "ForgetExact"),
+    ]
+
+
+def solver_of(folder, label):
+    return json.loads((folder / "logs.json").read_text())["ToyAnimals"][label]["solver"]
+
+
+def test_every_class_is_gone_and_the_rest_stays(exact_args):
+    folder = train.main([*exact_args, "--forget", "all"])
+    df, _ = create_results(folder)
+    assert len(df) == 6 and (df.cls_Noforget > 0.9).all() and (df.cls_forget == 0).all()
+    assert (df.full_forget - df.full_Noforget).min() > -0.05
+    assert (df.res_ToyTools - df.full_ToyTools).min() > -0.05
+    for name in df.name:
+        proof = solver_of(folder, name)["certificate"]
+        assert proof["gap"] <= 1e-9 and proof["primal"] > 0
+
+
+def test_what_means_the_same_leaves_the_retain_set(exact_args):
+    folder = train.main([*exact_args, "--forget", "sea_horse"])
+    assert solver_of(folder, "sea_horse")["left_retain_set"] == ["sea horse"]
+    # Negative control: kept in the retain set, by a threshold that nothing passes, others stay too.
+    options = ["TRAINER.FORGETEXACT.SIMILARITY", "0.2", "--overwrite"]
+    folder = train.main([*exact_args, "--forget", "sea_horse", *options])
+    left = solver_of(folder, "sea_horse")["left_retain_set"]
+    assert "sea horse" in left and len(left) > 3 and "cat" not in left
+
+
+@pytest.mark.parametrize("target", ["opposite", "orthogonal", "specific", "empty", "text:thing 3"])
+def test_targets(exact_args, target):
+    folder = train.main([*exact_args, "--forget", "owl", "FORGET.TARGET", target])
+    bundle, adapter = toy_bundle("ToyAnimals"), load_adapter(folder / "ToyAnimals/owl.safetensors")
+    h = bundle.forget_hidden[4]
+    landed = h @ bundle.text_projection + (h @ adapter.left) @ adapter.right
+    start = h @ bundle.text_projection
+    cosine = float(torch.cosine_similarity(landed, start, dim=0))
+    if target == "opposite":
+        assert landed == pytest.approx((-0.1 * start).tolist(), abs=1e-4)
+    elif target == "text:thing 3":
+        row = bundle.retain_hidden[bundle.retain_names.index("thing 3")] @ bundle.text_projection
+        assert landed == pytest.approx((row / row.norm()).tolist(), abs=1e-4)
+    elif target == "specific":
+        assert cosine < 0.5
+    else:
+        assert float(landed.norm()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_vector_as_target(exact_args, tmp_path):
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    save_file({"target": vector}, tmp_path / "v.safetensors")
+    target = ["FORGET.TARGET", f"vector:{tmp_path / 'v.safetensors'}"]
+    folder = train.main([*exact_args, "--forget", "owl", *target])
+    bundle, adapter = toy_bundle("ToyAnimals"), load_adapter(folder / "ToyAnimals/owl.safetensors")
+    h = bundle.forget_hidden[4]
+    landed = h @ bundle.text_projection + (h @ adapter.left) @ adapter.right
+    assert landed == pytest.approx(vector.tolist(), abs=1e-4)
+
+
+def test_several_texts_a_class(exact_args, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"OWL": ["{}", "a photo of a {}."]}))
+    names = ["--forget", "owl", "--forget", "cat", "--multiclass"]
+    folder = train.main([*exact_args, *names, "FORGET.PROMPTS", str(prompts)])
+    solver = solver_of(folder, "owl|cat")
+    assert solver["texts"] == ["owl", "a photo of a owl.", "cat"]
+    adapter = load_adapter(folder / "ToyAnimals" / "owl%7Ccat.safetensors")
+    assert adapter.left.shape[1] == 3 and [p["class"] for p in adapter.recipe["parts"]] == [
+        "owl",
+        "cat",
+    ]
+
+
+def test_the_papers_objective_at_its_optimum_beats_the_descent(toy_args, exact_args):
+    paper = train.main([*toy_args, "--forget", "cat"])
+    keys = toy_args[toy_args.index("FORGET.LAMB_PRESERVE") :][:6]
+    options = ["TRAINER.FORGETEXACT.OBJECTIVE", "paper", *keys]
+    exact = solver_of(train.main([*exact_args, "--forget", "cat", *options]), "cat")
+    descent = solver_of(paper, "cat")
+    assert exact["certificate"]["gap"] <= 1e-9
+    assert exact["certificate"]["primal"] <= descent["objective"] * (1 + 1e-6)
+    assert exact["thresholds"]["reach"] < 3.0 == exact["lamb_forget"]
+
+
+@pytest.mark.parametrize("trainer", ["ForgetLoRA", "ForgetExact"])
+def test_auto_lamb_forget_needs_no_retry(toy_args, trainer):
+    start = toy_args[: toy_args.index("FORGET.LAMB_PRESERVE")]
+    keys = ["FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_WEIGHT", "0.02"]
+    keys += ["FORGET.LAMB_FORGET", "auto", "TRAINER.FORGETEXACT.OBJECTIVE", "paper"]
+    folder = train.main([*start, "--trainer", trainer, "--forget", "owl", *keys])
+    solver = solver_of(folder, "owl")
+    if trainer == "ForgetLoRA":
+        assert len(solver["trials"]) == 1 and solver["reached"]
+    else:
+        reach = solver["thresholds"]["reach"]
+        assert reach < solver["lamb_forget"] < 1.01 * reach and solver["reduction"] > 0.999
+
+
+def test_forgetting_now_and_next_week_is_forgetting_both(exact_args, tmp_path):
+    names = ["--forget", "cat", "--forget", "owl"]
+    folder = train.main([*exact_args, *names]) / "ToyAnimals"
+    train.main([*exact_args, *names, "--multiclass"])
+    both = tmp_path / "both.safetensors"
+    a, b = str(folder / "cat.safetensors"), str(folder / "owl.safetensors")
+    assert compose.cli([b, a, "--out", str(both)]) == 0
+    at_once = load_adapter(folder / "cat%7Cowl.safetensors").delta()
+    assert torch.allclose(load_adapter(both).delta(), at_once, rtol=1e-5, atol=1e-6)
+    added = load_adapter(a).delta() + load_adapter(b).delta()
+    assert not torch.allclose(added, at_once, rtol=1e-3, atol=1e-3)
+    back = tmp_path / "back.safetensors"
+    assert compose.cli([str(both), "--without", a, "--out", str(back)]) == 0
+    assert torch.allclose(load_adapter(back).delta(), load_adapter(b).delta(), atol=1e-6)
+
+
+def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
+    names = ["--forget", "cat", "--forget", "owl"]
+    folders = {"paper": train.main([*toy_args, *names]), "exact": train.main([*exact_args, *names])}
+    table = compare_results(folders)
+    assert table["forgotten"].tolist() == ["cat", "owl"]
+    assert (table["class exact"] == 0).all() and (table["class before"] > 90).all()
+    assert (table["seconds exact"] < table["seconds paper"]).all()
+    assert plot_comparison(table, tmp_path / "c.png").stat().st_size > 5000
+
+
+ROWS = {
+    "target": (["FORGET.TARGET", "oposite"], "unknown target.*did you mean 'opposite'"),
+    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be 0 or more, got -1.0"),
+    "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "did you mean 'paper'"),
+    "ridge": (["TRAINER.FORGETEXACT.MU", "0.0"], "MU must be positive"),
+    "weight": (["TRAINER.FORGETEXACT.OWN", "-1.0"], "OWN must be 0 or more"),
+    "similarity": (["TRAINER.FORGETEXACT.SIMILARITY", "1.5"], "SIMILARITY is a cosine"),
+    "prompt file": (["FORGET.PROMPTS", "nowhere.json"], "cannot read the prompts in nowhere.json"),
+    "vector file": (["FORGET.TARGET", "vector:nowhere"], "target vector nowhere"),
+    "target text": (["FORGET.TARGET", "text:zebra"], "target text 'zebra'"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input(row, exact_args, refused):
+    import re
+
+    options, message = ROWS[row]
+    assert re.search(message, refused([*exact_args, "--forget", "cat", *options]))
+
+
+def test_a_prompt_that_needs_a_model_is_refused(exact_args, refused, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"cat": ["a furry {}"]}))
+    line = refused([*exact_args, "--forget", "cat", "FORGET.PROMPTS", str(prompts)])
+    assert "no hidden state of 'a furry cat'" in line and "'a photo of a cat.'" in line
