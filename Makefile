@@ -58,6 +58,7 @@ test-dassl:
 
 benchmark: $(COMPLETE)
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/solver.py
 
 format: $(COMPLETE)
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,8 @@ sets of its group are evaluated too. `forget_classes_all` names the classes of e
 forgotten one by one, each from the original model, or all of a set at once with MULTICLASS 1.
 Names may be spelled with underscores or in another case than the data set's own.
 `--forget NAME` on the command line replaces a set's list for one run.
+`forget_prompts` may give a class several texts: templates with {} for its name, synonyms,
+descriptions. Without an entry a class is forgotten by its bare name.
 """
 
 all_ds = ["StanfordCars", "StanfordDogs", "Caltech101", "OxfordFlowers"]
@@ -24,3 +26,6 @@ forget_classes_all = {
     "MiniSymbols": ["anchor", "umbrella", "infinity"],
     "MiniShapes": ["green triangle", "blue star", "yellow heart"],
 }
+
+# for example {"StanfordDogs": {"Pekinese": ["{}", "a photo of a {}.", "pekingese dog"]}}
+forget_prompts = {}

@@ -132,6 +132,22 @@ def test_forgetting_now_and_next_week_is_forgetting_both(exact_args, tmp_path):
     assert torch.allclose(load_adapter(back).delta(), load_adapter(b).delta(), atol=1e-6)
 
 
+def test_the_papers_objective_composes_with_its_statistics(exact_args, tmp_path, capsys):
+    names = ["--forget", "cat", "--forget", "owl"]
+    keys = ["TRAINER.FORGETEXACT.OBJECTIVE", "paper", "FORGET.LAMB_WEIGHT", "0.02"]
+    keys += ["FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_FORGET", "3.0"]
+    folder = train.main([*exact_args, *names, *keys]) / "ToyAnimals"
+    train.main([*exact_args, *names, *keys, "--multiclass"])
+    a, b = str(folder / "cat.safetensors"), str(folder / "owl.safetensors")
+    (statistics,) = folder.glob("statistics-*.safetensors")
+    out = tmp_path / "both.safetensors"
+    assert compose.cli([a, b, "--out", str(out)]) != 0
+    assert "--statistics FILE" in capsys.readouterr().err and not out.exists()
+    assert compose.cli([a, b, "--statistics", str(statistics), "--out", str(out)]) == 0
+    at_once = load_adapter(folder / "cat%7Cowl.safetensors").delta()
+    assert torch.allclose(load_adapter(out).delta(), at_once, rtol=1e-5, atol=1e-6)
+
+
 def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
     names = ["--forget", "cat", "--forget", "owl"]
     folders = {"paper": train.main([*toy_args, *names]), "exact": train.main([*exact_args, *names])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class ForgetExact(ForgetTrainer):
             ),
         }
         self.statistics = RetainStatistics(self.bundle.text_projection.shape[0])
-        for group in GROUPS:
+        # The paper retains its vocabulary alone.
+        for group in GROUPS if node.OBJECTIVE == "constrained" else ("vocabulary",):
             self.statistics.update(group, self.rows[group].to(self.device))
         self.weights = {group: float(node[group.upper()]) for group in self.statistics.counts}
         if node.OBJECTIVE == "constrained":
@@ -99,10 +101,11 @@ class ForgetExact(ForgetTrainer):
             w = self.model.projection.double()
             self.lam = node.SHARED * float((gram @ w @ w.T).trace()) / total
         counts = ", ".join(
-            f"{count} {group} (weight {self.weights[group]:g})"
+            f"{count} {group}"
+            + (f" (weight {self.weights[group]:g})" if node.OBJECTIVE == "constrained" else "")
             for group, count in self.statistics.counts.items()
         )
-        print(f"retained: {counts}; exact solver in float64 on {self.device}")
+        print(f"retained: {counts or 'nothing'}; exact solver in float64 on {self.device}")
 
     def solver_settings(self) -> dict[str, Any]:
         node = self.cfg.TRAINER.FORGETEXACT
@@ -159,15 +162,19 @@ class ForgetExact(ForgetTrainer):
         return Solved(solution.left.float(), solution.right.float(), report)
 
     def with_recipe(self, adapter: Adapter) -> Adapter:
-        """The constrained form composes from the adapter alone."""
-        if self.cfg.TRAINER.FORGETEXACT.OBJECTIVE == "paper":
-            return adapter
-        shared = {
-            "objective": "constrained",
-            "statistics": self.statistics.sha256,
-            "weights": self.weights,
-            "mu": self.ridge.mu,
-        }
+        """The constrained form composes from the adapter alone, the paper's objective together with
+        the statistics of the vocabulary, which are kept beside the adapters."""
+        shared = {"statistics": self.statistics.sha256}
+        if self.cfg.TRAINER.FORGETEXACT.OBJECTIVE == "constrained":
+            shared |= {"objective": "constrained", "weights": self.weights, "mu": self.ridge.mu}
+        else:
+            shape = {"rank": self.cfg.FORGET.RANK, "alpha": float(self.cfg.FORGET.ALPHA)}
+            shared |= {"objective": "paper", "weights": None} | paper_weights(self.cfg) | shape
+            name = f"statistics-{self.statistics.sha256[:12]}.safetensors"
+            path = Path(self.cfg.OUTPUT_DIR) / self.plan.dataset / name
+            if not path.exists():
+                self.statistics.save(path)
+                print(f"  statistics of the vocabulary, for composing: {path}")
         return with_recipe(adapter, shared, self.parts)
 
     def _leaving(self, request: Request, index: int) -> set[tuple[str, int]]:
@@ -232,6 +239,17 @@ class ForgetExact(ForgetTrainer):
         retain_hidden, dropped = self.retained(classes)
         weights, w = paper_weights(self.cfg), self.model.projection
         problem = paper_problem(self.cfg, weights, w, request, retain_hidden, target)
+        displacement = problem.target.double() - request.hidden.to(w).double() @ w.double()
+        self.parts = []
+        for index, name in enumerate(classes):
+            mine = [row for row, owner in enumerate(request.owner) if owner == index]
+            left = set(self.retained([name])[1])
+            rows = [i for i, other in enumerate(self.bundle.retain_names) if other in left]
+            leaving = self.bundle.retain_hidden[rows]
+            tensors = recipe_tensors(
+                None, request.hidden[mine], displacement[mine], leaving, torch.ones(len(rows))
+            )
+            self.parts.append(Part(self.plan.dataset, name, tensors))
         spectrum = Spectrum(problem.retain_hidden)
         solution = solve_exact(problem, spectrum)
         limits = thresholds(problem, spectrum)
