@@ -61,6 +61,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="a class to forget (repeatable), or all; replaces the list of forget_cls.py",
     )
+    parser.add_argument(
+        "--target", help="FORGET.TARGET: where texts are sent (empty, opposite, ...)"
+    )
+    parser.add_argument("--beta", type=float, help="FORGET.BETA, of opposite and specific")
     parser.add_argument("--multiclass", action="store_true", help="forget all classes at once")
     parser.add_argument("--overwrite", action="store_true", help="do classes again that are done")
     parser.add_argument(
@@ -148,8 +152,12 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         "FORGET.OVERWRITE": args.overwrite,
         "FORGET.SAVE_MODEL": args.save_model,
     }
-    if args.dataset:
-        flags["DATASET.NAME"] = args.dataset
+    optional = {
+        "DATASET.NAME": args.dataset or None,
+        "FORGET.TARGET": args.target,
+        "FORGET.BETA": args.beta,
+    }
+    flags |= {key: value for key, value in optional.items() if value is not None}
     for key, value in flags.items():
         node, leaf = _node(cfg, key)
         node[leaf] = value

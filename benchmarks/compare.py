@@ -20,10 +20,10 @@ from forgetting.each import solve_each
 from forgetting.statistics import RetainStatistics
 from forgetting.target import opposite_target, specific_target
 from train import extend_cfg
-from trainers.base import one_thread
 
 COMPARED = 30  # classes at most: the null space takes an eigendecomposition for each
 LORA_CLASSES = 3
+LARGE_ERASE = 1e4  # so large that the forgotten text lands on its target
 Answers = list[Factors]  # a class: left (w, 1), right (1, d), float64
 
 
@@ -44,13 +44,12 @@ def spread(work: Workload, count: int) -> list[int]:
 
 
 def run_lora(work: Workload, lamb_forget: float) -> LoraRuns:
-    """One trial of 2,000 steps for a few classes, in float32 on one thread as the trainer does."""
+    """One trial of 2,000 steps for a few classes, in float32 as the trainer does."""
     chosen, seconds, answers = spread(work, LORA_CLASSES), [], []
     for index in chosen:
         problem = work.alone(index, lamb_forget, torch.float32)
         started = time.perf_counter()
-        with one_thread():
-            solution = solve_lora(problem, LoraSettings(max_trials=1))
+        solution = solve_lora(problem, LoraSettings(max_trials=1))
         seconds.append(time.perf_counter() - started)
         answers.append((solution.left.double(), solution.right.double()))
     return LoraRuns(chosen, seconds, answers)
@@ -62,76 +61,78 @@ def closed_forms(work: Workload, lamb_forget: float, lora: LoraRuns) -> dict:
     Returns:
         `lamb_forget`, and `methods`: a row a method with the number of `classes`,
         `seconds_per_class` (everything from hidden states to answers, divided by the classes: what
-        classes share is shared), the means of `objective_over_exact` (the paper's objective at the
-        answer over its optimum), and of `forgotten_accuracy` and `rest_accuracy` (None without
-        images).
+        classes share is shared; exact and constrained with their proofs), the means of
+        `objective_over_exact` (the paper's objective at the answer over its optimum), and of
+        `forgotten_accuracy` and `rest_accuracy` (None without images).
     """
-    chosen = spread(work, COMPARED)
+    chosen, few = spread(work, COMPARED), lora.classes
     d = work.target.double() - work.classes.double() @ work.projection.double()  # (C, d)
-    nothing = [(d.new_zeros(d.shape[1], 1)[:0], d[i : i + 1]) for i in chosen]
-    nothing = [(work.projection.new_zeros(len(work.projection), 1).double(), r) for _, r in nothing]
-    methods: dict[str, Callable[[], Answers]] = {
-        "exact, paper's objective": lambda: _exact(work, lamb_forget, chosen),
-        "constrained, specific": lambda: _constrained(work, chosen, "specific"),
-        "constrained, opposite": lambda: _constrained(work, chosen, "opposite"),
-        "UCE": lambda: _uce(work, chosen, d),
-        "null space": lambda: _null_space(work, chosen, d, 0.0),
-        "AlphaEdit": lambda: _null_space(work, chosen, d, ALPHA_DAMPING),
+    methods: dict[str, tuple[list[int], Callable[[], Answers]]] = {
+        "exact, paper's objective": (chosen, lambda: _exact(work, lamb_forget, chosen)),
+        "constrained, specific": (chosen, lambda: _constrained(work, chosen, "specific")),
+        "constrained, opposite": (chosen, lambda: _constrained(work, chosen, "opposite")),
+        "UCE": (chosen, lambda: _uce(work, chosen, d, 1.0)),
+        f"UCE, erase scale {LARGE_ERASE:g}": (chosen, lambda: _uce(work, chosen, d, LARGE_ERASE)),
+        "null space": (chosen, lambda: _null_space(work, chosen, d, 0.0)),
+        "AlphaEdit": (chosen, lambda: _null_space(work, chosen, d, ALPHA_DAMPING)),
+        "exact, LoRA's classes": (few, lambda: _exact(work, lamb_forget, few)),
     }
-    score = _Score(work, lamb_forget, chosen)
-    rows = [score.row("before (no change)", chosen, 0.0, nothing)]
-    for name, method in methods.items():
+    score = Score(work, lamb_forget)
+    rows = [score.row("before (no change)", chosen, 0.0, _unchanged(work, chosen))]
+    for name, (classes, method) in methods.items():
         started = time.perf_counter()
         answers = method()
-        seconds = (time.perf_counter() - started) / len(chosen)
-        rows.append(score.row(name, chosen, seconds, answers))
-    seconds = statistics.median(lora.seconds)
-    rows.append(score.row("LoRA, one trial", lora.classes, seconds, lora.answers))
+        seconds = (time.perf_counter() - started) / len(classes)
+        rows.append(score.row(name, classes, seconds, answers))
+    rows.append(score.row("LoRA, one trial", few, statistics.median(lora.seconds), lora.answers))
     return {"lamb_forget": lamb_forget, "methods": rows}
 
 
-class _Score:
+class Score:
     """Judges answers by the paper's objective, relative to the optimum, and by the images."""
 
-    def __init__(self, work: Workload, lamb_forget: float, chosen: list[int]) -> None:
+    def __init__(self, work: Workload, lamb_forget: float) -> None:
         self.work, self.lamb_forget = work, lamb_forget
         everything = torch.arange(len(work.classes))
         self.optimum = solve_each(work.problem(lamb_forget), everything).primal
 
-    def row(self, name: str, chosen: list[int], seconds: float, answers: Answers) -> dict:
-        measured = [
-            self._one(index, answer) for index, answer in zip(chosen, answers, strict=True)
-        ]
-        ratio, forgotten, rest = (
-            None if None in column else statistics.fmean(column)
-            for column in zip(*measured, strict=True)
+    def ratio(self, index: int, answer: Factors) -> float:
+        """The objective of a class's answer over its optimum, in float64."""
+        left, right = answer
+        objective = self.work.alone(index, self.lamb_forget).objective(left @ right)
+        return float(objective / self.optimum[index])
+
+    def accuracies(self, index: int, answer: Factors) -> tuple[float | None, float | None]:
+        """Accuracy on the forgotten class and on the rest; None without such images."""
+        bundle = self.work.bundle
+        if bundle is None:
+            return None, None
+        name = bundle.classnames[index]
+        left, right = answer
+        after = evaluate_classes(bundle, [name], (left.float(), right.float()))[name]
+        return after["cls_acc_test"], after["no_cls_acc"]
+
+    def row(self, name: str, classes: list[int], seconds: float, answers: Answers) -> dict:
+        """One row of `closed_forms`."""
+        pairs = list(zip(classes, answers, strict=True))
+        columns = zip(*(self.accuracies(*pair) for pair in pairs), strict=True)
+        forgotten, rest = (
+            None if None in column else statistics.fmean(column) for column in columns
         )
         return {
             "method": name,
-            "classes": len(chosen),
+            "classes": len(classes),
             "seconds_per_class": seconds,
-            "objective_over_exact": ratio,
+            "objective_over_exact": statistics.fmean(self.ratio(*pair) for pair in pairs),
             "forgotten_accuracy": forgotten,
             "rest_accuracy": rest,
         }
 
-    def _one(self, index: int, answer: Factors) -> tuple[float, float | None, float | None]:
-        left, right = answer
-        objective = self.work.alone(index, self.lamb_forget).objective(left @ right)
-        ratio = float(objective / self.optimum[index])
-        bundle = self.work.bundle
-        if bundle is None:
-            return ratio, None, None
-        name = bundle.classnames[index]
-        accuracy = evaluate_classes(bundle, [name], (left.float(), right.float()))[name]
-        return ratio, accuracy["cls_acc_test"], accuracy["no_cls_acc"]
 
-
-def objective_ratios(work: Workload, lamb_forget: float, lora: LoraRuns) -> list[float]:
-    """LoRA's objective over the optimum, in float64, for each of its classes."""
-    score = _Score(work, lamb_forget, lora.classes)
-    pairs = zip(lora.classes, lora.answers, strict=True)
-    return [score._one(index, answer)[0] for index, answer in pairs]
+def _unchanged(work: Workload, chosen: list[int]) -> Answers:
+    w, d = work.projection.shape
+    zero = torch.zeros(w, 1, dtype=torch.float64), torch.zeros(1, d, dtype=torch.float64)
+    return [zero] * len(chosen)
 
 
 def _exact(work: Workload, lamb_forget: float, chosen: list[int]) -> Answers:
@@ -140,9 +141,9 @@ def _exact(work: Workload, lamb_forget: float, chosen: list[int]) -> Answers:
     return [(solution.left[i, :, None], solution.right[i, None]) for i in range(len(chosen))]
 
 
-def _uce(work: Workload, chosen: list[int], d: Tensor) -> Answers:
+def _uce(work: Workload, chosen: list[int], d: Tensor, erase: float) -> Answers:
     retained = work.retained.double()
-    left = uce_each(work.classes[chosen].double(), retained.T @ retained)  # (w, C)
+    left = uce_each(work.classes[chosen].double(), retained.T @ retained, erase)
     return [(left[:, i, None], d[index, None]) for i, index in enumerate(chosen)]
 
 

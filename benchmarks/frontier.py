@@ -44,6 +44,7 @@ TARGETS = (
     ("specific", 0.0),
     ("specific", 0.1),
 )
+COLOURS = ("0.6", "#f2b134", "#c8553d", "#7fb7be", "#33638d", "#1b2a41")
 RIDGES = (5e-6, 5e-5, 5e-4)  # TRAINER.FORGETEXACT.MU
 OWN, VOCABULARY, OTHERS, SHARED, SIMILARITY = 1.0, 0.01, 0.1, 0.5, 0.95  # the trainer's defaults
 WEIGHTS = ((VOCABULARY, OTHERS), (VOCABULARY, 0.0), (0.1, 0.0))  # (vocabulary, other sets' names)
@@ -272,55 +273,40 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     """A panel for each set, above with the other sets' names known, below without."""
     from matplotlib.figure import Figure  # no pyplot: works without a display
 
-    sets, colours = list(table["set"].unique()), {}
-    for (target, beta), colour in zip(
-        TARGETS, ("0.6", "#f2b134", "#c8553d", "#7fb7be", "#33638d", "#1b2a41"), strict=True
-    ):
-        colours[target, beta] = colour
-    figure = Figure(figsize=(3.3 * len(sets) + 1, 6.2), layout="constrained")
+    sets = list(table["set"].unique())
+    figure = Figure(figsize=(3.1 * len(sets) + 1, 6.2), layout="constrained")
     axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
+    sizes = {mu: 14.0 * (1 + 2 * place) for place, mu in enumerate(RIDGES)}
+    ring = {"s": 170, "facecolors": "none", "edgecolors": "black", "zorder": 4}
     for row, names in zip(axes, ("known", "unknown"), strict=True):
         for axis, name in zip(row, sets, strict=True):
             part = table[(table["set"] == name) & (table["names"] == names)]
-            for (target, beta), colour in colours.items():
+            for (target, beta), colour in zip(TARGETS, COLOURS, strict=True):
                 mine = part[(part["target"] == target) & (part["beta"] == beta)]
                 for _, line in mine.groupby("vocabulary"):
                     axis.plot(line["margin"], -line["others_mean"], color=colour, linewidth=0.8)
-                gone = mine["left_max"] == 0
-                label = target if target == "empty" else f"{target}, beta {beta:g}"
-                for rows, face, text in ((gone, colour, label), (~gone, "white", None)):
-                    shown = mine[rows]
-                    axis.scatter(
-                        shown["margin"],
-                        -shown["others_mean"],
-                        s=[{m: 18 * (1 + i) for i, m in enumerate(RIDGES)}[m] for m in shown["mu"]],
-                        facecolors=face,
-                        edgecolors=colour,
-                        zorder=3,
-                        label=text if axis is axes[0, 0] else None,
-                    )
-            standard = part
-            for column, value in DEFAULT.items():
-                standard = standard[standard[column] == value]
-            axis.scatter(
-                standard["margin"],
-                -standard["others_mean"],
-                s=150,
-                facecolors="none",
-                edgecolors="black",
-                zorder=4,
-                label="the default" if axis is axes[0, 0] else None,
-            )
+                faces = [colour if left == 0 else "white" for left in mine["left_max"]]
+                where = {"edgecolors": colour, "facecolors": faces, "zorder": 3}
+                axis.scatter(mine["margin"], -mine["others_mean"], s=mine["mu"].map(sizes), **where)
+            standard = part.merge(pd.DataFrame([DEFAULT]))
+            axis.scatter(standard["margin"], -standard["others_mean"], **ring)
             axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
             axis.set_title(f"{name}, other names {names}", fontsize=9)
             axis.grid(color="0.94")
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("harm to other sets, points (mean)")
     for axis in axes[1]:
-        axis.set_xlabel("margin of the forgotten class, cosine (mean)")
+        axis.set_xlabel("margin of the forgotten class, cosine")
+    for (target, beta), colour in zip(TARGETS, COLOURS, strict=True):
+        label = target if target == "empty" else f"{target}, beta {beta:g}"
+        axes[0, 0].scatter([], [], s=40, color=colour, label=label)
+    axes[0, 0].scatter([], [], label="the default", **ring)
+    axes[0, 0].scatter([], [], s=40, color="white", edgecolors="0.4", label="some class is left")
+    for mu, size in sizes.items():
+        axes[0, 0].scatter([], [], s=size, color="0.4", label=f"ridge {mu:g}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100, format=path.suffix.lstrip(".") or "png")
+        figure.savefig(temporary, dpi=90, format=path.suffix.lstrip(".") or "png")
 
 
 def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:

@@ -20,7 +20,7 @@ quasi-convex in each ratio, and its minimum is found by one root inside another.
     Delta = (I + G / mu)^-1 H_f^T Z,    (A + r I) Z = D,    Y = (lw / ||Delta||) Z.
 
 `r = 0`: the texts land on P. `mu = 0` (the kernel branch): no retained text moves. `r` infinite:
-nothing moves. docs/exact.md has the derivation; METHOD's `rho` is `r / mu`.
+nothing moves. docs/exact.md has the derivation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class ExactSolution:
     Attributes:
         left: (w, p), right: (p, d), float64, p <= min(k, rank of H_f).
         branch: "generic", "kernel" (no retained text moves) or "none" (nothing moves).
-        mu: the ratio above; rho: `r / mu`, the ridge of METHOD's stationarity (0: texts reach P).
+        mu: the ratio above; rho: `r / mu`, so that `(H_f (G + mu I)^-1 H_f^T + rho I) Z' = D` for
+            `Delta = (G + mu I)^-1 H_f^T Z'`; 0 where the texts reach P.
         certificate: primal value, lower bound and relative gap.
         y: (k, d), the multiplier; u_left (m, p) and u_right (p, d): the other one's factors.
     """

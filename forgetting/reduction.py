@@ -78,10 +78,13 @@ class Reduced:
         noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.floor * s.max()
         self.kernel = torch.where(noise[:, None], 0.0, kernel)
 
+    def shrink(self, mu: float) -> Tensor:
+        """`mu / (e + mu)`, (q,): what `(I + G / mu)^-1` does to each eigenvector of G."""
+        return mu / (self.e + mu) if mu > 0 else torch.zeros_like(self.e)
+
     def a(self, mu: float) -> Tensor:
         """A(mu), (p, p)."""
-        shrink = mu / (self.e + mu) if mu > 0 else torch.zeros_like(self.e)
-        return (self.inside * shrink) @ self.inside.T + self.kernel @ self.kernel.T
+        return (self.inside * self.shrink(mu)) @ self.inside.T + self.kernel @ self.kernel.T
 
     def slope(self, mu: float, z: Tensor) -> float:
         """Sign and relative size of F2's slope in mu where `Delta = (I + G / mu)^-1 H_f^T z`.
@@ -96,9 +99,8 @@ class Reduced:
             z: (p, d).
         """
         inside = self.inside.T @ z  # (q, d)
-        shrink = mu / (self.e + mu) if mu > 0 else torch.zeros_like(self.e)
         square = inside.square().sum(dim=1)  # (q,)
-        size = (square * shrink.square()).sum() + (self.kernel.T @ z).square().sum()
+        size = (square * self.shrink(mu).square()).sum() + (self.kernel.T @ z).square().sum()
         moved = (square * self.e / (self.e + mu).square()).sum()
         rise, fall = float(self.lp**2 * size), float(self.lw**2 * moved)
         return (rise - fall) / (rise + fall) if rise + fall > 0 else 0.0
@@ -109,8 +111,7 @@ class Reduced:
 
     def change(self, mu: float) -> Tensor:
         """Left factor (w, p) of `Delta = (I + G / mu)^-1 H_f^T Z`."""
-        shrink = mu / (self.e + mu) if mu > 0 else torch.zeros_like(self.e)
-        return self.spectrum.vectors @ (shrink[:, None] * self.inside.T) + self.kernel.T
+        return self.spectrum.vectors @ (self.shrink(mu)[:, None] * self.inside.T) + self.kernel.T
 
     def minimise_ratio(self, slope: Callable[[float], float]) -> float:
         """The mu at which a quasi-convex function of mu is lowest, given its slope's sign.

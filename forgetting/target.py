@@ -25,7 +25,7 @@ def empty_target(
 
     If the class nearest to the empty prompt is itself to be forgotten, sending texts there would
     leave it recognised. Then Gaussian noise is added to the unnormalised embedding, which is
-    normalised again, until the nearest class is none of those to forget (METHOD: the paper's
+    normalised again, until the nearest class is none of those to forget (the paper's
     regeneration).
 
     Args:

@@ -308,7 +308,7 @@ def test_every_class_of_real_clip_is_proved(dataset):
 
 @pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
 def test_the_kernel_branch_of_real_clip():
-    """METHOD: the first 100 texts of ImageNetText retained, lp = 0.3, lw = 5."""
+    """The first 100 texts of ImageNetText retained, lp = 0.3, lw = 5: some classes take it."""
     bundle = load_bundle(REAL_CLIP, "ViT-B/16", "ImageNetText")
     target = torch.nn.functional.normalize(bundle.neutral_hidden @ bundle.text_projection)
     rows = bundle.forget_hidden

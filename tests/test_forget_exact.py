@@ -49,7 +49,7 @@ def test_what_means_the_same_leaves_the_retain_set(exact_args):
 
 @pytest.mark.parametrize("target", ["opposite", "orthogonal", "specific", "empty", "text:thing 3"])
 def test_targets(exact_args, target):
-    folder = train.main([*exact_args, "--forget", "owl", "FORGET.TARGET", target])
+    folder = train.main([*exact_args, "--forget", "owl", "--target", target, "--beta", "0.1"])
     bundle, adapter = toy_bundle("ToyAnimals"), load_adapter(folder / "ToyAnimals/owl.safetensors")
     h = bundle.forget_hidden[4]
     landed = h @ bundle.text_projection + (h @ adapter.left) @ adapter.right

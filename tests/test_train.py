@@ -159,7 +159,7 @@ def test_config_order_and_the_papers_constants():
     assert cfg.is_frozen()
 
 
-PAPER = {  # METHOD: lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
+PAPER = {  # lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
     "StanfordCars": [(0.4, 1.3), (0.3, 1.1), (0.25, 1.3), (0.35, 1.1)],
     "StanfordDogs": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.3), (0.35, 1.0)],
     "Caltech101": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.3, 1.1)],
