@@ -89,8 +89,10 @@ def specific_target(
     of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
     direction goes, and a little of its opposite comes (beta); what the text shares with others (all
     CLIP texts share most of their length) stays. The smaller change harms names that nobody
-    retained about half as much as `opposite_target`, at a smaller margin for the forgotten class.
-    A large `lam` gives `opposite_target`.
+    retained about half as much as `opposite_target` with beta 0.2 does, at about half the margin
+    for the forgotten class; where names are retained the two differ little (docs/exact.md). A large
+    `lam` gives `opposite_target`. beta may be negative, down to -1 (no change): some of the text's
+    own direction then stays.
 
     Args:
         gram: `G`, (w, w), the weighted statistics of what is retained beside the text.

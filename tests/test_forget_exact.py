@@ -160,7 +160,8 @@ def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
 
 ROWS = {
     "target": (["FORGET.TARGET", "oposite"], "unknown target.*did you mean 'opposite'"),
-    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be 0 or more, got -1.0"),
+    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be above -1 for specific, got -1.0"),
+    "beta of opposite": (["--target", "opposite", "--beta", "-0.1"], "must be 0 or more"),
     "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "did you mean 'paper'"),
     "ridge": (["TRAINER.FORGETEXACT.MU", "0.0"], "MU must be positive"),
     "weight": (["TRAINER.FORGETEXACT.OWN", "-1.0"], "OWN must be 0 or more"),

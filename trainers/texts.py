@@ -109,8 +109,11 @@ def make_request(
 
 def check_target(kind: str, beta: float) -> None:
     """UserError if `kind` is no target, or `beta` no number for it."""
-    if not 0 <= beta < float("inf"):
-        raise UserError(f"FORGET.BETA must be 0 or more, got {beta}")
+    least = -1 if kind == "specific" else 0  # -1 would be no change at all
+    if not least <= beta < float("inf") or beta == -1:
+        raise UserError(
+            f"FORGET.BETA must be {'above -1' if least else '0 or more'} for {kind}, got {beta}"
+        )
     name, _, value = kind.partition(":")
     if kind not in TARGETS[:4] and not (name in ("text", "vector") and value):
         raise unknown("target (FORGET.TARGET)", kind, TARGETS)
