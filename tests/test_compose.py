@@ -19,17 +19,10 @@ from forgetting import (
     projection_sha256,
     save_adapter,
 )
-from forgetting.compose import (
-    Part,
-    cli,
-    compose,
-    read_parts,
-    recipe_tensors,
-    solve_recipes,
-    with_recipe,
-)
+from forgetting.compose import cli, compose, solve_recipes
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import auto_lamb_forget, solve_exact
+from forgetting.recipe import Part, read_parts, recipe_tensors, with_recipe
 from forgetting.statistics import RetainStatistics
 from tests.conftest import REPOSITORY
 

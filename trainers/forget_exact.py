@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 import datasets
 from engine import TRAINER_REGISTRY, UserError, unknown
 from forgetting import Adapter
-from forgetting.compose import Part, recipe_tensors, with_recipe
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact, thresholds
+from forgetting.recipe import Part, recipe_tensors, with_recipe
 from forgetting.reduction import Spectrum
 from forgetting.statistics import RetainStatistics
 from forgetting.target import specific_target
