@@ -22,7 +22,6 @@ from forgetting.certificate import Certificate
 from forgetting.problem import ProblemError
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
-WARN_RESIDUAL = 1e-6
 
 
 @dataclass(frozen=True)
