@@ -126,8 +126,8 @@ def _roots(
     kernel = h_f - x @ spectrum.vectors.T  # (C, w)
     kernel = kernel - (kernel @ spectrum.vectors) @ spectrum.vectors.T
     length = torch.linalg.vector_norm(h_f, dim=1)
-    noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.floor * length.max()
-    kernel[noise | shared] = 0.0  # a retained text has no part in the kernel
+    noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.noise * length.max()
+    kernel[noise] = 0.0
     x2, kernel2 = x.square(), kernel.square().sum(dim=1)  # (C, q), (C,)
     own = shared.double()
 
@@ -153,7 +153,8 @@ def _roots(
     if bool((slope(log_low.exp()) > 0).any()):  # a class near the kernel: look much lower
         log_low = log_high - 60.0
     mu = find_roots(lambda log_mu: slope(log_mu.exp()), log_low, log_high).exp()
-    mu = torch.where((kernel2 > 0) & (slope(zeros) >= 0), zeros, mu)
+    # A retained text has no part in the kernel but what the factorisation takes for zero.
+    mu = torch.where((kernel2 > 0) & ~shared & (slope(zeros) >= 0), zeros, mu)
 
     a, b, _ = sums(mu)
     left_over = 1 - own * a / mu.clamp(min=1e-300)  # 1 - h (G + mu)^-1 h of the shared texts

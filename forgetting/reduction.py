@@ -20,6 +20,7 @@ class Spectrum:
     Attributes:
         values: (q,) positive singular values `sigma`; vectors: (w, q).
         rows: (m, w), `H_r` itself or a square root of G: what `U` and a certificate refer to.
+        noise: what rounding leaves of a row inside the span, as a fraction of its length.
     """
 
     def __init__(self, rows: Tensor, precise: bool = False) -> None:
@@ -33,7 +34,7 @@ class Spectrum:
         self.precise = precise or m < w
         if m == 0:
             self.values, self.vectors = rows.new_zeros(0), rows.new_zeros(w, 0)
-            self.floor = EPS * w
+            self.noise = EPS * w
             return
         if self.precise:
             _, values, vectors_t = torch.linalg.svd(rows, full_matrices=False)
@@ -42,7 +43,9 @@ class Spectrum:
             values, vectors = torch.linalg.eigh(rows.T @ rows)
             values, floor = values.clamp(min=0).sqrt(), (EPS * w) ** 0.5
         keep = values > floor * values.max()
-        self.values, self.vectors, self.floor = values[keep], vectors[:, keep], floor
+        self.values, self.vectors = values[keep], vectors[:, keep]
+        # Of a row inside the span the vectors leave this fraction, however they were made.
+        self.noise = EPS * max(m, w)
 
 
 class Reduced:
@@ -75,7 +78,7 @@ class Reduced:
         kernel = self.rows - self.inside @ spectrum.vectors.T  # (p, w)
         kernel = kernel - (kernel @ spectrum.vectors) @ spectrum.vectors.T  # twice is enough
         # What rounding leaves of a row inside the span is no kernel part.
-        noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.floor * s.max()
+        noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.noise * s.max()
         self.kernel = torch.where(noise[:, None], 0.0, kernel)
 
     def shrink(self, mu: float) -> Tensor:

@@ -117,3 +117,6 @@ def test_a_thousand_classes_of_real_clip(lamb_forget):
     for i in (0, 333, 999):
         one = solve_exact(alone(problem, own, i))
         assert float(together.primal[i]) == pytest.approx(one.certificate.primal, rel=1e-9)
+        delta = together.left[i][:, None] * together.right[i]
+        missed = torch.linalg.matrix_norm(delta - one.delta)
+        assert missed <= 1e-9 * torch.linalg.matrix_norm(one.delta)
