@@ -14,7 +14,7 @@ environment:
   FEATURES  folder of feature bundles; then neither model nor images are needed
   OUT       folder of the results (default: results)
   CACHE     folder for weights and encoded features (default: cache)
-  TRAINER   ForgetLoRA (default)
+  TRAINER   ForgetLoRA (default, the paper) or ForgetExact
   PYTHON    default: .venv/bin/python, else python3
 example: sh forget_clip.sh 1 0 "StanfordDogs,Caltech101" RN50 0'
 

@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a class to forget (repeatable), or all; replaces the list of forget_cls.py",
     )
     parser.add_argument(
-        "--target", help="FORGET.TARGET: where texts are sent (empty, opposite, ...)"
+        "--target", help="FORGET.TARGET: where texts are sent (specific, opposite, empty...)"
     )
     parser.add_argument("--beta", type=float, help="FORGET.BETA, of opposite and specific")
     parser.add_argument("--multiclass", action="store_true", help="forget all classes at once")

@@ -13,6 +13,7 @@ statistics with it, any union is solved again without G (`solve_from_base`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -163,4 +164,6 @@ def certify_constrained(
     missed = float(torch.linalg.matrix_norm(h_f @ delta - d))
     slack = 2 * missed * float(torch.linalg.matrix_norm(right))
     gap = max(0.0, primal + slack - bound) / primal if primal > 0 else float(missed > 0)
-    return Certificate(primal, bound, gap if gap == gap else 1.0)
+    if not all(map(math.isfinite, (primal, bound, missed))):  # NaN compares as false: no proof
+        return Certificate(primal, 0.0, 1.0)
+    return Certificate(primal, bound, gap)

@@ -87,6 +87,12 @@ def test_a_worse_change_shows_a_gap():
     assert missed.gap > 1e-3
 
 
+def test_nan_is_never_a_proof():
+    h_f, h_r, displacement = world(1, 12, 8, 5, 0)
+    nan = torch.full((8, 1), float("nan"), dtype=torch.float64)
+    assert certify_constrained(h_r.T @ h_r, 0.05, h_f, displacement, nan, displacement).gap == 1.0
+
+
 def test_duplicate_texts_share_one_constraint():
     h_f, h_r, displacement = world(2, 12, 8, 5, 0)
     twice = torch.cat([h_f, h_f[:1]])

@@ -160,9 +160,11 @@ def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
 
 ROWS = {
     "target": (["FORGET.TARGET", "oposite"], "unknown target.*did you mean 'opposite'"),
-    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be above -1 for specific, got -1.0"),
+    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be above -1 and at most .* got -1.0"),
     "beta of opposite": (["--target", "opposite", "--beta", "-0.1"], "must be 0 or more"),
     "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "did you mean 'paper'"),
+    "huge beta": (["--beta", "1e300"], "FORGET.BETA must be .* at most 1e.06"),
+    "huge weight": (["TRAINER.FORGETEXACT.VOCABULARY", "1e300"], "at most 1e.06, got 1e.300"),
     "ridge": (["TRAINER.FORGETEXACT.MU", "0.0"], "MU must be positive"),
     "weight": (["TRAINER.FORGETEXACT.OWN", "-1.0"], "OWN must be 0 or more"),
     "similarity": (["TRAINER.FORGETEXACT.SIMILARITY", "1.5"], "SIMILARITY is a cosine"),
@@ -178,6 +180,28 @@ def test_bad_input(row, exact_args, refused):
 
     options, message = ROWS[row]
     assert re.search(message, refused([*exact_args, "--forget", "cat", *options]))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"ct": ["{}"]}, r"no class 'ct'; nearest: 'cat'"),
+        ({"cat": ["{}"], "CAT": ["{}"]}, "'cat' and 'CAT' name one class"),
+        ({"cat": [" "]}, "a text of 'cat' is empty"),
+    ],
+)
+def test_mistakes_in_prompts(table, message, exact_args, refused, tmp_path):
+    import re
+
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(table))
+    line = refused([*exact_args, "--forget", "cat", "FORGET.PROMPTS", str(prompts)])
+    assert re.search(message, line)
+
+
+def test_logs_are_strict_json(exact_args):
+    folder = train.main([*exact_args, "--forget", "cat"])
+    json.loads((folder / "logs.json").read_text(), parse_constant=lambda word: pytest.fail(word))
 
 
 def test_a_prompt_that_needs_a_model_is_refused(exact_args, refused, tmp_path):

@@ -6,6 +6,7 @@ A method is one small subclass: its settings, and `solve` from a bundle and clas
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,19 @@ from clip.apply import save_full_model
 from clip.bundle import FeatureBundle, load_bundle
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine import SimpleTrainer
+from engine import SimpleTrainer, UserError
 from evaluation.results import check_folder, is_done, join_label, label_file, merge_entry
 from evaluation.zero_shot import evaluate_classes, evaluate_set
 from forgetting import Adapter, projection_sha256, save_adapter
 from trainers.plan import Plan, check_names, make_plan
-from trainers.texts import Request, check_target, make_request, make_target, read_prompts
+from trainers.texts import (
+    Request,
+    check_prompts,
+    check_target,
+    make_request,
+    make_target,
+    read_prompts,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ class ForgetTrainer(SimpleTrainer):
         for name, reason in self.plan.absent.items():
             print(f"not evaluated: {name} ({reason})")
         self.bundle = load(self.plan.dataset)
+        check_prompts(self.prompts, self.bundle)
         self.others = {name: load(name) for name in self.plan.others}
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
         self.num_classes = len(self.bundle.classnames)
@@ -186,12 +195,17 @@ class ForgetTrainer(SimpleTrainer):
         with one_thread():
             solved = self.solve(classes, self._generator(label))
         seconds = time.perf_counter() - started
+        if not (torch.isfinite(solved.left).all() and torch.isfinite(solved.right).all()):
+            raise UserError(
+                f"the change for {label!r} of {dataset} is not finite: a weight, ridge or beta is "
+                "out of range; nothing was saved for it"
+            )
         self.model.left, self.model.right = solved.left, solved.right
         factors = (solved.left.cpu(), solved.right.cpu())
         report = {
             "name": self.name,
             "settings": solver_settings,
-            **solved.report,
+            **_finite(solved.report),
             "seconds": seconds,
             "device": str(self.device),
         }
@@ -309,6 +323,15 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for (an unreachable threshold)."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(fraction: float | None) -> str:

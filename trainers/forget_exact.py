@@ -21,7 +21,7 @@ from forgetting.statistics import RetainStatistics
 from forgetting.target import specific_target
 from trainers.base import ForgetTrainer, Solved
 from trainers.forget_lora import paper_problem, paper_weights
-from trainers.texts import Request
+from trainers.texts import LARGEST, Request
 
 OBJECTIVES = ("constrained", "paper")
 GROUPS = ("own", "vocabulary", "others")
@@ -53,11 +53,17 @@ class ForgetExact(ForgetTrainer):
         if node.OBJECTIVE == "paper":
             paper_weights(cfg)
         for key in ("OWN", "VOCABULARY", "OTHERS"):
-            if not 0 <= node[key] < float("inf"):
-                raise UserError(f"TRAINER.FORGETEXACT.{key} must be 0 or more, got {node[key]}")
+            if not 0 <= node[key] <= LARGEST:
+                raise UserError(
+                    f"TRAINER.FORGETEXACT.{key} must be 0 or more and at most {LARGEST:g}, "
+                    f"got {node[key]}"
+                )
         for key in ("MU", "SHARED"):
-            if not 0 < node[key] < float("inf"):
-                raise UserError(f"TRAINER.FORGETEXACT.{key} must be positive, got {node[key]}")
+            if not 0 < node[key] <= LARGEST:
+                raise UserError(
+                    f"TRAINER.FORGETEXACT.{key} must be positive and at most {LARGEST:g}, "
+                    f"got {node[key]}"
+                )
         specific = cls.target_kind(cfg) == "specific"
         if specific and node.OBJECTIVE == "paper":
             raise UserError(

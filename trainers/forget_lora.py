@@ -13,7 +13,7 @@ from engine import TRAINER_REGISTRY, UserError, unknown
 from forgetting import ForgetProblem, LoraSettings, ProblemError, solve_lora
 from forgetting.exact import auto_lamb_forget
 from trainers.base import ForgetTrainer, Solved
-from trainers.texts import Request
+from trainers.texts import LARGEST, Request
 
 TERMS = ("forget", "preserve", "weight")
 AUTO = "auto"
@@ -140,9 +140,13 @@ def paper_weights(cfg) -> dict[str, float | str]:
         key = f"LAMB_{term.upper()}"
         value = table.get(key) if cfg.FORGET[key] is None else cfg.FORGET[key]
         automatic = term == "forget" and value == AUTO
-        number = isinstance(value, int | float) and 0 <= value < float("inf")
+        number = isinstance(value, int | float) and 0 <= value <= LARGEST
         if not automatic and not number:
-            raise UserError(f"FORGET.{key} must be a number of 0 or more, got {value!r}")
+            also = f" or {AUTO}" if term == "forget" else ""
+            raise UserError(
+                f"FORGET.{key} must be a number of 0 or more, at most {LARGEST:g},{also} "
+                f"got {value!r}"
+            )
         weights[f"lamb_{term}"] = value if term in cfg.FORGET.TERMS else 0.0
     return weights
 

@@ -23,6 +23,7 @@ from forgetting.target import opposite_target, orthogonal_target
 from trainers.plan import user_lists
 
 BARE = "{}"
+LARGEST = 1e6  # a constant beyond it is a typing error, and overflows in float32
 TARGETS = ("empty", "opposite", "orthogonal", "specific", "text:TEXT", "vector:FILE")
 
 
@@ -65,6 +66,20 @@ def read_prompts(cfg) -> dict[str, list[str]]:
             f"{where} must map class names to lists of texts, such as {{'cat': ['{{}}']}}"
         )
     return table
+
+
+def check_prompts(prompts: dict[str, list[str]], bundle: FeatureBundle) -> None:
+    """UserError if a key names no class of the set, or two name the same, or a text is empty."""
+    seen: dict[str, str] = {}
+    for key, texts in prompts.items():
+        name = datasets.match(key, bundle.classnames, f"{bundle.dataset} (prompts)")
+        if name in seen:
+            raise UserError(
+                f"prompts: {seen[name]!r} and {key!r} name one class of {bundle.dataset}"
+            )
+        if not all(text.strip() for text in texts):
+            raise UserError(f"prompts: a text of {key!r} is empty")
+        seen[name] = key
 
 
 def make_request(
@@ -110,9 +125,10 @@ def make_request(
 def check_target(kind: str, beta: float) -> None:
     """UserError if `kind` is no target, or `beta` no number for it."""
     least = -1 if kind == "specific" else 0  # -1 would be no change at all
-    if not least <= beta < float("inf") or beta == -1:
+    if not least <= beta <= LARGEST or beta == -1:
         raise UserError(
-            f"FORGET.BETA must be {'above -1' if least else '0 or more'} for {kind}, got {beta}"
+            f"FORGET.BETA must be {'above -1' if least else '0 or more'} and at most "
+            f"{LARGEST:g} for {kind}, got {beta}"
         )
     name, _, value = kind.partition(":")
     if kind not in TARGETS[:4] and not (name in ("text", "vector") and value):
