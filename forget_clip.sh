@@ -8,7 +8,7 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
   DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini...; several with commas
   ARCH        RN50, ViT-B/16, ViT-B/32 or mini
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
-  options     --forget NAME, --overwrite, --save-model, --weights PATH, KEY VALUE, ...
+  options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, KEY VALUE, ...
 environment:
   DATA      folder of the image sets (default: data)
   FEATURES  folder of feature bundles; then neither model nor images are needed

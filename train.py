@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
 from yacs.config import CfgNode
 
-import trainers  # noqa: F401 (registers the methods)
+import trainers
 from clip.features import default_workers
 from engine import (
     TRAINER_REGISTRY,
@@ -32,7 +31,7 @@ from engine import (
 from engine.cli import Parser, run
 from engine.log import hold_log
 from evaluation.results import merge_args
-from forgetting import LoraSettings, ProblemError
+from forgetting import ProblemError
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
@@ -68,6 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--multiclass", action="store_true", help="forget all classes at once")
     parser.add_argument("--overwrite", action="store_true", help="do classes again that are done")
     parser.add_argument(
+        "--audit", action="store_true", help="measure what is left of each class: audit.json"
+    )
+    parser.add_argument(
         "--save-model", action="store_true", help="write the full state dict beside each adapter"
     )
     parser.add_argument("--config-file", default="", help="default: configs/trainers/TRAINER.yaml")
@@ -102,20 +104,9 @@ def extend_cfg(cfg: CfgNode) -> None:
     cfg.FORGET.TARGET = ""
     cfg.FORGET.BETA = 0.1  # of the targets opposite and specific: how far beyond zero
     cfg.FORGET.PROMPTS = ""  # JSON file, class name -> texts; "": forget_prompts of forget_cls.py
-    cfg.TRAINER.FORGETLORA = CfgNode(
-        {name.upper(): value for name, value in asdict(LoraSettings()).items()}
-    )
-    cfg.TRAINER.FORGETEXACT = CfgNode(
-        {
-            "OBJECTIVE": "constrained",
-            "OWN": 1.0,
-            "VOCABULARY": 0.01,
-            "OTHERS": 0.1,
-            "MU": 5e-6,
-            "SHARED": 0.5,
-            "SIMILARITY": 0.95,
-        }
-    )
+    for method in trainers.METHODS:
+        if method.defaults:
+            cfg.TRAINER[method.__name__.upper()] = CfgNode(method.defaults)
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
@@ -237,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         setup_logger(str(folder / cfg.DATASET.NAME))
         merge_args(folder, str(args))
         trainer.train()
+        if args.audit:
+            trainer.audit()
         print(f"results: {folder / 'logs.json'}")
     finally:
         sys.stdout = console

@@ -7,29 +7,18 @@ df, args = create_results("results/results1/seed_0/", rn=True, multiclass=False)
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from engine.cli import Parser, run
 from engine.errors import UserError
 from engine.files import atomic_path
-from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_logs
-
-ALL_CLASSES = "all"
-# Column -> (side of the log entry, key): "Noforget" is before forgetting.
-OWN_COLUMNS = {
-    "full_Noforget": ("zero_shot", "no_cls_acc"),
-    "cls_Noforget": ("zero_shot", "cls_acc_test"),
-    "cls_forget": ("final_results", "cls_acc_test"),
-    "full_forget": ("final_results", "no_cls_acc"),
-}
-OTHER_COLUMNS = {"res": "final_results", "full": "zero_shot"}  # after, before
+from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_args, read_logs
+from evaluation.table import OWN_COLUMNS, average_gains, other_sets, result_rows
 
 
 def create_results(
@@ -61,24 +50,19 @@ def create_results(
     if not (folder / LOGS).is_file():
         raise UserError(f"no results in {folder}: {folder / LOGS} is missing; run forget_clip.sh")
     logs = read_logs(folder)
-    args = _read_args(folder / ARGS)
+    lines = read_args(folder / ARGS)
+    args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
-    rows = [
-        _row(dataset, label, entry)
-        for dataset, entries in logs.items()
-        for label, entry in entries.items()
-        if label != SETTINGS and _is_multiclass(dataset, label, entry) == multiclass
-    ]
-    if not rows:
+    df = result_rows(logs, multiclass)
+    if df.empty:
         kind, other = ("multiclass", "False") if multiclass else ("single-class", "True")
         raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={other}")
-    if all("zero_shot" not in logs[row["ds"]][row["name"]] for row in rows):
+    if all("zero_shot" not in logs[dataset][name] for dataset, name in df[["ds", "name"]].values):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
             "public code have none): the columns full_Noforget, cls_Noforget and full_X are NaN",
             stacklevel=2,
         )
-    df = pd.DataFrame(rows)
     own = ["ds", "name", *OWN_COLUMNS, *(["cls_forget_all"] if multiclass else [])]
     others = [column for column in df.columns if column not in own and column != "cls_forget_all"]
     df = df[[*own, *others]]
@@ -93,22 +77,7 @@ def compute_avg_gain(df: pd.DataFrame) -> float:
     a gain counts as 0; then the mean over rows. A quantity that was not measured before (or was 0)
     has no relative change and is left out.
     """
-    return float(_gains(df).mean())
-
-
-def _gains(df: pd.DataFrame) -> pd.Series:
-    """`compute_avg_gain`'s number of every row."""
-    parts = [df["cls_forget"] / df["cls_Noforget"].where(df["cls_Noforget"] > 0)]
-    pairs = [("full_forget", "full_Noforget")]
-    pairs += [
-        (column, "full_" + column.removeprefix("res_"))
-        for column in df.columns
-        if column.startswith("res_")
-    ]
-    for after, before in pairs:
-        loss = (df[before] - df[after]) / df[before].where(df[before] > 0)
-        parts.append(loss.clip(lower=0))
-    return pd.concat(parts, axis=1).mean(axis=1)
+    return float(average_gains(df).mean())
 
 
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
@@ -117,7 +86,7 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
     `class` is the forgotten class, `rest` the other classes of its set, `others` the mean over the
     other data sets.
     """
-    others = [c.removeprefix("res_") for c in df.columns if c.startswith("res_")]
+    others = other_sets(df)
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
     for title, stem in (("class", "cls"), ("rest", "full")):
         for when, suffix in (("before", "Noforget"), ("after", "forget")):
@@ -217,58 +186,6 @@ def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
     for method, colour in zip(methods, ("#c8553d", "#2d936c", "#8f5aa8", "#b8860b"), strict=False):
         styles[method] = {"color": colour}
     return _draw(table, styles, path)
-
-
-def _row(dataset: str, label: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """One row of the frame from one entry of the logs."""
-    row: dict[str, Any] = {"ds": dataset, "name": label}
-    for column, (side, key) in OWN_COLUMNS.items():
-        values = _by_class(entry.get(side, {}).get(dataset, {}), key)
-        measured = [value for value in values.values() if value is not None]
-        row[column] = sum(measured) / len(measured) if measured else float("nan")
-        if column == "cls_forget" and SEPARATOR in label:
-            row["cls_forget_all"] = values
-    for other in entry["final_results"]:
-        if other != dataset:
-            for stem, side in OTHER_COLUMNS.items():
-                value = entry.get(side, {}).get(other, {}).get(ALL_CLASSES, {}).get("all_ds")
-                row[f"{stem}_{other}"] = float("nan") if value is None else value
-    return row
-
-
-def _by_class(results: dict[str, Any], key: str) -> dict[str, float | None]:
-    """`key` of every class; logs may hold one entry a class, or one for all with a dictionary."""
-    values: dict[str, float | None] = {}
-    for name, numbers in results.items():
-        value = numbers.get(key)
-        values |= value if isinstance(value, dict) else {name: value}
-    return values
-
-
-def _is_multiclass(dataset: str, label: str, entry: dict[str, Any]) -> bool:
-    """More than one class was forgotten; a class name may itself hold the separator."""
-    own = entry["final_results"].get(dataset, {})
-    return (
-        len(own) > 1
-        or (SEPARATOR in label and list(own) != [label])
-        or any(isinstance(value, dict) for numbers in own.values() for value in numbers.values())
-    )
-
-
-def _read_args(path: Path) -> argparse.Namespace:
-    """The last argparse Namespace written in a file, read as text: nothing in it is executed."""
-    if not path.is_file():
-        return argparse.Namespace()
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    try:
-        call = ast.parse(lines[-1].strip(), mode="eval").body
-        if not isinstance(call, ast.Call):
-            raise ValueError("not a call")
-        return argparse.Namespace(
-            **{keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        )
-    except (SyntaxError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not the text of an argparse Namespace ({error})") from error
 
 
 def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.closed_forms import ALPHA_DAMPING, null_space, uce_each
 from benchmarks.workload import Workload
 from engine import get_cfg_default
 from evaluation.zero_shot import Factors, evaluate_classes
 from forgetting import LoraSettings, solve_lora
+from forgetting.closed_forms import ALPHA_DAMPING, null_space, uce_each
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.each import solve_each
 from forgetting.statistics import RetainStatistics

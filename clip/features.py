@@ -1,6 +1,7 @@
 """From a data set and a CLIP to a FeatureBundle: the stage that is run once.
 
 python -m clip.features DATASET ARCH [--root data] [--weights PATH] [--cache cache] [--out DIR]
+                        [--audit]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 import datasets
 from clip.architectures import architecture
+from clip.audit_texts import HIDDEN, with_audit
 from clip.bundle import FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
@@ -105,6 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
     parser.add_argument("--cache", default="cache", help="folder for what was encoded")
     parser.add_argument("--out", help="also write the bundle into this folder")
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="also encode every class in other words, for an audit that has the bundle alone",
+    )
     args = parser.parse_args(argv)
 
     dataset = datasets.spec(args.dataset).name
@@ -116,6 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
     print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
+    if args.audit:
+        bundle = with_audit(bundle, source, args.cache)
+        texts = len(bundle.extra_tensors[HIDDEN])
+        print(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
     if out:
         bundle.save(out)
         print(f"clip: bundle written to {out}")

@@ -13,6 +13,8 @@ fractions at full precision. Logs of the paper's public code have no "zero_shot"
 
 from __future__ import annotations
 
+import argparse
+import ast
 import hashlib
 import json
 import time
@@ -147,3 +149,27 @@ def merge_args(folder: str | Path, line: str) -> None:
             lines.remove(line)  # the last line is the latest run
         with atomic_path(path) as temporary:
             temporary.write_text("\n".join([*lines, line]) + "\n", encoding="utf-8")
+
+
+def read_args(path: str | Path) -> list[argparse.Namespace]:
+    """The command lines in an args.txt, oldest first, read as text: nothing in it is executed.
+
+    Raises:
+        UserError: a line that is not the text of an argparse Namespace.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    namespaces = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.strip():
+            continue
+        try:
+            call = ast.parse(line.strip(), mode="eval").body
+            if not isinstance(call, ast.Call):
+                raise ValueError("not a call")
+            values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: not the text of an argparse Namespace ({error})") from error
+        namespaces.append(argparse.Namespace(**values))
+    return namespaces

@@ -132,6 +132,7 @@ ROWS = {
     "architecture of bundles": (toy("--backbone", "RN50"), "backbones there: ViT-B-32"),
     "class": (toy("--forget", "sea_hors"), "no class 'sea_hors'.*nearest: 'sea_horse'"),
     "no class listed": (toy(), "forget_cls.py or use --forget NAME"),
+    "all beside another": (toy("--forget", "all", "--forget", "cat"), "stands for every class"),
     "all classes at once": (toy("--forget", "all", "--multiclass"), "leave none to retain"),
     "trainer": (toy("--trainer", "ForgetLora"), "unknown trainer.*did you mean 'ForgetLoRA'"),
     "seed": (toy("--seed", "one"), "argument --seed: invalid int value: 'one'"),

@@ -186,16 +186,16 @@ def test_registry(kit):
 
 def test_a_mistyped_name_is_told_the_nearest(kit):
     @kit.TRAINER_REGISTRY.register()
-    class ForgetNothing:
+    class ForgetSomethingElse:
         def __init__(self, cfg):
             self.cfg = cfg
 
     cfg = kit.get_cfg_default()
-    cfg.TRAINER.NAME = "ForgetNothing"
+    cfg.TRAINER.NAME = "ForgetSomethingElse"
     assert kit.build_trainer(cfg).cfg is cfg
-    cfg.TRAINER.NAME = "ForgetNohting"
+    cfg.TRAINER.NAME = "ForgetSomethingEsle"
     with pytest.raises(
-        ValueError, match=r"did you mean 'ForgetNothing'|do you mean .ForgetNothing"
+        ValueError, match=r"did you mean 'ForgetSomethingElse'|do you mean .ForgetSomethingElse"
     ):
         kit.build_trainer(cfg)
 

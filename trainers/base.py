@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ from clip.bundle import FeatureBundle, load_bundle
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
-from evaluation.results import check_folder, is_done, join_label, label_file, merge_entry
+from evaluation.results import (
+    check_folder,
+    is_done,
+    join_label,
+    label_file,
+    merge_entry,
+    read_logs,
+)
 from evaluation.zero_shot import evaluate_classes, evaluate_set
 from forgetting import Adapter, projection_sha256, save_adapter
 from trainers.plan import Plan, check_names, make_plan
@@ -39,11 +46,16 @@ from trainers.texts import (
 
 @dataclass(frozen=True)
 class Solved:
-    """What a method found: `Delta = left @ right`, and a report of JSON values for the logs."""
+    """What a method found: `Delta = left @ right`, and a report of JSON values for the logs.
+
+    Attributes:
+        removed: class names that leave the deployed list (`evaluation.zero_shot.predict`).
+    """
 
     left: Tensor  # (w, r)
     right: Tensor  # (r, d)
     report: dict[str, Any]
+    removed: tuple[str, ...] = ()
 
 
 class AdaptedProjection(nn.Module):
@@ -69,12 +81,15 @@ class ForgetTrainer(SimpleTrainer):
     """
 
     name: str
+    defaults: ClassVar[dict[str, Any]] = {}  # of the config's node TRAINER.NAME in capitals
+    # FORGET.TARGET if it is empty; None for a method that sends texts nowhere.
+    default_target: ClassVar[str | None] = "empty"
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check_names(cfg)
-        check_target(cls.target_kind(cfg), cfg.FORGET.BETA)
+        cls.check_target(cfg)
         read_prompts(cfg)
         cls.check_settings(cfg)
         plan = make_plan(cfg)
@@ -85,6 +100,20 @@ class ForgetTrainer(SimpleTrainer):
     @classmethod
     def check_settings(cls, cfg) -> None:
         """A method's own constants; raises UserError for impossible ones."""
+
+    @classmethod
+    def check_target(cls, cfg) -> None:
+        """Refuse a target that is none, or that the method has no use for."""
+        kind, name = cls.target_kind(cfg), cls.__name__
+        if cls.default_target is None and kind:
+            raise UserError(f"{name} sends texts nowhere: leave FORGET.TARGET empty, not {kind!r}")
+        if cls.default_target is not None:
+            check_target(kind, cfg.FORGET.BETA)
+        if kind == "specific" and cls.default_target != "specific":
+            raise UserError(
+                f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; for {name} "
+                "choose empty, opposite, orthogonal, text:TEXT or vector:FILE"
+            )
 
     def check_cfg(self, cfg) -> None:
         """Dassl's hook, called before anything is built."""
@@ -206,6 +235,7 @@ class ForgetTrainer(SimpleTrainer):
             "name": self.name,
             "settings": solver_settings,
             **_finite(solved.report),
+            **({"removed_names": list(solved.removed)} if solved.removed else {}),
             "seconds": seconds,
             "device": str(self.device),
         }
@@ -229,7 +259,7 @@ class ForgetTrainer(SimpleTrainer):
         if self.cfg.FORGET.SAVE_MODEL:
             save_full_model(self.source, adapter.delta(), model_path)
         entry = {
-            "final_results": self._accuracies(classes, factors),
+            "final_results": self._accuracies(classes, factors, solved.removed),
             "zero_shot": self._accuracies(classes, None),
             "solver": report,
         }
@@ -239,6 +269,18 @@ class ForgetTrainer(SimpleTrainer):
     def test(self, split: str | None = None) -> float | None:
         """Zero-shot accuracy of the set as the projection stands; Dassl's entry point."""
         return evaluate_set(self.bundle, (self.model.left.cpu(), self.model.right.cpu()))
+
+    def audit(self) -> None:
+        """Measure what is left of the classes of this run: audit.json beside the logs."""
+        from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
+        from evaluation.audit.run import audit_dataset
+        from evaluation.audit.table import report_table
+
+        folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
+        inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
+        labels = [join_label(classes) for classes in self.plan.requests]
+        audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
+        report_table(folder, [dataset])
 
     def retained(self, classes: list[str]) -> tuple[Tensor, list[str]]:
         """Hidden states (m, w) of the vocabulary less what is to be forgotten, and what left it.
@@ -260,7 +302,7 @@ class ForgetTrainer(SimpleTrainer):
     def text_settings(self) -> dict[str, Any]:
         """What the texts and targets of a request depend on, for `solver_settings`."""
         kind = self.target_kind(self.cfg)
-        settings: dict[str, Any] = {"target": kind}
+        settings: dict[str, Any] = {"target": kind} if kind else {}
         if kind == "empty":
             settings["noise_std"] = float(self.cfg.FORGET.NOISE_STD)
         if kind in ("opposite", "specific"):
@@ -280,8 +322,8 @@ class ForgetTrainer(SimpleTrainer):
 
     @classmethod
     def target_kind(cls, cfg) -> str:
-        """`FORGET.TARGET`, or what the method takes if it is empty."""
-        return cfg.FORGET.TARGET or "empty"
+        """`FORGET.TARGET`, or what the method takes if it is empty; "" if it takes none."""
+        return cfg.FORGET.TARGET or cls.default_target or ""
 
     def _generator(self, label: str) -> torch.Generator:
         """Random numbers of one request: the same in a resumed run, whatever ran before."""
@@ -289,9 +331,14 @@ class ForgetTrainer(SimpleTrainer):
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 
-    def _accuracies(self, classes: list[str], factors: tuple[Tensor, Tensor] | None) -> dict:
+    def _accuracies(
+        self,
+        classes: list[str],
+        factors: tuple[Tensor, Tensor] | None,
+        removed: tuple[str, ...] = (),
+    ) -> dict:
         """One side of a log entry: the set's own classes, then every other set."""
-        own = {self.plan.dataset: evaluate_classes(self.bundle, classes, factors)}
+        own = {self.plan.dataset: evaluate_classes(self.bundle, classes, factors, removed)}
         return own | {
             name: {"all": {"all_ds": evaluate_set(bundle, factors)}}
             for name, bundle in self.others.items()

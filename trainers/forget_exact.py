@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-import datasets
 from engine import TRAINER_REGISTRY, UserError, unknown
 from forgetting import Adapter
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact, thresholds
 from forgetting.recipe import Part, recipe_tensors, with_recipe
 from forgetting.reduction import Spectrum
-from forgetting.statistics import RetainStatistics
 from forgetting.target import specific_target
 from trainers.base import ForgetTrainer, Solved
 from trainers.forget_lora import paper_problem, paper_weights
+from trainers.retained import GROUPS, Place, RetainSet, check_similarity, print_leaving
 from trainers.texts import LARGEST, Request
 
 OBJECTIVES = ("constrained", "paper")
-GROUPS = ("own", "vocabulary", "others")
 POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 
@@ -38,11 +35,23 @@ class ForgetExact(ForgetTrainer):
     """
 
     name = "exact"
+    default_target = "specific"
+    defaults: ClassVar[dict[str, Any]] = {
+        "OBJECTIVE": "constrained",
+        "OWN": 1.0,
+        "VOCABULARY": 0.01,
+        "OTHERS": 0.1,
+        "MU": 5e-6,
+        "SHARED": 0.5,
+        "SIMILARITY": 0.95,
+    }
 
     @classmethod
     def target_kind(cls, cfg) -> str:
-        default = "specific" if cfg.TRAINER.FORGETEXACT.OBJECTIVE == "constrained" else "empty"
-        return cfg.FORGET.TARGET or default
+        """As the base has it; the paper's objective has the paper's target."""
+        if cfg.TRAINER.FORGETEXACT.OBJECTIVE == "paper" and not cfg.FORGET.TARGET:
+            return "empty"
+        return super().target_kind(cfg)
 
     @classmethod
     def check_settings(cls, cfg) -> None:
@@ -71,33 +80,18 @@ class ForgetExact(ForgetTrainer):
             )
         if not (node.OWN or node.VOCABULARY or node.OTHERS):
             raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
-        if not 0 < node.SIMILARITY <= 1:
-            raise UserError(
-                f"TRAINER.FORGETEXACT.SIMILARITY is a cosine, above 0 and at most 1 (1: no name "
-                f"leaves for being similar), got {node.SIMILARITY}"
-            )
+        check_similarity(cfg)
 
     def build_model(self) -> None:
         """The projection, and the statistics of everything retained, made once for all classes."""
         super().build_model()
         node = self.cfg.TRAINER.FORGETEXACT
-        plain = datasets.plain
-        self.names = {
-            "own": [plain(name) for name in self.bundle.classnames],
-            "vocabulary": self.bundle.retain_names,
-            "others": [plain(n) for bundle in self.others.values() for n in bundle.classnames],
-        }
-        self.rows = {
-            "own": self.bundle.forget_hidden,
-            "vocabulary": self.bundle.retain_hidden,
-            "others": torch.cat(
-                [self.bundle.forget_hidden[:0], *(b.forget_hidden for b in self.others.values())]
-            ),
-        }
-        self.statistics = RetainStatistics(self.bundle.text_projection.shape[0])
         # The paper retains its vocabulary alone.
-        for group in GROUPS if node.OBJECTIVE == "constrained" else ("vocabulary",):
-            self.statistics.update(group, self.rows[group].to(self.device))
+        groups = GROUPS if node.OBJECTIVE == "constrained" else ("vocabulary",)
+        self.retain = RetainSet(
+            self.bundle, self.others.values(), node.SIMILARITY, groups, self.device
+        )
+        self.statistics = self.retain.statistics
         self.weights = {group: float(node[group.upper()]) for group in self.statistics.counts}
         if node.OBJECTIVE == "constrained":
             gram = self.statistics.weighted(self.weights).to(self.device)
@@ -129,11 +123,19 @@ class ForgetExact(ForgetTrainer):
         }
 
     def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
+        solved, lines = self.answer(classes, generator)
+        for line in lines:
+            print(f"  {line}")
+        print_leaving(classes, solved.report["left_retain_set"])
+        return solved
+
+    def answer(self, classes: list[str], generator: torch.Generator) -> tuple[Solved, list[str]]:
+        """The exact answer, and what to say about it."""
         request = self.request(classes)
         if self.cfg.TRAINER.FORGETEXACT.OBJECTIVE == "paper":
             return self._solve_paper(classes, request, generator)
         hidden, projection = request.hidden.double(), self.bundle.text_projection.double()
-        leaving = [self._leaving(request, index) for index in range(len(classes))]
+        leaving = [self.retain.leaving(request, index) for index in range(len(classes))]
         target, draws = self._targets(request, leaving, generator)
         displacement = target - hidden @ projection  # (k, d)
         # A name that leaves with two of the classes leaves once.
@@ -156,22 +158,17 @@ class ForgetExact(ForgetTrainer):
             "certificate": asdict(solution.certificate),
             "residual": solution.residual,
             "texts": request.texts,
-            "left_retain_set": sorted({self.names[group][row] for group, row in places}),
+            "left_retain_set": self.retain.named(places),
             "target_draws": draws,
             "mu": self.ridge.mu,
         }
-        print(f"  {_proof(solution.certificate.gap)}")
+        lines = [_proof(solution.certificate.gap)]
         if solution.residual > POOR:
-            print(
-                f"  warning: texts end {solution.residual:.1e} of their way beside their targets; "
+            lines.append(
+                f"warning: texts end {solution.residual:.1e} of their way beside their targets; "
                 "texts that repeat each other have different ones"
             )
-        similar = [
-            n for n in report["left_retain_set"] if n not in set(map(datasets.plain, classes))
-        ]
-        if similar:
-            print(f"  left the retain set: {', '.join(similar)}")
-        return Solved(solution.left.float(), solution.right.float(), report)
+        return Solved(solution.left.float(), solution.right.float(), report), lines
 
     def with_recipe(self, adapter: Adapter) -> Adapter:
         """The constrained form composes from the adapter alone, the paper's objective together with
@@ -189,37 +186,14 @@ class ForgetExact(ForgetTrainer):
                 print(f"  statistics of the vocabulary, for composing: {path}")
         return with_recipe(adapter, shared, self.parts)
 
-    def _leaving(self, request: Request, index: int) -> set[tuple[str, int]]:
-        """Places (group, row) of the retained names that mean the same as class `index`.
-
-        These are its own name, those marked as synonyms, and those of the vocabulary and of other
-        sets whose hidden state is more similar to one of its texts than the threshold.
-        """
-        name = datasets.plain(request.classes[index]).casefold()
-        known = datasets.synonyms(self.plan.dataset) if self.plan.dataset in datasets.SETS else {}
-        same = {name} | {datasets.plain(n).casefold() for n in known.get(name, set())}
-        mine = [row for row, owner in enumerate(request.owner) if owner == index]
-        texts = normalize(request.hidden[mine], dim=1)  # (k, w)
-        limit = self.cfg.TRAINER.FORGETEXACT.SIMILARITY
-        places = set()
-        for group in self.statistics.counts:
-            nearest = (normalize(self.rows[group], dim=1) @ texts.T).amax(dim=1)  # (m,)
-            for row, other in enumerate(self.names[group]):
-                # The set's own classes are different things, however alike their names.
-                alike = group != "own" and limit < 1 and float(nearest[row]) > limit
-                if datasets.plain(other).casefold() in same or alike:
-                    places.add((group, row))
-        return places
-
-    def _rows(self, places: list[tuple[str, int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, places: list[Place], like: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (n, w) at those places, and the share (n,) that each has in G."""
-        places = [(g, row) for g, row in places if self.weights[g] > 0]
-        rows = [self.rows[group][row] for group, row in places]
+        places = [(group, row) for group, row in places if self.weights[group] > 0]
         shares = [self.statistics.share(group, self.weights) for group, _ in places]
-        return torch.stack(rows).to(like) if rows else like[:0], like.new_tensor(shares)
+        return self.retain.at(places).to(like), like.new_tensor(shares)
 
     def _targets(
-        self, request: Request, leaving: list[set[tuple[str, int]]], generator: torch.Generator
+        self, request: Request, leaving: list[set[Place]], generator: torch.Generator
     ) -> tuple[Tensor, int]:
         """`P` (k, d) float64 on the CPU, and the draws of noise.
 
@@ -245,7 +219,7 @@ class ForgetExact(ForgetTrainer):
 
     def _solve_paper(
         self, classes: list[str], request: Request, generator: torch.Generator
-    ) -> Solved:
+    ) -> tuple[Solved, list[str]]:
         """The paper's objective at its exact optimum."""
         target, draws = self.target(request, generator)
         retain_hidden, dropped = self.retained(classes)
@@ -265,8 +239,8 @@ class ForgetExact(ForgetTrainer):
         spectrum = Spectrum(problem.retain_hidden)
         solution = solve_exact(problem, spectrum)
         limits = thresholds(problem, spectrum)
-        print(
-            f"  {solution.branch}: lamb_forget {problem.lamb_forget:.4g}, c* {limits.reach:.4g}, "
+        line = (
+            f"{solution.branch}: lamb_forget {problem.lamb_forget:.4g}, c* {limits.reach:.4g}, "
             f"{_proof(solution.certificate.gap)}"
         )
         report = {
@@ -282,7 +256,7 @@ class ForgetExact(ForgetTrainer):
             "retained": len(retain_hidden),
             "left_retain_set": dropped,
         }
-        return Solved(solution.left.float(), solution.right.float(), report)
+        return Solved(solution.left.float(), solution.right.float(), report), [line]
 
 
 def _proof(gap: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class ForgetLoRA(ForgetTrainer):
     """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective."""
 
     name = "lora"
+    defaults: ClassVar[dict[str, Any]] = {
+        name.upper(): value for name, value in asdict(LoraSettings()).items()
+    }
 
     @classmethod
     def check_settings(cls, cfg) -> None:

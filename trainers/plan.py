@@ -89,7 +89,9 @@ def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[s
         raise UserError(
             f"no class of {dataset} to forget: add it to forget_cls.py or use --forget NAME"
         )
-    if asked == [ALL]:
+    if ALL in asked and ALL not in classnames:
+        if len(asked) > 1:
+            raise UserError(f"--forget {ALL} stands for every class of {dataset}; name no other")
         asked = classnames
     classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in asked))
     if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):

@@ -133,6 +133,8 @@ def check_target(kind: str, beta: float) -> None:
     name, _, value = kind.partition(":")
     if kind not in TARGETS[:4] and not (name in ("text", "vector") and value):
         raise unknown("target (FORGET.TARGET)", kind, TARGETS)
+    if name == "vector" and not Path(value).is_file():
+        raise UserError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
 
 
 def make_target(

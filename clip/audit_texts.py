@@ -1,0 +1,128 @@
+"""Hidden states of other words for a set's classes, kept in its bundle for a later audit.
+
+A bundle holds one text for each class to forget and one to evaluate. Whether a class is gone under
+other words can be measured without the model only if their hidden states came along: as the tensor
+`audit_hidden` (A, w) and the JSON lists `audit_texts`, `audit_classes` and `audit_kinds`, of A
+entries each, in the metadata. A bundle without them is as good as any for everything else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clip.bundle import FeatureBundle, bundle_path
+from clip.cache import FeatureCache
+from clip.source import ClipSource
+from datasets.paraphrase import Paraphrase, paraphrases
+from datasets.wordnet import ABSENT, installed
+from engine.errors import UserError, unknown
+
+HIDDEN = "audit_hidden"
+TEXTS, CLASSES, KINDS = LISTS = ("audit_texts", "audit_classes", "audit_kinds")
+Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
+
+
+def other_words(bundle: FeatureBundle, name: str) -> list[Paraphrase]:
+    """The paraphrases of a class of a bundle, under the bundle's own evaluation prompt."""
+    template = bundle.template if bundle.template.count("{}") == 1 else None
+    return paraphrases(name, bundle.dataset, template, bundle.classnames)
+
+
+def with_audit(
+    bundle: FeatureBundle, source: ClipSource, cache: str | Path, progress: bool = True
+) -> FeatureBundle:
+    """The bundle with the hidden states of other words for each of its classes.
+
+    A class's texts are one entry of the cache, so a killed run goes on where it was, and the model
+    is loaded only for classes whose texts have changed.
+
+    Raises:
+        UserError: a bundle of another architecture or other weights than the source's.
+    """
+    for key, own in (("backbone", source.arch), ("weights", source.weights_sha256)):
+        if getattr(bundle, key) != own:
+            raise UserError(
+                f"feature bundle of {bundle.dataset}: {key} is {getattr(bundle, key)!r}, but the "
+                f"model's is {own!r}; other words must be read by the model that made the bundle"
+            )
+    package = installed()
+    joined = f"WordNet ({package})" if package else f"no WordNet: {ABSENT}"
+    print(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
+    words = {name: other_words(bundle, name) for name in bundle.classnames}
+    stored = FeatureCache(source, cache)
+    rows, entries = [], []
+    with tqdm(
+        total=sum(map(len, words.values())),
+        unit="text",
+        desc=f"clip: {bundle.dataset} in other words",
+        disable=not progress,
+    ) as bar:
+        for name, texts in words.items():
+            rows.append(stored.texts([entry.text for entry in texts]))
+            entries += [(entry.text, name, entry.kind) for entry in texts]
+            bar.update(len(texts))
+    lists = zip(LISTS, zip(*entries, strict=True), strict=True)
+    return replace(
+        bundle,
+        extra=bundle.extra | {key: json.dumps(values, ensure_ascii=False) for key, values in lists},
+        extra_tensors=bundle.extra_tensors | {HIDDEN: torch.cat(rows)},
+    )
+
+
+def audit_rows(
+    bundle: FeatureBundle, class_name: str, where: str | Path | None = None
+) -> list[Row]:
+    """Other words for a class that the bundle brought along; empty if it brought none.
+
+    Args:
+        where: the bundle's file, for messages; None for its usual place.
+
+    Raises:
+        UserError: an unknown class, or rows that contradict themselves or the bundle, naming the
+            file and the key.
+    """
+    if class_name not in bundle.classnames:
+        raise unknown(f"class of {bundle.dataset}", class_name, bundle.classnames)
+    where = where or bundle_path("", bundle.backbone, bundle.dataset)
+    held = [key for key in LISTS if key in bundle.extra]
+    held += [HIDDEN] if HIDDEN in bundle.extra_tensors else []
+    if not held:
+        return []
+    for key in (*LISTS, HIDDEN):
+        if key not in held:
+            raise _error(where, key, f"is missing, but there is {held[0]}")
+    hidden = bundle.extra_tensors[HIDDEN]
+    texts, classes, kinds = (_strings(where, key, bundle.extra[key]) for key in LISTS)
+    for key, values in ((CLASSES, classes), (KINDS, kinds)):
+        if len(values) != len(texts):
+            raise _error(where, key, f"has {len(values)} entries, but {TEXTS} has {len(texts)}")
+    expected = (len(texts), bundle.text_projection.shape[0])
+    if tuple(hidden.shape) != expected:
+        raise _error(where, HIDDEN, f"has shape {tuple(hidden.shape)}, expected {expected}")
+    if not hidden.is_floating_point() or not torch.isfinite(hidden).all():
+        raise _error(where, HIDDEN, "must hold finite floating-point numbers")
+    for name in dict.fromkeys(classes):
+        if name not in bundle.classnames:
+            raise _error(where, CLASSES, f"names {name!r}, which is no class of the bundle")
+    mine = [i for i, name in enumerate(classes) if name == class_name]
+    return [(texts[i], kinds[i], hidden[i].float()) for i in mine]
+
+
+def _error(where: str | Path, key: str, problem: str) -> UserError:
+    return UserError(f"feature bundle {where}: {key} {problem}")
+
+
+def _strings(where: str | Path, key: str, text: str) -> list[str]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _error(where, key, f"is not valid JSON ({error})") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise _error(where, key, "is not a JSON list of strings")
+    return values

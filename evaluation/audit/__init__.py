@@ -1,0 +1,1 @@
+"""Is it gone? What is left of a forgotten class, one measure a file; nothing here forgets."""

@@ -1,0 +1,60 @@
+"""python -m evaluation.audit RUN_FOLDER: is it gone?
+
+Writes audit.json and audit.csv beside the logs of a results folder and prints the table. The
+features or images of the run are found where the run had them (args.txt), or where an option says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.cli import Parser, run
+from evaluation.audit.run import MEASURES, audit_folder
+from evaluation.audit.table import report_table
+from forgetting import ProblemError
+
+PLACES = {
+    "features": "folder of feature bundles",
+    "root": "folder of the image sets",
+    "cache": "folder of what was encoded",
+    "weights": "a checkpoint of the backbone",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Audit a results folder; returns it."""
+    parser = Parser(prog="python -m evaluation.audit", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="NAME", help="only this set (repeatable)"
+    )
+    parser.add_argument(
+        "--forget", action="append", default=[], metavar="LABEL", help="only this label of the logs"
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="MEASURE",
+        help=f"leave one out: {', '.join(MEASURES)}",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the audit's random choices")
+    for key, text in PLACES.items():
+        parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")
+    args = parser.parse_args(argv)
+    places = {key: getattr(args, key) for key in PLACES}
+    folder = Path(args.folder)
+    found = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, **places)
+    report_table(folder, list(found))
+    return folder
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """`main` for the shell."""
+    return run(main, argv, refusals=(ProblemError,))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

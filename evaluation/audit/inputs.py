@@ -1,0 +1,144 @@
+"""From a results folder back to what its classes were forgotten from: bundles, texts, adapters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clip.bundle import FeatureBundle, load_bundle
+from clip.cache import FeatureCache
+from clip.features import build_bundle
+from clip.source import ClipSource
+from engine.errors import UserError, unknown
+from evaluation.results import ARGS, SETTINGS, Logs, read_args
+
+Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
+PLACES = ("features", "root", "cache", "weights")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the classes of one data set were forgotten from.
+
+    Attributes:
+        bundle: of the set itself; others: of the sets that were evaluated beside it.
+        encode: reads further texts; None where there is no model.
+    """
+
+    bundle: FeatureBundle
+    others: dict[str, FeatureBundle]
+    encode: Encode | None
+
+
+def encoder(source: ClipSource | None, cache: str | Path) -> Encode | None:
+    """Hidden states of any texts, read from `cache` where they were encoded before."""
+    return FeatureCache(source, cache).texts if source is not None else None
+
+
+def labels_of(logs: Logs, dataset: str) -> list[str]:
+    """The labels of a data set's results, in the order of the logs."""
+    return [label for label in logs[dataset] if label != SETTINGS]
+
+
+def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | None]) -> Inputs:
+    """The inputs of a data set's results, from the command lines kept beside the logs.
+
+    Args:
+        given: places (`features`, `root`, `cache`, `weights`) that replace the run's own, where
+            they are there and not None: files may have moved since.
+
+    Raises:
+        UserError: no record of how the results were made, or what they were made from is gone or
+            has changed.
+    """
+    settings = logs[dataset].get(SETTINGS, {})
+    if not {"backbone", "weights", "template", "split"} <= settings.keys():
+        raise UserError(
+            f"the results of {dataset} in {folder} do not say what model made them; an audit needs "
+            "results of this repository's trainers"
+        )
+    places = _places(folder, dataset, given)
+    others = sorted(
+        {
+            name
+            for label in labels_of(logs, dataset)
+            for name in logs[dataset][label]["final_results"]
+            if name != dataset
+        }
+    )
+    source = None
+    if places["features"]:
+
+        def load(name: str) -> FeatureBundle:
+            return load_bundle(places["features"], settings["backbone"], name)
+    else:
+        source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
+
+        def load(name: str) -> FeatureBundle:
+            own = {"template": settings["template"], "split": settings["split"]}
+            return build_bundle(
+                name, source, places["root"], places["cache"], **(own if name == dataset else {})
+            )
+
+    bundle = load(dataset)
+    _same(bundle, settings, folder)
+    return Inputs(bundle, {name: load(name) for name in others}, encoder(source, places["cache"]))
+
+
+def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Where the latest run of `dataset` into `folder` found its files."""
+    lines = [line for line in read_args(folder / ARGS) if getattr(line, "dataset", None) == dataset]
+    run: argparse.Namespace | None = lines[-1] if lines else None
+    places = {}
+    for key in PLACES:
+        own = given.get(key)
+        places[key] = own if own is not None else getattr(run, key, "")
+    if given.get("root") is not None and given.get("features") is None:
+        places["features"] = ""  # images instead of the bundles of the run
+    if run is None and not (places["features"] or places["root"]):
+        raise UserError(
+            f"{folder / ARGS} has no command line of {dataset}; say where its features or images "
+            "are: --features DIR, or --root DIR"
+        )
+    places["cache"] = places["cache"] or "cache"
+    return places
+
+
+def _same(bundle: FeatureBundle, settings: dict[str, Any], folder: Path) -> None:
+    for key in ("weights", "template", "split"):
+        if getattr(bundle, key) != settings[key]:
+            raise UserError(
+                f"the results in {folder} were made with {key} {settings[key]!r}, what is there "
+                f"now for {bundle.dataset} has {getattr(bundle, key)!r}; say where the former is: "
+                "--features DIR, or --root DIR and --weights PATH"
+            )
+
+
+def select(
+    folder: Path, logs: Logs, datasets: Sequence[str], labels: Sequence[str]
+) -> dict[str, list[str]]:
+    """Data set -> labels to audit: those asked for, all where nothing is asked for.
+
+    Raises:
+        UserError: no results there, or none of a data set or label that was asked for.
+    """
+    if not logs:
+        raise UserError(f"no results in {folder}: logs.json is missing; run forget_clip.sh")
+    for name in datasets:
+        if name not in logs:
+            raise unknown(f"data set in {folder}", name, list(logs))
+    there = {name: labels_of(logs, name) for name in datasets or logs}
+    known = [label for names in there.values() for label in names]
+    for label in labels:
+        if label not in known:
+            raise unknown(f"label in {folder}", label, known)
+    chosen = {
+        name: [label for label in names if not labels or label in labels]
+        for name, names in there.items()
+    }
+    return {name: names for name, names in chosen.items() if names}

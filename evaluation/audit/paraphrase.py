@@ -1,0 +1,99 @@
+"""Does the class come back under other words? Its column of the classifier asked anew.
+
+For every prompt the class is looked for by that prompt alone, while all other classes keep their
+evaluation prompts. Nobody who looks for a class is bound to the words that it was forgotten by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.audit.case import Case, Model
+from evaluation.audit.interval import Accuracy, accuracy, mean_value
+
+BACK = 0.5  # of the accuracy under the class's own prompt before: from there on it counts as back
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Accuracy over the class's images under each prompt, before and after.
+
+    A removed class is put back for its prompt: its name was deleted, the words are still there to
+    ask with.
+
+    Returns:
+        prompts: text, kind, seen, before and after of each; mean_before, mean_after, worst (the
+        unseen prompt that finds most afterwards) and back (texts that find at least half of what
+        the class's own prompt found before, most first), all over prompts that forgetting did not
+        see; by_kind: count, mean_before, mean_after, worst_after over the prompts of each kind,
+        seen ones too; not_measured.
+    """
+    before, after = (_accuracies(_found(model, case)) for model in (case.before, case.after))
+    prompts = [
+        {"text": p.text, "kind": p.kind, "seen": p.seen, "before": old, "after": new}
+        for p, old, new in zip(case.prompts, before, after, strict=True)
+    ]
+    unseen = [entry for entry in prompts if not entry["seen"]]
+    own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
+    missing = list(case.unmeasured)
+    if own is None:
+        missing.append(f"no images of {case.name!r}: no accuracy under any words")
+    elif own == 0:
+        missing.append(
+            f"{case.name!r} was never recognised under its own prompt: nothing could come back"
+        )
+    if not unseen:
+        missing.append(f"every text there is of {case.name!r} was used in forgetting it")
+    ranked = sorted(unseen, key=lambda entry: -_value(entry)) if own is not None else []
+    kinds = dict.fromkeys(entry["kind"] for entry in prompts)
+    return {
+        "prompts": prompts,
+        "mean_before": mean_value([entry["before"] for entry in unseen]),
+        "mean_after": mean_value([entry["after"] for entry in unseen]),
+        "worst": {key: ranked[0][key] for key in ("text", "kind", "before", "after")}
+        if ranked
+        else None,
+        "back": [entry["text"] for entry in ranked if own and _value(entry) >= BACK * own],
+        "by_kind": {
+            kind: _summary([entry for entry in prompts if entry["kind"] == kind]) for kind in kinds
+        },
+        "not_measured": missing,
+    }
+
+
+def _found(model: Model, case: Case) -> Tensor:
+    """Which of the class's images each prompt finds, (n, P) bool."""
+    images = case.bundle.image_features[case.mine]  # (n, d)
+    if not case.prompts:
+        return torch.empty(len(images), 0, dtype=torch.bool)
+    rivals = model.scores[case.mine]  # (n, C), a copy
+    rivals[:, case.label] = -torch.inf
+    highest, place = rivals.max(dim=1, keepdim=True)  # (n, 1)
+    hidden = torch.stack([prompt.hidden for prompt in case.prompts])  # (P, w)
+    own = images @ model.embed(hidden).T  # (n, d) @ (d, P) -> (n, P)
+    # Among equals the first class wins, as it does in zero-shot classification.
+    return (own > highest) | ((own == highest) & (place > case.label))
+
+
+def _accuracies(found: Tensor) -> list[Accuracy]:
+    """The accuracy of each column of (n, P); its interval, which takes longest, once a count."""
+    counts = found.sum(dim=0).tolist()
+    known = {count: accuracy(torch.arange(len(found)) < count) for count in set(counts)}
+    return [known[count] for count in counts]
+
+
+def _value(entry: dict[str, Any]) -> float:
+    return entry["after"]["value"]
+
+
+def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one kind of words: how many, and their accuracies."""
+    values = [entry["after"]["value"] for entry in entries]
+    return {
+        "count": len(entries),
+        "mean_before": mean_value([entry["before"] for entry in entries]),
+        "mean_after": mean_value([entry["after"] for entry in entries]),
+        "worst_after": None if None in values else max(values),
+    }

@@ -1,0 +1,102 @@
+"""Everything that an audit can say to the model about one class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+import datasets
+from clip.audit_texts import audit_rows, other_words
+from clip.bundle import FeatureBundle
+from datasets.lexicon import words_of
+from datasets.names import key, plain
+from datasets.wordnet import ABSENT, installed
+from evaluation.audit.case import Prompt
+
+WORDS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
+SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
+
+
+def prompts_for(
+    bundle: FeatureBundle,
+    name: str,
+    seen_texts: Collection[str],
+    encode: Callable[[list[str]], Tensor] | None = None,
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
+    retain vocabulary that mean the same, then other words.
+
+    A prompt counts as seen if its text was forgotten, or if the model reads it as such a text
+    (CLIP's tokenizer knows no capitals): what is moved itself says nothing about other words.
+
+    Args:
+        name: class of the bundle, in its spelling.
+        seen_texts: the texts that the class was forgotten by; empty for its bare name.
+        encode: n texts -> hidden states (n, w), for a bundle that brought no other words; None
+            without a model.
+
+    Returns:
+        The prompts, and a line for each kind of words that could not be had.
+
+    Raises:
+        UserError: broken audit rows in the bundle (see `clip.audit_texts`).
+    """
+    label, bare = bundle.classnames.index(name), plain(name)
+    found = [
+        (bare, "bare", bundle.forget_hidden[label]),
+        (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),
+    ]
+    same = {key(word) for word in (name, *words_of(name, bundle.dataset).synonyms)}
+    if bundle.dataset in datasets.SETS:
+        same |= datasets.synonyms(bundle.dataset).get(key(name), set())
+    found += [
+        (word, "retained", hidden)
+        for word, hidden in zip(bundle.retain_names, bundle.retain_hidden, strict=True)
+        if key(word) in same
+    ]
+    rows, missing = _other_words(bundle, name, encode)
+    unique: dict[str, tuple[str, str, Tensor]] = {}
+    for row in found + rows:
+        text, kind, _ = row
+        unique.setdefault(text if kind == "case" else text.casefold(), row)
+    seen_texts = set(seen_texts) or {bare}
+    moved = [hidden for text, _, hidden in unique.values() if text in seen_texts]
+    prompts = [
+        Prompt(text, kind, text in seen_texts or _read_as(hidden, moved), hidden)
+        for text, kind, hidden in unique.values()
+    ]
+    return prompts, missing
+
+
+def _other_words(
+    bundle: FeatureBundle, name: str, encode: Callable[[list[str]], Tensor] | None
+) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
+    """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
+    rows = audit_rows(bundle, name)
+    if not rows and encode is None:
+        makes = f"python -m clip.features {bundle.dataset} {bundle.backbone} --out DIR --audit"
+        hint = f": `{makes}` makes them" if bundle.dataset in datasets.SETS else ""
+        return [], [
+            "no hidden states of other templates, synonyms, hypernyms, descriptions, plurals or "
+            f"misspellings in the bundle of {bundle.dataset} and no model to make them{hint}"
+        ]
+    if not rows:
+        words = other_words(bundle, name)
+        states = encode([entry.text for entry in words])
+        rows = [
+            (entry.text, entry.kind, hidden) for entry, hidden in zip(words, states, strict=True)
+        ]
+    absent = [kind for kind in WORDS if all(kind != there for _, there, _ in rows)]
+    if not absent:
+        return rows, []
+    hint = "" if installed() else f", and {ABSENT}"
+    return rows, [
+        f"no {' and no '.join(absent)} of {plain(name)!r} is known: datasets/words has none for "
+        f"{bundle.dataset}{hint}"
+    ]
+
+
+def _read_as(hidden: Tensor, others: list[Tensor]) -> bool:
+    return any(torch.dist(hidden, other) <= SAME * other.norm() for other in others)

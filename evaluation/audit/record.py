@@ -1,0 +1,49 @@
+"""audit.json: what an audit found, beside the logs that it is about.
+
+    {"format": "clip-forget-audit/1",
+     "audits": {dataset: {label: {"adapter_sha256": ..., "settings": {...},
+                                  "classes": {class: {measure: {...}, "seconds": {measure: s},
+                                                      "verdict": [...]}}}}}}
+
+`label` is that of logs.json. Every measure's own file says what its numbers are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import lock, write_json_atomic
+
+AUDIT = "audit.json"
+FORMAT = "clip-forget-audit/1"
+Audits = dict[str, dict[str, dict[str, Any]]]
+
+
+def read_audits(folder: str | Path) -> Audits:
+    """Data set -> label -> audit; empty if the folder has none.
+
+    Raises:
+        UserError: a file that is torn or no audit. It is left as it is.
+    """
+    path = Path(folder) / AUDIT
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); move it away and audit again") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
+    return record["audits"]
+
+
+def merge_audit(folder: str | Path, dataset: str, label: str, entry: dict[str, Any]) -> None:
+    """Add or replace the audit of one label; everything else in the file stays."""
+    path = Path(folder) / AUDIT
+    with lock(path):
+        audits = read_audits(folder)
+        audits.setdefault(dataset, {})[label] = entry
+        write_json_atomic({"format": FORMAT, "audits": audits}, path)

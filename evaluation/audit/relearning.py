@@ -1,0 +1,169 @@
+"""How many images, or how many words, bring the class back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from evaluation.audit.attacker import attacker
+from evaluation.audit.case import Case, Model
+from evaluation.audit.interval import Accuracy, accuracy
+from evaluation.audit.shots import REPEATS, SHOTS, Shots, Start, cache, probe, refit, shots_of
+
+BACK = 0.5  # of the accuracy before forgetting: from there on the class counts as back
+Method = Callable[[Start, Shots, int, int, Tensor], Tensor]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Accuracy of the class's other images, among all classes of the set, from k images or words.
+
+    Returns:
+        shots: numbers of images; methods: `cache`, `probe`, `refit` (see `evaluation.audit.shots`),
+        each with a list of accuracies, one a number of images, for each of
+
+        - forgotten: the class, learnt on top of the changed model;
+        - before: the same on the untouched model;
+        - no_text: the same where the class has no text at all, as if it had never been known: what
+          images alone give, and nothing that forgetting could go below;
+        - control: the nearest retained class with as many images, under the changed model;
+
+        and `needed`, the least number that reaches half of what the class had before forgetting.
+        words: accuracy with the mean of n prompts that forgetting did not see as the class's text,
+        `counts` of them, under the changed model and the untouched one; needed.
+
+        An accuracy is the mean over `REPEATS` draws of images (or prompts); its n counts every
+        image once, however often it was asked. None where nothing is left to test.
+    """
+    images = int(case.mine.sum())
+    missing: list[str] = []
+    comparable = images < len(case.mine)
+    if images == 0:
+        missing.append(f"relearning: no image of {case.name!r}")
+    elif not comparable:
+        missing.append("relearning: no image of another class to tell it from")
+    elif images <= SHOTS[-1]:
+        few = [k for k in SHOTS if k >= images]
+        missing.append(f"relearning from {few[0]} or more images: {case.name!r} has {images}")
+    own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
+    if own == 0:
+        missing.append(f"relearning: {case.name!r} was never recognised, so half of it is nothing")
+    control = _control(case)
+    if control is None:
+        missing.append("relearning: no retained class has images to compare with")
+
+    starts = {
+        "forgotten": Start(case.after, case.label),
+        "before": Start(case.before, case.label),
+        "no_text": Start(case.before, case.label, named=False),
+    }
+    if control is not None:
+        starts["control"] = Start(case.after, control)
+    shots, known = shots_of(case.bundle, case.seed), attacker(case)
+    ways: dict[str, Method] = {
+        "cache": cache,
+        "probe": probe,
+        "refit": partial(refit, known=known),
+    }
+    methods: dict[str, dict[str, Any]] = {}
+    for name, way in ways.items():
+        curves = {
+            curve: [_learnt(way, start, shots, k) if comparable else _pooled([], []) for k in SHOTS]
+            for curve, start in starts.items()
+        }
+        curves.setdefault("control", [_pooled([], []) for _ in SHOTS])
+        methods[name] = curves | {"needed": _needed(SHOTS, curves["forgotten"], own)}
+    words, lacking = _words(case, own)
+    return {
+        "shots": list(SHOTS),
+        "methods": methods,
+        "control_class": None if control is None else case.bundle.classnames[control],
+        "words": words,
+        "not_measured": missing + lacking,
+    }
+
+
+def _learnt(method: Method, start: Start, shots: Shots, k: int) -> Accuracy:
+    """Accuracy of a class's other images after k of them, over all draws."""
+    tested, correct = [], []
+    for draw in range(REPEATS):
+        images = shots.rest(draw, k, start.label)
+        if len(images):
+            tested.append(images)
+            correct.append(method(start, shots, draw, k, images) == start.label)
+    return _pooled(tested, correct)
+
+
+def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
+    """The entry "words", and what was lacking for it."""
+    unseen = [prompt.hidden for prompt in case.prompts if not prompt.seen]
+    counts = [n for n in SHOTS if n <= len(unseen)]
+    generator = case.generator("words")
+    orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
+    curves: dict[str, list[Accuracy]] = {"forgotten": [], "before": []}
+    for curve, model in (("forgotten", case.after), ("before", case.before)):
+        for n in counts:
+            rows = [
+                model.embed(torch.stack([unseen[i] for i in order[:n]])).mean(dim=0)
+                for order in orders
+            ]
+            found = [_found(case, model, normalize(row, dim=0)) for row in rows]
+            curves[curve].append(_pooled([case.mine.nonzero()[:, 0]] * REPEATS, found))
+    lacking = []
+    if len(unseen) < SHOTS[-1]:
+        lacking.append(
+            f"relearning from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}"
+        )
+    needed = _needed(counts, curves["forgotten"], own)
+    return {"counts": counts, **curves, "needed": needed}, lacking
+
+
+def _found(case: Case, model: Model, text: Tensor) -> Tensor:
+    """Which of the class's images (n,) are recognised with `text` (d,) as its column."""
+    scores = model.scores[case.mine]  # (n, C), a copy
+    scores[:, case.label] = case.bundle.image_features[case.mine] @ text
+    return scores.argmax(dim=1) == case.label
+
+
+def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
+    """The mean over all draws, with the interval of as many images as there are.
+
+    An image that was tested in five draws is one image: five answers for it say little more than
+    one, and an interval of all answers would be too narrow.
+    """
+    if not tested:
+        return accuracy(torch.zeros(0, dtype=torch.bool))
+    value = float(torch.cat(correct).double().mean())
+    n = len(torch.cat(tested).unique())
+    found = accuracy(torch.arange(n) < round(value * n)) | {"value": value}
+    return found | {"low": min(found["low"], value), "high": max(found["high"], value)}
+
+
+def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> int | None:
+    """The least count that reaches `BACK` of the class's own accuracy; None if none does."""
+    if not own:
+        return None
+    for count, found in zip(counts, curve, strict=True):
+        if found["value"] is not None and found["value"] >= BACK * own:
+            return count
+    return None
+
+
+def _control(case: Case) -> int | None:
+    """Column of the nearest retained class with as many images as the class has, or enough for
+    every number of shots; if there is none, of the one with most images."""
+    counts = torch.bincount(case.bundle.labels, minlength=len(case.bundle.classnames))
+    retained = torch.tensor(case.retained, dtype=torch.int64)
+    retained = retained[counts[retained] > 1]
+    if not len(retained):
+        return None
+    enough = counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)
+    if not enough.any():
+        return int(retained[counts[retained].argmax()])
+    retained = retained[enough]
+    cosines = case.before.classes[retained] @ case.before.classes[case.label]  # (n, d) @ (d,)
+    return int(retained[cosines.argmax()])

@@ -1,0 +1,197 @@
+"""Three ways to teach a class again from a few images of it.
+
+The attacker holds k images of every class of the set, not of the lost one alone: with nothing to
+compare it with, any of the three could call every image by the class's name. He knows which class
+he wants and tunes nothing on the images that he is judged on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge as RidgeRegression
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip.bundle import FeatureBundle
+from evaluation.audit.attacker import Attacker, set_generator
+from evaluation.audit.case import Model
+from forgetting.constrained import solve_from_base
+
+SHOTS = (1, 2, 4, 8, 16)
+REPEATS = 5  # draws of the images, averaged
+SCALE = 100.0  # CLIP's logit scale
+SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
+# Of the probe, beside centred embeddings of squared length about 0.4. From 0.1 to 1 it matters by
+# two or three points on photographs.
+PROBE_RIDGE = 0.3
+
+
+@dataclass(frozen=True)
+class Shots:
+    """The images that the attacker holds: k of every class (all, if it has fewer), drawn anew
+    `REPEATS` times, the larger k containing the smaller.
+
+    Attributes:
+        orders: draw -> class -> its images, (n,) indices in drawn order.
+    """
+
+    bundle: FeatureBundle
+    orders: list[list[Tensor]]
+
+    def held(self, draw: int, k: int) -> Tensor:
+        """Indices (m,) of the images that the attacker has."""
+        return torch.cat([order[:k] for order in self.orders[draw]])
+
+    def rest(self, draw: int, k: int, label: int) -> Tensor:
+        """Indices (n,) of the other images of a class."""
+        return self.orders[draw][label][k:]
+
+    def sums(self, rows: Tensor, held: Tensor) -> Tensor:
+        """Sums over classes, (C, x), of rows (m, x) that belong to the images `held` (m,)."""
+        total = rows.new_zeros(len(self.bundle.classnames), rows.shape[1])
+        return total.index_add_(0, self.bundle.labels[held], rows)
+
+    @cached_property
+    def probed(self) -> dict[tuple[int, int], Tensor]:
+        """(draw, k) -> the class (N,) that a linear probe learnt from k images of every class
+        sees in each image: ridge regression on one-hot targets, which has a closed form."""
+        found = {}
+        images, count = self.bundle.image_features.numpy(), len(self.bundle.classnames)
+        for draw in range(REPEATS):
+            for k in SHOTS:
+                held = self.held(draw, k).numpy()
+                targets = np.eye(count, dtype=np.float32)[self.bundle.labels.numpy()[held]]
+                fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held], targets)
+                scores = fit.predict(images)  # (N, d) -> (N, C)
+                found[draw, k] = torch.from_numpy(scores.argmax(axis=1))
+        return found
+
+
+# By identity: a bundle has no hash. An entry goes when its bundle does.
+_known: dict[tuple[int, int], Shots] = {}
+
+
+def shots_of(bundle: FeatureBundle, seed: int) -> Shots:
+    """The draws of a bundle, one for all of its classes: what does not depend on the class that
+    is wanted back is then computed once."""
+    key = (id(bundle), seed)
+    if key not in _known:
+        generator = set_generator(bundle, seed, "shots")
+        labels = range(len(bundle.classnames))
+        images = [(bundle.labels == label).nonzero()[:, 0] for label in labels]
+        orders = [
+            [mine[torch.randperm(len(mine), generator=generator)] for mine in images]
+            for _ in range(REPEATS)
+        ]
+        # A reference to the bundle would keep it, and with it this entry, for ever.
+        _known[key] = Shots(weakref.proxy(bundle), orders)
+        weakref.finalize(bundle, _known.pop, key, None)
+    return _known[key]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the attacker starts from: a model and the class that he wants it to know.
+
+    Attributes:
+        label: column of the class; named: the model has a text for it. Otherwise it never knew it.
+    """
+
+    model: Model
+    label: int
+    named: bool = True
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Embeddings (C, d) of the evaluation prompts at their own lengths."""
+        return self.model.bundle.class_hidden @ self.model.projection  # (C, w) @ (w, d)
+
+    @cached_property
+    def away(self) -> Tensor:
+        """(C,) bool: other classes that the deployed list no longer holds."""
+        names = self.model.bundle.classnames
+        gone = torch.tensor([name in self.model.removed for name in names])
+        gone[self.label] = False
+        return gone
+
+
+def cache(start: Start, shots: Shots, draw: int, k: int, images: Tensor) -> Tensor:
+    """Tip-Adapter (Zhang et al., ECCV 2022) without training: the class (n,) of each image.
+
+    Logits `100 cos(x, text) + alpha sum exp(-beta (1 - cos(x, s)))` over the k images s of a class.
+    alpha is 100, CLIP's logit scale, so that an image weighs as much as a text. With the published
+    alpha of 1 images only decide between texts that are nearly level, and sixteen of them do not
+    outweigh a text that was sent away; with a larger one the rest of the set loses. A class
+    without a text has the mean of the other classes' cosines: nothing for it and nothing against.
+
+    Args:
+        images: indices (n,).
+    """
+    features = shots.bundle.image_features
+    held = shots.held(draw, k)
+    similarity = features[images] @ features[held].T  # (n, d) @ (d, m)
+    affinity = (-SHARPNESS * (1 - similarity)).exp()
+    cosines = start.model.scores[images]  # (n, C), a copy
+    if not start.named or start.model.bundle.classnames[start.label] in start.model.removed:
+        others = cosines.isfinite()
+        others[:, start.label] = False
+        total = cosines.masked_fill(~others, 0).sum(dim=1)
+        cosines[:, start.label] = total / others.sum(dim=1)
+    return (SCALE * (cosines + shots.sums(affinity.T, held).T)).argmax(dim=1)
+
+
+def probe(start: Start, shots: Shots, draw: int, k: int, images: Tensor) -> Tensor:
+    """A linear probe on image embeddings; no text has a part in it, so neither has forgetting."""
+    return shots.probed[draw, k][images]
+
+
+def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: Attacker) -> Tensor:
+    """The projection solved once more: the class's text goes to its images, all else stays.
+
+    CLIP's images lie apart from its texts: the mean of k images as it stands is nearer to every
+    image than any text is, and all of them would get the class's name. So the target is the mean
+    text of the other classes, moved by how far the class's images lie from theirs, at the length
+    that the class's text had originally. A class without a text gets that direction as its column.
+
+    Args:
+        images: indices (n,); known: names to retain.
+    """
+    bundle, label = shots.bundle, start.label
+    held = shots.held(draw, k)
+    counts = torch.bincount(bundle.labels[held], minlength=len(bundle.classnames))
+    means = shots.sums(bundle.image_features[held], held) / counts[:, None]  # (C, d)
+    others = counts > 0
+    others[label] = False
+    texts = normalize(start.texts, dim=1)
+    target = normalize(
+        texts[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
+    )  # (d,)
+    if start.named:
+        length = (bundle.class_hidden[label] @ bundle.text_projection).norm()
+        texts = normalize(_moved(start, length * target, known), dim=1)
+    else:
+        texts[label] = target
+    scores = bundle.image_features[images] @ texts.T  # (n, d) @ (d, C)
+    scores[:, start.away] = -torch.inf
+    return scores.argmax(dim=1)
+
+
+def _moved(start: Start, target: Tensor, known: Attacker) -> Tensor:
+    """All classes' embeddings (C, d) after the exact change that sends the class's to `target`."""
+    bundle, label = start.model.bundle, start.label
+    text = bundle.class_hidden[label : label + 1].double()  # (1, w)
+    leaving = bundle.forget_hidden[label : label + 1].double()
+    left, right = solve_from_base(
+        text,
+        known.ridge.solve(text),
+        leaving,
+        known.ridge.solve(leaving),
+        text.new_full((1,), known.own_share),
+        (target - start.texts[label]).double()[None],
+    )
+    return start.texts + (bundle.class_hidden @ left.float()) @ right.float()  # (C, 1) @ (1, d)

@@ -1,0 +1,180 @@
+"""Which class was it, and what was its text? What the changed weights say to who reads them.
+
+Three attackers, by what they hold beside the method and a list of names: the public original, a
+second adapter of the same run, or nothing. The change that they look for is
+`Delta = K^-1 H_f^T Z` (`forgetting.constrained`; the paper's objective at its optimum and other
+closed forms are the same with another K), so the column space of `Delta` betrays the forgotten
+hidden states: they lie in `K` times it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from evaluation.audit.attacker import Attacker, attacker
+from evaluation.audit.case import Case
+from evaluation.results import SEPARATOR
+
+SHOWN = 5  # names that an attack puts first
+EPSILON = torch.finfo(torch.float32).eps
+TINY = torch.finfo(torch.float64).tiny
+WORDS = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
+NOTHING: dict[str, Any] = {
+    "rank": None,
+    "rank_expected": None,
+    "text_cosine": None,
+    "place": None,
+    "places": [],
+    "top": [],
+}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Name the forgotten class from the changed projection, among up to 1,000 names.
+
+    Returns:
+        names: size of the list; attacks: what each attacker gets.
+
+        - original_known: `D = W' - W`; its numerical rank, the cosine of the forgotten hidden text
+          with its projection on the recovered directions, and its place when the names are ranked
+          by `span_scores`.
+        - two_adapters: the same for the difference of this model and one with another adapter of
+          the same run; both adapters' names should come first.
+        - alone: `W'` only; names are ranked by `oddness`.
+
+        A place is 1 plus the names before it that nobody forgot and that mean something else; ties
+        count half. `places` are those of all that is forgotten together, in two_adapters followed
+        by those that the other adapter forgets.
+    """
+    known = attacker(case)
+    reasons: list[str] = []
+    w, changed = case.bundle.text_projection, case.after.projection
+    width = case.after.factors[0].shape[1] if case.after.factors else 0
+    attacks = {
+        "original_known": _difference(case, known, changed, w, width, case.forgotten),
+        "two_adapters": dict(NOTHING),
+        "alone": _alone(case, known),
+    }
+    if attacks["original_known"]["rank"] == 0:
+        reasons.append("original_known: the projection is the original's to rounding")
+    labels = [
+        label
+        for label in sorted(case.strangers)
+        if not set(label.split(SEPARATOR)) & set(case.forgotten)
+    ]
+    if labels:
+        choice = int(torch.randint(len(labels), (1,), generator=case.generator("undo")))
+        left, right = case.strangers[labels[choice]]
+        named = [*case.forgotten, *labels[choice].split(SEPARATOR)]
+        other = w + left @ right  # (w, r) @ (r, d)
+        attacks["two_adapters"] = _difference(
+            case, known, changed, other, width + left.shape[1], named
+        )
+    else:
+        reasons.append("two_adapters: no second adapter of the same run")
+    if torch.equal(w, torch.eye(*w.shape)):
+        reasons.append(
+            "alone, beside a trained projection: the bundle's is the identity (folded into its "
+            "hidden states), beside which a change stands out more"
+        )
+    return {"names": len(known.names), "attacks": attacks, "not_measured": reasons}
+
+
+def span_scores(difference: Tensor, noise: float, known: Attacker) -> tuple[int, Tensor, Tensor]:
+    """How nearly a change is one that forgets each name.
+
+    A change that forgets the text h has `K^-1 h` in its column space, spanned by its left singular
+    vectors U. A name's score is the cosine of `K^-1 h` with that span: 1, the most that there is,
+    for a forgotten text and the right K; about `sqrt(r / w)`, the same for all names, where U is
+    chance. Of the known methods' K that one counts under which some name scores highest. (How far
+    names move, `||h D|| / ||h W||`, puts the same name first on real features, but of no distance
+    is it known that it is the most that there is.)
+
+    Args:
+        difference: (w, d) float64; noise: singular values up to it are rounding.
+
+    Returns:
+        the numerical rank r, an orthonormal basis (w, r) of `K U`, which the forgotten hidden
+        states span, and the scores (n,).
+    """
+    u, values, _ = torch.linalg.svd(difference, full_matrices=False)
+    rank = int((values > noise).sum())
+    u = u[:, :rank]
+    basis, scores = u, difference.new_zeros(len(known.names))
+    if rank:
+        for guess in known.guesses(difference):
+            length = guess.specific.norm(dim=1).clamp_min(TINY)
+            cosines = (guess.specific @ u).norm(dim=1) / length  # (n, w) @ (w, r) -> (n,)
+            if cosines.max() > scores.max():
+                basis, scores = torch.linalg.qr(guess.matrix @ u)[0], cosines
+    return rank, basis, scores
+
+
+def oddness(projection: Tensor, known: Attacker) -> Tensor:
+    """How unlike the others a name is treated, (n,), from `W'` (w, d) alone.
+
+    The least change of all else that moves a text is along what the other texts do not explain of
+    it, so there `W'` must be unlike an untouched projection. The score of a name is its gain along
+    that direction x, `log ||x W'|| / ||x||`, as distance from the median of all names. Unlike the
+    length of `h W'` it also betrays a text that was sent elsewhere at its own length.
+    """
+    x = known.alike.specific
+    gain = (x @ projection).norm(dim=1) / x.norm(dim=1).clamp_min(TINY)  # (n, w) @ (w, d) -> (n,)
+    gain = gain.clamp_min(TINY).log()
+    return (gain - gain.median()).abs()
+
+
+def _difference(
+    case: Case, known: Attacker, one: Tensor, other: Tensor, width: int, named: list[str]
+) -> dict[str, Any]:
+    """The attack on the difference of two projections that both came in float32."""
+    # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
+    noise = EPSILON * float(torch.linalg.matrix_norm(one) + torch.linalg.matrix_norm(other))
+    rank, basis, scores = span_scores(one.double() - other.double(), noise, known)
+    if rank == 0:
+        return NOTHING | {"rank": 0, "rank_expected": width}
+    found = {"rank": rank, "rank_expected": width, "text_cosine": _text_cosine(case, known, basis)}
+    return found | _ranking(case, known, scores, named)
+
+
+def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
+    """Of the best direction in a span (w, r) with a text that the class was forgotten by.
+
+    The direction that all texts share is taken out of both: bare names have cosines of about 0.75
+    with one another, so that with it any recovered direction would look like any text.
+    """
+    texts = [prompt.hidden for prompt in case.prompts if prompt.seen]
+    texts = torch.stack(texts or [case.bundle.forget_hidden[case.label]]).double()  # (k, w)
+    shared = normalize(known.hidden.mean(dim=0), dim=0)  # (w,)
+    texts = texts - (texts @ shared)[:, None] * shared
+    basis = torch.linalg.qr(basis - shared[:, None] * (shared @ basis))[0]
+    cosines = (texts @ basis).norm(dim=1) / texts.norm(dim=1).clamp_min(TINY)  # (k, r) -> (k,)
+    return float(cosines.max().clamp(max=1))
+
+
+def _alone(case: Case, known: Attacker) -> dict[str, Any]:
+    """No direction is recovered here, so there is no cosine."""
+    scores = oddness(case.after.projection.double(), known)
+    return NOTHING | _ranking(case, known, scores, case.forgotten)
+
+
+def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> dict[str, Any]:
+    """Places of the names that were forgotten, and the names of highest score."""
+    same = [prompt.text for prompt in case.prompts if prompt.kind in WORDS]
+    rows = [known.find(name) for name in named]
+    innocent = torch.ones(len(scores), dtype=torch.bool)
+    innocent[[row for row in (*rows, *map(known.find, same)) if row is not None]] = False
+    rivals = scores[innocent]
+    places = [
+        1 + int((rivals > scores[row]).sum()) + int((rivals == scores[row]).sum()) // 2
+        for row in rows
+        if row is not None
+    ]
+    # All classes of the set are on the list, and with them those that are forgotten.
+    place = places[case.forgotten.index(case.name)]
+    top = [known.names[row] for row in scores.argsort(descending=True, stable=True)[:SHOWN]]
+    return {"place": place, "places": places, "top": top}

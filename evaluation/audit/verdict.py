@@ -1,0 +1,144 @@
+"""What the numbers of an audit say in words, bad news first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HALF = 0.5  # of the accuracy before forgetting: from there on a class counts as back
+HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
+LEAK = 0.8  # area under the curve from which two classes count as told apart
+DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
+METHODS = {"cache": "a cache on top", "probe": "a linear probe", "refit": "a new fit"}
+NAMED = 5  # places within which an attack counts as having named the class
+
+BAD, GOOD, LIMIT = "bad", "good", "limit"
+
+
+def verdict(name: str, found: dict[str, Any]) -> list[str]:
+    """One line a finding: first what speaks against this forgetting, then what speaks for it, then
+    what no change of the text projection can mend (`limit`), then what was not measured.
+
+    Args:
+        found: measure -> its values, see each measure; absent measures are passed over.
+    """
+    tiers: dict[str, list[str]] = {BAD: [], GOOD: [], LIMIT: []}
+    for judge in (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone):
+        for tier, line in judge(name, found):
+            tiers[tier].append(line)
+    unmeasured = [
+        line
+        for measure in found.values()
+        if isinstance(measure, dict)
+        for line in measure.get("not_measured", [])
+    ]
+    return [
+        *tiers[BAD],
+        *tiers[GOOD],
+        *(f"limit: {line}" for line in tiers[LIMIT]),
+        *(f"not measured: {line}" for line in dict.fromkeys(unmeasured)),
+    ]
+
+
+Lines = list[tuple[str, str]]  # (tier, line)
+
+
+def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
+    shot = found.get("residue", {}).get("zero_shot")
+    if not shot or shot["before"]["value"] is None:
+        return []
+    before, after = shot["before"], shot["after"]
+    line = (
+        f"own prompt: {_percent(before['value'])} -> {_percent(after['value'])} of "
+        f"{after['n']} images (95 % interval {_percent(after['low'])} to {_percent(after['high'])})"
+    )
+    stays = after["value"] > HALF * before["value"] or before["value"] == 0
+    return [(BAD if stays else GOOD, line)]
+
+
+def _words(name: str, found: dict[str, Any]) -> Lines:
+    words = found.get("paraphrase", {})
+    worst = words.get("worst")
+    if not worst or worst["after"]["value"] is None:
+        return []
+    back = words["back"]
+    count = sum(not prompt["seen"] for prompt in words["prompts"])
+    if back:
+        line = (
+            f"comes back under {len(back)} of {count} other texts; worst "
+            f"{worst['text']!r} ({worst['kind']}): {_percent(worst['after']['value'])}"
+        )
+        return [(BAD, line)]
+    line = f"stays away under {count} other texts; worst {worst['text']!r}: "
+    return [(GOOD, line + _percent(worst["after"]["value"]))]
+
+
+def _neighbours(name: str, found: dict[str, Any]) -> Lines:
+    near = found.get("neighbours", {})
+    if near.get("mean_before") is None:
+        return []
+    change = near["mean_after"] - near["mean_before"]
+    line = f"its {len(near['classes'])} nearest classes change by {100 * change:+.1f} points"
+    lines = [(BAD if change < -HARM else GOOD, line)]
+    measured = [entry for entry in near["classes"] if entry["before"]["value"] is not None]
+    worst = min(measured, key=lambda entry: entry["after"]["value"] - entry["before"]["value"])
+    before, after = worst["before"]["value"], worst["after"]["value"]
+    if before - after >= DROP:
+        line = f"{worst['name']!r}, a neighbour, falls from {_percent(before)} to {_percent(after)}"
+        lines.append((BAD, line))
+    return lines
+
+
+def _logits(name: str, found: dict[str, Any]) -> Lines:
+    places = found.get("destinations", {})
+    if places.get("worst_auc") is None:
+        return []
+    worst = max(places["leak"], key=lambda pair: pair["auc_after"] or 0)
+    line = (
+        f"the new logits tell its images from those of {worst['name']!r}: area under the curve "
+        f"{worst['auc_after']:.2f} (before {worst['auc_before']:.2f})"
+    )
+    return [(LIMIT if worst["auc_after"] >= LEAK else GOOD, line)]
+
+
+def _images(name: str, found: dict[str, Any]) -> Lines:
+    probe = found.get("residue", {}).get("linear_probe")
+    if not probe or probe["after"]["value"] is None:
+        return []
+    line = (
+        f"image embeddings are untouched: a linear probe on them finds "
+        f"{_percent(probe['after']['value'])} of its images, as before"
+    )
+    return [(LIMIT if probe["after"]["value"] > HALF else GOOD, line)]
+
+
+def _relearned(name: str, found: dict[str, Any]) -> Lines:
+    methods = found.get("relearning", {}).get("methods", {})
+    needed = {method: values["needed"] for method, values in methods.items()}
+    if not needed:
+        return []
+    few = {method: count for method, count in needed.items() if count is not None}
+    if not few:
+        return [(GOOD, "no number of images that was tried brings half of it back")]
+    method = min(few, key=few.get)
+    plural = "image brings" if few[method] == 1 else "images bring"
+    return [(LIMIT, f"{few[method]} {plural} half of it back ({METHODS[method]})")]
+
+
+def _undone(name: str, found: dict[str, Any]) -> Lines:
+    undo = found.get("undo", {})
+    titles = {
+        "original_known": "who has the original projection",
+        "two_adapters": "who has two changed projections",
+        "alone": "who has the changed projection alone",
+    }
+    lines = []
+    for attack, title in titles.items():
+        place = (undo.get("attacks", {}).get(attack) or {}).get("place")
+        if place is not None:
+            line = f"{title} finds its name in place {place} of {undo['names']}"
+            lines.append((LIMIT if place <= NAMED else GOOD, line))
+    return lines
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"

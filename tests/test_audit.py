@@ -1,0 +1,211 @@
+"""The audit of a results folder: its intervals, its findings in words, its file, its refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from clip.bundle import load_bundle
+from engine.errors import UserError
+from evaluation.audit import __main__ as audit
+from evaluation.audit.interval import accuracy, mean_value
+from evaluation.audit.record import read_audits
+from evaluation.audit.run import MEASURES, audit_folder
+from evaluation.audit.table import audit_table
+from evaluation.audit.verdict import verdict
+from tests.conftest import BACKBONE
+
+
+@given(st.integers(1, 400), st.data())
+def test_an_interval_holds_its_value_and_narrows_with_images(n, data):
+    k = data.draw(st.integers(0, n))
+    found = accuracy(torch.arange(n) < k)
+    assert found["n"] == n and found["value"] == k / n
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    wider = accuracy(torch.arange(4 * n) < 4 * k)
+    assert wider["high"] - wider["low"] < found["high"] - found["low"] + 1e-12
+
+
+def test_the_interval_is_that_of_drawn_images():
+    """Against 200,000 bootstrap draws; the quantiles of a discrete distribution, so one step off at
+    most."""
+    correct = torch.arange(40) < 29
+    draws = np.random.default_rng(0).choice(correct.numpy(), (200_000, 40)).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    found = accuracy(correct)
+    assert abs(found["low"] - low) <= 1 / 40 and abs(found["high"] - high) <= 1 / 40
+    assert found["low"] < 0.725 < found["high"]
+
+
+def test_where_all_images_agree_the_interval_is_not_a_point():
+    assert accuracy(torch.zeros(100, dtype=torch.bool))["high"] == pytest.approx(0.0362, abs=1e-4)
+    assert accuracy(torch.ones(100, dtype=torch.bool))["low"] == pytest.approx(0.9638, abs=1e-4)
+    nothing = accuracy(torch.zeros(0, dtype=torch.bool))
+    assert nothing == {"value": None, "low": None, "high": None, "n": 0}
+    assert mean_value([nothing]) is None and mean_value([nothing, {"value": 0.5}]) == 0.5
+
+
+def planted(**changes):
+    """An audit in which everything speaks for forgetting, but for `changes`."""
+
+    def share(value):
+        return {"value": value, "low": value, "high": value, "n": 50}
+
+    found = {
+        "residue": {
+            "zero_shot": {"before": share(0.9), "after": share(0.0)},
+            "linear_probe": {"before": share(0.2), "after": share(0.2)},
+        },
+        "paraphrase": {
+            "worst": {"text": "pooch", "kind": "synonym", "after": share(0.1)},
+            "back": [],
+            "prompts": [{"seen": False}, {"seen": True}],
+        },
+        "neighbours": {
+            "classes": [{"name": "wolf", "before": share(0.8), "after": share(0.8)}],
+            "mean_before": 0.8,
+            "mean_after": 0.8,
+        },
+        "relearning": {"methods": {"cache": {"needed": None}, "probe": {"needed": None}}},
+        "undo": {"names": 900, "attacks": {"alone": {"place": 400}}},
+    }
+    return found | changes
+
+
+def test_the_verdict_has_bad_news_first():
+    good = verdict("dog", planted())
+    assert good[0].startswith("own prompt: 90.0 % -> 0.0 %")
+    assert not any(line.startswith("limit") for line in good)
+    assert any("stays away under 1 other texts" in line for line in good)
+    back = planted(relearning={"methods": {"cache": {"needed": 8}, "probe": {"needed": 1}}})
+    back["paraphrase"]["worst"]["after"]["value"] = 0.7
+    back["paraphrase"]["back"] = ["pooch"]
+    back["undo"]["attacks"] = {"original_known": {"place": 1}, "alone": None}
+    back["neighbours"] = {
+        "classes": [
+            {"name": "wolf", "before": {"value": 0.9}, "after": {"value": 0.3}},
+            {"name": "fox", "before": {"value": 0.7}, "after": {"value": 0.8}},
+        ],
+        "mean_before": 0.8,
+        "mean_after": 0.55,
+    }
+    lines = verdict("dog", back)
+    assert lines[:4] == [
+        "comes back under 1 of 1 other texts; worst 'pooch' (synonym): 70.0 %",
+        "its 2 nearest classes change by -25.0 points",
+        "'wolf', a neighbour, falls from 90.0 % to 30.0 %",
+        "own prompt: 90.0 % -> 0.0 % of 50 images (95 % interval 0.0 % to 0.0 %)",
+    ]
+    assert lines[-2:] == [
+        "limit: 1 image brings half of it back (a linear probe)",
+        "limit: who has the original projection finds its name in place 1 of 900",
+    ]
+
+
+def test_a_verdict_says_what_was_not_measured_and_survives_absent_measures():
+    assert verdict("dog", {}) == []
+    found = {"paraphrase": {"worst": None, "not_measured": ["no templates"]}}
+    assert verdict("dog", found) == ["not measured: no templates"]
+
+
+@pytest.fixture
+def results(toy_args, tmp_path):
+    """ToyAnimals with two classes forgotten by the exact method."""
+    train.main([*toy_args[:-10], "--trainer", "ForgetExact", "--forget", "cat", "--forget", "C/V"])
+    return tmp_path / "out"
+
+
+def run(*argv: str) -> int:
+    return audit.cli([*map(str, argv)])
+
+
+def test_from_the_command_line_to_its_own_table(results, capsys):
+    assert run(results) == 0
+    printed = capsys.readouterr().out
+    assert str(results / "audit.json") in printed and "own prompt" in printed
+    audits = read_audits(results)
+    assert set(audits["ToyAnimals"]) == {"cat", "C/V"}
+    found = audits["ToyAnimals"]["cat"]["classes"]["cat"]
+    assert set(MEASURES) <= set(found) and found["verdict"]
+    assert set(found["seconds"]) == set(MEASURES)
+    logs = json.loads((results / "logs.json").read_text())["ToyAnimals"]["cat"]
+    for side, key in (("before", "zero_shot"), ("after", "final_results")):
+        value = found["residue"]["zero_shot"][side]["value"]
+        assert value == pytest.approx(logs[key]["ToyAnimals"]["cat"]["cls_acc_test"])
+    table = audit_table(results)
+    assert table["class"].tolist() == ["cat", "C/V"] and (table["before"] > 80).all()
+    assert (results / "audit.csv").read_text().count("\n") == 3
+    json.dumps(audits, allow_nan=False)
+
+
+def test_what_was_audited_is_not_audited_again(results, monkeypatch):
+    calls = []
+    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or {})
+    audit_folder(results, labels=["cat"])
+    audit_folder(results)
+    assert calls == ["cat", "C/V"]
+    audit_folder(results, seed=1)
+    assert calls == ["cat", "C/V", "cat", "C/V"]
+    adapter = next((results / "ToyAnimals").glob("cat.safetensors"))
+    other = next((results / "ToyAnimals").glob("C*V.safetensors"))
+    keep = adapter.read_bytes()
+    adapter.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="forgets"):
+        audit_folder(results, seed=1)
+    adapter.write_bytes(keep)
+    assert calls[4:] == []
+
+
+def test_the_driver_audits(toy_args, tmp_path, capsys):
+    train.main([*toy_args, "--forget", "owl", "--audit"])
+    assert "own prompt" in capsys.readouterr().out
+    assert set(read_audits(tmp_path / "out")["ToyAnimals"]) == {"owl"}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dataset", "ToyAnimal"], "did you mean 'ToyAnimals'"),
+        (["--forget", "cats"], "did you mean 'cat'"),
+        (["--without", "relearn"], "did you mean 'relearning'"),
+        (["--features", "nowhere"], "nowhere"),
+        (["--sed", "1"], "--seed"),
+    ],
+)
+def test_mistakes_are_one_line(results, capsys, argv, message):
+    capsys.readouterr()
+    assert run(results, *argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error:") and message in lines[0]
+    assert not (results / "audit.json").exists()
+
+
+def test_a_folder_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):
+    assert run(tmp_path / "empty") == 2
+    assert "logs.json is missing" in capsys.readouterr().err
+    bundle = load_bundle(features, BACKBONE, "ToyAnimals")
+    path = features / "ViT-B-32" / "ToyAnimals.safetensors"
+    path.unlink()
+    object.__setattr__(bundle, "weights", "others")
+    bundle.save(path)
+    assert run(results) == 2
+    assert "made with weights 'toy'" in capsys.readouterr().err
+    (results / "ToyAnimals" / "cat.safetensors").unlink()
+    object.__setattr__(bundle, "weights", "toy")
+    path.unlink()
+    bundle.save(path)
+    assert run(results) == 2
+    assert "is gone" in capsys.readouterr().err
+
+
+def test_a_torn_audit_is_left_as_it_is(results, capsys):
+    (results / "audit.json").write_text('{"format": ')
+    assert run(results) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert (results / "audit.json").read_text() == '{"format": '

@@ -1,0 +1,323 @@
+"""Measures of neighbours, destinations and confusion on worlds with a planted answer, each beside its
+negative control; the edges of all five measures of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from evaluation.audit import confusion, destinations, neighbours, residue, retrieval
+from evaluation.audit.interval import accuracy
+from tests.audit_fixtures import (
+    EDGES,
+    case,
+    edge,
+    gone,
+    hidden_mark,
+    only,
+    opposite,
+    world,
+)
+
+MEASURES = {
+    "neighbours": neighbours,
+    "destinations": destinations,
+    "confusion": confusion,
+    "residue": residue,
+    "retrieval": retrieval,
+}
+NEAR = {1: 0.9, 2: 0.8, 3: 0.6}  # cosines with the text of class 0
+
+
+def values(entries: list[dict], key: str) -> list[float]:
+    return [entry[key]["value"] for entry in entries]
+
+
+# --- neighbours
+
+
+def test_nearest_classes_are_those_of_highest_text_cosine():
+    found = neighbours.measure(gone(world(similar=NEAR)))
+    assert [entry["name"] for entry in found["classes"][:3]] == ["class 1", "class 2", "class 3"]
+    cosines = [entry["similarity"] for entry in found["classes"]]
+    assert cosines == pytest.approx([0.9, 0.8, 0.6] + [0.0] * 7, abs=1e-6)
+    assert len({entry["name"] for entry in found["classes"]} - {"class 0"}) == 10
+    # Negative control: by the text of another class the same classes are far.
+    other = neighbours.measure(gone(world(similar=NEAR), "class 7"))
+    assert max(entry["similarity"] for entry in other["classes"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_neighbours_that_suffer_are_seen():
+    bundle = world(similar=NEAR)
+    found = neighbours.measure(case(bundle, factors=opposite(bundle, "class 0", "class 2")))
+    assert values(found["classes"], "before") == [1.0] * 10
+    assert values(found["classes"], "after") == [1.0, 0.0] + [1.0] * 8
+    assert found["classes"][1]["after"] == accuracy(torch.zeros(20, dtype=torch.bool))
+    assert found["mean_before"] == 1.0 and found["mean_after"] == pytest.approx(0.9)
+    worst = found["moved"]["worst"][0]
+    assert (worst["text"], worst["group"]) == ("class 2", "class")
+    assert worst["cosine"] == pytest.approx(-1, abs=1e-5)
+    # 11 classes and 24 words are retained; class 1 was nearest (0.72) and now is last of 34.
+    assert worst["nearest_before"] == "class 1" and worst["rank_after"] == 34
+    assert found["moved"]["count"] == 35
+    assert found["moved"]["mean_cosine"] == pytest.approx(33 / 35, abs=1e-5)
+
+
+def test_neighbours_that_do_not_suffer_stay():
+    found = neighbours.measure(gone(world(similar=NEAR)))
+    assert values(found["classes"], "after") == values(found["classes"], "before")
+    moved = found["moved"]
+    assert moved["mean_cosine"] == pytest.approx(1) and moved["nearest_kept"] == 1
+    assert min(entry["cosine"] for entry in moved["worst"]) == pytest.approx(1)
+    assert found["not_measured"] == []
+
+
+@pytest.mark.parametrize("block", [5, 1024])
+def test_places_against_lists_sorted_by_hand(monkeypatch, block):
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    generator = torch.Generator().manual_seed(3)
+    before = normalize(torch.randn(40, 6, generator=generator), dim=1)
+    after = normalize(before + 0.4 * torch.randn(40, 6, generator=generator), dim=1)
+    ranks, overlaps = [], []
+    for row in range(40):
+        old, new = (
+            sorted(set(range(40)) - {row}, key=lambda i, x=x: -float(x[row] @ x[i]))
+            for x in (before, after)
+        )
+        ranks.append(new.index(old[0]) + 1)
+        overlaps.append(len(set(old[:10]) & set(new[:10])) / 10)
+    found = neighbours._moved([str(i) for i in range(40)], ["class"] * 40, before, after)
+    assert found["nearest_kept"] == pytest.approx(np.mean(np.array(ranks) == 1))
+    assert 0 < found["nearest_kept"] < 1  # so that neither all nor none would pass
+    assert found["top10_overlap"] == pytest.approx(np.mean(overlaps))
+    assert [ranks[int(e["text"])] for e in found["worst"]] == [
+        e["rank_after"] for e in found["worst"]
+    ]
+    cosines = [entry["cosine"] for entry in found["worst"]]
+    assert cosines == sorted(cosines) and len(cosines) == 10
+    assert cosines[0] == pytest.approx(float((before * after).sum(dim=1).min()))
+
+
+def test_texts_that_are_the_same_do_not_fall_behind_each_other():
+    """Three copies of a text: each is nearest to the others, whichever comes first."""
+    x = torch.eye(4)[[0, 0, 0, 1, 2]]
+    turned = x + 1e-8 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    assert neighbours._moved(list("abcde"), ["class"] * 5, x, turned)["nearest_kept"] == 1
+
+
+def test_names_that_mean_the_class_are_not_retained_texts():
+    names = ["osteospermum", "snapdragon", "rose"]
+    words = ["african daisy", "Snapdragon", "allium"]  # the first is marked as osteospermum
+    bundle = replace(world(classes=3, words=3), classnames=names, retain_names=words)
+    flowers = replace(bundle, dataset="OxfordFlowers")
+    other = replace(bundle, classnames=["tulip", "African_daisy", "rose"])
+
+    def texts(bundle, *forgotten: str) -> list[tuple[str, str]]:
+        asked = case(bundle, forgotten[0], forgotten=list(forgotten), others={"Other": other})
+        found, groups, hidden = neighbours.retained_texts(asked)
+        assert len(found) == len(groups) == len(hidden)
+        return list(zip(found, groups, strict=True))
+
+    kept = texts(flowers, "osteospermum")
+    assert kept == [
+        *(("snapdragon", "class"), ("rose", "class")),
+        *(("Snapdragon", "vocabulary"), ("allium", "vocabulary")),
+        *(("tulip", "Other"), ("rose", "Other")),
+    ]
+    assert ("Snapdragon", "vocabulary") not in texts(flowers, "snapdragon")
+    both = [name for name, group in texts(flowers, "snapdragon", "osteospermum")]
+    assert both == ["rose", "allium", "tulip", "rose"]
+    # Negative control: a set whose vocabulary marks nothing keeps it.
+    assert ("african daisy", "vocabulary") in texts(bundle, "osteospermum")
+
+
+def test_texts_of_other_sets_are_watched():
+    bundle, other = world(), world(classes=12, seed=0, dataset="Elsewhere")
+    other = replace(other, classnames=[f"elsewhere {i}" for i in range(12)])
+    found = neighbours.measure(gone(bundle, others={"Elsewhere": other}))
+    worst = found["moved"]["worst"][0]  # its text is that of the forgotten class, its name is not
+    assert (worst["text"], worst["group"]) == ("elsewhere 0", "Elsewhere")
+    assert found["moved"]["count"] == 11 + 24 + 12
+
+
+def test_classes_forgotten_together_are_no_neighbours():
+    bundle = world(similar=NEAR)
+    both = ["class 0", "class 1"]
+    found = neighbours.measure(case(bundle, factors=opposite(bundle, *both), forgotten=both))
+    assert found["classes"][0]["name"] == "class 2" and found["mean_after"] == 1.0
+    assert found["moved"]["count"] == 34 and found["moved"]["nearest_kept"] == 1
+
+
+# --- destinations
+
+
+def test_images_that_surely_go_to_one_class():
+    found = destinations.measure(gone(world(lean={0: [5]})))
+    assert found["images"] == 20
+    assert found["before"] == [{"name": "class 0", "count": 20, "share": 1.0}]
+    assert found["after"] == [{"name": "class 5", "count": 20, "share": 1.0}]
+    assert found["entropy_bits_before"] == found["entropy_bits_after"] == 0
+    assert [entry["name"] for entry in found["leak"]] == ["class 5"]
+
+
+def test_images_that_spread_evenly():
+    found = destinations.measure(gone(world(lean={0: [3, 4, 5, 6]})))
+    assert sorted(entry["name"] for entry in found["after"]) == [f"class {i}" for i in (3, 4, 5, 6)]
+    assert {entry["share"] for entry in found["after"]} == {0.25}
+    assert found["entropy_bits_after"] == pytest.approx(2)
+    uneven = destinations.measure(gone(world(lean={0: [3, 3, 3, 4]})))
+    assert [entry["count"] for entry in uneven["after"]] == [15, 5]
+    assert uneven["entropy_bits_after"] == pytest.approx(0.8112781)
+    # Negative control: nothing changed.
+    same = destinations.measure(case(world(lean={0: [3, 4, 5, 6]})))
+    assert same["after"] == same["before"] and same["leak"] == []
+    assert same["not_measured"] == ["leak: no image goes to another class"]
+
+
+def test_only_ten_classes_are_listed_and_five_compared():
+    found = destinations.measure(gone(world(classes=14, images=26, lean={0: list(range(1, 14))})))
+    assert len(found["after"]) == 10 and sum(e["count"] for e in found["after"]) == 20
+    assert found["entropy_bits_after"] == pytest.approx(np.log2(13))
+    assert [e["name"] for e in found["leak"]] == [e["name"] for e in found["after"][:5]]
+    assert found["worst_auc"] == max(entry["auc_after"] for entry in found["leak"])
+
+
+def test_a_class_with_looks_of_its_own_leaks():
+    """Images that lean to class 5 land there, but their logits are not those of class 5."""
+    found = destinations.measure(gone(world(lean={0: [5]})))
+    assert found["leak"] == [{"name": "class 5", "images": 20, "auc_before": 1.0, "auc_after": 1.0}]
+    assert found["worst_auc"] == 1.0
+
+
+def test_a_class_that_looks_like_another_does_not_leak():
+    bundle = world(copies={0: 5})
+    found = destinations.measure(case(bundle, factors=opposite(bundle, "class 0")))
+    assert found["after"][0] == {"name": "class 5", "count": 20, "share": 1.0}
+    assert max(found["leak"][0]["auc_before"], found["worst_auc"]) < 0.6
+
+
+def test_a_leak_through_the_forgotten_text_ends_where_its_name_is_removed():
+    """The text that was turned round still answers to its images; a removed one has no logit."""
+    bundle = hidden_mark()
+    factors = opposite(bundle, "class 0")
+    kept = destinations.measure(case(bundle, factors=factors))["leak"][0]
+    assert kept["name"] == "class 1" and min(kept["auc_before"], kept["auc_after"]) > 0.95
+    removed = destinations.measure(case(bundle, factors=factors, removed=("class 0",)))["leak"][0]
+    assert removed["auc_before"] == kept["auc_before"]
+    assert 0.3 < removed["auc_after"] < 0.65
+
+
+def test_too_few_images_for_a_leak_are_said():
+    bundle = world(lean={0: [5]})
+    few = only(bundle, (bundle.labels != 0) | (torch.arange(len(bundle.labels)) < 3))
+    found = destinations.measure(gone(few))
+    assert found["images"] == 3 and found["leak"] == [] and found["worst_auc"] is None
+    assert found["not_measured"] == ["leak: class 0 has 3 of at least 4 images"]
+    for count in (0, 3):
+        few = only(bundle, (bundle.labels != 5) | (torch.arange(len(bundle.labels)) < 100 + count))
+        found = destinations.measure(gone(few))
+        assert found["after"][0]["count"] == 20 and found["leak"] == []
+        assert found["not_measured"] == [f"leak: class 5 has {count} of at least 4 images"]
+
+
+def test_a_leak_is_the_same_in_every_run_and_follows_the_seed():
+    bundle = hidden_mark()
+    asked = case(bundle, factors=opposite(bundle, "class 0"), removed=("class 0",))
+    first = destinations.measure(asked)["leak"]
+    assert destinations.measure(replace(asked))["leak"] == first
+    others = [destinations.measure(replace(asked, seed=seed))["leak"] for seed in (1, 2)]
+    assert any(other != first for other in others)
+
+
+# --- confusion
+
+
+def test_confusion_counts_against_a_loop():
+    near = {1: 0.3, 2: 0.2, 3: 0.1}
+    bundle = world(classes=20, similar=near, noise=0.1, lean={0: [15, 16, 16]}, words=4)
+    asked = case(bundle, factors=opposite(bundle, "class 0", "class 2"))
+    found = confusion.measure(asked)
+    names = found["names"]
+    assert names[:4] == ["class 0", "class 1", "class 2", "class 3"]
+    assert 12 <= len(names) == len(set(names)) <= 16 and {"class 15", "class 16"} <= set(names)
+    for side, model in (("before", asked.before), ("after", asked.after)):
+        expected = [[0] * (len(names) + 1) for _ in names]
+        for label, guess in zip(bundle.labels.tolist(), model.predicted.tolist(), strict=True):
+            true, predicted = bundle.classnames[label], bundle.classnames[guess]
+            if true in names:
+                column = names.index(predicted) if predicted in names else len(names)
+                expected[names.index(true)][column] += 1
+        assert found[side] == expected
+        assert [sum(row) for row in found[side]] == [20] * len(names)
+    assert sum(row[-1] for row in found["after"]) > 0
+    assert found["before"] != found["after"]
+
+
+def test_confusion_of_a_class_that_goes_to_one_other():
+    found = confusion.measure(gone(world(lean={0: [11]})))
+    assert found["names"][0] == "class 0" and "class 11" in found["names"]
+    column = found["names"].index("class 11")
+    assert found["before"][0][0] == 20 and found["after"][0][column] == 20
+    # Negative control: the rest of both tables is the diagonal.
+    for row in range(1, len(found["names"])):
+        assert found["before"][row][row] == found["after"][row][row] == 20
+
+
+def test_confusion_shows_at_most_fifteen_others():
+    found = confusion.measure(gone(world(classes=24, images=23, lean={0: list(range(1, 24))})))
+    assert len(found["names"]) == 16 and len(found["after"][0]) == 17
+    assert found["after"][0][-1] == 23 - 15
+
+
+# --- edges
+
+
+SHAPES = {
+    "neighbours": {"classes", "mean_before", "mean_after", "moved", "not_measured"},
+    "destinations": {
+        *("images", "before", "after", "entropy_bits_before", "entropy_bits_after"),
+        *("leak", "worst_auc", "not_measured"),
+    },
+    "confusion": {"names", "before", "after"},
+    "residue": {"linear_probe", "nearest_neighbours", "zero_shot", "not_measured"},
+    "retrieval": {"image_to_text", "text_to_image", "not_measured"},
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_are_measured_or_said(name):
+    """Plain JSON of the agreed shape everywhere, and every gap has its line."""
+    asked, said = edge(name), set()
+    for key, measure in MEASURES.items():
+        found = measure.measure(asked)
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+        assert set(found) == SHAPES[key]
+        said |= set(found.get("not_measured", []))
+    assert said == EDGES[name]
+
+
+def test_values_of_edges():
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    bare = edge("no image of the class")
+    found = residue.measure(bare)
+    assert found["linear_probe"] == {"before": nothing, "after": nothing, "auc": None}
+    assert found["zero_shot"]["after"] == nothing
+    assert retrieval.measure(bare)["text_to_image"]["forgotten"]["before"]["1"] == nothing
+    assert neighbours.measure(bare)["mean_after"] == 1.0  # the others are there
+    one = residue.measure(edge("one image of the class"))
+    assert one["linear_probe"]["after"] == one["nearest_neighbours"]["after"] == nothing
+    assert one["zero_shot"]["before"]["n"] == 1
+    empty = edge("no image at all")
+    assert neighbours.measure(empty)["mean_after"] is None
+    assert confusion.measure(empty)["after"] == [[0] * 12 for _ in range(11)]
+    pair = retrieval.measure(edge("two classes"))["image_to_text"]["forgotten"]["after"]
+    assert pair["1"]["value"] == 0.0 and pair["5"] == nothing
+    several = edge("several, removed")
+    assert confusion.measure(several)["names"][0] == "class 3"
+    assert retrieval.measure(several)["image_to_text"]["retained"]["after"]["1"]["n"] == 54
+    assert residue.measure(several)["zero_shot"]["after"]["value"] == 0.0

@@ -1,0 +1,291 @@
+"""The baselines: does each do what its nature says, and nothing else?"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+import train
+from engine import TRAINER_REGISTRY
+from evaluation.results import read_logs
+from evaluation.zero_shot import evaluate_classes, evaluate_set, predict
+from forgetting import load_adapter
+from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
+from trainers import METHODS
+from trainers.retained import RetainSet
+from utils import create_results
+
+BASELINES = [cls.__name__ for cls in METHODS if cls.__name__ not in ("ForgetLoRA", "ForgetExact")]
+FORGETS = ("ForgetName", "ForgetZero", "ForgetNullSpace", "ForgetUCE")
+BUNDLE = toy_bundle("ToyAnimals")
+
+
+@pytest.fixture
+def method(features, tmp_path):
+    """Run a method on ToyAnimals and return the folder of its results."""
+
+    def run(name: str, *options: str, out: str = "out"):
+        return train.main(arguments(features, tmp_path / out / name, name, *options))
+
+    return run
+
+
+def arguments(features, out, name: str, *options: str) -> list[str]:
+    return [
+        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
+        *("--output-dir", str(out), "--trainer", name, *options),
+    ]
+
+
+def landed(adapter, row: torch.Tensor) -> torch.Tensor:
+    """The embedding of a hidden state under the changed projection, float64."""
+    delta = adapter.left.double() @ adapter.right.double()
+    return row.double() @ (BUNDLE.text_projection.double() + delta)
+
+
+def test_every_method_is_registered_with_a_config_that_holds_its_defaults():
+    configs = {path.stem: path for path in (REPOSITORY / "configs/trainers").glob("*.yaml")}
+    assert set(configs) == {cls.__name__ for cls in METHODS}
+    for cls in METHODS:
+        assert TRAINER_REGISTRY.get(cls.__name__) is cls
+        node = yaml.safe_load(configs[cls.__name__].read_text())["TRAINER"]
+        assert node.pop("NAME") == cls.__name__
+        assert node == ({cls.__name__.upper(): cls.defaults} if cls.defaults else {})
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_adapter_gives_the_logged_accuracies(name, method, capsys):
+    """One class, several at once, given texts, done before, and again from scratch."""
+    single = ["--forget", "owl"]
+    folder = method(name, *single)
+    method(name, "--forget", "owl", "--forget", "cat", "--multiclass")
+    capsys.readouterr()
+    assert method(name, *single) == folder
+    assert "done before, skipped: ToyAnimals / owl" in capsys.readouterr().out
+    logs = read_logs(folder)["ToyAnimals"]
+    for label, file in (("owl", "owl"), ("owl|cat", "owl%7Ccat")):
+        adapter, solver = (
+            load_adapter(folder / f"ToyAnimals/{file}.safetensors"),
+            logs[label]["solver"],
+        )
+        assert adapter.classes == label.split("|") and solver["texts"][: len(adapter.classes)]
+        removed = solver.get("removed_names", [])
+        factors = (adapter.left, adapter.right)
+        expected = evaluate_classes(BUNDLE, adapter.classes, factors, removed)
+        assert logs[label]["final_results"]["ToyAnimals"] == expected
+        tools = evaluate_set(toy_bundle("ToyTools"), factors)
+        assert logs[label]["final_results"]["ToyTools"]["all"]["all_ds"] == tools
+        again = method(name, *single, "--forget", "cat", "--multiclass", out="again")
+        same = load_adapter(again / "ToyAnimals/owl%7Ccat.safetensors")
+    assert torch.equal(same.left, adapter.left) and torch.equal(same.right, adapter.right)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"owl": ["{}", "a photo of a {}."]}))
+    folder = method(name, "--forget", "all", "FORGET.PROMPTS", str(prompts))
+    logs = read_logs(folder)["ToyAnimals"]
+    assert logs["owl"]["solver"]["texts"] == ["owl", "a photo of a owl."]
+    adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
+    if name in ("ForgetZero", "ForgetNoise", "ForgetNullSpace", "ForgetUCE", "ForgetAscent"):
+        assert adapter.left.shape[1] == 2
+    df, _ = create_results(folder)
+    left = df.set_index("name").cls_forget
+    assert len(left) == 6
+    if name in FORGETS:  # both of its texts, the evaluation prompt among them
+        assert left["owl"] == 0
+    elif name == "ForgetLEACE":
+        assert left.mean() < 0.5
+    else:
+        assert left.mean() > 0.5
+
+
+def test_nothing_changes_nothing(method):
+    folder = method("ForgetNothing", "--forget", "all")
+    for name, entry in read_logs(folder)["ToyAnimals"].items():
+        if name != "settings":
+            assert entry["final_results"] == entry["zero_shot"]
+    adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
+    assert adapter.left.shape == (24, 0) and adapter.right.shape == (0, 16)
+    assert torch.equal(adapter.apply(BUNDLE.text_projection), BUNDLE.text_projection)
+    assert torch.equal(predict(BUNDLE, (adapter.left, adapter.right)), predict(BUNDLE))
+
+
+def test_a_name_that_left_the_list_is_still_known_in_other_words(method):
+    folder = method("ForgetName", "--forget", "owl")
+    entry = read_logs(folder)["ToyAnimals"]["owl"]
+    own, before = (entry[side]["ToyAnimals"]["owl"] for side in ("final_results", "zero_shot"))
+    assert own["cls_acc_test"] == 0.0 and before["cls_acc_test"] > 0.9
+    assert own["no_cls_acc"] >= before["no_cls_acc"]
+    assert entry["final_results"]["ToyTools"] == entry["zero_shot"]["ToyTools"]
+    assert entry["solver"]["removed_names"] == ["owl"]
+    adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
+    assert adapter.solver["removed_names"] == ["owl"] and adapter.left.shape[1] == 0
+    names = ["Strix" if name == "owl" else name for name in BUNDLE.classnames]
+    renamed = replace(BUNDLE, classnames=names)
+    found = evaluate_classes(renamed, ["Strix"], (adapter.left, adapter.right))
+    assert found["Strix"] == before
+    solver = read_logs(method("ForgetNothing", "--forget", "owl"))["ToyAnimals"]["owl"]["solver"]
+    assert "removed_names" not in solver
+
+
+def test_zero_leaves_a_millionth_on_the_far_side(method):
+    folder = method("ForgetZero", "--forget", "owl")
+    adapter, h = load_adapter(folder / "ToyAnimals/owl.safetensors"), BUNDLE.forget_hidden[4]
+    start, end = h.double() @ BUNDLE.text_projection.double(), landed(adapter, h)
+    assert float(end.norm() / start.norm()) < 2e-5
+    assert float(torch.cosine_similarity(end, start, dim=0)) < -0.9
+
+
+def test_noise_has_the_size_of_the_exact_answer_and_forgets_nothing(method):
+    options = ["--forget", "owl", "--forget", "cat"]
+    adapters = {}
+    for key, name, seed in (("exact", "Exact", 0), ("noise", "Noise", 0), ("other", "Noise", 1)):
+        folder = method(f"Forget{name}", *options, "--seed", str(seed), out=key)
+        adapters[key] = load_adapter(folder / "ToyAnimals/owl.safetensors")
+    exact, random, other = (adapter.delta() for adapter in adapters.values())
+    for delta in (random, other):
+        assert float(delta.norm()) == pytest.approx(float(exact.norm()), rel=1e-5)
+        assert abs(float((delta * exact).sum() / exact.square().sum())) < 0.3
+    assert not torch.allclose(random, other)
+    shapes = {adapter.left.shape for adapter in adapters.values()}
+    assert len(shapes) == 1 and adapters["exact"].recipe and not adapters["noise"].recipe
+    df, _ = create_results(method("ForgetNoise", "--forget", "all"))
+    assert df.cls_forget.mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["ForgetUCE", "ForgetNullSpace"])
+def test_edits_land_on_their_target_and_spare_what_is_retained(name, method):
+    folder = method(name, "--forget", "owl", "--beta", "0.3")
+    adapter, h = load_adapter(folder / "ToyAnimals/owl.safetensors"), BUNDLE.forget_hidden[4]
+    solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
+    assert solver["residual"] < 0.01 and solver["settings"]["target"] == "opposite"
+    assert solver["retained"] == 30 + 6 + 4 - 1 and solver["left_retain_set"] == ["owl"]
+    end = -0.3 * h @ BUNDLE.text_projection
+    assert float((landed(adapter, h) - end).norm() / end.norm()) < 0.05
+    # By the way that the text goes: the least change that knows no retained text moves them more.
+    least = load_adapter(method("ForgetZero", "--forget", "owl") / "ToyAnimals/owl.safetensors")
+    shares = [
+        (BUNDLE.retain_hidden @ a.delta()).norm() / (h @ a.delta()).norm() for a in (adapter, least)
+    ]
+    assert shares[0] < 0.95 * shares[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "1e-3"]),
+        ("ForgetNullSpace", ["TRAINER.FORGETNULLSPACE.DAMPING", "1e5"]),
+    ],
+)
+def test_edits_that_hardly_move_say_so(name, keys, method, capsys):
+    folder = method(name, "--forget", "owl", *keys)
+    assert read_logs(folder)["ToyAnimals"]["owl"]["solver"]["residual"] > 0.9
+    out = capsys.readouterr().out
+    assert re.search(r"the texts go \d\.\d% of their way", out) and "not forgotten" in out
+
+
+def test_a_null_space_without_directions_moves_nothing(features, tmp_path, capsys):
+    keys = ["TRAINER.FORGETNULLSPACE.THRESHOLD", "1e-9"]
+    argv = arguments(features, tmp_path / "out", "ForgetNullSpace", "--forget", "owl")
+    folder = train.main([*argv, *keys])
+    assert "0 of 24 directions lie below" in capsys.readouterr().out
+    solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
+    assert solver["free"] == 0 and solver["residual"] == 1.0
+
+
+def test_leace_sends_the_class_to_the_mean_of_the_rest(method):
+    folder = method("ForgetLEACE", "--forget", "owl")
+    adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
+    solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
+    assert solver["texts"] == ["owl", "a photo of a owl."] and solver["apart"] < 1e-9
+    retain = RetainSet(BUNDLE, [toy_bundle("ToyTools")], 0.95)
+    stay = retain.without({("own", 4)})
+    texts = torch.stack([BUNDLE.forget_hidden[4], BUNDLE.class_hidden[4]])
+    ends = landed(adapter, texts.mean(dim=0)), landed(adapter, stay.mean(dim=0))
+    assert torch.allclose(*ends, atol=1e-4)
+
+
+def test_ascent_reports_what_it_reached(method, capsys):
+    folder = method("ForgetAscent", "--forget", "owl")
+    solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
+    assert solver["reached"] and solver["steps"] < 200
+    assert solver["probability_before"][0] > 0.9 and solver["probability_after"][0] < 1 / 6
+    capsys.readouterr()
+    keys = ["TRAINER.FORGETASCENT.STEPS", "1"]
+    folder = method("ForgetAscent", "--forget", "owl", *keys, out="short")
+    assert not read_logs(folder)["ToyAnimals"]["owl"]["solver"]["reached"]
+    assert "warning: not below 0.167 after 1 steps" in capsys.readouterr().out
+
+
+ROWS = {
+    "target of none": ("ForgetZero", ["--target", "empty"], "sends texts nowhere.*not 'empty'"),
+    "specific": ("ForgetUCE", ["--target", "specific"], "specific needs the weighted retain set"),
+    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "for ForgetLoRA choose empty"),
+    "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
+    "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be above 0"),
+    "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be above 0"),
+    "key": (
+        "ForgetUCE",
+        ["TRAINER.FORGETUCE.ERAZE", "1"],
+        "did you mean 'TRAINER.FORGETUCE.ERASE'",
+    ),
+    "threshold": (
+        "ForgetNullSpace",
+        ["TRAINER.FORGETNULLSPACE.THRESHOLD", "0"],
+        "THRESHOLD is a share of the mean eigenvalue",
+    ),
+    "damping": (
+        "ForgetNullSpace",
+        ["TRAINER.FORGETNULLSPACE.DAMPING", "1e9"],
+        r"DAMPING must be 0 or more and at most 1e\+06",
+    ),
+    "rate": ("ForgetAscent", ["TRAINER.FORGETASCENT.LR", "0"], "LR must be positive"),
+    "steps": ("ForgetAscent", ["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be at least 1"),
+    "chance": ("ForgetAscent", ["TRAINER.FORGETASCENT.BELOW", "2"], "BELOW is a share of chance"),
+    "similarity": (
+        "ForgetLEACE",
+        ["TRAINER.FORGETEXACT.SIMILARITY", "2"],
+        "SIMILARITY is a cosine",
+    ),
+    "objective": ("ForgetNoise", ["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "'paper'"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input(row, features, tmp_path, refused):
+    name, options, message = ROWS[row]
+    argv = arguments(features, tmp_path / "out", name, "--forget", "owl")
+    assert re.search(message, refused([*argv, *options]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_leace_without_its_package_is_one_line(features, tmp_path, refused, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == "concept_erasure" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    argv = arguments(features, tmp_path / "out", "ForgetLEACE", "--forget", "owl")
+    assert "pip install -r requirements.txt" in refused(argv)
+
+
+def test_methods_that_retain_need_something_to_retain(features, tmp_path, refused):
+    lonely = replace(
+        BUNDLE,
+        **{key: getattr(BUNDLE, key)[:1] for key in ("class_hidden", "forget_hidden")},
+        **{key: getattr(BUNDLE, key)[:12] for key in ("image_features", "labels")},
+        retain_hidden=BUNDLE.retain_hidden[:0],
+        classnames=["cat"],
+        retain_names=[],
+    )
+    lonely.save(tmp_path / "lonely" / "ViT-B-32" / "ToyAnimals.safetensors")
+    for name, message in (("ForgetUCE", "no name is left"), ("ForgetAscent", "has one class")):
+        argv = arguments(tmp_path / "lonely", tmp_path / "out", name, "--forget", "cat")
+        assert message in refused(argv)

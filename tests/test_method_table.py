@@ -1,0 +1,124 @@
+"""Methods side by side: names off the list, the table of methods, the benchmark that fills it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from benchmarks import baselines
+from engine import TRAINER_REGISTRY, UserError
+from evaluation.table import method_table
+from evaluation.zero_shot import evaluate_classes, evaluate_set, predict
+from tests.conftest import REPOSITORY, toy_bundle
+from tests.test_baselines import arguments
+from trainers import METHODS
+from utils import compute_avg_gain, create_results
+
+BUNDLE = toy_bundle("ToyAnimals")
+
+
+def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
+    before = predict(BUNDLE)
+    after = predict(BUNDLE, removed=["owl", "cat"])
+    assert set(after.tolist()) == {1, 2, 3, 5}
+    kept = ~torch.isin(before, torch.tensor([0, 4]))
+    assert torch.equal(before[kept], after[kept])
+    # Far from every text a removed name is no better than the others.
+    opposite = replace(BUNDLE, image_features=-BUNDLE.image_features)
+    assert 4 in predict(opposite).tolist() and 4 not in predict(opposite, removed=["owl"]).tolist()
+    found = evaluate_classes(BUNDLE, ["owl", "newt"], removed=["owl"])
+    assert found["owl"]["cls_acc_test"] == 0.0 and found["newt"]["cls_acc_test"] > 0.9
+    assert evaluate_set(BUNDLE, removed=["owl"]) <= 5 / 6 < evaluate_set(BUNDLE)
+
+
+def test_removing_what_is_not_there_or_everything_is_refused():
+    with pytest.raises(UserError, match=r"unknown class to remove.*did you mean 'owl'"):
+        predict(BUNDLE, removed=["owls"])
+    with pytest.raises(UserError, match="none is left"):
+        predict(BUNDLE, removed=BUNDLE.classnames)
+
+
+def test_the_table_counts_by_hand(tmp_path):
+    def entry(name, own, rest, others, adapter):
+        sides = {
+            side: {
+                "A": {name: {"cls_acc_test": own[i], "no_cls_acc": rest[i], "acc_train": None}},
+                **{other: {"all": {"all_ds": pair[i]}} for other, pair in others.items()},
+            }
+            for i, side in enumerate(("zero_shot", "final_results"))
+        }
+        return sides | {"solver": {"seconds": 2.0 * len(name), "adapter": adapter}}
+
+    (tmp_path / "x").write_bytes(b"12345678")
+    logs = {
+        "A": {
+            "settings": {},
+            "a": entry("a", (0.8, 0.2), (0.9, 0.8), {"B": (0.5, 0.4), "C": (0.6, 0.6)}, "x"),
+            "bb": entry("bb", (1.0, 0.0), (0.7, 0.8), {"B": (0.5, 0.2), "C": (0.6, 0.5)}, "gone"),
+        }
+    }
+    (tmp_path / "logs.json").write_text(json.dumps(logs))
+    row = method_table({"m": tmp_path}).loc["m"]
+    expected = {
+        "classes": 2,
+        **{"forgotten before": 90, "forgotten after": 10, "forgotten worst": 20},
+        **{"rest before": 80, "rest after": 80, "rest worst": 10},
+        **{"others before": 55, "others after": 42.5, "others worst": 30},
+        **{"seconds": 3.0, "bytes": 8},
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    gains = ((0.2 / 0.8 + 0.1 / 0.9 + 0.1 / 0.5 + 0) / 4, (0 + 0 + 0.3 / 0.5 + 0.1 / 0.6) / 4)
+    assert row["avg_gain"] == pytest.approx(sum(gains) / 2)
+    assert row["avg_gain"] == pytest.approx(compute_avg_gain(create_results(tmp_path)[0]))
+    with pytest.raises(UserError, match="no multiclass results"):
+        method_table({"m": tmp_path}, multiclass=True)
+
+
+def test_the_benchmark_goes_on_where_it_stopped(features, tmp_path, capsys):
+    argv = ["--features", str(features), "--dataset", "ToyAnimals", "--out", str(tmp_path / "out")]
+    argv += ["--forget", "owl", "cat"]
+    table = baselines.main([*argv, "--methods", "name", "exact-opposite"])
+    out = capsys.readouterr().out
+    assert "config:" not in out and "exact-opposite" in out and "logs.json" in out
+    assert (table["forgotten after"] == 0).all() and (table["forgotten before"] > 90).all()
+    assert table.loc["name", "bytes"] < table.loc["exact-opposite", "bytes"]
+    log = tmp_path / "out/name/seed_0/ToyAnimals/log.txt"
+    assert "config:" in log.read_text()
+    more = baselines.main([*argv, "--methods", "name", "zero"])
+    assert more.loc["name", "seconds"] == table.loc["name", "seconds"]
+    assert list(more.index) == ["name", "zero"] and (more["classes"] == 2).all()
+
+
+def test_the_benchmark_runs_every_method_it_names(features, tmp_path):
+    assert {trainer for trainer, _ in baselines.METHODS.values()} == {c.__name__ for c in METHODS}
+    for name, (trainer, keys) in baselines.METHODS.items():
+        argv = arguments(features, tmp_path / name, trainer, "--forget", "owl")
+        cfg = train.setup_cfg(train.parse([*argv, *keys]))
+        TRAINER_REGISTRY.get(trainer).preflight(cfg)
+
+
+def test_an_unknown_method_is_refused(features, tmp_path):
+    argv = ["--features", str(features), "--dataset", "ToyAnimals", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="unknown method 'uec'; did you mean 'uce'"):
+        baselines.main([*argv, "--methods", "uec"])
+    assert not (tmp_path / "out").exists()
+
+
+REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
+def test_real_features(tmp_path):
+    """What each does to two classes of CLIP, whose evaluation prompts are the forgotten texts."""
+    argv = ["--features", str(REAL_CLIP), "--dataset", "CaltechNature", "--out", str(tmp_path)]
+    names = ["nothing", "name", "noise", "ascent", "leace", "null-space", "uce", "uce-published"]
+    table = baselines.main([*argv, "--forget", "leopard", "ant", "--methods", *names])
+    left, rest = table["forgotten after"], table["rest worst"]
+    assert (left[["name", "null-space", "uce"]] == 0).all()
+    assert (left[["nothing", "noise", "ascent", "uce-published"]] > 80).all()
+    assert left["leace"] < 40 and rest["nothing"] == 0 and rest["uce"] < 2

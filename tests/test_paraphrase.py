@@ -1,0 +1,396 @@
+"""Other words for a class in an audit: encoded, kept in a bundle, and what they bring back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip import ClipSource, FeatureBundle
+from clip.audit_texts import HIDDEN, audit_rows, other_words, with_audit
+from clip.features import build_bundle, main
+from datasets.paraphrase import paraphrases
+from engine import UserError
+from evaluation.audit.case import Case, Model, Prompt
+from evaluation.audit.paraphrase import measure
+from evaluation.audit.prompts import prompts_for
+from evaluation.zero_shot import Factors
+from tests.clip_fixtures import caltech, one_line, tiny
+from tests.conftest import toy_bundle
+from tests.paraphrase_fixtures import OTHER_WAY, forget_first, hide_wordnet, unit, world
+
+# All that can be said of the newt here is moved by `forget_first`, but for what "eft" means.
+GONE = [
+    ("newt", "template", "a sketch of a newt", unit(0, 9)),
+    ("newt", "hypernym", "salamander", unit(0, 10)),
+    ("newt", "misspelling", "nwet", unit(0)),
+]
+EFT = ("newt", "synonym", "eft", unit(OTHER_WAY))
+NONSENSE = ("newt", "description", "a wet thing", unit(1) - unit(OTHER_WAY))  # found nothing ever
+SAME = (torch.zeros(16, 1), torch.zeros(1, 16))  # factors that change nothing
+
+
+@pytest.fixture(autouse=True)
+def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_wordnet(monkeypatch)
+
+
+def audited(rows: list, factors: Factors | None = None, **settings: object) -> dict:
+    bundle = world(rows=rows)
+    prompts, unmeasured = prompts_for(bundle, "newt", set(), None)
+    after = Model(bundle, factors or forget_first(), **settings)
+    case = Case("newt", ["newt"], Model(bundle), after, prompts=prompts, unmeasured=unmeasured)
+    return measure(case)
+
+
+def values(found: dict, key: str) -> dict[str, float]:
+    return {entry["text"]: entry[key]["value"] for entry in found["prompts"]}
+
+
+# What the measure finds
+
+
+def test_a_class_that_is_gone_under_every_prompt() -> None:
+    found = audited(GONE)
+    texts = ["newt", "a photo of a newt.", *(row[2] for row in GONE)]
+    assert values(found, "before") == dict.fromkeys(texts, 1.0)
+    assert values(found, "after") == dict.fromkeys(texts, 0.0)
+    assert found["mean_before"] == 1.0 and found["mean_after"] == 0.0
+    assert found["back"] == [] and found["worst"]["after"]["value"] == 0.0
+    assert found["by_kind"]["template"] == {
+        **{"count": 1, "mean_before": 1.0, "mean_after": 0.0, "worst_after": 0.0}
+    }
+    assert found["prompts"][0]["after"]["n"] == 10 and found["prompts"][0]["after"]["high"] > 0
+
+
+def test_a_class_that_comes_back_under_a_synonym() -> None:
+    found = audited([*GONE, EFT, NONSENSE])
+    assert values(found, "after")["eft"] == 1.0
+    assert found["back"] == ["eft"]
+    worst = found["worst"]
+    assert (worst["text"], worst["kind"], worst["after"]["value"]) == ("eft", "synonym", 1.0)
+    # Unseen: the evaluation prompt, two of GONE ("nwet" is read as "newt"), eft, the nonsense.
+    assert found["mean_after"] == pytest.approx(1 / 5)
+    assert found["mean_before"] == pytest.approx(4 / 5)
+    assert found["by_kind"]["synonym"]["worst_after"] == 1.0
+    assert values(found, "before")["a wet thing"] == 0.0
+
+
+def test_an_unchanged_model_has_forgotten_nothing() -> None:
+    found = audited([*GONE, EFT, NONSENSE], SAME)
+    assert values(found, "before") == values(found, "after")
+    assert found["mean_before"] == found["mean_after"] > 0
+    assert found["back"] == ["a photo of a newt.", "a sketch of a newt", "salamander", "eft"]
+
+
+def test_a_removed_name_is_looked_for_by_its_words() -> None:
+    found = audited([*GONE, NONSENSE], SAME, removed=("newt",))
+    assert values(found, "after") == values(found, "before")
+    assert "salamander" in found["back"]
+
+
+def test_another_removed_class_is_no_rival() -> None:
+    bundle = world()
+    images = normalize(unit(1) + 0.2 * unit(0), dim=0).repeat(len(bundle.labels), 1)
+    bundle = replace(bundle, image_features=images)  # all look like owls
+    prompt = Prompt("a bird", "hypernym", False, unit(1) + 0.5 * unit(2))  # theirs looks more so
+    after = Model(bundle, None, ("owl",))
+    found = measure(Case("newt", ["newt", "owl"], Model(bundle), after, prompts=[prompt]))
+    assert values(found, "before") == {"a bird": 0.0}
+    assert values(found, "after") == {"a bird": 1.0}
+
+
+def test_what_could_not_be_measured_is_said() -> None:
+    found = audited([])
+    assert [entry["kind"] for entry in found["prompts"]] == ["bare", "evaluation"]
+    (line,) = found["not_measured"]
+    assert line.startswith("no hidden states of other templates, synonyms") and "Planted" in line
+    (line,) = prompts_for(replace(world(), dataset="MiniDigits"), "newt", set())[1]
+    assert "`python -m clip.features MiniDigits mini --out DIR --audit` makes them" in line
+    assert audited([*GONE, EFT, NONSENSE])["not_measured"] == []
+    # Only forgotten texts: nothing says how far forgetting carries.
+    bundle = world()
+    seen = Prompt("newt", "bare", True, unit(0))
+    found = measure(
+        Case("newt", ["newt"], Model(bundle), Model(bundle, forget_first()), prompts=[seen])
+    )
+    assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
+    assert "used in forgetting" in found["not_measured"][0]
+    empty = measure(Case("newt", ["newt"], Model(bundle), Model(bundle)))
+    assert empty["prompts"] == [] and empty["worst"] is None and empty["by_kind"] == {}
+    json.dumps([found, empty], allow_nan=False)
+
+
+def test_a_class_without_images_or_never_recognised() -> None:
+    bundle = world(rows=[*GONE, EFT])
+    for changed, message in (
+        (replace(bundle, image_features=torch.empty(0, 16), labels=torch.empty(0).long()), "no im"),
+        (replace(bundle, class_hidden=bundle.class_hidden[[3, 0, 2, 3]]), "never recognised"),
+    ):
+        prompts, _ = prompts_for(changed, "newt", set(), None)
+        after = Model(changed, forget_first())
+        found = measure(Case("newt", ["newt"], Model(changed), after, prompts=prompts))
+        assert found["back"] == [] and message in found["not_measured"][0]
+        assert (found["worst"] is None) == (message == "no im")
+        json.dumps(found, allow_nan=False)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 5), st.integers(0, 10**6), st.booleans())
+def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove: bool) -> None:
+    bundle = toy_bundle("ToyAnimals")
+    generator = torch.Generator().manual_seed(seed)
+    width, d = bundle.text_projection.shape
+    factors = (
+        torch.randn(width, 2, generator=generator),
+        torch.randn(2, d, generator=generator),
+    )
+    own = bundle.class_hidden[label]
+    noise = torch.randn(5, width, generator=generator)
+    hidden = torch.cat([own[None], own + 4 * noise, noise])
+    prompts = [Prompt(str(i), "template", False, row) for i, row in enumerate(hidden)]
+    name = bundle.classnames[label]
+    removed = (bundle.classnames[(label + 1) % 6],) if remove else ()
+    case = Case(name, [name], Model(bundle), Model(bundle, factors, removed), prompts=prompts)
+    found = measure(case)
+    for key, model in (("before", case.before), ("after", case.after)):
+        for prompt, entry in zip(prompts, found["prompts"], strict=True):
+            rows = model.classes.clone()
+            rows[label] = normalize(prompt.hidden @ model.projection, dim=0)
+            scores = bundle.image_features[case.mine] @ rows.T
+            if model.removed:
+                scores[:, (label + 1) % 6] = -torch.inf
+            expected = (scores.argmax(dim=1) == label).double().mean()
+            assert entry[key]["value"] == pytest.approx(float(expected))
+
+
+def test_among_equals_the_first_class_wins() -> None:
+    bundle = world()
+    for name, wins in (("newt", 1.0), ("owl", 0.0)):
+        other = bundle.class_hidden[1 - bundle.classnames.index(name)]
+        twin = Prompt("twin", "synonym", False, other)
+        images = normalize(other, dim=0)[None].repeat(len(bundle.labels), 1)
+        alike = replace(bundle, image_features=images)
+        found = measure(Case(name, [name], Model(alike), Model(alike), prompts=[twin]))
+        assert found["prompts"][0]["after"]["value"] == wins
+
+
+# Which prompts there are
+
+
+def test_prompts_of_a_class_in_order_and_each_once() -> None:
+    rows = [*GONE, ("newt", "template", "NEWT", unit(0)), ("newt", "case", "NEWT", unit(0)), EFT]
+    prompts, missing = prompts_for(
+        world(rows=[*rows, ("owl", "synonym", "o", unit(1))]), "newt", set()
+    )
+    assert [(prompt.text, prompt.kind) for prompt in prompts] == [
+        ("newt", "bare"),
+        ("a photo of a newt.", "evaluation"),
+        ("a sketch of a newt", "template"),
+        ("salamander", "hypernym"),
+        ("nwet", "misspelling"),
+        ("NEWT", "case"),
+        ("eft", "synonym"),
+    ]
+    assert missing and "no description of 'newt' is known" in missing[0]
+
+
+def test_vocabulary_names_that_mean_the_same() -> None:
+    bundle = replace(
+        toy_bundle("ToyAnimals"),
+        dataset="OxfordFlowers",
+        classnames=["desert-rose", "trumpet_creeper", "c", "d", "e", "f"],
+        retain_names=["Desert rose", "campsis", *(f"thing {i}" for i in range(26)), "owl", "newt"],
+    )
+    # The words of the set know the one, marks in its vocabulary the other.
+    for name, word in (("desert-rose", "Desert rose"), ("trumpet_creeper", "campsis")):
+        prompts, _ = prompts_for(bundle, name, set())
+        retained = [prompt for prompt in prompts if prompt.kind == "retained"]
+        assert [prompt.text for prompt in retained] == [word]
+        row = bundle.retain_hidden[bundle.retain_names.index(word)]
+        assert torch.equal(retained[0].hidden, row)
+    texts = [prompt.text for prompt in prompts]
+    assert texts[:2] == ["trumpet creeper", "a photo of a trumpet creeper."]
+
+
+@pytest.mark.parametrize(
+    ("texts", "seen"),
+    [
+        (set(), {"newt", "nwet"}),  # read by this model as the bare name
+        ({"newt", "owl"}, {"newt", "nwet"}),
+        ({"a photo of a newt."}, {"a photo of a newt."}),
+        ({"eft"}, {"eft"}),
+        ({"something else"}, set()),
+    ],
+)
+def test_which_prompts_forgetting_saw(texts: set[str], seen: set[str]) -> None:
+    prompts, _ = prompts_for(world(rows=[*GONE, EFT]), "newt", texts, None)
+    assert {prompt.text for prompt in prompts if prompt.seen} == seen
+
+
+def test_a_model_stands_in_for_rows() -> None:
+    asked = []
+
+    def encode(texts: list[str]) -> Tensor:
+        asked.extend(texts)
+        return torch.arange(len(texts) * 16.0).reshape(-1, 16)
+
+    prompts, missing = prompts_for(world(), "newt", set(), encode)
+    words = paraphrases("newt", None, "a photo of a {}.")
+    assert asked == [entry.text for entry in words]
+    assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
+    assert torch.equal(prompts[2].hidden, torch.arange(16.0))
+    assert "no synonym and no hypernym and no description of 'newt'" in missing[0]
+
+    def never(texts: list[str]) -> Tensor:
+        raise AssertionError("rows in the bundle come first")
+
+    prompts_for(world(rows=GONE), "newt", set(), never)
+
+
+# Rows in a bundle
+
+
+def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
+    bundle = world(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
+    bundle.save(tmp_path / "a.safetensors")
+    again = FeatureBundle.load(tmp_path / "a.safetensors")
+    assert [row[:2] for row in audit_rows(again, "newt")] == [(t, k) for _, k, t, _ in GONE]
+    ((text, kind, hidden),) = audit_rows(again, "owl")
+    assert (text, kind) == ("Eule “ü”", "synonym") and torch.equal(hidden, unit(1, 5))
+    assert audit_rows(again, "elk") == [] and audit_rows(world(), "newt") == []
+    half = replace(again, extra_tensors={HIDDEN: again.extra_tensors[HIDDEN].half()})
+    assert audit_rows(half, "owl")[0][2].dtype == torch.float32
+    with pytest.raises(UserError, match="class of Planted 'nwet'"):
+        audit_rows(again, "nwet")
+
+
+NAN = torch.full((3, 16), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("audit_texts", None, "is missing, but there is audit_classes"),
+        (HIDDEN, None, "is missing, but there is audit_texts"),
+        ("audit_texts", "[", "is not valid JSON"),
+        ("audit_texts", '{"a": 1}', "is not a JSON list of strings"),
+        ("audit_kinds", '["template", 1, "case"]', "is not a JSON list of strings"),
+        ("audit_kinds", '["template"]', "has 1 entries, but audit_texts has 3"),
+        ("audit_classes", '["newt", "newt"]', "has 2 entries, but audit_texts has 3"),
+        ("audit_classes", '["newt", "newt", "nwet"]', "names 'nwet', which is no class"),
+        (HIDDEN, torch.zeros(2, 16), r"has shape \(2, 16\), expected \(3, 16\)"),
+        (HIDDEN, torch.zeros(3, 15), r"has shape \(3, 15\), expected \(3, 16\)"),
+        (HIDDEN, torch.zeros(48), r"has shape \(48,\), expected \(3, 16\)"),
+        (HIDDEN, NAN, "must hold finite"),
+        (HIDDEN, torch.zeros(3, 16).long(), "must hold finite floating-point"),
+    ],
+)
+def test_broken_rows_are_refused_in_one_line(key: str, value: object, message: str) -> None:
+    bundle = world(rows=GONE)
+    where = bundle.extra_tensors if key == HIDDEN else bundle.extra
+    where.pop(key)
+    if value is not None:
+        where[key] = value
+    with pytest.raises(UserError, match=message) as error:
+        prompts_for(bundle, "newt", set(), None)
+    one_line(error, key, "mini/Planted.safetensors")
+    with pytest.raises(UserError) as error:
+        audit_rows(bundle, "newt", Path("mine.safetensors"))
+    one_line(error, "mine.safetensors")
+
+
+def test_a_bundle_may_call_its_template_anything() -> None:
+    bundle = replace(world(), template="ensemble")
+    assert "a photo of a NEWT." not in [entry.text for entry in other_words(bundle, "newt")]
+    assert "a photo of newts." in [entry.text for entry in other_words(bundle, "newt")]
+    assert prompts_for(bundle, "newt", set())[0][1].text == "ensemble"
+
+
+# Rows from a model
+
+
+class Counting(ClipSource):
+    """A ClipSource that counts the texts that it encodes."""
+
+    texts = 0
+
+    def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        self.texts += len(texts)
+        return super().encode_hidden(texts, batch_size)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny(monkeypatch, tmp_path / "weights")
+    caltech(tmp_path / "data", images_per_class=2)
+    return tmp_path
+
+
+@pytest.fixture
+def bundle_of(place: Path) -> Callable[[], tuple[FeatureBundle, Counting]]:
+    def make() -> tuple[FeatureBundle, Counting]:
+        source = Counting("mini", cache=place / "cache", device="cpu")
+        bundle = build_bundle(
+            "Caltech101", source, place / "data", place / "cache", workers=0, progress=False
+        )
+        source.texts = 0
+        return bundle, source
+
+    return make
+
+
+def test_rows_hold_what_the_model_says(
+    place: Path, bundle_of: Callable, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    bundle, source = bundle_of()
+    audited = with_audit(bundle, source, place / "cache", progress=False)
+    assert "other words from datasets/words" in capsys.readouterr().out
+    count = 0
+    for name in bundle.classnames:
+        words = paraphrases(name, "Caltech101", bundle.template, bundle.classnames)
+        rows = audit_rows(audited, name)
+        assert [(text, kind) for text, kind, _ in rows] == [(e.text, e.kind) for e in words]
+        hidden = torch.stack([row[2] for row in rows])
+        assert torch.equal(hidden, source.encode_hidden([entry.text for entry in words]))
+        count += len(rows)
+    assert audited.extra_tensors[HIDDEN].shape == (count, bundle.text_projection.shape[0])
+    assert HIDDEN not in bundle.extra_tensors and audited.extra["forget_template"] == "{}"
+    # Nothing is encoded twice; one class's other words encode that class alone.
+    _, again = bundle_of()
+    with_audit(bundle, again, place / "cache", progress=False)
+    assert again.texts == 0 and "model" not in vars(again)
+    monkeypatch.setattr("datasets.paraphrase.cases", lambda name: ["CRAB"] * (name == "crab"))
+    with_audit(replace(bundle, classnames=bundle.classnames), again, place / "cache", False)
+    assert 0 < again.texts < count
+
+
+def test_rows_of_another_model_are_refused(place: Path, bundle_of: Callable) -> None:
+    bundle, source = bundle_of()
+    for key, other in (("weights", "0" * 64), ("backbone", "RN50")):
+        with pytest.raises(UserError) as error:
+            with_audit(replace(bundle, **{key: other}), source, place / "cache")
+        one_line(error, key, other)
+
+
+def test_the_command_writes_the_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
+    main(["Caltech101", "mini", *options, "--out", str(place / "out"), "--audit"])
+    captured = capsys.readouterr()
+    bundle = FeatureBundle.load(place / "out" / "mini" / "Caltech101.safetensors")
+    rows = audit_rows(bundle, "sea_horse")
+    assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows]
+    assert f"in other words: {len(bundle.extra_tensors[HIDDEN])} texts" in captured.out
+    assert "text/s" in captured.err, "a bar shows how far it is"
+    prompts, missing = prompts_for(bundle, "sea_horse", set())
+    assert missing == [] and len(prompts) == 2 + len(rows)
+    upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
+    assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"

@@ -1,0 +1,154 @@
+"""The report's numbers: rows, summaries, findings, and where the frontier's points lie."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from evaluation.report import read_runs
+from evaluation.report.frontier import HEIGHT, WIDTH, frontier, ticks
+from evaluation.report.page import flat
+from evaluation.report.summary import Summary, findings, not_measured, points
+from evaluation.results import LOGS
+from tests.report_fixtures import ANIMALS, OTHERS, acc, log_entry, plant, write
+from utils import create_results
+
+
+def test_numbers_are_those_of_create_results(tmp_path):
+    folder = plant(tmp_path, 5)
+    frame = create_results(folder)[0].set_index("name")
+    for row in read_runs(folder)[0].rows:
+        told = frame.loc[row.name]
+        assert row.own == (told.cls_Noforget, told.cls_forget)
+        assert row.rest == (told.full_Noforget, told.full_forget)
+        for other in OTHERS:
+            assert row.others[other] == (told[f"full_{other}"], told[f"res_{other}"])
+
+
+def test_harm_is_what_the_rest_and_the_mean_other_set_lose(tmp_path):
+    entry = log_entry(random.Random(0), "A", ["x"], acc(0.9), acc(0.1), 0.0)
+    entry["zero_shot"]["A"]["x"]["no_cls_acc"] = 0.9
+    entry["final_results"]["A"]["x"]["no_cls_acc"] = 0.88
+    for name, after in zip(OTHERS, (0.9, 0.8), strict=True):
+        entry["zero_shot"][name]["all"]["all_ds"] = 0.9
+        entry["final_results"][name]["all"]["all_ds"] = after
+    write(tmp_path, {"A": {"settings": {}, "x": entry}})
+    (row,) = read_runs(tmp_path)[0].rows
+    assert row.harm == pytest.approx(2 + (0 + 10) / 2)
+
+
+def test_intervals_are_shown_if_they_are_about_the_number_beside_them(tmp_path):
+    folder = plant(tmp_path, 1)
+    (row,) = read_runs(folder)[0].rows
+    low, high = row.interval("before")
+    assert low < row.own.before < high
+    logs = json.loads((folder / LOGS).read_text())
+    logs["ToyAnimals"][row.name]["zero_shot"]["ToyAnimals"][row.name]["cls_acc_test"] = 0.2
+    (folder / LOGS).write_text(json.dumps(logs))
+    assert read_runs(folder)[0].rows[0].interval("before") is None
+
+
+def test_an_audit_of_another_adapter_is_not_shown(tmp_path):
+    folder = plant(tmp_path, 2)
+    logs = json.loads((folder / LOGS).read_text())
+    first = next(name for name in logs["ToyAnimals"] if name != "settings")
+    logs["ToyAnimals"][first]["solver"]["adapter"] = "ToyAnimals/one.safetensors"
+    (folder / LOGS).write_text(json.dumps(logs))
+    assert all(row.audit for row in read_runs(folder)[0].rows)  # no adapter there: nothing to say
+    (folder / "ToyAnimals").mkdir()
+    (folder / "ToyAnimals" / "one.safetensors").write_bytes(b"made after the audit")
+    (one,) = read_runs(folder)
+    assert {row.name for row in one.rows if not row.audit} == {first}
+    assert one.outdated == [f"ToyAnimals: {first}"]
+    assert any("earlier adapter" in reason for reason, _ in not_measured(one))
+
+
+def test_bad_news_come_first(tmp_path):
+    folder = plant(tmp_path, 8, left=0.3)
+    (one,) = read_runs(folder)
+    back = [row.comes_back for row in one.rows]
+    assert back == sorted(back, reverse=True) and 0 < sum(back) < len(back)
+    lines = findings(one)
+    assert "not forgotten" in lines[0] or "by other words" in lines[0]
+    assert "proved optimal" in lines[-1]
+    summary = Summary.of(one)
+    assert summary.left.own.after == max(row.own.after for row in one.rows)
+    assert summary.rest.worst == min(row.rest.points for row in one.rows)
+
+
+def test_a_solution_without_proof_is_not_called_proved(tmp_path):
+    folder = plant(tmp_path, 3)
+    logs = json.loads((folder / LOGS).read_text())
+    logs["ToyAnimals"][ANIMALS[1]]["solver"]["certificate"]["gap"] = 0.01
+    (folder / LOGS).write_text(json.dumps(logs))
+    text = " ".join(findings(read_runs(folder)[0]))
+    assert f"Not proved optimal: {ANIMALS[1]}." in text and "are proved" not in text
+
+
+def test_what_was_not_measured_is_said_with_its_classes(tmp_path):
+    folder = plant(tmp_path, 3)
+    audits = json.loads((folder / "audit.json").read_text())
+    first = next(iter(audits["audits"]["ToyAnimals"]))
+    del audits["audits"]["ToyAnimals"][first]["classes"][first]["undo"]
+    (folder / "audit.json").write_text(json.dumps(audits))
+    told = dict(not_measured(read_runs(folder)[0]))
+    assert told["undo: left out of the audit"] == [first]
+    assert len(told["paraphrase: no model at hand: templates and synonyms were not read"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.04, "0.0"), (-0.04, "0.0"), (-0.06, "−0.1"), (12.34, "+12.3")],
+)
+def test_points_have_a_sign_and_no_minus_zero(value, text):
+    assert points(value) == text
+
+
+@given(st.floats(-50, 50), st.floats(0.01, 100))
+def test_ticks_are_even_and_hold_the_range(low, span):
+    found = ticks(low, low + span)
+    steps = [after - before for before, after in pairwise(found)]
+    assert found[0] <= low + 1e-9 and found[-1] >= low + span - 1e-9
+    assert 2 <= len(found) <= 8 and max(steps) == pytest.approx(min(steps))
+
+
+def test_points_of_the_frontier_lie_where_their_numbers_say(tmp_path):
+    for name, left in (("a", 0.0), ("b", 0.4)):
+        plant(tmp_path / name, 6, left=left, harm=0.02 if name == "a" else 0.0)
+    chart = frontier(read_runs(tmp_path))
+    first, second = chart.series
+    assert first.shape != second.shape and first.colour != second.colour
+    assert first.mean.x > second.mean.x and first.mean.y > second.mean.y  # y grows downwards
+    everything = [point for one in chart.series for point in one.points]
+    assert [point.row for point in everything] == list(range(12))
+    assert all(0 <= p.x <= WIDTH and 0 <= p.y <= HEIGHT for p in everything)
+    by_harm = sorted(everything, key=lambda point: point.harm)
+    assert [p.x for p in by_harm] == sorted(p.x for p in everything)
+
+
+def test_settings_become_lines():
+    lines = flat({"a": {"b": 1, "c": {}}, "d": "x", "e": None})
+    assert lines == [("a.b", "1"), ("a.c", "{}"), ("d", "x"), ("e", "null")]
+
+
+def test_findings_count_attacks_and_what_was_not_tried(tmp_path):
+    folder = plant(tmp_path, 4)
+    audit = json.loads((folder / "audit.json").read_text())
+    labels = audit["audits"]["ToyAnimals"]
+    classes = [labels[name]["classes"][name] for name in labels]
+    del classes[0]["paraphrase"], classes[1]["undo"]
+    classes[2]["undo"]["attacks"]["original_known"]["place"] = 2
+    for place, found in enumerate(classes):
+        for method in found["relearning"]["methods"].values():
+            method["needed"] = 4 if place == 3 else None
+    (folder / "audit.json").write_text(json.dumps(audit))
+    text = " ".join(findings(read_runs(folder)[0]))
+    assert "1 class was not tried with other words" in text
+    assert "with the original projection 2 of 3" in text
+    assert "with the changed projection alone 0 of 3" in text
+    assert "1 of 4 classes are half back" in text

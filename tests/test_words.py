@@ -1,0 +1,347 @@
+"""Other words for the sets' classes: the lists, the rules, WordNet where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import datasets
+import forget_cls
+from clip.train_mini import TEMPLATES as TRAINED
+from datasets import lexicon, mini, wordnet
+from datasets.cars import car_words
+from datasets.lexicon import Words, words_of
+from datasets.names import key
+from datasets.paraphrase import KINDS, TEMPLATES, Paraphrase, paraphrases
+from datasets.wordforms import cases, misspellings, plural
+from engine import UserError
+from tests.paraphrase_fixtures import hide_wordnet
+
+COUNTS = {"Caltech101": 100, "OxfordFlowers": 102, "StanfordDogs": 120, "StanfordCars": 14}
+CUT = {"shih", "black", "wire", "soft", "flat", "curly", "german short"}  # by the published split
+CARS = [
+    *forget_cls.forget_classes_all["StanfordCars"],
+    "2012 Volkswagen Golf Hatchback",
+    "1991 Volkswagen Golf Hatchback",
+    "2012 Ram C/V Cargo Van Minivan",
+    "2012 Jaguar XK XKR",
+    "2000 AM General Hummer SUV",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_wordnet(monkeypatch)
+
+
+def classes(dataset: str) -> list[str]:
+    return CARS if dataset == "StanfordCars" else list(lexicon._read(dataset))
+
+
+# The committed lists
+
+
+@pytest.mark.parametrize("dataset", mini.MINI)
+def test_lists_of_the_mini_sets_name_their_classes(dataset: str) -> None:
+    assert list(lexicon._read(dataset)) == mini.MINI[dataset]
+
+
+def test_list_of_flowers_names_the_classes_of_the_set() -> None:
+    from torchvision.datasets import Flowers102
+
+    assert set(lexicon._read("OxfordFlowers")) - {"pink-yellow dahlia"} == set(Flowers102.classes)
+
+
+@pytest.mark.parametrize("dataset", COUNTS)
+def test_lists_hold_every_class_that_is_known_of(dataset: str) -> None:
+    lines = (lexicon.FOLDER / f"{dataset}.txt").read_text(encoding="utf-8").splitlines()
+    assert sum(not line.startswith("#") for line in lines) == COUNTS[dataset]
+    if dataset != "StanfordCars":
+        names = set(lexicon._read(dataset))
+        assert set(map(key, forget_cls.forget_classes_all[dataset])) <= names
+        assert set(datasets.synonyms(dataset)) <= names
+        assert dataset != "StanfordDogs" or names >= CUT
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_a_word_means_one_class(dataset: str) -> None:
+    names = classes(dataset)
+    own = {key(name) for name in names}
+    owner: dict[str, Words] = {}
+    without = 0
+    for name in names:
+        words = words_of(name, dataset)
+        assert words.hypernyms and words.descriptions, name
+        without += not words.synonyms
+        assert not own & set(map(key, words.synonyms + words.hypernyms)), name
+        for word in words.synonyms:  # cut and full name of one class share a list
+            assert owner.setdefault(key(word), words) == words, word
+        marked = datasets.synonyms(dataset).get(key(name), set())
+        if dataset != "StanfordCars":  # there the vocabulary calls a whole model a synonym
+            assert not marked & set(map(key, words.hypernyms)), name
+    assert without <= 0.03 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("newt | eft\nowl\n", "line 2: 'owl' must be 'class | synonym"),
+        ("newt | | |\n", "line 1: .* must be"),
+        ("| eft\n", "line 1: .* must be"),
+        ("a | b | c | d | e\n", "line 1: .* must be"),
+        ("newt | eft\nNewt | tadpole\n", "line 2: 'newt' was there before"),
+        (b"\xff\xfe", r"Caltech101\.txt cannot be read"),
+    ],
+)
+def test_a_broken_list_is_one_line(tmp_path, monkeypatch, text, message) -> None:
+    monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
+    file = tmp_path / "Caltech101.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        words_of("newt", "Caltech101")
+    assert "Caltech101.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_is_read_as_it_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
+    (tmp_path / "Caltech101.txt").write_text(
+        "# note\nsea_horse; sea pony | Hippo  campus;  | fish # why\n\nowl | | bird | big eyes\n"
+    )
+    expected = Words(["Hippo campus"], ["fish"], [])
+    assert words_of("Sea Horse", "Caltech101") == words_of("sea_pony", "Caltech101") == expected
+    assert words_of("owl", "Caltech101") == Words([], ["bird"], ["big eyes"])
+    assert words_of("owl", "Caltech101", ["bird"]).hypernyms == []
+    assert words_of("newt", "Caltech101") == words_of("owl", "OxfordFlowers") == Words([], [], [])
+
+
+def test_a_set_outside_the_table_reads_no_file(tmp_path, monkeypatch) -> None:
+    for file in ("secret", "words/Elsewhere"):
+        (tmp_path / "words").mkdir(exist_ok=True)
+        (tmp_path / f"{file}.txt").write_text("owl | spy | bird\n")
+    monkeypatch.setattr(lexicon, "FOLDER", tmp_path / "words")
+    for dataset in ("../secret", "Elsewhere", None):
+        assert words_of("owl", dataset) == Words([], [], [])
+
+
+# Cars
+
+
+def test_words_of_a_car() -> None:
+    golf = words_of("1991 Volkswagen Golf Hatchback", "StanfordCars")
+    assert "1991 VW Golf Hatchback" in golf.synonyms
+    assert "Volkswagen Golf Hatchback 1991" in golf.synonyms
+    assert "Volkswagen Golf Hatchback" in golf.hypernyms, "two classes of the set bear this name"
+    assert "Volkswagen Golf Hatchback" not in golf.synonyms
+    assert {"Volkswagen Golf", "Volkswagen car", "car"} <= set(golf.hypernyms)
+    spyker = words_of("2009 Spyker C8 Coupe", "StanfordCars")
+    assert "Spyker C8 Coupe" in spyker.synonyms and "Spyker C8" in spyker.hypernyms
+    assert words_of("2000 AM General Hummer SUV", "StanfordCars").hypernyms[0] == (
+        "AM General Hummer"
+    )
+    assert "car" not in words_of("2011 Ford Ranger SuperCab", "StanfordCars").hypernyms
+    assert car_words("Golf") == ([], [], [])
+    assert words_of("1991 Volkswagen Golf Hatchback", "StanfordDogs") == Words([], [], [])
+
+
+# Spellings
+
+
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [
+        ("toy poodle", "toy poodles"),
+        ("soccer ball", "soccer balls"),
+        ("watch", "watches"),
+        ("phlox", "phloxes"),
+        ("platypus", "platypuses"),
+        ("tiger lily", "tiger lilies"),
+        ("kidney", "kidneys"),
+        ("snowman", "snowmen"),
+        ("Doberman", "Dobermans"),
+        ("oasis", "oases"),
+        ("camera lens", "camera lenses"),
+        ("bird of paradise", "birds of paradise"),
+        ("fleur-de-lis", "fleurs-de-lis"),
+        ("latin capital letter s", "latin capital letter s's"),
+        ("2012 Buick Regal GS", "2012 Buick Regal GSs"),
+        ("2008 Acura TL Type-S", "2008 Acura TL Type-Ss"),
+        ("cheese", "cheeses"),
+        ("starfish", None),
+        ("Pekinese", None),
+        ("scissors", None),
+        ("prince of wales feathers", None),
+        ("pink-yellow dahlia?", None),
+        ("", None),
+    ],
+)
+def test_plural(name: str, many: str | None) -> None:
+    assert plural(name) == many
+
+
+def test_cases() -> None:
+    assert cases("red circle") == ["RED CIRCLE", "Red Circle"]
+    assert cases("Shih-Tzu") == ["SHIH-TZU", "shih-tzu"]
+
+
+def test_misspellings() -> None:
+    assert misspellings("euphonium") == ["eupohnium", "euphnium"]
+    assert misspellings("toy poodle") == ["toy podole", "toy poole"]
+    assert misspellings("ant") == ["annt", "at"]
+    assert misspellings("C/V") == misspellings("") == []
+
+
+WORDS = st.text("abcdeuvxYZ019", min_size=1, max_size=9)
+
+
+@given(st.text("aeiortz", min_size=3, max_size=9), st.lists(WORDS, max_size=3))
+def test_a_misspelling_is_one_mistake_inside_a_word(first: str, more: list[str]) -> None:
+    name = " ".join([first, *more])
+    forms = misspellings(name)
+    assert 1 <= len(forms) <= 2 and forms == misspellings(name)
+    for form in forms:
+        assert form != name and len(form.split(" ")) == len(name.split(" "))
+        (wrong, right), *more = [
+            pair
+            for pair in zip(form.split(" "), name.split(" "), strict=True)
+            if len(set(pair)) > 1
+        ]
+        assert not more and wrong[0] == right[0] and wrong[-1] == right[-1]
+        swapped = sorted(wrong) == sorted(right)
+        assert swapped or abs(len(wrong) - len(right)) == 1
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_no_form_is_another_class(dataset: str) -> None:
+    names = classes(dataset)
+    for name in names:
+        others = {key(other) for other in names} - {key(name)}
+        assert not others & set(map(key, [*misspellings(name), plural(name) or ""])), name
+
+
+# All together
+
+
+def test_templates_are_many_and_none_is_known_to_forgetting_or_training() -> None:
+    assert len(set(TEMPLATES)) >= 24
+    assert all(template.count("{}") == 1 for template in TEMPLATES)
+    known = {row.template for row in datasets.SETS.values()} | set(TRAINED)
+    assert not {text.rstrip(".") for text in known} & {text.rstrip(".") for text in TEMPLATES}
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_paraphrases_of_every_class(dataset: str) -> None:
+    names = classes(dataset)
+    for name in names:
+        found = paraphrases(name, dataset, classnames=names)
+        texts = [entry.text for entry in found]
+        assert len(set(texts)) == len(texts) and all(text == text.strip() for text in texts)
+        kinds = [entry.kind for entry in found]
+        assert kinds == sorted(kinds, key=KINDS.index)
+        assert kinds.count("template") >= 24 and {"hypernym", "description", "case"} <= set(kinds)
+        own = {datasets.plain(name), datasets.spec(dataset).template.format(datasets.plain(name))}
+        assert not own & set(texts)
+        others = {key(other) for other in names} - {key(name)}
+        assert not others & set(map(key, texts))
+
+
+def test_words_stand_alone_and_in_the_prompt() -> None:
+    found = paraphrases("Pekinese", "StanfordDogs")
+    assert Paraphrase("Pekingese", "synonym") in found
+    assert Paraphrase("a photo of a Pekingese.", "synonym") in found
+    assert Paraphrase("a photo of a toy dog.", "hypernym") in found
+    taken = paraphrases("Pekinese", "StanfordDogs", classnames=["Pekinese", "toy_dog"])
+    assert [entry for entry in found if "toy dog" not in entry.text] == taken
+    mine = paraphrases("Pekinese", "StanfordDogs", "this is my {}!")
+    assert Paraphrase("this is my Pekingese!", "synonym") in mine
+    assert Paraphrase("a photo of toy poodles.", "plural") in paraphrases("toy poodle")
+    assert {entry.kind for entry in paraphrases("toy_poodle")} == {
+        *("template", "case", "plural", "misspelling")
+    }
+
+
+# WordNet
+
+
+class Sense:
+    """A synset with the methods of nltk (`lemma_names`) or wn (`lemmas`)."""
+
+    def __init__(self, package: str, words: list[str], above: list[Sense] = ()) -> None:
+        joined = [word.replace(" ", "_") for word in words] if package == "nltk" else words
+        setattr(self, "lemma_names" if package == "nltk" else "lemmas", lambda: joined)
+        self.hypernyms = lambda: list(above)
+
+
+def wordnet_of(package: str) -> dict[str, list[Sense]]:
+    bird = Sense(package, ["bird"], [Sense(package, ["animal"])])
+    house_dog = Sense(package, ["house dog"], [Sense(package, ["Dog"])])
+    machine = Sense(package, ["lifting device"], [Sense(package, ["machine"])])
+    return {
+        "crane": [
+            Sense(package, ["crane"], [machine]),
+            Sense(package, ["Crane", "Stephen Crane"]),
+            Sense(package, ["crane", "long necked wader"], [bird]),
+        ],
+        "toy poodle": [Sense(package, ["toy poodle", "lap curl"], [house_dog])],
+    }
+
+
+@pytest.fixture(params=["nltk", "wn"])
+def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small WordNet behind either package."""
+    table = wordnet_of(request.param)
+
+    def synsets(name: str, pos: str, lang: str = "eng") -> list[Sense]:
+        assert pos == "n" and lang == ("eng" if request.param == "nltk" else "en")
+        return table.get(name.replace("_", " ") if request.param == "nltk" else name, [])
+
+    reader = SimpleNamespace(synsets=synsets)
+    if request.param == "nltk":
+        corpus = ModuleType("nltk.corpus")
+        corpus.wordnet = reader
+        monkeypatch.setitem(sys.modules, "nltk", ModuleType("nltk"))
+        monkeypatch.setitem(sys.modules, "nltk.corpus", corpus)
+    else:
+        module = ModuleType("wn")
+        module.synsets, module.Error = synsets, type("Error", (Exception,), {})
+        monkeypatch.setitem(sys.modules, "wn", module)
+    return request.param
+
+
+def test_wordnet_joins_the_lists(stub: str) -> None:
+    assert wordnet.installed() == stub
+    words = words_of("toy poodle", "StanfordDogs")
+    assert words.synonyms[-1] == "lap curl" and words.hypernyms[-1] == "house dog"
+    assert Paraphrase("lap curl", "synonym") in paraphrases("toy poodle", "StanfordDogs")
+    assert "lap curl" not in words_of("toy poodle", None, ["Lap_Curl"]).synonyms
+    assert words_of("toy poodle", None).synonyms == ["lap curl"], "a set without a list"
+
+
+def test_the_sense_that_agrees_with_the_list_is_taken(stub: str) -> None:
+    assert wordnet.wordnet_words("crane", [], ["animal"]) == (
+        ["crane", "long necked wader"],
+        ["bird"],
+    )
+    assert wordnet.wordnet_words("crane", ["stephen crane"], ["animal"])[0][1] == "Stephen Crane"
+    assert wordnet.wordnet_words("crane", [], ["Machine"])[1] == ["lifting device"]
+    assert wordnet.wordnet_words("crane", [], ["plant"]) == ([], []), "none agrees"
+    assert wordnet.wordnet_words("crane") == ([], []), "which one is meant is not known"
+
+
+def test_a_package_without_its_data_is_no_wordnet(stub: str, monkeypatch) -> None:
+    def absent(name: str, pos: str, lang: str = "eng") -> list[Sense]:
+        raise error("no data")
+
+    module = sys.modules["nltk.corpus"].wordnet if stub == "nltk" else sys.modules["wn"]
+    error = LookupError if stub == "nltk" else module.Error
+    monkeypatch.setattr(module, "synsets", absent)
+    assert wordnet.installed() is None
+    assert words_of("toy poodle", None) == Words([], [], [])
+
+
+def test_without_wordnet_the_lists_stand_alone() -> None:
+    assert wordnet.installed() is None
+    assert words_of("toy poodle", "StanfordDogs").hypernyms == ["poodle", "toy dog", "dog"]
