@@ -1,6 +1,6 @@
-# make venv | demo | test | test-slow | test-dassl DASSL=PATH | benchmark | format | clean
+# make venv | demo | notebook | test | test-slow | test-dassl DASSL=PATH | reproduce DATA=PATH | benchmark | format | clean
 .POSIX:
-.PHONY: venv demo test test-slow test-dassl benchmark format clean
+.PHONY: venv demo notebook test test-slow test-dassl reproduce benchmark format clean
 
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
@@ -28,6 +28,11 @@ demo: $(COMPLETE)
 	TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
 	$(BIN)/python utils.py results/results1/seed_0
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
+	$(BIN)/python -m evaluation.audit results/results2/seed_0
+	$(BIN)/python -m evaluation.report results
+
+notebook: $(COMPLETE)
+	$(BIN)/jupyter execute --inplace results.ipynb
 
 test: $(COMPLETE)
 	$(BIN)/ruff check .
@@ -55,6 +60,14 @@ test-dassl:
 		gdown tensorboard future tabulate ogb outdated pytz littleutils
 	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps wilds==1.2.2
 	touch $@
+
+# The paper's experiments on images of your own, its numbers beside the measured ones; OPTIONS are
+# those of benchmarks/reproduce.py. A run that was killed goes on when it is started again.
+reproduce:
+	@test -n "$(DATA)" || { echo "error: make reproduce DATA=path of the image sets (DATASETS.md) [OUT=results] [CACHE=cache] [OPTIONS='--weights RN50=RN50.pt']" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(COMPLETE)
+	out="$(OUT)" cache="$(CACHE)"; \
+	$(BIN)/python benchmarks/reproduce.py --data "$(DATA)" --out "$${out:-results}" --cache "$${cache:-cache}" $(OPTIONS)
 
 benchmark: $(COMPLETE)
 	$(BIN)/python benchmarks/pipeline.py

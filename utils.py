@@ -130,13 +130,13 @@ def _draw(table: pd.DataFrame, styles: dict[str, dict[str, str]], path: str | Pa
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)
     names = table["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
-    axes[0].set_yticks(positions, table["data set"] + ": " + names)
+    axes[0].set_yticks(positions, table["data set"] + ": " + names, parse_math=False)
     axes[0].invert_yaxis()
     for name, style in styles.items():
         axes[2].scatter([], [], s=42, label=name, **style)
     figure.legend(loc="outside upper right", ncols=len(styles), frameon=False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=110)
     return Path(path)
 
 

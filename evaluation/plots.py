@@ -39,9 +39,9 @@ def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.93")
         axis.set_axisbelow(True)
-    figure.suptitle(name)
+    figure.suptitle(name, parse_math=False)  # a class may be called $x$
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=85)
     return Path(path)
 
 
@@ -62,7 +62,7 @@ def _neighbours(axis: Axes, near: dict[str, Any]) -> None:
 
 def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]], title: str) -> None:
     """One line a row, from before to after, with the 95 % interval of after."""
-    axis.set_title(title)
+    axis.set_title(title, fontsize=10)
     if not rows:
         _nothing(axis)
         return
@@ -74,25 +74,26 @@ def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]], title: 
         only = {} if place else {"before": BEFORE["label"], "after": AFTER["label"]}
         axis.scatter(before, place, s=34, zorder=3, **BEFORE | {"label": only.get("before")})
         axis.scatter(after, place, s=34, zorder=4, **AFTER | {"label": only.get("after")})
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(-4, 104)
     axis.legend(frameon=False, fontsize=8)
 
 
-def _destinations(axis: Axes, places: dict[str, Any]) -> None:
-    axis.set_title("what its images are taken for, % of them")
-    rows = places.get("after", [])
+def _destinations(axis: Axes, destinations: dict[str, Any]) -> None:
+    axis.set_title("what its images are taken for, % of them", fontsize=10)
+    rows = destinations.get("after", [])
     if not rows:
         _nothing(axis)
         return
-    axis.barh([row["name"] for row in rows], [100 * row["share"] for row in rows], color="#6f8fae")
-    axis.tick_params(axis="y", labelsize=8)
+    places = range(len(rows))
+    axis.barh(places, [100 * row["share"] for row in rows], color="#6f8fae")
+    axis.set_yticks(places, [row["name"] for row in rows], fontsize=8, parse_math=False)
     axis.invert_yaxis()
 
 
 def _relearning(axis: Axes, relearned: dict[str, Any]) -> None:
-    axis.set_title("its accuracy with n of its images in a cache on top, %")
+    axis.set_title("accuracy with n of its images in a cache on top, %", fontsize=10)
     curves = relearned.get("methods", {}).get("cache")
     if not curves:
         _nothing(axis)

@@ -1,5 +1,6 @@
-"""Measures of neighbours, destinations and confusion on worlds with a planted answer, each beside its
-negative control; the edges of all five measures of images."""
+"""Neighbours, destinations, confusion: worlds with a planted answer, each beside its control.
+
+The edges of all five measures of images stand here too."""
 
 from __future__ import annotations
 

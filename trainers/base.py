@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +21,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
+from engine.threads import one_thread
 from evaluation.results import (
     check_folder,
     is_done,
@@ -355,21 +354,6 @@ class ForgetTrainer(SimpleTrainer):
             left, had = after[name]["cls_acc_test"], before[name]["cls_acc_test"]
             if left and left > had / 2:
                 print(f"  {name}: more than half of its accuracy is left: not forgotten")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Solve on one CPU thread.
-
-    The matrices of a solve are small: a second thread gains little on an idle machine, waits in a
-    spin on a busy one (tenfold times were seen), and would tie the last digits to the core count.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _finite(value: Any) -> Any:

@@ -27,8 +27,8 @@ WEIGHTS = {"own": 1.0, "vocabulary": 0.01, "others": 0.1}
 RIDGE = 5e-6
 # The paper's lamb_weight * rank / alpha over its lamb_preserve (0.25 to 0.4).
 PAPER_RATIO = 5 / 0.3
-# Ridge of the list's own statistics, in mean eigenvalues, see `Attacker.alike`. On real features one
-# forgotten class is named first with any from 0.001 to 0.1; of several at once this names most.
+# Ridge of the list's own statistics, in mean eigenvalues, see `Attacker.alike`. On real features
+# one forgotten class is named first with any from 0.001 to 0.1; of several at once this names most.
 EXPLAINED = 1e-2
 KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 

@@ -29,7 +29,8 @@ def measure(case: Case) -> dict[str, Any]:
         - forgotten: the class, learnt on top of the changed model;
         - before: the same on the untouched model;
         - no_text: the same where the class has no text at all, as if it had never been known: what
-          images alone give, and nothing that forgetting could go below;
+          images alone give. Whoever drops the changed text has as much, so where `forgotten` lies
+          below it (a text turned round speaks against its class) that protects from nobody;
         - control: the nearest retained class with as many images, under the changed model;
 
         and `needed`, the least number that reaches half of what the class had before forgetting.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from datasets import plain
 from engine.errors import UserError, unknown
 from engine.files import inside, sha256_file
+from engine.threads import one_thread
 from evaluation.audit import (
     confusion,
     destinations,
@@ -124,10 +125,11 @@ def audit_dataset(
             if all(there.get(key) == value for key, value in stamp.items()):
                 continue
             strangers = _strangers(folder, logs, dataset, label, seed)
-            classes = {
-                name: audit_class(replace(case, strangers=strangers), measures)
-                for name, case in cases.items()
-            }
+            with one_thread():
+                classes = {
+                    name: audit_class(replace(case, strangers=strangers), measures)
+                    for name, case in cases.items()
+                }
             merge_audit(folder, dataset, label, stamp | {"classes": classes})
 
 

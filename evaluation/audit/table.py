@@ -35,6 +35,9 @@ VALUES = {
     "named, original known": ("undo", "attacks", "original_known", "place"),
     "named, alone": ("undo", "attacks", "alone", "place"),
 }
+SHOWN = ("before", "after", "words mean", "words worst", "neighbours before", "neighbours after")
+SHOWN += ("probe", "images needed", "named, alone")
+FEW = 3  # classes whose findings are all printed
 
 
 def audit_table(folder: str | Path) -> pd.DataFrame:
@@ -67,24 +70,24 @@ def audit_table(folder: str | Path) -> pd.DataFrame:
 
 
 def report_table(folder: Path, datasets: Sequence[str]) -> None:
-    """Write the whole table as CSV beside the audit, print the rows of `datasets` with the findings
-    in words, and say where both are."""
+    """Write the whole table as CSV beside the audit, print the main columns for `datasets` with the
+    findings in words, and say where both are."""
     table = audit_table(folder)
     with atomic_path(folder / CSV) as temporary:
         table.to_csv(temporary, index=False)
-    shown = table[table["data set"].isin(datasets)].drop(
-        columns=["forgotten", "after low", "after high", "seconds"]
-    )
-    print(shown.to_string(index=False, float_format="{:.1f}".format, na_rep="-"))
+    chosen = table[table["data set"].isin(datasets)]
+    columns = ["data set", "class", *SHOWN]
+    print(chosen[columns].to_string(index=False, float_format="{:.1f}".format, na_rep="-"))
     audits = read_audits(folder)
     for dataset in datasets:
         for entry in audits.get(dataset, {}).values():
             for name, found in entry["classes"].items():
-                print(f"{dataset} / {name}")
-                for line in found["verdict"]:
-                    print(f"  {line}")
+                # One line a class where there are many; the report shows all of them.
+                lines = found["verdict"] if len(chosen) <= FEW else found["verdict"][:1]
+                print("\n  ".join([f"{dataset} / {name}:", *lines]))
     print(f"audit: {folder / AUDIT}")
     print(f"table: {folder / CSV}")
+    print(f"to look at it: python -m evaluation.report {folder}")
 
 
 def _at(found: dict[str, Any], path: tuple[str, ...]) -> Any:

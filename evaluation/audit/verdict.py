@@ -51,8 +51,13 @@ def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
         f"own prompt: {_percent(before['value'])} -> {_percent(after['value'])} of "
         f"{after['n']} images (95 % interval {_percent(after['low'])} to {_percent(after['high'])})"
     )
-    stays = after["value"] > HALF * before["value"] or before["value"] == 0
-    return [(BAD if stays else GOOD, line)]
+    return [(BAD if _stays(shot) else GOOD, line)]
+
+
+def _stays(shot: dict[str, Any]) -> bool:
+    """More than half of the accuracy is left, or there was none to lose."""
+    before, after = shot["before"]["value"], shot["after"]["value"]
+    return not before or after > HALF * before
 
 
 def _words(name: str, found: dict[str, Any]) -> Lines:
@@ -114,7 +119,8 @@ def _images(name: str, found: dict[str, Any]) -> Lines:
 def _relearned(name: str, found: dict[str, Any]) -> Lines:
     methods = found.get("relearning", {}).get("methods", {})
     needed = {method: values["needed"] for method, values in methods.items()}
-    if not needed:
+    shot = found.get("residue", {}).get("zero_shot")
+    if not needed or (shot and _stays(shot)):  # what never went cannot come back
         return []
     few = {method: count for method, count in needed.items() if count is not None}
     if not few:
