@@ -28,6 +28,7 @@ demo: $(COMPLETE)
 	TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
 	$(BIN)/python utils.py results/results1/seed_0
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
+	$(BIN)/python -m evaluation.audit results/results1/seed_0
 	$(BIN)/python -m evaluation.audit results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
 

@@ -33,6 +33,10 @@ LONGEST_NAME = 150  # of an escaped label; file systems end at 255 bytes
 Logs = dict[str, dict[str, Any]]
 
 
+class TornLogs(UserError):
+    """A logs.json that is no logs: cut off, or written by something else."""
+
+
 def join_label(classes: list[str]) -> str:
     """The label of classes that are forgotten together."""
     return SEPARATOR.join(classes)
@@ -50,8 +54,7 @@ def read_logs(folder: str | Path) -> Logs:
     """The logs of a results folder; empty if it has none.
 
     Raises:
-        UserError: the file is torn (no JSON object of objects). It is moved aside first, under a
-            name that the message gives, so that no later run can overwrite it.
+        TornLogs: no JSON object of objects. The file is left as it is.
     """
     path = Path(folder) / LOGS
     try:
@@ -69,14 +72,16 @@ def read_logs(folder: str | Path) -> Logs:
         problem = str(error)
     if problem is None:
         return logs
+    raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename torn logs, so that no later run can overwrite them."""
     aside = path.with_name(
         f"logs.torn-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}.json"
     )
     path.rename(aside)
-    raise UserError(
-        f"{path} is torn ({problem}); it was kept as {aside.name}: mend it and rename it back, "
-        "or run again to start new logs"
-    )
+    return aside
 
 
 def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> Logs:
@@ -89,7 +94,13 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     Raises:
         UserError: other results are there; the message names what differs and another ATTEMPT.
     """
-    logs = read_logs(folder)
+    try:
+        logs = read_logs(folder)
+    except TornLogs as error:
+        aside = _set_aside(Path(folder) / LOGS)
+        raise UserError(
+            f"{error} (it was kept as {aside.name}; run again to start new ones)"
+        ) from error
     for name, entry in logs.items():
         there = entry.get(SETTINGS, {})
         keys = settings if name == dataset else ("backbone", "trainer")

@@ -127,9 +127,10 @@ def _audited(folder: Path, df: pd.DataFrame) -> dict[str, float]:
     audits = audits[[row in wanted for row in rows]]
     if audits.empty:
         return {}
+    worded = audits[audits["words worst"].notna()]
     return {
         "words worst": audits["words worst"].mean(),
-        "words back": audits["words back"].gt(0).sum(),
+        "words back": worded["words back"].gt(0).sum() if len(worded) else float("nan"),
         "neighbours": (audits["neighbours after"] - audits["neighbours before"]).mean(),
         "retrieval forgotten": audits["retrieval forgotten"].mean(),
         "retrieval": (audits["retrieval after"] - audits["retrieval before"]).mean(),

@@ -63,9 +63,18 @@ def planted(**changes):
             "linear_probe": {"before": share(0.2), "after": share(0.2)},
         },
         "paraphrase": {
-            "worst": {"text": "pooch", "kind": "synonym", "after": share(0.1)},
+            "worst": {
+                "text": "pooch",
+                "kind": "synonym",
+                "before": share(0.8),
+                "after": share(0.1),
+            },
             "back": [],
-            "prompts": [{"seen": False}, {"seen": True}],
+            "prompts": [
+                {"seen": False, "kind": "synonym"},
+                {"seen": False, "kind": "evaluation"},
+                {"seen": True, "kind": "bare"},
+            ],
         },
         "neighbours": {
             "classes": [{"name": "wolf", "before": share(0.8), "after": share(0.8)}],
@@ -82,7 +91,7 @@ def test_the_verdict_has_bad_news_first():
     good = verdict("dog", planted())
     assert good[0].startswith("own prompt: 90.0 % -> 0.0 %")
     assert not any(line.startswith("limit") for line in good)
-    assert any("stays away under 1 other texts" in line for line in good)
+    assert any("stays away under 1 other text; most by" in line for line in good)
     back = planted(relearning={"methods": {"cache": {"needed": 8}, "probe": {"needed": 1}}})
     back["paraphrase"]["worst"]["after"]["value"] = 0.7
     back["paraphrase"]["back"] = ["pooch"]
@@ -97,7 +106,7 @@ def test_the_verdict_has_bad_news_first():
     }
     lines = verdict("dog", back)
     assert lines[:4] == [
-        "comes back under 1 of 1 other texts; worst 'pooch' (synonym): 70.0 %",
+        "comes back under 1 of 1 other text; most by 'pooch' (synonym): 70.0 %, before 80.0 %",
         "its 2 nearest classes change by -25.0 points",
         "'wolf', a neighbour, falls from 90.0 % to 30.0 %",
         "own prompt: 90.0 % -> 0.0 % of 50 images (95 % interval 0.0 % to 0.0 %)",

@@ -100,8 +100,11 @@ def test_done_means_the_same_solver_settings():
 @pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
 def test_torn_logs_are_kept_aside(tmp_path, text):
     (tmp_path / "logs.json").write_text(text)
-    with pytest.raises(UserError, match=r"kept as logs\.torn"):
+    with pytest.raises(UserError, match="is torn"):
         read_logs(tmp_path)
+    assert (tmp_path / "logs.json").read_text() == text  # reading moves nothing
+    with pytest.raises(UserError, match=r"kept as logs\.torn"):
+        merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
     (aside,) = tmp_path.glob("logs.torn-*.json")
     assert aside.read_text() == text
     merge_entry(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew

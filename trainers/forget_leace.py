@@ -48,7 +48,7 @@ class ForgetLEACE(RetainingTrainer):
             mine = [row for row, owner in enumerate(request.owner) if owner == index]
             texts.append(torch.cat([request.hidden[mine], prompt]).double().to(self.device))
         left, right, apart = leace(texts, staying, self.model.projection.double())
-        print(f"  of the way from the retained texts' mean to the class's {apart:.1%} is left")
+        print(f"  {apart:.1%} of the distance between the class's texts and the retained is left")
         if apart > ERASED:
             print("  warning: little was erased: the class's texts hardly correlate with it")
         template = self.bundle.template

@@ -15,7 +15,7 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.errors import UserError, unknown
-from evaluation.results import ARGS, SETTINGS, Logs, read_args
+from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_args
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 PLACES = ("features", "root", "cache", "weights")
@@ -75,7 +75,10 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
     if places["features"]:
 
         def load(name: str) -> FeatureBundle:
-            return load_bundle(places["features"], settings["backbone"], name)
+            try:
+                return load_bundle(places["features"], settings["backbone"], name)
+            except UserError as error:
+                raise UserError(f"{error} (--features DIR says where bundles are now)") from error
     else:
         source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
 
@@ -128,7 +131,11 @@ def select(
         UserError: no results there, or none of a data set or label that was asked for.
     """
     if not logs:
-        raise UserError(f"no results in {folder}: logs.json is missing; run forget_clip.sh")
+        below = [path.parent for path in sorted(folder.glob(f"*/{LOGS}"))]
+        hint = (
+            f"did you mean {' or '.join(map(str, below[:3]))}?" if below else "run forget_clip.sh"
+        )
+        raise UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
     for name in datasets:
         if name not in logs:
             raise unknown(f"data set in {folder}", name, list(logs))

@@ -14,6 +14,7 @@ from torch import Tensor
 from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, accuracy, mean_value
 
+EVALUATION = "evaluation"
 BACK = 0.5  # of the accuracy under the class's own prompt before: from there on it counts as back
 
 
@@ -27,15 +28,16 @@ def measure(case: Case) -> dict[str, Any]:
         prompts: text, kind, seen, before and after of each; mean_before, mean_after, worst (the
         unseen prompt that finds most afterwards) and back (texts that find at least half of what
         the class's own prompt found before, most first), all over prompts that forgetting did not
-        see; by_kind: count, mean_before, mean_after, worst_after over the prompts of each kind,
-        seen ones too; not_measured.
+        see, but for the evaluation prompt itself; by_kind: count, mean_before, mean_after,
+        worst_after over the prompts of each kind, seen ones too; not_measured.
     """
     before, after = (_accuracies(_found(model, case)) for model in (case.before, case.after))
     prompts = [
         {"text": p.text, "kind": p.kind, "seen": p.seen, "before": old, "after": new}
         for p, old, new in zip(case.prompts, before, after, strict=True)
     ]
-    unseen = [entry for entry in prompts if not entry["seen"]]
+    # The evaluation prompt is no other word: what it finds is the class's own accuracy.
+    unseen = [entry for entry in prompts if not entry["seen"] and entry["kind"] != EVALUATION]
     own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
     missing = list(case.unmeasured)
     if own is None:
@@ -44,8 +46,8 @@ def measure(case: Case) -> dict[str, Any]:
         missing.append(
             f"{case.name!r} was never recognised under its own prompt: nothing could come back"
         )
-    if not unseen:
-        missing.append(f"every text there is of {case.name!r} was used in forgetting it")
+    if not unseen and not case.unmeasured:
+        missing.append(f"no other text of {case.name!r} than its own prompt and what forgot it")
     ranked = sorted(unseen, key=lambda entry: -_value(entry)) if own is not None else []
     kinds = dict.fromkeys(entry["kind"] for entry in prompts)
     return {

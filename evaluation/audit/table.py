@@ -31,12 +31,12 @@ FRACTIONS = {
 VALUES = {
     "worst words": ("paraphrase", "worst", "text"),
     "leak auc": ("destinations", "worst_auc"),
-    "images needed": ("relearning", "methods", "cache", "needed"),
+    "images in a cache": ("relearning", "methods", "cache", "needed"),
     "named, original known": ("undo", "attacks", "original_known", "place"),
     "named, alone": ("undo", "attacks", "alone", "place"),
 }
 SHOWN = ("before", "after", "words mean", "words worst", "neighbours before", "neighbours after")
-SHOWN += ("probe", "images needed", "named, alone")
+SHOWN += ("probe", "images in a cache", "named, alone")
 FEW = 3  # classes whose findings are all printed
 
 
@@ -49,7 +49,8 @@ def audit_table(folder: str | Path) -> pd.DataFrame:
     classes, `retrieval` the images whose best text is the right one, of the class itself
     (`forgotten`) and of retained classes, `leak auc` how well the new logits tell the class's
     images from those of the class that they are now taken for, `probe` a linear probe on image
-    embeddings, `images needed` how many bring half of the class back by a cache on top, `named` the
+    embeddings, `images in a
+    cache` how many bring half of the class back by a cache on top, `named` the
     place of the class among up to 1,000 names in the attacks that know the original projection or
     only the changed one. NaN where it was not measured.
     """

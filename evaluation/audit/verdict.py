@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from evaluation.audit.paraphrase import EVALUATION
+
 HALF = 0.5  # of the accuracy before forgetting: from there on a class counts as back
 HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
 LEAK = 0.8  # area under the curve from which two classes count as told apart
@@ -66,15 +68,18 @@ def _words(name: str, found: dict[str, Any]) -> Lines:
     if not worst or worst["after"]["value"] is None:
         return []
     back = words["back"]
-    count = sum(not prompt["seen"] for prompt in words["prompts"])
+    count = sum(not prompt["seen"] and prompt["kind"] != EVALUATION for prompt in words["prompts"])
+    texts = f"{count} other text{'' if count == 1 else 's'}"
+    most = (
+        f"most by {worst['text']!r} ({worst['kind']}): {_percent(worst['after']['value'])}, "
+        f"before {_percent(worst['before']['value'])}"
+    )
+    shot = found.get("residue", {}).get("zero_shot")
+    if shot and shot["before"]["value"] is not None and _stays(shot):
+        return [(BAD, f"was not forgotten; found by {len(back)} of {texts} too, {most}")]
     if back:
-        line = (
-            f"comes back under {len(back)} of {count} other texts; worst "
-            f"{worst['text']!r} ({worst['kind']}): {_percent(worst['after']['value'])}"
-        )
-        return [(BAD, line)]
-    line = f"stays away under {count} other texts; worst {worst['text']!r}: "
-    return [(GOOD, line + _percent(worst["after"]["value"]))]
+        return [(BAD, f"comes back under {len(back)} of {texts}; {most}")]
+    return [(GOOD, f"stays away under {texts}; {most}")]
 
 
 def _neighbours(name: str, found: dict[str, Any]) -> Lines:

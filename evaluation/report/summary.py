@@ -174,7 +174,10 @@ def _attacks(rows: list[Row]) -> list[str]:
             any(number(dig(found, method, "needed")) is not None for method in found)
             for found in taught
         )
-        lines.append(f"Given a few images, {back} of {len(taught)} classes are half back.")
+        lines.append(
+            f"Given a few images, {back} of {len(taught)} classes are half back, as any class "
+            "that a model never knew would be."
+        )
     named = []
     for attack, who in ATTACKS.items():
         places = [number(dig(row.audit, "undo", "attacks", attack, "place")) for row in rows]
