@@ -1,0 +1,207 @@
+"""The paper's descent with the known slips of its public code, one by one: for faithfulness.py.
+
+Written from a description of those slips (docs/faithfulness.md), not from anybody's code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from forgetting import ForgetProblem, LoraSettings, solve_exact
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the same descents.
+
+    Attributes:
+        last_step: keep the weights before the last update instead of the lowest objective.
+        last_trial: keep the last trial instead of the one of highest reduction.
+        merge: the adapter is added to the live projection and taken off again in every step, in
+            this dtype, and the answer is the live projection with the adapter added; None: never.
+        seed: of the adapters' first values; another one shows what chance alone does.
+    """
+
+    name: str
+    last_step: bool = False
+    last_trial: bool = False
+    merge: torch.dtype | None = None
+    seed: int = 0
+
+
+VARIANTS = (
+    Variant("ours"),
+    Variant("ours, another seed", seed=1),
+    Variant("last step kept", last_step=True),
+    Variant("last trial kept", last_trial=True),
+    Variant("merged and unmerged, float32", merge=torch.float32),
+    Variant("merged and unmerged, float16", merge=torch.float16),
+    Variant("all three, float16", last_step=True, last_trial=True, merge=torch.float16),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One descent: the change `Delta` (w, d) at its lowest objective, and before its last update.
+
+    `drift` is what is left in the live projection without the adapter, over the length of W.
+    """
+
+    problem: ForgetProblem
+    lowest: Tensor
+    last: Tensor
+    drift: float
+
+    def kept(self, variant: Variant) -> Tensor:
+        return self.last if variant.last_step else self.lowest
+
+    def reduction(self, variant: Variant) -> float:
+        return self.problem.reduction(self.kept(variant))
+
+
+def descend(
+    problem: ForgetProblem,
+    settings: LoraSettings,
+    generator: torch.Generator,
+    live: Tensor | None = None,
+) -> Trial:
+    """`solve_lora`'s descent; with `live` (w, d) the projection that the adapter is merged into.
+
+    `live` is changed in place and stays as it is left. Source: the paper's constants; the last
+    update is never seen by the weights that are kept, as in its public code.
+    """
+    w, d = problem.projection.shape
+    scale, bound = problem.alpha / problem.rank, 1 / math.sqrt(w)
+    a = ((torch.rand(problem.rank, w, generator=generator) * 2 - 1) * bound).requires_grad_()
+    b = torch.zeros(d, problem.rank, requires_grad=True)  # (d, r)
+    optimizer = torch.optim.Adam([a, b], lr=settings.lr)
+    retain = problem.retain_hidden  # (m, w)
+    if len(retain) > w:
+        retain = torch.linalg.qr(retain.double(), mode="r").R.to(retain)  # the same norm
+    displacement = problem.displacement  # (k, d)
+    best, lowest, last = math.inf, None, None
+    for step in range(settings.steps + 1):
+        if live is not None:
+            change = delta(a, b, scale).to(live.dtype)
+            live += change
+            live -= change
+            displacement = problem.target - problem.forget_hidden @ live.to(problem.target)
+        moved = (problem.forget_hidden @ a.T) @ b.T * scale  # (k, w) -> (k, r) -> (k, d)
+        shifted = (retain @ a.T) @ b.T * scale  # (m, w) -> (m, r) -> (m, d)
+        loss = (
+            problem.lamb_forget * torch.linalg.matrix_norm(displacement - moved)
+            + problem.lamb_preserve * torch.linalg.matrix_norm(shifted)
+            + problem.lamb_weight * torch.linalg.matrix_norm(b @ a)
+        )
+        if float(loss.detach()) < best:
+            best, lowest = float(loss.detach()), (a.detach().clone(), b.detach().clone())
+        if step == settings.steps - 1:
+            last = a.detach().clone(), b.detach().clone()
+        if step < settings.steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def answer(factors: tuple[Tensor, Tensor]) -> Tensor:
+        change = delta(*factors, scale)  # (w, d)
+        if live is None:
+            return change
+        return (live + change.to(live.dtype)).to(change) - problem.projection
+
+    drift = 0.0
+    if live is not None:
+        base = problem.projection.to(live.dtype).double()
+        drift = float((live.double() - base).norm() / base.norm())
+    return Trial(problem, answer(lowest), answer(last), drift)
+
+
+def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`Delta = scale (B A)^T`, (w, d), of LoRA's factors A (r, w), B (d, r); without a gradient."""
+    return scale * (a.detach().T @ b.detach().T)  # (w, r) @ (r, d) -> (w, d)
+
+
+class Trials:
+    """A variant's trials in their order, run when somebody first asks for them."""
+
+    def __init__(self, problem: ForgetProblem, settings: LoraSettings, variant: Variant) -> None:
+        self.problem, self.settings = problem, settings
+        self.generator = torch.Generator().manual_seed(variant.seed)
+        merge = variant.merge
+        self.live = None if merge is None else problem.projection.to(merge, copy=True)
+        self.done: list[Trial] = []
+
+    def __getitem__(self, number: int) -> Trial:
+        while len(self.done) <= number:
+            raised = len(self.done) * self.settings.lamb_forget_step
+            attempt = replace(self.problem, lamb_forget=self.problem.lamb_forget + raised)
+            self.done.append(descend(attempt, self.settings, self.generator, self.live))
+        return self.done[number]
+
+
+def retry(trials: Trials, variant: Variant, settings: LoraSettings) -> list[Trial]:
+    """The trials that a variant runs: up to the first that reaches the reduction."""
+    walked = []
+    for number in range(settings.max_trials):
+        walked.append(trials[number])
+        if walked[-1].reduction(variant) >= settings.reduction:
+            break
+    return walked
+
+
+def choose(walked: Sequence[Trial], variant: Variant) -> Trial:
+    """The trial that a variant keeps; of equal ones the first."""
+    if variant.last_trial:
+        return walked[-1]
+    return max(walked, key=lambda trial: trial.reduction(variant))
+
+
+def run_variants(
+    problem: ForgetProblem, settings: LoraSettings, variants: Sequence[Variant] = VARIANTS
+) -> pd.DataFrame:
+    """A row a variant: `trials`, `lamb_forget`, `objective`, `above` (its relative distance to the
+    optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w, d).
+
+    Variants that differ in what they keep share their descents. Judged in float64 with the original
+    projection. `short` is the reduction that would be kept without the last of several trials.
+    """
+    pool: dict[tuple, Trials] = {}
+    optimum: dict[float, float] = {}
+    rows = []
+    for variant in variants:
+        run = (variant.merge, variant.seed)
+        trials = pool.setdefault(run, Trials(problem, settings, variant))
+        walked = retry(trials, variant, settings)
+        trial = choose(walked, variant)
+        exact = in_double(trial.problem)
+        key = exact.lamb_forget
+        if key not in optimum:
+            optimum[key] = solve_exact(exact).certificate.primal
+        answer = trial.kept(variant)
+        objective = float(exact.objective(answer.double()))
+        rows.append(
+            {
+                "variant": variant.name,
+                "trials": len(walked),
+                "lamb_forget": key,
+                "objective": objective,
+                "above": objective / optimum[key] - 1,
+                "reduction": trial.reduction(variant),
+                "size": float(answer.norm()),
+                "drift": trial.drift,
+                "answer": answer,
+                "short": choose(walked[:-1], variant).reduction(variant) if walked[1:] else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def in_double(problem: ForgetProblem) -> ForgetProblem:
+    """The same problem in float64."""
+    names = ("projection", "forget_hidden", "retain_hidden", "target")
+    return replace(problem, **{name: getattr(problem, name).double() for name in names})
