@@ -10,6 +10,7 @@ COMPLETE = .venv/.complete
 venv: $(COMPLETE)
 
 $(COMPLETE): requirements.txt
+	@test ! -L .venv || { echo "error: .venv is a link, and what it leads to is not this clone's to replace; remove the link" >&2; exit 2; }
 	@test -f $(COMPLETE) || rm -rf .venv
 	@rm -f $(COMPLETE)
 	@for python in $(PYTHON) python3.11 python3 python; do \
@@ -28,8 +29,7 @@ demo: $(COMPLETE)
 	TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
 	$(BIN)/python utils.py results/results1/seed_0
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
-	$(BIN)/python -m evaluation.audit results/results1/seed_0
-	$(BIN)/python -m evaluation.audit results/results2/seed_0
+	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
 
 notebook: $(COMPLETE)

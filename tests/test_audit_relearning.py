@@ -345,3 +345,12 @@ def test_a_few_photographs_bring_a_class_back():
     # The text, turned round, works against the cache: more images than a class without a text.
     forgotten, floor = (values(found, "cache", curve)[0] for curve in ("forgotten", "no_text"))
     assert forgotten <= floor <= values(found, "cache", "before")[0]
+
+
+def test_a_bundle_without_images_is_said_and_no_error():
+    """Texts alone, with words to try: nothing can be measured, and that is what the answer says."""
+    planted = case(world(classes=3, images=0))
+    words = [Prompt("pooch", "synonym", False, planted.bundle.forget_hidden[0])]
+    found = relearning.measure(replace(planted, prompts=words))
+    assert found["words"]["forgotten"][0]["value"] is None and found["words"]["needed"] is None
+    assert found["methods"]["cache"]["forgotten"][0]["n"] == 0

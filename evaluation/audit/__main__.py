@@ -1,4 +1,4 @@
-"""python -m evaluation.audit RUN_FOLDER: is it gone?
+"""python -m evaluation.audit RUN_FOLDER ...: is it gone?
 
 Writes audit.json and audit.csv beside the logs of a results folder and prints the table. The
 features or images of the run are found where the run had them (args.txt), or where an option says.
@@ -23,10 +23,12 @@ PLACES = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Audit a results folder; returns it."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Audit results folders and print their tables."""
     parser = Parser(prog="python -m evaluation.audit", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED")
+    parser.add_argument(
+        "folders", nargs="+", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED"
+    )
     parser.add_argument(
         "--dataset", action="append", default=[], metavar="NAME", help="only this set (repeatable)"
     )
@@ -45,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")
     args = parser.parse_args(argv)
     places = {key: getattr(args, key) for key in PLACES}
-    folder = Path(args.folder)
-    found = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, **places)
-    report_table(folder, list(found))
-    return folder
+    for folder in map(Path, args.folders):
+        found = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, **places)
+        report_table(folder, list(found))
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, accuracy
+from evaluation.audit.paraphrase import EVALUATION
 from evaluation.audit.shots import REPEATS, SHOTS, Shots, Start, cache, probe, refit, shots_of
 
 BACK = 0.5  # of the accuracy before forgetting: from there on the class counts as back
@@ -101,7 +102,7 @@ def _learnt(method: Method, start: Start, shots: Shots, k: int) -> Accuracy:
 
 def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     """The entry "words", and what was lacking for it."""
-    unseen = [prompt.hidden for prompt in case.prompts if not prompt.seen]
+    unseen = [p.hidden for p in case.prompts if not p.seen and p.kind != EVALUATION]
     counts = [n for n in SHOTS if n <= len(unseen)]
     generator = case.generator("words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
@@ -136,7 +137,7 @@ def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
     An image that was tested in five draws is one image: five answers for it say little more than
     one, and an interval of all answers would be too narrow.
     """
-    if not tested:
+    if not sum(map(len, tested)):
         return accuracy(torch.zeros(0, dtype=torch.bool))
     value = float(torch.cat(correct).double().mean())
     n = len(torch.cat(tested).unique())
