@@ -159,6 +159,17 @@ def test_what_was_audited_is_not_audited_again(results, monkeypatch):
     audit_folder(results, labels=["cat"])
     audit_folder(results)
     assert calls == ["cat", "C/V"]
+    # Less is asked for: what is there stays. Then one measure is lacking, and is made alone.
+    before = read_audits(results)
+    audit_folder(results, without=["undo", "relearning"])
+    assert read_audits(results) == before
+    monkeypatch.setitem(MEASURES, "another", lambda case: {"not_measured": [case.name]})
+    audit_folder(results, labels=["cat"])
+    found = read_audits(results)["ToyAnimals"]["cat"]["classes"]["cat"]
+    assert found["another"] == {"not_measured": ["cat"]}
+    assert found["verdict"][-1] == "not measured: cat"
+    assert found["paraphrase"] == before["ToyAnimals"]["cat"]["classes"]["cat"]["paraphrase"]
+    assert calls == ["cat", "C/V"]
     audit_folder(results, seed=1)
     assert calls == ["cat", "C/V", "cat", "C/V"]
     adapter = next((results / "ToyAnimals").glob("cat.safetensors"))

@@ -95,7 +95,7 @@ def audit_dataset(
 ) -> None:
     """Audit labels of one data set and merge what is found into the folder's audit.json.
 
-    A label whose adapter, settings and texts are those of an audit that is there is skipped.
+    What an audit of the same adapter, seed and texts has measured is kept, and not measured again.
 
     Args:
         without: measures to leave out.
@@ -117,34 +117,42 @@ def audit_dataset(
             cases = _cases(before, inputs, adapter, solver, seed)
             settings = {
                 "seed": seed,
-                "measures": list(measures),
                 "texts": {name: len(case.prompts) for name, case in cases.items()},
             }
             stamp = {"adapter_sha256": sha256_file(path), "settings": settings}
             there = done.get(label, {})
-            if all(there.get(key) == value for key, value in stamp.items()):
+            same = all(there.get(key) == value for key, value in stamp.items())
+            kept = there["classes"] if same else {name: {} for name in cases}
+            if all(set(measures) <= set(kept[name]) for name in cases):
                 continue
             strangers = _strangers(folder, logs, dataset, label, seed)
             with one_thread():
                 classes = {
-                    name: audit_class(replace(case, strangers=strangers), measures)
+                    name: audit_class(replace(case, strangers=strangers), measures, kept[name])
                     for name, case in cases.items()
                 }
             merge_audit(folder, dataset, label, stamp | {"classes": classes})
 
 
-def audit_class(case: Case, measures: dict[str, Any] = MEASURES) -> dict[str, Any]:
+def audit_class(
+    case: Case, measures: dict[str, Any] = MEASURES, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What the measures find for one class, what each took, and the findings in words.
+
+    Args:
+        known: an earlier answer for the same case; its measures are taken from there.
 
     Returns:
         Measure -> its JSON values, `seconds` (measure -> wall-clock seconds), `verdict`.
     """
-    found: dict[str, Any] = {}
-    seconds = {}
+    known = known or {}
+    found = {name: known[name] for name in MEASURES if name in known}
+    seconds = dict(known.get("seconds", {}))
     for name, measure in measures.items():
-        started = time.perf_counter()
-        found[name] = measure(case)
-        seconds[name] = time.perf_counter() - started
+        if name not in found:
+            started = time.perf_counter()
+            found[name] = measure(case)
+            seconds[name] = time.perf_counter() - started
     return found | {"seconds": seconds, "verdict": verdict(case.name, found)}
 
 
