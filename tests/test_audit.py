@@ -117,6 +117,16 @@ def test_the_verdict_has_bad_news_first():
     ]
 
 
+def test_a_class_that_was_not_forgotten_neither_comes_back_nor_is_relearnt():
+    kept = planted(relearning={"methods": {"cache": {"needed": 1}}})
+    kept["residue"]["zero_shot"]["after"]["value"] = 0.8
+    kept["paraphrase"]["back"] = ["pooch"]
+    lines = verdict("dog", kept)
+    assert lines[0].startswith("own prompt: 90.0 % -> 80.0 %")
+    assert lines[1].startswith("was not forgotten; found by 1 of 1 other text too")
+    assert not any("bring" in line or "comes back" in line for line in lines)
+
+
 def test_a_verdict_says_what_was_not_measured_and_survives_absent_measures():
     assert verdict("dog", {}) == []
     found = {"paraphrase": {"worst": None, "not_measured": ["no templates"]}}
