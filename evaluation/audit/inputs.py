@@ -131,7 +131,8 @@ def select(
         UserError: no results there, or none of a data set or label that was asked for.
     """
     if not logs:
-        below = [path.parent for path in sorted(folder.glob(f"*/{LOGS}"))]
+        found = [*folder.glob(f"*/{LOGS}"), *folder.glob(f"*/*/{LOGS}")]
+        below = [path.parent for path in sorted(found)]
         hint = (
             f"did you mean {' or '.join(map(str, below[:3]))}?" if below else "run forget_clip.sh"
         )
