@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from engine import DATASET_REGISTRY
 
-from .names import match, plain
+from .names import key, match, plain
 from .reader import CLASSES, ImageSet, available, load
 from .table import SETS, SetSpec, spec
-from .vocabulary import retain_vocabulary, synonyms
+from .vocabulary import retain_vocabulary, same_meaning, synonyms
 
 for _class in CLASSES.values():
     DATASET_REGISTRY.register(_class)
@@ -21,10 +21,12 @@ __all__ = [
     "ImageSet",
     "SetSpec",
     "available",
+    "key",
     "load",
     "match",
     "plain",
     "retain_vocabulary",
+    "same_meaning",
     "spec",
     "synonyms",
 ]

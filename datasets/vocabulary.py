@@ -7,12 +7,13 @@ forgotten: a synonym that is retained keeps the forgotten class alive.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine import UserError
 
 from .names import key
-from .table import spec
+from .table import SETS, spec
 
 FOLDER = Path(__file__).parent / "vocabularies"
 
@@ -38,6 +39,14 @@ def synonyms(name: str) -> dict[str, set[str]]:
         for class_name in classes:
             found.setdefault(class_name, set()).add(word)
     return found
+
+
+def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
+    """What means the same as one of the classes `names`, as `key`s: their own names and what the
+    vocabulary of `dataset` marks as their synonyms. A set without a row in the table marks none."""
+    known = synonyms(dataset) if dataset in SETS else {}
+    own = {key(name) for name in names}
+    return own.union(*(known.get(name, set()) for name in own))
 
 
 def _read(name: str) -> dict[str, set[str]]:

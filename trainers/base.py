@@ -5,7 +5,6 @@ A method is one small subclass: its settings, and `solve` from a bundle and clas
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
+from engine.seeds import seeded
 from engine.threads import one_thread
 from evaluation.results import (
     check_folder,
@@ -286,16 +286,10 @@ class ForgetTrainer(SimpleTrainer):
 
         A name leaves if it is a forgotten class's name or is marked as its synonym.
         """
-        dataset = self.plan.dataset
-        synonyms = datasets.synonyms(dataset) if dataset in datasets.SETS else {}
-        leaving = {datasets.plain(name).casefold() for name in classes}
-        for name in classes:
-            leaving |= synonyms.get(datasets.plain(name).casefold(), set())
-        keys = [datasets.plain(name).casefold() for name in self.bundle.retain_names]
-        stay = torch.tensor([key not in leaving for key in keys], dtype=torch.bool)
-        dropped = [
-            name for name, key in zip(self.bundle.retain_names, keys, strict=True) if key in leaving
-        ]
+        leaving = datasets.same_meaning(classes, self.plan.dataset)
+        names = self.bundle.retain_names
+        stay = torch.tensor([datasets.key(name) not in leaving for name in names], dtype=torch.bool)
+        dropped = [name for name in names if datasets.key(name) in leaving]
         return self.bundle.retain_hidden[stay].to(self.device), dropped
 
     def text_settings(self) -> dict[str, Any]:
@@ -326,9 +320,7 @@ class ForgetTrainer(SimpleTrainer):
 
     def _generator(self, label: str) -> torch.Generator:
         """Random numbers of one request: the same in a resumed run, whatever ran before."""
-        text = f"{self.cfg.SEED}/{self.plan.dataset}/{label}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return seeded(self.cfg.SEED, self.plan.dataset, label)
 
     def _accuracies(
         self,

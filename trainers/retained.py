@@ -79,9 +79,7 @@ class RetainSet:
         These are its own name, those marked as synonyms, and those of the vocabulary and of other
         sets whose hidden state is more similar to one of its texts than the threshold.
         """
-        name = datasets.plain(request.classes[index]).casefold()
-        known = datasets.synonyms(self.dataset) if self.dataset in datasets.SETS else {}
-        same = {name} | {datasets.plain(n).casefold() for n in known.get(name, set())}
+        same = datasets.same_meaning([request.classes[index]], self.dataset)
         mine = [row for row, owner in enumerate(request.owner) if owner == index]
         texts = normalize(request.hidden[mine], dim=1)  # (k, w)
         places = set()
@@ -91,7 +89,7 @@ class RetainSet:
                 # The set's own classes are different things, however alike their names.
                 alike = group != "own" and self.similarity < 1
                 alike = alike and float(nearest[row]) > self.similarity
-                if datasets.plain(other).casefold() in same or alike:
+                if datasets.key(other) in same or alike:
                     places.add((group, row))
         return places
 

@@ -6,7 +6,6 @@ which forgetting does not touch. Only which class it was is unknown.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import datasets
 from clip.bundle import FeatureBundle
+from engine.seeds import seeded
 from evaluation.audit.case import Case
 from forgetting.constrained import Ridge
 from forgetting.statistics import RetainStatistics
@@ -66,11 +66,11 @@ class Attacker:
     @cached_property
     def place(self) -> dict[str, int]:
         """Row of a name, by its key."""
-        return {_key(name): row for row, name in enumerate(self.names)}
+        return {datasets.key(name): row for row, name in enumerate(self.names)}
 
     def find(self, name: str) -> int | None:
         """Row of a name in any spelling; None if it is not on the list."""
-        return self.place.get(_key(name))
+        return self.place.get(datasets.key(name))
 
     @cached_property
     def alike(self) -> Guess:
@@ -108,19 +108,13 @@ class Attacker:
         return Guess(ridge.gram + ridge.mu * identity, ridge.solve(self.hidden).T)
 
 
-def _key(name: str) -> str:
-    return datasets.plain(name).casefold()
-
-
 # By identity: a bundle has no hash. An entry goes when one of its bundles does.
 _known: dict[tuple[int, ...], Attacker] = {}
 
 
 def set_generator(bundle: FeatureBundle, seed: int, purpose: str) -> torch.Generator:
     """Random numbers that all classes of a set share, where `Case.generator` is a class's own."""
-    text = f"{seed}/{bundle.dataset}/{purpose}"
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(number)
+    return seeded(seed, bundle.dataset, purpose)
 
 
 def attacker(case: Case) -> Attacker:
@@ -153,7 +147,7 @@ def _build(bundle: FeatureBundle, others: list[FeatureBundle], seed: int) -> Att
     spelled += [name for b in others for name in b.classnames]
     first: dict[str, int] = {}
     for row, name in enumerate(spelled):
-        first.setdefault(_key(name), row)
+        first.setdefault(datasets.key(name), row)
     rows = list(first.values())
     own = sum(row < len(bundle.classnames) for row in rows)
     if len(rows) > LIMIT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
+from engine.seeds import seeded
 from evaluation.zero_shot import Factors, class_embeddings
 
 
@@ -122,6 +122,4 @@ class Case:
 
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers of one purpose: the same whatever else ran before."""
-        text = f"{self.seed}/{self.bundle.dataset}/{self.name}/{purpose}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return seeded(self.seed, self.bundle.dataset, self.name, purpose)

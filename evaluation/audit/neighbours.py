@@ -74,30 +74,18 @@ def nearest_classes(case: Case) -> list[int]:
 def retained_texts(case: Case) -> tuple[list[str], list[str], Tensor]:
     """Names, groups ("class", "vocabulary" or a data set) and hidden states (m, w) of all texts
     that should stay as they are."""
-    bundle, gone = case.bundle, _same_meaning(case)
+    bundle, gone = case.bundle, datasets.same_meaning(case.forgotten, case.bundle.dataset)
     texts = [bundle.classnames[column] for column in case.retained]
     groups = ["class"] * len(texts)
     rows = [bundle.class_hidden[case.retained]]
     sources = {"vocabulary": (bundle.retain_names, bundle.retain_hidden)}
     sources |= {name: (b.classnames, b.class_hidden) for name, b in case.others.items()}
     for group, (names, hidden) in sources.items():
-        kept = [row for row, name in enumerate(names) if _key(name) not in gone]
+        kept = [row for row, name in enumerate(names) if datasets.key(name) not in gone]
         texts += [names[row] for row in kept]
         groups += [group] * len(kept)
         rows.append(hidden[kept])
     return texts, groups, torch.cat(rows)
-
-
-def _same_meaning(case: Case) -> set[str]:
-    """The forgotten names and what the vocabulary's file marks as their synonyms."""
-    dataset = case.bundle.dataset
-    known = datasets.synonyms(dataset) if dataset in datasets.SETS else {}
-    names = {_key(name) for name in case.forgotten}
-    return names.union(*(known.get(name, set()) for name in names))
-
-
-def _key(name: str) -> str:
-    return datasets.plain(name).casefold()
 
 
 def _accuracy(case: Case, predicted: Tensor, column: int) -> dict[str, Any]:

@@ -48,9 +48,8 @@ def prompts_for(
         (bare, "bare", bundle.forget_hidden[label]),
         (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),
     ]
-    same = {key(word) for word in (name, *words_of(name, bundle.dataset).synonyms)}
-    if bundle.dataset in datasets.SETS:
-        same |= datasets.synonyms(bundle.dataset).get(key(name), set())
+    same = datasets.same_meaning([name], bundle.dataset)
+    same |= {key(word) for word in words_of(name, bundle.dataset).synonyms}
     found += [
         (word, "retained", hidden)
         for word, hidden in zip(bundle.retain_names, bundle.retain_hidden, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.functional import normalize
 
 import datasets
 from clip.bundle import FeatureBundle
+from engine.seeds import seeded
 from evaluation.results import join_label
 from evaluation.study.constants import GROUPS, Constants
 from evaluation.zero_shot import class_embeddings
@@ -70,12 +70,11 @@ class World:
             [name for other in others.values() for name in other.classnames],
         )
         rows = (bundle.forget_hidden, bundle.retain_hidden, torch.cat(foreign))
-        self.names = {g: list(map(_key, each)) for g, each in zip(GROUPS, names, strict=True)}
+        self.names = {
+            g: list(map(datasets.key, each)) for g, each in zip(GROUPS, names, strict=True)
+        }
         self.rows = dict(zip(GROUPS, rows, strict=True))
         self.groups = [g for g in GROUPS if len(self.rows[g]) and constants.weights[g] > 0]
-        self._synonyms = (
-            datasets.synonyms(bundle.dataset) if bundle.dataset in datasets.SETS else {}
-        )
         # Means over the weighted groups, as the trainer takes them.
         total = sum(constants.weights[group] for group in self.groups)
         w = bundle.text_projection.double()
@@ -93,9 +92,7 @@ class World:
 
     def generator(self, labels: tuple[int, ...], purpose: str = "") -> torch.Generator:
         """Random numbers of these classes; without a purpose those of a run of train.py."""
-        text = f"{self.seed}/{self.bundle.dataset}/{self.label(labels)}{purpose}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return seeded(self.seed, self.bundle.dataset, self.label(labels) + purpose)
 
     def stays(self, group: str, label: int, texts: Tensor, alike: bool) -> Tensor:
         """(m,) bool, the names of a group that stay when class `label` is forgotten by `texts`.
@@ -103,8 +100,7 @@ class World:
         What leaves is its own name and marked synonyms; with `alike` also what is nearer to a text
         than the similarity limit, except the set's own classes.
         """
-        own = _key(self.bundle.classnames[label])
-        same = {own} | {_key(name) for name in self._synonyms.get(own, set())}
+        same = datasets.same_meaning([self.bundle.classnames[label]], self.bundle.dataset)
         stay = torch.tensor([name not in same for name in self.names[group]], dtype=torch.bool)
         limit = self.constants.similarity
         if alike and group != "own" and limit < 1:
@@ -173,7 +169,3 @@ class World:
             gram = self.gram(case, only=index)
             target[mine] = specific_target(texts[mine], w, gram, self.lam, case.beta)
         return target
-
-
-def _key(name: str) -> str:
-    return datasets.plain(name).casefold()
