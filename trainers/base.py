@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import datasets
 from clip.apply import save_full_model
 from clip.bundle import FeatureBundle, load_bundle
 from clip.cache import FeatureCache
@@ -207,6 +208,13 @@ class ForgetTrainer(SimpleTrainer):
         """Which retained names leave with each class, (C, n) bool."""
         same = self.texts.same_meaning(requests.classes)
         return self.retain.leaving(same, requests.hidden, requests.owner)
+
+    @staticmethod
+    def left_notes(classes: list[str], names: list[str]) -> list[str]:
+        """Which names left the retain set, beside those of the forgotten classes themselves."""
+        own = set(map(datasets.plain, classes))
+        similar = [name for name in names if name not in own]
+        return [f"left the retain set: {', '.join(similar)}"] if similar else []
 
     def solver_settings(self) -> dict[str, Any]:
         """The constants that make two solves the same, JSON values only; kept in the logs."""
