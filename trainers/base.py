@@ -325,7 +325,8 @@ class ForgetTrainer(SimpleTrainer):
         last = solved[-1]
         self.model.left, self.model.right = last.left, last.right
         factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
-        accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
+        with one_thread():
+            accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
         finished = []
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
