@@ -19,8 +19,8 @@ from tqdm import tqdm
 from clip.bundle import FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
-from datasets.paraphrase import Paraphrase, paraphrases
-from datasets.wordnet import ABSENT, installed
+from datasets.words.paraphrases import Paraphrase, paraphrases
+from datasets.words.wordnet import ABSENT, installed
 from engine.errors import UserError, unknown
 
 HIDDEN = "audit_hidden"

@@ -10,9 +10,9 @@ from torch import Tensor
 import datasets
 from clip.audit_texts import audit_rows, other_words
 from clip.bundle import FeatureBundle
-from datasets.lexicon import words_of
 from datasets.names import key, plain
-from datasets.wordnet import ABSENT, installed
+from datasets.words.lexicon import words_of
+from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import Prompt
 
 WORDS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
