@@ -34,7 +34,7 @@ from engine.files import atomic_path
 from evaluation.zero_shot import class_embeddings
 from forgetting import empty_target
 from forgetting.constrained import Ridge, solve_from_base
-from forgetting.statistics import RetainStatistics
+from forgetting.retain import RetainStatistics
 
 TARGETS = (
     ("empty", 0.0),

@@ -38,7 +38,7 @@ from engine.files import atomic_path
 from evaluation.zero_shot import class_embeddings
 from forgetting import ForgetProblem, LoraSettings, empty_target, solve_lora
 from forgetting.exact import solve_exact, thresholds
-from forgetting.reduction import Spectrum
+from forgetting.spectrum import Spectrum
 
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
 COUNTS = {1: "#c8553d", 3: "#33638d", 7: "#5b8c5a"}  # classes forgotten at once -> colour

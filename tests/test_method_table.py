@@ -11,6 +11,7 @@ import torch
 import train
 from benchmarks import baselines
 from engine import TRAINER_REGISTRY, UserError
+from engine.config import setup
 from evaluation.table import method_table
 from evaluation.zero_shot import evaluate_classes, evaluate_set, predict
 from tests.conftest import REPOSITORY, toy_bundle
@@ -97,7 +98,7 @@ def test_the_benchmark_runs_every_method_it_names(features, tmp_path):
     assert {trainer for trainer, _ in baselines.METHODS.values()} == {c.__name__ for c in METHODS}
     for name, (trainer, keys) in baselines.METHODS.items():
         argv = arguments(features, tmp_path / name, trainer, "--forget", "owl")
-        cfg = train.setup_cfg(train.parse([*argv, *keys]))
+        cfg = setup(train.parse([*argv, *keys]))
         TRAINER_REGISTRY.get(trainer).preflight(cfg)
 
 

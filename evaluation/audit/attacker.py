@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import datasets
 from evaluation.audit.case import Common
 from forgetting.constrained import Ridge
-from forgetting.statistics import RetainStatistics
+from forgetting.retain import RetainStatistics
 
 LIMIT = 1000  # names that a class is looked for among
 # ForgetExact's published defaults (configs/trainers/ForgetExact.yaml): weights of the groups of
