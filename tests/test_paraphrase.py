@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from clip import ClipSource, FeatureBundle
 from clip.audit_texts import HIDDEN, audit_rows, other_words, with_audit
 from clip.features import build_bundle, main
-from datasets.paraphrase import paraphrases
+from datasets.words.paraphrases import paraphrases
 from engine import UserError
 from evaluation.audit.case import Case, Model, Prompt
 from evaluation.audit.paraphrase import measure
@@ -368,7 +368,9 @@ def test_rows_hold_what_the_model_says(
     _, again = bundle_of()
     with_audit(bundle, again, place / "cache", progress=False)
     assert again.texts == 0 and "model" not in vars(again)
-    monkeypatch.setattr("datasets.paraphrase.cases", lambda name: ["CRAB"] * (name == "crab"))
+    monkeypatch.setattr(
+        "datasets.words.paraphrases.cases", lambda name: ["CRAB"] * (name == "crab")
+    )
     with_audit(replace(bundle, classnames=bundle.classnames), again, place / "cache", False)
     assert 0 < again.texts < count
 

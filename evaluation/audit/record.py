@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ def read_audits(folder: str | Path) -> Audits:
     return record["audits"]
 
 
-def merge_audit(folder: str | Path, dataset: str, label: str, entry: dict[str, Any]) -> None:
-    """Add or replace the audit of one label; everything else in the file stays."""
+def merge_audits(folder: str | Path, entries: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+    """Add or replace audits (data set, label, entry); everything else in the file stays."""
     path = Path(folder) / AUDIT
     with lock(path):
         audits = read_audits(folder)
-        audits.setdefault(dataset, {})[label] = entry
+        for dataset, label, entry in entries:
+            audits.setdefault(dataset, {})[label] = entry
         write_json_atomic({"format": FORMAT, "audits": audits}, path)

@@ -51,7 +51,7 @@ def measure(case: Case) -> dict[str, Any]:
     elif images <= SHOTS[-1]:
         few = [k for k in SHOTS if k >= images]
         missing.append(f"relearning from {few[0]} or more images: {case.name!r} has {images}")
-    own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
+    own = case.before.accuracy(case.label)["value"]
     if own == 0:
         missing.append(f"relearning: {case.name!r} was never recognised, so half of it is nothing")
     control = _control(case)
@@ -65,7 +65,7 @@ def measure(case: Case) -> dict[str, Any]:
     }
     if control is not None:
         starts["control"] = Start(case.after, control)
-    shots, known = shots_of(case.bundle, case.seed), attacker(case)
+    shots, known = case.common.once(shots_of), case.common.once(attacker)
     ways: dict[str, Method] = {
         "cache": cache,
         "probe": probe,
@@ -110,7 +110,9 @@ def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     for curve, model in (("forgotten", case.after), ("before", case.before)):
         for n in counts:
             rows = [
-                model.embed(torch.stack([unseen[i] for i in order[:n]])).mean(dim=0)
+                normalize(model.embed(torch.stack([unseen[i] for i in order[:n]])), dim=1).mean(
+                    dim=0
+                )
                 for order in orders
             ]
             found = [_found(case, model, normalize(row, dim=0)) for row in rows]
@@ -158,9 +160,8 @@ def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> 
 def _control(case: Case) -> int | None:
     """Column of the nearest retained class with as many images as the class has, or enough for
     every number of shots; if there is none, of the one with most images."""
-    counts = torch.bincount(case.bundle.labels, minlength=len(case.bundle.classnames))
-    retained = torch.tensor(case.retained, dtype=torch.int64)
-    retained = retained[counts[retained] > 1]
+    counts = case.common.images
+    retained = (case.retained & (counts > 1)).nonzero()[:, 0]
     if not len(retained):
         return None
     enough = counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)
