@@ -1,6 +1,6 @@
 """The exact solver measured: against the paper's descent, in growth, beside other closed forms.
 
-    python benchmarks/solver.py [--features BUNDLE.safetensors] [--json OUT.json]
+    python -m benchmarks solver [--features BUNDLE.safetensors] [--json OUT.json]
 
 Every class of the bundle (of 1,000 random texts without one) is forgotten alone while all others
 and the vocabulary are retained. All numbers are of one run on one CPU thread, as the trainers
@@ -10,20 +10,17 @@ written beside the file. Seconds waver with the load of the machine, ratios less
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 from benchmarks.compare import Score, closed_forms, run_lora
 from benchmarks.growth import growth_classes, growth_names, growth_width
 from benchmarks.workload import LAMB_PRESERVE, LAMB_WEIGHT, RANK, from_bundle, random_workload
 from engine import UserError
+from engine.cli import Parser
 from engine.files import atomic_path, write_json_atomic
 from engine.threads import one_thread
 from forgetting.each import solve_each
@@ -138,7 +135,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks solver", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="a FeatureBundle; random texts without it")
     parser.add_argument("--json", help="where to write the numbers; a plot goes beside it (.png)")
     args = parser.parse_args(argv)
@@ -152,10 +149,3 @@ def main(argv: list[str] | None = None) -> dict:
         plot(result, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png')}")
     return result
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -15,15 +15,16 @@ import pytest
 
 from clip.bundle import bundle_path
 from engine.errors import UserError
-from evaluation.study import run
-from evaluation.study.__main__ import cli, main
-from evaluation.study.constants import read_constants
-from evaluation.study.plots import plot
-from evaluation.study.solvers import SOLVERS
-from evaluation.study.studies import STUDIES
-from evaluation.study.table import KEY, Table
+from experiments import studies
+from experiments.__main__ import cli
+from experiments.constants import read_constants
+from experiments.rows_file import KEY, Table
+from experiments.solvers import SOLVERS
+from experiments.studies import main
+from experiments.study_plots import plot
+from experiments.varied import STUDIES
 from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
-from tests.test_study import EXACT, command, quick, rows_of, with_audit
+from tests.test_experiments_studies import EXACT, command, quick, rows_of, with_audit
 
 __all__ = ["quick"]  # the fixture, which every test here uses
 
@@ -40,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append(here.setting)
             return solve(world, here)
 
-        monkeypatch.setitem(run.SOLVERS, name, counting)
+        monkeypatch.setitem(studies.SOLVERS, name, counting)
     return calls
 
 
@@ -78,9 +79,9 @@ def test_other_bundles_make_other_rows(features, tmp_path, monkeypatch):
 
 def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
     """SIGKILL while rows are written; the second call makes only the rest."""
-    monkeypatch.setattr(run, "read_constants", read_constants)  # as the other process does
+    monkeypatch.setattr(studies, "read_constants", read_constants)  # as the other process does
     argv = command(features, tmp_path / "out", "targets", *EXACT, "--classes", "4")
-    line = [sys.executable, "-m", "evaluation.study", *argv]
+    line = [sys.executable, "-m", "experiments", "studies", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL)
     path = tmp_path / "out" / "ViT-B-32" / "ToyAnimals" / "targets.csv"
@@ -116,8 +117,8 @@ def test_names_that_look_like_numbers_or_nothing_stay_names(tmp_path):
 def test_every_study_from_the_command_line(name, features, tmp_path, capsys, monkeypatch):
     pictured = name in ("terms", "spectrum")
     if pictured:
-        monkeypatch.setattr(run, "plot", plot)
-    assert cli(command(features, tmp_path, name, *EXACT)) == 0
+        monkeypatch.setattr(studies, "plot", plot)
+    assert cli(["studies", *command(features, tmp_path, name, *EXACT)]) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "ViT-B-32" / "ToyAnimals"
     assert f"{name} on ToyAnimals" in out and str(folder / f"{name}.csv") in out
@@ -158,7 +159,7 @@ def test_sets_without_images_are_studied_all_the_same(tmp_path):
 def test_mistakes_are_refused_in_one_line_before_work(change, message, features, tmp_path, capsys):
     options = {"name": "terms", "--features": str(features), "--dataset": "ToyAnimals"} | change
     argv = [options.pop("name"), *(text for pair in options.items() for text in pair)]
-    assert cli([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert cli(["studies", *argv, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1 and error.startswith("error: ")
     assert not (tmp_path / "out").exists()
@@ -168,7 +169,7 @@ def test_a_file_that_is_no_table_is_left_alone(features, tmp_path, capsys):
     path = tmp_path / "ViT-B-32" / "ToyAnimals" / "terms.csv"
     path.parent.mkdir(parents=True)
     path.write_text("my,own,notes\n1,2,3\n")
-    assert cli(command(features, tmp_path, "all", *EXACT)) == 2
+    assert cli(["studies", *command(features, tmp_path, "all", *EXACT)]) == 2
     assert "is no table of a study (no column 'study')" in capsys.readouterr().err
     assert path.read_text() == "my,own,notes\n1,2,3\n" and len(list(path.parent.iterdir())) == 1
 
@@ -176,7 +177,7 @@ def test_a_file_that_is_no_table_is_left_alone(features, tmp_path, capsys):
 def test_audit_lists_that_do_not_fit_are_refused(tmp_path, capsys):
     bundle = with_audit(audit_kinds='["template"]')
     bundle.save(bundle_path(tmp_path / "texts", BACKBONE, "ToyAnimals"))
-    assert cli(command(tmp_path / "texts", tmp_path / "out", "templates")) == 2
+    assert cli(["studies", *command(tmp_path / "texts", tmp_path / "out", "templates")]) == 2
     error = capsys.readouterr().err
     assert "ToyAnimals.safetensors: audit_kinds has 1 entries" in error
     assert not (tmp_path / "out").exists()

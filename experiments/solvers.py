@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.study.world import Case, World
+from experiments.world import Case, World
 from forgetting import (
     ForgetProblem,
     Ridge,

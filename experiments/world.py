@@ -12,8 +12,8 @@ import datasets
 from clip.bundle import FeatureBundle
 from engine.seeds import seeded
 from evaluation.results import join_label
-from evaluation.study.constants import GROUPS, Constants
 from evaluation.zero_shot import class_embeddings
+from experiments.constants import GROUPS, Constants
 from forgetting import empty_target, opposite_target, orthogonal_target, specific_target
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")

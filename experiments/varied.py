@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.audit_texts import audit_rows
-from evaluation.study.solvers import DEFAULT_TARGETS, SOLVERS, Answer
-from evaluation.study.spectrum import spectrum_cells
-from evaluation.study.world import Case, World
+from experiments.solvers import DEFAULT_TARGETS, SOLVERS, Answer
+from experiments.spectrum import spectrum_cells
+from experiments.world import Case, World
 
 NEAR = 100  # retained names of the study `retained`
 COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10000)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from evaluation.study.solvers import Answer
-from evaluation.study.world import Case, World
+from experiments.solvers import Answer
+from experiments.world import Case, World
 
 PARTS = 10
 SIDES = {

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 import train
 from clip.bundle import FeatureBundle
-from evaluation.study import run, solvers
-from evaluation.study.__main__ import main
-from evaluation.study.constants import Constants, read_constants
-from evaluation.study.measure import Judge, carry_over
-from evaluation.study.solvers import SOLVERS, Answer
-from evaluation.study.spectrum import deciles, random_shares, spectrum_cells
-from evaluation.study.studies import NEAR, STUDIES, case
-from evaluation.study.world import World
+from experiments import solvers, studies
+from experiments.constants import Constants, read_constants
+from experiments.measure import Judge, carry_over
+from experiments.solvers import SOLVERS, Answer
+from experiments.spectrum import deciles, random_shares, spectrum_cells
+from experiments.studies import main
+from experiments.varied import NEAR, STUDIES, case
+from experiments.world import World
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 
@@ -49,8 +49,8 @@ def quick_constants(dataset: str, backbone: str) -> Constants:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short descents, and no pictures but where a test asks for them."""
-    monkeypatch.setattr(run, "read_constants", quick_constants)
-    monkeypatch.setattr(run, "plot", lambda *_: None)
+    monkeypatch.setattr(studies, "read_constants", quick_constants)
+    monkeypatch.setattr(studies, "plot", lambda *_: None)
 
 
 def command(features: Path, out: Path, name: str, *more: str) -> list[str]:

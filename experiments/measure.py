@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.study.solvers import Answer
-from evaluation.study.world import Case, World
 from evaluation.zero_shot import Factors, evaluate_classes, evaluate_set
+from experiments.solvers import Answer
+from experiments.world import Case, World
 
 
 class Judge:

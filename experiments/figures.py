@@ -1,14 +1,12 @@
-"""Makes the figures of docs/exact.md.
+"""The figures of docs/exact.md.
 
-    python docs/figures.py [--features DIR] [--out docs/figures]
+    python -m experiments figures [--features DIR] [--out docs/figures]
 
 Without a folder of feature bundles only those that need none are made (`levels`).
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +17,11 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
-from benchmarks.frontier import (
+from clip.bundle import FeatureBundle
+from engine.cli import Parser
+from engine.files import atomic_path
+from evaluation.zero_shot import class_embeddings
+from experiments.frontier import (
     DEFAULT,
     OTHERS,
     OWN,
@@ -32,14 +32,11 @@ from benchmarks.frontier import (
     load,
     plot,
 )
-from clip.bundle import FeatureBundle
-from engine import UserError
-from engine.files import atomic_path
-from evaluation.zero_shot import class_embeddings
 from forgetting import ForgetProblem, LoraSettings, empty_target, solve_lora
 from forgetting.exact import solve_exact, thresholds
 from forgetting.reduction import Spectrum
 
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
 COUNTS = {1: "#c8553d", 3: "#33638d", 7: "#5b8c5a"}  # classes forgotten at once -> colour
 LORA = (0.93, 1.07)  # lamb_forget of the descents for one text, in units of c*
@@ -222,9 +219,9 @@ def print_pulls(own: FeatureBundle, others: Sequence[FeatureBundle], retained: R
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments figures", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="folder of feature bundles")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the PNGs")
     args = parser.parse_args(argv)
     levels(args.out / "levels.png")
     if not args.features:
@@ -234,10 +231,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     phases(named.get(SET, bundles[0]), args.out / "phases.png")
     shares(bundles, args.out / "shares.png")
     plot(frontier(bundles), args.out / "frontier.png")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
 """Harm to others against how surely a class is gone: a table and a plot over methods.
 
-    python benchmarks/frontier.py --features DIR [--csv PATH] [--plot PATH] [--backbone ViT-B/32]
+    python -m experiments frontier --features DIR [--csv PATH] [--plot PATH] [--backbone ViT-B/32]
 
 DIR is a folder of feature bundles. Every class of every set with images in it is forgotten in turn
 by the constrained form, with each target, ridge and vocabulary weight of the tables below, once
@@ -13,8 +13,6 @@ formula, and since Delta has rank one a class h afterwards lies at `h W + s(h) D
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import datasets
 from clip.bundle import FeatureBundle, list_bundles
 from engine import UserError
+from engine.cli import Parser
 from engine.files import atomic_path
 from evaluation.zero_shot import class_embeddings
 from forgetting import empty_target
@@ -324,7 +321,7 @@ def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Print the frontier, and write it as CSV and as a plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments frontier", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--csv", type=Path, help="table to write")
@@ -343,10 +340,3 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if args.plot:
         plot(table, args.plot)
     return table
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

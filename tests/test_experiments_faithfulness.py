@@ -13,12 +13,12 @@ from open_clip import get_model_config
 
 import datasets
 import train
-from benchmarks import faithfulness
-from benchmarks.reproduce import PAPER_CLASS, PAPER_SET
-from benchmarks.variants import VARIANTS, Trial, Trials, choose, retry, run_variants
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
 from engine.cli import run
+from experiments import faithfulness
+from experiments.reproduce import PAPER_CLASS, PAPER_SET
+from experiments.variants import VARIANTS, Trial, Trials, choose, retry, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, LoraSettings, solve_lora
 from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle

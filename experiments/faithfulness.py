@@ -1,7 +1,7 @@
 """What the known slips of the paper's public code cost, one by one and together.
 
-    python benchmarks/faithfulness.py [--weights RN50.pt]
-    python benchmarks/faithfulness.py --features DIR [--backbone ViT-B/32]
+    python -m experiments faithfulness [--weights RN50.pt]
+    python -m experiments faithfulness --features DIR [--backbone ViT-B/32]
         [--classes 2] [--csv PATH] [KEY VALUE ...]
 
 The first encodes the texts of the four sets by an RN50, randomly initialised unless --weights names
@@ -26,20 +26,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import datasets
 import train
-from benchmarks.reproduce import markdown
-from benchmarks.variants import VARIANTS, in_double, run_variants
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, list_bundles
 from clip.source import ClipSource
 from engine import UserError, build_trainer
-from engine.cli import Parser, run
+from engine.cli import Parser
 from engine.files import atomic_path
 from engine.threads import one_thread
 from evaluation.zero_shot import evaluate_classes, evaluate_set
+from experiments.reproduce import markdown
+from experiments.variants import VARIANTS, in_double, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, solve_exact, thresholds
 from forgetting.exact import auto_lamb_forget
@@ -289,7 +287,7 @@ def one_trial_fewer(table: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every problem and variant."""
-    parser = Parser(prog="benchmarks/faithfulness.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
     parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
     parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
@@ -334,7 +332,3 @@ def report(title: str, table: pd.DataFrame) -> None:
     """Print one table of docs/faithfulness.md, without columns that hold no number."""
     table = table.dropna(axis=1, how="all")
     print(f"\n{title}\n\n{markdown(table) if len(table) else 'none'}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.files import sha256_file
 from forgetting import LoraSettings
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("own", "vocabulary", "others")
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 FORMAT = 1  # of the rows; raise it where the same constants begin to mean another answer

@@ -1,4 +1,14 @@
-"""From a command line to rows: which classes of which sets, and the rows that are missing."""
+"""The paper's studies on feature bundles: what each choice does, by descent and exactly.
+
+    python -m experiments studies [NAME|all] --features DIR [--dataset SET] [--classes 5]
+
+Writes OUT/BACKBONE/DATASET/NAME.csv and NAME.png. Rows that are in the CSV already, made from the
+same constants and bundles, are not made again.
+
+One file a concern: `constants` (what the configs say), `world` (a data set and what may be
+retained), `solvers`, `varied` (what each study varies), `spectrum`, `measure` (what a row says),
+`rows_file` (rows that are never made twice), `study_plots`, `study_report`.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +24,20 @@ from tqdm import tqdm
 import datasets
 from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
-from engine.errors import UserError
+from engine.cli import Parser
+from engine.errors import UserError, unknown
 from engine.files import escape
-from evaluation.study.constants import read_constants
-from evaluation.study.measure import Judge
-from evaluation.study.plots import plot
-from evaluation.study.report import report
-from evaluation.study.solvers import SOLVERS
-from evaluation.study.studies import STUDIES
-from evaluation.study.table import Table, key_of
-from evaluation.study.world import Case, World
+from engine.threads import one_thread
+from experiments.constants import read_constants
+from experiments.measure import Judge
+from experiments.rows_file import Table, key_of
+from experiments.solvers import SOLVERS
+from experiments.study_plots import plot
+from experiments.study_report import report
+from experiments.varied import STUDIES
+from experiments.world import Case, World
 
-ALL = "all"  # of --forget: every class
+ALL = "all"  # as NAME: every study; of --forget: every class
 
 
 @dataclass(frozen=True)
@@ -119,3 +131,57 @@ def perform(name: str, job: Job, table: Table, solvers: Sequence[str]) -> pd.Dat
     report(frame, len(world.bundle.text_projection) if study.cells else None)
     print(f"{len(pending)} of {len(keyed)} rows are new: {table.path}, {picture}")
     return frame
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Run studies; returns the CSV files.
+
+    Raises:
+        UserError: a name, folder or number that does not fit, before any work.
+        ProblemError: numbers that no solver can work on.
+    """
+    parser = Parser(prog="python -m experiments studies", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default=ALL,
+        metavar="NAME",
+        help=f"{', '.join(STUDIES)} or {ALL} (default)",
+    )
+    parser.add_argument("--features", required=True, help="folder of feature bundles")
+    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
+    parser.add_argument("--dataset", help="the set to forget from; default: each in turn")
+    parser.add_argument("--classes", type=int, default=5, help="how many random classes")
+    parser.add_argument(
+        "--forget",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a class instead of random ones (repeatable), or all",
+    )
+    parser.add_argument(
+        "--solver",
+        action="append",
+        default=[],
+        metavar="SOLVER",
+        help=f"only this one of {', '.join(SOLVERS)} (repeatable)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of classes, names and descents")
+    parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the tables")
+    args = parser.parse_args(argv)
+    if args.name not in (*STUDIES, ALL):
+        raise unknown("study", args.name, [*STUDIES, ALL])
+    for solver in args.solver:
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
+    if args.seed < 0 or args.classes < 1:
+        raise UserError("--seed must be 0 or more and --classes 1 or more")
+    jobs = make_jobs(args)
+    names = list(STUDIES) if args.name == ALL else [args.name]
+    work = [(name, job, table_of(args.out, name, job)) for job in jobs for name in names]
+    for _, _, table in work:
+        table.read()  # a file that is no table is refused before work
+    with one_thread():
+        for name, job, table in work:
+            perform(name, job, table, args.solver or list(SOLVERS))
+    return [table.path for _, _, table in work]

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure  # no pyplot: works without a display
 from PIL import Image
 
 from engine.files import atomic_path
-from evaluation.study.report import in_points
-from evaluation.study.spectrum import PARTS, SIDES
-from evaluation.study.studies import Study
+from experiments.spectrum import PARTS, SIDES
+from experiments.study_report import in_points
+from experiments.varied import Study
 
 COLOURS = {"lora": "#c8553d", "optimum": "#f2b134", "constrained": "#33638d"}
 THICK = {"lora": 4.0}  # what the optimum's line hides without
