@@ -12,14 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
-from engine.files import atomic_path
+from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import class_embeddings
 from experiments.frontier import (
     DEFAULT,
@@ -38,23 +36,11 @@ from forgetting.reduction import Spectrum
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
-COUNTS = {1: "#c8553d", 3: "#33638d", 7: "#5b8c5a"}  # classes forgotten at once -> colour
+COUNTS = {1: COLOURS[1], 3: COLOURS[0], 7: COLOURS[2]}  # classes forgotten at once -> colour
 LORA = (0.93, 1.07)  # lamb_forget of the descents for one text, in units of c*
 WITHIN = (-0.3, 0.33, 0.67, 1.3)  # for several: 0 is c_lo, 1 is c*
 LEVELS = [1, 1.001, 1.01, 1.03, 1.1, 1.2, 1.5, 2, 3]
 ONE_TRIAL = LoraSettings(reduction=0.0, max_trials=1)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    print(f"{path}: {path.stat().st_size // 1024} KB")
-
-
-def bare(axis: Axes) -> None:
-    axis.grid(color="0.94")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def levels(path: Path) -> None:
@@ -66,27 +52,27 @@ def levels(path: Path) -> None:
 
     problem = ForgetProblem(normal(8, 6), normal(3, 8), normal(20, 8), normal(3, 6), 1.0, 0.3)
     limits = thresholds(problem)
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
     norm = BoundaryNorm(LEVELS, 256, extend="max")
     cases = (
         ("between c_lo and c*", (limits.start + limits.reach) / 2),
         ("above c*: r = 0", 1.15 * limits.reach),
     )
-    for axis, (title, lamb_forget) in zip(figure.subplots(1, 2), cases, strict=True):
-        here = replace(problem, lamb_forget=lamb_forget)
-        solution = solve_exact(here)
-        mu = torch.logspace(0, 4, 161, dtype=torch.float64)
-        r = torch.logspace(-2, 3, 161, dtype=torch.float64)
-        value = square_f2(here, mu, r).sqrt() / solution.certificate.primal
-        lines = axis.contourf(mu, r, value.T, levels=LEVELS, norm=norm, extend="max", cmap="Blues")
-        axis.contour(mu, r, value.T, levels=LEVELS, colors="0.35", linewidths=0.6)
-        best = max(solution.rho * solution.mu, float(r[0]))
-        axis.plot(solution.mu, best, "*", markersize=13, color="#c8553d", clip_on=False)
-        axis.set(xscale="log", yscale="log", xlabel="mu", ylabel="r")
-        axis.set_title(f"sqrt(F2) / minimum, {title}", fontsize=10)
-        bare(axis)
-    figure.colorbar(lines, ax=figure.axes, ticks=LEVELS, format="%g")
-    save(figure, path)
+    with drawing(path, 10, 3.6) as figure:
+        for axis, (title, lamb_forget) in zip(figure.subplots(1, 2), cases, strict=True):
+            here = replace(problem, lamb_forget=lamb_forget)
+            solution = solve_exact(here)
+            mu = torch.logspace(0, 4, 161, dtype=torch.float64)
+            r = torch.logspace(-2, 3, 161, dtype=torch.float64)
+            value = square_f2(here, mu, r).sqrt() / solution.certificate.primal
+            lines = axis.contourf(
+                mu, r, value.T, levels=LEVELS, norm=norm, extend="max", cmap="Blues"
+            )
+            axis.contour(mu, r, value.T, levels=LEVELS, colors="0.35", linewidths=0.6)
+            best = max(solution.rho * solution.mu, float(r[0]))
+            axis.plot(solution.mu, best, "*", markersize=13, color=COLOURS[1], clip_on=False)
+            axis.set(xscale="log", yscale="log", xlabel="mu", ylabel="r")
+            axis.set_title(f"sqrt(F2) / minimum, {title}")
+        figure.colorbar(lines, ax=figure.axes, ticks=LEVELS, format="%g")
 
 
 def square_f2(problem: ForgetProblem, mu: Tensor, r: Tensor) -> Tensor:
@@ -127,79 +113,74 @@ def objective(problem: ForgetProblem, delta: Tensor) -> float:
 
 def phases(bundle: FeatureBundle, path: Path) -> None:
     """How far texts move against lamb_forget: the exact optimum, and descents beside it."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    fraction, length = figure.subplots(1, 2)
-    for count, colour in COUNTS.items():
-        problem = paper_problem(bundle, count)
-        spectrum = Spectrum(problem.retain_hidden)
-        limits = thresholds(problem, spectrum)
-        low, high = limits.start, limits.reach
-        width = max(high - low, 0.1 * high)
-        grid = torch.linspace(low - 0.5 * width, high + 0.5 * width, 160).tolist()
-        grid = sorted([*grid, low * (1 - 1e-6), high * (1 + 1e-6)])
-        points = [solve_exact(replace(problem, lamb_forget=x), spectrum) for x in grid]
-        label = f"{count} class" + ("es" if count > 1 else "")
-        moved = [problem.reduction(p.delta.float()) for p in points]
-        fraction.plot(grid, moved, color=colour, label=label)
-        length.plot(grid, [float(p.delta.norm()) for p in points], color=colour)
-        tries = [x * high for x in LORA] if count == 1 else [low + x * width for x in WITHIN]
-        print(f"{label}: c_lo {low:.4f}, c* {high:.4f}")
-        for x in tries:
-            here = replace(problem, lamb_forget=x)
-            descent, exact = solve_lora(here, ONE_TRIAL), solve_exact(here, spectrum)
-            reached, best = objective(here, descent.delta), exact.certificate.primal
-            print(
-                f"  lamb_forget {x:.4f}: reduction {here.reduction(exact.delta.float()):.4f}, "
-                f"objective {best:.5f} (gap {exact.certificate.gap:.0e}; cut to rank {here.rank}: "
-                f"{exact.truncated(here, here.rank)[2]:+.2%}); LoRA: reduction "
-                f"{descent.reduction:.4f}, objective {reached:.5f} ({reached / best - 1:+.3%})"
-            )
-            style = {"marker": "x", "color": colour, "s": 45, "zorder": 3}
-            fraction.scatter(x, descent.reduction, **style)
-            length.scatter(x, float(descent.delta.norm()), **style)
-        for axis in (fraction, length):
-            axis.axvline(low, color=colour, linewidth=0.7, linestyle=":")
-            axis.axvline(high, color=colour, linewidth=0.7, linestyle="--")
-    fraction.scatter([], [], marker="x", color="0.3", label="LoRA, 2,000 steps")
-    fraction.plot([], [], color="0.3", linewidth=0.7, linestyle=":", label="c_lo")
-    fraction.plot([], [], color="0.3", linewidth=0.7, linestyle="--", label="c*")
-    fraction.set(xlabel="lamb_forget", ylabel="reduction of the forget norm")
-    length.set(xlabel="lamb_forget", ylabel="||Delta||")
-    bare(fraction)
-    bare(length)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    save(figure, path)
+    with drawing(path, 10, 3.8) as figure:
+        fraction, length = figure.subplots(1, 2)
+        for count, colour in COUNTS.items():
+            problem = paper_problem(bundle, count)
+            spectrum = Spectrum(problem.retain_hidden)
+            limits = thresholds(problem, spectrum)
+            low, high = limits.start, limits.reach
+            width = max(high - low, 0.1 * high)
+            grid = torch.linspace(low - 0.5 * width, high + 0.5 * width, 160).tolist()
+            grid = sorted([*grid, low * (1 - 1e-6), high * (1 + 1e-6)])
+            points = [solve_exact(replace(problem, lamb_forget=x), spectrum) for x in grid]
+            label = f"{count} class" + ("es" if count > 1 else "")
+            moved = [problem.reduction(p.delta.float()) for p in points]
+            fraction.plot(grid, moved, color=colour, label=label)
+            length.plot(grid, [float(p.delta.norm()) for p in points], color=colour)
+            tries = [x * high for x in LORA] if count == 1 else [low + x * width for x in WITHIN]
+            print(f"{label}: c_lo {low:.4f}, c* {high:.4f}")
+            for x in tries:
+                here = replace(problem, lamb_forget=x)
+                descent, exact = solve_lora(here, ONE_TRIAL), solve_exact(here, spectrum)
+                reached, best = objective(here, descent.delta), exact.certificate.primal
+                cut = exact.truncated(here, here.rank)[2]
+                print(
+                    f"  lamb_forget {x:.4f}: reduction {here.reduction(exact.delta.float()):.4f}, "
+                    f"objective {best:.5f} (gap {exact.certificate.gap:.0e}; "
+                    f"cut to rank {here.rank}: {cut:+.2%}); LoRA: reduction "
+                    f"{descent.reduction:.4f}, objective {reached:.5f} ({reached / best - 1:+.3%})"
+                )
+                style = {"marker": "x", "color": colour, "s": 45, "zorder": 3}
+                fraction.scatter(x, descent.reduction, **style)
+                length.scatter(x, float(descent.delta.norm()), **style)
+            for axis in (fraction, length):
+                axis.axvline(low, color=colour, linewidth=0.7, linestyle=":")
+                axis.axvline(high, color=colour, linewidth=0.7, linestyle="--")
+        fraction.scatter([], [], marker="x", color="0.3", label="LoRA, 2,000 steps")
+        fraction.plot([], [], color="0.3", linewidth=0.7, linestyle=":", label="c_lo")
+        fraction.plot([], [], color="0.3", linewidth=0.7, linestyle="--", label="c*")
+        fraction.set(xlabel="lamb_forget", ylabel="reduction of the forget norm")
+        length.set(xlabel="lamb_forget", ylabel="||Delta||")
+        figure.legend(loc="outside upper center", ncols=6)
 
 
 def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
     """s(h) of every class forgotten in turn, for what is retained and what is not."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axis, own in zip(figure.subplots(1, len(bundles), sharey=True), bundles, strict=True):
-        others = [bundle for bundle in bundles if bundle is not own]
-        columns = {}
-        for known, weight in (("known", OTHERS), ("unknown", 0.0)):
-            weights = {"own": OWN, "vocabulary": VOCABULARY, "others": weight}
-            retained = RetainSet(own, others, weights)
-            left = retained.left(DEFAULT["mu"]).float()
-            within = left @ own.class_hidden.T  # (C, C)
-            if not weight:
-                print_pulls(own, others, retained)
-            else:
-                columns["its own\nprompt"] = within.diagonal()
-                columns["rest of\nits set"] = within[~torch.eye(len(within), dtype=torch.bool)]
-            hidden = torch.cat([bundle.class_hidden for bundle in others])
-            columns[f"others,\n{known}"] = (left @ hidden.T).flatten()
-        axis.boxplot(
-            [column.numpy() for column in columns.values()],
-            tick_labels=list(columns),
-            whis=(0, 100),
-            medianprops={"color": "#c8553d"},
-        )
-        axis.tick_params(labelsize=8)
-        axis.set_title(own.dataset, fontsize=10)
-        bare(axis)
-    figure.axes[0].set_ylabel("s(h)")
-    save(figure, path)
+    with drawing(path, 10, 3.4) as figure:
+        for axis, own in zip(figure.subplots(1, len(bundles), sharey=True), bundles, strict=True):
+            others = [bundle for bundle in bundles if bundle is not own]
+            columns = {}
+            for known, weight in (("known", OTHERS), ("unknown", 0.0)):
+                weights = {"own": OWN, "vocabulary": VOCABULARY, "others": weight}
+                retained = RetainSet(own, others, weights)
+                left = retained.left(DEFAULT["mu"]).float()
+                within = left @ own.class_hidden.T  # (C, C)
+                if not weight:
+                    print_pulls(own, others, retained)
+                else:
+                    columns["its own\nprompt"] = within.diagonal()
+                    columns["rest of\nits set"] = within[~torch.eye(len(within), dtype=torch.bool)]
+                hidden = torch.cat([bundle.class_hidden for bundle in others])
+                columns[f"others,\n{known}"] = (left @ hidden.T).flatten()
+            axis.boxplot(
+                [column.numpy() for column in columns.values()],
+                tick_labels=list(columns),
+                whis=(0, 100),
+                medianprops={"color": COLOURS[1]},
+            )
+            axis.set_title(own.dataset)
+        figure.axes[0].set_ylabel("s(h)")
 
 
 def print_pulls(own: FeatureBundle, others: Sequence[FeatureBundle], retained: RetainSet) -> None:

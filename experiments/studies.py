@@ -26,11 +26,11 @@ from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
 from engine.cli import Parser
 from engine.errors import UserError, unknown
-from engine.files import escape
+from engine.files import Batch, escape
 from engine.threads import one_thread
 from experiments.constants import read_constants
 from experiments.measure import Judge
-from experiments.rows_file import Table, key_of
+from experiments.rows_file import RowsFile, key_of
 from experiments.solvers import SOLVERS
 from experiments.study_plots import plot
 from experiments.study_report import report
@@ -92,11 +92,11 @@ def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) 
     return sorted(random.Random(f"{seed}/{bundle.dataset}").sample(range(len(names)), count))
 
 
-def table_of(out: Path, name: str, job: Job) -> Table:
+def table_of(out: Path, name: str, job: Job) -> RowsFile:
     """Where the rows of a study on a data set are kept: OUT/BACKBONE/DATASET/NAME.csv."""
     bundle = job.world.bundle
     folder = bundle_path(out, bundle.backbone, escape(bundle.dataset)).with_suffix("")
-    return Table(folder / f"{name}.csv")
+    return RowsFile(folder / f"{name}.csv")
 
 
 def identity(name: str, job: Job, case: Case) -> dict[str, str | int]:
@@ -112,18 +112,19 @@ def identity(name: str, job: Job, case: Case) -> dict[str, str | int]:
     }
 
 
-def perform(name: str, job: Job, table: Table, solvers: Sequence[str]) -> pd.DataFrame:
+def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
     """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
     study, world = STUDIES[name], job.world
     cases = [case for case in study.cases(world, job.labels) if case.solver in solvers]
     keyed = {key_of(identity(name, job, case)): case for case in cases}
-    done = {key_of(row) for row in table.read()}
+    done = table.keys()
     pending = [case for key, case in keyed.items() if key not in done]
     judge, where = Judge(world), f"{name} on {world.bundle.dataset}"
-    for case in tqdm(pending, desc=where, unit="row", leave=False):
-        answer = SOLVERS[case.solver](world, case)
-        row = identity(name, job, case) | {"place": case.place} | judge.row(case, answer)
-        table.add(row | (study.cells(world, case, answer) if study.cells else {}))
+    with Batch(table.add) as batch:
+        for case in tqdm(pending, desc=where, unit="row", leave=False):
+            answer = SOLVERS[case.solver](world, case)
+            row = identity(name, job, case) | {"place": case.place} | judge.row(case, answer)
+            batch.add(row | (study.cells(world, case, answer) if study.cells else {}))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")
     plot(where, study, frame, picture)

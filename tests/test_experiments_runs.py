@@ -18,7 +18,7 @@ from engine.errors import UserError
 from experiments import studies
 from experiments.__main__ import cli
 from experiments.constants import read_constants
-from experiments.rows_file import KEY, Table
+from experiments.rows_file import KEY, RowsFile
 from experiments.solvers import SOLVERS
 from experiments.studies import main
 from experiments.study_plots import plot
@@ -78,10 +78,12 @@ def test_other_bundles_make_other_rows(features, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
-    """SIGKILL while rows are written; the second call makes only the rest."""
+    """SIGKILL once rows are written; the second call makes only the rest."""
     monkeypatch.setattr(studies, "read_constants", read_constants)  # as the other process does
     argv = command(features, tmp_path / "out", "targets", *EXACT, "--classes", "4")
-    line = [sys.executable, "-m", "experiments", "studies", *argv]
+    at_once = "from engine.files import Batch; Batch.INTERVAL = 0.0; Batch.SHARE = 0"
+    start = "import sys; from experiments.studies import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", f"{at_once}; {start}", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL)
     path = tmp_path / "out" / "ViT-B-32" / "ToyAnimals" / "targets.csv"
@@ -90,24 +92,39 @@ def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    rows = Table(path).read()
+    rows = RowsFile(path).read()
     assert 1 <= len(rows) < 4 * 14
-    assert all(row["norm"] and row["seconds"] for row in rows)
+    assert (rows[["norm", "seconds"]] != "").all(axis=None)
     calls = counted(monkeypatch)
     main(argv)
-    assert len(calls) == 4 * 14 - len(rows) and Table(path).read()[: len(rows)] == rows
+    assert len(calls) == 4 * 14 - len(rows)
+    pd.testing.assert_frame_equal(RowsFile(path).read()[: len(rows)], rows)
 
 
 def test_names_that_look_like_numbers_or_nothing_stay_names(tmp_path):
-    table = Table(tmp_path / "a.csv")
-    names = ["NA", "2012", "a, b", 'the "best"', "two\nlines", "nan"]
-    for name in names:
-        table.add(dict.fromkeys(KEY, "x") | {"classes": name, "norm": 0.1 + 0.2, "auto": True})
+    table = RowsFile(tmp_path / "a.csv")
+    names = ["NA", "2012", "a, b", 'the "best"', "two\nlines", "nan", "", "None"]
+    more = {"norm": 0.1 + 0.2, "auto": True, "trials": 1}
+    for some in (names[:3], names[3:]):
+        table.add([dict.fromkeys(KEY, "x") | {"classes": name} | more for name in some])
     keys = [("x", "x", name, "x", "x", "x", "x") for name in names]
     frame = table.frame(keys)
     assert frame["classes"].tolist() == names and (frame["norm"] == 0.1 + 0.2).all()
-    table.add(dict.fromkeys(KEY, "x") | {"classes": "NA", "norm": 9.0})  # the first stays
-    assert len(table.read()) == len(names) and table.read()[0]["norm"] == repr(0.1 + 0.2)
+    assert set(table.read()["trials"]) == {"1"} and set(table.read()["auto"]) == {"True"}
+    table.add([dict.fromkeys(KEY, "x") | {"classes": "NA", "norm": 9.0}])  # the first stays
+    assert len(table.read()) == len(names) and table.read()["norm"][0] == repr(0.1 + 0.2)
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+@pytest.mark.parametrize("damage", ["too,few\n", "x," * 9 + "y\n", '"open\n', "\x00\n"])
+def test_a_damaged_table_is_refused(whole, damage, tmp_path):
+    table = RowsFile(tmp_path / "a.csv")
+    table.path.write_text(f"{','.join(KEY)}\n" + f"{'x,' * 6}x\n" * whole)
+    assert len(table.read()) == whole
+    with table.path.open("a") as file:
+        file.write(damage)
+    with pytest.raises(UserError, match="move it aside"):
+        table.read()
 
 
 # What a user sees
