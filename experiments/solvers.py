@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.world import Case, World
+from experiments.world import Task, World
 from forgetting import (
     ForgetProblem,
     Ridge,
@@ -34,7 +34,7 @@ DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific
 
 @dataclass(frozen=True)
 class Answer:
-    """`Delta = left @ right` of a case.
+    """`Delta = left @ right` of a task.
 
     Attributes:
         left: (w, r), right: (r, d), float64.
@@ -52,24 +52,24 @@ class Answer:
     facts: dict[str, Any]
 
 
-def paper_problem(world: World, case: Case) -> tuple[ForgetProblem, bool, torch.Generator]:
+def paper_problem(world: World, task: Task) -> tuple[ForgetProblem, bool, torch.Generator]:
     """The paper's problem, whether its `lamb_forget` was raised, and the descent's random numbers.
 
     Where the config's weight lies below c* it is raised to just above it, as the paper's retry
     would; a target that no weight reaches keeps the config's.
     """
     constants, w = world.constants, world.bundle.text_projection
-    generator = world.generator(case.labels)
-    preserve, forget = constants.pair(len(case.labels))
+    generator = world.generator(task.labels)
+    preserve, forget = constants.pair(len(task.labels))
     weights = {"preserve": preserve, "forget": forget, "weight": constants.lamb_weight}
     problem = ForgetProblem(
         projection=w,
-        forget_hidden=case.texts,
-        retain_hidden=world.plain(case),
-        target=world.target(case, generator).to(w),
-        rank=case.rank,
+        forget_hidden=task.texts,
+        retain_hidden=world.plain(task),
+        target=world.target(task, generator).to(w),
+        rank=task.rank,
         alpha=constants.alpha,
-        **{f"lamb_{k}": 0.0 if k == case.off else value for k, value in weights.items()},
+        **{f"lamb_{k}": 0.0 if k == task.off else value for k, value in weights.items()},
     )
     spectrum = Spectrum(problem.retain_hidden)
     if problem.lamb_forget == 0:
@@ -80,9 +80,9 @@ def paper_problem(world: World, case: Case) -> tuple[ForgetProblem, bool, torch.
     return problem, low, generator
 
 
-def by_lora(world: World, case: Case) -> Answer:
+def by_lora(world: World, task: Task) -> Answer:
     """The paper's descent. `gap` is measured against the bound that the exact solver proves."""
-    problem, raised, generator = paper_problem(world, case)
+    problem, raised, generator = paper_problem(world, task)
     started = time.process_time()
     solution = solve_lora(problem, world.constants.lora, generator)
     seconds = time.process_time() - started
@@ -100,9 +100,9 @@ def by_lora(world: World, case: Case) -> Answer:
     return Answer(left, right, _displacement(problem), seconds, facts)
 
 
-def by_optimum(world: World, case: Case) -> Answer:
+def by_optimum(world: World, task: Task) -> Answer:
     """The paper's objective at its optimum, with its certificate."""
-    problem, raised, _ = paper_problem(world, case)
+    problem, raised, _ = paper_problem(world, task)
     started = time.process_time()
     solution = solve_exact(problem)
     seconds = time.process_time() - started
@@ -116,21 +116,21 @@ def by_optimum(world: World, case: Case) -> Answer:
     return Answer(solution.left, solution.right, _displacement(problem), seconds, facts)
 
 
-def by_constrained(world: World, case: Case) -> Answer:
+def by_constrained(world: World, task: Task) -> Answer:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
-    target = world.target(case, world.generator(case.labels))
-    texts = case.texts.double()
+    target = world.target(task, world.generator(task.labels))
+    texts = task.texts.double()
     displacement = target.double() - texts @ world.bundle.text_projection.double()  # (k, d)
-    rows, _ = world.weighted(case)
+    rows, _ = world.weighted(task)
     started = time.process_time()
-    solution = solve_constrained(Ridge(world.gram(case), world.mu), texts, displacement)
+    solution = solve_constrained(Ridge(world.gram(task), world.mu), texts, displacement)
     seconds = time.process_time() - started
     proof = solution.certificate
     facts = {"retained": len(rows), "objective": proof.primal, "gap": proof.gap}
     return Answer(solution.left, solution.right, displacement, seconds, facts)
 
 
-SOLVERS: dict[str, Callable[[World, Case], Answer]] = {
+SOLVERS: dict[str, Callable[[World, Task], Answer]] = {
     "lora": by_lora,
     "optimum": by_optimum,
     "constrained": by_constrained,

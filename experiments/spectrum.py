@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.solvers import Answer
-from experiments.world import Case, World
+from experiments.world import Task, World
 
 PARTS = 10
 SIDES = {
@@ -35,7 +35,7 @@ def random_shares(width: int) -> list[float]:
     return [len(part) / width for part in torch.arange(width).tensor_split(PARTS)]
 
 
-def spectrum_cells(world: World, case: Case, answer: Answer) -> dict[str, float | None]:
+def spectrum_cells(world: World, task: Task, answer: Answer) -> dict[str, float | None]:
     """Cells `left_1` to `left_10`, `right_*` and `gram_*` of a row.
 
     The left and right singular directions of W from the largest value down; the eigen-directions
@@ -46,8 +46,8 @@ def spectrum_cells(world: World, case: Case, answer: Answer) -> dict[str, float 
     delta, w = answer.left @ answer.right, world.bundle.text_projection.double()
     u, values, vh = torch.linalg.svd(w)
     distinct = float(values[0] - values[-1]) > ALIKE * float(values[0])
-    default = replace(case, pick=None, off="")
-    if case.solver == "constrained":
+    default = replace(task, pick=None, off="")
+    if task.solver == "constrained":
         gram = world.gram(default)
     else:
         rows = world.plain(default).double()

@@ -35,7 +35,7 @@ from experiments.solvers import SOLVERS
 from experiments.study_plots import plot
 from experiments.study_report import report
 from experiments.varied import STUDIES
-from experiments.world import Case, World
+from experiments.world import Task, World
 
 ALL = "all"  # as NAME: every study; of --forget: every class
 
@@ -99,14 +99,14 @@ def table_of(out: Path, name: str, job: Job) -> RowsFile:
     return RowsFile(folder / f"{name}.csv")
 
 
-def identity(name: str, job: Job, case: Case) -> dict[str, str | int]:
+def identity(name: str, job: Job, task: Task) -> dict[str, str | int]:
     """The cells that make a row itself."""
     return {
         "study": name,
         "dataset": job.world.bundle.dataset,
-        "classes": job.world.label(case.labels),
-        "solver": case.solver,
-        "setting": case.setting,
+        "classes": job.world.label(task.labels),
+        "solver": task.solver,
+        "setting": task.setting,
         "seed": job.world.seed,
         "constants": job.digest,
     }
@@ -115,16 +115,16 @@ def identity(name: str, job: Job, case: Case) -> dict[str, str | int]:
 def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
     """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
     study, world = STUDIES[name], job.world
-    cases = [case for case in study.cases(world, job.labels) if case.solver in solvers]
-    keyed = {key_of(identity(name, job, case)): case for case in cases}
+    tasks = [task for task in study.tasks(world, job.labels) if task.solver in solvers]
+    keyed = {key_of(identity(name, job, task)): task for task in tasks}
     done = table.keys()
-    pending = [case for key, case in keyed.items() if key not in done]
+    pending = [task for key, task in keyed.items() if key not in done]
     judge, where = Judge(world), f"{name} on {world.bundle.dataset}"
     with Batch(table.add) as batch:
-        for case in tqdm(pending, desc=where, unit="row", leave=False):
-            answer = SOLVERS[case.solver](world, case)
-            row = identity(name, job, case) | {"place": case.place} | judge.row(case, answer)
-            batch.add(row | (study.cells(world, case, answer) if study.cells else {}))
+        for task in tqdm(pending, desc=where, unit="row", leave=False):
+            answer = SOLVERS[task.solver](world, task)
+            row = identity(name, job, task) | {"place": task.place} | judge.row(task, answer)
+            batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")
     plot(where, study, frame, picture)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from clip.audit_texts import audit_rows
 from experiments.solvers import DEFAULT_TARGETS, SOLVERS, Answer
 from experiments.spectrum import spectrum_cells
-from experiments.world import Case, World
+from experiments.world import Task, World
 
 NEAR = 100  # retained names of the study `retained`
 COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10000)
@@ -23,7 +23,7 @@ BETAS = (0.0, 0.1, 0.2, 1.0)  # of the target opposite
 OTHER_THINGS = ("hypernym",)  # kinds of an audit's texts that name more than the class
 SAME = 1e-4  # relative distance below which two hidden states are of one text
 
-Cases = Iterator[Case]
+Tasks = Iterator[Task]
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Study:
 
     Attributes:
         about: what it varies, in a few words.
-        cases: its rows for the chosen labels; those of other solvers than asked for are left out.
+        tasks: its rows for the chosen labels; those of other solvers than asked for are left out.
         axis: label of a numeric axis; empty: settings are names.
         cells: further cells of a row.
     """
 
     about: str
-    cases: Callable[[World, Sequence[int]], Cases]
+    tasks: Callable[[World, Sequence[int]], Tasks]
     axis: str = ""
-    cells: Callable[[World, Case, Answer], dict[str, Any]] | None = None
+    cells: Callable[[World, Task, Answer], dict[str, Any]] | None = None
 
 
-def case(
+def task(
     world: World, labels: Sequence[int], solver: str, setting: str, texts=None, **more: Any
-) -> Case:
-    """A case with the method's defaults where `more` says nothing; texts: (k, w) of one class."""
+) -> Task:
+    """A task with the method's defaults where `more` says nothing; texts: (k, w) of one class."""
     hidden = world.bundle.forget_hidden[list(labels)] if texts is None else texts
     owner = tuple(range(len(labels))) if texts is None else (0,) * len(texts)
     defaults = {
@@ -54,10 +54,10 @@ def case(
         "beta": world.constants.beta,
         "rank": world.constants.rank,
     }
-    return Case(tuple(labels), hidden, owner, solver, setting, **defaults | more)
+    return Task(tuple(labels), hidden, owner, solver, setting, **defaults | more)
 
 
-def retained(world: World, labels: Sequence[int]) -> Cases:
+def retained(world: World, labels: Sequence[int]) -> Tasks:
     """Nothing, random, dissimilar, similar names of the vocabulary, or all of it, retained."""
     for label in labels:
         text = world.bundle.forget_hidden[[label]]
@@ -74,10 +74,10 @@ def retained(world: World, labels: Sequence[int]) -> Cases:
         }
         for solver in SOLVERS:
             for setting, pick in picks.items():
-                yield case(world, [label], solver, setting, pick=pick)
+                yield task(world, [label], solver, setting, pick=pick)
 
 
-def count(world: World, labels: Sequence[int]) -> Cases:
+def count(world: World, labels: Sequence[int]) -> Tasks:
     """More and more names of the vocabulary retained, in a random order."""
     for label in labels:
         pool = _shuffled(world, label, world.pool(label, world.bundle.forget_hidden[[label]]))
@@ -85,20 +85,20 @@ def count(world: World, labels: Sequence[int]) -> Cases:
         for solver in SOLVERS:
             for size in sizes:
                 setting = "all" if size == len(pool) else str(size)
-                yield case(world, [label], solver, setting, pick=pool[:size], place=float(size))
+                yield task(world, [label], solver, setting, pick=pool[:size], place=float(size))
 
 
-def terms(world: World, labels: Sequence[int]) -> Cases:
+def terms(world: World, labels: Sequence[int]) -> Tasks:
     """Each loss term of the paper off; for the constrained form each group of retained names."""
     for label in labels:
         for solver in SOLVERS:
             parts = world.groups if solver == "constrained" else TERMS
-            yield case(world, [label], solver, "all on")
+            yield task(world, [label], solver, "all on")
             for part in parts:
-                yield case(world, [label], solver, f"no {part}", off=part)
+                yield task(world, [label], solver, f"no {part}", off=part)
 
 
-def targets(world: World, labels: Sequence[int]) -> Cases:
+def targets(world: World, labels: Sequence[int]) -> Tasks:
     """Where the text is sent; `specific` is computed from the constrained form's retained names."""
     table = {"empty": ("empty", 0.0)}
     table |= {f"opposite {beta:g}": ("opposite", beta) for beta in BETAS}
@@ -107,10 +107,10 @@ def targets(world: World, labels: Sequence[int]) -> Cases:
     for label in labels:
         for solver in SOLVERS:
             for setting, (target, beta) in table.items():
-                yield case(world, [label], solver, setting, target=target, beta=beta)
+                yield task(world, [label], solver, setting, target=target, beta=beta)
 
 
-def rank(world: World, labels: Sequence[int]) -> Cases:
+def rank(world: World, labels: Sequence[int]) -> Tasks:
     """LoRA's rank, which also multiplies the weight term, for each class and for all at once.
 
     The optimum has that weight term but no bound on its rank; the constrained form knows no rank.
@@ -122,12 +122,12 @@ def rank(world: World, labels: Sequence[int]) -> Cases:
         for solver in ("lora", "optimum"):
             for number in RANKS:
                 setting = f"rank {number}"
-                yield case(world, request, solver, setting, rank=number, place=float(number))
+                yield task(world, request, solver, setting, rank=number, place=float(number))
         place = float(len(request))
-        yield case(world, request, "constrained", "rank = classes", place=place)
+        yield task(world, request, "constrained", "rank = classes", place=place)
 
 
-def templates(world: World, labels: Sequence[int]) -> Cases:
+def templates(world: World, labels: Sequence[int]) -> Tasks:
     """Which texts are forgotten: the name, the evaluation prompt, both, and what an audit has."""
     bundle = world.bundle
     for label in labels:
@@ -139,16 +139,16 @@ def templates(world: World, labels: Sequence[int]) -> Cases:
             settings[f"name + {kind}"] = torch.cat([name, more])
         for solver in SOLVERS:
             for setting, hidden in settings.items():
-                yield case(world, [label], solver, setting, texts=_distinct(hidden))
+                yield task(world, [label], solver, setting, texts=_distinct(hidden))
 
 
-def spectrum(world: World, labels: Sequence[int]) -> Cases:
+def spectrum(world: World, labels: Sequence[int]) -> Tasks:
     """Where the change sits; beside the defaults the least change, which retains nothing."""
     nothing = torch.empty(0, dtype=torch.int64)
     for label in labels:
         for solver in SOLVERS:
-            yield case(world, [label], solver, "default")
-        yield case(world, [label], "constrained", "nothing retained", pick=nothing)
+            yield task(world, [label], solver, "default")
+        yield task(world, [label], "constrained", "nothing retained", pick=nothing)
 
 
 STUDIES: dict[str, Study] = {

@@ -20,8 +20,8 @@ TARGETS = ("empty", "opposite", "orthogonal", "specific")
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One row to be: classes forgotten at once, by one solver, in one setting of a study.
+class Task:
+    """One row to make: classes forgotten at once, by one solver, in one setting of a study.
 
     Attributes:
         labels: of the classes; texts: (k, w), what stands for them; owner: (k,) index into labels.
@@ -112,60 +112,60 @@ class World:
         """(n,) rows of the vocabulary that a study of retained names may pick from."""
         return torch.nonzero(self.stays("vocabulary", label, texts, alike=True))[:, 0]
 
-    def plain(self, case: Case) -> Tensor:
+    def plain(self, task: Task) -> Tensor:
         """`H_r` (m, w) of the paper's objective: the vocabulary less the forgotten names."""
         rows = self.bundle.retain_hidden
-        if case.pick is not None:
-            return rows[case.pick]
-        stay = [self.stays("vocabulary", x, case.texts, alike=False) for x in case.labels]
+        if task.pick is not None:
+            return rows[task.pick]
+        stay = [self.stays("vocabulary", x, task.texts, alike=False) for x in task.labels]
         return rows[torch.stack(stay).all(dim=0)]
 
-    def weighted(self, case: Case, only: int | None = None) -> tuple[Tensor, Tensor]:
+    def weighted(self, task: Task, only: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows (m, w) float64 and shares (m,) of `G = sum share h^T h`, the constrained form's.
 
         Args:
-            only: index into `case.labels` of the one class whose names leave; None: all of them.
+            only: index into `task.labels` of the one class whose names leave; None: all of them.
         """
         like = self.bundle.forget_hidden[:0].double()  # (0, w)
-        if case.pick is not None:
-            rows = self.bundle.retain_hidden[case.pick].to(like)
+        if task.pick is not None:
+            rows = self.bundle.retain_hidden[task.pick].to(like)
             return rows, like.new_full((len(rows),), 1 / max(1, len(rows)))
-        owner = torch.tensor(case.owner)
-        members = range(len(case.labels)) if only is None else [only]
+        owner = torch.tensor(task.owner)
+        members = range(len(task.labels)) if only is None else [only]
         kept, shares = [like], [like.new_zeros(0)]
         for group in self.groups:
-            if group == case.off:
+            if group == task.off:
                 continue
             rows, weight = self.rows[group], self.constants.weights[group]
             stay = torch.ones(len(rows), dtype=torch.bool)
             for index in members:
-                stay &= self.stays(group, case.labels[index], case.texts[owner == index], True)
+                stay &= self.stays(group, task.labels[index], task.texts[owner == index], True)
             kept.append(rows[stay].to(like))
             # A name's weight does not depend on which others have left.
             shares.append(like.new_full((int(stay.sum()),), weight / len(rows)))
         return torch.cat(kept), torch.cat(shares)
 
-    def gram(self, case: Case, only: int | None = None) -> Tensor:
+    def gram(self, task: Task, only: int | None = None) -> Tensor:
         """`G` (w, w) float64 of `weighted`."""
-        rows, shares = self.weighted(case, only)
+        rows, shares = self.weighted(task, only)
         return (rows.T * shares) @ rows  # (w, m) @ (m, w) -> (w, w)
 
-    def target(self, case: Case, generator: torch.Generator) -> Tensor:
-        """`P` (k, d) of a case, float32 for `empty` and `orthogonal`, else float64."""
+    def target(self, task: Task, generator: torch.Generator) -> Tensor:
+        """`P` (k, d) of a task, float32 for `empty` and `orthogonal`, else float64."""
         bundle, w = self.bundle, self.bundle.text_projection
-        if case.target == "empty":
-            labels = [case.labels[index] for index in case.owner]
+        if task.target == "empty":
+            labels = [task.labels[index] for index in task.owner]
             classes, std = class_embeddings(bundle), self.constants.noise_std
             return empty_target(bundle.neutral_hidden, w, classes, labels, generator, std)[0]
-        if case.target == "orthogonal":
+        if task.target == "orthogonal":
             texts = torch.cat([bundle.class_hidden, bundle.forget_hidden, bundle.retain_hidden])
-            return orthogonal_target(texts @ w, len(case.texts))
-        texts = case.texts.double()
-        if case.target == "opposite":
-            return opposite_target(texts, w.double(), case.beta)
-        target, owner = texts.new_empty(len(texts), w.shape[1]), torch.tensor(case.owner)
-        for index in range(len(case.labels)):
+            return orthogonal_target(texts @ w, len(task.texts))
+        texts = task.texts.double()
+        if task.target == "opposite":
+            return opposite_target(texts, w.double(), task.beta)
+        target, owner = texts.new_empty(len(texts), w.shape[1]), torch.tensor(task.owner)
+        for index in range(len(task.labels)):
             mine = owner == index
-            gram = self.gram(case, only=index)
-            target[mine] = specific_target(texts[mine], w, gram, self.lam, case.beta)
+            gram = self.gram(task, only=index)
+            target[mine] = specific_target(texts[mine], w, gram, self.lam, task.beta)
         return target

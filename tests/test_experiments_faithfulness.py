@@ -258,8 +258,8 @@ def test_synonyms_that_stay_in_the_retain_set_hold_the_class(tmp_path):
     hidden = torch.cat([bundle.retain_hidden, alike])
     bundle = replace(bundle, retain_names=names, retain_hidden=hidden)
     bundle.save(bundle_path(tmp_path, BACKBONE, "ToyAnimals"))
-    place = faithfulness.Place(tmp_path, BACKBONE)
-    table = faithfulness.synonyms_retained(place, "ToyAnimals", {"owl": {"barn owl"}})
+    where = faithfulness.Bundles(tmp_path, BACKBONE)
+    table = faithfulness.synonyms_retained(where, "ToyAnimals", {"owl": {"barn owl"}})
     row = table.iloc[0]
     assert row["same"] == "barn owl" and row["c*, in"] > row["c*, out"]
     assert row["share, in"] < row["share, out"]

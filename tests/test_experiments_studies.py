@@ -21,7 +21,7 @@ from experiments.measure import Judge, carry_over
 from experiments.solvers import SOLVERS, Answer
 from experiments.spectrum import deciles, random_shares, spectrum_cells
 from experiments.studies import main
-from experiments.varied import NEAR, STUDIES, case
+from experiments.varied import NEAR, STUDIES, task
 from experiments.world import World
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
@@ -100,7 +100,7 @@ def test_sides_of_the_projection_are_told_apart(side, place):
     here, everywhere = basis[:, [2 * place, 2 * place + 1]], normal(2, 20)  # two a tenth
     left, right = (here, everywhere) if side == "left" else (everywhere.T, here.T)
     answer = Answer(left.double(), right.double(), torch.ones(1, 20), 0.0, {})
-    cells = spectrum_cells(world, case(world, [0], "optimum", ""), answer)
+    cells = spectrum_cells(world, task(world, [0], "optimum", ""), answer)
     assert cells[f"{side}_{place + 1}"] == pytest.approx(1, abs=1e-5)
     assert max(cells[f"{other}_{number}"] for number in range(1, 11)) < 0.6
 
@@ -109,8 +109,8 @@ def test_a_projection_without_order_has_no_spectrum():
     world = world_of("ToyAnimals")
     flat = replace(world.bundle, text_projection=torch.eye(24)[:, :16])
     world = World(flat, {}, world.constants, 0)
-    answer = SOLVERS["optimum"](world, case(world, [0], "optimum", ""))
-    cells = spectrum_cells(world, case(world, [0], "optimum", ""), answer)
+    answer = SOLVERS["optimum"](world, task(world, [0], "optimum", ""))
+    cells = spectrum_cells(world, task(world, [0], "optimum", ""), answer)
     assert cells["left_1"] is None and cells["right_10"] is None
     assert sum(cells[f"gram_{n}"] for n in range(1, 11)) == pytest.approx(1)
 
@@ -118,9 +118,9 @@ def test_a_projection_without_order_has_no_spectrum():
 def test_a_change_that_retains_nothing_is_held_against_what_is_retained_by_default():
     """Its direction is the forgotten text, whatever the basis."""
     world = world_of()
-    here = next(c for c in STUDIES["spectrum"].cases(world, [1]) if c.setting != "default")
+    here = next(c for c in STUDIES["spectrum"].tasks(world, [1]) if c.setting != "default")
     answer = SOLVERS["constrained"](world, here)
-    vectors = torch.linalg.eigh(world.gram(case(world, [1], "constrained", ""))).eigenvectors
+    vectors = torch.linalg.eigh(world.gram(task(world, [1], "constrained", ""))).eigenvectors
     text = world.bundle.forget_hidden[1].double()
     expected = deciles(vectors.flip(1), text[:, None])
     cells = spectrum_cells(world, here, answer)
@@ -149,8 +149,8 @@ def test_without_the_forget_term_nothing_moves(features, tmp_path):
 
 def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
     world = world_of()
-    together = case(world, [0, 2], "constrained", "")
-    expected = [world.target(case(world, [n], "constrained", ""), None)[0] for n in (0, 2)]
+    together = task(world, [0, 2], "constrained", "")
+    expected = [world.target(task(world, [n], "constrained", ""), None)[0] for n in (0, 2)]
     assert torch.allclose(world.target(together, None), torch.stack(expected))
 
 
@@ -165,7 +165,7 @@ def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
 def test_the_defaults_are_those_of_a_run(features, tmp_path, solver, trainer, keys):
     """Another route to the same change: train.py on the same bundles."""
     world = world_of()
-    here = case(world, [2], solver, "")
+    here = task(world, [2], solver, "")
     answer = SOLVERS[solver](world, here)
     if "lamb_forget" in answer.facts:
         keys = [*keys, "FORGET.LAMB_FORGET", repr(answer.facts["lamb_forget"])]
@@ -192,19 +192,19 @@ def test_carry_over_is_the_share_that_the_prompt_makes():
     prompts = world.bundle.class_hidden.clone()
     prompts[1] = 0.6 * text + beside
     world = World(replace(world.bundle, class_hidden=prompts), {}, world.constants, 0)
-    here = case(world, [1], "constrained", "", pick=torch.empty(0, dtype=torch.int64))
+    here = task(world, [1], "constrained", "", pick=torch.empty(0, dtype=torch.int64))
     answer = SOLVERS["constrained"](world, here)
     assert carry_over(world, here, answer, answer.left @ answer.right) == pytest.approx(0.6)
 
 
 def test_a_weight_below_the_threshold_is_raised_and_said():
     world = world_of("ToyAnimals")
-    problem, raised, _ = solvers.paper_problem(world, case(world, [0], "optimum", ""))
+    problem, raised, _ = solvers.paper_problem(world, task(world, [0], "optimum", ""))
     reach = solvers.thresholds(problem).reach
     for lamb_forget, expected in ((0.9 * reach, True), (1.5 * reach, False)):
         constants = replace(world.constants, single=(0.3, lamb_forget))
         again = World(world.bundle, {}, constants, 0)
-        problem, raised, _ = solvers.paper_problem(again, case(again, [0], "optimum", ""))
+        problem, raised, _ = solvers.paper_problem(again, task(again, [0], "optimum", ""))
         assert raised is expected
         assert problem.lamb_forget == pytest.approx(1.001 * reach if raised else lamb_forget)
 
@@ -221,19 +221,19 @@ def test_similar_names_are_the_nearest_and_dissimilar_the_farthest():
     angles = torch.linspace(0.4, 3.0, 30)[:, None]
     rows = angles.cos() * text + angles.sin() * beside
     world = World(replace(world.bundle, retain_hidden=rows), {}, world.constants, 0)
-    cases = {c.setting: c.pick.tolist() for c in STUDIES["retained"].cases(world, [1])}
-    assert cases["similar"] == list(range(15)) and sorted(cases["dissimilar"]) == list(
+    tasks = {c.setting: c.pick.tolist() for c in STUDIES["retained"].tasks(world, [1])}
+    assert tasks["similar"] == list(range(15)) and sorted(tasks["dissimilar"]) == list(
         range(15, 30)
     )
-    assert cases["none"] == [] and len(cases["random"]) == 15 <= NEAR
-    assert sorted(cases["all"]) == list(range(30))
+    assert tasks["none"] == [] and len(tasks["random"]) == 15 <= NEAR
+    assert sorted(tasks["all"]) == list(range(30))
 
 
 def test_a_name_that_means_the_class_is_in_no_pool():
     world = world_of("ToyAnimals")
     assert world.bundle.retain_names[0] == "cat"
     for study in ("retained", "count"):
-        cat = [c.pick for c in STUDIES[study].cases(world, [0])]
+        cat = [c.pick for c in STUDIES[study].tasks(world, [0])]
         assert not any((pick == 0).any() for pick in cat)
         assert max(len(pick) for pick in cat) == 29
     rows = world.bundle.retain_hidden.clone()
@@ -250,7 +250,7 @@ def test_a_name_that_means_the_class_is_in_no_pool():
 
 def test_more_names_contain_fewer():
     world = world_of("ToyAnimals")
-    picks = [c.pick.tolist() for c in STUDIES["count"].cases(world, [3]) if c.solver == "lora"]
+    picks = [c.pick.tolist() for c in STUDIES["count"].tasks(world, [3]) if c.solver == "lora"]
     assert [len(pick) for pick in picks] == [0, 10, 30]
     assert set(picks[0]) < set(picks[1]) < set(picks[2])
 
@@ -264,9 +264,9 @@ def test_ranks_bind_the_descent_only(features, tmp_path):
     assert together[together["solver"] == "optimum"]["norm"].is_monotonic_decreasing
     assert together["norm"].nunique() == 6
     world = world_of()
-    low = SOLVERS["lora"](world, case(world, [0, 1, 2], "lora", "", rank=1))
+    low = SOLVERS["lora"](world, task(world, [0, 1, 2], "lora", "", rank=1))
     assert torch.linalg.matrix_rank(low.left @ low.right) == 1
-    best = SOLVERS["optimum"](world, case(world, [0, 1, 2], "optimum", "", rank=1))
+    best = SOLVERS["optimum"](world, task(world, [0, 1, 2], "optimum", "", rank=1))
     assert torch.linalg.matrix_rank(best.left @ best.right) == 3
 
 
@@ -284,11 +284,11 @@ def with_audit(**lists: str) -> FeatureBundle:
 
 def test_texts_of_an_audit_are_forgotten_with_the_name():
     world = World(with_audit(), {}, quick_constants("ToyAnimals", BACKBONE), 0)
-    cases = {c.setting: c.texts for c in STUDIES["templates"].cases(world, [1])}
+    tasks = {c.setting: c.texts for c in STUDIES["templates"].tasks(world, [1])}
     hidden = world.bundle.extra_tensors["audit_hidden"]
-    assert list(cases) == ["name", "prompt", "both", "name + template", "name + synonym"]
-    assert torch.equal(cases["name + synonym"][1], hidden[1]) and len(cases["name + synonym"]) == 2
-    prompt = [c for c in STUDIES["templates"].cases(world, [1]) if c.setting == "prompt"]
+    assert list(tasks) == ["name", "prompt", "both", "name + template", "name + synonym"]
+    assert torch.equal(tasks["name + synonym"][1], hidden[1]) and len(tasks["name + synonym"]) == 2
+    prompt = [c for c in STUDIES["templates"].tasks(world, [1]) if c.setting == "prompt"]
     for each in prompt:  # the prompt itself was forgotten
         answer = SOLVERS[each.solver](world, each)
         carry = carry_over(world, each, answer, answer.left @ answer.right)
@@ -298,5 +298,5 @@ def test_texts_of_an_audit_are_forgotten_with_the_name():
 def test_texts_that_repeat_each_other_count_once():
     bundle = toy_bundle("ToyAnimals")
     world = world_of("ToyAnimals", class_hidden=bundle.forget_hidden * (1 + 1e-6))
-    cases = {c.setting: c.texts for c in STUDIES["templates"].cases(world, [1])}
-    assert len(cases["both"]) == 1
+    tasks = {c.setting: c.texts for c in STUDIES["templates"].tasks(world, [1])}
+    assert len(tasks["both"]) == 1
