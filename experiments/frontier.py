@@ -32,7 +32,7 @@ from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import class_embeddings
 from forgetting import empty_target
 from forgetting.constrained import Ridge, solve_from_base
-from forgetting.statistics import RetainStatistics
+from forgetting.retain import RetainStatistics
 
 TARGETS = (
     ("empty", 0.0),

@@ -13,9 +13,9 @@ from engine import TRAINER_REGISTRY, UserError, unknown
 from forgetting import Adapter
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact, thresholds
-from forgetting.recipe import Part, recipe_tensors, with_recipe
-from forgetting.reduction import Spectrum
-from forgetting.target import specific_target
+from forgetting.adapter import Part, recipe_tensors, with_recipe
+from forgetting.spectrum import Spectrum
+from forgetting.targets import specific_target
 from trainers.base import ForgetTrainer, Solved
 from trainers.forget_lora import paper_problem, paper_weights
 from trainers.retained import GROUPS, Place, RetainSet, check_similarity, print_leaving

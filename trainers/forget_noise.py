@@ -8,7 +8,7 @@ import torch
 
 from engine import TRAINER_REGISTRY
 from forgetting import Adapter
-from forgetting.closed_forms import noise
+from forgetting.baselines import noise
 from trainers.base import Solved
 from trainers.forget_exact import ForgetExact
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import TRAINER_REGISTRY, UserError
-from forgetting.closed_forms import null_space
+from forgetting.baselines import null_space
 from trainers.retained import EditTrainer
 from trainers.texts import LARGEST
 

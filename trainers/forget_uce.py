@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from engine import TRAINER_REGISTRY, UserError
-from forgetting.closed_forms import UCE_LAMBDA, uce
+from forgetting.baselines import UCE_LAMBDA, uce
 from trainers.retained import EditTrainer
 from trainers.texts import LARGEST
 

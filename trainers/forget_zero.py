@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from engine import TRAINER_REGISTRY
-from forgetting.closed_forms import zeroing
+from forgetting.baselines import zeroing
 from trainers.base import ForgetTrainer, Solved
 
 BEYOND = 1e-5  # of the way; float32 leaves a few 1e-7 of a text's length

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 import datasets
 from clip.bundle import FeatureBundle
 from engine import UserError
-from forgetting.statistics import RetainStatistics
+from forgetting.retain import RetainStatistics
 from trainers.base import ForgetTrainer, Solved
 from trainers.texts import Request
 

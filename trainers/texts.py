@@ -19,7 +19,7 @@ from clip.source import ClipSource
 from engine import UserError, unknown
 from evaluation.zero_shot import class_embeddings
 from forgetting import empty_target
-from forgetting.target import opposite_target, orthogonal_target
+from forgetting.targets import opposite_target, orthogonal_target
 from trainers.plan import user_lists
 
 BARE = "{}"

@@ -18,7 +18,7 @@ from clip.bundle import FeatureBundle
 from engine.seeds import seeded
 from evaluation.audit.case import Case
 from forgetting.constrained import Ridge
-from forgetting.statistics import RetainStatistics
+from forgetting.retain import RetainStatistics
 
 LIMIT = 1000  # names that a class is looked for among
 # ForgetExact's published defaults (configs/trainers/ForgetExact.yaml): weights of the groups of

@@ -1,4 +1,12 @@
-"""Where forgotten texts are sent: the paper's empty prompt."""
+"""Where forgotten texts are sent: every target, as a function of tensors.
+
+    empty       the paper's: the embedding of the empty prompt, of norm 1
+    opposite    nothing of the text's own direction, or a little of its opposite
+    specific    the same for that part of the text only that retained names do not explain
+    orthogonal  the direction that texts use least
+
+What decides whether a class is gone under other words is the target (docs/exact.md).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from forgetting.constrained import Ridge, batches, downdate, padded
 from forgetting.problem import ProblemError
 
+TARGETS = ("empty", "opposite", "orthogonal", "specific")
 # The noise is far larger than an embedding's differences between classes, so a redraw rarely
 # repeats; a hundred thousand of them mean that no draw can help (one class, for example).
 MAX_DRAWS = 100_000
@@ -71,8 +81,7 @@ def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> T
     Raises:
         ProblemError: beta is not a number of 0 or more.
     """
-    if not 0 <= beta < float("inf"):
-        raise ProblemError(f"beta must be a number of 0 or more, got {beta}")
+    check_beta("opposite", beta)
     return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
 
 
@@ -82,6 +91,9 @@ def specific_target(
     gram: Tensor,
     lam: float,
     beta: float,
+    rows: Tensor | None = None,
+    shares: Tensor | None = None,
+    leaving: Tensor | None = None,
 ) -> Tensor:
     """Turn round only what is specific to a text: `P = e - (1 + beta) (e r / r r) r`, (k, d).
 
@@ -95,14 +107,29 @@ def specific_target(
     own direction then stays.
 
     Args:
-        gram: `G`, (w, w), the weighted statistics of what is retained beside the text.
+        gram: `G`, (w, w), the weighted statistics of what is retained.
         lam: in units of the squared length of an embedding times the weights' sum.
+        rows: (n, w), retained texts, and shares: (n,), the weight of each in `gram`, of which
+            `leaving` (k, n) bool says what leaves it for each forgotten text; None: nothing does.
+
+    Raises:
+        ProblemError: `lam` is not positive, or beta is no number above -1.
     """
+    check_beta("specific", beta)
     w, g = projection.double(), gram.double()
-    shared = w.T @ g @ w  # (d, d)
+    ridge = Ridge(w.T @ g @ w, lam)  # (d, d)
     e = forget_hidden.double() @ w  # (k, d)
-    matrix = shared / lam + torch.eye(len(shared), dtype=torch.float64, device=shared.device)
-    r = torch.linalg.solve(matrix, e.T).T  # (k, d)
+    r = ridge.solve(e)
+    if rows is not None:
+        part = leaving.any(dim=0) & (shares > 0)
+        gone, shares, leaving = rows[part].double() @ w, shares[part], leaving[:, part]
+        base, alone = ridge.solve(gone), torch.arange(len(e), device=e.device)
+        for texts, _ in batches(alone, leaving, len(e.T)):
+            places, weights = padded(leaving[texts], shares)
+            there = (weights > 0)[..., None]  # (B, n', 1)
+            r[texts] = downdate(
+                e[texts, None], r[texts, None], gone[places] * there, base[places] * there, weights
+            )[:, 0]
     return e - (1 + beta) * (e * r).sum(1, keepdim=True) / (r * r).sum(1, keepdim=True) * r
 
 
@@ -117,3 +144,12 @@ def orthogonal_target(texts: Tensor, count: int) -> Tensor:
     """
     _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
     return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
+
+
+def check_beta(kind: str, beta: float) -> None:
+    """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
+    `specific` (-1 would be no change at all)."""
+    if kind == "opposite" and not 0 <= beta < float("inf"):
+        raise ProblemError(f"beta must be a number of 0 or more for opposite, got {beta}")
+    if kind == "specific" and not -1 < beta < float("inf"):
+        raise ProblemError(f"beta must be a number above -1 for specific, got {beta}")

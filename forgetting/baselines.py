@@ -1,4 +1,4 @@
-"""Closed forms to compare with, written anew in the notation of this project.
+"""Methods to compare with, written anew in the notation of this project.
 
 Two were published for other matrices (cross-attention of a diffusion model, the MLPs of a language
 model); here they edit the text projection: move `h_f` by `D`, leave `H_r` alone. Their constants
@@ -9,14 +9,19 @@ are those of their authors' code, in the authors' units.
 - AlphaEdit: Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models",
   ICLR 2025: a change within the directions that what is retained hardly uses.
 
-Two more are the least that can be compared with: zeroing what is forgotten, and noise.
+Three more are the least that can be compared with: zeroing what is forgotten, noise, and gradient
+ascent on the texts' own classification. (LEACE, which a library brings, is called in trainers/.)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 UCE_LAMBDA = 0.5
 ALPHA_THRESHOLD = 2e-2  # of eigenvalues of the mean of h^T h over retained texts
 ALPHA_DAMPING = 10.0
@@ -125,3 +130,69 @@ def noise(
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     size = torch.linalg.matrix_norm(left @ right)
     return left * (norm / size if size > 0 else 0.0), right
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """`Delta = left @ right`, left (w, k) and right (k, d); how many steps it took and whether all
+    texts got below the limit; each text's probability of its own class (k,) before and after."""
+
+    left: Tensor
+    right: Tensor
+    steps: int
+    reached: bool
+    before: Tensor
+    after: Tensor
+
+
+def ascend(
+    hidden: Tensor,
+    projection: Tensor,
+    names: Tensor,
+    own: Tensor,
+    lr: float,
+    steps: int,
+    limit: float,
+) -> Ascent:
+    """Gradient steps on the projection until every text's own class is below `limit`.
+
+    With p a text's probability of its own class, the gradient of its cross-entropy `-log p` is
+    1 - p times that of its log odds `log((1 - p) / p)`. At CLIP's scale 1 - p is 1e-3 to 1e-10
+    before the first step, so steps along the former go nowhere (2,000 of them left p at 1). Steps
+    along the latter have the same direction for every text and do not vanish; those are taken. A
+    text below the limit rests while it stays there.
+
+    In W the gradient is `H_f^T g` with g (k, d) the gradients in the texts' embeddings. So every
+    step stays in the span of the texts, and summing g alone is exact: `Delta = H_f^T B`.
+
+    Args:
+        hidden: `H_f`, (k, w); projection: `W`, (w, d); names: (C, d), unit embeddings to classify
+            among; own: (k,) int64, each text's class. float64.
+        lr: of mean squared embedding length over mean squared hidden length, so that one number
+            means the same for every backbone.
+
+    Returns:
+        See `Ascent`.
+    """
+    start = hidden @ projection  # (k, d)
+    gram = hidden @ hidden.T  # (k, k)
+    rate = lr * float(start.square().sum() / gram.trace())
+    mine = torch.nn.functional.one_hot(own, len(names)).to(start)  # (k, C)
+    total = torch.zeros_like(start)  # B, (k, d)
+    before = None
+    for step in range(steps + 1):
+        embedding = start + gram @ total
+        length = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+        unit = normalize(embedding, dim=1)
+        p = (LOGIT_SCALE * unit @ names.T).softmax(dim=1)  # (k, C)
+        probability = (p * mine).sum(dim=1)
+        before = probability if before is None else before
+        above = probability >= limit
+        if step == steps or not above.any():
+            break
+        rivals = p * (1 - mine)
+        rivals = rivals / rivals.sum(dim=1, keepdim=True)
+        slope = LOGIT_SCALE * (rivals - mine) @ names  # of the log odds in `unit`, (k, d)
+        slope = slope - (slope * unit).sum(dim=1, keepdim=True) * unit
+        total = total + rate * above[:, None] * slope / length
+    return Ascent(hidden.T, total, step, not bool(above.any()), before, probability)

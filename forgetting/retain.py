@@ -1,8 +1,8 @@
-"""What a solver needs of the texts to retain, as a stream: one (w, w) matrix a group, no texts.
+"""What is retained: names with their hidden states, and the statistics that a solver needs of them.
 
-The retained texts enter every solve through `G = sum of h^T h` only. So they can be read in
-batches, in any order, on several machines, and a vocabulary is encoded once for all classes that
-will ever be forgotten.
+The retained texts enter every solve through `G = sum of h^T h` only. So they can be read as a
+stream, in any order, on several machines, one (w, w) matrix a group (`RetainStatistics`). Which
+names must leave with a forgotten class can only be said while the names are at hand (`RetainSet`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from forgetting.adapter import write_tensors
+from forgetting.constrained import Ridge
 from forgetting.problem import ProblemError
 
 FORMAT = "clip-forget-statistics/1"
@@ -24,6 +30,116 @@ CHUNK = 4096  # rows that are in float64 at one time
 DIGEST = 2**256
 # A Gram matrix may lose this fraction of its largest eigenvalue to rounding and stay one.
 ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names that are retained for one reason.
+
+    Attributes:
+        names: m of them, in any spelling; rows: (m, w), their hidden states.
+        weight: w_g of the whole group, so that each of its names weighs w_g / m in G; None: each
+            name weighs 1, as in the paper's plain sum.
+        alike: whether a name leaves for being similar to a forgotten text. The other classes of a
+            set do not: they are different things, however alike their names.
+    """
+
+    names: Sequence[str]
+    rows: Tensor
+    weight: float | None = None
+    alike: bool = True
+
+
+class RetainSet:
+    """Retained names in groups: what each weighs, which leave with a class, and what is solved on.
+
+    Attributes:
+        groups: those that hold names; counts: how many each holds.
+        names: n of all groups in turn; rows: (n, w) their hidden states; shares: (n,) float64,
+            what each weighs in G; statistics: of all of them.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        similarity: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args:
+        similarity: cosine of hidden states beyond which a name leaves with a text; 1: none does.
+        device: where `rows`, `gram` and everything made of them are.
+
+        Raises:
+            ProblemError: no group, a group whose names and rows do not fit, an impossible weight.
+        """
+        if not groups:
+            raise ProblemError("a retain set needs at least one group, which may be empty")
+        self.similarity = similarity
+        width = next(iter(groups.values())).rows.shape[1]
+        self.statistics = RetainStatistics(width)
+        for name, group in groups.items():
+            if len(group.names) != len(group.rows):
+                raise ProblemError(
+                    f"group {name!r}: {len(group.names)} names, {len(group.rows)} hidden states"
+                )
+            self.statistics.update(name, group.rows.to(device))
+        self.groups = {name: group for name, group in groups.items() if len(group.names)}
+        self.counts = dict(self.statistics.counts)
+        self.weights = {
+            name: float(len(group.names)) if group.weight is None else group.weight
+            for name, group in self.groups.items()
+        }
+        self.names = [name for group in self.groups.values() for name in group.names]
+        empty = next(iter(groups.values())).rows[:0]
+        rows = torch.cat([empty, *(group.rows for group in self.groups.values())])
+        self.rows = rows.to(device)  # (n, w)
+        share = [self.statistics.share(name, self.weights) for name in self.groups]
+        sizes = torch.tensor(list(self.counts.values()), dtype=torch.int64)
+        self.shares = torch.tensor(share, dtype=torch.float64).repeat_interleave(sizes).to(device)
+        alike = torch.tensor([group.alike for group in self.groups.values()], dtype=torch.bool)
+        self._alike = alike.repeat_interleave(sizes).to(device)  # (n,)
+        self._places: dict[str, list[int]] = defaultdict(list)
+        for place, name in enumerate(self.names):
+            self._places[name.casefold()].append(place)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`G = sum of share h^T h` over all names, (w, w) float64."""
+        return self.statistics.weighted(self.weights).to(self.rows.device)
+
+    def ridge(self, mu: float) -> Ridge:
+        """`G + mu' I`, with `mu` in mean squared lengths of a retained hidden state."""
+        total = float(self.shares.sum())
+        if total <= 0:
+            raise ProblemError("no retained name has any weight: nothing would be retained")
+        return Ridge(self.gram, mu * float(self.gram.trace()) / total)
+
+    def leaving(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:
+        """Which names leave when each of C classes is forgotten, (C, n) bool.
+
+        Args:
+            same: for each class the names, in small letters, that mean the same as it.
+            hidden: (K, w), the texts by which the classes are forgotten; owner: (K,) int64, the
+                class of each. Names of a larger cosine with one of a class's texts than
+                `similarity` leave with it, where their group allows that.
+        """
+        device = self.rows.device
+        leaving = torch.zeros(len(same), len(self.names), dtype=torch.bool, device=device)
+        for i, names in enumerate(same):
+            places = [place for name in names for place in self._places.get(name, ())]
+            leaving[i, places] = True
+        if self.similarity < 1 and len(self.names):
+            rows = normalize(self.rows, dim=1)
+            for part in torch.arange(len(hidden)).split(CHUNK):
+                texts = normalize(hidden[part].to(self.rows), dim=1)
+                near = (texts @ rows.T > self.similarity) & self._alike  # (b, w) @ (w, n)
+                text, place = near.nonzero(as_tuple=True)
+                leaving[owner.to(device)[part.to(device)][text], place] = True
+        return leaving
+
+    def named(self, leaving: Tensor) -> list[str]:
+        """The names that a mask (n,) marks, sorted, each once."""
+        return sorted({self.names[place] for place in leaving.nonzero()[:, 0].tolist()})
 
 
 class RetainStatistics:
