@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import Workload
-from engine import get_cfg_default
+from engine.config import settings
 from evaluation.zero_shot import Factors, evaluate_classes
 from forgetting import LoraSettings, solve_lora
 from forgetting.baselines import ALPHA_DAMPING, null_space, uce_each
@@ -19,7 +19,6 @@ from forgetting.constrained import Ridge, solve_constrained
 from forgetting.each import solve_each
 from forgetting.retain import RetainStatistics
 from forgetting.targets import opposite_target, specific_target
-from train import extend_cfg
 
 COMPARED = 30  # classes at most: the null space takes an eigendecomposition for each
 LORA_CLASSES = 3
@@ -159,8 +158,7 @@ def _null_space(work: Workload, chosen: list[int], d: Tensor, damping: float) ->
 
 def _constrained(work: Workload, chosen: list[int], kind: str) -> Answers:
     """The trainer ForgetExact with its defaults, other sets' names left out."""
-    cfg = get_cfg_default()
-    extend_cfg(cfg)
+    cfg = settings("ForgetExact")
     node, beta = cfg.TRAINER.FORGETEXACT, cfg.FORGET.BETA
     names = RetainStatistics(work.projection.shape[0])
     names.update("own", work.classes)

@@ -8,15 +8,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from yacs.config import CfgNode
-
+from engine.config import settings
 from engine.errors import UserError
 from engine.files import sha256_file
 from forgetting import LoraSettings
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("own", "vocabulary", "others")
-ANY_DATASET = "other"  # the config of a data set that has none of its own
 FORMAT = 1  # of the rows; raise it where the same constants begin to mean another answer
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
 
@@ -64,15 +61,12 @@ def read_constants(dataset: str, backbone: str) -> Constants:
     Raises:
         UserError: no weights for that backbone, or a config that lacks a number.
     """
-    own = CONFIGS / "datasets" / f"{dataset}.yaml"
-    own = own if own.is_file() else CONFIGS / "datasets" / f"{ANY_DATASET}.yaml"
-    methods = CONFIGS / "trainers"
-    paper, exact = _read(methods / "ForgetLoRA.yaml"), _read(methods / "ForgetExact.yaml")
-    weights = _read(own).get("FORGET", {}).get("WEIGHTS", {}).get(backbone)
+    paper, exact = (settings(name, dataset, backbone) for name in ("ForgetLoRA", "ForgetExact"))
+    weights = exact.FORGET.WEIGHTS.get(backbone)
     if weights is None:
         raise UserError(
-            f"no loss weights for {backbone} in {own.name} (configs/datasets, FORGET.WEIGHTS); "
-            f"add SINGLE and MULTICLASS of {dataset} there"
+            f"no loss weights for {backbone} in the config of {dataset} (configs/datasets, "
+            "FORGET.WEIGHTS); add SINGLE and MULTICLASS there"
         )
     try:
         descent = {key.lower(): value for key, value in paper.TRAINER.FORGETLORA.items()}
@@ -88,13 +82,8 @@ def read_constants(dataset: str, backbone: str) -> Constants:
             weights={group: float(node[group.upper()]) for group in GROUPS},
             mu=float(node.MU),
             shared=float(node.SHARED),
-            similarity=float(node.SIMILARITY),
+            similarity=float(exact.FORGET.SIMILARITY),
             beta=float(exact.FORGET.BETA),
         )
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"configs for {dataset} and {backbone}: {error} is missing") from error
-
-
-def _read(path: Path) -> CfgNode:
-    with path.open(encoding="utf-8") as file:
-        return CfgNode.load_cfg(file)

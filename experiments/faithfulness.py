@@ -33,6 +33,7 @@ from clip.bundle import FeatureBundle, bundle_path, list_bundles
 from clip.source import ClipSource
 from engine import UserError, build_trainer
 from engine.cli import Parser
+from engine.config import setup
 from engine.files import atomic_path
 from engine.threads import one_thread
 from evaluation.zero_shot import evaluate_classes, evaluate_set
@@ -81,7 +82,7 @@ def trainer_for(
         argv += ["--forget", name]
     argv += where.opts
     with redirect_stdout(StringIO()):  # what is absent, what is loaded
-        trainer = build_trainer(train.setup_cfg(train.parse(argv)))
+        trainer = build_trainer(setup(train.parse(argv)))
     trainer.device = torch.device("cpu")
     trainer.model.to("cpu")
     return trainer

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle, load_bundle
-from engine import get_cfg_default
+from engine.config import settings
 from evaluation.audit import attacker as knowledge
 from evaluation.audit import undo
 from evaluation.audit.attacker import attacker
@@ -279,10 +279,7 @@ def test_what_is_known_of_a_bundle_goes_with_it():
 
 
 def test_the_defaults_are_the_published_ones():
-    cfg = get_cfg_default()
-    cfg.set_new_allowed(True)
-    cfg.merge_from_file(REPOSITORY / "configs" / "trainers" / "ForgetExact.yaml")
-    node = cfg.TRAINER.FORGETEXACT
+    node = settings("ForgetExact").TRAINER.FORGETEXACT
     weights = {"own": node.OWN, "vocabulary": node.VOCABULARY, "others": node.OTHERS}
     assert weights == knowledge.WEIGHTS and node.MU == knowledge.RIDGE
 

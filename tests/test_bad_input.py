@@ -118,6 +118,14 @@ def toy(*more: str) -> Callable[[World], list[str]]:
     return lambda world: [*world.toy, *more]
 
 
+def with_config(text: str, name: str = "mine.yaml") -> Callable[[World], list[str]]:
+    def make(world: World) -> list[str]:
+        (world.tmp / name).write_text(text)
+        return [*world.toy, "--config-file", str(world.tmp / name)]
+
+    return make
+
+
 ROWS = {
     "data set": (toy("--dataset", "ToyAnimls"), "no feature bundle of 'ToyAnimls'.*ToyAnimals"),
     "data set without bundles": (
@@ -135,23 +143,53 @@ ROWS = {
     "all beside another": (toy("--forget", "all", "--forget", "cat"), "stands for every class"),
     "all classes at once": (toy("--forget", "all", "--multiclass"), "leave none to retain"),
     "trainer": (toy("--trainer", "ForgetLora"), "unknown trainer.*did you mean 'ForgetLoRA'"),
-    "seed": (toy("--seed", "one"), "argument --seed: invalid int value: 'one'"),
-    "negative seed": (toy("--seed", "-1"), "--seed must be from 0 to 4294967295, got -1"),
-    "huge seed": (toy("--seed", "99999999999"), "--seed must be from 0 to 4294967295"),
-    "tuple": (toy("FORGET.TERMS", "('forgt')"), r"FORGET.TERMS; a tuple is written as"),
+    "seed": (
+        toy("--seed", "one"),
+        "SEED must be a whole number from 0 to 4,294,967,295 .*got 'one'",
+    ),
+    "negative seed": (toy("--seed", "-1"), "SEED must be .* from 0 to 4,294,967,295 .*, got -1"),
+    "huge seed": (toy("--seed", "99999999999"), "SEED must be .*, got 99999999999"),
+    "seed as a key": (toy("SEED", "-1"), "SEED must be .*, got -1"),
+    "tuple": (
+        toy("FORGET.CLASSES", "('cat')"),
+        r"FORGET.CLASSES must be a list .* or \"\('a',\)\"",
+    ),
     "flag": (toy("--forgett", "cat"), "unknown option '--forgett'; did you mean '--forget'"),
     "config key": (toy("FORGET.RNK", "3"), "unknown config key.*'FORGET.RNK'.*'FORGET.RANK'"),
-    "config value": (toy("FORGET.RANK", "many"), "FORGET.RANK"),
+    "config value": (toy("FORGET.RANK", "many"), "FORGET.RANK must be a whole number.*got 'many'"),
+    "section": (toy("FORGET", "3"), "FORGET is a section; its keys are FORGET.CLASSES, "),
+    "no terms": (toy("FORGET.TERMS", "()"), "FORGET.TERMS must be one or more of forget, .*got"),
+    "no output folder": (toy("--output-dir", ""), "OUTPUT_DIR must be text, not empty"),
+    "no character": (toy("--cache", "a\0b"), "FEATURES.CACHE must be text"),
+    "workers": (toy("DATALOADER.NUM_WORKERS", "100000"), "NUM_WORKERS must be .*from 0 to 128"),
+    "batch": (toy("DATALOADER.TEST.BATCH_SIZE", "0"), "BATCH_SIZE must be .*got 0"),
     "config pairs": (toy("FORGET.RANK"), "the last has none: 'FORGET.RANK'"),
     "config file": (toy("--config-file", "nowhere.yaml"), "cannot read config nowhere.yaml"),
+    "config file that is a program": (
+        with_config("raise SystemExit('executed')", "mine.py"),
+        "mine.py: only YAML is read",
+    ),
+    "config that is no YAML": (with_config("FORGET: ["), "config file .*mine.yaml: while parsing"),
+    "config of another shape": (with_config("- 1"), "mine.yaml: must hold keys and values"),
+    "null in a config": (with_config("FORGET: {RANK: null}"), "FORGET.RANK must be .*mine.yaml"),
+    "config key in a file": (with_config("FORGET: {RNK: 1}"), "'FORGET.RNK'; did you.*mine.yaml"),
     "no weights": (
         lambda world: ["--dataset", "Caltech101", "--root", str(world.tmp), "--backbone", "mini"],
         "no LAMB_FORGET and LAMB_PRESERVE for mini",
     ),
-    "weight": (toy("--forget", "cat", "FORGET.LAMB_FORGET", "-2"), "LAMB_FORGET must be a number"),
+    "weight": (
+        toy("--forget", "cat", "FORGET.LAMB_FORGET", "-2"),
+        "LAMB_FORGET must be a number from 0 to 1,000,000 or auto .*got -2",
+    ),
     "loss term": (toy("--forget", "cat", "FORGET.TERMS", "('forgot',)"), "did you mean 'forget'"),
-    "steps": (toy("--forget", "cat", "TRAINER.FORGETLORA.STEPS", "0"), "must be at least 1, got 0"),
-    "rank": (toy("--forget", "cat", "FORGET.RANK", "0"), "FORGET.RANK must be at least 1"),
+    "steps": (
+        toy("--forget", "cat", "TRAINER.FORGETLORA.STEPS", "0"),
+        "STEPS must be .*from 1 to .*got 0",
+    ),
+    "rank": (
+        toy("--forget", "cat", "FORGET.RANK", "0"),
+        "FORGET.RANK must be a whole number from 1 to 1,024",
+    ),
     "model without weights": (toy("--forget", "cat", "--save-model"), "--save-model"),
     "feature folder": (toy("--features", "nowhere"), "no folder of feature bundles at nowhere"),
     "data root": (lambda w: w.images(w.tmp / "nowhere"), "no data root at .*nowhere.*DATASETS.md"),

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 
 import train
 from engine import TRAINER_REGISTRY
+from engine.config import methods
 from evaluation.results import read_logs
 from evaluation.zero_shot import evaluate_classes, evaluate_set, predict
 from forgetting import load_adapter
-from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
+from tests.conftest import BACKBONE, toy_bundle
 from trainers import METHODS
 from trainers.retained import RetainSet
 from utils import create_results
@@ -48,14 +48,9 @@ def landed(adapter, row: torch.Tensor) -> torch.Tensor:
     return row.double() @ (BUNDLE.text_projection.double() + delta)
 
 
-def test_every_method_is_registered_with_a_config_that_holds_its_defaults():
-    configs = {path.stem: path for path in (REPOSITORY / "configs/trainers").glob("*.yaml")}
-    assert set(configs) == {cls.__name__ for cls in METHODS}
+def test_every_method_is_registered_and_has_a_config():
     for cls in METHODS:
-        assert TRAINER_REGISTRY.get(cls.__name__) is cls
-        node = yaml.safe_load(configs[cls.__name__].read_text())["TRAINER"]
-        assert node.pop("NAME") == cls.__name__
-        assert node == ({cls.__name__.upper(): cls.defaults} if cls.defaults else {})
+        assert TRAINER_REGISTRY.get(cls.__name__) is cls and cls.__name__ in methods()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -229,8 +224,8 @@ ROWS = {
     "specific": ("ForgetUCE", ["--target", "specific"], "specific needs the weighted retain set"),
     "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "for ForgetLoRA choose empty"),
     "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
-    "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be above 0"),
-    "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be above 0"),
+    "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
+    "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be a number above 0"),
     "key": (
         "ForgetUCE",
         ["TRAINER.FORGETUCE.ERAZE", "1"],
@@ -239,20 +234,28 @@ ROWS = {
     "threshold": (
         "ForgetNullSpace",
         ["TRAINER.FORGETNULLSPACE.THRESHOLD", "0"],
-        "THRESHOLD is a share of the mean eigenvalue",
+        "THRESHOLD must be .*share of the mean eigenvalue",
     ),
     "damping": (
         "ForgetNullSpace",
         ["TRAINER.FORGETNULLSPACE.DAMPING", "1e9"],
-        r"DAMPING must be 0 or more and at most 1e\+06",
+        "DAMPING must be a number from 0 to 1,000,000",
     ),
-    "rate": ("ForgetAscent", ["TRAINER.FORGETASCENT.LR", "0"], "LR must be positive"),
-    "steps": ("ForgetAscent", ["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be at least 1"),
-    "chance": ("ForgetAscent", ["TRAINER.FORGETASCENT.BELOW", "2"], "BELOW is a share of chance"),
+    "rate": ("ForgetAscent", ["TRAINER.FORGETASCENT.LR", "0"], "LR must be a number above 0"),
+    "steps": (
+        "ForgetAscent",
+        ["TRAINER.FORGETASCENT.STEPS", "0"],
+        "STEPS must be a whole number from 1",
+    ),
+    "chance": (
+        "ForgetAscent",
+        ["TRAINER.FORGETASCENT.BELOW", "2"],
+        "BELOW must be .*share of chance",
+    ),
     "similarity": (
         "ForgetLEACE",
-        ["TRAINER.FORGETEXACT.SIMILARITY", "2"],
-        "SIMILARITY is a cosine",
+        ["FORGET.SIMILARITY", "2"],
+        "SIMILARITY must be .*cosine",
     ),
     "objective": ("ForgetNoise", ["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "'paper'"),
 }

@@ -6,6 +6,7 @@ import pytest
 
 import train
 from engine import TRAINER_REGISTRY, UserError
+from engine.config import setup
 from experiments import baselines
 from tests.conftest import REPOSITORY
 from tests.test_baselines import arguments
@@ -31,7 +32,7 @@ def test_the_experiment_runs_every_method_it_names(features, tmp_path):
     assert {trainer for trainer, _ in baselines.METHODS.values()} == {c.__name__ for c in METHODS}
     for name, (trainer, keys) in baselines.METHODS.items():
         argv = arguments(features, tmp_path / name, trainer, "--forget", "owl")
-        cfg = train.setup_cfg(train.parse([*argv, *keys]))
+        cfg = setup(train.parse([*argv, *keys]))
         TRAINER_REGISTRY.get(trainer).preflight(cfg)
 
 

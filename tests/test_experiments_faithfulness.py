@@ -16,6 +16,7 @@ import train
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
 from engine.cli import run
+from engine.config import paper_weights, setup
 from experiments import faithfulness
 from experiments.reproduce import PAPER_CLASS, PAPER_SET
 from experiments.variants import VARIANTS, Trial, Trials, choose, retry, run_variants
@@ -25,7 +26,7 @@ from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
 from tests.test_datasets import FORGOTTEN
 from tests.test_forgetting import make_problem
 from tests.test_train import PAPER
-from trainers.forget_lora import lora_settings, paper_weights
+from trainers.forget_lora import lora_settings
 
 NAMES = {variant.name: variant for variant in VARIANTS}
 DOCUMENT = (REPOSITORY / "docs" / "faithfulness.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ CONSTANTS = {
 
 
 def config(*argv: str):
-    return train.setup_cfg(train.parse(["--dataset", "StanfordDogs", *argv]))
+    return setup(train.parse(["--dataset", "StanfordDogs", *argv]))
 
 
 def rows_of(heading: str) -> Iterator[list[str]]:
@@ -80,7 +81,7 @@ def test_weights_of_configs_and_document_are_the_papers():
         places = [(b, mode) for b in ("RN50", "ViT-B/16") for mode in ([], ["--multiclass"])]
         for (backbone, mode), pair, cell in zip(places, pairs, shown[dataset], strict=True):
             argv = ["--dataset", dataset, "--backbone", backbone, *mode]
-            weights = paper_weights(train.setup_cfg(train.parse(argv)))
+            weights = paper_weights(setup(train.parse(argv)))
             assert (weights["lamb_preserve"], weights["lamb_forget"]) == pair
             assert tuple(map(float, cell.split("/"))) == pair
 

@@ -41,7 +41,7 @@ def test_what_means_the_same_leaves_the_retain_set(exact_args):
     folder = train.main([*exact_args, "--forget", "sea_horse"])
     assert solver_of(folder, "sea_horse")["left_retain_set"] == ["sea horse"]
     # Negative control: kept in the retain set, by a threshold that nothing passes, others stay too.
-    options = ["TRAINER.FORGETEXACT.SIMILARITY", "0.2", "--overwrite"]
+    options = ["FORGET.SIMILARITY", "0.2", "--overwrite"]
     folder = train.main([*exact_args, "--forget", "sea_horse", *options])
     left = solver_of(folder, "sea_horse")["left_retain_set"]
     assert "sea horse" in left and len(left) > 3 and "cat" not in left
@@ -160,14 +160,23 @@ def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
 
 ROWS = {
     "target": (["FORGET.TARGET", "oposite"], "unknown target.*did you mean 'opposite'"),
-    "beta": (["FORGET.BETA", "-1"], "FORGET.BETA must be above -1 and at most .* got -1.0"),
+    "beta": (
+        ["FORGET.BETA", "-1"],
+        "BETA must be a number above -1 and at most 1,000,000 .* got -1.0",
+    ),
     "beta of opposite": (["--target", "opposite", "--beta", "-0.1"], "must be 0 or more"),
     "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "did you mean 'paper'"),
-    "huge beta": (["--beta", "1e300"], "FORGET.BETA must be .* at most 1e.06"),
-    "huge weight": (["TRAINER.FORGETEXACT.VOCABULARY", "1e300"], "at most 1e.06, got 1e.300"),
-    "ridge": (["TRAINER.FORGETEXACT.MU", "0.0"], "MU must be positive"),
-    "weight": (["TRAINER.FORGETEXACT.OWN", "-1.0"], "OWN must be 0 or more"),
-    "similarity": (["TRAINER.FORGETEXACT.SIMILARITY", "1.5"], "SIMILARITY is a cosine"),
+    "huge beta": (["--beta", "1e300"], "FORGET.BETA must be .* at most 1,000,000"),
+    "huge weight": (
+        ["TRAINER.FORGETEXACT.VOCABULARY", "1e300"],
+        "from 0 to 1,000,000.*1e.300",
+    ),
+    "ridge": (["TRAINER.FORGETEXACT.MU", "0.0"], "MU must be a number above 0"),
+    "weight": (["TRAINER.FORGETEXACT.OWN", "-1.0"], "OWN must be a number from 0"),
+    "similarity": (
+        ["FORGET.SIMILARITY", "1.5"],
+        "SIMILARITY must be a number above 0 and at most 1",
+    ),
     "prompt file": (["FORGET.PROMPTS", "nowhere.json"], "cannot read the prompts in nowhere.json"),
     "vector file": (["FORGET.TARGET", "vector:nowhere"], "target vector nowhere"),
     "target text": (["FORGET.TARGET", "text:zebra"], "target text 'zebra'"),

@@ -10,6 +10,7 @@ import torch
 
 import train
 from engine import UserError
+from engine.config import paper_weights, setup
 from evaluation import zero_shot
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, toy_bundle
@@ -142,10 +143,10 @@ def test_the_papers_ablation(toy_args):
 
 def test_config_order_and_the_papers_constants():
     def config(*argv):
-        return train.setup_cfg(train.parse(["--dataset", "StanfordCars", *argv]))
+        return setup(train.parse(["--dataset", "StanfordCars", *argv]))
 
     from forgetting import LoraSettings
-    from trainers.forget_lora import lora_settings, paper_weights
+    from trainers.forget_lora import lora_settings
 
     cfg = config("--backbone", "RN50")
     assert paper_weights(cfg) == {"lamb_forget": 1.3, "lamb_preserve": 0.4, "lamb_weight": 1.0}
@@ -169,12 +170,10 @@ PAPER = {  # lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT sin
 
 @pytest.mark.parametrize("dataset", PAPER)
 def test_weights_of_every_set_are_the_papers(dataset):
-    from trainers.forget_lora import paper_weights
-
     found = []
     for backbone in ("RN50", "ViT-B/16"):
         for mode in ([], ["--multiclass"]):
             argv = ["--dataset", dataset, "--backbone", backbone, *mode]
-            weights = paper_weights(train.setup_cfg(train.parse(argv)))
+            weights = paper_weights(setup(train.parse(argv)))
             found.append((weights["lamb_preserve"], weights["lamb_forget"]))
     assert found == PAPER[dataset]

@@ -20,6 +20,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
+from engine.config import check
 from engine.seeds import seeded
 from engine.threads import one_thread
 from evaluation.results import (
@@ -80,13 +81,13 @@ class ForgetTrainer(SimpleTrainer):
     """
 
     name: str
-    defaults: ClassVar[dict[str, Any]] = {}  # of the config's node TRAINER.NAME in capitals
     # FORGET.TARGET if it is empty; None for a method that sends texts nowhere.
     default_target: ClassVar[str | None] = "empty"
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        check(cfg)
         check_names(cfg)
         cls.check_target(cfg)
         read_prompts(cfg)
@@ -98,7 +99,7 @@ class ForgetTrainer(SimpleTrainer):
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        """A method's own constants; raises UserError for impossible ones."""
+        """What ranges of single keys do not say; raises UserError."""
 
     @classmethod
     def check_target(cls, cfg) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 from engine import TRAINER_REGISTRY, UserError
 from evaluation.zero_shot import class_embeddings
 from trainers.base import ForgetTrainer, Solved
-from trainers.texts import LARGEST
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
@@ -28,28 +27,10 @@ class ForgetAscent(ForgetTrainer):
 
     name = "ascent"
     default_target = None
-    # LR: in units that make one default serve every backbone. STEPS: at most so many. BELOW: the
-    # share of chance (1 / C) to stop at; images know a class long after its text is at chance.
-    defaults: ClassVar[dict[str, Any]] = {"LR": 1e-4, "STEPS": 1000, "BELOW": 1.0}
-
-    @classmethod
-    def check_settings(cls, cfg) -> None:
-        node = cfg.TRAINER.FORGETASCENT
-        if not 0 < node.LR <= LARGEST:
-            raise UserError(
-                f"TRAINER.FORGETASCENT.LR must be positive and at most {LARGEST:g}, got {node.LR}"
-            )
-        if node.STEPS < 1:
-            raise UserError(f"TRAINER.FORGETASCENT.STEPS must be at least 1, got {node.STEPS}")
-        if not 0 < node.BELOW <= 1:
-            raise UserError(
-                "TRAINER.FORGETASCENT.BELOW is a share of chance, above 0 and at most 1, "
-                f"got {node.BELOW}"
-            )
 
     def solver_settings(self) -> dict[str, Any]:
         node = self.cfg.TRAINER.FORGETASCENT
-        return self.text_settings() | {key.lower(): node[key] for key in self.defaults}
+        return self.text_settings() | {key.lower(): node[key] for key in node}
 
     def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
         request = self.request(classes)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import TRAINER_REGISTRY, UserError, unknown
+from engine import TRAINER_REGISTRY, UserError
+from engine.config import paper_weights
 from forgetting import Adapter
+from forgetting.adapter import Part, recipe_tensors, with_recipe
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact, thresholds
-from forgetting.adapter import Part, recipe_tensors, with_recipe
 from forgetting.spectrum import Spectrum
 from forgetting.targets import specific_target
 from trainers.base import ForgetTrainer, Solved
-from trainers.forget_lora import paper_problem, paper_weights
-from trainers.retained import GROUPS, Place, RetainSet, check_similarity, print_leaving
-from trainers.texts import LARGEST, Request
+from trainers.forget_lora import paper_problem
+from trainers.retained import GROUPS, Place, RetainSet, print_leaving
+from trainers.texts import Request
 
-OBJECTIVES = ("constrained", "paper")
 POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 
@@ -36,15 +36,6 @@ class ForgetExact(ForgetTrainer):
 
     name = "exact"
     default_target = "specific"
-    defaults: ClassVar[dict[str, Any]] = {
-        "OBJECTIVE": "constrained",
-        "OWN": 1.0,
-        "VOCABULARY": 0.01,
-        "OTHERS": 0.1,
-        "MU": 5e-6,
-        "SHARED": 0.5,
-        "SIMILARITY": 0.95,
-    }
 
     @classmethod
     def target_kind(cls, cfg) -> str:
@@ -55,24 +46,10 @@ class ForgetExact(ForgetTrainer):
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        """Refuse an unknown objective, and weights, a ridge or a threshold out of range."""
+        """The paper needs its weights, the constrained form something to retain."""
         node = cfg.TRAINER.FORGETEXACT
-        if node.OBJECTIVE not in OBJECTIVES:
-            raise unknown("objective (TRAINER.FORGETEXACT.OBJECTIVE)", node.OBJECTIVE, OBJECTIVES)
         if node.OBJECTIVE == "paper":
             paper_weights(cfg)
-        for key in ("OWN", "VOCABULARY", "OTHERS"):
-            if not 0 <= node[key] <= LARGEST:
-                raise UserError(
-                    f"TRAINER.FORGETEXACT.{key} must be 0 or more and at most {LARGEST:g}, "
-                    f"got {node[key]}"
-                )
-        for key in ("MU", "SHARED"):
-            if not 0 < node[key] <= LARGEST:
-                raise UserError(
-                    f"TRAINER.FORGETEXACT.{key} must be positive and at most {LARGEST:g}, "
-                    f"got {node[key]}"
-                )
         specific = cls.target_kind(cfg) == "specific"
         if specific and node.OBJECTIVE == "paper":
             raise UserError(
@@ -80,7 +57,6 @@ class ForgetExact(ForgetTrainer):
             )
         if not (node.OWN or node.VOCABULARY or node.OTHERS):
             raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
-        check_similarity(cfg)
 
     def build_model(self) -> None:
         """The projection, and the statistics of everything retained, made once for all classes."""
@@ -89,7 +65,7 @@ class ForgetExact(ForgetTrainer):
         # The paper retains its vocabulary alone.
         groups = GROUPS if node.OBJECTIVE == "constrained" else ("vocabulary",)
         self.retain = RetainSet(
-            self.bundle, self.others.values(), node.SIMILARITY, groups, self.device
+            self.bundle, self.others.values(), self.cfg.FORGET.SIMILARITY, groups, self.device
         )
         self.statistics = self.retain.statistics
         self.weights = {group: float(node[group.upper()]) for group in self.statistics.counts}
@@ -118,7 +94,7 @@ class ForgetExact(ForgetTrainer):
             "weights": self.weights,
             "mu": float(node.MU),
             "shared": float(node.SHARED),
-            "similarity": float(node.SIMILARITY),
+            "similarity": float(self.cfg.FORGET.SIMILARITY),
             "statistics": self.statistics.sha256,
         }
 

@@ -33,7 +33,6 @@ class ForgetLEACE(RetainingTrainer):
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        super().check_settings(cfg)
         if importlib.util.find_spec("concept_erasure") is None:
             raise UserError(
                 "ForgetLEACE needs the package concept-erasure: pip install -r requirements.txt"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import TRAINER_REGISTRY, UserError, unknown
-from forgetting import ForgetProblem, LoraSettings, ProblemError, solve_lora
+from engine import TRAINER_REGISTRY
+from engine.config import AUTO, paper_weights
+from forgetting import ForgetProblem, LoraSettings, solve_lora
 from forgetting.exact import auto_lamb_forget
 from trainers.base import ForgetTrainer, Solved
-from trainers.texts import LARGEST, Request
+from trainers.texts import Request
 
-TERMS = ("forget", "preserve", "weight")
-AUTO = "auto"
 BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
 
 
@@ -25,15 +24,11 @@ class ForgetLoRA(ForgetTrainer):
     """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective."""
 
     name = "lora"
-    defaults: ClassVar[dict[str, Any]] = {
-        name.upper(): value for name, value in asdict(LoraSettings()).items()
-    }
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        """Refuse weights and constants that are missing or impossible."""
+        """Refuse weights that are missing or impossible."""
         paper_weights(cfg)
-        lora_settings(cfg)
 
     def check_cfg(self, cfg) -> None:
         super().check_cfg(cfg)
@@ -114,52 +109,6 @@ def paper_problem(
     return problem
 
 
-def paper_weights(cfg) -> dict[str, float | str]:
-    """The three weights: the command line's, else the data set's for this backbone and mode.
-
-    `FORGET.LAMB_FORGET auto` stands for a value just above c*, where texts reach their target (see
-    `forgetting.exact.thresholds`). A term that `FORGET.TERMS` leaves out has weight zero (the
-    paper's ablation).
-
-    Raises:
-        UserError: no weight, or an impossible one, or an unknown term.
-    """
-    mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
-    pair = cfg.FORGET.WEIGHTS.get(cfg.MODEL.BACKBONE.NAME, {}).get(mode) or (None, None)
-    table = dict(zip(("LAMB_PRESERVE", "LAMB_FORGET"), pair, strict=True))
-    for term in cfg.FORGET.TERMS:
-        if term not in TERMS:
-            raise unknown("loss term in FORGET.TERMS", term, TERMS)
-    missing = [key for key in ("LAMB_FORGET", "LAMB_PRESERVE") if cfg.FORGET[key] is None]
-    missing = [key for key in missing if key not in table or table[key] is None]
-    if missing:
-        raise UserError(
-            f"no {' and '.join(missing)} for {cfg.MODEL.BACKBONE.NAME} ({mode}) in the config of "
-            f"{cfg.DATASET.NAME} (FORGET.WEIGHTS); add them there or pass "
-            + " ".join(f"FORGET.{key} NUMBER" for key in missing)
-        )
-    weights = {}
-    for term in TERMS:
-        key = f"LAMB_{term.upper()}"
-        value = table.get(key) if cfg.FORGET[key] is None else cfg.FORGET[key]
-        automatic = term == "forget" and value == AUTO
-        number = isinstance(value, int | float) and 0 <= value <= LARGEST
-        if not automatic and not number:
-            also = f" or {AUTO}" if term == "forget" else ""
-            raise UserError(
-                f"FORGET.{key} must be a number of 0 or more, at most {LARGEST:g},{also} "
-                f"got {value!r}"
-            )
-        weights[f"lamb_{term}"] = value if term in cfg.FORGET.TERMS else 0.0
-    return weights
-
-
 def lora_settings(cfg) -> LoraSettings:
-    """The descent's constants; UserError if they, or the adapter's, make no descent."""
-    for key, least in (("RANK", 1), ("ALPHA", 1e-6), ("NOISE_STD", 0)):
-        if not least <= cfg.FORGET[key] < float("inf"):
-            raise UserError(f"FORGET.{key} must be at least {least}, got {cfg.FORGET[key]}")
-    try:
-        return LoraSettings(**{key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()})
-    except ProblemError as error:
-        raise UserError(f"TRAINER.FORGETLORA: {error}") from error
+    """The descent's constants."""
+    return LoraSettings(**{key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()})

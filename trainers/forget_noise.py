@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 
 from engine import TRAINER_REGISTRY
@@ -23,7 +21,6 @@ class ForgetNoise(ForgetExact):
     """
 
     name = "noise"
-    defaults: ClassVar[dict[str, Any]] = {}  # the keys of ForgetExact say whose size it is
 
     def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
         exact, _ = self.answer(classes, generator)

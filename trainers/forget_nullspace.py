@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import TRAINER_REGISTRY, UserError
+from engine import TRAINER_REGISTRY
 from forgetting.baselines import null_space
 from trainers.retained import EditTrainer
-from trainers.texts import LARGEST
 
 
 @TRAINER_REGISTRY.register()
@@ -25,22 +24,6 @@ class ForgetNullSpace(EditTrainer):
     """
 
     name = "null space"
-    defaults: ClassVar[dict[str, Any]] = {"THRESHOLD": 0.5, "DAMPING": 0.0}
-
-    @classmethod
-    def check_settings(cls, cfg) -> None:
-        super().check_settings(cfg)
-        node = cfg.TRAINER.FORGETNULLSPACE
-        if not 0 < node.THRESHOLD <= LARGEST:
-            raise UserError(
-                "TRAINER.FORGETNULLSPACE.THRESHOLD is a share of the mean eigenvalue: above 0 and "
-                f"at most {LARGEST:g}, got {node.THRESHOLD}"
-            )
-        if not 0 <= node.DAMPING <= LARGEST:
-            raise UserError(
-                f"TRAINER.FORGETNULLSPACE.DAMPING must be 0 or more and at most {LARGEST:g}, "
-                f"got {node.DAMPING}"
-            )
 
     def left(self, hidden: Tensor, gram: Tensor, count: int) -> tuple[Tensor, dict[str, Any]]:
         node = self.cfg.TRAINER.FORGETNULLSPACE

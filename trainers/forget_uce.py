@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from engine import TRAINER_REGISTRY, UserError
-from forgetting.baselines import UCE_LAMBDA, uce
+from engine import TRAINER_REGISTRY
+from forgetting.baselines import uce
 from trainers.retained import EditTrainer
-from trainers.texts import LARGEST
 
 
 @TRAINER_REGISTRY.register()
@@ -22,17 +21,6 @@ class ForgetUCE(EditTrainer):
     """
 
     name = "uce"
-    defaults: ClassVar[dict[str, Any]] = {"ERASE": 1e3, "RIDGE": UCE_LAMBDA}
-
-    @classmethod
-    def check_settings(cls, cfg) -> None:
-        super().check_settings(cfg)
-        for key in cls.defaults:
-            value = cfg.TRAINER.FORGETUCE[key]
-            if not 0 < value <= LARGEST:
-                raise UserError(
-                    f"TRAINER.FORGETUCE.{key} must be above 0 and at most {LARGEST:g}, got {value}"
-                )
 
     def left(self, hidden: Tensor, gram: Tensor, count: int) -> tuple[Tensor, dict[str, Any]]:
         node = self.cfg.TRAINER.FORGETUCE

@@ -23,16 +23,6 @@ GROUPS = ("own", "vocabulary", "others")
 Place = tuple[str, int]  # group and row of a retained name
 
 
-def check_similarity(cfg) -> None:
-    """UserError if the cosine beyond which a retained name leaves is none."""
-    similarity = cfg.TRAINER.FORGETEXACT.SIMILARITY
-    if not 0 < similarity <= 1:
-        raise UserError(
-            f"TRAINER.FORGETEXACT.SIMILARITY is a cosine, above 0 and at most 1 (1: no name "
-            f"leaves for being similar), got {similarity}"
-        )
-
-
 class RetainSet:
     """The other classes of a set, its vocabulary, and the classes of the other sets.
 
@@ -122,14 +112,10 @@ def print_leaving(classes: list[str], names: list[str]) -> None:
 class RetainingTrainer(ForgetTrainer):
     """A trainer whose method sees every retained name, each with the same weight."""
 
-    @classmethod
-    def check_settings(cls, cfg) -> None:
-        check_similarity(cfg)
-
     def build_model(self) -> None:
         """The projection, and everything that may be retained."""
         super().build_model()
-        similarity = self.cfg.TRAINER.FORGETEXACT.SIMILARITY
+        similarity = self.cfg.FORGET.SIMILARITY
         self.retain = RetainSet(
             self.bundle, self.others.values(), similarity, GROUPS, device=self.device
         )

@@ -23,7 +23,6 @@ from forgetting.targets import opposite_target, orthogonal_target
 from trainers.plan import user_lists
 
 BARE = "{}"
-LARGEST = 1e6  # a constant beyond it is a typing error, and overflows in float32
 TARGETS = ("empty", "opposite", "orthogonal", "specific", "text:TEXT", "vector:FILE")
 
 
@@ -124,12 +123,8 @@ def make_request(
 
 def check_target(kind: str, beta: float) -> None:
     """UserError if `kind` is no target, or `beta` no number for it."""
-    least = -1 if kind == "specific" else 0  # -1 would be no change at all
-    if not least <= beta <= LARGEST or beta == -1:
-        raise UserError(
-            f"FORGET.BETA must be {'above -1' if least else '0 or more'} and at most "
-            f"{LARGEST:g} for {kind}, got {beta}"
-        )
+    if beta < 0 and kind != "specific":
+        raise UserError(f"FORGET.BETA must be 0 or more for {kind}, got {beta}")
     name, _, value = kind.partition(":")
     if kind not in TARGETS[:4] and not (name in ("text", "vector") and value):
         raise unknown("target (FORGET.TARGET)", kind, TARGETS)
