@@ -6,7 +6,6 @@ import statistics
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evaluation.zero_shot import Factors, evaluate_classes, evaluate_set
 from experiments.solvers import Answer
@@ -33,16 +32,15 @@ class Judge:
         before, after = self._before[task.labels], self._own(task.labels, factors)
         others = self._of_others(factors)
         changes = [others[name] - accuracy for name, accuracy in self._others.items()]
-        delta = answer.left @ answer.right
         return {
             **{f"{key}_before": value for key, value in before.items()},
             **{f"{key}_after": value for key, value in after.items()},
             "others_before": _mean(self._others.values()),
             "others_after": _mean(others.values()),
             "others_worst": min(changes, default=None),
-            "carry": carry_over(self.world, task, answer, delta),
-            "reduction": reduction(task, answer, delta),
-            "norm": float(delta.norm()),
+            "carry": carry_over(self.world, task, answer),
+            "reduction": reduction(task, answer),
+            "norm": float(answer.delta.norm()),
             "seconds": answer.seconds,
             "texts": len(task.texts),
             **answer.facts,
@@ -60,7 +58,7 @@ class Judge:
         return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
 
-def carry_over(world: World, task: Task, answer: Answer, delta: Tensor) -> float | None:
+def carry_over(world: World, task: Task, answer: Answer) -> float | None:
     """s(h) of the evaluation prompts, the mean over the forgotten classes.
 
     The part of a class's displacement D (the mean of its texts') that its evaluation prompt h
@@ -69,16 +67,16 @@ def carry_over(world: World, task: Task, answer: Answer, delta: Tensor) -> float
     owner, shares = torch.tensor(task.owner), []
     for index, label in enumerate(task.labels):
         d = answer.displacement[owner == index].mean(dim=0)  # (d,)
-        moved = world.bundle.class_hidden[label].double() @ delta  # (w,) @ (w, d) -> (d,)
+        moved = world.bundle.class_hidden[label].double() @ answer.delta  # (w,) @ (w, d) -> (d,)
         if d.any():
             shares.append(float(moved @ d / (d @ d)))
     return _mean(shares)
 
 
-def reduction(task: Task, answer: Answer, delta: Tensor) -> float:
+def reduction(task: Task, answer: Answer) -> float:
     """By what fraction the distance of the forgotten texts from their target fell."""
     before = answer.displacement.norm()
-    left = (answer.displacement - task.texts.double() @ delta).norm()
+    left = (answer.displacement - task.texts.double() @ answer.delta).norm()
     return float(1 - left / before) if before > 0 else 1.0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -43,16 +41,9 @@ def spectrum_cells(world: World, task: Task, answer: Answer) -> dict[str, float 
     from the largest down. None where nothing moved, and for W where all singular values are alike,
     so that its directions are arbitrary.
     """
-    delta, w = answer.left @ answer.right, world.bundle.text_projection.double()
-    u, values, vh = torch.linalg.svd(w)
+    delta, (u, values, vh) = answer.delta, world.singular
     distinct = float(values[0] - values[-1]) > ALIKE * float(values[0])
-    default = replace(task, pick=None, off="")
-    if task.solver == "constrained":
-        gram = world.gram(default)
-    else:
-        rows = world.plain(default).double()
-        gram = rows.T @ rows
-    eigen = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    eigen = torch.linalg.eigh(world.gram(task)).eigenvectors.flip(1)
     sides = {
         "left": (u, delta) if distinct else None,
         "right": (vh.T, delta.T) if distinct else None,

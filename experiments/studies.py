@@ -1,20 +1,23 @@
 """The paper's studies on feature bundles: what each choice does, by descent and exactly.
 
     python -m experiments studies [NAME|all] --features DIR [--dataset SET] [--classes 5]
+        [--forget NAME] [--solver lora|optimum|constrained] [--out studies] [KEY VALUE ...]
 
 Writes OUT/BACKBONE/DATASET/NAME.csv and NAME.png. Rows that are in the CSV already, made from the
 same constants and bundles, are not made again.
 
-One file a concern: `constants` (what the configs say), `world` (a data set and what may be
-retained), `solvers`, `varied` (what each study varies), `spectrum`, `measure` (what a row says),
-`rows_file` (rows that are never made twice), `study_plots`, `study_report`.
+One file a concern: `world` (a data set, the settings, and what may be retained), `solvers`,
+`varied` (what each study varies), `spectrum`, `measure` (what a row says), `rows_file` (rows that
+are never made twice), `study_plots`, `study_report`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +29,17 @@ from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
 from engine.cli import Parser
 from engine.errors import UserError, unknown
-from engine.files import Batch, escape
+from engine.files import Batch, escape, sha256_file
 from engine.threads import one_thread
-from experiments.constants import read_constants
 from experiments.measure import Judge
 from experiments.rows_file import RowsFile, key_of
-from experiments.solvers import SOLVERS
+from experiments.solvers import SOLVERS, together
 from experiments.study_plots import plot
 from experiments.study_report import report
 from experiments.varied import STUDIES
 from experiments.world import Task, World
 
+FORMAT = 2  # of the rows; raise it where the same constants begin to mean another answer
 ALL = "all"  # as NAME: every study; of --forget: every class
 
 
@@ -64,13 +67,24 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     bundles = {name: load_bundle(args.features, args.backbone, name) for name in paths}
     jobs = []
     for dataset in [args.dataset] if args.dataset else paths:
-        constants = read_constants(dataset, args.backbone)
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
-        world = World(bundles[dataset], others, constants, args.seed)
+        world = World(bundles[dataset], others, args.seed, args.opts)
         audit_rows(world.bundle, world.bundle.classnames[0], paths[dataset])  # refuses broken ones
         labels = choose(world.bundle, args.forget, args.classes, args.seed)
-        jobs.append(Job(world, labels, constants.digest(paths.values())))
+        jobs.append(Job(world, labels, digest(world, paths.values())))
     return jobs
+
+
+def digest(world: World, bundles: Iterable[Path]) -> str:
+    """Twelve hexadecimal digits: two rows with the same were made from the same settings and the
+    same bundle files, wherever these lie."""
+    configs = [
+        [cfg.FORGET.dump(), cfg.TRAINER[cfg.TRAINER.NAME.upper()].dump()]
+        for cfg in (world.exact, *world.paper.values())
+    ]
+    files = sorted((path.stem, sha256_file(path)) for path in bundles)
+    text = json.dumps([FORMAT, configs, files])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) -> list[int]:
@@ -120,11 +134,14 @@ def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
     judge, where = Judge(world), f"{name} on {world.bundle.dataset}"
-    with Batch(table.add) as batch:
-        for task in tqdm(pending, desc=where, unit="row", leave=False):
-            answer = SOLVERS[task.solver](world, task)
-            row = identity(name, job, task) | {"place": task.place} | judge.row(task, answer)
-            batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
+    bar = tqdm(total=len(pending), desc=where, unit="row", leave=False)
+    with Batch(table.add) as batch, bar:
+        for group in together(pending):
+            answers = SOLVERS[group[0].solver](world, group)
+            for task, answer in zip(group, answers, strict=True):
+                row = identity(name, job, task) | {"place": task.place} | judge.row(task, answer)
+                batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
+            bar.update(len(group))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")
     plot(where, study, frame, picture)
@@ -169,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     )
     parser.add_argument("--seed", type=int, default=0, help="of classes, names and descents")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the tables")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     if args.name not in (*STUDIES, ALL):
         raise unknown("study", args.name, [*STUDIES, ALL])

@@ -51,8 +51,8 @@ def task(
     owner = tuple(range(len(labels))) if texts is None else (0,) * len(texts)
     defaults = {
         "target": DEFAULT_TARGETS[solver],
-        "beta": world.constants.beta,
-        "rank": world.constants.rank,
+        "beta": world.exact.FORGET.BETA,
+        "rank": world.paper[False].FORGET.RANK,
     }
     return Task(tuple(labels), hidden, owner, solver, setting, **defaults | more)
 
@@ -61,7 +61,7 @@ def retained(world: World, labels: Sequence[int]) -> Tasks:
     """Nothing, random, dissimilar, similar names of the vocabulary, or all of it, retained."""
     for label in labels:
         text = world.bundle.forget_hidden[[label]]
-        pool = world.pool(label, text)
+        pool = world.pool(label)
         cosines = normalize(world.bundle.retain_hidden[pool], dim=1) @ normalize(text, dim=1)[0]
         nearest = pool[cosines.argsort(descending=True, stable=True)]
         number = min(NEAR, len(pool) // 2)  # so that similar and dissimilar never overlap
@@ -80,7 +80,7 @@ def retained(world: World, labels: Sequence[int]) -> Tasks:
 def count(world: World, labels: Sequence[int]) -> Tasks:
     """More and more names of the vocabulary retained, in a random order."""
     for label in labels:
-        pool = _shuffled(world, label, world.pool(label, world.bundle.forget_hidden[[label]]))
+        pool = _shuffled(world, label, world.pool(label))
         sizes = [size for size in COUNTS if size < len(pool)] + [len(pool)]
         for solver in SOLVERS:
             for size in sizes:
@@ -92,7 +92,7 @@ def terms(world: World, labels: Sequence[int]) -> Tasks:
     """Each loss term of the paper off; for the constrained form each group of retained names."""
     for label in labels:
         for solver in SOLVERS:
-            parts = world.groups if solver == "constrained" else TERMS
+            parts = world.retain.groups if solver == "constrained" else TERMS
             yield task(world, [label], solver, "all on")
             for part in parts:
                 yield task(world, [label], solver, f"no {part}", off=part)
@@ -103,7 +103,7 @@ def targets(world: World, labels: Sequence[int]) -> Tasks:
     table = {"empty": ("empty", 0.0)}
     table |= {f"opposite {beta:g}": ("opposite", beta) for beta in BETAS}
     table["orthogonal"] = ("orthogonal", 0.0)
-    table[f"specific {world.constants.beta:g}"] = ("specific", world.constants.beta)
+    table[f"specific {world.exact.FORGET.BETA:g}"] = ("specific", world.exact.FORGET.BETA)
     for label in labels:
         for solver in SOLVERS:
             for setting, (target, beta) in table.items():

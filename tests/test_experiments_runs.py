@@ -17,12 +17,12 @@ from clip.bundle import bundle_path
 from engine.errors import UserError
 from experiments import studies
 from experiments.__main__ import cli
-from experiments.constants import read_constants
 from experiments.rows_file import KEY, RowsFile
 from experiments.solvers import SOLVERS
 from experiments.studies import main
 from experiments.study_plots import plot
 from experiments.varied import STUDIES
+from experiments.world import World
 from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
 from tests.test_experiments_studies import EXACT, command, quick, rows_of, with_audit
 
@@ -37,9 +37,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name, solve in list(SOLVERS.items()):
 
-        def counting(world, here, solve=solve):
-            calls.append(here.setting)
-            return solve(world, here)
+        def counting(world, group, solve=solve):
+            calls.extend(here.setting for here in group)
+            return solve(world, group)
 
         monkeypatch.setitem(studies.SOLVERS, name, counting)
     return calls
@@ -79,7 +79,6 @@ def test_other_bundles_make_other_rows(features, tmp_path, monkeypatch):
 
 def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
     """SIGKILL once rows are written; the second call makes only the rest."""
-    monkeypatch.setattr(studies, "read_constants", read_constants)  # as the other process does
     argv = command(features, tmp_path / "out", "targets", *EXACT, "--classes", "4")
     at_once = "from engine.files import Batch; Batch.INTERVAL = 0.0; Batch.SHARE = 0"
     start = "import sys; from experiments.studies import main; main(sys.argv[1:])"
@@ -201,8 +200,8 @@ def test_audit_lists_that_do_not_fit_are_refused(tmp_path, capsys):
 
 
 def test_a_backbone_without_weights_is_refused():
-    with pytest.raises(UserError, match="no loss weights for mini in the config of ToyAnimals"):
-        read_constants("ToyAnimals", "mini")
+    with pytest.raises(UserError, match="no LAMB_FORGET and LAMB_PRESERVE for mini"):
+        World(replace(toy_bundle("ToyAnimals"), backbone="mini"), {})
 
 
 def test_plots_of_descents_and_of_several_classes(tmp_path):
