@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetting.baselines import noise, null_space, uce, uce_each, zeroing
-from forgetting.baselines import LOGIT_SCALE, ascend
+from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, uce_each, zeroing
 from trainers.forget_leace import leace
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.audit_texts import audit_rows
-from evaluation.study.solvers import DEFAULT_TARGETS, SOLVERS, Answer
-from evaluation.study.spectrum import spectrum_cells
-from evaluation.study.world import Case, World
+from experiments.solvers import DEFAULT_TARGETS, SOLVERS, Answer
+from experiments.spectrum import spectrum_cells
+from experiments.world import Task, World
 
 NEAR = 100  # retained names of the study `retained`
 COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10000)
@@ -23,7 +23,7 @@ BETAS = (0.0, 0.1, 0.2, 1.0)  # of the target opposite
 OTHER_THINGS = ("hypernym",)  # kinds of an audit's texts that name more than the class
 SAME = 1e-4  # relative distance below which two hidden states are of one text
 
-Cases = Iterator[Case]
+Tasks = Iterator[Task]
 
 
 @dataclass(frozen=True)
@@ -32,36 +32,36 @@ class Study:
 
     Attributes:
         about: what it varies, in a few words.
-        cases: its rows for the chosen labels; those of other solvers than asked for are left out.
+        tasks: its rows for the chosen labels; those of other solvers than asked for are left out.
         axis: label of a numeric axis; empty: settings are names.
         cells: further cells of a row.
     """
 
     about: str
-    cases: Callable[[World, Sequence[int]], Cases]
+    tasks: Callable[[World, Sequence[int]], Tasks]
     axis: str = ""
-    cells: Callable[[World, Case, Answer], dict[str, Any]] | None = None
+    cells: Callable[[World, Task, Answer], dict[str, Any]] | None = None
 
 
-def case(
+def task(
     world: World, labels: Sequence[int], solver: str, setting: str, texts=None, **more: Any
-) -> Case:
-    """A case with the method's defaults where `more` says nothing; texts: (k, w) of one class."""
+) -> Task:
+    """A task with the method's defaults where `more` says nothing; texts: (k, w) of one class."""
     hidden = world.bundle.forget_hidden[list(labels)] if texts is None else texts
     owner = tuple(range(len(labels))) if texts is None else (0,) * len(texts)
     defaults = {
         "target": DEFAULT_TARGETS[solver],
-        "beta": world.constants.beta,
-        "rank": world.constants.rank,
+        "beta": world.exact.FORGET.BETA,
+        "rank": world.paper[False].FORGET.RANK,
     }
-    return Case(tuple(labels), hidden, owner, solver, setting, **defaults | more)
+    return Task(tuple(labels), hidden, owner, solver, setting, **defaults | more)
 
 
-def retained(world: World, labels: Sequence[int]) -> Cases:
+def retained(world: World, labels: Sequence[int]) -> Tasks:
     """Nothing, random, dissimilar, similar names of the vocabulary, or all of it, retained."""
     for label in labels:
         text = world.bundle.forget_hidden[[label]]
-        pool = world.pool(label, text)
+        pool = world.pool(label)
         cosines = normalize(world.bundle.retain_hidden[pool], dim=1) @ normalize(text, dim=1)[0]
         nearest = pool[cosines.argsort(descending=True, stable=True)]
         number = min(NEAR, len(pool) // 2)  # so that similar and dissimilar never overlap
@@ -74,43 +74,43 @@ def retained(world: World, labels: Sequence[int]) -> Cases:
         }
         for solver in SOLVERS:
             for setting, pick in picks.items():
-                yield case(world, [label], solver, setting, pick=pick)
+                yield task(world, [label], solver, setting, pick=pick)
 
 
-def count(world: World, labels: Sequence[int]) -> Cases:
+def count(world: World, labels: Sequence[int]) -> Tasks:
     """More and more names of the vocabulary retained, in a random order."""
     for label in labels:
-        pool = _shuffled(world, label, world.pool(label, world.bundle.forget_hidden[[label]]))
+        pool = _shuffled(world, label, world.pool(label))
         sizes = [size for size in COUNTS if size < len(pool)] + [len(pool)]
         for solver in SOLVERS:
             for size in sizes:
                 setting = "all" if size == len(pool) else str(size)
-                yield case(world, [label], solver, setting, pick=pool[:size], place=float(size))
+                yield task(world, [label], solver, setting, pick=pool[:size], place=float(size))
 
 
-def terms(world: World, labels: Sequence[int]) -> Cases:
+def terms(world: World, labels: Sequence[int]) -> Tasks:
     """Each loss term of the paper off; for the constrained form each group of retained names."""
     for label in labels:
         for solver in SOLVERS:
-            parts = world.groups if solver == "constrained" else TERMS
-            yield case(world, [label], solver, "all on")
+            parts = world.retain.groups if solver == "constrained" else TERMS
+            yield task(world, [label], solver, "all on")
             for part in parts:
-                yield case(world, [label], solver, f"no {part}", off=part)
+                yield task(world, [label], solver, f"no {part}", off=part)
 
 
-def targets(world: World, labels: Sequence[int]) -> Cases:
+def targets(world: World, labels: Sequence[int]) -> Tasks:
     """Where the text is sent; `specific` is computed from the constrained form's retained names."""
     table = {"empty": ("empty", 0.0)}
     table |= {f"opposite {beta:g}": ("opposite", beta) for beta in BETAS}
     table["orthogonal"] = ("orthogonal", 0.0)
-    table[f"specific {world.constants.beta:g}"] = ("specific", world.constants.beta)
+    table[f"specific {world.exact.FORGET.BETA:g}"] = ("specific", world.exact.FORGET.BETA)
     for label in labels:
         for solver in SOLVERS:
             for setting, (target, beta) in table.items():
-                yield case(world, [label], solver, setting, target=target, beta=beta)
+                yield task(world, [label], solver, setting, target=target, beta=beta)
 
 
-def rank(world: World, labels: Sequence[int]) -> Cases:
+def rank(world: World, labels: Sequence[int]) -> Tasks:
     """LoRA's rank, which also multiplies the weight term, for each class and for all at once.
 
     The optimum has that weight term but no bound on its rank; the constrained form knows no rank.
@@ -122,12 +122,12 @@ def rank(world: World, labels: Sequence[int]) -> Cases:
         for solver in ("lora", "optimum"):
             for number in RANKS:
                 setting = f"rank {number}"
-                yield case(world, request, solver, setting, rank=number, place=float(number))
+                yield task(world, request, solver, setting, rank=number, place=float(number))
         place = float(len(request))
-        yield case(world, request, "constrained", "rank = classes", place=place)
+        yield task(world, request, "constrained", "rank = classes", place=place)
 
 
-def templates(world: World, labels: Sequence[int]) -> Cases:
+def templates(world: World, labels: Sequence[int]) -> Tasks:
     """Which texts are forgotten: the name, the evaluation prompt, both, and what an audit has."""
     bundle = world.bundle
     for label in labels:
@@ -139,16 +139,16 @@ def templates(world: World, labels: Sequence[int]) -> Cases:
             settings[f"name + {kind}"] = torch.cat([name, more])
         for solver in SOLVERS:
             for setting, hidden in settings.items():
-                yield case(world, [label], solver, setting, texts=_distinct(hidden))
+                yield task(world, [label], solver, setting, texts=_distinct(hidden))
 
 
-def spectrum(world: World, labels: Sequence[int]) -> Cases:
+def spectrum(world: World, labels: Sequence[int]) -> Tasks:
     """Where the change sits; beside the defaults the least change, which retains nothing."""
     nothing = torch.empty(0, dtype=torch.int64)
     for label in labels:
         for solver in SOLVERS:
-            yield case(world, [label], solver, "default")
-        yield case(world, [label], "constrained", "nothing retained", pick=nothing)
+            yield task(world, [label], solver, "default")
+        yield task(world, [label], "constrained", "nothing retained", pick=nothing)
 
 
 STUDIES: dict[str, Study] = {

@@ -1,7 +1,7 @@
 """Every method on the same classes, side by side: ours, the paper's, and what they must beat.
 
-    python benchmarks/baselines.py --features DIR --backbone ViT-B/32 --dataset NAME --out FOLDER \\
-        [--forget NAME ...] [--methods NAME ...] [--multiclass] [--audit]
+    python -m experiments baselines --features DIR --dataset NAME --out FOLDER
+        [--backbone ViT-B/32] [--forget NAME ...] [--methods NAME ...] [--multiclass] [--audit]
 
 DIR is a folder of feature bundles. Each method is a trainer and its config keys (`METHODS`), run by
 train.py into FOLDER/METHOD/seed_SEED, where its log is. What is done is skipped: a run that was
@@ -11,7 +11,6 @@ killed goes on with the same command. All solves run on one CPU thread.
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,15 +18,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import train
 from engine import unknown
-from engine.cli import Parser, run
+from engine.cli import Parser
 from evaluation.audit.table import CSV
 from evaluation.results import LOGS
 from evaluation.table import method_table
-from forgetting import ProblemError
 
 EXACT = "TRAINER.FORGETEXACT"
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
@@ -87,7 +83,7 @@ def run_methods(
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Run the methods, print their table, and say where their results are."""
-    parser = Parser(prog="benchmarks/baselines.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments baselines", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--dataset", required=True, help="name of a bundle there")
@@ -134,7 +130,3 @@ def _formats(table: pd.DataFrame) -> dict:
     special["words back"] = "{:.0f}"
     special |= {"rest worst": "{:.2f}", "others worst": "{:.2f}"}
     return {column: special.get(column, "{:.2f}").format for column in table}
-
-
-if __name__ == "__main__":
-    sys.exit(run(main, refusals=(ProblemError,)))

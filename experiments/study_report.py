@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from evaluation.results import SEPARATOR
-from evaluation.study.spectrum import PARTS, SIDES, random_shares
+from experiments.spectrum import PARTS, SIDES, random_shares
 
 MEANS = ("retained", "forgotten", "rest", "others", "carry", "reduction", "gap", "norm", "seconds")
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # no pyplot: works without a display
-from PIL import Image
 
-from engine.files import atomic_path
-from evaluation.study.report import in_points
-from evaluation.study.spectrum import PARTS, SIDES
-from evaluation.study.studies import Study
+from evaluation.plots import COLOURS, drawing
+from experiments.spectrum import PARTS, SIDES
+from experiments.study_report import in_points
+from experiments.varied import Study
 
-COLOURS = {"lora": "#c8553d", "optimum": "#f2b134", "constrained": "#33638d"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[4], "constrained": COLOURS[0]}
 THICK = {"lora": 4.0}  # what the optimum's line hides without
 PANELS = {
     "forgotten": "forgotten class, accuracy left (%)",
@@ -25,7 +26,6 @@ PANELS = {
 }
 DOTS = {"s": 7, "alpha": 0.5, "linewidths": 0}  # single classes
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
-COLOURS_LEFT = 160
 WIDTH = 0.24  # of a solver's column
 
 
@@ -34,52 +34,41 @@ def plot(title: str, study: Study, frame: pd.DataFrame, path: Path) -> None:
 
     A small dot is one class, a line or a large mark the mean over classes.
     """
-    if study.cells:
-        figure = _spectrum(frame)
-    else:
-        draw = _along if study.axis else _columns
-        figure = Figure(figsize=(12, 3.4), layout="constrained")
-        shown = in_points(frame)
-        panels = zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True)
-        for axis, (column, name) in panels:
-            draw(axis, shown, column)
-            if study.axis:
-                axis.set_xlabel(study.axis, fontsize=8)
-            axis.set_title(name, fontsize=8)
-            _bare(axis)
-        figure.axes[0].set_ylim(-4, 104)
-    figure.suptitle(f"{title}: {study.about}", fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of few colours, which is a third as large; whole or not at all."""
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=100, format="png")
-    with atomic_path(path) as temporary, Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(COLOURS_LEFT).save(temporary, format="PNG", optimize=True)
+    sides = [side for side in SIDES if study.cells and frame[f"{side}_1"].notna().any()]
+    sides = sides or list(SIDES)  # nothing moved: empty panels
+    with drawing(path, 1 + 3.2 * len(sides) if study.cells else 12, 3.4) as figure:
+        if study.cells:
+            _spectrum(figure, frame, sides)
+        else:
+            shown = in_points(frame)
+            panels = zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True)
+            for axis, (column, name) in panels:
+                (_along if study.axis else _columns)(axis, shown, column)
+                axis.set(xlabel=study.axis, title=name)
+            figure.axes[0].set_ylim(-4, 104)
+        figure.suptitle(f"{title}: {study.about}")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6)
 
 
 def _columns(axis: Axes, frame: pd.DataFrame, column: str) -> None:
     """A column a setting, side by side for the solvers."""
     settings = list(dict.fromkeys(frame["setting"]))
-    solvers = [name for name in COLOURS if name in set(frame["solver"])]
+    solvers = [name for name in OF_SOLVER if name in set(frame["solver"])]
     for number, solver in enumerate(solvers):
         part = frame[frame["solver"] == solver]
         shift = WIDTH * (number - (len(solvers) - 1) / 2)
         places = part["setting"].map(settings.index) + shift
-        axis.scatter(places, part[column], color=COLOURS[solver], **DOTS)
+        axis.scatter(places, part[column], color=OF_SOLVER[solver], **DOTS)
         means = part.groupby("setting", sort=False)[column].mean()
         at = [settings.index(name) + shift for name in means.index]
-        axis.scatter(at, means, s=90, marker="_", color=COLOURS[solver], label=solver)
-    axis.set_xticks(range(len(settings)), settings, rotation=35, ha="right", fontsize=7)
+        axis.scatter(at, means, s=90, marker="_", color=OF_SOLVER[solver], label=solver)
+    axis.set_xticks(range(len(settings)), settings, rotation=35, ha="right")
 
 
 def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
     """Lines over a numeric axis; dashed where several classes are forgotten at once."""
-    for solver, colour in COLOURS.items():
+    for solver, colour in OF_SOLVER.items():
         for several, style in ((False, "-"), (True, "--")):
             part = frame[(frame["solver"] == solver) & (frame["several"] == several)]
             if part.empty:
@@ -100,34 +89,22 @@ def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
     axis.minorticks_off()
 
 
-def _spectrum(frame: pd.DataFrame) -> Figure:
-    """A line a solver and setting: the mean share of each tenth, and a random change's."""
-    sides = {side: title for side, title in SIDES.items() if frame[f"{side}_1"].notna().any()}
-    sides = sides or SIDES  # nothing moved: empty panels
-    figure = Figure(figsize=(1 + 3.2 * len(sides), 3.4), layout="constrained")
+def _spectrum(figure: Figure, frame: pd.DataFrame, sides: list[str]) -> None:
+    """For each basis a line for every solver and setting: the mean share of each tenth, and what a
+    random change has there."""
     numbers = range(1, PARTS + 1)
-    for axis, (side, title) in zip(
-        figure.subplots(1, len(sides), squeeze=False)[0], sides.items(), strict=True
-    ):
+    axes = figure.subplots(1, len(sides), squeeze=False)[0]
+    for axis, side in zip(axes, sides, strict=True):
         columns = [f"{side}_{number}" for number in numbers]
         for (solver, setting), part in frame.groupby(["solver", "setting"], sort=False):
             style = "-" if setting == "default" else ":"
             label = solver if setting == "default" else f"{solver}, {setting}"
-            line = {"color": COLOURS[solver], "label": label, "linewidth": THICK.get(solver, 1.5)}
+            line = {"color": OF_SOLVER[solver], "label": label, "linewidth": THICK.get(solver, 1.5)}
             axis.plot(numbers, part[columns].mean(), style, **line)
         axis.axhline(1 / PARTS, color="0.5", linewidth=0.8, label="random change")
-        axis.set(yscale="log", xticks=numbers)
-        axis.set_xlabel("tenth, largest values first", fontsize=8)
+        axis.set(yscale="log", xticks=numbers, xlabel="tenth, largest values first")
         limits = axis.get_ylim()
         axis.set_yticks(SHARES, [f"{share:.1%}" for share in SHARES])
         axis.minorticks_off()
         axis.set_ylim(limits)
-        axis.set_title(f"share of ||Delta||^2: {title}", fontsize=8)
-        _bare(axis)
-    return figure
-
-
-def _bare(axis: Axes) -> None:
-    axis.grid(color="0.94")
-    axis.tick_params(labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"share of ||Delta||^2: {SIDES[side]}")

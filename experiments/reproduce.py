@@ -1,7 +1,7 @@
 """The paper's experiments in one command: its numbers beside those measured here.
 
     make reproduce DATA=data [OUT=results] [CACHE=cache]
-    python benchmarks/reproduce.py --data data [--out results] [--cache cache]
+    python -m experiments reproduce --data data [--out results] [--cache cache]
         [--datasets StanfordDogs,Caltech101] [--backbones RN50,ViT-B/16]
         [--weights RN50=RN50.pt] [KEY VALUE ...]
 
@@ -25,14 +25,12 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import datasets
 import train
 from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
-from engine.cli import Parser, run
+from engine.cli import Parser
 from engine.files import atomic_path
 from evaluation.results import LOGS, SEPARATOR, SETTINGS, read_logs
 from forget_cls import all_ds
@@ -246,7 +244,7 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The command line, checked, and checkpoint paths by backbone."""
-    parser = Parser(prog="benchmarks/reproduce.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the image sets")
     parser.add_argument("--out", default="results", help="folder of the results")
     parser.add_argument("--cache", default="cache", help="folder for weights and features")
@@ -291,7 +289,3 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
 
 def _key(name: str) -> str:
     return datasets.plain(name).casefold()
-
-
-if __name__ == "__main__":
-    sys.exit(run(main, refusals=(ProblemError, SafetensorError)))

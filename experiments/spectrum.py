@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from evaluation.study.solvers import Answer
-from evaluation.study.world import Case, World
+from experiments.solvers import Answer
+from experiments.world import Task, World
 
 PARTS = 10
 SIDES = {
@@ -35,7 +33,7 @@ def random_shares(width: int) -> list[float]:
     return [len(part) / width for part in torch.arange(width).tensor_split(PARTS)]
 
 
-def spectrum_cells(world: World, case: Case, answer: Answer) -> dict[str, float | None]:
+def spectrum_cells(world: World, task: Task, answer: Answer) -> dict[str, float | None]:
     """Cells `left_1` to `left_10`, `right_*` and `gram_*` of a row.
 
     The left and right singular directions of W from the largest value down; the eigen-directions
@@ -43,16 +41,9 @@ def spectrum_cells(world: World, case: Case, answer: Answer) -> dict[str, float 
     from the largest down. None where nothing moved, and for W where all singular values are alike,
     so that its directions are arbitrary.
     """
-    delta, w = answer.left @ answer.right, world.bundle.text_projection.double()
-    u, values, vh = torch.linalg.svd(w)
+    delta, (u, values, vh) = answer.delta, world.singular
     distinct = float(values[0] - values[-1]) > ALIKE * float(values[0])
-    default = replace(case, pick=None, off="")
-    if case.solver == "constrained":
-        gram = world.gram(default)
-    else:
-        rows = world.plain(default).double()
-        gram = rows.T @ rows
-    eigen = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    eigen = torch.linalg.eigh(world.gram(task)).eigenvectors.flip(1)
     sides = {
         "left": (u, delta) if distinct else None,
         "right": (vh.T, delta.T) if distinct else None,

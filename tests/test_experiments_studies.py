@@ -15,19 +15,17 @@ from hypothesis import strategies as st
 
 import train
 from clip.bundle import FeatureBundle
-from evaluation.study import run, solvers
-from evaluation.study.__main__ import main
-from evaluation.study.constants import Constants, read_constants
-from evaluation.study.measure import Judge, carry_over
-from evaluation.study.solvers import SOLVERS, Answer
-from evaluation.study.spectrum import deciles, random_shares, spectrum_cells
-from evaluation.study.studies import NEAR, STUDIES, case
-from evaluation.study.world import World
-from forgetting import load_adapter
+from experiments import studies
+from experiments.measure import Judge, carry_over
+from experiments.solvers import SOLVERS, Answer, paper_problem
+from experiments.spectrum import deciles, random_shares, spectrum_cells
+from experiments.studies import main
+from experiments.varied import NEAR, STUDIES, task
+from experiments.world import Task, World
+from forgetting import load_adapter, thresholds
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 
-STEPS = 200
-SHORT = ["TRAINER.FORGETLORA.STEPS", str(STEPS), "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
+SHORT = ["TRAINER.FORGETLORA.STEPS", "200", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
 HIDDEN = ("class_hidden", "forget_hidden", "retain_hidden", "neutral_hidden")
 EXACT = ["--solver", "optimum", "--solver", "constrained"]
 
@@ -37,25 +35,28 @@ def world_of(*sets: str, **changes) -> World:
     bundles = {name: toy_bundle(name) for name in sets or tuple(TOY_CLASSES)}
     first = next(iter(bundles))
     own = replace(bundles.pop(first), **changes)
-    return World(own, bundles, quick_constants(first, BACKBONE), seed=0)
+    return World(own, bundles, opts=SHORT)
 
 
-def quick_constants(dataset: str, backbone: str) -> Constants:
-    """The constants with a short descent."""
-    constants = read_constants(dataset, backbone)
-    return replace(constants, lora=replace(constants.lora, steps=STEPS, max_trials=1))
+def changed(world: World, **changes) -> World:
+    """The world with another bundle to forget from, alone."""
+    return World(replace(world.bundle, **changes), {}, opts=SHORT)
+
+
+def solve(world: World, here: Task) -> Answer:
+    """The answer of one task by itself."""
+    return SOLVERS[here.solver](world, [here])[0]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short descents, and no pictures but where a test asks for them."""
-    monkeypatch.setattr(run, "read_constants", quick_constants)
-    monkeypatch.setattr(run, "plot", lambda *_: None)
+    """No pictures but where a test asks for them."""
+    monkeypatch.setattr(studies, "plot", lambda *_: None)
 
 
 def command(features: Path, out: Path, name: str, *more: str) -> list[str]:
     places = ["--features", str(features), "--out", str(out), "--dataset", "ToyAnimals"]
-    return [name, *places, "--classes", "2", *more]
+    return [name, *places, "--classes", "2", *more, *SHORT]
 
 
 def rows_of(out: Path, name: str, dataset: str = "ToyAnimals") -> pd.DataFrame:
@@ -100,17 +101,16 @@ def test_sides_of_the_projection_are_told_apart(side, place):
     here, everywhere = basis[:, [2 * place, 2 * place + 1]], normal(2, 20)  # two a tenth
     left, right = (here, everywhere) if side == "left" else (everywhere.T, here.T)
     answer = Answer(left.double(), right.double(), torch.ones(1, 20), 0.0, {})
-    cells = spectrum_cells(world, case(world, [0], "optimum", ""), answer)
+    cells = spectrum_cells(world, task(world, [0], "optimum", ""), answer)
     assert cells[f"{side}_{place + 1}"] == pytest.approx(1, abs=1e-5)
     assert max(cells[f"{other}_{number}"] for number in range(1, 11)) < 0.6
 
 
 def test_a_projection_without_order_has_no_spectrum():
     world = world_of("ToyAnimals")
-    flat = replace(world.bundle, text_projection=torch.eye(24)[:, :16])
-    world = World(flat, {}, world.constants, 0)
-    answer = SOLVERS["optimum"](world, case(world, [0], "optimum", ""))
-    cells = spectrum_cells(world, case(world, [0], "optimum", ""), answer)
+    world = changed(world, text_projection=torch.eye(24)[:, :16])
+    answer = solve(world, task(world, [0], "optimum", ""))
+    cells = spectrum_cells(world, task(world, [0], "optimum", ""), answer)
     assert cells["left_1"] is None and cells["right_10"] is None
     assert sum(cells[f"gram_{n}"] for n in range(1, 11)) == pytest.approx(1)
 
@@ -118,9 +118,9 @@ def test_a_projection_without_order_has_no_spectrum():
 def test_a_change_that_retains_nothing_is_held_against_what_is_retained_by_default():
     """Its direction is the forgotten text, whatever the basis."""
     world = world_of()
-    here = next(c for c in STUDIES["spectrum"].cases(world, [1]) if c.setting != "default")
-    answer = SOLVERS["constrained"](world, here)
-    vectors = torch.linalg.eigh(world.gram(case(world, [1], "constrained", ""))).eigenvectors
+    here = next(c for c in STUDIES["spectrum"].tasks(world, [1]) if c.setting != "default")
+    answer = solve(world, here)
+    vectors = torch.linalg.eigh(world.gram(task(world, [1], "constrained", ""))).eigenvectors
     text = world.bundle.forget_hidden[1].double()
     expected = deciles(vectors.flip(1), text[:, None])
     cells = spectrum_cells(world, here, answer)
@@ -149,9 +149,11 @@ def test_without_the_forget_term_nothing_moves(features, tmp_path):
 
 def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
     world = world_of()
-    together = case(world, [0, 2], "constrained", "")
-    expected = [world.target(case(world, [n], "constrained", ""), None)[0] for n in (0, 2)]
-    assert torch.allclose(world.target(together, None), torch.stack(expected))
+    together = task(world, [0, 2], "constrained", "")
+    alone = [task(world, [n], "constrained", "") for n in (0, 2)]
+    targets = [world.targets(world.join([each]), [None]) for each in (together, *alone)]
+    assert torch.allclose(targets[0], torch.cat(targets[1:]))
+    assert torch.allclose(world.targets(world.join(alone), [None, None]), targets[0])
 
 
 @pytest.mark.parametrize(
@@ -165,15 +167,15 @@ def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
 def test_the_defaults_are_those_of_a_run(features, tmp_path, solver, trainer, keys):
     """Another route to the same change: train.py on the same bundles."""
     world = world_of()
-    here = case(world, [2], solver, "")
-    answer = SOLVERS[solver](world, here)
+    here = task(world, [2], solver, "")
+    answer = solve(world, here)
     if "lamb_forget" in answer.facts:
         keys = [*keys, "FORGET.LAMB_FORGET", repr(answer.facts["lamb_forget"])]
     places = ["--features", str(features), "--output-dir", str(tmp_path / "run")]
     which = ["--dataset", "ToyAnimals", "--backbone", BACKBONE, "--forget", "sea_horse"]
     train.main([*places, *which, "--trainer", trainer, *keys])
     adapter = load_adapter(tmp_path / "run" / "ToyAnimals" / "sea_horse.safetensors")
-    assert torch.allclose(adapter.delta(), (answer.left @ answer.right).float(), atol=1e-6)
+    assert torch.allclose(adapter.delta(), answer.delta.float(), atol=1e-6)
     logs = json.loads((tmp_path / "run" / "logs.json").read_text())["ToyAnimals"]["sea_horse"]
     row = Judge(world).row(here, answer)
     for side, word in (("zero_shot", "before"), ("final_results", "after")):
@@ -191,22 +193,23 @@ def test_carry_over_is_the_share_that_the_prompt_makes():
     beside -= text * (beside @ text) / (text @ text)
     prompts = world.bundle.class_hidden.clone()
     prompts[1] = 0.6 * text + beside
-    world = World(replace(world.bundle, class_hidden=prompts), {}, world.constants, 0)
-    here = case(world, [1], "constrained", "", pick=torch.empty(0, dtype=torch.int64))
-    answer = SOLVERS["constrained"](world, here)
-    assert carry_over(world, here, answer, answer.left @ answer.right) == pytest.approx(0.6)
+    world = changed(world, class_hidden=prompts)
+    here = task(world, [1], "constrained", "", pick=torch.empty(0, dtype=torch.int64))
+    assert carry_over(world, here, solve(world, here)) == pytest.approx(0.6)
 
 
 def test_a_weight_below_the_threshold_is_raised_and_said():
     world = world_of("ToyAnimals")
-    problem, raised, _ = solvers.paper_problem(world, case(world, [0], "optimum", ""))
-    reach = solvers.thresholds(problem).reach
-    for lamb_forget, expected in ((0.9 * reach, True), (1.5 * reach, False)):
-        constants = replace(world.constants, single=(0.3, lamb_forget))
-        again = World(world.bundle, {}, constants, 0)
-        problem, raised, _ = solvers.paper_problem(again, case(again, [0], "optimum", ""))
-        assert raised is expected
-        assert problem.lamb_forget == pytest.approx(1.001 * reach if raised else lamb_forget)
+    paper, _ = paper_problem(world, [task(world, [0], "optimum", "")])
+    reach = thresholds(paper.alone(0)).reach
+    for lamb_forget, raised in ((0.9 * reach, True), (1.5 * reach, False)):
+        weights = ("FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", repr(lamb_forget))
+        again = World(world.bundle, {}, opts=(*SHORT, *weights))
+        for solver in ("lora", "optimum"):
+            facts = solve(again, task(again, [0], solver, "")).facts
+            assert facts["auto"] is raised
+            expected = 1.001 * reach if raised else lamb_forget
+            assert facts["lamb_forget"] == pytest.approx(expected)
 
 
 # What the studies vary
@@ -220,37 +223,38 @@ def test_similar_names_are_the_nearest_and_dissimilar_the_farthest():
     beside = torch.nn.functional.normalize(beside - (beside @ text.T) * text, dim=1)
     angles = torch.linspace(0.4, 3.0, 30)[:, None]
     rows = angles.cos() * text + angles.sin() * beside
-    world = World(replace(world.bundle, retain_hidden=rows), {}, world.constants, 0)
-    cases = {c.setting: c.pick.tolist() for c in STUDIES["retained"].cases(world, [1])}
-    assert cases["similar"] == list(range(15)) and sorted(cases["dissimilar"]) == list(
+    world = changed(world, retain_hidden=rows)
+    tasks = {c.setting: c.pick.tolist() for c in STUDIES["retained"].tasks(world, [1])}
+    assert tasks["similar"] == list(range(15)) and sorted(tasks["dissimilar"]) == list(
         range(15, 30)
     )
-    assert cases["none"] == [] and len(cases["random"]) == 15 <= NEAR
-    assert sorted(cases["all"]) == list(range(30))
+    assert tasks["none"] == [] and len(tasks["random"]) == 15 <= NEAR
+    assert sorted(tasks["all"]) == list(range(30))
 
 
 def test_a_name_that_means_the_class_is_in_no_pool():
     world = world_of("ToyAnimals")
     assert world.bundle.retain_names[0] == "cat"
     for study in ("retained", "count"):
-        cat = [c.pick for c in STUDIES[study].cases(world, [0])]
+        cat = [c.pick for c in STUDIES[study].tasks(world, [0])]
         assert not any((pick == 0).any() for pick in cat)
         assert max(len(pick) for pick in cat) == 29
     rows = world.bundle.retain_hidden.clone()
     rows[7] = 3 * world.bundle.forget_hidden[4]  # "owl" by another name
-    again = World(replace(world.bundle, retain_hidden=rows), {}, world.constants, 0)
-    owl = again.bundle.forget_hidden[[4]]
-    assert 7 not in again.pool(4, owl).tolist()
+    again = changed(world, retain_hidden=rows)
+    assert 7 not in again.pool(4).tolist()
     # The set's own classes are different things, however alike their names.
     alike = again.bundle.forget_hidden.clone()
-    alike[5] = 1.01 * owl[0]
-    twins = World(replace(again.bundle, forget_hidden=alike), {}, world.constants, 0)
-    assert twins.stays("own", 4, owl, alike=True).tolist() == [True] * 4 + [False, True]
+    alike[5] = 1.01 * alike[4]
+    twins = changed(again, forget_hidden=alike)
+    leaving = twins.join([task(twins, [4], "constrained", "")]).leaving[0]
+    assert twins.retain.named(leaving) == ["owl", "thing 5"]
+    assert leaving[:6].tolist() == [False] * 4 + [True, False]
 
 
 def test_more_names_contain_fewer():
     world = world_of("ToyAnimals")
-    picks = [c.pick.tolist() for c in STUDIES["count"].cases(world, [3]) if c.solver == "lora"]
+    picks = [c.pick.tolist() for c in STUDIES["count"].tasks(world, [3]) if c.solver == "lora"]
     assert [len(pick) for pick in picks] == [0, 10, 30]
     assert set(picks[0]) < set(picks[1]) < set(picks[2])
 
@@ -264,10 +268,10 @@ def test_ranks_bind_the_descent_only(features, tmp_path):
     assert together[together["solver"] == "optimum"]["norm"].is_monotonic_decreasing
     assert together["norm"].nunique() == 6
     world = world_of()
-    low = SOLVERS["lora"](world, case(world, [0, 1, 2], "lora", "", rank=1))
-    assert torch.linalg.matrix_rank(low.left @ low.right) == 1
-    best = SOLVERS["optimum"](world, case(world, [0, 1, 2], "optimum", "", rank=1))
-    assert torch.linalg.matrix_rank(best.left @ best.right) == 3
+    low = solve(world, task(world, [0, 1, 2], "lora", "", rank=1))
+    assert torch.linalg.matrix_rank(low.delta) == 1
+    best = solve(world, task(world, [0, 1, 2], "optimum", "", rank=1))
+    assert torch.linalg.matrix_rank(best.delta) == 3
 
 
 def with_audit(**lists: str) -> FeatureBundle:
@@ -283,20 +287,19 @@ def with_audit(**lists: str) -> FeatureBundle:
 
 
 def test_texts_of_an_audit_are_forgotten_with_the_name():
-    world = World(with_audit(), {}, quick_constants("ToyAnimals", BACKBONE), 0)
-    cases = {c.setting: c.texts for c in STUDIES["templates"].cases(world, [1])}
+    world = World(with_audit(), {}, opts=SHORT)
+    tasks = {c.setting: c.texts for c in STUDIES["templates"].tasks(world, [1])}
     hidden = world.bundle.extra_tensors["audit_hidden"]
-    assert list(cases) == ["name", "prompt", "both", "name + template", "name + synonym"]
-    assert torch.equal(cases["name + synonym"][1], hidden[1]) and len(cases["name + synonym"]) == 2
-    prompt = [c for c in STUDIES["templates"].cases(world, [1]) if c.setting == "prompt"]
+    assert list(tasks) == ["name", "prompt", "both", "name + template", "name + synonym"]
+    assert torch.equal(tasks["name + synonym"][1], hidden[1]) and len(tasks["name + synonym"]) == 2
+    prompt = [c for c in STUDIES["templates"].tasks(world, [1]) if c.setting == "prompt"]
     for each in prompt:  # the prompt itself was forgotten
-        answer = SOLVERS[each.solver](world, each)
-        carry = carry_over(world, each, answer, answer.left @ answer.right)
+        carry = carry_over(world, each, solve(world, each))
         assert carry == pytest.approx(1, abs=0.05)
 
 
 def test_texts_that_repeat_each_other_count_once():
     bundle = toy_bundle("ToyAnimals")
     world = world_of("ToyAnimals", class_hidden=bundle.forget_hidden * (1 + 1e-6))
-    cases = {c.setting: c.texts for c in STUDIES["templates"].cases(world, [1])}
-    assert len(cases["both"]) == 1
+    tasks = {c.setting: c.texts for c in STUDIES["templates"].tasks(world, [1])}
+    assert len(tasks["both"]) == 1

@@ -15,15 +15,16 @@ import pytest
 
 from clip.bundle import bundle_path
 from engine.errors import UserError
-from evaluation.study import run
-from evaluation.study.__main__ import cli, main
-from evaluation.study.constants import read_constants
-from evaluation.study.plots import plot
-from evaluation.study.solvers import SOLVERS
-from evaluation.study.studies import STUDIES
-from evaluation.study.table import KEY, Table
+from experiments import studies
+from experiments.__main__ import cli
+from experiments.rows_file import KEY, RowsFile
+from experiments.solvers import SOLVERS
+from experiments.studies import main
+from experiments.study_plots import plot
+from experiments.varied import STUDIES
+from experiments.world import World
 from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
-from tests.test_study import EXACT, command, quick, rows_of, with_audit
+from tests.test_experiments_studies import EXACT, command, quick, rows_of, with_audit
 
 __all__ = ["quick"]  # the fixture, which every test here uses
 
@@ -36,11 +37,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name, solve in list(SOLVERS.items()):
 
-        def counting(world, here, solve=solve):
-            calls.append(here.setting)
-            return solve(world, here)
+        def counting(world, group, solve=solve):
+            calls.extend(here.setting for here in group)
+            return solve(world, group)
 
-        monkeypatch.setitem(run.SOLVERS, name, counting)
+        monkeypatch.setitem(studies.SOLVERS, name, counting)
     return calls
 
 
@@ -77,10 +78,11 @@ def test_other_bundles_make_other_rows(features, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
-    """SIGKILL while rows are written; the second call makes only the rest."""
-    monkeypatch.setattr(run, "read_constants", read_constants)  # as the other process does
+    """SIGKILL once rows are written; the second call makes only the rest."""
     argv = command(features, tmp_path / "out", "targets", *EXACT, "--classes", "4")
-    line = [sys.executable, "-m", "evaluation.study", *argv]
+    at_once = "from engine.files import Batch; Batch.INTERVAL = 0.0; Batch.SHARE = 0"
+    start = "import sys; from experiments.studies import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", f"{at_once}; {start}", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL)
     path = tmp_path / "out" / "ViT-B-32" / "ToyAnimals" / "targets.csv"
@@ -89,24 +91,39 @@ def test_a_killed_run_leaves_whole_rows(features, tmp_path, monkeypatch):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    rows = Table(path).read()
+    rows = RowsFile(path).read()
     assert 1 <= len(rows) < 4 * 14
-    assert all(row["norm"] and row["seconds"] for row in rows)
+    assert (rows[["norm", "seconds"]] != "").all(axis=None)
     calls = counted(monkeypatch)
     main(argv)
-    assert len(calls) == 4 * 14 - len(rows) and Table(path).read()[: len(rows)] == rows
+    assert len(calls) == 4 * 14 - len(rows)
+    pd.testing.assert_frame_equal(RowsFile(path).read()[: len(rows)], rows)
 
 
 def test_names_that_look_like_numbers_or_nothing_stay_names(tmp_path):
-    table = Table(tmp_path / "a.csv")
-    names = ["NA", "2012", "a, b", 'the "best"', "two\nlines", "nan"]
-    for name in names:
-        table.add(dict.fromkeys(KEY, "x") | {"classes": name, "norm": 0.1 + 0.2, "auto": True})
+    table = RowsFile(tmp_path / "a.csv")
+    names = ["NA", "2012", "a, b", 'the "best"', "two\nlines", "nan", "", "None"]
+    more = {"norm": 0.1 + 0.2, "auto": True, "trials": 1}
+    for some in (names[:3], names[3:]):
+        table.add([dict.fromkeys(KEY, "x") | {"classes": name} | more for name in some])
     keys = [("x", "x", name, "x", "x", "x", "x") for name in names]
     frame = table.frame(keys)
     assert frame["classes"].tolist() == names and (frame["norm"] == 0.1 + 0.2).all()
-    table.add(dict.fromkeys(KEY, "x") | {"classes": "NA", "norm": 9.0})  # the first stays
-    assert len(table.read()) == len(names) and table.read()[0]["norm"] == repr(0.1 + 0.2)
+    assert set(table.read()["trials"]) == {"1"} and set(table.read()["auto"]) == {"True"}
+    table.add([dict.fromkeys(KEY, "x") | {"classes": "NA", "norm": 9.0}])  # the first stays
+    assert len(table.read()) == len(names) and table.read()["norm"][0] == repr(0.1 + 0.2)
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+@pytest.mark.parametrize("damage", ["too,few\n", "x," * 9 + "y\n", '"open\n', "\x00\n"])
+def test_a_damaged_table_is_refused(whole, damage, tmp_path):
+    table = RowsFile(tmp_path / "a.csv")
+    table.path.write_text(f"{','.join(KEY)}\n" + f"{'x,' * 6}x\n" * whole)
+    assert len(table.read()) == whole
+    with table.path.open("a") as file:
+        file.write(damage)
+    with pytest.raises(UserError, match="move it aside"):
+        table.read()
 
 
 # What a user sees
@@ -116,8 +133,8 @@ def test_names_that_look_like_numbers_or_nothing_stay_names(tmp_path):
 def test_every_study_from_the_command_line(name, features, tmp_path, capsys, monkeypatch):
     pictured = name in ("terms", "spectrum")
     if pictured:
-        monkeypatch.setattr(run, "plot", plot)
-    assert cli(command(features, tmp_path, name, *EXACT)) == 0
+        monkeypatch.setattr(studies, "plot", plot)
+    assert cli(["studies", *command(features, tmp_path, name, *EXACT)]) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "ViT-B-32" / "ToyAnimals"
     assert f"{name} on ToyAnimals" in out and str(folder / f"{name}.csv") in out
@@ -158,7 +175,7 @@ def test_sets_without_images_are_studied_all_the_same(tmp_path):
 def test_mistakes_are_refused_in_one_line_before_work(change, message, features, tmp_path, capsys):
     options = {"name": "terms", "--features": str(features), "--dataset": "ToyAnimals"} | change
     argv = [options.pop("name"), *(text for pair in options.items() for text in pair)]
-    assert cli([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert cli(["studies", *argv, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1 and error.startswith("error: ")
     assert not (tmp_path / "out").exists()
@@ -168,7 +185,7 @@ def test_a_file_that_is_no_table_is_left_alone(features, tmp_path, capsys):
     path = tmp_path / "ViT-B-32" / "ToyAnimals" / "terms.csv"
     path.parent.mkdir(parents=True)
     path.write_text("my,own,notes\n1,2,3\n")
-    assert cli(command(features, tmp_path, "all", *EXACT)) == 2
+    assert cli(["studies", *command(features, tmp_path, "all", *EXACT)]) == 2
     assert "is no table of a study (no column 'study')" in capsys.readouterr().err
     assert path.read_text() == "my,own,notes\n1,2,3\n" and len(list(path.parent.iterdir())) == 1
 
@@ -176,15 +193,15 @@ def test_a_file_that_is_no_table_is_left_alone(features, tmp_path, capsys):
 def test_audit_lists_that_do_not_fit_are_refused(tmp_path, capsys):
     bundle = with_audit(audit_kinds='["template"]')
     bundle.save(bundle_path(tmp_path / "texts", BACKBONE, "ToyAnimals"))
-    assert cli(command(tmp_path / "texts", tmp_path / "out", "templates")) == 2
+    assert cli(["studies", *command(tmp_path / "texts", tmp_path / "out", "templates")]) == 2
     error = capsys.readouterr().err
     assert "ToyAnimals.safetensors: audit_kinds has 1 entries" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_a_backbone_without_weights_is_refused():
-    with pytest.raises(UserError, match="no loss weights for mini in the config of ToyAnimals"):
-        read_constants("ToyAnimals", "mini")
+    with pytest.raises(UserError, match="no LAMB_FORGET and LAMB_PRESERVE for mini"):
+        World(replace(toy_bundle("ToyAnimals"), backbone="mini"), {})
 
 
 def test_plots_of_descents_and_of_several_classes(tmp_path):

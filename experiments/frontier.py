@@ -1,6 +1,6 @@
 """Harm to others against how surely a class is gone: a table and a plot over methods.
 
-    python benchmarks/frontier.py --features DIR [--csv PATH] [--plot PATH] [--backbone ViT-B/32]
+    python -m experiments frontier --features DIR [--csv PATH] [--plot PATH] [--backbone ViT-B/32]
 
 DIR is a folder of feature bundles. Every class of every set with images in it is forgotten in turn
 by the constrained form, with each target, ridge and vocabulary weight of the tables below, once
@@ -13,8 +13,6 @@ formula, and since Delta has rank one a class h afterwards lies at `h W + s(h) D
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import datasets
 from clip.bundle import FeatureBundle, list_bundles
 from engine import UserError
+from engine.cli import Parser
 from engine.files import atomic_path
+from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import class_embeddings
 from forgetting import empty_target
 from forgetting.constrained import Ridge, solve_from_base
@@ -44,7 +42,7 @@ TARGETS = (
     ("specific", 0.0),
     ("specific", 0.1),
 )
-COLOURS = ("0.6", "#f2b134", "#c8553d", "#7fb7be", "#33638d", "#1b2a41")
+OF_TARGET = ("0.6", COLOURS[4], COLOURS[1], COLOURS[5], COLOURS[0], COLOURS[6])
 RIDGES = (5e-6, 5e-5, 5e-4)  # TRAINER.FORGETEXACT.MU
 OWN, VOCABULARY, OTHERS, SHARED, SIMILARITY = 1.0, 0.01, 0.1, 0.5, 0.95  # the trainer's defaults
 WEIGHTS = ((VOCABULARY, OTHERS), (VOCABULARY, 0.0), (0.1, 0.0))  # (vocabulary, other sets' names)
@@ -271,42 +269,37 @@ def frontier(bundles: Sequence[FeatureBundle]) -> pd.DataFrame:
 
 def plot(table: pd.DataFrame, path: Path) -> None:
     """A panel for each set, above with the other sets' names known, below without."""
-    from matplotlib.figure import Figure  # no pyplot: works without a display
-
     sets = list(table["set"].unique())
-    figure = Figure(figsize=(3.1 * len(sets) + 1, 6.2), layout="constrained")
-    axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
     sizes = {mu: 14.0 * (1 + 2 * place) for place, mu in enumerate(RIDGES)}
     ring = {"s": 170, "facecolors": "none", "edgecolors": "black", "zorder": 4}
-    for row, names in zip(axes, ("known", "unknown"), strict=True):
-        for axis, name in zip(row, sets, strict=True):
-            part = table[(table["set"] == name) & (table["names"] == names)]
-            for (target, beta), colour in zip(TARGETS, COLOURS, strict=True):
-                mine = part[(part["target"] == target) & (part["beta"] == beta)]
-                for _, line in mine.groupby("vocabulary"):
-                    axis.plot(line["margin"], -line["others_mean"], color=colour, linewidth=0.8)
-                faces = [colour if left == 0 else "white" for left in mine["left_max"]]
-                where = {"edgecolors": colour, "facecolors": faces, "zorder": 3}
-                axis.scatter(mine["margin"], -mine["others_mean"], s=mine["mu"].map(sizes), **where)
-            standard = part.merge(pd.DataFrame([DEFAULT]))
-            axis.scatter(standard["margin"], -standard["others_mean"], **ring)
-            axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-            axis.set_title(f"{name}, other names {names}", fontsize=9)
-            axis.grid(color="0.94")
-            axis.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel("harm to other sets, points (mean)")
-    for axis in axes[1]:
-        axis.set_xlabel("margin of the forgotten class, cosine")
-    for (target, beta), colour in zip(TARGETS, COLOURS, strict=True):
-        label = target if target == "empty" else f"{target}, beta {beta:g}"
-        axes[0, 0].scatter([], [], s=40, color=colour, label=label)
-    axes[0, 0].scatter([], [], label="the default", **ring)
-    axes[0, 0].scatter([], [], s=40, color="white", edgecolors="0.4", label="some class is left")
-    for mu, size in sizes.items():
-        axes[0, 0].scatter([], [], s=size, color="0.4", label=f"ridge {mu:g}")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90, format=path.suffix.lstrip(".") or "png")
+    with drawing(path, 3.1 * len(sets) + 1, 6.2) as figure:
+        axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
+        for row, names in zip(axes, ("known", "unknown"), strict=True):
+            for axis, name in zip(row, sets, strict=True):
+                part = table[(table["set"] == name) & (table["names"] == names)]
+                for (target, beta), colour in zip(TARGETS, OF_TARGET, strict=True):
+                    mine = part[(part["target"] == target) & (part["beta"] == beta)]
+                    for _, line in mine.groupby("vocabulary"):
+                        axis.plot(line["margin"], -line["others_mean"], color=colour, linewidth=0.8)
+                    faces = [colour if left == 0 else "white" for left in mine["left_max"]]
+                    dots = {"edgecolors": colour, "facecolors": faces, "s": mine["mu"].map(sizes)}
+                    axis.scatter(mine["margin"], -mine["others_mean"], zorder=3, **dots)
+                standard = part.merge(pd.DataFrame([DEFAULT]))
+                axis.scatter(standard["margin"], -standard["others_mean"], **ring)
+                axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+                axis.set_title(f"{name}, other names {names}")
+            row[0].set_ylabel("harm to other sets, points (mean)")
+        for axis in axes[1]:
+            axis.set_xlabel("margin of the forgotten class, cosine")
+        key = axes[0, 0].scatter
+        for (target, beta), colour in zip(TARGETS, OF_TARGET, strict=True):
+            label = target if target == "empty" else f"{target}, beta {beta:g}"
+            key([], [], s=40, color=colour, label=label)
+        key([], [], label="the default", **ring)
+        key([], [], s=40, color="white", edgecolors="0.4", label="some class is left")
+        for mu, size in sizes.items():
+            key([], [], s=size, color="0.4", label=f"ridge {mu:g}")
+        figure.legend(loc="outside lower center", ncols=4)
 
 
 def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
@@ -324,7 +317,7 @@ def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Print the frontier, and write it as CSV and as a plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments frontier", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--csv", type=Path, help="table to write")
@@ -343,10 +336,3 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if args.plot:
         plot(table, args.plot)
     return table
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

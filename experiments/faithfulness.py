@@ -1,7 +1,7 @@
 """What the known slips of the paper's public code cost, one by one and together.
 
-    python benchmarks/faithfulness.py [--weights RN50.pt]
-    python benchmarks/faithfulness.py --features DIR [--backbone ViT-B/32]
+    python -m experiments faithfulness [--weights RN50.pt]
+    python -m experiments faithfulness --features DIR [--backbone ViT-B/32]
         [--classes 2] [--csv PATH] [KEY VALUE ...]
 
 The first encodes the texts of the four sets by an RN50, randomly initialised unless --weights names
@@ -26,21 +26,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 import datasets
 import train
-from benchmarks.reproduce import markdown
-from benchmarks.variants import VARIANTS, in_double, run_variants
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, list_bundles
 from clip.source import ClipSource
 from engine import UserError, build_trainer
-from engine.cli import Parser, run
+from engine.cli import Parser
 from engine.config import setup
 from engine.files import atomic_path
 from engine.threads import one_thread
 from evaluation.zero_shot import evaluate_classes, evaluate_set
+from experiments.reproduce import markdown
+from experiments.variants import VARIANTS, in_double, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, solve_exact, thresholds
 from forgetting.exact import auto_lamb_forget
@@ -65,7 +63,7 @@ SAME = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Bundles:
     """A folder of bundles, their backbone, and config keys (KEY VALUE) that are changed."""
 
     folder: Path
@@ -73,14 +71,16 @@ class Place:
     opts: tuple[str, ...] = ()
 
 
-def trainer_for(place: Place, dataset: str, classes: list[str], multiclass: bool) -> ForgetTrainer:
+def trainer_for(
+    where: Bundles, dataset: str, classes: list[str], multiclass: bool
+) -> ForgetTrainer:
     """The trainer of the paper's method, on the CPU, ready to state its problems."""
-    folder, backbone = place.folder, place.backbone
+    folder, backbone = where.folder, where.backbone
     argv = ["--dataset", dataset, "--backbone", backbone, "--features", str(folder)]
     argv += ["--output-dir", str(folder / "no-results"), *(["--multiclass"] if multiclass else [])]
     for name in classes:
         argv += ["--forget", name]
-    argv += place.opts
+    argv += where.opts
     with redirect_stdout(StringIO()):  # what is absent, what is loaded
         trainer = build_trainer(setup(train.parse(argv)))
     trainer.device = torch.device("cpu")
@@ -113,13 +113,13 @@ def accuracies(trainer: ForgetTrainer, classes: list[str], change: Tensor) -> di
     return dict(zip(ACCURACIES, means, strict=True))
 
 
-def measure(place: Place, lists: dict[str, list[str]], count: int) -> pd.DataFrame:
+def measure(where: Bundles, lists: dict[str, list[str]], count: int) -> pd.DataFrame:
     """The first `count` classes of every list alone, then `TOGETHER` at once: a row a problem and
     variant."""
     frames = []
     for dataset, names in lists.items():
         for multiclass, chosen in ((False, names[:count]), (True, names[:TOGETHER])):
-            trainer = trainer_for(place, dataset, chosen, multiclass)
+            trainer = trainer_for(where, dataset, chosen, multiclass)
             for classes in trainer.plan.requests:
                 started = time.perf_counter()
                 frame = run_variants(state(trainer, classes), trainer.settings)
@@ -187,14 +187,14 @@ def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
-def synonyms_retained(place: Place, dataset: str, same: dict[str, set[str]]) -> pd.DataFrame:
+def synonyms_retained(where: Bundles, dataset: str, same: dict[str, set[str]]) -> pd.DataFrame:
     """What a retained name that means the same does to the optimum: a row a class of `same`.
 
     `c*` is where the class starts to move, `trials` what the retry needs to get there from the
     set's weights; `share` is how far, on average, the names of the same meaning go with the class
     (1: as far as it). Both with those names out of the retain set and in it, just above c*.
     """
-    trainer = trainer_for(place, dataset, list(same), multiclass=False)
+    trainer = trainer_for(where, dataset, list(same), multiclass=False)
     bundle, rows = trainer.bundle, []
     names = [datasets.plain(name).casefold() for name in bundle.retain_names]
     for (name,) in trainer.plan.requests:
@@ -267,10 +267,10 @@ def text_bundles(folder: Path, weights: str | None) -> dict[str, list[str]]:
     return {dataset: list(forget_classes_all[dataset]) for dataset in all_ds}
 
 
-def bundled_classes(place: Place, count: int) -> dict[str, list[str]]:
+def bundled_classes(where: Bundles, count: int) -> dict[str, list[str]]:
     """At least `count` classes of every set of a folder, evenly over the set."""
     chosen = {}
-    for dataset, path in list_bundles(place.folder, place.backbone).items():
+    for dataset, path in list_bundles(where.folder, where.backbone).items():
         names = FeatureBundle.load(path).classnames
         chosen[dataset] = names[:: max(1, len(names) // count)][:count]
     return chosen
@@ -290,7 +290,7 @@ def one_trial_fewer(table: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every problem and variant."""
-    parser = Parser(prog="benchmarks/faithfulness.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
     parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
     parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
@@ -305,23 +305,23 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:
-            place = Place(Path(args.features), args.backbone or BUNDLED, tuple(args.opts))
+            where = Bundles(Path(args.features), args.backbone or BUNDLED, tuple(args.opts))
             kind = f"bundles of {args.features}"
-            lists = bundled_classes(place, max(args.classes, TOGETHER))
+            lists = bundled_classes(where, max(args.classes, TOGETHER))
             same = {name: SAME[name] for name in lists if name in SAME}
             by = ["set"]
         else:
-            place, by = Place(Path(temporary), ENCODER, tuple(args.opts)), ["mode"]
+            where, by = Bundles(Path(temporary), ENCODER, tuple(args.opts)), ["mode"]
             kind = f"weights {args.weights}" if args.weights else "random weights"
-            lists = text_bundles(place.folder, args.weights)
+            lists = text_bundles(where.folder, args.weights)
             same = {name: synonyms_of(name, lists[name]) for name in lists}
-        table = measure(place, lists, args.classes)
-        report(f"{place.backbone}, {kind}: the descent's variants", summarise(table, by))
+        table = measure(where, lists, args.classes)
+        report(f"{where.backbone}, {kind}: the descent's variants", summarise(table, by))
         if table[list(ACCURACIES)].notna().all(axis=1).any():
             report("Distance from ours, percentage points", apart_from_ours(table))
         report("Without the trial that reached: reduction, %", one_trial_fewer(table))
         if same:
-            parts = [synonyms_retained(place, *item) for item in same.items()]
+            parts = [synonyms_retained(where, *item) for item in same.items()]
             report("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         with atomic_path(args.csv) as path:
@@ -335,7 +335,3 @@ def report(title: str, table: pd.DataFrame) -> None:
     """Print one table of docs/faithfulness.md, without columns that hold no number."""
     table = table.dropna(axis=1, how="all")
     print(f"\n{title}\n\n{markdown(table) if len(table) else 'none'}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -13,13 +13,13 @@ from open_clip import get_model_config
 
 import datasets
 import train
-from benchmarks import faithfulness
-from benchmarks.reproduce import PAPER_CLASS, PAPER_SET
-from benchmarks.variants import VARIANTS, Trial, Trials, choose, retry, run_variants
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
 from engine.cli import run
 from engine.config import paper_weights, setup
+from experiments import faithfulness
+from experiments.reproduce import PAPER_CLASS, PAPER_SET
+from experiments.variants import VARIANTS, Trial, Trials, choose, retry, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, LoraSettings, solve_lora
 from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
@@ -259,8 +259,8 @@ def test_synonyms_that_stay_in_the_retain_set_hold_the_class(tmp_path):
     hidden = torch.cat([bundle.retain_hidden, alike])
     bundle = replace(bundle, retain_names=names, retain_hidden=hidden)
     bundle.save(bundle_path(tmp_path, BACKBONE, "ToyAnimals"))
-    place = faithfulness.Place(tmp_path, BACKBONE)
-    table = faithfulness.synonyms_retained(place, "ToyAnimals", {"owl": {"barn owl"}})
+    where = faithfulness.Bundles(tmp_path, BACKBONE)
+    table = faithfulness.synonyms_retained(where, "ToyAnimals", {"owl": {"barn owl"}})
     row = table.iloc[0]
     assert row["same"] == "barn owl" and row["c*, in"] > row["c*, out"]
     assert row["share, in"] < row["share, out"]

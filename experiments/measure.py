@@ -6,11 +6,10 @@ import statistics
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from evaluation.study.solvers import Answer
-from evaluation.study.world import Case, World
 from evaluation.zero_shot import Factors, evaluate_classes, evaluate_set
+from experiments.solvers import Answer
+from experiments.world import Task, World
 
 
 class Judge:
@@ -21,30 +20,29 @@ class Judge:
         self._before: dict[tuple[int, ...], dict[str, float | None]] = {}
         self._others = self._of_others(None)
 
-    def row(self, case: Case, answer: Answer) -> dict[str, Any]:
+    def row(self, task: Task, answer: Answer) -> dict[str, Any]:
         """The measured cells of a row; None where there is no image to judge on.
 
         `forgotten_*` is the mean over the forgotten classes, `others_*` that over the other sets,
         and `others_worst` the change of the set that lost most; accuracies from 0 to 1.
         """
-        if case.labels not in self._before:
-            self._before[case.labels] = self._own(case.labels, None)
+        if task.labels not in self._before:
+            self._before[task.labels] = self._own(task.labels, None)
         factors = (answer.left.float(), answer.right.float())
-        before, after = self._before[case.labels], self._own(case.labels, factors)
+        before, after = self._before[task.labels], self._own(task.labels, factors)
         others = self._of_others(factors)
         changes = [others[name] - accuracy for name, accuracy in self._others.items()]
-        delta = answer.left @ answer.right
         return {
             **{f"{key}_before": value for key, value in before.items()},
             **{f"{key}_after": value for key, value in after.items()},
             "others_before": _mean(self._others.values()),
             "others_after": _mean(others.values()),
             "others_worst": min(changes, default=None),
-            "carry": carry_over(self.world, case, answer, delta),
-            "reduction": reduction(case, answer, delta),
-            "norm": float(delta.norm()),
+            "carry": carry_over(self.world, task, answer),
+            "reduction": reduction(task, answer),
+            "norm": float(answer.delta.norm()),
             "seconds": answer.seconds,
-            "texts": len(case.texts),
+            "texts": len(task.texts),
             **answer.facts,
         }
 
@@ -60,25 +58,25 @@ class Judge:
         return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
 
-def carry_over(world: World, case: Case, answer: Answer, delta: Tensor) -> float | None:
+def carry_over(world: World, task: Task, answer: Answer) -> float | None:
     """s(h) of the evaluation prompts, the mean over the forgotten classes.
 
     The part of a class's displacement D (the mean of its texts') that its evaluation prompt h
     makes, `<h Delta, D> / <D, D>`; for one text and an exact answer `h K^-1 h_f / h_f K^-1 h_f`.
     """
-    owner, shares = torch.tensor(case.owner), []
-    for index, label in enumerate(case.labels):
+    owner, shares = torch.tensor(task.owner), []
+    for index, label in enumerate(task.labels):
         d = answer.displacement[owner == index].mean(dim=0)  # (d,)
-        moved = world.bundle.class_hidden[label].double() @ delta  # (w,) @ (w, d) -> (d,)
+        moved = world.bundle.class_hidden[label].double() @ answer.delta  # (w,) @ (w, d) -> (d,)
         if d.any():
             shares.append(float(moved @ d / (d @ d)))
     return _mean(shares)
 
 
-def reduction(case: Case, answer: Answer, delta: Tensor) -> float:
+def reduction(task: Task, answer: Answer) -> float:
     """By what fraction the distance of the forgotten texts from their target fell."""
     before = answer.displacement.norm()
-    left = (answer.displacement - case.texts.double() @ delta).norm()
+    left = (answer.displacement - task.texts.double() @ answer.delta).norm()
     return float(1 - left / before) if before > 0 else 1.0
 
 

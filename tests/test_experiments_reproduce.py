@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import datasets
-from benchmarks import reproduce
-from benchmarks.reproduce import Counts, compare, markdown, results_folder, whole_set
 from engine import UserError
 from engine.cli import run
 from evaluation.results import read_logs
+from experiments import reproduce
+from experiments.reproduce import Counts, compare, markdown, results_folder, whole_set
 from forget_cls import all_ds, forget_classes_all
 from tests.clip_fixtures import openai_state_dict, reduce_depth
 from tests.conftest import REPOSITORY
@@ -137,9 +137,9 @@ def test_the_whole_command_on_both_backbones(tmp_path, checkpoint):
     image_root(tmp_path / "data")
     backbones = ["RN50", "ViT-B/16"]
     weights = [text for backbone in backbones for text in checkpoint(backbone)]
-    script = [sys.executable, str(REPOSITORY / "benchmarks" / "reproduce.py")]
+    script = [sys.executable, "-m", "experiments", "reproduce"]
     done = subprocess.run(
-        [*script, *command(tmp_path, *weights)], capture_output=True, text=True, cwd=tmp_path
+        [*script, *command(tmp_path, *weights)], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     assert "| RN50 | before | StanfordDogs | whole test set | 0.5168 |" in done.stdout
