@@ -11,15 +11,17 @@ import warnings
 import pytest
 
 from engine.errors import UserError
+from engine.files import sha256_file
 from evaluation.results import (
     check_folder,
     is_done,
     join_label,
     label_file,
     merge_args,
-    merge_entry,
+    merge_results,
     read_logs,
 )
+from tests.results_fixtures import finished, store
 from utils import compute_avg_gain, create_results, plot_results, summarise
 
 SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
@@ -38,27 +40,31 @@ def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), setting
 
 
 def test_merging_keeps_what_is_there(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
-    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
-    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
+    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
     logs = read_logs(tmp_path)
     assert set(logs) == {"A", "B"} and set(logs["A"]) == {"settings", "cat", "cat|dog"}
-    assert logs["A"]["cat"] == entry()
+    named = {
+        "adapter": "A/cat.safetensors",
+        "adapter_sha256": sha256_file(tmp_path / "A/cat.safetensors"),
+    }
+    assert logs["A"]["cat"] == entry() | {"solver": entry()["solver"] | named}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
 
 
 def test_numbers_keep_full_precision(tmp_path):
     third = 1 / 3
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry(before=third))
+    store(tmp_path, "A", SETTINGS, "cat", entry(before=third))
     assert read_logs(tmp_path)["A"]["cat"]["zero_shot"]["A"]["cat"]["cls_acc_test"] == third
 
 
 WRITER = """
 import sys
-from evaluation.results import merge_entry
+from tests.results_fixtures import store
 folder, dataset = sys.argv[1:]
 for number in range(25):
-    merge_entry(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", {"n": number})
+    store(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", {"n": number})
 """
 
 
@@ -73,28 +79,48 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("key", ["trainer", "backbone"])
 def test_results_of_another_kind_are_refused(tmp_path, key):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat", entry())
     for dataset in ("A", "B"):
         with pytest.raises(UserError, match="another ATTEMPT"):
             check_folder(tmp_path, dataset, SETTINGS | {key: "other"})
         with pytest.raises(UserError, match="another ATTEMPT"):
-            merge_entry(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
+            store(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
     assert set(read_logs(tmp_path)) == {"A"}
     check_folder(tmp_path, "A", SETTINGS)
 
 
 def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat", entry())
     with pytest.raises(UserError, match="weights"):
         check_folder(tmp_path, "A", SETTINGS | {"weights": "def"})
 
 
-def test_done_means_the_same_solver_settings():
-    logs = {"A": {"cat": entry()}}
-    assert is_done(logs, "A", "cat", {"lamb_forget": 1.3})
-    assert not is_done(logs, "A", "dog", {"lamb_forget": 1.3})
+def test_done_means_the_same_solver_settings_and_the_adapter_of_the_logs(tmp_path):
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
+    assert is_done(tmp_path, logs, "A", "cat", same)
+    assert not is_done(tmp_path, logs, "A", "dog", same)
     with pytest.raises(UserError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
-        is_done(logs, "A", "cat", {"lamb_forget": 1.1})
+        is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.1})
+    path = tmp_path / "A" / "cat.safetensors"
+    path.write_bytes(finished("A", "cat", entry(), scale=2.0).data)  # killed before the logs
+    assert not is_done(tmp_path, logs, "A", "cat", same)
+    path.unlink()
+    assert not is_done(tmp_path, logs, "A", "cat", same)
+
+
+def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    before = read_logs(tmp_path)
+    other = entry(after=0.5, settings={"lamb_forget": 1.1})
+    late = [finished("A", "cat", other, scale=2.0), finished("A", "dog", other, scale=3.0)]
+    with pytest.raises(UserError, match="--overwrite"):
+        merge_results(tmp_path, "A", SETTINGS, late)
+    logs = read_logs(tmp_path)
+    assert logs["A"]["cat"] == before["A"]["cat"] and "dog" in logs["A"]
+    assert is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.3})
+    merge_results(tmp_path, "A", SETTINGS, late, overwrite=True)
+    assert is_done(tmp_path, read_logs(tmp_path), "A", "cat", {"lamb_forget": 1.1})
 
 
 @pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
@@ -104,10 +130,10 @@ def test_torn_logs_are_kept_aside(tmp_path, text):
         read_logs(tmp_path)
     assert (tmp_path / "logs.json").read_text() == text  # reading moves nothing
     with pytest.raises(UserError, match=r"kept as logs\.torn"):
-        merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+        store(tmp_path, "A", SETTINGS, "cat", entry())
     (aside,) = tmp_path.glob("logs.torn-*.json")
     assert aside.read_text() == text
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
+    store(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
     assert aside.read_text() == text
 
 
@@ -127,12 +153,12 @@ def test_args_keep_every_command_line_once(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
-    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
     both = entry()
     for side, value in (("final_results", 0.3), ("zero_shot", 0.5)):
         both[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
-    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", both)
+    store(tmp_path, "A", SETTINGS, "cat|dog", both)
     merge_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
     return tmp_path
 
