@@ -22,6 +22,7 @@ from clip.apply import save_full_model
 from clip.bundle import FeatureBundle, load_bundle
 from clip.cache import FeatureCache
 from clip.features import build_bundle
+from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
 from engine.files import Batch
@@ -48,7 +49,6 @@ from trainers.requests import (
     check_prompts,
     check_target,
     read_prompts,
-    retain_set,
 )
 
 

@@ -14,17 +14,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
+from clip.bundle import FeatureBundle
+from clip.retain import GROUPS, retain_set
+from engine.config import settings
 from evaluation.audit.case import Common
-from forgetting.constrained import Ridge
-from forgetting.retain import RetainStatistics
+from forgetting import Ridge
 
 LIMIT = 1000  # names that a class is looked for among
-# ForgetExact's published defaults (configs/trainers/ForgetExact.yaml): weights of the groups of
-# retained names, and the ridge in mean squared lengths of a retained hidden state.
-WEIGHTS = {"own": 1.0, "vocabulary": 0.01, "others": 0.1}
-RIDGE = 5e-6
-# The paper's lamb_weight * rank / alpha over its lamb_preserve (0.25 to 0.4).
-PAPER_RATIO = 5 / 0.3
 # Ridge of the list's own statistics, in mean eigenvalues, see `Attacker.alike`. On real features
 # one forgotten class is named first with any from 0.001 to 0.1; of several at once this names most.
 EXPLAINED = 1e-2
@@ -74,8 +70,8 @@ class Guess:
         return torch.linalg.qr(self.basis @ (self.values[:, None] * (self.basis.T @ u)))[0]
 
     def directions(self) -> Tensor:
-        """The directions of all names with norm 1, (n, w)."""
-        return (self.names / self.values) @ self.basis.T / self.lengths[:, None]  # (n, w) @ (w, w)
+        """`K^-1 h` of all names, (n, w)."""
+        return (self.names / self.values) @ self.basis.T  # (n, w) @ (w, w)
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Attacker:
         names: as words, the set's own classes first, each once; hidden: (n, w).
         ridge: `G + mu I` of all names by ForgetExact's defaults.
         own_share: what one class of the set weighs in `G`.
-        vocabulary: `H_r`, (m, w), the paper's retain set.
+        vocabulary: `H_r`, (m, w), the paper's retain set; ratio: `lw / lp` of its constants.
         projection: `W`, (w, d), which is published.
     """
 
@@ -95,6 +91,7 @@ class Attacker:
     ridge: Ridge
     own_share: float
     vocabulary: Tensor
+    ratio: float
     projection: Tensor
 
     @cached_property
@@ -122,10 +119,11 @@ class Attacker:
         return Guess.of(gram, self.hidden, EXPLAINED * float(gram.trace()) / len(gram))
 
     @cached_property
-    def unexplained(self) -> tuple[Tensor, Tensor]:
-        """What the other names do not explain of each, as directions x (n, w), and `x W` (n, d)."""
-        directions = self.alike.directions()
-        return directions, directions @ self.projection
+    def unexplained(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the other names do not explain of each, as directions x (n, w), their norms (n,), and
+        `x W` (n, d)."""
+        x = self.alike.directions()
+        return x, x.norm(dim=1).clamp_min(TINY), x @ self.projection
 
     @cached_property
     def constrained(self) -> Guess:
@@ -152,7 +150,7 @@ class Attacker:
         found = [self.constrained, self.alike, self.untouched]
         if len(self.vocabulary):
             moved = torch.linalg.matrix_norm(self.vocabulary @ (u * values))
-            mu = PAPER_RATIO * float(moved / values.norm())
+            mu = self.ratio * float(moved / values.norm())
             found.append(self.paper.at(max(mu, KERNEL * float(self.paper.values.sum()))))
         return found
 
@@ -160,23 +158,12 @@ class Attacker:
 def attacker(common: Common) -> Attacker:
     """The set's classes always stay on the list; the rest is drawn if there are too many."""
     bundle, others = common.bundle, list(common.others.values())
-    groups = {
-        "own": bundle.forget_hidden,
-        "vocabulary": bundle.retain_hidden,
-        "others": torch.cat([bundle.forget_hidden[:0], *(b.forget_hidden for b in others)]),
-    }
-    statistics = RetainStatistics(bundle.text_projection.shape[0])
-    for group, rows in groups.items():
-        statistics.update(group, rows)
-    weights = {group: WEIGHTS[group] for group in statistics.counts}
-    gram = statistics.weighted(weights)
-    # A constant of the whole list, as the trainer takes it: mean squared length of a text.
-    ridge = Ridge(gram, RIDGE * float(gram.trace()) / sum(weights.values()))
-
-    spelled = [*bundle.classnames, *bundle.retain_names]
-    spelled += [name for b in others for name in b.classnames]
+    exact = settings("ForgetExact")
+    node = exact.TRAINER.FORGETEXACT
+    weights = {group: float(node[group.upper()]) for group in GROUPS}
+    retain = retain_set(bundle, others, weights, exact.FORGET.SIMILARITY)
     first: dict[str, int] = {}
-    for row, name in enumerate(spelled):
+    for row, name in enumerate(retain.names):
         first.setdefault(datasets.key(name), row)
     rows = list(first.values())
     own = sum(row < len(bundle.classnames) for row in rows)
@@ -185,10 +172,19 @@ def attacker(common: Common) -> Attacker:
         drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
         rows = rows[:own] + [rows[own + place] for place in drawn]
     return Attacker(
-        names=[datasets.plain(spelled[row]) for row in rows],
-        hidden=torch.cat(list(groups.values()))[rows].double(),
-        ridge=ridge,
-        own_share=statistics.share("own", weights),
+        names=[datasets.plain(retain.names[row]) for row in rows],
+        hidden=retain.rows[rows].double(),
+        ridge=retain.ridge(node.MU),
+        own_share=float(retain.shares[0]),
         vocabulary=bundle.retain_hidden.double(),
+        ratio=_paper_ratio(bundle),
         projection=bundle.text_projection.double(),
     )
+
+
+def _paper_ratio(bundle: FeatureBundle) -> float:
+    """lamb_weight * rank / alpha over lamb_preserve, as the paper has them for a data set; of
+    another backbone if it has none for the bundle's."""
+    forget = settings("ForgetLoRA", bundle.dataset, bundle.backbone).FORGET
+    modes = forget.WEIGHTS.get(bundle.backbone) or next(iter(forget.WEIGHTS.values()))
+    return forget.LAMB_WEIGHT * forget.RANK / forget.ALPHA / modes["SINGLE"][0]

@@ -13,13 +13,10 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.seeds import seeded
 from evaluation.audit.interval import Accuracy, share
-from evaluation.zero_shot import Factors
+from evaluation.zero_shot import CANCELS, Factors
 
 T = TypeVar("T")
 TINY = torch.finfo(torch.float32).tiny
-# A text that keeps less of its length is multiplied with the images anew: the difference of two
-# products of its old length would be mostly rounding.
-SHRUNK = 0.1
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Model:
         images, hidden = self.bundle.image_features, self.bundle.class_hidden
         products = torch.addmm(self.common.products, images @ right.T, (hidden @ left).T)
         cosines = products / self.lengths
-        shrunk = self.lengths < SHRUNK * self.common.texts.norm(dim=1)
+        shrunk = self.lengths < CANCELS * self.common.texts.norm(dim=1)
         if shrunk.any():
             cosines[:, shrunk] = images @ self.classes[shrunk].T
         return cosines

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import datasets
-from evaluation.audit.case import SHRUNK, TINY, Case, Common
+from evaluation.audit.case import TINY, Case, Common
 from evaluation.audit.interval import mean_value
+from evaluation.zero_shot import CANCELS
 
 NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
@@ -181,7 +182,7 @@ def _neighbourhoods(
         after: embeddings (T, d) after it, not normalised; lengths: their norms (T,).
     """
     k = min(NEAREST, int(stay.sum()) - 1)
-    shrunk = lengths < SHRUNK * texts.lengths
+    shrunk = lengths < CANCELS * texts.lengths
     nearest, kept, overlap = [], [], []
     for block in torch.arange(len(stay)).split(BLOCK):
         part = slice(int(block[0]), int(block[-1]) + 1)

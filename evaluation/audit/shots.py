@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle
 from evaluation.audit.attacker import Attacker
 from evaluation.audit.case import Common, Model
-from forgetting.constrained import solve_from_base
+from forgetting.constrained import land
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
@@ -168,16 +168,15 @@ def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: 
 def _moved(start: Start, target: Tensor, known: Attacker) -> Tensor:
     """All classes' embeddings (C, d) after the exact change that sends the class's to `target`."""
     bundle, label = start.model.bundle, start.label
-    text = bundle.class_hidden[label : label + 1].double()  # (1, w)
-    leaving = bundle.forget_hidden[label : label + 1].double()
-    left, right = solve_from_base(
-        text,
-        known.ridge.solve(text),
-        leaving,
-        known.ridge.solve(leaving),
-        text.new_full((1,), known.own_share),
-        (target - start.model.texts[label]).double()[None],
+    text = bundle.class_hidden[label].double()[None]  # (1, w)
+    leaving = bundle.forget_hidden[label].double()[None]
+    left, right = land(
+        text[None],
+        known.ridge.solve(text)[None],
+        leaving[None],
+        known.ridge.solve(leaving)[None],
+        text.new_full((1, 1), known.own_share),
+        (target - start.model.texts[label]).double()[None, None],
     )
-    return (
-        start.model.texts + (bundle.class_hidden @ left.float()) @ right.float()
-    )  # (C, 1) @ (1, d)
+    share = bundle.class_hidden @ left[0].float()  # (C, w) @ (w, 1)
+    return start.model.texts + share @ right[0].float()  # (C, 1) @ (1, d)

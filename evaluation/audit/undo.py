@@ -115,8 +115,9 @@ def oddness(change: Factors, known: Attacker) -> Tensor:
             of them with `W'` again.
     """
     left, right = (factor.double() for factor in change)
-    x, untouched = known.unexplained
-    gain = (untouched + (x @ left) @ right).norm(dim=1).clamp_min(TINY).log()  # (n, d) -> (n,)
+    x, lengths, untouched = known.unexplained
+    gain = (untouched + (x @ left) @ right).norm(dim=1) / lengths  # (n, d) -> (n,)
+    gain = gain.clamp_min(TINY).log()
     return (gain - gain.median()).abs()
 
 
