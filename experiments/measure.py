@@ -3,59 +3,52 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from evaluation.zero_shot import Factors, evaluate_classes, evaluate_set
 from experiments.solvers import Answer
 from experiments.world import Task, World
 
 
-class Judge:
-    """Accuracies of one data set's changes; what held before is computed once."""
+def cells(world: World, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The measured cells of rows; None where there is no image to judge on.
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._before: dict[tuple[int, ...], dict[str, float | None]] = {}
-        self._others = self._of_others(None)
+    `forgotten_*` is the mean over the forgotten classes, `others_*` that over the other sets, and
+    `others_worst` the change of the set that lost most; accuracies from 0 to 1.
+    """
+    requests = [task.request.classes for task in tasks]
+    changes = [(answer.left.float(), answer.right.float()) for answer in answers]
+    found = world.judge.after(requests, changes, [()] * len(changes))
+    return [_row(world, *each) for each in zip(tasks, answers, found, strict=True)]
 
-    def row(self, task: Task, answer: Answer) -> dict[str, Any]:
-        """The measured cells of a row; None where there is no image to judge on.
 
-        `forgotten_*` is the mean over the forgotten classes, `others_*` that over the other sets,
-        and `others_worst` the change of the set that lost most; accuracies from 0 to 1.
-        """
-        if task.labels not in self._before:
-            self._before[task.labels] = self._own(task.labels, None)
-        factors = (answer.left.float(), answer.right.float())
-        before, after = self._before[task.labels], self._own(task.labels, factors)
-        others = self._of_others(factors)
-        changes = [others[name] - accuracy for name, accuracy in self._others.items()]
-        return {
-            **{f"{key}_before": value for key, value in before.items()},
-            **{f"{key}_after": value for key, value in after.items()},
-            "others_before": _mean(self._others.values()),
-            "others_after": _mean(others.values()),
-            "others_worst": min(changes, default=None),
-            "carry": carry_over(self.world, task, answer),
-            "reduction": reduction(task, answer),
-            "norm": float(answer.delta.norm()),
-            "seconds": answer.seconds,
-            "texts": len(task.texts),
-            **answer.facts,
-        }
-
-    def _own(self, labels: tuple[int, ...], factors: Factors | None) -> dict[str, float | None]:
-        bundle = self.world.bundle
-        names = [bundle.classnames[label] for label in labels]
-        found = list(evaluate_classes(bundle, names, factors).values())
-        own = [entry["cls_acc_test"] for entry in found if entry["cls_acc_test"] is not None]
-        return {"forgotten": _mean(own), "rest": found[0]["no_cls_acc"]}
-
-    def _of_others(self, factors: Factors | None) -> dict[str, float]:
-        found = {name: evaluate_set(b, factors) for name, b in self.world.others.items()}
-        return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+def _row(world: World, task: Task, answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
+    before = world.judge.before(task.request.classes)
+    own = {"before": before.pop(world.bundle.dataset), "after": found.pop(world.bundle.dataset)}
+    others = {
+        side: {name: sets["all"]["all_ds"] for name, sets in accuracies.items()}
+        for side, accuracies in (("before", before), ("after", found))
+    }
+    known = [name for name, accuracy in others["before"].items() if accuracy is not None]
+    changes = [others["after"][name] - others["before"][name] for name in known]
+    row: dict[str, Any] = {}
+    for side, classes in own.items():
+        row[f"forgotten_{side}"] = _mean(entry["cls_acc_test"] for entry in classes.values())
+        row[f"rest_{side}"] = next(iter(classes.values()))["no_cls_acc"]
+    for side, accuracies in others.items():
+        row[f"others_{side}"] = _mean(accuracies.values())
+    return {
+        **row,
+        "others_worst": min(changes, default=None),
+        "carry": carry_over(world, task, answer),
+        "reduction": reduction(task, answer),
+        "norm": float(answer.delta.norm()),
+        "seconds": answer.seconds,
+        "texts": len(task.request.texts),
+        **answer.facts,
+    }
 
 
 def carry_over(world: World, task: Task, answer: Answer) -> float | None:
@@ -64,10 +57,11 @@ def carry_over(world: World, task: Task, answer: Answer) -> float | None:
     The part of a class's displacement D (the mean of its texts') that its evaluation prompt h
     makes, `<h Delta, D> / <D, D>`; for one text and an exact answer `h K^-1 h_f / h_f K^-1 h_f`.
     """
-    owner, shares = torch.tensor(task.owner), []
-    for index, label in enumerate(task.labels):
+    owner, shares = torch.tensor(task.request.owner), []
+    for index, name in enumerate(task.request.classes):
         d = answer.displacement[owner == index].mean(dim=0)  # (d,)
-        moved = world.bundle.class_hidden[label].double() @ answer.delta  # (w,) @ (w, d) -> (d,)
+        prompt = world.bundle.class_hidden[world.texts.label[name]].double()  # (w,)
+        moved = prompt @ answer.delta  # (w,) @ (w, d) -> (d,)
         if d.any():
             shares.append(float(moved @ d / (d @ d)))
     return _mean(shares)
@@ -76,10 +70,10 @@ def carry_over(world: World, task: Task, answer: Answer) -> float | None:
 def reduction(task: Task, answer: Answer) -> float:
     """By what fraction the distance of the forgotten texts from their target fell."""
     before = answer.displacement.norm()
-    left = (answer.displacement - task.texts.double() @ answer.delta).norm()
+    left = (answer.displacement - task.request.hidden.double() @ answer.delta).norm()
     return float(1 - left / before) if before > 0 else 1.0
 
 
-def _mean(values: Any) -> float | None:
-    values = list(values)
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = [value for value in values if value is not None]
     return statistics.fmean(values) if values else None

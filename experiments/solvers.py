@@ -5,7 +5,7 @@
     constrained the default of ForgetExact: texts land on their target at the least disturbance
 
 `lora` and `optimum` always solve the same problem, so that the second shows what the first misses.
-Tasks that share what is retained are one computation (`together`).
+Tasks of one setting are one computation (`together`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from forgetting import (
     solve_lora_each,
     thresholds,
 )
+from trainers.requests import Requests
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
@@ -80,7 +81,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper's problem for tasks that share what is retained; see `solve_lora_each`."""
+    """The paper's problem for the tasks of one setting; see `solve_lora_each`."""
 
     problem: ForgetProblem
     owner: Tensor
@@ -115,20 +116,21 @@ class Paper:
 
 def paper_problem(world: World, tasks: Sequence[Task]) -> tuple[Paper, list[torch.Generator]]:
     """The problem, and the random numbers of the descents."""
-    joined, first = world.join(tasks), tasks[0]
-    cfg, w = world.paper[len(first.labels) > 1], world.bundle.text_projection
-    generators = [world.generator(task.labels) for task in tasks]
+    first, requests = tasks[0], Requests([task.request for task in tasks])
+    cfg, w = world.paper[len(first.request.classes) > 1], world.bundle.text_projection
+    generators = [world.generator(task.request.classes) for task in tasks]
+    retain, leaving = world.retained(tasks, requests)
     weights = paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {})
     problem = ForgetProblem(
         projection=w,
-        forget_hidden=joined.texts,
-        retain_hidden=joined.retain.rows,
-        target=world.targets(joined, generators).to(w),
+        forget_hidden=requests.hidden,
+        retain_hidden=retain.rows,
+        target=world.target(first, requests, generators, retain, leaving).to(w),
         rank=first.rank,
         alpha=cfg.FORGET.ALPHA,
         **weights,
     )
-    return Paper(problem, joined.owner, joined.leaving), generators
+    return Paper(problem, requests.of_text, requests.any_of(leaving)), generators
 
 
 def settled(paper: Paper) -> tuple[list[Optimum], list[int]]:
@@ -205,25 +207,27 @@ def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
 
 def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
-    joined = world.join(tasks)
-    target = world.targets(joined, [world.generator(task.labels) for task in tasks])
-    w, retain = world.bundle.text_projection.double(), joined.retain
-    displacement = target - joined.texts.double() @ w  # (K, d)
+    requests = Requests([task.request for task in tasks])
+    generators = [world.generator(task.request.classes) for task in tasks]
+    retain, leaving = world.retained(tasks, requests)
+    target = world.target(tasks[0], requests, generators, retain, leaving)
+    w, gone = world.bundle.text_projection.double(), requests.any_of(leaving)
+    displacement = target.double() - requests.hidden.double() @ w  # (K, d)
     started = time.process_time()
     solutions = solve_constrained_each(
-        *(Ridge(retain.gram, world.mu), joined.texts, displacement, joined.owner),
-        *(retain.rows, retain.shares, joined.leaving),
+        *(Ridge(retain.gram, world.mu), requests.hidden, displacement, requests.of_text),
+        *(retain.rows, retain.shares, gone),
     )
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
     for number, solution in enumerate(solutions):
         proof = solution.certificate
         facts = {
-            "retained": int((~joined.leaving[number]).sum()),
+            "retained": int((~gone[number]).sum()),
             "objective": proof.primal,
             "gap": proof.gap,
         }
-        mine = displacement[joined.owner == number]
+        mine = displacement[requests.of_text == number]
         answers.append(Answer(solution.left, solution.right, mine, seconds, facts))
     return answers
 
@@ -236,16 +240,16 @@ SOLVERS: dict[str, Callable[[World, Sequence[Task]], list[Answer]]] = {
 
 
 def together(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Tasks of one study in groups that share what is retained: each is one computation.
+    """Tasks in groups that are one computation: those of one solver in one setting.
 
-    Descents of one setting share the names that any of them retains. Where names are picked, the
-    exact solvers have nothing to share.
+    Descents of one setting share the names that any of them retains; the exact solvers have
+    nothing to share where names are picked.
     """
     groups: dict[tuple, list[Task]] = {}
-    for task in tasks:
-        key = (task.solver, task.off, task.rank, len(task.labels) > 1)
-        if task.pick is not None:
-            key += (task.setting, None if task.solver == "lora" else task.labels)
+    for number, task in enumerate(tasks):
+        alone = task.pick is not None and task.solver != "lora"
+        several = len(task.request.classes) > 1
+        key = (task.solver, task.setting, several, number if alone else None)
         groups.setdefault(key, []).append(task)
     return list(groups.values())
 

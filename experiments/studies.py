@@ -31,7 +31,8 @@ from engine.cli import Parser
 from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
 from engine.threads import one_thread
-from experiments.measure import Judge
+from evaluation.results import join_label
+from experiments.measure import cells
 from experiments.rows_file import RowsFile, key_of
 from experiments.solvers import SOLVERS, together
 from experiments.study_plots import plot
@@ -45,10 +46,10 @@ ALL = "all"  # as NAME: every study; of --forget: every class
 
 @dataclass(frozen=True)
 class Job:
-    """One data set with the labels to forget, checked; digest: of its constants and bundles."""
+    """One data set with the classes to forget, checked; digest: of its constants and bundles."""
 
     world: World
-    labels: list[int]
+    classes: list[str]
     digest: str
 
 
@@ -70,8 +71,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
         world = World(bundles[dataset], others, args.seed, args.opts)
         audit_rows(world.bundle, world.bundle.classnames[0], paths[dataset])  # refuses broken ones
-        labels = choose(world.bundle, args.forget, args.classes, args.seed)
-        jobs.append(Job(world, labels, digest(world, paths.values())))
+        classes = choose(world.bundle, args.forget, args.classes, args.seed)
+        jobs.append(Job(world, classes, digest(world, paths.values())))
     return jobs
 
 
@@ -87,8 +88,8 @@ def digest(world: World, bundles: Iterable[Path]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) -> list[int]:
-    """Labels of the classes to forget: those named, or `count` at random, in the set's order.
+def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) -> list[str]:
+    """The classes to forget: those named, or `count` at random, in the set's order.
 
     Raises:
         UserError: a name that the set does not have, or more classes than it has.
@@ -97,13 +98,14 @@ def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) 
     if len(names) < 2:
         raise UserError(f"{bundle.dataset} has one class: none would be left to recognise")
     if list(forget) == [ALL]:
-        return list(range(len(names)))
+        return names
     if forget:
-        found = [datasets.match(name, names, bundle.dataset) for name in forget]
-        return sorted({names.index(name) for name in found})
+        found = {datasets.match(name, names, bundle.dataset) for name in forget}
+        return sorted(found, key=names.index)
     if count > len(names):
         raise UserError(f"--classes {count}: {bundle.dataset} has {len(names)} classes")
-    return sorted(random.Random(f"{seed}/{bundle.dataset}").sample(range(len(names)), count))
+    labels = random.Random(f"{seed}/{bundle.dataset}").sample(range(len(names)), count)
+    return [names[label] for label in sorted(labels)]
 
 
 def table_of(out: Path, name: str, job: Job) -> RowsFile:
@@ -118,7 +120,7 @@ def identity(name: str, job: Job, task: Task) -> dict[str, str | int]:
     return {
         "study": name,
         "dataset": job.world.bundle.dataset,
-        "classes": job.world.label(task.labels),
+        "classes": join_label(task.request.classes),
         "solver": task.solver,
         "setting": task.setting,
         "seed": job.world.seed,
@@ -129,17 +131,18 @@ def identity(name: str, job: Job, task: Task) -> dict[str, str | int]:
 def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
     """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
     study, world = STUDIES[name], job.world
-    tasks = [task for task in study.tasks(world, job.labels) if task.solver in solvers]
+    tasks = study.tasks(world, job.classes, solvers)
     keyed = {key_of(identity(name, job, task)): task for task in tasks}
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
-    judge, where = Judge(world), f"{name} on {world.bundle.dataset}"
+    where = f"{name} on {world.bundle.dataset}"
     bar = tqdm(total=len(pending), desc=where, unit="row", leave=False)
     with Batch(table.add) as batch, bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
-            for task, answer in zip(group, answers, strict=True):
-                row = identity(name, job, task) | {"place": task.place} | judge.row(task, answer)
+            found = cells(world, group, answers)
+            for task, answer, row in zip(group, answers, found, strict=True):
+                row = identity(name, job, task) | {"place": task.place} | row
                 batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
             bar.update(len(group))
     frame = table.frame(list(keyed))
