@@ -19,9 +19,10 @@ from evaluation.audit.case import Common, Model
 from evaluation.audit.interval import accuracy, mean_value
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import MEASURES, _Results, audit_folder
-from evaluation.audit.table import audit_table
 from evaluation.audit.verdict import verdict
 from evaluation.results import read_logs
+from evaluation.rows import read_rows
+from evaluation.tables import audit_table
 from tests.conftest import BACKBONE, toy_bundle
 
 
@@ -185,15 +186,15 @@ def test_from_the_command_line_to_its_own_table(results, capsys):
     for side, key in (("before", "zero_shot"), ("after", "final_results")):
         value = found["residue"]["zero_shot"][side]["value"]
         assert value == pytest.approx(logs[key]["ToyAnimals"]["cat"]["cls_acc_test"])
-    table = audit_table(results)
+    table = audit_table(read_rows(results))
     assert table["class"].tolist() == ["cat", "C/V"] and (table["before"] > 80).all()
     assert (results / "audit.csv").read_text().count("\n") == 3
     json.dumps(audits, allow_nan=False)
 
 
 def test_what_was_audited_is_not_audited_again(results, monkeypatch):
-    calls = []
-    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or {})
+    calls, nothing = [], {"names": 0, "attacks": {}, "not_measured": []}
+    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or nothing)
     audit_folder(results, labels=["cat"])
     audit_folder(results)
     assert calls == ["cat", "C/V"]

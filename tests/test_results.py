@@ -22,7 +22,14 @@ from evaluation.results import (
     read_logs,
 )
 from tests.results_fixtures import finished, store
-from utils import compute_avg_gain, create_results, plot_results, summarise
+from utils import (
+    compare_results,
+    compute_avg_gain,
+    create_results,
+    plot_comparison,
+    plot_results,
+    summarise,
+)
 
 SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
 
@@ -64,7 +71,8 @@ import sys
 from tests.results_fixtures import store
 folder, dataset = sys.argv[1:]
 for number in range(25):
-    store(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", {"n": number})
+    entry = {"final_results": {dataset: {f"c{number}": {"cls_acc_test": 0.0, "no_cls_acc": 1.0}}}}
+    store(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", entry)
 """
 
 
@@ -273,6 +281,12 @@ def test_avg_gain_works_for_any_sets(folder):
     assert compute_avg_gain(df) == pytest.approx((cat + x) / 2)
 
 
+def test_reading_results_loads_nothing_heavy():
+    code = "import sys, utils; print({'torch', 'matplotlib', 'pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'pandas'}"
+
+
 def test_plot_and_summary(folder):
     from PIL import Image
 
@@ -283,3 +297,49 @@ def test_plot_and_summary(folder):
     path = plot_results(df, folder / "picture.png")
     with Image.open(path) as image:
         assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def many_logs(count):
+    """Logs of that many classes; of the last two most is left, the third last harms most."""
+    names = [f"class {number}" for number in range(count)]
+    logs = {"A": {name: entry(name=name, after=0.0) for name in names}}
+    for name, left, rest in ((names[-3], 0.0, 0.1), (names[-2], 0.2, 0.7), (names[-1], 0.3, 0.8)):
+        logs["A"][name]["final_results"]["A"][name] = {"cls_acc_test": left, "no_cls_acc": rest}
+    return logs
+
+
+def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    drawn, titles = [], []
+    monkeypatch.setattr(Axes, "set_yticks", lambda axis, places, names, **_: drawn.append(names))
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text))
+    for count in (2500, 60):
+        (tmp_path / "logs.json").write_text(json.dumps(many_logs(count)))
+        df, _ = create_results(tmp_path)
+        with Image.open(plot_results(df, tmp_path / "picture.png")) as image:
+            assert image.height < 2500
+    few, everything = drawn
+    assert len(few) == 60 and list(few)[-3:] == [f"A: class {n}" for n in (2497, 2498, 2499)]
+    assert list(few)[:2] == ["A: class 0", "A: class 1"]  # among equals the first
+    assert list(everything) == [f"A: class {n}" for n in range(60)]
+    (title,) = titles  # nothing is left out of 60
+    assert title.startswith("the 60 of 2,500 rows with most left")
+
+
+def test_methods_side_by_side(tmp_path):
+    for name, left in (("one", 0.1), ("other", 0.4)):
+        logs = {"A": {"cat": entry(after=left), "dog": entry(name="dog")}}
+        logs["A"]["cat"]["solver"]["seconds"] = 2 * left
+        if name == "other":
+            del logs["A"]["dog"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "logs.json").write_text(json.dumps(logs))
+    table = compare_results({name: tmp_path / name for name in ("one", "other")})
+    assert table["forgotten"].tolist() == ["cat"]
+    row = table.iloc[0]
+    assert (row["class before"], row["class one"], row["class other"]) == (90.0, 10.0, 40.0)
+    assert (row["seconds one"], row["seconds other"]) == (0.2, 0.8)
+    assert plot_comparison(table, tmp_path / "picture.png").stat().st_size > 5000

@@ -379,13 +379,13 @@ class ForgetTrainer(SimpleTrainer):
         """Measure what is left of the classes of this run: audit.json beside the logs."""
         from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
         from evaluation.audit.run import audit_dataset
-        from evaluation.audit.table import report_table
+        from evaluation.tables import report_audit
 
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
         inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
-        report_table(folder, [dataset])
+        report_audit(folder, [dataset])
 
     def _print(
         self, classes: list[str], entry: dict[str, Any], notes: list[str], seconds: float

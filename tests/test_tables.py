@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import UserError
-from evaluation.table import method_table
+from evaluation.tables import method_table
 from evaluation.zero_shot import ZeroShot, evaluate_classes, evaluate_set
 from tests.conftest import toy_bundle
 from utils import compute_avg_gain, create_results
