@@ -24,8 +24,8 @@ from benchmarks.compare import Score, closed_forms, run_lora
 from benchmarks.growth import growth_classes, growth_names, growth_width
 from benchmarks.workload import LAMB_PRESERVE, LAMB_WEIGHT, RANK, from_bundle, random_workload
 from engine import UserError
+from engine.determinism import one_thread
 from engine.files import atomic_path, write_json_atomic
-from engine.threads import one_thread
 from forgetting.each import solve_each
 
 REPEATS = 3

@@ -21,8 +21,7 @@ from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
 from engine.config import check
-from engine.seeds import seeded
-from engine.threads import one_thread
+from engine.determinism import one_thread, seeded
 from evaluation.results import (
     check_folder,
     is_done,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import datasets
 from clip.bundle import FeatureBundle
-from engine.seeds import seeded
+from engine.determinism import seeded
 from evaluation.audit.case import Case
 from forgetting.constrained import Ridge
 from forgetting.statistics import RetainStatistics

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from engine.seeds import seeded
+from engine.determinism import seeded
 from evaluation.zero_shot import Factors, class_embeddings
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, run
+from engine.determinism import one_thread
 from engine.errors import UserError, unknown
-from engine.threads import one_thread
 from evaluation.study.run import make_jobs, perform, table_of
 from evaluation.study.solvers import SOLVERS
 from evaluation.study.studies import STUDIES

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 import datasets
 from clip.bundle import FeatureBundle
-from engine.seeds import seeded
+from engine.determinism import seeded
 from evaluation.results import join_label
 from evaluation.study.constants import GROUPS, Constants
 from evaluation.zero_shot import class_embeddings
