@@ -25,9 +25,9 @@ from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
+from engine.config import check
+from engine.determinism import one_thread, seeded
 from engine.files import Batch
-from engine.seeds import seeded
-from engine.threads import one_thread
 from evaluation.results import (
     Finished,
     check_folder,
@@ -102,6 +102,7 @@ class ForgetTrainer(SimpleTrainer):
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        check(cfg)
         check_names(cfg)
         cls.check_target(cfg)
         read_prompts(cfg)
