@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import train
+from clip.retain import GROUPS, retain_set
 from engine import TRAINER_REGISTRY
 from engine.config import methods
 from evaluation.results import read_logs
 from evaluation.zero_shot import ZeroShot, evaluate_classes, evaluate_set
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, toy_bundle
-from trainers.requests import GROUPS, retain_set
 from utils import create_results
 
 BASELINES = [
