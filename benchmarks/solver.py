@@ -21,8 +21,8 @@ from benchmarks.growth import growth_classes, growth_names, growth_width
 from benchmarks.workload import LAMB_PRESERVE, LAMB_WEIGHT, RANK, from_bundle, random_workload
 from engine import UserError
 from engine.cli import Parser
+from engine.determinism import one_thread
 from engine.files import write_json_atomic
-from engine.threads import one_thread
 from evaluation.plots import drawing
 from forgetting.each import solve_each
 

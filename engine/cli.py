@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -27,9 +28,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         start, _, rest = message.partition("unrecognized arguments: ")
         options = [text for action in self._actions for text in action.option_strings]
-        if not start and rest.startswith("-"):
-            raise unknown("option", rest.split()[0].split("=")[0], options)
         if not start and rest:
+            strange = [text.split("=")[0] for text in rest.split() if text.startswith("-")]
+            if strange:
+                raise unknown("option", strange[0], options)
             message = f"unexpected argument {rest.split()[0]!r}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -39,12 +41,18 @@ def run(
     argv: Sequence[str] | None = None,
     refusals: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Exit status of `main(argv)`; what the user must know of a failure is one line on stderr.
+    """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
+    What the user must know of a failure is one line on stderr.
 
     `refusals` are exceptions beside UserError whose text is such a line.
     """
     try:
-        main(argv)
+        status = main(argv)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, *refusals) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,7 +63,6 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def commands(

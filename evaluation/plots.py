@@ -47,12 +47,13 @@ FEW = 160  # colours of a PNG: no eye sees the difference, and the file is a thi
 
 
 @contextmanager
-def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: str | Path, width: float, height: float, small: bool = True) -> Iterator[Figure]:
     """An empty figure in the common style; what the body drew on it is saved, whole or not at all.
 
     Args:
         path: of the picture; its suffix says the format.
         width, height: inches.
+        small: a PNG is reduced to a few colours, which takes a third of a second.
     """
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
@@ -62,13 +63,13 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with atomic_path(path) as temporary:
-            if path.suffix.lower() == ".png":
-                _save_png(figure, temporary)
+            if small and path.suffix.lower() == ".png":
+                _save_small(figure, temporary)
             else:
                 figure.savefig(temporary)
 
 
-def _save_png(figure: Figure, path: Path) -> None:
+def _save_small(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     drawn = BytesIO()

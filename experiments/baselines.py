@@ -21,9 +21,8 @@ from tqdm import tqdm
 import train
 from engine import unknown
 from engine.cli import Parser
-from evaluation.audit.table import CSV
 from evaluation.results import LOGS
-from evaluation.table import method_table
+from evaluation.tables import CSV, method_table
 
 EXACT = "TRAINER.FORGETEXACT"
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of

@@ -31,11 +31,11 @@ import train
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, list_bundles
 from clip.source import ClipSource
-from engine import UserError, build_trainer
+from engine import TRAINER_REGISTRY, UserError
 from engine.cli import Parser
 from engine.config import setup
+from engine.determinism import one_thread
 from engine.files import atomic_path
-from engine.threads import one_thread
 from evaluation.zero_shot import evaluate_classes, evaluate_set
 from experiments.reproduce import markdown
 from experiments.variants import VARIANTS, in_double, run_variants
@@ -82,7 +82,8 @@ def trainer_for(
         argv += ["--forget", name]
     argv += where.opts
     with redirect_stdout(StringIO()):  # what is absent, what is loaded
-        trainer = build_trainer(setup(train.parse(argv)))
+        cfg = setup(train.parse(argv))
+        trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
     trainer.device = torch.device("cpu")
     trainer.model.to("cpu")
     return trainer

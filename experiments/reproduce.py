@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -32,7 +31,8 @@ from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
 from engine.files import atomic_path
-from evaluation.results import LOGS, SEPARATOR, SETTINGS, read_logs
+from evaluation.results import LOGS, SEPARATOR, read_logs
+from evaluation.rows import Row, rows_of
 from forget_cls import all_ds
 from forgetting import ProblemError
 from utils import compute_avg_gain, create_results, summarise
@@ -118,15 +118,12 @@ def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
     return failed
 
 
-def whole_set(own: dict[str, dict[str, Any]], test: Counts) -> float:
-    """Accuracy over a whole test set, from that of some classes and that over all other images.
-
-    Args:
-        own: class -> {"cls_acc_test", "no_cls_acc"}, one side of an entry in logs.json.
-    """
-    right = sum((numbers["cls_acc_test"] or 0) * test.by_class[c] for c, numbers in own.items())
-    rest = test.images - sum(test.by_class[name] for name in own)
-    return (right + (next(iter(own.values()))["no_cls_acc"] or 0) * rest) / test.images
+def whole_set(rows: Sequence[Row], test: Counts) -> float:
+    """Accuracy over a whole test set before forgetting, from the rows of one request: that of its
+    classes, and that over all other images."""
+    right = sum((row.own.before or 0) * test.by_class[row.name] for row in rows)
+    rest = test.images - sum(test.by_class[row.name] for row in rows)
+    return (right + (rows[0].rest.before or 0) * rest) / test.images
 
 
 def frames_of(folder: Path, sets: Iterable[str]) -> dict[str, pd.DataFrame]:
@@ -156,19 +153,18 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
         row = {"backbone": backbone, "mode": mode, "data set": dataset, "quantity": quantity}
         rows.append(row | {"paper": paper, "ours": ours})
 
-    logs = read_logs(folder)
+    results = rows_of(read_logs(folder))
     for dataset, test in sets.items():
-        entries = [e for label, e in logs.get(dataset, {}).items() if label != SETTINGS]
-        before = [entry["zero_shot"][dataset] for entry in entries]
-        if not before:
+        own = [row for row in results if row.dataset == dataset]
+        if not own:
             continue
         paper = PAPER_SET.get(backbone, {}).get(dataset)
-        add("before", dataset, "whole test set", whole_set(before[0], test), paper)
+        request = [row for row in own if row.label == own[0].label]
+        add("before", dataset, "whole test set", whole_set(request, test), paper)
         known = PAPER_CLASS.get(backbone, {}).get(dataset, {})
         known = {_key(name): value for name, value in known.items()}
-        classes = {name: numbers for side in before for name, numbers in side.items()}
-        for name, numbers in classes.items():
-            add("before", dataset, name, numbers["cls_acc_test"], known.get(_key(name)))
+        for name, before in {row.name: row.own.before for row in own}.items():
+            add("before", dataset, name, before, known.get(_key(name)))
     for mode, frame in frames_of(folder, sets).items():
         for dataset, part in frame.groupby("ds", sort=False):
             add(mode, dataset, "average gain", compute_avg_gain(part), None)

@@ -28,9 +28,9 @@ import datasets
 from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
 from engine.cli import Parser
+from engine.determinism import one_thread
 from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
-from engine.threads import one_thread
 from evaluation.results import join_label
 from experiments.measure import cells
 from experiments.rows_file import RowsFile, key_of

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
 from engine.config import paper_weights, settings
-from engine.seeds import seeded
+from engine.determinism import seeded
 from evaluation.results import join_label
 from forgetting import Group, RetainSet, specific_target
 from trainers.base import Judge

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, uce_each, zeroing
-from trainers.forget_leace import leace
+from trainers.baselines import leace
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -19,6 +19,7 @@ import datasets
 from engine import UserError
 from engine.cli import run
 from evaluation.results import read_logs
+from evaluation.rows import Change, Row
 from experiments import reproduce
 from experiments.reproduce import Counts, compare, markdown, results_folder, whole_set
 from forget_cls import all_ds, forget_classes_all
@@ -195,11 +196,14 @@ def test_numbers_side_by_side_from_planted_logs(tmp_path):
 
 def test_whole_set_from_classes_and_the_rest():
     test = Counts(10, Counter({"a": 2, "b": 3, "empty": 0}), True)
-    numbers = {"cls_acc_test": 1.0, "no_cls_acc": 0.4}
-    assert whole_set({"b": {**numbers, "cls_acc_test": 1 / 3}}, test) == pytest.approx(0.38)
-    both = {"a": numbers, "b": {**numbers, "cls_acc_test": 0.0}}
-    assert whole_set(both, test) == pytest.approx((2 + 0 + 0.4 * 5) / 10)
-    assert whole_set({"empty": {**numbers, "cls_acc_test": None}}, test) == pytest.approx(0.4)
+
+    def rows(**own: float | None) -> list[Row]:
+        rest = Change(0.4, None)
+        return [Row("A", "x", name, len(own), Change(b, None), rest, {}) for name, b in own.items()]
+
+    assert whole_set(rows(b=1 / 3), test) == pytest.approx(0.38)
+    assert whole_set(rows(a=1.0, b=0.0), test) == pytest.approx((2 + 0 + 0.4 * 5) / 10)
+    assert whole_set(rows(empty=None), test) == pytest.approx(0.4)
 
 
 def test_markdown_escapes_and_shows_what_is_missing():

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import datasets
+from clip.retain import GROUPS
 from engine import TRAINER_REGISTRY, UserError
 from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
 from trainers.base import ForgetTrainer, Solved
 from trainers.exact import ForgetExact
-from trainers.requests import BARE, GROUPS, Request, Requests
+from trainers.requests import BARE, Request, Requests
 
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 ERASED = 0.5  # of the distance between the means; more than that left is no erasure

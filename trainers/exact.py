@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clip.retain import GROUPS
 from engine import TRAINER_REGISTRY, UserError
 from forgetting import Ridge, solve_constrained_each
 from forgetting.adapter import recipe_parts
 from trainers.base import ForgetTrainer, Solved
 from trainers.paper import POOR, proof
-from trainers.requests import GROUPS, Requests, specific_targets
+from trainers.requests import Requests, specific_targets
 
 
 @TRAINER_REGISTRY.register()

@@ -1,4 +1,4 @@
-"""From class names to tensors: which texts are forgotten, what stays, and where the texts are sent."""
+"""From class names to tensors: what is forgotten, what stays, and where the texts are sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from engine import UserError, unknown
 from evaluation.zero_shot import class_embeddings
 from forgetting import (
     TARGETS,
-    Group,
     ProblemError,
     RetainSet,
     empty_target,
@@ -33,7 +32,6 @@ from trainers.plan import user_lists
 
 BARE = "{}"
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
-GROUPS = ("own", "vocabulary", "others")
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
@@ -257,34 +255,6 @@ class Texts:
                 f"{bundle.dataset}, and --features has no model to encode it"
             )
         return self.encode([text])
-
-
-def retain_set(
-    bundle: FeatureBundle,
-    others: Sequence[FeatureBundle],
-    weights: Mapping[str, float | None],
-    similarity: float,
-    device: torch.device | str = "cpu",
-) -> RetainSet:
-    """The retained names of a set: its own classes, its vocabulary, the other sets' classes.
-
-    Args:
-        weights: of those of `GROUPS` that are retained; None: every name weighs 1.
-        similarity: cosine of hidden states beyond which a name leaves with a forgotten text.
-    """
-    plain = datasets.plain
-    foreign = torch.cat([bundle.forget_hidden[:0], *(other.forget_hidden for other in others)])
-    groups = {
-        "own": ([plain(name) for name in bundle.classnames], bundle.forget_hidden),
-        "vocabulary": (bundle.retain_names, bundle.retain_hidden),
-        "others": ([plain(name) for other in others for name in other.classnames], foreign),
-    }
-    chosen = {
-        group: Group(names, rows, weights[group], alike=group != "own")
-        for group, (names, rows) in groups.items()
-        if group in weights
-    }
-    return RetainSet(chosen, similarity, device)
 
 
 def specific_targets(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from evaluation.report.runs import Run, mean
+from evaluation.report.runs import Run
+from evaluation.rows import mean
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 56  # margins for the axes' words
@@ -62,7 +63,7 @@ def mark(index: int) -> tuple[str, str, int]:
     return name, SHAPES[name], index % COLOURS
 
 
-def frontier(runs: list[Run]) -> Chart | None:
+def scatter(runs: list[Run]) -> Chart | None:
     """Accuracy left against harm, a point a class and a mean a run; None without such numbers."""
     found = []
     place = 0

@@ -35,7 +35,7 @@ def car_words(name: str) -> tuple[list[str], list[str], list[str]]:
     """Synonyms, hypernyms and descriptions of a car's name; none for a name without a year.
 
     The name without its year counts as a synonym, which it is where no other class of the set
-    differs in the year alone; `words/StanfordCars.txt` names those that do.
+    differs in the year alone; `StanfordCars.txt` names those that do.
     """
     found = re.fullmatch(r"(\d{4}) (.+)", name)
     if not found:

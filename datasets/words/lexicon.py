@@ -1,6 +1,6 @@
 """Other words for a set's classes: committed lists, a rule for cars, WordNet where installed.
 
-`words/NAME.txt` has a class a line, `#` begins a comment:
+`NAME.txt` has a class a line, `#` begins a comment:
 
     class; other spelling | synonym; synonym | hypernym; hypernym | description; description
 
@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from datasets.lists import entries
+from datasets.names import key, plain
+from datasets.table import SETS
+from datasets.words.cars import car_words
+from datasets.words.wordnet import wordnet_words
 from engine import UserError
 
-from .cars import car_words
-from .names import key, plain
-from .table import SETS
-from .wordnet import wordnet_words
-
-FOLDER = Path(__file__).parent / "words"
+FOLDER = Path(__file__).parent
 CELLS = 4
 
 
@@ -74,31 +75,23 @@ def _new(words: Iterable[str], taken: set[str]) -> list[str]:
     return list(found.values())
 
 
+@cache
 def _read(dataset: str) -> dict[str, Words]:
     """Class name, as `key` spells it -> its words; empty if the set has no list."""
     path = FOLDER / f"{dataset}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"other words for {dataset}: {path} cannot be read ({error})") from error
     found: dict[str, Words] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.split("#", 1)[0].strip()
-        if not text:
-            continue
+    for where, text in entries(path, f"other words for {dataset}") if path.exists() else ():
         names, *cells = [
             [plain(word) for word in cell.split(";") if word.strip()] for cell in text.split("|")
         ]
         if not names or not any(cells) or len(cells) >= CELLS:
             raise UserError(
-                f"other words {path}, line {number}: {line.strip()!r} must be "
+                f"{where}: {text!r} must be "
                 "'class | synonym; synonym | hypernym; hypernym | description'"
             )
         cells += [[]] * (CELLS - 1 - len(cells))
         for name in map(key, names):
             if name in found:
-                raise UserError(f"other words {path}, line {number}: {name!r} was there before")
+                raise UserError(f"{where}: {name!r} was there before")
             found[name] = Words(*cells)
     return found

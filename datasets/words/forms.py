@@ -7,11 +7,12 @@ import re
 # fmt: off
 IRREGULAR = {
     "calf": "calves", "child": "children", "dingo": "dingoes", "echo": "echoes", "foot": "feet",
-    "goose": "geese", "half": "halves", "hero": "heroes", "knife": "knives", "leaf": "leaves",
-    "lens": "lenses", "life": "lives", "loaf": "loaves", "man": "men", "mouse": "mice",
-    "ox": "oxen", "person": "people", "potato": "potatoes", "quiz": "quizzes", "scarf": "scarves",
-    "shelf": "shelves", "snowman": "snowmen", "thief": "thieves", "tomato": "tomatoes",
-    "tooth": "teeth", "wife": "wives", "wolf": "wolves", "woman": "women",
+    "goose": "geese", "half": "halves", "harvestman": "harvestmen", "hero": "heroes",
+    "knife": "knives", "leaf": "leaves", "lens": "lenses", "life": "lives", "loaf": "loaves",
+    "man": "men", "mouse": "mice", "ox": "oxen", "person": "people", "potato": "potatoes",
+    "quiz": "quizzes", "scarf": "scarves", "shelf": "shelves", "snowman": "snowmen",
+    "thief": "thieves", "tomato": "tomatoes", "tooth": "teeth", "wife": "wives", "wolf": "wolves",
+    "woman": "women",
 }
 # fmt: on
 SAME = {"bison", "bonsai", "chassis", "deer", "hairless", "malinois", "moose", "sheep", "snoopy"}

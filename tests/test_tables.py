@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine import UserError
-from evaluation.table import method_table
-from evaluation.zero_shot import evaluate_classes, evaluate_set, predict
+from evaluation.tables import method_table
+from evaluation.zero_shot import ZeroShot, evaluate_classes, evaluate_set
 from tests.conftest import toy_bundle
 from utils import compute_avg_gain, create_results
 
@@ -18,14 +18,17 @@ BUNDLE = toy_bundle("ToyAnimals")
 
 
 def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
-    before = predict(BUNDLE)
-    after = predict(BUNDLE, removed=["owl", "cat"])
+    before = ZeroShot(BUNDLE).predict()
+    after = ZeroShot(BUNDLE).predict(removed=["owl", "cat"])
     assert set(after.tolist()) == {1, 2, 3, 5}
     kept = ~torch.isin(before, torch.tensor([0, 4]))
     assert torch.equal(before[kept], after[kept])
     # Far from every text a removed name is no better than the others.
     opposite = replace(BUNDLE, image_features=-BUNDLE.image_features)
-    assert 4 in predict(opposite).tolist() and 4 not in predict(opposite, removed=["owl"]).tolist()
+    assert (
+        4 in ZeroShot(opposite).predict().tolist()
+        and 4 not in ZeroShot(opposite).predict(removed=["owl"]).tolist()
+    )
     found = evaluate_classes(BUNDLE, ["owl", "newt"], removed=["owl"])
     assert found["owl"]["cls_acc_test"] == 0.0 and found["newt"]["cls_acc_test"] > 0.9
     assert evaluate_set(BUNDLE, removed=["owl"]) <= 5 / 6 < evaluate_set(BUNDLE)
@@ -33,9 +36,9 @@ def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
 
 def test_removing_what_is_not_there_or_everything_is_refused():
     with pytest.raises(UserError, match=r"unknown class to remove.*did you mean 'owl'"):
-        predict(BUNDLE, removed=["owls"])
+        ZeroShot(BUNDLE).predict(removed=["owls"])
     with pytest.raises(UserError, match="none is left"):
-        predict(BUNDLE, removed=BUNDLE.classnames)
+        ZeroShot(BUNDLE).predict(removed=BUNDLE.classnames)
 
 
 def test_the_table_counts_by_hand(tmp_path):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .lexicon import words_of
-from .names import key, plain
-from .table import SETS, SetSpec
-from .wordforms import cases, misspellings, plural
+from datasets.names import key, plain
+from datasets.table import SETS, SetSpec
+from datasets.words.forms import cases, misspellings, plural
+from datasets.words.lexicon import words_of
 
 # In the manner of the prompts that CLIP was first measured with, in words of our own.
 TEMPLATES = (
@@ -75,7 +75,7 @@ def paraphrases(
         classnames: the set's classes; a word that is the name of another class is left out.
 
     Raises:
-        UserError: a list of words that cannot be read (see `datasets.lexicon`).
+        UserError: a list of words that cannot be read (see `datasets.words.lexicon`).
     """
     name = plain(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
