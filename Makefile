@@ -71,16 +71,16 @@ test-dassl:
 	touch $@
 
 # The paper's experiments on images of your own, its numbers beside the measured ones; OPTIONS are
-# those of benchmarks/reproduce.py. A run that was killed goes on when it is started again.
+# those of `python -m experiments reproduce`. A run that was killed goes on when it is started again.
 reproduce:
 	@test -n "$(DATA)" || { echo "error: make reproduce DATA=path of the image sets (DATASETS.md) [OUT=results] [CACHE=cache] [OPTIONS='--weights RN50=RN50.pt']" >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(COMPLETE)
 	out="$(OUT)" cache="$(CACHE)"; \
-	$(BIN)/python benchmarks/reproduce.py --data "$(DATA)" --out "$${out:-results}" --cache "$${cache:-cache}" $(OPTIONS)
+	$(BIN)/python -m experiments reproduce --data "$(DATA)" --out "$${out:-results}" --cache "$${cache:-cache}" $(OPTIONS)
 
 benchmark: $(COMPLETE)
-	$(BIN)/python benchmarks/pipeline.py
-	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python -m benchmarks pipeline
+	$(BIN)/python -m benchmarks solver
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix .

@@ -14,11 +14,11 @@ from benchmarks.workload import Workload
 from engine.config import settings
 from evaluation.zero_shot import Factors, evaluate_classes
 from forgetting import LoraSettings, solve_lora
-from forgetting.closed_forms import ALPHA_DAMPING, null_space, uce_each
+from forgetting.baselines import ALPHA_DAMPING, null_space, uce_each
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.each import solve_each
-from forgetting.statistics import RetainStatistics
-from forgetting.target import opposite_target, specific_target
+from forgetting.retain import RetainStatistics
+from forgetting.targets import opposite_target, specific_target
 
 COMPARED = 30  # classes at most: the null space takes an eigendecomposition for each
 LORA_CLASSES = 3

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from clip.bundle import FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
-from datasets.paraphrase import Paraphrase, paraphrases
-from datasets.wordnet import ABSENT, installed
-from engine.errors import UserError, unknown
+from datasets.words.paraphrases import Paraphrase, paraphrases
+from datasets.words.wordnet import ABSENT, installed
+from engine.errors import UserError
 
 HIDDEN = "audit_hidden"
 TEXTS, CLASSES, KINDS = LISTS = ("audit_texts", "audit_classes", "audit_kinds")
@@ -75,25 +75,20 @@ def with_audit(
     )
 
 
-def audit_rows(
-    bundle: FeatureBundle, class_name: str, where: str | Path | None = None
-) -> list[Row]:
-    """Other words for a class that the bundle brought along; empty if it brought none.
+def audit_rows(bundle: FeatureBundle, where: str | Path | None = None) -> dict[str, list[Row]]:
+    """Class -> other words for it that the bundle brought along; empty if it brought none.
 
     Args:
         where: the bundle's file, for messages; None for its usual place.
 
     Raises:
-        UserError: an unknown class, or rows that contradict themselves or the bundle, naming the
-            file and the key.
+        UserError: rows that contradict themselves or the bundle, naming the file and the key.
     """
-    if class_name not in bundle.classnames:
-        raise unknown(f"class of {bundle.dataset}", class_name, bundle.classnames)
     where = where or bundle_path("", bundle.backbone, bundle.dataset)
     held = [key for key in LISTS if key in bundle.extra]
     held += [HIDDEN] if HIDDEN in bundle.extra_tensors else []
     if not held:
-        return []
+        return {}
     for key in (*LISTS, HIDDEN):
         if key not in held:
             raise _error(where, key, f"is missing, but there is {held[0]}")
@@ -110,8 +105,10 @@ def audit_rows(
     for name in dict.fromkeys(classes):
         if name not in bundle.classnames:
             raise _error(where, CLASSES, f"names {name!r}, which is no class of the bundle")
-    mine = [i for i, name in enumerate(classes) if name == class_name]
-    return [(texts[i], kinds[i], hidden[i].float()) for i in mine]
+    found: dict[str, list[Row]] = {}
+    for name, row in zip(classes, zip(texts, kinds, hidden.float(), strict=True), strict=True):
+        found.setdefault(name, []).append(row)
+    return found
 
 
 def _error(where: str | Path, key: str, problem: str) -> UserError:

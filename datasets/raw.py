@@ -1,8 +1,9 @@
 """Splits made from a raw download, for sets whose published split file is missing.
 
 Official lists where the set has them, otherwise a fixed 50/20/30 shuffle a class. Every function
-takes the row of the table and the set's folder, and returns a checked `Split`. None of these gives
-the images of a published split, so numbers on them are not comparable with published ones.
+takes the set's folder, its image folder and its rule of class names, and returns a checked `Split`.
+None of these gives the images of a published split, so numbers on them are not comparable with
+published ones.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,53 +21,51 @@ from engine import UserError
 
 from .split import PARTS, Item, Split, check_split
 
-if TYPE_CHECKING:
-    from .table import SetSpec
+ClassName = Callable[[str], str | None]  # name in a raw download -> class name; None: left out
 
 SEED = 1  # part of every shuffle below: changing it changes the images of all made splits
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-def from_folders(spec: SetSpec, folder: Path) -> Split:
+def from_folders(folder: Path, images: Path, class_name: ClassName) -> Split:
     """A folder a class under the image folder: 50% train, 20% val, 30% test of each, by a fixed
-    shuffle. The spec's class-name rule renames folders, or leaves them out (None)."""
-    images = folder / spec.image_folder
+    shuffle. The rule of class names renames folders, or leaves them out."""
     items: list[Item] = []
     label = 0
     for group in sorted(path for path in images.iterdir() if path.is_dir()):
-        name = spec.class_name(group.name)
+        name = class_name(group.name)
         files = sorted(p.name for p in group.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if name is None or not files:
             continue
         items += [(f"{group.name}/{file}", label, name) for file in files]
         label += 1
     if not items:
-        raise UserError(f"{spec.name}: no folder with images under {images}; see DATASETS.md")
+        raise UserError(f"no folder with images under {images}; see DATASETS.md")
     rest, test = divide(items, 0.3)
     train, val = divide(rest, 0.2 / 0.7)
-    return _checked(spec, train, val, test)
+    return _checked(folder, train, val, test)
 
 
-def from_cars(spec: SetSpec, folder: Path) -> Split:
+def from_cars(folder: Path, images: Path, class_name: ClassName) -> Split:
     """StanfordCars' devkit: `cars_train_annos.mat`, `cars_test_annos_withlabels.mat`,
     `cars_meta.mat`. A fifth of the official training images becomes val."""
     names = [
-        spec.class_name(str(name))
+        class_name(str(name))
         for name in _vector(_load(folder, "cars_meta.mat", "devkit")["class_names"])
     ]
 
-    def items(file: str, images: str) -> list[Item]:
+    def items(file: str, subfolder: str) -> list[Item]:
         rows = _vector(_load(folder, file, "devkit")["annotations"])
         return [
-            (f"{images}/{row['fname']}", int(row["class"]) - 1, names[int(row["class"]) - 1])
+            (f"{subfolder}/{row['fname']}", int(row["class"]) - 1, names[int(row["class"]) - 1])
             for row in rows
         ]
 
     train, val = divide(items("cars_train_annos.mat", "cars_train"), 0.2)
-    return _checked(spec, train, val, items("cars_test_annos_withlabels.mat", "cars_test"))
+    return _checked(folder, train, val, items("cars_test_annos_withlabels.mat", "cars_test"))
 
 
-def from_flowers(spec: SetSpec, folder: Path) -> Split:
+def from_flowers(folder: Path, images: Path, class_name: ClassName) -> Split:
     """OxfordFlowers' `imagelabels.mat` and `setid.mat` (the official parts); class names from
     `cat_to_name.json`, or from torchvision's list where that file is absent."""
     labels = _vector(_load(folder, "imagelabels.mat")["labels"])
@@ -80,10 +79,10 @@ def from_flowers(spec: SetSpec, folder: Path) -> Split:
             for n in numbers
         ]
 
-    return _checked(spec, items("trnid"), items("valid"), items("tstid"))
+    return _checked(folder, items("trnid"), items("valid"), items("tstid"))
 
 
-def from_dogs(spec: SetSpec, folder: Path) -> Split:
+def from_dogs(folder: Path, images: Path, class_name: ClassName) -> Split:
     """StanfordDogs' `train_list.mat` and `test_list.mat`. A fifth of the official training images
     becomes val."""
 
@@ -92,12 +91,12 @@ def from_dogs(spec: SetSpec, folder: Path) -> Split:
         paths = [str(path) for path in _vector(content["file_list"])]
         labels = [int(label) - 1 for label in _vector(content["labels"])]
         return [
-            (path, label, spec.class_name(path.split("/")[0]))
+            (path, label, class_name(path.split("/")[0]))
             for path, label in zip(paths, labels, strict=True)
         ]
 
     train, val = divide(items("train_list.mat"), 0.2)
-    return _checked(spec, train, val, items("test_list.mat"))
+    return _checked(folder, train, val, items("test_list.mat"))
 
 
 def divide(items: Iterable[Item], share: float) -> tuple[list[Item], list[Item]]:
@@ -120,12 +119,12 @@ def divide(items: Iterable[Item], share: float) -> tuple[list[Item], list[Item]]
     return kept, taken
 
 
-def _checked(spec: SetSpec, *parts: list[Item]) -> Split:
+def _checked(folder: Path, *parts: list[Item]) -> Split:
     """Three lists through the same checks as a split file."""
     content = {
         part: [list(item) for item in items] for part, items in zip(PARTS, parts, strict=True)
     }
-    return check_split(content, f"made for {spec.name}")
+    return check_split(content, f"made from {folder}")
 
 
 def _load(folder: Path, file: str, subfolder: str = "") -> dict[str, Any]:

@@ -74,7 +74,7 @@ def find(row: SetSpec, root: Path) -> Found:
     if row.make_split is None:
         raise UserError(f"data set {row.name}: {wanted}; see DATASETS.md")
     try:
-        split = row.make_split(row, folder)
+        split = row.make_split(folder, images, row.class_name)
     except UserError as error:
         raise UserError(f"data set {row.name}: {wanted}, and none can be made: {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -53,8 +53,9 @@ class SetSpec:
     split_files: tuple[str, ...]  # in order of preference; numbers on these are comparable
     image_folder: str = ""
     template: str = "a photo of a {}."
-    class_name: Callable[[str], str | None] = str  # raw folder or list name -> class name
-    make_split: Callable[[SetSpec, Path], Split] | None = None  # where no split file is there
+    class_name: raw.ClassName = str
+    # (folder, image folder, class_name) -> its split, where no split file is there
+    make_split: Callable[[Path, Path, raw.ClassName], Split] | None = None
     rendered: bool = False  # drawn by datasets.mini instead of downloaded
     address: str = ""  # where the images come from
     split_address: str = ""  # where the split file comes from

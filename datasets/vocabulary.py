@@ -8,10 +8,12 @@ forgotten: a synonym that is retained keeps the forgotten class alive.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from engine import UserError
 
+from .lists import entries
 from .names import key
 from .table import SETS, spec
 
@@ -25,7 +27,7 @@ def retain_vocabulary(name: str) -> list[str]:
     Raises:
         UserError: unknown set, or no or an unreadable vocabulary file (named).
     """
-    return list(_read(name))
+    return list(_read(spec(name).name))
 
 
 def synonyms(name: str) -> dict[str, set[str]]:
@@ -35,7 +37,7 @@ def synonyms(name: str) -> dict[str, set[str]]:
         UserError: as `retain_vocabulary`.
     """
     found: dict[str, set[str]] = {}
-    for word, classes in _read(name).items():
+    for word, classes in _read(spec(name).name).items():
         for class_name in classes:
             found.setdefault(class_name, set()).add(word)
     return found
@@ -44,32 +46,19 @@ def synonyms(name: str) -> dict[str, set[str]]:
 def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
     """What means the same as one of the classes `names`, as `key`s: their own names and what the
     vocabulary of `dataset` marks as their synonyms. A set without a row in the table marks none."""
-    known = synonyms(dataset) if dataset in SETS else {}
     own = {key(name) for name in names}
-    return own.union(*(known.get(name, set()) for name in own))
+    marked = _read(dataset) if dataset in SETS else {}
+    return own | {word for word, classes in marked.items() if classes & own}
 
 
+@cache
 def _read(name: str) -> dict[str, set[str]]:
     """Vocabulary name -> the classes that it is a synonym of (mostly none)."""
-    path = FOLDER / f"{spec(name).name}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"retain vocabulary of {name}: {path} cannot be read ({error}); it must be a text file "
-            "with one name a line"
-        ) from error
     words: dict[str, set[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.split("#", 1)[0].strip()
-        if not text:
-            continue
+    for where, text in entries(FOLDER / f"{name}.txt", f"retain vocabulary of {name}"):
         word, marked, classes = text.partition("=")
         means = {key(part) for part in classes.split(";") if part.strip()}
         if not word.strip() or (marked and not means):
-            raise UserError(
-                f"retain vocabulary {path}, line {number}: {line.strip()!r} must be "
-                "'name' or 'name = Class; Other class'"
-            )
+            raise UserError(f"{where}: {text!r} must be 'name' or 'name = Class; Other class'")
         words.setdefault(key(word), set()).update(means)
     return words

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from engine.errors import UserError, unknown
@@ -62,3 +63,33 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def commands(
+    package: str,
+    known: Mapping[str, str],
+    argv: Sequence[str] | None = None,
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME.
+
+    Without a name, or with --help, the names are listed.
+
+    Args:
+        known: each name, and what it does in one line; refusals: as for `run`.
+    """
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+
+    def main(_: object) -> None:
+        if name in ("", "-h", "--help"):
+            print(f"usage: python -m {package} NAME ... (NAME --help says more)\n")
+            width = max(map(len, known))
+            print("\n".join(f"  {key:<{width}}  {about}" for key, about in known.items()))
+        elif name.startswith("-"):
+            raise UserError(f"{name} stands before the name; give one of {', '.join(known)} first")
+        elif name not in known:
+            raise unknown(f"name for python -m {package}", name, known)
+        else:
+            import_module(f"{package}.{name}").main(rest[:-1])
+
+    return run(main, refusals=refusals)

@@ -18,11 +18,17 @@ import ast
 import hashlib
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from engine.files import atomic_path, escape, lock, write_json_atomic
+from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
+from evaluation.schema import check_logs
+
+if TYPE_CHECKING:
+    from forgetting.adapter import Adapter
 
 LOGS = "logs.json"
 ARGS = "args.txt"
@@ -54,7 +60,8 @@ def read_logs(folder: str | Path) -> Logs:
     """The logs of a results folder; empty if it has none.
 
     Raises:
-        TornLogs: no JSON object of objects. The file is left as it is.
+        TornLogs: no JSON object of objects.
+        UserError: results of another shape, see `evaluation.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
     try:
@@ -65,12 +72,13 @@ def read_logs(folder: str | Path) -> Logs:
         raise UserError(f"cannot read {path}: {error}") from error
     problem = None
     try:
-        logs = json.loads(text)
+        logs = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
         if not isinstance(logs, dict) or not all(isinstance(v, dict) for v in logs.values()):
             problem = "not an object of data sets"
     except json.JSONDecodeError as error:
         problem = str(error)
     if problem is None:
+        check_logs(logs, path)
         return logs
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
 
@@ -113,18 +121,25 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     return logs
 
 
-def is_done(logs: Logs, dataset: str, label: str, solver_settings: dict[str, Any]) -> bool:
-    """Whether a label has results with the same solver settings.
+def is_done(
+    folder: str | Path, logs: Logs, dataset: str, label: str, solver_settings: dict[str, Any]
+) -> bool:
+    """Whether a label has results with the same solver settings and the adapter that they are of.
+
+    An adapter that is gone, or is not the one that the logs name by its SHA-256 (a run was killed
+    between the two, or somebody changed it), means that the label is not done.
 
     Raises:
-        UserError: it has results with others, which only `--overwrite` may replace.
+        UserError: it has results with other settings, which only `--overwrite` may replace.
     """
     entry = logs.get(dataset, {}).get(label)
     if entry is None:
         return False
-    there = entry.get("solver", {}).get(SETTINGS)
+    solver = entry.get("solver", {})
+    there = solver.get(SETTINGS)
     if there == solver_settings:
-        return True
+        path = inside(folder, solver.get("adapter", ""))
+        return path.is_file() and sha256_file(path) == solver.get("adapter_sha256")
     changed = [
         f"{key} {(there or {}).get(key)!r} -> {solver_settings.get(key)!r}"
         for key in sorted({*(there or {}), *solver_settings})
@@ -136,19 +151,71 @@ def is_done(logs: Logs, dataset: str, label: str, solver_settings: dict[str, Any
     )
 
 
-def merge_entry(
-    folder: str | Path, dataset: str, settings: dict[str, Any], label: str, entry: dict[str, Any]
-) -> None:
-    """Add or replace one label's results; everything else in the folder stays.
+@dataclass(frozen=True)
+class Finished:
+    """One request that is done and not yet on disk.
 
-    The check against other settings is repeated under the lock: two runs may have started at once.
+    Attributes:
+        entry: of the logs; adapter: its change; data: that as the bytes of its file; place: where
+            they go, below the results folder.
     """
-    path = Path(folder) / LOGS
+
+    label: str
+    entry: dict[str, Any]
+    adapter: Adapter
+    data: bytes
+    place: str
+
+
+def merge_results(
+    folder: str | Path,
+    dataset: str,
+    settings: dict[str, Any],
+    finished: Sequence[Finished],
+    overwrite: bool = False,
+) -> None:
+    """Write adapters, and add their entries to the logs; everything else in the folder stays.
+
+    All of it happens under the lock of the logs, and an entry names its adapter by SHA-256: the two
+    cannot contradict each other, whatever else writes there and whenever the run is killed. Two
+    runs may have started at once, so that what is there is checked again: a label that another run
+    has finished meanwhile with the same settings keeps its results.
+
+    Raises:
+        UserError: results with other settings are there now; those that fit are written first.
+    """
+    from forgetting.adapter import write_bytes  # torch: who only reads results waits for none
+
+    folder, path = Path(folder), Path(folder) / LOGS
+    refused: UserError | None = None
     with lock(path):
         logs = check_folder(folder, dataset, settings)
-        logs.setdefault(dataset, {})[SETTINGS] = settings
-        logs[dataset][label] = entry
+        entries = logs.setdefault(dataset, {})
+        entries[SETTINGS] = settings
+        for one in finished:
+            solver = one.entry["solver"]
+            try:
+                if not overwrite and is_done(folder, logs, dataset, one.label, solver[SETTINGS]):
+                    continue
+            except UserError as error:
+                refused = error
+                continue
+            _forget_model(folder, entries.get(one.label, {}).get("solver", {}))
+            # Not waited for: after a power cut the digest tells that the file is not the adapter.
+            write_bytes(one.data, folder / one.place, durable=False)
+            digest = hashlib.sha256(one.data).hexdigest()
+            named = {"adapter": one.place, "adapter_sha256": digest}
+            entries[one.label] = one.entry | {"solver": solver | named}
         write_json_atomic(logs, path)
+    if refused is not None:
+        raise refused
+
+
+def _forget_model(folder: Path, replaced: dict[str, Any]) -> None:
+    """Remove the full model that was saved with results that are replaced now."""
+    if "model" in replaced and (path := inside(folder, replaced["model"])).is_file():
+        path.unlink()
+        print(f"  removed {path}: it belonged to the adapter that was replaced")
 
 
 def merge_args(folder: str | Path, line: str) -> None:

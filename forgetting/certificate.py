@@ -64,11 +64,9 @@ def certify(
         left: (w, r), right: (r, d).
         y: (k, d), u_left: (m, p), u_right: (p, d); multipliers that are too long cost a gap.
     """
-    h_f, h_r = problem.forget_hidden.double(), problem.retain_hidden.double()
-    d = problem.target.double() - h_f @ problem.projection.double()  # (k, d)
+    h_f, h_r, d = problem.double.forget_hidden, problem.double.retain_hidden, _distance(problem)
     left, right, y = left.double(), right.double(), y.double()
-    lf, lp = problem.lamb_forget, problem.lamb_preserve
-    lw = problem.lamb_weight * problem.rank / problem.alpha
+    lf, lp, lw = problem.lamb_forget, problem.lamb_preserve, problem.lw
     size = _norm(left, right)
     primal = float(
         lf * torch.linalg.matrix_norm(d - (h_f @ left) @ right)
@@ -120,7 +118,8 @@ def _norm(left: Tensor, right: Tensor) -> Tensor:
 
 def certify_each(
     problem: ForgetProblem,
-    own: Tensor,
+    leaving: Tensor,
+    lamb_forget: Tensor,
     left: Tensor,
     y: Tensor,
     u_scale: Tensor,
@@ -131,41 +130,86 @@ def certify_each(
 
     All of class i's matrices are multiples of its unit displacement, so vectors are left:
     `Delta_i = left[i] (x) D_i`, `Y_i = y[i]`, `U_i = u_scale[i] H_r^(i) u_direction[i]`, where
-    `H_r^(i)` is `retain_hidden` without row `own[i]` (all of it for -1).
+    `H_r^(i)` is `retain_hidden` without the rows that `leaving[i]` marks.
 
     Args:
-        problem: `forget_hidden` (C, w), `target` (C, d).
-        own: (C,) int64; left: (C, w); y: (C,); u_scale: (C,); u_direction: (C, w).
+        problem: `forget_hidden` (C, w), `target` (C, d); its own `lamb_forget` plays no part.
+        leaving: (C, m) bool; lamb_forget: (C,); left: (C, w); y: (C,); u_scale: (C,);
+            u_direction: (C, w).
         batch: classes at a time; the memory is m x batch.
 
     Returns:
         primal, bound and gap, (C,) float64.
     """
-    h_f, h_r = problem.forget_hidden.double(), problem.retain_hidden.double()
-    lf, lp = problem.lamb_forget, problem.lamb_preserve
-    lw = problem.lamb_weight * problem.rank / problem.alpha
-    d = problem.target.double() - h_f @ problem.projection.double()  # (C, d)
-    length = torch.linalg.vector_norm(d, dim=1)  # (C,)
+    h_f, h_r = problem.double.forget_hidden, problem.double.retain_hidden
+    lp, lw = problem.lamb_preserve, problem.lw
     norm = torch.linalg.vector_norm
+    length = norm(_distance(problem), dim=1)  # (C,)
     primal, bound = torch.empty_like(length), torch.empty_like(length)
     for start in range(0, len(h_f), batch):
         part = slice(start, start + batch)
-        rows = torch.nonzero(own[part] >= 0)[:, 0]
-
-        def seen(vectors: Tensor, part: slice = part, rows: Tensor = rows) -> Tensor:
-            """`H_r^(i)` times vector i, (m, B)."""
-            image = h_r @ vectors.T
-            image[own[part][rows], rows] = 0.0
-            return image
-
-        moved = norm(seen(left[part]), dim=0)
+        lf, gone = lamb_forget[part], leaving[part].T  # (B,), (m, B)
+        moved = norm((h_r @ left[part].T).masked_fill_(gone, 0.0), dim=0)
         landed = (h_f[part] * left[part]).sum(dim=1)
         primal[part] = length[part] * (
             lf * (1 - landed).abs() + lp * moved + lw * norm(left[part], dim=1)
         )
-        u = seen(u_direction[part]) * u_scale[part]  # (m, B)
+        u = (h_r @ u_direction[part].T).masked_fill_(gone, 0.0) * u_scale[part]  # (m, B)
         v = y[part, None] * h_f[part] - u.T @ h_r  # (B, w); rows that left are zero in u
         scale = torch.stack([y[part] / lf, norm(u, dim=0) / lp, norm(v, dim=1) / lw])
         bound[part] = length[part] * y[part] / scale.amax(dim=0).clamp(min=1.0)
     gap = torch.where(primal > 0, (primal - bound).clamp(min=0) / primal.clamp(min=1e-300), 0.0)
     return primal, bound, torch.where(torch.isfinite(gap), gap, 1.0)
+
+
+def certify_constrained(
+    gram: Tensor,
+    mu: float,
+    leaving: Tensor,
+    shares: Tensor,
+    h_f: Tensor,
+    d: Tensor,
+    left: Tensor,
+    right: Tensor,
+) -> list[Certificate]:
+    """Prove B constrained answers `Delta = left @ right` optimal without inverting anything.
+
+    With `K` what is retained in a request, the problem is to minimise `tr Delta^T K Delta` subject
+    to `H_f Delta = D`. Weak duality: `2 <Y, D> - tr (H_f^T Y)^T K^-1 (H_f^T Y)` is a lower bound
+    for any Y. With `E = H_f^T Y - K Delta` and `K >= mu I` the second term is at most
+    `tr Delta^T K Delta + 2 <Delta, E> + ||E||^2 / mu`. Y is taken as `right`, so that
+    `E = (H_f^T - K left) right` and all terms come from k x k matrices.
+
+    Args:
+        gram: (w, w), the statistics of everything; leaving: (B, n, w), what left it in a request,
+            each with its weight in `shares` (B, n): `K = gram + mu I - leaving^T shares leaving`.
+        h_f: (B, k, w); d: (B, k, d); left: (B, w, k); right: (B, k, d); all float64.
+    """
+    image = gram @ left + mu * left  # (w, w) @ (B, w, k) -> (B, w, k)
+    image = image - leaving.mT @ (shares[..., None] * (leaving @ left))  # K left
+    square = right @ right.mT  # (B, k, k)
+    rest = h_f.mT - image  # E = rest @ right
+    missed = torch.linalg.matrix_norm((h_f @ left) @ right - d)  # (B,)
+    slack = 2 * missed * torch.linalg.matrix_norm(right)
+
+    def trace(a: Tensor, b: Tensor) -> Tensor:
+        """`tr (a right)^T (b right)`, (B,)."""
+        return ((a.mT @ b) * square).sum(dim=(1, 2))
+
+    primal = trace(left, image)
+    bound = 2 * (right * d).sum(dim=(1, 2)) - primal - 2 * trace(left, rest)
+    bound = bound - trace(rest, rest) / mu
+    found = []
+    for p, b, m, s in zip(*(x.tolist() for x in (primal, bound, missed, slack)), strict=True):
+        if not all(map(math.isfinite, (p, b, m))):  # NaN compares as false: no proof
+            found.append(Certificate(p, 0.0, 1.0))
+            continue
+        # A Delta that misses its targets is no answer to the constrained problem, however small.
+        found.append(Certificate(p, b, max(0.0, p + s - b) / p if p > 0 else float(m > 0)))
+    return found
+
+
+def _distance(problem: ForgetProblem) -> Tensor:
+    """`D = P - H_f W`, (k, d) float64: made here, so that nothing is taken over from a solver."""
+    exact = problem.double
+    return exact.target - exact.forget_hidden @ exact.projection

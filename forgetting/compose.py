@@ -23,13 +23,24 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from forgetting.adapter import Adapter, load_adapter, save_adapter
-from forgetting.constrained import certify_constrained, solve_from_base
-from forgetting.exact import auto_lamb_forget, solve_exact
+from forgetting.adapter import (
+    BASE_COLUMNS,
+    COLUMNS,
+    SHARED,
+    Adapter,
+    Part,
+    load_adapter,
+    read_parts,
+    save_adapter,
+    with_recipe,
+)
+from forgetting.certificate import certify_constrained
+from forgetting.constrained import land
+from forgetting.exact import settle, solve_exact
 from forgetting.problem import ForgetProblem, ProblemError
-from forgetting.recipe import BASE_COLUMNS, COLUMNS, SHARED, Part, read_parts, with_recipe
-from forgetting.statistics import RetainStatistics, square_root
+from forgetting.retain import RetainStatistics, square_root
 
+PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")
 # Targets of one text that agree to this are one target: whoever made them may have used float32.
 SAME_TARGET = 1e-4
 
@@ -75,22 +86,29 @@ def solve_recipes(
             )
         weights = shared["weights"]
         gram = statistics.plain() if weights is None else statistics.weighted(weights)
-        gram = gram - (leaving.T * rows["shares"]) @ leaving
     if shared["objective"] == "constrained":
-        base_f, base_leaving = rows["forget_base"].T, rows["leaving_base"].T
-        left, right = solve_from_base(h_f, base_f, leaving, base_leaving, rows["shares"], d)
+        gone = (leaving[None], rows["leaving_base"][None], rows["shares"][None])
+        left, right = land(h_f[None], rows["forget_base"][None], *gone, d[None])
         size = float(torch.linalg.matrix_norm(d))
-        missed = float(torch.linalg.matrix_norm((h_f @ left) @ right - d))
+        missed = float(torch.linalg.matrix_norm((h_f @ left[0]) @ right[0] - d))
         # tr Delta^T K Delta at the optimum, where K Delta = H_f^T right
-        report = {"objective": float((right * d).sum()), "residual": missed / size if size else 0.0}
+        report = {
+            "objective": float((right[0] * d).sum()),
+            "residual": missed / size if size else 0.0,
+        }
         if gram is not None:
-            report["gap"] = certify_constrained(gram, shared["mu"], h_f, d, left, right).gap
+            proof = certify_constrained(
+                *(gram, shared["mu"], gone[0], gone[2], h_f[None], d[None], left, right)
+            )
+            report["gap"] = proof[0].gap
+        left, right = left[0], right[0]
     else:
         if gram is None:
             raise ProblemError(
                 "adapters of the paper's objective are solved again from the retain statistics: "
                 f"pass --statistics FILE, the one of sha256 {shared['statistics'][:12]}"
             )
+        gram = gram - (leaving.T * rows["shares"]) @ leaving
         left, right, report = _solve_paper(shared, h_f, d, square_root(gram))
     # Orthonormal columns lose nothing that matters when the factors are rounded to float32.
     left, rotation = torch.linalg.qr(left)
@@ -101,17 +119,14 @@ def _solve_paper(
     shared: dict[str, Any], h_f: Tensor, d: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The paper's objective with a square root of G; only D matters of W and P, so W is 0 here."""
-    auto = shared["lamb_forget"] == "auto"
     problem = ForgetProblem(
         projection=h_f.new_zeros(h_f.shape[1], d.shape[1]),
         forget_hidden=h_f,
         retain_hidden=rows,
         target=d,
-        lamb_forget=1.0 if auto else shared["lamb_forget"],
-        **{key: shared[key] for key in ("lamb_preserve", "lamb_weight", "rank", "alpha")},
+        **{key: shared[key] for key in PAPER},
     )
-    if auto:
-        problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
+    problem = settle(problem)
     solution = solve_exact(problem)
     report = {
         "lamb_forget": problem.lamb_forget,

@@ -8,21 +8,23 @@ With the retain statistics `G = sum over groups of (w_g / m_g) H_g^T H_g` and a 
 has the solution `Delta = K^-1 H_f^T Z` with `(H_f K^-1 H_f^T) Z = D` (stationarity of the
 Lagrangian). Unlike in the paper's objective K does not depend on what is forgotten, so solutions
 compose: from the columns `K_0^-1 h` of each forgotten text, and of each retained text that left the
-statistics with it, any union is solved again without G (`solve_from_base`).
+statistics with it, any union is solved again without G (`land`). For the same reason thousands of
+requests share one factorisation and are solved in batches (`solve_constrained_each`).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from forgetting.certificate import Certificate
+from forgetting.certificate import Certificate, certify_constrained
 from forgetting.problem import ProblemError
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
+BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Ridge:
         object.__setattr__(self, "_root", root)
 
     def solve(self, rows: Tensor) -> Tensor:
-        """`K_0^-1 rows^T`, (w, n), for rows (n, w)."""
-        return torch.cholesky_solve(rows.double().T, self._root)
+        """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
+        return torch.cholesky_solve(rows.double().T, self._root).T
 
 
 @dataclass(frozen=True)
@@ -92,78 +94,152 @@ def solve_constrained(
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    h_f, d = forget_hidden.double(), displacement.double()
-    leaving = h_f[:0] if leaving is None else leaving.double()
-    shares = h_f.new_zeros(0) if shares is None else shares.double()
-    if len(h_f) != len(d) or h_f.shape[1] != len(ridge.gram) or len(leaving) != len(shares):
+    leaving = forget_hidden[:0] if leaving is None else leaving
+    shares = forget_hidden.new_zeros(0) if shares is None else shares
+    owner = torch.zeros(len(forget_hidden), dtype=torch.int64)
+    everything = torch.ones(1, len(leaving), dtype=torch.bool)
+    return solve_constrained_each(
+        ridge, forget_hidden, displacement, owner, leaving, shares, everything
+    )[0]
+
+
+def solve_constrained_each(
+    ridge: Ridge,
+    hidden: Tensor,
+    displacement: Tensor,
+    owner: Tensor,
+    rows: Tensor,
+    shares: Tensor,
+    leaving: Tensor,
+) -> list[ConstrainedSolution]:
+    """R requests, each forgotten alone from the same statistics: one factorisation, batches.
+
+    Args:
+        ridge: the statistics of all retained texts and the ridge.
+        hidden: (K, w), the texts of all requests; displacement: (K, d), `D = P - H W` of each.
+        owner: (K,) int64, the request that a text belongs to; each of 0 .. R - 1 has at least one.
+        rows: (n, w), retained texts; shares: (n,), the weight of each in G (0: it is no part).
+        leaving: (R, n) bool, which of them leave the statistics with a request.
+
+    Raises:
+        ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
+    """
+    device = ridge.gram.device
+    h, d, rows, shares = (x.double().to(device) for x in (hidden, displacement, rows, shares))
+    owner, leaving = owner.to(device), leaving.to(device)
+    shapes = (len(d), len(owner), h.shape[1:], rows.shape[1:], len(shares), leaving.shape[1])
+    width = ridge.gram.shape[:1]
+    if shapes != (len(h), len(h), width, width, len(rows), len(rows)):
         raise ProblemError(
-            f"{tuple(h_f.shape)} hidden states, {tuple(d.shape)} displacements, {len(leaving)} "
-            f"leaving texts with {len(shares)} shares and statistics of {len(ridge.gram)} "
-            "dimensions do not fit together"
+            f"{tuple(h.shape)} hidden states, {tuple(d.shape)} displacements, {len(rows)} leaving "
+            f"texts with {len(shares)} shares and statistics of {len(ridge.gram)} dimensions do "
+            "not fit together"
         )
-    left, right = solve_from_base(h_f, ridge.solve(h_f), leaving, ridge.solve(leaving), shares, d)
-    gram = ridge.gram - (leaving.T * shares) @ leaving
-    proof = certify_constrained(gram, ridge.mu, h_f, d, left, right)
-    size = torch.linalg.matrix_norm(d)
-    missed = torch.linalg.matrix_norm((h_f @ left) @ right - d)
-    return ConstrainedSolution(left, right, proof, float(missed / size) if size > 0 else 0.0)
+    part = leaving.any(dim=0) & (shares > 0)
+    rows, shares, leaving = rows[part], shares[part], leaving[:, part]
+    base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
+    found: list[ConstrainedSolution | None] = [None] * len(leaving)
+    for requests, texts in batches(owner, leaving, h.shape[1]):
+        places, weights = padded(leaving[requests], shares)  # (B, n'), (B, n')
+        gone = rows[places] * (weights > 0)[..., None]  # (B, n', w)
+        left, right = land(
+            h[texts], base[texts], gone, base_rows[places] * (weights > 0)[..., None], weights,
+            d[texts],
+        )  # fmt: skip
+        proofs = certify_constrained(
+            ridge.gram, ridge.mu, gone, weights, h[texts], d[texts], left, right
+        )
+        missed = torch.linalg.matrix_norm((h[texts] @ left) @ right - d[texts])  # (B,)
+        size = torch.linalg.matrix_norm(d[texts])
+        residual = torch.where(size > 0, missed / size, 0.0).tolist()
+        for i, request in enumerate(requests.tolist()):
+            found[request] = ConstrainedSolution(left[i], right[i], proofs[i], residual[i])
+    return found
 
 
-def solve_from_base(
-    h_f: Tensor, base_f: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor, d: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The solution's factors left (w, k), right (k, d) from columns of `K_0^-1` alone.
+def batches(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Requests in batches of equally many texts, those from which alike many names leave together.
+
+    Args:
+        owner: (K,), the request of each text; leaving: (R, n) bool; width: w.
+
+    Yields:
+        The requests (B,), and the rows (B, k) of their texts.
+
+    Raises:
+        ProblemError: a request without a text.
+    """
+    count = torch.bincount(owner, minlength=len(leaving))  # (R,) texts
+    if len(count) != len(leaving) or not count.all():
+        raise ProblemError("each request needs at least one text, and each text one request")
+    order = owner.argsort(stable=True)  # the texts, request by request
+    first = count.cumsum(0) - count
+    many = leaving.sum(dim=1)
+    for k in count.unique().tolist():
+        requests = torch.nonzero(count == k)[:, 0]
+        requests = requests[many[requests].argsort(stable=True)]
+        size = max(1, BATCH_NUMBERS // (width * (int(many[requests].max()) + k)))
+        for batch in requests.split(size):
+            yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
+
+
+def padded(leaving: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows leave in each request of a batch, all lists made equally long.
+
+    Args:
+        leaving: (B, n) bool; shares: (n,).
+
+    Returns:
+        places (B, n'), row numbers, and weights (B, n'), their shares; 0 where a list is padded.
+    """
+    longest = int(leaving.sum(dim=1).max()) if len(leaving) else 0
+    there, places = leaving.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    places, there = places[:, :longest], there[:, :longest]
+    return places, shares[places] * there
+
+
+def downdate(
+    h: Tensor, base: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor
+) -> Tensor:
+    """`h K^-1`, (B, k, w), where rows have left the statistics, from rows of `K_0^-1` alone.
 
     Woodbury: with R the leaving rows and C their shares, `K = K_0 - R^T C R` and
     `K^-1 x = K_0^-1 x + K_0^-1 R^T (C^-1 - R K_0^-1 R^T)^-1 R K_0^-1 x`.
 
     Args:
-        h_f: (k, w), base_f: `K_0^-1 h_f^T` (w, k); leaving: (n, w), base_leaving:
-            `K_0^-1 leaving^T` (w, n); shares: (n,); d: (k, d).
+        h: (B, k, w), base: `h K_0^-1`; leaving: (B, n, w), base_leaving: `leaving K_0^-1`;
+            shares: (B, n), 0 for rows (of zeros) that only fill up.
+
+    Raises:
+        ProblemError: a row leaves that was not part of the statistics.
     """
-    left = base_f
-    if len(leaving):
-        inner = torch.diag(1 / shares) - leaving @ base_leaving  # (n, n)
-        inner = (inner + inner.T) / 2
-        root, info = torch.linalg.cholesky_ex(inner)
-        if info:
-            raise ProblemError("a text leaves the retain statistics that was not part of them")
-        left = left + base_leaving @ torch.cholesky_solve(leaving @ base_f, root)
-    m = h_f @ left  # (k, k)
-    values, vectors = torch.linalg.eigh((m + m.T) / 2)
-    keep = values > DEPENDENT * values.max()
-    vectors, values = vectors[:, keep], values[keep]
+    if not leaving.shape[1]:
+        return base
+    inverse = torch.where(shares > 0, 1 / shares, 1.0)
+    inner = torch.diag_embed(inverse) - leaving @ base_leaving.mT  # (B, n, n)
+    root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
+    if info.any():
+        raise ProblemError("a text leaves the retain statistics that was not part of them")
+    return base + (torch.cholesky_solve(base_leaving @ h.mT, root)).mT @ base_leaving
+
+
+def land(
+    h: Tensor, base: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The solutions' factors left (B, w, k), right (B, k, d) from rows of `K_0^-1` alone.
+
+    Args:
+        h: (B, k, w), base: `h K_0^-1`; leaving, base_leaving, shares: see `downdate`; d: (B, k, d).
+    """
+    rows = downdate(h, base, leaving, base_leaving, shares)  # (B, k, w)
+    m = h @ rows.mT  # (B, k, k)
+    values, vectors = torch.linalg.eigh((m + m.mT) / 2)
+    keep = values > DEPENDENT * values.amax(dim=1, keepdim=True)
+    inverse = torch.where(keep, 1 / values, 0.0)[..., None]  # (B, k, 1)
 
     def against(missing: Tensor) -> Tensor:
-        return vectors @ ((vectors.T @ missing) / values[:, None])
+        return vectors @ (inverse * (vectors.mT @ missing))
 
     z = against(d)
     # One step of refinement: with nearly equal texts M is ill conditioned.
-    return left, z + against(d - (h_f @ left) @ z)
-
-
-def certify_constrained(
-    gram: Tensor, mu: float, h_f: Tensor, d: Tensor, left: Tensor, right: Tensor
-) -> Certificate:
-    """Prove `Delta = left @ right` optimal without inverting anything.
-
-    Weak duality: `2 <Y, D> - tr (H_f^T Y)^T K^-1 (H_f^T Y)` is a lower bound for any Y. With
-    `E = H_f^T Y - K Delta` and `K >= mu I` the second term is at most
-    `tr Delta^T K Delta + 2 <Delta, E> + ||E||^2 / mu`. Y is taken as `right`.
-
-    Args:
-        gram: (w, w), what is retained; h_f: (k, w); d: (k, d); left: (w, k); right: (k, d).
-    """
-    delta = left @ right  # (w, d)
-    image = gram @ delta + mu * delta  # K Delta
-    primal = float((delta * image).sum())
-    e = h_f.T @ right - image
-    bound = 2 * float((right * d).sum()) - primal - 2 * float((delta * e).sum())
-    bound -= float(e.square().sum()) / mu
-    # A Delta that misses its targets is no answer to the constrained problem, however small.
-    missed = float(torch.linalg.matrix_norm(h_f @ delta - d))
-    slack = 2 * missed * float(torch.linalg.matrix_norm(right))
-    gap = max(0.0, primal + slack - bound) / primal if primal > 0 else float(missed > 0)
-    if not all(map(math.isfinite, (primal, bound, missed))):  # NaN compares as false: no proof
-        return Certificate(primal, 0.0, 1.0)
-    return Certificate(primal, bound, gap)
+    return rows.mT, z + against(d - m @ z)

@@ -1,27 +1,28 @@
-"""Every class of a set, each forgotten alone while all others are retained, at once.
+"""The paper's objective for every class of a set, each forgotten alone, at once.
 
 For one text all of `solve_exact` is scalar: with `u = (G + mu I)^-1 h` the change is
-`Delta = u D / (h u)`, and what is retained beside it only shifts mu. If the text is itself among
-the retained ones, its row leaves: `G_i = G - h h^T`, and by Sherman and Morrison
-`(G_i + mu I)^-1 h = u / (1 - h u)`. So one eigendecomposition of G serves all classes, and the
-roots in mu are found for all of them together.
+`Delta = u D / (h u)`, and what is retained beside it only shifts mu. Names that leave with a class
+are few rows L: `G_i = G - L^T L`, and by Woodbury's formula `(G_i + mu I)^-1 h = B (h + L^T c)`
+with `B = (G + mu I)^-1` and `c = (I - L B L^T)^-1 L B h`. So one eigendecomposition of G serves all
+classes, and the roots in mu are found for all of them together.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from forgetting.certificate import certify_each
-from forgetting.exact import GOOD_GAP, solve_exact, thresholds
-from forgetting.problem import ForgetProblem, ProblemError
-from forgetting.reduction import Spectrum
-from forgetting.roots import find_roots
+from forgetting.constrained import padded
+from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
+from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.spectrum import Spectrum, find_roots
 
 NEAR_KERNEL = 1e-6  # of the largest mu that there can be
+BATCH_NUMBERS = 2**24  # float64 numbers that a batch of classes may hold in the eigenbasis
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EachSolution:
     Attributes:
         left: (C, w), right: (C, d), float64; zero where nothing moves.
         mu: (C,), reach: (C,) c*, the `lamb_forget` above which the class moves.
+        lamb_forget: (C,), the weight that each was solved with.
         primal, bound, gap: (C,), the certificates.
         solve_seconds, certify_seconds: how long each part took, for all classes together.
         alone: number of classes that were solved again by `solve_exact`, being too close to the
@@ -41,6 +43,7 @@ class EachSolution:
     right: Tensor
     mu: Tensor
     reach: Tensor
+    lamb_forget: Tensor
     primal: Tensor
     bound: Tensor
     gap: Tensor
@@ -48,153 +51,155 @@ class EachSolution:
     certify_seconds: float
     alone: int
 
+    def branch(self, i: int) -> str:
+        """How class i is solved: "generic", "kernel" (no retained text moves) or "none"."""
+        if not self.left[i].any():
+            return "none"
+        return "generic" if self.mu[i] > 0 else "kernel"
+
 
 def solve_each(
-    problem: ForgetProblem, own: Tensor | None = None, spectrum: Spectrum | None = None
+    problem: ForgetProblem, leaving: Tensor | None = None, spectrum: Spectrum | None = None
 ) -> EachSolution:
     """Forget each of the C texts of `problem` alone.
 
     Args:
         problem: `forget_hidden` (C, w) and `target` (C, d) hold the classes; `retain_hidden` (m, w)
-            everything that is retained, classes included.
-        own: (C,) int64, the row of `retain_hidden` that is class i's own text and leaves when the
-            class is forgotten; -1 if it has none. None: no class has one.
+            everything that is retained, classes included. A `lamb_forget` of "auto" is each
+            class's own.
+        leaving: (C, m) bool, which rows of `retain_hidden` leave when class i is forgotten: its own
+            text and what means the same. None: none.
         spectrum: of `problem.retain_hidden`, if it is known.
 
     Raises:
-        ProblemError: a row of `own` is not its class's hidden state.
+        ProblemError: a mask of another shape, or "auto" for a target that cannot be reached.
     """
-    h_f, h_r = problem.forget_hidden.double(), problem.retain_hidden.double()
-    count = len(h_f)
-    own = torch.full((count,), -1, device=h_f.device) if own is None else own.to(h_f.device)
-    shared = own >= 0
-    if not torch.equal(problem.retain_hidden[own[shared]], problem.forget_hidden[shared]):
-        raise ProblemError("own must name rows of retain_hidden that equal their class's text")
-    lw = problem.lamb_weight * problem.rank / problem.alpha
-    if problem.lamb_preserve == 0 or lw == 0 or len(h_r) == 0:
-        return _one_by_one(problem, own)
-
+    exact, count, m = problem.double, len(problem.forget_hidden), len(problem.retain_hidden)
+    device = exact.projection.device
+    if leaving is None:
+        leaving = torch.zeros(count, m, dtype=torch.bool)
+    if leaving.shape != (count, m) or leaving.dtype != torch.bool:
+        raise ProblemError(
+            f"leaving must be a mask of shape {(count, m)}, got {tuple(leaving.shape)} "
+            f"{leaving.dtype}"
+        )
+    leaving = leaving.to(device)
+    d = exact.displacement  # (C, d)
+    left, right = torch.zeros_like(exact.forget_hidden), d.clone()
+    mu, reach, primal, bound, gap = (left.new_zeros(count) for _ in range(5))
+    lamb_forget = left.new_zeros(count)
     started = time.perf_counter()
-    spectrum = spectrum or Spectrum(problem.retain_hidden)
-    direction, mu, y, u_scale, moves, reach = _roots(problem, spectrum, shared, lw)
-    d = problem.target.double() - h_f @ problem.projection.double()  # (C, d)
-    solved = time.perf_counter()
-    primal, bound, gap = certify_each(
-        problem, own, direction * moves[:, None], y, u_scale, direction
-    )
-    proved = time.perf_counter()
-
-    left, right = direction * moves[:, None], d.clone()
-    # Where almost nothing holds a class but its own row, the downdate cancels.
-    bare = shared & (mu < NEAR_KERNEL * lw / problem.lamb_preserve * spectrum.values.max())
-    poor = torch.nonzero(~(gap <= GOOD_GAP) | bare)[:, 0].tolist()
-    for i in poor:
-        single = _alone(problem, own, i)
-        solution = solve_exact(single)
+    certifying = 0.0
+    if problem.lamb_preserve == 0 or problem.lw == 0 or m == 0:
+        poor = torch.arange(count)  # a shared factorisation saves nothing, or a weight is zero
+    else:
+        spectrum = spectrum or Spectrum(problem.retain_hidden)
+        direction, mu, y, u_scale, reach, lamb_forget = _roots(problem, spectrum, leaving)
+        left = direction * (reach < lamb_forget)[:, None]
+        paused = time.perf_counter()
+        primal, bound, gap = certify_each(
+            problem, leaving, lamb_forget, left, y, u_scale, direction
+        )
+        certifying = time.perf_counter() - paused
+        # Where almost nothing holds a class but what leaves with it, the downdate cancels.
+        low = NEAR_KERNEL * problem.lw / problem.lamb_preserve * spectrum.values.max()
+        poor = torch.nonzero(~(gap <= GOOD_GAP) | (leaving.any(dim=1) & (mu < low)))[:, 0]
+    for i in poor.tolist():
+        single = problem.part(torch.tensor([i], device=device), ~leaving[i])
         reach[i] = thresholds(single).reach
-        left[i], right[i] = 0.0, 0.0
+        single = settle(single)
+        solution = solve_exact(single)
+        left[i], right[i], lamb_forget[i] = 0.0, 0.0, single.lamb_forget
         if solution.left.shape[1]:
             left[i], right[i] = solution.left[:, 0], solution.right[0]
         proof = solution.certificate
         mu[i], primal[i], bound[i], gap[i] = solution.mu, proof.primal, proof.bound, proof.gap
+    solving = time.perf_counter() - started - certifying
     return EachSolution(
-        left,
-        right,
-        mu,
-        reach,
-        primal,
-        bound,
-        gap,
-        solved - started + time.perf_counter() - proved,
-        proved - solved,
-        len(poor),
+        *(left, right, mu, reach, lamb_forget, primal, bound, gap),
+        *(solving, certifying, len(poor)),
     )
 
 
-def _roots(
-    problem: ForgetProblem, spectrum: Spectrum, shared: Tensor, lw: float
-) -> tuple[Tensor, ...]:
-    """mu of every class by one batched root, and what follows from it.
+def _roots(problem: ForgetProblem, spectrum: Spectrum, leaving: Tensor) -> tuple[Tensor, ...]:
+    """mu of every class by batched roots, and what follows from it.
 
     Returns:
         direction (C, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
-        `H_r direction`, whether the class moves, and c*, all (C,).
+        `H_r direction`, c* and lamb_forget, all (C,).
     """
-    h_f, lf, lp = problem.forget_hidden.double(), problem.lamb_forget, problem.lamb_preserve
-    e = spectrum.values.square()  # (q,)
-    x = h_f @ spectrum.vectors  # (C, q)
-    kernel = h_f - x @ spectrum.vectors.T  # (C, w)
-    kernel = kernel - (kernel @ spectrum.vectors) @ spectrum.vectors.T
-    length = torch.linalg.vector_norm(h_f, dim=1)
-    noise = torch.linalg.vector_norm(kernel, dim=1) <= 8 * spectrum.noise * length.max()
-    kernel[noise] = 0.0
-    x2, kernel2 = x.square(), kernel.square().sum(dim=1)  # (C, q), (C,)
-    own = shared.double()
+    most = int(leaving.sum(dim=1).max()) if len(leaving) else 0
+    size = max(1, BATCH_NUMBERS // (3 * (1 + most) * max(1, len(spectrum.values))))
+    parts = [
+        _roots_of(problem, spectrum, texts, leaving[texts])
+        for texts in torch.arange(len(leaving), device=leaving.device).split(size)
+    ]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def sums(mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mu h (G + mu)^-1 h, the squared norm of mu (G + mu)^-1 h, and h G (G + mu)^-2 h."""
-        inverse = (e + mu[:, None]).reciprocal_()  # (C, q)
-        once = x2 * inverse
-        a = once.sum(dim=1) * mu + kernel2
-        twice = once.mul_(inverse)
-        return a, twice.sum(dim=1) * mu.square() + kernel2, twice @ e
+
+def _roots_of(
+    problem: ForgetProblem, spectrum: Spectrum, texts: Tensor, leaving: Tensor
+) -> tuple[Tensor, ...]:
+    """`_roots` for a batch of B classes."""
+    exact, lp, lw = problem.double, problem.lamb_preserve, problem.lw
+    e = spectrum.values.square()  # (q,)
+    length = torch.linalg.vector_norm(exact.forget_hidden, dim=1).max()
+
+    def split(h: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates (..., q) of rows (..., w) in the eigenbasis, and their part outside it."""
+        x = h @ spectrum.vectors
+        kernel = h - x @ spectrum.vectors.T
+        kernel = kernel - (kernel @ spectrum.vectors) @ spectrum.vectors.T
+        noise = torch.linalg.vector_norm(kernel, dim=-1) <= 8 * spectrum.noise * length
+        return x, kernel.masked_fill(noise[..., None], 0.0)
+
+    places, weights = padded(leaving, exact.retain_hidden.new_ones(leaving.shape[1]))  # (B, n)
+    gone = exact.retain_hidden[places] * weights[..., None]  # (B, n, w)
+    # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
+    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone], dim=1))
+    x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
+    eye = torch.eye(gone.shape[1], dtype=rows.dtype, device=rows.device)
+    leaves = leaving.any(dim=1)
+
+    def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`y = h + L^T c` as coefficients (B, 1 + n) of `rows`, and the forms a, b, g of
+        `u = (G_i + mu)^-1 h`: `mu h u`, `||mu u||^2`, and `u G_i u`."""
+        inverse = (e + mu[:, None]).reciprocal()[:, None]  # (B, 1, q)
+        once = rows * inverse
+        s = once @ rows.mT  # (B, 1 + n, 1 + n)
+        c = torch.linalg.solve_ex(eye - s[:, 1:, 1:], s[:, 1:, :1])[0][..., 0]  # (B, n)
+        y = torch.cat([x.new_ones(len(x), 1), c], dim=1)
+        u = (y[:, None] @ once)[:, 0]  # (B, q)
+        a = mu * (s[:, 0] * y).sum(dim=1) + kernel2
+        b = mu.square() * u.square().sum(dim=1) + kernel2
+        lost = (s[:, 1:] * y[:, None]).sum(dim=2)  # L u, (B, n)
+        g = u.square() @ e - lost.square().sum(dim=1)
+        return y, a, b, g
 
     def slope(mu: Tensor) -> Tensor:
-        a, b, g = sums(mu)
-        # Own row removed from || H_r Delta ||^2: h (G + mu)^-1 h is what it contributed.
-        removed = own * torch.where(mu > 0, a / mu.clamp(min=1e-300), 0.0).square()
-        rise, fall = lp**2 * b, lw**2 * (g - removed)
+        _, _, b, g = parts(mu)
+        rise, fall = lp**2 * b, lw**2 * g
         return (rise - fall) / (rise + fall.abs()).clamp(min=1e-300)
 
-    zeros = x2.new_zeros(len(x2))
-    high = (2 * lw / lp) * spectrum.values.max() * torch.ones_like(zeros)
-    log_high = high.log()
+    zeros = torch.zeros_like(kernel2)
+    log_high = ((2 * lw / lp) * spectrum.values.max() * torch.ones_like(zeros)).log()
     log_low = log_high - 12.0
     if bool((slope(log_low.exp()) > 0).any()):  # a class near the kernel: look much lower
         log_low = log_high - 60.0
     mu = find_roots(lambda log_mu: slope(log_mu.exp()), log_low, log_high).exp()
     # A retained text has no part in the kernel but what the factorisation takes for zero.
-    mu = torch.where((kernel2 > 0) & ~shared & (slope(zeros) >= 0), zeros, mu)
+    mu = torch.where((kernel2 > 0) & ~leaves & (slope(zeros) >= 0), zeros, mu)
 
-    a, b, _ = sums(mu)
-    left_over = 1 - own * a / mu.clamp(min=1e-300)  # 1 - h (G + mu)^-1 h of the shared texts
-    strength = a / left_over  # A(mu) of the class's own problem
-    reach = ((lp**2 * mu + lw**2) / strength).sqrt()
-    moves = reach < lf
-    shrink = torch.where(mu[:, None] > 0, mu[:, None] / (e + mu[:, None]), 0.0)
-    direction = ((x * shrink) @ spectrum.vectors.T + kernel) / a[:, None]
-    y = torch.where(moves, lw * left_over / b.sqrt(), torch.full_like(mu, lf))
-    u_scale = torch.where(mu > 0, y * a / (mu * left_over).clamp(min=1e-300), 0.0)
-    return direction, mu, y, u_scale, moves, reach
-
-
-def _alone(problem: ForgetProblem, own: Tensor, i: int) -> ForgetProblem:
-    """Class i's problem by itself."""
-    retained = problem.retain_hidden
-    if own[i] >= 0:
-        retained = torch.cat([retained[: own[i]], retained[own[i] + 1 :]])
-    return replace(
-        problem,
-        forget_hidden=problem.forget_hidden[i : i + 1],
-        retain_hidden=retained,
-        target=problem.target[i : i + 1],
-    )
-
-
-def _one_by_one(problem: ForgetProblem, own: Tensor) -> EachSolution:
-    """The cases in which the shared factorisation saves nothing or a weight is zero."""
-    w, d = problem.projection.shape
-    count = len(problem.forget_hidden)
-    left, right = torch.zeros(count, w).double(), torch.zeros(count, d).double()
-    rows = []
-    started = time.perf_counter()
-    for i in range(count):
-        alone = _alone(problem, own, i)
-        solution = solve_exact(alone)
-        if solution.left.shape[1]:
-            left[i], right[i] = solution.left[:, 0], solution.right[0]
-        proof = solution.certificate
-        reach = thresholds(alone).reach
-        rows.append((solution.mu, reach, proof.primal, proof.bound, proof.gap))
-    columns = torch.tensor(rows, dtype=torch.float64).reshape(count, 5).T
-    return EachSolution(left, right, *columns, time.perf_counter() - started, 0.0, count)
+    y, a, b, _ = parts(mu)
+    reach = ((lp**2 * mu + lw**2) / a).sqrt()
+    if problem.lamb_forget == AUTO:
+        above(float(reach.max()))  # refuses an infinite one
+        lamb_forget = (1 + AUTO_MARGIN) * reach
+    else:
+        lamb_forget = torch.full_like(reach, problem.lamb_forget)
+    shrink = torch.where(mu[:, None] > 0, mu[:, None] / (e + mu[:, None]), 0.0)  # (B, q)
+    mixed, kernel = ((y[:, None] @ part)[:, 0] for part in (rows, kernels))  # (B, q), (B, w)
+    direction = ((mixed * shrink) @ spectrum.vectors.T + kernel) / a[:, None]
+    length = torch.where(reach < lamb_forget, lw / b.sqrt(), lamb_forget)
+    u_scale = torch.where(mu > 0, length * a / mu.clamp(min=1e-300), 0.0)
+    return direction, mu, length, u_scale, reach, lamb_forget

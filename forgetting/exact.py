@@ -26,15 +26,14 @@ nothing moves. docs/exact.md has the derivation.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify
-from forgetting.problem import ForgetProblem, ProblemError
-from forgetting.reduction import Reduced, Spectrum, best_ridge
-from forgetting.weightless import Weightless
+from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.spectrum import DEPENDENT, Reduced, Spectrum, best_ridge
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
 WARN_GAP = 1e-6
@@ -116,7 +115,9 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
         on CLIP's features about 1e-14. Beyond that the answer still carries its true gap, with a
         warning if that is above 1e-6.
     """
-    solution = _solve(problem, _reduced(problem, spectrum))
+    reduced = _reduced(problem, spectrum)
+    problem = settle(problem, reduced.spectrum)
+    solution = _solve(problem, reduced)
     if solution.certificate.gap > GOOD_GAP:
         precise = _reduced(problem, Spectrum(problem.retain_hidden, precise=True))
         solution = min(solution, _solve(problem, precise), key=lambda s: s.certificate.gap)
@@ -135,13 +136,25 @@ def _reduced(problem: ForgetProblem, spectrum: Spectrum | None) -> Reduced:
     return Reduced(problem, spectrum or Spectrum(problem.retain_hidden))
 
 
-def auto_lamb_forget(problem: ForgetProblem, spectrum: Spectrum | None = None) -> float:
-    """The paper's retry loop in one step: `lamb_forget` just above c*, so that texts reach P.
+def settle(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetProblem:
+    """The problem with a number in place of "auto": just above c*, so that the texts reach P.
+
+    The paper's retry loop in one step. A problem that has a number comes back as it is.
 
     Raises:
         ProblemError: no weight is enough, because the target cannot be reached.
     """
-    reach = thresholds(problem, spectrum).reach
+    if problem.lamb_forget != AUTO:
+        return problem
+    return replace(problem, lamb_forget=above(thresholds(problem, spectrum).reach))
+
+
+def above(reach: float) -> float:
+    """The `lamb_forget` that "auto" stands for where c* is `reach`.
+
+    Raises:
+        ProblemError: it is infinite.
+    """
     if reach == float("inf"):
         raise ProblemError(
             "no lamb_forget takes the texts to their target: texts that repeat each other have "
@@ -229,7 +242,7 @@ class _State:
 
 def _solve_weightless(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
     """The answer without a weight term; not the only minimiser, but one of least rank."""
-    free, lf, h_r = Weightless(reduced), problem.lamb_forget, problem.retain_hidden.double()
+    free, lf, h_r = Weightless(reduced), problem.lamb_forget, problem.double.retain_hidden
     rho = free.ridge(lf)
     moved = rho < float("inf") and len(free.d) > 0
     z = free.z(rho) if moved else torch.zeros_like(free.d)
@@ -291,7 +304,7 @@ def _answer(
 
 def _multiplier(problem: ForgetProblem, basis: Tensor) -> Tensor:
     """Left factor (m, p) of U, `H_r` times `basis` (w, p); zero where U must vanish."""
-    left = problem.retain_hidden.double() @ basis
+    left = problem.double.retain_hidden @ basis
     return left if problem.lamb_preserve > 0 else torch.zeros_like(left)
 
 
@@ -302,3 +315,56 @@ def _compress(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     return q_left @ (u * s), vh @ q_right.T
+
+
+class Weightless:
+    """The problem without a weight term: texts with a part outside the retained span move for free.
+
+    The rows of `H_f` are rotated once more: `held` combinations lie in the span and move at a
+    price, the others reach their target through the kernel alone. mu = 0 throughout, and with
+    `A = H G^+ H^T` of the held rows F2 = (lf^2 rho + lp^2) <D, (A + rho I)^-1 D>.
+    """
+
+    def __init__(self, reduced: Reduced) -> None:
+        u, s, vh = torch.linalg.svd(reduced.kernel, full_matrices=True)
+        rank = int((s > DEPENDENT * s.max()).sum()) if s.numel() and s.max() > 0 else 0
+        self.held, free = u[:, rank:], u[:, :rank]  # (p, p - t), (p, t)
+        inside = self.held.T @ reduced.inside  # (p - t, q)
+        self.left = reduced.spectrum.vectors @ (inside / reduced.e).T  # (w, p - t)
+        self.d = self.held.T @ reduced.d  # (p - t, d)
+        self.length = (float(self.d.square().sum()) + reduced.spread) ** 0.5
+        self.a, rotation = torch.linalg.eigh((inside / reduced.e) @ inside.T)
+        self.basis = rotation
+        self.c = (rotation.T @ self.d).square().sum(dim=1)
+        self.price = reduced.lp**2
+        self.spread = reduced.spread
+        # Delta through the kernel that takes the free combinations to their target; what the small
+        # singular values magnify of the retained span is taken out again.
+        vectors = reduced.spectrum.vectors
+        away = vh[:rank].T - vectors @ (vectors.T @ vh[:rank].T)  # (w, t)
+        self.free_left = away / s[:rank]
+        self.free = free
+        self.reduced = reduced
+
+    def ridge(self, lf: float) -> float:
+        if not len(self.d):
+            return 0.0 if self.spread == 0 else float("inf")
+        return best_ridge(self.a, self.c, self.spread, self.price, lf)
+
+    def z(self, rho: float) -> Tensor:
+        """(p - t, d)."""
+        return self.basis @ ((self.basis.T @ self.d) / (self.a + rho)[:, None])
+
+    @property
+    def start(self) -> float:
+        if len(self.free.T):
+            return 0.0
+        strength = float((self.a * self.c).sum())
+        return (self.price / strength) ** 0.5 * self.length if strength > 0 else float("inf")
+
+    @property
+    def reach(self) -> float:
+        if self.spread > 0:
+            return float("inf")
+        q = float((self.c / self.a).sum()) if len(self.d) else 0.0
+        return (self.price * float((self.c / self.a.square()).sum()) / q) ** 0.5 if q > 0 else 0.0

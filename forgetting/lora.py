@@ -1,16 +1,26 @@
-"""The paper's solver: gradient descent on a LoRA adapter of the text projection."""
+"""The paper's solver: gradient descent on LoRA adapters of the text projection, many at once.
+
+With `Delta = s A^T B^T` and `s = alpha / r`, the two norms that do not see the target are numbers
+of size r x r: `||H_r Delta||^2 = s^2 <A G A^T, B^T B>` and `||B A||^2 = <A A^T, B^T B>`, where
+`G = H_r^T H_r` is summed once. So a step costs the same however many names are retained, and
+requests that share the retain set are descended together, each with its own adapter.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from forgetting.problem import ForgetProblem, ProblemError
+from forgetting.constrained import padded
+from forgetting.each import solve_each
+from forgetting.exact import settle
+from forgetting.problem import AUTO, ForgetProblem, ProblemError
+
+BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
 
 
 @dataclass(frozen=True)
@@ -110,89 +120,195 @@ def solve_lora(
 
     Source: Kravets and Namboodiri, TMLR 2025 (objective, LoRA, Adam, retry).
     """
-    generator = generator or torch.Generator().manual_seed(0)
-    retry = problem.lamb_forget > 0
-    trials: list[LoraTrial] = []
-    kept: tuple[LoraTrial, Tensor, Tensor] | None = None
-    for number in range(settings.max_trials if retry else 1):
-        lamb_forget = problem.lamb_forget + number * settings.lamb_forget_step
-        attempt = replace(problem, lamb_forget=lamb_forget)
-        report = partial(on_step, number) if on_step else None
-        trial, left, right = _descend(attempt, settings, generator, report)
-        trials.append(trial)
-        if kept is None or trial.reduction > kept[0].reduction:
-            kept = (trial, left, right)
-        if trial.reduction >= settings.reduction:
-            break
-    trial, left, right = kept
-    return LoraSolution(
-        left=left,
-        right=right,
-        lamb_forget=trial.lamb_forget,
-        objective=trial.objective,
-        reduction=trial.reduction,
-        reached=not retry or trial.reduction >= settings.reduction,
-        trials=trials,
-    )
+    owner = torch.zeros(len(problem.forget_hidden), dtype=torch.int64)
+    leaving = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
+    generators = [generator or torch.Generator().manual_seed(0)]
+    return solve_lora_each(problem, owner, leaving, generators, settings, on_step)[0]
 
 
-def _descend(
+def solve_lora_each(
     problem: ForgetProblem,
+    owner: Tensor,
+    leaving: Tensor,
+    generators: Sequence[torch.Generator],
+    settings: LoraSettings = LoraSettings(),
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[LoraSolution]:
+    """`solve_lora` for R requests together; each ends as it would alone, to rounding.
+
+    Args:
+        problem: the texts of all requests, and everything that may be retained beside them. A
+            `lamb_forget` of "auto" is each request's own.
+        owner: (k,) int64, the request of each text; each of 0 .. R - 1 has at least one.
+        leaving: (R, m) bool, which rows of `retain_hidden` leave with a request.
+        generators: R of them; each draws the adapters of its request's trials.
+        settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
+    """
+    device, (w, d) = problem.projection.device, problem.projection.shape
+    owner, leaving = owner.to(device), leaving.to(device)
+    lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
+    found: list[LoraSolution] = []
+    size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
+    for requests in torch.arange(len(leaving), device=device).split(size):
+        descent = _Descent(problem, owner, leaving, requests)
+        chosen = [generators[i] for i in requests.tolist()]
+        found += _retry(descent, lamb_forget[requests], settings, chosen, on_step)
+    return found
+
+
+def _lamb_forget(problem: ForgetProblem, owner: Tensor, leaving: Tensor) -> Tensor:
+    """The weight (R,) that each request starts with."""
+    count = torch.bincount(owner, minlength=len(leaving))
+    if len(count) != len(leaving) or not count.all():
+        raise ProblemError("each request needs at least one text, and each text one request")
+    if problem.lamb_forget != AUTO:
+        return torch.full((len(leaving),), float(problem.lamb_forget), dtype=torch.float64)
+    if (count == 1).all():
+        return solve_each(problem.part(owner.argsort()), leaving).lamb_forget.cpu()
+    alone = [
+        settle(problem.part(owner == request, ~gone)).lamb_forget
+        for request, gone in enumerate(leaving)
+    ]
+    return torch.tensor(alone, dtype=torch.float64)
+
+
+def _retry(
+    descent: _Descent,
+    lamb_forget: Tensor,
     settings: LoraSettings,
-    generator: torch.Generator,
-    report: Callable[[int], None] | None,
-) -> tuple[LoraTrial, Tensor, Tensor]:
-    """One trial: the summary and the factors left (w, r), right (r, d) of lowest objective."""
-    w, d = problem.projection.shape
-    scale = problem.alpha / problem.rank
-    displacement = problem.displacement  # (k, d)
-    bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
-    init = (torch.rand(problem.rank, w, generator=generator) * 2 - 1) * bound
-    a = init.to(displacement).requires_grad_()  # (r, w)
-    b = torch.zeros(d, problem.rank).to(displacement).requires_grad_()  # (d, r)
-    optimizer = torch.optim.Adam([a, b], lr=settings.lr)
-    retain = problem.retain_hidden  # (m, w)
-    if len(retain) > w:
-        # || H_r Delta || = || R Delta || for H_r = Q R: the same norm from (w, w) numbers.
-        retain = torch.linalg.qr(retain.double(), mode="r").R.to(displacement)  # (w, w)
+    generators: Sequence[torch.Generator],
+    on_step: Callable[[int, int], None] | None,
+) -> list[LoraSolution]:
+    """Trials for a batch of requests, until each has forgotten or had its last."""
+    trials: list[list[LoraTrial]] = [[] for _ in generators]
+    kept: list[tuple[LoraTrial, Tensor, Tensor] | None] = [None] * len(generators)
+    active = list(range(len(generators)))
+    for number in range(settings.max_trials):
+        weights = [float(lamb_forget[i]) + number * settings.lamb_forget_step for i in active]
+        draws = [generators[i] for i in active]
+        outcome = descent.run(active, weights, draws, settings, number, on_step)
+        for i, (trial, left, right) in zip(active, outcome, strict=True):
+            trials[i].append(trial)
+            if kept[i] is None or trial.reduction > kept[i][0].reduction:
+                kept[i] = (trial, left, right)
+        active = [
+            i for i in active if lamb_forget[i] > 0 and trials[i][-1].reduction < settings.reduction
+        ]
+        if not active:
+            break
+    return [
+        LoraSolution(
+            left=left,
+            right=right,
+            lamb_forget=trial.lamb_forget,
+            objective=trial.objective,
+            reduction=trial.reduction,
+            reached=not lamb_forget[i] > 0 or trial.reduction >= settings.reduction,
+            trials=trials[i],
+        )
+        for i, (trial, left, right) in enumerate(kept)
+    ]
 
-    def objective() -> Tensor:
-        # Terms through the factors: Delta = scale * A^T B^T is never formed but for its own norm,
-        # whose (d, w) product keeps the gradient at B = 0 finite where a Gram matrix would not.
-        moved = (problem.forget_hidden @ a.T) @ b.T * scale  # (k, w) -> (k, r) -> (k, d)
-        loss = problem.lamb_forget * torch.linalg.matrix_norm(displacement - moved)
-        if problem.lamb_preserve and len(retain):
-            shifted = (retain @ a.T) @ b.T * scale  # (m, w) -> (m, r) -> (m, d)
-            loss = loss + problem.lamb_preserve * torch.linalg.matrix_norm(shifted)
-        if problem.lamb_weight:
-            loss = loss + problem.lamb_weight * torch.linalg.matrix_norm(b @ a)
-        return loss
 
-    history = torch.empty(settings.steps + 1, dtype=displacement.dtype, device=displacement.device)
-    best = torch.full_like(history[0], torch.inf)
-    best_a, best_b = a.detach().clone(), b.detach().clone()
-    for step in range(settings.steps + 1):
-        loss = objective()
-        history[step] = loss.detach()
-        # torch.where instead of a Python branch: no synchronisation with the device per step.
-        better = history[step] < best
-        best = torch.where(better, history[step], best)
-        best_a = torch.where(better, a.detach(), best_a)
-        best_b = torch.where(better, b.detach(), best_b)
-        if step < settings.steps:
-            optimizer.zero_grad()
-            loss.backward()
+class _Descent:
+    """A batch of requests, laid out for descents: texts padded to the longest request."""
+
+    def __init__(
+        self, problem: ForgetProblem, owner: Tensor, leaving: Tensor, requests: Tensor
+    ) -> None:
+        self.problem = problem
+        like = problem.displacement
+        mine = owner[:, None] == requests  # (k, B)
+        places, there = padded(mine.T, like.new_ones(len(mine)))  # (B, k')
+        there = there[..., None].to(like)  # (B, k', 1)
+        self.hidden = problem.forget_hidden[places] * there  # (B, k', w)
+        self.displacement = like[places] * there  # (B, k', d)
+        retained = problem.double.retain_hidden
+        self.gram = (retained.T @ retained).to(like)  # (w, w)
+        places, there = padded(leaving[requests], like.new_ones(leaving.shape[1]))
+        self.gone = problem.retain_hidden[places] * there[..., None].to(like)  # (B, n, w)
+
+    def run(
+        self,
+        active: list[int],
+        lamb_forget: list[float],
+        generators: Sequence[torch.Generator],
+        settings: LoraSettings,
+        number: int,
+        on_step: Callable[[int, int], None] | None,
+    ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
+        """One trial of each active request: the summary, and its factors of lowest objective."""
+        problem, (w, d), r = self.problem, self.problem.projection.shape, self.problem.rank
+        scale = problem.alpha / r
+        hidden, target, gone = (x[active] for x in (self.hidden, self.displacement, self.gone))
+        lf = torch.tensor(lamb_forget).to(target)  # (B,)
+        lp, lw = problem.lamb_preserve, problem.lamb_weight
+        bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
+        start = [(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators]
+        # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
+        factors = torch.cat([torch.stack(start), torch.zeros(len(active), r, d)], dim=2).to(target)
+        factors.grad = torch.empty_like(factors)
+        a, b = factors[..., :w], factors[..., w:]
+        grad_a, grad_b = factors.grad[..., :w], factors.grad[..., w:]
+        optimizer = torch.optim.Adam([factors], lr=settings.lr, fused=True)
+        history = target.new_empty(settings.steps + 1, len(active))
+        best, best_factors = torch.full_like(lf, torch.inf), factors.clone()
+        for step in range(settings.steps + 1):
+            states = hidden @ a.mT  # (B, k, w) @ (B, w, r) -> (B, k, r)
+            missing = torch.baddbmm(target, states, b, alpha=-scale)  # (B, k, d)
+            seen = (a.reshape(-1, w) @ self.gram).view_as(a)  # A G, (B, r, w)
+            if gone.shape[1]:
+                seen = torch.baddbmm(seen, a @ gone.mT, gone, alpha=-1)
+            outer, size, moved = b @ b.mT, a @ a.mT, seen @ a.mT  # (B, r, r)
+            forget = torch.linalg.vector_norm(missing, dim=(1, 2))  # (B,)
+            preserve = scale * _root((moved * outer).sum(dim=(1, 2)))
+            weight = _root((size * outer).sum(dim=(1, 2)))
+            loss = lf * forget + lp * preserve + lw * weight
+            history[step] = loss
+            # torch.where instead of a Python branch: no synchronisation with the device per step.
+            better = loss < best
+            best = torch.where(better, loss, best)
+            best_factors = torch.where(better[:, None, None], factors, best_factors)
+            if step == settings.steps:
+                break
+            # Slopes of the norms; a norm that is zero (B starts there) has none.
+            by_forget, by_preserve, by_weight = (
+                torch.where(norm > 0, factor / norm, 0.0)[:, None, None]
+                for norm, factor in (
+                    (forget, scale * lf),
+                    (preserve, scale**2 * lp),
+                    (weight, lw),
+                )
+            )
+            grad_a.copy_(outer @ (by_preserve * seen + by_weight * a))
+            grad_a.sub_((by_forget * (b @ missing.mT)) @ hidden)
+            grad_b.copy_((by_preserve * moved + by_weight * size) @ b)
+            grad_b.sub_((by_forget * states.mT) @ missing)
             optimizer.step()
-            if report:
-                report(step + 1)
-    if not torch.isfinite(history).all():
-        raise ProblemError("the descent left the range of numbers (NaN): lower the learning rate")
-    left, right = best_a.T.contiguous(), (best_b.T * scale).contiguous()  # (w, r), (r, d)
-    trial = LoraTrial(
-        lamb_forget=problem.lamb_forget,
-        objective=float(best),
-        reduction=problem.reduction(left @ right),
-        step=int(history.argmin()),
-        history=history.cpu(),
-    )
-    return trial, left, right
+            if on_step:
+                on_step(number, step + 1)
+        if not torch.isfinite(history).all():
+            raise ProblemError(
+                "the descent left the range of numbers (NaN): lower the learning rate"
+            )
+        left = best_factors[..., :w].mT.contiguous()  # (B, w, r)
+        right = best_factors[..., w:] * scale  # (B, r, d)
+        before = torch.linalg.vector_norm(target, dim=(1, 2))
+        after = torch.linalg.vector_norm(target - (hidden @ left) @ right, dim=(1, 2))
+        reduction = torch.where(
+            before > 0, (before - after).abs() / before, (after == 0).to(before)
+        ).tolist()
+        steps, history = history.argmin(dim=0).tolist(), history.T.cpu()
+        return [
+            (
+                LoraTrial(lamb_forget[i], float(best[i]), reduction[i], steps[i], history[i]),
+                left[i],
+                right[i],
+            )
+            for i in range(len(active))
+        ]
+
+
+def _root(square: Tensor) -> Tensor:
+    """The root of what is a square but for rounding."""
+    return square.clamp(min=0).sqrt()

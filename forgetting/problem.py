@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
 
 
 class ProblemError(ValueError):
@@ -32,6 +35,8 @@ class ForgetProblem:
         retain_hidden: `H_r`, (m, w), hidden states of the texts to retain, m >= 0.
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
+            `lamb_forget` may be "auto": each solver then takes a value just above the threshold c*
+            (`forgetting.exact.settle`), which is where the paper's retry loop ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
     Raises:
@@ -42,7 +47,7 @@ class ForgetProblem:
     forget_hidden: Tensor
     retain_hidden: Tensor
     target: Tensor
-    lamb_forget: float
+    lamb_forget: float | str
     lamb_preserve: float
     lamb_weight: float = 1.0
     rank: int = 5
@@ -80,14 +85,27 @@ class ForgetProblem:
             raise ProblemError(f"all tensors must share one dtype and device, got {kinds}")
         for name in ("lamb_forget", "lamb_preserve", "lamb_weight"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ProblemError(f"{name} must be finite and not negative, got {value}")
+            if name == "lamb_forget" and value == AUTO:
+                continue
+            if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
+                raise ProblemError(f"{name} must be finite and not negative, got {value!r}")
         if self.rank < 1:
             raise ProblemError(f"rank must be at least 1, got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ProblemError(f"alpha must be finite and positive, got {self.alpha}")
 
+    @cached_property
+    def double(self) -> ForgetProblem:
+        """The same problem in float64, in which the exact solvers and all proofs work."""
+        names = ("projection", "forget_hidden", "retain_hidden", "target")
+        return replace(self, **{name: getattr(self, name).double() for name in names})
+
     @property
+    def lw(self) -> float:
+        """The weight of `||Delta||`: `lamb_weight * rank / alpha`."""
+        return self.lamb_weight * self.rank / self.alpha
+
+    @cached_property
     def displacement(self) -> Tensor:
         """`D = P - H_f W`, (k, d): how far every forgotten text is from its target."""
         return self.target - self.forget_hidden @ self.projection  # (k, w) @ (w, d) -> (k, d)
@@ -101,9 +119,29 @@ class ForgetProblem:
         )
 
     def objective(self, delta: Tensor) -> Tensor:
-        """The paper's objective at `delta` (w, d), a scalar."""
+        """The paper's objective at `delta` (w, d), a scalar.
+
+        A `delta` in float64 is judged in float64, whatever the problem's own dtype: the rounding of
+        float32 exceeds the difference between good answers.
+        """
+        if delta.dtype == torch.float64 != self.projection.dtype:
+            return self.double.objective(delta)
         forget, preserve, weight = self.terms(delta)
         return self.lamb_forget * forget + self.lamb_preserve * preserve + self.lamb_weight * weight
+
+    def part(self, texts: Tensor, staying: Tensor | None = None) -> ForgetProblem:
+        """The problem of some of the texts, with some of the names retained.
+
+        Args:
+            texts: (k,) index or mask of rows of `forget_hidden`.
+            staying: (m,) mask of rows of `retain_hidden`; None: all stay.
+        """
+        return replace(
+            self,
+            forget_hidden=self.forget_hidden[texts],
+            target=self.target[texts],
+            retain_hidden=self.retain_hidden if staying is None else self.retain_hidden[staying],
+        )
 
     def reduction(self, delta: Tensor) -> float:
         """`|L0 - L1| / L0` with L0 and L1 the forget norm before and after: the retry rule.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.audit.case import Case, Model
+from evaluation.audit.case import Case, Common, Model
 from evaluation.zero_shot import Factors
 
 WIDTH = 64  # w = d: every text has a direction of its own, and some are left over
@@ -102,15 +102,11 @@ def case(
     forgotten: list[str] | None = None,
     removed: tuple[str, ...] = (),
     others: dict[str, FeatureBundle] | None = None,
+    seed: int = 0,
 ) -> Case:
     """A case of the class `name`; the untouched model on both sides unless `factors` are given."""
-    return Case(
-        name=name,
-        forgotten=forgotten or [name],
-        before=Model(bundle),
-        after=Model(bundle, factors, removed),
-        others=others or {},
-    )
+    common = Common(bundle, others or {}, seed)
+    return Case(name, forgotten or [name], Model(common, factors, removed))
 
 
 def gone(bundle: FeatureBundle | None = None, name: str = "class 0", **options) -> Case:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch.nn.functional import normalize
 
 import train
 from clip.bundle import load_bundle
 from engine.errors import UserError
 from evaluation.audit import __main__ as audit
+from evaluation.audit.case import Common, Model
 from evaluation.audit.interval import accuracy, mean_value
 from evaluation.audit.record import read_audits
-from evaluation.audit.run import MEASURES, audit_folder
-from evaluation.audit.table import audit_table
+from evaluation.audit.run import MEASURES, _Results, audit_folder
 from evaluation.audit.verdict import verdict
-from tests.conftest import BACKBONE
+from evaluation.results import read_logs
+from evaluation.rows import read_rows
+from evaluation.tables import audit_table
+from tests.conftest import BACKBONE, toy_bundle
 
 
 @given(st.integers(1, 400), st.data())
@@ -32,15 +36,11 @@ def test_an_interval_holds_its_value_and_narrows_with_images(n, data):
     assert wider["high"] - wider["low"] < found["high"] - found["low"] + 1e-12
 
 
-def test_the_interval_is_that_of_drawn_images():
-    """Against 200,000 bootstrap draws; the quantiles of a discrete distribution, so one step off at
-    most."""
-    correct = torch.arange(40) < 29
-    draws = np.random.default_rng(0).choice(correct.numpy(), (200_000, 40)).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    found = accuracy(correct)
-    assert abs(found["low"] - low) <= 1 / 40 and abs(found["high"] - high) <= 1 / 40
-    assert found["low"] < 0.725 < found["high"]
+@given(st.integers(1, 200), st.data())
+def test_the_interval_is_scipys(n, data):
+    k = data.draw(st.integers(0, n))
+    found, expected = accuracy(torch.arange(n) < k), binomtest(k, n).proportion_ci()
+    assert [found["low"], found["high"]] == pytest.approx([*expected], abs=1e-9)
 
 
 def test_where_all_images_agree_the_interval_is_not_a_point():
@@ -49,6 +49,35 @@ def test_where_all_images_agree_the_interval_is_not_a_point():
     nothing = accuracy(torch.zeros(0, dtype=torch.bool))
     assert nothing == {"value": None, "low": None, "high": None, "n": 0}
     assert mean_value([nothing]) is None and mean_value([nothing, {"value": 0.5}]) == 0.5
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_scores_after_a_change_are_those_of_the_changed_projection(seed, rank):
+    """Also of a text that is sent to nearly nothing, and of a removed one."""
+    bundle, generator = toy_bundle("ToyAnimals"), torch.Generator().manual_seed(seed)
+    w, d = bundle.text_projection.shape
+    left = torch.randn(w, rank, generator=generator) / w**0.5
+    model = Model(Common(bundle), (left, torch.randn(rank, d, generator=generator)))
+    texts = normalize(bundle.class_hidden @ model.projection, dim=1)
+    assert torch.allclose(model.classes, texts, atol=1e-5)
+    assert torch.allclose(model.cosines, bundle.image_features @ texts.T, atol=1e-5)
+    h = bundle.class_hidden[:1]
+    factors = h.T / h.square().sum(), -0.999999 * h @ bundle.text_projection
+    vanished = Model(Common(bundle), factors, (bundle.classnames[1],))
+    assert vanished.cosines.abs().max() < 1 + 1e-5
+    assert vanished.scores[:, 1].eq(-torch.inf).all()
+    assert torch.equal(vanished.scores[:, 2:], vanished.cosines[:, 2:])
+
+
+def test_what_classes_have_in_common_is_found_once():
+    common, calls = Common(toy_bundle("ToyAnimals")), []
+
+    def find(asked: Common) -> str:
+        calls.append(asked)
+        return "found"
+
+    assert [common.once(find), common.once(find)] == ["found"] * 2 and calls == [common]
 
 
 def planted(**changes):
@@ -157,15 +186,15 @@ def test_from_the_command_line_to_its_own_table(results, capsys):
     for side, key in (("before", "zero_shot"), ("after", "final_results")):
         value = found["residue"]["zero_shot"][side]["value"]
         assert value == pytest.approx(logs[key]["ToyAnimals"]["cat"]["cls_acc_test"])
-    table = audit_table(results)
+    table = audit_table(read_rows(results))
     assert table["class"].tolist() == ["cat", "C/V"] and (table["before"] > 80).all()
     assert (results / "audit.csv").read_text().count("\n") == 3
     json.dumps(audits, allow_nan=False)
 
 
 def test_what_was_audited_is_not_audited_again(results, monkeypatch):
-    calls = []
-    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or {})
+    calls, nothing = [], {"names": 0, "attacks": {}, "not_measured": []}
+    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or nothing)
     audit_folder(results, labels=["cat"])
     audit_folder(results)
     assert calls == ["cat", "C/V"]
@@ -190,6 +219,31 @@ def test_what_was_audited_is_not_audited_again(results, monkeypatch):
         audit_folder(results, seed=1)
     adapter.write_bytes(keep)
     assert calls[4:] == []
+
+
+def test_a_stranger_forgets_none_of_the_classes(results):
+    logs = read_logs(results)["ToyAnimals"]
+    common = Common(toy_bundle("ToyAnimals"))
+    there = _Results(results, logs, common)
+    (case,) = there.cases("cat", None).values()
+    label, factors = case.stranger
+    assert label == "C/V" and torch.equal(factors[0], there.adapter("C/V").left)
+    alone = _Results(results, {"cat": logs["cat"]}, common)
+    assert alone.cases("cat", None)["cat"].stranger is None
+    both = _Results(results, {"cat": logs["cat"], "cat|owl": {}, "owl|cat": {}}, common)
+    assert both.cases("cat", None)["cat"].stranger is None, "the class would cancel out"
+
+
+def test_a_broken_off_audit_keeps_what_it_found(results, monkeypatch):
+    def stopped(case):
+        if case.name == "C/V":
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setitem(MEASURES, "undo", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        audit_folder(results)
+    assert set(read_audits(results)["ToyAnimals"]) == {"cat"}
 
 
 def test_the_driver_audits(toy_args, tmp_path, capsys):

@@ -10,9 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.audit import confusion, destinations, neighbours, residue, retrieval
+from evaluation.audit.case import Common
 from evaluation.audit.interval import accuracy
 from tests.audit_fixtures import (
     EDGES,
@@ -78,9 +87,28 @@ def test_neighbours_that_do_not_suffer_stay():
     assert found["not_measured"] == []
 
 
+def moved(names: list[str], before: Tensor, after: Tensor) -> dict:
+    """The entry "moved" of classes that are embedded at `before` (n, d) and at `after` (n, d)."""
+    d = before.shape[1]
+    bundle = replace(
+        world(classes=len(names), images=0, words=0),
+        image_features=torch.zeros(0, d),
+        class_hidden=before,
+        forget_hidden=before,
+        retain_hidden=before[:0],
+        text_projection=torch.eye(d),
+        classnames=names,
+    )
+    texts = neighbours.texts_of(Common(bundle))
+    everything = torch.ones(len(names), dtype=torch.bool)
+    return neighbours._moved(texts, everything, after - before, torch.eye(d))
+
+
 @pytest.mark.parametrize("block", [5, 1024])
-def test_places_against_lists_sorted_by_hand(monkeypatch, block):
+@pytest.mark.parametrize("kept", [1, 4096])
+def test_places_against_lists_sorted_by_hand(monkeypatch, block, kept):
     monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "KEPT", kept)
     generator = torch.Generator().manual_seed(3)
     before = normalize(torch.randn(40, 6, generator=generator), dim=1)
     after = normalize(before + 0.4 * torch.randn(40, 6, generator=generator), dim=1)
@@ -92,7 +120,7 @@ def test_places_against_lists_sorted_by_hand(monkeypatch, block):
         )
         ranks.append(new.index(old[0]) + 1)
         overlaps.append(len(set(old[:10]) & set(new[:10])) / 10)
-    found = neighbours._moved([str(i) for i in range(40)], ["class"] * 40, before, after)
+    found = moved([str(i) for i in range(40)], before, after)
     assert found["nearest_kept"] == pytest.approx(np.mean(np.array(ranks) == 1))
     assert 0 < found["nearest_kept"] < 1  # so that neither all nor none would pass
     assert found["top10_overlap"] == pytest.approx(np.mean(overlaps))
@@ -108,7 +136,7 @@ def test_texts_that_are_the_same_do_not_fall_behind_each_other():
     """Three copies of a text: each is nearest to the others, whichever comes first."""
     x = torch.eye(4)[[0, 0, 0, 1, 2]]
     turned = x + 1e-8 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    assert neighbours._moved(list("abcde"), ["class"] * 5, x, turned)["nearest_kept"] == 1
+    assert moved(list("abcde"), x, turned)["nearest_kept"] == 1
 
 
 def test_names_that_mean_the_class_are_not_retained_texts():
@@ -120,9 +148,9 @@ def test_names_that_mean_the_class_are_not_retained_texts():
 
     def texts(bundle, *forgotten: str) -> list[tuple[str, str]]:
         asked = case(bundle, forgotten[0], forgotten=list(forgotten), others={"Other": other})
-        found, groups, hidden = neighbours.retained_texts(asked)
-        assert len(found) == len(groups) == len(hidden)
-        return list(zip(found, groups, strict=True))
+        found, stay = asked.common.once(neighbours.texts_of), neighbours.retained_texts(asked)
+        named = zip(found.names, found.groups, stay.tolist(), strict=True)
+        return [(name, group) for name, group, stays in named if stays]
 
     kept = texts(flowers, "osteospermum")
     assert kept == [
@@ -228,11 +256,43 @@ def test_too_few_images_for_a_leak_are_said():
 
 def test_a_leak_is_the_same_in_every_run_and_follows_the_seed():
     bundle = hidden_mark()
-    asked = case(bundle, factors=opposite(bundle, "class 0"), removed=("class 0",))
-    first = destinations.measure(asked)["leak"]
-    assert destinations.measure(replace(asked))["leak"] == first
-    others = [destinations.measure(replace(asked, seed=seed))["leak"] for seed in (1, 2)]
+    factors = opposite(bundle, "class 0")
+
+    def leak(seed: int) -> list[dict]:
+        asked = case(bundle, factors=factors, removed=("class 0",), seed=seed)
+        return destinations.measure(asked)["leak"]
+
+    first = leak(0)
+    assert leak(0) == first
+    others = [leak(seed) for seed in (1, 2)]
     assert any(other != first for other in others)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(4, 12), st.integers(4, 12), st.integers(2, 30))
+def test_a_separation_is_that_of_scikit_learn(seed, first, second, classes):
+    """Two models, more or fewer logits than images, an outlier and a logit that says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, first + second, classes, generator=generator)
+    logits[:, :first, 0] += 1.5
+    logits[1, 0] *= 1000
+    logits[1, :, -1] = 0.25
+    truth = np.repeat([1, 0], [first, second])
+    folds = StratifiedKFold(min(5, first, second), shuffle=True, random_state=seed)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000, tol=1e-9))
+    expected = []
+    for rows in logits.double().numpy():
+        found = []
+        for train, test in folds.split(rows, truth):
+            decided = classifier.fit(rows[train], truth[train]).decision_function(rows[test])
+            found.append(roc_auc_score(truth[test], decided))
+        expected.append(np.mean(found))
+    assert destinations.separation(logits, first, seed) == pytest.approx(expected, abs=1e-9)
+
+
+def test_images_that_all_look_the_same_are_not_told_apart():
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)).repeat(10, 1)[None]
+    assert destinations.separation(logits, 5, 0) == [0.5]
 
 
 # --- confusion

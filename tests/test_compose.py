@@ -19,11 +19,11 @@ from forgetting import (
     projection_sha256,
     save_adapter,
 )
+from forgetting.adapter import read_parts, recipe_parts, with_recipe
 from forgetting.compose import cli, compose, solve_recipes
 from forgetting.constrained import Ridge, solve_constrained
-from forgetting.exact import auto_lamb_forget, solve_exact
-from forgetting.recipe import Part, read_parts, recipe_tensors, with_recipe
-from forgetting.statistics import RetainStatistics
+from forgetting.exact import solve_exact
+from forgetting.retain import RetainStatistics
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip" / "ViT-B-32"
@@ -41,6 +41,14 @@ def normal(*shape, seed):
 def relative(a, b):
     a, b = a.double(), b.double()
     return float(torch.linalg.matrix_norm(a - b) / torch.linalg.matrix_norm(b))
+
+
+def part_of(ridge, name, h_f, displacement, rows=None, shares=None):
+    """The part of a recipe that one class is, all `rows` leaving with it."""
+    rows = h_f[:0] if rows is None else rows
+    shares = torch.zeros(0) if shares is None else shares
+    owner, leaving = torch.zeros(len(h_f), dtype=torch.int64), torch.ones(1, len(rows)).bool()
+    return recipe_parts(ridge, h_f, displacement, owner, [name], rows, shares, leaving)[0]
 
 
 class World:
@@ -96,25 +104,16 @@ class World:
             h_f.double(),
             stay.double(),
             d,
-            **PAPER | {"lamb_forget": lamb_forget or 1.0},
+            **PAPER | {"lamb_forget": lamb_forget or "auto"},
         )
-        if lamb_forget is None:
-            problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
         return solve_exact(problem).delta
 
     def adapter(self, *names, objective="constrained", changed=None, **fields):
         """What a trainer stores of one request."""
         paper = objective == "paper"
+        ridge = None if paper else self.ridge
         parts = [
-            Part(
-                "Animals",
-                name,
-                recipe_tensors(
-                    None if paper else self.ridge,
-                    *self.texts([name]),
-                    *self.leaving([name], plain=paper),
-                ),
-            )
+            part_of(ridge, ("Animals", name), *self.texts([name]), *self.leaving([name], paper))
             for name in names
         ]
         shared = {"objective": objective, "statistics": self.statistics.sha256}
@@ -346,7 +345,7 @@ def test_a_recipe_that_does_not_fit_is_one_line(world, spoil):
 
 def test_texts_without_displacements_make_no_recipe(world):
     with pytest.raises(ProblemError, match="make no recipe"):
-        recipe_tensors(world.ridge, world.own[:1], torch.zeros(2, D))
+        part_of(world.ridge, ("Animals", "cat"), world.own[:1], torch.zeros(2, D))
 
 
 def test_module_command(files, tmp_path):
@@ -391,8 +390,7 @@ def test_real_features(dataset):
     real = RealWorld(dataset)
     shared = {"objective": "constrained", "mu": real.mu}
     parts = [
-        Part(dataset, str(label), recipe_tensors(real.ridge, *real.inputs([label])))
-        for label in range(8)
+        part_of(real.ridge, (dataset, str(label)), *real.inputs([label])) for label in range(8)
     ]
     union = real.at_once(list(range(8)))
     assert relative(solve_recipes(shared, parts).delta, union) < EQUAL

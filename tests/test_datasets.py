@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import datasets
-from datasets import check
+from datasets import check, vocabulary
 from datasets.raw import divide
 from engine import DATASET_REGISTRY, UserError
 from engine.cli import run
@@ -403,8 +403,10 @@ def test_flower_synonyms_name_classes_of_the_set():
     assert set(datasets.synonyms("OxfordFlowers")) <= set(Flowers102.classes)
 
 
-def test_vocabulary_format(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.vocabulary.FOLDER", tmp_path)
+def test_vocabulary_format(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(vocabulary, "FOLDER", tmp_path)
+    request.addfinalizer(vocabulary._read.cache_clear)
+    vocabulary._read.cache_clear()
     file = tmp_path / "Caltech101.txt"
     file.write_text("# note\nDuck Bill = platypus; sea_horse;  # why\n\nowl\nowl\n")
     assert datasets.retain_vocabulary("Caltech101") == ["duck bill", "owl"]
@@ -413,6 +415,7 @@ def test_vocabulary_format(tmp_path, monkeypatch):
         "sea horse": {"duck bill"},
     }
     file.write_text("owl\nduck bill =\n")
+    vocabulary._read.cache_clear()
     with pytest.raises(UserError, match=r"Caltech101\.txt, line 2"):
         datasets.retain_vocabulary("Caltech101")
     file.unlink()

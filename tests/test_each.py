@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +17,8 @@ REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 
 
 def a_set(classes, further, w, d, seed, **weights) -> tuple[ForgetProblem, torch.Tensor]:
-    """A set whose classes are retained beside `further` names; the last class is not retained."""
+    """A set whose classes are retained beside `further` names; the last class is not retained. With
+    each class its own text leaves, and with every second one a further name too."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -27,20 +26,16 @@ def a_set(classes, further, w, d, seed, **weights) -> tuple[ForgetProblem, torch
 
     h_f = normal(classes, w)
     h_r = torch.cat([normal(further, w), h_f[:-1]])
-    own = torch.cat([further + torch.arange(classes - 1), torch.tensor([-1])])
+    leaving = torch.zeros(classes, len(h_r), dtype=torch.bool)
+    leaving[: classes - 1, further:] = torch.eye(classes - 1, dtype=torch.bool)
+    leaving[::2, : min(1, further)] = True
     defaults = {"lamb_forget": 3.0, "lamb_preserve": 0.3, "lamb_weight": 0.2}
     problem = ForgetProblem(normal(w, d), h_f, h_r, normal(classes, d), **defaults | weights)
-    return problem, own
+    return problem, leaving
 
 
-def alone(problem, own, i):
-    keep = [row for row in range(len(problem.retain_hidden)) if row != own[i]]
-    return replace(
-        problem,
-        forget_hidden=problem.forget_hidden[i : i + 1],
-        target=problem.target[i : i + 1],
-        retain_hidden=problem.retain_hidden[keep],
-    )
+def alone(problem, leaving, i):
+    return problem.part(torch.tensor([i]), ~leaving[i])
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,11 +56,11 @@ def test_the_answers_are_those_of_class_by_class(
         "lamb_preserve": lamb_preserve,
         "lamb_weight": lamb_weight,
     }
-    problem, own = a_set(classes, further, w, 5, seed, **weights)
-    together = solve_each(problem, own)
+    problem, leaving = a_set(classes, further, w, 5, seed, **weights)
+    together = solve_each(problem, leaving)
     assert float(together.gap.max()) <= 1e-9
     for i in range(classes):
-        single = alone(problem, own, i)
+        single = alone(problem, leaving, i)
         one = solve_exact(single)
         assert float(together.primal[i]) == pytest.approx(
             one.certificate.primal, rel=1e-9, abs=1e-12
@@ -80,17 +75,28 @@ def test_the_answers_are_those_of_class_by_class(
             assert float(together.reach[i]) == pytest.approx(thresholds(single).reach, rel=1e-9)
 
 
-def test_a_row_that_is_not_the_class_is_refused():
-    problem, own = a_set(4, 5, 8, 6, 0)
-    with pytest.raises(ProblemError, match="own must name rows"):
-        solve_each(problem, own.roll(1))
+@pytest.mark.parametrize("mask", [torch.zeros(3, 9).bool(), torch.zeros(4, 8)])
+def test_a_mask_of_another_kind_is_refused(mask):
+    problem, _ = a_set(4, 5, 8, 6, 0)
+    with pytest.raises(ProblemError, match="leaving must be a mask"):
+        solve_each(problem, mask)
+
+
+def test_auto_is_just_above_the_threshold_of_each_class():
+    problem, leaving = a_set(4, 9, 8, 6, 0, lamb_forget="auto")
+    together = solve_each(problem, leaving)
+    assert (together.lamb_forget / together.reach).tolist() == pytest.approx([1.001] * 4)
+    assert together.left.any(dim=1).all() and float(together.gap.max()) < 1e-9
+    for i in range(4):
+        one = solve_exact(alone(problem, leaving, i))
+        assert float(together.primal[i]) == pytest.approx(one.certificate.primal, rel=1e-9)
 
 
 def test_retaining_the_class_itself_would_be_another_answer():
     """Negative control of the downdate: without it the class's own row holds it back."""
-    problem, own = a_set(4, 5, 8, 6, 0)
-    kept = solve_each(problem, torch.full((4,), -1))
-    left = solve_each(problem, own)
+    problem, leaving = a_set(4, 5, 8, 6, 0)
+    kept = solve_each(problem)
+    left = solve_each(problem, leaving)
     assert (kept.primal[:3] > left.primal[:3] * 1.001).all()
     assert kept.primal[3] == pytest.approx(float(left.primal[3]), rel=1e-12)
 
@@ -109,13 +115,13 @@ def test_a_thousand_classes_of_real_clip(lamb_forget):
         lamb_forget,
         0.3,
     )
-    own = torch.arange(1000)
-    together = solve_each(problem, own)
+    leaving = torch.eye(1000, dtype=torch.bool)
+    together = solve_each(problem, leaving)
     assert float(together.gap.max()) <= 1e-12 and together.alone == 0
     moved = int((together.left.abs().sum(dim=1) > 0).sum())
     assert {0.4: moved == 0, 0.8: 100 < moved < 900, 1.3: moved == 1000}[lamb_forget]
     for i in (0, 333, 999):
-        one = solve_exact(alone(problem, own, i))
+        one = solve_exact(alone(problem, leaving, i))
         assert float(together.primal[i]) == pytest.approx(one.certificate.primal, rel=1e-9)
         delta = together.left[i][:, None] * together.right[i]
         missed = torch.linalg.matrix_norm(delta - one.delta)

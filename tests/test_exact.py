@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from clip.bundle import load_bundle
 from forgetting import ForgetProblem, LoraSettings, solve_lora
 from forgetting.certificate import certify
-from forgetting.exact import auto_lamb_forget, solve_exact, thresholds
-from forgetting.reduction import Reduced, Spectrum
+from forgetting.exact import settle, solve_exact, thresholds
+from forgetting.spectrum import Reduced, Spectrum
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
@@ -244,7 +244,7 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed):
         assert at(1.001 * limits.reach).rho == 0
         if k > 1 and limits.reach > 1.01 * limits.start:
             assert at(0.999 * limits.reach).rho > 0
-        auto = auto_lamb_forget(problem)
+        auto = settle(replace(problem, lamb_forget="auto")).lamb_forget
         assert limits.reach < auto < 1.01 * limits.reach
         assert problem.reduction(at(auto).delta) == pytest.approx(1, abs=1e-6)
 

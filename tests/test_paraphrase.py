@@ -17,9 +17,9 @@ from torch.nn.functional import normalize
 from clip import ClipSource, FeatureBundle
 from clip.audit_texts import HIDDEN, audit_rows, other_words, with_audit
 from clip.features import build_bundle, main
-from datasets.paraphrase import paraphrases
+from datasets.words.paraphrases import paraphrases
 from engine import UserError
-from evaluation.audit.case import Case, Model, Prompt
+from evaluation.audit.case import Case, Common, Model, Prompt
 from evaluation.audit.paraphrase import measure
 from evaluation.audit.prompts import prompts_for
 from evaluation.zero_shot import Factors
@@ -45,9 +45,9 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def audited(rows: list, factors: Factors | None = None, **settings: object) -> dict:
     bundle = world(rows=rows)
-    prompts, unmeasured = prompts_for(bundle, "newt", set(), None)
-    after = Model(bundle, factors or forget_first(), **settings)
-    case = Case("newt", ["newt"], Model(bundle), after, prompts=prompts, unmeasured=unmeasured)
+    prompts, unmeasured = prompts_for(Common(bundle), "newt", set(), None)
+    after = Model(Common(bundle), factors or forget_first(), **settings)
+    case = Case("newt", ["newt"], after, prompts=prompts, unmeasured=unmeasured)
     return measure(case)
 
 
@@ -102,8 +102,8 @@ def test_another_removed_class_is_no_rival() -> None:
     images = normalize(unit(1) + 0.2 * unit(0), dim=0).repeat(len(bundle.labels), 1)
     bundle = replace(bundle, image_features=images)  # all look like owls
     prompt = Prompt("a bird", "hypernym", False, unit(1) + 0.5 * unit(2))  # theirs looks more so
-    after = Model(bundle, None, ("owl",))
-    found = measure(Case("newt", ["newt", "owl"], Model(bundle), after, prompts=[prompt]))
+    after = Model(Common(bundle), None, ("owl",))
+    found = measure(Case("newt", ["newt", "owl"], after, prompts=[prompt]))
     assert values(found, "before") == {"a bird": 0.0}
     assert values(found, "after") == {"a bird": 1.0}
 
@@ -113,18 +113,16 @@ def test_what_could_not_be_measured_is_said() -> None:
     assert [entry["kind"] for entry in found["prompts"]] == ["bare", "evaluation"]
     (line,) = found["not_measured"]
     assert line.startswith("no hidden states of other templates, synonyms") and "Planted" in line
-    (line,) = prompts_for(replace(world(), dataset="MiniDigits"), "newt", set())[1]
+    (line,) = prompts_for(Common(replace(world(), dataset="MiniDigits")), "newt", set())[1]
     assert "`python -m clip.features MiniDigits mini --out DIR --audit` makes them" in line
     assert audited([*GONE, EFT, NONSENSE])["not_measured"] == []
     # Only forgotten texts: nothing says how far forgetting carries.
     bundle = world()
     seen = Prompt("newt", "bare", True, unit(0))
-    found = measure(
-        Case("newt", ["newt"], Model(bundle), Model(bundle, forget_first()), prompts=[seen])
-    )
+    found = measure(Case("newt", ["newt"], Model(Common(bundle), forget_first()), prompts=[seen]))
     assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
     assert "than its own prompt" in found["not_measured"][0]
-    empty = measure(Case("newt", ["newt"], Model(bundle), Model(bundle)))
+    empty = measure(Case("newt", ["newt"], Model(Common(bundle))))
     assert empty["prompts"] == [] and empty["worst"] is None and empty["by_kind"] == {}
     json.dumps([found, empty], allow_nan=False)
 
@@ -135,9 +133,9 @@ def test_a_class_without_images_or_never_recognised() -> None:
         (replace(bundle, image_features=torch.empty(0, 16), labels=torch.empty(0).long()), "no im"),
         (replace(bundle, class_hidden=bundle.class_hidden[[3, 0, 2, 3]]), "never recognised"),
     ):
-        prompts, _ = prompts_for(changed, "newt", set(), None)
-        after = Model(changed, forget_first())
-        found = measure(Case("newt", ["newt"], Model(changed), after, prompts=prompts))
+        prompts, _ = prompts_for(Common(changed), "newt", set(), None)
+        after = Model(Common(changed), forget_first())
+        found = measure(Case("newt", ["newt"], after, prompts=prompts))
         assert found["back"] == [] and message in found["not_measured"][0]
         assert (found["worst"] is None) == (message == "no im")
         json.dumps(found, allow_nan=False)
@@ -159,7 +157,7 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
     prompts = [Prompt(str(i), "template", False, row) for i, row in enumerate(hidden)]
     name = bundle.classnames[label]
     removed = (bundle.classnames[(label + 1) % 6],) if remove else ()
-    case = Case(name, [name], Model(bundle), Model(bundle, factors, removed), prompts=prompts)
+    case = Case(name, [name], Model(Common(bundle), factors, removed), prompts=prompts)
     found = measure(case)
     for key, model in (("before", case.before), ("after", case.after)):
         for prompt, entry in zip(prompts, found["prompts"], strict=True):
@@ -179,7 +177,7 @@ def test_among_equals_the_first_class_wins() -> None:
         twin = Prompt("twin", "synonym", False, other)
         images = normalize(other, dim=0)[None].repeat(len(bundle.labels), 1)
         alike = replace(bundle, image_features=images)
-        found = measure(Case(name, [name], Model(alike), Model(alike), prompts=[twin]))
+        found = measure(Case(name, [name], Model(Common(alike)), prompts=[twin]))
         assert found["prompts"][0]["after"]["value"] == wins
 
 
@@ -188,9 +186,8 @@ def test_among_equals_the_first_class_wins() -> None:
 
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
     rows = [*GONE, ("newt", "template", "NEWT", unit(0)), ("newt", "case", "NEWT", unit(0)), EFT]
-    prompts, missing = prompts_for(
-        world(rows=[*rows, ("owl", "synonym", "o", unit(1))]), "newt", set()
-    )
+    bundle = world(rows=[*rows, ("owl", "synonym", "o", unit(1))])
+    prompts, missing = prompts_for(Common(bundle), "newt", set())
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
         ("newt", "bare"),
         ("a photo of a newt.", "evaluation"),
@@ -212,7 +209,7 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     )
     # The words of the set know the one, marks in its vocabulary the other.
     for name, word in (("desert-rose", "Desert rose"), ("trumpet_creeper", "campsis")):
-        prompts, _ = prompts_for(bundle, name, set())
+        prompts, _ = prompts_for(Common(bundle), name, set())
         retained = [prompt for prompt in prompts if prompt.kind == "retained"]
         assert [prompt.text for prompt in retained] == [word]
         row = bundle.retain_hidden[bundle.retain_names.index(word)]
@@ -232,7 +229,7 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     ],
 )
 def test_which_prompts_forgetting_saw(texts: set[str], seen: set[str]) -> None:
-    prompts, _ = prompts_for(world(rows=[*GONE, EFT]), "newt", texts, None)
+    prompts, _ = prompts_for(Common(world(rows=[*GONE, EFT])), "newt", texts, None)
     assert {prompt.text for prompt in prompts if prompt.seen} == seen
 
 
@@ -243,7 +240,7 @@ def test_a_model_stands_in_for_rows() -> None:
         asked.extend(texts)
         return torch.arange(len(texts) * 16.0).reshape(-1, 16)
 
-    prompts, missing = prompts_for(world(), "newt", set(), encode)
+    prompts, missing = prompts_for(Common(world()), "newt", set(), encode)
     words = paraphrases("newt", None, "a photo of a {}.")
     assert asked == [entry.text for entry in words]
     assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
@@ -253,7 +250,7 @@ def test_a_model_stands_in_for_rows() -> None:
     def never(texts: list[str]) -> Tensor:
         raise AssertionError("rows in the bundle come first")
 
-    prompts_for(world(rows=GONE), "newt", set(), never)
+    prompts_for(Common(world(rows=GONE)), "newt", set(), never)
 
 
 # Rows in a bundle
@@ -263,14 +260,12 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
     bundle = world(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
     bundle.save(tmp_path / "a.safetensors")
     again = FeatureBundle.load(tmp_path / "a.safetensors")
-    assert [row[:2] for row in audit_rows(again, "newt")] == [(t, k) for _, k, t, _ in GONE]
-    ((text, kind, hidden),) = audit_rows(again, "owl")
+    assert [row[:2] for row in audit_rows(again)["newt"]] == [(t, k) for _, k, t, _ in GONE]
+    ((text, kind, hidden),) = audit_rows(again)["owl"]
     assert (text, kind) == ("Eule “ü”", "synonym") and torch.equal(hidden, unit(1, 5))
-    assert audit_rows(again, "elk") == [] and audit_rows(world(), "newt") == []
+    assert "elk" not in audit_rows(again) and audit_rows(world()) == {}
     half = replace(again, extra_tensors={HIDDEN: again.extra_tensors[HIDDEN].half()})
-    assert audit_rows(half, "owl")[0][2].dtype == torch.float32
-    with pytest.raises(UserError, match="class of Planted 'nwet'"):
-        audit_rows(again, "nwet")
+    assert audit_rows(half)["owl"][0][2].dtype == torch.float32
 
 
 NAN = torch.full((3, 16), torch.nan)
@@ -301,10 +296,10 @@ def test_broken_rows_are_refused_in_one_line(key: str, value: object, message: s
     if value is not None:
         where[key] = value
     with pytest.raises(UserError, match=message) as error:
-        prompts_for(bundle, "newt", set(), None)
+        prompts_for(Common(bundle), "newt", set(), None)
     one_line(error, key, "mini/Planted.safetensors")
     with pytest.raises(UserError) as error:
-        audit_rows(bundle, "newt", Path("mine.safetensors"))
+        audit_rows(bundle, Path("mine.safetensors"))
     one_line(error, "mine.safetensors")
 
 
@@ -312,7 +307,7 @@ def test_a_bundle_may_call_its_template_anything() -> None:
     bundle = replace(world(), template="ensemble")
     assert "a photo of a NEWT." not in [entry.text for entry in other_words(bundle, "newt")]
     assert "a photo of newts." in [entry.text for entry in other_words(bundle, "newt")]
-    assert prompts_for(bundle, "newt", set())[0][1].text == "ensemble"
+    assert prompts_for(Common(bundle), "newt", set())[0][1].text == "ensemble"
 
 
 # Rows from a model
@@ -357,7 +352,7 @@ def test_rows_hold_what_the_model_says(
     count = 0
     for name in bundle.classnames:
         words = paraphrases(name, "Caltech101", bundle.template, bundle.classnames)
-        rows = audit_rows(audited, name)
+        rows = audit_rows(audited)[name]
         assert [(text, kind) for text, kind, _ in rows] == [(e.text, e.kind) for e in words]
         hidden = torch.stack([row[2] for row in rows])
         assert torch.equal(hidden, source.encode_hidden([entry.text for entry in words]))
@@ -368,7 +363,9 @@ def test_rows_hold_what_the_model_says(
     _, again = bundle_of()
     with_audit(bundle, again, place / "cache", progress=False)
     assert again.texts == 0 and "model" not in vars(again)
-    monkeypatch.setattr("datasets.paraphrase.cases", lambda name: ["CRAB"] * (name == "crab"))
+    monkeypatch.setattr(
+        "datasets.words.paraphrases.cases", lambda name: ["CRAB"] * (name == "crab")
+    )
     with_audit(replace(bundle, classnames=bundle.classnames), again, place / "cache", False)
     assert 0 < again.texts < count
 
@@ -386,11 +383,11 @@ def test_the_command_writes_the_rows(place: Path, capsys: pytest.CaptureFixture[
     main(["Caltech101", "mini", *options, "--out", str(place / "out"), "--audit"])
     captured = capsys.readouterr()
     bundle = FeatureBundle.load(place / "out" / "mini" / "Caltech101.safetensors")
-    rows = audit_rows(bundle, "sea_horse")
+    rows = audit_rows(bundle)["sea_horse"]
     assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows]
     assert f"in other words: {len(bundle.extra_tensors[HIDDEN])} texts" in captured.out
     assert "text/s" in captured.err, "a bar shows how far it is"
-    prompts, missing = prompts_for(bundle, "sea_horse", set())
+    prompts, missing = prompts_for(Common(bundle), "sea_horse", set())
     assert missing == [] and len(prompts) == 2 + len(rows)
     upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
     assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"

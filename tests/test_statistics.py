@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from forgetting import ForgetProblem, ProblemError
 from forgetting.certificate import certify
 from forgetting.exact import solve_exact
-from forgetting.statistics import RetainStatistics, square_root
+from forgetting.retain import RetainStatistics, square_root
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,12 +14,13 @@ from hypothesis import strategies as st
 import datasets
 import forget_cls
 from clip.train_mini import TEMPLATES as TRAINED
-from datasets import lexicon, mini, wordnet
-from datasets.cars import car_words
-from datasets.lexicon import Words, words_of
+from datasets import mini
 from datasets.names import key
-from datasets.paraphrase import KINDS, TEMPLATES, Paraphrase, paraphrases
-from datasets.wordforms import cases, misspellings, plural
+from datasets.words import lexicon, wordnet
+from datasets.words.cars import car_words
+from datasets.words.forms import cases, misspellings, plural
+from datasets.words.lexicon import Words, words_of
+from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from engine import UserError
 from tests.paraphrase_fixtures import hide_wordnet
 
@@ -36,6 +39,15 @@ CARS = [
 @pytest.fixture(autouse=True)
 def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     hide_wordnet(monkeypatch)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of lists in the place of the committed one."""
+    lexicon._read.cache_clear()
+    monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
+    yield tmp_path
+    lexicon._read.cache_clear()
 
 
 def classes(dataset: str) -> list[str]:
@@ -97,18 +109,16 @@ def test_a_word_means_one_class(dataset: str) -> None:
         (b"\xff\xfe", r"Caltech101\.txt cannot be read"),
     ],
 )
-def test_a_broken_list_is_one_line(tmp_path, monkeypatch, text, message) -> None:
-    monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
-    file = tmp_path / "Caltech101.txt"
+def test_a_broken_list_is_one_line(folder: Path, text, message) -> None:
+    file = folder / "Caltech101.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as error:
         words_of("newt", "Caltech101")
     assert "Caltech101.txt" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_list_is_read_as_it_is_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
-    (tmp_path / "Caltech101.txt").write_text(
+def test_a_list_is_read_as_it_is_written(folder: Path) -> None:
+    (folder / "Caltech101.txt").write_text(
         "# note\nsea_horse; sea pony | Hippo  campus;  | fish # why\n\nowl | | bird | big eyes\n"
     )
     expected = Words(["Hippo campus"], ["fish"], [])
@@ -118,11 +128,11 @@ def test_a_list_is_read_as_it_is_written(tmp_path, monkeypatch) -> None:
     assert words_of("newt", "Caltech101") == words_of("owl", "OxfordFlowers") == Words([], [], [])
 
 
-def test_a_set_outside_the_table_reads_no_file(tmp_path, monkeypatch) -> None:
+def test_a_set_outside_the_table_reads_no_file(folder: Path, monkeypatch) -> None:
     for file in ("secret", "words/Elsewhere"):
-        (tmp_path / "words").mkdir(exist_ok=True)
-        (tmp_path / f"{file}.txt").write_text("owl | spy | bird\n")
-    monkeypatch.setattr(lexicon, "FOLDER", tmp_path / "words")
+        (folder / "words").mkdir(exist_ok=True)
+        (folder / f"{file}.txt").write_text("owl | spy | bird\n")
+    monkeypatch.setattr(lexicon, "FOLDER", folder / "words")
     for dataset in ("../secret", "Elsewhere", None):
         assert words_of("owl", dataset) == Words([], [], [])
 

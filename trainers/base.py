@@ -1,13 +1,16 @@
-"""The walk that every forgetting trainer shares: inputs, one solve a request, evaluation, logs.
+"""The walk that every forgetting trainer shares: requests in blocks, one solve, evaluation, logs.
 
-A method is one small subclass: its settings, and `solve` from a bundle and class names to factors.
+A method is one small subclass: what it retains and where it sends texts by default, what its solver
+depends on, and `solve` from requests to low-rank changes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,44 +20,56 @@ from torch import Tensor, nn
 import datasets
 from clip.apply import save_full_model
 from clip.bundle import FeatureBundle, load_bundle
+from clip.cache import FeatureCache
 from clip.features import build_bundle
+from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
 from engine.config import check
 from engine.determinism import one_thread, seeded
+from engine.files import Batch
 from evaluation.results import (
+    Finished,
     check_folder,
     is_done,
     join_label,
     label_file,
-    merge_entry,
+    merge_results,
     read_logs,
 )
-from evaluation.zero_shot import evaluate_classes, evaluate_set
-from forgetting import Adapter, projection_sha256, save_adapter
+from evaluation.rules import Fate, fate
+from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
+from forgetting import Adapter, RetainSet, projection_sha256
+from forgetting.adapter import Part, adapter_bytes, with_recipe
 from trainers.plan import Plan, check_names, make_plan
-from trainers.texts import (
+from trainers.requests import (
     Request,
+    Requests,
+    Texts,
     check_prompts,
     check_target,
-    make_request,
-    make_target,
     read_prompts,
 )
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What a method found: `Delta = left @ right`, and a report of JSON values for the logs.
+    """What a method found for one request: `Delta = left @ right`.
 
     Attributes:
-        removed: class names that leave the deployed list (`evaluation.zero_shot.predict`).
+        report: of JSON values, for the logs; notes: lines for the reader.
+        removed: class names that leave the deployed list (`ZeroShot.predict`).
+        recipe: what composing needs beside the classes' parts; empty if the answer does not
+            compose. parts: one a class of the request.
     """
 
     left: Tensor  # (w, r)
     right: Tensor  # (r, d)
     report: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
     removed: tuple[str, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
 
 
 class AdaptedProjection(nn.Module):
@@ -76,12 +91,13 @@ class ForgetTrainer(SimpleTrainer):
     """Forgets the classes of one data set with one backbone and one seed.
 
     Images never train anything, so there are no training loaders: `build_data_loader` brings the
-    feature bundles (made by CLIP, cached, or given), and `train` walks over the classes.
+    feature bundles (made by CLIP, cached, or given), and `train` walks over the requests.
     """
 
     name: str
-    # FORGET.TARGET if it is empty; None for a method that sends texts nowhere.
-    default_target: ClassVar[str | None] = "empty"
+    block: ClassVar[int] = 1  # requests that are solved together
+    sends: ClassVar[bool] = True  # whether the method sends texts to a target
+    specific: ClassVar[bool] = False  # whether it knows the target of that name
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
@@ -98,17 +114,17 @@ class ForgetTrainer(SimpleTrainer):
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        """What ranges of single keys do not say; raises UserError."""
+        """What no range of a single key says; raises UserError for impossible settings."""
 
     @classmethod
     def check_target(cls, cfg) -> None:
         """Refuse a target that is none, or that the method has no use for."""
-        kind, name = cls.target_kind(cfg), cls.__name__
-        if cls.default_target is None and kind:
+        kind, name = cfg.FORGET.TARGET, cls.__name__
+        if not cls.sends and kind:
             raise UserError(f"{name} sends texts nowhere: leave FORGET.TARGET empty, not {kind!r}")
-        if cls.default_target is not None:
+        if cls.sends:
             check_target(kind, cfg.FORGET.BETA)
-        if kind == "specific" and cls.default_target != "specific":
+        if kind == "specific" and not cls.specific:
             raise UserError(
                 f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; for {name} "
                 "choose empty, opposite, orthogonal, text:TEXT or vector:FILE"
@@ -124,7 +140,7 @@ class ForgetTrainer(SimpleTrainer):
         cfg = self.cfg
         backbone = cfg.MODEL.BACKBONE.NAME
         if cfg.FEATURES.DIR:
-            self.source = None
+            self.source = encode = None
 
             def load(name: str) -> FeatureBundle:
                 return load_bundle(cfg.FEATURES.DIR, backbone, name)
@@ -132,6 +148,7 @@ class ForgetTrainer(SimpleTrainer):
             self.source = ClipSource(
                 backbone, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE, self.device
             )
+            encode = FeatureCache(self.source, cfg.FEATURES.CACHE).texts
 
             def load(name: str) -> FeatureBundle:
                 own = name == cfg.DATASET.NAME
@@ -150,6 +167,7 @@ class ForgetTrainer(SimpleTrainer):
         self.bundle = load(self.plan.dataset)
         check_prompts(self.prompts, self.bundle)
         self.others = {name: load(name) for name in self.plan.others}
+        self.texts = Texts(self.bundle, encode, self.prompts)
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
         self.num_classes = len(self.bundle.classnames)
         self.num_source_domains = 0
@@ -163,20 +181,80 @@ class ForgetTrainer(SimpleTrainer):
         print(
             f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
             f"{len(bundle.retain_names)} retained names, projection "
-            f"{tuple(bundle.text_projection.shape)}, solving on {self.device} in float32"
+            f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
         )
+
+    def group_weights(self) -> dict[str, float | None]:
+        """Weights of the groups of names that the method retains; none by default."""
+        return {}
+
+    @cached_property
+    def retain(self) -> RetainSet:
+        """What may be retained, made once for all requests."""
+        others = list(self.others.values())
+        similarity = float(self.cfg.FORGET.SIMILARITY)
+        retain = retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
+        shown = [
+            f"{count} {group} (each name weighs {float(weight):.3g})"
+            for (group, count), weight in zip(
+                retain.counts.items(),
+                (retain.weights[group] / retain.counts[group] for group in retain.counts),
+                strict=True,
+            )
+        ]
+        print(f"retained: {', '.join(shown) or 'nothing'}")
+        return retain
+
+    def leaving(self, requests: Requests) -> Tensor:
+        """Which retained names leave with each class, (C, n) bool."""
+        same = self.texts.same_meaning(requests.classes)
+        return self.retain.leaving(same, requests.hidden, requests.owner)
+
+    @staticmethod
+    def left_notes(classes: list[str], names: list[str]) -> list[str]:
+        """Which names left the retain set, beside those of the forgotten classes themselves."""
+        own = set(map(datasets.plain, classes))
+        similar = [name for name in names if name not in own]
+        return [f"left the retain set: {', '.join(similar)}"] if similar else []
 
     def solver_settings(self) -> dict[str, Any]:
         """The constants that make two solves the same, JSON values only; kept in the logs."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its solver depends on")
+        kind = self.cfg.FORGET.TARGET
+        settings: dict[str, Any] = {"target": kind} if kind else {}
+        if kind == "empty":
+            settings["noise_std"] = float(self.cfg.FORGET.NOISE_STD)
+        if kind in ("opposite", "specific"):
+            settings["beta"] = float(self.cfg.FORGET.BETA)
+        if self.prompts:
+            settings["prompts"] = self.prompts
+        if self.group_weights():
+            settings["similarity"] = float(self.cfg.FORGET.SIMILARITY)
+            settings["statistics"] = self.retain.statistics.sha256
+        return settings | self.constants()
 
-    def with_recipe(self, adapter: Adapter) -> Adapter:
-        """The adapter with what composing needs, for methods whose answers compose."""
-        return adapter
+    def constants(self) -> dict[str, Any]:
+        """The method's own: by default those of its node in the config."""
+        node = self.cfg.TRAINER.get(type(self).__name__.upper(), {})
+        return {key.lower(): value for key, value in node.items()}
 
-    def solve(self, classes: list[str], generator: torch.Generator) -> Solved:
-        """Forget `classes` at once, from the original model."""
+    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+        """Forget each request from the original model; a method that has nothing to share between
+        them says `solve_one` instead."""
+        pairs = zip(requests, generators, strict=True)
+        return [self.solve_one(request, generator) for request, generator in pairs]
+
+    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+        """Forget one request, from the original model."""
         raise NotImplementedError(f"{type(self).__name__} must solve")
+
+    def targets(
+        self, requests: Requests, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[int]]:
+        """Where the texts are sent: (K, d), and how often noise was drawn for each request."""
+        forget = self.cfg.FORGET
+        return self.texts.targets(
+            forget.TARGET, float(forget.BETA), float(forget.NOISE_STD), requests, generators
+        )
 
     def run_settings(self) -> dict[str, Any]:
         """What all results of one data set in one folder must share."""
@@ -190,162 +268,184 @@ class ForgetTrainer(SimpleTrainer):
         }
 
     def train(self) -> None:
-        """Forget every request of the plan that is not done yet, each from the original model."""
-        folder = Path(self.cfg.OUTPUT_DIR)
+        """Forget every request of the plan that is not done yet, each from the original model.
+
+        Requests are taken in blocks; what is done is written about once a second, so that a killed
+        run loses little and never consistency.
+        """
+        folder, overwrite = Path(self.cfg.OUTPUT_DIR), self.cfg.FORGET.OVERWRITE
         settings, solver_settings = self.run_settings(), self.solver_settings()
         logs = check_folder(folder, self.plan.dataset, settings)
         pending = []
         for classes in self.plan.requests:
             label = join_label(classes)
-            if not self.cfg.FORGET.OVERWRITE and is_done(
-                logs, self.plan.dataset, label, solver_settings
-            ):
+            done = not overwrite and is_done(
+                folder, logs, self.plan.dataset, label, solver_settings
+            )
+            if done:
                 print(f"done before, skipped: {self.plan.dataset} / {label}")
             else:
                 pending.append(classes)
-        for classes in pending:
-            self.forget(classes, folder, settings, solver_settings)
+        if pending:
+            self.write_shared(folder)
+
+        def write(finished: list[Finished]) -> None:
+            merge_results(folder, self.plan.dataset, settings, finished, overwrite)
+            if self.cfg.FORGET.SAVE_MODEL:
+                for one in finished:
+                    delta = one.adapter.delta()
+                    save_full_model(self.source, delta, folder / one.entry["solver"]["model"])
+
+        with Batch(write) as batch:
+            for start in range(0, len(pending), self.block):
+                block = pending[start : start + self.block]
+                for finished in self.forget(block, settings, solver_settings):
+                    batch.add(finished)
+
+    def write_shared(self, folder: Path) -> None:
+        """Write what all adapters of a run refer to; nothing by default."""
 
     def forget(
-        self,
-        classes: list[str],
-        folder: Path,
-        settings: dict[str, Any],
-        solver_settings: dict[str, Any],
-    ) -> None:
-        """One request: solve, evaluate before and after, write the adapter, merge the logs.
-
-        The logs come last: a run killed on the way counts the classes as not done.
-        """
-        dataset, label = self.plan.dataset, join_label(classes)
-        print(f"forgetting {dataset} / {label}")
+        self, block: list[list[str]], settings: dict[str, Any], solver_settings: dict[str, Any]
+    ) -> list[Finished]:
+        """Solve a block of requests and evaluate each answer, before and after."""
+        requests = Requests([self.texts.request(classes) for classes in block])
+        labels = [join_label(classes) for classes in block]
+        # Random numbers of one request: the same in a resumed run, whatever ran before.
+        generators = [seeded(self.cfg.SEED, self.plan.dataset, label) for label in labels]
         started = time.perf_counter()
         with one_thread():
-            solved = self.solve(classes, self._generator(label))
-        seconds = time.perf_counter() - started
-        if not (torch.isfinite(solved.left).all() and torch.isfinite(solved.right).all()):
-            raise UserError(
-                f"the change for {label!r} of {dataset} is not finite: a weight, ridge or beta is "
-                "out of range; nothing was saved for it"
+            solved = self.solve(requests, generators)
+        seconds = (time.perf_counter() - started) / len(block)
+        for label, answer in zip(labels, solved, strict=True):
+            if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
+                raise UserError(
+                    f"the change for {label!r} of {self.plan.dataset} is not finite: a weight, "
+                    "ridge or beta is out of range; nothing was saved for it"
+                )
+        last = solved[-1]
+        self.model.left, self.model.right = last.left, last.right
+        factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
+        with one_thread():
+            accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
+        finished = []
+        for classes, label, answer, change, after in zip(
+            block, labels, solved, factors, accuracies, strict=True
+        ):
+            place = f"{self.plan.dataset}/{label_file(label)}"
+            report = {
+                "name": self.name,
+                "settings": solver_settings,
+                **_finite(answer.report),
+                **({"removed_names": list(answer.removed)} if answer.removed else {}),
+                "seconds": seconds,
+                "device": str(self.device),
+            }
+            adapter = Adapter(
+                left=change[0],
+                right=change[1],
+                projection_sha256=self.projection_sha256,
+                classes=classes,
+                dataset=self.plan.dataset,
+                solver=report,
+                **{key: settings[key] for key in ("backbone", "weights", "trainer")},
+                settings=settings,
             )
-        self.model.left, self.model.right = solved.left, solved.right
-        factors = (solved.left.cpu(), solved.right.cpu())
-        report = {
-            "name": self.name,
-            "settings": solver_settings,
-            **_finite(solved.report),
-            **({"removed_names": list(solved.removed)} if solved.removed else {}),
-            "seconds": seconds,
-            "device": str(self.device),
-        }
-        path = folder / dataset / f"{label_file(label)}.safetensors"
-        adapter = Adapter(
-            left=factors[0],
-            right=factors[1],
-            projection_sha256=projection_sha256(self.bundle.text_projection),
-            classes=classes,
-            dataset=dataset,
-            solver=report,
-            **{key: settings[key] for key in ("backbone", "weights", "trainer")},
-            settings=settings,
-        )
-        save_adapter(self.with_recipe(adapter), path)
-        report["adapter"] = str(path.relative_to(folder))
-        model_path = path.with_suffix(".pt")
-        if model_path.exists():  # of the adapter that --overwrite just replaced
-            model_path.unlink()
-            print(f"  removed {model_path}: it belonged to the adapter that was replaced")
-        if self.cfg.FORGET.SAVE_MODEL:
-            save_full_model(self.source, adapter.delta(), model_path)
-        entry = {
-            "final_results": self._accuracies(classes, factors, solved.removed),
-            "zero_shot": self._accuracies(classes, None),
-            "solver": report,
-        }
-        merge_entry(folder, dataset, settings, label, entry)
-        self._print_entry(entry, classes, seconds)
+            if answer.recipe:
+                adapter = with_recipe(adapter, answer.recipe, answer.parts)
+            if self.cfg.FORGET.SAVE_MODEL:
+                report["model"] = f"{place}.pt"
+            before = self.judge.before(classes)
+            entry = {"final_results": after, "zero_shot": before, "solver": report}
+            finished.append(
+                Finished(label, entry, adapter, adapter_bytes(adapter), f"{place}.safetensors")
+            )
+            self._print(classes, entry, answer.notes, seconds)
+        return finished
+
+    @cached_property
+    def projection_sha256(self) -> str:
+        return projection_sha256(self.bundle.text_projection)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.bundle, self.others)
 
     def test(self, split: str | None = None) -> float | None:
         """Zero-shot accuracy of the set as the projection stands; Dassl's entry point."""
-        return evaluate_set(self.bundle, (self.model.left.cpu(), self.model.right.cpu()))
+        factors = (self.model.left.cpu(), self.model.right.cpu())
+        return accuracy(self.judge.own.predict(factors) == self.bundle.labels)
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
         from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
         from evaluation.audit.run import audit_dataset
-        from evaluation.audit.table import report_table
+        from evaluation.tables import report_audit
 
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
         inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
-        report_table(folder, [dataset])
+        report_audit(folder, [dataset])
 
-    def retained(self, classes: list[str]) -> tuple[Tensor, list[str]]:
-        """Hidden states (m, w) of the vocabulary less what is to be forgotten, and what left it.
-
-        A name leaves if it is a forgotten class's name or is marked as its synonym.
-        """
-        leaving = datasets.same_meaning(classes, self.plan.dataset)
-        names = self.bundle.retain_names
-        stay = torch.tensor([datasets.key(name) not in leaving for name in names], dtype=torch.bool)
-        dropped = [name for name in names if datasets.key(name) in leaving]
-        return self.bundle.retain_hidden[stay].to(self.device), dropped
-
-    def text_settings(self) -> dict[str, Any]:
-        """What the texts and targets of a request depend on, for `solver_settings`."""
-        kind = self.target_kind(self.cfg)
-        settings: dict[str, Any] = {"target": kind} if kind else {}
-        if kind == "empty":
-            settings["noise_std"] = float(self.cfg.FORGET.NOISE_STD)
-        if kind in ("opposite", "specific"):
-            settings["beta"] = float(self.cfg.FORGET.BETA)
-        if self.prompts:
-            settings["prompts"] = self.prompts
-        return settings
-
-    def request(self, classes: list[str]) -> Request:
-        """The texts that stand for `classes`."""
-        return make_request(self.cfg, self.bundle, self.source, classes, self.prompts)
-
-    def target(self, request: Request, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Where they are sent: (k, d), and how often noise was drawn for it."""
-        kind = self.target_kind(self.cfg)
-        return make_target(self.cfg, kind, self.bundle, self.source, request, generator)
-
-    @classmethod
-    def target_kind(cls, cfg) -> str:
-        """`FORGET.TARGET`, or what the method takes if it is empty; "" if it takes none."""
-        return cfg.FORGET.TARGET or cls.default_target or ""
-
-    def _generator(self, label: str) -> torch.Generator:
-        """Random numbers of one request: the same in a resumed run, whatever ran before."""
-        return seeded(self.cfg.SEED, self.plan.dataset, label)
-
-    def _accuracies(
-        self,
-        classes: list[str],
-        factors: tuple[Tensor, Tensor] | None,
-        removed: tuple[str, ...] = (),
-    ) -> dict:
-        """One side of a log entry: the set's own classes, then every other set."""
-        own = {self.plan.dataset: evaluate_classes(self.bundle, classes, factors, removed)}
-        return own | {
-            name: {"all": {"all_ds": evaluate_set(bundle, factors)}}
-            for name, bundle in self.others.items()
-        }
-
-    def _print_entry(self, entry: dict[str, Any], classes: list[str], seconds: float) -> None:
+    def _print(
+        self, classes: list[str], entry: dict[str, Any], notes: list[str], seconds: float
+    ) -> None:
         before, after = (entry[side][self.plan.dataset] for side in ("zero_shot", "final_results"))
+        print(f"{self.plan.dataset} / {join_label(classes)} ({seconds:.3f} s)")
+        for line in notes:
+            print(f"  {line}")
         for name in classes:
             shown = ", ".join(
                 f"{what} {_percent(before[name][key])} -> {_percent(after[name][key])}"
                 for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
             )
-            print(f"  {name}: {shown} ({seconds:.2f} s)")
-            left, had = after[name]["cls_acc_test"], before[name]["cls_acc_test"]
-            if left and left > had / 2:
-                print(f"  {name}: more than half of its accuracy is left: not forgotten")
+            print(f"  {name}: {shown}")
+            own = (side[name]["cls_acc_test"] for side in (before, after))
+            if fate(*own) == Fate.STAYS:
+                print(f"  {name}: half of its accuracy or more is left: not forgotten")
+
+
+class Judge:
+    """Accuracies for log entries: of a set's own classes, then of every other set."""
+
+    def __init__(self, bundle: FeatureBundle, others: dict[str, FeatureBundle]) -> None:
+        self.own = ZeroShot(bundle)
+        self.others = {name: ZeroShot(other) for name, other in others.items()}
+
+    def before(self, classes: list[str]) -> dict[str, Any]:
+        """One side of a log entry, for the untouched model."""
+        bundle = self.own.bundle
+        return {bundle.dataset: own_accuracies(bundle, classes, self.own.before)} | self._before
+
+    @cached_property
+    def _before(self) -> dict[str, Any]:
+        return {name: _whole(accuracy(other.before)) for name, other in self.others.items()}
+
+    def after(
+        self,
+        requests: list[list[str]],
+        changes: list[Factors],
+        removed: Sequence[Sequence[str]],
+    ) -> list[dict[str, Any]]:
+        """The other side, for each request and its change."""
+        bundle = self.own.bundle
+        correct = self.own.correct(changes)  # (R, N)
+        for row, names in enumerate(removed):
+            if names:
+                correct[row] = self.own.predict(changes[row], names) == bundle.labels
+        found = [
+            {bundle.dataset: own_accuracies(bundle, classes, mine)}
+            for classes, mine in zip(requests, correct, strict=True)
+        ]
+        for name, other in self.others.items():
+            for entry, hits in zip(found, other.correct(changes), strict=True):
+                entry[name] = _whole(accuracy(hits))
+        return found
+
+
+def _whole(value: float | None) -> dict[str, dict[str, float | None]]:
+    return {"all": {"all_ds": value}}
 
 
 def _finite(value: Any) -> Any:

@@ -6,55 +6,84 @@ which forgetting does not touch. Only which class it was is unknown.
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import datasets
 from clip.bundle import FeatureBundle
-from engine.determinism import seeded
-from evaluation.audit.case import Case
-from forgetting.constrained import Ridge
-from forgetting.statistics import RetainStatistics
+from clip.retain import GROUPS, retain_set
+from engine.config import settings
+from evaluation.audit.case import Common
+from forgetting import Ridge
 
 LIMIT = 1000  # names that a class is looked for among
-# ForgetExact's published defaults (configs/trainers/ForgetExact.yaml): weights of the groups of
-# retained names, and the ridge in mean squared lengths of a retained hidden state.
-WEIGHTS = {"own": 1.0, "vocabulary": 0.01, "others": 0.1}
-RIDGE = 5e-6
-# The paper's lamb_weight * rank / alpha over its lamb_preserve (0.25 to 0.4).
-PAPER_RATIO = 5 / 0.3
 # Ridge of the list's own statistics, in mean eigenvalues, see `Attacker.alike`. On real features
 # one forgotten class is named first with any from 0.001 to 0.1; of several at once this names most.
 EXPLAINED = 1e-2
+TINY = torch.finfo(torch.float64).tiny
 KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A guess of the statistics that a change was made with.
+    """A guess of the statistics `K = G + mu I` that a change was made with, in their eigenbasis.
+
+    Whoever forgets the text h changes the projection along `K^-1 h`.
 
     Attributes:
-        matrix: `K`, (w, w) positive definite; specific: the rows `K^-1 h` of all names, (n, w), in
-            whose directions the change lies if those names are forgotten.
+        basis: (w, w) eigenvectors of G; values: (w,) eigenvalues of K.
+        names: (n, w), the hidden states of all names in that basis; squares: of its entries.
     """
 
-    matrix: Tensor
-    specific: Tensor
+    basis: Tensor
+    values: Tensor
+    names: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, hidden: Tensor, mu: float = 0.0) -> Guess:
+        """From `G` (w, w) and hidden states (n, w)."""
+        values, basis = torch.linalg.eigh(gram)
+        names = hidden @ basis  # (n, w) @ (w, w)
+        return cls(basis, values + mu, names, names.square())
+
+    def at(self, mu: float) -> Guess:
+        """The same with `mu` more."""
+        return replace(self, values=self.values + mu)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Of every name's direction, (n,)."""
+        return (self.squares @ self.values.square().reciprocal()).sqrt().clamp_min(TINY)
+
+    def cosines(self, u: Tensor) -> Tensor:
+        """Of every name's direction with the span of orthonormal columns (w, r): (n,)."""
+        inside = self.names @ ((self.basis.T @ u) / self.values[:, None])  # (n, w) @ (w, r)
+        return inside.norm(dim=1) / self.lengths
+
+    def texts(self, u: Tensor) -> Tensor:
+        """Orthonormal basis (w, r) of `K u`: of the texts that lead to these directions."""
+        return torch.linalg.qr(self.basis @ (self.values[:, None] * (self.basis.T @ u)))[0]
+
+    def directions(self) -> Tensor:
+        """`K^-1 h` of all names, (n, w)."""
+        return (self.names / self.values) @ self.basis.T  # (n, w) @ (w, w)
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """A bundle's names and statistics, float64.
+    """A data set's names and statistics, float64.
 
     Attributes:
         names: as words, the set's own classes first, each once; hidden: (n, w).
         ridge: `G + mu I` of all names by ForgetExact's defaults.
         own_share: what one class of the set weighs in `G`.
-        vocabulary: `H_r`, (m, w), the paper's retain set.
+        vocabulary: `H_r`, (m, w), the paper's retain set; ratio: `lw / lp` of its constants.
+        projection: `W`, (w, d), which is published.
     """
 
     names: list[str]
@@ -62,6 +91,8 @@ class Attacker:
     ridge: Ridge
     own_share: float
     vocabulary: Tensor
+    ratio: float
+    projection: Tensor
 
     @cached_property
     def place(self) -> dict[str, int]:
@@ -73,6 +104,11 @@ class Attacker:
         return self.place.get(datasets.key(name))
 
     @cached_property
+    def shared(self) -> Tensor:
+        """The direction that all texts share, (w,)."""
+        return normalize(self.hidden.mean(dim=0), dim=0)
+
+    @cached_property
     def alike(self) -> Guess:
         """All names of the list alike, which no method needs to be known for.
 
@@ -80,84 +116,75 @@ class Attacker:
         along `K^-1 h` with `K = H^T H + l I`: what the other names do not explain of it.
         """
         gram = self.hidden.T @ self.hidden
-        return self._guess(Ridge(gram, EXPLAINED * float(gram.trace()) / len(gram)))
+        return Guess.of(gram, self.hidden, EXPLAINED * float(gram.trace()) / len(gram))
+
+    @cached_property
+    def unexplained(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the other names do not explain of each: directions x (n, w), their norms (n,), and
+        `x W` (n, d)."""
+        x = self.alike.directions()
+        return x, x.norm(dim=1).clamp_min(TINY), x @ self.projection
 
     @cached_property
     def constrained(self) -> Guess:
         """The constrained form by its defaults."""
-        return self._guess(self.ridge)
+        return Guess.of(self.ridge.gram, self.hidden, self.ridge.mu)
 
-    def guesses(self, difference: Tensor) -> list[Guess]:
-        """Statistics of the known ways to forget, for a change (w, d).
+    @cached_property
+    def untouched(self) -> Guess:
+        """No statistics at all: the text itself is the direction, as in zeroing it."""
+        return Guess.of(torch.zeros_like(self.ridge.gram), self.hidden, 1.0)
 
-        Beside the two above: none at all (the text itself is the direction, as in zeroing it), and
-        the paper's, whose ridge `mu = (lw / lp) ||H_r Delta|| / ||Delta||` at the optimum can be
-        read from the change.
+    @cached_property
+    def paper(self) -> Guess:
+        """The paper's vocabulary, without its ridge."""
+        return Guess.of(self.vocabulary.T @ self.vocabulary, self.hidden)
+
+    def guesses(self, u: Tensor, values: Tensor) -> list[Guess]:
+        """Statistics of the known ways to forget, for a change of left singular vectors (w, r) and
+        singular values (r,).
+
+        Beside the three above there is the paper's, whose ridge `mu = (lw / lp) ||H_r Delta|| /
+        ||Delta||` at the optimum can be read from the change.
         """
-        identity = torch.eye(len(difference), dtype=torch.float64)
-        found = [self.constrained, self.alike, Guess(identity, self.hidden)]
+        found = [self.constrained, self.alike, self.untouched]
         if len(self.vocabulary):
-            gram = self.vocabulary.T @ self.vocabulary
-            moved = torch.linalg.matrix_norm(self.vocabulary @ difference)
-            mu = PAPER_RATIO * float(moved / torch.linalg.matrix_norm(difference))
-            found.append(self._guess(Ridge(gram, max(mu, KERNEL * float(gram.trace())))))
+            moved = torch.linalg.matrix_norm(self.vocabulary @ (u * values))
+            mu = self.ratio * float(moved / values.norm())
+            found.append(self.paper.at(max(mu, KERNEL * float(self.paper.values.sum()))))
         return found
 
-    def _guess(self, ridge: Ridge) -> Guess:
-        identity = torch.eye(len(ridge.gram), dtype=torch.float64)
-        return Guess(ridge.gram + ridge.mu * identity, ridge.solve(self.hidden).T)
 
-
-# By identity: a bundle has no hash. An entry goes when one of its bundles does.
-_known: dict[tuple[int, ...], Attacker] = {}
-
-
-def set_generator(bundle: FeatureBundle, seed: int, purpose: str) -> torch.Generator:
-    """Random numbers that all classes of a set share, where `Case.generator` is a class's own."""
-    return seeded(seed, bundle.dataset, purpose)
-
-
-def attacker(case: Case) -> Attacker:
-    """Names and statistics of a case's bundle, made once for all classes of a set."""
-    bundles = [case.bundle, *case.others.values()]
-    key = (case.seed, *map(id, bundles))
-    if key not in _known:
-        _known[key] = _build(case.bundle, list(case.others.values()), case.seed)
-        for bundle in bundles:
-            weakref.finalize(bundle, _known.pop, key, None)
-    return _known[key]
-
-
-def _build(bundle: FeatureBundle, others: list[FeatureBundle], seed: int) -> Attacker:
+def attacker(common: Common) -> Attacker:
     """The set's classes always stay on the list; the rest is drawn if there are too many."""
-    groups = {
-        "own": bundle.forget_hidden,
-        "vocabulary": bundle.retain_hidden,
-        "others": torch.cat([bundle.forget_hidden[:0], *(b.forget_hidden for b in others)]),
-    }
-    statistics = RetainStatistics(bundle.text_projection.shape[0])
-    for group, rows in groups.items():
-        statistics.update(group, rows)
-    weights = {group: WEIGHTS[group] for group in statistics.counts}
-    gram = statistics.weighted(weights)
-    # A constant of the whole list, as the trainer takes it: mean squared length of a text.
-    ridge = Ridge(gram, RIDGE * float(gram.trace()) / sum(weights.values()))
-
-    spelled = [*bundle.classnames, *bundle.retain_names]
-    spelled += [name for b in others for name in b.classnames]
+    bundle, others = common.bundle, list(common.others.values())
+    exact = settings("ForgetExact")
+    node = exact.TRAINER.FORGETEXACT
+    weights = {group: float(node[group.upper()]) for group in GROUPS}
+    retain = retain_set(bundle, others, weights, exact.FORGET.SIMILARITY)
     first: dict[str, int] = {}
-    for row, name in enumerate(spelled):
+    for row, name in enumerate(retain.names):
         first.setdefault(datasets.key(name), row)
     rows = list(first.values())
     own = sum(row < len(bundle.classnames) for row in rows)
     if len(rows) > LIMIT:
-        order = torch.randperm(len(rows) - own, generator=set_generator(bundle, seed, "names"))
+        order = torch.randperm(len(rows) - own, generator=common.generator("names"))
         drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
         rows = rows[:own] + [rows[own + place] for place in drawn]
     return Attacker(
-        names=[datasets.plain(spelled[row]) for row in rows],
-        hidden=torch.cat(list(groups.values()))[rows].double(),
-        ridge=ridge,
-        own_share=statistics.share("own", weights),
+        names=[datasets.plain(retain.names[row]) for row in rows],
+        hidden=retain.rows[rows].double(),
+        ridge=retain.ridge(node.MU),
+        own_share=float(retain.shares[0]),
         vocabulary=bundle.retain_hidden.double(),
+        ratio=_paper_ratio(bundle),
+        projection=bundle.text_projection.double(),
     )
+
+
+def _paper_ratio(bundle: FeatureBundle) -> float:
+    """lamb_weight * rank / alpha over lamb_preserve, as the paper has them for a data set; of
+    another backbone if it has none for the bundle's."""
+    forget = settings("ForgetLoRA", bundle.dataset, bundle.backbone).FORGET
+    modes = forget.WEIGHTS.get(bundle.backbone) or next(iter(forget.WEIGHTS.values()))
+    return forget.LAMB_WEIGHT * forget.RANK / forget.ALPHA / modes["SINGLE"][0]

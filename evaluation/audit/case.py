@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
 from engine.determinism import seeded
-from evaluation.zero_shot import Factors, class_embeddings
+from evaluation.audit.interval import Accuracy, share
+from evaluation.zero_shot import CANCELS, Factors
+
+T = TypeVar("T")
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -31,48 +36,145 @@ class Prompt:
     hidden: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Common:
+    """What all classes of a data set have in common in an audit, each thing computed once.
+
+    Attributes:
+        bundle: of the set; others: of the other sets, same backbone.
+        seed: of everything random in the audit.
+    """
+
+    bundle: FeatureBundle
+    others: dict[str, FeatureBundle] = field(default_factory=dict)
+    seed: int = 0
+    _found: dict[Callable[[Common], Any], Any] = field(default_factory=dict, init=False)
+
+    def once(self, find: Callable[[Common], T]) -> T:
+        """What `find` finds, which does not depend on the class; it is called the first time."""
+        if find not in self._found:
+            self._found[find] = find(self)
+        return self._found[find]
+
+    def generator(self, *purpose: str) -> torch.Generator:
+        """Random numbers of one purpose: the same whatever else ran before."""
+        return seeded(self.seed, self.bundle.dataset, *purpose)
+
+    @cached_property
+    def before(self) -> Model:
+        """The untouched model."""
+        return Model(self)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """How many images each class has, (C,)."""
+        return torch.bincount(self.bundle.labels, minlength=len(self.bundle.classnames))
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Embeddings (C, d) of the evaluation prompts in the untouched model, not normalised."""
+        return self.bundle.class_hidden @ self.bundle.text_projection  # (C, w) @ (w, d)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """Products (N, C) of every image with every one of these texts."""
+        return self.bundle.image_features @ self.texts.T  # (N, d) @ (d, C)
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """One text projection at work on a bundle: the untouched one, or one with an adapter.
+    """One text projection at work on a data set: the untouched one, or one with an adapter.
 
     Attributes:
         factors: left (w, r), right (r, d) of the change; None for the untouched model.
         removed: class names that the deployed list no longer holds (never predicted).
     """
 
-    bundle: FeatureBundle
+    common: Common
     factors: Factors | None = None
     removed: tuple[str, ...] = ()
 
+    @property
+    def bundle(self) -> FeatureBundle:
+        return self.common.bundle
+
+    @cached_property
+    def change(self) -> Factors:
+        """The factors; of rank 0 for the untouched model."""
+        w, d = self.bundle.text_projection.shape
+        return self.factors or (torch.zeros(w, 0), torch.zeros(0, d))
+
     @cached_property
     def projection(self) -> Tensor:
-        """`W'`, (w, d) float32."""
-        if self.factors is None:
-            return self.bundle.text_projection
-        left, right = self.factors
+        """`W'`, (w, d) float32, as it would be published."""
+        left, right = self.change
         return self.bundle.text_projection + left @ right  # (w, r) @ (r, d)
 
+    def moves(self, hidden: Tensor) -> Tensor:
+        """How far the change moves the embeddings of hidden states (n, w): (n, d)."""
+        left, right = self.change
+        return (hidden @ left) @ right  # (n, r) @ (r, d)
+
     def embed(self, hidden: Tensor) -> Tensor:
-        """Unit-norm text embeddings (n, d) of hidden states (n, w)."""
-        return normalize(hidden @ self.projection, dim=-1)
+        """Text embeddings (n, d) of hidden states (n, w), not normalised."""
+        return hidden @ self.bundle.text_projection + self.moves(hidden)
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Embeddings (C, d) of the evaluation prompts, not normalised."""
+        return self.common.texts + self.moves(self.bundle.class_hidden)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Norms (C,) of these texts."""
+        return self.texts.norm(dim=1).clamp_min(TINY)
 
     @cached_property
     def classes(self) -> Tensor:
         """Unit-norm embeddings (C, d) of the evaluation prompts."""
-        return class_embeddings(self.bundle, self.factors)
+        return self.texts / self.lengths[:, None]
+
+    @cached_property
+    def cosines(self) -> Tensor:
+        """Cosines (N, C) of every image with every class, also with removed ones.
+
+        A change of rank r moves the products of the untouched model by a matrix of rank r, so a
+        class under audit costs N C r products and not N C d.
+        """
+        left, right = self.change
+        images, hidden = self.bundle.image_features, self.bundle.class_hidden
+        products = torch.addmm(self.common.products, images @ right.T, (hidden @ left).T)
+        cosines = products / self.lengths
+        shrunk = self.lengths < CANCELS * self.common.texts.norm(dim=1)
+        if shrunk.any():
+            cosines[:, shrunk] = images @ self.classes[shrunk].T
+        return cosines
 
     @cached_property
     def scores(self) -> Tensor:
-        """Cosines (N, C) of every image with every class; -inf for a removed class."""
-        scores = self.bundle.image_features @ self.classes.T  # (N, d) @ (d, C)
-        gone = [self.bundle.classnames.index(name) for name in self.removed]
-        scores[:, gone] = -torch.inf
+        """The same; -inf for a removed class."""
+        if not self.removed:
+            return self.cosines
+        scores = self.cosines.clone()
+        scores[:, [self.bundle.classnames.index(name) for name in self.removed]] = -torch.inf
         return scores
 
     @cached_property
     def predicted(self) -> Tensor:
         """The zero-shot class of every image, (N,) int64."""
         return self.scores.argmax(dim=1)
+
+    @cached_property
+    def _right(self) -> Tensor:
+        """How many images of each class are recognised, (C,)."""
+        labels = self.bundle.labels
+        return torch.bincount(
+            labels[self.predicted == labels], minlength=len(self.bundle.classnames)
+        )
+
+    def accuracy(self, column: int) -> Accuracy:
+        """Zero-shot accuracy over the images of one class."""
+        return share(int(self._right[column]), int(self.common.images[column]))
 
 
 @dataclass(frozen=True)
@@ -81,28 +183,31 @@ class Case:
 
     Attributes:
         name: the class; forgotten: all classes that the adapter forgets, `name` among them.
-        before, after: the untouched model and the changed one, on the class's own bundle.
-        others: bundles of the other sets, same backbone.
+        after: the changed model.
         prompts: other words for the class, see `Prompt`; unmeasured: a line for each kind of words
             that could not be had.
-        strangers: factors of adapters of other classes of the same run, label -> factors, as
-            somebody who collects published models would have them.
-        seed: of everything random in the audit.
+        stranger: label and factors of an adapter of other classes of the same run, as somebody who
+            collects published models would have it; None if there is none.
     """
 
     name: str
     forgotten: list[str]
-    before: Model
     after: Model
-    others: dict[str, FeatureBundle] = field(default_factory=dict)
     prompts: list[Prompt] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
-    strangers: dict[str, Factors] = field(default_factory=dict)
-    seed: int = 0
+    stranger: tuple[str, Factors] | None = None
+
+    @property
+    def common(self) -> Common:
+        return self.after.common
+
+    @property
+    def before(self) -> Model:
+        return self.common.before
 
     @property
     def bundle(self) -> FeatureBundle:
-        return self.before.bundle
+        return self.common.bundle
 
     @cached_property
     def label(self) -> int:
@@ -115,11 +220,10 @@ class Case:
         return self.bundle.labels == self.label
 
     @cached_property
-    def retained(self) -> list[int]:
-        """Columns of the classes of the set that are not forgotten."""
-        gone = set(self.forgotten)
-        return [i for i, name in enumerate(self.bundle.classnames) if name not in gone]
+    def retained(self) -> Tensor:
+        """(C,) bool: the classes of the set that are not forgotten."""
+        return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Random numbers of one purpose: the same whatever else ran before."""
-        return seeded(self.seed, self.bundle.dataset, self.name, purpose)
+        """Random numbers of one purpose for the class."""
+        return self.common.generator(self.name, purpose)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from scipy.stats import entropy
 from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.functional import pad, softplus
 
 from evaluation.audit.case import Case, Model
 
@@ -19,6 +16,11 @@ LISTED = 10  # classes written out
 COMPARED = 5  # new classes that the class is told apart from
 FOLDS = 5
 FEWEST = 4  # images of either class: with fewer an AUC has hardly any values to take
+CONSTANT = 1e-9  # the standard deviation of a logit below which it says nothing
+JITTER = 1e-10  # of its mean diagonal, so that a singular Gram matrix has a Cholesky factor
+STEPS = 100  # of Newton's method at most; it needs about ten
+CONVERGED = 1e-6  # the last step of a coefficient; the next one would be about its square
+TIE = 1e-7  # decision values nearer to one another than this are equal: images that are copies
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def measure(case: Case) -> dict[str, Any]:
             {"name": case.bundle.classnames[column], "count": count, "share": count / images}
             for column, count in ranking[:LISTED]
         ]
-        report[f"entropy_bits_{when}"] = _entropy([count for _, count in ranking])
+        counts = [count for _, count in ranking]
+        report[f"entropy_bits_{when}"] = float(entropy(counts, base=2)) if counts else None
     leak, missing = _leak(case)
     report["leak"] = leak
     report["worst_auc"] = max((entry["auc_after"] for entry in leak), default=None)
@@ -51,17 +54,12 @@ def measure(case: Case) -> dict[str, Any]:
     return report
 
 
-def held(model: Model) -> list[int]:
-    """Columns of the classes that the deployed list still holds."""
-    gone = set(model.removed)
-    return [i for i, name in enumerate(model.bundle.classnames) if name not in gone]
-
-
 def ranked(case: Case, model: Model) -> list[tuple[int, int]]:
     """Columns predicted for the class's images and how often, most frequent first."""
     counts = torch.bincount(model.predicted[case.mine], minlength=len(case.bundle.classnames))
-    order = counts.argsort(descending=True, stable=True).tolist()
-    return [(column, int(counts[column])) for column in order if counts[column] > 0]
+    counts, columns = counts.sort(descending=True, stable=True)
+    seen = int((counts > 0).sum())
+    return list(zip(columns[:seen].tolist(), counts[:seen].tolist(), strict=True))
 
 
 def destinations(case: Case) -> list[int]:
@@ -70,40 +68,81 @@ def destinations(case: Case) -> list[int]:
     return [column for column, _ in ranked(case, case.after) if column != case.label]
 
 
-def separation(model: Model, first: Tensor, second: Tensor, seed: int) -> float:
-    """How well the logits of a model tell two groups of images apart, as an AUC.
+def separation(logits: Tensor, first: int, seed: int) -> list[float]:
+    """How well the logits of each of B models tell two groups of images apart, as AUCs.
 
-    A logistic regression on the logits over the classes that the list holds (standardised, so
-    CLIP's factor of 100 on the cosines drops out), cross-validated in stratified folds. The AUC is
-    the mean over folds: scores of different folds are not comparable, and pooling them would pull
-    the AUC of groups that are alike below one half.
+    A logistic regression on the logits (standardised, so CLIP's factor of 100 on the cosines drops
+    out), cross-validated in stratified folds. The AUC is the mean over folds: scores of different
+    folds are not comparable, and pooling them would pull the AUC of groups that are alike below one
+    half.
 
     Args:
-        first, second: (N,) bool, disjoint, at least two images each.
-        seed: of the folds; the same for two models means the same folds.
+        logits: (B, n, C), the images of the first group first; a logit that all images share says
+            nothing.
+        first: images of the first group; at least two, and as many in the second.
+        seed: of the folds, the same for all models.
     """
-    chosen = torch.cat([first.nonzero()[:, 0], second.nonzero()[:, 0]])
-    logits = model.scores[chosen][:, held(model)].double().numpy()  # (n, C) without -inf columns
-    truth = np.repeat([1, 0], [int(first.sum()), int(second.sum())])
-    folds = StratifiedKFold(min(FOLDS, *np.bincount(truth)), shuffle=True, random_state=seed)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    found = []
-    for train, test in folds.split(logits, truth):
-        classifier.fit(logits[train], truth[train])
-        found.append(roc_auc_score(truth[test], classifier.decision_function(logits[test])))
-    return float(np.mean(found))
+    truth = torch.arange(logits.shape[1]) < first  # (n,)
+    folds = StratifiedKFold(min(FOLDS, first, len(truth) - first), shuffle=True, random_state=seed)
+    test = torch.zeros(folds.n_splits, len(truth), dtype=torch.bool)  # (F, n)
+    for row, (_, places) in zip(test, folds.split(truth, truth), strict=True):
+        row[places] = True
+    share = (~test) / (~test).sum(dim=1, keepdim=True).double()  # (F, n) of the mean
+    logits = logits.double()
+    x = logits[:, None] - (share @ logits)[:, :, None]  # (B, F, n, C)
+    spread = torch.einsum("fn,bfnc->bfc", share, x.square()).sqrt()[:, :, None]
+    scores = _decide(x / torch.where(spread > CONSTANT, spread, 1), truth.double(), ~test)
+    ahead = scores[..., :first, None] - scores[..., None, first:]  # (B, F, pairs of images)
+    won = (ahead > TIE).double() + 0.5 * (ahead.abs() <= TIE)
+    pairs = (test[:, :first, None] & test[:, None, first:]).double()
+    return ((won * pairs).sum(dim=(2, 3)) / pairs.sum(dim=(1, 2))).mean(dim=1).tolist()
+
+
+def _decide(x: Tensor, truth: Tensor, train: Tensor) -> Tensor:
+    """Decision values (B, F, n) of logistic regressions: the sum of the losses plus half of the
+    squared norm of the coefficients, as scikit-learn's is, all of them at once by Newton's method.
+
+    Args:
+        x: (B, F, n, C); truth: (n,) 0 or 1; train: (F, n), the rows that F of them learn from.
+    """
+    n, count = x.shape[2:]
+    if count > n:  # rows with the same products, but no longer than they are many
+        gram = x @ x.transpose(2, 3)  # (B, F, n, n)
+        mean = gram.diagonal(dim1=2, dim2=3).mean(dim=2).clamp_min(CONSTANT)
+        x = torch.linalg.cholesky(gram + JITTER * mean[..., None, None] * torch.eye(n))
+    x = pad(x, (0, 1), value=1.0)  # (B, F, n, q + 1): the intercept, which has no penalty
+    penalty = torch.ones(x.shape[3], 1, dtype=torch.float64)
+    penalty[-1] = 0
+    weights, sign = train[..., None].double(), 1 - 2 * truth[:, None]
+
+    def loss(beta: Tensor) -> Tensor:
+        losses = (weights * softplus(sign * (x @ beta))).sum(dim=(2, 3))
+        return losses + (penalty * beta.square()).sum(dim=(2, 3)) / 2
+
+    beta = x.new_zeros(*x.shape[:2], x.shape[3], 1)
+    before = loss(beta)
+    for _ in range(STEPS):
+        chance = (x @ beta).sigmoid()  # (B, F, n, 1)
+        slope = x.transpose(2, 3) @ (weights * (chance - truth[:, None])) + penalty * beta
+        curve = x.transpose(2, 3) @ (weights * (chance * (1 - chance)) * x)
+        step = torch.linalg.solve(curve + torch.diag(penalty[:, 0] + JITTER), slope)
+        while (worse := (after := loss(beta - step)) > before + CONVERGED).any():
+            step = torch.where(worse[..., None, None], step / 2, step)
+        beta, before = beta - step, after
+        if step.abs().max() < CONVERGED:
+            break
+    return (x @ beta)[..., 0]
 
 
 def _leak(case: Case) -> tuple[list[dict[str, Any]], list[str]]:
     """The entries of "leak", and what could not be measured."""
-    images, columns = int(case.mine.sum()), destinations(case)[:COMPARED]
-    if images == 0:
+    mine, columns = int(case.mine.sum()), destinations(case)[:COMPARED]
+    if mine == 0:
         return [], [f"destinations: no image of {case.name}"]
     if not columns:
         return [], ["leak: no image goes to another class"]
-    if images < FEWEST:
-        return [], [f"leak: {case.name} has {images} of at least {FEWEST} images"]
-    # One seed for both models: the same folds before and after.
+    if mine < FEWEST:
+        return [], [f"leak: {case.name} has {mine} of at least {FEWEST} images"]
     seed = int(torch.randint(2**31 - 1, (), generator=case.generator("destinations")))
     leak, missing = [], []
     for column in columns:
@@ -112,16 +151,11 @@ def _leak(case: Case) -> tuple[list[dict[str, Any]], list[str]]:
         if count < FEWEST:
             missing.append(f"leak: {name} has {count} of at least {FEWEST} images")
             continue
-        before, after = (
-            separation(model, case.mine, theirs, seed) for model in (case.before, case.after)
-        )
+        images = torch.cat([case.mine.nonzero()[:, 0], theirs.nonzero()[:, 0]])
+        # A removed name has no logit: none at all is one that all images share.
+        logits = [
+            model.scores[images].nan_to_num(neginf=0.0) for model in (case.before, case.after)
+        ]
+        before, after = separation(torch.stack(logits), mine, seed)
         leak.append({"name": name, "images": count, "auc_before": before, "auc_after": after})
     return leak, missing
-
-
-def _entropy(counts: list[int]) -> float | None:
-    """Entropy in bits of a distribution given by positive counts; None without any."""
-    if not counts:
-        return None
-    shares = np.array(counts) / sum(counts)
-    return float(max(0.0, -(shares * np.log2(shares)).sum()))

@@ -1,11 +1,11 @@
-"""Confidence intervals of accuracies: the bootstrap over images, without its random numbers."""
+"""Confidence intervals of accuracies."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
+from scipy.special import betaincinv
 from torch import Tensor
 
 LEVEL = 0.95
@@ -13,26 +13,26 @@ Accuracy = dict[str, Any]  # {"value", "low", "high", "n"}: fractions, and the n
 
 
 def accuracy(correct: Tensor) -> Accuracy:
-    """The mean of (n,) booleans with the 95 % percentile bootstrap interval over images.
+    """The mean of (n,) booleans, as `share` has it."""
+    return share(int(correct.sum()), correct.numel())
 
-    Drawing n images with replacement from k right ones among n makes the number of right ones
-    Binomial(n, k / n), so the bootstrap's distribution is known and nothing needs to be drawn.
-    Where all images agree the bootstrap sees no spread at all; there the exact (Clopper-Pearson)
-    interval stands instead, which for 0 of n ends near 3.7 / n.
+
+def share(right: int, n: int) -> Accuracy:
+    """How many of n are right, with the exact (Clopper-Pearson) 95 % interval.
+
+    It holds the true share at least so often however few images there are, and is not a point where
+    all of them agree: for 0 of n it ends near 3.7 / n. Its ends are quantiles of beta
+    distributions, the same that `scipy.stats.binomtest(right, n).proportion_ci()` searches for.
 
     Returns:
         value, low, high: None without an image; n.
     """
-    n, k = int(correct.numel()), int(correct.sum())
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
     tail = (1 - LEVEL) / 2
-    if 0 < k < n:
-        low, high = (float(binom.ppf(q, n, k / n)) / n for q in (tail, 1 - tail))
-    else:
-        low = 0.0 if k == 0 else float(beta.ppf(tail, n, 1))
-        high = 1.0 if k == n else float(beta.ppf(1 - tail, 1, n))
-    return {"value": k / n, "low": low, "high": high, "n": n}
+    low = float(betaincinv(right, n - right + 1, tail)) if right > 0 else 0.0
+    high = float(betaincinv(right + 1, n - right, 1 - tail)) if right < n else 1.0
+    return {"value": right / n, "low": low, "high": high, "n": n}
 
 
 def mean_value(accuracies: list[Accuracy]) -> float | None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import datasets
-from evaluation.audit.case import Case
-from evaluation.audit.interval import accuracy, mean_value
+from evaluation.audit.case import TINY, Case, Common
+from evaluation.audit.interval import mean_value
+from evaluation.zero_shot import CANCELS
 
 NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
 BLOCK = 1024  # rows of a similarity matrix at once: 10,000 texts then need 40 MB for each
+KEPT = 4096  # texts whose products with one another are kept: 64 MB
 TIE = 1e-6  # cosines closer than float32 rounding are one place
 
 
@@ -40,8 +44,8 @@ def measure(case: Case) -> dict[str, Any]:
         {
             "name": case.bundle.classnames[column],
             "similarity": float(similarity),
-            "before": _accuracy(case, case.before.predicted, column),
-            "after": _accuracy(case, case.after.predicted, column),
+            "before": case.before.accuracy(column),
+            "after": case.after.accuracy(column),
         }
         for column, similarity in zip(columns, similarities, strict=True)
     ]
@@ -51,92 +55,160 @@ def measure(case: Case) -> dict[str, Any]:
         missing.append(f"neighbours: no image of {', '.join(bare)}")
     if not classes:
         missing.append("neighbours: no class is retained")
-    texts, groups, hidden = retained_texts(case)
-    if len(texts) < 2:
-        missing.append(f"moved texts: {len(texts)} of at least 2 retained texts")
+    texts, stay = case.common.once(texts_of), retained_texts(case)
+    if stay.sum() < 2:
+        missing.append(f"moved texts: {int(stay.sum())} of at least 2 retained texts")
+    left, right = case.after.change
     return {
         "classes": classes,
         "mean_before": mean_value([entry["before"] for entry in classes]),
         "mean_after": mean_value([entry["after"] for entry in classes]),
-        "moved": _moved(texts, groups, case.before.embed(hidden), case.after.embed(hidden)),
+        "moved": _moved(texts, stay, texts.hidden @ left, right),
         "not_measured": missing,
     }
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All texts that could stay, of a set and of the sets beside it.
+
+    Attributes:
+        names, groups: T names as they are spelled, and "class", "vocabulary" or a data set.
+        rows: key of a name -> its rows; of the classes of the set, which have the first ones, none.
+        hidden: (T, w), embedded: (T, d) in the untouched model, not normalised; lengths: (T,).
+        products: (T, T) of embedded texts; None where they would fill too much memory.
+        nearest: (T, n), the nearest other texts, nearest first.
+    """
+
+    names: list[str]
+    groups: list[str]
+    rows: dict[str, list[int]]
+    hidden: Tensor
+    embedded: Tensor
+    lengths: Tensor
+    products: Tensor | None
+    nearest: Tensor
+
+
+def texts_of(common: Common) -> Texts:
+    """The texts that the classes of a set have in common, before any is left out."""
+    bundle = common.bundle
+    parts = [
+        ("class", bundle.classnames, bundle.class_hidden),
+        ("vocabulary", bundle.retain_names, bundle.retain_hidden),
+        *((name, other.classnames, other.class_hidden) for name, other in common.others.items()),
+    ]
+    names = [name for _, part, _ in parts for name in part]
+    groups = [group for group, part, _ in parts for _ in part]
+    rows = defaultdict(list)
+    for row, name in list(enumerate(names))[len(bundle.classnames) :]:
+        rows[datasets.key(name)].append(row)
+    hidden = torch.cat([rows for _, _, rows in parts])
+    embedded = hidden @ bundle.text_projection  # (T, w) @ (w, d)
+    lengths = embedded.norm(dim=1).clamp_min(TINY)
+    products = embedded @ embedded.T if len(names) <= KEPT else None
+    nearest = []
+    everything = torch.ones(len(names), dtype=torch.bool)
+    for block in torch.arange(len(names)).split(BLOCK):
+        cosines = _cosines(embedded[block] @ embedded.T, lengths, block, everything)
+        nearest.append(cosines.topk(min(NEAREST, len(names) - 1)).indices)
+    return Texts(names, groups, rows, hidden, embedded, lengths, products, torch.cat(nearest))
 
 
 def nearest_classes(case: Case) -> list[int]:
     """Columns of the at most ten retained classes nearest to the class by the cosine of their
     evaluation prompts in the untouched model, nearest first."""
-    retained = torch.tensor(case.retained, dtype=torch.int64)
+    retained = case.retained.nonzero()[:, 0]
     cosines = case.before.classes[retained] @ case.before.classes[case.label]  # (n, d) @ (d,)
     return retained[cosines.topk(min(NEAREST, len(retained))).indices].tolist()
 
 
-def retained_texts(case: Case) -> tuple[list[str], list[str], Tensor]:
-    """Names, groups ("class", "vocabulary" or a data set) and hidden states (m, w) of all texts
-    that should stay as they are."""
-    bundle, gone = case.bundle, datasets.same_meaning(case.forgotten, case.bundle.dataset)
-    texts = [bundle.classnames[column] for column in case.retained]
-    groups = ["class"] * len(texts)
-    rows = [bundle.class_hidden[case.retained]]
-    sources = {"vocabulary": (bundle.retain_names, bundle.retain_hidden)}
-    sources |= {name: (b.classnames, b.class_hidden) for name, b in case.others.items()}
-    for group, (names, hidden) in sources.items():
-        kept = [row for row, name in enumerate(names) if datasets.key(name) not in gone]
-        texts += [names[row] for row in kept]
-        groups += [group] * len(kept)
-        rows.append(hidden[kept])
-    return texts, groups, torch.cat(rows)
+def retained_texts(case: Case) -> Tensor:
+    """Which of the texts should stay as they are, (T,) bool."""
+    texts = case.common.once(texts_of)
+    stay = torch.ones(len(texts.names), dtype=torch.bool)
+    stay[: len(case.retained)] = case.retained
+    for key in datasets.same_meaning(case.forgotten, case.bundle.dataset):
+        stay[texts.rows.get(key, [])] = False
+    return stay
 
 
-def _accuracy(case: Case, predicted: Tensor, column: int) -> dict[str, Any]:
-    return accuracy(predicted[case.bundle.labels == column] == column)
-
-
-def _moved(texts: list[str], groups: list[str], before: Tensor, after: Tensor) -> dict[str, Any]:
-    """The entry "moved" for unit-norm embeddings (m, d) before and after."""
-    count = len(texts)
+def _moved(texts: Texts, stay: Tensor, shares: Tensor, right: Tensor) -> dict[str, Any]:
+    """The entry "moved" of the texts that stay (T,), where a change moves text t by
+    `shares[t] @ right`, (T, r) @ (r, d)."""
+    count = int(stay.sum())
     if count < 2:
         nothing = dict.fromkeys(("mean_cosine", "nearest_kept", "top10_overlap"))
         return {"count": count, **nothing, "worst": []}
-    cosine = (before * after).sum(dim=1).clamp(-1, 1)  # (m, d) -> (m,)
-    nearest, rank, overlap = _neighbourhoods(before, after)
-    worst = cosine.argsort(stable=True)[:WORST].tolist()
+    after = texts.embedded + shares @ right  # (T, d)
+    lengths = after.norm(dim=1).clamp_min(TINY)
+    cosine = ((texts.embedded * after).sum(dim=1) / texts.lengths / lengths).clamp(-1, 1)  # (T,)
+    # F is moved by S R, and the products F F^T by S Z^T + Z S^T with Z = (F + S R / 2) R^T: a class
+    # under audit costs T^2 r products and not T^2 d.
+    sent = (texts.embedded + after) @ right.T / 2  # (T, r)
+    change = torch.cat([shares, sent], dim=1), torch.cat([sent, shares], dim=1)
+    nearest, kept, overlap = _neighbourhoods(texts, stay, change, after, lengths)
+    rows = stay.nonzero()[:, 0]
+    worst = rows[cosine[rows].argsort(stable=True)[:WORST]]
+    now = _cosines(after[worst] @ after.T, lengths, worst, stay)  # (n, d) @ (d, T)
+    rank = 1 + (now > now.gather(1, nearest[worst, None]) + TIE).sum(dim=1)
     return {
         "count": count,
-        "mean_cosine": float(cosine.double().mean()),
-        "nearest_kept": float((rank == 1).double().mean()),
-        "top10_overlap": float(overlap.mean()),
+        "mean_cosine": float(cosine[stay].double().mean()),
+        "nearest_kept": float(kept[stay].double().mean()),
+        "top10_overlap": float(overlap[stay].mean()),
         "worst": [
             {
-                "text": texts[row],
-                "group": groups[row],
+                "text": texts.names[row],
+                "group": texts.groups[row],
                 "cosine": float(cosine[row]),
-                "nearest_before": texts[int(nearest[row])],
-                "rank_after": int(rank[row]),
+                "nearest_before": texts.names[nearest[row]],
+                "rank_after": place,
             }
-            for row in worst
+            for row, place in zip(worst.tolist(), rank.tolist(), strict=True)
         ],
     }
 
 
-def _neighbourhoods(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of m texts: its nearest other text before (m,), the rank (m,) that this one has
-    after, and the share (m,) of its ten nearest before that are among its ten nearest after.
+def _neighbourhoods(
+    texts: Texts, stay: Tensor, change: tuple[Tensor, Tensor], after: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each text: the nearest other one before (T,), whether this is the nearest after (T,), and
+    the share (T,) of its ten nearest before that are among its ten nearest after.
 
-    All pairs are compared, m^2 d products twice, in blocks of rows.
+    Args:
+        stay: (T,) bool, the texts that count; change: factors (T, q) of the change of all products,
+            `a @ b.T`.
+        after: embeddings (T, d) after it, not normalised; lengths: their norms (T,).
     """
-    count = len(before)
-    k = min(NEAREST, count - 1)
-    nearest, rank, overlap = [], [], []
-    for start in range(0, count, BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, count))
-        old, new = (texts[rows] @ texts.T for texts in (before, after))  # (b, d) @ (d, m)
-        for similarity in (old, new):
-            similarity[torch.arange(len(rows)), rows] = -torch.inf  # a text is not its neighbour
-        top_old, top_new = old.topk(k).indices, new.topk(k).indices  # (b, k)
-        now = new.gather(1, top_old[:, :1])  # (b, 1)
-        nearest.append(top_old[:, 0])
-        rank.append(1 + (new > now + TIE).sum(dim=1))
-        both = (top_old[:, :, None] == top_new[:, None, :]).any(dim=2)  # (b, k, k) -> (b, k)
+    k = min(NEAREST, int(stay.sum()) - 1)
+    shrunk = lengths < CANCELS * texts.lengths
+    nearest, kept, overlap = [], [], []
+    for block in torch.arange(len(stay)).split(BLOCK):
+        part = slice(int(block[0]), int(block[-1]) + 1)
+        if texts.products is None:
+            old = texts.embedded[part] @ texts.embedded.T  # (b, d) @ (d, T)
+        else:
+            old = texts.products[part]
+        new = torch.addmm(old, change[0][part], change[1].T)
+        new[:, shrunk] = after[part] @ after[shrunk].T
+        new[shrunk[part]] = after[part][shrunk[part]] @ after.T
+        new = _cosines(new, lengths, block, stay)
+        near = texts.nearest[part, :k].clone()  # (b, k)
+        lost = ~stay[near].all(dim=1)  # a neighbour left: another one takes its place
+        near[lost] = _cosines(old[lost], texts.lengths, block[lost], stay).topk(k).indices
+        cosines, now = new.topk(k)
+        nearest.append(near[:, 0])
+        kept.append(cosines[:, 0] <= new.gather(1, near[:, :1])[:, 0] + TIE)
+        both = (near[:, :, None] == now[:, None, :]).any(dim=2)  # (b, k, k) -> (b, k)
         overlap.append(both.double().mean(dim=1))
-    return torch.cat(nearest), torch.cat(rank), torch.cat(overlap)
+    return torch.cat(nearest), torch.cat(kept), torch.cat(overlap)
+
+
+def _cosines(products: Tensor, lengths: Tensor, rows: Tensor, stay: Tensor) -> Tensor:
+    """Cosines (b, T) of texts `rows` (b,) with all others that stay; -inf with the rest."""
+    cosines = products / lengths
+    cosines /= lengths[rows, None]
+    cosines[:, ~stay] = -torch.inf
+    cosines[torch.arange(len(rows)), rows] = -torch.inf  # a text is not its neighbour
+    return cosines

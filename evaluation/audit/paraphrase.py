@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from evaluation.audit.case import Case, Model
-from evaluation.audit.interval import Accuracy, accuracy, mean_value
-
-EVALUATION = "evaluation"
-BACK = 0.5  # of the accuracy under the class's own prompt before: from there on it counts as back
+from evaluation.audit.case import TINY, Case, Model
+from evaluation.audit.interval import Accuracy, mean_value, share
+from evaluation.rules import holds, is_other_word
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -31,14 +28,13 @@ def measure(case: Case) -> dict[str, Any]:
         see, but for the evaluation prompt itself; by_kind: count, mean_before, mean_after,
         worst_after over the prompts of each kind, seen ones too; not_measured.
     """
-    before, after = (_accuracies(_found(model, case)) for model in (case.before, case.after))
+    before, after = (_found(model, case) for model in (case.before, case.after))
     prompts = [
         {"text": p.text, "kind": p.kind, "seen": p.seen, "before": old, "after": new}
         for p, old, new in zip(case.prompts, before, after, strict=True)
     ]
-    # The evaluation prompt is no other word: what it finds is the class's own accuracy.
-    unseen = [entry for entry in prompts if not entry["seen"] and entry["kind"] != EVALUATION]
-    own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
+    unseen = [entry for entry in prompts if is_other_word(entry["kind"], entry["seen"])]
+    own = case.before.accuracy(case.label)["value"]
     missing = list(case.unmeasured)
     if own is None:
         missing.append(f"no images of {case.name!r}: no accuracy under any words")
@@ -57,7 +53,7 @@ def measure(case: Case) -> dict[str, Any]:
         "worst": {key: ranked[0][key] for key in ("text", "kind", "before", "after")}
         if ranked
         else None,
-        "back": [entry["text"] for entry in ranked if own and _value(entry) >= BACK * own],
+        "back": [entry["text"] for entry in ranked if holds(_value(entry), own)],
         "by_kind": {
             kind: _summary([entry for entry in prompts if entry["kind"] == kind]) for kind in kinds
         },
@@ -65,25 +61,19 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _found(model: Model, case: Case) -> Tensor:
-    """Which of the class's images each prompt finds, (n, P) bool."""
+def _found(model: Model, case: Case) -> list[Accuracy]:
+    """The accuracy under each prompt."""
     images = case.bundle.image_features[case.mine]  # (n, d)
     if not case.prompts:
-        return torch.empty(len(images), 0, dtype=torch.bool)
+        return []
     rivals = model.scores[case.mine]  # (n, C), a copy
     rivals[:, case.label] = -torch.inf
     highest, place = rivals.max(dim=1, keepdim=True)  # (n, 1)
-    hidden = torch.stack([prompt.hidden for prompt in case.prompts])  # (P, w)
-    own = images @ model.embed(hidden).T  # (n, d) @ (d, P) -> (n, P)
+    texts = model.embed(torch.stack([prompt.hidden for prompt in case.prompts]))  # (P, d)
+    own = images @ texts.T / texts.norm(dim=1).clamp_min(TINY)  # (n, d) @ (d, P) -> (n, P)
     # Among equals the first class wins, as it does in zero-shot classification.
-    return (own > highest) | ((own == highest) & (place > case.label))
-
-
-def _accuracies(found: Tensor) -> list[Accuracy]:
-    """The accuracy of each column of (n, P); its interval, which takes longest, once a count."""
-    counts = found.sum(dim=0).tolist()
-    known = {count: accuracy(torch.arange(len(found)) < count) for count in set(counts)}
-    return [known[count] for count in counts]
+    found = (own > highest) | ((own == highest) & (place > case.label))
+    return [share(right, len(images)) for right in found.sum(dim=0).tolist()]
 
 
 def _value(entry: dict[str, Any]) -> float:

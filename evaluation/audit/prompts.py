@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 import datasets
-from clip.audit_texts import audit_rows, other_words
-from clip.bundle import FeatureBundle
-from datasets.lexicon import words_of
+from clip.audit_texts import Row, audit_rows, other_words
 from datasets.names import key, plain
-from datasets.wordnet import ABSENT, installed
-from evaluation.audit.case import Prompt
+from datasets.words.lexicon import words_of
+from datasets.words.wordnet import ABSENT, installed
+from evaluation.audit.case import Common, Prompt
 
 WORDS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
 def prompts_for(
-    bundle: FeatureBundle,
+    common: Common,
     name: str,
     seen_texts: Collection[str],
     encode: Callable[[list[str]], Tensor] | None = None,
@@ -43,6 +43,7 @@ def prompts_for(
     Raises:
         UserError: broken audit rows in the bundle (see `clip.audit_texts`).
     """
+    bundle = common.bundle
     label, bare = bundle.classnames.index(name), plain(name)
     found = [
         (bare, "bare", bundle.forget_hidden[label]),
@@ -50,13 +51,13 @@ def prompts_for(
     ]
     same = datasets.same_meaning([name], bundle.dataset)
     same |= {key(word) for word in words_of(name, bundle.dataset).synonyms}
+    spelled = common.once(_vocabulary)
     found += [
-        (word, "retained", hidden)
-        for word, hidden in zip(bundle.retain_names, bundle.retain_hidden, strict=True)
-        if key(word) in same
+        (bundle.retain_names[row], "retained", bundle.retain_hidden[row])
+        for row in sorted(row for word in same for row in spelled.get(word, []))
     ]
-    rows, missing = _other_words(bundle, name, encode)
-    unique: dict[str, tuple[str, str, Tensor]] = {}
+    rows, missing = _other_words(common, name, encode)
+    unique: dict[str, Row] = {}
     for row in found + rows:
         text, kind, _ = row
         unique.setdefault(text if kind == "case" else text.casefold(), row)
@@ -70,10 +71,11 @@ def prompts_for(
 
 
 def _other_words(
-    bundle: FeatureBundle, name: str, encode: Callable[[list[str]], Tensor] | None
-) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
+    common: Common, name: str, encode: Callable[[list[str]], Tensor] | None
+) -> tuple[list[Row], list[str]]:
     """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
-    rows = audit_rows(bundle, name)
+    bundle = common.bundle
+    rows = common.once(_rows).get(name, [])
     if not rows and encode is None:
         makes = f"python -m clip.features {bundle.dataset} {bundle.backbone} --out DIR --audit"
         hint = f": `{makes}` makes them" if bundle.dataset in datasets.SETS else ""
@@ -95,6 +97,18 @@ def _other_words(
         f"no {' and no '.join(absent)} of {plain(name)!r} is known: datasets/words has none for "
         f"{bundle.dataset}{hint}"
     ]
+
+
+def _vocabulary(common: Common) -> dict[str, list[int]]:
+    """Key of a name to retain -> its rows."""
+    rows = defaultdict(list)
+    for row, name in enumerate(common.bundle.retain_names):
+        rows[key(name)].append(row)
+    return rows
+
+
+def _rows(common: Common) -> dict[str, list[Row]]:
+    return audit_rows(common.bundle)
 
 
 def _read_as(hidden: Tensor, others: list[Tensor]) -> bool:

@@ -11,11 +11,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, write_json_atomic
+from evaluation.schema import check_audits
 
 AUDIT = "audit.json"
 FORMAT = "clip-forget-audit/1"
@@ -26,24 +28,27 @@ def read_audits(folder: str | Path) -> Audits:
     """Data set -> label -> audit; empty if the folder has none.
 
     Raises:
-        UserError: a file that is torn or no audit. It is left as it is.
+        UserError: a file that is torn, no audit, or of another shape (see `evaluation.schema`). It
+            is left as it is.
     """
     path = Path(folder) / AUDIT
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); move it away and audit again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
+    check_audits(record.get("audits"), path)
     return record["audits"]
 
 
-def merge_audit(folder: str | Path, dataset: str, label: str, entry: dict[str, Any]) -> None:
-    """Add or replace the audit of one label; everything else in the file stays."""
+def merge_audits(folder: str | Path, entries: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+    """Add or replace audits (data set, label, entry); everything else in the file stays."""
     path = Path(folder) / AUDIT
     with lock(path):
         audits = read_audits(folder)
-        audits.setdefault(dataset, {})[label] = entry
+        for dataset, label, entry in entries:
+            audits.setdefault(dataset, {})[label] = entry
         write_json_atomic({"format": FORMAT, "audits": audits}, path)

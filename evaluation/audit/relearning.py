@@ -13,10 +13,9 @@ from torch.nn.functional import normalize
 from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, accuracy
-from evaluation.audit.paraphrase import EVALUATION
 from evaluation.audit.shots import REPEATS, SHOTS, Shots, Start, cache, probe, refit, shots_of
+from evaluation.rules import holds, is_other_word
 
-BACK = 0.5  # of the accuracy before forgetting: from there on the class counts as back
 Method = Callable[[Start, Shots, int, int, Tensor], Tensor]
 
 
@@ -51,7 +50,7 @@ def measure(case: Case) -> dict[str, Any]:
     elif images <= SHOTS[-1]:
         few = [k for k in SHOTS if k >= images]
         missing.append(f"relearning from {few[0]} or more images: {case.name!r} has {images}")
-    own = accuracy(case.before.predicted[case.mine] == case.label)["value"]
+    own = case.before.accuracy(case.label)["value"]
     if own == 0:
         missing.append(f"relearning: {case.name!r} was never recognised, so half of it is nothing")
     control = _control(case)
@@ -65,7 +64,7 @@ def measure(case: Case) -> dict[str, Any]:
     }
     if control is not None:
         starts["control"] = Start(case.after, control)
-    shots, known = shots_of(case.bundle, case.seed), attacker(case)
+    shots, known = case.common.once(shots_of), case.common.once(attacker)
     ways: dict[str, Method] = {
         "cache": cache,
         "probe": probe,
@@ -102,7 +101,7 @@ def _learnt(method: Method, start: Start, shots: Shots, k: int) -> Accuracy:
 
 def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     """The entry "words", and what was lacking for it."""
-    unseen = [p.hidden for p in case.prompts if not p.seen and p.kind != EVALUATION]
+    unseen = [p.hidden for p in case.prompts if is_other_word(p.kind, p.seen)]
     counts = [n for n in SHOTS if n <= len(unseen)]
     generator = case.generator("words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
@@ -110,7 +109,9 @@ def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     for curve, model in (("forgotten", case.after), ("before", case.before)):
         for n in counts:
             rows = [
-                model.embed(torch.stack([unseen[i] for i in order[:n]])).mean(dim=0)
+                normalize(model.embed(torch.stack([unseen[i] for i in order[:n]])), dim=1).mean(
+                    dim=0
+                )
                 for order in orders
             ]
             found = [_found(case, model, normalize(row, dim=0)) for row in rows]
@@ -146,21 +147,16 @@ def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
 
 
 def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> int | None:
-    """The least count that reaches `BACK` of the class's own accuracy; None if none does."""
-    if not own:
-        return None
-    for count, found in zip(counts, curve, strict=True):
-        if found["value"] is not None and found["value"] >= BACK * own:
-            return count
-    return None
+    """The least count with which the class is back; None if it is with none."""
+    back = (n for n, found in zip(counts, curve, strict=True) if holds(found["value"], own))
+    return next(back, None)
 
 
 def _control(case: Case) -> int | None:
     """Column of the nearest retained class with as many images as the class has, or enough for
     every number of shots; if there is none, of the one with most images."""
-    counts = torch.bincount(case.bundle.labels, minlength=len(case.bundle.classnames))
-    retained = torch.tensor(case.retained, dtype=torch.int64)
-    retained = retained[counts[retained] > 1]
+    counts = case.common.images
+    retained = (case.retained & (counts > 1)).nonzero()[:, 0]
     if not len(retained):
         return None
     enough = counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from clip.bundle import FeatureBundle
-from evaluation.audit.case import Case
+from evaluation.audit.case import Case, Common
 from evaluation.audit.interval import accuracy
 
 FOLDS = 5
 NEIGHBOURS = 5
 RIDGE = 1.0  # added to the pooled covariance, in units of its mean eigenvalue
 FLOOR = 1e-8  # the same where there is no spread at all; embeddings have norm 1
-BLOCK = 1024  # rows of the similarity matrix at once
 FEWEST = 2  # images of a class: one to learn from, one to find
 
 
@@ -45,13 +43,10 @@ def measure(case: Case) -> dict[str, Any]:
         missing.append(f"zero-shot: no image of {case.name}")
     if others == 0:
         missing.append("probes: no image of another class to tell it from")
-    probes = _probes(case.bundle, case.seed)
+    probes = case.common.once(probes_of)
     probed = images >= FEWEST and others > 0
     chosen = case.mine if probed else torch.zeros_like(case.mine)
     linear, nearest = (accuracy(c[chosen]) for c in (probes.linear, probes.nearest))
-    before, after = (
-        accuracy(model.predicted[case.mine] == case.label) for model in (case.before, case.after)
-    )
     return {
         "linear_probe": {
             "before": linear,
@@ -59,7 +54,10 @@ def measure(case: Case) -> dict[str, Any]:
             "auc": float(probes.auc[case.label]) if probed else None,
         },
         "nearest_neighbours": {"k": probes.k, "before": nearest, "after": dict(nearest)},
-        "zero_shot": {"before": before, "after": after},
+        "zero_shot": {
+            "before": case.before.accuracy(case.label),
+            "after": case.after.accuracy(case.label),
+        },
         "not_measured": missing,
     }
 
@@ -80,23 +78,12 @@ class Probes:
     k: int
 
 
-# By identity: a bundle has no hash. An entry goes when its bundle does.
-_known: dict[tuple[int, int], Probes] = {}
-
-
-def _probes(bundle: FeatureBundle, seed: int) -> Probes:
-    """Both probes of a bundle, computed once in a process: they do not depend on what is
-    forgotten, so auditing all classes of a set costs them once."""
-    key = (id(bundle), seed)
-    if key not in _known:
-        x, labels, classes = bundle.image_features, bundle.labels, len(bundle.classnames)
-        scores = probe(x, labels, classes, seed)
-        nearest, k = vote(x, labels, classes)
-        _known[key] = Probes(
-            scores.argmax(dim=1) == labels, nearest == labels, _auc(scores, labels), k
-        )
-        weakref.finalize(bundle, _known.pop, key)
-    return _known[key]
+def probes_of(common: Common) -> Probes:
+    """Both probes: they do not depend on what is forgotten."""
+    x, labels = common.bundle.image_features, common.bundle.labels
+    scores = probe(x, labels, len(common.bundle.classnames), common.seed)
+    nearest, k = vote(x, labels)
+    return Probes(scores.argmax(dim=1) == labels, nearest == labels, _auc(scores, labels), k)
 
 
 def probe(x: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:
@@ -124,26 +111,20 @@ def probe(x: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:
     return scores
 
 
-def vote(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, int]:
+def vote(x: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """The class (N,) that an image's nearest other images vote for, and how many voted.
 
     Cross-validated by leaving out the image itself. A vote counts 1 + its cosine, so that the
-    nearer ones decide between classes with equally many. -1 without another image. All pairs are
-    compared, N^2 d products.
+    nearer ones decide between classes with equally many. -1 without another image.
     """
-    k = max(0, min(NEIGHBOURS, len(x) - 1))
-    if k == 0:
-        return torch.full_like(labels, -1), k
-    predicted = []
-    for start in range(0, len(x), BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, len(x)))
-        similarity = x[rows] @ x.T  # (b, d) @ (d, N)
-        similarity[torch.arange(len(rows)), rows] = -torch.inf
-        cosines, nearest = similarity.topk(k)  # (b, k)
-        votes = similarity.new_zeros(len(rows), classes)
-        votes.scatter_add_(1, labels[nearest], 1 + cosines)
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted), k
+    k = min(NEIGHBOURS, len(x) - 1)
+    if k < 1:
+        return torch.full_like(labels, -1), 0
+    classifier = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distances: 2 - distances
+    )
+    # None: every image that was learnt from, by its neighbours without itself.
+    return torch.from_numpy(classifier.fit(x.numpy(), labels.numpy()).predict(None)), k
 
 
 def _folds(labels: Tensor, seed: int) -> Tensor:
@@ -174,12 +155,9 @@ def _discriminants(x: Tensor, labels: Tensor, classes: int, new: Tensor) -> Tens
 
 
 def _auc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Area under the ROC curve (C,) of each column of scores (N, C) for its class, by ranks."""
-    found = scores.new_full((scores.shape[1],), torch.nan)
-    for column in labels.unique().tolist():
-        mine = (labels == column).numpy()
-        n, rest = mine.sum(), (~mine).sum()
-        if rest:
-            ranks = rankdata(scores[:, column].numpy())[mine].sum()
-            found[column] = (ranks - n * (n + 1) / 2) / (n * rest)
-    return found
+    """Area under the ROC curve (C,) of each column of scores (N, C) for its class, by ranks: the
+    scores may hold -inf, which scikit-learn refuses. NaN without images on both sides."""
+    ranks = torch.from_numpy(rankdata(scores.numpy(), axis=0)).gather(1, labels[:, None])[:, 0]
+    mine = torch.bincount(labels, minlength=scores.shape[1]).double()  # (C,)
+    sums = torch.zeros_like(mine).index_add_(0, labels, ranks)
+    return (sums - mine * (mine + 1) / 2) / (mine * (len(labels) - mine))

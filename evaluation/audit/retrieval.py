@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.audit.case import Case, Model
-from evaluation.audit.destinations import held
-from evaluation.audit.interval import Accuracy, accuracy
+from evaluation.audit.case import Case, Common, Model
+from evaluation.audit.interval import Accuracy, share
 
 CUTOFFS = (1, 5, 10)
 
@@ -30,36 +29,44 @@ def measure(case: Case) -> dict[str, Any]:
         image_to_text, text_to_image: {"forgotten" | "retained": {"before" | "after": {"1", "5",
         "10": Accuracy}}}; not_measured.
     """
-    labels = case.bundle.labels
-    retained = torch.tensor(case.retained, dtype=torch.int64)
-    depicted = set(labels.tolist())
-    texts = min(len(held(case.before)), len(held(case.after)))
-    directions = {
-        "image_to_text": (
-            (_ranks_of_texts(case.before), _ranks_of_texts(case.after)),
-            {"forgotten": case.mine, "retained": torch.isin(labels, retained)},
-            [k for k in CUTOFFS if k < texts],
-        ),
-        "text_to_image": (
-            (_ranks_of_images(case.before), _ranks_of_images(case.after)),
-            {
-                group: torch.tensor([c for c in columns if c in depicted], dtype=torch.int64)
-                for group, columns in (("forgotten", [case.label]), ("retained", case.retained))
-            },
-            [k for k in CUTOFFS if k < len(labels)],
-        ),
+    labels, depicted = case.bundle.labels, case.common.images > 0
+    groups = {
+        "forgotten": torch.arange(len(depicted)) == case.label,
+        "retained": case.retained,
     }
+    before, after = case.common.once(_ranks_before), _ranks(case.after)
+    missing = []
+    if not case.mine.any():
+        missing.append(f"retrieval: no image of {case.name}")
+    if not case.retained[labels].any():
+        missing.append("retrieval: no image of a class that is retained")
     report: dict[str, Any] = {}
-    for direction, ((before, after), groups, cutoffs) in directions.items():
-        report[direction] = {
-            group: {
-                "before": _recalls(before[queries], cutoffs),
-                "after": _recalls(after[queries], cutoffs),
+    for direction, answers, count in (
+        ("image_to_text", "texts", len(depicted) - len(case.after.removed)),
+        ("text_to_image", "images", len(labels)),
+    ):
+        report[direction] = {}
+        for name, group in groups.items():
+            queries = group[labels] if answers == "texts" else group & depicted
+            report[direction][name] = {
+                "before": _recalls(before[direction][queries], count),
+                "after": _recalls(after[direction][queries], count),
             }
-            for group, queries in groups.items()
-        }
-    report["not_measured"] = _missing(case, texts)
-    return report
+        missing += [
+            f"{direction.replace('_', ' ')}: K = {k} of {count} {answers}"
+            for k in CUTOFFS
+            if k >= count
+        ]
+    return report | {"not_measured": missing}
+
+
+def _ranks(model: Model) -> dict[str, Tensor]:
+    """Direction -> how many answers come before the right one, for every query."""
+    return {"image_to_text": _ranks_of_texts(model), "text_to_image": _ranks_of_images(model)}
+
+
+def _ranks_before(common: Common) -> dict[str, Tensor]:
+    return _ranks(common.before)
 
 
 def _ranks_of_texts(model: Model) -> Tensor:
@@ -74,8 +81,7 @@ def _ranks_of_texts(model: Model) -> Tensor:
 def _ranks_of_images(model: Model) -> Tensor:
     """How many images come before the first right one, (C,) for every class; equal cosines rank
     in the order of the images. A class without images comes after all of them."""
-    labels = model.bundle.labels
-    scores = model.bundle.image_features @ model.classes.T  # (N, d) @ (d, C); no name is removed
+    labels, scores = model.bundle.labels, model.cosines  # (N,), (N, C) with removed names too
     count, classes = scores.shape
     own = scores.gather(1, labels[:, None])[:, 0]  # (N,)
     best = own.new_full((classes,), -torch.inf).scatter_reduce(0, labels, own, "amax")
@@ -85,21 +91,9 @@ def _ranks_of_images(model: Model) -> Tensor:
     return ((scores > best) | ((scores == best) & (order[:, None] < first))).sum(dim=0)
 
 
-def _recalls(ranks: Tensor, cutoffs: list[int]) -> dict[str, Accuracy]:
-    """Recall of the queries with these ranks (n,), None at a K that is not in `cutoffs`."""
-    return {str(k): accuracy((ranks if k in cutoffs else ranks[:0]) < k) for k in CUTOFFS}
-
-
-def _missing(case: Case, texts: int) -> list[str]:
-    """What could not be measured, and why."""
-    missing = []
-    if not case.mine.any():
-        missing.append(f"retrieval: no image of {case.name}")
-    if not torch.isin(case.bundle.labels, torch.tensor(case.retained, dtype=torch.int64)).any():
-        missing.append("retrieval: no image of a class that is retained")
-    for direction, count, answers in (
-        ("image to text", texts, "texts"),
-        ("text to image", len(case.bundle.labels), "images"),
-    ):
-        missing += [f"{direction}: K = {k} of {count} {answers}" for k in CUTOFFS if k >= count]
-    return missing
+def _recalls(ranks: Tensor, answers: int) -> dict[str, Accuracy]:
+    """Recall of the queries with these ranks (n,); None at a K that takes in all answers."""
+    return {
+        str(k): share(int((ranks < k).sum()), len(ranks)) if k < answers else share(0, 0)
+        for k in CUTOFFS
+    }

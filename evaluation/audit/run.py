@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from datasets import plain
 from engine.determinism import one_thread
 from engine.errors import UserError, unknown
-from engine.files import inside, sha256_file
+from engine.files import Batch, inside, sha256_file
 from evaluation.audit import (
     confusion,
     destinations,
@@ -25,14 +27,14 @@ from evaluation.audit import (
     retrieval,
     undo,
 )
-from evaluation.audit.case import Case, Model
-from evaluation.audit.inputs import Inputs, recover, select
+from evaluation.audit.case import Case, Common, Model
+from evaluation.audit.inputs import Encode, Inputs, recover, select
 from evaluation.audit.prompts import prompts_for
-from evaluation.audit.record import Audits, merge_audit, read_audits
+from evaluation.audit.record import Audits, merge_audits, read_audits
 from evaluation.audit.verdict import verdict
-from evaluation.results import SETTINGS, Logs, join_label, read_logs
+from evaluation.results import SEPARATOR, SETTINGS, Logs, join_label, read_logs
 from evaluation.zero_shot import Factors
-from forgetting import load_adapter, projection_sha256
+from forgetting import Adapter, load_adapter, projection_sha256
 
 MEASURES = {
     "paraphrase": paraphrase.measure,
@@ -104,34 +106,28 @@ def audit_dataset(
         UserError: an adapter that is gone or belongs to another projection.
     """
     done = read_audits(folder).get(dataset, {})
-    before = Model(inputs.bundle)
+    results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
-    with tqdm(labels, desc=f"audit: {dataset}", unit="class") as bar:
+    bar = tqdm(labels, desc=f"audit: {dataset}", unit="class")
+    with bar, Batch(partial(merge_audits, folder)) as batch:
         for label in bar:
             bar.set_postfix_str(label[:40], refresh=False)
-            solver = logs[dataset][label].get("solver") or {}
-            path = _adapter_path(folder, dataset, label, solver)
-            adapter = load_adapter(path)
-            if join_label(adapter.classes) != label:
-                raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
-            cases = _cases(before, inputs, adapter, solver, seed)
+            cases = results.cases(label, inputs.encode)
             settings = {
                 "seed": seed,
                 "texts": {name: len(case.prompts) for name, case in cases.items()},
             }
-            stamp = {"adapter_sha256": sha256_file(path), "settings": settings}
+            stamp = {"adapter_sha256": sha256_file(results.path(label)), "settings": settings}
             there = done.get(label, {})
             same = all(there.get(key) == value for key, value in stamp.items())
             kept = there["classes"] if same else {name: {} for name in cases}
             if all(set(measures) <= set(kept[name]) for name in cases):
                 continue
-            strangers = _strangers(folder, logs, dataset, label, seed)
             with one_thread():
                 classes = {
-                    name: audit_class(replace(case, strangers=strangers), measures, kept[name])
-                    for name, case in cases.items()
+                    name: audit_class(case, measures, kept[name]) for name, case in cases.items()
                 }
-            merge_audit(folder, dataset, label, stamp | {"classes": classes})
+            batch.add((dataset, label, stamp | {"classes": classes}))
 
 
 def audit_class(
@@ -156,54 +152,77 @@ def audit_class(
     return found | {"seconds": seconds, "verdict": verdict(case.name, found)}
 
 
-def _cases(
-    before: Model, inputs: Inputs, adapter: Any, solver: dict[str, Any], seed: int
-) -> dict[str, Case]:
-    """A case for every class of an adapter."""
-    bundle = inputs.bundle
-    if adapter.projection_sha256 != projection_sha256(bundle.text_projection):
-        raise UserError(
-            f"the adapter of {', '.join(adapter.classes)} was made for another text projection "
-            f"than that of {bundle.dataset}; audit with what it was made from"
-        )
-    removed = tuple(solver.get("removed_names", ()))
-    after = Model(bundle, (adapter.left, adapter.right), removed)
-    cases = {}
-    for name in adapter.classes:
+@dataclass(frozen=True)
+class _Results:
+    """The results of one data set: its part of the logs, and the adapters that they name."""
+
+    folder: Path
+    logs: dict[str, Any]
+    common: Common
+
+    def cases(self, label: str, encode: Encode | None) -> dict[str, Case]:
+        """A case for every class of a label."""
+        solver, adapter = self.solver(label), self.adapter(label)
+        factors = adapter.left, adapter.right
+        after = Model(self.common, factors, tuple(solver.get("removed_names", ())))
         seen = set(solver.get("texts") or map(plain, adapter.classes))
-        prompts, unmeasured = prompts_for(bundle, name, seen, inputs.encode)
-        cases[name] = Case(
-            name=name,
-            forgotten=list(adapter.classes),
-            before=before,
-            after=after,
-            others=inputs.others,
-            prompts=prompts,
-            unmeasured=unmeasured,
-            seed=seed,
+        cases = {}
+        for name in adapter.classes:
+            prompts, unmeasured = prompts_for(self.common, name, seen, encode)
+            case = Case(name, adapter.classes, after, prompts, unmeasured)
+            cases[name] = replace(case, stranger=self.stranger(label, case))
+        return cases
+
+    def stranger(self, label: str, case: Case) -> tuple[str, Factors] | None:
+        """One of a few other adapters that forget none of the case's classes, with its label; the
+        same one in every run."""
+        others = [other for other in self.labels if other != label]
+        few = random.Random(f"{self.common.seed}/{self.common.bundle.dataset}/{label}").sample(
+            others, min(STRANGERS, len(others))
         )
-    return cases
+        few = [
+            other for other in sorted(few) if not set(other.split(SEPARATOR)) & set(case.forgotten)
+        ]
+        if not few:
+            return None
+        chosen = few[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
+        adapter = self.adapter(chosen)
+        return chosen, (adapter.left, adapter.right)
 
+    @cached_property
+    def labels(self) -> list[str]:
+        return sorted(key for key in self.logs if key != SETTINGS)
 
-def _strangers(folder: Path, logs: Logs, dataset: str, label: str, seed: int) -> dict[str, Factors]:
-    """Factors of a few other adapters of the data set, the same ones in every run."""
-    others = sorted(key for key in logs[dataset] if key not in (label, SETTINGS))
-    chosen = random.Random(f"{seed}/{dataset}/{label}").sample(others, min(STRANGERS, len(others)))
-    found = {}
-    for key in chosen:
-        path = _adapter_path(folder, dataset, key, logs[dataset][key].get("solver") or {})
+    @cached_property
+    def projection(self) -> str:
+        return projection_sha256(self.common.bundle.text_projection)
+
+    def solver(self, label: str) -> dict[str, Any]:
+        return self.logs[label].get("solver") or {}
+
+    def path(self, label: str) -> Path:
+        """The file of a label's adapter."""
+        where = f"{self.common.bundle.dataset} / {label}"
+        name = self.solver(label).get("adapter")
+        if name is None:
+            raise UserError(
+                f"{self.folder}: the results of {where} name no adapter; an audit needs results of "
+                "this repository's trainers"
+            )
+        path = inside(self.folder, name)
+        if not path.is_file():
+            raise UserError(f"the adapter of {where} is gone: {path}; run forget_clip.sh")
+        return path
+
+    def adapter(self, label: str) -> Adapter:
+        """A label's adapter, which must be one of its classes and of the bundle's projection."""
+        path = self.path(label)
         adapter = load_adapter(path)
-        found[key] = (adapter.left, adapter.right)
-    return found
-
-
-def _adapter_path(folder: Path, dataset: str, label: str, solver: dict[str, Any]) -> Path:
-    if "adapter" not in solver:
-        raise UserError(
-            f"{folder}: the results of {dataset} / {label} name no adapter; an audit needs results "
-            "of this repository's trainers"
-        )
-    path = inside(folder, solver["adapter"])
-    if not path.is_file():
-        raise UserError(f"the adapter of {dataset} / {label} is gone: {path}; run forget_clip.sh")
-    return path
+        if join_label(adapter.classes) != label:
+            raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
+        if adapter.projection_sha256 != self.projection:
+            raise UserError(
+                f"{path} was made for another text projection than that of "
+                f"{self.common.bundle.dataset}; audit with what it was made from"
+            )
+        return adapter

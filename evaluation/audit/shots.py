@@ -7,7 +7,6 @@ he wants and tunes nothing on the images that he is judged on.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.audit.attacker import Attacker, set_generator
-from evaluation.audit.case import Model
-from forgetting.constrained import solve_from_base
+from evaluation.audit.attacker import Attacker
+from evaluation.audit.case import Common, Model
+from forgetting.constrained import land
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
@@ -72,26 +71,16 @@ class Shots:
         return found
 
 
-# By identity: a bundle has no hash. An entry goes when its bundle does.
-_known: dict[tuple[int, int], Shots] = {}
-
-
-def shots_of(bundle: FeatureBundle, seed: int) -> Shots:
-    """The draws of a bundle, one for all of its classes: what does not depend on the class that
-    is wanted back is then computed once."""
-    key = (id(bundle), seed)
-    if key not in _known:
-        generator = set_generator(bundle, seed, "shots")
-        labels = range(len(bundle.classnames))
-        images = [(bundle.labels == label).nonzero()[:, 0] for label in labels]
-        orders = [
-            [mine[torch.randperm(len(mine), generator=generator)] for mine in images]
-            for _ in range(REPEATS)
-        ]
-        # A reference to the bundle would keep it, and with it this entry, for ever.
-        _known[key] = Shots(weakref.proxy(bundle), orders)
-        weakref.finalize(bundle, _known.pop, key, None)
-    return _known[key]
+def shots_of(common: Common) -> Shots:
+    """The draws of a data set, the same for all of its classes: what does not depend on the class
+    that is wanted back is then computed once."""
+    bundle, generator = common.bundle, common.generator("shots")
+    images = [(bundle.labels == label).nonzero()[:, 0] for label in range(len(bundle.classnames))]
+    orders = [
+        [mine[torch.randperm(len(mine), generator=generator)] for mine in images]
+        for _ in range(REPEATS)
+    ]
+    return Shots(bundle, orders)
 
 
 @dataclass(frozen=True)
@@ -105,11 +94,6 @@ class Start:
     model: Model
     label: int
     named: bool = True
-
-    @cached_property
-    def texts(self) -> Tensor:
-        """Embeddings (C, d) of the evaluation prompts at their own lengths."""
-        return self.model.bundle.class_hidden @ self.model.projection  # (C, w) @ (w, d)
 
     @cached_property
     def away(self) -> Tensor:
@@ -167,7 +151,7 @@ def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: 
     means = shots.sums(bundle.image_features[held], held) / counts[:, None]  # (C, d)
     others = counts > 0
     others[label] = False
-    texts = normalize(start.texts, dim=1)
+    texts = normalize(start.model.texts, dim=1)
     target = normalize(
         texts[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
     )  # (d,)
@@ -184,14 +168,15 @@ def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: 
 def _moved(start: Start, target: Tensor, known: Attacker) -> Tensor:
     """All classes' embeddings (C, d) after the exact change that sends the class's to `target`."""
     bundle, label = start.model.bundle, start.label
-    text = bundle.class_hidden[label : label + 1].double()  # (1, w)
-    leaving = bundle.forget_hidden[label : label + 1].double()
-    left, right = solve_from_base(
-        text,
-        known.ridge.solve(text),
-        leaving,
-        known.ridge.solve(leaving),
-        text.new_full((1,), known.own_share),
-        (target - start.texts[label]).double()[None],
+    text = bundle.class_hidden[label].double()[None]  # (1, w)
+    leaving = bundle.forget_hidden[label].double()[None]
+    left, right = land(
+        text[None],
+        known.ridge.solve(text)[None],
+        leaving[None],
+        known.ridge.solve(leaving)[None],
+        text.new_full((1, 1), known.own_share),
+        (target - start.model.texts[label]).double()[None, None],
     )
-    return start.texts + (bundle.class_hidden @ left.float()) @ right.float()  # (C, 1) @ (1, d)
+    share = bundle.class_hidden @ left[0].float()  # (C, w) @ (w, 1)
+    return start.model.texts + share @ right[0].float()  # (C, 1) @ (1, d)

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from evaluation.audit.attacker import Attacker, attacker
-from evaluation.audit.case import Case
+from evaluation.audit.attacker import TINY, Attacker, attacker
+from evaluation.audit.case import Case, Model
 from evaluation.results import SEPARATOR
+from evaluation.zero_shot import Factors
 
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
-TINY = torch.finfo(torch.float64).tiny
 WORDS = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
 NOTHING: dict[str, Any] = {
     "rank": None,
@@ -50,32 +49,22 @@ def measure(case: Case) -> dict[str, Any]:
         count half. `places` are those of all that is forgotten together, in two_adapters followed
         by those that the other adapter forgets.
     """
-    known = attacker(case)
+    known = case.common.once(attacker)
     reasons: list[str] = []
-    w, changed = case.bundle.text_projection, case.after.projection
-    width = case.after.factors[0].shape[1] if case.after.factors else 0
     attacks = {
-        "original_known": _difference(case, known, changed, w, width, case.forgotten),
+        "original_known": _difference(case, known, case.before, case.forgotten),
         "two_adapters": dict(NOTHING),
         "alone": _alone(case, known),
     }
     if attacks["original_known"]["rank"] == 0:
         reasons.append("original_known: the projection is the original's to rounding")
-    labels = [
-        label
-        for label in sorted(case.strangers)
-        if not set(label.split(SEPARATOR)) & set(case.forgotten)
-    ]
-    if labels:
-        choice = int(torch.randint(len(labels), (1,), generator=case.generator("undo")))
-        left, right = case.strangers[labels[choice]]
-        named = [*case.forgotten, *labels[choice].split(SEPARATOR)]
-        other = w + left @ right  # (w, r) @ (r, d)
-        attacks["two_adapters"] = _difference(
-            case, known, changed, other, width + left.shape[1], named
-        )
+    if case.stranger is not None:
+        label, factors = case.stranger
+        named = [*case.forgotten, *label.split(SEPARATOR)]
+        attacks["two_adapters"] = _difference(case, known, Model(case.common, factors), named)
     else:
         reasons.append("two_adapters: no second adapter of the same run")
+    w = case.bundle.text_projection
     if torch.equal(w, torch.eye(*w.shape)):
         reasons.append(
             "alone, beside a trained projection: the bundle's is the identity (folded into its "
@@ -95,7 +84,8 @@ def span_scores(difference: Tensor, noise: float, known: Attacker) -> tuple[int,
     is it known that it is the most that there is.)
 
     Args:
-        difference: (w, d) float64; noise: singular values up to it are rounding.
+        difference: (w, q) float64, the change along all directions in which it can be more than
+            rounding; noise: singular values up to it are rounding.
 
     Returns:
         the numerical rank r, an orthonormal basis (w, r) of `K U`, which the forgotten hidden
@@ -103,41 +93,50 @@ def span_scores(difference: Tensor, noise: float, known: Attacker) -> tuple[int,
     """
     u, values, _ = torch.linalg.svd(difference, full_matrices=False)
     rank = int((values > noise).sum())
-    u = u[:, :rank]
+    u, values = u[:, :rank], values[:rank]
     basis, scores = u, difference.new_zeros(len(known.names))
-    if rank:
-        for guess in known.guesses(difference):
-            length = guess.specific.norm(dim=1).clamp_min(TINY)
-            cosines = (guess.specific @ u).norm(dim=1) / length  # (n, w) @ (w, r) -> (n,)
-            if cosines.max() > scores.max():
-                basis, scores = torch.linalg.qr(guess.matrix @ u)[0], cosines
+    for guess in known.guesses(u, values) if rank else ():
+        cosines = guess.cosines(u)
+        if cosines.max() > scores.max():
+            basis, scores = guess.texts(u), cosines
     return rank, basis, scores
 
 
-def oddness(projection: Tensor, known: Attacker) -> Tensor:
-    """How unlike the others a name is treated, (n,), from `W'` (w, d) alone.
+def oddness(change: Factors, known: Attacker) -> Tensor:
+    """How unlike the others a name is treated, (n,), from `W'` alone.
 
     The least change of all else that moves a text is along what the other texts do not explain of
     it, so there `W'` must be unlike an untouched projection. The score of a name is its gain along
     that direction x, `log ||x W'|| / ||x||`, as distance from the median of all names. Unlike the
     length of `h W'` it also betrays a text that was sent elsewhere at its own length.
+
+    Args:
+        change: left (w, r), right (r, d) of `W' - W`, in which no name is worth the product of all
+            of them with `W'` again.
     """
-    x = known.alike.specific
-    gain = (x @ projection).norm(dim=1) / x.norm(dim=1).clamp_min(TINY)  # (n, w) @ (w, d) -> (n,)
+    left, right = (factor.double() for factor in change)
+    x, lengths, untouched = known.unexplained
+    gain = (untouched + (x @ left) @ right).norm(dim=1) / lengths  # (n, d) -> (n,)
     gain = gain.clamp_min(TINY).log()
     return (gain - gain.median()).abs()
 
 
-def _difference(
-    case: Case, known: Attacker, one: Tensor, other: Tensor, width: int, named: list[str]
-) -> dict[str, Any]:
+def _difference(case: Case, known: Attacker, other: Model, named: list[str]) -> dict[str, Any]:
     """The attack on the difference of two projections that both came in float32."""
+    one, two = case.after.projection, other.projection
     # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
-    noise = EPSILON * float(torch.linalg.matrix_norm(one) + torch.linalg.matrix_norm(other))
-    rank, basis, scores = span_scores(one.double() - other.double(), noise, known)
+    noise = EPSILON * float(torch.linalg.matrix_norm(one) + torch.linalg.matrix_norm(two))
+    rows = torch.cat([case.after.change[1], other.change[1]]).double()  # (q, d)
+    # All that is not rounding lies in the span of these rows: q columns instead of d.
+    span = torch.linalg.qr(rows.T)[0]
+    rank, basis, scores = span_scores((one.double() - two.double()) @ span, noise, known)
     if rank == 0:
-        return NOTHING | {"rank": 0, "rank_expected": width}
-    found = {"rank": rank, "rank_expected": width, "text_cosine": _text_cosine(case, known, basis)}
+        return NOTHING | {"rank": 0, "rank_expected": len(rows)}
+    found = {
+        "rank": rank,
+        "rank_expected": len(rows),
+        "text_cosine": _text_cosine(case, known, basis),
+    }
     return found | _ranking(case, known, scores, named)
 
 
@@ -149,7 +148,7 @@ def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
     """
     texts = [prompt.hidden for prompt in case.prompts if prompt.seen]
     texts = torch.stack(texts or [case.bundle.forget_hidden[case.label]]).double()  # (k, w)
-    shared = normalize(known.hidden.mean(dim=0), dim=0)  # (w,)
+    shared = known.shared  # (w,)
     texts = texts - (texts @ shared)[:, None] * shared
     basis = torch.linalg.qr(basis - shared[:, None] * (shared @ basis))[0]
     cosines = (texts @ basis).norm(dim=1) / texts.norm(dim=1).clamp_min(TINY)  # (k, r) -> (k,)
@@ -158,7 +157,7 @@ def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
 
 def _alone(case: Case, known: Attacker) -> dict[str, Any]:
     """No direction is recovered here, so there is no cosine."""
-    scores = oddness(case.after.projection.double(), known)
+    scores = oddness(case.after.change, known)
     return NOTHING | _ranking(case, known, scores, case.forgotten)
 
 

@@ -1,0 +1,92 @@
+"""Other spellings of a name: another case, the plural, mistakes of the keyboard."""
+
+from __future__ import annotations
+
+import re
+
+# fmt: off
+IRREGULAR = {
+    "calf": "calves", "child": "children", "dingo": "dingoes", "echo": "echoes", "foot": "feet",
+    "goose": "geese", "half": "halves", "harvestman": "harvestmen", "hero": "heroes",
+    "knife": "knives", "leaf": "leaves", "lens": "lenses", "life": "lives", "loaf": "loaves",
+    "man": "men", "mouse": "mice", "ox": "oxen", "person": "people", "potato": "potatoes",
+    "quiz": "quizzes", "scarf": "scarves", "shelf": "shelves", "snowman": "snowmen",
+    "thief": "thieves", "tomato": "tomatoes", "tooth": "teeth", "wife": "wives", "wolf": "wolves",
+    "woman": "women",
+}
+# fmt: on
+SAME = {"bison", "bonsai", "chassis", "deer", "hairless", "malinois", "moose", "sheep", "snoopy"}
+# Endings whose plural is the word itself: fish, peoples and breeds, and what is plural already.
+SAME_ENDING = re.compile(r"(fish|[^e]ese|es|[bcdfgklmnprtwy]s)$")
+HEAD = re.compile(r"(\S+)( of | in the |-de-)(.+)")  # "bird of paradise": its head comes first
+SHORTEST = 3  # letters of a word that a mistake leaves readable
+
+
+def cases(name: str) -> list[str]:
+    """The name in capitals, in small letters and with capital initials, without itself."""
+    forms = [name.upper(), name.lower(), name.title()]
+    return [form for form in dict.fromkeys(forms) if form != name]
+
+
+def plural(name: str) -> str | None:
+    """The plural of a name by the rules of English; None if it is plural already or no word."""
+    *front, last = name.split(" ")
+    if not last[-1:].isalnum() or (last.lower() not in IRREGULAR and _is_plural(last)):
+        return None
+    if head := HEAD.fullmatch(name):
+        return _plural(head[1]) + head[2] + head[3]
+    return " ".join([*front, _plural(last)])
+
+
+def _is_plural(word: str) -> bool:
+    if word[-1:].isupper():  # an abbreviation: "Regal GS"
+        return False
+    return word.lower() in SAME or bool(SAME_ENDING.search(word.lower()))
+
+
+def _plural(word: str) -> str:
+    lower = word.lower()
+    if lower in IRREGULAR:
+        return word[0] + IRREGULAR[lower][1:]
+    if len(word) == 1 and word.islower():
+        return f"{word}'s"
+    if word[-1:].isupper():
+        return word + "s"
+    if re.search(r"[aeiouy]sis$", lower):
+        return word[:-2] + "es"
+    if re.search(r"([sxz]|[cs]h)$", lower):
+        return word + "es"
+    if re.search(r"[^aeiou]y$", lower):
+        return word[:-1] + "ies"
+    return word + "s"
+
+
+def misspellings(name: str) -> list[str]:
+    """Two mistakes: two inner letters swapped in the longest word, one left out in the last one.
+
+    Fewer where no word is long enough. First and last letters of the words stay.
+    """
+    words = [match for match in re.finditer(r"[^\W\d_]+", name) if len(match[0]) >= SHORTEST]
+    if not words:
+        return []
+    longest = max(words, key=lambda match: len(match[0]))
+    forms = [
+        name[: match.start()] + change(match[0]) + name[match.end() :]
+        for match, change in ((longest, _swap), (words[-1], _drop))
+    ]
+    return [form for form in dict.fromkeys(forms) if form != name]
+
+
+def _swap(word: str) -> str:
+    """Exchange the two inner neighbours nearest to the middle that differ."""
+    middle = (len(word) - 1) / 2
+    places = [i for i in range(1, len(word) - 2) if word[i].lower() != word[i + 1].lower()]
+    if not places:
+        return word[:2] + word[1:]  # too short to swap: the second letter twice
+    i = min(places, key=lambda i: (abs(i + 0.5 - middle), i))
+    return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+
+
+def _drop(word: str) -> str:
+    middle = len(word) // 2
+    return word[:middle] + word[middle + 1 :]

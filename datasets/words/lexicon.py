@@ -1,0 +1,97 @@
+"""Other words for a set's classes: committed lists, a rule for cars, WordNet where installed.
+
+`NAME.txt` has a class a line, `#` begins a comment:
+
+    class; other spelling | synonym; synonym | hypernym; hypernym | description; description
+
+Cells at the end may be left out. Other spellings are names under which the class is found too, for
+a published split that cut them. The lists serve an audit, which asks for a forgotten class in other
+words; no list is needed to forget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from datasets.lists import entries
+from datasets.names import key, plain
+from datasets.table import SETS
+from datasets.words.cars import car_words
+from datasets.words.wordnet import wordnet_words
+from engine import UserError
+
+FOLDER = Path(__file__).parent
+CELLS = 4
+
+
+@dataclass(frozen=True)
+class Words:
+    """Other words for one class.
+
+    Attributes:
+        synonyms: mean the same; hypernyms: mean more; descriptions: say what it looks like.
+    """
+
+    synonyms: list[str]
+    hypernyms: list[str]
+    descriptions: list[str]
+
+
+NONE = Words([], [], [])
+
+
+def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Words:
+    """Other words for a class, committed ones first, without the class's own name.
+
+    Args:
+        dataset: the set whose list is read; a set that the table does not have has no list.
+        others: names that belong to other classes and are never given.
+
+    Raises:
+        UserError: a list that cannot be read or is not in the form above.
+    """
+    own = _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
+    ruled = Words(*car_words(plain(name))) if dataset == "StanfordCars" else NONE
+    taken = {key(name), *map(key, others)}
+    # The list decides what is a hypernym, over the rule and over WordNet.
+    synonyms = _new([*own.synonyms, *ruled.synonyms], taken | set(map(key, own.hypernyms)))
+    hypernyms = _new([*own.hypernyms, *ruled.hypernyms], taken | set(map(key, synonyms)))
+    same, above = wordnet_words(plain(name), synonyms, hypernyms)
+    listed = taken | set(map(key, [*synonyms, *hypernyms]))
+    synonyms += _new(same, listed)
+    hypernyms += _new(above, listed | set(map(key, same)))
+    return Words(synonyms, hypernyms, _new([*own.descriptions, *ruled.descriptions], taken))
+
+
+def _new(words: Iterable[str], taken: set[str]) -> list[str]:
+    """The words that are not in `taken`, each once."""
+    found: dict[str, str] = {}
+    for word in words:
+        if key(word) not in taken:
+            found.setdefault(key(word), word)
+    return list(found.values())
+
+
+@cache
+def _read(dataset: str) -> dict[str, Words]:
+    """Class name, as `key` spells it -> its words; empty if the set has no list."""
+    path = FOLDER / f"{dataset}.txt"
+    found: dict[str, Words] = {}
+    for where, text in entries(path, f"other words for {dataset}") if path.exists() else ():
+        names, *cells = [
+            [plain(word) for word in cell.split(";") if word.strip()] for cell in text.split("|")
+        ]
+        if not names or not any(cells) or len(cells) >= CELLS:
+            raise UserError(
+                f"{where}: {text!r} must be "
+                "'class | synonym; synonym | hypernym; hypernym | description'"
+            )
+        cells += [[]] * (CELLS - 1 - len(cells))
+        for name in map(key, names):
+            if name in found:
+                raise UserError(f"{where}: {name!r} was there before")
+            found[name] = Words(*cells)
+    return found

@@ -1,0 +1,155 @@
+"""Where forgotten texts are sent: every target, as a function of tensors.
+
+    empty       the paper's: the embedding of the empty prompt, of norm 1
+    opposite    nothing of the text's own direction, or a little of its opposite
+    specific    the same for that part of the text only that retained names do not explain
+    orthogonal  the direction that texts use least
+
+What decides whether a class is gone under other words is the target (docs/exact.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from forgetting.constrained import Ridge, batches, downdate, padded
+from forgetting.problem import ProblemError
+
+TARGETS = ("empty", "opposite", "orthogonal", "specific")
+# The noise is far larger than an embedding's differences between classes, so a redraw rarely
+# repeats; a hundred thousand of them mean that no draw can help (one class, for example).
+MAX_DRAWS = 100_000
+
+
+def empty_target(
+    neutral_hidden: Tensor,
+    projection: Tensor,
+    class_embeddings: Tensor,
+    forget_labels: list[int],
+    generator: torch.Generator,
+    noise_std: float = 0.5,
+) -> tuple[Tensor, int]:
+    """The unit-norm embedding of the empty prompt, repeated for every forgotten text.
+
+    If the class nearest to the empty prompt is itself to be forgotten, sending texts there would
+    leave it recognised. Then Gaussian noise is added to the unnormalised embedding, which is
+    normalised again, until the nearest class is none of those to forget (the paper's
+    regeneration).
+
+    Args:
+        neutral_hidden: (1, w), hidden state of the empty prompt.
+        projection: `W`, (w, d).
+        class_embeddings: (C, d), text embeddings of all classes of the data set, any norm.
+        forget_labels: the k rows of `class_embeddings` that are to be forgotten.
+        generator: draws the noise, on the CPU so that every device gets the same numbers.
+        noise_std: standard deviation of the noise, in units of the embedding's coordinates.
+
+    Returns:
+        `P` (k, d), all rows equal, and the number of times that noise was drawn.
+
+    Raises:
+        ProblemError: no draw leads away from the forgotten classes.
+    """
+    empty = neutral_hidden @ projection  # (1, w) @ (w, d) -> (1, d)
+    classes = normalize(class_embeddings, dim=-1)
+    forgotten = set(forget_labels)
+    if forgotten >= set(range(len(classes))):
+        raise ProblemError("every class is to be forgotten: no class is left to send the texts to")
+    candidate = empty
+    for draws in range(MAX_DRAWS):
+        unit = normalize(candidate, dim=-1)
+        if int((unit @ classes.T).argmax()) not in forgotten:
+            return unit.expand(len(forget_labels), -1).clone(), draws  # (1, d) -> (k, d)
+        noise = torch.randn(empty.shape, generator=generator, dtype=torch.float32)
+        candidate = empty + noise_std * noise.to(empty)
+    raise ProblemError(
+        f"{MAX_DRAWS} noisy empty prompts all lie nearest to a class to forget; "
+        "forget fewer classes at once"
+    )
+
+
+def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> Tensor:
+    """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
+
+    Another text h with share s(h) of the change becomes `h W - s (1 + beta) h_f W`. With the
+    paper's target, of norm 1 beside embeddings of norm 10, a synonym with s = 0.8 keeps its
+    direction; here it loses it. beta = 0 removes the text's embedding, 0.1 to 0.3 also carries
+    over to other words for it; near 1 the larger change harms others two to four times as much.
+
+    Raises:
+        ProblemError: beta is not a number of 0 or more.
+    """
+    check_beta("opposite", beta)
+    return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
+
+
+def specific_target(
+    forget_hidden: Tensor,
+    projection: Tensor,
+    gram: Tensor,
+    lam: float,
+    beta: float,
+    rows: Tensor | None = None,
+    shares: Tensor | None = None,
+    leaving: Tensor | None = None,
+) -> Tensor:
+    """Turn round only what is specific to a text: `P = e - (1 + beta) (e r / r r) r`, (k, d).
+
+    `e = h_f W` is split by ridge regression on what is retained: with `T = W^T G W`, the statistics
+    of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
+    direction goes, and a little of its opposite comes (beta); what the text shares with others (all
+    CLIP texts share most of their length) stays. The smaller change harms names that nobody
+    retained about half as much as `opposite_target` with beta 0.2 does, at about half the margin
+    for the forgotten class; where names are retained the two differ little (docs/exact.md). A large
+    `lam` gives `opposite_target`. beta may be negative, down to -1 (no change): some of the text's
+    own direction then stays.
+
+    Args:
+        gram: `G`, (w, w), the weighted statistics of what is retained.
+        lam: in units of the squared length of an embedding times the weights' sum.
+        rows: (n, w), retained texts, and shares: (n,), the weight of each in `gram`, of which
+            `leaving` (k, n) bool says what leaves it for each forgotten text; None: nothing does.
+
+    Raises:
+        ProblemError: `lam` is not positive, or beta is no number above -1.
+    """
+    check_beta("specific", beta)
+    w, g = projection.double(), gram.double()
+    ridge = Ridge(w.T @ g @ w, lam)  # (d, d)
+    e = forget_hidden.double() @ w  # (k, d)
+    r = ridge.solve(e)
+    if rows is not None:
+        part = leaving.any(dim=0) & (shares > 0)
+        gone, shares, leaving = rows[part].double() @ w, shares[part], leaving[:, part]
+        base, alone = ridge.solve(gone), torch.arange(len(e), device=e.device)
+        for texts, _ in batches(alone, leaving, len(e.T)):
+            places, weights = padded(leaving[texts], shares)
+            there = (weights > 0)[..., None]  # (B, n', 1)
+            r[texts] = downdate(
+                e[texts, None], r[texts, None], gone[places] * there, base[places] * there, weights
+            )[:, 0]
+    return e - (1 + beta) * (e * r).sum(1, keepdim=True) / (r * r).sum(1, keepdim=True) * r
+
+
+def orthogonal_target(texts: Tensor, count: int) -> Tensor:
+    """The direction that texts use least, at unit norm, repeated `count` times: (count, d).
+
+    It is orthogonal to the span of `texts` where that leaves a dimension over. Other words for a
+    forgotten class that move only part of the way keep part of their direction.
+
+    Args:
+        texts: (n, d), text embeddings of all that is named: classes and retained names.
+    """
+    _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
+    return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
+
+
+def check_beta(kind: str, beta: float) -> None:
+    """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
+    `specific` (-1 would be no change at all)."""
+    if kind == "opposite" and not 0 <= beta < float("inf"):
+        raise ProblemError(f"beta must be a number of 0 or more for opposite, got {beta}")
+    if kind == "specific" and not -1 < beta < float("inf"):
+        raise ProblemError(f"beta must be a number above -1 for specific, got {beta}")

@@ -1,0 +1,223 @@
+"""The paper's objective as trainers: its own descent, and its proved optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import TRAINER_REGISTRY
+from engine.config import paper_weights
+from forgetting import (
+    ForgetProblem,
+    LoraSettings,
+    solve_each,
+    solve_exact,
+    solve_lora_each,
+    thresholds,
+)
+from forgetting.adapter import recipe_parts
+from forgetting.exact import settle
+from trainers.base import ForgetTrainer, Solved
+from trainers.requests import Requests
+
+BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
+POOR = 1e-6  # a gap or residual above this is no answer to rely on
+
+
+class PaperTrainer(ForgetTrainer):
+    """The paper's objective, with its retain set: the vocabulary, every name alike."""
+
+    @classmethod
+    def check_settings(cls, cfg) -> None:
+        paper_weights(cfg)
+
+    def group_weights(self) -> dict[str, float | None]:
+        return {"vocabulary": None}
+
+    def constants(self) -> dict[str, Any]:
+        shape = {"rank": self.cfg.FORGET.RANK, "alpha": float(self.cfg.FORGET.ALPHA)}
+        return paper_weights(self.cfg) | shape | super().constants()
+
+    def problem(
+        self, requests: Requests, generators: Sequence[torch.Generator]
+    ) -> tuple[ForgetProblem, Tensor, list[dict[str, Any]]]:
+        """The problem of all requests together, which names leave with each class, (C, n) bool, and
+        what to report of each request beside its solution."""
+        target, draws = self.targets(requests, generators)
+        w = self.model.projection
+        problem = ForgetProblem(
+            projection=w,
+            forget_hidden=requests.hidden.to(w),
+            retain_hidden=self.retain.rows.to(w),
+            target=target.to(w),
+            rank=self.cfg.FORGET.RANK,
+            alpha=float(self.cfg.FORGET.ALPHA),
+            **paper_weights(self.cfg),
+        )
+        leaving = self.leaving(requests)
+        gone = requests.any_of(leaving)
+        reports = [
+            {
+                "texts": request.texts,
+                "target_draws": drawn,
+                "retained": len(left) - int(left.sum()),
+                "left_retain_set": self.retain.named(left),
+            }
+            for request, drawn, left in zip(requests, draws, gone, strict=True)
+        ]
+        return problem, leaving, reports
+
+
+@TRAINER_REGISTRY.register()
+class ForgetLoRA(PaperTrainer):
+    """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective.
+
+    Requests are descended together, each with its own adapter, random numbers and retry.
+    """
+
+    name = "lora"
+    block = 64
+
+    def settings(self) -> LoraSettings:
+        """The descent's constants."""
+        node = self.cfg.TRAINER.FORGETLORA
+        return LoraSettings(**{key.lower(): value for key, value in node.items()})
+
+    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+        problem, leaving, reports = self.problem(requests, generators)
+        settings = self.settings()
+        what = f"{self.plan.dataset}: {len(requests)} descents"
+        with tqdm(total=settings.steps, unit="step", desc=what, leave=False) as bar:
+
+            def advance(trial: int, step: int) -> None:
+                if step == 1:
+                    bar.reset()
+                    bar.set_postfix_str(f"trial {trial + 1}", refresh=False)
+                if step % BAR_STEPS == 0:
+                    bar.update(BAR_STEPS)
+
+            solutions = solve_lora_each(
+                problem, requests.of_text, requests.any_of(leaving), generators, settings, advance
+            )
+        answers = []
+        for solution, report in zip(solutions, reports, strict=True):
+            notes = []
+            if not solution.reached:
+                notes.append(
+                    f"no trial of {len(solution.trials)} moved the texts by "
+                    f"{settings.reduction:.0%} of their way; the best, "
+                    f"{solution.reduction:.1%}, is kept"
+                )
+            report |= {
+                key: getattr(solution, key)
+                for key in ("lamb_forget", "objective", "reduction", "reached")
+            }
+            fields = ("lamb_forget", "objective", "reduction", "step")
+            report["trials"] = [{f: getattr(t, f) for f in fields} for t in solution.trials]
+            report["target"] = self.cfg.FORGET.TARGET
+            answers.append(Solved(solution.left, solution.right, report, notes))
+        return answers
+
+
+@TRAINER_REGISTRY.register()
+class ForgetOptimum(PaperTrainer):
+    """The same objective at its exact optimum, with a proof: what the descent aims at."""
+
+    name = "optimum"
+    block = 256
+
+    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+        problem, leaving, reports = self.problem(requests, generators)
+        gone = requests.any_of(leaving)
+        parts = recipe_parts(
+            None,
+            requests.hidden,
+            problem.double.displacement,
+            requests.owner,
+            [(self.plan.dataset, name) for name in requests.classes],
+            self.retain.rows,
+            self.retain.shares,
+            leaving,
+        )
+        recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
+        recipe |= {"weights": None} | self.constants()
+        single = [i for i, request in enumerate(requests) if len(request.texts) == 1]
+        texts = torch.tensor([int((requests.of_text == i).nonzero()[0, 0]) for i in single])
+        each = solve_each(problem.part(texts.long()), gone[single]) if single else None
+        answers = []
+        for i, report in enumerate(reports):
+            if i in single:
+                left, right, found = _of_each(each, single.index(i))
+            else:
+                left, right, found = _alone(problem.part(requests.of_text == i, ~gone[i]))
+            hidden = requests.hidden[requests.of_text == i].double().to(left)
+            d = problem.double.displacement[requests.of_text == i]
+            size = torch.linalg.matrix_norm(d)
+            missed = torch.linalg.matrix_norm(d - (hidden @ left) @ right)
+            found["reduction"] = float((size - missed).abs() / size) if size > 0 else 1.0
+            note = (
+                f"{found['branch']}: lamb_forget {found['lamb_forget']:.4g}, c* "
+                f"{found['thresholds']['reach']:.4g}, {proof(found['certificate']['gap'])}"
+            )
+            mine = [p for p, r in zip(parts, requests.of_class.tolist(), strict=True) if r == i]
+            answers.append(
+                Solved(
+                    left.float(), right.float(), found | report, [note], recipe=recipe, parts=mine
+                )
+            )
+        return answers
+
+    def write_shared(self, folder: Path) -> None:
+        """The statistics of the vocabulary, without which adapters of this objective do not
+        compose."""
+        name = f"statistics-{self.retain.statistics.sha256[:12]}.safetensors"
+        path = folder / self.plan.dataset / name
+        if not path.exists():
+            self.retain.statistics.save(path)
+            print(f"statistics of the vocabulary, for composing: {path}")
+
+
+def _of_each(each: Any, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Class i of an `EachSolution`: factors and report."""
+    branch, reach = each.branch(i), float(each.reach[i])
+    moved = branch != "none"
+    left, right = each.left[i][:, None], each.right[i][None]
+    proved = {"primal": each.primal, "bound": each.bound, "gap": each.gap}
+    report = {
+        "certificate": {key: float(value[i]) for key, value in proved.items()}
+        | {"radius": float("inf")},
+        "branch": branch,
+        "mu": float(each.mu[i]),
+        "rho": 0.0 if moved else float("inf"),
+        "lamb_forget": float(each.lamb_forget[i]),
+        "thresholds": {"start": reach, "reach": reach},
+    }
+    return (left, right, report) if moved else (left[:, :0], right[:0], report)
+
+
+def _alone(problem: ForgetProblem) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A request of several texts: factors and report."""
+    problem = settle(problem)
+    solution = solve_exact(problem)
+    report = {
+        "certificate": asdict(solution.certificate),
+        "branch": solution.branch,
+        "mu": solution.mu,
+        "rho": solution.rho,
+        "lamb_forget": problem.lamb_forget,
+        "thresholds": asdict(thresholds(problem)),
+    }
+    return solution.left, solution.right, report
+
+
+def proof(gap: float) -> str:
+    """A certificate's relative gap in words."""
+    if gap <= POOR:
+        return f"proved optimal to a relative gap of {gap:.1e}"
+    return f"warning: not proved optimal (relative gap {gap:.1e}): weights or ridge badly scaled"

@@ -1,0 +1,295 @@
+"""From class names to tensors: what is forgotten, what stays, and where the texts are sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import datasets
+from clip.bundle import FeatureBundle
+from engine import UserError, unknown
+from evaluation.zero_shot import class_embeddings
+from forgetting import (
+    TARGETS,
+    ProblemError,
+    RetainSet,
+    empty_target,
+    opposite_target,
+    orthogonal_target,
+    specific_target,
+)
+from forgetting.targets import check_beta
+from trainers.plan import user_lists
+
+BARE = "{}"
+OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
+Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Classes to forget at once, as texts.
+
+    Attributes:
+        classes: names; texts: what stands for each of them, in the same order as the rows of
+            hidden (k, w); owner: (k,) index into `classes`.
+    """
+
+    classes: list[str]
+    texts: list[str]
+    hidden: Tensor
+    owner: list[int]
+
+
+class Requests(Sequence[Request]):
+    """Requests that are solved together, each from the original model, their tensors stacked.
+
+    Attributes:
+        classes: C names, request by request; hidden: (K, w), all texts.
+        of_class: (C,) int64, the request of each class; of_text: (K,), that of each text;
+            owner: (K,), the class (0 .. C - 1) of each text.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = list(requests)
+        self.classes = [name for request in requests for name in request.classes]
+        self.hidden = torch.cat([request.hidden for request in requests])
+        sizes = torch.tensor([len(request.classes) for request in requests])
+        first = sizes.cumsum(0) - sizes
+        number = torch.arange(len(requests))
+        self.of_class = number.repeat_interleave(sizes)
+        self.of_text = number.repeat_interleave(
+            torch.tensor([len(request.texts) for request in requests])
+        )
+        owner = [index for request in requests for index in request.owner]
+        self.owner = torch.tensor(owner) + first[self.of_text]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Request:
+        return self._requests[index]
+
+    def any_of(self, mask: Tensor) -> Tensor:
+        """What is marked for one of a request's classes: (C, n) bool -> (R, n) bool."""
+        found = torch.zeros(len(self), mask.shape[1], dtype=torch.bool, device=mask.device)
+        for row, request in zip(mask, self.of_class.tolist(), strict=True):
+            found[request] |= row
+        return found
+
+
+def read_prompts(cfg) -> dict[str, list[str]]:
+    """The texts by which each class is forgotten: `FORGET.PROMPTS` (a JSON file), else those of
+    `forget_prompts` in forget_cls.py; a class without an entry is forgotten by its bare name.
+
+    Raises:
+        UserError: not a dictionary from class names to lists of texts.
+    """
+    path = cfg.FORGET.PROMPTS
+    where = path or "forget_cls.py: forget_prompts"
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}") from error
+    if table is None:
+        table = getattr(user_lists(), "forget_prompts", {}).get(cfg.DATASET.NAME, {})
+    good = isinstance(table, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+        for texts in table.values()
+    )
+    if not good:
+        raise UserError(
+            f"{where} must map class names to lists of texts, such as {{'cat': ['{{}}']}}"
+        )
+    return table
+
+
+def check_prompts(prompts: dict[str, list[str]], bundle: FeatureBundle) -> None:
+    """UserError if a key names no class of the set, or two name the same, or a text is empty."""
+    seen: dict[str, str] = {}
+    for key, texts in prompts.items():
+        name = datasets.match(key, bundle.classnames, f"{bundle.dataset} (prompts)")
+        if name in seen:
+            raise UserError(
+                f"prompts: {seen[name]!r} and {key!r} name one class of {bundle.dataset}"
+            )
+        if not all(text.strip() for text in texts):
+            raise UserError(f"prompts: a text of {key!r} is empty")
+        seen[name] = key
+
+
+def check_target(kind: str, beta: float) -> None:
+    """UserError if `kind` is no target (FORGET.TARGET), or `beta` no number for it."""
+    name, _, value = kind.partition(":")
+    if kind not in TARGETS and not (name in ("text", "vector") and value):
+        raise unknown("target (FORGET.TARGET)", kind, OPTIONS)
+    if name == "vector" and not Path(value).is_file():
+        raise UserError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
+    try:
+        check_beta(kind, beta)
+    except ProblemError as error:
+        raise UserError(f"FORGET.BETA: {error}") from error
+
+
+class Texts:
+    """What a class is forgotten by and sent to, from a bundle and, where there is one, a model.
+
+    Args:
+        bundle: of the set that is forgotten from; encode: reads texts that it does not hold; None
+            without a model.
+        prompts: class name -> texts, with {} for its name; a class without an entry is forgotten by
+            its bare name.
+    """
+
+    def __init__(
+        self,
+        bundle: FeatureBundle,
+        encode: Encode | None = None,
+        prompts: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        self.bundle, self.encode = bundle, encode
+        self.prompts = {datasets.key(name): texts for name, texts in (prompts or {}).items()}
+        self.label = {name: label for label, name in enumerate(bundle.classnames)}
+
+    def request(self, classes: list[str]) -> Request:
+        """The texts of `classes` and their hidden states.
+
+        Raises:
+            UserError: without a model, a text whose hidden state the bundle does not hold.
+        """
+        bundle, texts, owner, rows = self.bundle, [], [], []
+        for index, name in enumerate(classes):
+            plain, label = datasets.plain(name), self.label[name]
+            held = {
+                plain: bundle.forget_hidden[label],
+                bundle.template.replace(BARE, plain): bundle.class_hidden[label],
+            }
+            for text in self.prompts.get(datasets.key(name), [BARE]):
+                text = text.replace(BARE, plain)
+                if text in texts:
+                    continue
+                if text not in held and self.encode is None:
+                    raise UserError(
+                        f"no hidden state of {text!r} in the bundle of {bundle.dataset}, and no "
+                        f"model to make one: with --features a class is forgotten by "
+                        f"{' or '.join(map(repr, held))}"
+                    )
+                rows.append(held[text] if text in held else self.encode([text])[0])
+                texts.append(text)
+                owner.append(index)
+        return Request(classes, texts, torch.stack(rows), owner)
+
+    def same_meaning(self, classes: Sequence[str]) -> list[set[str]]:
+        """For each class the names, in small letters, that mean the same as it."""
+        return [datasets.same_meaning([name], self.bundle.dataset) for name in classes]
+
+    def targets(
+        self,
+        kind: str,
+        beta: float,
+        noise_std: float,
+        requests: Requests,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor, list[int]]:
+        """`P` (K, d) of all texts, and how often noise was drawn for each request (0 but for
+        `empty`). For `specific`, which needs a retain set, see `specific_targets`.
+
+        Raises:
+            UserError: a text or file that cannot be had.
+        """
+        w = self.bundle.text_projection
+        name, _, value = kind.partition(":")
+        count, none = len(requests.hidden), [0] * len(requests)
+        if kind == "empty":
+            found = [
+                empty_target(
+                    self.bundle.neutral_hidden,
+                    w,
+                    self._classes,
+                    [self.label[request.classes[index]] for index in request.owner],
+                    generator,
+                    noise_std,
+                )
+                for request, generator in zip(requests, generators, strict=True)
+            ]
+            return torch.cat([target for target, _ in found]), [draws for _, draws in found]
+        if kind == "opposite":
+            return opposite_target(requests.hidden.double(), w.double(), beta), none
+        if kind == "orthogonal":
+            return orthogonal_target(self._names @ w, count), none
+        if name == "text":
+            return normalize(self._hidden_of(value) @ w, dim=-1).expand(count, -1), none
+        return _vector(Path(value), w.shape[1]).expand(count, -1), none
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        return class_embeddings(self.bundle)
+
+    @cached_property
+    def _names(self) -> Tensor:
+        """Hidden states (n, w) of all that the bundle names."""
+        bundle = self.bundle
+        return torch.cat([bundle.class_hidden, bundle.forget_hidden, bundle.retain_hidden])
+
+    def _hidden_of(self, text: str) -> Tensor:
+        """Hidden state (1, w) of a text: a name that the bundle holds, else encoded."""
+        bundle = self.bundle
+        for names, rows in (
+            (bundle.classnames, bundle.forget_hidden),
+            (bundle.retain_names, bundle.retain_hidden),
+        ):
+            if text in names:
+                return rows[names.index(text)][None]
+        if self.encode is None:
+            raise UserError(
+                f"target text {text!r} is no class and no retained name of the bundle of "
+                f"{bundle.dataset}, and --features has no model to encode it"
+            )
+        return self.encode([text])
+
+
+def specific_targets(
+    requests: Requests, projection: Tensor, retain: RetainSet, leaving: Tensor, shared: float,
+    beta: float,
+) -> Tensor:  # fmt: skip
+    """`P` (K, d) of the target `specific`, float64.
+
+    A class's own target does not depend on which others are forgotten with it, so that requests
+    compose: only its own names are taken out of what it is compared with.
+
+    Args:
+        leaving: (C, n) bool, the names that leave with each class; shared: the ridge, in mean
+            squared lengths of a retained embedding.
+    """
+    w = projection.double()
+    lam = shared * float((retain.gram @ w @ w.T).trace()) / float(retain.shares.sum())
+    device = retain.rows.device
+    owner = requests.owner.to(device)
+    return specific_target(
+        requests.hidden.to(device), w, retain.gram, lam, beta, retain.rows, retain.shares,
+        leaving[owner],
+    )  # fmt: skip
+
+
+def _vector(path: Path, d: int) -> Tensor:
+    """The tensor `target`, (d,) or (1, d), of a safetensors file, as (1, d)."""
+    try:
+        vector = load_file(path)["target"].float().reshape(1, -1)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
+        ) from error
+    if vector.shape[1] != d or not torch.isfinite(vector).all():
+        raise UserError(
+            f"target vector {path}: {vector.shape[1]} numbers, expected {d} finite ones"
+        )
+    return vector
