@@ -36,7 +36,7 @@ from forgetting import (
     solve_exact,
     solve_lora_each,
 )
-from forgetting.exact import ExactSolution, settle
+from forgetting.exact import settle
 from forgetting.retain import square_root
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)

@@ -27,26 +27,6 @@ ALPHA_THRESHOLD = 2e-2  # of eigenvalues of the mean of h^T h over retained text
 ALPHA_DAMPING = 10.0
 
 
-def uce_each(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) -> Tensor:
-    """UCE for each of C texts alone, all others retained: `Delta_i = left[:, i] (x) D_i`.
-
-    `erase ||h_i W' - P_i||^2 + ||H_r (W' - W)||^2 + lam ||W' - W||^2` is smallest at
-    `Delta_i = erase (H_r^T H_r + erase h_i^T h_i + lam I)^-1 h_i^T D_i`. With every text once in
-    `K = gram + lam I` and `u_i = K^-1 h_i` this is `erase u_i / (1 + (erase - 1) h_i u_i)`, so one
-    factorisation serves all.
-
-    Args:
-        h_f: (C, w); gram: (w, w), `H^T H` of all texts, those of `h_f` among them; erase: the
-            weight of the forgotten text (UCE's erase scale).
-
-    Returns:
-        left (w, C).
-    """
-    matrix = gram + lam * torch.eye(len(gram), dtype=gram.dtype)
-    u = torch.cholesky_solve(h_f.T, torch.linalg.cholesky(matrix))  # (w, C)
-    return erase * u / (1 + (erase - 1) * (h_f.T * u).sum(dim=0))
-
-
 def uce(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) -> Tensor:
     """UCE for k texts at once: `Delta = left @ D`.
 
