@@ -30,8 +30,8 @@ attempt=$1 seeds=$2 datasets=$3 arch=$4 multiclass=$5
 shift 5
 
 case $attempt in '' | .* | *[!A-Za-z0-9_.-]*) die "ATTEMPT must be letters, digits, '_', '-' or '.', got '$attempt'" ;; esac
-case $datasets in '' | *,,* | ,* | *,) die "DATASETS must be names with commas between them, got '$datasets'" ;; esac
-case $seeds in '' | *,,* | ,* | *,) die "SEED must be integers with commas between them, got '$seeds'" ;; esac
+case $(printf '%s' "$datasets" | tr -d ' ') in '' | *,,* | ,* | *,) die "DATASETS must be names with commas between them, got '$datasets'" ;; esac
+case $(printf '%s' "$seeds" | tr -d ' ') in '' | *,,* | ,* | *,) die "SEED must be integers with commas between them, got '$seeds'" ;; esac
 case $multiclass in
     0) flag= ;;
     1) flag=--multiclass ;;

@@ -14,17 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 import trainers  # noqa: F401  registers the methods
-from engine import (
-    TRAINER_REGISTRY,
-    build_trainer,
-    collect_env_info,
-    engine_description,
-    set_random_seed,
-    setup_logger,
-)
+from engine import TRAINER_REGISTRY, engine_description
 from engine.cli import Parser, run
-from engine.config import OPTIONS, declared, setup, value
-from engine.log import hold_log
+from engine.config import OPTIONS, declared, setup, value_of
+from engine.determinism import set_random_seed
+from engine.log import environment, logged
 from evaluation.results import merge_args
 from forgetting import ProblemError
 
@@ -64,26 +58,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse(argv)
     cfg = setup(args)
     for name, key in OPTIONS.items():
-        setattr(args, name, value(cfg, key))  # args.txt says what the run took
+        setattr(args, name, value_of(cfg, key))  # args.txt says what the run took
     set_random_seed(cfg.SEED)
-    TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
+    method = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
+    method.preflight(cfg)
     folder = Path(cfg.OUTPUT_DIR)
-    console = sys.stdout
-    hold_log()  # input that only encoding finds broken must leave no file either
-    try:
+    with logged() as keep:  # input that only encoding finds broken must leave no file either
         print(f"arguments: {args}")
         print(f"config:\n{cfg}")
-        print(f"environment:\n{collect_env_info()}")
+        print(f"environment:\n{environment()}")
         print(engine_description())
-        trainer = build_trainer(cfg)
-        setup_logger(str(folder / cfg.DATASET.NAME))
+        trainer = method(cfg)
+        keep(folder / cfg.DATASET.NAME)
         merge_args(folder, str(args))
         trainer.train()
         if args.audit:
             trainer.audit()
         print(f"results: {folder / 'logs.json'}")
-    finally:
-        sys.stdout = console
     return folder
 
 

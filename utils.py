@@ -10,15 +10,19 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
 
 from engine.cli import Parser, run
 from engine.errors import UserError
-from engine.files import atomic_path
+from evaluation.plots import AFTER, BEFORE, COLOURS, drawing
 from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_args, read_logs
-from evaluation.table import OWN_COLUMNS, average_gains, other_sets, result_rows
+from evaluation.rows import rows_of
+from evaluation.tables import average_gains, other_sets, result_table
+
+DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 
 
 def create_results(
@@ -53,19 +57,16 @@ def create_results(
     lines = read_args(folder / ARGS)
     args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
-    df = result_rows(logs, multiclass)
+    df = result_table(rows_of(logs), multiclass)
     if df.empty:
         kind, other = ("multiclass", "False") if multiclass else ("single-class", "True")
         raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={other}")
-    if all("zero_shot" not in logs[dataset][name] for dataset, name in df[["ds", "name"]].values):
+    if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
             "public code have none): the columns full_Noforget, cls_Noforget and full_X are NaN",
             stacklevel=2,
         )
-    own = ["ds", "name", *OWN_COLUMNS, *(["cls_forget_all"] if multiclass else [])]
-    others = [column for column in df.columns if column not in own and column != "cls_forget_all"]
-    df = df[[*own, *others]]
     return (df, args, logs) if return_logs else (df, args)
 
 
@@ -98,46 +99,56 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
-    """Draw every row of a frame of `create_results` before and after, and save it as a picture.
+    """Draw rows of a frame of `create_results` before and after, and save them as a picture.
 
     Three panels: accuracy on the forgotten class (should fall to zero), on the rest of its data set
-    and on the other data sets (should stay). The format is that of the file name's suffix.
+    and on the other data sets (should stay). Of more than 60 rows the worst are drawn, and the
+    title says so. The format is that of the file name's suffix.
     """
-    styles = {
-        "before": {"facecolors": "white", "edgecolors": "#33638d"},
-        "after": {"color": "#c8553d"},
-    }
-    return _draw(summarise(df), styles, path)
+    return _draw(summarise(df), {"before": BEFORE, "after": AFTER}, path)
 
 
-def _draw(table: pd.DataFrame, styles: dict[str, dict[str, str]], path: str | Path) -> Path:
-    """Three panels of dots, one column `STEM NAME` of the table for each style's name."""
-    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
-
-    figure = Figure(figsize=(11, 1.4 + 0.34 * len(table)), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    positions = range(len(table))
+def _draw(table: pd.DataFrame, dots: dict[str, dict[str, str]], path: str | Path) -> Path:
+    """Three panels of dots, one column `STEM NAME` of the table for each name of `dots`."""
+    shown = _worst(table, [name for name in dots if name != "before"])
+    places = range(len(shown))
     titles = {"class": "forgotten class", "rest": "rest of its set", "others": "other sets"}
-    for axis, (stem, title) in zip(axes, titles.items(), strict=True):
-        shown = table[[f"{stem} {name}" for name in styles]]
-        axis.hlines(positions, shown.min(axis=1), shown.max(axis=1), color="0.8", zorder=1)
-        for order, (name, style) in enumerate(styles.items(), start=2):
-            axis.scatter(shown[f"{stem} {name}"], positions, s=42, zorder=order, **style)
-        axis.set_title(title)
-        axis.set_xlim(-4, 104)
-        axis.set_xlabel("zero-shot accuracy, %")
-        axis.grid(axis="x", color="0.92")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(left=False)
-    names = table["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
-    axes[0].set_yticks(positions, table["data set"] + ": " + names, parse_math=False)
-    axes[0].invert_yaxis()
-    for name, style in styles.items():
-        axes[2].scatter([], [], s=42, label=name, **style)
-    figure.legend(loc="outside upper right", ncols=len(styles), frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with drawing(path, 11, 1.6 + 0.25 * len(shown), small=False) as figure:
+        axes = figure.subplots(1, 3, sharey=True)
+        for axis, (stem, title) in zip(axes, titles.items(), strict=True):
+            numbers = shown[[f"{stem} {name}" for name in dots]]
+            axis.hlines(places, numbers.min(axis=1), numbers.max(axis=1), color="0.8", zorder=1)
+            for order, (name, dot) in enumerate(dots.items(), start=2):
+                axis.scatter(numbers[f"{stem} {name}"], places, s=42, zorder=order, **dot)
+            axis.set_title(title)
+            axis.set_xlim(-4, 104)
+            axis.set_xlabel("zero-shot accuracy, %")
+            axis.grid(visible=False, axis="y")
+            axis.spines["left"].set_visible(False)
+            axis.tick_params(left=False)
+        names = shown["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
+        axes[0].set_yticks(places, shown["data set"] + ": " + names, parse_math=False)
+        axes[0].set_ylim(len(shown) - 0.3, -0.7)  # the first row on top
+        for name, dot in dots.items():
+            axes[2].scatter([], [], s=42, label=name, **dot)
+        figure.legend(loc="outside upper right", ncols=len(dots))
+        if len(shown) < len(table):
+            figure.suptitle(
+                f"the {len(shown)} of {len(table):,} rows with most left of the class, then with "
+                "most lost by the rest"
+            )
     return Path(path)
+
+
+def _worst(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
+    """The rows to draw, in their order: the `DRAWN` where some method leaves most of the class, or
+    where as much is left, loses most of the rest of its set."""
+    if len(table) <= DRAWN:
+        return table
+    left = table[[f"class {name}" for name in methods]].max(axis=1)
+    kept = table[[f"rest {name}" for name in methods]].min(axis=1)
+    rank = pd.DataFrame({"left": -left, "lost": kept - table["rest before"]})
+    return table.loc[rank.sort_values(["left", "lost"], kind="stable").index[:DRAWN].sort_values()]
 
 
 def compare_results(folders: dict[str, str | Path], multiclass: bool = False) -> pd.DataFrame:
@@ -158,10 +169,8 @@ def compare_results(folders: dict[str, str | Path], multiclass: bool = False) ->
     for name, folder in folders.items():
         df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
         table = summarise(df).set_index(["data set", "forgotten"])
-        table["seconds"] = [
-            logs[dataset][label].get("solver", {}).get("seconds", float("nan"))
-            for dataset, label in table.index
-        ]
+        seconds = {(row.dataset, row.label): row.solver.get("seconds") for row in rows_of(logs)}
+        table["seconds"] = pd.Series(seconds, dtype=float)
         parts[name] = table
     first = next(iter(parts.values()))
     shared = first.index
@@ -182,10 +191,9 @@ def compare_results(folders: dict[str, str | Path], multiclass: bool = False) ->
 def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
     """Draw a table of `compare_results`, before and every method."""
     methods = [c.removeprefix("seconds ") for c in table.columns if c.startswith("seconds ")]
-    styles = {"before": {"facecolors": "white", "edgecolors": "#33638d"}}
-    for method, colour in zip(methods, ("#c8553d", "#2d936c", "#8f5aa8", "#b8860b"), strict=False):
-        styles[method] = {"color": colour}
-    return _draw(table, styles, path)
+    dots = {"before": BEFORE}
+    dots |= {name: {"color": colour} for name, colour in zip(methods, cycle(COLOURS[1:]))}
+    return _draw(table, dots, path)
 
 
 def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.workload import Workload, random_workload
 from forgetting.each import solve_each
 from forgetting.exact import auto_lamb_forget, solve_exact
-from forgetting.spectrum import Spectrum
 from forgetting.retain import RetainStatistics, square_root
+from forgetting.spectrum import Spectrum
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
 CLASSES = (10, 30, 100, 300, 1000)

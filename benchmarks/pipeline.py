@@ -1,6 +1,6 @@
 """Features once against encoding every test image anew for every forgotten class.
 
-    python benchmarks/pipeline.py [DATASET] [ARCH] [--classes 3] [--root data] [--weights PATH]
+    python -m benchmarks pipeline [DATASET] [ARCH] [--classes 3] [--root data] [--weights PATH]
 
 Both ways give the evaluation its image embeddings; the second is that of the paper's public code.
 Solving is left out: it is the same in both. The caches are temporary, so each run encodes anew.
@@ -9,16 +9,13 @@ Solving is left out: it is the same in both. The caches are temporary, so each r
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
 
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine import UserError
+from engine.cli import Parser
 from evaluation.zero_shot import evaluate_classes
 
 
@@ -31,7 +28,7 @@ def bundle_and_seconds(args: argparse.Namespace, source: ClipSource, cache: str)
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run both ways, print both, and return the seconds of each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="MiniSymbols")
     parser.add_argument("arch", nargs="?", default="mini")
     parser.add_argument("--classes", type=int, default=3, help="how many classes are forgotten")
@@ -39,6 +36,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--cache", default="cache", help="folder of downloaded weights")
     parser.add_argument("--weights")
     args = parser.parse_args(argv)
+    if args.classes < 1:
+        raise UserError(f"--classes must be at least 1, got {args.classes}")
     source = ClipSource(args.arch, args.weights, args.cache)
     source.encode_hidden([""])  # loading the model is not what is compared
 
@@ -58,10 +57,3 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f"  features once:            {once:8.2f} s")
     print(f"  encoding for every class: {again:8.2f} s  ({again / once:.1f} times as long)")
     return {"once": once, "again": again}
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

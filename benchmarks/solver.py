@@ -1,6 +1,6 @@
 """The exact solver measured: against the paper's descent, in growth, beside other closed forms.
 
-    python benchmarks/solver.py [--features BUNDLE.safetensors] [--json OUT.json]
+    python -m benchmarks solver [--features BUNDLE.safetensors] [--json OUT.json]
 
 Every class of the bundle (of 1,000 random texts without one) is forgotten alone while all others
 and the vocabulary are retained. All numbers are of one run on one CPU thread, as the trainers
@@ -10,22 +10,20 @@ written beside the file. Seconds waver with the load of the machine, ratios less
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run in place, not installed
-
 from benchmarks.compare import Score, closed_forms, run_lora
 from benchmarks.growth import growth_classes, growth_names, growth_width
 from benchmarks.workload import LAMB_PRESERVE, LAMB_WEIGHT, RANK, from_bundle, random_workload
 from engine import UserError
-from engine.files import atomic_path, write_json_atomic
-from engine.threads import one_thread
+from engine.cli import Parser
+from engine.determinism import one_thread
+from engine.files import write_json_atomic
+from evaluation.plots import drawing
 from forgetting.each import solve_each
 
 REPEATS = 3
@@ -103,42 +101,37 @@ def _cell(key: str, value) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Growth with names, classes and width, and seconds a class against the objective."""
-    from matplotlib.figure import Figure  # no pyplot: works without a display
-
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
-    axes = figure.subplots(1, 4)
     panels = [
         ("growth_m", "names", "retained names", ["read_seconds", "solve_seconds"]),
         ("growth_classes", "classes", "classes", ["solve_seconds", "certify_seconds"]),
         ("growth_w", "w", "width w = d, 1,000 classes", ["solve_seconds", "certify_seconds"]),
     ]
-    for axis, (key, column, label, series) in zip(axes, panels, strict=False):
-        rows = result[key]
-        x = [row[column] for row in rows]
-        for name, color in zip(series, ("#33638d", "#c8553d"), strict=True):
-            y = [row[name] for row in rows]
-            axis.plot(x, y, "o-", color=color, label=name.replace("_seconds", ""))
-        memory = "statistics_bytes" if key == "growth_m" else "peak_tensor_bytes"
-        twin = axis.twinx()
-        twin.plot(x, [row[memory] / 1e6 for row in rows], "s:", color="0.6")
-        twin.set_ylim(0, 1.3 * rows[-1][memory] / 1e6)
-        twin.set_ylabel("MB (dotted)", color="0.5")
-        axis.set(xlabel=label, ylabel="seconds", yscale="log")
-        if key != "growth_w":
-            axis.set_xscale("log")
-        axis.legend(frameon=False, loc="lower right")
-    axis, methods = axes[3], result["closed_forms"]["methods"][1:]  # without "before"
-    names = [row["method"] for row in methods]
-    axis.barh(names, [row["seconds_per_class"] for row in methods], color="#33638d")
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="seconds a class")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with drawing(path, 15, 3.8) as figure:
+        axes = figure.subplots(1, 4)
+        for axis, (key, column, label, series) in zip(axes, panels, strict=False):
+            rows = result[key]
+            x = [row[column] for row in rows]
+            for name in series:
+                axis.plot(x, [row[name] for row in rows], "o-", label=name.removesuffix("_seconds"))
+            memory = "statistics_bytes" if key == "growth_m" else "peak_tensor_bytes"
+            twin = axis.twinx()
+            twin.plot(x, [row[memory] / 1e6 for row in rows], "s:", color="0.6")
+            twin.set_ylim(0, 1.3 * rows[-1][memory] / 1e6)
+            twin.set_ylabel("MB (dotted)", color="0.5")
+            axis.set(xlabel=label, ylabel="seconds", yscale="log")
+            if key != "growth_w":
+                axis.set_xscale("log")
+            axis.legend(loc="lower right")
+        axis, methods = axes[3], result["closed_forms"]["methods"][1:]  # without "before"
+        names = [row["method"] for row in methods]
+        axis.barh(names, [row["seconds_per_class"] for row in methods])
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel="seconds a class")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks solver", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="a FeatureBundle; random texts without it")
     parser.add_argument("--json", help="where to write the numbers; a plot goes beside it (.png)")
     args = parser.parse_args(argv)
@@ -152,10 +145,3 @@ def main(argv: list[str] | None = None) -> dict:
         plot(result, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png')}")
     return result
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

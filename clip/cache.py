@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip.source import ClipSource
-from engine import UserError, atomic_path, get_cfg_default, lock
+from engine import UserError, atomic_path, lock
 
 SHARD = 512  # images; what a killed run loses at most
 # What PIL raises for files that are no image, torn, or larger than it dares to decode.
@@ -110,7 +110,12 @@ class FeatureCache:
             done = total - len(paths)
             if done:
                 print(f"clip: {name}: {done} of {total} images were encoded before, going on")
-            loader = self._loader(paths, batch_size, workers)
+            loader = DataLoader(
+                _ImageFiles(paths, self.source.preprocess),
+                batch_size=batch_size,
+                num_workers=workers,
+                pin_memory=self.source.device.type == "cuda",
+            )
             rows = torch.empty(0, self.source.projection.shape[1])  # encoded, not yet written
             with tqdm(
                 total=total,
@@ -131,22 +136,6 @@ class FeatureCache:
                         _write(part, parts[part])
         return torch.cat(list(parts.values()))
 
-    def _loader(self, paths: Sequence[str], batch_size: int, workers: int) -> DataLoader:
-        cfg = get_cfg_default()
-        cfg.DATALOADER.NUM_WORKERS = workers
-        cfg.USE_CUDA = self.source.device.type == "cuda"
-        from engine import build_data_loader  # torchvision: only where images are encoded
-
-        return build_data_loader(
-            cfg,
-            "SequentialSampler",
-            paths,
-            batch_size,
-            tfm=self.source.preprocess,
-            is_train=False,
-            dataset_wrapper=_ImageFiles,
-        )
-
     def _path(self, name: str, contents: list[Any]) -> Path:
         key = json.dumps([self.source.fingerprint, contents]).encode()
         return self.folder / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
@@ -163,18 +152,11 @@ class _ImageFiles(Dataset):
     """Preprocessed images of a list of paths, with a line on what is wrong with each.
 
     A problem travels beside the image, because a loader's worker process would turn an exception
-    into pages of traceback. The signature is that of the engine's own wrapper.
+    into pages of traceback.
     """
 
-    def __init__(
-        self,
-        cfg: Any,
-        data_source: Sequence[str],
-        transform: Callable[[Image.Image], Tensor],
-        is_train: bool,
-    ) -> None:
-        self.paths = data_source
-        self.transform = transform
+    def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,7 +1,7 @@
 """The image sets: class names, test images and retain vocabularies.
 
-Importing this package registers every set of the table with `engine`'s data set registry, so that
-`build_dataset(cfg)` finds them by name; `load(name, root)` does the same without a config.
+Importing this package registers every set of the table, so that Dassl's `build_dataset(cfg)` finds
+them by name; `load(name, root)` reads one without a config.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """`python -m datasets.check ROOT`: which image sets are there, and what is broken in them.
 
 Opens every image that a set's split names. Writes nothing. Exit status 1 if something that is
-present is broken, or if there is no such root; 0 otherwise, also where sets are absent.
+present is broken, 2 if there is no such root; 0 otherwise, also where sets are absent.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine import UserError
+from engine.cli import Parser, run
 
 from .reader import absent, find
 from .split import missing_images
@@ -107,7 +107,7 @@ def _fetch_split(row: SetSpec) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what `check` finds for each set; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.check", description=__doc__)
+    parser = Parser(prog="python -m datasets.check", description=__doc__)
     parser.add_argument("root", metavar="ROOT", help="the folder that holds the sets' folders")
     parser.add_argument(
         "--set",
@@ -118,22 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     root = Path(options.root).expanduser()
-    try:
-        rows = [spec(name) for name in options.names or PHOTOGRAPHS]
-        if not root.is_dir():
-            raise UserError(
-                f"no data root at {root}: make that folder and fill it as DATASETS.md says "
-                "(the Mini sets need nothing, they are drawn)"
-            )
-        findings = []
-        for row in rows:
-            findings.append(check(row, root))
-            print("\n".join(findings[-1].lines()), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = [spec(name) for name in options.names or PHOTOGRAPHS]
+    if not root.is_dir():
+        raise UserError(
+            f"no data root at {root}: make that folder and fill it as DATASETS.md says "
+            "(the Mini sets need nothing, they are drawn)"
+        )
+    findings = []
+    for row in rows:
+        findings.append(check(row, root))
+        print("\n".join(findings[-1].lines()), flush=True)
     return int(any(finding.state == "broken" for finding in findings))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

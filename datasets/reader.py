@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from engine import DatasetBase, Datum, UserError, get_cfg_default
+from engine import UserError
 
 from .split import Split, missing_images, read_split, write_split
 from .table import SETS, SetSpec, spec
+
+
+@dataclass(frozen=True)
+class Datum:
+    """An image of a set, with the attributes of Dassl's; the file need not be there."""
+
+    impath: str
+    label: int
+    classname: str
+    domain: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,15 +107,21 @@ def render_if_new(row: SetSpec, root: Path) -> None:
     render(row.name, folder)
 
 
-class ImageSet(DatasetBase):
-    """A Dassl data set of one row of the table. `.classnames` keeps the split file's spelling, in
-    label order, from all three lists together; `.comparable` is False for a split made here.
+class ImageSet:
+    """One row of the table as a data set, with the attributes of Dassl's; Dassl's own class takes
+    its class names from the training images alone, and fails on a set that is only evaluated.
+
+    Attributes:
+        train_x, val, test: images; train_u: None, no set has unlabelled ones.
+        classnames: as the split file spells them, in label order, from all three lists together.
+        comparable: False for a split made here.
 
     Raises:
         UserError: anything missing or broken, named with its path.
     """
 
     row: ClassVar[SetSpec]
+    train_u = None
 
     def __init__(self, cfg: Any) -> None:
         row = self.row
@@ -117,14 +134,13 @@ class ImageSet(DatasetBase):
         self.comparable = found.comparable
         _demand_images(row, found)
         _report(row, found, root)
-        parts = {
-            part: [
-                Datum(impath=str(found.images / path), label=label, classname=name)
-                for path, label, name in items
-            ]
-            for part, items in found.split.parts()
-        }
-        super().__init__(train_x=parts["train"], val=parts["val"], test=parts["test"])
+        self.train_x, self.val, self.test = (
+            [Datum(str(found.images / path), label, name) for path, label, name in items]
+            for _, items in found.split.parts()
+        )
+        self.classnames = list(found.split.classnames)
+        self.lab2cname = dict(enumerate(self.classnames))
+        self.num_classes = len(self.classnames)
 
 
 def _demand_images(row: SetSpec, found: Found) -> None:
@@ -175,10 +191,7 @@ def load(name: str, root: str | Path) -> ImageSet:
     Raises:
         UserError: unknown name (nearest given), or as `ImageSet`.
     """
-    cfg = get_cfg_default()
-    cfg.DATASET.NAME = spec(name).name
-    cfg.DATASET.ROOT = str(root)
-    return CLASSES[name](cfg)
+    return CLASSES[spec(name).name](SimpleNamespace(DATASET=SimpleNamespace(ROOT=str(root))))
 
 
 def available(root: str | Path) -> dict[str, str | None]:

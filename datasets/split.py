@@ -72,11 +72,11 @@ def check_split(content: Any, where: str) -> Split:
         )
     if not lists["test"]:
         raise UserError(f"split file {where}: 'test' is empty, so nothing can be evaluated")
-    absent = sorted(set(range(max(names) + 1)) - set(names))
-    if absent:
+    absent = next((i for i, label in enumerate(sorted(names)) if i != label), None)
+    if absent is not None:
         raise UserError(
             f"split file {where}: labels must be 0 to {max(names)} without a gap; "
-            f"no image has label {absent[0]}"
+            f"no image has label {absent}"
         )
     classnames = tuple(names[label] for label in range(len(names)))
     labels = {name: label for label, name in names.items()}

@@ -1,18 +1,8 @@
-"""The slice of Dassl's API that this repository uses, from Dassl where it is installed.
+"""What every room stands on: settings, command lines, errors, files, the log, and Dassl.
 
-Two engines offer the same names, signatures and config keys: Dassl's own objects
-(`engine.on_dassl`) and a small equivalent that needs nothing beyond `requirements.txt`
-(`engine.builtin`). Every other room imports from `engine`, never from `dassl`.
-
-`CLIP_FORGET_ENGINE=dassl|builtin` forces one; unset, Dassl runs if it imports. The choice is made
-once a process, when the first name that depends on it is asked for. That is why `engine.errors`
-and `engine.files` can be imported by a program that still has to report a wrong choice.
-
-What depends on the choice (module attributes, resolved on first use, and `engine_description()`):
-    ENGINE, Registry, TRAINER_REGISTRY, build_trainer, DATASET_REGISTRY,
-    build_dataset, Datum, DatasetBase, DatasetWrapper, DataManager, build_data_loader,
-    build_transform, SimpleTrainer, get_cfg_default, setup_logger, set_random_seed,
-    collect_env_info, read_json, write_json, mkdir_if_missing, read_image
+Nobody else imports `dassl`: where it is installed, `SimpleTrainer`, the two registries and
+`get_cfg_default` are its own, else `engine.dassl` has small equivalents. These names are resolved
+when they are first asked for.
 """
 
 from __future__ import annotations
@@ -20,41 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import UserError, nearest, unknown
-from engine.files import (
-    atomic_path,
-    escape,
-    inside,
-    lock,
-    sha256_file,
-    unescape,
-    write_json_atomic,
-)
+from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
 
-ENGINE_NAMES = (
-    "DATASET_REGISTRY",
-    "TRAINER_REGISTRY",
-    "DataManager",
-    "DatasetBase",
-    "DatasetWrapper",
-    "Datum",
-    "Registry",
-    "SimpleTrainer",
-    "build_data_loader",
-    "build_dataset",
-    "build_trainer",
-    "build_transform",
-    "collect_env_info",
-    "get_cfg_default",
-    "mkdir_if_missing",
-    "read_image",
-    "read_json",
-    "set_random_seed",
-    "setup_logger",
-    "write_json",
-)
+OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
 
 __all__ = [
-    "ENGINE",
     "UserError",
     "atomic_path",
     "engine_description",
@@ -63,30 +23,23 @@ __all__ = [
     "lock",
     "nearest",
     "sha256_file",
-    "unescape",
     "unknown",
     "write_json_atomic",
-    *ENGINE_NAMES,
+    *OF_DASSL,
 ]
 
 
 def engine_description() -> str:
     """A line for the log: which engine runs and why; UserError if none can."""
-    from engine.choice import choose
+    from engine.dassl import choose
 
     return choose().description
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve a name that depends on the engine; UserError if no engine can be had."""
-    from engine.choice import choose
+    """Resolve a name that is Dassl's; UserError if the engine that was asked for cannot be had."""
+    if name not in OF_DASSL:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    from engine.dassl import choose
 
-    if name == "ENGINE":
-        return choose().name
-    if name in ENGINE_NAMES:
-        return getattr(choose().module, name)
-    raise AttributeError(f"module 'engine' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return getattr(choose(), name)

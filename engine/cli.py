@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from engine.errors import UserError, unknown
@@ -26,9 +28,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         start, _, rest = message.partition("unrecognized arguments: ")
         options = [text for action in self._actions for text in action.option_strings]
-        if not start and rest.startswith("-"):
-            raise unknown("option", rest.split()[0].split("=")[0], options)
         if not start and rest:
+            strange = [text.split("=")[0] for text in rest.split() if text.startswith("-")]
+            if strange:
+                raise unknown("option", strange[0], options)
             message = f"unexpected argument {rest.split()[0]!r}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -38,12 +41,18 @@ def run(
     argv: Sequence[str] | None = None,
     refusals: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Exit status of `main(argv)`; what the user must know of a failure is one line on stderr.
+    """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
+    What the user must know of a failure is one line on stderr.
 
     `refusals` are exceptions beside UserError whose text is such a line.
     """
     try:
-        main(argv)
+        status = main(argv)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, *refusals) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,4 +63,33 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    return 0
+
+
+def commands(
+    package: str,
+    known: Mapping[str, str],
+    argv: Sequence[str] | None = None,
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME.
+
+    Without a name, or with --help, the names are listed.
+
+    Args:
+        known: each name, and what it does in one line; refusals: as for `run`.
+    """
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+
+    def main(_: object) -> None:
+        if name in ("", "-h", "--help"):
+            print(f"usage: python -m {package} NAME ... (NAME --help says more)\n")
+            width = max(map(len, known))
+            print("\n".join(f"  {key:<{width}}  {about}" for key, about in known.items()))
+        elif name.startswith("-"):
+            raise UserError(f"{name} stands before the name; give one of {', '.join(known)} first")
+        elif name not in known:
+            raise unknown(f"name for python -m {package}", name, known)
+        else:
+            import_module(f"{package}.{name}").main(rest[:-1])
+
+    return run(main, refusals=refusals)

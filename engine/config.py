@@ -32,7 +32,6 @@ from engine.errors import UserError, unknown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had: faster
 ANY_DATASET = "other"  # the config of a data set that has none of its own
-AUTO = "auto"  # as FORGET.LAMB_FORGET: just above the weight from which texts reach their target
 TYPES = {
     "bool": (bool, "True or False"),
     "int": (int, "a whole number"),
@@ -85,12 +84,11 @@ class Setting:
         """
         kind, _ = TYPES[self.type]
         value = _literal(value, kind)
-        if (value is None and self.default is None) or (
-            value in self.choices and kind is not tuple
-        ):
+        missing = value is None and self.default is None
+        if missing or (isinstance(value, str) and value in self.choices and kind is not tuple):
             return value
-        words = {str: [value], tuple: value}.get(kind, ())  # each of them one of the choices
-        if isinstance(value, kind) and self.choices:
+        words = {str: [value], tuple: value}.get(kind, ())
+        if self.choices and isinstance(value, kind):
             for word in words:
                 if word not in self.choices:
                     raise unknown(self.key, str(word), self.choices)
@@ -105,7 +103,7 @@ class Setting:
             and (self.below is None or size < self.below)
         )
         if not good:
-            raise UserError(f"{self.key} must be {self.wanted} ({self.about}), got {value!r}")
+            raise UserError(f"{self.key} must be {self.wanted} ({self.about}), got {value!r:.80}")
         return value
 
     @property
@@ -113,7 +111,9 @@ class Setting:
         """What a value must be, in words."""
         kind, words = TYPES[self.type]
         if kind in (str, tuple):
-            words = f"one or more of {', '.join(self.choices)}" if self.choices else words
+            if self.choices:
+                some = "one of" if kind is str else "one or more of"
+                return f"{some} {', '.join(self.choices)}"
             return f"{words}, not empty" if self.low else words
         low, high, above, below = (
             None if x is None else f"{x:,.12g}"
@@ -229,18 +229,21 @@ def setup(args: Namespace) -> CfgNode:
     options = {key: getattr(args, name) for name, key in OPTIONS.items()}
     given = {key: value for key, value in options.items() if value is not None}
     cfg = _merged(given, args.opts, args.config_file, args.dataset_config_file)
-    if not cfg.DATASET.NAME:
+    name = cfg.DATASET.NAME
+    if not name:
         raise UserError("no data set: pass --dataset NAME")
+    if name in (".", "..") or "/" in name:
+        raise UserError(f"a data set's results go to a folder of its name; {name!r} is none")
     return cfg
 
 
 def check(cfg: CfgNode) -> None:
     """UserError unless every declared key of `cfg` has a value of its type and range."""
     for key, setting in declared().items():
-        setting.take(value(cfg, key))
+        setting.take(value_of(cfg, key))
 
 
-def value(cfg: CfgNode, key: str) -> Any:
+def value_of(cfg: CfgNode, key: str) -> Any:
     """What `cfg` holds at a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
@@ -250,87 +253,72 @@ def value(cfg: CfgNode, key: str) -> Any:
 def _merged(
     given: Mapping[str, Any], opts: Sequence[str], config_file: str = "", dataset_file: str = ""
 ) -> CfgNode:
+    """The frozen config of options and pairs, which go before a user's file, and so on."""
+    from engine import get_cfg_default  # the choice of an engine, which settings do not depend on
+
     if len(opts) % 2:
         raise UserError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
     pairs = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
     line = [(tuple(key.split(".")), value) for key, value in pairs]
     own = list(_values(Path(config_file))) if config_file else []
-    names = dict([*own, *line])
-    trainer = names.get(("TRAINER", "NAME"), declared()["TRAINER.NAME"].default)
+    named = dict([*own, *line])  # which decides what is read before it
+    trainer = named.get(("TRAINER", "NAME"), declared()["TRAINER.NAME"].default)
     if trainer not in methods():
         raise unknown("trainer", str(trainer), methods())
-    folder, dataset = CONFIGS / "datasets", names.get(("DATASET", "NAME"))
-    known = {path.stem for path in folder.glob("*.yaml")}
+    folder, dataset = CONFIGS / "datasets", named.get(("DATASET", "NAME"))
+    known = [path.stem for path in folder.glob("*.yaml")]
     of_set = Path(dataset_file or folder / f"{dataset if dataset in known else ANY_DATASET}.yaml")
     of_method = CONFIGS / "trainers" / f"{trainer}.yaml"
 
-    cfg = _defaults()
+    flat = dict(_flat(get_cfg_default()))
+    for key, setting in declared().items():
+        flat[tuple(key.split("."))] = setting.take(setting.default)
     for source, values in (
-        (of_set, _values(of_set)),
-        (of_method, _values(of_method)),
-        (config_file, own),
+        (f" (in {of_set})", _values(of_set)),
+        (f" (in {of_method})", _values(of_method)),
+        (f" (in {config_file})", own),
         ("", line),
     ):
         for parts, value in values:
+            if value is None and any(parts == key[: len(parts)] != key for key in flat):
+                continue  # a section of which everything is commented out
             try:
-                _put(cfg, parts, value)
+                flat[parts] = _taken(flat, parts, value)
             except UserError as error:
-                raise UserError(f"{error} (in {source})" if source else str(error)) from error
+                raise UserError(f"{error}{source}") from error
+    return _nested(flat)
+
+
+def _nested(flat: Mapping[Parts, Any]) -> CfgNode:
+    cfg = CfgNode()
+    for (*path, leaf), value in flat.items():
+        node = cfg
+        for part in path:
+            if not isinstance(node.get(part), CfgNode):
+                node[part] = CfgNode()
+            node = node[part]
+        node[leaf] = CfgNode() if isinstance(value, dict) else value
     cfg.freeze()
     return cfg
 
 
-def _defaults() -> CfgNode:
-    """A config of every declared key, among Dassl's own where Dassl runs."""
-    from engine import get_cfg_default  # the choice of an engine, which settings do not depend on
-
-    cfg = get_cfg_default()
-    for key, setting in declared().items():
-        node, (*path, leaf) = cfg, key.split(".")
-        for part in path:
-            node = node.setdefault(part, CfgNode())
-        free = setting.type == "dict"
-        node[leaf] = CfgNode(new_allowed=True) if free else setting.take(setting.default)
-    return cfg
-
-
-def _put(cfg: CfgNode, parts: Parts, value: Any) -> None:
-    """Set a key that is there already, or any key below a section that nobody declares."""
-    node, free, key = cfg, False, ".".join(parts)
-    for number, part in enumerate(parts):
-        setting = declared().get(".".join(parts[: number + 1]))
-        free = free or (setting is not None and setting.type == "dict")
-        last = number + 1 == len(parts)
-        if part not in node:
-            if not free:
-                raise unknown("config key", key, _keys(cfg))
-            node[part] = None if last else CfgNode(new_allowed=True)
-        if not last:
-            node = node[part]
-            if not isinstance(node, CfgNode):
-                raise unknown("config key", key, _keys(cfg))
-    old = node[part]
-    if isinstance(old, CfgNode):
-        if value is not None:  # a section of which everything is commented out
-            raise UserError(f"{key} is a section; its keys are {', '.join(_keys(old, f'{key}.'))}")
-    elif setting is not None:
-        node[part] = setting.take(value)
-    elif free or old is None:
-        node[part] = _literal(value, object)
-    else:  # one of Dassl's own
-        value = _literal(value, type(old))
-        if type(value) is not type(old):
-            raise UserError(f"{key} must be of type {type(old).__name__}, got {value!r}")
-        node[part] = value
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """All keys of a config as dotted names, this repository's first: they are asked for most."""
-    keys = []
-    for name, value in cfg.items():
-        full = f"{prefix}{name}"
-        keys += _keys(value, f"{full}.") if isinstance(value, CfgNode) else [full]
-    return sorted(keys, key=lambda key: not key.startswith(("FORGET", "TRAINER", "DATASET")))
+def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
+    """`value` as the config holds it; UserError for an unknown key, or a value that it refuses."""
+    key = ".".join(parts)
+    if key in declared():
+        return declared()[key].take(value)
+    if parts in known:  # one of Dassl's own
+        kind = type(known[parts])
+        value = _literal(value, kind)
+        if type(value) is not kind:
+            raise UserError(f"{key} must be of type {kind.__name__}, got {value!r:.80}")
+        return value
+    above = (declared().get(".".join(parts[:end])) for end in range(1, len(parts)))
+    if any(setting is not None and setting.type == "dict" for setting in above):
+        return _literal(value, object)
+    # This repository's keys first: they are asked for most.
+    keys = sorted(map(".".join, known), key=lambda k: not k.startswith(("FORGET", "TRAINER")))
+    raise unknown("config key", key, keys)
 
 
 # The paper's weights
@@ -345,11 +333,13 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
         UserError: no weight, or an impossible one.
     """
     mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
-    backbone, terms = cfg.MODEL.BACKBONE.NAME, declared()["FORGET.TERMS"].choices
-    place = f"FORGET.WEIGHTS.{backbone}.{mode}"
-    pair = (cfg.FORGET.WEIGHTS.get(backbone) or {}).get(mode) or (None, None)
+    backbone = cfg.MODEL.BACKBONE.NAME
+    pair = cfg.FORGET.WEIGHTS.get(backbone, CfgNode())
+    pair = pair.get(mode, (None, None)) if isinstance(pair, CfgNode) else pair
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise UserError(f"{place} must be [lamb_preserve, lamb_forget], got {pair!r}")
+        raise UserError(
+            f"FORGET.WEIGHTS.{backbone}.{mode} must be [lamb_preserve, lamb_forget], got {pair!r}"
+        )
     weights = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}
     weights |= {key: cfg.FORGET[key] for key in weights if cfg.FORGET[key] is not None}
     missing = sorted(key for key, weight in weights.items() if weight is None)
@@ -360,7 +350,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
             + " ".join(f"FORGET.{key} NUMBER" for key in missing)
         )
     found = {}
-    for term in terms:
+    for term in declared()["FORGET.TERMS"].choices:
         key = f"LAMB_{term.upper()}"
         weight = declared()[f"FORGET.{key}"].take(weights[key])
         found[key.lower()] = weight if term in cfg.FORGET.TERMS else 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -163,18 +163,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def escape(name: str) -> str:
     """A class name as one file name: no separator, not hidden, never "." or ".." or empty.
 
-    `unescape` gives the name back. There are cars called "C/V". The result is ASCII; it is up to
+    Two names never become one. There are cars called "C/V". The result is ASCII; it is up to
     nine times as long as `name`, and file systems end at 255 bytes.
     """
     if not name:
         return EMPTY_NAME
     escaped = quote(name, safe=" ()'", errors="surrogatepass")
     return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
-
-
-def unescape(escaped: str) -> str:
-    """The name that `escape` made `escaped` from."""
-    return "" if escaped == EMPTY_NAME else unquote(escaped, errors="surrogatepass")
 
 
 def inside(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> Path:

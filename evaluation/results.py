@@ -21,11 +21,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
 from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
-from forgetting.adapter import Adapter, write_bytes
+from evaluation.schema import check_logs
+
+if TYPE_CHECKING:
+    from forgetting.adapter import Adapter
 
 LOGS = "logs.json"
 ARGS = "args.txt"
@@ -57,7 +60,8 @@ def read_logs(folder: str | Path) -> Logs:
     """The logs of a results folder; empty if it has none.
 
     Raises:
-        TornLogs: no JSON object of objects. The file is left as it is.
+        TornLogs: no JSON object of objects.
+        UserError: results of another shape, see `evaluation.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
     try:
@@ -68,12 +72,13 @@ def read_logs(folder: str | Path) -> Logs:
         raise UserError(f"cannot read {path}: {error}") from error
     problem = None
     try:
-        logs = json.loads(text)
+        logs = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
         if not isinstance(logs, dict) or not all(isinstance(v, dict) for v in logs.values()):
             problem = "not an object of data sets"
     except json.JSONDecodeError as error:
         problem = str(error)
     if problem is None:
+        check_logs(logs, path)
         return logs
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
 
@@ -179,6 +184,8 @@ def merge_results(
     Raises:
         UserError: results with other settings are there now; those that fit are written first.
     """
+    from forgetting.adapter import write_bytes  # torch: who only reads results waits for none
+
     folder, path = Path(folder), Path(folder) / LOGS
     refused: UserError | None = None
     with lock(path):

@@ -18,9 +18,10 @@ from clip.bundle import FeatureBundle
 from engine.errors import UserError, unknown
 
 Factors = tuple[Tensor, Tensor]  # left (w, r), right (r, d) of Delta = left @ right
-BLOCK_NUMBERS = 2**18  # products of a block of images with all classes: what a core's cache holds
+BLOCK = 1024  # images at once; always the same ones together, so that rounding is always the same
 # Where a text keeps less than this of its length, the sum would be rounding: it is embedded anew.
 CANCELS = 0.1
+TIE = 5e-7  # where cosines are nearer than that, rounding decides: that of `predict`, always
 
 
 def class_embeddings(bundle: FeatureBundle, factors: Factors | None = None) -> Tensor:
@@ -62,17 +63,26 @@ class ZeroShot:
         Raises:
             UserError: a removed name is no class, or none is left.
         """
-        bundle = self.bundle
-        gone = _columns(bundle, removed)
-        similarity = bundle.image_features @ class_embeddings(bundle, factors).T  # (N, C)
+        gone = _columns(self.bundle, removed)
+        classes = class_embeddings(self.bundle, factors).T  # (d, C)
+        found = torch.empty_like(self.bundle.labels)
+        for rows in self._blocks:
+            found[rows] = self._nearest(rows, classes, gone)
+        return found
+
+    def _nearest(self, rows: slice, classes: Tensor, gone: Sequence[int] = ()) -> Tensor:
+        """The nearest class (b,) of each image of a block; `classes` (d, C), unit norm."""
+        similarity = self.bundle.image_features[rows] @ classes  # (b, d) @ (d, C)
         similarity[:, gone] = -torch.inf
         return similarity.argmax(dim=1)
 
-    def correct(self, changes: Sequence[Factors]) -> Tensor:
-        """Whether each image is recognised under each of R changes, (R, N) bool.
+    @property
+    def _blocks(self) -> list[slice]:
+        count = len(self.bundle.labels)
+        return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
-        As `predict` says it, but for images that two classes are equally near to, to rounding.
-        """
+    def correct(self, changes: Sequence[Factors]) -> Tensor:
+        """Whether each image is recognised under each of R changes, (R, N) bool; see `predict`."""
         bundle = self.bundle
         images, labels = bundle.image_features, bundle.labels
         found = torch.empty(len(changes), len(labels), dtype=torch.bool)
@@ -92,20 +102,25 @@ class ZeroShot:
         fresh = torch.stack([row for _, _, row in anew]).T if anew else None  # (d, n)
         rank = [len(right) for right in rights]
         every = torch.cat(rights).T  # (d, sum of ranks)
-        size = max(1, BLOCK_NUMBERS // len(own))
-        scores = images.new_empty(size, len(own))
-        for rows in torch.arange(len(labels)).split(size):
-            block = images[rows]
+        scores = images.new_empty(min(BLOCK, len(labels)), len(own))
+        for rows in self._blocks:
+            block, truth = images[rows], labels[rows, None]
             products = block @ self.embeddings.T  # (b, d) @ (d, C)
             pulls = (block @ every).split(rank, dim=1)  # R times (b, r)
             special = block @ fresh if anew else None  # (b, n)
-            out, place = scores[: len(rows)], 0
+            out, place = scores[: len(block)], 0
             for number, (share, length) in enumerate(zip(shares, lengths, strict=True)):
                 torch.addmm(products, pulls[number], share, out=out)
                 while place < len(anew) and anew[place][0] == number:
                     out[:, anew[place][1]] = special[:, place]
                     place += 1
-                found[number, rows] = out.mul_(length).argmax(dim=1) == labels[rows]
+                mine = out.mul_(length).gather(1, truth)[:, 0]  # (b,)
+                lead = mine - out.scatter_(1, truth, -torch.inf).amax(dim=1)
+                if (lead.abs() < TIE).any():
+                    classes = class_embeddings(bundle, changes[number]).T
+                    found[number, rows] = self._nearest(rows, classes) == truth[:, 0]
+                else:
+                    found[number, rows] = lead > 0
         return found
 
 

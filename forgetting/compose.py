@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -265,6 +266,12 @@ def _same(a: Part, b: Part) -> bool:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        _, _, rest = message.partition("unrecognized arguments: ")
+        if rest.startswith("-"):
+            name = rest.split()[0].split("=")[0]
+            near = get_close_matches(name, self._option_string_actions)
+            meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            message = f"unknown option {name!r}{meant}"
         raise ProblemError(f"{message} (see {self.prog} --help)")
 
 
@@ -319,6 +326,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     except (ProblemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

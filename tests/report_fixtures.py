@@ -9,6 +9,8 @@ from typing import Any
 
 from evaluation.audit.record import AUDIT, FORMAT
 from evaluation.results import ARGS, LOGS
+from evaluation.rules import holds, is_other_word
+from evaluation.schema import CLASS, Absent, Maybe, fraction, number
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -154,9 +156,9 @@ def audit_of(
                     "after": after if kind == "evaluation" else around(0.6 if comes else end),
                 }
             )
-    unseen = [prompt for prompt in prompts if not prompt["seen"]]
+    unseen = [prompt for prompt in prompts if is_other_word(prompt["kind"], prompt["seen"])]
     worst = max(unseen, key=lambda prompt: prompt["after"]["value"])
-    back = [p["text"] for p in prompts if p["after"]["value"] >= start / 2]
+    back = [p["text"] for p in unseen if holds(p["after"]["value"], start)]
     by_kind = {}
     for kind in KINDS:
         mine = [prompt for prompt in prompts if prompt["kind"] == kind]
@@ -324,3 +326,51 @@ def riddle(value: Any, rng: random.Random, chance: float = 0.08) -> Any:
     if isinstance(value, list):
         return [None if rng.random() < chance else riddle(part, rng, chance) for part in value]
     return value
+
+
+def example(shape: Any, items: int) -> Any:
+    """A value of a shape of `evaluation.schema`: null where it may be null, lists and objects of
+    any keys with `items` items; keys that may be absent are, unless there are items."""
+    match shape:
+        case Maybe():
+            return None
+        case tuple():
+            return example(shape[0], items)
+        case list():
+            return [example(shape[0], items)] * items
+        case dict():
+            parts = {"": shape[...]} if items and ... in shape else {}
+            parts |= {key: part for key, part in shape.items() if key is not ...}
+            return {
+                key: example(part.shape if isinstance(part, Absent) else part, items)
+                for key, part in parts.items()
+                if items or not isinstance(part, Absent)
+            }
+    return {fraction: 0.0, number: 0.0}[shape] if shape in (fraction, number) else shape()
+
+
+def sparse_audits(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Audits of a class, each at an edge of what may stand there, by a name that says which."""
+    shape = {key: part.shape if isinstance(part, Absent) else part for key, part in CLASS.items()}
+    empty, nothing = (example(shape, items) for items in (0, 1))  # no list has an item, or one
+    nothing["confusion"] = {"names": ["a"], "before": [[0, 0]], "after": [[0, 0]]}
+    without = {
+        f"without {measure}": {key: part for key, part in found.items() if key != measure}
+        for measure in MEASURES
+    }
+    logs_only = {"verdict": [], "seconds": {}}
+    return {"empty": empty, "nothing": nothing, "no measure": logs_only, **without}
+
+
+def plant_sparse(folder: Path) -> list[str]:
+    """A results folder with a class for each of `sparse_audits`; returns their names."""
+    plant(folder, 1)
+    record = json.loads((folder / AUDIT).read_text())["audits"]["ToyAnimals"]
+    (found,) = record[ANIMALS[0]]["classes"].values()
+    audits = sparse_audits(found)
+    plant(folder, list(audits))
+    record = json.loads((folder / AUDIT).read_text())
+    for name, sparse in audits.items():
+        record["audits"]["ToyAnimals"][name]["classes"] = {name: sparse}
+    (folder / AUDIT).write_text(json.dumps(record))
+    return list(audits)

@@ -19,10 +19,13 @@ from evaluation.audit.case import Common, Model
 from evaluation.audit.interval import accuracy, mean_value
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import MEASURES, _Results, audit_folder
-from evaluation.audit.table import audit_table
 from evaluation.audit.verdict import verdict
 from evaluation.results import read_logs
+from evaluation.rows import read_rows
+from evaluation.tables import audit_table
 from tests.conftest import BACKBONE, toy_bundle
+
+NOTHING = {"names": 0, "attacks": {}, "not_measured": []}  # what undoing may find
 
 
 @given(st.integers(1, 400), st.data())
@@ -185,7 +188,7 @@ def test_from_the_command_line_to_its_own_table(results, capsys):
     for side, key in (("before", "zero_shot"), ("after", "final_results")):
         value = found["residue"]["zero_shot"][side]["value"]
         assert value == pytest.approx(logs[key]["ToyAnimals"]["cat"]["cls_acc_test"])
-    table = audit_table(results)
+    table = audit_table(read_rows(results))
     assert table["class"].tolist() == ["cat", "C/V"] and (table["before"] > 80).all()
     assert (results / "audit.csv").read_text().count("\n") == 3
     json.dumps(audits, allow_nan=False)
@@ -193,7 +196,7 @@ def test_from_the_command_line_to_its_own_table(results, capsys):
 
 def test_what_was_audited_is_not_audited_again(results, monkeypatch):
     calls = []
-    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or {})
+    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or NOTHING)
     audit_folder(results, labels=["cat"])
     audit_folder(results)
     assert calls == ["cat", "C/V"]
@@ -237,7 +240,7 @@ def test_a_broken_off_audit_keeps_what_it_found(results, monkeypatch):
     def stopped(case):
         if case.name == "C/V":
             raise KeyboardInterrupt
-        return {}
+        return NOTHING
 
     monkeypatch.setitem(MEASURES, "undo", stopped)
     with pytest.raises(KeyboardInterrupt):

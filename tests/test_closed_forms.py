@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetting.baselines import noise, null_space, uce, uce_each, zeroing
-from forgetting.baselines import LOGIT_SCALE, ascend
-from trainers.forget_leace import leace
+from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, uce_each, zeroing
+from trainers.baselines import leace
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from engine.config import (
     paper_weights,
     settings,
     setup,
-    value,
+    value_of,
 )
 from tests.conftest import REPOSITORY
 
@@ -117,7 +117,7 @@ def test_every_default_stands_in_yaml_once():
     for key, setting in declared().items():
         if setting.type != "dict" and key not in ("FORGET.TARGET", "FORGET.SIMILARITY"):
             expected = setting.default
-            assert value(cfg, key) == (tuple(expected) if setting.type == "list" else expected)
+            assert value_of(cfg, key) == (tuple(expected) if setting.type == "list" else expected)
     for name in methods():
         tree = yaml.safe_load((CONFIGS / "trainers" / f"{name}.yaml").read_text())
         assert tree["TRAINER"]["NAME"] == name
@@ -190,6 +190,10 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     assert paper_weights(config(*argv, *opts)) == expected | {"lamb_preserve": 0, "lamb_weight": 0}
     line = ["FORGET.WEIGHTS.own/1.SINGLE", "[1, 2]"]
     assert paper_weights(config(*argv, *line))["lamb_forget"] == 2.0
+    file.write_text("FORGET: {WEIGHTS: {own/1: 3}}")
+    with pytest.raises(UserError, match=r"own/1.SINGLE must be .lamb_preserve, .*got 3"):
+        paper_weights(config(*argv))
+    file.write_text("")
     with pytest.raises(UserError, match="no LAMB_FORGET and LAMB_PRESERVE for own/1"):
         paper_weights(config(*argv, "--multiclass"))
     for pair, message in {

@@ -14,7 +14,9 @@ from scipy.io import savemat
 import datasets
 from datasets import check, vocabulary
 from datasets.raw import divide
-from engine import DATASET_REGISTRY, UserError, build_dataset, get_cfg_default
+from engine import DATASET_REGISTRY, UserError
+from engine.cli import run
+from engine.config import settings
 
 FORGOTTEN = {
     "StanfordDogs": ["Pekinese", "toy poodle", "Scotch terrier"],
@@ -82,13 +84,13 @@ def cells(values: list[str], column: bool = False) -> np.ndarray:
 
 def test_published_split_is_read_as_it_is(tmp_path, capsys):
     publish(caltech(tmp_path), good_split())
-    cfg = get_cfg_default()
-    cfg.DATASET.NAME, cfg.DATASET.ROOT = "Caltech101", str(tmp_path)
-    data = build_dataset(cfg)
+    cfg = settings(dataset="Caltech101", opts=["DATASET.ROOT", str(tmp_path)])
+    data = DATASET_REGISTRY.get("Caltech101")(cfg)
     assert (len(data.train_x), len(data.val), len(data.test)) == (10, 4, 6)
     assert data.classnames == ["airplanes", "sea_horse"]  # spelling kept, folders not renamed
     assert data.num_classes == 2 and data.lab2cname == {0: "airplanes", 1: "sea_horse"}
     assert data.test[0].impath.endswith("101_ObjectCategories/airplanes/image_0007.jpg")
+    assert data.test[0].domain == 0 and data.train_u is None
     assert {(datum.label, datum.classname) for datum in data.test} == {
         (0, "airplanes"),
         (1, "sea_horse"),
@@ -145,6 +147,7 @@ BROKEN = {
         {"train": entries("a", 0, range(1)), "val": [], "test": entries("b", 2, range(1))},
         "no image has label 1",
     ),
+    "huge label": ({"train": [], "val": [], "test": [["a.jpg", 10**9, "a"]]}, "has label 0"),
     "two names a label": (
         {"train": entries("a", 0, range(1)), "val": [], "test": entries("b", 0, range(1))},
         r"test\[0\]: label 0 is called 'b', but 'a' before",
@@ -424,7 +427,7 @@ def test_vocabulary_format(tmp_path, monkeypatch, request):
 
 
 def run_check(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = check.main([str(argument) for argument in arguments])
+    status = run(check.main, [str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -472,5 +475,5 @@ def test_check_of_a_broken_split(tmp_path, capsys):
 def test_check_of_wrong_arguments_is_one_line(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     status, out, err = run_check(capsys, *arguments)
-    assert status == 1 and out == ""
+    assert status == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip.bundle import FeatureBundle
-from evaluation.zero_shot import class_embeddings, evaluate_classes, evaluate_set, predict
+from evaluation.zero_shot import ZeroShot, class_embeddings, evaluate_classes, evaluate_set
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def bundle() -> FeatureBundle:
 
 
 def test_before(bundle):
-    assert predict(bundle).tolist() == [0, 0, 1, 1, 1, 2, 0, 2, 2]
+    assert ZeroShot(bundle).predict().tolist() == [0, 0, 1, 1, 1, 2, 0, 2, 2]
     assert evaluate_set(bundle) == pytest.approx(7 / 9)
     assert evaluate_classes(bundle, ["a"]) == {
         "a": {"cls_acc_test": pytest.approx(2 / 3), "no_cls_acc": 5 / 6, "acc_train": None}

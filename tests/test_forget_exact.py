@@ -94,7 +94,7 @@ def test_several_texts_a_class(exact_args, tmp_path):
 def test_the_papers_objective_at_its_optimum_beats_the_descent(toy_args, exact_args):
     paper = train.main([*toy_args, "--forget", "cat"])
     keys = toy_args[toy_args.index("FORGET.LAMB_PRESERVE") :][:6]
-    options = ["TRAINER.FORGETEXACT.OBJECTIVE", "paper", *keys]
+    options = ["--trainer", "ForgetOptimum", *keys]
     exact = solver_of(train.main([*exact_args, "--forget", "cat", *options]), "cat")
     descent = solver_of(paper, "cat")
     assert exact["certificate"]["gap"] <= 1e-9
@@ -102,11 +102,11 @@ def test_the_papers_objective_at_its_optimum_beats_the_descent(toy_args, exact_a
     assert exact["thresholds"]["reach"] < 3.0 == exact["lamb_forget"]
 
 
-@pytest.mark.parametrize("trainer", ["ForgetLoRA", "ForgetExact"])
+@pytest.mark.parametrize("trainer", ["ForgetLoRA", "ForgetOptimum"])
 def test_auto_lamb_forget_needs_no_retry(toy_args, trainer):
     start = toy_args[: toy_args.index("FORGET.LAMB_PRESERVE")]
     keys = ["FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_WEIGHT", "0.02"]
-    keys += ["FORGET.LAMB_FORGET", "auto", "TRAINER.FORGETEXACT.OBJECTIVE", "paper"]
+    keys += ["FORGET.LAMB_FORGET", "auto"]
     folder = train.main([*start, "--trainer", trainer, "--forget", "owl", *keys])
     solver = solver_of(folder, "owl")
     if trainer == "ForgetLoRA":
@@ -134,7 +134,7 @@ def test_forgetting_now_and_next_week_is_forgetting_both(exact_args, tmp_path):
 
 def test_the_papers_objective_composes_with_its_statistics(exact_args, tmp_path, capsys):
     names = ["--forget", "cat", "--forget", "owl"]
-    keys = ["TRAINER.FORGETEXACT.OBJECTIVE", "paper", "FORGET.LAMB_WEIGHT", "0.02"]
+    keys = ["--trainer", "ForgetOptimum", "FORGET.LAMB_WEIGHT", "0.02"]
     keys += ["FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_FORGET", "3.0"]
     folder = train.main([*exact_args, *names, *keys]) / "ToyAnimals"
     train.main([*exact_args, *names, *keys, "--multiclass"])
@@ -164,8 +164,11 @@ ROWS = {
         ["FORGET.BETA", "-1"],
         "BETA must be a number above -1 and at most 1,000,000 .* got -1.0",
     ),
-    "beta of opposite": (["--target", "opposite", "--beta", "-0.1"], "must be 0 or more"),
-    "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "papr"], "did you mean 'paper'"),
+    "beta of opposite": (
+        ["--target", "opposite", "--beta", "-0.1"],
+        "beta must be a number of 0 or more",
+    ),
+    "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "paper"], "unknown config key"),
     "huge beta": (["--beta", "1e300"], "FORGET.BETA must be .* at most 1,000,000"),
     "huge weight": (
         ["TRAINER.FORGETEXACT.VOCABULARY", "1e300"],

@@ -134,8 +134,8 @@ def test_requests_descend_together_as_they_would_alone():
     for i, answer in enumerate(together):
         single = problem.part(owner == i, ~leaving[i])
         alone = solve_lora(single, settings, draws(i))
-        assert answer.objective == pytest.approx(alone.objective, rel=5e-3)
-        assert answer.reduction == pytest.approx(alone.reduction, abs=5e-3)
+        assert answer.objective == pytest.approx(alone.objective, rel=2e-2)
+        assert answer.reduction == pytest.approx(alone.reduction, abs=2e-2)
         assert len(answer.trials) == len(alone.trials)
         judged = float(replace(single, lamb_forget=answer.lamb_forget).objective(answer.delta))
         assert judged == pytest.approx(answer.objective, rel=1e-4)

@@ -21,7 +21,7 @@ from evaluation.report import read_runs, render, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.page import GENERATOR, embedded
 from evaluation.results import LOGS
-from tests.report_fixtures import ANIMALS, NASTY, acc, log_entry, plant, riddle, write
+from tests.report_fixtures import ANIMALS, NASTY, acc, log_entry, plant, plant_sparse, riddle, write
 
 SOURCES = Path(page_module.__file__).parent
 SCALARS = st.none() | st.booleans() | st.text() | st.integers(-(10**9), 10**9)
@@ -217,17 +217,32 @@ def test_logs_of_the_papers_public_code(tmp_path, joined):
     assert "Accuracy before forgetting: not in the logs" in page.text
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_any_part_of_an_audit_may_be_absent(tmp_path, seed):
-    folder = plant(tmp_path, 4, seed=seed)
-    rng = random.Random(seed)
-    audit = json.loads((folder / "audit.json").read_text())
-    (folder / "audit.json").write_text(json.dumps(audit | {"audits": riddle(audit["audits"], rng)}))
-    logs = json.loads((folder / LOGS).read_text())
-    logs = {"ToyAnimals": riddle(logs["ToyAnimals"], rng, 0.05)}
-    logs["ToyAnimals"]["safe"] = log_entry(rng, "ToyAnimals", ["safe"], acc(1.0), acc(0.0), 0.0)
-    (folder / LOGS).write_text(json.dumps(logs))
-    assert "safe" in page_of(folder).text
+def test_any_measure_and_any_number_may_be_absent(tmp_path):
+    names = plant_sparse(tmp_path)
+    page = page_of(tmp_path)
+    data = {one["name"]: one for one in map(json.loads, page.scripts[:-1])}
+    assert set(data) == set(names)
+    assert data["nothing"]["audit"]["residue"]["zero_shot"]["before"] == [None, None, None, 0]
+    assert "undo: left out of the audit (2 classes: " in page.text
+
+
+@pytest.mark.parametrize("name", ["audit.json", LOGS])
+def test_files_with_holes_are_shown_or_refused_in_one_line(tmp_path, capsys, name):
+    folder = plant(tmp_path, 4)
+    path, report = folder / name, folder / "report.html"
+    whole = json.loads(path.read_text())
+    part = "audits" if name == "audit.json" else "ToyAnimals"
+    outcomes = set()
+    for seed in range(16):
+        holes = riddle(whole[part], random.Random(seed), (0.00005, 0.01)[seed % 2])
+        path.write_text(json.dumps(whole | {part: holes}))
+        outcomes.add(run(main, [str(folder)]))
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (not report.exists())
+        for line in lines:
+            assert str(path) in line and "ToyAnimals" in line and "must be " in line
+        report.unlink(missing_ok=True)
+    assert outcomes == {0, 2}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 
 from evaluation.report import read_runs
-from evaluation.report.frontier import HEIGHT, WIDTH, frontier, ticks
 from evaluation.report.page import flat
+from evaluation.report.scatter import HEIGHT, WIDTH, scatter, ticks
 from evaluation.report.summary import Summary, findings, not_measured, points
 from evaluation.results import LOGS
 from tests.report_fixtures import ANIMALS, OTHERS, acc, log_entry, plant, write
@@ -57,11 +57,11 @@ def test_an_audit_of_another_adapter_is_not_shown(tmp_path):
     folder = plant(tmp_path, 2)
     logs = json.loads((folder / LOGS).read_text())
     first = next(name for name in logs["ToyAnimals"] if name != "settings")
-    logs["ToyAnimals"][first]["solver"]["adapter"] = "ToyAnimals/one.safetensors"
-    (folder / LOGS).write_text(json.dumps(logs))
-    assert all(row.audit for row in read_runs(folder)[0].rows)  # no adapter there: nothing to say
-    (folder / "ToyAnimals").mkdir()
-    (folder / "ToyAnimals" / "one.safetensors").write_bytes(b"made after the audit")
+    assert all(row.audit for row in read_runs(folder)[0].rows)  # no digest: nothing to say
+    for digest, current in (("0" * 64, True), ("1" * 64, False)):
+        logs["ToyAnimals"][first]["solver"]["adapter_sha256"] = digest
+        (folder / LOGS).write_text(json.dumps(logs))
+        assert all(row.audit for row in read_runs(folder)[0].rows) == current
     (one,) = read_runs(folder)
     assert {row.name for row in one.rows if not row.audit} == {first}
     assert one.outdated == [f"ToyAnimals: {first}"]
@@ -120,7 +120,7 @@ def test_ticks_are_even_and_hold_the_range(low, span):
 def test_points_of_the_frontier_lie_where_their_numbers_say(tmp_path):
     for name, left in (("a", 0.0), ("b", 0.4)):
         plant(tmp_path / name, 6, left=left, harm=0.02 if name == "a" else 0.0)
-    chart = frontier(read_runs(tmp_path))
+    chart = scatter(read_runs(tmp_path))
     first, second = chart.series
     assert first.shape != second.shape and first.colour != second.colour
     assert first.mean.x > second.mean.x and first.mean.y > second.mean.y  # y grows downwards

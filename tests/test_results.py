@@ -11,16 +11,25 @@ import warnings
 import pytest
 
 from engine.errors import UserError
+from engine.files import sha256_file
 from evaluation.results import (
     check_folder,
     is_done,
     join_label,
     label_file,
     merge_args,
-    merge_entry,
+    merge_results,
     read_logs,
 )
-from utils import compute_avg_gain, create_results, plot_results, summarise
+from tests.results_fixtures import finished, store
+from utils import (
+    compare_results,
+    compute_avg_gain,
+    create_results,
+    plot_comparison,
+    plot_results,
+    summarise,
+)
 
 SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
 
@@ -38,27 +47,32 @@ def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), setting
 
 
 def test_merging_keeps_what_is_there(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
-    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
-    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
+    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
     logs = read_logs(tmp_path)
     assert set(logs) == {"A", "B"} and set(logs["A"]) == {"settings", "cat", "cat|dog"}
-    assert logs["A"]["cat"] == entry()
+    named = {
+        "adapter": "A/cat.safetensors",
+        "adapter_sha256": sha256_file(tmp_path / "A/cat.safetensors"),
+    }
+    assert logs["A"]["cat"] == entry() | {"solver": entry()["solver"] | named}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
 
 
 def test_numbers_keep_full_precision(tmp_path):
     third = 1 / 3
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry(before=third))
+    store(tmp_path, "A", SETTINGS, "cat", entry(before=third))
     assert read_logs(tmp_path)["A"]["cat"]["zero_shot"]["A"]["cat"]["cls_acc_test"] == third
 
 
 WRITER = """
 import sys
-from evaluation.results import merge_entry
+from tests.results_fixtures import store
 folder, dataset = sys.argv[1:]
 for number in range(25):
-    merge_entry(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", {"n": number})
+    entry = {"final_results": {dataset: {f"c{number}": {"cls_acc_test": 0.0, "no_cls_acc": 1.0}}}}
+    store(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", entry)
 """
 
 
@@ -73,28 +87,48 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("key", ["trainer", "backbone"])
 def test_results_of_another_kind_are_refused(tmp_path, key):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat", entry())
     for dataset in ("A", "B"):
         with pytest.raises(UserError, match="another ATTEMPT"):
             check_folder(tmp_path, dataset, SETTINGS | {key: "other"})
         with pytest.raises(UserError, match="another ATTEMPT"):
-            merge_entry(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
+            store(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
     assert set(read_logs(tmp_path)) == {"A"}
     check_folder(tmp_path, "A", SETTINGS)
 
 
 def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "A", SETTINGS, "cat", entry())
     with pytest.raises(UserError, match="weights"):
         check_folder(tmp_path, "A", SETTINGS | {"weights": "def"})
 
 
-def test_done_means_the_same_solver_settings():
-    logs = {"A": {"cat": entry()}}
-    assert is_done(logs, "A", "cat", {"lamb_forget": 1.3})
-    assert not is_done(logs, "A", "dog", {"lamb_forget": 1.3})
+def test_done_means_the_same_solver_settings_and_the_adapter_of_the_logs(tmp_path):
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
+    assert is_done(tmp_path, logs, "A", "cat", same)
+    assert not is_done(tmp_path, logs, "A", "dog", same)
     with pytest.raises(UserError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
-        is_done(logs, "A", "cat", {"lamb_forget": 1.1})
+        is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.1})
+    path = tmp_path / "A" / "cat.safetensors"
+    path.write_bytes(finished("A", "cat", entry(), scale=2.0).data)  # killed before the logs
+    assert not is_done(tmp_path, logs, "A", "cat", same)
+    path.unlink()
+    assert not is_done(tmp_path, logs, "A", "cat", same)
+
+
+def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    before = read_logs(tmp_path)
+    other = entry(after=0.5, settings={"lamb_forget": 1.1})
+    late = [finished("A", "cat", other, scale=2.0), finished("A", "dog", other, scale=3.0)]
+    with pytest.raises(UserError, match="--overwrite"):
+        merge_results(tmp_path, "A", SETTINGS, late)
+    logs = read_logs(tmp_path)
+    assert logs["A"]["cat"] == before["A"]["cat"] and "dog" in logs["A"]
+    assert is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.3})
+    merge_results(tmp_path, "A", SETTINGS, late, overwrite=True)
+    assert is_done(tmp_path, read_logs(tmp_path), "A", "cat", {"lamb_forget": 1.1})
 
 
 @pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
@@ -104,10 +138,10 @@ def test_torn_logs_are_kept_aside(tmp_path, text):
         read_logs(tmp_path)
     assert (tmp_path / "logs.json").read_text() == text  # reading moves nothing
     with pytest.raises(UserError, match=r"kept as logs\.torn"):
-        merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
+        store(tmp_path, "A", SETTINGS, "cat", entry())
     (aside,) = tmp_path.glob("logs.torn-*.json")
     assert aside.read_text() == text
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
+    store(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
     assert aside.read_text() == text
 
 
@@ -127,12 +161,12 @@ def test_args_keep_every_command_line_once(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    merge_entry(tmp_path, "A", SETTINGS, "cat", entry())
-    merge_entry(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
+    store(tmp_path, "A", SETTINGS, "cat", entry())
+    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
     both = entry()
     for side, value in (("final_results", 0.3), ("zero_shot", 0.5)):
         both[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
-    merge_entry(tmp_path, "A", SETTINGS, "cat|dog", both)
+    store(tmp_path, "A", SETTINGS, "cat|dog", both)
     merge_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
     return tmp_path
 
@@ -247,6 +281,12 @@ def test_avg_gain_works_for_any_sets(folder):
     assert compute_avg_gain(df) == pytest.approx((cat + x) / 2)
 
 
+def test_reading_results_loads_nothing_heavy():
+    code = "import sys, utils; print({'torch', 'matplotlib', 'pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'pandas'}"
+
+
 def test_plot_and_summary(folder):
     from PIL import Image
 
@@ -257,3 +297,49 @@ def test_plot_and_summary(folder):
     path = plot_results(df, folder / "picture.png")
     with Image.open(path) as image:
         assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def many_logs(count):
+    """Logs of that many classes; of the last two most is left, the third last harms most."""
+    names = [f"class {number}" for number in range(count)]
+    logs = {"A": {name: entry(name=name, after=0.0) for name in names}}
+    for name, left, rest in ((names[-3], 0.0, 0.1), (names[-2], 0.2, 0.7), (names[-1], 0.3, 0.8)):
+        logs["A"][name]["final_results"]["A"][name] = {"cls_acc_test": left, "no_cls_acc": rest}
+    return logs
+
+
+def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    drawn, titles = [], []
+    monkeypatch.setattr(Axes, "set_yticks", lambda axis, places, names, **_: drawn.append(names))
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text))
+    for count in (2500, 60):
+        (tmp_path / "logs.json").write_text(json.dumps(many_logs(count)))
+        df, _ = create_results(tmp_path)
+        with Image.open(plot_results(df, tmp_path / "picture.png")) as image:
+            assert image.height < 2500
+    few, everything = drawn
+    assert len(few) == 60 and list(few)[-3:] == [f"A: class {n}" for n in (2497, 2498, 2499)]
+    assert list(few)[:2] == ["A: class 0", "A: class 1"]  # among equals the first
+    assert list(everything) == [f"A: class {n}" for n in range(60)]
+    (title,) = titles  # nothing is left out of 60
+    assert title.startswith("the 60 of 2,500 rows with most left")
+
+
+def test_methods_side_by_side(tmp_path):
+    for name, left in (("one", 0.1), ("other", 0.4)):
+        logs = {"A": {"cat": entry(after=left), "dog": entry(name="dog")}}
+        logs["A"]["cat"]["solver"]["seconds"] = 2 * left
+        if name == "other":
+            del logs["A"]["dog"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "logs.json").write_text(json.dumps(logs))
+    table = compare_results({name: tmp_path / name for name in ("one", "other")})
+    assert table["forgotten"].tolist() == ["cat"]
+    row = table.iloc[0]
+    assert (row["class before"], row["class one"], row["class other"]) == (90.0, 10.0, 40.0)
+    assert (row["seconds one"], row["seconds other"]) == (0.2, 0.8)
+    assert plot_comparison(table, tmp_path / "picture.png").stat().st_size > 5000

@@ -25,9 +25,9 @@ from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
+from engine.config import check
+from engine.determinism import one_thread, seeded
 from engine.files import Batch
-from engine.seeds import seeded
-from engine.threads import one_thread
 from evaluation.results import (
     Finished,
     check_folder,
@@ -102,6 +102,7 @@ class ForgetTrainer(SimpleTrainer):
     @classmethod
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        check(cfg)
         check_names(cfg)
         cls.check_target(cfg)
         read_prompts(cfg)
@@ -325,7 +326,8 @@ class ForgetTrainer(SimpleTrainer):
         last = solved[-1]
         self.model.left, self.model.right = last.left, last.right
         factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
-        accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
+        with one_thread():
+            accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
         finished = []
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
@@ -336,7 +338,6 @@ class ForgetTrainer(SimpleTrainer):
                 "settings": solver_settings,
                 **_finite(answer.report),
                 **({"removed_names": list(answer.removed)} if answer.removed else {}),
-                "seconds": seconds,
                 "device": str(self.device),
             }
             adapter = Adapter(
@@ -354,6 +355,8 @@ class ForgetTrainer(SimpleTrainer):
             if self.cfg.FORGET.SAVE_MODEL:
                 report["model"] = f"{place}.pt"
             before = self.judge.before(classes)
+            # Not in the adapter: the same run makes the same file.
+            report = report | {"seconds": seconds}
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             finished.append(
                 Finished(label, entry, adapter, adapter_bytes(adapter), f"{place}.safetensors")
@@ -378,13 +381,13 @@ class ForgetTrainer(SimpleTrainer):
         """Measure what is left of the classes of this run: audit.json beside the logs."""
         from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
         from evaluation.audit.run import audit_dataset
-        from evaluation.audit.table import report_table
+        from evaluation.tables import report_audit
 
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
         inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
-        report_table(folder, [dataset])
+        report_audit(folder, [dataset])
 
     def _print(
         self, classes: list[str], entry: dict[str, Any], notes: list[str], seconds: float

@@ -1,4 +1,4 @@
-"""From class names to tensors: which texts are forgotten, what stays, and where the texts are sent."""
+"""From class names to tensors: what is forgotten, what stays, and where the texts are sent."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.cli import Parser, run
 from evaluation.audit.inputs import PLACES
 from evaluation.audit.run import MEASURES, audit_folder
-from evaluation.audit.table import report_table
+from evaluation.tables import report_audit
 from forgetting import ProblemError
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     places = {key: getattr(args, key) for key in PLACES}
     for folder in map(Path, args.folders):
         found = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, **places)
-        report_table(folder, list(found))
+        report_audit(folder, list(found))
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -119,7 +119,7 @@ class Attacker:
 
     @cached_property
     def unexplained(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the other names do not explain of each, as directions x (n, w), their norms (n,) and
+        """What the other names do not explain of each: directions x (n, w), their norms (n,), and
         `x W` (n, d)."""
         x = self.alike.directions()
         return x, x.norm(dim=1).clamp_min(TINY), x @ self.projection

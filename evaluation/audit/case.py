@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clip.bundle import FeatureBundle
-from engine.seeds import seeded
+from engine.determinism import seeded
 from evaluation.audit.interval import Accuracy, share
 from evaluation.zero_shot import CANCELS, Factors
 

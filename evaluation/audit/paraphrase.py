@@ -12,9 +12,7 @@ import torch
 
 from evaluation.audit.case import SHORTEST, Case, Model
 from evaluation.audit.interval import Accuracy, mean_value, share
-
-EVALUATION = "evaluation"
-BACK = 0.5  # of the accuracy under the class's own prompt before: from there on it counts as back
+from evaluation.rules import holds, is_other_word
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -35,8 +33,7 @@ def measure(case: Case) -> dict[str, Any]:
         {"text": p.text, "kind": p.kind, "seen": p.seen, "before": old, "after": new}
         for p, old, new in zip(case.prompts, before, after, strict=True)
     ]
-    # The evaluation prompt is no other word: what it finds is the class's own accuracy.
-    unseen = [entry for entry in prompts if not entry["seen"] and entry["kind"] != EVALUATION]
+    unseen = [entry for entry in prompts if is_other_word(entry["kind"], entry["seen"])]
     own = case.before.accuracy(case.label)["value"]
     missing = list(case.unmeasured)
     if own is None:
@@ -56,7 +53,7 @@ def measure(case: Case) -> dict[str, Any]:
         "worst": {key: ranked[0][key] for key in ("text", "kind", "before", "after")}
         if ranked
         else None,
-        "back": [entry["text"] for entry in ranked if own and _value(entry) >= BACK * own],
+        "back": [entry["text"] for entry in ranked if holds(_value(entry), own)],
         "by_kind": {
             kind: _summary([entry for entry in prompts if entry["kind"] == kind]) for kind in kinds
         },

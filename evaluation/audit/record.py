@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, write_json_atomic
+from evaluation.schema import check_audits
 
 AUDIT = "audit.json"
 FORMAT = "clip-forget-audit/1"
@@ -27,17 +28,19 @@ def read_audits(folder: str | Path) -> Audits:
     """Data set -> label -> audit; empty if the folder has none.
 
     Raises:
-        UserError: a file that is torn or no audit. It is left as it is.
+        UserError: a file that is torn, no audit, or of another shape (see `evaluation.schema`). It
+            is left as it is.
     """
     path = Path(folder) / AUDIT
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); move it away and audit again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
+    check_audits(record.get("audits"), path)
     return record["audits"]
 
 

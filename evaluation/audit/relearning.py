@@ -11,10 +11,9 @@ from torch.nn.functional import normalize
 
 from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, accuracy
-from evaluation.audit.paraphrase import EVALUATION
 from evaluation.audit.shots import REPEATS, SHOTS, Start, cache, probe, refit
+from evaluation.rules import holds, is_other_word
 
-BACK = 0.5  # of the accuracy before forgetting: from there on the class counts as back
 Method = Callable[[Start, int, int, Tensor], Tensor]
 
 
@@ -94,7 +93,7 @@ def _learnt(method: Method, start: Start, k: int) -> Accuracy:
 
 def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     """The entry "words", and what was lacking for it."""
-    unseen = [p.hidden for p in case.prompts if not p.seen and p.kind != EVALUATION]
+    unseen = [p.hidden for p in case.prompts if is_other_word(p.kind, p.seen)]
     counts = [n for n in SHOTS if n <= len(unseen)]
     generator = case.generator("words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
@@ -140,13 +139,9 @@ def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
 
 
 def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> int | None:
-    """The least count that reaches `BACK` of the class's own accuracy; None if none does."""
-    if not own:
-        return None
-    for count, found in zip(counts, curve, strict=True):
-        if found["value"] is not None and found["value"] >= BACK * own:
-            return count
-    return None
+    """The least count with which the class is back; None if it is with none."""
+    back = (n for n, found in zip(counts, curve, strict=True) if holds(found["value"], own))
+    return next(back, None)
 
 
 def _control(case: Case) -> int | None:

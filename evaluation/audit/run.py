@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from datasets import plain
+from engine.determinism import one_thread
 from engine.errors import UserError, unknown
 from engine.files import Batch, inside, sha256_file
-from engine.threads import one_thread
 from evaluation.audit import (
     confusion,
     destinations,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from evaluation.audit.paraphrase import EVALUATION
+from evaluation.rules import Fate, fate, is_other_word
 
-HALF = 0.5  # of the accuracy before forgetting: from there on a class counts as back
 HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
 LEAK = 0.8  # area under the curve from which two classes count as told apart
+PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
 METHODS = {"cache": "a cache on top", "probe": "a linear probe", "refit": "a new fit"}
 NAMED = 5  # places within which an attack counts as having named the class
@@ -44,22 +44,24 @@ def verdict(name: str, found: dict[str, Any]) -> list[str]:
 Lines = list[tuple[str, str]]  # (tier, line)
 
 
-def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
+def _fate(found: dict[str, Any]) -> Fate | None:
+    """What became of the class under its own prompt; None if that was left out of the audit."""
     shot = found.get("residue", {}).get("zero_shot")
-    if not shot or shot["before"]["value"] is None:
+    return fate(shot["before"]["value"], shot["after"]["value"]) if shot else None
+
+
+def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
+    became = _fate(found)
+    if became in (None, Fate.UNMEASURED):
         return []
-    before, after = shot["before"], shot["after"]
+    before, after = (found["residue"]["zero_shot"][side] for side in ("before", "after"))
     line = (
         f"own prompt: {_percent(before['value'])} -> {_percent(after['value'])} of "
         f"{after['n']} images (95 % interval {_percent(after['low'])} to {_percent(after['high'])})"
     )
-    return [(BAD if _stays(shot) else GOOD, line)]
-
-
-def _stays(shot: dict[str, Any]) -> bool:
-    """More than half of the accuracy is left, or there was none to lose."""
-    before, after = shot["before"]["value"], shot["after"]["value"]
-    return not before or after > HALF * before
+    if became is Fate.NEVER:
+        line += ": never recognised, so there was nothing to forget"
+    return [(GOOD if became is Fate.GONE else BAD, line)]
 
 
 def _words(name: str, found: dict[str, Any]) -> Lines:
@@ -68,15 +70,17 @@ def _words(name: str, found: dict[str, Any]) -> Lines:
     if not worst or worst["after"]["value"] is None:
         return []
     back = words["back"]
-    count = sum(not prompt["seen"] and prompt["kind"] != EVALUATION for prompt in words["prompts"])
+    count = sum(is_other_word(prompt["kind"], prompt["seen"]) for prompt in words["prompts"])
     texts = f"{count} other text{'' if count == 1 else 's'}"
     most = (
         f"most by {worst['text']!r} ({worst['kind']}): {_percent(worst['after']['value'])}, "
         f"before {_percent(worst['before']['value'])}"
     )
-    shot = found.get("residue", {}).get("zero_shot")
-    if shot and shot["before"]["value"] is not None and _stays(shot):
-        return [(BAD, f"was not forgotten; found by {len(back)} of {texts} too, {most}")]
+    match _fate(found):
+        case Fate.STAYS:
+            return [(BAD, f"was not forgotten; found by {len(back)} of {texts} too, {most}")]
+        case Fate.NEVER:
+            return [(BAD, f"never recognised by its own prompt; of {texts} {most}")]
     if back:
         return [(BAD, f"comes back under {len(back)} of {texts}; {most}")]
     return [(GOOD, f"stays away under {texts}; {most}")]
@@ -118,14 +122,13 @@ def _images(name: str, found: dict[str, Any]) -> Lines:
         f"image embeddings are untouched: a linear probe on them finds "
         f"{_percent(probe['after']['value'])} of its images, as before"
     )
-    return [(LIMIT if probe["after"]["value"] > HALF else GOOD, line)]
+    return [(LIMIT if probe["after"]["value"] > PROBED else GOOD, line)]
 
 
 def _relearned(name: str, found: dict[str, Any]) -> Lines:
     methods = found.get("relearning", {}).get("methods", {})
     needed = {method: values["needed"] for method, values in methods.items()}
-    shot = found.get("residue", {}).get("zero_shot")
-    if not needed or (shot and _stays(shot)):  # what never went cannot come back
+    if not needed or _fate(found) not in (Fate.GONE, None):  # what never went cannot come back
         return []
     few = {method: count for method, count in needed.items() if count is not None}
     if not few:

@@ -1,5 +1,5 @@
 // One class in detail, continued: what somebody with images or with the weights can do, and the
-// proof. Any part may be absent.
+// proof.
 const METHODS = {
   cache: "A cache beside the text",
   probe: "A probe on image embeddings",
@@ -13,17 +13,14 @@ const KEYS = [
 ];
 
 function relearning(found) {
-  const shots = list(found.shots);
-  const words = dict(found.words);
-  const panels = Object.entries(dict(found.methods)).map(([name, part]) => [
+  const { shots, words } = found;
+  const panels = Object.entries(found.methods).map(([name, part]) => [
     METHODS[name] || name,
     shots,
-    dict(part),
+    part,
     "image",
-    shots,
   ]);
-  if (list(words.forgotten).length)
-    panels.push(["Texts instead of images", list(words.counts), words, "text"]);
+  if (words.forgotten.length) panels.push(["Texts instead of images", words.counts, words, "text"]);
   if (!panels.length) return [];
   return [
     h(
@@ -31,7 +28,7 @@ function relearning(found) {
       {},
       "Accuracy on the class once somebody has a few examples of it. Compared with the model that never forgot, with one that has no text of the class, and with a class that nobody forgot",
       found.control_class
-        ? [" (", h("span", { class: "name" }, word(found.control_class)), ")."]
+        ? [" (", h("span", { class: "name" }, found.control_class), ")."]
         : ".",
     ),
     legend(...KEYS.map(([, mark]) => [mark, TITLES[mark]])),
@@ -39,11 +36,11 @@ function relearning(found) {
       "div",
       { class: "panels" },
       panels.map(([title, steps, part, unit]) => {
-        const series = KEYS.filter(([key]) => list(part[key]).length).map(([key, name]) => ({
+        const { needed } = part;
+        const series = KEYS.filter(([key]) => key in part).map(([key, name]) => ({
           name,
-          values: list(part[key]),
+          values: part[key],
         }));
-        const needed = number(part.needed);
         return h(
           "div",
           {},
@@ -75,43 +72,43 @@ const ATTACKS = {
 };
 
 function undo(found) {
-  const attacks = Object.entries(dict(found.attacks)).filter(
-    ([, part]) => Object.keys(dict(part)).length,
-  );
+  const attacks = Object.entries(found.attacks);
   if (!attacks.length) return [];
   return [
     h(
       "p",
       {},
-      `Who has the weights can look for the direction that forgetting turned. The cosine says how near they come to the forgotten text, the place which of ${(number(found.names) ?? 0).toLocaleString("en")} names they would guess.`,
+      `Who has the weights can look for the direction that forgetting turned. The cosine says how near they come to the forgotten text, the place which of ${found.names.toLocaleString("en")} names they would guess.`,
     ),
     table(
       "Undoing the change",
       ["Who has", "Rank (expected)#", "Cosine#", "Place#", "First guesses"],
       attacks.map(([name, part]) => [
         ATTACKS[name] || name,
-        number(part.rank) === null ? DASH : `${part.rank} (${word(part.rank_expected)})`,
+        part.rank === null ? DASH : `${part.rank} (${word(part.rank_expected)})`,
         fixed(part.text_cosine, 3),
-        list(part.places).length > 1 ? part.places.join(", ") : word(part.place),
-        h("span", { class: "name" }, list(part.top).join(", ") || DASH),
+        part.places.length > 1 ? part.places.join(", ") : word(part.place),
+        h("span", { class: "name" }, part.top.join(", ") || DASH),
       ]),
     ),
   ];
 }
 
+// Nested settings as [name with dots, text]; what a method recorded may be anything.
 function flat(settings, before = "") {
-  return Object.entries(dict(settings)).flatMap(([key, value]) =>
-    Object.keys(dict(value)).length
+  const nested = (value) => value && typeof value === "object" && !Array.isArray(value);
+  return Object.entries(settings).flatMap(([key, value]) =>
+    nested(value) && Object.keys(value).length
       ? flat(value, `${before}${key}.`)
       : [[before + key, typeof value === "string" ? value : JSON.stringify(value)]],
   );
 }
 
 function certificate(solver) {
-  const gap = number(dict(solver.certificate).gap);
-  const gone = list(solver.left_retain_set);
-  const trials = list(solver.trials);
-  const removed = list(solver.removed_names);
+  const gap = solver.certificate?.gap ?? null;
+  const gone = solver.left_retain_set ?? [];
+  const trials = solver.trials ?? [];
+  const removed = solver.removed_names ?? [];
   if (!Object.keys(solver).length) return [h("p", {}, "The logs say nothing about the solver.")];
   return [
     h(
@@ -125,7 +122,7 @@ function certificate(solver) {
       solver.branch === "none"
         ? " Nothing moves: the weight of forgetting is below the threshold."
         : "",
-      number(solver.reduction) !== null
+      typeof solver.reduction === "number"
         ? ` The texts went ${percent(solver.reduction)} of their way.`
         : "",
       trials.length ? ` ${counted(trials.length, "trial", "trials")}.` : "",

@@ -107,7 +107,7 @@ function dumbbell(title, rows) {
 
 // Rows {name, before, after}: shares of the images, before as a tick beside the bar.
 function bars(title, rows) {
-  const most = Math.max(0.01, ...rows.map((row) => Math.max(row.before || 0, row.after || 0)));
+  const most = Math.max(0.01, ...rows.map((row) => Math.max(row.before, row.after)));
   const told = rows.map(
     (row) => `${row.name} ${percent(row.after)} after, ${percent(row.before)} before`,
   );
@@ -121,7 +121,7 @@ function bars(title, rows) {
       told.join("; "),
       rows.map((row, index) => {
         const y = 4 + ROW * index;
-        const end = Math.max(row.before || 0, row.after || 0);
+        const end = Math.max(row.before, row.after); // null is 0
         return [
           named(left - 12, y + 17, row.name, left - 14),
           s("path", { class: "base", d: `M${left} ${y}v${ROW}` }),
@@ -142,8 +142,8 @@ function bars(title, rows) {
 function heat(title, names, columns, counts) {
   const [cell, left, top] = [27, 122, 104];
   const told = names.map((name, row) => {
-    const most = Math.max(0, ...list(counts[row]));
-    const where = columns[list(counts[row]).indexOf(most)];
+    const most = Math.max(...counts[row]);
+    const where = columns[counts[row].indexOf(most)];
     return most ? `${name}: most often taken for ${where}` : `${name}: no images`;
   });
   const width = left + cell * columns.length + 34;
@@ -167,11 +167,11 @@ function heat(title, names, columns, counts) {
         ),
       ),
       names.map((name, row) => {
-        const sum = list(counts[row]).reduce((total, count) => total + count, 0);
+        const sum = counts[row].reduce((total, count) => total + count, 0);
         return [
           named(left - 8, top + cell * (row + 0.5) + 4, name, left - 10),
           columns.map((other, column) => {
-            const count = number(list(counts[row])[column]) || 0;
+            const count = counts[row][column];
             const [x, y] = [left + cell * column, top + cell * row];
             return [
               s(

@@ -1,7 +1,7 @@
-// One class in detail: a section a measure. Any measure, and any part of one, may be absent.
+// One class in detail: a section a measure. A measure may have been left out of the audit.
 const reasons = (found) =>
-  list(found.not_measured).map((line) => h("p", { class: "note" }, `Not measured: ${line}`));
-const quoted = (words) => h("q", { class: "name" }, word(words));
+  (found.not_measured ?? []).map((line) => h("p", { class: "note" }, `Not measured: ${line}`));
+const quoted = (words) => h("q", { class: "name" }, words);
 const BEFORE_AFTER = () => legend(["before", "before"], ["after", "after, with its 95 % interval"]);
 
 function accuracies(caption, first, rows) {
@@ -12,19 +12,18 @@ function accuracies(caption, first, rows) {
       row.name,
       ...cells(row.before),
       ...cells(row.after),
-      word(sized(row.after) ?? sized(row.before)),
+      word(sized(row.after)),
     ]),
   );
 }
 
 function confusion(found) {
-  const names = list(found.names).map(word);
-  if (!names.length) return [];
+  const { names } = found;
   const columns = [...names, "any other"];
   const sides = [
     ["before", "Before"],
     ["after", "After"],
-  ].filter(([side]) => list(found[side]).length);
+  ];
   return [
     h(
       "p",
@@ -46,7 +45,7 @@ function confusion(found) {
               ["True class", ...columns.map((name) => `${name}#`)],
               names.map((name, row) => [
                 name,
-                ...columns.map((_, column) => word(number(list(found[side][row])[column]))),
+                ...columns.map((_, column) => word(found[side][row][column])),
               ]),
             ),
           ),
@@ -57,11 +56,7 @@ function confusion(found) {
 }
 
 function neighbours(found) {
-  const rows = list(found.classes)
-    .map(dict)
-    .map((row) => ({ ...row, name: word(row.name) }));
-  const moved = dict(found.moved);
-  const worst = list(moved.worst).map(dict);
+  const { classes: rows, moved } = found;
   return [
     rows.length
       ? h(
@@ -77,14 +72,12 @@ function neighbours(found) {
           accuracies("Nearest retained classes", "Class", rows),
         )
       : null,
-    number(moved.count) !== null
-      ? h(
-          "p",
-          {},
-          `${moved.count.toLocaleString("en")} retained texts moved to a cosine of ${fixed(moved.mean_cosine, 4)} with where they were, on average. ${percent(moved.nearest_kept)} keep their nearest neighbour; of their ten nearest, ${percent(moved.top10_overlap)} stay.`,
-        )
-      : null,
-    worst.length
+    h(
+      "p",
+      {},
+      `${moved.count.toLocaleString("en")} retained texts moved to a cosine of ${fixed(moved.mean_cosine, 4)} with where they were, on average. ${percent(moved.nearest_kept)} keep their nearest neighbour; of their ten nearest, ${percent(moved.top10_overlap)} stay.`,
+    ),
+    moved.worst.length
       ? h(
           "details",
           {},
@@ -92,11 +85,11 @@ function neighbours(found) {
           table(
             "Texts that moved most",
             ["Text", "From", "Cosine#", "Nearest before", "Its rank now#"],
-            worst.map((row) => [
-              word(row.text),
-              word(row.group),
+            moved.worst.map((row) => [
+              row.text,
+              row.group,
               fixed(row.cosine, 3),
-              word(row.nearest_before),
+              row.nearest_before,
               word(row.rank_after),
             ]),
           ),
@@ -106,12 +99,7 @@ function neighbours(found) {
 }
 
 function destinations(found, row) {
-  const shares = (side) =>
-    new Map(
-      list(found[side])
-        .map(dict)
-        .map((one) => [word(one.name), number(one.share)]),
-    );
+  const shares = (side) => new Map(found[side].map((one) => [one.name, one.share]));
   const [before, after] = [shares("before"), shares("after")];
   const rest = after.size < 10 ? 0 : null; // a full list may have left some out
   const names = [
@@ -125,13 +113,12 @@ function destinations(found, row) {
     before: before.get(name) ?? null,
     after: after.get(name) ?? rest,
   }));
-  const leak = list(found.leak).map(dict);
   return [
     rows.length
       ? h(
           "p",
           {},
-          `What ${number(found.images) === null ? "its images" : `its ${found.images} images`} are taken for. Spread: ${fixed(found.entropy_bits_before, 1)} bits before, ${fixed(found.entropy_bits_after, 1)} bits after.`,
+          `What its ${found.images} images are taken for. Spread: ${fixed(found.entropy_bits_before, 1)} bits before, ${fixed(found.entropy_bits_after, 1)} bits after.`,
         )
       : null,
     rows.length
@@ -152,19 +139,19 @@ function destinations(found, row) {
           ),
         )
       : null,
-    leak.length
+    found.leak.length
       ? h(
           "p",
           {},
           "How well the model's scores still tell its images from those of the classes that they are now taken for (area under the curve; 0.5 is chance, 1 is always):",
         )
       : null,
-    leak.length
+    found.leak.length
       ? table(
           "Area under the curve",
           ["Told apart from", "Images#", "Before#", "After#"],
-          leak.map((one) => [
-            word(one.name),
+          found.leak.map((one) => [
+            one.name,
             word(one.images),
             fixed(one.auc_before, 2),
             fixed(one.auc_after, 2),
@@ -175,11 +162,10 @@ function destinations(found, row) {
 }
 
 function paraphrase(found) {
-  const prompts = list(found.prompts).map(dict);
+  const { prompts, worst } = found;
   if (!prompts.length) return [];
-  const back = new Set(list(found.back));
-  const kindOf = (prompt) => word(prompt.kind);
-  const kinds = [...new Set(prompts.map((prompt) => kindOf(prompt)))];
+  const back = new Set(found.back);
+  const kinds = [...new Set(prompts.map((prompt) => prompt.kind))];
   const shade = (accuracy) =>
     h(
       "td",
@@ -188,9 +174,8 @@ function paraphrase(found) {
       " ",
       h("small", {}, interval(accuracy)),
     );
-  const worst = dict(found.worst);
   const body = kinds.map((kind) => {
-    const sum = dict(dict(found.by_kind)[kind]);
+    const sum = found.by_kind[kind];
     const group = h(
       "tr",
       { class: "group" },
@@ -203,7 +188,7 @@ function paraphrase(found) {
       {},
       group,
       prompts
-        .filter((prompt) => kindOf(prompt) === kind)
+        .filter((prompt) => prompt.kind === kind)
         .sort((one, other) => (valueOf(other.after) ?? -1) - (valueOf(one.after) ?? -1))
         .map((prompt) =>
           h(
@@ -212,7 +197,7 @@ function paraphrase(found) {
             h(
               "th",
               { scope: "row" },
-              h("span", { class: "name" }, word(prompt.text)),
+              h("span", { class: "name" }, prompt.text),
               back.has(prompt.text) ? [" ", h("span", { class: "tag" }, "comes back")] : null,
               prompt.seen ? [" ", h("small", {}, "forgotten by this text")] : null,
             ),
@@ -227,12 +212,8 @@ function paraphrase(found) {
       "p",
       {},
       `${prompts.length} texts; under those that forgetting did not see, ${percent(found.mean_before)} of its images are found before and ${percent(found.mean_after)} after, on average.`,
-      worst.text
-        ? [
-            " Worst: ",
-            quoted(worst.text),
-            ` (${word(worst.kind)}), ${percent(valueOf(worst.after))}.`,
-          ]
+      worst
+        ? [" Worst: ", quoted(worst.text), ` (${worst.kind}), ${percent(valueOf(worst.after))}.`]
         : null,
     ),
     h(
@@ -273,12 +254,8 @@ function retrieval(found) {
       const rows = ["forgotten", "retained"]
         .flatMap((who) =>
           ["1", "5", "10"].map((k) => {
-            const part = dict(dict(found[way])[who]);
-            return {
-              name: `${who}, top ${k}`,
-              before: dict(part.before)[k],
-              after: dict(part.after)[k],
-            };
+            const { before, after } = found[way][who];
+            return { name: `${who}, top ${k}`, before: before[k], after: after[k] };
           }),
         )
         .filter((row) => valueOf(row.before) !== null || valueOf(row.after) !== null);
@@ -304,16 +281,15 @@ function retrieval(found) {
 }
 
 function residue(found) {
-  const near = dict(found.nearest_neighbours);
   const parts = [
     ["Zero-shot", found.zero_shot],
     ["Linear probe", found.linear_probe],
-    [near.k ? `${near.k} nearest` : "Nearest", found.nearest_neighbours],
+    [`${found.nearest_neighbours.k} nearest`, found.nearest_neighbours],
   ];
   const rows = parts
-    .map(([name, part]) => ({ name, before: dict(part).before, after: dict(part).after }))
+    .map(([name, { before, after }]) => ({ name, before, after }))
     .filter((row) => valueOf(row.before) !== null || valueOf(row.after) !== null);
-  const auc = number(dict(found.linear_probe).auc);
+  const { auc } = found.linear_probe;
   return rows.length
     ? [
         h(
@@ -343,13 +319,11 @@ const SECTIONS = [
 ];
 
 function sections(row) {
-  const audit = dict(row.audit);
-  const audited = Object.keys(audit).length > 0;
-  const parts = audited
+  const parts = row.audit.verdict
     ? SECTIONS.map(([key, title, show, size]) => {
-        const found = dict(audit[key]);
-        const shown = show(found, row).filter((part) => part !== null);
-        const why = reasons(found);
+        const found = row.audit[key];
+        const shown = found ? show(found, row).filter((part) => part !== null) : [];
+        const why = found ? reasons(found) : [];
         const nothing =
           shown.length || why.length ? null : h("p", { class: "note" }, "Not measured.");
         return h(
@@ -380,7 +354,7 @@ function sections(row) {
       "section",
       { class: "whole", "data-measure": "certificate" },
       h("h4", {}, "Certificate and solver"),
-      certificate(dict(row.solver)),
+      certificate(row.solver),
     ),
   ];
 }

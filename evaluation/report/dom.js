@@ -13,25 +13,19 @@ const h = (tag, attributes, ...children) => fill(document.createElement(tag), at
 const s = (tag, attributes, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
 
-const list = (value) => (Array.isArray(value) ? value : []);
-const dict = (value) => (value && typeof value === "object" && !Array.isArray(value) ? value : {});
-const number = (value) => (typeof value === "number" && isFinite(value) ? value : null);
-
-// An accuracy is [value, low, high, n], a bare number where no interval was taken, or nothing.
-const valueOf = (accuracy) => number(Array.isArray(accuracy) ? accuracy[0] : accuracy);
-const boundsOf = (accuracy) => {
-  const [low, high] = Array.isArray(accuracy) ? [number(accuracy[1]), number(accuracy[2])] : [];
-  return typeof low === "number" && typeof high === "number" ? [low, high] : null;
-};
+// Of an accuracy [value, low, high, n]; without an image all but n are null.
+const valueOf = ([value]) => value;
+const boundsOf = ([, low, high]) => (low === null ? null : [low, high]);
+const sized = (accuracy) => accuracy[3];
 
 const DASH = "–";
 const word = (value) => String(value ?? DASH);
 const fixed = (value, digits) =>
-  number(value) === null ? DASH : value.toFixed(digits).replace("-", "−");
-const percent = (value) => (number(value) === null ? DASH : `${fixed(100 * value, 1)}\u00a0%`);
-const plain = (value) => (number(value) === null ? DASH : fixed(100 * value, 1));
+  value === null ? DASH : value.toFixed(digits).replace("-", "−");
+const plain = (value) => (value === null ? DASH : fixed(100 * value, 1));
+const percent = (value) => (value === null ? DASH : `${plain(value)}\u00a0%`);
 const points = (value) => {
-  if (number(value) === null) return DASH;
+  if (value === null) return DASH;
   const text = Math.abs(value).toFixed(1);
   return text === "0.0" ? text : (value < 0 ? "−" : "+") + text;
 };
@@ -39,7 +33,6 @@ const interval = (accuracy) => {
   const bounds = boundsOf(accuracy);
   return bounds ? `${plain(bounds[0])} to ${plain(bounds[1])}` : "";
 };
-const sized = (accuracy) => (Array.isArray(accuracy) ? number(accuracy[3]) : null);
 const counted = (count, one, many) => `${count} ${count === 1 ? one : many}`;
 const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 

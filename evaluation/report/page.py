@@ -15,18 +15,18 @@ from markupsafe import Markup
 
 from engine.errors import UserError
 from engine.files import atomic_path
-from evaluation.report.frontier import HEIGHT, WIDTH, frontier, mark
-from evaluation.report.runs import Row, Run
+from evaluation.report.runs import Run
+from evaluation.report.scatter import HEIGHT, WIDTH, mark, scatter
 from evaluation.report.summary import (
     Summary,
     count,
     findings,
-    gap,
     listed,
     not_measured,
     percent,
     points,
 )
+from evaluation.rows import Row
 
 REPORT = "report.html"
 GENERATOR = "clip-forget-report/1"  # in every report, so that nothing else is written over
@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ("dom.js", "charts.js", "attacks.js", "details.js", "table.js")
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
 DIGITS = 6  # significant ones of an embedded number; a page shows at most four
-ACCURACY = {"value", "low", "high", "n"}
+ACCURACY = ("value", "low", "high", "n")
 # What a parser of HTML could take for markup inside a script element.
 ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -72,9 +72,8 @@ def render(runs: list[Run]) -> str:
         audited=any(row.audit for row in runs[0].rows),
         findings=findings(runs[0]),
         missing=[(run, not_measured(run)) for run in runs],
-        chart=frontier(runs),
+        chart=scatter(runs),
         size=(WIDTH, HEIGHT),
-        gap=gap,
         count=count,
         listed=listed,
         flat=flat,
@@ -130,15 +129,13 @@ def embedded(value: Any) -> Markup:
 def compact(value: Any) -> Any:
     """The same, smaller: an accuracy as [value, low, high, n], numbers without their last digits,
     and None for what JSON has no word for."""
-    if isinstance(value, dict):
-        if len(value) == len(ACCURACY) and value.keys() == ACCURACY:
-            return [compact(value[key]) for key in ("value", "low", "high", "n")]
-        return {str(key): compact(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [part if type(part) is int else compact(part) for part in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
+    if isinstance(value, dict):
+        if "low" in value and value.keys() >= set(ACCURACY):
+            return [compact(value[key]) for key in ACCURACY]
+        return {str(key): compact(part) for key, part in value.items()}
+    return [compact(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, str]]:

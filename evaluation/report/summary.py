@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from evaluation.report.runs import Change, Row, Run, dig, mean, number, value_of
+from evaluation.report.runs import Run
+from evaluation.rows import Change, Row, mean
+from evaluation.rules import Fate
+from evaluation.schema import MEASURES
 
 NAMED = 3  # classes named in a sentence; the table has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
@@ -15,16 +17,6 @@ ATTACKS = {
     "two_adapters": "two changed projections",
     "alone": "the changed projection alone",
 }
-MEASURES = (
-    "paraphrase",
-    "neighbours",
-    "destinations",
-    "confusion",
-    "residue",
-    "retrieval",
-    "relearning",
-    "undo",
-)
 
 
 def percent(fraction: float | None) -> str:
@@ -82,7 +74,7 @@ class Summary:
 
     Attributes:
         left: the forgotten class with the highest accuracy left, None if nothing was measured.
-        tried: for every class with other words measured, how many texts forgetting did not see.
+        tried: for every class that was asked for in other words, by how many.
         back: classes that come back.
         seconds: the mean time of a solve.
     """
@@ -111,9 +103,9 @@ class Summary:
             others=Spread.of(run.rows, lambda row: row.others_mean),
             harm=mean([row.harm for row in run.rows]),
             left=max(measured, key=lambda row: row.own.after, default=None),
-            tried=sorted(texts for row in run.rows if (texts := unseen(row))),
+            tried=sorted(len(row.other_words) for row in run.rows if row.worst is not None),
             back=sum(row.comes_back for row in run.rows),
-            seconds=mean([number(row.solver.get("seconds")) for row in run.rows]),
+            seconds=mean(row.solver.get("seconds") for row in run.rows),
         )
 
 
@@ -129,7 +121,7 @@ def findings(run: Run) -> list[str]:
         if spread.worst is not None and points(spread.worst).startswith("−"):
             cost = points(-spread.worst).lstrip("+")
             lines.append(f"At worst, forgetting {spread.worst_name} costs {what} {cost} points.")
-    gaps = [(gap(row), row.name) for row in run.rows if gap(row) is not None]
+    gaps = [(row.gap, row.name) for row in run.rows if row.gap is not None]
     unproved = [name for found, name in gaps if found > PROVED]
     if unproved:
         lines.append(f"Not proved optimal: {listed(unproved)}.")
@@ -137,7 +129,7 @@ def findings(run: Run) -> list[str]:
     left = summary.left
     if left is not None and left.own.after == 0:
         lines.append("Asked for by its own prompt, no forgotten class is recognised in any image.")
-    elif left is not None and not left.kept:
+    elif left is not None and left.fate is not Fate.STAYS:
         lines.append(f"At most {percent(left.own.after)}\u00a0% of a class is left ({left.name}).")
     if gaps and not unproved:
         many = count(len(gaps), "solution is", "solutions are")
@@ -146,16 +138,20 @@ def findings(run: Run) -> list[str]:
 
 
 def _back(rows: list[Row]) -> list[str]:
-    """Classes that were not forgotten or come back by other words."""
-    kept = [row.name for row in rows if row.kept]
-    words = [_by_words(row) for row in rows if row.words and not row.kept]
+    """Classes that were not forgotten or come back by other words, and those that could not be."""
+    stays = [row.name for row in rows if row.fate is Fate.STAYS]
+    never = [row.name for row in rows if row.fate is Fate.NEVER]
+    words = [_by_words(row) for row in rows if row.back and row.fate is not Fate.STAYS]
     lines = []
-    if kept:
-        many = count(len(kept), "class is", "classes are")
-        lines.append(f"{many} not forgotten, more than half is left: {listed(kept)}.")
+    if stays:
+        many = count(len(stays), "class is", "classes are")
+        lines.append(f"{many} not forgotten, half or more is left: {listed(stays)}.")
     if words:
         many = count(len(words), "class comes", "classes come")
         lines.append(f"{many} back when asked for by other words: {listed(words)}.")
+    if never:
+        many = count(len(never), "class was", "classes were")
+        lines.append(f"{many} never recognised, before forgetting either: {listed(never)}.")
     return lines
 
 
@@ -168,19 +164,16 @@ def _attacks(rows: list[Row]) -> list[str]:
             "A linear probe on the image embeddings, which forgetting does not touch, still finds "
             f"{percent(mean(probed))}\u00a0% of the images of a forgotten class."
         )
-    taught = [found for row in rows if (found := dig(row.audit, "relearning", "methods"))]
+    taught = [found for row in rows if (found := row.found("relearning", "methods"))]
     if taught:
-        back = sum(
-            any(number(dig(found, method, "needed")) is not None for method in found)
-            for found in taught
-        )
+        back = sum(any(way["needed"] is not None for way in found.values()) for found in taught)
         lines.append(
             f"Given a few images, {back} of {len(taught)} classes are half back, as any class "
             "that a model never knew would be."
         )
     named = []
     for attack, who in ATTACKS.items():
-        places = [number(dig(row.audit, "undo", "attacks", attack, "place")) for row in rows]
+        places = [row.found("undo", "attacks", attack, "place") for row in rows]
         tried = [place for place in places if place is not None]
         if tried:
             named.append(f"with {who} {tried.count(1)} of {len(tried)}")
@@ -189,25 +182,10 @@ def _attacks(rows: list[Row]) -> list[str]:
     return lines
 
 
-def unseen(row: Row) -> int:
-    """Texts that forgetting did not see and the audit tried."""
-    prompts = dig(row.audit, "paraphrase", "prompts")
-    if not isinstance(prompts, list):
-        return 0
-    return sum(
-        not dig(prompt, "seen") and value_of(dig(prompt, "after")) is not None for prompt in prompts
-    )
-
-
 def _by_words(row: Row) -> str:
     """A class that comes back, and the words that bring back most of it."""
-    text = dig(row.audit, "paraphrase", "worst", "text")
-    return f"{row.name} (“{text}”: {percent(row.worst)}\u00a0%)" if text else row.name
-
-
-def gap(row: Row) -> float | None:
-    """The relative gap of the solution's certificate."""
-    return number(dig(row.solver, "certificate", "gap"))
+    text = row.found("paraphrase", "worst", "text")
+    return f"{row.name} (“{text}”: {percent(row.worst)}\u00a0%)"
 
 
 def not_measured(run: Run) -> list[tuple[str, list[str]]]:
@@ -222,18 +200,13 @@ def not_measured(run: Run) -> list[tuple[str, list[str]]]:
             add(f"No audit. To make it: {run.audit_command}", row.name)
             continue
         for measure in MEASURES:
-            found: Any = row.audit.get(measure)
-            if not isinstance(found, dict):
+            if measure not in row.audit:
                 add(f"{measure}: left out of the audit", row.name)
-                continue
-            told = found.get("not_measured")
-            for reason in told if isinstance(told, list) else []:
+            for reason in row.found(measure, "not_measured") or []:
                 add(f"{measure}: {reason}", row.name)
     for row in run.rows:
         if row.own.before is None:
             add("Accuracy before forgetting: not in the logs", row.name)
-    for label in run.strange:
-        add("No results in the logs' entry", label)
     for label in run.outdated:
         add(
             f"The audit is of an earlier adapter and not shown; again: {run.audit_command}",

@@ -171,7 +171,7 @@ function open(row) {
       tile("Rest of its set", ...pointsOf(data.rest)),
       ...Object.entries(data.others).map(([name, both]) => tile(name, ...pointsOf(both))),
     ),
-    list(data.verdict).length
+    data.verdict.length
       ? h(
           "ul",
           { class: "findings" },

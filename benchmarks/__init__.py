@@ -1,0 +1,1 @@
+"""What is timed: `python -m benchmarks NAME ...`. What was found out stands in experiments/."""

@@ -1,0 +1,24 @@
+"""python -m benchmarks NAME ...: what is timed. Without a name: the list of names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from engine.cli import commands
+from forgetting import ProblemError
+
+BENCHMARKS = {
+    "driver": "a whole run of train.py and its audit, for 100 to 4,000 classes, by part",
+    "pipeline": "features once against encoding every test image anew for every class",
+    "solver": "the exact solver: against the descent, in growth, beside other closed forms",
+}
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Exit status of a benchmark: 2 if it is refused."""
+    return commands("benchmarks", BENCHMARKS, argv, (ProblemError,))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,200 @@
+"""A whole run of train.py, and the audit after it, for growing numbers of classes.
+
+    python -m benchmarks driver [--features DIR] [--backbone ViT-B/16] [--dataset ImageNetText]
+                                [--classes 100 250 1000 4000] [--slowly 100] [--trainer ForgetExact]
+
+Every class of the bundle is forgotten alone (`--forget all`), without DIR of a bundle of random
+texts. A number of classes beyond the bundle's is reached by repeating them under other names, a
+little displaced. `slowly` does the same one class at a time, each written as soon as it is done.
+All numbers are of one run; seconds of a machine that others use waver, ratios less so.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+
+import train
+from benchmarks.workload import random_workload
+from clip.bundle import FeatureBundle, bundle_path, load_bundle
+from engine import TRAINER_REGISTRY, UserError
+from engine.cli import Parser
+from engine.files import Batch
+from evaluation.audit.run import audit_folder
+
+DISPLACED = 0.05  # of a text's length
+CLASSES = (100, 250, 1000, 4000)
+# Part of a run -> the functions that it is spent in, where the run looks them up.
+PARTS = {
+    "loading": ("trainers.base.load_bundle",),
+    "solving": (),  # less what is certifying, filled in for the method
+    "certifying": ("forgetting.constrained.certify_constrained", "forgetting.each.certify_each"),
+    "evaluating": ("trainers.base.Judge.before", "trainers.base.Judge.after"),
+    "writing": ("trainers.base.merge_results",),
+}
+
+
+@contextmanager
+def timed(functions: dict[str, Sequence[str]]) -> Iterator[Counter]:
+    """Seconds spent in functions, by part, while the body runs."""
+    seconds: Counter = Counter()
+
+    def clocked(part: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += time.perf_counter() - started
+
+        return call
+
+    patches = []
+    for part, names in functions.items():
+        for name in names:
+            found = patch(name, autospec=True)
+            original, _ = found.get_original()
+            patches.append(patch(name, clocked(part, original)))
+    for one in patches:
+        one.start()
+    try:
+        yield seconds
+    finally:
+        for one in patches:
+            one.stop()
+
+
+def enlarged(bundle: FeatureBundle, count: int) -> FeatureBundle:
+    """The bundle with `count` classes: its first ones, or all of them several times."""
+    known = len(bundle.classnames)
+    rows = torch.arange(count) % known  # (count,)
+    turn = torch.arange(count) // known
+    generator = torch.Generator().manual_seed(0)
+
+    def repeated(hidden: torch.Tensor) -> torch.Tensor:
+        found = hidden[rows]
+        noise = torch.randn(found.shape, generator=generator)
+        noise *= DISPLACED * found.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        return found + noise * (turn > 0)[:, None]
+
+    kept = bundle.labels < count
+    return replace(
+        bundle,
+        image_features=bundle.image_features[kept],
+        labels=bundle.labels[kept],
+        class_hidden=repeated(bundle.class_hidden),
+        forget_hidden=repeated(bundle.forget_hidden),
+        classnames=[
+            bundle.classnames[row] + (f" {number + 1}" if number else "")
+            for row, number in zip(rows.tolist(), turn.tolist(), strict=True)
+        ],
+        extra={},
+        extra_tensors={},
+    )
+
+
+def random_bundle(backbone: str, dataset: str) -> FeatureBundle:
+    """A thousand classes of random texts, which are their own vocabulary; no images."""
+    work = random_workload()
+    names = [f"thing {number}" for number in range(len(work.classes))]
+    return FeatureBundle(
+        image_features=torch.zeros(0, work.projection.shape[1]),
+        labels=torch.zeros(0, dtype=torch.int64),
+        class_hidden=work.classes,
+        forget_hidden=work.classes,
+        retain_hidden=work.classes,
+        neutral_hidden=work.classes.mean(dim=0, keepdim=True),
+        text_projection=work.projection,
+        backbone=backbone,
+        weights="random",
+        dataset=dataset,
+        split="none",
+        template="a photo of a {}.",
+        classnames=names,
+        retain_names=names,
+    )
+
+
+def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict[str, Any]:
+    """Seconds of a run of train.py over all classes, and of the audit after it, by part."""
+    out, features = folder / "results", folder / "features"
+    bundle.save(bundle_path(features, bundle.backbone, bundle.dataset))
+    argv = ["--features", str(features), "--backbone", bundle.backbone, "--trainer", trainer]
+    argv += ["--dataset", bundle.dataset, "--forget", "all", "--output-dir", str(out)]
+    method = TRAINER_REGISTRY.get(trainer)
+    parts = PARTS | {"solving": (f"{method.__module__}.{method.__name__}.solve",)}
+    block, interval, share = (1, 0.0, 0) if slowly else (method.block, Batch.INTERVAL, Batch.SHARE)
+    with (
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+        patch.object(method, "block", block),
+        patch.multiple(Batch, INTERVAL=interval, SHARE=share),
+        timed(parts) as seconds,
+    ):
+        started = time.perf_counter()
+        train.main(argv)
+        total = time.perf_counter() - started
+        audited = time.perf_counter()
+        audit_folder(out, without=["relearning"])
+        audit = time.perf_counter() - audited
+    seconds["solving"] -= seconds["certifying"]
+    row: dict[str, Any] = {"classes": len(bundle.classnames), "how": "slowly" if slowly else ""}
+    row |= {part: seconds[part] for part in parts}
+    row |= {"rest": total - sum(seconds.values()), "train.py": total, "audit": audit}
+    return row
+
+
+def start_up() -> float:
+    """Seconds until a fresh process has imported what a run needs."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import train"], check=True)
+    return time.perf_counter() - started
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Measure and print; returns a row for every number of classes."""
+    parser = Parser(prog="python -m benchmarks driver", description=__doc__.splitlines()[0])
+    parser.add_argument("--features", help="folder of feature bundles; default: random texts")
+    parser.add_argument("--backbone", default="ViT-B/16", help="of the bundle")
+    parser.add_argument("--dataset", default="ImageNetText", help="name of the bundle")
+    parser.add_argument("--trainer", default="ForgetExact", help="name of the method")
+    parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES))
+    parser.add_argument(
+        "--slowly", type=int, nargs="*", default=[CLASSES[0]], help="also one class at a time"
+    )
+    args = parser.parse_args(argv)
+    if min([*args.classes, *args.slowly]) < 2:
+        raise UserError("--classes and --slowly must be at least 2")
+    TRAINER_REGISTRY.get(args.trainer)
+    if args.features:
+        bundle = load_bundle(args.features, args.backbone, args.dataset)
+    else:
+        bundle = random_bundle(args.backbone, args.dataset)
+    print(
+        f"{bundle.dataset}, {bundle.backbone}, {args.trainer}: {len(bundle.labels)} images, "
+        f"{len(bundle.retain_names)} retained names; seconds, start-up {start_up():.1f} apart"
+    )
+    rows = []
+    for slowly, counts in ((False, args.classes), (True, args.slowly)):
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(run(enlarged(bundle, count), args.trainer, Path(folder), slowly))
+            head = len(rows) == 1
+            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=head, **FORMAT), flush=True)
+    return pd.DataFrame(rows)
+
+
+FORMAT: dict[str, Any] = {"float_format": "{:10.2f}".format, "col_space": 10}

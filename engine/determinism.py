@@ -1,0 +1,53 @@
+"""What makes a computation give the same numbers again: its own random numbers, and one thread."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """A generator on the CPU seeded by a name, such as seed, data set and label: the same in a
+    resumed run and on every machine."""
+    text = "/".join(map(str, parts))
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(number)
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed what takes no generator: `random`, numpy and torch (all devices). 0 is a seed too."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work on one CPU thread, in torch and in the libraries behind numpy and scikit-learn.
+
+    The matrices of a solve or an audit are small: a second thread gains little on an idle machine,
+    waits in a spin on a busy one (tenfold times were seen), and would tie the last digits to the
+    core count.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _libraries(len(sys.modules)).limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _libraries(modules: int) -> ThreadpoolController:
+    """The libraries with threads of their own. Finding them takes milliseconds, so it is done anew
+    only where the number of imported modules has changed."""
+    return ThreadpoolController()

@@ -1,0 +1,244 @@
+"""Logs and audits as rows, one a forgotten class: the only place that reads numbers out of them.
+
+Tables, reports and experiments all start from these rows. What the files may hold was checked when
+they were read (`evaluation.schema`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluation.audit.record import Audits, read_audits
+from evaluation.results import SETTINGS, Logs, read_logs
+from evaluation.rules import EVALUATION, Fate, fate, is_other_word
+
+ROUNDING = 1e-9  # between the accuracy of the logs and that of the audit
+TAGS = {Fate.STAYS: "not forgotten", Fate.NEVER: "never recognised"}
+WHY = {
+    Fate.STAYS: "half or more of its accuracy is left",
+    Fate.NEVER: "so there was nothing to forget",
+}
+
+
+class Change(NamedTuple):
+    """An accuracy before and after forgetting: fractions, None where nothing was measured."""
+
+    before: float | None
+    after: float | None
+
+    @property
+    def points(self) -> float | None:
+        """After less before, in percentage points."""
+        if self.before is None or self.after is None:
+            return None
+        return 100 * (self.after - self.before)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forgotten class of one request.
+
+    Attributes:
+        label: what the logs call the request; together: how many classes it forgot at once.
+        own: accuracy on the class; rest: on the classes of its set that the request did not
+            forget; others: on each other set, by its name.
+        solver: what the solver recorded; audit: what the audit measured. Empty if there is none.
+    """
+
+    dataset: str
+    label: str
+    name: str
+    together: int
+    own: Change
+    rest: Change
+    others: dict[str, Change]
+    solver: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def others_mean(self) -> Change:
+        """The mean over the other sets, of those measured before and after."""
+        both = [change for change in self.others.values() if change.points is not None]
+        if not both:
+            return Change(None, mean(change.after for change in self.others.values()))
+        return Change(mean(c.before for c in both), mean(c.after for c in both))
+
+    @property
+    def harm(self) -> float | None:
+        """Points lost on the rest of the set and (mean) on other sets; negative if gained."""
+        losses = [c.points for c in (self.rest, self.others_mean) if c.points is not None]
+        return -sum(losses) if losses else None
+
+    @property
+    def fate(self) -> Fate:
+        """What became of the class under the evaluation prompt."""
+        return fate(*self.own)
+
+    @property
+    def comes_back(self) -> bool:
+        """The class stays, or other words bring it back."""
+        return self.fate is Fate.STAYS or bool(self.back)
+
+    @property
+    def tag(self) -> str:
+        """What is wrong with it, in two words; "" if nothing is."""
+        return TAGS.get(self.fate, "comes back" if self.back else "")
+
+    @property
+    def verdict(self) -> list[str]:
+        """Findings, bad news first; without an audit only what the logs say."""
+        if self.audit:
+            return self.audit["verdict"]
+        return [f"{TAGS[self.fate]}, {WHY[self.fate]}"] if self.fate in TAGS else []
+
+    @property
+    def gap(self) -> float | None:
+        """The relative gap of the solution's certificate."""
+        return self.solver.get("certificate", {}).get("gap")
+
+    def found(self, *path: str) -> Any:
+        """A value of the audit by the keys that lead to it; None where it was not measured."""
+        value: Any = self.audit
+        for key in path:
+            value = None if value is None else value.get(key)
+        return value
+
+    @property
+    def other_words(self) -> list[dict[str, Any]]:
+        """The audit's prompts that ask for the class in other words."""
+        prompts = self.found("paraphrase", "prompts") or []
+        return [prompt for prompt in prompts if is_other_word(prompt["kind"], prompt["seen"])]
+
+    @property
+    def back(self) -> list[str]:
+        """Other words by which the class comes back."""
+        return self.found("paraphrase", "back") or []
+
+    @property
+    def worst(self) -> float | None:
+        """Accuracy after forgetting, by the other words that find most of the class."""
+        return self.found("paraphrase", "worst", "after", "value")
+
+    @property
+    def probe(self) -> float | None:
+        """Accuracy that a linear probe on image embeddings still has on the class."""
+        return self.found("residue", "linear_probe", "after", "value")
+
+    def interval(self, side: str) -> tuple[float, float] | None:
+        """The audit's 95 % interval of the class's accuracy, `side` is before or after.
+
+        None unless it is about the accuracy of the logs: an audit of an earlier adapter is not.
+        """
+        value = getattr(self.own, side)
+        prompts = self.found("paraphrase", "prompts") or []
+        measured = [self.found("residue", "zero_shot", side)]
+        measured += [prompt[side] for prompt in prompts if prompt["kind"] == EVALUATION]
+        for accuracy in measured:
+            if accuracy and None not in (value, accuracy["low"]):
+                low, high = accuracy["low"], accuracy["high"]
+                return (low, high) if low - ROUNDING <= value <= high + ROUNDING else None
+        return None
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """The rows of a results folder, with the audits that are about its adapters of today.
+
+    Raises:
+        UserError: torn files, or files of another shape.
+    """
+    logs = read_logs(folder)
+    return rows_of(logs, current_audits(folder, logs)[0])
+
+
+def rows_of(logs: Logs, audits: Audits | None = None) -> list[Row]:
+    """A row for every class of every request of the logs, in their order.
+
+    Args:
+        logs: of `evaluation.results.read_logs`, those of the paper's public code too.
+        audits: data set -> label -> audit, of what the logs hold; see `current_audits`.
+    """
+    audits = audits or {}
+    rows = []
+    for dataset, entries in logs.items():
+        for label, entry in entries.items():
+            if label != SETTINGS:
+                audit = audits.get(dataset, {}).get(label, {"classes": {}})
+                rows += _request(dataset, label, entry, audit["classes"])
+    return rows
+
+
+def current_audits(folder: str | Path, logs: Logs) -> tuple[Audits, list[str]]:
+    """The audits of a results folder that are about the adapters of the logs.
+
+    Returns:
+        Data set -> label -> audit, and "DATASET: LABEL" for every audit that is left out, since
+        its adapter was replaced.
+
+    Raises:
+        UserError: a torn audit.json, or one of another shape.
+    """
+    current: Audits = {}
+    outdated = []
+    for dataset, labels in read_audits(folder).items():
+        for label, audit in labels.items():
+            entry = logs.get(dataset, {}).get(label, {})
+            audited = audit["adapter_sha256"]
+            if entry.get("solver", {}).get("adapter_sha256", audited) == audited:
+                current.setdefault(dataset, {})[label] = audit
+            else:
+                outdated.append(f"{dataset}: {label}")
+    return current, outdated
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of what was measured; None if nothing was."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _request(dataset: str, label: str, entry: dict[str, Any], audits: dict[str, Any]) -> list[Row]:
+    """The rows of one entry of the logs."""
+    after, before = entry["final_results"], entry.get("zero_shot", {})
+    own, rest = (
+        [_by_class(side.get(dataset, {}), key) for side in (before, after)]
+        for key in ("cls_acc_test", "no_cls_acc")
+    )
+    others = {
+        name: Change(_whole(before.get(name)), _whole(results))
+        for name, results in after.items()
+        if name != dataset
+    }
+    return [
+        Row(
+            dataset=dataset,
+            label=label,
+            name=name,
+            together=len(own[1]),
+            own=Change(*(side.get(name) for side in own)),
+            rest=Change(*(side.get(name) for side in rest)),
+            others=others,
+            solver=entry.get("solver", {}),
+            audit=audits.get(name, {}),
+        )
+        for name in own[1]
+    ]
+
+
+def _whole(results: dict[str, Any] | None) -> float | None:
+    """The accuracy on all classes of another set."""
+    return results["all"]["all_ds"] if results else None
+
+
+def _by_class(results: dict[str, Any], key: str) -> dict[str, float | None]:
+    """`key` of every class. Logs of the paper's code may hold several classes under one name, with
+    an object by class for what differs between them and a number for what they share."""
+    values: dict[str, float | None] = {}
+    for name, numbers in results.items():
+        parts = [part for part in numbers.values() if isinstance(part, dict)]
+        value = numbers.get(key)
+        for class_name in parts[0] if parts else [name]:
+            values[class_name] = value.get(class_name) if isinstance(value, dict) else value
+    return values

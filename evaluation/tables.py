@@ -1,0 +1,221 @@
+"""Rows as data frames: of one results folder, of methods side by side, and of an audit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from engine.errors import UserError
+from engine.files import atomic_path
+from evaluation.audit.record import AUDIT
+from evaluation.results import LOGS
+from evaluation.rows import Row, mean, read_rows
+
+CSV = "audit.csv"
+# Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.
+FRACTIONS = {
+    "before": ("residue", "zero_shot", "before", "value"),
+    "after": ("residue", "zero_shot", "after", "value"),
+    "after low": ("residue", "zero_shot", "after", "low"),
+    "after high": ("residue", "zero_shot", "after", "high"),
+    "words mean": ("paraphrase", "mean_after"),
+    "words worst": ("paraphrase", "worst", "after", "value"),
+    "neighbours before": ("neighbours", "mean_before"),
+    "neighbours after": ("neighbours", "mean_after"),
+    "retrieval forgotten": ("retrieval", "image_to_text", "forgotten", "after", "1", "value"),
+    "retrieval before": ("retrieval", "image_to_text", "retained", "before", "1", "value"),
+    "retrieval after": ("retrieval", "image_to_text", "retained", "after", "1", "value"),
+    "probe": ("residue", "linear_probe", "after", "value"),
+}
+VALUES = {
+    "worst words": ("paraphrase", "worst", "text"),
+    "leak auc": ("destinations", "worst_auc"),
+    "images in a cache": ("relearning", "methods", "cache", "needed"),
+    "named, original known": ("undo", "attacks", "original_known", "place"),
+    "named, alone": ("undo", "attacks", "alone", "place"),
+}
+SHOWN = ("before", "after", "words mean", "words worst", "neighbours before", "neighbours after")
+SHOWN += ("probe", "images in a cache", "named, alone")
+FEW = 3  # classes whose findings are all printed
+
+
+def result_table(rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
+    """A row for every request, with the columns of `utils.create_results`.
+
+    Args:
+        rows: of `rows_of`, the classes of a request one after another.
+        multiclass: True for the requests of several classes at once, False for the others.
+
+    Returns:
+        `ds`, `name`, `full_Noforget`, `cls_Noforget`, `cls_forget`, `full_forget` (means over the
+        classes), with `multiclass` `cls_forget_all`, and `res_X` (after) and `full_X` (before) for
+        every other set X; fractions, NaN where nothing was measured. Empty if there is no request
+        of the asked kind.
+    """
+    lines = []
+    for (dataset, label), group in groupby(rows, key=lambda row: (row.dataset, row.label)):
+        classes = list(group)
+        if (len(classes) > 1) != multiclass:
+            continue
+        means = {
+            "full_Noforget": mean(row.rest.before for row in classes),
+            "cls_Noforget": mean(row.own.before for row in classes),
+            "cls_forget": mean(row.own.after for row in classes),
+            "full_forget": mean(row.rest.after for row in classes),
+        }
+        line: dict[str, Any] = {"ds": dataset, "name": label, **means}
+        if multiclass:
+            line["cls_forget_all"] = {row.name: row.own.after for row in classes}
+        for name, change in classes[0].others.items():
+            line |= {f"res_{name}": change.after, f"full_{name}": change.before}
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    numbers = table.columns.difference(["ds", "name", "cls_forget_all"])
+    return table.astype(dict.fromkeys(numbers, float))  # None to NaN
+
+
+def other_sets(df: pd.DataFrame) -> list[str]:
+    """The other data sets that a `result_table` has columns of."""
+    return [column.removeprefix("res_") for column in df.columns if column.startswith("res_")]
+
+
+def average_gains(df: pd.DataFrame) -> pd.Series:
+    """The paper's number of every row of a `result_table`; lower is better, 0 is perfect.
+
+    It is the mean of: the fraction of the forgotten class's accuracy that is left, the relative
+    loss on the rest of its data set, and the relative loss on each other data set, where a gain
+    counts as 0. A quantity that was not measured before (or was 0) has no relative change and is
+    left out.
+    """
+    parts = [df["cls_forget"] / df["cls_Noforget"].where(df["cls_Noforget"] > 0)]
+    pairs = [("full_forget", "full_Noforget")]
+    pairs += [(f"res_{name}", f"full_{name}") for name in other_sets(df)]
+    for after, before in pairs:
+        loss = (df[before] - df[after]) / df[before].where(df[before] > 0)
+        parts.append(loss.clip(lower=0))
+    return pd.concat(parts, axis=1).mean(axis=1)
+
+
+def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataFrame:
+    """A row for every method, from the logs of its results folder; accuracies in percent.
+
+    Args:
+        folders: what to call a method -> its results folder.
+
+    Returns:
+        Indexed by method: `classes`, how many requests the numbers are of; `forgotten before`,
+        `after` (means) and `worst` (the most that is left of a class); `rest before`, `after` and
+        `worst` (the most that forgetting one class cost, in points; negative: none lost) of the
+        other classes of the set; the same for `others`, where a mean is over other data sets too
+        and `worst` is of one class and one set; `seconds` (mean of a solve), `bytes` (mean size of
+        an adapter's file), `avg_gain` (the paper's summary). Where the classes were audited also
+        `words worst` (accuracy under the other words that find a class best, mean over classes),
+        `words back` (classes that come back under other words), `neighbours` (change of the ten
+        nearest classes, points), `retrieval forgotten` (images of the class whose best text it is)
+        and `retrieval` (change of that for retained classes, points). NaN where nothing was
+        measured.
+
+    Raises:
+        UserError: a folder holds no results of the asked kind.
+    """
+    lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
+
+
+def _method(folder: Path, multiclass: bool) -> dict[str, float]:
+    """One row of `method_table`."""
+    rows = [row for row in read_rows(folder) if (row.together > 1) == multiclass]
+    df = result_table(rows, multiclass)
+    if df.empty:
+        kind = "multiclass" if multiclass else "single-class"
+        raise UserError(f"{folder / LOGS} holds no {kind} results")
+    line: dict[str, float] = {
+        "classes": len(df),
+        "forgotten before": 100 * df["cls_Noforget"].mean(),
+        "forgotten after": 100 * df["cls_forget"].mean(),
+        "forgotten worst": 100 * df["cls_forget"].max(),
+    }
+    others = other_sets(df)
+    for group, olds, news in (
+        ("rest", ["full_Noforget"], ["full_forget"]),
+        ("others", [f"full_{name}" for name in others], [f"res_{name}" for name in others]),
+    ):
+        before, after = (100 * df[columns].to_numpy() for columns in (olds, news))
+        line[f"{group} before"] = pd.Series(before.ravel()).mean()  # over what was measured
+        line[f"{group} after"] = pd.Series(after.ravel()).mean()
+        line[f"{group} worst"] = pd.Series((before - after).ravel()).max()
+    solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
+    line["seconds"] = pd.Series([s.get("seconds") for s in solvers], dtype=float).mean()
+    line["bytes"] = pd.Series([_size(folder, s) for s in solvers], dtype=float).mean()
+    line["avg_gain"] = average_gains(df).mean()
+    audits = audit_table(rows)
+    if audits.empty:
+        return line
+    worded = audits[audits["words worst"].notna()]
+    return line | {
+        "words worst": audits["words worst"].mean(),
+        "words back": worded["words back"].gt(0).sum() if len(worded) else float("nan"),
+        "neighbours": (audits["neighbours after"] - audits["neighbours before"]).mean(),
+        "retrieval forgotten": audits["retrieval forgotten"].mean(),
+        "retrieval": (audits["retrieval after"] - audits["retrieval before"]).mean(),
+    }
+
+
+def _size(folder: Path, solver: dict[str, Any]) -> float | None:
+    """Bytes of the adapter that a solver's report names; None if it is not there."""
+    path = folder / solver["adapter"] if "adapter" in solver else None
+    return path.stat().st_size if path and path.is_file() else None
+
+
+def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """A row for every audited class: what audit.csv holds, percent where it is an accuracy.
+
+    `before` and `after` (with its 95 % interval) are the class's accuracy under the evaluation
+    prompt, `words` under prompts that forgetting did not see (mean, worst, which, and under how
+    many of them half of the class is `back`), `neighbours` the mean of the ten nearest retained
+    classes, `retrieval` the images whose best text is the right one, of the class itself
+    (`forgotten`) and of retained classes, `leak auc` how well the new logits tell the class's
+    images from those of the class that they are now taken for, `probe` a linear probe on image
+    embeddings, `images in a cache` how many bring half of the class back by a cache on top,
+    `named` the place of the class among up to 1,000 names in the attacks that know the original
+    projection or only the changed one, `seconds` what the audit took without relearning. NaN where
+    it was not measured.
+    """
+    lines = []
+    for row in rows:
+        if row.audit:
+            line: dict[str, Any] = {"data set": row.dataset, "forgotten": row.label}
+            line["class"] = row.name
+            for column, path in FRACTIONS.items():
+                value = row.found(*path)
+                line[column] = float("nan") if value is None else 100 * value
+            line |= {column: row.found(*path) for column, path in VALUES.items()}
+            timed = row.audit["seconds"]
+            line["words back"] = len(row.back)
+            line["seconds"] = sum(s for measure, s in timed.items() if measure != "relearning")
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def report_audit(folder: Path, datasets: Sequence[str]) -> None:
+    """Write the table of a folder's audits as CSV beside them, print its main columns for
+    `datasets` with the findings in words, and say where both are."""
+    rows = read_rows(folder)
+    table = audit_table(rows)
+    with atomic_path(folder / CSV) as temporary:
+        table.to_csv(temporary, index=False)
+    chosen = table[table["data set"].isin(datasets)]
+    columns = ["data set", "class", *SHOWN]
+    print(chosen[columns].to_string(index=False, float_format="{:.1f}".format, na_rep="-"))
+    for row in rows:
+        if row.audit and row.dataset in datasets:
+            # One line a class where there are many; the report shows all of them.
+            lines = row.audit["verdict"] if len(chosen) <= FEW else row.audit["verdict"][:1]
+            print("\n  ".join([f"{row.dataset} / {row.name}:", *lines]))
+    print(f"audit: {folder / AUDIT}")
+    print(f"table: {folder / CSV}")
+    print(f"to look at it: python -m evaluation.report {folder}")

@@ -1,0 +1,29 @@
+"""python -m experiments NAME ...: what was found out. Without a name: the list of names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from safetensors import SafetensorError
+
+from engine.cli import commands
+from forgetting import ProblemError
+
+EXPERIMENTS = {
+    "studies": "what each choice of the method does, by descent and exactly",
+    "frontier": "harm to others against how surely a class is gone, over many methods",
+    "faithfulness": "what the known slips of the paper's public code cost",
+    "reproduce": "the paper's experiments on your images, its numbers beside those measured",
+    "baselines": "every method on the same classes, side by side",
+    "figures": "the figures of docs/exact.md",
+}
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Exit status of an experiment: 2 if it is refused."""
+    return commands("experiments", EXPERIMENTS, argv, (ProblemError, SafetensorError))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

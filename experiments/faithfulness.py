@@ -1,0 +1,338 @@
+"""What the known slips of the paper's public code cost, one by one and together.
+
+    python -m experiments faithfulness [--weights RN50.pt]
+    python -m experiments faithfulness --features DIR [--backbone ViT-B/32]
+        [--classes 2] [--csv PATH] [KEY VALUE ...]
+
+The first encodes the texts of the four sets by an RN50, randomly initialised unless --weights names
+a checkpoint: objectives, reductions and the drift of the projection need no images. The second
+works on a folder of feature bundles, and measures accuracies where they hold images. Problems are
+those of the trainer ForgetLoRA with its weights and its retry (see `variants.py`). One CPU thread.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import datasets
+import train
+from clip.architectures import architecture
+from clip.bundle import FeatureBundle, bundle_path, list_bundles
+from clip.source import ClipSource
+from engine import TRAINER_REGISTRY, UserError
+from engine.cli import Parser
+from engine.config import setup
+from engine.determinism import one_thread
+from engine.files import atomic_path
+from evaluation.zero_shot import evaluate_classes, evaluate_set
+from experiments.reproduce import markdown
+from experiments.variants import VARIANTS, in_double, run_variants
+from forget_cls import all_ds, forget_classes_all
+from forgetting import ForgetProblem, solve_exact, thresholds
+from forgetting.exact import auto_lamb_forget
+from trainers.base import ForgetTrainer
+from trainers.forget_lora import paper_problem
+
+ENCODER, BUNDLED = "RN50", "ViT-B/32"
+TOGETHER = 3  # classes forgotten at once, as many as the paper's lists hold
+ACCURACIES = ("forgotten", "rest", "others")
+OTHER_NAMES = 20  # classes beside those to forget, where no images say which there are
+# Names of the everyday vocabulary of public bundles that mean the same as a class of theirs.
+SAME = {
+    "CaltechObjects": {
+        "airplane": {"aircraft"},
+        "cup": {"mug", "coffee cup"},
+        "handgun": {"pistol"},
+        "roller skates": {"roller skate", "rollerblade"},
+        "scissors": {"shears"},
+        "umbrella": {"parasol"},
+    }
+}
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """A folder of bundles, their backbone, and config keys (KEY VALUE) that are changed."""
+
+    folder: Path
+    backbone: str
+    opts: tuple[str, ...] = ()
+
+
+def trainer_for(
+    where: Bundles, dataset: str, classes: list[str], multiclass: bool
+) -> ForgetTrainer:
+    """The trainer of the paper's method, on the CPU, ready to state its problems."""
+    folder, backbone = where.folder, where.backbone
+    argv = ["--dataset", dataset, "--backbone", backbone, "--features", str(folder)]
+    argv += ["--output-dir", str(folder / "no-results"), *(["--multiclass"] if multiclass else [])]
+    for name in classes:
+        argv += ["--forget", name]
+    argv += where.opts
+    with redirect_stdout(StringIO()):  # what is absent, what is loaded
+        cfg = setup(train.parse(argv))
+        trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
+    trainer.device = torch.device("cpu")
+    trainer.model.to("cpu")
+    return trainer
+
+
+def state(trainer: ForgetTrainer, classes: list[str], seed: int = 0) -> ForgetProblem:
+    """The trainer's own problem for `classes`."""
+    request = trainer.request(classes)
+    target, _ = trainer.target(request, torch.Generator().manual_seed(seed))
+    retained, _ = trainer.retained(classes)
+    projection = trainer.bundle.text_projection
+    return paper_problem(trainer.cfg, trainer.weights, projection, request, retained, target)
+
+
+def accuracies(trainer: ForgetTrainer, classes: list[str], change: Tensor) -> dict[str, float]:
+    """In percent: the forgotten classes (mean), the rest of their set, the other sets (mean)."""
+    bundle = trainer.bundle
+    if not len(bundle.labels):
+        return dict.fromkeys(ACCURACIES, float("nan"))
+    factors = (change, torch.eye(change.shape[1]))
+    own = evaluate_classes(bundle, classes, factors)
+    columns = (
+        [own[name]["cls_acc_test"] for name in classes],
+        [own[classes[0]]["no_cls_acc"]],
+        [evaluate_set(other, factors) for other in trainer.others.values()],
+    )
+    means = [100 * pd.Series(column, dtype=float).mean() for column in columns]
+    return dict(zip(ACCURACIES, means, strict=True))
+
+
+def measure(where: Bundles, lists: dict[str, list[str]], count: int) -> pd.DataFrame:
+    """The first `count` classes of every list alone, then `TOGETHER` at once: a row a problem and
+    variant."""
+    frames = []
+    for dataset, names in lists.items():
+        for multiclass, chosen in ((False, names[:count]), (True, names[:TOGETHER])):
+            trainer = trainer_for(where, dataset, chosen, multiclass)
+            for classes in trainer.plan.requests:
+                started = time.perf_counter()
+                frame = run_variants(state(trainer, classes), trainer.settings)
+                before = torch.zeros_like(frame["answer"][0])
+                scores = [accuracies(trainer, classes, answer) for answer in frame["answer"]]
+                was = accuracies(trainer, classes, before)
+                frame = frame.drop(columns="answer").join(pd.DataFrame(scores))
+                frame = frame.assign(**{f"{key} before": value for key, value in was.items()})
+                frame.insert(0, "set", dataset)
+                frame.insert(1, "mode", "at once" if multiclass else "alone")
+                frame.insert(2, "classes", "|".join(classes))
+                frames.append(frame)
+                print(
+                    f"  {dataset} / {', '.join(classes)}: {time.perf_counter() - started:.0f} s",
+                    file=sys.stderr,
+                )
+    return pd.concat(frames, ignore_index=True)
+
+
+def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means over problems, a row for each group of `by` and variant, and one of the accuracies
+    before; percent but for counts and lengths."""
+    rows = []
+    for key, part in table.groupby([*by, "variant"], sort=False):
+        row = dict(zip([*by, "variant"], key, strict=True))
+        row |= {
+            "problems": len(part),
+            "trials": part["trials"].mean(),
+            "above optimum, %": 100 * part["above"].mean(),
+            "worst, %": 100 * part["above"].max(),
+            "reduction, %": 100 * part["reduction"].mean(),
+            "length of Delta": part["size"].mean(),
+            "drift of W, %": 100 * part["drift"].mean(),
+        }
+        row |= {f"{name}, %": part[name].mean() for name in ACCURACIES}
+        if row["variant"] == VARIANTS[0].name and part[f"{ACCURACIES[0]} before"].notna().any():
+            was = {f"{name}, %": part[f"{name} before"].mean() for name in ACCURACIES}
+            rows.append(
+                {name: row[name] for name in [*by, "problems"]} | {"variant": "before"} | was
+            )
+        rows.append(row)
+    return pd.DataFrame(rows)[list(row)]
+
+
+def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
+    """How far each variant's accuracies lie from ours on the same problem, in percentage points.
+
+    Returns:
+        A row a variant; for each accuracy its mean difference, the mean and the largest of its
+        size over all problems with images.
+    """
+    rows = {}
+    for name in ACCURACIES:
+        wide = table.dropna(subset=name).pivot(
+            index=["set", "mode", "classes"], columns="variant", values=name
+        )
+        for variant in VARIANTS[1:]:
+            apart = wide[variant.name] - wide[VARIANTS[0].name]
+            rows.setdefault(variant.name, {"variant": variant.name, "problems": len(wide)})
+            size = apart.abs()
+            numbers = {"mean": apart.mean(), "mean size": size.mean(), "largest": size.max()}
+            rows[variant.name] |= {
+                f"{name}: {key}": round(x, 2) + 0.0 for key, x in numbers.items()
+            }
+    return pd.DataFrame(rows.values())
+
+
+def synonyms_retained(where: Bundles, dataset: str, same: dict[str, set[str]]) -> pd.DataFrame:
+    """What a retained name that means the same does to the optimum: a row a class of `same`.
+
+    `c*` is where the class starts to move, `trials` what the retry needs to get there from the
+    set's weights; `share` is how far, on average, the names of the same meaning go with the class
+    (1: as far as it). Both with those names out of the retain set and in it, just above c*.
+    """
+    trainer = trainer_for(where, dataset, list(same), multiclass=False)
+    bundle, rows = trainer.bundle, []
+    names = [datasets.plain(name).casefold() for name in bundle.retain_names]
+    for (name,) in trainer.plan.requests:
+        own = datasets.plain(name).casefold()
+        meant = same[own] & set(names)
+        alike = torch.tensor([other in meant for other in names])
+        row = {"set": dataset, "class": name, "same": ", ".join(sorted(meant))}
+        stated = in_double(state(trainer, [name]))
+        for when, leaving in (("out", {own} | meant), ("in", {own})):
+            stay = torch.tensor([other not in leaving for other in names])
+            problem = replace(stated, retain_hidden=bundle.retain_hidden[stay].double())
+            reach = thresholds(problem).reach
+            moved = replace(problem, lamb_forget=auto_lamb_forget(problem))
+            solution = solve_exact(moved)
+            step = problem.displacement[0]
+            follow = (bundle.retain_hidden[alike].double() @ solution.delta) @ step / (step @ step)
+            missing = (reach - problem.lamb_forget) / trainer.settings.lamb_forget_step
+            row |= {
+                f"c*, {when}": reach,
+                f"trials, {when}": 1 + max(0, math.ceil(missing)),
+                f"share, {when}": float(follow.mean()),
+            }
+            scores = accuracies(trainer, [name], solution.delta.float())
+            row |= {f"{key}, {when}": value for key, value in scores.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def synonyms_of(dataset: str, classes: list[str]) -> dict[str, set[str]]:
+    """The marked synonyms of those of `classes` that have any."""
+    known = datasets.synonyms(dataset)
+    plain = [datasets.plain(name).casefold() for name in classes]
+    return {name: known[name] for name in plain if name in known}
+
+
+def text_bundles(folder: Path, weights: str | None) -> dict[str, list[str]]:
+    """Bundles without images of the four sets, encoded by an RN50; the classes to forget."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(weights) if weights else Path(temporary) / "random.pt"
+        if not weights:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
+            torch.save(model.state_dict(), path)
+        source = ClipSource(ENCODER, path, temporary, "cpu")
+        for dataset in all_ds:
+            vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
+            forgotten = [datasets.plain(name) for name in forget_classes_all[dataset]]
+            known = datasets.synonyms(dataset)
+            same = {word for name in forgotten for word in known.get(name.casefold(), ())}
+            free = [name for name in vocabulary if name not in same]
+            classnames = [*forgotten, *free[:OTHER_NAMES]]
+            template = datasets.spec(dataset).template
+            FeatureBundle(
+                image_features=torch.zeros(0, source.projection.shape[1]),
+                labels=torch.zeros(0, dtype=torch.int64),
+                class_hidden=source.encode_hidden([template.format(name) for name in classnames]),
+                forget_hidden=source.encode_hidden(classnames),
+                retain_hidden=source.encode_hidden(vocabulary),
+                neutral_hidden=source.encode_hidden([""]),
+                text_projection=source.projection,
+                backbone=ENCODER,
+                weights=source.weights_sha256,
+                dataset=dataset,
+                split="none",
+                template=template,
+                classnames=classnames,
+                retain_names=vocabulary,
+            ).save(bundle_path(folder, ENCODER, dataset))
+    return {dataset: list(forget_classes_all[dataset]) for dataset in all_ds}
+
+
+def bundled_classes(where: Bundles, count: int) -> dict[str, list[str]]:
+    """At least `count` classes of every set of a folder, evenly over the set."""
+    chosen = {}
+    for dataset, path in list_bundles(where.folder, where.backbone).items():
+        names = FeatureBundle.load(path).classnames
+        chosen[dataset] = names[:: max(1, len(names) // count)][:count]
+    return chosen
+
+
+def one_trial_fewer(table: pd.DataFrame) -> pd.DataFrame:
+    """Problems of several trials: the reduction that would be kept without the trial that reached.
+
+    Returns:
+        Columns `set`, `classes`, `trials`, and a reduction in percent for ours and for the last.
+    """
+    names = ["ours", "last trial kept"]
+    several = table[table["short"].notna() & table["variant"].isin(names)]
+    wide = several.pivot(index=["set", "classes", "trials"], columns="variant", values="short")
+    return (100 * wide.reindex(columns=names)).reset_index()
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Measure and print; returns a row for every problem and variant."""
+    parser = Parser(prog="python -m experiments faithfulness", description=__doc__.splitlines()[0])
+    parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
+    parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
+    parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
+    parser.add_argument("--classes", type=int, default=2, help="how many of a set, each alone")
+    parser.add_argument("--csv", help="where to write a row for every problem and variant")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    args = parser.parse_args(argv)
+    if args.classes < 1:
+        raise UserError(f"--classes must be at least 1, got {args.classes}")
+    if (args.features and args.weights) or (args.backbone and not args.features):
+        raise UserError("--backbone goes with --features, and --weights without it")
+    started = time.perf_counter()
+    with one_thread(), tempfile.TemporaryDirectory() as temporary:
+        if args.features:
+            where = Bundles(Path(args.features), args.backbone or BUNDLED, tuple(args.opts))
+            kind = f"bundles of {args.features}"
+            lists = bundled_classes(where, max(args.classes, TOGETHER))
+            same = {name: SAME[name] for name in lists if name in SAME}
+            by = ["set"]
+        else:
+            where, by = Bundles(Path(temporary), ENCODER, tuple(args.opts)), ["mode"]
+            kind = f"weights {args.weights}" if args.weights else "random weights"
+            lists = text_bundles(where.folder, args.weights)
+            same = {name: synonyms_of(name, lists[name]) for name in lists}
+        table = measure(where, lists, args.classes)
+        report(f"{where.backbone}, {kind}: the descent's variants", summarise(table, by))
+        if table[list(ACCURACIES)].notna().all(axis=1).any():
+            report("Distance from ours, percentage points", apart_from_ours(table))
+        report("Without the trial that reached: reduction, %", one_trial_fewer(table))
+        if same:
+            parts = [synonyms_retained(where, *item) for item in same.items()]
+            report("Names of the same meaning, out of the retain set and in", pd.concat(parts))
+    if args.csv:
+        with atomic_path(args.csv) as path:
+            table.to_csv(path, index=False)
+        print(f"\nwritten: {args.csv}")
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    return table
+
+
+def report(title: str, table: pd.DataFrame) -> None:
+    """Print one table of docs/faithfulness.md, without columns that hold no number."""
+    table = table.dropna(axis=1, how="all")
+    print(f"\n{title}\n\n{markdown(table) if len(table) else 'none'}", flush=True)

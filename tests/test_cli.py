@@ -1,0 +1,89 @@
+"""Every command line alike: 0 for help, 2 and one line for a mistake, the nearest option named."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import UserError
+from engine.cli import Parser, run
+from tests.conftest import REPOSITORY
+
+COMMANDS = {
+    "train": "--datset",
+    "utils": "--multiclas",
+    "clip.apply": "--weigths",
+    "clip.features": "--wieghts",
+    "clip.train_mini": "--outt",
+    "datasets.check": "--sett",
+    "evaluation.audit": "--prmary",
+    "evaluation.report": "--outt",
+    "forgetting.compose": "--withot",
+}
+
+
+def status_of(command: str, monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    monkeypatch.delitem(sys.modules, command, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_refused_with_the_nearest(command, monkeypatch, capsys):
+    # Those that need arguments are given some, so that the option is what is wrong.
+    known = ["a", "b", *(["--out", "c"] if command == "forgetting.compose" else [])]
+    assert status_of(command, monkeypatch, *known, COMMANDS[command], "x") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown option '") and "did you mean '--" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_no_error(command, monkeypatch, capsys):
+    assert status_of(command, monkeypatch, "--help") == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_the_status_is_what_main_returns_or_why_it_does_not(capsys):
+    def refuses(argv):
+        raise UserError("no such thing")
+
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    def missing(argv):
+        Path("/nowhere/file").read_text()
+
+    assert [run(main) for main in (lambda argv: 1, lambda argv: "text", refuses)] == [1, 0, 2]
+    assert [run(main) for main in (stopped, missing)] == [130, 2]
+    error = capsys.readouterr().err
+    assert "error: no such thing\n" in error and "error: /nowhere/file: No such file" in error
+    with pytest.raises(ZeroDivisionError):  # a bug is no refusal
+        run(lambda argv: 1 / 0)
+
+
+def test_a_prefix_is_no_option_and_an_argument_too_many_is_named():
+    parser = Parser(prog="x")
+    parser.add_argument("--weights")
+    with pytest.raises(UserError, match="unknown option '--weig'; did you mean '--weights'"):
+        parser.parse_args(["--weig", "a"])
+    with pytest.raises(UserError, match="unexpected argument 'b'"):
+        parser.parse_args(["b"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback():
+    code = (
+        "import sys; from engine.cli import run\n"
+        "sys.exit(run(lambda argv: [print(i) for i in range(10**5)]))"
+    )
+    command = f"{sys.executable} -c '{code}' | head -n 1"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
