@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from evaluation.results import join_label
+from evaluation.rows import mean, rows_of
 from experiments.solvers import Answer
 from experiments.world import Task, World
 
@@ -20,35 +21,28 @@ def cells(world: World, tasks: Sequence[Task], answers: Sequence[Answer]) -> lis
     """
     requests = [task.request.classes for task in tasks]
     changes = [(answer.left.float(), answer.right.float()) for answer in answers]
-    found = world.judge.after(requests, changes, [()] * len(changes))
-    return [_row(world, *each) for each in zip(tasks, answers, found, strict=True)]
-
-
-def _row(world: World, task: Task, answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
-    before = world.judge.before(task.request.classes)
-    own = {"before": before.pop(world.bundle.dataset), "after": found.pop(world.bundle.dataset)}
-    others = {
-        side: {name: sets["all"]["all_ds"] for name, sets in accuracies.items()}
-        for side, accuracies in (("before", before), ("after", found))
-    }
-    known = [name for name, accuracy in others["before"].items() if accuracy is not None]
-    changes = [others["after"][name] - others["before"][name] for name in known]
-    row: dict[str, Any] = {}
-    for side, classes in own.items():
-        row[f"forgotten_{side}"] = _mean(entry["cls_acc_test"] for entry in classes.values())
-        row[f"rest_{side}"] = next(iter(classes.values()))["no_cls_acc"]
-    for side, accuracies in others.items():
-        row[f"others_{side}"] = _mean(accuracies.values())
-    return {
-        **row,
-        "others_worst": min(changes, default=None),
-        "carry": carry_over(world, task, answer),
-        "reduction": reduction(task, answer),
-        "norm": float(answer.delta.norm()),
-        "seconds": answer.seconds,
-        "texts": len(task.request.texts),
-        **answer.facts,
-    }
+    found = []
+    after = world.judge.after(requests, changes, [()] * len(changes))
+    for task, answer, accuracies in zip(tasks, answers, after, strict=True):
+        classes = task.request.classes
+        entry = {"zero_shot": world.judge.before(classes), "final_results": accuracies}
+        rows = rows_of({world.bundle.dataset: {join_label(classes): entry}})
+        sides = {"rest": rows[0].rest, "others": rows[0].others_mean}
+        losses = [x.points for x in rows[0].others.values() if x.points is not None]
+        row: dict[str, Any] = {}
+        for side in ("before", "after"):
+            row[f"forgotten_{side}"] = mean(getattr(row.own, side) for row in rows)
+            row |= {f"{name}_{side}": getattr(change, side) for name, change in sides.items()}
+        row |= {
+            "others_worst": min(losses) / 100 if losses else None,
+            "carry": carry_over(world, task, answer),
+            "reduction": reduction(task, answer),
+            "norm": float(answer.delta.norm()),
+            "seconds": answer.seconds,
+            "texts": len(task.request.texts),
+        }
+        found.append(row | answer.facts)
+    return found
 
 
 def carry_over(world: World, task: Task, answer: Answer) -> float | None:
@@ -64,7 +58,7 @@ def carry_over(world: World, task: Task, answer: Answer) -> float | None:
         moved = prompt @ answer.delta  # (w,) @ (w, d) -> (d,)
         if d.any():
             shares.append(float(moved @ d / (d @ d)))
-    return _mean(shares)
+    return mean(shares)
 
 
 def reduction(task: Task, answer: Answer) -> float:
@@ -72,8 +66,3 @@ def reduction(task: Task, answer: Answer) -> float:
     before = answer.displacement.norm()
     left = (answer.displacement - task.request.hidden.double() @ answer.delta).norm()
     return float(1 - left / before) if before > 0 else 1.0
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    values = [value for value in values if value is not None]
-    return statistics.fmean(values) if values else None

@@ -11,12 +11,13 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
+from clip.retain import GROUPS, retain_set
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
 from forgetting import Group, RetainSet, specific_target
 from trainers.base import Judge
-from trainers.requests import GROUPS, Request, Requests, Texts, retain_set
+from trainers.requests import Request, Requests, Texts
 
 
 @dataclass(frozen=True, eq=False)
