@@ -31,7 +31,6 @@ from forgetting import (
     solve_lora,
     thresholds,
 )
-from trainers.requests import Requests
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
@@ -89,10 +88,8 @@ def problem_of(bundle: FeatureBundle, count: int) -> ForgetProblem:
     """The paper's problem for the first `count` classes of a set, forgotten at once."""
     world = World(bundle, {})
     request = world.texts.request(bundle.classnames[:count])
-    paper, _ = paper_problem(world, [task(world, "lora", request=request)])
-    std, draws = world.exact.FORGET.NOISE_STD, [torch.Generator().manual_seed(0)]
-    target, _ = world.texts.targets("empty", 0.0, std, Requests([request]), draws)
-    return replace(paper.alone(0), target=target)
+    draws = [torch.Generator().manual_seed(0)]
+    return paper_problem(world, [task(world, "lora", request=request)], draws).alone(0)
 
 
 def phases(bundle: FeatureBundle, path: Path) -> None:

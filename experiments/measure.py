@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from evaluation.results import join_label
-from evaluation.rows import mean, rows_of
+from evaluation.rows import Change, Row, mean, rows_of
+from evaluation.zero_shot import Factors
 from experiments.solvers import Answer
 from experiments.world import Task, World
+
+
+def judged(
+    world: World, requests: Sequence[list[str]], changes: Sequence[Factors]
+) -> Iterator[list[Row]]:
+    """The accuracies of each request's classes, before and after its change."""
+    after = world.judge.after(list(requests), list(changes), [()] * len(changes))
+    for classes, accuracies in zip(requests, after, strict=True):
+        entry = {"zero_shot": world.judge.before(classes), "final_results": accuracies}
+        yield rows_of({world.bundle.dataset: {join_label(classes): entry}})
+
+
+def sides(rows: Sequence[Row]) -> dict[str, Change]:
+    """Of one request: the forgotten classes (mean), the rest of their set, other sets (mean)."""
+    own = (mean(getattr(row.own, side) for row in rows) for side in ("before", "after"))
+    return {"forgotten": Change(*own), "rest": rows[0].rest, "others": rows[0].others_mean}
 
 
 def cells(world: World, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The measured cells of rows; None where there is no image to judge on.
 
-    `forgotten_*` is the mean over the forgotten classes, `others_*` that over the other sets, and
-    `others_worst` the change of the set that lost most; accuracies from 0 to 1.
+    Accuracies are from 0 to 1; `others_worst` is the change of the set that lost most.
     """
     requests = [task.request.classes for task in tasks]
     changes = [(answer.left.float(), answer.right.float()) for answer in answers]
     found = []
-    after = world.judge.after(requests, changes, [()] * len(changes))
-    for task, answer, accuracies in zip(tasks, answers, after, strict=True):
-        classes = task.request.classes
-        entry = {"zero_shot": world.judge.before(classes), "final_results": accuracies}
-        rows = rows_of({world.bundle.dataset: {join_label(classes): entry}})
-        sides = {"rest": rows[0].rest, "others": rows[0].others_mean}
+    for task, answer, rows in zip(tasks, answers, judged(world, requests, changes), strict=True):
+        accuracies = sides(rows)
         losses = [x.points for x in rows[0].others.values() if x.points is not None]
-        row: dict[str, Any] = {}
-        for side in ("before", "after"):
-            row[f"forgotten_{side}"] = mean(getattr(row.own, side) for row in rows)
-            row |= {f"{name}_{side}": getattr(change, side) for name, change in sides.items()}
-        row |= {
-            "others_worst": min(losses) / 100 if losses else None,
-            "carry": carry_over(world, task, answer),
-            "reduction": reduction(task, answer),
-            "norm": float(answer.delta.norm()),
-            "seconds": answer.seconds,
-            "texts": len(task.request.texts),
-        }
-        found.append(row | answer.facts)
+        found.append(
+            {
+                **{f"{name}_before": change.before for name, change in accuracies.items()},
+                **{f"{name}_after": change.after for name, change in accuracies.items()},
+                "others_worst": min(losses) / 100 if losses else None,
+                "carry": carry_over(world, task, answer),
+                "reduction": reduction(task, answer),
+                "norm": float(answer.delta.norm()),
+                "seconds": answer.seconds,
+                "texts": len(task.request.texts),
+                **answer.facts,
+            }
+        )
     return found
 
 
