@@ -18,6 +18,7 @@ from clip.checkpoint import read_state_dict
 from clip.source import ClipSource
 from engine import UserError, atomic_path
 from engine.cli import Parser, run
+from engine.config import settings
 from forgetting.adapter import load_adapter, projection_sha256
 from forgetting.problem import ProblemError
 
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of a forgotten class")
     parser.add_argument("out", metavar="OUT", help="checkpoint to write; must not exist")
     parser.add_argument("--weights", help="the original checkpoint; default: the published one")
-    parser.add_argument("--cache", default="cache", help="folder of downloaded weights")
+    cache = settings().FEATURES.CACHE
+    parser.add_argument("--cache", default=cache, help="folder of downloaded weights")
     args = parser.parse_args(argv)
 
     out = Path(args.out)

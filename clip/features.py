@@ -20,6 +20,7 @@ from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser, run
+from engine.config import settings
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -103,9 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")
     parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")
-    parser.add_argument("--root", default="data", help="root of the image sets")
+    defaults = settings()
+    parser.add_argument("--root", default=defaults.DATASET.ROOT, help="root of the image sets")
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
-    parser.add_argument("--cache", default="cache", help="folder for what was encoded")
+    cache = defaults.FEATURES.CACHE
+    parser.add_argument("--cache", default=cache, help="folder for what was encoded")
     parser.add_argument("--out", help="also write the bundle into this folder")
     parser.add_argument(
         "--audit",

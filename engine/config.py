@@ -32,7 +32,6 @@ from engine.errors import UserError, unknown
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had: faster
 ANY_DATASET = "other"  # the config of a data set that has none of its own
-AUTO = "auto"  # as FORGET.LAMB_FORGET: just above the weight from which texts reach their target
 TYPES = {
     "bool": (bool, "True or False"),
     "int": (int, "a whole number"),
