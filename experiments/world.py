@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
 from engine.config import paper_weights, settings
@@ -39,6 +40,16 @@ class Task:
     place: float = float("nan")
     off: str = ""
     pick: Tensor | None = None
+
+
+def retained_by(
+    cfg: CfgNode, bundle: FeatureBundle, others: Sequence[FeatureBundle], off: str = ""
+) -> RetainSet:
+    """What a run of ForgetExact retains beside a set: the groups that have weight, less `off`."""
+    node = cfg.TRAINER.FORGETEXACT
+    weights = {group: node[group.upper()] for group in GROUPS if group != off}
+    weights = {group: weight for group, weight in weights.items() if weight > 0}
+    return retain_set(bundle, others, weights, cfg.FORGET.SIMILARITY)
 
 
 class World:
@@ -74,18 +85,11 @@ class World:
             paper_weights(cfg)  # refuses missing ones
         self.texts, self.judge = Texts(bundle), Judge(bundle, others)
         node = self.exact.TRAINER.FORGETEXACT
-        self.retain = self.retained_groups(*GROUPS)
+        self.retain = retained_by(self.exact, bundle, list(others.values()))
         self.vocabulary = self.names_alone(self.paper[False].FORGET.SIMILARITY)
         self.mu = self.retain.ridge(node.MU).mu
         w, gram = bundle.text_projection.double(), self.retain.gram
         self.lam = node.SHARED * float((gram @ w * w).sum()) / float(self.retain.shares.sum())
-
-    def retained_groups(self, *groups: str) -> RetainSet:
-        """Those of the groups that hold names and have weight in ForgetExact."""
-        node = self.exact.TRAINER.FORGETEXACT
-        weights = {group: node[group.upper()] for group in groups if node[group.upper()] > 0}
-        similarity = self.exact.FORGET.SIMILARITY
-        return retain_set(self.bundle, list(self.others.values()), weights, similarity)
 
     def names_alone(
         self, similarity: float, pick: Tensor | None = None, weight: float | None = None
@@ -125,7 +129,8 @@ class World:
             return retain, torch.stack([~torch.isin(pick, task.pick) for task in tasks])
         retain = self.retain if constrained else self.vocabulary
         if constrained and first.off:
-            retain = self.retained_groups(*(group for group in GROUPS if group != first.off))
+            others = list(self.others.values())
+            retain = retained_by(self.exact, self.bundle, others, first.off)
         return retain, self.leaving(retain, requests)
 
     def target(

@@ -25,6 +25,8 @@ from evaluation.rows import read_rows
 from evaluation.tables import audit_table
 from tests.conftest import BACKBONE, toy_bundle
 
+NOTHING = {"names": 0, "attacks": {}, "not_measured": []}  # what undoing may find
+
 
 @given(st.integers(1, 400), st.data())
 def test_an_interval_holds_its_value_and_narrows_with_images(n, data):
@@ -193,8 +195,8 @@ def test_from_the_command_line_to_its_own_table(results, capsys):
 
 
 def test_what_was_audited_is_not_audited_again(results, monkeypatch):
-    calls, nothing = [], {"names": 0, "attacks": {}, "not_measured": []}
-    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or nothing)
+    calls = []
+    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or NOTHING)
     audit_folder(results, labels=["cat"])
     audit_folder(results)
     assert calls == ["cat", "C/V"]
@@ -238,7 +240,7 @@ def test_a_broken_off_audit_keeps_what_it_found(results, monkeypatch):
     def stopped(case):
         if case.name == "C/V":
             raise KeyboardInterrupt
-        return {}
+        return NOTHING
 
     monkeypatch.setitem(MEASURES, "undo", stopped)
     with pytest.raises(KeyboardInterrupt):

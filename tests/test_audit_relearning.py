@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle, load_bundle
 from evaluation.audit import relearning, shots
-from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Case, Common, Model, Prompt
 from evaluation.audit.interval import accuracy
 from evaluation.audit.shots import REPEATS, SHOTS, Start, shots_of
@@ -109,13 +108,12 @@ def test_the_probe_reads_no_text():
 def test_no_method_calls_everything_by_the_class():
     """What is taught from few images must leave the images of other classes theirs."""
     asked = sent_aside(world())
-    drawn, known = shots_of(asked.common), attacker(asked.common)
     start = Start(asked.after, 0)
     others = (asked.bundle.labels != 0).nonzero()[:, 0]
     for draw in range(REPEATS):
         for method in (shots.cache, shots.probe):
-            assert (method(start, drawn, draw, 1, others) == asked.bundle.labels[others]).all()
-        seen = shots.refit(start, drawn, draw, 1, others, known)
+            assert (method(start, draw, 1, others) == asked.bundle.labels[others]).all()
+        seen = shots.refit(start, draw, 1, others)
         assert (seen == asked.bundle.labels[others]).all()
 
 
@@ -126,13 +124,12 @@ def test_images_and_texts_lie_apart_in_clip():
     pull = 2 * bundle.text_projection[-1]
     bundle = replace(bundle, image_features=normalize(bundle.image_features + pull, dim=1))
     asked = sent_aside_from(bundle)
-    drawn, known = shots_of(asked.common), attacker(asked.common)
     everything = torch.arange(len(bundle.labels))
     mean = normalize(bundle.image_features[bundle.labels == 0].mean(dim=0), dim=0)
     texts = asked.after.classes.clone()
     texts[0] = mean
     assert ((bundle.image_features @ texts.T).argmax(dim=1) == 0).all()  # what it would do
-    seen = shots.refit(Start(asked.after, 0), drawn, 0, 4, everything, known)
+    seen = shots.refit(Start(asked.after, 0), 0, 4, everything)
     assert (seen == bundle.labels).all()
 
 
@@ -145,13 +142,13 @@ def test_the_attacker_has_k_images_of_every_class_and_is_judged_on_others():
     drawn = shots_of(Common(bundle))
     for draw in range(REPEATS):
         for k in SHOTS:
-            held = drawn.held(draw, k)
+            held = drawn.held[draw, k]
             assert torch.bincount(bundle.labels[held]).tolist() == [min(k, 12)] * 12
             rest = drawn.rest(draw, k, 3)
             assert set(rest.tolist()) | set(held.tolist()) >= set(range(36, 48))
             assert not set(rest.tolist()) & set(held.tolist())
-        assert set(drawn.held(draw, 2).tolist()) < set(drawn.held(draw, 4).tolist())
-    assert not torch.equal(drawn.held(0, 2), drawn.held(1, 2))
+        assert set(drawn.held[draw, 2].tolist()) < set(drawn.held[draw, 4].tolist())
+    assert not torch.equal(drawn.held[0, 2], drawn.held[1, 2])
 
 
 def test_the_nearest_class_with_enough_images_is_the_control():
@@ -171,10 +168,9 @@ def test_the_nearest_class_with_enough_images_is_the_control():
 def test_a_class_without_a_text_is_given_none(monkeypatch):
     """Nothing is solved for it: its column is where the images point."""
     asked = case(world())
-    drawn, known = shots_of(asked.common), attacker(asked.common)
     everything = torch.arange(len(asked.bundle.labels))
     monkeypatch.setattr(shots, "_moved", lambda *_: pytest.fail("a text was moved"))
-    seen = shots.refit(Start(asked.before, 0, named=False), drawn, 0, 1, everything, known)
+    seen = shots.refit(Start(asked.before, 0, named=False), 0, 1, everything)
     assert (seen == asked.bundle.labels).all()
 
 

@@ -82,10 +82,14 @@ def test_jpegs_and_a_random_rn50_checkpoint(tmp_path):
 
 
 def test_a_run_killed_by_the_system_resumes_at_its_class(tmp_path, features):
-    """SIGKILL between two classes: no clean-up code runs; the second call does only the rest."""
-    steps = ["TRAINER.FORGETLORA.STEPS", "1500"]
-    arguments = ["1", "0", "ToyAnimals", BACKBONE, "0", "--forget", "all", *TOY_KEYS, *steps]
-    command, options = driver(tmp_path / "out", *arguments, FEATURES=str(features))
+    """SIGKILL between two classes: no clean-up code runs; the second call does only the rest.
+
+    Ascent takes one class after the other; with a tiny step each takes all of its steps.
+    """
+    slow = ["TRAINER.FORGETASCENT.STEPS", "10000", "TRAINER.FORGETASCENT.LR", "1e-12"]
+    arguments = ["1", "0", "ToyAnimals", BACKBONE, "0", "--forget", "all", *slow]
+    method = {"FEATURES": str(features), "TRAINER": "ForgetAscent"}
+    command, options = driver(tmp_path / "out", *arguments, **method)
     logs = tmp_path / "out/results1/seed_0/logs.json"
     process = subprocess.Popen(command, start_new_session=True, **options)
     deadline = time.monotonic() + 120
@@ -98,7 +102,7 @@ def test_a_run_killed_by_the_system_resumes_at_its_class(tmp_path, features):
     resumed = subprocess.run(command, **options)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("done before, skipped") == len(done_before)
-    whole = run_driver(tmp_path / "whole", *arguments, FEATURES=str(features))
+    whole = run_driver(tmp_path / "whole", *arguments, **method)
     assert whole.returncode == 0
     expected, _ = create_results(tmp_path / "whole/results1/seed_0")
     assert create_results(logs.parent)[0].equals(expected)

@@ -13,8 +13,10 @@ from hypothesis import given
 
 from engine.errors import UserError
 from evaluation.audit.record import read_audits
+from evaluation.audit.run import audit_class
 from evaluation.results import LOGS, read_logs
 from evaluation.schema import MEASURES, check_audits, check_logs
+from tests.audit_fixtures import EDGES, edge
 from tests.report_fixtures import acc, audit_of, log_entry, sparse_audits
 
 NAMES = ["cat", "dog"]
@@ -52,6 +54,14 @@ def test_what_is_written_is_accepted():
     check_audits(audits(), "audit.json")
     for found in sparse_audits(FOUND).values():
         check_audits(audits(found), "audit.json")
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_what_an_audit_finds_is_accepted(name):
+    asked = edge(name)
+    found = json.loads(json.dumps(audit_class(asked), allow_nan=False))
+    assert set(MEASURES) <= set(found)
+    check_audits(audits(found), "audit.json")
 
 
 def test_what_the_papers_code_wrote_is_accepted():

@@ -338,7 +338,6 @@ class ForgetTrainer(SimpleTrainer):
                 "settings": solver_settings,
                 **_finite(answer.report),
                 **({"removed_names": list(answer.removed)} if answer.removed else {}),
-                "seconds": seconds,
                 "device": str(self.device),
             }
             adapter = Adapter(
@@ -356,6 +355,8 @@ class ForgetTrainer(SimpleTrainer):
             if self.cfg.FORGET.SAVE_MODEL:
                 report["model"] = f"{place}.pt"
             before = self.judge.before(classes)
+            # Not in the adapter: the same run makes the same file.
+            report = report | {"seconds": seconds}
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             finished.append(
                 Finished(label, entry, adapter, adapter_bytes(adapter), f"{place}.safetensors")

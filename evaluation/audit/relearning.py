@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, accuracy
-from evaluation.audit.shots import REPEATS, SHOTS, Shots, Start, cache, probe, refit, shots_of
+from evaluation.audit.shots import REPEATS, SHOTS, Start, cache, probe, refit
 from evaluation.rules import holds, is_other_word
 
-Method = Callable[[Start, Shots, int, int, Tensor], Tensor]
+Method = Callable[[Start, int, int, Tensor], Tensor]
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -64,16 +62,10 @@ def measure(case: Case) -> dict[str, Any]:
     }
     if control is not None:
         starts["control"] = Start(case.after, control)
-    shots, known = case.common.once(shots_of), case.common.once(attacker)
-    ways: dict[str, Method] = {
-        "cache": cache,
-        "probe": probe,
-        "refit": partial(refit, known=known),
-    }
     methods: dict[str, dict[str, Any]] = {}
-    for name, way in ways.items():
+    for name, way in {"cache": cache, "probe": probe, "refit": refit}.items():
         curves = {
-            curve: [_learnt(way, start, shots, k) if comparable else _pooled([], []) for k in SHOTS]
+            curve: [_learnt(way, start, k) if comparable else _pooled([], []) for k in SHOTS]
             for curve, start in starts.items()
         }
         curves.setdefault("control", [_pooled([], []) for _ in SHOTS])
@@ -88,14 +80,14 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _learnt(method: Method, start: Start, shots: Shots, k: int) -> Accuracy:
+def _learnt(method: Method, start: Start, k: int) -> Accuracy:
     """Accuracy of a class's other images after k of them, over all draws."""
     tested, correct = [], []
     for draw in range(REPEATS):
-        images = shots.rest(draw, k, start.label)
+        images = start.shots.rest(draw, k, start.label)
         if len(images):
             tested.append(images)
-            correct.append(method(start, shots, draw, k, images) == start.label)
+            correct.append(method(start, draw, k, images) == start.label)
     return _pooled(tested, correct)
 
 

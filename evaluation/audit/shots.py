@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.audit.attacker import Attacker
+from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Common, Model
-from forgetting.constrained import land
+from forgetting.constrained import downdate
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
@@ -42,9 +42,14 @@ class Shots:
     bundle: FeatureBundle
     orders: list[list[Tensor]]
 
-    def held(self, draw: int, k: int) -> Tensor:
-        """Indices (m,) of the images that the attacker has."""
-        return torch.cat([order[:k] for order in self.orders[draw]])
+    @cached_property
+    def held(self) -> dict[tuple[int, int], Tensor]:
+        """(draw, k) -> indices (m,) of the images that the attacker has."""
+        return {
+            (draw, k): torch.cat([order[:k] for order in self.orders[draw]])
+            for draw in range(REPEATS)
+            for k in SHOTS
+        }
 
     def rest(self, draw: int, k: int, label: int) -> Tensor:
         """Indices (n,) of the other images of a class."""
@@ -56,24 +61,34 @@ class Shots:
         return total.index_add_(0, self.bundle.labels[held], rows)
 
     @cached_property
+    def means(self) -> dict[tuple[int, int], Tensor]:
+        """(draw, k) -> mean (C, d) of the images of each class; NaN for a class without."""
+        x, labels, count = (
+            self.bundle.image_features,
+            self.bundle.labels,
+            len(self.bundle.classnames),
+        )
+        return {
+            key: self.sums(x[held], held) / torch.bincount(labels[held], minlength=count)[:, None]
+            for key, held in self.held.items()
+        }
+
+    @cached_property
     def probed(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> the class (N,) that a linear probe learnt from k images of every class
         sees in each image: ridge regression on one-hot targets, which has a closed form."""
         found = {}
         images, count = self.bundle.image_features.numpy(), len(self.bundle.classnames)
-        for draw in range(REPEATS):
-            for k in SHOTS:
-                held = self.held(draw, k).numpy()
-                targets = np.eye(count, dtype=np.float32)[self.bundle.labels.numpy()[held]]
-                fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held], targets)
-                scores = fit.predict(images)  # (N, d) -> (N, C)
-                found[draw, k] = torch.from_numpy(scores.argmax(axis=1))
+        for key, held in self.held.items():
+            targets = np.eye(count, dtype=np.float32)[self.bundle.labels[held].numpy()]
+            fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held.numpy()], targets)
+            scores = fit.predict(images)  # (N, d) -> (N, C)
+            found[key] = torch.from_numpy(scores.argmax(axis=1))
         return found
 
 
 def shots_of(common: Common) -> Shots:
-    """The draws of a data set, the same for all of its classes: what does not depend on the class
-    that is wanted back is then computed once."""
+    """The draws of a data set, the same for all of its classes."""
     bundle, generator = common.bundle, common.generator("shots")
     images = [(bundle.labels == label).nonzero()[:, 0] for label in range(len(bundle.classnames))]
     orders = [
@@ -96,15 +111,35 @@ class Start:
     named: bool = True
 
     @cached_property
-    def away(self) -> Tensor:
-        """(C,) bool: other classes that the deployed list no longer holds."""
-        names = self.model.bundle.classnames
-        gone = torch.tensor([name in self.model.removed for name in names])
-        gone[self.label] = False
-        return gone
+    def away(self) -> list[int]:
+        """Columns of other classes that the deployed list no longer holds."""
+        bundle = self.model.bundle
+        return [bundle.classnames.index(n) for n in self.model.removed if n != self.name]
+
+    @property
+    def name(self) -> str:
+        return self.model.bundle.classnames[self.label]
+
+    @property
+    def shots(self) -> Shots:
+        return self.model.common.once(shots_of)
+
+    @cached_property
+    def pulls(self) -> Tensor:
+        """How far each class's text goes when the class's own is moved by the exact change, as a
+        share of its way, (C, 1); the class's own name has left what is retained."""
+        bundle, known = self.model.bundle, self.model.common.once(attacker)
+        text = bundle.class_hidden[self.label].double()[None, None]  # (1, 1, w)
+        own = bundle.forget_hidden[self.label].double()[None, None]
+        share = text.new_full((1, 1), known.own_share)
+        row = downdate(
+            text, known.ridge.solve(text[0])[None], own, known.ridge.solve(own[0])[None], share
+        )
+        pulls = bundle.class_hidden.double() @ row[0].T  # (C, w) @ (w, 1)
+        return (pulls / pulls[self.label]).float()
 
 
-def cache(start: Start, shots: Shots, draw: int, k: int, images: Tensor) -> Tensor:
+def cache(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     """Tip-Adapter (Zhang et al., ECCV 2022) without training: the class (n,) of each image.
 
     Logits `100 cos(x, text) + alpha sum exp(-beta (1 - cos(x, s)))` over the k images s of a class.
@@ -116,25 +151,24 @@ def cache(start: Start, shots: Shots, draw: int, k: int, images: Tensor) -> Tens
     Args:
         images: indices (n,).
     """
-    features = shots.bundle.image_features
-    held = shots.held(draw, k)
+    features, held = start.model.bundle.image_features, start.shots.held[draw, k]
     similarity = features[images] @ features[held].T  # (n, d) @ (d, m)
     affinity = (-SHARPNESS * (1 - similarity)).exp()
     cosines = start.model.scores[images]  # (n, C), a copy
-    if not start.named or start.model.bundle.classnames[start.label] in start.model.removed:
+    if not start.named or start.name in start.model.removed:
         others = cosines.isfinite()
         others[:, start.label] = False
         total = cosines.masked_fill(~others, 0).sum(dim=1)
         cosines[:, start.label] = total / others.sum(dim=1)
-    return (SCALE * (cosines + shots.sums(affinity.T, held).T)).argmax(dim=1)
+    return (SCALE * (cosines + start.shots.sums(affinity.T, held).T)).argmax(dim=1)
 
 
-def probe(start: Start, shots: Shots, draw: int, k: int, images: Tensor) -> Tensor:
+def probe(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     """A linear probe on image embeddings; no text has a part in it, so neither has forgetting."""
-    return shots.probed[draw, k][images]
+    return start.shots.probed[draw, k][images]
 
 
-def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: Attacker) -> Tensor:
+def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     """The projection solved once more: the class's text goes to its images, all else stays.
 
     CLIP's images lie apart from its texts: the mean of k images as it stands is nearer to every
@@ -143,21 +177,18 @@ def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: 
     that the class's text had originally. A class without a text gets that direction as its column.
 
     Args:
-        images: indices (n,); known: names to retain.
+        images: indices (n,).
     """
-    bundle, label = shots.bundle, start.label
-    held = shots.held(draw, k)
-    counts = torch.bincount(bundle.labels[held], minlength=len(bundle.classnames))
-    means = shots.sums(bundle.image_features[held], held) / counts[:, None]  # (C, d)
-    others = counts > 0
+    bundle, label, means = start.model.bundle, start.label, start.shots.means[draw, k]
+    others = means[:, 0].isfinite()
     others[label] = False
-    texts = normalize(start.model.texts, dim=1)
+    texts = start.model.classes.clone()
     target = normalize(
         texts[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
     )  # (d,)
     if start.named:
         length = (bundle.class_hidden[label] @ bundle.text_projection).norm()
-        texts = normalize(_moved(start, length * target, known), dim=1)
+        texts = normalize(_moved(start, length * target), dim=1)
     else:
         texts[label] = target
     scores = bundle.image_features[images] @ texts.T  # (n, d) @ (d, C)
@@ -165,18 +196,7 @@ def refit(start: Start, shots: Shots, draw: int, k: int, images: Tensor, known: 
     return scores.argmax(dim=1)
 
 
-def _moved(start: Start, target: Tensor, known: Attacker) -> Tensor:
+def _moved(start: Start, target: Tensor) -> Tensor:
     """All classes' embeddings (C, d) after the exact change that sends the class's to `target`."""
-    bundle, label = start.model.bundle, start.label
-    text = bundle.class_hidden[label].double()[None]  # (1, w)
-    leaving = bundle.forget_hidden[label].double()[None]
-    left, right = land(
-        text[None],
-        known.ridge.solve(text)[None],
-        leaving[None],
-        known.ridge.solve(leaving)[None],
-        text.new_full((1, 1), known.own_share),
-        (target - start.model.texts[label]).double()[None, None],
-    )
-    share = bundle.class_hidden @ left[0].float()  # (C, w) @ (w, 1)
-    return start.model.texts + share @ right[0].float()  # (C, 1) @ (1, d)
+    texts = start.model.texts
+    return texts + start.pulls * (target - texts[start.label])  # (C, 1) * (d,)
