@@ -18,15 +18,14 @@ HAS_DASSL = importlib.util.find_spec("dassl") is not None
 
 
 def run_under(engine: str, argv: list[str], out) -> dict:
-    """The logs of a run, without the seconds that it took and the digest of a file with them."""
+    """The logs of a run, without the seconds that it took."""
     command = [sys.executable, str(REPOSITORY / "train.py"), *argv, "--output-dir", str(out)]
     env = os.environ | {"CLIP_FORGET_ENGINE": engine}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"engine: {engine}".lower() in done.stdout.lower()
     logs = json.loads((out / "logs.json").read_text())
-    solver = logs["ToyAnimals"]["cat"]["solver"]
-    assert solver.pop("seconds") > 0 and solver.pop("adapter_sha256")
+    assert logs["ToyAnimals"]["cat"]["solver"].pop("seconds") > 0
     return logs
 
 
