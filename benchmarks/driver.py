@@ -136,13 +136,12 @@ def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict
     argv += ["--dataset", bundle.dataset, "--forget", "all", "--output-dir", str(out)]
     method = TRAINER_REGISTRY.get(trainer)
     parts = PARTS | {"solving": (f"{method.__module__}.{method.__name__}.solve",)}
-    hurry = {"block": 1} if slowly else {"block": method.block}
-    pause = {"INTERVAL": 0.0, "SHARE": 0} if slowly else {}
+    block, interval, share = (1, 0.0, 0) if slowly else (method.block, Batch.INTERVAL, Batch.SHARE)
     with (
         redirect_stdout(io.StringIO()),
         redirect_stderr(io.StringIO()),
-        patch.multiple(method, **hurry),
-        patch.multiple(Batch, **pause),
+        patch.object(method, "block", block),
+        patch.multiple(Batch, INTERVAL=interval, SHARE=share),
         timed(parts) as seconds,
     ):
         started = time.perf_counter()

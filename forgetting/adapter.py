@@ -134,7 +134,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
-    """An adapter as the content of a safetensors file."""
+    """An adapter as the content of a safetensors file; the same adapter gives the same bytes."""
     metadata = {name: json.dumps(getattr(adapter, name)) for name in _METADATA}
     tensors = {
         name: getattr(adapter, name).detach().to("cpu", torch.float32).contiguous()
@@ -145,7 +145,12 @@ def adapter_bytes(adapter: Adapter) -> bytes:
         for name, tensor in adapter.tensors.items():
             # A copy of its own: safetensors refuses tensors that share memory.
             tensors[_PREFIX + name] = tensor.detach().cpu().clone().contiguous()
-    return save(tensors, metadata={"format": FORMAT, **metadata})
+    data = save(tensors, metadata={"format": FORMAT, **metadata})
+    # The library orders its header by chance. Sorted and padded to 8 bytes it means the same.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def load_adapter(path: str | Path) -> Adapter:
