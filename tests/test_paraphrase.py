@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip import ClipSource, FeatureBundle
-from clip.audit_texts import HIDDEN, audit_rows, other_words, with_audit
+from clip.audit_texts import audit_rows, other_words, with_audit
+from clip.bundle import AUDIT_HIDDEN as HIDDEN
 from clip.features import build_bundle, main
 from datasets.words.paraphrases import paraphrases
 from engine import UserError
