@@ -24,7 +24,6 @@ from engine.cli import Parser
 from evaluation.results import LOGS
 from evaluation.tables import CSV, method_table
 
-EXACT = "TRAINER.FORGETEXACT"
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
 # the mean eigenvalue is their 0.02 for hidden states of width 512 and squared length 100.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,7 +43,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "uce-empty": ("ForgetUCE", ("FORGET.TARGET", "empty")),
     "uce-published": ("ForgetUCE", ("TRAINER.FORGETUCE.ERASE", "1")),
     "lora": ("ForgetLoRA", ()),
-    "exact-paper": ("ForgetExact", (f"{EXACT}.OBJECTIVE", "paper")),
+    "optimum": ("ForgetOptimum", ()),
     "exact-empty": ("ForgetExact", ("FORGET.TARGET", "empty")),
     "exact-orthogonal": ("ForgetExact", ("FORGET.TARGET", "orthogonal")),
     "exact-opposite": ("ForgetExact", ("FORGET.TARGET", "opposite")),

@@ -16,10 +16,8 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from io import StringIO
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,24 +25,24 @@ import torch
 from torch import Tensor
 
 import datasets
-import train
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, list_bundles
 from clip.source import ClipSource
-from engine import TRAINER_REGISTRY, UserError
+from engine import UserError
 from engine.cli import Parser
-from engine.config import setup
 from engine.determinism import one_thread
 from engine.files import atomic_path
-from evaluation.zero_shot import evaluate_classes, evaluate_set
+from evaluation.results import join_label
+from experiments.measure import judged, sides
 from experiments.reproduce import markdown
-from experiments.variants import VARIANTS, in_double, run_variants
+from experiments.solvers import paper_problem
+from experiments.variants import VARIANTS, run_variants
+from experiments.varied import task
+from experiments.world import World
 from forget_cls import all_ds, forget_classes_all
-from forgetting import ForgetProblem, solve_exact, thresholds
-from forgetting.exact import auto_lamb_forget
-from trainers.base import ForgetTrainer
-from trainers.forget_lora import paper_problem
+from forgetting import AUTO, ForgetProblem, solve_exact, thresholds
 
+Lists = dict[str, list[str]]  # data set -> classes
 ENCODER, BUNDLED = "RN50", "ViT-B/32"
 TOGETHER = 3  # classes forgotten at once, as many as the paper's lists hold
 ACCURACIES = ("forgotten", "rest", "others")
@@ -62,85 +60,60 @@ SAME = {
 }
 
 
-@dataclass(frozen=True)
-class Bundles:
-    """A folder of bundles, their backbone, and config keys (KEY VALUE) that are changed."""
-
-    folder: Path
-    backbone: str
-    opts: tuple[str, ...] = ()
-
-
-def trainer_for(
-    where: Bundles, dataset: str, classes: list[str], multiclass: bool
-) -> ForgetTrainer:
-    """The trainer of the paper's method, on the CPU, ready to state its problems."""
-    folder, backbone = where.folder, where.backbone
-    argv = ["--dataset", dataset, "--backbone", backbone, "--features", str(folder)]
-    argv += ["--output-dir", str(folder / "no-results"), *(["--multiclass"] if multiclass else [])]
-    for name in classes:
-        argv += ["--forget", name]
-    argv += where.opts
-    with redirect_stdout(StringIO()):  # what is absent, what is loaded
-        cfg = setup(train.parse(argv))
-        trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
-    trainer.device = torch.device("cpu")
-    trainer.model.to("cpu")
-    return trainer
+def worlds(
+    folder: Path, backbone: str, chosen: Iterable[str], opts: Sequence[str] = ()
+) -> dict[str, World]:
+    """The chosen sets of a folder of bundles, with the config keys (KEY VALUE) that are changed."""
+    found = {name: FeatureBundle.load(p) for name, p in list_bundles(folder, backbone).items()}
+    return {
+        name: World(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
+        for name in chosen
+    }
 
 
-def state(trainer: ForgetTrainer, classes: list[str], seed: int = 0) -> ForgetProblem:
-    """The trainer's own problem for `classes`."""
-    request = trainer.request(classes)
-    target, _ = trainer.target(request, torch.Generator().manual_seed(seed))
-    retained, _ = trainer.retained(classes)
-    projection = trainer.bundle.text_projection
-    return paper_problem(trainer.cfg, trainer.weights, projection, request, retained, target)
+def state(world: World, classes: list[str], seed: int = 0) -> ForgetProblem:
+    """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
+    here = task(world, "lora", request=world.texts.request(classes))
+    return paper_problem(world, [here], [torch.Generator().manual_seed(seed)]).alone(0)
 
 
-def accuracies(trainer: ForgetTrainer, classes: list[str], change: Tensor) -> dict[str, float]:
-    """In percent: the forgotten classes (mean), the rest of their set, the other sets (mean)."""
-    bundle = trainer.bundle
-    if not len(bundle.labels):
-        return dict.fromkeys(ACCURACIES, float("nan"))
-    factors = (change, torch.eye(change.shape[1]))
-    own = evaluate_classes(bundle, classes, factors)
-    columns = (
-        [own[name]["cls_acc_test"] for name in classes],
-        [own[classes[0]]["no_cls_acc"]],
-        [evaluate_set(other, factors) for other in trainer.others.values()],
-    )
-    means = [100 * pd.Series(column, dtype=float).mean() for column in columns]
-    return dict(zip(ACCURACIES, means, strict=True))
+def accuracies(
+    world: World, classes: list[str], answers: Sequence[Tensor]
+) -> list[dict[str, float]]:
+    """In percent, for each change (w, d): the forgotten classes (mean), the rest of their set, the
+    other sets (mean), and what each was before; nothing where the set has no images."""
+    if not len(world.bundle.labels):
+        return [dict.fromkeys(ACCURACIES, math.nan) for _ in answers]
+    changes = [(answer, torch.eye(answer.shape[1])) for answer in answers]
+    found = []
+    for rows in judged(world, [classes] * len(changes), changes):
+        shares = pd.DataFrame(sides(rows), index=["before", "after"], dtype=float)
+        after, before = 100 * shares.loc["after"], 100 * shares.loc["before"].add_suffix(" before")
+        found.append(after.to_dict() | before.to_dict())
+    return found
 
 
-def measure(where: Bundles, lists: dict[str, list[str]], count: int) -> pd.DataFrame:
-    """The first `count` classes of every list alone, then `TOGETHER` at once: a row a problem and
-    variant."""
+def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataFrame:
+    """The first `count` classes of every list alone, then `TOGETHER` at once: a row for every
+    problem and variant."""
     frames = []
     for dataset, names in lists.items():
-        for multiclass, chosen in ((False, names[:count]), (True, names[:TOGETHER])):
-            trainer = trainer_for(where, dataset, chosen, multiclass)
-            for classes in trainer.plan.requests:
-                started = time.perf_counter()
-                frame = run_variants(state(trainer, classes), trainer.settings)
-                before = torch.zeros_like(frame["answer"][0])
-                scores = [accuracies(trainer, classes, answer) for answer in frame["answer"]]
-                was = accuracies(trainer, classes, before)
-                frame = frame.drop(columns="answer").join(pd.DataFrame(scores))
-                frame = frame.assign(**{f"{key} before": value for key, value in was.items()})
-                frame.insert(0, "set", dataset)
-                frame.insert(1, "mode", "at once" if multiclass else "alone")
-                frame.insert(2, "classes", "|".join(classes))
-                frames.append(frame)
-                print(
-                    f"  {dataset} / {', '.join(classes)}: {time.perf_counter() - started:.0f} s",
-                    file=sys.stderr,
-                )
+        world = worlds[dataset]
+        for classes in [*([name] for name in names[:count]), names[:TOGETHER]]:
+            started = time.perf_counter()
+            frame = run_variants(state(world, classes), world.descent)
+            scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
+            frame = frame.join(scores)
+            frame.insert(0, "set", dataset)
+            frame.insert(1, "mode", "at once" if len(classes) > 1 else "alone")
+            frame.insert(2, "classes", join_label(classes))
+            frames.append(frame)
+            what = f"{dataset} / {', '.join(classes)}"
+            print(f"  {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return pd.concat(frames, ignore_index=True)
 
 
-def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+def means(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means over problems, a row for each group of `by` and variant, and one of the accuracies
     before; percent but for counts and lengths."""
     rows = []
@@ -156,7 +129,7 @@ def summarise(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
             "drift of W, %": 100 * part["drift"].mean(),
         }
         row |= {f"{name}, %": part[name].mean() for name in ACCURACIES}
-        if row["variant"] == VARIANTS[0].name and part[f"{ACCURACIES[0]} before"].notna().any():
+        if row["variant"] == VARIANTS[0].name and part[ACCURACIES[0]].notna().any():
             was = {f"{name}, %": part[f"{name} before"].mean() for name in ACCURACIES}
             rows.append(
                 {name: row[name] for name in [*by, "problems"]} | {"variant": "before"} | was
@@ -188,38 +161,35 @@ def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
-def synonyms_retained(where: Bundles, dataset: str, same: dict[str, set[str]]) -> pd.DataFrame:
+def synonyms_retained(world: World, same: dict[str, set[str]]) -> pd.DataFrame:
     """What a retained name that means the same does to the optimum: a row a class of `same`.
 
     `c*` is where the class starts to move, `trials` what the retry needs to get there from the
     set's weights; `share` is how far, on average, the names of the same meaning go with the class
     (1: as far as it). Both with those names out of the retain set and in it, just above c*.
     """
-    trainer = trainer_for(where, dataset, list(same), multiclass=False)
-    bundle, rows = trainer.bundle, []
-    names = [datasets.plain(name).casefold() for name in bundle.retain_names]
-    for (name,) in trainer.plan.requests:
-        own = datasets.plain(name).casefold()
-        meant = same[own] & set(names)
-        alike = torch.tensor([other in meant for other in names])
-        row = {"set": dataset, "class": name, "same": ", ".join(sorted(meant))}
-        stated = in_double(state(trainer, [name]))
+    bundle, rows = world.bundle, []
+    names = [datasets.key(name) for name in bundle.retain_names]
+    for own, words in same.items():
+        name = datasets.match(own, bundle.classnames, bundle.dataset)
+        meant = words & set(names)
+        alike = bundle.retain_hidden[[other in meant for other in names]].double()
+        row = {"set": bundle.dataset, "class": name, "same": ", ".join(sorted(meant))}
+        stated = state(world, [name]).double
         for when, leaving in (("out", {own} | meant), ("in", {own})):
-            stay = torch.tensor([other not in leaving for other in names])
+            stay = [other not in leaving for other in names]
             problem = replace(stated, retain_hidden=bundle.retain_hidden[stay].double())
-            reach = thresholds(problem).reach
-            moved = replace(problem, lamb_forget=auto_lamb_forget(problem))
-            solution = solve_exact(moved)
-            step = problem.displacement[0]
-            follow = (bundle.retain_hidden[alike].double() @ solution.delta) @ step / (step @ step)
-            missing = (reach - problem.lamb_forget) / trainer.settings.lamb_forget_step
+            reach, step = thresholds(problem).reach, problem.displacement[0]
+            solution = solve_exact(replace(problem, lamb_forget=AUTO))
+            follow = (alike @ solution.delta) @ step / (step @ step)
+            missing = (reach - problem.lamb_forget) / world.descent.lamb_forget_step
             row |= {
                 f"c*, {when}": reach,
                 f"trials, {when}": 1 + max(0, math.ceil(missing)),
                 f"share, {when}": float(follow.mean()),
             }
-            scores = accuracies(trainer, [name], solution.delta.float())
-            row |= {f"{key}, {when}": value for key, value in scores.items()}
+            (scores,) = accuracies(world, [name], [solution.delta.float()])
+            row |= {f"{key}, {when}": scores[key] for key in ACCURACIES}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -227,11 +197,10 @@ def synonyms_retained(where: Bundles, dataset: str, same: dict[str, set[str]]) -
 def synonyms_of(dataset: str, classes: list[str]) -> dict[str, set[str]]:
     """The marked synonyms of those of `classes` that have any."""
     known = datasets.synonyms(dataset)
-    plain = [datasets.plain(name).casefold() for name in classes]
-    return {name: known[name] for name in plain if name in known}
+    return {name: known[name] for name in map(datasets.key, classes) if name in known}
 
 
-def text_bundles(folder: Path, weights: str | None) -> dict[str, list[str]]:
+def text_bundles(folder: Path, weights: str | None) -> Lists:
     """Bundles without images of the four sets, encoded by an RN50; the classes to forget."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(weights) if weights else Path(temporary) / "random.pt"
@@ -265,13 +234,13 @@ def text_bundles(folder: Path, weights: str | None) -> dict[str, list[str]]:
                 classnames=classnames,
                 retain_names=vocabulary,
             ).save(bundle_path(folder, ENCODER, dataset))
-    return {dataset: list(forget_classes_all[dataset]) for dataset in all_ds}
+    return {name: [*map(datasets.plain, forget_classes_all[name])] for name in all_ds}
 
 
-def bundled_classes(where: Bundles, count: int) -> dict[str, list[str]]:
+def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
     """At least `count` classes of every set of a folder, evenly over the set."""
     chosen = {}
-    for dataset, path in list_bundles(where.folder, where.backbone).items():
+    for dataset, path in list_bundles(folder, backbone).items():
         names = FeatureBundle.load(path).classnames
         chosen[dataset] = names[:: max(1, len(names) // count)][:count]
     return chosen
@@ -306,23 +275,23 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:
-            where = Bundles(Path(args.features), args.backbone or BUNDLED, tuple(args.opts))
+            folder, backbone, by = Path(args.features), args.backbone or BUNDLED, ["set"]
             kind = f"bundles of {args.features}"
-            lists = bundled_classes(where, max(args.classes, TOGETHER))
+            lists = bundled_classes(folder, backbone, max(args.classes, TOGETHER))
             same = {name: SAME[name] for name in lists if name in SAME}
-            by = ["set"]
         else:
-            where, by = Bundles(Path(temporary), ENCODER, tuple(args.opts)), ["mode"]
+            folder, backbone, by = Path(temporary), ENCODER, ["mode"]
             kind = f"weights {args.weights}" if args.weights else "random weights"
-            lists = text_bundles(where.folder, args.weights)
+            lists = text_bundles(folder, args.weights)
             same = {name: synonyms_of(name, lists[name]) for name in lists}
-        table = measure(where, lists, args.classes)
-        report(f"{where.backbone}, {kind}: the descent's variants", summarise(table, by))
+        sets = worlds(folder, backbone, lists, args.opts)
+        table = run_problems(sets, lists, args.classes)
+        report(f"{backbone}, {kind}: the descent's variants", means(table, by))
         if table[list(ACCURACIES)].notna().all(axis=1).any():
             report("Distance from ours, percentage points", apart_from_ours(table))
         report("Without the trial that reached: reduction, %", one_trial_fewer(table))
         if same:
-            parts = [synonyms_retained(where, *item) for item in same.items()]
+            parts = [synonyms_retained(sets[name], words) for name, words in same.items()]
             report("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         with atomic_path(args.csv) as path:

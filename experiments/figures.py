@@ -17,22 +17,20 @@ from torch import Tensor
 
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
+from engine.determinism import one_thread
 from evaluation.plots import COLOURS, drawing
-from evaluation.zero_shot import class_embeddings
-from experiments.frontier import (
-    DEFAULT,
-    OTHERS,
-    OWN,
-    VOCABULARY,
-    RetainSet,
-    displacements,
-    frontier,
-    load,
-    plot,
+from experiments.frontier import UNKNOWN, Alone, frontier, load, plot
+from experiments.solvers import paper_problem
+from experiments.varied import task
+from experiments.world import World
+from forgetting import (
+    ForgetProblem,
+    LoraSettings,
+    Spectrum,
+    solve_exact,
+    solve_lora,
+    thresholds,
 )
-from forgetting import ForgetProblem, LoraSettings, empty_target, solve_lora
-from forgetting.exact import solve_exact, thresholds
-from forgetting.reduction import Spectrum
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
@@ -78,37 +76,20 @@ def levels(path: Path) -> None:
 def square_f2(problem: ForgetProblem, mu: Tensor, r: Tensor) -> Tensor:
     """F2 straight from its definition, (a, b) for mu (a,) and r (b,)."""
     h_f, h_r, d = problem.forget_hidden, problem.retain_hidden, problem.displacement
-    lw = problem.lamb_weight * problem.rank / problem.alpha
     eye_w, eye_k = torch.eye(h_f.shape[1]).to(h_f), torch.eye(len(h_f)).to(h_f)
     inner = eye_w + (h_r.T @ h_r) / mu[:, None, None]
     a = h_f @ torch.linalg.solve(inner, h_f.T.expand(len(mu), -1, -1))  # (a, k, k)
     q = (d * torch.linalg.solve(a[:, None] + r[:, None, None] * eye_k, d)).sum(dim=(-2, -1))
-    first = problem.lamb_forget**2 * r + problem.lamb_preserve**2 * mu[:, None] + lw**2
+    first = problem.lamb_forget**2 * r + problem.lamb_preserve**2 * mu[:, None] + problem.lw**2
     return first * q
 
 
-def paper_problem(bundle: FeatureBundle, count: int) -> ForgetProblem:
-    """The paper's problem for the first `count` classes of a set (ViT's weights, float32)."""
-    labels, names = list(range(count)), {name.casefold() for name in bundle.classnames[:count]}
-    kept = [i for i, name in enumerate(bundle.retain_names) if name.casefold() not in names]
-    target, _ = empty_target(
-        bundle.neutral_hidden,
-        bundle.text_projection,
-        class_embeddings(bundle),
-        labels,
-        torch.Generator().manual_seed(0),
-    )
-    hidden = bundle.forget_hidden[:count]
-    return ForgetProblem(
-        bundle.text_projection, hidden, bundle.retain_hidden[kept], target, 1.0, 0.3
-    )
-
-
-def objective(problem: ForgetProblem, delta: Tensor) -> float:
-    """In float64; in float32 its rounding exceeds the difference between good answers."""
-    names = ("projection", "forget_hidden", "retain_hidden", "target")
-    exact = replace(problem, **{name: getattr(problem, name).double() for name in names})
-    return float(exact.objective(delta.double()))
+def problem_of(bundle: FeatureBundle, count: int) -> ForgetProblem:
+    """The paper's problem for the first `count` classes of a set, forgotten at once."""
+    world = World(bundle, {})
+    request = world.texts.request(bundle.classnames[:count])
+    draws = [torch.Generator().manual_seed(0)]
+    return paper_problem(world, [task(world, "lora", request=request)], draws).alone(0)
 
 
 def phases(bundle: FeatureBundle, path: Path) -> None:
@@ -116,7 +97,7 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
     with drawing(path, 10, 3.8) as figure:
         fraction, length = figure.subplots(1, 2)
         for count, colour in COUNTS.items():
-            problem = paper_problem(bundle, count)
+            problem = problem_of(bundle, count)
             spectrum = Spectrum(problem.retain_hidden)
             limits = thresholds(problem, spectrum)
             low, high = limits.start, limits.reach
@@ -133,7 +114,8 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
             for x in tries:
                 here = replace(problem, lamb_forget=x)
                 descent, exact = solve_lora(here, ONE_TRIAL), solve_exact(here, spectrum)
-                reached, best = objective(here, descent.delta), exact.certificate.primal
+                reached = float(here.objective(descent.delta.double()))
+                best = exact.certificate.primal
                 cut = exact.truncated(here, here.rank)[2]
                 print(
                     f"  lamb_forget {x:.4f}: reduction {here.reduction(exact.delta.float()):.4f}, "
@@ -161,13 +143,12 @@ def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
         for axis, own in zip(figure.subplots(1, len(bundles), sharey=True), bundles, strict=True):
             others = [bundle for bundle in bundles if bundle is not own]
             columns = {}
-            for known, weight in (("known", OTHERS), ("unknown", 0.0)):
-                weights = {"own": OWN, "vocabulary": VOCABULARY, "others": weight}
-                retained = RetainSet(own, others, weights)
-                left = retained.left(DEFAULT["mu"]).float()
+            for known, opts in (("known", ()), ("unknown", UNKNOWN)):
+                alone = Alone(own, others, opts)
+                left = alone.left(alone.cfg.TRAINER.FORGETEXACT.MU).float()
                 within = left @ own.class_hidden.T  # (C, C)
-                if not weight:
-                    print_pulls(own, others, retained)
+                if known == "unknown":
+                    print_pulls(alone, others)
                 else:
                     columns["its own\nprompt"] = within.diagonal()
                     columns["rest of\nits set"] = within[~torch.eye(len(within), dtype=torch.bool)]
@@ -183,10 +164,10 @@ def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
         figure.axes[0].set_ylabel("s(h)")
 
 
-def print_pulls(own: FeatureBundle, others: Sequence[FeatureBundle], retained: RetainSet) -> None:
+def print_pulls(alone: Alone, others: Sequence[FeatureBundle]) -> None:
     """x D of images, for the default target: of the forgotten class itself and of any other."""
-    target, beta = DEFAULT["target"], DEFAULT["beta"]
-    d = displacements(own, retained.specific(), target, beta).float()  # (C, d)
+    own, forget = alone.bundle, alone.cfg.FORGET
+    d = alone.displacements(forget.TARGET, forget.BETA).float()  # (C, d)
     print(f"{own.dataset}, other names unknown: x D, mean and deviation over images of one D")
     mine = torch.arange(len(d)) == own.labels[:, None]  # (N, C)
     for bundle in (own, *others):
@@ -204,11 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", help="folder of feature bundles")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the PNGs")
     args = parser.parse_args(argv)
-    levels(args.out / "levels.png")
-    if not args.features:
-        return
-    bundles = load(args.features, BACKBONE)
-    named = {bundle.dataset: bundle for bundle in bundles}
-    phases(named.get(SET, bundles[0]), args.out / "phases.png")
-    shares(bundles, args.out / "shares.png")
-    plot(frontier(bundles), args.out / "frontier.png")
+    paths = {name: args.out / f"{name}.png" for name in ("levels", "phases", "shares", "frontier")}
+    levels(paths["levels"])
+    if args.features:
+        bundles = load(args.features, BACKBONE)
+        named = {bundle.dataset: bundle for bundle in bundles}
+        with one_thread():
+            phases(named.get(SET, bundles[0]), paths["phases"])
+            shares(bundles, paths["shares"])
+            plot(frontier(bundles), paths["frontier"])
+    print(f"written: {args.out}")

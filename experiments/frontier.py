@@ -23,6 +23,7 @@ from clip.bundle import FeatureBundle, list_bundles
 from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
+from engine.determinism import one_thread
 from engine.files import atomic_path
 from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import ZeroShot, accuracy
@@ -251,7 +252,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    table = frontier(load(args.features, args.backbone))
+    bundles = load(args.features, args.backbone)
+    with one_thread():
+        table = frontier(bundles)
     for (name, names), part in table.groupby(["set", "names"], sort=False):
         print(f"\n{name}, names of the other sets {names}")
         columns = ["target", "beta", "mu", "vocabulary", *PRINTED, "worst_class"]

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from evaluation.results import join_label
+from evaluation.rows import Change, Row, mean, rows_of
+from evaluation.zero_shot import Factors
 from experiments.solvers import Answer
 from experiments.world import Task, World
+
+
+def judged(
+    world: World, requests: Sequence[list[str]], changes: Sequence[Factors]
+) -> Iterator[list[Row]]:
+    """The accuracies of each request's classes, before and after its change."""
+    after = world.judge.after(list(requests), list(changes), [()] * len(changes))
+    for classes, accuracies in zip(requests, after, strict=True):
+        entry = {"zero_shot": world.judge.before(classes), "final_results": accuracies}
+        yield rows_of({world.bundle.dataset: {join_label(classes): entry}})
+
+
+def sides(rows: Sequence[Row]) -> dict[str, Change]:
+    """Of one request: the forgotten classes (mean), the rest of their set, other sets (mean)."""
+    own = (mean(getattr(row.own, side) for row in rows) for side in ("before", "after"))
+    return {"forgotten": Change(*own), "rest": rows[0].rest, "others": rows[0].others_mean}
 
 
 def cells(world: World, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The measured cells of rows; None where there is no image to judge on.
 
-    `forgotten_*` is the mean over the forgotten classes, `others_*` that over the other sets, and
-    `others_worst` the change of the set that lost most; accuracies from 0 to 1.
+    Accuracies are from 0 to 1; `others_worst` is the change of the set that lost most.
     """
     requests = [task.request.classes for task in tasks]
     changes = [(answer.left.float(), answer.right.float()) for answer in answers]
-    found = world.judge.after(requests, changes, [()] * len(changes))
-    return [_row(world, *each) for each in zip(tasks, answers, found, strict=True)]
-
-
-def _row(world: World, task: Task, answer: Answer, found: dict[str, Any]) -> dict[str, Any]:
-    before = world.judge.before(task.request.classes)
-    own = {"before": before.pop(world.bundle.dataset), "after": found.pop(world.bundle.dataset)}
-    others = {
-        side: {name: sets["all"]["all_ds"] for name, sets in accuracies.items()}
-        for side, accuracies in (("before", before), ("after", found))
-    }
-    known = [name for name, accuracy in others["before"].items() if accuracy is not None]
-    changes = [others["after"][name] - others["before"][name] for name in known]
-    row: dict[str, Any] = {}
-    for side, classes in own.items():
-        row[f"forgotten_{side}"] = _mean(entry["cls_acc_test"] for entry in classes.values())
-        row[f"rest_{side}"] = next(iter(classes.values()))["no_cls_acc"]
-    for side, accuracies in others.items():
-        row[f"others_{side}"] = _mean(accuracies.values())
-    return {
-        **row,
-        "others_worst": min(changes, default=None),
-        "carry": carry_over(world, task, answer),
-        "reduction": reduction(task, answer),
-        "norm": float(answer.delta.norm()),
-        "seconds": answer.seconds,
-        "texts": len(task.request.texts),
-        **answer.facts,
-    }
+    found = []
+    for task, answer, rows in zip(tasks, answers, judged(world, requests, changes), strict=True):
+        accuracies = sides(rows)
+        losses = [x.points for x in rows[0].others.values() if x.points is not None]
+        found.append(
+            {
+                **{f"{name}_before": change.before for name, change in accuracies.items()},
+                **{f"{name}_after": change.after for name, change in accuracies.items()},
+                "others_worst": min(losses) / 100 if losses else None,
+                "carry": carry_over(world, task, answer),
+                "reduction": reduction(task, answer),
+                "norm": float(answer.delta.norm()),
+                "seconds": answer.seconds,
+                "texts": len(task.request.texts),
+                **answer.facts,
+            }
+        )
+    return found
 
 
 def carry_over(world: World, task: Task, answer: Answer) -> float | None:
@@ -64,7 +70,7 @@ def carry_over(world: World, task: Task, answer: Answer) -> float | None:
         moved = prompt @ answer.delta  # (w,) @ (w, d) -> (d,)
         if d.any():
             shares.append(float(moved @ d / (d @ d)))
-    return _mean(shares)
+    return mean(shares)
 
 
 def reduction(task: Task, answer: Answer) -> float:
@@ -72,8 +78,3 @@ def reduction(task: Task, answer: Answer) -> float:
     before = answer.displacement.norm()
     left = (answer.displacement - task.request.hidden.double() @ answer.delta).norm()
     return float(1 - left / before) if before > 0 else 1.0
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    values = [value for value in values if value is not None]
-    return statistics.fmean(values) if values else None

@@ -24,7 +24,6 @@ from experiments.world import Task, World
 from forgetting import (
     AUTO,
     ForgetProblem,
-    LoraSettings,
     Ridge,
     Spectrum,
     settle,
@@ -114,11 +113,12 @@ class Paper:
         return [Optimum(*pair, *rest) for pair, rest in zip(factors, numbers, strict=True)]
 
 
-def paper_problem(world: World, tasks: Sequence[Task]) -> tuple[Paper, list[torch.Generator]]:
-    """The problem, and the random numbers of the descents."""
+def paper_problem(
+    world: World, tasks: Sequence[Task], generators: Sequence[torch.Generator]
+) -> Paper:
+    """The paper's problem; what targets draw comes from the generators, one a task."""
     first, requests = tasks[0], Requests([task.request for task in tasks])
     cfg, w = world.paper[len(first.request.classes) > 1], world.bundle.text_projection
-    generators = [world.generator(task.request.classes) for task in tasks]
     retain, leaving = world.retained(tasks, requests)
     weights = paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {})
     problem = ForgetProblem(
@@ -130,7 +130,7 @@ def paper_problem(world: World, tasks: Sequence[Task]) -> tuple[Paper, list[torc
         alpha=cfg.FORGET.ALPHA,
         **weights,
     )
-    return Paper(problem, requests.of_text, requests.any_of(leaving)), generators
+    return Paper(problem, requests.of_text, requests.any_of(leaving))
 
 
 def settled(paper: Paper) -> tuple[list[Optimum], list[int]]:
@@ -149,13 +149,17 @@ def settled(paper: Paper) -> tuple[list[Optimum], list[int]]:
     return found, low
 
 
+def generators_of(world: World, tasks: Sequence[Task]) -> list[torch.Generator]:
+    """The random numbers that a run of train.py has for the classes of each task."""
+    return [world.generator(task.request.classes) for task in tasks]
+
+
 def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's descent. `gap` is measured against the bound that the exact solver proves."""
-    paper, generators = paper_problem(world, tasks)
+    generators = generators_of(world, tasks)
+    paper = paper_problem(world, tasks, generators)
     optima, raised = settled(paper)
-    node = world.paper[False].TRAINER.FORGETLORA
-    settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
-    settings = replace(settings, max_trials=min(MAX_TRIALS, settings.max_trials))
+    settings = replace(world.descent, max_trials=min(MAX_TRIALS, world.descent.max_trials))
     rest = [number for number in range(len(tasks)) if number not in raised]
     found, started = {}, time.process_time()
     for numbers, part in ((rest, paper), (raised, paper.weighing(AUTO))):
@@ -186,7 +190,7 @@ def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
 
 def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's objective at its optimum, with its certificate."""
-    paper, _ = paper_problem(world, tasks)
+    paper = paper_problem(world, tasks, generators_of(world, tasks))
     started = time.process_time()
     optima, raised = settled(paper)
     seconds = (time.process_time() - started) / len(tasks)
@@ -208,9 +212,8 @@ def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
 def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
     requests = Requests([task.request for task in tasks])
-    generators = [world.generator(task.request.classes) for task in tasks]
     retain, leaving = world.retained(tasks, requests)
-    target = world.target(tasks[0], requests, generators, retain, leaving)
+    target = world.target(tasks[0], requests, generators_of(world, tasks), retain, leaving)
     w, gone = world.bundle.text_projection.double(), requests.any_of(leaving)
     displacement = target.double() - requests.hidden.double() @ w  # (K, d)
     started = time.process_time()

@@ -70,7 +70,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     for dataset in [args.dataset] if args.dataset else paths:
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
         world = World(bundles[dataset], others, args.seed, args.opts)
-        audit_rows(world.bundle, world.bundle.classnames[0], paths[dataset])  # refuses broken ones
+        audit_rows(world.bundle, paths[dataset])  # refuses broken ones
         classes = choose(world.bundle, args.forget, args.classes, args.seed)
         jobs.append(Job(world, classes, digest(world, paths.values())))
     return jobs

@@ -178,12 +178,11 @@ def run_variants(
         trials = pool.setdefault(run, Trials(problem, settings, variant))
         walked = retry(trials, variant, settings)
         trial = choose(walked, variant)
-        exact = in_double(trial.problem)
-        key = exact.lamb_forget
+        key = trial.problem.lamb_forget
         if key not in optimum:
-            optimum[key] = solve_exact(exact).certificate.primal
+            optimum[key] = solve_exact(trial.problem).certificate.primal
         answer = trial.kept(variant)
-        objective = float(exact.objective(answer.double()))
+        objective = float(trial.problem.objective(answer.double()))
         rows.append(
             {
                 "variant": variant.name,
@@ -199,9 +198,3 @@ def run_variants(
             }
         )
     return pd.DataFrame(rows)
-
-
-def in_double(problem: ForgetProblem) -> ForgetProblem:
-    """The same problem in float64."""
-    names = ("projection", "forget_hidden", "retain_hidden", "target")
-    return replace(problem, **{name: getattr(problem, name).double() for name in names})

@@ -122,7 +122,7 @@ def templates(world: World, request: Request, solver: str) -> Settings:
     bundle, (name,) = world.bundle, request.classes
     own, prompt = request.hidden, bundle.class_hidden[[world.texts.label[name]]]
     found = {"name": own, "prompt": prompt, "both": torch.cat([own, prompt])}
-    rows = audit_rows(bundle, name)
+    rows = audit_rows(bundle).get(name, [])
     for kind in dict.fromkeys(kind for _, kind, _ in rows if kind not in OTHER_THINGS):
         more = torch.stack([hidden for _, k, hidden in rows if k == kind]).to(own)
         found[f"name + {kind}"] = torch.cat([own, more])

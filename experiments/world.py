@@ -11,12 +11,13 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
+from clip.retain import GROUPS, retain_set
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
-from forgetting import Group, RetainSet, specific_target
+from forgetting import Group, LoraSettings, RetainSet, specific_target
 from trainers.base import Judge
-from trainers.requests import GROUPS, Request, Requests, Texts, retain_set
+from trainers.requests import Request, Requests, Texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class World:
         bundle: the set that classes are forgotten from; others: the other sets.
         exact: config of a run of ForgetExact; paper: that of one of ForgetLoRA, for one class
             (False) and for several at once (True).
+        descent: the constants of the paper's descent.
         texts: of the classes; judge: of the images of all sets.
         retain: what ForgetExact retains; vocabulary: what the paper's objective retains.
         mu: ridge of the constrained form; lam: that of the target specific. Both come from all
@@ -83,6 +85,8 @@ class World:
         }
         for cfg in self.paper.values():
             paper_weights(cfg)  # refuses missing ones
+        descent = self.paper[False].TRAINER.FORGETLORA
+        self.descent = LoraSettings(**{key.lower(): value for key, value in descent.items()})
         self.texts, self.judge = Texts(bundle), Judge(bundle, others)
         node = self.exact.TRAINER.FORGETEXACT
         self.retain = retained_by(self.exact, bundle, list(others.values()))

@@ -6,11 +6,10 @@ import pytest
 
 import train
 from engine import TRAINER_REGISTRY, UserError
-from engine.config import setup
+from engine.config import methods, setup
 from experiments import baselines
 from tests.conftest import REPOSITORY
 from tests.test_baselines import arguments
-from trainers import METHODS
 
 
 def test_the_experiment_goes_on_where_it_stopped(features, tmp_path, capsys):
@@ -29,7 +28,7 @@ def test_the_experiment_goes_on_where_it_stopped(features, tmp_path, capsys):
 
 
 def test_the_experiment_runs_every_method_it_names(features, tmp_path):
-    assert {trainer for trainer, _ in baselines.METHODS.values()} == {c.__name__ for c in METHODS}
+    assert {trainer for trainer, _ in baselines.METHODS.values()} == set(methods())
     for name, (trainer, keys) in baselines.METHODS.items():
         argv = arguments(features, tmp_path / name, trainer, "--forget", "owl")
         cfg = setup(train.parse([*argv, *keys]))

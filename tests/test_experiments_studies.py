@@ -234,7 +234,7 @@ def test_carry_over_is_the_share_that_the_prompt_makes():
 
 def test_a_weight_below_the_threshold_is_raised_and_said():
     world = world_of("ToyAnimals")
-    paper, _ = paper_problem(world, [task(world, [0], "optimum")])
+    paper = paper_problem(world, [task(world, [0], "optimum")], [torch.Generator()])
     reach = thresholds(paper.alone(0)).reach
     for lamb_forget, raised in ((0.9 * reach, True), (1.5 * reach, False)):
         weights = ("FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", repr(lamb_forget))
