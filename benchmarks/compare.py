@@ -10,15 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, constants
 from engine.config import settings
-from evaluation.zero_shot import Factors, evaluate_classes
-from forgetting import LoraSettings, solve_lora
+from evaluation.zero_shot import Factors, ZeroShot, own_accuracies
+from forgetting import (
+    Group,
+    LoraSettings,
+    RetainSet,
+    opposite_target,
+    solve_constrained_each,
+    solve_lora_each,
+    specific_target,
+)
 from forgetting.baselines import ALPHA_DAMPING, null_space, uce_each
-from forgetting.constrained import Ridge, solve_constrained
-from forgetting.each import solve_each
-from forgetting.retain import RetainStatistics
-from forgetting.targets import opposite_target, specific_target
 
 COMPARED = 30  # classes at most: the null space takes an eigendecomposition for each
 LORA_CLASSES = 3
@@ -28,10 +32,12 @@ Answers = list[Factors]  # a class: left (w, 1), right (1, d), float64
 
 @dataclass(frozen=True)
 class LoraRuns:
-    """One trial for each of a few classes: what it took, and what it found."""
+    """One trial for each of a few classes: what it took (each by itself, then a class where all
+    descend together), and what it found."""
 
     classes: list[int]
     seconds: list[float]
+    together: float
     answers: Answers
 
 
@@ -44,14 +50,23 @@ def spread(work: Workload, count: int) -> list[int]:
 
 def run_lora(work: Workload, lamb_forget: float) -> LoraRuns:
     """One trial of 2,000 steps for a few classes, in float32 as the trainer does."""
-    chosen, seconds, answers = spread(work, LORA_CLASSES), [], []
-    for index in chosen:
-        problem = work.alone(index, lamb_forget, torch.float32)
+    chosen = spread(work, LORA_CLASSES)
+    node = constants().TRAINER.FORGETLORA
+    one_trial = LoraSettings(**{key.lower(): x for key, x in node.items()} | {"max_trials": 1})
+
+    def descend(classes: list[int]) -> tuple[float, Answers]:
+        problem, leaving = work.problem(lamb_forget, classes), work.leaving(classes)
+        generators = [torch.Generator().manual_seed(0) for _ in classes]
+        owner = torch.arange(len(classes))
         started = time.perf_counter()
-        solution = solve_lora(problem, LoraSettings(max_trials=1))
-        seconds.append(time.perf_counter() - started)
-        answers.append((solution.left.double(), solution.right.double()))
-    return LoraRuns(chosen, seconds, answers)
+        solutions = solve_lora_each(problem, owner, leaving, generators, one_trial)
+        seconds = (time.perf_counter() - started) / len(classes)
+        return seconds, [(found.left.double(), found.right.double()) for found in solutions]
+
+    alone = [descend([index]) for index in chosen]
+    together, _ = descend(chosen)
+    seconds, answers = zip(*alone, strict=True)
+    return LoraRuns(chosen, list(seconds), together, [answer for (answer,) in answers])
 
 
 def closed_forms(work: Workload, lamb_forget: float, lora: LoraRuns) -> dict:
@@ -84,6 +99,7 @@ def closed_forms(work: Workload, lamb_forget: float, lora: LoraRuns) -> dict:
         seconds = (time.perf_counter() - started) / len(classes)
         rows.append(score.row(name, classes, seconds, answers))
     rows.append(score.row("LoRA, one trial", few, statistics.median(lora.seconds), lora.answers))
+    rows.append(score.row("LoRA, together", few, lora.together, lora.answers))
     return {"lamb_forget": lamb_forget, "methods": rows}
 
 
@@ -92,8 +108,8 @@ class Score:
 
     def __init__(self, work: Workload, lamb_forget: float) -> None:
         self.work, self.lamb_forget = work, lamb_forget
-        everything = torch.arange(len(work.classes))
-        self.optimum = solve_each(work.problem(lamb_forget), everything).primal
+        self.images = ZeroShot(work.bundle) if work.bundle and len(work.bundle.labels) else None
+        self.optimum = work.solve(lamb_forget).primal
 
     def ratio(self, index: int, answer: Factors) -> float:
         """The objective of a class's answer over its optimum, in float64."""
@@ -101,30 +117,34 @@ class Score:
         objective = self.work.alone(index, self.lamb_forget).objective(left @ right)
         return float(objective / self.optimum[index])
 
-    def accuracies(self, index: int, answer: Factors) -> tuple[float | None, float | None]:
-        """Accuracy on the forgotten class and on the rest; None without such images."""
-        bundle = self.work.bundle
-        if bundle is None:
-            return None, None
-        name = bundle.classnames[index]
-        left, right = answer
-        after = evaluate_classes(bundle, [name], (left.float(), right.float()))[name]
-        return after["cls_acc_test"], after["no_cls_acc"]
+    def accuracies(self, classes: list[int], answers: Answers) -> dict[str, float | None]:
+        """Means of the accuracy on the forgotten class and on the rest; None without images."""
+        columns: dict[str, list[float | None]] = {"cls_acc_test": [None], "no_cls_acc": [None]}
+        if self.images:
+            bundle = self.images.bundle
+            correct = self.images.correct(
+                [(left.float(), right.float()) for left, right in answers]
+            )
+            names = [bundle.classnames[index] for index in classes]
+            found = [
+                own_accuracies(bundle, [name], hits)[name]
+                for name, hits in zip(names, correct, strict=True)
+            ]
+            columns = {key: [entry[key] for entry in found] for key in columns}
+        forgotten, rest = (
+            None if None in column else statistics.fmean(column) for column in columns.values()
+        )
+        return {"forgotten_accuracy": forgotten, "rest_accuracy": rest}
 
     def row(self, name: str, classes: list[int], seconds: float, answers: Answers) -> dict:
         """One row of `closed_forms`."""
-        pairs = list(zip(classes, answers, strict=True))
-        columns = zip(*(self.accuracies(*pair) for pair in pairs), strict=True)
-        forgotten, rest = (
-            None if None in column else statistics.fmean(column) for column in columns
-        )
+        ratios = [self.ratio(*pair) for pair in zip(classes, answers, strict=True)]
         return {
             "method": name,
             "classes": len(classes),
             "seconds_per_class": seconds,
-            "objective_over_exact": statistics.fmean(self.ratio(*pair) for pair in pairs),
-            "forgotten_accuracy": forgotten,
-            "rest_accuracy": rest,
+            "objective_over_exact": statistics.fmean(ratios),
+            **self.accuracies(classes, answers),
         }
 
 
@@ -135,9 +155,8 @@ def _unchanged(work: Workload, chosen: list[int]) -> Answers:
 
 
 def _exact(work: Workload, lamb_forget: float, chosen: list[int]) -> Answers:
-    own = torch.tensor(chosen)
-    solution = solve_each(work.problem(lamb_forget, own), own)
-    return [(solution.left[i, :, None], solution.right[i, None]) for i in range(len(chosen))]
+    solution = work.solve(lamb_forget, chosen)
+    return list(zip(solution.left[:, :, None], solution.right[:, None], strict=True))
 
 
 def _uce(work: Workload, chosen: list[int], d: Tensor, erase: float) -> Answers:
@@ -159,24 +178,18 @@ def _null_space(work: Workload, chosen: list[int], d: Tensor, damping: float) ->
 def _constrained(work: Workload, chosen: list[int], kind: str) -> Answers:
     """The trainer ForgetExact with its defaults, other sets' names left out."""
     cfg = settings("ForgetExact")
-    node, beta = cfg.TRAINER.FORGETEXACT, cfg.FORGET.BETA
-    names = RetainStatistics(work.projection.shape[0])
-    names.update("own", work.classes)
-    names.update("vocabulary", work.vocabulary)
-    known = {"own": node.OWN, "vocabulary": node.VOCABULARY}
-    weights = {group: known[group] for group in names.counts}
-    gram, w = names.weighted(weights), work.projection.double()
-    total = sum(weights.values())
-    ridge = Ridge(gram, node.MU * float(gram.trace()) / total)
-    lam = node.SHARED * float((gram @ w @ w.T).trace()) / total
-    share = torch.tensor([names.share("own", weights)], dtype=torch.float64)
-    answers = []
-    for index in chosen:
-        h = work.classes[index, None].double()  # (1, w)
-        if kind == "specific":
-            target = specific_target(h, w, gram - share * h.T @ h, lam, beta)
-        else:
-            target = opposite_target(h, w, beta)
-        solution = solve_constrained(ridge, h, target - h @ w, h, share)
-        answers.append((solution.left, solution.right))
-    return answers
+    node, beta, w = cfg.TRAINER.FORGETEXACT, cfg.FORGET.BETA, work.projection.double()
+    groups = {"own": (work.classes, node.OWN), "vocabulary": (work.vocabulary, node.VOCABULARY)}
+    retain = RetainSet({g: Group([g] * len(rows), rows, x) for g, (rows, x) in groups.items()})
+    names = (retain.rows, retain.shares, work.leaving(chosen))
+    hidden = work.classes[chosen].double()
+    if kind == "specific":
+        lam = node.SHARED * float((retain.gram @ w @ w.T).trace()) / float(retain.shares.sum())
+        target = specific_target(hidden, w, retain.gram, lam, beta, *names)
+    else:
+        target = opposite_target(hidden, w, beta)
+    owner = torch.arange(len(chosen))
+    solutions = solve_constrained_each(
+        retain.ridge(node.MU), hidden, target - hidden @ w, owner, *names
+    )
+    return [(solution.left, solution.right) for solution in solutions]

@@ -12,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workload import Workload, random_workload
-from forgetting.each import solve_each
-from forgetting.exact import auto_lamb_forget, solve_exact
-from forgetting.retain import RetainStatistics, square_root
-from forgetting.spectrum import Spectrum
+from forgetting import AUTO, RetainStatistics, Spectrum, settle, solve_exact
+from forgetting.retain import square_root
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
 CLASSES = (10, 30, 100, 300, 1000)
@@ -76,8 +74,7 @@ def growth_names(work: Workload) -> list[dict[str, float]]:
             read += size
         gram = names.plain()
         root = square_root(gram)
-        problem = replace(work.alone(0, 1.0), retain_hidden=root)
-        problem = replace(problem, lamb_forget=auto_lamb_forget(problem))
+        problem = settle(replace(work.alone(0, AUTO).double, retain_hidden=root))
         times = []
         for _ in range(REPEATS):
             started = time.perf_counter()
@@ -120,11 +117,9 @@ def growth_width() -> list[dict[str, float]]:
 
 def _measure(work: Workload, lamb_forget: float, count: int) -> dict[str, float]:
     """Median seconds of three runs, and the peak memory of one more, which counting slows down."""
-    own = torch.arange(count)
-    problem = work.problem(lamb_forget, own)
-    runs = [solve_each(problem, own) for _ in range(REPEATS)]
+    runs = [work.solve(lamb_forget, range(count)) for _ in range(REPEATS)]
     with PeakBytes() as memory:
-        solve_each(problem, own)
+        work.solve(lamb_forget, range(count))
     return {
         "solve_seconds": statistics.median(run.solve_seconds for run in runs),
         "certify_seconds": statistics.median(run.certify_seconds for run in runs),

@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.compare import Score, closed_forms, run_lora
 from benchmarks.growth import growth_classes, growth_names, growth_width
-from benchmarks.workload import LAMB_PRESERVE, LAMB_WEIGHT, RANK, from_bundle, random_workload
+from benchmarks.workload import constants, from_bundle, random_workload
 from engine import UserError
 from engine.cli import Parser
+from engine.config import paper_weights
 from engine.determinism import one_thread
 from engine.files import write_json_atomic
 from evaluation.plots import drawing
-from forgetting.each import solve_each
 
 REPEATS = 3
 
@@ -33,29 +33,30 @@ def measure(features: str | None) -> dict:
     """Run everything, printing as it goes, and return what the JSON file holds."""
     started = time.perf_counter()
     work = from_bundle(features) if features else random_workload()
-    own = torch.arange(len(work.classes))
+    count = len(work.classes)
     lamb_forget = work.auto_lamb_forget()
     w, d = work.projection.shape
-    print(f"{work.name}: {len(own)} classes, {len(work.retained)} names, w {w}, d {d}")
+    print(f"{work.name}: {count} classes, {len(work.retained)} names, w {w}, d {d}")
+    weights = paper_weights(constants())
     print(
         f"lamb_forget {lamb_forget:.4f} (just above the largest c*), lamb_preserve "
-        f"{LAMB_PRESERVE}, lamb_weight {LAMB_WEIGHT:g}, rank {RANK}, target the empty prompt; "
-        f"{torch.get_num_threads()} thread"
+        f"{weights['lamb_preserve']:g}, lamb_weight {weights['lamb_weight']:g}, rank "
+        f"{constants().FORGET.RANK}, target the empty prompt; {torch.get_num_threads()} thread"
     )
-    runs = [solve_each(work.problem(lamb_forget), own) for _ in range(REPEATS)]
+    runs = [work.solve(lamb_forget) for _ in range(REPEATS)]
     exact = statistics.median(run.solve_seconds for run in runs)
     lora = run_lora(work, lamb_forget)
     lora_seconds = statistics.median(lora.seconds)
     score = Score(work, lamb_forget)
     ratios = [score.ratio(*pair) for pair in zip(lora.classes, lora.answers, strict=True)]
     result = {
-        "classes": len(own),
+        "classes": count,
         "exact_seconds": exact,
         "certify_seconds": statistics.median(run.certify_seconds for run in runs),
         "lora_seconds_per_class": lora_seconds,
         "lora_objective_over_exact": statistics.median(ratios),
         "max_relative_gap": float(runs[0].gap.max()),
-        "exact_speedup_per_class": lora_seconds * len(own) / exact,
+        "exact_speedup_per_class": lora_seconds * count / exact,
     }
     for key, value in result.items():
         print(f"  {key:<27} {value:.4g}" if isinstance(value, float) else f"  {key:<27} {value}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
-from forgetting import ForgetProblem, empty_target
-from forgetting.each import solve_each
-from forgetting.exact import AUTO_MARGIN
-
-LAMB_PRESERVE, LAMB_WEIGHT, RANK = 0.3, 1.0, 5
+from engine.config import paper_weights, settings
+from evaluation.zero_shot import class_embeddings
+from forgetting import AUTO, ForgetProblem, empty_target, solve_each
+from forgetting.each import EachSolution
 
 
 @dataclass(frozen=True)
@@ -37,38 +39,44 @@ class Workload:
         """(C + M, w), the classes first; a class's own row leaves when it is forgotten."""
         return torch.cat([self.classes, self.vocabulary])
 
-    def problem(self, lamb_forget: float, chosen: Tensor | None = None) -> ForgetProblem:
-        """The chosen classes (all of them) for `solve_each`, whose `own` is `chosen`."""
-        chosen = torch.arange(len(self.classes)) if chosen is None else chosen
+    def leaving(self, chosen: Sequence[int]) -> Tensor:
+        """(n, C + M) bool: the own row of each chosen class."""
+        mask = torch.zeros(len(chosen), len(self.classes) + len(self.vocabulary), dtype=torch.bool)
+        mask[torch.arange(len(chosen)), torch.tensor(chosen)] = True
+        return mask
+
+    def problem(self, lamb_forget: float | str, chosen: Sequence[int]) -> ForgetProblem:
+        """The chosen classes' texts for `solve_each`, with everything that may be retained."""
+        forget = constants().FORGET
         return ForgetProblem(
             projection=self.projection,
             forget_hidden=self.classes[chosen],
             retain_hidden=self.retained,
             target=self.target[chosen],
-            lamb_forget=lamb_forget,
-            lamb_preserve=LAMB_PRESERVE,
-            lamb_weight=LAMB_WEIGHT,
-            rank=RANK,
+            rank=forget.RANK,
+            alpha=forget.ALPHA,
+            **paper_weights(constants()) | {"lamb_forget": lamb_forget},
         )
 
-    def alone(self, index: int, lamb_forget: float, dtype=torch.float64) -> ForgetProblem:
+    def alone(self, index: int, lamb_forget: float | str) -> ForgetProblem:
         """One class's own problem, without its row among the retained."""
-        retained = self.retained
-        return ForgetProblem(
-            projection=self.projection.to(dtype),
-            forget_hidden=self.classes[index : index + 1].to(dtype),
-            retain_hidden=torch.cat([retained[:index], retained[index + 1 :]]).to(dtype),
-            target=self.target[index : index + 1].to(dtype),
-            lamb_forget=lamb_forget,
-            lamb_preserve=LAMB_PRESERVE,
-            lamb_weight=LAMB_WEIGHT,
-            rank=RANK,
-        )
+        first = torch.tensor([0])
+        return self.problem(lamb_forget, [index]).part(first, ~self.leaving([index])[0])
+
+    def solve(self, lamb_forget: float | str, chosen: Sequence[int] | None = None) -> EachSolution:
+        """The chosen classes (all of them), each forgotten alone, by the exact solver."""
+        chosen = range(len(self.classes)) if chosen is None else chosen
+        return solve_each(self.problem(lamb_forget, chosen), self.leaving(chosen))
 
     def auto_lamb_forget(self) -> float:
         """Just above the largest c* of all classes, so that every class moves."""
-        reach = solve_each(self.problem(1.0), torch.arange(len(self.classes))).reach
-        return (1 + AUTO_MARGIN) * float(reach.max())
+        return float(self.solve(AUTO).lamb_forget.max())
+
+
+@cache
+def constants() -> CfgNode:
+    """The settings of a run of the paper's method on a data set that has no file of its own."""
+    return settings("ForgetLoRA", backbone="ViT-B/16")
 
 
 def from_bundle(path: str) -> Workload:
@@ -76,7 +84,7 @@ def from_bundle(path: str) -> Workload:
     bundle = FeatureBundle.load(path)
     known = {name.casefold() for name in bundle.classnames}
     free = [i for i, name in enumerate(bundle.retain_names) if name.casefold() not in known]
-    embeddings = bundle.class_hidden @ bundle.text_projection  # (C, d)
+    embeddings = class_embeddings(bundle)
     generator = torch.Generator().manual_seed(0)
     targets = [
         empty_target(bundle.neutral_hidden, bundle.text_projection, embeddings, [i], generator)[0]
