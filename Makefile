@@ -79,8 +79,9 @@ reproduce:
 	$(BIN)/python -m experiments reproduce --data "$(DATA)" --out "$${out:-results}" --cache "$${cache:-cache}" $(OPTIONS)
 
 benchmark: $(COMPLETE)
-	$(BIN)/python -m benchmarks pipeline
+	$(BIN)/python -m benchmarks driver
 	$(BIN)/python -m benchmarks solver
+	$(BIN)/python -m benchmarks pipeline
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix .

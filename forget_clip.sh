@@ -14,8 +14,9 @@ environment:
   FEATURES  folder of feature bundles; then neither model nor images are needed
   OUT       folder of the results (default: results)
   CACHE     folder for weights and encoded features (default: cache)
-  TRAINER   ForgetLoRA (default, the paper), ForgetExact, or a baseline: ForgetNothing, ForgetName,
-            ForgetZero, ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetAscent
+  TRAINER   ForgetLoRA (default, the paper), ForgetOptimum (its objective at the proved optimum),
+            ForgetExact (complete forgetting), or a baseline: ForgetNothing, ForgetName, ForgetZero,
+            ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetAscent
   PYTHON    default: .venv/bin/python, else python3
 example: sh forget_clip.sh 1 0 "StanfordDogs,Caltech101" RN50 0'
 

@@ -34,17 +34,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         }
         text = setting.about.replace("%", "%%")
         if setting.type in ("str", "int", "float"):
-            kinds[setting.type] = {"metavar": setting.type.upper()}
+            kinds[setting.type] = {"metavar": "TEXT" if setting.type == "str" else "NUMBER"}
             text += f" (default: {setting.default})" if setting.default != "" else ""
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, default=None, help=text, **kinds[setting.type])
     parser.add_argument(
         "--audit", action="store_true", help="measure what is left of each class: audit.json"
     )
-    parser.add_argument("--config-file", default="", help="YAML that goes before the options")
-    parser.add_argument(
-        "--dataset-config-file", default="", help="default: configs/datasets/DATASET.yaml"
-    )
+    for name, text in {
+        "config": "YAML with settings of your own; options go before it",
+        "dataset-config": "YAML with the loss weights (default: configs/datasets/DATASET.yaml)",
+    }.items():
+        parser.add_argument(f"--{name}-file", default="", metavar="FILE", help=text)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ from forgetting import ProblemError
 BENCHMARKS = {
     "driver": "a whole run of train.py and its audit, for 100 to 4,000 classes, by part",
     "pipeline": "features once against encoding every test image anew for every class",
-    "solver": "the exact solver: against the descent, in growth, beside other closed forms",
+    "solver": "the solvers: many requests together, against descents, in growth",
 }
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 import train
-from benchmarks.workload import random_workload
+from benchmarks.solver import random_workload
 from clip.bundle import FeatureBundle, bundle_path, load_bundle
 from engine import TRAINER_REGISTRY, UserError
 from engine.cli import Parser
@@ -108,15 +108,15 @@ def enlarged(bundle: FeatureBundle, count: int) -> FeatureBundle:
 
 def random_bundle(backbone: str, dataset: str) -> FeatureBundle:
     """A thousand classes of random texts, which are their own vocabulary; no images."""
-    work = random_workload()
-    names = [f"thing {number}" for number in range(len(work.classes))]
+    work = random_workload().problem
+    names = [f"thing {number}" for number in range(len(work.forget_hidden))]
     return FeatureBundle(
         image_features=torch.zeros(0, work.projection.shape[1]),
         labels=torch.zeros(0, dtype=torch.int64),
-        class_hidden=work.classes,
-        forget_hidden=work.classes,
-        retain_hidden=work.classes,
-        neutral_hidden=work.classes.mean(dim=0, keepdim=True),
+        class_hidden=work.forget_hidden,
+        forget_hidden=work.forget_hidden,
+        retain_hidden=work.forget_hidden,
+        neutral_hidden=work.forget_hidden.mean(dim=0, keepdim=True),
         text_projection=work.projection,
         backbone=backbone,
         weights="random",

@@ -1,148 +1,275 @@
-"""The exact solver measured: against the paper's descent, in growth, beside other closed forms.
+"""Seconds of the solvers: many requests together, against descents, and in growth.
 
-    python -m benchmarks solver [--features BUNDLE.safetensors] [--json OUT.json]
+    python -m benchmarks solver [--features BUNDLE.safetensors]
 
 Every class of the bundle (of 1,000 random texts without one) is forgotten alone while all others
-and the vocabulary are retained. All numbers are of one run on one CPU thread, as the trainers
-solve (a second thread waits in a spin on a machine that others use); with `--json` a plot is
-written beside the file. Seconds waver with the load of the machine, ratios less so.
+and the vocabulary are retained, the paper's objective with its target and weights. All numbers are
+of one run on one CPU thread, as the trainers solve (a second thread waits in a spin on a machine
+that others use). Seconds waver with the load of the machine, ratios less so.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pandas as pd
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from benchmarks.compare import Score, closed_forms, run_lora
-from benchmarks.growth import growth_classes, growth_names, growth_width
-from benchmarks.workload import constants, from_bundle, random_workload
-from engine import UserError
+from clip.bundle import FeatureBundle
 from engine.cli import Parser
-from engine.config import paper_weights
+from engine.config import settings
 from engine.determinism import one_thread
-from engine.files import write_json_atomic
-from evaluation.plots import drawing
+from forgetting import (
+    ForgetProblem,
+    LoraSettings,
+    RetainStatistics,
+    Ridge,
+    empty_target,
+    solve_constrained_each,
+    solve_each,
+    solve_exact,
+    solve_lora_each,
+)
+from forgetting.exact import settle
+from forgetting.retain import square_root
 
+NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
+CLASSES = (10, 30, 100, 300, 1000)
+WIDTHS = (512, 768, 1024, 1280)
+DESCENTS = (1, 4, 16, 64)  # that are taken together
+READ = 16_384  # names read at one time
 REPEATS = 3
 
 
-def measure(features: str | None) -> dict:
-    """Run everything, printing as it goes, and return what the JSON file holds."""
-    started = time.perf_counter()
-    work = from_bundle(features) if features else random_workload()
-    count = len(work.classes)
-    lamb_forget = work.auto_lamb_forget()
-    w, d = work.projection.shape
-    print(f"{work.name}: {count} classes, {len(work.retained)} names, w {w}, d {d}")
-    weights = paper_weights(constants())
-    print(
-        f"lamb_forget {lamb_forget:.4f} (just above the largest c*), lamb_preserve "
-        f"{weights['lamb_preserve']:g}, lamb_weight {weights['lamb_weight']:g}, rank "
-        f"{constants().FORGET.RANK}, target the empty prompt; {torch.get_num_threads()} thread"
-    )
-    runs = [work.solve(lamb_forget) for _ in range(REPEATS)]
-    exact = statistics.median(run.solve_seconds for run in runs)
-    lora = run_lora(work, lamb_forget)
-    lora_seconds = statistics.median(lora.seconds)
-    score = Score(work, lamb_forget)
-    ratios = [score.ratio(*pair) for pair in zip(lora.classes, lora.answers, strict=True)]
-    result = {
-        "classes": count,
-        "exact_seconds": exact,
-        "certify_seconds": statistics.median(run.certify_seconds for run in runs),
-        "lora_seconds_per_class": lora_seconds,
-        "lora_objective_over_exact": statistics.median(ratios),
-        "max_relative_gap": float(runs[0].gap.max()),
-        "exact_speedup_per_class": lora_seconds * count / exact,
-    }
-    for key, value in result.items():
-        print(f"  {key:<27} {value:.4g}" if isinstance(value, float) else f"  {key:<27} {value}")
-    tables = {
-        "growth_m": (
-            "names read into the statistics, then one class solved from them",
-            lambda: growth_names(work),
-        ),
-        "growth_classes": (
-            "classes, each forgotten alone",
-            lambda: growth_classes(work, lamb_forget),
-        ),
-        "growth_w": ("1,000 classes of random texts of width w", growth_width),
-    }
-    for key, (title, grow) in tables.items():
-        result[key] = grow()
-        print_table(f"{key}: {title}", result[key])
-    result["closed_forms"] = closed_forms(work, lamb_forget, lora)
-    print_table("closed_forms: means over the classes", result["closed_forms"]["methods"])
-    print(f"{time.perf_counter() - started:.0f} s in all")
-    return result
+@dataclass(frozen=True)
+class Workload:
+    """C classes, each to be forgotten alone while everything else is retained.
+
+    Attributes:
+        problem: all of them, stacked; leaving: (C, m) bool, each class's own row.
+    """
+
+    name: str
+    problem: ForgetProblem
+    leaving: Tensor
+
+    @classmethod
+    def of(cls, name: str, projection: Tensor, classes: Tensor, more: Tensor, target: Tensor):
+        """Of hidden states (C, w) of classes and (M, w) of further names, with targets (C, d)."""
+        cfg = settings("ForgetOptimum", opts=("FORGET.LAMB_PRESERVE", "0.3"))
+        problem = ForgetProblem(
+            projection=projection,
+            forget_hidden=classes,
+            retain_hidden=torch.cat([classes, more]),
+            target=target,
+            lamb_forget="auto",
+            lamb_preserve=cfg.FORGET.LAMB_PRESERVE,
+            lamb_weight=cfg.FORGET.LAMB_WEIGHT,
+            rank=cfg.FORGET.RANK,
+            alpha=cfg.FORGET.ALPHA,
+        )
+        return cls(name, problem, torch.eye(len(classes), len(classes) + len(more)).bool())
+
+    def first(self, count: int) -> Workload:
+        """The first `count` classes; everything stays retained."""
+        problem = self.problem.part(torch.arange(count))
+        return Workload(self.name, problem, self.leaving[:count])
 
 
-def print_table(title: str, rows: list[dict]) -> None:
-    """Rows of one kind, aligned; bytes as MB."""
-    heads = [key.replace("_bytes", "_MB") for key in rows[0]]
-    lines = [heads, *([_cell(key, value) for key, value in row.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}")
-    for line in lines:
-        print("  " + "  ".join(c.rjust(n) for c, n in zip(line, widths, strict=True)))
-
-
-def _cell(key: str, value) -> str:
-    if value is None:
-        return "-"
-    if key.endswith("_bytes"):
-        return f"{value / 1e6:.1f}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if key.endswith(("accuracy", "exact")) else f"{value:.2g}"
-    return str(value)
-
-
-def plot(result: dict, path: Path) -> None:
-    """Growth with names, classes and width, and seconds a class against the objective."""
-    panels = [
-        ("growth_m", "names", "retained names", ["read_seconds", "solve_seconds"]),
-        ("growth_classes", "classes", "classes", ["solve_seconds", "certify_seconds"]),
-        ("growth_w", "w", "width w = d, 1,000 classes", ["solve_seconds", "certify_seconds"]),
+def from_bundle(path: str) -> Workload:
+    """The classes of a bundle; its vocabulary less the names that are classes is retained too."""
+    bundle = FeatureBundle.load(path)
+    known = {name.casefold() for name in bundle.classnames}
+    free = [i for i, name in enumerate(bundle.retain_names) if name.casefold() not in known]
+    w = bundle.text_projection
+    embeddings = bundle.class_hidden @ w  # (C, d)
+    generator = torch.Generator().manual_seed(0)
+    targets = [
+        empty_target(bundle.neutral_hidden, w, embeddings, [i], generator)[0]
+        for i in range(len(bundle.classnames))
     ]
-    with drawing(path, 15, 3.8) as figure:
-        axes = figure.subplots(1, 4)
-        for axis, (key, column, label, series) in zip(axes, panels, strict=False):
-            rows = result[key]
-            x = [row[column] for row in rows]
-            for name in series:
-                axis.plot(x, [row[name] for row in rows], "o-", label=name.removesuffix("_seconds"))
-            memory = "statistics_bytes" if key == "growth_m" else "peak_tensor_bytes"
-            twin = axis.twinx()
-            twin.plot(x, [row[memory] / 1e6 for row in rows], "s:", color="0.6")
-            twin.set_ylim(0, 1.3 * rows[-1][memory] / 1e6)
-            twin.set_ylabel("MB (dotted)", color="0.5")
-            axis.set(xlabel=label, ylabel="seconds", yscale="log")
-            if key != "growth_w":
-                axis.set_xscale("log")
-            axis.legend(loc="lower right")
-        axis, methods = axes[3], result["closed_forms"]["methods"][1:]  # without "before"
-        names = [row["method"] for row in methods]
-        axis.barh(names, [row["seconds_per_class"] for row in methods])
-        axis.invert_yaxis()
-        axis.set(xscale="log", xlabel="seconds a class")
+    more = bundle.retain_hidden[free]
+    name = f"{bundle.dataset}, {bundle.backbone}"
+    return Workload.of(name, w, bundle.forget_hidden, more, torch.cat(targets))
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Measure, print and write."""
+def random_workload(classes: int = 1000, width: int = 512) -> Workload:
+    """Random texts of CLIP's kind: a common part of a third and variances that fall as 1/rank.
+
+    The projection is (w, w); the target is the unit-norm embedding of the common part.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, width + 1).rsqrt()  # (w,)
+    common = normalize(torch.randn(1, width, generator=generator), dim=1)  # (1, w)
+    common = common * (scale.square().sum() / 2).sqrt()
+    hidden = common + scale * torch.randn(classes, width, generator=generator)  # (C, w)
+    projection = torch.randn(width, width, generator=generator) / width**0.5
+    target = normalize(common @ projection, dim=1).expand(classes, -1).clone()  # (C, w)
+    hidden = 10 * normalize(hidden, dim=1)
+    return Workload.of(f"random, w = d = {width}", projection, hidden, hidden[:0], target)
+
+
+def median(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, Any]:
+    """Median seconds of some calls, and what the last one gave."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        found = function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), found
+
+
+def together(work: Workload) -> pd.DataFrame:
+    """Seconds a class of the exact solvers, for all classes at once."""
+    seconds, each = median(lambda: solve_each(work.problem, work.leaving))
+    problem, count = work.problem.double, len(work.leaving)
+    rows = problem.retain_hidden / len(problem.retain_hidden) ** 0.5
+    ridge = Ridge(rows.T @ rows, 1e-3 * float(rows.square().sum()))
+    shares = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    constrained, answers = median(
+        lambda: solve_constrained_each(
+            ridge,
+            problem.forget_hidden,
+            problem.displacement,
+            torch.arange(count),
+            problem.retain_hidden,
+            shares,
+            work.leaving,
+        )
+    )
+    gaps = [answer.certificate.gap for answer in answers]
+    return pd.DataFrame(
+        [
+            ("paper's objective", count, seconds, each.certify_seconds, float(each.gap.max())),
+            ("constrained form", count, constrained, None, max(gaps)),
+        ],
+        columns=["solver", "classes", "seconds", "of them proving", "largest gap"],
+    )
+
+
+def descents(work: Workload) -> pd.DataFrame:
+    """Seconds a class of one trial of the paper's descent, alone and together, and how far above
+    the proved optimum it ends; first as autograd and torch's Adam do it class by class."""
+    trial = LoraSettings(max_trials=1)
+    rows = []
+    started = time.perf_counter()
+    objective = plain_descent(settle(work.first(1).problem.part(torch.arange(1), ~work.leaving[0])))
+    alone = time.perf_counter() - started
+    optimum = solve_each(work.problem, work.leaving)
+    rows.append(("autograd, one by one", 1, alone, 1.0, objective / float(optimum.primal[0]) - 1))
+    for count in DESCENTS:
+        if count <= len(work.leaving):
+            part = work.first(count)
+            draws = [torch.Generator().manual_seed(0) for _ in range(count)]
+            started = time.perf_counter()
+            found = solve_lora_each(part.problem, torch.arange(count), part.leaving, draws, trial)
+            seconds = (time.perf_counter() - started) / count
+            above = [
+                one.objective / best - 1
+                for one, best in zip(found, optimum.primal.tolist(), strict=False)
+            ]
+            rows.append(("together", count, seconds, alone / seconds, statistics.fmean(above)))
+    columns = ["descent", "classes", "seconds a class", "times as fast", "above optimum"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def plain_descent(problem: ForgetProblem) -> float:
+    """The lowest objective of a trial written down plainly: norms of products, autograd, Adam."""
+    w, d = problem.projection.shape
+    constants, scale = LoraSettings(), problem.alpha / problem.rank
+    start = torch.rand(problem.rank, w, generator=torch.Generator().manual_seed(0))
+    a = ((start * 2 - 1) * w**-0.5).requires_grad_()  # (r, w)
+    b = torch.zeros(d, problem.rank, requires_grad=True)  # (d, r)
+    optimizer = torch.optim.Adam([a, b], lr=constants.lr)
+    best = torch.tensor(torch.inf)
+    for _ in range(constants.steps):
+        moved = (problem.forget_hidden @ a.T) @ b.T * scale  # (k, d)
+        loss = problem.lamb_forget * torch.linalg.matrix_norm(problem.displacement - moved)
+        shifted = (problem.retain_hidden @ a.T) @ b.T * scale  # (m, d)
+        loss = loss + problem.lamb_preserve * torch.linalg.matrix_norm(shifted)
+        loss = loss + problem.lamb_weight * torch.linalg.matrix_norm(b @ a)
+        best = torch.minimum(best, loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(best)
+
+
+def growth_names(work: Workload) -> pd.DataFrame:
+    """One stream of names through `RetainStatistics`, and a class solved from them on the way.
+
+    The names are mixtures of two of the retained texts. `read` is for all names so far, `solve`
+    from the w x w matrix to the answer and its proof.
+    """
+    source, generator = work.problem.retain_hidden[1:], torch.Generator().manual_seed(0)
+    names = RetainStatistics(source.shape[1])
+    one = work.first(1).problem.double
+    seconds, rows, read = 0.0, [], 0
+    for count in NAMES:
+        while read < count:
+            size = min(READ, count - read)
+            pick = torch.randint(len(source), (2, size), generator=generator)
+            part = torch.rand(size, 1, generator=generator)
+            batch = part * source[pick[0]] + (1 - part) * source[pick[1]]  # (size, w)
+            started = time.perf_counter()
+            names.update("names", batch)
+            seconds += time.perf_counter() - started
+            read += size
+        gram = names.plain()
+        solve, answer = median(
+            lambda gram=gram: solve_exact(replace(one, retain_hidden=square_root(gram)))
+        )
+        rows.append(
+            (count, seconds, solve, gram.nbytes / 1e6, answer.branch, answer.certificate.gap)
+        )
+    columns = ["names", "read", "solve", "statistics, MB", "branch", "gap"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def growth_classes(work: Workload) -> pd.DataFrame:
+    """The paper's objective for the first classes, everything retained."""
+    rows = []
+    for count in CLASSES:
+        if count <= len(work.leaving):
+            part = work.first(count)
+            seconds, _ = median(lambda part=part: solve_each(part.problem, part.leaving))
+            rows.append((count, seconds))
+    return pd.DataFrame(rows, columns=["classes", "seconds"])
+
+
+def growth_width() -> pd.DataFrame:
+    """The paper's objective for 1,000 classes of random texts of each width, d = w."""
+    rows = []
+    for width in WIDTHS:
+        work = random_workload(CLASSES[-1], width)
+        rows.append((width, median(lambda work=work: solve_each(work.problem, work.leaving))[0]))
+    return pd.DataFrame(rows, columns=["w = d", "seconds"])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
+    """Measure and print; returns the tables."""
     parser = Parser(prog="python -m benchmarks solver", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="a FeatureBundle; random texts without it")
-    parser.add_argument("--json", help="where to write the numbers; a plot goes beside it (.png)")
     args = parser.parse_args(argv)
-    path = Path(args.json) if args.json else None
-    if path and (path.suffix != ".json" or path.is_dir()):
-        raise UserError(f"--json {args.json}: must name a file that ends in .json")
+    work = from_bundle(args.features) if args.features else random_workload()
+    (w, d), m = work.problem.projection.shape, len(work.problem.retain_hidden)
+    print(f"{work.name}: {len(work.leaving)} classes, {m} names, w {w}, d {d}; one thread")
+    tables: dict[str, Callable[[], pd.DataFrame]] = {
+        "all classes, each forgotten alone": lambda: together(work),
+        "one trial of 2,000 steps": lambda: descents(work),
+        "names read into the statistics, then one class solved": lambda: growth_names(work),
+        "classes of the paper's objective": lambda: growth_classes(work),
+        "1,000 classes of random texts of width w": growth_width,
+    }
+    found = {}
     with one_thread():
-        result = measure(args.features)
-    if path:
-        write_json_atomic(result, path)
-        plot(result, path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png')}")
-    return result
+        for title, measure in tables.items():
+            found[title] = measure()
+            print(f"\n{title}\n{found[title].to_string(index=False, float_format='{:.3g}'.format)}")
+    return found

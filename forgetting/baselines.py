@@ -22,32 +22,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
-UCE_LAMBDA = 0.5
-ALPHA_THRESHOLD = 2e-2  # of eigenvalues of the mean of h^T h over retained texts
-ALPHA_DAMPING = 10.0
 
 
-def uce_each(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) -> Tensor:
-    """UCE for each of C texts alone, all others retained: `Delta_i = left[:, i] (x) D_i`.
-
-    `erase ||h_i W' - P_i||^2 + ||H_r (W' - W)||^2 + lam ||W' - W||^2` is smallest at
-    `Delta_i = erase (H_r^T H_r + erase h_i^T h_i + lam I)^-1 h_i^T D_i`. With every text once in
-    `K = gram + lam I` and `u_i = K^-1 h_i` this is `erase u_i / (1 + (erase - 1) h_i u_i)`, so one
-    factorisation serves all.
-
-    Args:
-        h_f: (C, w); gram: (w, w), `H^T H` of all texts, those of `h_f` among them; erase: the
-            weight of the forgotten text (UCE's erase scale).
-
-    Returns:
-        left (w, C).
-    """
-    matrix = gram + lam * torch.eye(len(gram), dtype=gram.dtype)
-    u = torch.cholesky_solve(h_f.T, torch.linalg.cholesky(matrix))  # (w, C)
-    return erase * u / (1 + (erase - 1) * (h_f.T * u).sum(dim=0))
-
-
-def uce(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) -> Tensor:
+def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
     """UCE for k texts at once: `Delta = left @ D`.
 
     `erase ||H_f Delta - D||^2 + ||H_r Delta||^2 + lam ||Delta||^2` is smallest at
@@ -55,7 +32,8 @@ def uce(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) 
     the nearer the texts come to their targets; texts that repeat each other share what they can.
 
     Args:
-        h_f: (k, w); gram: `G = H_r^T H_r`, (w, w), of the retained texts alone; erase, lam: > 0.
+        h_f: (k, w); gram: `G = H_r^T H_r`, (w, w), of the retained texts alone; erase, lam:
+            > 0; the authors' are 1 and 0.5.
 
     Returns:
         left (w, k).
@@ -68,9 +46,7 @@ def uce(h_f: Tensor, gram: Tensor, erase: float = 1.0, lam: float = UCE_LAMBDA) 
     return torch.cholesky_solve(base.T, torch.linalg.cholesky(inner)).T  # (w, k)
 
 
-def null_space(
-    h_f: Tensor, gram: Tensor, count: int, damping: float, threshold: float = ALPHA_THRESHOLD
-) -> Tensor:
+def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold: float) -> Tensor:
     """A change in N only, the eigenvectors of `G / m` below `threshold`: `Delta = left @ D`.
 
     `left = N N^T H_f^T (H_f N N^T H_f^T + damping I)^-1` minimises

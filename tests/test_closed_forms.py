@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, uce_each, zeroing
+from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, zeroing
 from trainers.baselines import leace
 
 
@@ -24,16 +24,6 @@ def test_uce_is_where_its_objective_is_stationary(k, erase, lam, seed):
     delta = uce(h_f, h_r.T @ h_r, erase, lam) @ d
     slope = erase * h_f.T @ (h_f @ delta - d) + h_r.T @ h_r @ delta + lam * delta
     assert float(slope.norm()) <= 1e-9 * erase * float((h_f.T @ d).norm())
-
-
-def test_uce_of_one_text_is_that_of_all_texts_in_turn():
-    texts = normal(12, 7)
-    each = uce_each(texts[:3], texts.T @ texts, 20.0, 0.4)
-    for i in range(3):
-        others = torch.cat([texts[:i], texts[i + 1 :]])
-        alone = uce(texts[i : i + 1], others.T @ others, 20.0, 0.4)
-        assert torch.allclose(alone[:, 0], each[:, i], atol=1e-12)
-    assert not torch.allclose(uce(texts[:1], texts.T @ texts, 20.0, 0.4)[:, 0], each[:, 0])
 
 
 def test_the_null_space_moves_a_text_and_leaves_what_is_retained():

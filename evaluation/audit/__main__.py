@@ -11,16 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, run
+from evaluation.audit.inputs import PLACES
 from evaluation.audit.run import MEASURES, audit_folder
 from evaluation.tables import report_audit
 from forgetting import ProblemError
-
-PLACES = {
-    "features": "folder of feature bundles",
-    "root": "folder of the image sets",
-    "cache": "folder of what was encoded",
-    "weights": "a checkpoint of the backbone",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -95,13 +95,12 @@ class Attacker:
     projection: Tensor
 
     @cached_property
-    def place(self) -> dict[str, int]:
-        """Row of a name, by its key."""
+    def _rows(self) -> dict[str, int]:
         return {datasets.key(name): row for row, name in enumerate(self.names)}
 
     def find(self, name: str) -> int | None:
         """Row of a name in any spelling; None if it is not on the list."""
-        return self.place.get(datasets.key(name))
+        return self._rows.get(datasets.key(name))
 
     @cached_property
     def shared(self) -> Tensor:

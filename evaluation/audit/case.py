@@ -16,7 +16,7 @@ from evaluation.audit.interval import Accuracy, share
 from evaluation.zero_shot import CANCELS, Factors
 
 T = TypeVar("T")
-TINY = torch.finfo(torch.float32).tiny
+SHORTEST = 1e-12  # norm of a text: nothing is divided by less
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Model:
     @cached_property
     def lengths(self) -> Tensor:
         """Norms (C,) of these texts."""
-        return self.texts.norm(dim=1).clamp_min(TINY)
+        return self.texts.norm(dim=1).clamp_min(SHORTEST)
 
     @cached_property
     def classes(self) -> Tensor:
@@ -143,8 +143,8 @@ class Model:
         """
         left, right = self.change
         images, hidden = self.bundle.image_features, self.bundle.class_hidden
-        products = torch.addmm(self.common.products, images @ right.T, (hidden @ left).T)
-        cosines = products / self.lengths
+        cosines = torch.addmm(self.common.products, images @ right.T, (hidden @ left).T)
+        cosines /= self.lengths
         shrunk = self.lengths < CANCELS * self.common.texts.norm(dim=1)
         if shrunk.any():
             cosines[:, shrunk] = images @ self.classes[shrunk].T

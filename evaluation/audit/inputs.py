@@ -18,7 +18,12 @@ from engine.errors import UserError, unknown
 from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_args
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
-PLACES = ("features", "root", "cache", "weights")
+PLACES = {  # of a run's files
+    "features": "folder of feature bundles",
+    "root": "folder of the image sets",
+    "cache": "folder of what was encoded",
+    "weights": "a checkpoint of the backbone",
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
     """The inputs of a data set's results, from the command lines kept beside the logs.
 
     Args:
-        given: places (`features`, `root`, `cache`, `weights`) that replace the run's own, where
-            they are there and not None: files may have moved since.
+        given: `PLACES` that replace the run's own, where they are there and not None: files may
+            have moved since.
 
     Raises:
         UserError: no record of how the results were made, or what they were made from is gone or

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import datasets
-from evaluation.audit.case import TINY, Case, Common
+from evaluation.audit.case import SHORTEST, Case, Common
 from evaluation.audit.interval import mean_value
 from evaluation.zero_shot import CANCELS
 
 NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
-BLOCK = 1024  # rows of a similarity matrix at once: 10,000 texts then need 40 MB for each
+BLOCK = 256  # rows of a similarity matrix at once: 10,000 texts then need 10 MB for each
 KEPT = 4096  # texts whose products with one another are kept: 64 MB
 TIE = 1e-6  # cosines closer than float32 rounding are one place
 
@@ -105,7 +105,7 @@ def texts_of(common: Common) -> Texts:
         rows[datasets.key(name)].append(row)
     hidden = torch.cat([rows for _, _, rows in parts])
     embedded = hidden @ bundle.text_projection  # (T, w) @ (w, d)
-    lengths = embedded.norm(dim=1).clamp_min(TINY)
+    lengths = embedded.norm(dim=1).clamp_min(SHORTEST)
     products = embedded @ embedded.T if len(names) <= KEPT else None
     nearest = []
     everything = torch.ones(len(names), dtype=torch.bool)
@@ -141,7 +141,7 @@ def _moved(texts: Texts, stay: Tensor, shares: Tensor, right: Tensor) -> dict[st
         nothing = dict.fromkeys(("mean_cosine", "nearest_kept", "top10_overlap"))
         return {"count": count, **nothing, "worst": []}
     after = texts.embedded + shares @ right  # (T, d)
-    lengths = after.norm(dim=1).clamp_min(TINY)
+    lengths = after.norm(dim=1).clamp_min(SHORTEST)
     cosine = ((texts.embedded * after).sum(dim=1) / texts.lengths / lengths).clamp(-1, 1)  # (T,)
     # F is moved by S R, and the products F F^T by S Z^T + Z S^T with Z = (F + S R / 2) R^T: a class
     # under audit costs T^2 r products and not T^2 d.

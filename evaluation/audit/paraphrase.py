@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evaluation.audit.case import TINY, Case, Model
+from evaluation.audit.case import SHORTEST, Case, Model
 from evaluation.audit.interval import Accuracy, mean_value, share
 from evaluation.rules import holds, is_other_word
 
@@ -70,7 +70,7 @@ def _found(model: Model, case: Case) -> list[Accuracy]:
     rivals[:, case.label] = -torch.inf
     highest, place = rivals.max(dim=1, keepdim=True)  # (n, 1)
     texts = model.embed(torch.stack([prompt.hidden for prompt in case.prompts]))  # (P, d)
-    own = images @ texts.T / texts.norm(dim=1).clamp_min(TINY)  # (n, d) @ (d, P) -> (n, P)
+    own = images @ texts.T / texts.norm(dim=1).clamp_min(SHORTEST)  # (n, d) @ (d, P) -> (n, P)
     # Among equals the first class wins, as it does in zero-shot classification.
     found = (own > highest) | ((own == highest) & (place > case.label))
     return [share(right, len(images)) for right in found.sum(dim=0).tolist()]

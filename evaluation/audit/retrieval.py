@@ -11,6 +11,7 @@ from evaluation.audit.case import Case, Common, Model
 from evaluation.audit.interval import Accuracy, share
 
 CUTOFFS = (1, 5, 10)
+BLOCK = 64  # images at once: their cosines with all classes then stay in the cache
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -74,8 +75,12 @@ def _ranks_of_texts(model: Model) -> Tensor:
     the order of the classes, as argmax has it."""
     scores, labels = model.scores, model.bundle.labels[:, None]  # (N, C), (N, 1)
     own = scores.gather(1, labels)  # (N, 1)
+    blocks = list(zip(scores.split(BLOCK), own.split(BLOCK), strict=True))
+    ranks = torch.cat([(block > o).sum(dim=1) for block, o in blocks])
+    tied = torch.cat([(block == o).sum(dim=1) for block, o in blocks]) > 1
     columns = torch.arange(scores.shape[1])
-    return ((scores > own) | ((scores == own) & (columns < labels))).sum(dim=1)
+    ranks[tied] += ((scores[tied] == own[tied]) & (columns < labels[tied])).sum(dim=1)
+    return ranks
 
 
 def _ranks_of_images(model: Model) -> Tensor:
@@ -88,7 +93,11 @@ def _ranks_of_images(model: Model) -> Tensor:
     order = torch.arange(count)
     winners = torch.where(own == best[labels], order, count)
     first = winners.new_full((classes,), count).scatter_reduce(0, labels, winners, "amin")
-    return ((scores > best) | ((scores == best) & (order[:, None] < first))).sum(dim=0)
+    ranks = sum((block > best).sum(dim=0) for block in scores.split(BLOCK))
+    tied = sum((block == best).sum(dim=0) for block in scores.split(BLOCK)) > 1
+    earlier = order[:, None] < first[tied]
+    ranks[tied] += ((scores[:, tied] == best[tied]) & earlier).sum(dim=0)
+    return ranks
 
 
 def _recalls(ranks: Tensor, answers: int) -> dict[str, Accuracy]:

@@ -62,7 +62,7 @@ def audit_folder(
     Args:
         folder: `results/resultsATTEMPT/seed_SEED`.
         without: names of `MEASURES` to leave out.
-        places: `features`, `root`, `cache`, `weights`, where the run's own are no longer right.
+        places: those of `PLACES` where the run's own are no longer right.
 
     Returns:
         What the folder's audit.json now holds of these data sets and labels.
