@@ -114,15 +114,16 @@ class FeatureBundle:
         """Raise UserError naming `where` and the key if the bundle contradicts itself: wrong
         shapes or dtypes, NaN or inf, a label out of range, image features that are not normalised,
         a class without a name of its own, a template without the class's place."""
-        lists = {key: getattr(self, key) for key in LIST_KEYS} | self._audit_lists(where)
+        if not self.classnames:
+            raise _error(where, "classnames", "is empty")
         if problem := flaw(self.classnames):
             raise _error(where, "classnames", f"{problem}; a class has a name of its own")
         # Prompts may be made by no template: a word says by what ("ensemble").
         if self.template.count("{}") != 1 and not self.template.isidentifier():
             raise _error(where, "template", f"is {self.template!r}: it must hold {{}} once")
-        sizes = {"1": 1}
+        lists = {key: getattr(self, key) for key in LIST_KEYS} | self._audit_lists(where)
         rows = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
-        sizes |= {letter: len(lists[key]) for letter, key in rows.items() if key in lists}
+        sizes = {"1": 1} | {letter: len(lists[key]) for letter, key in rows.items() if key in lists}
         tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
         if "A" in sizes:
             tensors[AUDIT_HIDDEN] = (self.extra_tensors[AUDIT_HIDDEN], "Aw")
@@ -130,11 +131,10 @@ class FeatureBundle:
             expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
             for letter, size in zip(letters, tensor.shape, strict=False):
                 sizes.setdefault(letter, size)
-            if list(tensor.shape) != [sizes.get(letter) for letter in letters]:
+            shape = tuple(tensor.shape)
+            if shape != tuple(sizes.get(letter) for letter in letters):
                 named = f"; {rows[letters[0]]} holds a name a row" if letters[0] in rows else ""
-                raise _error(
-                    where, key, f"has shape {tuple(tensor.shape)}, expected ({expected}){named}"
-                )
+                raise _error(where, key, f"has shape {shape}, expected ({expected}){named}")
             if key == "labels":
                 if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
                     raise _error(where, key, f"are {tensor.dtype}, not integers")
@@ -142,35 +142,34 @@ class FeatureBundle:
                 raise _error(where, key, f"is {tensor.dtype}, not floating point")
             elif not torch.isfinite(tensor.float()).all():
                 raise _error(where, key, "holds NaN or infinite values")
-        for key, count in (
-            ("classnames", sizes["C"]),
-            ("text_projection", self.text_projection.numel()),
-        ):
-            if not count:
-                raise _error(where, key, "is empty")
-        if sizes["N"]:
-            low, high = int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= sizes["C"]:
-                message = f"run from {low} to {high}, not within 0 to {sizes['C'] - 1}"
-                raise _error(where, "labels", message)
-            worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
-            if worst > TOLERANCE:
-                message = f"are not L2-normalised (a norm is {worst:.3g} off 1)"
-                raise _error(where, "image_features", message)
+        if not self.text_projection.numel():
+            raise _error(where, "text_projection", "is empty")
+        if not len(self.labels):
+            return
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= sizes["C"]:
+            problem = f"run from {low} to {high}, not within 0 to {sizes['C'] - 1}"
+            raise _error(where, "labels", problem)
+        worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
+        if worst > TOLERANCE:
+            problem = f"are not L2-normalised (a norm is {worst:.3g} off 1)"
+            raise _error(where, "image_features", problem)
 
     def _audit_lists(self, where: str | Path) -> dict[str, list[str]]:
         """The lists of other words, of one length and of classes that there are; none if absent."""
-        keys = (*AUDIT_LISTS, AUDIT_HIDDEN)
-        held = [key for key in keys if key in self.extra or key in self.extra_tensors]
-        for key in keys if held else ():
+        held = [key for key in AUDIT_LISTS if key in self.extra]
+        held += [key for key in (AUDIT_HIDDEN,) if key in self.extra_tensors]
+        if not held:
+            return {}
+        for key in (*AUDIT_LISTS, AUDIT_HIDDEN):
             if key not in held:
                 raise _error(where, key, f"is missing, but there is {held[0]}")
-        lists = {key: _strings(where, key, self.extra[key]) for key in AUDIT_LISTS if held}
+        lists = {key: _strings(where, key, self.extra[key]) for key in AUDIT_LISTS}
         for key, values in lists.items():
             count = len(lists["audit_texts"])
             if len(values) != count:
                 raise _error(where, key, f"has {len(values)} entries, but audit_texts has {count}")
-        for name in set(lists.get("audit_classes", ())) - set(self.classnames):
+        for name in set(lists["audit_classes"]) - set(self.classnames):
             raise _error(where, "audit_classes", f"names {name!r}, which is no class of the bundle")
         return lists
 

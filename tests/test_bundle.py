@@ -124,7 +124,7 @@ WRONG = {
     "no strings": ("classnames", "[1, 2, 3]", "not a JSON list of strings"),
     "too few class names": ("classnames", json.dumps(["a", "b"]), r"\(2, 6\); classnames"),
     "too many names retained": ("retain_names", json.dumps(["a"] * 6), r"\(5, 6\)"),
-    "no classes": ("classnames", "[]", "expected"),
+    "no classes": ("classnames", "[]", "is empty"),
     "two classes of a name": (
         "classnames",
         '["owl", "a b", "a_b"]',
