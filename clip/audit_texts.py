@@ -55,16 +55,12 @@ def with_audit(
     words = {name: other_words(bundle, name) for name in bundle.classnames}
     stored = FeatureCache(source, cache)
     rows, entries = [], []
-    with tqdm(
-        total=sum(map(len, words.values())),
-        unit="text",
-        desc=f"clip: {bundle.dataset} in other words",
-        disable=not progress,
-    ) as bar:
-        for name, texts in words.items():
-            rows.append(stored.texts([entry.text for entry in texts]))
-            entries += [(entry.text, name, entry.kind) for entry in texts]
-            bar.update(len(texts))
+    title, total = f"clip: {bundle.dataset} in other words", sum(map(len, words.values()))
+    with tqdm(total=total, unit="text", desc=title, disable=not progress) as bar:
+        for name, found in words.items():
+            rows.append(stored.texts([text for text, _ in found]))
+            entries += [(text, name, kind) for text, kind in found]
+            bar.update(len(found))
     lists = zip(AUDIT_LISTS, zip(*entries, strict=True), strict=True)
     return replace(
         bundle,

@@ -65,15 +65,12 @@ def build_bundle(
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
 
     stored = FeatureCache(source, cache)
-    image_features = stored.images(
-        f"{dataset}-{split}",
-        [item.impath for item in items],
-        batch_size,
-        default_workers() if workers is None else workers,
-        progress,
-    )
+    if workers is None:  # two cores are what the model needs
+        cores = os.cpu_count() or 1
+        workers = 0 if cores <= 2 else min(8, cores - 1)
+    files = [item.impath for item in items]
     bundle = FeatureBundle(
-        image_features=image_features,
+        image_features=stored.images(f"{dataset}-{split}", files, batch_size, workers, progress),
         labels=torch.tensor([item.label for item in items]),
         class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
         forget_hidden=stored.texts(names),
@@ -91,12 +88,6 @@ def build_bundle(
     )
     bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
     return bundle
-
-
-def default_workers() -> int:
-    """Processes that load images: none on two cores, which the model needs, else up to eight."""
-    cores = os.cpu_count() or 1
-    return 0 if cores <= 2 else min(8, cores - 1)
 
 
 def main(argv: list[str] | None = None) -> None:

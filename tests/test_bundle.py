@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
+import train
 from clip import FeatureBundle, bundle_path, list_bundles, load_bundle
 from clip.bundle import FORMAT, SHAPES, load_bundles
 from engine import UserError
 from tests.clip_fixtures import one_line
+from tests.conftest import BACKBONE, toy_bundle
 
 REAL = Path(__file__).parents[2] / "shared" / "real_clip"
 N, C, M, W, D = 7, 3, 5, 6, 4
@@ -229,6 +231,18 @@ def test_bundles_of_a_run_are_of_one_model(tmp_path: Path) -> None:
     replace(bundle, dataset="Other").save(path)
     found = load_bundles(tmp_path, "ViT-B/32", names)
     assert list(found) == names and same(found["Some"], bundle)
+
+
+def test_a_run_on_bundles_of_two_models_is_refused(features: Path, toy_args, refused) -> None:
+    other = bundle_path(features, BACKBONE, "ToyTools")
+    other.unlink()
+    replace(toy_bundle("ToyTools"), weights="of another model").save(other)
+    message = refused(toy_args)
+    assert "different weights" in message
+    assert str(other) in message and str(bundle_path(features, BACKBONE, "ToyAnimals")) in message
+    other.unlink()
+    toy_bundle("ToyTools").save(other)
+    assert train.cli(toy_args) == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real features are not part of the repository")

@@ -154,6 +154,7 @@ def test_nan_weights_are_refused(mini: Path, tmp_path: Path) -> None:
     one_line(error)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested and quantised tensors are announced so
 def test_odd_tensors_are_one_line(mini: Path, tmp_path: Path) -> None:
     plain = torch.eye(3)
     odd = {
