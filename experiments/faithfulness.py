@@ -83,7 +83,8 @@ def accuracies(
     """In percent, for each change (w, d): the forgotten classes (mean), the rest of their set, the
     other sets (mean), and what each was before; nothing where the set has no images."""
     if not len(world.bundle.labels):
-        return [dict.fromkeys(ACCURACIES, math.nan) for _ in answers]
+        names = [*ACCURACIES, *(f"{name} before" for name in ACCURACIES)]
+        return [dict.fromkeys(names, math.nan)] * len(answers)
     changes = [(answer, torch.eye(answer.shape[1])) for answer in answers]
     found = []
     for rows in judged(world, [classes] * len(changes), changes):
