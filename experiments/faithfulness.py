@@ -26,7 +26,7 @@ from torch import Tensor
 
 import datasets
 from clip.architectures import architecture
-from clip.bundle import FeatureBundle, bundle_path, list_bundles
+from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine import UserError
 from engine.cli import Parser
@@ -64,7 +64,7 @@ def worlds(
     folder: Path, backbone: str, chosen: Iterable[str], opts: Sequence[str] = ()
 ) -> dict[str, World]:
     """The chosen sets of a folder of bundles, with the config keys (KEY VALUE) that are changed."""
-    found = {name: FeatureBundle.load(p) for name, p in list_bundles(folder, backbone).items()}
+    found = load_bundles(folder, backbone)
     return {
         name: World(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
         for name in chosen
@@ -241,8 +241,8 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
 def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
     """At least `count` classes of every set of a folder, evenly over the set."""
     chosen = {}
-    for dataset, path in list_bundles(folder, backbone).items():
-        names = FeatureBundle.load(path).classnames
+    for dataset, bundle in load_bundles(folder, backbone).items():
+        names = bundle.classnames
         chosen[dataset] = names[:: max(1, len(names) // count)][:count]
     return chosen
 

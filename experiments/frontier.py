@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from clip.bundle import FeatureBundle, list_bundles
+from clip.bundle import FeatureBundle, load_bundles
 from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
@@ -236,8 +236,7 @@ def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
     Raises:
         UserError: fewer than two, so that nobody can be harmed.
     """
-    bundles = [FeatureBundle.load(path) for path in list_bundles(folder, backbone).values()]
-    bundles = [bundle for bundle in bundles if len(bundle.labels)]
+    bundles = [found for found in load_bundles(folder, backbone).values() if len(found.labels)]
     if len(bundles) < 2:
         raise UserError(f"{folder} has {len(bundles)} image sets of {backbone}; two are needed")
     return bundles
