@@ -32,7 +32,7 @@ from evaluation.audit.inputs import Encode, Inputs, recover, select
 from evaluation.audit.prompts import prompts_for
 from evaluation.audit.record import Audits, merge_audits, read_audits
 from evaluation.audit.verdict import verdict
-from evaluation.results import SEPARATOR, SETTINGS, Logs, join_label, read_logs
+from evaluation.results import SEPARATOR, SETTINGS, Logs, join_label, read_logs, split_label
 from evaluation.zero_shot import Factors
 from forgetting import Adapter, load_adapter, projection_sha256
 
@@ -180,9 +180,7 @@ class _Results:
         few = random.Random(f"{self.common.seed}/{self.common.bundle.dataset}/{label}").sample(
             others, min(STRANGERS, len(others))
         )
-        few = [
-            other for other in sorted(few) if not set(other.split(SEPARATOR)) & set(case.forgotten)
-        ]
+        few = [other for other in sorted(few) if not set(split_label(other)) & set(case.forgotten)]
         if not few:
             return None
         chosen = few[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
@@ -218,7 +216,7 @@ class _Results:
         """A label's adapter, which must be one of its classes and of the bundle's projection."""
         path = self.path(label)
         adapter = load_adapter(path)
-        if join_label(adapter.classes) != label:
+        if label not in (join_label(adapter.classes), SEPARATOR.join(adapter.classes)):
             raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
         if adapter.projection_sha256 != self.projection:
             raise UserError(

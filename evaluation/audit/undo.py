@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evaluation.audit.attacker import TINY, Attacker, attacker
 from evaluation.audit.case import Case, Model
-from evaluation.results import SEPARATOR
+from evaluation.results import split_label
 from evaluation.zero_shot import Factors
 
 SHOWN = 5  # names that an attack puts first
@@ -60,7 +60,7 @@ def measure(case: Case) -> dict[str, Any]:
         reasons.append("original_known: the projection is the original's to rounding")
     if case.stranger is not None:
         label, factors = case.stranger
-        named = [*case.forgotten, *label.split(SEPARATOR)]
+        named = [*case.forgotten, *split_label(label)]
         attacks["two_adapters"] = _difference(case, known, Model(case.common, factors), named)
     else:
         reasons.append("two_adapters: no second adapter of the same run")
