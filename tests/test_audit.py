@@ -226,14 +226,16 @@ def test_what_was_audited_is_not_audited_again(results, monkeypatch):
 def test_a_stranger_forgets_none_of_the_classes(results):
     logs = read_logs(results)["ToyAnimals"]
     common = Common(toy_bundle("ToyAnimals"))
-    there = _Results(results, logs, common)
-    (case,) = there.cases("cat", None).values()
-    label, factors = case.stranger
-    assert label == "C/V" and torch.equal(factors[0], there.adapter("C/V").left)
-    alone = _Results(results, {"cat": logs["cat"]}, common)
-    assert alone.cases("cat", None)["cat"].stranger is None
-    both = _Results(results, {"cat": logs["cat"], "cat|owl": {}, "owl|cat": {}}, common)
-    assert both.cases("cat", None)["cat"].stranger is None, "the class would cancel out"
+
+    def stranger(*others: dict[str, dict]):
+        there = _Results(results, {"cat": logs["cat"]} | dict(*others), common)
+        return there.with_stranger("cat", there.cases("cat", None)["cat"]).stranger
+
+    classes, (left, _) = stranger({"C/V": logs["C/V"]})
+    assert classes == ["C/V"] and left.shape[1] == 1
+    assert stranger() is None
+    with_cat = {"final_results": {"ToyAnimals": {"cat": {}, "owl": {}}}}
+    assert stranger({"cat|owl": with_cat, "owl|cat": with_cat}) is None, "it would cancel out"
 
 
 def test_a_broken_off_audit_keeps_what_it_found(results, monkeypatch):

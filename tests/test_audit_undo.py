@@ -176,7 +176,7 @@ def test_the_changed_projection_alone_betrays_the_text():
 def test_two_adapters_betray_both():
     bundle = names()
     case = asked(bundle, [3], constrained(bundle, [3]))
-    found = undo.measure(replace(case, stranger=("Names 6", constrained(bundle, [6]))))
+    found = undo.measure(replace(case, stranger=(["Names 6"], constrained(bundle, [6]))))
     both = found["attacks"]["two_adapters"]
     assert both["rank"] == both["rank_expected"] == 2 and both["text_cosine"] > 0.99
     assert both["place"] == 1 and both["places"] == [1, 1]

@@ -186,8 +186,8 @@ class Case:
         after: the changed model.
         prompts: other words for the class, see `Prompt`; unmeasured: a line for each kind of words
             that could not be had.
-        stranger: label and factors of an adapter of other classes of the same run, as somebody who
-            collects published models would have it; None if there is none.
+        stranger: an adapter of other classes of the same run, which it forgets by its factors, as
+            somebody who collects published models would have it; None if there is none.
     """
 
     name: str
@@ -195,7 +195,7 @@ class Case:
     after: Model
     prompts: list[Prompt] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
-    stranger: tuple[str, Factors] | None = None
+    stranger: tuple[list[str], Factors] | None = None
 
     @property
     def common(self) -> Common:

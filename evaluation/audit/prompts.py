@@ -15,7 +15,7 @@ from datasets.words.lexicon import words_of
 from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import Common, Prompt
 
-WORDS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
+FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
@@ -89,7 +89,7 @@ def _other_words(
         rows = [
             (entry.text, entry.kind, hidden) for entry, hidden in zip(words, states, strict=True)
         ]
-    absent = [kind for kind in WORDS if all(kind != there for _, there, _ in rows)]
+    absent = [kind for kind in FROM_LISTS if all(kind != there for _, there, _ in rows)]
     if not absent:
         return rows, []
     hint = "" if installed() else f", and {ABSENT}"

@@ -32,8 +32,7 @@ from evaluation.audit.inputs import Encode, Inputs, recover, select
 from evaluation.audit.prompts import prompts_for
 from evaluation.audit.record import Audits, merge_audits, read_audits
 from evaluation.audit.verdict import verdict
-from evaluation.results import SEPARATOR, SETTINGS, Logs, join_label, read_logs, split_label
-from evaluation.zero_shot import Factors
+from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
 
 MEASURES = {
@@ -125,7 +124,8 @@ def audit_dataset(
                 continue
             with one_thread():
                 classes = {
-                    name: audit_class(case, measures, kept[name]) for name, case in cases.items()
+                    name: audit_class(results.with_stranger(label, case), measures, kept[name])
+                    for name, case in cases.items()
                 }
             batch.add((dataset, label, stamp | {"classes": classes}))
 
@@ -169,23 +169,24 @@ class _Results:
         cases = {}
         for name in adapter.classes:
             prompts, unmeasured = prompts_for(self.common, name, seen, encode)
-            case = Case(name, adapter.classes, after, prompts, unmeasured)
-            cases[name] = replace(case, stranger=self.stranger(label, case))
+            cases[name] = Case(name, adapter.classes, after, prompts, unmeasured)
         return cases
 
-    def stranger(self, label: str, case: Case) -> tuple[str, Factors] | None:
-        """One of a few other adapters that forget none of the case's classes, with its label; the
-        same one in every run."""
-        others = [other for other in self.labels if other != label]
-        few = random.Random(f"{self.common.seed}/{self.common.bundle.dataset}/{label}").sample(
-            others, min(STRANGERS, len(others))
-        )
-        few = [other for other in sorted(few) if not set(split_label(other)) & set(case.forgotten)]
+    def with_stranger(self, label: str, case: Case) -> Case:
+        """The case with one of a few other adapters that forget none of its classes, if there is
+        one: the same one in every run."""
+        dataset, others = self.common.bundle.dataset, [key for key in self.labels if key != label]
+        draw = random.Random(f"{self.common.seed}/{dataset}/{label}")
+        few = {
+            other: list(self.logs[other]["final_results"][dataset])
+            for other in sorted(draw.sample(others, min(STRANGERS, len(others))))
+        }
+        few = {other: names for other, names in few.items() if not set(names) & set(case.forgotten)}
         if not few:
-            return None
-        chosen = few[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
+            return case
+        chosen = list(few)[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
         adapter = self.adapter(chosen)
-        return chosen, (adapter.left, adapter.right)
+        return replace(case, stranger=(few[chosen], (adapter.left, adapter.right)))
 
     @cached_property
     def labels(self) -> list[str]:
@@ -216,7 +217,7 @@ class _Results:
         """A label's adapter, which must be one of its classes and of the bundle's projection."""
         path = self.path(label)
         adapter = load_adapter(path)
-        if label not in (join_label(adapter.classes), SEPARATOR.join(adapter.classes)):
+        if adapter.classes != list(self.logs[label]["final_results"][self.common.bundle.dataset]):
             raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
         if adapter.projection_sha256 != self.projection:
             raise UserError(

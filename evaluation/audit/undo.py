@@ -16,12 +16,11 @@ from torch import Tensor
 
 from evaluation.audit.attacker import TINY, Attacker, attacker
 from evaluation.audit.case import Case, Model
-from evaluation.results import split_label
 from evaluation.zero_shot import Factors
 
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
-WORDS = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
+NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
 NOTHING: dict[str, Any] = {
     "rank": None,
     "rank_expected": None,
@@ -59,9 +58,9 @@ def measure(case: Case) -> dict[str, Any]:
     if attacks["original_known"]["rank"] == 0:
         reasons.append("original_known: the projection is the original's to rounding")
     if case.stranger is not None:
-        label, factors = case.stranger
-        named = [*case.forgotten, *split_label(label)]
-        attacks["two_adapters"] = _difference(case, known, Model(case.common, factors), named)
+        classes, factors = case.stranger
+        other = Model(case.common, factors)
+        attacks["two_adapters"] = _difference(case, known, other, [*case.forgotten, *classes])
     else:
         reasons.append("two_adapters: no second adapter of the same run")
     w = case.bundle.text_projection
@@ -163,7 +162,7 @@ def _alone(case: Case, known: Attacker) -> dict[str, Any]:
 
 def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> dict[str, Any]:
     """Places of the names that were forgotten, and the names of highest score."""
-    same = [prompt.text for prompt in case.prompts if prompt.kind in WORDS]
+    same = [prompt.text for prompt in case.prompts if prompt.kind in NAMING]
     rows = [known.find(name) for name in named]
     innocent = torch.ones(len(scores), dtype=torch.bool)
     innocent[[row for row in (*rows, *map(known.find, same)) if row is not None]] = False
