@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from engine import TRAINER_REGISTRY
 from engine.config import paper_weights
+from evaluation.results import place
 from forgetting import (
     ForgetProblem,
     LoraSettings,
@@ -171,7 +172,7 @@ class ForgetOptimum(PaperTrainer):
         """The statistics of the vocabulary, without which adapters of this objective do not
         compose."""
         name = f"statistics-{self.retain.statistics.sha256[:12]}.safetensors"
-        path = folder / self.plan.dataset / name
+        path = folder / place(self.plan.dataset) / name
         if not path.exists():
             self.retain.statistics.save(path)
             print(f"statistics of the vocabulary, for composing: {path}")
