@@ -144,7 +144,7 @@ def outcomes(own: ZeroShot, others: Sequence[ZeroShot], left: Tensor, d: Tensor)
     return table
 
 
-def means(table: pd.DataFrame) -> dict[str, float | str]:
+def row_of(table: pd.DataFrame) -> dict[str, float | str]:
     """One row of the frontier: percentage points; for the margins, cosines.
 
     `rest` and `others` are changes, negative for harm, `worst` those of one class and one set. What
@@ -190,7 +190,7 @@ def frontier(bundles: Sequence[FeatureBundle]) -> pd.DataFrame:
                 left = alone.left(mu)
                 for target, beta, d in moves:
                     here = place | {"target": target, "beta": beta, "mu": mu}
-                    rows.append(here | means(outcomes(own, others, left, d)))
+                    rows.append(here | row_of(outcomes(own, others, left, d)))
     return pd.DataFrame(rows)
 
 

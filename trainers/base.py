@@ -33,8 +33,8 @@ from evaluation.results import (
     check_folder,
     is_done,
     join_label,
-    label_file,
     merge_results,
+    place,
     read_logs,
 )
 from evaluation.rules import Fate, fate
@@ -330,7 +330,7 @@ class ForgetTrainer(SimpleTrainer):
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
         ):
-            place = f"{self.plan.dataset}/{label_file(label)}"
+            path = place(self.plan.dataset, label)
             report = {
                 "name": self.name,
                 "settings": solver_settings,
@@ -351,13 +351,13 @@ class ForgetTrainer(SimpleTrainer):
             if answer.recipe:
                 adapter = with_recipe(adapter, answer.recipe, answer.parts)
             if self.cfg.FORGET.SAVE_MODEL:
-                report["model"] = f"{place}.pt"
+                report["model"] = f"{path}.pt"
             before = self.judge.before(classes)
             # Not in the adapter: the same run makes the same file.
             report = report | {"seconds": seconds}
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             finished.append(
-                Finished(label, entry, adapter, adapter_bytes(adapter), f"{place}.safetensors")
+                Finished(label, entry, adapter, adapter_bytes(adapter), f"{path}.safetensors")
             )
             self._print(classes, entry, answer.notes, seconds)
         return finished
