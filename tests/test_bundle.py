@@ -237,6 +237,7 @@ def test_a_run_on_bundles_of_two_models_is_refused(features: Path, toy_args, ref
     other = bundle_path(features, BACKBONE, "ToyTools")
     other.unlink()
     replace(toy_bundle("ToyTools"), weights="of another model").save(other)
+    toy_args += ["--forget", "cat"]
     message = refused(toy_args)
     assert "different weights" in message
     assert str(other) in message and str(bundle_path(features, BACKBONE, "ToyAnimals")) in message
