@@ -187,16 +187,15 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder of feature bundles at {folder}")
-    found = {
-        path.stem: path for path in bundle_path(folder, backbone, "*").parent.glob(f"*{SUFFIX}")
-    }
-    if not found:
+    # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
+    paths = sorted(bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}"))
+    if not paths:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
         raise UserError(
             f"no feature bundle of {backbone} in {folder}; "
             f"backbones there: {', '.join(others) or 'none'}"
         )
-    return dict(sorted(found.items()))
+    return {path.stem: path for path in paths}
 
 
 def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundle:
