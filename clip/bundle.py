@@ -188,14 +188,15 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"no folder of feature bundles at {folder}")
     # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
-    paths = sorted(bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}"))
-    if not paths:
+    paths = bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}")
+    found = {path.stem: path for path in paths}
+    if not found:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
         raise UserError(
             f"no feature bundle of {backbone} in {folder}; "
             f"backbones there: {', '.join(others) or 'none'}"
         )
-    return {path.stem: path for path in paths}
+    return dict(sorted(found.items()))
 
 
 def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundle:
