@@ -28,10 +28,11 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from clip.architectures import architecture
+from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
 from engine.cli import Parser, run
 from engine.errors import UserError
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_existing
 
 STEPS = 1500
 BATCH = 256  # pictures a step: one of each class, then of vocabulary names in random order
@@ -71,17 +72,6 @@ def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255  # (n, 3, s, s)
     mean, std = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD])[:, :, None, None]
     return (stack - mean) / std
-
-
-def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Pooled hidden states (n, w) after `ln_final`, without the padding behind the longest text.
-
-    The mask is causal, so padding reaches no state in front of it; leaving it out halves the cost.
-    """
-    length = int(tokens.argmax(dim=1).max()) + 1
-    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]  # (n, l, w)
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    return x[torch.arange(len(x)), tokens.argmax(dim=1)]  # (n, w)
 
 
 def crowding(hidden: Tensor, same: Tensor) -> Tensor:
@@ -201,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least 1 is needed")
-    if args.out.exists():
-        raise UserError(f"{args.out} exists and is not overwritten; choose another --out")
+    refuse_existing(args.out, "choose another --out")
     torch.set_num_threads(THREADS)
     model = train(args.seed, args.steps)
     config = json.loads(architecture("mini").config.read_text(encoding="utf-8"))

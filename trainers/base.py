@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
-from clip.bundle import FeatureBundle, load_bundle
+from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import retain_set
@@ -139,34 +139,32 @@ class ForgetTrainer(SimpleTrainer):
         """The bundle of the set, those of the other sets, and Dassl's names for the classes."""
         cfg = self.cfg
         backbone = cfg.MODEL.BACKBONE.NAME
+        names = [self.plan.dataset, *self.plan.others]
         if cfg.FEATURES.DIR:
             self.source = encode = None
-
-            def load(name: str) -> FeatureBundle:
-                return load_bundle(cfg.FEATURES.DIR, backbone, name)
+            bundles = load_bundles(cfg.FEATURES.DIR, backbone, names)
         else:
             self.source = ClipSource(
                 backbone, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE, self.device
             )
             encode = FeatureCache(self.source, cfg.FEATURES.CACHE).texts
-
-            def load(name: str) -> FeatureBundle:
-                own = name == cfg.DATASET.NAME
-                return build_bundle(
+            bundles = {
+                name: build_bundle(
                     name,
                     self.source,
                     cfg.DATASET.ROOT,
                     cfg.FEATURES.CACHE,
-                    template=(cfg.DATASET.TEMPLATE or None) if own else None,
+                    template=(cfg.DATASET.TEMPLATE or None) if name == names[0] else None,
                     batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
                     workers=cfg.DATALOADER.NUM_WORKERS,
                 )
-
+                for name in names
+            }
         for name, reason in self.plan.absent.items():
             print(f"not evaluated: {name} ({reason})")
-        self.bundle = load(self.plan.dataset)
+        self.bundle = bundles.pop(self.plan.dataset)
+        self.others = bundles
         check_prompts(self.prompts, self.bundle)
-        self.others = {name: load(name) for name in self.plan.others}
         self.texts = Texts(self.bundle, encode, self.prompts)
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
         self.num_classes = len(self.bundle.classnames)

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from datasets.lists import entries
-from datasets.names import key, plain
+from datasets.names import entries, key, plain
 from datasets.table import SETS
 from datasets.words.cars import car_words
 from datasets.words.wordnet import wordnet_words
