@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify_constrained
-from forgetting.problem import ProblemError
+from forgetting.problem import LARGEST, ProblemError, matrix, number
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
+LONGEST = 2**24  # requests
 BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 
 
@@ -39,11 +40,13 @@ class Ridge:
     mu: float
 
     def __post_init__(self) -> None:
-        if not self.mu > 0:
-            raise ProblemError(f"the ridge mu must be positive, got {self.mu}")
-        gram = self.gram.double()
-        matrix = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        root, info = torch.linalg.cholesky_ex(matrix)
+        if not number(self.mu) or not 1 / LARGEST <= self.mu <= LARGEST:
+            raise ProblemError(f"the ridge mu must be positive, got {self.mu!r}")
+        gram = matrix("the retain statistics", self.gram).double()
+        if gram.shape[0] != gram.shape[1] or not len(gram):
+            raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")
+        ridged = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        root, info = torch.linalg.cholesky_ex(ridged)
         if info:
             raise ProblemError("the retain statistics are not positive semidefinite")
         object.__setattr__(self, "gram", gram)
@@ -51,7 +54,8 @@ class Ridge:
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
-        return torch.cholesky_solve(rows.double().T, self._root).T
+        rows = matrix("rows", rows, len(self.gram)).to(self.gram)
+        return torch.cholesky_solve(rows.T, self._root).T
 
 
 @dataclass(frozen=True)
@@ -124,16 +128,18 @@ def solve_constrained_each(
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    device = ridge.gram.device
-    h, d, rows, shares = (x.double().to(device) for x in (hidden, displacement, rows, shares))
-    owner, leaving = owner.to(device), leaving.to(device)
+    gram = ridge.gram
+    h, rows = matrix("hidden states", hidden), matrix("leaving texts", rows)
+    d = matrix("displacements", displacement).to(gram)
+    shares = matrix("shares", shares[None] if isinstance(shares, Tensor) else shares)[0].to(gram)
+    h, rows, owner, leaving = h.to(gram), rows.to(gram), indices(owner, gram), mask(leaving, gram)
     shapes = (len(d), len(owner), h.shape[1:], rows.shape[1:], len(shares), leaving.shape[1])
-    width = ridge.gram.shape[:1]
-    if shapes != (len(h), len(h), width, width, len(rows), len(rows)):
+    width = gram.shape[:1]
+    if shapes != (len(h), len(h), width, width, len(rows), len(rows)) or (shares < 0).any():
         raise ProblemError(
             f"{tuple(h.shape)} hidden states, {tuple(d.shape)} displacements, {len(rows)} leaving "
-            f"texts with {len(shares)} shares and statistics of {len(ridge.gram)} dimensions do "
-            "not fit together"
+            f"texts with {len(shares)} shares of 0 or more and statistics of {len(gram)} "
+            "dimensions do not fit together"
         )
     part = leaving.any(dim=0) & (shares > 0)
     rows, shares, leaving = rows[part], shares[part], leaving[:, part]
@@ -155,6 +161,22 @@ def solve_constrained_each(
         for i, request in enumerate(requests.tolist()):
             found[request] = ConstrainedSolution(left[i], right[i], proofs[i], residual[i])
     return found
+
+
+def indices(owner: object, like: Tensor) -> Tensor:
+    """`owner` (k,) as int64 on the device of `like`; ProblemError if it holds no indices."""
+    if not isinstance(owner, Tensor) or owner.ndim != 1 or owner.dtype != torch.int64:
+        raise ProblemError("owner must be a tensor of int64, the request of each text")
+    if len(owner) and (owner.min() < 0 or owner.max() >= max(LONGEST, 2 * len(owner))):
+        raise ProblemError(f"owner holds {int(owner.min())} to {int(owner.max())}, no requests")
+    return owner.to(like.device)
+
+
+def mask(leaving: object, like: Tensor) -> Tensor:
+    """`leaving` as a matrix of truth values on the device of `like`; ProblemError if it is none."""
+    if not isinstance(leaving, Tensor) or leaving.ndim != 2 or leaving.dtype != torch.bool:
+        raise ProblemError("leaving must be a matrix of truth values, a row a request")
+    return leaving.to(like.device)
 
 
 def batches(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -192,10 +214,13 @@ def padded(leaving: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         places (B, n'), row numbers, and weights (B, n'), their shares; 0 where a list is padded.
     """
-    longest = int(leaving.sum(dim=1).max()) if len(leaving) else 0
-    there, places = leaving.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-    places, there = places[:, :longest], there[:, :longest]
-    return places, shares[places] * there
+    request, place = leaving.nonzero(as_tuple=True)  # in order of the requests
+    count = torch.bincount(request, minlength=len(leaving))  # (B,); a sum would copy the mask
+    slot = torch.arange(len(place), device=place.device) - (count.cumsum(0) - count)[request]
+    places = place.new_zeros(len(leaving), int(count.max()) if len(count) else 0)
+    weights = shares.new_zeros(places.shape)
+    places[request, slot], weights[request, slot] = place, shares[place]
+    return places, weights
 
 
 def downdate(

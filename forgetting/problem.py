@@ -12,8 +12,52 @@ from torch import Tensor
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
 
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 1e40  # of any number: products of four of them stay in the range of float64
+
+
 class ProblemError(ValueError):
     """Input that no solver can work on; the message is one line."""
+
+
+def matrix(name: str, value: object, width: int | None = None) -> Tensor:
+    """`value` as a plain matrix of floating point numbers, without a gradient.
+
+    Args:
+        name: what to call it in a message; width: the number of columns that it must have.
+
+    Raises:
+        ProblemError: no tensor, another shape or kind, NaN, or numbers whose squares overflow.
+    """
+    if not isinstance(value, Tensor):
+        raise ProblemError(
+            f"{name} must be a torch tensor, not {type(value).__name__}; torch.as_tensor makes one"
+        )
+    if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type == "meta":
+        raise ProblemError(
+            f"{name} must be a dense tensor of {', '.join(str(t)[6:] for t in DTYPES)}, "
+            f"got {value.dtype}, {value.layout} on {value.device}"
+        )
+    if value.ndim != 2 or (width is not None and value.shape[1] != width):
+        wanted = "a matrix" if width is None else f"a matrix of {width} columns"
+        raise ProblemError(f"{name} must be {wanted}, its shape is {tuple(value.shape)}")
+    value = value.detach()
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        value = value.clone()
+    if not torch.isfinite(value).all():
+        raise ProblemError(f"{name} holds NaN or infinite values")
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    if largest > LARGEST or 0 < largest < 1 / LARGEST:
+        raise ProblemError(
+            f"{name} holds numbers up to {largest:.1e}, whose squares are out of range; "
+            f"scale it to between {1 / LARGEST:.0e} and {LARGEST:.0e}"
+        )
+    return value
+
+
+def number(value: object) -> bool:
+    """Whether `value` is a finite number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -55,20 +99,17 @@ class ForgetProblem:
 
     def __post_init__(self) -> None:
         tensors = {
-            name: getattr(self, name)
+            name: matrix(name, getattr(self, name))
             for name in ("projection", "forget_hidden", "retain_hidden", "target")
         }
         for name, tensor in tensors.items():
-            if tensor.ndim != 2:
-                raise ProblemError(f"{name} must be a matrix, its shape is {tuple(tensor.shape)}")
-            if not tensor.is_floating_point():
-                raise ProblemError(f"{name} must hold floating point numbers, not {tensor.dtype}")
-            if not torch.isfinite(tensor).all():
-                raise ProblemError(f"{name} holds NaN or infinite values")
+            object.__setattr__(self, name, tensor)
         w, d = self.projection.shape
         k = self.forget_hidden.shape[0]
         if k == 0:
             raise ProblemError("forget_hidden is empty: name at least one text to forget")
+        if w == 0 or d == 0:
+            raise ProblemError(f"a projection of shape {(w, d)} has nothing to change")
         expected = {
             "forget_hidden": (k, w),
             "retain_hidden": (self.retain_hidden.shape[0], w),
@@ -87,12 +128,17 @@ class ForgetProblem:
             value = getattr(self, name)
             if name == "lamb_forget" and value == AUTO:
                 continue
-            if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
-                raise ProblemError(f"{name} must be finite and not negative, got {value!r}")
-        if self.rank < 1:
-            raise ProblemError(f"rank must be at least 1, got {self.rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ProblemError(f"alpha must be finite and positive, got {self.alpha}")
+            if not number(value) or not (value == 0 or 1 / LARGEST <= value <= LARGEST):
+                raise ProblemError(
+                    f"{name} must be 0, or a number from {1 / LARGEST:.0e} to {LARGEST:.0e}, "
+                    f"got {value!r}"
+                )
+        if not (isinstance(self.rank, int) and 1 <= self.rank <= LARGEST):
+            raise ProblemError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not (number(self.alpha) and 1 / LARGEST <= self.alpha <= LARGEST):
+            raise ProblemError(
+                f"alpha must be positive and at most {LARGEST:.0e}, got {self.alpha!r}"
+            )
 
     @cached_property
     def double(self) -> ForgetProblem:
