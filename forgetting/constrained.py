@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify_constrained
-from forgetting.problem import LARGEST, ProblemError, matrix, number
+from forgetting.checks import ProblemError, indices, mask, matrix, number, vector
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
-LONGEST = 2**24  # requests
 BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 
 
@@ -40,8 +39,7 @@ class Ridge:
     mu: float
 
     def __post_init__(self) -> None:
-        if not number(self.mu) or not 1 / LARGEST <= self.mu <= LARGEST:
-            raise ProblemError(f"the ridge mu must be positive, got {self.mu!r}")
+        number("the ridge mu", self.mu, above=0.0)
         gram = matrix("the retain statistics", self.gram).double()
         if gram.shape[0] != gram.shape[1] or not len(gram):
             raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")
@@ -98,13 +96,14 @@ def solve_constrained(
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    leaving = forget_hidden[:0] if leaving is None else leaving
-    shares = forget_hidden.new_zeros(0) if shares is None else shares
-    owner = torch.zeros(len(forget_hidden), dtype=torch.int64)
+    hidden = matrix("forget_hidden", forget_hidden)
+    leaving = hidden[:0] if leaving is None else matrix("leaving", leaving)
+    shares = hidden.new_zeros(0) if shares is None else shares
+    owner = torch.zeros(len(hidden), dtype=torch.int64)
     everything = torch.ones(1, len(leaving), dtype=torch.bool)
-    return solve_constrained_each(
-        ridge, forget_hidden, displacement, owner, leaving, shares, everything
-    )[0]
+    return solve_constrained_each(ridge, hidden, displacement, owner, leaving, shares, everything)[
+        0
+    ]
 
 
 def solve_constrained_each(
@@ -129,18 +128,11 @@ def solve_constrained_each(
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
     gram = ridge.gram
-    h, rows = matrix("hidden states", hidden), matrix("leaving texts", rows)
-    d = matrix("displacements", displacement).to(gram)
-    shares = matrix("shares", shares[None] if isinstance(shares, Tensor) else shares)[0].to(gram)
-    h, rows, owner, leaving = h.to(gram), rows.to(gram), indices(owner, gram), mask(leaving, gram)
-    shapes = (len(d), len(owner), h.shape[1:], rows.shape[1:], len(shares), leaving.shape[1])
-    width = gram.shape[:1]
-    if shapes != (len(h), len(h), width, width, len(rows), len(rows)) or (shares < 0).any():
-        raise ProblemError(
-            f"{tuple(h.shape)} hidden states, {tuple(d.shape)} displacements, {len(rows)} leaving "
-            f"texts with {len(shares)} shares of 0 or more and statistics of {len(gram)} "
-            "dimensions do not fit together"
-        )
+    h, rows = (matrix(n, x, len(gram)).to(gram) for n, x in (("hidden", hidden), ("rows", rows)))
+    d = matrix("displacement", displacement, count=len(h)).to(gram)
+    shares = vector("shares", shares, len(rows)).to(gram)
+    leaving = mask("leaving", leaving, None, len(rows)).to(gram.device)
+    owner = indices("owner", owner, len(h), len(leaving)).to(gram.device)
     part = leaving.any(dim=0) & (shares > 0)
     rows, shares, leaving = rows[part], shares[part], leaving[:, part]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
@@ -161,22 +153,6 @@ def solve_constrained_each(
         for i, request in enumerate(requests.tolist()):
             found[request] = ConstrainedSolution(left[i], right[i], proofs[i], residual[i])
     return found
-
-
-def indices(owner: object, like: Tensor) -> Tensor:
-    """`owner` (k,) as int64 on the device of `like`; ProblemError if it holds no indices."""
-    if not isinstance(owner, Tensor) or owner.ndim != 1 or owner.dtype != torch.int64:
-        raise ProblemError("owner must be a tensor of int64, the request of each text")
-    if len(owner) and (owner.min() < 0 or owner.max() >= max(LONGEST, 2 * len(owner))):
-        raise ProblemError(f"owner holds {int(owner.min())} to {int(owner.max())}, no requests")
-    return owner.to(like.device)
-
-
-def mask(leaving: object, like: Tensor) -> Tensor:
-    """`leaving` as a matrix of truth values on the device of `like`; ProblemError if it is none."""
-    if not isinstance(leaving, Tensor) or leaving.ndim != 2 or leaving.dtype != torch.bool:
-        raise ProblemError("leaving must be a matrix of truth values, a row a request")
-    return leaving.to(like.device)
 
 
 def batches(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:

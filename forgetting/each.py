@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import certify_each
+from forgetting.checks import mask
 from forgetting.constrained import padded
 from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import Spectrum, find_roots
 
 NEAR_KERNEL = 1e-6  # of the largest mu that there can be
@@ -79,11 +80,7 @@ def solve_each(
     device = exact.projection.device
     if leaving is None:
         leaving = torch.zeros(count, m, dtype=torch.bool)
-    if leaving.shape != (count, m) or leaving.dtype != torch.bool:
-        raise ProblemError(
-            f"leaving must be a mask of shape {(count, m)}, got {tuple(leaving.shape)} "
-            f"{leaving.dtype}"
-        )
+    leaving = mask("leaving", leaving, count, m)
     leaving = leaving.to(device)
     d = exact.displacement  # (C, d)
     left, right = torch.zeros_like(exact.forget_hidden), d.clone()

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.checks import ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import DEPENDENT, Reduced, Spectrum, best_ridge
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one

@@ -2,62 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from forgetting.checks import ProblemError, matrices, number, weight, whole
+
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
-
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-LARGEST = 1e40  # of any number: products of four of them stay in the range of float64
-
-
-class ProblemError(ValueError):
-    """Input that no solver can work on; the message is one line."""
-
-
-def matrix(name: str, value: object, width: int | None = None) -> Tensor:
-    """`value` as a plain matrix of floating point numbers, without a gradient.
-
-    Args:
-        name: what to call it in a message; width: the number of columns that it must have.
-
-    Raises:
-        ProblemError: no tensor, another shape or kind, NaN, or numbers whose squares overflow.
-    """
-    if not isinstance(value, Tensor):
-        raise ProblemError(
-            f"{name} must be a torch tensor, not {type(value).__name__}; torch.as_tensor makes one"
-        )
-    if value.layout != torch.strided or value.dtype not in DTYPES or value.device.type == "meta":
-        raise ProblemError(
-            f"{name} must be a dense tensor of {', '.join(str(t)[6:] for t in DTYPES)}, "
-            f"got {value.dtype}, {value.layout} on {value.device}"
-        )
-    if value.ndim != 2 or (width is not None and value.shape[1] != width):
-        wanted = "a matrix" if width is None else f"a matrix of {width} columns"
-        raise ProblemError(f"{name} must be {wanted}, its shape is {tuple(value.shape)}")
-    value = value.detach()
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        value = value.clone()
-    if not torch.isfinite(value).all():
-        raise ProblemError(f"{name} holds NaN or infinite values")
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    if largest > LARGEST or 0 < largest < 1 / LARGEST:
-        raise ProblemError(
-            f"{name} holds numbers up to {largest:.1e}, whose squares are out of range; "
-            f"scale it to between {1 / LARGEST:.0e} and {LARGEST:.0e}"
-        )
-    return value
-
-
-def number(value: object) -> bool:
-    """Whether `value` is a finite number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -98,47 +51,32 @@ class ForgetProblem:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        tensors = {
-            name: matrix(name, getattr(self, name))
-            for name in ("projection", "forget_hidden", "retain_hidden", "target")
-        }
-        for name, tensor in tensors.items():
+        names = ("projection", "forget_hidden", "retain_hidden", "target")
+        for name, tensor in zip(
+            names, matrices(**{n: getattr(self, n) for n in names}), strict=True
+        ):
             object.__setattr__(self, name, tensor)
-        w, d = self.projection.shape
-        k = self.forget_hidden.shape[0]
+        (w, d), k = self.projection.shape, len(self.forget_hidden)
         if k == 0:
             raise ProblemError("forget_hidden is empty: name at least one text to forget")
         if w == 0 or d == 0:
             raise ProblemError(f"a projection of shape {(w, d)} has nothing to change")
         expected = {
             "forget_hidden": (k, w),
-            "retain_hidden": (self.retain_hidden.shape[0], w),
+            "retain_hidden": (len(self.retain_hidden), w),
             "target": (k, d),
         }
         for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
+            if getattr(self, name).shape != shape:
                 raise ProblemError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, expected {shape} for a "
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        if len({(t.dtype, t.device) for t in tensors.values()}) != 1:
-            kinds = ", ".join(f"{n}: {t.dtype} on {t.device}" for n, t in tensors.items())
-            raise ProblemError(f"all tensors must share one dtype and device, got {kinds}")
         for name in ("lamb_forget", "lamb_preserve", "lamb_weight"):
-            value = getattr(self, name)
-            if name == "lamb_forget" and value == AUTO:
-                continue
-            if not number(value) or not (value == 0 or 1 / LARGEST <= value <= LARGEST):
-                raise ProblemError(
-                    f"{name} must be 0, or a number from {1 / LARGEST:.0e} to {LARGEST:.0e}, "
-                    f"got {value!r}"
-                )
-        if not (isinstance(self.rank, int) and 1 <= self.rank <= LARGEST):
-            raise ProblemError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not (number(self.alpha) and 1 / LARGEST <= self.alpha <= LARGEST):
-            raise ProblemError(
-                f"alpha must be positive and at most {LARGEST:.0e}, got {self.alpha!r}"
-            )
+            if name != "lamb_forget" or self.lamb_forget != AUTO:
+                weight(name, getattr(self, name))
+        whole("rank", self.rank)
+        number("alpha", self.alpha, above=0.0)
 
     @cached_property
     def double(self) -> ForgetProblem:

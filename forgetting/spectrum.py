@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from forgetting.checks import ProblemError, matrix
 from forgetting.problem import ForgetProblem
 
 EPS = torch.finfo(torch.float64).eps
@@ -48,7 +49,10 @@ class Spectrum:
         The eigenvalues of G lose half the digits of small singular values, which matters only
         near the kernel branch.
         """
+        rows = matrix("retained texts", rows)
         m, w = rows.shape
+        if w == 0:
+            raise ProblemError("hidden states have at least one dimension")
         self.rows = rows = triangle(rows) if m > TALL * w else rows.double()
         self.precise = precise or m < w
         if m == 0:
@@ -61,7 +65,7 @@ class Spectrum:
         else:
             values, vectors = torch.linalg.eigh(rows.T @ rows)
             values, floor = values.clamp(min=0).sqrt(), (EPS * w) ** 0.5
-        keep = values > floor * values.max()
+        keep = values > floor * values.amax()
         self.values, self.vectors = values[keep], vectors[:, keep]
         # Of a row inside the span the vectors leave this fraction, however they were made.
         self.noise = EPS * max(m, w)
