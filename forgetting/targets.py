@@ -125,11 +125,11 @@ def specific_target(
         ProblemError: `lam` is not positive, or beta is no number above -1.
     """
     check_beta("specific", beta)
-    forget_hidden, projection = _texts(forget_hidden, projection)
-    w = projection.double()
+    w = matrix("projection", projection).double()
+    forget_hidden, w = _texts(matrix("forget_hidden", forget_hidden).to(w), w)
     g = matrix("gram", gram, len(w), len(w)).double()
     ridge = Ridge(w.T @ g @ w, number("lam", lam, above=0.0))  # (d, d)
-    e = forget_hidden.double() @ w  # (k, d)
+    e = forget_hidden @ w  # (k, d)
     r = ridge.solve(e)
     if rows is not None:
         rows = matrix("rows", rows, len(w))

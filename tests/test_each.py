@@ -78,7 +78,7 @@ def test_the_answers_are_those_of_class_by_class(
 @pytest.mark.parametrize("mask", [torch.zeros(3, 9).bool(), torch.zeros(4, 8)])
 def test_a_mask_of_another_kind_is_refused(mask):
     problem, _ = a_set(4, 5, 8, 6, 0)
-    with pytest.raises(ProblemError, match="leaving must be a mask"):
+    with pytest.raises(ProblemError, match="leaving must be a"):
         solve_each(problem, mask)
 
 
