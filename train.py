@@ -19,7 +19,7 @@ from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
 from engine.log import environment, logged
-from evaluation.results import merge_args
+from evaluation.results import merge_args, place
 from forgetting import ProblemError
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         print(f"environment:\n{environment()}")
         print(engine_description())
         trainer = method(cfg)
-        keep(folder / cfg.DATASET.NAME)
+        keep(folder / place(cfg.DATASET.NAME))
         merge_args(folder, str(args))
         trainer.train()
         if args.audit:

@@ -18,7 +18,7 @@ import pandas as pd
 from engine.cli import Parser, run
 from engine.errors import UserError
 from evaluation.plots import AFTER, BEFORE, COLOURS, drawing
-from evaluation.results import ARGS, LOGS, SEPARATOR, SETTINGS, read_args, read_logs
+from evaluation.results import ARGS, LOGS, SETTINGS, read_args, read_logs, split_label
 from evaluation.rows import rows_of
 from evaluation.tables import average_gains, other_sets, result_table
 
@@ -57,10 +57,7 @@ def create_results(
     lines = read_args(folder / ARGS)
     args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
-    df = result_table(rows_of(logs), multiclass)
-    if df.empty:
-        kind, other = ("multiclass", "False") if multiclass else ("single-class", "True")
-        raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={other}")
+    df = result_table(folder, rows_of(logs), multiclass)
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
@@ -73,10 +70,8 @@ def create_results(
 def compute_avg_gain(df: pd.DataFrame) -> float:
     """The paper's summary over a frame of `create_results`; lower is better, 0 is perfect.
 
-    For every row the mean of: the fraction of the forgotten class's accuracy that is left, the
-    relative loss on the rest of its data set, and the relative loss on each other data set, where
-    a gain counts as 0; then the mean over rows. A quantity that was not measured before (or was 0)
-    has no relative change and is left out.
+    The mean over rows of `evaluation.tables.average_gains`: what is left of the forgotten class's
+    accuracy and what the rest of its set and each other set lost, all relative to before.
     """
     return float(average_gains(df).mean())
 
@@ -126,7 +121,7 @@ def _draw(table: pd.DataFrame, dots: dict[str, dict[str, str]], path: str | Path
             axis.grid(visible=False, axis="y")
             axis.spines["left"].set_visible(False)
             axis.tick_params(left=False)
-        names = shown["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
+        names = shown["forgotten"].map(lambda label: ", ".join(split_label(label)))
         axes[0].set_yticks(places, shown["data set"] + ": " + names, parse_math=False)
         axes[0].set_ylim(len(shown) - 0.3, -0.7)  # the first row on top
         for name, dot in dots.items():
@@ -165,26 +160,22 @@ def compare_results(folders: dict[str, str | Path], multiclass: bool = False) ->
     Raises:
         UserError: no class is in all folders.
     """
-    parts = {}
+    tables = {}
     for name, folder in folders.items():
         df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
         table = summarise(df).set_index(["data set", "forgotten"])
         seconds = {(row.dataset, row.label): row.solver.get("seconds") for row in rows_of(logs)}
-        table["seconds"] = pd.Series(seconds, dtype=float)
-        parts[name] = table
-    first = next(iter(parts.values()))
-    shared = first.index
-    for table in parts.values():
-        shared = shared.intersection(table.index, sort=False)
-    if not len(shared):
+        tables[name] = table.assign(seconds=pd.Series(seconds, dtype=float))
+    if not tables:
+        raise UserError("no results folder to compare")
+    joined = pd.concat(tables, axis=1, join="inner")  # columns (method, column of `summarise`)
+    if joined.empty:
         raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")
     columns = {}
     for stem in ("class", "rest", "others"):
-        columns[f"{stem} before"] = first.loc[shared, f"{stem} before"]
-        for name, table in parts.items():
-            columns[f"{stem} {name}"] = table.loc[shared, f"{stem} after"]
-    for name, table in parts.items():
-        columns[f"seconds {name}"] = table.loc[shared, "seconds"]
+        columns[f"{stem} before"] = joined[next(iter(tables)), f"{stem} before"]
+        columns |= {f"{stem} {name}": joined[name, f"{stem} after"] for name in tables}
+    columns |= {f"seconds {name}": joined[name, "seconds"] for name in tables}
     return pd.DataFrame(columns).reset_index()
 
 
@@ -198,13 +189,11 @@ def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
 
 def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespace) -> None:
     """Warn if `rn` says another kind of backbone than the folder's."""
-    backbones = {entry.get(SETTINGS, {}).get("backbone") for entry in logs.values()}
-    backbones |= {getattr(args, key, None) for key in ("backbone", "backbone_arch", "arch")}
-    known = sorted(name for name in backbones if isinstance(name, str) and name)
-    if rn is None or not known:
-        return
+    found = [entry.get(SETTINGS, {}).get("backbone") for entry in logs.values()]
+    found += [getattr(args, key, None) for key in ("backbone", "backbone_arch", "arch")]
+    known = sorted({name for name in found if isinstance(name, str) and name})
     actual = any(name.upper().startswith("RN") for name in known)
-    if actual != rn:
+    if known and rn not in (None, actual):
         warnings.warn(
             f"rn={rn}, but {folder} holds results of {', '.join(known)}: rn={actual} is right",
             stacklevel=3,
@@ -235,9 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _print(table: pd.DataFrame) -> None:
-    formats = {c: "{:.3f}".format if c.startswith("seconds") else "{:.1f}".format for c in table}
-    numbers = {c: f for c, f in formats.items() if table[c].dtype.kind == "f"}
-    print(table.to_string(index=False, formatters=numbers))
+    seconds = {c: "{:.3f}".format for c in table if c.startswith("seconds")}
+    print(table.to_string(index=False, float_format="{:.1f}".format, formatters=seconds))
 
 
 if __name__ == "__main__":

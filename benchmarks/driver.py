@@ -39,7 +39,7 @@ DISPLACED = 0.05  # of a text's length
 CLASSES = (100, 250, 1000, 4000)
 # Part of a run -> the functions that it is spent in, where the run looks them up.
 PARTS = {
-    "loading": ("trainers.base.load_bundle",),
+    "loading": ("trainers.base.load_bundles",),
     "solving": (),  # less what is certifying, filled in for the method
     "certifying": ("forgetting.constrained.certify_constrained", "forgetting.each.certify_each"),
     "evaluating": ("trainers.base.Judge.before", "trainers.base.Judge.after"),

@@ -19,6 +19,7 @@ from clip.source import ClipSource
 from engine import UserError, atomic_path
 from engine.cli import Parser, run
 from engine.config import settings
+from engine.files import refuse_existing
 from forgetting.adapter import load_adapter, projection_sha256
 from forgetting.problem import ProblemError
 
@@ -30,8 +31,7 @@ def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None
     file holds, to the bit. Raises UserError if `path` exists or `delta` has another shape.
     """
     path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten; move it or choose another name")
+    refuse_existing(path, "move it or choose another name")
     projection = source.projection  # loading the model also proves that the file fits it
     if delta.shape != projection.shape:
         raise UserError(
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; move it or choose another OUT")
+    refuse_existing(out, "move it or choose another OUT")
     folder = out.absolute().parent
     if not folder.is_dir():  # a typing error must not become a folder
         raise UserError(f"no folder {folder} to write {out.name} into; make it first")

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip.bundle import FeatureBundle, bundle_path
+from clip.bundle import AUDIT_HIDDEN, AUDIT_LISTS, FeatureBundle
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
 from datasets.words.wordnet import ABSENT, installed
 from engine.errors import UserError
 
-HIDDEN = "audit_hidden"
-TEXTS, CLASSES, KINDS = LISTS = ("audit_texts", "audit_classes", "audit_kinds")
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
 
 
@@ -57,69 +55,26 @@ def with_audit(
     words = {name: other_words(bundle, name) for name in bundle.classnames}
     stored = FeatureCache(source, cache)
     rows, entries = [], []
-    with tqdm(
-        total=sum(map(len, words.values())),
-        unit="text",
-        desc=f"clip: {bundle.dataset} in other words",
-        disable=not progress,
-    ) as bar:
-        for name, texts in words.items():
-            rows.append(stored.texts([entry.text for entry in texts]))
-            entries += [(entry.text, name, entry.kind) for entry in texts]
-            bar.update(len(texts))
-    lists = zip(LISTS, zip(*entries, strict=True), strict=True)
+    title, total = f"clip: {bundle.dataset} in other words", sum(map(len, words.values()))
+    with tqdm(total=total, unit="text", desc=title, disable=not progress) as bar:
+        for name, found in words.items():
+            rows.append(stored.texts([text for text, _ in found]))
+            entries += [(text, name, kind) for text, kind in found]
+            bar.update(len(found))
+    lists = zip(AUDIT_LISTS, zip(*entries, strict=True), strict=True)
     return replace(
         bundle,
         extra=bundle.extra | {key: json.dumps(values, ensure_ascii=False) for key, values in lists},
-        extra_tensors=bundle.extra_tensors | {HIDDEN: torch.cat(rows)},
+        extra_tensors=bundle.extra_tensors | {AUDIT_HIDDEN: torch.cat(rows)},
     )
 
 
-def audit_rows(bundle: FeatureBundle, where: str | Path | None = None) -> dict[str, list[Row]]:
-    """Class -> other words for it that the bundle brought along; empty if it brought none.
-
-    Args:
-        where: the bundle's file, for messages; None for its usual place.
-
-    Raises:
-        UserError: rows that contradict themselves or the bundle, naming the file and the key.
-    """
-    where = where or bundle_path("", bundle.backbone, bundle.dataset)
-    held = [key for key in LISTS if key in bundle.extra]
-    held += [HIDDEN] if HIDDEN in bundle.extra_tensors else []
-    if not held:
-        return {}
-    for key in (*LISTS, HIDDEN):
-        if key not in held:
-            raise _error(where, key, f"is missing, but there is {held[0]}")
-    hidden = bundle.extra_tensors[HIDDEN]
-    texts, classes, kinds = (_strings(where, key, bundle.extra[key]) for key in LISTS)
-    for key, values in ((CLASSES, classes), (KINDS, kinds)):
-        if len(values) != len(texts):
-            raise _error(where, key, f"has {len(values)} entries, but {TEXTS} has {len(texts)}")
-    expected = (len(texts), bundle.text_projection.shape[0])
-    if tuple(hidden.shape) != expected:
-        raise _error(where, HIDDEN, f"has shape {tuple(hidden.shape)}, expected {expected}")
-    if not hidden.is_floating_point() or not torch.isfinite(hidden).all():
-        raise _error(where, HIDDEN, "must hold finite floating-point numbers")
-    for name in dict.fromkeys(classes):
-        if name not in bundle.classnames:
-            raise _error(where, CLASSES, f"names {name!r}, which is no class of the bundle")
+def audit_rows(bundle: FeatureBundle) -> dict[str, list[Row]]:
+    """Class -> other words for it that the bundle brought along; empty if it brought none."""
     found: dict[str, list[Row]] = {}
-    for name, row in zip(classes, zip(texts, kinds, hidden.float(), strict=True), strict=True):
-        found.setdefault(name, []).append(row)
+    if AUDIT_HIDDEN in bundle.extra_tensors:
+        texts, classes, kinds = (json.loads(bundle.extra[key]) for key in AUDIT_LISTS)
+        states = bundle.extra_tensors[AUDIT_HIDDEN].float()
+        for name, *row in zip(classes, texts, kinds, states, strict=True):
+            found.setdefault(name, []).append(tuple(row))
     return found
-
-
-def _error(where: str | Path, key: str, problem: str) -> UserError:
-    return UserError(f"feature bundle {where}: {key} {problem}")
-
-
-def _strings(where: str | Path, key: str, text: str) -> list[str]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _error(where, key, f"is not valid JSON ({error})") from error
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise _error(where, key, "is not a JSON list of strings")
-    return values

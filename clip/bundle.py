@@ -8,33 +8,37 @@ needed. A bundle holds them for one backbone and one data set split; as a file,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from datasets.names import flaw
 from engine.errors import UserError, nearest
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_existing
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
-# Rows of the tensors by dimension letter: N images, C classes, M retained names, w, d as in CLIP.
+# Tensors by dimension letter: N images, C classes, M retained names, w, d as in CLIP.
 SHAPES = {
+    "text_projection": "wd",  # first: it fixes w and d, so that the tensor that differs is blamed
     "image_features": "Nd",
     "labels": "N",
     "class_hidden": "Cw",
     "forget_hidden": "Cw",
     "retain_hidden": "Mw",
     "neutral_hidden": "1w",
-    "text_projection": "wd",
 }
 TEXT_KEYS = ("backbone", "weights", "dataset", "split", "template")
 LIST_KEYS = ("classnames", "retain_names")
-NORM_TOLERANCE = 1e-2  # float16 rounding moves a unit norm by less than 1e-3
+# Other words for an audit: all four or none, a row and an entry for each text (see audit_texts).
+AUDIT_HIDDEN = "audit_hidden"
+AUDIT_LISTS = ("audit_texts", "audit_classes", "audit_kinds")
+TOLERANCE = 1e-2  # float16 rounding moves a unit norm by less than 1e-3
 
 
 @dataclass(frozen=True)
@@ -67,29 +71,27 @@ class FeatureBundle:
         """Read and check the bundle at `path`.
 
         Raises UserError naming the file and the key: a file that is missing, truncated or no
-        bundle, a missing key, a wrong shape, NaN or inf, a label out of range, image features
-        that are not normalised.
+        bundle, a missing key, or what `check` refuses.
         """
         path = Path(path)
         tensors, metadata = _read(path)
-        if metadata.get("format") != FORMAT:
-            raise _error(path, "format", f"is {metadata.get('format')!r}, not {FORMAT!r}")
-        for key in (*TEXT_KEYS, *LIST_KEYS):
-            if key not in metadata:
-                raise _error(path, key, "is missing from the metadata")
-        for key in SHAPES:
-            if key not in tensors:
-                raise _error(path, key, "is missing from the tensors")
-        known = {"format", *TEXT_KEYS, *LIST_KEYS}
+        if (found := metadata.pop("format", None)) != FORMAT:
+            raise _error(path, "format", f"is {found!r}, not {FORMAT!r}")
+        for keys, held in (((*TEXT_KEYS, *LIST_KEYS), metadata), (SHAPES, tensors)):
+            for key in keys:
+                if key not in held:
+                    place = "metadata" if held is metadata else "tensors"
+                    raise _error(path, key, f"is missing from the {place}")
         bundle = cls(
-            **{key: _canonical(path, key, tensors[key]) for key in SHAPES},
-            **{key: metadata[key] for key in TEXT_KEYS},
-            **{key: _names(path, key, metadata[key]) for key in LIST_KEYS},
-            extra={key: value for key, value in metadata.items() if key not in known},
-            extra_tensors={key: value for key, value in tensors.items() if key not in SHAPES},
+            **{key: tensors.pop(key) for key in SHAPES},
+            **{key: metadata.pop(key) for key in TEXT_KEYS},
+            **{key: _strings(path, key, metadata.pop(key)) for key in LIST_KEYS},
+            extra=metadata,
+            extra_tensors=tensors,
         )
         bundle.check(path)
-        return bundle
+        floats = {key: getattr(bundle, key).float() for key in SHAPES if key != "labels"}
+        return replace(bundle, labels=bundle.labels.long(), **floats)
 
     def save(self, path: str | Path) -> None:
         """Check the bundle and write it to `path`, whole or not at all.
@@ -98,53 +100,78 @@ class FeatureBundle:
         """
         path = Path(path)
         self.check(path)
-        if path.exists():
-            raise UserError(
-                f"{path} exists and is not overwritten; move it or choose another folder"
-            )
-        metadata = {"format": FORMAT}
+        refuse_existing(path, "move it or choose another folder")
+        metadata = self.extra | {"format": FORMAT}
         metadata |= {key: getattr(self, key) for key in TEXT_KEYS}
         metadata |= {key: json.dumps(getattr(self, key), ensure_ascii=False) for key in LIST_KEYS}
         # safetensors refuses tensors that share memory, so each gets its own.
         tensors = {key: getattr(self, key) for key in SHAPES} | self.extra_tensors
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         with atomic_path(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata=self.extra | metadata))
+            temporary.write_bytes(save(tensors, metadata=metadata))
 
     def check(self, where: str | Path) -> None:
-        """Raise UserError naming `where` and the key if the bundle contradicts itself."""
-        sizes = {"1": 1, "C": len(self.classnames), "M": len(self.retain_names)}
-        named = {"C": "; classnames holds a name a row", "M": "; retain_names holds a name a row"}
-        # The projection fixes w and d, so that the tensor that differs is the one blamed.
-        for key in sorted(SHAPES, key=lambda name: name != "text_projection"):
-            tensor, letters = getattr(self, key), SHAPES[key]
-            expected = tuple(sizes.get(letter, letter) for letter in letters)
-            if tensor.ndim == len(letters):
-                for letter, size in zip(letters, tensor.shape, strict=True):
-                    sizes.setdefault(letter, size)
-            if tuple(tensor.shape) != tuple(sizes.get(letter) for letter in letters):
-                shape = f"({', '.join(map(str, expected))}){named.get(letters[0], '')}"
-                raise _error(where, key, f"has shape {tuple(tensor.shape)}, expected {shape}")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        """Raise UserError naming `where` and the key if the bundle contradicts itself: wrong
+        shapes or dtypes, NaN or inf, a label out of range, image features that are not normalised,
+        a class without a name of its own, a template without the class's place."""
+        if not self.classnames:
+            raise _error(where, "classnames", "is empty")
+        if problem := flaw(self.classnames):
+            raise _error(where, "classnames", f"{problem}; a class has a name of its own")
+        # Prompts may be made by no template: a word says by what ("ensemble").
+        if self.template.count("{}") != 1 and not self.template.isidentifier():
+            raise _error(where, "template", f"is {self.template!r}: it must hold {{}} once")
+        lists = {key: getattr(self, key) for key in LIST_KEYS} | self._audit_lists(where)
+        rows = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
+        sizes = {"1": 1} | {letter: len(lists[key]) for letter, key in rows.items() if key in lists}
+        tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
+        if "A" in sizes:
+            tensors[AUDIT_HIDDEN] = (self.extra_tensors[AUDIT_HIDDEN], "Aw")
+        for key, (tensor, letters) in tensors.items():
+            expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+            for letter, size in zip(letters, tensor.shape, strict=False):
+                sizes.setdefault(letter, size)
+            shape = tuple(tensor.shape)
+            if shape != tuple(sizes.get(letter) for letter in letters):
+                named = f"; {rows[letters[0]]} holds a name a row" if letters[0] in rows else ""
+                raise _error(where, key, f"has shape {shape}, expected ({expected}){named}")
+            if key == "labels":
+                if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                    raise _error(where, key, f"are {tensor.dtype}, not integers")
+            elif not tensor.is_floating_point():
+                raise _error(where, key, f"is {tensor.dtype}, not floating point")
+            elif not torch.isfinite(tensor.float()).all():
                 raise _error(where, key, "holds NaN or infinite values")
-        for letter, key in (
-            ("C", "classnames"),
-            ("w", "text_projection"),
-            ("d", "text_projection"),
-        ):
-            if sizes[letter] == 0:
-                raise _error(where, key, "is empty")
-        if sizes["N"]:
-            low, high = int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= sizes["C"]:
-                raise _error(
-                    where, "labels", f"run from {low} to {high}, not within 0 to {sizes['C'] - 1}"
-                )
-            worst = float((self.image_features.norm(dim=1) - 1).abs().max())
-            if worst > NORM_TOLERANCE:
-                raise _error(
-                    where, "image_features", f"are not L2-normalised (a norm is {worst:.3g} off 1)"
-                )
+        if not self.text_projection.numel():
+            raise _error(where, "text_projection", "is empty")
+        if not len(self.labels):
+            return
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= sizes["C"]:
+            problem = f"run from {low} to {high}, not within 0 to {sizes['C'] - 1}"
+            raise _error(where, "labels", problem)
+        worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
+        if worst > TOLERANCE:
+            problem = f"are not L2-normalised (a norm is {worst:.3g} off 1)"
+            raise _error(where, "image_features", problem)
+
+    def _audit_lists(self, where: str | Path) -> dict[str, list[str]]:
+        """The lists of other words, of one length and of classes that there are; none if absent."""
+        held = [key for key in AUDIT_LISTS if key in self.extra]
+        held += [key for key in (AUDIT_HIDDEN,) if key in self.extra_tensors]
+        if not held:
+            return {}
+        for key in (*AUDIT_LISTS, AUDIT_HIDDEN):
+            if key not in held:
+                raise _error(where, key, f"is missing, but there is {held[0]}")
+        lists = {key: _strings(where, key, self.extra[key]) for key in AUDIT_LISTS}
+        for key, values in lists.items():
+            count = len(lists["audit_texts"])
+            if len(values) != count:
+                raise _error(where, key, f"has {len(values)} entries, but audit_texts has {count}")
+        for name in set(lists["audit_classes"]) - set(self.classnames):
+            raise _error(where, "audit_classes", f"names {name!r}, which is no class of the bundle")
+        return lists
 
 
 def bundle_path(folder: str | Path, backbone: str, dataset: str) -> Path:
@@ -160,9 +187,9 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder of feature bundles at {folder}")
-    found = {
-        path.stem: path for path in bundle_path(folder, backbone, "*").parent.glob(f"*{SUFFIX}")
-    }
+    # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
+    paths = bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}")
+    found = {path.stem: path for path in paths}
     if not found:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
         raise UserError(
@@ -192,6 +219,30 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
     return bundle
 
 
+def load_bundles(
+    folder: str | Path, backbone: str, names: Iterable[str] | None = None
+) -> dict[str, FeatureBundle]:
+    """The bundles of one run, by name; all of the folder's if `names` is None.
+
+    Raises UserError as `load_bundle`, and naming two files whose weights or projections differ:
+    all are evaluated with the projection of one.
+    """
+    names = list_bundles(folder, backbone) if names is None else names
+    bundles = {name: load_bundle(folder, backbone, name) for name in names}
+    for name, bundle in bundles.items():
+        first = next(iter(bundles.values()))
+        w, other = first.text_projection, bundle.text_projection
+        close = w.shape == other.shape and (w - other).abs().max() <= TOLERANCE * w.abs().max()
+        differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
+        if differ:
+            places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
+            raise UserError(
+                f"feature bundles {places[0]} and {places[1]} were made with different {differ}; "
+                "the bundles of a run must come from one model"
+            )
+    return bundles
+
+
 def _error(where: str | Path, key: str, problem: str) -> UserError:
     return UserError(f"feature bundle {where}: {key} {problem}")
 
@@ -212,22 +263,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _canonical(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """float32, or int64 for labels."""
-    if key == "labels":
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise _error(path, key, f"are {tensor.dtype}, not integers")
-        return tensor.to(torch.int64)
-    if not tensor.is_floating_point():
-        raise _error(path, key, f"is {tensor.dtype}, not floating point")
-    return tensor.to(torch.float32)
-
-
-def _names(path: Path, key: str, text: str) -> list[str]:
+def _strings(where: str | Path, key: str, text: str) -> list[str]:
     try:
-        names: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _error(path, key, f"is not valid JSON ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _error(path, key, "is not a JSON list of strings")
-    return names
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _error(where, key, f"is not valid JSON ({error})") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise _error(where, key, "is not a JSON list of strings")
+    return values

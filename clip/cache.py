@@ -1,16 +1,14 @@
 """What CLIP has encoded before, on disk, kept apart by what it depends on.
 
-Image embeddings depend on the weights, the preprocessing and the list of image files; hidden
-states on the weights and the list of texts. Labels, templates and vocabularies are in neither
-key, so a change of those never encodes an image again, and never gives a stale result.
+Image embeddings depend on the weights, the preprocessing and the contents of the image files;
+hidden states on the weights and the list of texts. Labels, templates and vocabularies are in
+neither key, so a change of those never encodes an image again, and never gives a stale result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,19 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clip.digests import digests
 from clip.source import ClipSource
+from datasets.reader import read_image
 from engine import UserError, atomic_path, lock
 
 SHARD = 512  # images; what a killed run loses at most
-# What PIL raises for files that are no image, torn, or larger than it dares to decode.
-BROKEN_IMAGE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 class FeatureCache:
@@ -56,32 +47,27 @@ class FeatureCache:
         return self._cached(self._path("texts", texts), lambda: self.source.encode_hidden(texts))
 
     def images(
-        self,
-        name: str,
-        paths: Sequence[str],
-        root: str | Path,
-        batch_size: int,
-        workers: int,
-        progress: bool,
+        self, name: str, paths: Sequence[str], batch_size: int, workers: int, progress: bool
     ) -> Tensor:
         """Embeddings (N, d), L2-normalised, of the image files `paths`, in that order.
 
-        `name` says whose they are, for people; `root` is the folder that may move without making
-        the entry stale. Shards are kept until all are there, so a killed run goes on where it
-        was, as does one that stopped at a broken image. A second process waits for the first.
+        `name` says whose they are, for people. Files may move: it is their contents that count.
+        Shards are kept until all are there, so a killed run goes on where it was, as does one
+        that stopped at a broken image. A second process waits for the first.
 
         Raises UserError naming the first image that is missing or cannot be decoded.
         """
-        root = Path(root).expanduser()
-        files = [[os.path.relpath(path, root), _size(path)] for path in paths]
-        entry = self._path(name, files)
+        try:
+            contents = digests(paths, self.folder.parent / "images.json")
+        except OSError as error:
+            raise UserError(_broken(error.filename, error.strerror)) from error
+        entry = self._path(name, contents)
         features = _read(entry)
         if features is not None:
             return features
-        starts = range(0, len(paths), SHARD)
         shards = {
-            self._path(f"{name}.parts/part", files[i : i + SHARD]): paths[i : i + SHARD]
-            for i in starts
+            self._path(f"{name}.parts/part", contents[i : i + SHARD]): paths[i : i + SHARD]
+            for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
             features = self._cached(
@@ -103,38 +89,42 @@ class FeatureCache:
     ) -> Tensor:
         """Embeddings (N, d) of all images; each shard is written as soon as it is complete."""
         parts = {part: _read(part) for part in shards}
-        missing = [part for part in shards if parts[part] is None]
-        if missing:
-            paths = [path for part in missing for path in shards[part]]
-            total = sum(map(len, shards.values()))
-            done = total - len(paths)
-            if done:
-                print(f"clip: {name}: {done} of {total} images were encoded before, going on")
-            loader = DataLoader(
-                _ImageFiles(paths, self.source.preprocess),
-                batch_size=batch_size,
-                num_workers=workers,
-                pin_memory=self.source.device.type == "cuda",
-            )
-            rows = torch.empty(0, self.source.projection.shape[1])  # encoded, not yet written
-            with tqdm(
-                total=total,
-                initial=done,
-                unit="image",
-                desc=f"clip: {name}",
-                disable=not progress,
-            ) as bar:
-                for batch in loader:
-                    for problem in filter(None, batch["problem"]):
-                        raise UserError(problem)
-                    features = self.source.encode_images(batch["img"])  # (b, d)
-                    bar.update(len(features))
-                    rows = torch.cat([rows, features])
-                    while missing and len(rows) >= (size := len(shards[missing[0]])):
-                        part = missing.pop(0)
-                        parts[part], rows = rows[:size], rows[size:]
-                        _write(part, parts[part])
+        missing = {part: shards[part] for part in shards if parts[part] is None}
+        total = sum(map(len, shards.values()))
+        done = total - sum(map(len, missing.values()))
+        if missing and done:
+            print(f"clip: {name}: {done} of {total} images were encoded before, going on")
+        batches = self._batches(
+            [  # no batch belongs to two shards
+                paths[i : i + batch_size]
+                for paths in missing.values()
+                for i in range(0, len(paths), batch_size)
+            ],
+            workers,
+        )
+        with tqdm(
+            total=total, initial=done, unit="image", desc=f"clip: {name}", disable=not progress
+        ) as bar:
+            for part, paths in missing.items():
+                rows: list[Tensor] = []
+                while sum(map(len, rows)) < len(paths):
+                    rows.append(self.source.encode_images(next(batches)))  # (b, d)
+                    bar.update(len(rows[-1]))
+                parts[part] = torch.cat(rows)
+                _write(part, parts[part])
         return torch.cat(list(parts.values()))
+
+    def _batches(self, batches: list[Sequence[str]], workers: int) -> Iterator[Tensor]:
+        """The preprocessed images (b, 3, side, side) of each list of paths."""
+        for images in DataLoader(
+            _Batches(batches, self.source.preprocess),
+            batch_size=None,  # they are batches already
+            num_workers=workers,
+            pin_memory=self.source.device.type == "cuda",
+        ):
+            if isinstance(images, str):
+                raise UserError(images)
+            yield images
 
     def _path(self, name: str, contents: list[Any]) -> Path:
         key = json.dumps([self.source.fingerprint, contents]).encode()
@@ -148,41 +138,36 @@ class FeatureCache:
         return tensor
 
 
-class _ImageFiles(Dataset):
-    """Preprocessed images of a list of paths, with a line on what is wrong with each.
+class _Batches(Dataset):
+    """Batches of preprocessed images (b, 3, side, side), or a line on the first that is broken.
 
-    A problem travels beside the image, because a loader's worker process would turn an exception
+    That line stands in for the batch, because a loader's worker process would turn an exception
     into pages of traceback.
     """
 
-    def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(
+        self, batches: list[Sequence[str]], transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.batches, self.transform = batches, transform
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return {"img": self.transform(image.convert("RGB")), "problem": ""}
-        except BROKEN_IMAGE as error:
-            blank = self.transform(Image.new("RGB", (1, 1)))
-            return {"img": blank, "problem": _broken_image(path, error)}
+    def __getitem__(self, index: int) -> Tensor | str:
+        images = []
+        for path in self.batches[index]:
+            try:
+                images.append(self.transform(read_image(path)))
+            except UserError as error:
+                return _broken(path, error)
+        return torch.stack(images)
 
 
-def _broken_image(path: str, error: Exception) -> str:
+def _broken(path: str, reason: object) -> str:
     return (
-        f"image {path} cannot be read ({str(error).splitlines()[0]}); "
+        f"image {path} cannot be read ({reason}); "
         "`python -m datasets.check ROOT` lists every broken image"
     )
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise UserError(_broken_image(path, error)) from error
 
 
 @contextmanager

@@ -14,13 +14,14 @@ import torch
 
 import datasets
 from clip.architectures import architecture
-from clip.audit_texts import HIDDEN, with_audit
-from clip.bundle import FeatureBundle, bundle_path
+from clip.audit_texts import with_audit
+from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser, run
 from engine.config import settings
+from engine.files import refuse_existing
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -64,16 +65,12 @@ def build_bundle(
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
 
     stored = FeatureCache(source, cache)
-    image_features = stored.images(
-        f"{dataset}-{split}",
-        [item.impath for item in items],
-        root,
-        batch_size,
-        default_workers() if workers is None else workers,
-        progress,
-    )
+    if workers is None:  # two cores are what the model needs
+        cores = os.cpu_count() or 1
+        workers = 0 if cores <= 2 else min(8, cores - 1)
+    files = [item.impath for item in items]
     bundle = FeatureBundle(
-        image_features=image_features,
+        image_features=stored.images(f"{dataset}-{split}", files, batch_size, workers, progress),
         labels=torch.tensor([item.label for item in items]),
         class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
         forget_hidden=stored.texts(names),
@@ -91,12 +88,6 @@ def build_bundle(
     )
     bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
     return bundle
-
-
-def default_workers() -> int:
-    """Processes that load images: none on two cores, which the model needs, else up to eight."""
-    cores = os.cpu_count() or 1
-    return 0 if cores <= 2 else min(8, cores - 1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = datasets.spec(args.dataset).name
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
-    if out and out.exists():
-        raise UserError(f"{out} exists and is not overwritten; move it or choose another --out")
+    if out:
+        refuse_existing(out, "move it or choose another --out")
     source = ClipSource(args.arch, args.weights, args.cache)
     bundle = build_bundle(dataset, source, args.root, args.cache)
     count, classes = len(bundle.labels), len(bundle.classnames)
@@ -128,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
     if args.audit:
         bundle = with_audit(bundle, source, args.cache)
-        texts = len(bundle.extra_tensors[HIDDEN])
+        texts = len(bundle.extra_tensors[AUDIT_HIDDEN])
         print(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
     if out:
         bundle.save(out)

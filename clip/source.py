@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from clip.architectures import architecture
 from clip.checkpoint import load_into, read_state_dict, require_file
+from clip.digests import digests
 from clip.download import download
 from engine.errors import UserError
-from engine.files import lock, sha256_file, write_json_atomic
 
 # To be changed with `preprocess` or `encode_hidden`: what was cached before is then not used.
 ENCODING = "shorter side bicubic, centre crop, OpenAI mean and std; state at end of text; 1"
@@ -77,17 +77,7 @@ class ClipSource:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _sha256(self, path: Path) -> str:
-        """SHA-256 of a file, remembered by size and time: hashing 350 MB takes a second."""
-        stat = path.stat()
-        key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-        register = self.cache / "weights" / "sha256.json"
-        known = _read_register(register).get(key)
-        if known and known[:2] == stamp:
-            return known[2]
-        digest = sha256_file(path)
-        with lock(register):
-            write_json_atomic(_read_register(register) | {key: [*stamp, digest]}, register)
-        return digest
+        return digests([path], self.cache / "weights" / "sha256.json")[0]
 
     @cached_property
     def model(self) -> nn.Module:
@@ -127,27 +117,17 @@ class ClipSource:
 
     @torch.no_grad()
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        """Hidden states of `texts`, (n, w) float32 on the CPU.
-
-        The state is taken after `ln_final` at the end-of-text token, before projection, so that
-        `encode_hidden(texts) @ projection` is the model's `encode_text`.
-        """
-        from open_clip.transformer import text_global_pool
-
-        model = self.model
-        self._warn_of_truncation(texts)
-        rows = [torch.empty(0, model.ln_final.weight.shape[0])]
+        """Hidden states of `texts`, (n, w) float32 on the CPU (see `hidden_states`)."""
+        tokenizer, limit = self.tokenizer, self.tokenizer.context_length
+        for text in texts:
+            length = len(tokenizer.encode(text)) + 2  # start and end of text
+            if length > limit:
+                shown = repr(shorten(text, 80))
+                print(f"clip: warning: a text of {length} tokens is cut to {limit}: {shown}")
+        rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
         for start in range(0, len(texts), batch_size):
-            tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)
-            # The mask is causal: padding behind the last end of text reaches no state in front.
-            length = int(tokens.argmax(dim=1).max()) + 1
-            tokens = tokens[:, :length]  # (b, n)
-            x = model.token_embedding(tokens) + model.positional_embedding[:length]  # (b, n, w)
-            x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
-            x = text_global_pool(
-                model.ln_final(x), tokens, model.text_pool_type, model.text_eos_id
-            )  # (b, w)
-            rows.append(x.cpu())
+            tokens = tokenizer(texts[start : start + batch_size]).to(self.device)
+            rows.append(hidden_states(self.model, tokens).cpu())
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -155,20 +135,16 @@ class ClipSource:
         """Embeddings of preprocessed images (b, 3, side, side): (b, d), L2-normalised."""
         return normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu()
 
-    def _warn_of_truncation(self, texts: list[str]) -> None:
-        for text in texts:
-            length = len(self.tokenizer.encode(text)) + 2  # start and end of text
-            if length > self.tokenizer.context_length:
-                print(
-                    f"clip: warning: a text of {length} tokens is cut to "
-                    f"{self.tokenizer.context_length}: {shorten(text, 80)!r}"
-                )
 
+def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Hidden states (n, w) of tokens (n, context), after `ln_final` at the end of text and before
+    projection, so that `hidden_states(model, tokens) @ projection` is the model's `encode_text`."""
+    from open_clip.transformer import text_global_pool
 
-def _read_register(path: Path) -> dict[str, list[Any]]:
-    """The remembered hashes; a damaged or missing register is an empty one, it is only a cache."""
-    try:
-        register = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return register if isinstance(register, dict) else {}
+    # The mask is causal: padding behind the last end of text reaches no state in front of it, and
+    # leaving it out halves the cost.
+    length = int(tokens.argmax(dim=1).max()) + 1
+    tokens = tokens[:, :length]  # (n, l)
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]  # (n, l, w)
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    return text_global_pool(model.ln_final(x), tokens, model.text_pool_type, model.text_eos_id)

@@ -8,99 +8,69 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from engine import UserError
 from engine.cli import Parser, run
 
-from .reader import absent, find
-from .split import missing_images
+from .reader import absent, find, read_image
 from .table import SETS, SetSpec, spec
 
-_DRAWN = "not drawn yet; no download is needed"
 PHOTOGRAPHS = [name for name, row in SETS.items() if not row.rendered]
 
 
-@dataclass
-class Finding:
-    """What is known of one set: its state, one line of detail, and what to do about it."""
+def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
+    """Look at one set under `root`, image by image.
 
-    name: str
-    state: str  # "present", "missing" or "broken"
-    detail: str
-    problems: list[str] = field(default_factory=list)  # broken things by name, a line each
-    mend: list[str] = field(default_factory=list)
-
-    def lines(self) -> Iterator[str]:
-        yield f"{self.name}: {self.state}, {self.detail}"
-        yield from (f"    {problem}" for problem in self.problems)
-        yield from (f"    -> {advice}" for advice in self.mend)
-
-
-def check(row: SetSpec, root: Path) -> Finding:
-    """Look at one set under `root`, image by image."""
-    folder = root / row.folder
-    if not folder.is_dir():
-        return Finding(row.name, "missing", absent(row, root) or _DRAWN, mend=_fetch(row))
+    Returns:
+        "present", "missing" or "broken", and lines on it: a summary, then each broken thing by
+        name, then how to mend it.
+    """
+    get_images, get_split = _advice(row)
+    if not (root / row.folder).is_dir():
+        return "missing", [absent(row, root) or "not drawn yet; no download is needed", *get_images]
     try:
         found = find(row, root)
     except UserError as error:
-        what = str(error).removeprefix(f"data set {row.name}: ")
-        return Finding(row.name, "broken", what, mend=_fetch(row) + _fetch_split(row))
-    lost = set(missing_images(found.split, found.images))
-    there = [path for path in found.split.paths() if path not in lost]
+        reason = str(error).removeprefix(f"data set {row.name}: ")
+        return "broken", [reason, *get_images, *get_split]
+    lost = set(found.split.missing(found.images))
+    files = [found.images / path for path in found.split.paths() if path not in lost]
     problems = [f"missing: {found.images / path}" for path in sorted(lost)]
-    problems += [
-        f"unreadable: {found.images / path} ({reason})"
-        for path, reason in unreadable(there, found.images, row.name)
-    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = pool.map(_unreadable, files)
+        bar = tqdm(zip(files, reasons, strict=True), total=len(files), desc=row.name, unit="image")
+        problems += [f"unreadable: {file} ({reason})" for file, reason in bar if reason]
     source = found.source.name if found.source else "no split file (one is made at the first run)"
-    detail = (
-        f"{len(there)} of {len(there) + len(lost)} images, "
+    summary = (
+        f"{len(files)} of {len(files) + len(lost)} images, "
         f"{len(found.split.classnames)} classes, {source}"
     )
-    mend = _fetch(row) if problems else []
-    if not found.comparable:
-        mend += _fetch_split(row)
-    return Finding(row.name, "broken" if problems else "present", detail, problems, mend)
+    mend = get_images * bool(problems) + get_split * (not found.comparable)
+    return "broken" if problems else "present", [summary, *problems, *mend]
 
 
-def unreadable(paths: Sequence[str], folder: Path, name: str) -> list[tuple[str, str]]:
-    """The images that cannot be decoded to the last pixel, each with the reason, in order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(lambda path: _reason(folder / path), paths)
-        bar = tqdm(zip(paths, reasons, strict=True), total=len(paths), desc=name, unit="image")
-        return [(path, reason) for path, reason in bar if reason]
-
-
-def _reason(path: Path) -> str | None:
+def _unreadable(path: Path) -> str | None:
     """Why an image cannot be read, None if it can."""
     try:
-        with Image.open(path) as image:
-            image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-        text = f"{error or type(error).__name__}"
-        return text.replace(f" {str(path)!r}", "")  # the path stands in front already
+        read_image(path)
+    except UserError as error:
+        return str(error)
     return None
 
 
-def _fetch(row: SetSpec) -> list[str]:
+def _advice(row: SetSpec) -> tuple[list[str], list[str]]:
+    """How to get a set's images, and its split file: a line each, or none."""
     if row.rendered:
-        return [f"move {row.folder}/ away if it is there: the set is drawn at its next use"]
-    return [f"images: extract them (again) from {row.address}; tree and mirrors in DATASETS.md"]
-
-
-def _fetch_split(row: SetSpec) -> list[str]:
-    if row.rendered:
-        return []
+        return [f"-> move {row.folder}/ away if it is there: the set is drawn at its next use"], []
     return [
-        f"split: put {row.split_files[0]} into {row.folder}/, from {row.split_address}; "
+        f"-> images: extract them (again) from {row.address}; tree and mirrors in DATASETS.md"
+    ], [
+        f"-> split: put {row.split_file} into {row.folder}/, from {row.split_address}; "
         "numbers on any other are not comparable with published ones"
     ]
 
@@ -124,11 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"no data root at {root}: make that folder and fill it as DATASETS.md says "
             "(the Mini sets need nothing, they are drawn)"
         )
-    findings = []
+    broken = False
     for row in rows:
-        findings.append(check(row, root))
-        print("\n".join(findings[-1].lines()), flush=True)
-    return int(any(finding.state == "broken" for finding in findings))
+        state, (summary, *lines) = check(row, root)
+        broken |= state == "broken"
+        print("\n    ".join([f"{row.name}: {state}, {summary}", *lines]), flush=True)
+    return int(broken)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.errors import UserError, unknown
 from engine.files import atomic_path
 
+from .table import spec
+
 SIDE = 32  # pixels of a finished picture
 CANVAS = 64  # pixels of a master mask: twice the side, so that halving it smooths the edges
 INK = 40  # pixels of the longer side of what a master mask shows
@@ -68,47 +70,49 @@ UNICODE_FONTS = (
 ASCII_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")  # beyond ASCII their tables name other glyphs
 
 
-def _polygon(corners: int, inner: float = 1.0, turn: float = -90.0) -> list[tuple[float, float]]:
+Outline = list[tuple[float, float]]
+
+
+def _polygon(corners: int, inner: float = 1.0, turn: float = -90.0) -> Outline:
     """Corners of a regular polygon in the unit circle, or of a star if `inner` is below 1."""
     count = corners if inner == 1.0 else 2 * corners
-    return [
-        (
-            (1.0 if i % 2 == 0 else inner) * math.cos(math.radians(turn + 360 * i / count)),
-            (1.0 if i % 2 == 0 else inner) * math.sin(math.radians(turn + 360 * i / count)),
-        )
-        for i in range(count)
-    ]
+    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
+    radii = [1.0 if i % 2 == 0 else inner for i in range(count)]
+    return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, angles, strict=True)]
 
 
-def _heart() -> list[tuple[float, float]]:
-    steps = [2 * math.pi * i / 60 for i in range(60)]
-    return [
-        (
-            math.sin(t) ** 3,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
-        )
-        for t in steps
-    ]
+def _resized(outline: Outline, scale: float, right: float = 0.0) -> Outline:
+    return [(scale * x + right, scale * y) for x, y in outline]
+
+
+def _heart() -> Outline:
+    def height(t: float) -> float:
+        return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+
+    return [(math.sin(t) ** 3, -height(t) / 16) for t in (2 * math.pi * i / 60 for i in range(60))]
 
 
 # Outlines in [-1, 1] x [-1, 1], y downwards; a second outline is cut out of the first.
-SHAPES: dict[str, tuple[list[tuple[float, float]], ...]] = {
-    "circle": (_polygon(72),),
-    "square": (_polygon(4, turn=45.0),),
+# fmt: off
+_CIRCLE, _SQUARE = _polygon(72), _polygon(4, turn=45.0)
+SHAPES: dict[str, tuple[Outline, ...]] = {
+    "circle": (_CIRCLE,),
+    "square": (_SQUARE,),
     "triangle": (_polygon(3),),
     "star": (_polygon(5, inner=0.42),),
     "heart": (_heart(),),
-    "cross": (
-        [(x, y) for x, y in ((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3))]
-        + [(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-    ),
-    "ring": (_polygon(72), [(0.58 * x, 0.58 * y) for x, y in _polygon(72)]),
-    "frame": (_polygon(4, turn=45.0), [(0.6 * x, 0.6 * y) for x, y in _polygon(4, turn=45.0)]),
-    "crescent": (_polygon(72), [(0.85 * x + 0.45, 0.85 * y) for x, y in _polygon(72)]),
-    "semicircle": ([p for p in _polygon(72) if p[1] <= 0.01],),
+    "cross": ([
+        (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+        (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3),
+    ],),
+    "ring": (_CIRCLE, _resized(_CIRCLE, 0.58)),
+    "frame": (_SQUARE, _resized(_SQUARE, 0.6)),
+    "crescent": (_CIRCLE, _resized(_CIRCLE, 0.85, right=0.45)),
+    "semicircle": ([p for p in _CIRCLE if p[1] <= 0.01],),
     "lozenge": ([(0, -1), (0.6, 0), (0, 1), (-0.6, 0)],),
     "bar": ([(-1, -0.25), (1, -0.25), (1, 0.25), (-1, 0.25)],),
 }
+# fmt: on
 
 
 @lru_cache(maxsize=1)
@@ -137,20 +141,10 @@ def _font_tables() -> dict[str, frozenset[int]]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     tables = {}
     for font in UNICODE_FONTS + ASCII_FONTS:
-        path = folder / f"{font}.ttf"
-        points = frozenset(FT2Font(str(path)).get_charmap())
-        tables[str(path)] = points if font in UNICODE_FONTS else points & frozenset(range(128))
+        path = str(folder / f"{font}.ttf")
+        points = frozenset(FT2Font(path).get_charmap())
+        tables[path] = points if font in UNICODE_FONTS else points & frozenset(range(128))
     return tables
-
-
-@lru_cache(maxsize=4096)
-def _fonts_with(character: str) -> tuple[str, ...]:
-    return tuple(path for path, points in _font_tables().items() if ord(character) in points)
-
-
-@lru_cache(maxsize=64)
-def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size)
 
 
 def _fit(mask: Image.Image) -> Image.Image:
@@ -167,7 +161,8 @@ def _fit(mask: Image.Image) -> Image.Image:
 @lru_cache(maxsize=8192)
 def _glyph_mask(character: str, font: str) -> Image.Image:
     mask = Image.new("L", (4 * CANVAS, 4 * CANVAS))
-    ImageDraw.Draw(mask).text((CANVAS, CANVAS), character, fill=255, font=_font(font, 80))
+    pen = ImageDraw.Draw(mask)
+    pen.text((CANVAS, CANVAS), character, fill=255, font=ImageFont.truetype(font, 80))
     return _fit(mask)
 
 
@@ -190,16 +185,17 @@ def _digit_mask(digit: int, test: bool, rng: np.random.Generator) -> Image.Image
 
 
 def _master(name: str, test: bool, rng: np.random.Generator) -> Image.Image:
-    words = name.split()
-    if len(words) == 2 and words[0] in COLOURS and words[1] in SHAPES:
-        return _shape_mask(words[1])
-    if len(words) == 2 and words[0] == "digit" and words[1] in DIGITS:
-        return _digit_mask(DIGITS.index(words[1]), test, rng)
+    """What `name` looks like, (CANVAS, CANVAS) in grey."""
+    match name.split():
+        case [colour, shape] if colour in COLOURS and shape in SHAPES:
+            return _shape_mask(shape)
+        case ["digit", word] if word in DIGITS:
+            return _digit_mask(DIGITS.index(word), test, rng)
     try:
         character = unicodedata.lookup(name.upper())
     except KeyError:
         raise UserError(f"nothing to draw for {name!r}: no digit, shape or character") from None
-    fonts = _fonts_with(character)
+    fonts = [path for path, points in _font_tables().items() if ord(character) in points]
     if not fonts:
         raise UserError(f"no font of matplotlib's has the character {name!r}")
     return _glyph_mask(character, fonts[rng.integers(len(fonts))])
@@ -262,11 +258,6 @@ def pictures(name: str, part: str) -> Iterator[tuple[str, int, np.ndarray]]:
             yield class_name, label, draw(class_name, rng, test=part == "test")
 
 
-def split_file(name: str) -> str:
-    """The name of a Mini set's split file, in CoOp's form; its paths start at the set's folder."""
-    return f"split_mini_{name}.json"
-
-
 def _write(name: str, folder: Path) -> None:
     split: dict[str, list] = {"train": [], "val": [], "test": []}
     for part in ("train", "test"):
@@ -275,25 +266,33 @@ def _write(name: str, folder: Path) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / path, compress_level=1)  # noise hardly packs
             split[part].append([path, label, class_name])
-    (folder / split_file(name)).write_text(json.dumps(split), encoding="utf-8")
+    (folder / spec(name).split_file).write_text(json.dumps(split), encoding="utf-8")
 
 
 def render(name: str, folder: str | os.PathLike[str]) -> None:
-    """Draw a Mini set into `folder`: PNG files of 32 x 32 pixels and the split file.
+    """Draw a Mini set into `folder` unless it is there: PNG files of 32 x 32 pixels and the split
+    file, the same on every call.
 
-    The same files on every call. The folder appears whole or not at all, also when two processes
-    draw it at once; one that is complete is left as it is. Raises UserError for an unknown set,
-    or if the folder holds something else.
+    The folder appears whole or not at all, also when two processes draw it at once. Raises
+    UserError for an unknown set, if the disk refuses, or if the folder holds something else.
     """
     if name not in MINI:
-        raise unknown("Mini set", name, list(MINI))
+        raise unknown("Mini set", name, MINI)
     folder = Path(folder)
-    if (folder / split_file(name)).is_file():
+    split = folder / spec(name).split_file
+    if split.is_file():
         return
+    # Looked at again, after the folder: another process may have put the whole set there just now.
+    if folder.is_dir() and any(folder.iterdir()) and not split.is_file():
+        raise UserError(
+            f"data set {name}: {folder} exists, but holds no {split.name}; "
+            "move it away, and the set is drawn anew"
+        )
+    print(f"{name}: drawing the images into {folder}")
     try:
         with atomic_path(folder) as whole:
             whole.mkdir()
             _write(name, whole)
     except UserError:
-        if not (folder / split_file(name)).is_file():  # else another process was first
+        if not split.is_file():  # else another process was first
             raise

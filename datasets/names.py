@@ -1,4 +1,4 @@
-"""Class names: how one spelling is found among a data set's classes.
+"""Class names: how one spelling is found among others, and the committed text files of names.
 
 A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse`, cars are called
 `2012 Ram C/V Cargo Van Minivan`); a text made for CLIP uses `plain(name)`.
@@ -6,7 +6,8 @@ A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from engine import UserError, nearest
 
@@ -36,9 +37,41 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
         return same[0]
     where = f"data set {dataset!r}" if dataset else "the data set"
     if same:
-        choices = ", ".join(repr(known) for known in same)
+        choices = ", ".join(map(repr, same))
         raise UserError(f"class {name!r} of {where} is ambiguous: write one of {choices}")
-    close = ", ".join(repr(known) for known in nearest(name, list(classnames)))
+    close = ", ".join(map(repr, nearest(name, classnames)))
     raise UserError(
         f"{where} has no class {name!r}; nearest: {close} ({len(classnames)} classes in all)"
     )
+
+
+def flaw(classnames: Sequence[str]) -> str:
+    """What is wrong with a set's class names, by label; empty if each means one class.
+
+    Two that differ in case alone are let pass: ImageNet has a dog "Cardigan" and a "cardigan".
+    """
+    labels: dict[str, int] = {}
+    for label, name in enumerate(classnames):
+        if not plain(name):
+            return f"label {label} has an empty name"
+        if (other := labels.setdefault(plain(name), label)) != label:
+            return f"labels {other} and {label} are both called {name!r}"
+    return ""
+
+
+def entries(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    """The entries of a text file, a line each, `#` begins a comment: where each stands, as
+    messages begin, and its text.
+
+    Raises:
+        UserError: a file that cannot be read; the message names it and `what` it holds.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{what}: {path} cannot be read ({error}); it must be a text file with an entry a line"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if text := line.split("#", 1)[0].strip():
+            yield f"{what}: {path}, line {number}", text

@@ -1,4 +1,5 @@
-"""From a folder on disk to a data set: which split file is used, and whether it can be.
+"""From a folder on disk to a data set: which split file is used, whether it can be, and how an
+image is opened.
 
 Every set of the table, photographs and rendered ones alike, goes through `ImageSet`.
 """
@@ -10,9 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from engine import UserError
+import numpy as np
+from PIL import Image
 
-from .split import Split, missing_images, read_split, write_split
+from engine import UserError, write_json_atomic
+
+from .mini import render
+from .split import Split, read_split
 from .table import SETS, SetSpec, spec
 
 
@@ -44,12 +49,10 @@ def absent(row: SetSpec, root: Path) -> str | None:
     if row.rendered:
         return None
     folder = root / row.folder
-    if not root.is_dir():
-        return f"no data root at {root}; see DATASETS.md"
-    if not folder.is_dir():
-        return f"no folder {folder}; see DATASETS.md"
-    if not (folder / row.image_folder).is_dir():
-        return f"no image folder {folder / row.image_folder}; see DATASETS.md"
+    places = {"data root at": root, "folder": folder, "image folder": folder / row.image_folder}
+    for what, place in places.items():
+        if not place.is_dir():
+            return f"no {what} {place}; see DATASETS.md"
     return None
 
 
@@ -59,52 +62,27 @@ def find(row: SetSpec, root: Path) -> Found:
     Raises:
         UserError: the set is absent (names the path), or its split file or lists are broken.
     """
-    reason = absent(row, root)
-    if reason:
-        raise UserError(f"data set {row.name}: {reason}")
+    where = f"data set {row.name}:"
+    if reason := absent(row, root):
+        raise UserError(f"{where} {reason}")
     folder = root / row.folder
     images = folder / row.image_folder
-    for file in row.split_files:
+    for file in (row.split_file, row.made_split):
         if (folder / file).is_file():
-            return Found(read_split(folder / file), images, folder / file, comparable=True)
-    made = folder / row.made_split
-    if made.is_file():
-        return Found(read_split(made), images, made, comparable=False)
-    wanted = f"no split file {folder / row.split_files[0]}"
+            source = folder / file
+            return Found(read_split(source), images, source, comparable=file == row.split_file)
+    where = f"{where} no split file {folder / row.split_file}"
     if row.make_split is None:
-        raise UserError(f"data set {row.name}: {wanted}; see DATASETS.md")
+        raise UserError(f"{where}; see DATASETS.md")
     try:
-        split = row.make_split(folder, images, row.class_name)
+        return Found(row.make_split(folder, images), images, None, comparable=False)
     except UserError as error:
-        raise UserError(f"data set {row.name}: {wanted}, and none can be made: {error}") from error
+        raise UserError(f"{where}, and none can be made: {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"data set {row.name}: {wanted}, and none can be made: the official lists in {folder} "
-            f"are not in the known form ({error!r})"
+            f"{where}, and none can be made: the official lists in {folder} are not in the known "
+            f"form ({error!r})"
         ) from error
-    return Found(split, images, None, comparable=False)
-
-
-def render_if_new(row: SetSpec, root: Path) -> None:
-    """Draw a Mini set under `root` unless it is there; the folder appears whole or not at all.
-
-    Raises:
-        UserError: the disk refuses, or something else lies where the set belongs.
-    """
-    folder = root / row.folder
-    split = folder / row.split_files[0]
-    if split.is_file():
-        return
-    # Looked at again, after the folder: another process may have put the whole set there just now.
-    if folder.is_dir() and any(folder.iterdir()) and not split.is_file():
-        raise UserError(
-            f"data set {row.name}: {folder} exists, but holds no {split.name}; "
-            "move it away, and the set is drawn anew"
-        )
-    from .mini import render  # drawing libraries, only needed the first time
-
-    print(f"{row.name}: drawing the images into {folder}")
-    render(row.name, folder)
 
 
 class ImageSet:
@@ -127,16 +105,14 @@ class ImageSet:
         row = self.row
         root = Path(cfg.DATASET.ROOT).expanduser().absolute()
         if row.rendered:
-            render_if_new(row, root)
+            render(row.name, root / row.folder)
         found = find(row, root)
-        self.dataset_dir = str(root / row.folder)
-        self.image_dir = str(found.images)
-        self.comparable = found.comparable
         _demand_images(row, found)
         _report(row, found, root)
+        self.comparable = found.comparable
         self.train_x, self.val, self.test = (
             [Datum(str(found.images / path), label, name) for path, label, name in items]
-            for _, items in found.split.parts()
+            for items in found.split.parts.values()
         )
         self.classnames = list(found.split.classnames)
         self.lab2cname = dict(enumerate(self.classnames))
@@ -144,44 +120,39 @@ class ImageSet:
 
 
 def _demand_images(row: SetSpec, found: Found) -> None:
-    lost = missing_images(found.split, found.images)
+    lost = found.split.missing(found.images)
     if lost:
-        again = (
-            ""
-            if found.comparable
-            else f"; if they were removed on purpose, delete {row.made_split} and it is made anew"
-        )
+        again = f"; if they were removed on purpose, delete {row.made_split} and it is made anew"
         raise UserError(
             f"data set {row.name}: {len(lost)} of {len(found.split.paths())} images that the split "
-            f"names are missing, first {found.images / lost[0]}; "
-            f"`python -m datasets.check` lists them, DATASETS.md says where they come from{again}"
+            f"names are missing, first {found.images / lost[0]}; `python -m datasets.check` lists "
+            f"them, DATASETS.md says where they come from{'' if found.comparable else again}"
         )
 
 
 def _report(row: SetSpec, found: Found, root: Path) -> None:
     """Say which split is used; keep a new one, so that a user can read it and send it on."""
-    split = found.split
-    counts = ", ".join(f"{len(items)} {part}" for part, items in split.parts())
-    source = found.source
-    if source is None:
-        source = root / row.folder / row.made_split
+    parts = found.split.parts
+    file = found.source or root / row.folder / row.made_split
+    if found.source is None:
         try:
-            write_split(split, source)
-            print(f"{row.name}: made a split from the raw download, saved as {source}")
+            write_json_atomic(parts, file)
+            saved = f"saved as {file}"
         except UserError as error:  # data roots are often read-only; the next run makes the same
-            print(f"{row.name}: made a split from the raw download, not saved ({error})")
-    print(f"{row.name}: {source.name}, {len(split.classnames)} classes, {counts}")
+            saved = f"not saved ({error})"
+        print(f"{row.name}: made a split from the raw download, {saved}")
+    counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
+    print(f"{row.name}: {file.name}, {len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
         print(
-            f"{row.name}: this is not the published split {row.split_files[0]}: "
+            f"{row.name}: this is not the published split {row.split_file}: "
             "numbers are not comparable with published ones (DATASETS.md says where to get it)"
         )
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.
 CLASSES: dict[str, type[ImageSet]] = {
-    name: type(name, (ImageSet,), {"row": row, "__module__": __name__})
-    for name, row in SETS.items()
+    name: type(name, (ImageSet,), {"row": row}) for name, row in SETS.items()
 }
 
 
@@ -198,3 +169,22 @@ def available(root: str | Path) -> dict[str, str | None]:
     """For each set of the table: None if its folder is there (or it is drawn on demand), else the
     reason in one line."""
     return {name: absent(row, Path(root).expanduser()) for name, row in SETS.items()}
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, decoded to the last pixel.
+
+    Raises:
+        UserError: a file that is missing, torn, too large or no image, or whose numbers have no
+            known range; its text is the reason alone, for a message that names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow cuts them off at 255: all white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no known range; save 8 bits")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(reason.replace(f" {str(path)!r}", "")) from error

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from engine import UserError
 
-from .lists import entries
-from .names import key
+from .names import entries, key
 from .table import SETS, spec
 
 FOLDER = Path(__file__).parent / "vocabularies"
@@ -31,16 +30,14 @@ def retain_vocabulary(name: str) -> list[str]:
 
 
 def synonyms(name: str) -> dict[str, set[str]]:
-    """Class name (lower case, underscores to spaces) -> the vocabulary names that mean the same.
+    """Class name, as `key` spells it -> the vocabulary names that mean the same.
 
     Raises:
         UserError: as `retain_vocabulary`.
     """
-    found: dict[str, set[str]] = {}
-    for word, classes in _read(spec(name).name).items():
-        for class_name in classes:
-            found.setdefault(class_name, set()).add(word)
-    return found
+    words = _read(spec(name).name)
+    marked = set().union(*words.values())
+    return {known: {word for word, means in words.items() if known in means} for known in marked}
 
 
 def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
@@ -48,7 +45,7 @@ def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
     vocabulary of `dataset` marks as their synonyms. A set without a row in the table marks none."""
     own = {key(name) for name in names}
     marked = _read(dataset) if dataset in SETS else {}
-    return own | {word for word, classes in marked.items() if classes & own}
+    return own | {word for word, means in marked.items() if means & own}
 
 
 @cache

@@ -79,6 +79,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_existing(path: str | os.PathLike[str], instead: str = "choose another name") -> None:
+    """UserError if there is something at `path`, so that nothing of the user's is overwritten."""
+    if os.path.lexists(path):
+        raise UserError(f"{os.fspath(path)} exists and is not overwritten; {instead}")
+
+
 def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> None:
     """Write `obj` as JSON by `atomic_path`, floats at full precision; compact unless indented:
     files that grow with the number of classes take ten times as long to write with an indent."""

@@ -95,37 +95,40 @@ def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
     Args:
         name: the class; found: its entry under `classes` in audit.json.
     """
+    panels = {"paraphrase": _words, "neighbours": _neighbours}
+    panels |= {"destinations": _destinations, "relearning": _relearning}
     with drawing(path, 11, 7.5) as figure:
-        axes = figure.subplots(2, 2)
-        _words(axes[0, 0], found.get("paraphrase") or {})
-        _neighbours(axes[0, 1], found.get("neighbours") or {})
-        _destinations(axes[1, 0], found.get("destinations") or {})
-        _relearning(axes[1, 1], found.get("relearning") or {})
+        for axis, (measure, draw) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+            if not draw(axis, found.get(measure, {})):
+                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+                axis.set_xticks([])
+                axis.set_yticks([])
         figure.suptitle(name, parse_math=False)  # a class may be called $x$
     return Path(path)
 
 
-def _words(axis: Axes, words: dict[str, Any]) -> None:
+# A panel each; it returns whether there was anything to draw.
+
+
+def _words(axis: Axes, words: dict[str, Any]) -> bool:
     rows = [row for row in words.get("prompts", []) if row["after"]["value"] is not None]
     rows.sort(key=lambda row: (-row["after"]["value"], -row["before"]["value"]))
-    title = "accuracy under other words, %"
-    if len(rows) > PROMPTS:
-        title += f" (the {PROMPTS} worst of {len(rows)})"
+    more = f" (the {PROMPTS} worst of {len(rows)})" if len(rows) > PROMPTS else ""
+    axis.set_title(f"accuracy under other words, %{more}")
     rows = rows[:PROMPTS]
-    _dumbbells(axis, [f"{row['text'][:34]} ({row['kind']})" for row in rows], rows, title)
+    return _dumbbells(axis, [f"{row['text'][:34]} ({row['kind']})" for row in rows], rows)
 
 
-def _neighbours(axis: Axes, near: dict[str, Any]) -> None:
+def _neighbours(axis: Axes, near: dict[str, Any]) -> bool:
+    axis.set_title("accuracy of its nearest classes, %")
     rows = [row for row in near.get("classes", []) if row["before"]["value"] is not None]
-    _dumbbells(axis, [row["name"] for row in rows], rows, "accuracy of its nearest classes, %")
+    return _dumbbells(axis, [row["name"] for row in rows], rows)
 
 
-def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]], title: str) -> None:
+def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]]) -> bool:
     """One line a row, from before to after, with the 95 % interval of after."""
-    axis.set_title(title)
     if not rows:
-        _nothing(axis)
-        return
+        return False
     places = range(len(rows))
     sides = {side: [100 * row[side]["value"] for row in rows] for side in ("before", "after")}
     low, high = ([100 * row["after"][end] for row in rows] for end in ("low", "high"))
@@ -137,42 +140,33 @@ def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]], title: 
     axis.invert_yaxis()
     axis.set_xlim(-4, 104)
     axis.legend()
+    return True
 
 
-def _destinations(axis: Axes, destinations: dict[str, Any]) -> None:
+def _destinations(axis: Axes, destinations: dict[str, Any]) -> bool:
     axis.set_title("what its images are taken for, % of them")
     rows = destinations.get("after", [])
-    if not rows:
-        _nothing(axis)
-        return
     places = range(len(rows))
     axis.barh(places, [100 * row["share"] for row in rows], color=COLOURS[5])
     axis.set_yticks(places, [row["name"] for row in rows], parse_math=False)
     axis.invert_yaxis()
+    return bool(rows)
 
 
-def _relearning(axis: Axes, relearned: dict[str, Any]) -> None:
+def _relearning(axis: Axes, relearned: dict[str, Any]) -> bool:
     axis.set_title("accuracy with n of its images in a cache on top, %")
     curves = relearned.get("methods", {}).get("cache")
     if not curves:
-        _nothing(axis)
-        return
+        return False
+    shots = relearned["shots"]
     for key, (colour, label) in CURVES.items():
-        points = [
-            (shots, 100 * point["value"])
-            for shots, point in zip(relearned["shots"], curves[key], strict=False)
-            if point["value"] is not None
-        ]
-        if points:
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+        values = [point["value"] for point in curves[key]]
+        heights = [float("nan") if value is None else 100 * value for value in values]
+        if any(value is not None for value in values):
+            axis.plot(shots, heights, "o-", color=colour, label=label)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(relearned["shots"], relearned["shots"])
+    axis.set_xticks(shots, shots)
     axis.set_xlabel("images")
     axis.set_ylim(-4, 104)
     axis.legend()
-
-
-def _nothing(axis: Axes) -> None:
-    axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    return True

@@ -7,8 +7,9 @@
                        "zero_shot": {same shape, before forgetting},
                        "solver": {...}}}}
 
-A label is a class name, or several joined with "|" that were forgotten at once. Accuracies are
-fractions at full precision. Logs of the paper's public code have no "zero_shot" and no "solver".
+A label is a class name, or several with "|" between that were forgotten at once (see `join_label`).
+Accuracies are fractions at full precision. Logs of the paper's public code have no "zero_shot" and
+no "solver".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
 from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
-from evaluation.schema import check_logs
+from evaluation.schema import SETTINGS, Args, check, check_logs, read_json
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
 
 LOGS = "logs.json"
 ARGS = "args.txt"
-SETTINGS = "settings"
 SEPARATOR = "|"
-LONGEST_NAME = 150  # of an escaped label; file systems end at 255 bytes
+LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 
 Logs = dict[str, dict[str, Any]]
 
@@ -43,17 +43,32 @@ class TornLogs(UserError):
     """A logs.json that is no logs: cut off, or written by something else."""
 
 
-def join_label(classes: list[str]) -> str:
-    """The label of classes that are forgotten together."""
-    return SEPARATOR.join(classes)
+def join_label(classes: Sequence[str]) -> str:
+    """The label of classes that are forgotten together: their names with "|" between, where a "|"
+    or a backslash of a name has a backslash before it."""
+    return SEPARATOR.join(re.sub(r"[\\|]", r"\\\g<0>", name) for name in classes)
 
 
-def label_file(label: str) -> str:
-    """A label as a file name without suffix; a long one keeps its beginning and a checksum."""
-    name = escape(label)
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+def split_label(label: str) -> list[str]:
+    """The classes that `join_label` joined."""
+    parts = re.findall(r"(?:^|\|)((?:\\[\\|]|[^|])*)", label)
+    return [re.sub(r"\\([\\|])", r"\1", part) for part in parts]
+
+
+def place(*names: str) -> str:
+    """Where results lie below their folder, by data set, or by data set and label.
+
+    Names are escaped, so that none leads elsewhere; a long one keeps its beginning and a checksum.
+    """
+
+    def short(name: str) -> str:
+        escaped = escape(name)
+        if len(escaped) <= LONGEST_NAME:
+            return escaped
+        checksum = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
+        return f"{escaped[:LONGEST_NAME]}-{checksum}"
+
+    return "/".join(map(short, names))
 
 
 def read_logs(folder: str | Path) -> Logs:
@@ -64,32 +79,19 @@ def read_logs(folder: str | Path) -> Logs:
         UserError: results of another shape, see `evaluation.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
+    problem = "not an object of data sets"
     try:
-        text = path.read_text(encoding="utf-8")
+        logs = read_json(path)
+        if isinstance(logs, dict) and all(isinstance(entries, dict) for entries in logs.values()):
+            check_logs(logs, path)
+            return logs
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    problem = None
-    try:
-        logs = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
-        if not isinstance(logs, dict) or not all(isinstance(v, dict) for v in logs.values()):
-            problem = "not an object of data sets"
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         problem = str(error)
-    if problem is None:
-        check_logs(logs, path)
-        return logs
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename torn logs, so that no later run can overwrite them."""
-    aside = path.with_name(
-        f"logs.torn-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}.json"
-    )
-    path.rename(aside)
-    return aside
 
 
 def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> Logs:
@@ -97,26 +99,27 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
 
     One folder holds one backbone, one trainer, one set of weights: `create_results` reads it as a
     whole. Compared are `backbone`, `trainer` of every data set there and all of `settings` for
-    `dataset`.
+    `dataset`. Torn logs are set aside, so that no later run can overwrite them.
 
     Raises:
         UserError: other results are there; the message names what differs and another ATTEMPT.
     """
+    path = Path(folder) / LOGS
     try:
         logs = read_logs(folder)
     except TornLogs as error:
-        aside = _set_aside(Path(folder) / LOGS)
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}"
+        aside = path.rename(path.with_name(f"logs.torn-{stamp}.json"))
         raise UserError(
             f"{error} (it was kept as {aside.name}; run again to start new ones)"
         ) from error
     for name, entry in logs.items():
         there = entry.get(SETTINGS, {})
-        keys = settings if name == dataset else ("backbone", "trainer")
-        for key in keys:
+        for key in settings if name == dataset else ("backbone", "trainer"):
             if key in there and there[key] != settings[key]:
                 raise UserError(
-                    f"{Path(folder) / LOGS} holds results of {name} with {key} {there[key]!r}, "
-                    f"this run has {settings[key]!r}; choose another ATTEMPT (or output folder)"
+                    f"{path} holds results of {name} with {key} {there[key]!r}, this run has "
+                    f"{settings[key]!r}; choose another ATTEMPT (or output folder)"
                 )
     return logs
 
@@ -136,19 +139,21 @@ def is_done(
     if entry is None:
         return False
     solver = entry.get("solver", {})
-    there = solver.get(SETTINGS)
-    if there == solver_settings:
-        path = inside(folder, solver.get("adapter", ""))
-        return path.is_file() and sha256_file(path) == solver.get("adapter_sha256")
+    # The label of a class "a|b" was once that of the classes "a" and "b" at once.
+    there = {"classes": list(entry["final_results"][dataset]), **solver.get(SETTINGS, {})}
+    asked = {"classes": split_label(label), **solver_settings}
     changed = [
-        f"{key} {(there or {}).get(key)!r} -> {solver_settings.get(key)!r}"
-        for key in sorted({*(there or {}), *solver_settings})
-        if (there or {}).get(key) != solver_settings.get(key)
+        f"{key} {there.get(key)!r} -> {asked.get(key)!r}"
+        for key in sorted({*there, *asked})
+        if there.get(key) != asked.get(key)
     ]
-    raise UserError(
-        f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
-        "use --overwrite to replace them, or another ATTEMPT"
-    )
+    if changed:
+        raise UserError(
+            f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
+            "use --overwrite to replace them, or another ATTEMPT"
+        )
+    path = inside(folder, solver.get("adapter", ""))
+    return path.is_file() and sha256_file(path) == solver.get("adapter_sha256")
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,10 @@ def merge_results(
             except UserError as error:
                 refused = error
                 continue
-            _forget_model(folder, entries.get(one.label, {}).get("solver", {}))
+            replaced = entries.get(one.label, {}).get("solver", {})
+            if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
+                model.unlink()
+                print(f"  removed {model}: it belonged to the adapter that was replaced")
             # Not waited for: after a power cut the digest tells that the file is not the adapter.
             write_bytes(one.data, folder / one.place, durable=False)
             digest = hashlib.sha256(one.data).hexdigest()
@@ -211,22 +219,14 @@ def merge_results(
         raise refused
 
 
-def _forget_model(folder: Path, replaced: dict[str, Any]) -> None:
-    """Remove the full model that was saved with results that are replaced now."""
-    if "model" in replaced and (path := inside(folder, replaced["model"])).is_file():
-        path.unlink()
-        print(f"  removed {path}: it belonged to the adapter that was replaced")
-
-
 def merge_args(folder: str | Path, line: str) -> None:
     """Keep the command line of every run in args.txt, one argparse Namespace a line."""
     path = Path(folder) / ARGS
     with lock(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if line in lines:
-            lines.remove(line)  # the last line is the latest run
+        # The last line is the latest run.
+        lines = [*(other for other in _lines(path) if other != line), line]
         with atomic_path(path) as temporary:
-            temporary.write_text("\n".join([*lines, line]) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_args(path: str | Path) -> list[argparse.Namespace]:
@@ -235,19 +235,22 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
     Raises:
         UserError: a line that is not the text of an argparse Namespace.
     """
-    path = Path(path)
-    if not path.is_file():
-        return []
     namespaces = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip():
-            continue
+    for line in _lines(Path(path)):
         try:
-            call = ast.parse(line.strip(), mode="eval").body
+            call = ast.parse(line, mode="eval").body
             if not isinstance(call, ast.Call):
                 raise ValueError("not a call")
-            values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError) as error:
+            values = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise UserError(f"{path}: not the text of an argparse Namespace ({error})") from error
+        check(Args, values, path)
         namespaces.append(argparse.Namespace(**values))
     return namespaces
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]

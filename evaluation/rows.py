@@ -16,10 +16,9 @@ from evaluation.results import SETTINGS, Logs, read_logs
 from evaluation.rules import EVALUATION, Fate, fate, is_other_word
 
 ROUNDING = 1e-9  # between the accuracy of the logs and that of the audit
-TAGS = {Fate.STAYS: "not forgotten", Fate.NEVER: "never recognised"}
-WHY = {
-    Fate.STAYS: "half or more of its accuracy is left",
-    Fate.NEVER: "so there was nothing to forget",
+BAD = {  # in two words, and why
+    Fate.STAYS: ("not forgotten", "half or more of its accuracy is left"),
+    Fate.NEVER: ("never recognised", "so there was nothing to forget"),
 }
 
 
@@ -85,14 +84,14 @@ class Row:
     @property
     def tag(self) -> str:
         """What is wrong with it, in two words; "" if nothing is."""
-        return TAGS.get(self.fate, "comes back" if self.back else "")
+        return BAD[self.fate][0] if self.fate in BAD else "comes back" if self.back else ""
 
     @property
     def verdict(self) -> list[str]:
         """Findings, bad news first; without an audit only what the logs say."""
         if self.audit:
             return self.audit["verdict"]
-        return [f"{TAGS[self.fate]}, {WHY[self.fate]}"] if self.fate in TAGS else []
+        return [", ".join(BAD[self.fate])] if self.fate in BAD else []
 
     @property
     def gap(self) -> float | None:
@@ -109,8 +108,11 @@ class Row:
     @property
     def other_words(self) -> list[dict[str, Any]]:
         """The audit's prompts that ask for the class in other words."""
-        prompts = self.found("paraphrase", "prompts") or []
-        return [prompt for prompt in prompts if is_other_word(prompt["kind"], prompt["seen"])]
+        return [p for p in self._prompts if is_other_word(p["kind"], p["seen"])]
+
+    @property
+    def _prompts(self) -> list[dict[str, Any]]:
+        return self.found("paraphrase", "prompts") or []
 
     @property
     def back(self) -> list[str]:
@@ -133,9 +135,8 @@ class Row:
         None unless it is about the accuracy of the logs: an audit of an earlier adapter is not.
         """
         value = getattr(self.own, side)
-        prompts = self.found("paraphrase", "prompts") or []
         measured = [self.found("residue", "zero_shot", side)]
-        measured += [prompt[side] for prompt in prompts if prompt["kind"] == EVALUATION]
+        measured += [prompt[side] for prompt in self._prompts if prompt["kind"] == EVALUATION]
         for accuracy in measured:
             if accuracy and None not in (value, accuracy["low"]):
                 low, high = accuracy["low"], accuracy["high"]
@@ -165,8 +166,8 @@ def rows_of(logs: Logs, audits: Audits | None = None) -> list[Row]:
     for dataset, entries in logs.items():
         for label, entry in entries.items():
             if label != SETTINGS:
-                audit = audits.get(dataset, {}).get(label, {"classes": {}})
-                rows += _request(dataset, label, entry, audit["classes"])
+                audit = audits.get(dataset, {}).get(label, {})
+                rows += _request(dataset, label, entry, audit.get("classes", {}))
     return rows
 
 

@@ -1,184 +1,195 @@
-"""What logs.json and audit.json look like inside: checked once, where they are read.
+"""What logs.json, audit.json and args.txt hold: read and checked here, once.
 
-Readers behind that door look nothing over again. A shape is written down as data:
-
-- a type, such as `str`; `object` is anything;
-- `[shape]`: a list;
-- `{key: shape}`: an object; `...` as a key stands for all keys that are not named, which else may
-  hold anything;
-- `Absent(shape)`: a key of an object that may be absent; `Maybe(shape)`: a value that may be null;
-- a function that checks a value itself; a tuple of shapes that must all fit.
+Readers behind this door look nothing over again. Keys that are not named here may hold anything.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, InstanceOf, TypeAdapter
+from pydantic import ValidationError as Invalid
+from typing_extensions import TypedDict
 
 from engine.errors import UserError
 
+SETTINGS = "settings"  # the key of logs.json beside the labels of a data set
 SHOWN = 40  # characters of a wrong value in a message
-WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "a boolean"}
-
-Check = Callable[[Any], None]
-
-
-class Wrong(Exception):
-    """A value of another shape. `path` holds the keys that lead to it, innermost first."""
-
-    def __init__(self, wanted: str, value: Any) -> None:
-        self.wanted, self.value, self.path = wanted, value, []
-
-
-class Absent(NamedTuple):
-    shape: Any
+WORDS = {  # pydantic's names of errors -> what would be right
+    "dict_type": "an object",
+    "list_type": "a list",
+    "too_short": "an object that is not empty",
+    "is_instance_of": "a text",
+    "int_type": "a whole number",
+    "bool_type": "a boolean",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "greater_than_equal": "a number between 0 and 1",
+    "less_than_equal": "a number between 0 and 1",
+}
 
 
-class Maybe(NamedTuple):
-    shape: Any
+def shape(**keys: Any) -> Any:
+    """The type of an object with these keys."""
+    return TypedDict("object", keys)
 
 
-def number(value: Any) -> None:
-    """Any finite number."""
-    if type(value) not in (float, int) or not -1e300 < value < 1e300:
-        raise Wrong("a number", value)
+def some(**keys: Any) -> Any:
+    """The type of an object where any of these keys may be absent."""
+    return TypedDict("object", keys, total=False)
 
 
-def fraction(value: Any) -> None:
-    """A number between 0 and 1."""
-    if type(value) not in (float, int) or not 0 <= value <= 1:
-        raise Wrong("a number between 0 and 1", value)
-
-
-def some(value: Any) -> None:
-    """An object that is not empty."""
-    if not value:
-        raise Wrong("an object that is not empty", value)
-
-
-def square(value: Any) -> None:
-    """Counts of a confusion: a row for every name, and one column more for all other classes."""
-    size = len(value["names"])
+def square(confusion: dict[str, Any]) -> dict[str, Any]:
+    """Counts have a row for every name, and one column more for all other classes."""
+    size = len(confusion["names"])
     for side in ("before", "after"):
-        if [len(row) for row in value[side]] != [size + 1] * size:
-            raise Wrong(f"an object whose {side!r} has {size} rows of {size + 1}", value[side])
+        if [len(row) for row in confusion[side]] != [size + 1] * size:
+            raise ValueError(f"an object whose {side!r} has {size} rows of {size + 1}")
+    return confusion
 
 
-def all_kinds(value: Any) -> None:
+def all_kinds(paraphrase: dict[str, Any]) -> dict[str, Any]:
     """Every kind of prompts has its means."""
-    lacking = [p["kind"] for p in value["prompts"] if p["kind"] not in value["by_kind"]]
-    if lacking:
-        raise Wrong(f"an object whose 'by_kind' has {lacking[0]!r}", list(value["by_kind"]))
+    for prompt in paraphrase["prompts"]:
+        if prompt["kind"] not in paraphrase["by_kind"]:
+            raise ValueError(f"an object whose 'by_kind' has {prompt['kind']!r}")
+    return paraphrase
 
 
-def even(value: Any) -> None:
+def even(relearning: dict[str, Any]) -> dict[str, Any]:
     """Every curve has a point for every number of images, or of words."""
-    curves = [(value["shots"], method) for method in value["methods"].values()]
-    for steps, part in [*curves, (value["words"]["counts"], value["words"])]:
+    words = relearning["words"]
+    curves = [(relearning["shots"], method) for method in relearning["methods"].values()]
+    for steps, part in [*curves, (words["counts"], words)]:
         for name in part.keys() & {"forgotten", "before", "no_text", "control"}:
             if len(part[name]) != len(steps):
-                raise Wrong(f"an object whose {name!r} has {len(steps)} points", len(part[name]))
+                raise ValueError(f"an object whose {name!r} has {len(steps)} points")
+    return relearning
 
 
-def by_class(value: Any) -> None:
-    """A fraction or null, or an object with one for each of the classes that were forgotten."""
-    (_BY_CLASS if type(value) is dict else _ONE)(value)
+Text = InstanceOf[str]  # not str: JSON can spell names that UTF-8 cannot
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Fraction | None  # None: no image to tell by
+Number = FiniteFloat | None
+Accuracy = shape(value=Share, low=Share, high=Share, n=int)
+CHANGE = {"before": Accuracy, "after": Accuracy}
+MEANS = {"mean_before": Share, "mean_after": Share}
+REASONS = {"not_measured": list[Text]}
 
+# The paper's public code may have several classes under one name, with an object by class.
+ByClass = BeforeValidator(lambda value: value if isinstance(value, dict) else {"": value})
+OneClass = some(
+    cls_acc_test=Annotated[dict[Any, Share], ByClass],
+    no_cls_acc=Annotated[dict[Any, Share], ByClass],
+)
+ThisSet = Annotated[dict[Any, OneClass], Field(min_length=1)]
+OtherSet = shape(all=shape(all_ds=Share))
+Solver = some(  # what a method adds of its own is only shown, whatever it is
+    settings=dict,
+    seconds=FiniteFloat,
+    adapter=Text,
+    adapter_sha256=Text,
+    model=Text,
+    removed_names=list[Text],
+    left_retain_set=list[Text],
+    trials=list,
+    reduction=Number,
+    certificate=some(gap=Number),
+)
+Entry = shape(
+    final_results=dict[Any, dict],
+    zero_shot=NotRequired[dict[Any, dict]],
+    solver=NotRequired[Solver],
+)
 
-COUNT, TEXT = int, str
-ACCURACY = {"value": Maybe(fraction), "low": Maybe(fraction), "high": Maybe(fraction), "n": COUNT}
-CHANGE = {"before": ACCURACY, "after": ACCURACY}
-MEANS = {"mean_before": Maybe(fraction), "mean_after": Maybe(fraction)}
-REASONS = {"not_measured": [TEXT]}
-
-RESULTS = {"cls_acc_test": Absent(by_class), "no_cls_acc": Absent(by_class)}  # of one class
-OTHER_SET = {"all": {"all_ds": Maybe(fraction)}}
-SOLVER = {  # what a method adds of its own is only shown, whatever it is
-    "settings": Absent(dict),
-    "seconds": Absent(number),
-    "adapter": Absent(TEXT),
-    "adapter_sha256": Absent(TEXT),
-    "model": Absent(TEXT),
-    "removed_names": Absent([TEXT]),
-    "left_retain_set": Absent([TEXT]),
-    "trials": Absent([object]),
-    "reduction": Absent(Maybe(number)),
-    "certificate": Absent({"gap": Absent(Maybe(number))}),
-}
-
-MOVED = {"text": TEXT, "group": TEXT, "cosine": number, "nearest_before": TEXT, "rank_after": COUNT}
-SHARE = {"name": TEXT, "share": fraction}
-LEAK = {"name": TEXT, "images": COUNT, "auc_before": fraction, "auc_after": fraction}
-RECALL = {side: {k: ACCURACY for k in ("1", "5", "10")} for side in ("before", "after")}
-RECALLS = {"forgotten": RECALL, "retained": RECALL}
-ATTACK = {
-    "rank": Maybe(COUNT),
-    "rank_expected": Maybe(COUNT),
-    "text_cosine": Maybe(number),
-    "place": Maybe(COUNT),
-    "places": [COUNT],
-    "top": [TEXT],
-}
-CURVES = {"forgotten": [ACCURACY], "before": [ACCURACY], "needed": Maybe(COUNT)}
+Moved = shape(text=Text, group=Text, cosine=FiniteFloat, nearest_before=Text, rank_after=int)
+Taken = shape(name=Text, share=Fraction)
+Leak = shape(name=Text, images=int, auc_before=Fraction, auc_after=Fraction)
+Recall = shape(**dict.fromkeys(("1", "5", "10"), Accuracy))
+Recalls = shape(**dict.fromkeys(("forgotten", "retained"), shape(before=Recall, after=Recall)))
+Attack = shape(
+    rank=int | None,
+    rank_expected=int | None,
+    text_cosine=Number,
+    place=int | None,
+    places=list[int],
+    top=list[Text],
+)
+CURVES = {"forgotten": list[Accuracy], "before": list[Accuracy], "needed": int | None}
+Paraphrase = shape(
+    prompts=list[shape(text=Text, kind=Text, seen=bool, **CHANGE)],
+    worst=shape(text=Text, kind=Text, **CHANGE) | None,
+    back=list[Text],
+    by_kind=dict[Any, shape(**MEANS)],
+    **MEANS,
+    **REASONS,
+)
+Relearning = shape(
+    shots=list[int],
+    methods=dict[Any, shape(no_text=list[Accuracy], control=list[Accuracy], **CURVES)],
+    control_class=Text | None,
+    words=shape(counts=list[int], **CURVES),
+    **REASONS,
+)
+Confusion = shape(names=list[Text], before=list[list[int]], after=list[list[int]])
 MEASURES = {
-    "paraphrase": (
-        {
-            "prompts": [{"text": TEXT, "kind": TEXT, "seen": bool, **CHANGE}],
-            "worst": Maybe({"text": TEXT, "kind": TEXT, **CHANGE}),
-            "back": [TEXT],
-            "by_kind": {...: MEANS},
-            **MEANS,
-            **REASONS,
-        },
-        all_kinds,
-    ),
-    "neighbours": {
-        "classes": [{"name": TEXT, **CHANGE}],
-        "moved": {
-            "count": COUNT,
-            "mean_cosine": Maybe(number),
-            "nearest_kept": Maybe(fraction),
-            "top10_overlap": Maybe(fraction),
-            "worst": [MOVED],
-        },
+    "paraphrase": Annotated[Paraphrase, AfterValidator(all_kinds)],
+    "neighbours": shape(
+        classes=list[shape(name=Text, **CHANGE)],
+        moved=shape(
+            count=int,
+            mean_cosine=Number,
+            nearest_kept=Share,
+            top10_overlap=Share,
+            worst=list[Moved],
+        ),
         **MEANS,
         **REASONS,
-    },
-    "destinations": {
-        "images": COUNT,
-        "before": [SHARE],
-        "after": [SHARE],
-        "entropy_bits_before": Maybe(number),
-        "entropy_bits_after": Maybe(number),
-        "leak": [LEAK],
-        "worst_auc": Maybe(fraction),
-        **REASONS,
-    },
-    "confusion": ({"names": [TEXT], "before": [[COUNT]], "after": [[COUNT]]}, square),
-    "residue": {
-        "linear_probe": {"auc": Maybe(fraction), **CHANGE},
-        "nearest_neighbours": {"k": COUNT, **CHANGE},
-        "zero_shot": CHANGE,
-        **REASONS,
-    },
-    "retrieval": {"image_to_text": RECALLS, "text_to_image": RECALLS, **REASONS},
-    "undo": {"names": COUNT, "attacks": {...: ATTACK}, **REASONS},
-    "relearning": (
-        {
-            "shots": [COUNT],
-            "methods": {...: {"no_text": [ACCURACY], "control": [ACCURACY], **CURVES}},
-            "control_class": Maybe(TEXT),
-            "words": {"counts": [COUNT], **CURVES},
-            **REASONS,
-        },
-        even,
     ),
+    "destinations": shape(
+        images=int,
+        before=list[Taken],
+        after=list[Taken],
+        entropy_bits_before=Number,
+        entropy_bits_after=Number,
+        leak=list[Leak],
+        worst_auc=Share,
+        **REASONS,
+    ),
+    "confusion": Annotated[Confusion, AfterValidator(square)],
+    "residue": shape(
+        linear_probe=shape(auc=Share, **CHANGE),
+        nearest_neighbours=shape(k=int, **CHANGE),
+        zero_shot=shape(**CHANGE),
+        **REASONS,
+    ),
+    "retrieval": shape(image_to_text=Recalls, text_to_image=Recalls, **REASONS),
+    "undo": shape(names=int, attacks=dict[Any, Attack], **REASONS),
+    "relearning": Annotated[Relearning, AfterValidator(even)],
 }
-CLASS = {name: Absent(shape) for name, shape in MEASURES.items()}
-CLASS |= {"verdict": [TEXT], "seconds": {...: number}}
-AUDIT = {"adapter_sha256": TEXT, "settings": dict, "classes": {...: CLASS}}
+Found = shape(
+    verdict=list[Text],
+    seconds=dict[Any, FiniteFloat],
+    **{name: NotRequired[measure] for name, measure in MEASURES.items()},
+)
+Audit = shape(adapter_sha256=Text, settings=dict, classes=dict[Any, Found])
+# What is read again of a run's command line.
+Args = some(**dict.fromkeys(("dataset", "features", "root", "cache", "weights"), Text | None))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, None for its NaN: nothing was measured.
+
+    Raises:
+        ValueError: the file is no JSON; OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def check_logs(logs: Any, where: str | Path) -> None:
@@ -191,117 +202,48 @@ def check_logs(logs: Any, where: str | Path) -> None:
         UserError: one line that names the file, the data set, the label, the key, and what would
             be right there.
     """
-    # Which results of an entry are its own depends on the data set that it stands under.
-    shape = {name: _entries(name) for name in logs} if type(logs) is dict else dict
-    _refuse(compiled(shape), logs, where)
+    check(dict[Any, dict], logs, where)
+    for dataset, entries in logs.items():
+        for label, entry in entries.items():
+            place = (where, dataset, label)
+            if label == SETTINGS:
+                check(dict, entry, *place)
+                continue
+            check(Entry, entry, *place)
+            own = (entry["final_results"].get(dataset), entry.get("zero_shot", {}).get(dataset, {}))
+            check(ThisSet, own[0], *place, "final_results", dataset)
+            check(dict[Any, OneClass], own[1], *place, "zero_shot", dataset)
+            for side in ("final_results", "zero_shot"):
+                others = {k: v for k, v in entry.get(side, {}).items() if k != dataset}
+                check(dict[Any, OtherSet], others, *place, side)
 
 
 def check_audits(audits: Any, where: str | Path) -> None:
     """Refuse audits of another shape; see `check_logs`."""
-    _refuse(_AUDITS, audits, where)
+    check(dict[Any, dict[Any, Audit]], audits, where)
 
 
-def _entries(dataset: str) -> dict:
-    """The shape of the results of a data set."""
-    own = {...: RESULTS}
-    return {
-        "settings": Absent(dict),
-        ...: {
-            "final_results": {dataset: (own, some), ...: OTHER_SET},
-            "zero_shot": Absent({dataset: Absent(own), ...: OTHER_SET}),
-            "solver": Absent(SOLVER),
-        },
-    }
-
-
-def _refuse(check: Check, value: Any, where: str | Path) -> None:
+def check(kind: Any, value: Any, where: str | Path, *path: str) -> None:
+    """Refuse a value that is not of a type; `path` holds the keys that lead to it in `where`."""
     try:
-        check(value)
-    except Wrong as wrong:
-        path = [key if key.isprintable() else repr(key) for key in reversed(wrong.path)]
-        found = json.dumps(wrong.value)
+        adapter(kind).validate_python(value, strict=True)
+    except Invalid as error:
+        first = error.errors(include_url=False)[0]
+        path += tuple(str(key) for key in first["loc"] if key != "")
+        wanted = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if first["type"] == "missing":
+            *path, lacking = path
+            wanted = f"an object with {lacking}"
+        keys = " / ".join(key if key.isprintable() else repr(key) for key in path)
+        found = json.dumps(first["input"])
         found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
         raise UserError(
-            f"{where}: {' / '.join(path) or 'all of it'} must be {wrong.wanted}, and is {found}; "
+            f"{where}: {keys or 'all of it'} must be {wanted}, and is {found}; "
             "mend it, or move the file away"
         ) from None
 
 
-def compiled(shape: Any) -> Check:
-    """The function that raises `Wrong` for a value of another shape."""
-    match shape:
-        case Maybe():
-            inner = compiled(shape.shape)
-            return lambda value: None if value is None else inner(value)
-        case tuple():
-            return _all([compiled(part) for part in shape])
-        case list():
-            return _list(compiled(shape[0]))
-        case dict():
-            return _object(shape)
-        case type():
-            return _type(shape)
-    return shape
-
-
-def _type(kind: type) -> Check:
-    def check(value: Any) -> None:
-        if type(value) is not kind:  # exactly: true is no whole number
-            raise Wrong(WORDS[kind], value)
-
-    return check if kind is not object else lambda value: None
-
-
-def _all(parts: list[Check]) -> Check:
-    def check(value: Any) -> None:
-        for part in parts:
-            part(value)
-
-    return check
-
-
-def _list(inner: Check) -> Check:
-    def check(value: Any) -> None:
-        if type(value) is not list:
-            raise Wrong("a list", value)
-        for place, item in enumerate(value):
-            try:
-                inner(item)
-            except Wrong as wrong:
-                wrong.path.append(str(place))
-                raise
-
-    return check
-
-
-def _object(shape: dict) -> Check:
-    rest = compiled(shape[...]) if ... in shape else None
-    optional = {key for key, part in shape.items() if isinstance(part, Absent)}
-    parts = {
-        key: compiled(part.shape if key in optional else part)
-        for key, part in shape.items()
-        if key is not ...
-    }
-    needed = parts.keys() - optional
-
-    def check(value: Any) -> None:
-        if type(value) is not dict:
-            raise Wrong("an object", value)
-        if not needed <= value.keys():
-            lacking = ", ".join(key for key in parts if key in needed - value.keys())
-            raise Wrong(f"an object with {lacking}", value)
-        for key, item in value.items():
-            inner = parts.get(key, rest)
-            if inner is not None:
-                try:
-                    inner(item)
-                except Wrong as wrong:
-                    wrong.path.append(key)
-                    raise
-
-    return check
-
-
-_ONE = compiled(Maybe(fraction))
-_BY_CLASS = compiled({...: Maybe(fraction)})
-_AUDITS = compiled({...: {...: AUDIT}})
+@cache
+def adapter(kind: Any) -> TypeAdapter:
+    """What checks a type, made once."""
+    return TypeAdapter(kind)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import datasets
 from clip.architectures import architecture
-from clip.bundle import FeatureBundle, bundle_path, list_bundles
+from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine import UserError
 from engine.cli import Parser
@@ -64,7 +64,7 @@ def worlds(
     folder: Path, backbone: str, chosen: Iterable[str], opts: Sequence[str] = ()
 ) -> dict[str, World]:
     """The chosen sets of a folder of bundles, with the config keys (KEY VALUE) that are changed."""
-    found = {name: FeatureBundle.load(p) for name, p in list_bundles(folder, backbone).items()}
+    found = load_bundles(folder, backbone)
     return {
         name: World(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
         for name in chosen
@@ -83,7 +83,8 @@ def accuracies(
     """In percent, for each change (w, d): the forgotten classes (mean), the rest of their set, the
     other sets (mean), and what each was before; nothing where the set has no images."""
     if not len(world.bundle.labels):
-        return [dict.fromkeys(ACCURACIES, math.nan) for _ in answers]
+        names = [*ACCURACIES, *(f"{name} before" for name in ACCURACIES)]
+        return [dict.fromkeys(names, math.nan)] * len(answers)
     changes = [(answer, torch.eye(answer.shape[1])) for answer in answers]
     found = []
     for rows in judged(world, [classes] * len(changes), changes):
@@ -113,7 +114,7 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
     return pd.concat(frames, ignore_index=True)
 
 
-def means(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+def by_variant(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means over problems, a row for each group of `by` and variant, and one of the accuracies
     before; percent but for counts and lengths."""
     rows = []
@@ -240,8 +241,8 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
 def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
     """At least `count` classes of every set of a folder, evenly over the set."""
     chosen = {}
-    for dataset, path in list_bundles(folder, backbone).items():
-        names = FeatureBundle.load(path).classnames
+    for dataset, bundle in load_bundles(folder, backbone).items():
+        names = bundle.classnames
         chosen[dataset] = names[:: max(1, len(names) // count)][:count]
     return chosen
 
@@ -286,13 +287,13 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             same = {name: synonyms_of(name, lists[name]) for name in lists}
         sets = worlds(folder, backbone, lists, args.opts)
         table = run_problems(sets, lists, args.classes)
-        report(f"{backbone}, {kind}: the descent's variants", means(table, by))
+        print_table(f"{backbone}, {kind}: the descent's variants", by_variant(table, by))
         if table[list(ACCURACIES)].notna().all(axis=1).any():
-            report("Distance from ours, percentage points", apart_from_ours(table))
-        report("Without the trial that reached: reduction, %", one_trial_fewer(table))
+            print_table("Distance from ours, percentage points", apart_from_ours(table))
+        print_table("Without the trial that reached: reduction, %", one_trial_fewer(table))
         if same:
             parts = [synonyms_retained(sets[name], words) for name, words in same.items()]
-            report("Names of the same meaning, out of the retain set and in", pd.concat(parts))
+            print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         with atomic_path(args.csv) as path:
             table.to_csv(path, index=False)
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     return table
 
 
-def report(title: str, table: pd.DataFrame) -> None:
+def print_table(title: str, table: pd.DataFrame) -> None:
     """Print one table of docs/faithfulness.md, without columns that hold no number."""
     table = table.dropna(axis=1, how="all")
     print(f"\n{title}\n\n{markdown(table) if len(table) else 'none'}", flush=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from clip.bundle import FeatureBundle, list_bundles
+from clip.bundle import FeatureBundle, load_bundles
 from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
@@ -144,7 +144,7 @@ def outcomes(own: ZeroShot, others: Sequence[ZeroShot], left: Tensor, d: Tensor)
     return table
 
 
-def means(table: pd.DataFrame) -> dict[str, float | str]:
+def row_of(table: pd.DataFrame) -> dict[str, float | str]:
     """One row of the frontier: percentage points; for the margins, cosines.
 
     `rest` and `others` are changes, negative for harm, `worst` those of one class and one set. What
@@ -190,7 +190,7 @@ def frontier(bundles: Sequence[FeatureBundle]) -> pd.DataFrame:
                 left = alone.left(mu)
                 for target, beta, d in moves:
                     here = place | {"target": target, "beta": beta, "mu": mu}
-                    rows.append(here | means(outcomes(own, others, left, d)))
+                    rows.append(here | row_of(outcomes(own, others, left, d)))
     return pd.DataFrame(rows)
 
 
@@ -236,8 +236,7 @@ def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
     Raises:
         UserError: fewer than two, so that nobody can be harmed.
     """
-    bundles = [FeatureBundle.load(path) for path in list_bundles(folder, backbone).values()]
-    bundles = [bundle for bundle in bundles if len(bundle.labels)]
+    bundles = [found for found in load_bundles(folder, backbone).values() if len(found.labels)]
     if len(bundles) < 2:
         raise UserError(f"{folder} has {len(bundles)} image sets of {backbone}; two are needed")
     return bundles

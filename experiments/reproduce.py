@@ -31,7 +31,7 @@ from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
 from engine.files import atomic_path
-from evaluation.results import LOGS, SEPARATOR, read_logs
+from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from forget_cls import all_ds
 from forgetting import ProblemError
@@ -179,7 +179,7 @@ def forgotten(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFr
     parts = []
     for mode, frame in frames_of(folder, sets).items():
         part = summarise(frame)
-        part["forgotten"] = part["forgotten"].str.replace(SEPARATOR, ", ", regex=False)
+        part["forgotten"] = part["forgotten"].map(lambda label: ", ".join(split_label(label)))
         part.insert(0, "backbone", backbone)
         part.insert(1, "mode", mode)
         parts.append(part)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +25,17 @@ from forgetting import (
     AUTO,
     ForgetProblem,
     Ridge,
-    Spectrum,
-    settle,
     solve_constrained_each,
-    solve_each,
     solve_exact,
     solve_lora_each,
-    thresholds,
 )
+from trainers.paper import optima
 from trainers.requests import Requests
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
-FEW = 32  # names that leave: with more of them each task is solved by itself
+FEW = 32  # names that leave: with more of them each optimum is found by itself
+Optimum = tuple[Tensor, Tensor, dict[str, Any]]  # of `trainers.paper.optima`
 
 
 @dataclass(frozen=True)
@@ -65,124 +63,97 @@ class Answer:
         return self.left @ self.right
 
 
-@dataclass(frozen=True)
-class Optimum:
-    """The proved optimum of one task: its factors, certificate, c* and weight."""
-
-    left: Tensor
-    right: Tensor
-    primal: float
-    bound: float
-    gap: float
-    reach: float
-    lamb_forget: float
-
-
-@dataclass(frozen=True)
-class Paper:
-    """The paper's problem for the tasks of one setting; see `solve_lora_each`."""
+class Paper(NamedTuple):
+    """The paper's problem for R tasks: of all their texts, the task of each text (K,), and which
+    names leave with a task, (R, m)."""
 
     problem: ForgetProblem
-    owner: Tensor
+    of_text: Tensor
     leaving: Tensor
-
-    def of(self, numbers: Sequence[int]) -> Paper:
-        """That of some of the tasks, in ascending order."""
-        chosen = torch.tensor(numbers)
-        mine = torch.isin(self.owner, chosen)
-        owner = torch.searchsorted(chosen, self.owner[mine])
-        return Paper(self.problem.part(mine), owner, self.leaving[chosen])
 
     def alone(self, number: int) -> ForgetProblem:
         """The problem of one task by itself."""
-        return self.problem.part(self.owner == number, ~self.leaving[number])
+        return self.problem.part(self.of_text == number, ~self.leaving[number])
 
-    def weighing(self, lamb_forget: float | str) -> Paper:
-        """The same with another `lamb_forget`."""
-        return replace(self, problem=replace(self.problem, lamb_forget=lamb_forget))
+    def of(self, numbers: Sequence[int], lamb_forget: float | str) -> Paper:
+        """That of some of the tasks, in ascending order."""
+        chosen = torch.tensor(numbers)
+        mine = torch.isin(self.of_text, chosen)
+        problem = replace(self.problem.part(mine), lamb_forget=lamb_forget)
+        of_text = torch.searchsorted(chosen, self.of_text[mine])
+        return Paper(problem, of_text, self.leaving[chosen])
 
     def optima(self) -> list[Optimum]:
-        """The optimum of each task."""
-        single = len(self.owner) == len(self.leaving)
-        if not single or int(self.leaving.sum(dim=1).max()) > FEW:
-            return [_optimum(self.alone(number)) for number in range(len(self.leaving))]
-        each = solve_each(self.problem.part(self.owner.argsort()), self.leaving)
-        columns = (each.primal, each.bound, each.gap, each.reach, each.lamb_forget)
-        numbers = torch.stack(columns, dim=1).tolist()
-        factors = zip(each.left[:, :, None], each.right[:, None], strict=True)
-        return [Optimum(*pair, *rest) for pair, rest in zip(factors, numbers, strict=True)]
+        """The proved optimum of each task."""
+        if int(self.leaving.sum(dim=1).max()) <= FEW:
+            return optima(*self)
+        found = []
+        for problem in map(self.alone, range(len(self.leaving))):
+            nothing = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
+            found += optima(problem, torch.zeros(len(problem.target), dtype=torch.int64), nothing)
+        return found
+
+    def settled(self) -> tuple[list[Optimum], list[int]]:
+        """The optima, and the tasks for which `lamb_forget` was raised.
+
+        Where the config's weight lies below c* it is raised to just above it, as the paper's retry
+        would; a target that no weight reaches keeps the config's.
+        """
+        found, weight = self.optima(), self.problem.lamb_forget
+        if weight == AUTO:
+            return found, list(range(len(found)))
+        reach = [report["thresholds"]["reach"] for _, _, report in found]
+        low = [i for i, each in enumerate(reach) if 0 < weight <= each < float("inf")]
+        for i, optimum in zip(low, self.of(low, AUTO).optima() if low else [], strict=True):
+            found[i] = optimum
+        return found, low
 
 
-def paper_problem(
-    world: World, tasks: Sequence[Task], generators: Sequence[torch.Generator]
-) -> Paper:
-    """The paper's problem; what targets draw comes from the generators, one a task."""
+def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Generator]) -> Paper:
+    """The paper's problem of tasks of one setting; `draws`: random numbers of their targets."""
     first, requests = tasks[0], Requests([task.request for task in tasks])
     cfg, w = world.paper[len(first.request.classes) > 1], world.bundle.text_projection
     retain, leaving = world.retained(tasks, requests)
-    weights = paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {})
     problem = ForgetProblem(
         projection=w,
         forget_hidden=requests.hidden,
         retain_hidden=retain.rows,
-        target=world.target(first, requests, generators, retain, leaving).to(w),
+        target=world.target(first, requests, draws, retain, leaving).to(w),
         rank=first.rank,
         alpha=cfg.FORGET.ALPHA,
-        **weights,
+        **paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {}),
     )
     return Paper(problem, requests.of_text, requests.any_of(leaving))
 
 
-def settled(paper: Paper) -> tuple[list[Optimum], list[int]]:
-    """The optima, and the tasks for which `lamb_forget` was raised.
-
-    Where the config's weight lies below c* it is raised to just above it, as the paper's retry
-    would; a target that no weight reaches keeps the config's.
-    """
-    found, weight = paper.optima(), paper.problem.lamb_forget
-    if weight == AUTO:
-        return found, list(range(len(found)))
-    low = [i for i, each in enumerate(found) if 0 < weight <= each.reach < float("inf")]
-    if low:
-        for number, optimum in zip(low, paper.of(low).weighing(AUTO).optima(), strict=True):
-            found[number] = optimum
-    return found, low
-
-
-def generators_of(world: World, tasks: Sequence[Task]) -> list[torch.Generator]:
-    """The random numbers that a run of train.py has for the classes of each task."""
-    return [world.generator(task.request.classes) for task in tasks]
-
-
 def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's descent. `gap` is measured against the bound that the exact solver proves."""
-    generators = generators_of(world, tasks)
-    paper = paper_problem(world, tasks, generators)
-    optima, raised = settled(paper)
+    draws = world.draws(tasks)
+    paper = paper_problem(world, tasks, draws)
+    found, raised = paper.settled()
     settings = replace(world.descent, max_trials=min(MAX_TRIALS, world.descent.max_trials))
     rest = [number for number in range(len(tasks)) if number not in raised]
-    found, started = {}, time.process_time()
-    for numbers, part in ((rest, paper), (raised, paper.weighing(AUTO))):
+    descents, started = {}, time.process_time()
+    for numbers, lamb_forget in ((rest, paper.problem.lamb_forget), (raised, AUTO)):
         if numbers:
-            part, draws = part.of(numbers), [generators[number] for number in numbers]
-            solved = solve_lora_each(part.problem, part.owner, part.leaving, draws, settings)
-            found |= dict(zip(numbers, solved, strict=True))
+            part, mine = paper.of(numbers, lamb_forget), [draws[number] for number in numbers]
+            descents |= zip(numbers, solve_lora_each(*part, mine, settings), strict=True)
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
-    for number, optimum in enumerate(optima):
-        solution, problem = found[number], paper.alone(number)
-        problem = replace(problem, lamb_forget=solution.lamb_forget)
-        left, right = solution.left.double(), solution.right.double()
-        reached, bound = float(problem.objective(left @ right)), optimum.bound
-        if solution.lamb_forget != optimum.lamb_forget:  # a later trial of the retry
-            bound = solve_exact(problem).certificate.bound
+    for number, (_, _, report) in enumerate(found):
+        descent = descents[number]
+        problem = replace(paper.alone(number), lamb_forget=descent.lamb_forget)
+        left, right, bound = descent.left.double(), descent.right.double(), report["certificate"]
+        if descent.lamb_forget != report["lamb_forget"]:  # a later trial of the retry
+            bound = asdict(solve_exact(problem).certificate)
+        reached = float(problem.objective(left @ right))
         facts = {
             "retained": len(problem.retain_hidden),
             "objective": reached,
-            "gap": max(0.0, reached - bound) / reached if reached > 0 else 0.0,
-            "lamb_forget": solution.lamb_forget,
+            "gap": max(0.0, reached - bound["bound"]) / reached if reached > 0 else 0.0,
+            "lamb_forget": descent.lamb_forget,
             "auto": number in raised,
-            "trials": len(solution.trials),
+            "trials": len(descent.trials),
         }
         answers.append(Answer(left, right, problem.double.displacement, seconds, facts))
     return answers
@@ -190,22 +161,21 @@ def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
 
 def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's objective at its optimum, with its certificate."""
-    paper = paper_problem(world, tasks, generators_of(world, tasks))
+    paper = paper_problem(world, tasks, world.draws(tasks))
     started = time.process_time()
-    optima, raised = settled(paper)
+    found, raised = paper.settled()
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
-    for number, optimum in enumerate(optima):
+    for number, (left, right, report) in enumerate(found):
         problem = paper.alone(number)
         facts = {
             "retained": len(problem.retain_hidden),
-            "objective": optimum.primal,
-            "gap": optimum.gap,
-            "lamb_forget": optimum.lamb_forget,
+            "objective": report["certificate"]["primal"],
+            "gap": report["certificate"]["gap"],
+            "lamb_forget": report["lamb_forget"],
             "auto": number in raised,
         }
-        displacement = problem.double.displacement
-        answers.append(Answer(optimum.left, optimum.right, displacement, seconds, facts))
+        answers.append(Answer(left, right, problem.double.displacement, seconds, facts))
     return answers
 
 
@@ -213,23 +183,19 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
     requests = Requests([task.request for task in tasks])
     retain, leaving = world.retained(tasks, requests)
-    target = world.target(tasks[0], requests, generators_of(world, tasks), retain, leaving)
-    w, gone = world.bundle.text_projection.double(), requests.any_of(leaving)
-    displacement = target.double() - requests.hidden.double() @ w  # (K, d)
+    target = world.target(tasks[0], requests, world.draws(tasks), retain, leaving)
+    hidden, gone = requests.hidden.double(), requests.any_of(leaving)
+    displacement = target.double() - hidden @ world.bundle.text_projection.double()  # (K, d)
     started = time.process_time()
     solutions = solve_constrained_each(
-        *(Ridge(retain.gram, world.mu), requests.hidden, displacement, requests.of_text),
+        *(Ridge(retain.gram, world.mu), hidden, displacement, requests.of_text),
         *(retain.rows, retain.shares, gone),
     )
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
-    for number, solution in enumerate(solutions):
+    for number, (solution, left_out) in enumerate(zip(solutions, gone, strict=True)):
         proof = solution.certificate
-        facts = {
-            "retained": int((~gone[number]).sum()),
-            "objective": proof.primal,
-            "gap": proof.gap,
-        }
+        facts = {"retained": int((~left_out).sum()), "objective": proof.primal, "gap": proof.gap}
         mine = displacement[requests.of_text == number]
         answers.append(Answer(solution.left, solution.right, mine, seconds, facts))
     return answers
@@ -255,12 +221,3 @@ def together(tasks: Iterable[Task]) -> list[list[Task]]:
         key = (task.solver, task.setting, several, number if alone else None)
         groups.setdefault(key, []).append(task)
     return list(groups.values())
-
-
-def _optimum(problem: ForgetProblem) -> Optimum:
-    spectrum = Spectrum(problem.retain_hidden)
-    reach, problem = thresholds(problem, spectrum).reach, settle(problem, spectrum)
-    solution = solve_exact(problem, spectrum)
-    proof = solution.certificate
-    factors = (solution.left, solution.right)
-    return Optimum(*factors, proof.primal, proof.bound, proof.gap, reach, problem.lamb_forget)

@@ -25,8 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import datasets
-from clip.audit_texts import audit_rows
-from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle
+from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
 from engine.cli import Parser
 from engine.determinism import one_thread
 from engine.errors import UserError, unknown
@@ -65,12 +64,11 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         load_bundle(args.features, args.backbone, args.dataset)  # names the nearest
     elif args.forget:
         raise UserError("--forget NAME needs --dataset SET: a class belongs to a set")
-    bundles = {name: load_bundle(args.features, args.backbone, name) for name in paths}
+    bundles = load_bundles(args.features, args.backbone)
     jobs = []
     for dataset in [args.dataset] if args.dataset else paths:
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
         world = World(bundles[dataset], others, args.seed, args.opts)
-        audit_rows(world.bundle, paths[dataset])  # refuses broken ones
         classes = choose(world.bundle, args.forget, args.classes, args.seed)
         jobs.append(Job(world, classes, digest(world, paths.values())))
     return jobs

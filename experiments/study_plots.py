@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[4], "constrained": COLOURS[0]}
+OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[2], "constrained": COLOURS[0]}
 THICK = {"lora": 4.0}  # what the optimum's line hides without
 PANELS = {
     "forgotten": "forgotten class, accuracy left (%)",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from evaluation.results import SEPARATOR
+from evaluation.results import split_label
 from experiments.spectrum import PARTS, SIDES, random_shares
 
 MEANS = ("retained", "forgotten", "rest", "others", "carry", "reduction", "gap", "norm", "seconds")
@@ -22,7 +22,7 @@ def in_points(frame: pd.DataFrame) -> pd.DataFrame:
         change = 100 * (frame[f"{name}_after"] - frame[f"{name}_before"])
         shown[name] = change.round(9)  # a difference of equal means is 0, not 1e-14
     shown["worst"] = 100 * frame["others_worst"]
-    shown["several"] = frame["classes"].str.contains(SEPARATOR, regex=False)
+    shown["several"] = frame["classes"].map(lambda label: len(split_label(label)) > 1)
     return shown
 
 

@@ -108,6 +108,10 @@ class World:
         """Random numbers of these classes; without a purpose those of a run of train.py."""
         return seeded(self.seed, self.bundle.dataset, join_label(list(classes)) + purpose)
 
+    def draws(self, tasks: Sequence[Task]) -> list[torch.Generator]:
+        """`generator` of each task's classes."""
+        return [self.generator(task.request.classes) for task in tasks]
+
     def leaving(self, retain: RetainSet, requests: Requests) -> Tensor:
         """Which names leave with each class, (C, n) bool."""
         same = self.texts.same_meaning(requests.classes)

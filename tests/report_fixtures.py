@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from evaluation.audit.record import AUDIT, FORMAT
 from evaluation.results import ARGS, LOGS
 from evaluation.rules import holds, is_other_word
-from evaluation.schema import CLASS, Absent, Maybe, fraction, number
+from evaluation.schema import Found
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -328,31 +330,34 @@ def riddle(value: Any, rng: random.Random, chance: float = 0.08) -> Any:
     return value
 
 
-def example(shape: Any, items: int) -> Any:
-    """A value of a shape of `evaluation.schema`: null where it may be null, lists and objects of
-    any keys with `items` items; keys that may be absent are, unless there are items."""
-    match shape:
-        case Maybe():
-            return None
-        case tuple():
-            return example(shape[0], items)
-        case list():
-            return [example(shape[0], items)] * items
-        case dict():
-            parts = {"": shape[...]} if items and ... in shape else {}
-            parts |= {key: part for key, part in shape.items() if key is not ...}
-            return {
-                key: example(part.shape if isinstance(part, Absent) else part, items)
-                for key, part in parts.items()
-                if items or not isinstance(part, Absent)
-            }
-    return {fraction: 0.0, number: 0.0}[shape] if shape in (fraction, number) else shape()
+def example(schema: dict[str, Any], items: int, names: dict[str, Any]) -> Any:
+    """A value of a JSON schema: null where it may be null, lists and objects of any keys with
+    `items` items; keys that may be absent are, unless there are items.
+
+    Args:
+        names: what the schema refers to by name.
+    """
+    if "$ref" in schema:
+        return example(names[schema["$ref"].removeprefix("#/$defs/")], items, names)
+    if "anyOf" in schema:
+        return None
+    if "additionalProperties" in schema and "properties" not in schema:
+        values = schema["additionalProperties"]
+        return {"": example(values, items, names)} if items and values is not True else {}
+    match schema["type"]:
+        case "array":
+            return [example(schema["items"], items, names)] * items
+        case "object":
+            keys = schema["properties"] if items else schema["required"]
+            return {key: example(schema["properties"][key], items, names) for key in keys}
+    return {"string": "", "integer": 0, "number": 0.0, "boolean": False}[schema["type"]]
 
 
 def sparse_audits(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Audits of a class, each at an edge of what may stand there, by a name that says which."""
-    shape = {key: part.shape if isinstance(part, Absent) else part for key, part in CLASS.items()}
-    empty, nothing = (example(shape, items) for items in (0, 1))  # no list has an item, or one
+    schema = TypeAdapter(Found).json_schema()
+    schema["required"] = [*schema["properties"]]  # every measure
+    empty, nothing = (example(schema, items, schema["$defs"]) for items in (0, 1))  # of every list
     nothing["confusion"] = {"names": ["a"], "before": [[0, 0]], "after": [[0, 0]]}
     without = {
         f"without {measure}": {key: part for key, part in found.items() if key != measure}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evaluation.results import Finished, label_file, merge_results
+from evaluation.results import Finished, merge_results, place, split_label
 from forgetting import Adapter
 from forgetting.adapter import adapter_bytes
 
@@ -20,11 +20,11 @@ def finished(dataset: str, label: str, entry: dict[str, Any], scale: float = 1.0
         backbone="mini",
         weights="abc",
         dataset=dataset,
-        classes=label.split("|"),
+        classes=split_label(label),
         trainer="ForgetLoRA",
     )
-    place = f"{dataset}/{label_file(label)}.safetensors"
-    return Finished(label, entry, adapter, adapter_bytes(adapter), place)
+    path = f"{place(dataset, label)}.safetensors"
+    return Finished(label, entry, adapter, adapter_bytes(adapter), path)
 
 
 def store(folder, dataset: str, settings: dict, label: str, entry: dict[str, Any], **more) -> None:

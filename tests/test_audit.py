@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from scipy.stats import binomtest
 from torch.nn.functional import normalize
 
 import train
-from clip.bundle import load_bundle
+from clip.bundle import bundle_path, load_bundles
 from engine.errors import UserError
 from evaluation.audit import __main__ as audit
 from evaluation.audit.case import Common, Model
@@ -279,17 +280,22 @@ def test_a_folder_without_results_and_inputs_that_changed(results, features, tmp
     assert "logs.json is missing" in capsys.readouterr().err
     assert run(results.parent) == 2
     assert f"did you mean {results}?" in capsys.readouterr().err
-    bundle = load_bundle(features, BACKBONE, "ToyAnimals")
-    path = features / "ViT-B-32" / "ToyAnimals.safetensors"
-    path.unlink()
-    object.__setattr__(bundle, "weights", "others")
-    bundle.save(path)
+    bundles = load_bundles(features, BACKBONE)
+
+    def save(weights: str, *names: str) -> None:
+        for name in names:
+            path = bundle_path(features, BACKBONE, name)
+            path.unlink()
+            replace(bundles[name], weights=weights).save(path)
+
+    save("others", "ToyAnimals")
+    assert run(results) == 2
+    assert "made with different weights" in capsys.readouterr().err
+    save("others", *bundles)
     assert run(results) == 2
     assert "made with weights 'toy'" in capsys.readouterr().err
     (results / "ToyAnimals" / "cat.safetensors").unlink()
-    object.__setattr__(bundle, "weights", "toy")
-    path.unlink()
-    bundle.save(path)
+    save("toy", *bundles)
     assert run(results) == 2
     assert "is gone" in capsys.readouterr().err
 

@@ -12,9 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
+import train
 from clip import FeatureBundle, bundle_path, list_bundles, load_bundle
-from clip.bundle import FORMAT, SHAPES
+from clip.bundle import FORMAT, SHAPES, load_bundles
 from engine import UserError
+from tests.clip_fixtures import one_line
+from tests.conftest import BACKBONE, toy_bundle
 
 REAL = Path(__file__).parents[2] / "shared" / "real_clip"
 N, C, M, W, D = 7, 3, 5, 6, 4
@@ -123,7 +126,17 @@ WRONG = {
     "no strings": ("classnames", "[1, 2, 3]", "not a JSON list of strings"),
     "too few class names": ("classnames", json.dumps(["a", "b"]), r"\(2, 6\); classnames"),
     "too many names retained": ("retain_names", json.dumps(["a"] * 6), r"\(5, 6\)"),
-    "no classes": ("classnames", "[]", "expected"),
+    "no classes": ("classnames", "[]", "is empty"),
+    "two classes of a name": (
+        "classnames",
+        '["owl", "a b", "a_b"]',
+        "1 and 2 are both called 'a_b'",
+    ),
+    "a class without a name": ("classnames", '["owl", "_ ", "elk"]', "label 1 has an empty name"),
+    "deep nesting": ("retain_names", "[" * 100_000, "not valid JSON"),
+    "no place for the class": ("template", "a photo", "must hold {} once"),
+    "two places for the class": ("template", "{} and {}", "must hold {} once"),
+    "no template": ("template", "", "must hold {} once"),
     "image width": ("image_features", torch.eye(N), r"\(7, 7\)"),
     "label count": ("labels", torch.zeros(N + 1, dtype=torch.int64), r"\(8,\)"),
     "text width": ("class_hidden", torch.zeros(C, W + 1), r"\(3, 7\)"),
@@ -153,6 +166,9 @@ def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
     """Negative control of the cases above."""
     assert same(FeatureBundle.load(write(tmp_path)), make())
     FeatureBundle.load(write(tmp_path / "b", image_features=1.005 * make().image_features))
+    # ImageNet has a dog "Cardigan" and a "cardigan"; prompts may be made by no template.
+    case = {"classnames": json.dumps(["Cardigan", "cardigan", "owl"]), "template": "ensemble"}
+    FeatureBundle.load(write(tmp_path / "c", **case))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 500, -1])
@@ -182,11 +198,58 @@ def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
     make().save(bundle_path(tmp_path, "ViT-B/32", "Some"))
     with pytest.raises(UserError, match="ViT-B-32"):
         list_bundles(tmp_path, "RN50")
-    with pytest.raises(UserError, match="Some"):
+    for hidden in (".tmp-12", ".."):
+        replace(make(), dataset=hidden).save(bundle_path(tmp_path, "ViT-B/32", hidden))
+    assert list(list_bundles(tmp_path, "ViT-B/32")) == ["Some"]
+    for name in ("Sone", ".."):
+        with pytest.raises(UserError, match=f"no feature bundle of '{name}'"):
+            load_bundle(tmp_path, "ViT-B/32", name)
+    with pytest.raises(UserError, match="nearest: Some"):
         load_bundle(tmp_path, "ViT-B/32", "Sone")
     make().save(bundle_path(tmp_path, "RN50", "Some"))
     with pytest.raises(UserError, match="backbone is 'ViT-B/32'"):
         load_bundle(tmp_path, "RN50", "Some")
+
+
+def test_bundles_of_a_run_are_of_one_model(tmp_path: Path) -> None:
+    names = ["Some", "Half", "Other"]
+    bundle = make()
+    half = bundle.text_projection.half().float()  # rounded by whoever saved it
+    others = {"Some": bundle, "Half": replace(bundle, dataset="Half", text_projection=half)}
+    for name, each in others.items():
+        each.save(bundle_path(tmp_path, "ViT-B/32", name))
+    assert list(load_bundles(tmp_path, "ViT-B/32")) == ["Half", "Some"], "all of the folder"
+    path = bundle_path(tmp_path, "ViT-B/32", "Other")
+    wide = {key: torch.randn(len(getattr(bundle, key)), W + 1) for key in SHAPES if "hidden" in key}
+    wide["text_projection"] = torch.randn(W + 1, D)
+    for changes, message in (
+        ({"weights": "cd" * 32}, "different weights"),
+        ({"text_projection": bundle.text_projection.flip(0)}, "different projections"),
+        (wide, "different projections"),
+    ):
+        path.unlink(missing_ok=True)
+        replace(bundle, dataset="Other", **changes).save(path)
+        with pytest.raises(UserError, match=message) as error:
+            load_bundles(tmp_path, "ViT-B/32", names)
+        one_line(error, path, bundle_path(tmp_path, "ViT-B/32", "Some"))
+        load_bundles(tmp_path, "ViT-B/32", ["Other"])  # alone it is as good as any
+    path.unlink()
+    replace(bundle, dataset="Other").save(path)
+    found = load_bundles(tmp_path, "ViT-B/32", names)
+    assert list(found) == names and same(found["Some"], bundle)
+
+
+def test_a_run_on_bundles_of_two_models_is_refused(features: Path, toy_args, refused) -> None:
+    other = bundle_path(features, BACKBONE, "ToyTools")
+    other.unlink()
+    replace(toy_bundle("ToyTools"), weights="of another model").save(other)
+    toy_args += ["--forget", "cat"]
+    message = refused(toy_args)
+    assert "different weights" in message
+    assert str(other) in message and str(bundle_path(features, BACKBONE, "ToyAnimals")) in message
+    other.unlink()
+    toy_bundle("ToyTools").save(other)
+    assert train.cli(toy_args) == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real features are not part of the repository")

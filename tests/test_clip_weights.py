@@ -154,6 +154,25 @@ def test_nan_weights_are_refused(mini: Path, tmp_path: Path) -> None:
     one_line(error)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested and quantised tensors are announced so
+def test_odd_tensors_are_one_line(mini: Path, tmp_path: Path) -> None:
+    plain = torch.eye(3)
+    odd = {
+        "sparse": plain.to_sparse(),
+        "complex": plain * 1j,
+        "meta": plain.to("meta"),
+        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([plain, plain[:2]]),
+    }
+    for name, tensor in odd.items():
+        torch.save({"ln_final.weight": tensor}, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError) as error:
+            read_state_dict(tmp_path / f"{name}.pt")
+        one_line(error, tmp_path / f"{name}.pt")
+    torch.save({"a": plain, "b": plain.to(torch.float8_e4m3fn), "c": plain.long()}, tmp_path / "ok")
+    assert read_state_dict(tmp_path / "ok").keys() == {"a", "b", "c"}
+
+
 @pytest.mark.parametrize("name", [*OPENAI, "mini"])
 def test_weights_of_another_architecture_are_recognised(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from scipy.io import savemat
 import datasets
 from datasets import check, vocabulary
 from datasets.raw import divide
+from datasets.reader import read_image
 from engine import DATASET_REGISTRY, UserError
 from engine.cli import run
 from engine.config import settings
@@ -148,14 +149,28 @@ BROKEN = {
         "no image has label 1",
     ),
     "huge label": ({"train": [], "val": [], "test": [["a.jpg", 10**9, "a"]]}, "has label 0"),
+    "huge gap": (
+        {"train": entries("a", 0, range(1)), "val": [], "test": [["b.jpg", 2 * 10**8, "b"]]},
+        "labels must be 0 to 200000000 without a gap; no image has label 1",
+    ),
+    "endless label": ('{"train": [], "val": [], "test": [["a.jpg", ' + "9" * 5000, "is not JSON"),
     "two names a label": (
         {"train": entries("a", 0, range(1)), "val": [], "test": entries("b", 0, range(1))},
         r"test\[0\]: label 0 is called 'b', but 'a' before",
     ),
     "two labels a name": (
-        {"train": entries("a", 0, range(1)), "val": [], "test": entries("a", 1, range(1))},
-        "both called 'a'",
+        {"train": entries("a", 0, range(1)), "val": [], "test": entries("a", 1, range(1, 2))},
+        "labels 0 and 1 are both called 'a'",
     ),
+    "two spellings of a name": (
+        {"train": [["a.jpg", 0, "a_b"]], "val": [], "test": [["b.jpg", 1, "a  b"]]},
+        "labels 0 and 1 are both called 'a  b'",
+    ),
+    "two labels an image": (
+        {"train": [["a/b.jpg", 0, "a"]], "val": [], "test": [["a/./b.jpg", 1, "b"]]},
+        r"test\[0\]: 'a/./b.jpg' has label 1, but 0 before",
+    ),
+    "deep nesting": ("[" * 100_000, "is not JSON"),
     "empty name": ({"train": [], "val": [], "test": [["a.jpg", 0, " "]]}, "class name must be"),
     "empty path": ({"train": [], "val": [], "test": [["", 0, "a"]]}, "path must be"),
     "path upwards": (
@@ -177,6 +192,29 @@ def test_broken_split_is_one_line(tmp_path, split, message):
         datasets.load("Caltech101", tmp_path)
     text = str(caught.value)
     assert "split_zhou_Caltech101.json" in text and "\n" not in text
+
+
+def test_names_that_differ_in_case_and_an_image_in_two_parts_are_read(tmp_path):
+    """Negative control: ImageNet has a dog "Cardigan" and a garment "cardigan"."""
+    folder = tmp_path / "caltech-101/101_ObjectCategories"
+    for name in "ab":
+        picture(folder / f"{name}.jpg")
+    both = [["a.jpg", 0, "Cardigan"], ["b.jpg", 1, "cardigan"]]
+    publish(tmp_path / "caltech-101", {"train": both, "val": [], "test": both})
+    assert datasets.load("Caltech101", tmp_path).classnames == ["Cardigan", "cardigan"]
+
+
+def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
+    shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    Image.fromarray((shades >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "float.tiff")
+    with Image.open(tmp_path / "deep.png") as image:
+        assert np.asarray(image.convert("RGB")).mean() > 250, "what Pillow alone makes of it"
+    deep, plain = (read_image(tmp_path / f"{name}.png") for name in ("deep", "plain"))
+    assert deep.mode == "RGB" and np.array_equal(np.asarray(deep), np.asarray(plain))
+    with pytest.raises(UserError, match="mode F have no known range"):
+        read_image(tmp_path / "float.tiff")
 
 
 def test_missing_images_are_counted_and_the_first_is_named(tmp_path):

@@ -46,7 +46,7 @@ def image_root(root: Path, names: list[str] = all_ds) -> Path:
                 Image.fromarray(pixels).save(folder / path)
                 entries.append([path, label, title])
         split = {"train": [], "val": [], "test": entries}
-        (root / row.folder / row.split_files[0]).write_text(json.dumps(split))
+        (root / row.folder / row.split_file).write_text(json.dumps(split))
     return root
 
 

@@ -12,6 +12,8 @@ from io import StringIO
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from clip.bundle import bundle_path
 from engine.errors import UserError
@@ -192,8 +194,11 @@ def test_a_file_that_is_no_table_is_left_alone(features, tmp_path, capsys):
 
 
 def test_audit_lists_that_do_not_fit_are_refused(tmp_path, capsys):
-    bundle = with_audit(audit_kinds='["template"]')
-    bundle.save(bundle_path(tmp_path / "texts", BACKBONE, "ToyAnimals"))
+    path = bundle_path(tmp_path / "texts", BACKBONE, "ToyAnimals")
+    with_audit().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"audit_kinds": '["template"]'}
+    save_file(load_file(path), path, metadata)
     assert cli(["studies", *command(tmp_path / "texts", tmp_path / "out", "templates")]) == 2
     error = capsys.readouterr().err
     assert "ToyAnimals.safetensors: audit_kinds has 1 entries" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -125,6 +126,46 @@ def test_a_change_of_images_or_weights_encodes_again(place: Path, encode: Callab
     torch.save(random_model("mini", seed=1).state_dict(), place / "weights" / "mini.pt")
     _, source = encode()
     assert source.images == IMAGES and source.texts > 100
+
+
+def test_an_image_of_the_same_size_is_encoded_again(place: Path, encode: Callable) -> None:
+    """However it was replaced; a file that is as it was, or moved, is not encoded again."""
+    folder = place / "data" / "caltech-101" / "101_ObjectCategories" / "crab"
+    first, second = (folder / f"image_000{number}.jpg" for number in (0, 1))
+    old, new = first.read_bytes(), second.read_bytes()
+    size = max(len(old), len(new))
+    for path, content in ((first, old), (second, new)):  # a JPEG may be followed by anything
+        path.write_bytes(content.ljust(size, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    before, _ = encode()
+
+    def copied() -> None:
+        shutil.copy2(second, first)  # into the same inode, with the same times
+
+    def moved() -> None:
+        shutil.copy2(second, folder / "copy")
+        (folder / "copy").rename(first)
+
+    for replaced in (copied, moved):
+        first.write_bytes(old.ljust(size, b"\0"))
+        os.utime(first, ns=(10**18, 10**18))
+        _, source = encode()
+        assert source.images == 0, "its old content is known"
+        replaced()
+        assert (first.stat().st_size, first.stat().st_mtime_ns) == (size, 10**18)
+        after, _ = encode()
+        assert torch.allclose(after.image_features[0], before.image_features[1], atol=1e-6)
+        assert not torch.allclose(after.image_features[0], before.image_features[0], atol=1e-3)
+
+
+def test_a_damaged_register_of_digests_is_made_again(place: Path, encode: Callable) -> None:
+    encode()
+    register = place / "cache" / "features" / "images.json"
+    assert len(json.loads(register.read_text())) == IMAGES
+    for content in ("torn {", "[]", '{"a": 1}', "[" * 100_000):
+        register.write_text(content)
+        _, source = encode()
+        assert source.images == 0 and len(json.loads(register.read_text())) == IMAGES
 
 
 def test_a_data_root_may_move(place: Path, encode: Callable) -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip import ClipSource, FeatureBundle
-from clip.audit_texts import HIDDEN, audit_rows, other_words, with_audit
+from clip.audit_texts import audit_rows, other_words, with_audit
+from clip.bundle import AUDIT_HIDDEN as HIDDEN
 from clip.features import build_bundle, main
 from datasets.words.paraphrases import paraphrases
 from engine import UserError
@@ -285,22 +288,27 @@ NAN = torch.full((3, 16), torch.nan)
         (HIDDEN, torch.zeros(2, 16), r"has shape \(2, 16\), expected \(3, 16\)"),
         (HIDDEN, torch.zeros(3, 15), r"has shape \(3, 15\), expected \(3, 16\)"),
         (HIDDEN, torch.zeros(48), r"has shape \(48,\), expected \(3, 16\)"),
-        (HIDDEN, NAN, "must hold finite"),
-        (HIDDEN, torch.zeros(3, 16).long(), "must hold finite floating-point"),
+        (HIDDEN, NAN, "holds NaN or infinite"),
+        (HIDDEN, torch.zeros(3, 16).long(), "is torch.int64, not floating point"),
     ],
 )
-def test_broken_rows_are_refused_in_one_line(key: str, value: object, message: str) -> None:
-    bundle = world(rows=GONE)
-    where = bundle.extra_tensors if key == HIDDEN else bundle.extra
+def test_broken_rows_are_refused_in_one_line(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    world(rows=GONE).save(path)
+    assert len(audit_rows(FeatureBundle.load(path))["newt"]) == 3, "whole before it is broken"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    where = tensors if key == HIDDEN else metadata
     where.pop(key)
     if value is not None:
         where[key] = value
+    save_file(tensors, path, metadata)
     with pytest.raises(UserError, match=message) as error:
-        prompts_for(Common(bundle), "newt", set(), None)
-    one_line(error, key, "mini/Planted.safetensors")
-    with pytest.raises(UserError) as error:
-        audit_rows(bundle, Path("mine.safetensors"))
-    one_line(error, "mine.safetensors")
+        FeatureBundle.load(path)
+    one_line(error, key, path)
 
 
 def test_a_bundle_may_call_its_template_anything() -> None:

@@ -123,12 +123,13 @@ def test_points_of_the_frontier_lie_where_their_numbers_say(tmp_path):
     chart = scatter(read_runs(tmp_path))
     first, second = chart.series
     assert first.shape != second.shape and first.colour != second.colour
-    assert first.mean.x > second.mean.x and first.mean.y > second.mean.y  # y grows downwards
+    assert chart.x(first.mean.harm) > chart.x(second.mean.harm)
+    assert chart.y(first.mean.left) > chart.y(second.mean.left)  # y grows downwards
     everything = [point for one in chart.series for point in one.points]
     assert [point.row for point in everything] == list(range(12))
-    assert all(0 <= p.x <= WIDTH and 0 <= p.y <= HEIGHT for p in everything)
-    by_harm = sorted(everything, key=lambda point: point.harm)
-    assert [p.x for p in by_harm] == sorted(p.x for p in everything)
+    xs, ys = zip(*((chart.x(p.harm), chart.y(p.left)) for p in everything), strict=True)
+    assert all(0 <= x <= WIDTH for x in xs) and all(0 <= y <= HEIGHT for y in ys)
+    assert [chart.x(harm) for harm in sorted(p.harm for p in everything)] == sorted(xs)
 
 
 def test_settings_become_lines():

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import warnings
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from engine.errors import UserError
 from engine.files import sha256_file
@@ -16,10 +18,11 @@ from evaluation.results import (
     check_folder,
     is_done,
     join_label,
-    label_file,
     merge_args,
     merge_results,
+    place,
     read_logs,
+    split_label,
 )
 from tests.results_fixtures import finished, store
 from utils import (
@@ -145,12 +148,40 @@ def test_torn_logs_are_kept_aside(tmp_path, text):
     assert aside.read_text() == text
 
 
-def test_label_files_are_distinct_and_short():
-    names = ["C/V", "..", ".hidden", "a|b", "x" * 400, "x" * 401, "CON", "naïve"]
-    files = [label_file(name) for name in names]
-    assert len(set(files)) == len(files)
-    assert all("/" not in file and not file.startswith(".") and len(file) < 200 for file in files)
-    assert join_label(["a", "b"]) == "a|b"
+def test_places_are_distinct_short_and_inside():
+    names = ["C/V", "..", ".hidden", "a|b", r"a\|b", "x" * 400, "x" * 401, "CON", "naïve", "\ud800"]
+    places = [place(name, name) for name in names]
+    assert len(set(places)) == len(places)
+    for name, text in zip(names, places, strict=True):
+        folder, file = text.split("/")
+        assert folder == file == place(name) and len(file) < 200 and not file.startswith(".")
+
+
+@given(st.lists(st.text("ab|\\\n"), min_size=1))
+def test_labels_tell_classes_apart(classes):
+    assert split_label(join_label(classes)) == classes
+
+
+def test_a_label_is_the_name_where_there_is_no_bar():
+    assert join_label(["a", "b"]) == "a|b" and split_label("Pekinese|toy poodle")[1] == "toy poodle"
+    assert join_label(["a|b"]) == r"a\|b" and split_label(r"x\y") == [r"x\y"]
+
+
+def test_a_class_with_a_bar_and_two_classes_at_once(tmp_path):
+    one, two = join_label(["a|b"]), join_label(["a", "b"])
+    both = entry(name="a")
+    for side in ("final_results", "zero_shot"):
+        both[side]["A"]["b"] = both[side]["A"]["a"]
+    store(tmp_path, "A", SETTINGS, one, entry(name="a|b"))
+    store(tmp_path, "A", SETTINGS, two, both)
+    logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
+    assert len({logs["A"][label]["solver"]["adapter"] for label in (one, two)}) == 2
+    assert all(is_done(tmp_path, logs, "A", label, same) for label in (one, two))
+    assert create_results(tmp_path)[0].name.tolist() == [one]
+    assert create_results(tmp_path, multiclass=True)[0].name.tolist() == [two]
+    logs["A"][two] = logs["A"][one]  # as it was written before names with a bar were told apart
+    with pytest.raises(UserError, match=r"classes \['a|b'\] -> \['a', 'b'\]"):
+        is_done(tmp_path, logs, "A", two, same)
 
 
 def test_args_keep_every_command_line_once(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
-from clip.bundle import FeatureBundle, load_bundle
+from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import retain_set
@@ -33,8 +33,8 @@ from evaluation.results import (
     check_folder,
     is_done,
     join_label,
-    label_file,
     merge_results,
+    place,
     read_logs,
 )
 from evaluation.rules import Fate, fate
@@ -139,34 +139,32 @@ class ForgetTrainer(SimpleTrainer):
         """The bundle of the set, those of the other sets, and Dassl's names for the classes."""
         cfg = self.cfg
         backbone = cfg.MODEL.BACKBONE.NAME
+        names = [self.plan.dataset, *self.plan.others]
         if cfg.FEATURES.DIR:
             self.source = encode = None
-
-            def load(name: str) -> FeatureBundle:
-                return load_bundle(cfg.FEATURES.DIR, backbone, name)
+            bundles = load_bundles(cfg.FEATURES.DIR, backbone, names)
         else:
             self.source = ClipSource(
                 backbone, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE, self.device
             )
             encode = FeatureCache(self.source, cfg.FEATURES.CACHE).texts
-
-            def load(name: str) -> FeatureBundle:
-                own = name == cfg.DATASET.NAME
-                return build_bundle(
+            bundles = {
+                name: build_bundle(
                     name,
                     self.source,
                     cfg.DATASET.ROOT,
                     cfg.FEATURES.CACHE,
-                    template=(cfg.DATASET.TEMPLATE or None) if own else None,
+                    template=(cfg.DATASET.TEMPLATE or None) if name == names[0] else None,
                     batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
                     workers=cfg.DATALOADER.NUM_WORKERS,
                 )
-
+                for name in names
+            }
         for name, reason in self.plan.absent.items():
             print(f"not evaluated: {name} ({reason})")
-        self.bundle = load(self.plan.dataset)
+        self.bundle = bundles.pop(self.plan.dataset)
+        self.others = bundles
         check_prompts(self.prompts, self.bundle)
-        self.others = {name: load(name) for name in self.plan.others}
         self.texts = Texts(self.bundle, encode, self.prompts)
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
         self.num_classes = len(self.bundle.classnames)
@@ -332,7 +330,7 @@ class ForgetTrainer(SimpleTrainer):
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
         ):
-            place = f"{self.plan.dataset}/{label_file(label)}"
+            path = place(self.plan.dataset, label)
             report = {
                 "name": self.name,
                 "settings": solver_settings,
@@ -353,13 +351,13 @@ class ForgetTrainer(SimpleTrainer):
             if answer.recipe:
                 adapter = with_recipe(adapter, answer.recipe, answer.parts)
             if self.cfg.FORGET.SAVE_MODEL:
-                report["model"] = f"{place}.pt"
+                report["model"] = f"{path}.pt"
             before = self.judge.before(classes)
             # Not in the adapter: the same run makes the same file.
             report = report | {"seconds": seconds}
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             finished.append(
-                Finished(label, entry, adapter, adapter_bytes(adapter), f"{place}.safetensors")
+                Finished(label, entry, adapter, adapter_bytes(adapter), f"{path}.safetensors")
             )
             self._print(classes, entry, answer.notes, seconds)
         return finished

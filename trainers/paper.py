@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from engine import TRAINER_REGISTRY
 from engine.config import paper_weights
+from evaluation.results import place
 from forgetting import (
     ForgetProblem,
     LoraSettings,
@@ -147,15 +148,9 @@ class ForgetOptimum(PaperTrainer):
         )
         recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
         recipe |= {"weights": None} | self.constants()
-        single = [i for i, request in enumerate(requests) if len(request.texts) == 1]
-        texts = torch.tensor([int((requests.of_text == i).nonzero()[0, 0]) for i in single])
-        each = solve_each(problem.part(texts.long()), gone[single]) if single else None
         answers = []
-        for i, report in enumerate(reports):
-            if i in single:
-                left, right, found = _of_each(each, single.index(i))
-            else:
-                left, right, found = _alone(problem.part(requests.of_text == i, ~gone[i]))
+        solved = optima(problem, requests.of_text, gone)
+        for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
             hidden = requests.hidden[requests.of_text == i].double().to(left)
             d = problem.double.displacement[requests.of_text == i]
             size = torch.linalg.matrix_norm(d)
@@ -177,10 +172,33 @@ class ForgetOptimum(PaperTrainer):
         """The statistics of the vocabulary, without which adapters of this objective do not
         compose."""
         name = f"statistics-{self.retain.statistics.sha256[:12]}.safetensors"
-        path = folder / self.plan.dataset / name
+        path = folder / place(self.plan.dataset) / name
         if not path.exists():
             self.retain.statistics.save(path)
             print(f"statistics of the vocabulary, for composing: {path}")
+
+
+def optima(
+    problem: ForgetProblem, of_text: Tensor, leaving: Tensor
+) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """The proved optimum of R requests, each from the original model: left (w, r), right (r, d),
+    and what the logs say of it.
+
+    Args:
+        problem: the texts of all requests, and everything that may be retained beside them.
+        of_text: (K,) int64, the request of each text; leaving: (R, m) bool, which rows of
+            `retain_hidden` leave with a request.
+    """
+    count = torch.bincount(of_text, minlength=len(leaving))
+    single = (count == 1).nonzero()[:, 0].tolist()
+    texts = torch.tensor([int((of_text == i).nonzero()[0, 0]) for i in single])
+    each = solve_each(problem.part(texts.long()), leaving[single]) if single else None
+    return [
+        _of_each(each, single.index(i))
+        if i in single
+        else _alone(problem.part(of_text == i, ~leaving[i]))
+        for i in range(len(leaving))
+    ]
 
 
 def _of_each(each: Any, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:

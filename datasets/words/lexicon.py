@@ -12,12 +12,11 @@ words; no list is needed to forget.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets.lists import entries
-from datasets.names import key, plain
+from datasets.names import entries, key, plain
 from datasets.table import SETS
 from datasets.words.cars import car_words
 from datasets.words.wordnet import wordnet_words
@@ -27,13 +26,8 @@ FOLDER = Path(__file__).parent
 CELLS = 4
 
 
-@dataclass(frozen=True)
-class Words:
-    """Other words for one class.
-
-    Attributes:
-        synonyms: mean the same; hypernyms: mean more; descriptions: say what it looks like.
-    """
+class Words(NamedTuple):
+    """Other words for one class: some mean the same, some mean more, some say how it looks."""
 
     synonyms: list[str]
     hypernyms: list[str]
@@ -54,16 +48,17 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
         UserError: a list that cannot be read or is not in the form above.
     """
     own = _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
-    ruled = Words(*car_words(plain(name))) if dataset == "StanfordCars" else NONE
+    ruled = car_words(plain(name)) if dataset == "StanfordCars" else NONE
+    known = Words(*(listed + more for listed, more in zip(own, ruled, strict=True)))
     taken = {key(name), *map(key, others)}
     # The list decides what is a hypernym, over the rule and over WordNet.
-    synonyms = _new([*own.synonyms, *ruled.synonyms], taken | set(map(key, own.hypernyms)))
-    hypernyms = _new([*own.hypernyms, *ruled.hypernyms], taken | set(map(key, synonyms)))
+    synonyms = _new(known.synonyms, taken | set(map(key, own.hypernyms)))
+    hypernyms = _new(known.hypernyms, taken | set(map(key, synonyms)))
     same, above = wordnet_words(plain(name), synonyms, hypernyms)
     listed = taken | set(map(key, [*synonyms, *hypernyms]))
     synonyms += _new(same, listed)
     hypernyms += _new(above, listed | set(map(key, same)))
-    return Words(synonyms, hypernyms, _new([*own.descriptions, *ruled.descriptions], taken))
+    return Words(synonyms, hypernyms, _new(known.descriptions, taken))
 
 
 def _new(words: Iterable[str], taken: set[str]) -> list[str]:

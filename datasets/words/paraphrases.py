@@ -7,7 +7,7 @@ among them, nor the bare name: both are in its bundle.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from datasets.names import key, plain
 from datasets.table import SETS, SetSpec
@@ -48,8 +48,7 @@ TEMPLATES = (
 KINDS = ("template", "synonym", "hypernym", "description", "case", "plural", "misspelling")
 
 
-@dataclass(frozen=True)
-class Paraphrase:
+class Paraphrase(NamedTuple):
     """A text that says what a class is, and in which way it differs from the name: see `KINDS`."""
 
     text: str
@@ -94,7 +93,7 @@ def paraphrases(
     for kind in KINDS:
         for text in texts[kind]:
             found.setdefault(text, kind)
-    return [Paraphrase(text, kind) for text, kind in found.items()]
+    return [Paraphrase(*item) for item in found.items()]
 
 
 def _both(words: list[str], template: str) -> list[str]:

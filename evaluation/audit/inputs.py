@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.bundle import FeatureBundle, load_bundle
+from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
@@ -76,26 +76,24 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
             if name != dataset
         }
     )
-    source = None
+    names, source = [dataset, *others], None
     if places["features"]:
-
-        def load(name: str) -> FeatureBundle:
-            try:
-                return load_bundle(places["features"], settings["backbone"], name)
-            except UserError as error:
-                raise UserError(f"{error} (--features DIR says where bundles are now)") from error
+        try:
+            bundles = load_bundles(places["features"], settings["backbone"], names)
+        except UserError as error:
+            raise UserError(f"{error} (--features DIR says where bundles are now)") from error
     else:
         source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
-
-        def load(name: str) -> FeatureBundle:
-            own = {"template": settings["template"], "split": settings["split"]}
-            return build_bundle(
+        own = {"template": settings["template"], "split": settings["split"]}
+        bundles = {
+            name: build_bundle(
                 name, source, places["root"], places["cache"], **(own if name == dataset else {})
             )
-
-    bundle = load(dataset)
+            for name in names
+        }
+    bundle = bundles.pop(dataset)
     _same(bundle, settings, folder)
-    return Inputs(bundle, {name: load(name) for name in others}, encoder(source, places["cache"]))
+    return Inputs(bundle, bundles, encoder(source, places["cache"]))
 
 
 def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict[str, str]:

@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, write_json_atomic
-from evaluation.schema import check_audits
+from evaluation.schema import check_audits, read_json
 
 AUDIT = "audit.json"
 FORMAT = "clip-forget-audit/1"
@@ -33,7 +32,7 @@ def read_audits(folder: str | Path) -> Audits:
     """
     path = Path(folder) / AUDIT
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        record = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -217,7 +217,7 @@ class _Results:
         """A label's adapter, which must be one of its classes and of the bundle's projection."""
         path = self.path(label)
         adapter = load_adapter(path)
-        if join_label(adapter.classes) != label:
+        if adapter.classes != list(self.logs[label]["final_results"][self.common.bundle.dataset]):
             raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
         if adapter.projection_sha256 != self.projection:
             raise UserError(

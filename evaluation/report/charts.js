@@ -3,58 +3,30 @@
 const ROW = 26;
 const GLYPH = 6.3; // about the width of a letter, in pixels
 const FULL = [0, 0.25, 0.5, 0.75, 1];
+const TITLES = {
+  after: "after forgetting",
+  before: "before forgetting",
+  no_text: "without any text of it",
+  control: "another class",
+};
 
 function canvas(width, height, title, description, ...marks) {
-  return s(
-    "svg",
-    {
-      class: "chart",
-      viewBox: `0 0 ${width} ${height}`,
-      width,
-      height,
-      role: "img",
-      "aria-label": `${title}. ${description}`,
-    },
-    s("title", {}, title),
-    s("desc", {}, description),
-    marks,
-  );
+  const size = { viewBox: `0 0 ${width} ${height}`, width, height };
+  const spoken = { role: "img", "aria-label": `${title}. ${description}` };
+  const words = [s("title", {}, title), s("desc", {}, description)];
+  return s("svg", { class: "chart", ...size, ...spoken }, words, marks);
 }
 
 const text = (x, y, words, anchor = "start", name = null) =>
   s("text", { x, y, "text-anchor": anchor, class: name }, words);
-const named = (x, y, words, width, anchor = "end") =>
+const line = (name, d) => s("path", { class: name, d });
+// A name that may be too long for its place ends before x.
+const named = (x, y, words, width) =>
   s(
     "text",
-    { x, y, "text-anchor": anchor, class: "name" },
+    { x, y, "text-anchor": "end", class: "name" },
     s("title", {}, words),
     cut(words, Math.max(4, Math.floor(width / GLYPH))),
-  );
-
-function percentAxis(at, top, bottom) {
-  return FULL.map((share) => [
-    s("path", { class: "grid", d: `M${at(share)} ${top}V${bottom}` }),
-    text(at(share), bottom + 16, share === 1 ? "100 %" : String(100 * share), "middle"),
-  ]);
-}
-
-const legend = (...entries) =>
-  h(
-    "ul",
-    { class: "legend" },
-    entries.map(([name, words]) =>
-      h(
-        "li",
-        {},
-        s(
-          "svg",
-          { class: "key wide-key", viewBox: "-14 -7 28 14", "aria-hidden": "true" },
-          sample(name),
-        ),
-        " ",
-        words,
-      ),
-    ),
   );
 
 const MARKS = {
@@ -65,76 +37,71 @@ const MARKS = {
 };
 const mark = (name, x, y) =>
   s("path", { class: `mark ${name}`, d: MARKS[name], transform: `translate(${x} ${y})` });
-const sample = (name) => [s("path", { class: `line ${name}`, d: "M-14 0H14" }), mark(name, 0, 0)];
 
-// Rows {name, note, before, after}: where an accuracy was, and where it went.
-function dumbbell(title, rows) {
-  const told = rows.map(
-    (row) =>
-      `${row.name} ${percent(valueOf(row.before))} before, ${percent(valueOf(row.after))} after`,
+function legend(...entries) {
+  const key = { class: "key wide-key", viewBox: "-14 -7 28 14", "aria-hidden": "true" };
+  const items = entries.map(([name, words]) =>
+    h("li", s("svg", key, line(`line ${name}`, "M-14 0H14"), mark(name, 0, 0)), " ", words),
   );
+  return h("ul", { class: "legend" }, items);
+}
+
+// A row for each of `rows`, its name on the left; `draw` gives what stands right of `left`.
+function rowed(title, rows, below, told, draw) {
   return drawn(title, (width) => {
     const left = Math.min(210, Math.floor(width * 0.38));
-    const at = (share) => left + (width - left - 24) * share;
-    const bottom = rows.length * ROW + 8;
-    return canvas(
-      width,
-      bottom + 24,
-      title,
-      told.join("; "),
-      percentAxis(at, 4, bottom),
-      rows.map((row, index) => {
-        const y = 8 + ROW * (index + 0.5);
-        const [before, after] = [valueOf(row.before), valueOf(row.after)];
-        const bounds = boundsOf(row.after);
-        return [
-          named(left - 12, y + 4, row.name, left - 14),
-          before !== null &&
-            after !== null &&
-            s("path", { class: "way", d: `M${at(before)} ${y}H${at(after)}` }),
-          bounds &&
-            s("path", {
-              class: "whisker",
-              d: `M${at(bounds[0])} ${y}H${at(bounds[1])}M${at(bounds[0])} ${y - 4}v8M${at(bounds[1])} ${y - 4}v8`,
-            }),
-          before !== null && mark("before", at(before), y),
-          after !== null && mark("after", at(after), y),
-        ].filter(Boolean);
+    const height = rows.length * ROW + 8;
+    const lines = rows.map((row, index) => {
+      const y = 4 + ROW * (index + 0.5);
+      return [named(left - 12, y + 4, row.name, left - 14), draw.row(row, y, left, width)];
+    });
+    const description = rows.map(told).join("; ");
+    return canvas(width, height + below, title, description, draw.axis?.(left, width, height), lines);
+  });
+}
+
+// Rows {name, before, after}: where an accuracy was, and where it went.
+function dumbbell(title, rows) {
+  const at = (share, left, width) => left + (width - left - 24) * share;
+  const told = (row) =>
+    `${row.name} ${percent(valueOf(row.before))} before, ${percent(valueOf(row.after))} after`;
+  return rowed(title, rows, 24, told, {
+    axis: (left, width, bottom) =>
+      FULL.map((share) => {
+        const x = at(share, left, width);
+        const label = share === 1 ? "100 %" : String(100 * share);
+        return [line("grid", `M${x} 4V${bottom}`), text(x, bottom + 16, label, "middle")];
       }),
-    );
+    row: ({ before, after }, y, left, width) => {
+      const place = (share) => share !== null && at(share, left, width);
+      const [start, end] = [place(valueOf(before)), place(valueOf(after))];
+      const [low, high] = (boundsOf(after) ?? []).map(place);
+      const ends = `M${low} ${y - 4}v8M${high} ${y - 4}v8`;
+      return [
+        start !== false && end !== false && line("way", `M${start} ${y}H${end}`),
+        boundsOf(after) && line("whisker", `M${low} ${y}H${high}${ends}`),
+        start !== false && mark("before", start, y),
+        end !== false && mark("after", end, y),
+      ];
+    },
   });
 }
 
 // Rows {name, before, after}: shares of the images, before as a tick beside the bar.
 function bars(title, rows) {
-  const most = Math.max(0.01, ...rows.map((row) => Math.max(row.before, row.after)));
-  const told = rows.map(
-    (row) => `${row.name} ${percent(row.after)} after, ${percent(row.before)} before`,
-  );
-  return drawn(title, (width) => {
-    const left = Math.min(210, Math.floor(width * 0.38));
-    const span = (share) => ((width - left - 64) * share) / most;
-    return canvas(
-      width,
-      rows.length * ROW + 8,
-      title,
-      told.join("; "),
-      rows.map((row, index) => {
-        const y = 4 + ROW * index;
-        const end = Math.max(row.before, row.after); // null is 0
-        return [
-          named(left - 12, y + 17, row.name, left - 14),
-          s("path", { class: "base", d: `M${left} ${y}v${ROW}` }),
-          row.after
-            ? s("rect", { class: "bar", x: left, y: y + 6, width: span(row.after), height: 14 })
-            : null,
-          row.before
-            ? s("path", { class: "tick", d: `M${left + span(row.before)} ${y + 2}v22` })
-            : null,
-          text(left + span(end) + 8, y + 17, plain(row.after)),
-        ].filter(Boolean);
-      }),
-    );
+  const most = Math.max(0.01, ...rows.flatMap((row) => [row.before, row.after])); // null is 0
+  const told = (row) => `${row.name} ${percent(row.after)} after, ${percent(row.before)} before`;
+  return rowed(title, rows, 0, told, {
+    row: ({ before, after }, y, left, width) => {
+      const to = (share) => left + ((width - left - 64) * share) / most;
+      const bar = { class: "bar", x: left, y: y - 7, width: to(after) - left, height: 14 };
+      return [
+        line("base", `M${left} ${y - ROW / 2}v${ROW}`),
+        after && s("rect", bar),
+        before && line("tick", `M${to(before)} ${y - 11}v22`),
+        text(to(Math.max(before, after)) + 8, y + 4, plain(after)),
+      ];
+    },
   });
 }
 
@@ -146,103 +113,67 @@ function heat(title, names, columns, counts) {
     const where = columns[counts[row].indexOf(most)];
     return most ? `${name}: most often taken for ${where}` : `${name}: no images`;
   });
-  const width = left + cell * columns.length + 34;
+  const heads = columns.map((name, column) => {
+    const transform = `translate(${left + cell * (column + 0.6)} ${top - 8}) rotate(-50)`;
+    return s("text", { class: "name", transform }, s("title", {}, name), cut(name, 17));
+  });
+  const lines = names.map((name, row) => {
+    const y = top + cell * row;
+    const sum = counts[row].reduce((total, count) => total + count, 0);
+    const cells = counts[row].map((count, column) => {
+      const x = left + cell * column;
+      const size = { x: x + 0.5, y: y + 0.5, width: cell - 1, height: cell - 1 };
+      const words = `${name} taken for ${columns[column]}: ${count} of ${sum}`;
+      const style = `--share:${sum ? count / sum : 0}`;
+      return [
+        s("rect", { class: "cell", ...size, style }, s("title", {}, words)),
+        count && text(x + cell / 2, y + cell / 2 + 4, String(count), "middle", "count"),
+      ];
+    });
+    return [named(left - 8, y + cell / 2 + 4, name, left - 10), cells];
+  });
+  const [width, height] = [left + cell * columns.length + 34, top + cell * names.length + 4];
   return h(
     "div",
     { class: "drawing", tabindex: "0", role: "region", "aria-label": title },
-    canvas(
-      width,
-      top + cell * names.length + 4,
-      title,
-      told.join("; "),
-      columns.map((name, column) =>
-        s(
-          "text",
-          {
-            class: "name",
-            transform: `translate(${left + cell * (column + 0.6)} ${top - 8}) rotate(-50)`,
-          },
-          s("title", {}, name),
-          cut(name, 17),
-        ),
-      ),
-      names.map((name, row) => {
-        const sum = counts[row].reduce((total, count) => total + count, 0);
-        return [
-          named(left - 8, top + cell * (row + 0.5) + 4, name, left - 10),
-          columns.map((other, column) => {
-            const count = counts[row][column];
-            const [x, y] = [left + cell * column, top + cell * row];
-            return [
-              s(
-                "rect",
-                {
-                  class: "cell",
-                  x: x + 0.5,
-                  y: y + 0.5,
-                  width: cell - 1,
-                  height: cell - 1,
-                  style: `--share:${sum ? count / sum : 0}`,
-                },
-                s("title", {}, `${name} taken for ${other}: ${count} of ${sum}`),
-              ),
-              count ? text(x + cell / 2, y + cell / 2 + 4, String(count), "middle", "count") : null,
-            ];
-          }),
-        ];
-      }),
-    ),
+    canvas(width, height, title, told.join("; "), heads, lines),
   );
 }
 
 // Accuracy against the number of examples: series {name, values} of accuracies, name one of MARKS.
 function curves(title, steps, series) {
-  const told = series.map(
-    ({ name, values }) =>
-      `${TITLES[name]}: ${values.map((value, index) => `${percent(valueOf(value))} with ${steps[index]}`).join(", ")}`,
-  );
+  const told = series.map(({ name, values }) => {
+    const each = values.map((value, index) => `${percent(valueOf(value))} with ${steps[index]}`);
+    return `${TITLES[name]}: ${each.join(", ")}`;
+  });
   return drawn(title, (width) => {
     const [left, right, top, height] = [40, 16, 10, 170];
-    const at = (index) =>
-      left + 8 + (width - left - right - 8) * (steps.length < 2 ? 0.5 : index / (steps.length - 1));
+    const span = (width - left - right - 8) / Math.max(1, steps.length - 1);
+    const at = (index) => left + 8 + span * (steps.length < 2 ? 0.5 : index);
     const to = (share) => top + height * (1 - share);
+    const plot = ({ name, values }) => {
+      const known = values
+        .map((value, index) => ({ x: at(index), y: valueOf(value), bounds: boundsOf(value) }))
+        .filter(({ y }) => y !== null);
+      const whiskers = known
+        .filter(({ bounds }) => bounds && name === "after")
+        .map(({ x, bounds }) => line("whisker", `M${x} ${to(bounds[0])}V${to(bounds[1])}`));
+      const way = known.map(({ x, y }) => `${x} ${to(y)}`).join("L");
+      const marks = known.map(({ x, y }) => mark(name, x, to(y)));
+      return [line(`line ${name}`, way && `M${way}`), whiskers, marks];
+    };
     return canvas(
       width,
       top + height + 44,
       title,
       told.join("; "),
       FULL.map((share) => [
-        s("path", { class: "grid", d: `M${left} ${to(share)}H${width - right}` }),
+        line("grid", `M${left} ${to(share)}H${width - right}`),
         text(left - 8, to(share) + 4, String(100 * share), "end"),
       ]),
       steps.map((step, index) => text(at(index), top + height + 18, word(step), "middle")),
       text(left, top + height + 38, "examples of the class", "start", "axis"),
-      // The last drawn lies on top: the class after forgetting.
-      [...series].reverse().map(({ name, values }) => {
-        const known = values
-          .map((value, index) => [at(index), valueOf(value), boundsOf(value)])
-          .filter(([, value]) => value !== null);
-        return [
-          s("path", {
-            class: `line ${name}`,
-            d: known.map(([x, value], index) => `${index ? "L" : "M"}${x} ${to(value)}`).join(""),
-          }),
-          name === "after"
-            ? known
-                .filter(([, , bounds]) => bounds)
-                .map(([x, , bounds]) =>
-                  s("path", { class: "whisker", d: `M${x} ${to(bounds[0])}V${to(bounds[1])}` }),
-                )
-            : [],
-          known.map(([x, value]) => mark(name, x, to(value))),
-        ];
-      }),
+      [...series].reverse().map(plot), // the last drawn lies on top: the class after forgetting
     );
   });
 }
-const TITLES = {
-  after: "after forgetting",
-  before: "before forgetting",
-  no_text: "without any text of it",
-  control: "another class",
-};

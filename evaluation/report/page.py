@@ -15,17 +15,9 @@ from markupsafe import Markup
 
 from engine.errors import UserError
 from engine.files import atomic_path
+from evaluation.report import summary
 from evaluation.report.runs import Run
 from evaluation.report.scatter import HEIGHT, WIDTH, mark, scatter
-from evaluation.report.summary import (
-    Summary,
-    count,
-    findings,
-    listed,
-    not_measured,
-    percent,
-    points,
-)
 from evaluation.rows import Row
 
 REPORT = "report.html"
@@ -68,14 +60,14 @@ def render(runs: list[Run]) -> str:
         primary=runs[0],
         rows=list(enumerate(rows)),
         datasets=sorted({row.dataset for _, _, row in rows}),
-        summaries=[(run, mark(i), Summary.of(run)) for i, run in enumerate(runs)],
+        summaries=[(run, mark(i), summary.Summary.of(run)) for i, run in enumerate(runs)],
         audited=any(row.audit for row in runs[0].rows),
-        findings=findings(runs[0]),
-        missing=[(run, not_measured(run)) for run in runs],
+        findings=summary.findings(runs[0]),
+        missing=[(run, summary.not_measured(run)) for run in runs],
         chart=scatter(runs),
         size=(WIDTH, HEIGHT),
-        count=count,
-        listed=listed,
+        count=summary.count,
+        listed=summary.listed,
         flat=flat,
         detail=detail,
         versions=versions(),
@@ -94,26 +86,29 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "embedded": embedded}
+    environment.filters |= {"percent": summary.percent, "points": summary.points}
+    environment.filters["embedded"] = embedded
     return environment.get_template("template.html")
 
 
 def detail(run: Run, row: Row) -> dict[str, Any]:
     """What the page needs to show one class, JSON values."""
-    return {
-        "name": row.name,
-        "dataset": row.dataset,
-        "label": row.label,
-        "together": row.together,
+    told = ("name", "dataset", "together", "own", "rest", "others", "verdict", "audit")
+    in_sentences = ("left_retain_set", "trials")  # the page says these itself
+    solver = row.solver
+    return {key: getattr(row, key) for key in told} | {
         "run": run.name,
         "method": run.method,
-        "own": row.own,
         "interval": {side: row.interval(side) for side in ("before", "after")},
-        "rest": row.rest,
-        "others": row.others,
-        "verdict": row.verdict,
-        "audit": row.audit,
-        "solver": row.solver,
+        "solver": {
+            "gap": row.gap,
+            "branch": solver.get("branch"),
+            "reduction": solver.get("reduction"),
+            "trials": len(solver.get("trials", [])),
+            "removed": solver.get("removed_names", []),
+            "left": solver.get("left_retain_set", []),
+        },
+        "facts": flat(compact({k: v for k, v in solver.items() if k not in in_sentences})),
         "command": run.audit_command,
     }
 
@@ -144,10 +139,9 @@ def flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             lines += flat(value, f"{before}{key}.")
-        elif isinstance(value, str):
-            lines.append((f"{before}{key}", value))
         else:
-            lines.append((f"{before}{key}", json.dumps(value, ensure_ascii=False)))
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append((f"{before}{key}", text))
     return lines
 
 

@@ -64,9 +64,7 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
     """
     folder = Path(folder)
     folders = _results_folders(folder)
-    runs = [
-        _read_run(path, name) for path, name in zip(folders, _names(folder, folders), strict=True)
-    ]
+    runs = list(map(_read_run, folders, _names(folder, folders)))
     runs = [run for run in runs if run.rows]
     if not runs:
         raise UserError(f"the logs in {folder} hold no results; run forget_clip.sh")
@@ -75,8 +73,7 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
     names = [run.name for run in runs]
     if primary not in names:
         raise unknown(f"results folder below {folder}", primary, names)
-    first = runs.pop(names.index(primary))
-    return [first, *runs]
+    return sorted(runs, key=lambda run: run.name != primary)
 
 
 def shared(sources: Iterable[dict[str, Any]], key: str, before: str = "") -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 from evaluation.report.runs import Run
 from evaluation.rows import mean
@@ -14,22 +16,21 @@ TICKS = 6  # at most about so many on an axis
 LEAST_HARM = 1.0  # points; an axis of hundredths would make noise look like a finding
 LEAST_LEFT = 10.0  # percent
 # A run is told by shape and by colour (style.css: --m0 ...); their counts share no divisor.
-SHAPES = {
-    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
-    "square": "M-3.6-3.6h7.2v7.2h-7.2Z",
-    "triangle": "M0-4.6 4.4 3.4h-8.8Z",
-    "diamond": "M0-5.2 4.6 0 0 5.2-4.6 0Z",
-    "cross": "M-4.4-2.4-2.4-4.4 0-2 2.4-4.4 4.4-2.4 2 0 4.4 2.4 2.4 4.4 0 2-2.4 4.4-4.4 2.4-2 0Z",
-    "down": "M0 4.6 4.4-3.4h-8.8Z",
-}
+SHAPES = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",  # circle
+    "M-3.6-3.6h7.2v7.2h-7.2Z",  # square
+    "M0-4.6 4.4 3.4h-8.8Z",  # triangle
+    "M0-5.2 4.6 0 0 5.2-4.6 0Z",  # diamond
+    "M-4.4-2.4-2.4-4.4 0-2 2.4-4.4 4.4-2.4 2 0 4.4 2.4 2.4 4.4 0 2-2.4 4.4-4.4 2.4-2 0Z",  # cross
+    "M0 4.6 4.4-3.4h-8.8Z",  # triangle that points down
+)
 COLOURS = 5
 
 
-@dataclass(frozen=True)
-class Point:
-    x: float
-    y: float
-    row: int | None  # place among all rows of the report; None for a mean
+class Point(NamedTuple):
+    """A class, or the mean of a run: `row` is the class's place among all rows of the report."""
+
+    row: int | None
     name: str
     harm: float
     left: float  # percent
@@ -37,77 +38,60 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one run."""
+    """The points of one run, and how they are drawn."""
 
     run: Run
     shape: str
-    path: str
     colour: int
     points: list[Point]
-    mean: Point
+
+    @property
+    def mean(self) -> Point:
+        harms, lefts = ([getattr(p, key) for p in self.points] for key in ("harm", "left"))
+        return Point(None, self.run.name, mean(harms), mean(lefts))
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Points and ticks in the units of a drawing of WIDTH x HEIGHT."""
+    """Series, and the ticks of the axes, which end at the first and the last of them."""
 
     series: list[Series]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    zero: float  # x of no harm
+    harms: list[float]
+    lefts: list[float]
+
+    def x(self, harm: float) -> float:
+        """Where a harm lies in a drawing of WIDTH x HEIGHT."""
+        first, *_, last = self.harms
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * (harm - first) / (last - first), 1)
+
+    def y(self, left: float) -> float:
+        """Where an accuracy that is left lies there."""
+        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * left / self.lefts[-1], 1)
 
 
-def mark(index: int) -> tuple[str, str, int]:
-    """Name and path of a run's shape, and the number of its colour."""
-    name = list(SHAPES)[index % len(SHAPES)]
-    return name, SHAPES[name], index % COLOURS
+def mark(index: int) -> tuple[str, int]:
+    """Path of a run's shape, and the number of its colour."""
+    return SHAPES[index % len(SHAPES)], index % COLOURS
 
 
 def scatter(runs: list[Run]) -> Chart | None:
     """Accuracy left against harm, a point a class and a mean a run; None without such numbers."""
-    found = []
-    place = 0
+    series, place = [], count()
     for index, run in enumerate(runs):
-        measured = []
-        for row in run.rows:
-            if row.harm is not None and row.own.after is not None:
-                measured.append((place, row.name, row.harm, 100 * row.own.after))
-            place += 1
-        if measured:
-            found.append((index, run, measured))
-    if not found:
+        rows = [(next(place), row) for row in run.rows]
+        points = [
+            Point(number, row.name, row.harm, 100 * row.own.after)
+            for number, row in rows
+            if row.harm is not None and row.own.after is not None
+        ]
+        if points:
+            series.append(Series(run, *mark(index), points))
+    if not series:
         return None
-    harms = [harm for _, _, measured in found for _, _, harm, _ in measured]
-    lefts = [left for _, _, measured in found for *_, left in measured]
-    xs = ticks(min(0.0, *harms), max(LEAST_HARM, *harms))
-    ys = ticks(0.0, max(LEAST_LEFT, *lefts))
-
-    def at_x(harm: float) -> float:
-        span = WIDTH - LEFT - RIGHT
-        return round(LEFT + span * (harm - xs[0]) / (xs[-1] - xs[0]), 1)
-
-    def at_y(left: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * left / ys[-1], 1)
-
-    def point(row: int | None, name: str, harm: float, left: float) -> Point:
-        return Point(at_x(harm), at_y(left), row, name, harm, left)
-
-    series = []
-    for index, run, measured in found:
-        shape, path, colour = mark(index)
-        centre = point(
-            None,
-            run.name,
-            mean([harm for _, _, harm, _ in measured]),
-            mean([left for *_, left in measured]),
-        )
-        series.append(Series(run, shape, path, colour, [point(*one) for one in measured], centre))
-    return Chart(
-        series,
-        [(at_x(x), f"{x:g}".replace("-", "−")) for x in xs],
-        [(at_y(y), f"{y:g}") for y in ys],
-        at_x(0.0),
-    )
+    points = [point for one in series for point in one.points]
+    harms = [0.0, *(point.harm for point in points)]
+    lefts = [LEAST_LEFT, *(point.left for point in points)]
+    return Chart(series, ticks(min(harms), max(LEAST_HARM, *harms)), ticks(0.0, max(lefts)))
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -139,20 +139,27 @@ def findings(run: Run) -> list[str]:
 
 def _back(rows: list[Row]) -> list[str]:
     """Classes that were not forgotten or come back by other words, and those that could not be."""
-    stays = [row.name for row in rows if row.fate is Fate.STAYS]
-    never = [row.name for row in rows if row.fate is Fate.NEVER]
-    words = [_by_words(row) for row in rows if row.back and row.fate is not Fate.STAYS]
-    lines = []
-    if stays:
-        many = count(len(stays), "class is", "classes are")
-        lines.append(f"{many} not forgotten, half or more is left: {listed(stays)}.")
-    if words:
-        many = count(len(words), "class comes", "classes come")
-        lines.append(f"{many} back when asked for by other words: {listed(words)}.")
-    if never:
-        many = count(len(never), "class was", "classes were")
-        lines.append(f"{many} never recognised, before forgetting either: {listed(never)}.")
-    return lines
+    fates = {kind: [row.name for row in rows if row.fate is kind] for kind in Fate}
+    words = [
+        f"{row.name} (“{row.found('paraphrase', 'worst', 'text')}”: {percent(row.worst)}\u00a0%)"
+        for row in rows
+        if row.back and row.fate is not Fate.STAYS
+    ]
+    groups = (
+        (fates[Fate.STAYS], "class is", "classes are", "not forgotten, half or more is left"),
+        (words, "class comes", "classes come", "back when asked for by other words"),
+        (
+            fates[Fate.NEVER],
+            "class was",
+            "classes were",
+            "never recognised, before forgetting either",
+        ),
+    )
+    return [
+        f"{count(len(names), one, many)} {what}: {listed(names)}."
+        for names, one, many, what in groups
+        if names
+    ]
 
 
 def _attacks(rows: list[Row]) -> list[str]:
@@ -182,34 +189,22 @@ def _attacks(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _by_words(row: Row) -> str:
-    """A class that comes back, and the words that bring back most of it."""
-    text = row.found("paraphrase", "worst", "text")
-    return f"{row.name} (“{text}”: {percent(row.worst)}\u00a0%)"
-
-
 def not_measured(run: Run) -> list[tuple[str, list[str]]]:
     """Why something was not measured, and for which classes; most classes first."""
-    reasons: dict[str, list[str]] = {}
-
-    def add(reason: str, name: str) -> None:
-        reasons.setdefault(reason, []).append(name)
-
+    found = []
     for row in run.rows:
-        if not row.audit:
-            add(f"No audit. To make it: {run.audit_command}", row.name)
-            continue
-        for measure in MEASURES:
-            if measure not in row.audit:
-                add(f"{measure}: left out of the audit", row.name)
-            for reason in row.found(measure, "not_measured") or []:
-                add(f"{measure}: {reason}", row.name)
-    for row in run.rows:
+        reasons = [f"No audit. To make it: {run.audit_command}"]
+        if row.audit:
+            reasons = [f"{m}: left out of the audit" for m in MEASURES if m not in row.audit]
+            for measure in MEASURES:
+                why = row.found(measure, "not_measured") or []
+                reasons += [f"{measure}: {reason}" for reason in why]
         if row.own.before is None:
-            add("Accuracy before forgetting: not in the logs", row.name)
-    for label in run.outdated:
-        add(
-            f"The audit is of an earlier adapter and not shown; again: {run.audit_command}",
-            label,
-        )
-    return sorted(reasons.items(), key=lambda pair: -len(pair[1]))
+            reasons.append("Accuracy before forgetting: not in the logs")
+        found += [(reason, row.name) for reason in reasons]
+    outdated = f"The audit is of an earlier adapter and not shown; again: {run.audit_command}"
+    found += [(outdated, label) for label in run.outdated]
+    names: dict[str, list[str]] = {}
+    for reason, name in found:
+        names.setdefault(reason, []).append(name)
+    return sorted(names.items(), key=lambda pair: -len(pair[1]))

@@ -4,8 +4,12 @@ const body = document.querySelector("#classes tbody");
 const rows = [...body.rows];
 const titles = [...document.querySelectorAll("#classes thead th")];
 const panel = byId("details");
-const status = byId("status");
 const shown = () => rows.filter((row) => !row.hidden);
+
+function say(more = "") {
+  const [some, all] = [shown().length, rows.length].map((count) => count.toLocaleString("en"));
+  byId("status").textContent = `${some} of ${all} rows${more}`;
+}
 
 // Sorting
 
@@ -27,174 +31,135 @@ function sortBy(column) {
   for (const other of titles) other.removeAttribute("aria-sort");
   title.setAttribute("aria-sort", order);
   const sign = order === "ascending" ? 1 : -1;
-  const keyed = rows.map((row) => [keyOf(row, column), row]);
-  keyed.sort(([one], [other]) => {
+  const keys = new Map(rows.map((row) => [row, keyOf(row, column)]));
+  rows.sort((row, next) => {
+    const [one, other] = [keys.get(row), keys.get(next)];
     if (one === null || other === null) return (one === null) - (other === null); // unmeasured last
     return sign * (isNumber(column) ? one - other : collator.compare(one, other));
   });
-  rows.splice(0, rows.length, ...keyed.map(([, row]) => row));
   body.append(...rows);
   say(`, sorted by ${title.textContent}, ${order}`);
 }
 
-titles.forEach((title, column) => {
-  const button = h("button", { type: "button" }, title.textContent);
-  button.addEventListener("click", () => sortBy(column));
-  title.replaceChildren(button);
-});
+function button(words, press, attributes = {}) {
+  const node = h("button", { type: "button", ...attributes }, words);
+  node.addEventListener("click", press);
+  return node;
+}
+
+titles.forEach((title, column) =>
+  title.replaceChildren(button(title.textContent, () => sortBy(column))),
+);
 
 // Filters
 
-const filters = {
-  text: byId("filter-text"),
-  dataset: byId("filter-dataset"),
-  run: byId("filter-run"),
-  back: byId("filter-back"),
-};
-const texts = new Map(); // row -> its text, once it was searched
-
-function textOf(row) {
-  if (!texts.has(row)) texts.set(row, row.textContent.toLowerCase());
-  return texts.get(row);
-}
-
-function say(more = "") {
-  status.textContent = `${shown().length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows${more}`;
-}
+const [search, dataset, folder, back] = ["text", "dataset", "run", "back"].map((name) =>
+  byId(`filter-${name}`),
+); // no folder where there is one
+const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
 
 function filter() {
-  const words = filters.text.value.trim().toLowerCase();
-  const dataset = filters.dataset.selectedIndex > 0 ? filters.dataset.value : null;
-  const run = filters.run ? filters.run.value : "";
+  const words = search.value.trim().toLowerCase();
   for (const row of rows) {
-    row.hidden = Boolean(
-      (dataset !== null && row.dataset.dataset !== dataset) ||
-      (run && row.dataset.run !== run) ||
-      (filters.back.checked && !("back" in row.dataset)) ||
-      (words && !textOf(row).includes(words)),
-    );
+    row.hidden =
+      (dataset.selectedIndex > 0 && row.dataset.dataset !== dataset.value) ||
+      (folder?.value && row.dataset.run !== folder.value) ||
+      (back.checked && !("back" in row.dataset)) ||
+      !texts.get(row).includes(words);
   }
   say();
 }
 
-for (const field of Object.values(filters)) if (field) field.addEventListener("input", filter);
+byId("filters").addEventListener("input", filter);
 byId("filters").hidden = false;
 filter();
 
 // Details
 
 let current = null;
-const nameOf = (row) => row.cells[0].querySelector("a").textContent;
-const idOf = (row) => row.id.slice(1);
+const linkOf = (row) => row.cells[0].querySelector("a");
 
 // The same class in every folder that has it.
 function peers(row) {
   const same = rows.filter(
-    (other) => other.dataset.dataset === row.dataset.dataset && nameOf(other) === nameOf(row),
+    (other) =>
+      other.dataset.dataset === row.dataset.dataset &&
+      linkOf(other).textContent === linkOf(row).textContent,
   );
-  if (!filters.run || same.length < 2) return null;
-  const folder = titles.indexOf(byId("folder"));
-  const columns = [folder, ...titles.keys()].filter((column, place) => !place || isNumber(column));
-  const head = columns.map((column) => titles[column].textContent + (isNumber(column) ? "#" : ""));
-  return h(
-    "section",
-    { class: "whole" },
-    h("h4", {}, "In every folder"),
-    table(
-      "The class in every folder",
-      head,
-      same.map((other) =>
-        columns.map((column) => {
-          const copies = [...other.cells[column].childNodes].map((node) => node.cloneNode(true));
-          if (column !== folder) return copies;
-          return other === row
-            ? [copies, " (shown here)"]
-            : h("a", { href: `#${other.id}` }, copies);
-        }),
-      ),
-    ),
-  );
+  if (!folder || same.length < 2) return null;
+  const place = titles.indexOf(byId("folder"));
+  const numbers = [...titles.keys()].filter(isNumber);
+  const copy = (other, column) => [...other.cells[column].childNodes].map((n) => n.cloneNode(true));
+  const lines = same.map((other) => [
+    other === row
+      ? [copy(other, place), " (shown here)"]
+      : h("a", { href: `#${other.id}` }, copy(other, place)),
+    ...numbers.map((column) => copy(other, column)),
+  ]);
+  const head = ["Folder", ...numbers.map((column) => `${titles[column].textContent}#`)];
+  const copies = table("The class in every folder", head, lines);
+  return section("In every folder", { class: "whole" }, copies);
 }
 
-function step(row, by) {
-  const order = shown();
-  return order[order.indexOf(row) + by] || null;
+const tile = (title, value, unit, sub) =>
+  h(
+    "div",
+    h("dt", title),
+    h("dd", value, " ", h("span", { class: "unit" }, unit)),
+    h("dd", { class: "sub" }, sub),
+  );
+function changeTile(title, [before, after]) {
+  const change = before === null || after === null ? null : 100 * (after - before);
+  return tile(title, points(change), "points", `${plain(before)} → ${plain(after)}\u00a0%`);
 }
 
 function open(row) {
-  const data = JSON.parse(byId(`d${idOf(row)}`).textContent);
+  const data = JSON.parse(byId(`d${row.id.slice(1)}`).textContent);
   for (const other of rows) other.removeAttribute("aria-current");
   row.setAttribute("aria-current", "true");
   current = row;
-  const button = (words, target, label) => {
-    const node = h(
-      "button",
-      { type: "button", "aria-label": label, disabled: target ? null : "" },
-      words,
-    );
-    node.addEventListener("click", () => go(target));
-    return node;
+  const order = shown();
+  const step = (words, label, by) => {
+    const target = order[order.indexOf(row) + by];
+    return button(words, () => go(target), { "aria-label": label, disabled: !target && "" });
   };
-  const back = h("button", { type: "button" }, "Back to the table");
-  back.addEventListener("click", () => row.cells[0].querySelector("a").focus());
-  const [before, after] = data.own;
+  const others = data.together - 1;
+  const bounds = data.interval.after?.map(plain).join(" to ");
   panel.replaceChildren(
     h(
       "div",
       { class: "bar-of-buttons" },
-      back,
-      button("← Previous", step(row, -1), "Previous class"),
-      button("Next →", step(row, 1), "Next class"),
+      button("Back to the table", () => linkOf(row).focus()),
+      step("← Previous", "Previous class", -1),
+      step("Next →", "Next class", 1),
     ),
     h("h3", { id: "details-title", class: "name" }, data.name || "(no name)"),
     h(
       "p",
       { class: "lead" },
       data.dataset,
-      filters.run ? `, ${data.run}` : "",
-      data.together > 1
-        ? `, forgotten together with ${counted(data.together - 1, "other class", "other classes")}`
-        : "",
-      data.method ? `. ${data.method}` : "",
+      folder && `, ${data.run}`,
+      others > 0 && `, forgotten together with ${counted(others, "other class", "other classes")}`,
+      data.method && `. ${data.method}`,
     ),
     h(
       "dl",
       { class: "tiles" },
       tile(
         "The class",
-        `${plain(before)} → ${plain(after)}`,
+        data.own.map(plain).join(" → "),
         "%",
-        data.interval.after
-          ? `95 % interval after: ${plain(data.interval.after[0])} to ${plain(data.interval.after[1])}\u00a0%`
-          : "no interval: not audited",
+        bounds ? `95 % interval after: ${bounds}\u00a0%` : "no interval: not audited",
       ),
-      tile("Rest of its set", ...pointsOf(data.rest)),
-      ...Object.entries(data.others).map(([name, both]) => tile(name, ...pointsOf(both))),
+      changeTile("Rest of its set", data.rest),
+      Object.entries(data.others).map(([name, change]) => changeTile(name, change)),
     ),
     data.verdict.length
-      ? h(
-          "ul",
-          { class: "findings" },
-          data.verdict.map((line) => h("li", {}, line)),
-        )
+      ? h("ul", { class: "findings" }, data.verdict.map((finding) => h("li", finding)))
       : "",
-    h("div", { class: "sections" }, [peers(row), ...sections(data)].filter(Boolean)),
+    h("div", { class: "sections" }, peers(row), sections(data)),
   );
 }
-
-const pointsOf = ([before, after]) => [
-  points(before === null || after === null ? null : 100 * (after - before)),
-  "points",
-  `${plain(before)} → ${plain(after)}\u00a0%`,
-];
-const tile = (title, value, unit, sub) =>
-  h(
-    "div",
-    {},
-    h("dt", {}, title),
-    h("dd", {}, value, " ", h("span", { class: "unit" }, unit)),
-    h("dd", { class: "sub" }, sub),
-  );
 
 function go(row) {
   history.pushState(null, "", `#${row.id}`);
@@ -212,25 +177,13 @@ function fromAddress() {
   if (row && row !== current) show(row);
 }
 
-body.addEventListener("click", (event) => {
-  const link = event.target.closest("a");
+// Names in the table, other folders of a class, points of the chart.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest('a[href^="#r"], [data-row]');
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  go(link.closest("tr"));
+  go(byId(link.dataset.row ? `r${link.dataset.row}` : link.hash.slice(1)));
 });
-panel.addEventListener("click", (event) => {
-  const link = event.target.closest('a[href^="#r"]');
-  if (!link) return;
-  event.preventDefault();
-  go(byId(link.getAttribute("href").slice(1)));
-});
-const chart = document.querySelector("svg.frontier");
-if (chart) {
-  chart.addEventListener("click", (event) => {
-    const point = event.target.closest("[data-row]");
-    if (point) go(byId(`r${point.dataset.row}`));
-  });
-}
 window.addEventListener("popstate", fromAddress);
 fromAddress();
 if (rows.length === 1) open(rows[0]);

@@ -1,0 +1,43 @@
+"""SHA-256 of files, which are read again only when they have changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import lock, sha256_file, write_json_atomic
+
+
+def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
+    """The SHA-256 of each file, in hex.
+
+    The JSON file `register` remembers them by size, times and inode, for hashing 350 MB takes a
+    second. Where it cannot be written, the files are read again next time. Raises OSError for a
+    file that cannot be read.
+    """
+    known = _read(register)
+    found: dict[str, list[Any]] = {}
+    places = [os.path.abspath(path) for path in paths]
+    for path in places:
+        stat = os.stat(path)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = known.get(path, [])
+        found[path] = entry if entry[:-1] == stamp else [*stamp, sha256_file(path)]
+    if found != {path: known.get(path) for path in found}:
+        with suppress(UserError), lock(register):
+            write_json_atomic(_read(register) | found, register)
+    return [found[path][-1] for path in places]
+
+
+def _read(register: Path) -> dict[str, list[Any]]:
+    """What is remembered; nothing if that is damaged or missing."""
+    try:
+        content = json.loads(register.read_text(encoding="utf-8"))
+        return {path: entry for path, entry in content.items() if len(entry) == 5}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
