@@ -189,7 +189,7 @@ def merge_results(
     Raises:
         UserError: results with other settings are there now; those that fit are written first.
     """
-    from forgetting.adapter import write_bytes  # torch: who only reads results waits for none
+    from forgetting.files import write_bytes  # torch: who only reads results waits for none
 
     folder, path = Path(folder), Path(folder) / LOGS
     refused: UserError | None = None

@@ -16,8 +16,9 @@ from forgetting.each import solve_each
 from forgetting.exact import settle, solve_exact, thresholds
 from forgetting.lora import LoraSettings, LoraSolution, solve_lora, solve_lora_each
 from forgetting.problem import AUTO, ForgetProblem
-from forgetting.retain import Group, RetainSet, RetainStatistics
+from forgetting.retain import Group, RetainSet
 from forgetting.spectrum import Spectrum
+from forgetting.statistics import RetainStatistics
 from forgetting.targets import (
     TARGETS,
     empty_target,

@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, matrix
-from forgetting.constrained import Ridge
-from forgetting.files import (
+from forgetting.checks import (
     ANY,
+    FLOATS,
     HASH,
     OBJECT,
     POSITIVE,
     TEXT,
     WEIGHT,
+    ProblemError,
     check,
-    check_tensors,
     line,
-    naming,
-    pack,
-    unpack,
+    matrix,
+    tensors,
     whole,
-    write_bytes,
 )
+from forgetting.constrained import Ridge
+from forgetting.files import naming, pack, unpack, write_bytes
 from forgetting.problem import AUTO
 
 FORMAT = "clip-forget-adapter/2"
@@ -69,7 +68,6 @@ SHARED = {
 }
 PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FACTORS = {"left": (FLOATS, ("w", "r")), "right": (FLOATS, ("r", "d"))}
 # The tensors of a recipe; `forget` and `leaving` are the rows of all its parts.
 COLUMNS = {
@@ -130,7 +128,7 @@ class Adapter:
         """Raise ProblemError unless everything is what the tables of this module say."""
         for name, shape in FIELDS.items():
             check(getattr(self, name), shape, name)
-        check_tensors({"left": self.left, "right": self.right}, FACTORS)
+        tensors({"left": self.left, "right": self.right}, FACTORS)
         table, sizes = {}, {"w": self.left.shape[0], "d": self.right.shape[1]}
         if self.recipe:
             objective = self.recipe.get("objective")
@@ -139,7 +137,7 @@ class Adapter:
             check(self.recipe, {"objective": ANY, **SHARED[objective], "parts": PARTS}, "recipe")
             table, parts = _columns(objective), self.recipe["parts"]
             sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
-        check_tensors(self.tensors, table, sizes)
+        tensors(self.tensors, table, sizes)
         # What bounds the numbers of the change, in the precision in which it is stored.
         if not float(self.left.double().norm() * self.right.double().norm()) < LARGEST:
             raise ProblemError("the factors left and right are too large: their product overflows")
@@ -194,7 +192,7 @@ def load_adapter(path: str | Path) -> Adapter:
         ProblemError: no such file, no adapter, or one that is damaged or was changed; the message
             names the file and what is wrong.
     """
-    form, fields, tensors = unpack(path, FORMAT, FIELDS, UNSEALED)
+    form, fields, tensors = unpack(path, FORMAT, FIELDS, unsealed=UNSEALED)
     if form == UNSEALED:
         fields["recipe"] = {}
         tensors = {name: x for name, x in tensors.items() if not name.startswith(_PREFIX)}

@@ -37,12 +37,11 @@ from forgetting.adapter import (
     with_recipe,
 )
 from forgetting.certificate import certify_constrained
-from forgetting.checks import ProblemError
+from forgetting.checks import ProblemError, line
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
-from forgetting.files import line
 from forgetting.problem import ForgetProblem
-from forgetting.retain import RetainStatistics, square_root
+from forgetting.statistics import RetainStatistics, square_root
 
 PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")
 # Relative distances. One text encoded in two batches differs by 1e-7, in half precision by 5e-4 or
@@ -99,8 +98,7 @@ def solve_recipes(
                 f"the adapters belong to the retain statistics {shared['statistics'][:12]}, "
                 f"not to the given ones ({statistics.sha256[:12]})"
             )
-        weights = shared["weights"]
-        gram = statistics.plain() if weights is None else statistics.weighted(weights)
+        gram = statistics.weighted(shared["weights"])
     if shared["objective"] == "constrained":
         base = torch.cat([rows["forget_base"], rows["leaving_base"]])
         inner = torch.cat([h_f, leaving]) @ base.T  # of K_0^-1, which is symmetric
@@ -126,8 +124,10 @@ def solve_recipes(
                 "adapters of the paper's objective are solved again from the retain statistics: "
                 f"pass --statistics FILE, the one of sha256 {shared['statistics'][:12]}"
             )
-        gram = gram - (leaving.T * rows["shares"]) @ leaving
-        left, right, report = _solve_paper(shared, h_f, d, square_root(gram))
+        retained = statistics.root(shared["weights"])
+        if len(leaving):  # taken off the squares, which costs half of the digits
+            retained = square_root(gram - (leaving.T * rows["shares"]) @ leaving)
+        left, right, report = _solve_paper(shared, h_f, d, retained)
     for name, meaning in (("residual", "misses its targets by"), ("gap", "is proved only to")):
         if not report.get(name, 0.0) <= POOR:  # NaN neither
             raise ProblemError(

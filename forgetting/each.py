@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forgetting.batches import padded_rows
 from forgetting.certificate import certify_each
 from forgetting.checks import mask
-from forgetting.constrained import padded
 from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
 from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import Spectrum, find_roots
@@ -80,8 +80,7 @@ def solve_each(
     device = exact.projection.device
     if leaving is None:
         leaving = torch.zeros(count, m, dtype=torch.bool)
-    leaving = mask("leaving", leaving, count, m)
-    leaving = leaving.to(device)
+    leaving = mask("leaving", leaving, m, count).to(device)
     d = exact.displacement  # (C, d)
     left, right = torch.zeros_like(exact.forget_hidden), d.clone()
     mu, reach, primal, bound, gap = (left.new_zeros(count) for _ in range(5))
@@ -154,13 +153,12 @@ def _roots_of(
         noise = torch.linalg.vector_norm(kernel, dim=-1) <= 8 * spectrum.noise * length
         return x, kernel.masked_fill(noise[..., None], 0.0)
 
-    places, weights = padded(leaving, exact.forget_hidden.new_ones(leaving.shape[1]))  # (B, n)
-    gone = problem.retain_hidden[places].double() * weights[..., None]  # (B, n, w)
+    gone, there = padded_rows(leaving, problem.retain_hidden)  # (B, n, w)
     # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
-    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone], dim=1))
+    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone.double()], dim=1))
     x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
     eye = torch.eye(gone.shape[1], dtype=rows.dtype, device=rows.device)
-    leaves = weights.any(dim=1)
+    leaves = there.any(dim=1)[:, 0]
 
     def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`y = h + L^T c` as coefficients (B, 1 + n) of `rows`, and the forms a, b, g of
