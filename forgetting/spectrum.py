@@ -136,6 +136,11 @@ class Reduced:
         """`lp^2 mu + lw^2`, the part of F2's first factor that r leaves alone."""
         return self.lp**2 * mu + self.lw**2
 
+    def lift(self, z: Tensor, r: float) -> Tensor:
+        """Y (k, d), but for a factor, from Z (p, d): what no change can reach is pulled at too."""
+        y = self.rotation @ z
+        return y + self.unreachable / r if r > 0 else y
+
     def change(self, mu: float) -> Tensor:
         """Left factor (w, p) of `Delta = (I + G / mu)^-1 H_f^T Z`."""
         return self.spectrum.vectors @ (self.shrink(mu)[:, None] * self.inside.T) + self.kernel.T
