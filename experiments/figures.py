@@ -116,7 +116,7 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
                 descent, exact = solve_lora(here, ONE_TRIAL), solve_exact(here, spectrum)
                 reached = float(here.objective(descent.delta.double()))
                 best = exact.certificate.primal
-                cut = exact.truncated(here, here.rank)[2]
+                cut = exact.truncated(here.rank)[2]
                 print(
                     f"  lamb_forget {x:.4f}: reduction {here.reduction(exact.delta.float()):.4f}, "
                     f"objective {best:.5f} (gap {exact.certificate.gap:.0e}; "

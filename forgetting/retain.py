@@ -12,35 +12,22 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from forgetting.checks import ProblemError, indices, matrix, number, weight, whole
 from forgetting.constrained import Ridge
-from forgetting.files import (
-    HASH,
-    TEXT,
-    WEIGHT,
-    check,
-    check_tensors,
-    is_number,
-    naming,
-    pack,
-    unpack,
-    whole,
-    write_bytes,
-)
-from forgetting.problem import ProblemError
+from forgetting.files import check_tensors, naming, pack, sha256, text, unpack, write_bytes
 
 FORMAT = "clip-forget-statistics/2"
 # What a file holds: groups with the rows that they were made of, those that left, and what the
-# rows that are there add up to.
-GROUP = {"name": TEXT, "count": whole(1), "removed": whole(0), "rows": HASH}
-FIELDS = {"width": whole(1), "groups": [GROUP]}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# digests of the rows that are there add up to.
+GROUP = {"name": text, "count": whole, "removed": partial(whole, least=0), "rows": sha256}
+FIELDS = {"width": whole, "groups": [GROUP]}
 CHUNK = 4096  # rows that are in float64 at one time
 DIGEST = 2**256
 KEY = 2**64
@@ -91,14 +78,13 @@ class RetainSet:
         """
         if not groups:
             raise ProblemError("a retain set needs at least one group, which may be empty")
-        check(similarity, (is_number, "a number"), "similarity")
-        self.similarity = similarity
-        for name, group in groups.items():
-            _check_rows(f"group {name!r}", group.rows)
-        width = next(iter(groups.values())).rows.shape[1]
+        self.similarity = number("similarity", similarity)
+        width = matrix("hidden states", next(iter(groups.values())).rows).shape[1]
         self.statistics = RetainStatistics(width)
         for name, group in groups.items():
-            if len(group.names) != len(group.rows):
+            if group.weight is not None:
+                weight(f"the weight of group {name!r}", group.weight)
+            if len(group.names) != len(matrix(f"group {name!r}", group.rows, width)):
                 raise ProblemError(
                     f"group {name!r}: {len(group.names)} names, {len(group.rows)} hidden states"
                 )
@@ -146,11 +132,9 @@ class RetainSet:
         Raises:
             ProblemError: tensors that are no texts of this width, or of other classes.
         """
-        _check_rows("hidden", hidden, self.rows.shape[1])
-        check_tensors({"owner": owner}, {"owner": ((torch.int64,), (len(hidden),))})
-        if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < len(same):
-            raise ProblemError(f"owner holds other classes than the {len(same)} to be forgotten")
         device = self.rows.device
+        hidden = matrix("hidden", hidden, self.rows.shape[1])
+        owner = indices("owner", owner, len(hidden), len(same))
         leaving = torch.zeros(len(same), len(self.names), dtype=torch.bool, device=device)
         for i, names in enumerate(same):
             places = [place for name in names for place in self._places.get(name, ())]
@@ -207,8 +191,8 @@ class RetainStatistics:
         Raises:
             ProblemError: another width, no floating point numbers, NaN, or numbers beyond float32.
         """
-        check(group, TEXT, "the name of a group")
-        self._check(rows)
+        text("the name of a group", group)
+        rows = self._check(rows)
         if not len(rows):
             return
         gram, digest, keys = _summary(rows)
@@ -230,7 +214,7 @@ class RetainStatistics:
                 much longer than all others that what is left would be rounding. Nothing changes.
         """
         self._known(group)
-        self._check(rows)
+        rows = self._check(rows)
         left = self.counts[group] - self._removed[group]
         if len(rows) > left:
             raise ProblemError(f"{len(rows)} rows cannot leave group {group!r}: it has {left}")
@@ -293,8 +277,7 @@ class RetainStatistics:
             raise ProblemError(
                 f"group {group!r} has no weight; weigh each of {', '.join(map(repr, self.counts))}"
             )
-        check(weights[group], WEIGHT, f"the weight of group {group!r}")
-        return weights[group] / self.counts[group]
+        return weight(f"the weight of group {group!r}", weights[group]) / self.counts[group]
 
     def plain(self) -> Tensor:
         """`G = H_r^T H_r` over all groups, the paper's unweighted sum, (w, w) float64."""
@@ -364,16 +347,11 @@ class RetainStatistics:
             known = ", ".join(map(repr, self.counts)) or "none"
             raise ProblemError(f"no group {group!r} in the retain statistics; known: {known}")
 
-    def _check(self, rows: Tensor) -> None:
-        check_tensors(
-            {"the retained rows": rows}, {"the retained rows": (FLOATS, ("n", self.width))}
-        )
+    def _check(self, rows: Tensor) -> Tensor:
+        rows = matrix("retained rows", rows, self.width)
         if not all(torch.isfinite(chunk.float()).all() for chunk in rows.split(CHUNK)):
-            raise ProblemError("the retained rows hold numbers beyond float32")
-
-
-def _check_rows(name: str, rows: Tensor, width: int | str = "w") -> None:
-    check_tensors({name: rows}, {name: (FLOATS, ("n", width))})
+            raise ProblemError("retained rows hold numbers beyond float32")
+        return rows
 
 
 def square_root(gram: Tensor) -> Tensor:
