@@ -348,9 +348,9 @@ class RetainStatistics:
             raise ProblemError(f"no group {group!r} in the retain statistics; known: {known}")
 
     def _check(self, rows: Tensor) -> Tensor:
-        rows = matrix("retained rows", rows, self.width)
+        rows = matrix("the retained rows", rows, self.width)
         if not all(torch.isfinite(chunk.float()).all() for chunk in rows.split(CHUNK)):
-            raise ProblemError("retained rows hold numbers beyond float32")
+            raise ProblemError("the retained rows hold numbers beyond float32")
         return rows
 
 
