@@ -22,7 +22,7 @@ from forgetting import (
     save_adapter,
 )
 from forgetting.adapter import FIELDS, read_parts, recipe_parts, with_recipe
-from forgetting.checks import check, is_json, shown
+from forgetting.checks import check, is_json, line, shown
 from forgetting.compose import cli, compose
 from forgetting.constrained import Ridge
 from forgetting.files import digest, write_bytes
@@ -441,7 +441,8 @@ def test_a_name_that_cannot_be_shown(tmp_path, capsys):
     )
 )
 def test_any_value_meets_its_shape_or_one_line(value):
-    assert len(shown(value).splitlines()) <= 1
+    for text in (shown(value), line(value)):
+        assert len(text.splitlines()) <= 1
     if is_json(value):
         assert json.loads(json.dumps(value)) == value
     for name, shape in FIELDS.items():
