@@ -25,9 +25,9 @@ from forgetting.checks import (
     WEIGHT,
     ProblemError,
     check,
+    check_tensors,
     line,
     matrix,
-    tensors,
     whole,
 )
 from forgetting.constrained import Ridge
@@ -128,7 +128,7 @@ class Adapter:
         """Raise ProblemError unless everything is what the tables of this module say."""
         for name, shape in FIELDS.items():
             check(getattr(self, name), shape, name)
-        tensors({"left": self.left, "right": self.right}, FACTORS)
+        check_tensors({"left": self.left, "right": self.right}, FACTORS)
         table, sizes = {}, {"w": self.left.shape[0], "d": self.right.shape[1]}
         if self.recipe:
             objective = self.recipe.get("objective")
@@ -137,7 +137,7 @@ class Adapter:
             check(self.recipe, {"objective": ANY, **SHARED[objective], "parts": PARTS}, "recipe")
             table, parts = _columns(objective), self.recipe["parts"]
             sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
-        tensors(self.tensors, table, sizes)
+        check_tensors(self.tensors, table, sizes)
         # What bounds the numbers of the change, in the precision in which it is stored.
         if not float(self.left.double().norm() * self.right.double().norm()) < LARGEST:
             raise ProblemError("the factors left and right are too large: their product overflows")

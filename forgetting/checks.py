@@ -146,7 +146,7 @@ def tensor(
     return value.clone() if inference else value
 
 
-def tensors(
+def check_tensors(
     values: Mapping[str, Any],
     table: Mapping[str, tuple[Iterable[torch.dtype], Dims]],
     known: Mapping[str, int] | None = None,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forgetting.checks import HASH, TEXT, WEIGHT, ProblemError, check, matrix, tensors, whole
+from forgetting.checks import HASH, TEXT, WEIGHT, ProblemError, check, check_tensors, matrix, whole
 from forgetting.files import naming, pack, unpack, write_bytes
 from forgetting.spectrum import CHUNK, EPS, triangle
 
@@ -195,7 +195,7 @@ class RetainStatistics:
                 dims = (f"rows of root.{i}" if kind == "root" else width, width)
                 table[f"{kind}.{i}"] = ((torch.float64,), dims)
                 table[f"keys.{i}"] = ((torch.int64,), (group["count"] - group["removed"],))
-            tensors(held, table)
+            check_tensors(held, table)
             for i, group in enumerate(fields["groups"]):
                 name, digest = group["name"], int(group["rows"], 16)
                 root, keys = held[f"{kind}.{i}"], held[f"keys.{i}"]
