@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from forgetting.checks import (
-    ANY,
     FLOATS,
     HASH,
     OBJECT,
@@ -24,8 +23,10 @@ from forgetting.checks import (
     TEXT,
     WEIGHT,
     ProblemError,
+    Rule,
     check,
     check_tensors,
+    either,
     line,
     matrix,
     whole,
@@ -49,17 +50,17 @@ FIELDS = {
     "solver": OBJECT,
     "recipe": OBJECT,
 }
-# Of each objective what its recipes hold, and must have in common to be joined.
-_GROUPS = (
+_GROUPS: Rule = (
     lambda x: isinstance(x, dict) and all(type(k) is str and WEIGHT[0](v) for k, v in x.items()),
     "an object with 0 or more for each group",
 )
+# Of each objective what its recipes hold, and must have in common to be joined.
 SHARED = {
     "constrained": {"statistics": HASH, "weights": _GROUPS, "mu": POSITIVE},
     "paper": {
         "statistics": HASH,
-        "weights": (lambda x: x is None or _GROUPS[0](x), f"null or {_GROUPS[1]}"),
-        "lamb_forget": (lambda x: x == AUTO or WEIGHT[0](x), f"{WEIGHT[1]} or {AUTO!r}"),
+        "weights": either(None, _GROUPS),
+        "lamb_forget": either(AUTO, WEIGHT),
         "lamb_preserve": WEIGHT,
         "lamb_weight": WEIGHT,
         "rank": whole(1),
@@ -134,8 +135,8 @@ class Adapter:
             objective = self.recipe.get("objective")
             if not isinstance(objective, str) or objective not in SHARED:
                 raise ProblemError(f"recipe.objective must be one of {', '.join(SHARED)}")
-            check(self.recipe, {"objective": ANY, **SHARED[objective], "parts": PARTS}, "recipe")
-            table, parts = _columns(objective), self.recipe["parts"]
+            check(self.recipe, {"objective": TEXT, **SHARED[objective], "parts": PARTS}, "recipe")
+            table, parts = columns(objective), self.recipe["parts"]
             sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
         check_tensors(self.tensors, table, sizes)
         # What bounds the numbers of the change, in the precision in which it is stored.
@@ -166,18 +167,15 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:
     """Write an adapter; the file appears whole or not at all.
 
-    Args:
-        overwrite: whether a file that is there may be replaced.
-
     Raises:
-        ProblemError: the place cannot be written, or is taken.
+        ProblemError: the place cannot be written, or is taken and `overwrite` is False.
     """
     write_bytes(adapter_bytes(adapter), path, replace=overwrite)
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
     """An adapter as the content of its file; the same adapter gives the same bytes."""
-    tensors = {"left": adapter.left.float(), "right": adapter.right.float()}
+    tensors = {name: getattr(adapter, name).float() for name in FACTORS}
     tensors |= {_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
     return pack(FORMAT, {name: getattr(adapter, name) for name in FIELDS}, tensors)
 
@@ -193,14 +191,13 @@ def load_adapter(path: str | Path) -> Adapter:
             names the file and what is wrong.
     """
     form, fields, tensors = unpack(path, FORMAT, FIELDS, unsealed=UNSEALED)
+    factors = {name: tensors.pop(name, None) for name in FACTORS}
     if form == UNSEALED:
         fields["recipe"] = {}
         tensors = {name: x for name, x in tensors.items() if not name.startswith(_PREFIX)}
-    with naming(path):
-        factors = {name: tensors.pop(name, None) for name in FACTORS}
-        columns = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
-        # An older file may lack fields, which is said as what they must be.
-        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=columns)
+    kept = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
+    with naming(path):  # an older file may lack fields, which is said as what they must be
+        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=kept)
 
 
 @dataclass(frozen=True)
@@ -240,32 +237,31 @@ def recipe_parts(
         rows: (n, w), retained texts; shares: (n,), what each weighs in G; leaving: (C, n) bool,
             which leave the statistics with a class (also one that another class takes out too).
     """
-    forget_hidden, displacement, owner, rows, shares, leaving = (
+    texts, displacement, owner, rows, shares, leaving = (
         x.detach().cpu() for x in (forget_hidden, displacement, owner, rows, shares, leaving)
     )
-    if not len(forget_hidden) == len(displacement) == len(owner) or len(rows) != len(shares):
+    if not len(texts) == len(displacement) == len(owner) or len(rows) != len(shares):
         raise ProblemError(
-            f"{len(forget_hidden)} texts with {len(displacement)} displacements and {len(rows)} "
+            f"{len(texts)} texts with {len(displacement)} displacements and {len(rows)} "
             f"leaving texts with {len(shares)} shares make no recipe"
         )
     leaving = leaving & (shares > 0)
     used = leaving.any(dim=0)
-    rows, shares, leaving = rows[used].float(), shares[used].double(), leaving[:, used]
-    texts, displacement = forget_hidden.float(), displacement.double()
-    base = [] if ridge is None else [ridge.solve(x.to(ridge.gram)).cpu() for x in (texts, rows)]
-    parts = []
-    for i, (dataset, name) in enumerate(names):
-        mine, gone = owner == i, leaving[i]
-        tensors = {
-            "forget_hidden": texts[mine],
-            "displacement": displacement[mine],
-            "leaving_hidden": rows[gone],
-            "shares": shares[gone],
-        }
-        if base:
-            tensors |= {"forget_base": base[0][mine], "leaving_base": base[1][gone]}
-        parts.append(Part(dataset, name, tensors))
-    return parts
+    leaving = leaving[:, used]
+    forget = {"forget_hidden": texts.float(), "displacement": displacement.double()}
+    gone = {"leaving_hidden": rows[used].float(), "shares": shares[used].double()}
+    if ridge is not None:
+        for kept, name in ((forget, "forget"), (gone, "leaving")):
+            base = ridge.solve(kept[f"{name}_hidden"].to(ridge.gram))
+            kept[f"{name}_base"] = base.cpu()
+    return [
+        Part(
+            *name,
+            {key: x[owner == i] for key, x in forget.items()}
+            | {key: x[leaving[i]] for key, x in gone.items()},
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part]) -> Adapter:
@@ -287,8 +283,12 @@ def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part])
         for part in parts
     ]
     recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
-    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
-    return replace(adapter, recipe=recipe | {"parts": index}, tensors=tensors)
+    return replace(adapter, recipe=recipe | {"parts": index}, tensors=joined(parts))
+
+
+def joined(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of all parts, one below the other."""
+    return {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
 
 
 def read_parts(adapter: Adapter, where: str) -> list[Part]:
@@ -309,7 +309,7 @@ def read_parts(adapter: Adapter, where: str) -> list[Part]:
     index = adapter.recipe["parts"]
     pieces = {
         name: adapter.tensors[name].split([part[rows] for part in index])
-        for name, (_, (rows, *_)) in _columns(adapter.recipe["objective"]).items()
+        for name, (_, (rows, *_)) in columns(adapter.recipe["objective"]).items()
     }
     return [
         Part(part["dataset"], part["class"], {name: pieces[name][i] for name in pieces})
@@ -317,5 +317,6 @@ def read_parts(adapter: Adapter, where: str) -> list[Part]:
     ]
 
 
-def _columns(objective: str) -> dict[str, Any]:
+def columns(objective: str) -> dict[str, Any]:
+    """The tensors of an objective's recipes."""
     return COLUMNS | (BASE_COLUMNS if objective == "constrained" else {})

@@ -62,7 +62,6 @@ def whole(least: int) -> Rule:
     return lambda x: isinstance(x, int) and is_number(x) and least <= x <= MOST, words
 
 
-ANY: Rule = (lambda x: True, "anything")
 TEXT: Rule = (lambda x: type(x) is str, "a text")
 HASH: Rule = (
     lambda x: type(x) is str and len(x) == 64 and not set(x) - set("0123456789abcdef"),
@@ -72,6 +71,11 @@ NUMBER: Rule = (_in_range, "a number in the range of 1e±40")
 POSITIVE = above(0)
 WEIGHT: Rule = (lambda x: _in_range(x) and x >= 0, "0 or more, at most 1e40")
 OBJECT: Rule = (lambda x: isinstance(x, dict) and is_json(x), "an object of finite values")
+
+
+def either(word: Any, rule: Rule) -> Rule:
+    """What `rule` accepts, or this one word."""
+    return lambda x: (type(x) is type(word) and x == word) or rule[0](x), f"{word} or {rule[1]}"
 
 
 def line(text: Any) -> str:
