@@ -155,11 +155,11 @@ class Adapter:
         Raises:
             ProblemError: the projection is not the one that the adapter was made for.
         """
-        if projection_sha256(projection) != self.projection_sha256:
+        if (given := projection_sha256(projection)) != self.projection_sha256:
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
                 f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "
-                f"one ({projection_sha256(projection)[:12]})"
+                f"one ({given[:12]})"
             )
         return projection + self.delta().to(projection)
 

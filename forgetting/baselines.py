@@ -33,6 +33,7 @@ from forgetting.checks import (
     texts,
     whole,
 )
+from forgetting.problem import Change
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
@@ -138,12 +139,10 @@ def noise(
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Ascent(Change):
     """`Delta = left @ right`, left (w, k) and right (k, d); how many steps it took and whether all
     texts got below the limit; each text's probability of its own class (k,) before and after."""
 
-    left: Tensor
-    right: Tensor
     steps: int
     reached: bool
     before: Tensor

@@ -41,7 +41,7 @@ from forgetting.certificate import certify_constrained
 from forgetting.checks import ProblemError, line
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
-from forgetting.problem import ForgetProblem
+from forgetting.problem import Change, ForgetProblem
 from forgetting.statistics import RetainStatistics, square_root
 
 PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")
@@ -56,17 +56,10 @@ CHUNK = 1024  # rows that are compared with all others at one time
 
 
 @dataclass(frozen=True)
-class Composed:
-    """`Delta = left @ right`, left (w, p) orthonormal, right (p, d), float64, and a report."""
+class Composed(Change):
+    """An answer, left (w, p) orthonormal, right (p, d), float64, and a report."""
 
-    left: Tensor
-    right: Tensor
     report: dict[str, Any]
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
 
 
 def solve_recipes(
@@ -333,17 +326,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
+    given_back = "adapter whose classes are given back; may be repeated"
     parser.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="ADAPTER",
-        help="adapter whose classes are given back; may be repeated",
+        "--without", action="append", default=[], metavar="ADAPTER", help=given_back
     )
     parser.add_argument("--out", required=True, help="adapter to write; must not exist")
-    parser.add_argument(
-        "--statistics", help="file of retain statistics; needed for the paper's objective"
-    )
+    needed = "file of retain statistics; needed for the paper's objective"
+    parser.add_argument("--statistics", help=needed)
     args = parser.parse_intermixed_args(argv)
     out = Path(args.out)
     if os.path.lexists(out):

@@ -23,6 +23,7 @@ from torch import Tensor
 from forgetting.batches import batches, padded
 from forgetting.certificate import Certificate, certify_constrained
 from forgetting.checks import POSITIVE, ProblemError, check, indices, mask, matrix, vector
+from forgetting.problem import Change
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
 
@@ -57,8 +58,8 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class ConstrainedSolution:
-    """The optimum, `Delta = left @ right` with left (w, k), right (k, d), float64, and its proof.
+class ConstrainedSolution(Change):
+    """The optimum, left (w, k), right (k, d), float64, and its proof.
 
     Attributes:
         certificate: of `tr Delta^T K Delta`; see `certify_constrained`.
@@ -66,15 +67,8 @@ class ConstrainedSolution:
             given different targets, which no change can serve (then the nearest is served).
     """
 
-    left: Tensor
-    right: Tensor
     certificate: Certificate
     residual: float
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
 
 
 def solve_constrained(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from forgetting.certificate import Certificate, certify
 from forgetting.checks import ProblemError
-from forgetting.problem import AUTO, ForgetProblem
+from forgetting.problem import AUTO, Change, ForgetProblem
 from forgetting.spectrum import Reduced, Spectrum, best_ridge
 from forgetting.weightless import Weightless
 
@@ -44,7 +44,7 @@ AUTO_MARGIN = 1e-3  # `auto` goes this fraction above c*
 
 
 @dataclass(frozen=True)
-class ExactSolution:
+class ExactSolution(Change):
     """The optimum of a `ForgetProblem`, `Delta = left @ right`, with its proof.
 
     Attributes:
@@ -59,8 +59,6 @@ class ExactSolution:
             fields above it is all that `certify` needs.
     """
 
-    left: Tensor
-    right: Tensor
     branch: str
     mu: float
     rho: float
@@ -69,11 +67,6 @@ class ExactSolution:
     u_left: Tensor
     u_right: Tensor
     problem: ForgetProblem
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The best approximation of rank at most `rank`, and what it costs.

@@ -15,6 +15,19 @@ TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
 
 @dataclass(frozen=True)
+class Change:
+    """An answer of low rank: `Delta = left @ right` with left (w, r), right (r, d)."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """(w, d)."""
+        return self.left @ self.right
+
+
+@dataclass(frozen=True)
 class ForgetProblem:
     """Change a text projection `W` so that k texts land on given targets and m texts stay.
 
