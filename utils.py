@@ -57,10 +57,7 @@ def create_results(
     lines = read_args(folder / ARGS)
     args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
-    df = result_table(rows_of(logs), multiclass)
-    if df.empty:
-        kind, other = ("multiclass", "False") if multiclass else ("single-class", "True")
-        raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={other}")
+    df = result_table(folder, rows_of(logs), multiclass)
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "

@@ -43,18 +43,15 @@ SHOWN += ("probe", "images in a cache", "named, alone")
 FEW = 3  # classes whose findings are all printed
 
 
-def result_table(rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
+def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
     """A row for every request, with the columns of `utils.create_results`.
 
     Args:
-        rows: of `rows_of`, the classes of a request one after another.
+        folder: that the rows are of; rows: the classes of a request one after another.
         multiclass: True for the requests of several classes at once, False for the others.
 
-    Returns:
-        `ds`, `name`, `full_Noforget`, `cls_Noforget`, `cls_forget`, `full_forget` (means over the
-        classes), with `multiclass` `cls_forget_all`, and `res_X` (after) and `full_X` (before) for
-        every other set X; fractions, NaN where nothing was measured. Empty if there is no request
-        of the asked kind.
+    Raises:
+        UserError: there is no request of the asked kind.
     """
     lines = []
     for (dataset, label), group in groupby(rows, key=lambda row: (row.dataset, row.label)):
@@ -73,6 +70,9 @@ def result_table(rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
         for name, change in classes[0].others.items():
             line |= {f"res_{name}": change.after, f"full_{name}": change.before}
         lines.append(line)
+    if not lines:
+        kind = "multiclass" if multiclass else "single-class"
+        raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}")
     table = pd.DataFrame(lines)
     numbers = table.columns.difference(["ds", "name", "cls_forget_all"])
     return table.astype(dict.fromkeys(numbers, float))  # None to NaN
@@ -129,18 +129,11 @@ def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataF
 def _method(folder: Path, multiclass: bool) -> dict[str, float]:
     """One row of `method_table`."""
     rows = [row for row in read_rows(folder) if (row.together > 1) == multiclass]
-    df = result_table(rows, multiclass)
-    if df.empty:
-        kind = "multiclass" if multiclass else "single-class"
-        raise UserError(f"{folder / LOGS} holds no {kind} results")
-    line: dict[str, float] = {
-        "classes": len(df),
-        "forgotten before": 100 * df["cls_Noforget"].mean(),
-        "forgotten after": 100 * df["cls_forget"].mean(),
-        "forgotten worst": 100 * df["cls_forget"].max(),
-    }
+    df = result_table(folder, rows, multiclass)
+    line: dict[str, float] = {"classes": len(df)}
     others = other_sets(df)
     for group, olds, news in (
+        ("forgotten", ["cls_Noforget"], ["cls_forget"]),
         ("rest", ["full_Noforget"], ["full_forget"]),
         ("others", [f"full_{name}" for name in others], [f"res_{name}" for name in others]),
     ):
@@ -148,6 +141,7 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
         line[f"{group} before"] = pd.Series(before.ravel()).mean()  # over what was measured
         line[f"{group} after"] = pd.Series(after.ravel()).mean()
         line[f"{group} worst"] = pd.Series((before - after).ravel()).max()
+    line["forgotten worst"] = 100 * df["cls_forget"].max()
     solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
     line["seconds"] = pd.Series([s.get("seconds") for s in solvers], dtype=float).mean()
     line["bytes"] = pd.Series([_size(folder, s) for s in solvers], dtype=float).mean()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from clip.bundle import bundle_path
 from engine import UserError
 from engine.config import paper_weights, setup
 from evaluation import zero_shot
+from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, toy_bundle
 from trainers.paper import ForgetLoRA
@@ -125,6 +128,31 @@ def test_multiclass_stands_beside_single_classes(toy_args):
 def test_class_names_with_separators_become_file_names(toy_args):
     folder = train.main([*toy_args, "--forget", "C/V"])
     assert (folder / "ToyAnimals" / "C%2FV.safetensors").is_file()
+
+
+def test_names_of_data_sets_are_escaped_too(toy_args, features):
+    name = ".my set: 50 %"
+    replace(toy_bundle("ToyAnimals"), dataset=name).save(bundle_path(features, BACKBONE, name))
+    folder = train.main([*toy_args, "--dataset", name, "--forget", "cat"])
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["%2Emy set%3A 50 %25"]
+    adapter = logs_of(folder)[name]["cat"]["solver"]["adapter"]
+    assert (folder / adapter).parent.joinpath("log.txt").is_file()
+    assert audit_folder(folder)[name]["cat"]["classes"]["cat"]["verdict"]
+
+
+def test_a_class_with_a_bar_stands_beside_both_classes_at_once(toy_args, features):
+    bundle = replace(toy_bundle("ToyAnimals"), dataset="Bars")
+    names = ["cat", "owl", "cat|owl", *bundle.classnames[3:]]
+    replace(bundle, classnames=names).save(bundle_path(features, BACKBONE, "Bars"))
+    folder = train.main([*toy_args, "--dataset", "Bars", "--forget", "cat|owl"])
+    arguments = ["--dataset", "Bars", "--forget", "cat", "--forget", "owl", "--multiclass"]
+    train.main([*toy_args, *arguments])
+    assert set(logs_of(folder)["Bars"]) == {"settings", "cat|owl", r"cat\|owl"}
+    audits = audit_folder(folder)["Bars"]
+    assert {label: set(audit["classes"]) for label, audit in audits.items()} == {
+        "cat|owl": {"cat", "owl"},
+        r"cat\|owl": {"cat|owl"},
+    }
 
 
 def test_the_papers_ablation(toy_args):

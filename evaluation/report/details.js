@@ -1,5 +1,7 @@
 // One class in detail: a section a measure. A measure may have been left out of the audit.
 const note = (words) => h("p", { class: "note" }, words);
+const section = (title, attributes, ...content) =>
+  h("section", attributes, h("h4", title), content);
 const changed = (rows) =>
   rows.filter(({ before, after }) => valueOf(before) !== null || valueOf(after) !== null);
 const beforeAfter = () => legend(["before", "before"], ["after", "after, with its 95 % interval"]);
@@ -225,25 +227,16 @@ function sections(row) {
       ...(found ? show(found, row) : []).filter(Boolean),
       ...reasons.map((reason) => note(`Not measured: ${reason}`)),
     ];
-    const content = shown.length ? shown : note("Not measured.");
-    return h("section", { class: size ?? null, "data-measure": key }, h("h4", title), content);
+    const attributes = { class: size ?? null, "data-measure": key };
+    return section(title, attributes, shown.length ? shown : note("Not measured."));
   });
-  const none = h(
-    "section",
-    { class: "whole" },
-    h("h4", "Audit"),
-    h(
-      "p",
-      "Nothing but the logs is known of this class. To measure the rest: ",
-      h("code", row.command),
-    ),
-  );
+  const hint = "Nothing but the logs is known of this class. To measure the rest: ";
+  const none = section("Audit", { class: "whole" }, h("p", hint, h("code", row.command)));
   return [
     ...(row.audit.verdict ? measures : [none]),
-    h(
-      "section",
+    section(
+      "Certificate and solver",
       { class: "whole", "data-measure": "certificate" },
-      h("h4", "Certificate and solver"),
       certificate(row.solver, row.facts),
     ),
   ];

@@ -97,12 +97,8 @@ function peers(row) {
     ...numbers.map((column) => copy(other, column)),
   ]);
   const head = ["Folder", ...numbers.map((column) => `${titles[column].textContent}#`)];
-  return h(
-    "section",
-    { class: "whole" },
-    h("h4", "In every folder"),
-    table("The class in every folder", head, lines),
-  );
+  const copies = table("The class in every folder", head, lines);
+  return section("In every folder", { class: "whole" }, copies);
 }
 
 const tile = (title, value, unit, sub) =>
