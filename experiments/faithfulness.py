@@ -29,18 +29,18 @@ from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine import UserError
-from engine.cli import Parser
+from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
-from engine.files import atomic_path
 from evaluation.results import join_label
+from evaluation.tables import write_table
 from experiments.measure import judged, sides
 from experiments.reproduce import markdown
 from experiments.solvers import paper_problem
 from experiments.variants import VARIANTS, run_variants
 from experiments.varied import task
 from experiments.world import World
-from forget_cls import all_ds, forget_classes_all
 from forgetting import AUTO, ForgetProblem, solve_exact, thresholds
+from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
 ENCODER, BUNDLED = "RN50", "ViT-B/32"
@@ -211,9 +211,9 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
             torch.save(model.state_dict(), path)
         source = ClipSource(ENCODER, path, temporary, "cpu")
-        for dataset in all_ds:
+        for dataset in user_lists().all_ds:
             vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
-            forgotten = [datasets.plain(name) for name in forget_classes_all[dataset]]
+            forgotten = [datasets.plain(name) for name in user_lists().forget_classes_all[dataset]]
             known = datasets.synonyms(dataset)
             same = {word for name in forgotten for word in known.get(name.casefold(), ())}
             free = [name for name in vocabulary if name not in same]
@@ -235,7 +235,8 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 classnames=classnames,
                 retain_names=vocabulary,
             ).save(bundle_path(folder, ENCODER, dataset))
-    return {name: [*map(datasets.plain, forget_classes_all[name])] for name in all_ds}
+    lists = user_lists()
+    return {name: [*map(datasets.plain, lists.forget_classes_all[name])] for name in lists.all_ds}
 
 
 def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
@@ -265,12 +266,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
     parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
     parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
-    parser.add_argument("--classes", type=int, default=2, help="how many of a set, each alone")
+    parser.add_argument("--classes", type=COUNT, default=2, help="how many of a set, each alone")
     parser.add_argument("--csv", help="where to write a row for every problem and variant")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
-    if args.classes < 1:
-        raise UserError(f"--classes must be at least 1, got {args.classes}")
     if (args.features and args.weights) or (args.backbone and not args.features):
         raise UserError("--backbone goes with --features, and --weights without it")
     started = time.perf_counter()
@@ -295,8 +294,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             parts = [synonyms_retained(sets[name], words) for name, words in same.items()]
             print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
-        with atomic_path(args.csv) as path:
-            table.to_csv(path, index=False)
+        write_table(table, args.csv)
         print(f"\nwritten: {args.csv}")
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     return table

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,8 +99,9 @@ def write_bytes(data: bytes, path: str | Path, durable: bool = True) -> None:
     """Write a file, which appears whole or not at all; missing folders are made.
 
     Args:
-        durable: wait until the disk has it. Without that a power cut may leave an empty file, which
-            whoever keeps its digest elsewhere will notice.
+        durable: wait until the disk has it, and remove what killed processes left beside it.
+            Without that a power cut may leave an empty file, which whoever keeps its digest
+            elsewhere will notice.
 
     Raises:
         ProblemError: the place cannot be written.
@@ -110,17 +111,33 @@ def write_bytes(data: bytes, path: str | Path, durable: bool = True) -> None:
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".tmp-{16 * '[0-9a-f]'}.safetensors") if durable else ():
+            with suppress(OSError), open(left) as file:
+                if _lock(file, wait=False):  # whoever was writing it is gone
+                    left.unlink()
         with open(temporary, "wb") as file:
+            _lock(file)
             file.write(data)
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ProblemError(f"cannot write {path} ({error})") from error
+            os.replace(temporary, path)
+    except OSError as error:
+        raise ProblemError(f"cannot write {path} ({error.strerror})") from error
     finally:
         with suppress(OSError):  # gone already, or in a folder that is none
             temporary.unlink()
+
+
+def _lock(file: IO, wait: bool = True) -> bool:
+    """Lock a file until it is closed; whether that could be done."""
+    try:
+        import fcntl  # not on every system; without it nothing is removed
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
