@@ -127,16 +127,12 @@ def _line_of(error: BaseException) -> int | None:
 
 def _place(tree: ast.Module, name: str, *path: str | int) -> int | None:
     """The line where an element of a list of the file stands, as near as its text tells."""
-    nodes: list[ast.expr] = [
-        node.value
-        for node in tree.body
-        if (isinstance(node, ast.Assign) and name in [getattr(t, "id", "") for t in node.targets])
-        or (
-            isinstance(node, ast.AnnAssign)
-            and node.value
-            and getattr(node.target, "id", "") == name
-        )
-    ]
+    nodes: list[ast.expr] = []
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
+            targets = getattr(statement, "targets", None) or [statement.target]
+            if name in [getattr(target, "id", "") for target in targets]:
+                nodes = [statement.value]
     for key in path if nodes else ():
         node = nodes[-1]
         if isinstance(node, ast.Dict):
