@@ -187,9 +187,9 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder of feature bundles at {folder}")
-    found = {
-        path.stem: path for path in bundle_path(folder, backbone, "*").parent.glob(f"*{SUFFIX}")
-    }
+    # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
+    paths = bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}")
+    found = {path.stem: path for path in paths}
     if not found:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
         raise UserError(

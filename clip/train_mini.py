@@ -18,11 +18,10 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from clip.architectures import architecture
 from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
 from engine.cli import SEED, Parser, run, whole
-from engine.files import atomic_path, read_json, refuse_existing
+from engine.files import atomic_path, refuse_existing
 
 STEPS = 1500
 BATCH = 256  # pictures a step: one of each class, then of vocabulary names in random order
@@ -165,22 +164,6 @@ def zero_shot(model: nn.Module, dataset: str) -> float:
     return (predicted == torch.tensor(labels)).float().mean().item()
 
 
-def load(path: Path) -> nn.Module:
-    """`mini` with the weights of `path`, float32, in `eval()`."""
-    model = architecture("mini").build()
-    model.load_state_dict(load_file(path))
-    return model.eval()
-
-
-def _save(model: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    state = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
-    path.write_bytes(save(state, metadata))  # save_file would make it readable by its owner alone
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above."""
     parser = Parser(prog="python -m clip.train_mini", description=__doc__.splitlines()[0])
@@ -191,13 +174,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_existing(args.out, "choose another --out")
     torch.set_num_threads(THREADS)
     model = train(args.seed, args.steps)
-    config = read_json(architecture("mini").config)
-    with atomic_path(args.out) as scratch:
-        _save(model, scratch, {})
-        rounded = load(scratch)  # what is reported is what float16 kept
-        accuracies = {dataset: round(zero_shot(rounded, dataset), 4) for dataset in mini.MINI}
-        about = {"seed": args.seed, "steps": args.steps, "accuracies": accuracies, "config": config}
-        _save(rounded, scratch, about)
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state)  # what is reported is what float16 kept
+    accuracies = {dataset: round(zero_shot(model, dataset), 4) for dataset in mini.MINI}
+    config = json.loads(architecture("mini").config.read_text(encoding="utf-8"))
+    about = {"seed": args.seed, "steps": args.steps, "accuracies": accuracies, "config": config}
+    metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
+    with atomic_path(args.out) as scratch:  # save_file would make it readable by its owner alone
+        scratch.write_bytes(save(state, metadata))
     for dataset, accuracy in accuracies.items():
         print(f"{dataset}: zero-shot accuracy {accuracy:.3f}")
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")

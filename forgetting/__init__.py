@@ -10,11 +10,12 @@ stored of an answer, and `forgetting.compose` joins adapters and gives them back
 
 from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_adapter
 from forgetting.certificate import Certificate
+from forgetting.checks import ProblemError
 from forgetting.constrained import Ridge, solve_constrained, solve_constrained_each
 from forgetting.each import solve_each
 from forgetting.exact import settle, solve_exact, thresholds
 from forgetting.lora import LoraSettings, LoraSolution, solve_lora, solve_lora_each
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 from forgetting.retain import Group, RetainSet, RetainStatistics
 from forgetting.spectrum import Spectrum
 from forgetting.targets import (

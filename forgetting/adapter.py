@@ -20,15 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from forgetting.checks import ProblemError, matrix
 from forgetting.constrained import Ridge
-from forgetting.problem import ProblemError
 
 FORMAT = "clip-forget-adapter/1"
 
 
 def projection_sha256(projection: Tensor) -> str:
     """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
-    array = projection.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
+    projection = matrix("projection", projection)
+    array = projection.to("cpu", torch.float32).contiguous().numpy().astype("<f4")
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from forgetting.checks import ProblemError, indices, matrices, matrix, number, weight, whole
+
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
 
@@ -38,12 +40,14 @@ def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
     Returns:
         left (w, k).
     """
-    matrix = gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    base = torch.cholesky_solve(h_f.T, torch.linalg.cholesky(matrix))  # (w, k)
+    h_f, gram = _texts(h_f, gram)
+    number("erase", erase, above=0.0)
+    ridged = gram + number("lam", lam, above=0.0) * torch.eye(len(gram)).to(gram)
+    base = torch.cholesky_solve(h_f.T, _root(ridged))  # (w, k)
     inner = h_f @ base  # (k, k)
     eye = torch.eye(len(h_f), dtype=gram.dtype, device=gram.device)
     inner = (inner + inner.T) / 2 + eye / erase
-    return torch.cholesky_solve(base.T, torch.linalg.cholesky(inner)).T  # (w, k)
+    return torch.cholesky_solve(base.T, _root(inner)).T  # (w, k)
 
 
 def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold: float) -> Tensor:
@@ -58,13 +62,30 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
     Returns:
         left (w, k), zero if no direction lies below the threshold.
     """
-    values, vectors = torch.linalg.eigh(gram / count)
+    h_f, gram = _texts(h_f, gram)
+    number("threshold", threshold), weight("damping", damping)
+    values, vectors = torch.linalg.eigh(gram / whole("count", count))
     free = vectors[:, values < threshold]  # (w, q)
     inside = h_f @ free  # (k, q)
-    matrix = inside @ inside.T  # (k, k)
-    matrix = matrix + damping * torch.eye(len(h_f), dtype=gram.dtype, device=gram.device)
-    # Pseudo-inverse: without free directions the matrix is zero and nothing can move.
-    return free @ (inside.T @ torch.linalg.pinv(matrix, hermitian=True))  # (w, k)
+    inner = inside @ inside.T + damping * torch.eye(len(h_f)).to(gram)  # (k, k)
+    # Pseudo-inverse: without free directions it is zero and nothing can move.
+    return free @ (inside.T @ torch.linalg.pinv(inner, hermitian=True))  # (w, k)
+
+
+def _texts(h_f: Tensor, gram: Tensor) -> list[Tensor]:
+    """Hidden states (k, w), at least one, and statistics (w, w) that fit together."""
+    h_f, gram = matrices(h_f=h_f, gram=gram)
+    if 0 in h_f.shape:
+        raise ProblemError("h_f is empty: name at least one text to forget")
+    return [h_f, matrix("gram", gram, h_f.shape[1], h_f.shape[1])]
+
+
+def _root(square: Tensor) -> Tensor:
+    """The Cholesky factor of a positive definite matrix."""
+    root, info = torch.linalg.cholesky_ex(square)
+    if info:
+        raise ProblemError("the statistics are not positive semidefinite")
+    return root
 
 
 def zeroing(h_f: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +101,10 @@ def zeroing(h_f: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left (w, r), right (r, d) with r the rank of `h_f`.
     """
+    h_f, projection = matrices(h_f=h_f, projection=projection)
+    h_f = matrix("h_f", h_f, len(projection))
+    if 0 in h_f.shape:
+        raise ProblemError("h_f is empty: name at least one text to forget")
     _, values, basis = torch.linalg.svd(h_f, full_matrices=False)
     small = torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
     basis = basis[values > small]  # (r, w)
@@ -102,6 +127,10 @@ def noise(
     Returns:
         left (width, rank), right (rank, d), float64.
     """
+    for name, size in (("width", width), ("d", d), ("rank", rank)):
+        if whole(name, size, 0) > 2**20:
+            raise ProblemError(f"{name} is {size}: too large for a projection")
+    weight("norm", norm)
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     size = torch.linalg.matrix_norm(left @ right)
@@ -150,6 +179,15 @@ def ascend(
     Returns:
         See `Ascent`.
     """
+    hidden, projection, names = matrices(hidden=hidden, projection=projection, names=names)
+    hidden, names = (
+        matrix("hidden", hidden, len(projection)),
+        matrix("names", names, projection.shape[1]),
+    )
+    own = indices("own", own, len(hidden), len(names))
+    number("lr", lr, above=0.0), number("limit", limit), whole("steps", steps, 0)
+    if not len(hidden) or len(names) < 2:
+        raise ProblemError("ascent needs a text, and two classes to take it for")
     start = hidden @ projection  # (k, d)
     gram = hidden @ hidden.T  # (k, k)
     rate = lr * float(start.square().sum() / gram.trace())

@@ -35,9 +35,10 @@ from forgetting.adapter import (
     with_recipe,
 )
 from forgetting.certificate import certify_constrained
+from forgetting.checks import ProblemError
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
-from forgetting.problem import ForgetProblem, ProblemError
+from forgetting.problem import ForgetProblem
 from forgetting.retain import RetainStatistics, square_root
 
 PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify_constrained
-from forgetting.problem import ProblemError
+from forgetting.checks import ProblemError, indices, mask, matrix, number, vector
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
 BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
@@ -39,11 +39,12 @@ class Ridge:
     mu: float
 
     def __post_init__(self) -> None:
-        if not self.mu > 0:
-            raise ProblemError(f"the ridge mu must be positive, got {self.mu}")
-        gram = self.gram.double()
-        matrix = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        root, info = torch.linalg.cholesky_ex(matrix)
+        number("the ridge mu", self.mu, above=0.0)
+        gram = matrix("the retain statistics", self.gram).double()
+        if gram.shape[0] != gram.shape[1] or not len(gram):
+            raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")
+        ridged = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        root, info = torch.linalg.cholesky_ex(ridged)
         if info:
             raise ProblemError("the retain statistics are not positive semidefinite")
         object.__setattr__(self, "gram", gram)
@@ -51,7 +52,8 @@ class Ridge:
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
-        return torch.cholesky_solve(rows.double().T, self._root).T
+        rows = matrix("rows", rows, len(self.gram)).to(self.gram)
+        return torch.cholesky_solve(rows.T, self._root).T
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,14 @@ def solve_constrained(
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    leaving = forget_hidden[:0] if leaving is None else leaving
-    shares = forget_hidden.new_zeros(0) if shares is None else shares
-    owner = torch.zeros(len(forget_hidden), dtype=torch.int64)
+    hidden = matrix("forget_hidden", forget_hidden)
+    leaving = hidden[:0] if leaving is None else matrix("leaving", leaving)
+    shares = hidden.new_zeros(0) if shares is None else shares
+    owner = torch.zeros(len(hidden), dtype=torch.int64)
     everything = torch.ones(1, len(leaving), dtype=torch.bool)
-    return solve_constrained_each(
-        ridge, forget_hidden, displacement, owner, leaving, shares, everything
-    )[0]
+    return solve_constrained_each(ridge, hidden, displacement, owner, leaving, shares, everything)[
+        0
+    ]
 
 
 def solve_constrained_each(
@@ -124,17 +127,12 @@ def solve_constrained_each(
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    device = ridge.gram.device
-    h, d, rows, shares = (x.double().to(device) for x in (hidden, displacement, rows, shares))
-    owner, leaving = owner.to(device), leaving.to(device)
-    shapes = (len(d), len(owner), h.shape[1:], rows.shape[1:], len(shares), leaving.shape[1])
-    width = ridge.gram.shape[:1]
-    if shapes != (len(h), len(h), width, width, len(rows), len(rows)):
-        raise ProblemError(
-            f"{tuple(h.shape)} hidden states, {tuple(d.shape)} displacements, {len(rows)} leaving "
-            f"texts with {len(shares)} shares and statistics of {len(ridge.gram)} dimensions do "
-            "not fit together"
-        )
+    gram = ridge.gram
+    h, rows = (matrix(n, x, len(gram)).to(gram) for n, x in (("hidden", hidden), ("rows", rows)))
+    d = matrix("displacement", displacement, count=len(h)).to(gram)
+    shares = vector("shares", shares, len(rows)).to(gram)
+    leaving = mask("leaving", leaving, None, len(rows)).to(gram.device)
+    owner = indices("owner", owner, len(h), len(leaving)).to(gram.device)
     part = leaving.any(dim=0) & (shares > 0)
     rows, shares, leaving = rows[part], shares[part], leaving[:, part]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
@@ -192,10 +190,13 @@ def padded(leaving: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         places (B, n'), row numbers, and weights (B, n'), their shares; 0 where a list is padded.
     """
-    longest = int(leaving.sum(dim=1).max()) if len(leaving) else 0
-    there, places = leaving.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-    places, there = places[:, :longest], there[:, :longest]
-    return places, shares[places] * there
+    request, place = leaving.nonzero(as_tuple=True)  # in order of the requests
+    count = torch.bincount(request, minlength=len(leaving))  # (B,); a sum would copy the mask
+    slot = torch.arange(len(place), device=place.device) - (count.cumsum(0) - count)[request]
+    places = place.new_zeros(len(leaving), int(count.max()) if len(count) else 0)
+    weights = shares.new_zeros(places.shape)
+    places[request, slot], weights[request, slot] = place, shares[place]
+    return places, weights
 
 
 def downdate(

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import certify_each
+from forgetting.checks import mask
 from forgetting.constrained import padded
 from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import Spectrum, find_roots
 
 NEAR_KERNEL = 1e-6  # of the largest mu that there can be
-BATCH_NUMBERS = 2**24  # float64 numbers that a batch of classes may hold in the eigenbasis
+BATCH_NUMBERS = 2**17  # float64 numbers that a batch of classes may hold in the eigenbasis
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,12 @@ def solve_each(
     Raises:
         ProblemError: a mask of another shape, or "auto" for a target that cannot be reached.
     """
-    exact, count, m = problem.double, len(problem.forget_hidden), len(problem.retain_hidden)
+    count, m = len(problem.forget_hidden), len(problem.retain_hidden)
+    exact = problem.part(torch.arange(count), torch.zeros(m, dtype=torch.bool)).double
     device = exact.projection.device
     if leaving is None:
         leaving = torch.zeros(count, m, dtype=torch.bool)
-    if leaving.shape != (count, m) or leaving.dtype != torch.bool:
-        raise ProblemError(
-            f"leaving must be a mask of shape {(count, m)}, got {tuple(leaving.shape)} "
-            f"{leaving.dtype}"
-        )
+    leaving = mask("leaving", leaving, count, m)
     leaving = leaving.to(device)
     d = exact.displacement  # (C, d)
     left, right = torch.zeros_like(exact.forget_hidden), d.clone()
@@ -97,8 +95,9 @@ def solve_each(
         direction, mu, y, u_scale, reach, lamb_forget = _roots(problem, spectrum, leaving)
         left = direction * (reach < lamb_forget)[:, None]
         paused = time.perf_counter()
+        triangle = spectrum.rows if len(spectrum.rows) < m else None
         primal, bound, gap = certify_each(
-            problem, leaving, lamb_forget, left, y, u_scale, direction
+            problem, leaving, lamb_forget, left, y, u_scale, direction, triangle
         )
         certifying = time.perf_counter() - paused
         # Where almost nothing holds a class but what leaves with it, the downdate cancels.
@@ -128,7 +127,7 @@ def _roots(problem: ForgetProblem, spectrum: Spectrum, leaving: Tensor) -> tuple
         direction (C, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
         `H_r direction`, c* and lamb_forget, all (C,).
     """
-    most = int(leaving.sum(dim=1).max()) if len(leaving) else 0
+    most = max(torch.bincount(leaving.nonzero()[:, 0], minlength=1).tolist())
     size = max(1, BATCH_NUMBERS // (3 * (1 + most) * max(1, len(spectrum.values))))
     parts = [
         _roots_of(problem, spectrum, texts, leaving[texts])
@@ -148,18 +147,20 @@ def _roots_of(
     def split(h: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates (..., q) of rows (..., w) in the eigenbasis, and their part outside it."""
         x = h @ spectrum.vectors
+        if len(spectrum.values) == h.shape[-1]:  # nothing is outside
+            return x, torch.zeros_like(h)
         kernel = h - x @ spectrum.vectors.T
         kernel = kernel - (kernel @ spectrum.vectors) @ spectrum.vectors.T
         noise = torch.linalg.vector_norm(kernel, dim=-1) <= 8 * spectrum.noise * length
         return x, kernel.masked_fill(noise[..., None], 0.0)
 
-    places, weights = padded(leaving, exact.retain_hidden.new_ones(leaving.shape[1]))  # (B, n)
-    gone = exact.retain_hidden[places] * weights[..., None]  # (B, n, w)
+    places, weights = padded(leaving, exact.forget_hidden.new_ones(leaving.shape[1]))  # (B, n)
+    gone = problem.retain_hidden[places].double() * weights[..., None]  # (B, n, w)
     # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
     rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone], dim=1))
     x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
     eye = torch.eye(gone.shape[1], dtype=rows.dtype, device=rows.device)
-    leaves = leaving.any(dim=1)
+    leaves = weights.any(dim=1)
 
     def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`y = h + L^T c` as coefficients (B, 1 + n) of `rows`, and the forms a, b, g of

@@ -25,6 +25,7 @@ nothing moves. docs/exact.md has the derivation.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,8 @@ import torch
 from torch import Tensor
 
 from forgetting.certificate import Certificate, certify
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.checks import ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import DEPENDENT, Reduced, Spectrum, best_ridge
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
@@ -50,7 +52,10 @@ class ExactSolution:
         mu: the ratio above; rho: `r / mu`, so that `(H_f (G + mu I)^-1 H_f^T + rho I) Z' = D` for
             `Delta = (G + mu I)^-1 H_f^T Z'`; 0 where the texts reach P.
         certificate: primal value, lower bound and relative gap.
-        y: (k, d), the multiplier; u_left (m, p) and u_right (p, d): the other one's factors.
+        y: (k, d), the multiplier; u_left (q, p) and u_right (p, d): the other one's factors.
+        problem: in float64, as it was solved: its `retain_hidden` (q, w) are the retained texts or,
+            if they are many more than their dimensions, their triangle (`Spectrum.rows`). With the
+            fields above it is all that `certify` needs.
     """
 
     left: Tensor
@@ -62,20 +67,21 @@ class ExactSolution:
     y: Tensor
     u_left: Tensor
     u_right: Tensor
+    problem: ForgetProblem
 
     @property
     def delta(self) -> Tensor:
         """(w, d) float64."""
         return self.left @ self.right
 
-    def truncated(self, problem: ForgetProblem, rank: int) -> tuple[Tensor, Tensor, float]:
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The best approximation of rank at most `rank`, and what it costs.
 
         Returns:
             left (w, r), right (r, d), and the objective's relative rise over the exact optimum.
         """
         left, right = _compress(self.left, self.right, rank)
-        cut = certify(problem, left, right, self.y, self.u_left, self.u_right)
+        cut = certify(self.problem, left, right, self.y, self.u_left, self.u_right)
         exact = self.certificate.primal
         return left, right, (cut.primal - exact) / exact if exact > 0 else 0.0
 
@@ -110,30 +116,59 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
         spectrum: of `problem.retain_hidden`, to share it between problems; None computes it.
 
     Returns:
-        The solution with its certificate. For weights within a factor 1e4 of each other (or zero)
-        and hidden states whose singular values span up to four decades the gap is at most 1e-9,
-        on CLIP's features about 1e-14. Beyond that the answer still carries its true gap, with a
-        warning if that is above 1e-6.
+        The solution with its certificate, never worse than no change at all. For weights within a
+        factor 1e4 of each other and hidden states whose singular values span up to four decades the
+        gap is at most 1e-9 (and rounding), on CLIP's features about 1e-13. Beyond that, and where
+        there is no weight term, the answer carries its true gap, with a warning above 1e-6.
     """
     reduced = _reduced(problem, spectrum)
     problem = settle(problem, reduced.spectrum)
-    solution = _solve(problem, reduced)
-    if solution.certificate.gap > GOOD_GAP:
-        precise = _reduced(problem, Spectrum(problem.retain_hidden, precise=True))
-        solution = min(solution, _solve(problem, precise), key=lambda s: s.certificate.gap)
-    if solution.certificate.gap > WARN_GAP:
+    exact = _on(problem, reduced.spectrum.rows)
+    solution = _solve(exact, reduced)
+    if not solution.certificate.gap <= GOOD_GAP:
+        precise = Reduced(exact, Spectrum(exact.retain_hidden, precise=True))
+        solution = min(solution, _solve(exact, precise), key=_rank)
+    if solution.branch != "none":
+        still = _answer(exact, reduced, None, solution.mu, math.inf, 0.0, "none")
+        if not _worth(exact, problem.projection.dtype, solution) <= still.certificate.primal:
+            solution = still
+    proof = solution.certificate
+    if proof.gap > WARN_GAP and not proof.primal <= proof.rounding:
         warnings.warn(
             f"the exact solver proves its answer to a relative gap of "
-            f"{solution.certificate.gap:.1e} only: badly scaled weights or hidden states",
+            f"{proof.gap:.1e} only: badly scaled weights or hidden states",
             stacklevel=2,
         )
     return solution
 
 
+def _rank(solution: ExactSolution) -> tuple[float, float]:
+    """What makes one of two answers the better one: what it proves, then what it costs."""
+    return solution.certificate.gap, solution.certificate.primal
+
+
+def _worth(exact: ForgetProblem, dtype: torch.dtype, solution: ExactSolution) -> float:
+    """The objective at an answer as it will be stored, rounded to the problem's own dtype."""
+    if dtype == torch.float64:
+        return solution.certificate.primal
+    left, right = (x.to(dtype).double() for x in (solution.left, solution.right))
+    return float(exact.objective(left @ right))
+
+
+def _on(problem: ForgetProblem, rows: Tensor) -> ForgetProblem:
+    """The problem in float64, with float64 `rows` (q, w) that stand for the retained texts."""
+    part = problem.part(
+        torch.ones(len(problem.forget_hidden), dtype=torch.bool),
+        torch.zeros(len(problem.retain_hidden), dtype=torch.bool),
+    )
+    return replace(part.double, retain_hidden=rows)
+
+
 def _reduced(problem: ForgetProblem, spectrum: Spectrum | None) -> Reduced:
     if problem.lamb_preserve == 0:  # the retained texts play no part
         spectrum = Spectrum(problem.retain_hidden[:0])
-    return Reduced(problem, spectrum or Spectrum(problem.retain_hidden))
+    spectrum = spectrum or Spectrum(problem.retain_hidden)
+    return Reduced(_on(problem, spectrum.rows[:0]), spectrum)
 
 
 def settle(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetProblem:
@@ -155,7 +190,7 @@ def above(reach: float) -> float:
     Raises:
         ProblemError: it is infinite.
     """
-    if reach == float("inf"):
+    if reach == math.inf:
         raise ProblemError(
             "no lamb_forget takes the texts to their target: texts that repeat each other have "
             "different targets, or there are more texts than dimensions; choose lamb_forget"
@@ -171,21 +206,21 @@ def _start(reduced: Reduced) -> tuple[float, float]:
     """
 
     if not len(reduced.d):
-        return float("inf"), 0.0
+        return math.inf, 0.0
     if reduced.lw == 0:
         return Weightless(reduced).start, 0.0
 
     mu = reduced.minimise_ratio(lambda mu: reduced.slope(mu, reduced.d))
     strength = float((reduced.c * reduced.a(mu)).sum())
     if strength <= 0:
-        return float("inf"), mu
+        return math.inf, mu
     return (reduced.price(mu) / strength) ** 0.5 * reduced.length, mu
 
 
 def _reach(reduced: Reduced) -> float:
     """c*: the length of Y at r = 0, where the texts land on P; infinite if they cannot."""
     if reduced.spread > 0:
-        return float("inf")
+        return math.inf
     if reduced.lw == 0:
         return Weightless(reduced).reach
 
@@ -212,17 +247,20 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
         return _solve_weightless(problem, reduced)
     start, mu_start = _start(reduced)
     if lf <= start:
-        return _answer(problem, reduced, None, mu_start, float("inf"), 0.0, "none")
+        return _answer(problem, reduced, None, mu_start, math.inf, 0.0, "none")
 
     def slope(mu: float) -> float:
         state = _State(reduced, mu, lf)
         # Where moving does not pay F2 is flat; its minimum lies towards mu_start.
-        return state.slope if state.r < float("inf") else (1.0 if mu > mu_start else -1.0)
+        return state.slope if state.r < math.inf else (1.0 if mu > mu_start else -1.0)
 
     mu = reduced.minimise_ratio(slope)
     state = _State(reduced, mu, lf)
     left = reduced.change(mu)
-    scale = reduced.lw / float(torch.linalg.matrix_norm(left @ state.z))
+    size = float(torch.linalg.matrix_norm(left @ state.z)) if state.r < math.inf else 0.0
+    if size == 0:  # a hair above the threshold: nothing moves yet, to rounding
+        return _answer(problem, reduced, None, mu_start, math.inf, 0.0, "none")
+    scale = reduced.lw / size
     branch = "generic" if mu > 0 or reduced.lp == 0 else "kernel"
     return _answer(problem, reduced, state.z, mu, state.r, scale, branch)
 
@@ -235,7 +273,7 @@ class _State:
         a = a.clamp(min=0)
         turned = rotation.T @ reduced.d  # (p, d)
         self.r = best_ridge(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
-        if self.r < float("inf"):
+        if self.r < math.inf:
             self.z = rotation @ (turned / (a + self.r)[:, None])
             self.slope = reduced.slope(mu, self.z)
 
@@ -244,7 +282,7 @@ def _solve_weightless(problem: ForgetProblem, reduced: Reduced) -> ExactSolution
     """The answer without a weight term; not the only minimiser, but one of least rank."""
     free, lf, h_r = Weightless(reduced), problem.lamb_forget, problem.double.retain_hidden
     rho = free.ridge(lf)
-    moved = rho < float("inf") and len(free.d) > 0
+    moved = rho < math.inf and len(free.d) > 0
     z = free.z(rho) if moved else torch.zeros_like(free.d)
     target = free.free.T @ reduced.d  # (t, d)
     shift = free.free.T @ reduced.inside @ (reduced.spectrum.vectors.T @ free.left) @ z  # (t, d)
@@ -270,7 +308,7 @@ def _solve_weightless(problem: ForgetProblem, reduced: Reduced) -> ExactSolution
     u_right = free.held.T @ reduced.rotation.T @ y
     branch = "generic" if moved else ("kernel" if len(free.free.T) else "none")
     proof = certify(problem, left, right, y, u_left, u_right)
-    return ExactSolution(left, right, branch, 0.0, rho, proof, y, u_left, u_right)
+    return ExactSolution(left, right, branch, 0.0, rho, proof, y, u_left, u_right, problem)
 
 
 def _answer(
@@ -299,7 +337,7 @@ def _answer(
     u_right = reduced.rotation.T @ y  # (p, d)
     proof = certify(problem, left, right, y, u_left, u_right)
     rho = r / mu if mu > 0 else r
-    return ExactSolution(left, right, branch, mu, rho, proof, y, u_left, u_right)
+    return ExactSolution(left, right, branch, mu, rho, proof, y, u_left, u_right, problem)
 
 
 def _multiplier(problem: ForgetProblem, basis: Tensor) -> Tensor:
@@ -348,7 +386,7 @@ class Weightless:
 
     def ridge(self, lf: float) -> float:
         if not len(self.d):
-            return 0.0 if self.spread == 0 else float("inf")
+            return 0.0 if self.spread == 0 else math.inf
         return best_ridge(self.a, self.c, self.spread, self.price, lf)
 
     def z(self, rho: float) -> Tensor:
@@ -360,11 +398,11 @@ class Weightless:
         if len(self.free.T):
             return 0.0
         strength = float((self.a * self.c).sum())
-        return (self.price / strength) ** 0.5 * self.length if strength > 0 else float("inf")
+        return (self.price / strength) ** 0.5 * self.length if strength > 0 else math.inf
 
     @property
     def reach(self) -> float:
         if self.spread > 0:
-            return float("inf")
+            return math.inf
         q = float((self.c / self.a).sum()) if len(self.d) else 0.0
         return (self.price * float((self.c / self.a.square()).sum()) / q) ** 0.5 if q > 0 else 0.0

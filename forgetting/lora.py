@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forgetting.checks import ProblemError, indices, mask, number, weight, whole
 from forgetting.constrained import padded
 from forgetting.each import solve_each
 from forgetting.exact import settle
-from forgetting.problem import AUTO, ForgetProblem, ProblemError
+from forgetting.problem import AUTO, ForgetProblem
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
 
@@ -42,15 +43,12 @@ class LoraSettings:
     max_trials: int = 100
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.max_trials < 1:
-            raise ProblemError(
-                f"steps and max_trials must be at least 1, got {self.steps} and {self.max_trials}"
-            )
-        if not (self.lr > 0 and 0 <= self.reduction <= 1 and self.lamb_forget_step >= 0):
-            raise ProblemError(
-                "lr must be positive, reduction from 0 to 1, lamb_forget_step not negative; got "
-                f"{self.lr}, {self.reduction}, {self.lamb_forget_step}"
-            )
+        whole("steps", self.steps)
+        whole("max_trials", self.max_trials)
+        number("lr", self.lr, above=0.0)
+        weight("lamb_forget_step", self.lamb_forget_step)
+        if weight("reduction", self.reduction) > 1:
+            raise ProblemError(f"reduction must lie from 0 to 1, got {self.reduction}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,8 @@ def solve_lora_each(
         settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
     """
     device, (w, d) = problem.projection.device, problem.projection.shape
-    owner, leaving = owner.to(device), leaving.to(device)
+    leaving = mask("leaving", leaving, None, len(problem.retain_hidden)).to(device)
+    owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
     lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
     found: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
@@ -183,10 +182,10 @@ def _retry(
     trials: list[list[LoraTrial]] = [[] for _ in generators]
     kept: list[tuple[LoraTrial, Tensor, Tensor] | None] = [None] * len(generators)
     active = list(range(len(generators)))
-    for number in range(settings.max_trials):
-        weights = [float(lamb_forget[i]) + number * settings.lamb_forget_step for i in active]
+    for turn in range(settings.max_trials):
+        weights = [float(lamb_forget[i]) + turn * settings.lamb_forget_step for i in active]
         draws = [generators[i] for i in active]
-        outcome = descent.run(active, weights, draws, settings, number, on_step)
+        outcome = descent.run(active, weights, draws, settings, turn, on_step)
         for i, (trial, left, right) in zip(active, outcome, strict=True):
             trials[i].append(trial)
             if kept[i] is None or trial.reduction > kept[i][0].reduction:
@@ -234,7 +233,7 @@ class _Descent:
         lamb_forget: list[float],
         generators: Sequence[torch.Generator],
         settings: LoraSettings,
-        number: int,
+        turn: int,
         on_step: Callable[[int, int], None] | None,
     ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
         """One trial of each active request: the summary, and its factors of lowest objective."""
@@ -286,7 +285,7 @@ class _Descent:
             grad_b.sub_((by_forget * states.mT) @ missing)
             optimizer.step()
             if on_step:
-                on_step(number, step + 1)
+                on_step(turn, step + 1)
         if not torch.isfinite(history).all():
             raise ProblemError(
                 "the descent left the range of numbers (NaN): lower the learning rate"

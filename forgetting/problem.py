@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from forgetting.checks import ProblemError, matrices, number, weight, whole
+
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
-
-
-class ProblemError(ValueError):
-    """Input that no solver can work on; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -54,45 +51,32 @@ class ForgetProblem:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        tensors = {
-            name: getattr(self, name)
-            for name in ("projection", "forget_hidden", "retain_hidden", "target")
-        }
-        for name, tensor in tensors.items():
-            if tensor.ndim != 2:
-                raise ProblemError(f"{name} must be a matrix, its shape is {tuple(tensor.shape)}")
-            if not tensor.is_floating_point():
-                raise ProblemError(f"{name} must hold floating point numbers, not {tensor.dtype}")
-            if not torch.isfinite(tensor).all():
-                raise ProblemError(f"{name} holds NaN or infinite values")
-        w, d = self.projection.shape
-        k = self.forget_hidden.shape[0]
+        names = ("projection", "forget_hidden", "retain_hidden", "target")
+        for name, tensor in zip(
+            names, matrices(**{n: getattr(self, n) for n in names}), strict=True
+        ):
+            object.__setattr__(self, name, tensor)
+        (w, d), k = self.projection.shape, len(self.forget_hidden)
         if k == 0:
             raise ProblemError("forget_hidden is empty: name at least one text to forget")
+        if w == 0 or d == 0:
+            raise ProblemError(f"a projection of shape {(w, d)} has nothing to change")
         expected = {
             "forget_hidden": (k, w),
-            "retain_hidden": (self.retain_hidden.shape[0], w),
+            "retain_hidden": (len(self.retain_hidden), w),
             "target": (k, d),
         }
         for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
+            if getattr(self, name).shape != shape:
                 raise ProblemError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, expected {shape} for a "
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        if len({(t.dtype, t.device) for t in tensors.values()}) != 1:
-            kinds = ", ".join(f"{n}: {t.dtype} on {t.device}" for n, t in tensors.items())
-            raise ProblemError(f"all tensors must share one dtype and device, got {kinds}")
         for name in ("lamb_forget", "lamb_preserve", "lamb_weight"):
-            value = getattr(self, name)
-            if name == "lamb_forget" and value == AUTO:
-                continue
-            if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
-                raise ProblemError(f"{name} must be finite and not negative, got {value!r}")
-        if self.rank < 1:
-            raise ProblemError(f"rank must be at least 1, got {self.rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ProblemError(f"alpha must be finite and positive, got {self.alpha}")
+            if name != "lamb_forget" or self.lamb_forget != AUTO:
+                weight(name, getattr(self, name))
+        whole("rank", self.rank)
+        number("alpha", self.alpha, above=0.0)
 
     @cached_property
     def double(self) -> ForgetProblem:

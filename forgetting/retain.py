@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting.adapter import write_tensors
+from forgetting.checks import ProblemError, indices, matrix, number, weight
 from forgetting.constrained import Ridge
-from forgetting.problem import ProblemError
 
 FORMAT = "clip-forget-statistics/1"
 CHUNK = 4096  # rows that are in float64 at one time
@@ -74,11 +73,13 @@ class RetainSet:
         """
         if not groups:
             raise ProblemError("a retain set needs at least one group, which may be empty")
-        self.similarity = similarity
-        width = next(iter(groups.values())).rows.shape[1]
+        self.similarity = number("similarity", similarity)
+        width = matrix("hidden states", next(iter(groups.values())).rows).shape[1]
         self.statistics = RetainStatistics(width)
         for name, group in groups.items():
-            if len(group.names) != len(group.rows):
+            if group.weight is not None:
+                weight(f"the weight of group {name!r}", group.weight)
+            if len(group.names) != len(matrix(f"group {name!r}", group.rows, width)):
                 raise ProblemError(
                     f"group {name!r}: {len(group.names)} names, {len(group.rows)} hidden states"
                 )
@@ -124,6 +125,8 @@ class RetainSet:
                 `similarity` leave with it, where their group allows that.
         """
         device = self.rows.device
+        hidden = matrix("hidden", hidden, self.rows.shape[1])
+        owner = indices("owner", owner, len(hidden), len(same))
         leaving = torch.zeros(len(same), len(self.names), dtype=torch.bool, device=device)
         for i, names in enumerate(same):
             places = [place for name in names for place in self._places.get(name, ())]
@@ -178,7 +181,7 @@ class RetainStatistics:
         Raises:
             ProblemError: another width, no floating point numbers, NaN or infinite values.
         """
-        self._check(rows)
+        rows = self._check(rows)
         if not len(rows):
             return
         gram, digest = _summary(rows)
@@ -198,7 +201,7 @@ class RetainStatistics:
                 shows not to be in it (a row within the span of others may pass unnoticed).
         """
         self._known(group)
-        self._check(rows)
+        rows = self._check(rows)
         left = self.counts[group] - self._removed[group]
         if len(rows) > left:
             raise ProblemError(f"{len(rows)} rows cannot leave group {group!r}: it has {left}")
@@ -253,10 +256,7 @@ class RetainStatistics:
             raise ProblemError(
                 f"group {group!r} has no weight; weigh each of {', '.join(map(repr, self.counts))}"
             )
-        weight = weights[group]
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ProblemError(f"the weight of group {group!r} must be 0 or more, got {weight}")
-        return weight / self.counts[group]
+        return weight(f"the weight of group {group!r}", weights[group]) / self.counts[group]
 
     def plain(self) -> Tensor:
         """`G = H_r^T H_r` over all groups, the paper's unweighted sum, (w, w) float64."""
@@ -325,14 +325,8 @@ class RetainStatistics:
             known = ", ".join(map(repr, self.counts)) or "none"
             raise ProblemError(f"no group {group!r} in the retain statistics; known: {known}")
 
-    def _check(self, rows: Tensor) -> None:
-        if rows.ndim != 2 or rows.shape[1] != self.width or not rows.is_floating_point():
-            raise ProblemError(
-                f"retained rows must be floating point numbers of shape (n, {self.width}), "
-                f"got {tuple(rows.shape)} {rows.dtype}"
-            )
-        if not all(torch.isfinite(chunk).all() for chunk in rows.split(CHUNK)):
-            raise ProblemError("retained rows hold NaN or infinite values")
+    def _check(self, rows: Tensor) -> Tensor:
+        return matrix("retained rows", rows, self.width)
 
 
 def square_root(gram: Tensor) -> Tensor:

@@ -11,11 +11,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from forgetting.checks import ProblemError, matrix
 from forgetting.problem import ForgetProblem
 
 EPS = torch.finfo(torch.float64).eps
+TALL = 2  # times as many rows as columns: from there on their triangle is cheaper than they are
+CHUNK = 4096  # rows of a factorisation that are taken at one time
 MAX_STEPS = 200  # bisection alone needs about 60 for any bracket of float64 logarithms
 DEPENDENT = 1e-10  # forgotten rows whose singular value is below this fraction count as dependent
+
+
+def triangle(rows: Tensor) -> Tensor:
+    """R (q, w), q <= w, of a QR factorisation of `rows` (m, w), a chunk at a time: `R^T R = H^T H`.
+
+    For every norm and product that a solver or a proof takes, R stands for the rows, to the last
+    digits; their Gram matrix loses half of them (Demmel and others 2012, "tall-skinny QR").
+    """
+    r = rows[:0].double()
+    for chunk in rows.split(CHUNK):
+        r = torch.linalg.qr(torch.cat([r, chunk.double()]), mode="r").R
+    return r
 
 
 class Spectrum:
@@ -23,7 +38,8 @@ class Spectrum:
 
     Attributes:
         values: (q,) positive singular values `sigma`; vectors: (w, q).
-        rows: (m, w), `H_r` itself or a square root of G: what `U` and a certificate refer to.
+        rows: (m, w), `H_r` itself, or (w, w) its `triangle` where m is much larger: what `U` and a
+            certificate refer to.
         noise: what rounding leaves of a row inside the span, as a fraction of its length.
     """
 
@@ -33,8 +49,11 @@ class Spectrum:
         The eigenvalues of G lose half the digits of small singular values, which matters only
         near the kernel branch.
         """
-        self.rows = rows = rows.double()
+        rows = matrix("retained texts", rows)
         m, w = rows.shape
+        if w == 0:
+            raise ProblemError("hidden states have at least one dimension")
+        self.rows = rows = triangle(rows) if m > TALL * w else rows.double()
         self.precise = precise or m < w
         if m == 0:
             self.values, self.vectors = rows.new_zeros(0), rows.new_zeros(w, 0)
@@ -46,7 +65,7 @@ class Spectrum:
         else:
             values, vectors = torch.linalg.eigh(rows.T @ rows)
             values, floor = values.clamp(min=0).sqrt(), (EPS * w) ** 0.5
-        keep = values > floor * values.max()
+        keep = values > floor * values.amax()
         self.values, self.vectors = values[keep], vectors[:, keep]
         # Of a row inside the span the vectors leave this fraction, however they were made.
         self.noise = EPS * max(m, w)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from forgetting.checks import ProblemError, mask, matrices, matrix, number, vector, weight, whole
 from forgetting.constrained import Ridge, batches, downdate, padded
-from forgetting.problem import ProblemError
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
 # The noise is far larger than an embedding's differences between classes, so a redraw rarely
-# repeats; a hundred thousand of them mean that no draw can help (one class, for example).
-MAX_DRAWS = 100_000
+# repeats; ten thousand of them mean that no draw can help (one class, for example).
+MAX_DRAWS = 10_000
 
 
 def empty_target(
@@ -52,9 +52,17 @@ def empty_target(
     Raises:
         ProblemError: no draw leads away from the forgotten classes.
     """
+    neutral_hidden, projection = matrices(neutral_hidden=neutral_hidden, projection=projection)
+    neutral_hidden = matrix("neutral_hidden", neutral_hidden, len(projection), 1)
+    classes = matrix("class_embeddings", class_embeddings, projection.shape[1])
+    classes = normalize(classes.to(projection), dim=-1)
     empty = neutral_hidden @ projection  # (1, w) @ (w, d) -> (1, d)
-    classes = normalize(class_embeddings, dim=-1)
-    forgotten = set(forget_labels)
+    weight("noise_std", noise_std)
+    if not isinstance(forget_labels, list) or not forget_labels:
+        raise ProblemError("forget_labels must be a list of at least one class")
+    forgotten = {whole("a label to forget", label, 0) for label in forget_labels}
+    if max(forgotten) >= len(classes):
+        raise ProblemError(f"label {max(forgotten)} to forget, of {len(classes)} classes")
     if forgotten >= set(range(len(classes))):
         raise ProblemError("every class is to be forgotten: no class is left to send the texts to")
     candidate = empty
@@ -82,6 +90,7 @@ def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> T
         ProblemError: beta is not a number of 0 or more.
     """
     check_beta("opposite", beta)
+    forget_hidden, projection = _texts(forget_hidden, projection)
     return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
 
 
@@ -116,11 +125,16 @@ def specific_target(
         ProblemError: `lam` is not positive, or beta is no number above -1.
     """
     check_beta("specific", beta)
-    w, g = projection.double(), gram.double()
-    ridge = Ridge(w.T @ g @ w, lam)  # (d, d)
-    e = forget_hidden.double() @ w  # (k, d)
+    w = matrix("projection", projection).double()
+    forget_hidden, w = _texts(matrix("forget_hidden", forget_hidden).to(w), w)
+    g = matrix("gram", gram, len(w), len(w)).double()
+    ridge = Ridge(w.T @ g @ w, number("lam", lam, above=0.0))  # (d, d)
+    e = forget_hidden @ w  # (k, d)
     r = ridge.solve(e)
     if rows is not None:
+        rows = matrix("rows", rows, len(w))
+        shares = vector("shares", shares, len(rows)).to(e.device)
+        leaving = mask("leaving", leaving, len(e), len(rows)).to(e.device)
         part = leaving.any(dim=0) & (shares > 0)
         gone, shares, leaving = rows[part].double() @ w, shares[part], leaving[:, part]
         base, alone = ridge.solve(gone), torch.arange(len(e), device=e.device)
@@ -130,7 +144,9 @@ def specific_target(
             r[texts] = downdate(
                 e[texts, None], r[texts, None], gone[places] * there, base[places] * there, weights
             )[:, 0]
-    return e - (1 + beta) * (e * r).sum(1, keepdim=True) / (r * r).sum(1, keepdim=True) * r
+    length = (r * r).sum(1, keepdim=True)
+    share = torch.where(length > 0, (e * r).sum(1, keepdim=True) / length, 0.0)  # of a zero text
+    return e - (1 + beta) * share * r
 
 
 def orthogonal_target(texts: Tensor, count: int) -> Tensor:
@@ -142,14 +158,25 @@ def orthogonal_target(texts: Tensor, count: int) -> Tensor:
     Args:
         texts: (n, d), text embeddings of all that is named: classes and retained names.
     """
+    texts, count = matrix("texts", texts), whole("count", count, 0)
+    if texts.shape[1] == 0:
+        raise ProblemError("texts have at least one dimension")
     _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
     return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
+
+
+def _texts(forget_hidden: Tensor, projection: Tensor) -> list[Tensor]:
+    """Hidden states (k, w) and a projection (w, d) that fit together."""
+    texts, projection = matrices(forget_hidden=forget_hidden, projection=projection)
+    if 0 in projection.shape:
+        raise ProblemError(f"a projection of shape {tuple(projection.shape)} has nothing to change")
+    return [matrix("forget_hidden", texts, len(projection)), projection]
 
 
 def check_beta(kind: str, beta: float) -> None:
     """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
     `specific` (-1 would be no change at all)."""
-    if kind == "opposite" and not 0 <= beta < float("inf"):
-        raise ProblemError(f"beta must be a number of 0 or more for opposite, got {beta}")
-    if kind == "specific" and not -1 < beta < float("inf"):
-        raise ProblemError(f"beta must be a number above -1 for specific, got {beta}")
+    if kind == "opposite":
+        weight("beta of opposite", beta)
+    if kind == "specific":
+        number("beta of specific", beta, above=-1.0)

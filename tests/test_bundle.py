@@ -198,7 +198,13 @@ def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
     make().save(bundle_path(tmp_path, "ViT-B/32", "Some"))
     with pytest.raises(UserError, match="ViT-B-32"):
         list_bundles(tmp_path, "RN50")
-    with pytest.raises(UserError, match="Some"):
+    for hidden in (".tmp-12", ".."):
+        replace(make(), dataset=hidden).save(bundle_path(tmp_path, "ViT-B/32", hidden))
+    assert list(list_bundles(tmp_path, "ViT-B/32")) == ["Some"]
+    for name in ("Sone", ".."):
+        with pytest.raises(UserError, match=f"no feature bundle of '{name}'"):
+            load_bundle(tmp_path, "ViT-B/32", name)
+    with pytest.raises(UserError, match="nearest: Some"):
         load_bundle(tmp_path, "ViT-B/32", "Sone")
     make().save(bundle_path(tmp_path, "RN50", "Some"))
     with pytest.raises(UserError, match="backbone is 'ViT-B/32'"):
@@ -237,6 +243,7 @@ def test_a_run_on_bundles_of_two_models_is_refused(features: Path, toy_args, ref
     other = bundle_path(features, BACKBONE, "ToyTools")
     other.unlink()
     replace(toy_bundle("ToyTools"), weights="of another model").save(other)
+    toy_args += ["--forget", "cat"]
     message = refused(toy_args)
     assert "different weights" in message
     assert str(other) in message and str(bundle_path(features, BACKBONE, "ToyAnimals")) in message

@@ -50,6 +50,11 @@ def random_problem(k, m, w, d, seed, spoil="", **weights) -> ForgetProblem:
     return ForgetProblem(projection, h_f, h_r, target, **defaults | weights)
 
 
+def tight(proof) -> bool:
+    """Whether what is proved is as good as float64 allows."""
+    return proof.primal - proof.bound <= GAP * proof.primal + proof.rounding
+
+
 SPOILS = [
     *("", "duplicate", "collinear", "same target", "retained", "spanned", "graded", "still"),
     *("reachable", "duplicate reachable", "collinear reachable retained", "spanned reachable"),
@@ -85,7 +90,7 @@ def test_every_answer_is_proved(k, m, w, d, seed, spoil, lamb_forget, lamb_prese
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = solve_exact(problem)
-    assert solution.certificate.gap <= GAP
+    assert tight(solution.certificate)
     assert solution.left.shape[1] <= k and solution.branch in ("generic", "kernel", "none")
     primal = float(problem.objective(solution.delta))
     norm = torch.linalg.matrix_norm
@@ -113,7 +118,7 @@ def test_many_more_answers_are_proved(data):
         lamb_preserve=lamb_preserve,
         lamb_weight=lamb_weight,
     )
-    assert solve_exact(problem).certificate.gap <= GAP
+    assert tight(solve_exact(problem).certificate)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -161,7 +166,7 @@ def solved(request):
     if request.param == "kernel":  # dear to move what is retained, cheap to move at all
         problem = replace(problem, lamb_preserve=50.0, lamb_weight=0.05)
     solution = solve_exact(problem)
-    assert solution.certificate.gap <= GAP
+    assert tight(solution.certificate)
     assert (solution.branch == "kernel") == (request.param == "kernel")
     assert (solution.rho > 0) == (request.param == "several, between")
     return problem, solution
@@ -170,7 +175,7 @@ def solved(request):
 def gap_of(problem, solution, **changes) -> float:
     names = ("left", "right", "y", "u_left", "u_right")
     parts = {name: changes.get(name, getattr(solution, name)) for name in names}
-    return certify(problem, **parts).gap
+    return certify(solution.problem, **parts).gap
 
 
 def test_a_perturbed_answer_shows_a_gap(solved):
@@ -214,7 +219,7 @@ def test_a_bound_without_v_would_be_no_bound(solved):
     y = 3 * solution.y
     assert float((y * problem.displacement).sum()) > solution.certificate.primal
     assert certify(
-        problem, solution.left, solution.right, y, solution.u_left, solution.u_right
+        solution.problem, solution.left, solution.right, y, solution.u_left, solution.u_right
     ).bound <= solution.certificate.primal * (1 + 1e-12)
 
 
@@ -269,7 +274,7 @@ def test_truncation_costs_what_it_says():
     solution = solve_exact(problem)
     costs = []
     for rank in (1, 2, 3, 4):
-        left, right, cost = solution.truncated(problem, rank)
+        left, right, cost = solution.truncated(rank)
         assert left.shape == (12, rank) and right.shape == (rank, 10)
         value = float(problem.objective(left @ right))
         assert cost == pytest.approx(value / solution.certificate.primal - 1, abs=1e-9)

@@ -166,7 +166,7 @@ ROWS = {
     ),
     "beta of opposite": (
         ["--target", "opposite", "--beta", "-0.1"],
-        "beta must be a number of 0 or more",
+        "beta of opposite must be 0 or more",
     ),
     "objective": (["TRAINER.FORGETEXACT.OBJECTIVE", "paper"], "unknown config key"),
     "huge beta": (["--beta", "1e300"], "FORGET.BETA must be .* at most 1,000,000"),

@@ -288,7 +288,7 @@ def test_target_without_a_class_left_is_refused():
         ({"target": torch.ones(2, 8)}, r"target has shape \(2, 8\)"),
         ({"target": torch.full((1, 8), math.nan)}, "target holds NaN"),
         ({"target": torch.ones(1, 8, dtype=torch.float64)}, "one dtype and device"),
-        ({"projection": torch.ones(12, 8, dtype=torch.int64)}, "floating point"),
+        ({"projection": torch.ones(12, 8, dtype=torch.int64)}, "dense tensor"),
         ({"projection": torch.ones(12)}, "must be a matrix"),
         ({"lamb_forget": -1.0}, "lamb_forget must be"),
         ({"lamb_weight": math.inf}, "lamb_weight must be"),

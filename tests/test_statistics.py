@@ -197,7 +197,9 @@ def gaps(problem: ForgetProblem) -> tuple[float, float, float]:
     statistics.update("names", h_r)
     blind = replace(problem, retain_hidden=square_root(statistics.plain()))
     seeing, answer = solve_exact(problem), solve_exact(blind)
-    judged = certify(problem, answer.left, answer.right, seeing.y, seeing.u_left, seeing.u_right)
+    judged = certify(
+        seeing.problem, answer.left, answer.right, seeing.y, seeing.u_left, seeing.u_right
+    )
     return seeing.certificate.gap, answer.certificate.gap, judged.gap
 
 

@@ -86,20 +86,22 @@ def _template() -> Template:
 
 def detail(run: Run, row: Row) -> dict[str, Any]:
     """What the page needs to show one class, JSON values."""
-    solver = dict(row.solver)
-    lists = {"left": "left_retain_set", "removed": "removed_names"}
-    proof = {"gap": row.gap} | {key: solver.get(key) for key in ("branch", "reduction")}
-    proof |= {key: solver.get(name, []) for key, name in lists.items()}
-    proof["trials"] = len(solver.pop("trials", []))
-    solver.pop("left_retain_set", None)
-    return {
-        **{key: getattr(row, key) for key in ("name", "dataset", "together", "own", "rest")},
-        **{key: getattr(row, key) for key in ("others", "verdict", "audit")},
+    told = ("name", "dataset", "together", "own", "rest", "others", "verdict", "audit")
+    in_sentences = ("left_retain_set", "trials")  # the page says these itself
+    solver = row.solver
+    return {key: getattr(row, key) for key in told} | {
         "run": run.name,
         "method": run.method,
         "interval": {side: row.interval(side) for side in ("before", "after")},
-        "solver": proof,
-        "facts": flat(compact(solver)),
+        "solver": {
+            "gap": row.gap,
+            "branch": solver.get("branch"),
+            "reduction": solver.get("reduction"),
+            "trials": len(solver.get("trials", [])),
+            "removed": solver.get("removed_names", []),
+            "left": solver.get("left_retain_set", []),
+        },
+        "facts": flat(compact({k: v for k, v in solver.items() if k not in in_sentences})),
         "command": run.audit_command,
     }
 

@@ -1,0 +1,250 @@
+"""The public functions of the library on whatever Python lets through: an answer or a ProblemError.
+
+From arguments that work, one is replaced by each of many that may not: other types, kinds of
+tensors, shapes, values.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from forgetting import (
+    Adapter,
+    ForgetProblem,
+    Group,
+    LoraSettings,
+    ProblemError,
+    RetainSet,
+    RetainStatistics,
+    Ridge,
+    Spectrum,
+    empty_target,
+    opposite_target,
+    orthogonal_target,
+    projection_sha256,
+    settle,
+    solve_constrained,
+    solve_constrained_each,
+    solve_each,
+    solve_exact,
+    solve_lora,
+    solve_lora_each,
+    specific_target,
+    thresholds,
+)
+from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+
+W, D, K, M, R = 6, 4, 3, 8, 2
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def strange(value: Any) -> Iterator[tuple[str, Any]]:
+    """What may stand in the place of a working argument."""
+    yield "None", None
+    yield "text", "text"
+    yield "list", [[1.0, 2.0], [3.0]]
+    if isinstance(value, Tensor):
+        yield "numpy", value.numpy()
+        yield "nested list", value.tolist()
+        for dtype in (
+            *(torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool),
+            *(torch.complex64, torch.float8_e4m3fn),
+        ):
+            yield str(dtype), value.to(dtype)
+        yield "requires grad", value.clone().float().requires_grad_()
+        yield "inference", inference(value)
+        yield "not contiguous", torch.stack([value, value], dim=-1)[..., 0]
+        yield "meta", value.to("meta")
+        yield "one row more", torch.cat([value, value[:1]])
+        yield "no rows", value[:0]
+        yield "number", value.flatten()[0]
+        yield "three dimensions", value[None]
+        yield "flat", value.flatten()
+        yield "negative", -value.float()
+        if value.ndim == 2:
+            yield "sparse", value.to_sparse()
+            yield "no columns", value[:, :0]
+            yield "one column less", value[:, 1:]
+            yield "transposed", value.T
+        for number in (math.nan, math.inf, 1e160, 1e-160, 1e30, 0.0):
+            changed = value.double().clone() if value.dtype != torch.bool else value.double()
+            changed.flatten()[0] = number
+            yield f"holds {number}", changed
+            yield f"all {number}", torch.full_like(value, number, dtype=torch.float64)
+    else:
+        for number in (0, -1, 1, 2.5, True, math.nan, math.inf, -math.inf, 1e308, 1e-308, 10**400):
+            yield f"{str(number)[:9]}", number
+        yield "numpy number", np.float64(0.5)
+        yield "complex", 1j
+        yield "tensor", torch.ones(2)
+
+
+def problem(**changes: Any) -> ForgetProblem:
+    fields = {
+        "projection": normal(W, D),
+        "forget_hidden": normal(K, W, seed=1),
+        "retain_hidden": normal(M, W, seed=2),
+        "target": normal(K, D, seed=3),
+        "lamb_forget": 2.0,
+        "lamb_preserve": 0.3,
+    }
+    return ForgetProblem(**fields | changes)
+
+
+QUICK = LoraSettings(steps=3, max_trials=2)
+OWNER = torch.tensor([0, 1, 1])
+GONE = torch.zeros(R, M, dtype=torch.bool)
+GONE[0, 0] = True
+
+
+def everything(**fields: Any) -> None:
+    """All solvers on one problem."""
+    one = problem(**fields)
+    solution = solve_exact(one)
+    assert torch.isfinite(solution.delta).all()
+    assert 0 <= solution.certificate.gap <= 1
+    one.objective(solution.delta)
+    thresholds(one)
+    each = solve_each(one)
+    assert torch.isfinite(each.left).all() and torch.isfinite(each.gap).all()
+    solve_lora(one, QUICK)
+
+
+def statistics(rows: Any, removed: Any, weight: Any) -> None:
+    found = RetainStatistics(W)
+    found.update("a", rows)
+    found.remove("a", removed)
+    found.weighted({"a": weight})
+    found.merge(found)
+
+
+ROWS, H, E = normal(M, W, seed=2), normal(K, W, seed=1), normal(W, D)
+GRAM = (ROWS.T @ ROWS).double()
+SHARES = torch.full((M,), 1.0).double()
+ADAPTER = Adapter(normal(W, 1), normal(1, D), projection_sha256(E), "b", "w", "d", ["c"], "t")
+CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "problem": (
+        everything,
+        {
+            "projection": E, "forget_hidden": H, "retain_hidden": ROWS, "target": normal(K, D),
+            "lamb_forget": 2.0, "lamb_preserve": 0.3, "lamb_weight": 0.1, "rank": 2, "alpha": 1.0,
+        },
+    ),
+    "solve_each": (
+        lambda leaving: solve_each(problem(), leaving), {"leaving": torch.zeros(K, M).bool()}
+    ),
+    "solve_lora_each": (
+        lambda **k: solve_lora_each(
+            problem(), generators=[torch.Generator()] * R, settings=QUICK, **k
+        ),
+        {"owner": OWNER, "leaving": GONE},
+    ),
+    "settings": (
+        lambda **k: LoraSettings(**k),
+        {"steps": 3, "lr": 0.1, "reduction": 0.5, "lamb_forget_step": 0.1, "max_trials": 2},
+    ),
+    "settle": (lambda **k: settle(problem(lamb_forget="auto", **k)), {"target": normal(K, D)}),
+    "ridge": (
+        lambda gram, mu, rows: Ridge(gram, mu).solve(rows), {"gram": GRAM, "mu": 0.1, "rows": H}
+    ),
+    "spectrum": (Spectrum, {"rows": ROWS}),
+    "solve_constrained": (
+        lambda **k: solve_constrained(Ridge(GRAM, 0.1), **k),
+        {
+            "forget_hidden": H, "displacement": normal(K, D), "leaving": ROWS[:2],
+            "shares": SHARES[:2],
+        },
+    ),
+    "solve_constrained_each": (
+        lambda **k: solve_constrained_each(Ridge(GRAM, 0.1), **k),
+        {
+            "hidden": H, "displacement": normal(K, D), "owner": OWNER, "rows": ROWS,
+            "shares": SHARES, "leaving": GONE,
+        },
+    ),
+    "retain set": (
+        lambda rows, weight, similarity, hidden, owner: RetainSet(
+            {"a": Group([str(i) for i in range(M)], rows, weight)}, similarity
+        ).leaving([{"0"}, {"1"}], hidden, owner),
+        {"rows": ROWS, "weight": 1.0, "similarity": 0.9, "hidden": H, "owner": OWNER},
+    ),
+    "statistics": (statistics, {"rows": ROWS, "removed": ROWS[:2], "weight": 1.0}),
+    "empty_target": (
+        lambda **k: empty_target(
+            forget_labels=[0], generator=torch.Generator().manual_seed(0), **k
+        ),
+        {
+            "neutral_hidden": H[:1], "projection": E, "class_embeddings": normal(3, D),
+            "noise_std": 0.5,
+        },
+    ),
+    "labels": (
+        lambda labels: empty_target(H[:1], E, normal(3, D), labels, torch.Generator()),
+        {"labels": [0, 7]},
+    ),
+    "opposite_target": (opposite_target, {"forget_hidden": H, "projection": E, "beta": 0.1}),
+    "orthogonal_target": (orthogonal_target, {"texts": normal(5, D), "count": 2}),
+    "specific_target": (
+        specific_target,
+        {"forget_hidden": H, "projection": E, "gram": GRAM, "lam": 0.5, "beta": 0.1},
+    ),
+    "specific_target, leaving": (
+        lambda **k: specific_target(H, E, GRAM, 0.5, 0.1, **k),
+        {"rows": ROWS, "shares": SHARES, "leaving": torch.zeros(K, M).bool()},
+    ),
+    "uce": (uce, {"h_f": H, "gram": GRAM.float(), "erase": 1.0, "lam": 0.5}),
+    "null_space": (
+        null_space,
+        {"h_f": H, "gram": GRAM.float(), "count": M, "damping": 0.1, "threshold": 1.0},
+    ),
+    "zeroing": (zeroing, {"h_f": H, "projection": E}),
+    "noise": (
+        lambda **k: noise(generator=torch.Generator(), **k),
+        {"width": W, "d": D, "rank": 2, "norm": 1.0},
+    ),
+    "ascend": (
+        ascend,
+        {
+            "hidden": H.double(), "projection": E.double(), "names": normal(3, D).double(),
+            "own": torch.tensor([0, 1, 2]), "lr": 1e-3, "steps": 3, "limit": 0.3,
+        },
+    ),
+    "apply": (ADAPTER.apply, {"projection": E}),
+    "sha256": (projection_sha256, {"projection": E}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_answer_or_a_problem_error(name):
+    call, arguments = CASES[name]
+    call(**arguments) if name != "labels" else None  # what is replaced below does work
+    wrong = []
+    for key, value in arguments.items():
+        for kind, other in strange(value):
+            for mode in (torch.no_grad, torch.inference_mode):
+                try:
+                    with mode(), warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        call(**arguments | {key: other})
+                except ProblemError as error:
+                    if "\n" in str(error):
+                        wrong.append(f"{key} {kind}: several lines: {error}")
+                except Exception as error:
+                    wrong.append(f"{key} {kind}: {type(error).__name__}: {str(error)[:90]}")
+    assert not wrong, f"{len(wrong)}:\n" + "\n".join(dict.fromkeys(wrong))
