@@ -30,7 +30,7 @@ from clip.architectures import architecture
 from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
 from engine.cli import SEED, Parser, run, whole
-from engine.files import atomic_path, refuse_existing
+from engine.files import atomic_path, read_json, refuse_existing
 
 STEPS = 1500
 BATCH = 256  # pictures a step: one of each class, then of vocabulary names in random order
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     model.load_state_dict(state)  # what is reported is what float16 kept
     accuracies = {dataset: round(zero_shot(model, dataset), 4) for dataset in mini.MINI}
-    config = json.loads(architecture("mini").config.read_text(encoding="utf-8"))
+    config = read_json(architecture("mini").config)
     about = {"seed": args.seed, "steps": args.steps, "accuracies": accuracies, "config": config}
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
     with atomic_path(args.out) as scratch:  # save_file would make it readable by its owner alone

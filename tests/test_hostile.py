@@ -6,7 +6,6 @@ damage, each kind of option by each kind of bad value.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
