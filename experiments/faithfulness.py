@@ -31,6 +31,7 @@ from clip.source import ClipSource
 from engine import UserError
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
+from engine.files import refuse_foreign
 from evaluation.results import join_label
 from evaluation.tables import write_table
 from experiments.measure import judged, sides
@@ -272,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     args = parser.parse_args(argv)
     if (args.features and args.weights) or (args.backbone and not args.features):
         raise UserError("--backbone goes with --features, and --weights without it")
+    if args.csv:  # refused before the work, not after it
+        refuse_foreign(args.csv, "set,mode")
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:

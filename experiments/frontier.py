@@ -24,6 +24,7 @@ from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
 from engine.determinism import one_thread
+from engine.files import refuse_foreign
 from evaluation.plots import COLOURS, check_picture, drawing
 from evaluation.tables import write_table
 from evaluation.zero_shot import ZeroShot, accuracy
@@ -250,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--csv", type=Path, help="table to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
+    if args.csv:  # refused before the work, not after it
+        refuse_foreign(args.csv, "set,names")
     if args.plot:
         check_picture(args.plot)
     started = time.perf_counter()

@@ -44,7 +44,7 @@ CLI: dict[str, Cli] = {
     "utils": of(utils.main),
     "check": of(datasets.check.main),
     "features": of(features.main),
-    "apply": of(apply.main),
+    "apply": apply.cli,
     "train_mini": of(train_mini.main),
     "audit": evaluation.audit.__main__.cli,
     "report": of(evaluation.report.__main__.main),
