@@ -157,10 +157,13 @@ def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict
     return row
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def start_up() -> float:
     """Seconds until a fresh process has imported what a run needs."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import train"], check=True)
+    subprocess.run([sys.executable, "-c", "import train"], check=True, cwd=ROOT)
     return time.perf_counter() - started
 
 

@@ -20,6 +20,7 @@ from engine import UserError, atomic_path
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.files import refuse_existing
+from forgetting import ProblemError
 from forgetting.adapter import load_adapter, projection_sha256
 from forgetting.problem import ProblemError
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
-from evaluation.plots import COLOURS, drawing
+from evaluation.plots import COLOURS, check_picture, drawing
 from experiments.frontier import UNKNOWN, Alone, frontier, load, plot
 from experiments.solvers import paper_problem
 from experiments.varied import task
@@ -116,7 +116,7 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
                 descent, exact = solve_lora(here, ONE_TRIAL), solve_exact(here, spectrum)
                 reached = float(here.objective(descent.delta.double()))
                 best = exact.certificate.primal
-                cut = exact.truncated(here, here.rank)[2]
+                cut = exact.truncated(here.rank)[2]
                 print(
                     f"  lamb_forget {x:.4f}: reduction {here.reduction(exact.delta.float()):.4f}, "
                     f"objective {best:.5f} (gap {exact.certificate.gap:.0e}; "

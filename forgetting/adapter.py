@@ -1,29 +1,89 @@
 """What is kept of a forgotten class: a few kilobytes of factors, what they belong to, and a recipe.
 
-The recipe is what `forgetting.compose` needs to solve a class again together with others.
+The recipe is what `forgetting.compose` needs to solve a class again together with others. What an
+adapter may hold is written down here once, and checked whenever one is made, also from a file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from forgetting.checks import ProblemError, matrix
 from forgetting.constrained import Ridge
+from forgetting.files import (
+    ANY,
+    HASH,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    WEIGHT,
+    check,
+    check_tensors,
+    line,
+    naming,
+    pack,
+    unpack,
+    whole,
+    write_bytes,
+)
+from forgetting.problem import AUTO
 
-FORMAT = "clip-forget-adapter/1"
+FORMAT = "clip-forget-adapter/2"
+UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be relied on
+
+# Everything but the tensors.
+FIELDS = {
+    "projection_sha256": HASH,
+    "backbone": TEXT,
+    "weights": TEXT,
+    "dataset": TEXT,
+    "classes": [TEXT, ...],
+    "trainer": TEXT,
+    "settings": OBJECT,
+    "solver": OBJECT,
+    "recipe": OBJECT,
+}
+# Of each objective what its recipes hold, and must have in common to be joined.
+_GROUPS = (
+    lambda x: isinstance(x, dict) and all(type(k) is str and WEIGHT[0](v) for k, v in x.items()),
+    "an object with 0 or more for each group",
+)
+SHARED = {
+    "constrained": {"statistics": HASH, "weights": _GROUPS, "mu": POSITIVE},
+    "paper": {
+        "statistics": HASH,
+        "weights": (lambda x: x is None or _GROUPS[0](x), f"null or {_GROUPS[1]}"),
+        "lamb_forget": (lambda x: x == AUTO or WEIGHT[0](x), f"{WEIGHT[1]} or {AUTO!r}"),
+        "lamb_preserve": WEIGHT,
+        "lamb_weight": WEIGHT,
+        "rank": whole(1),
+        "alpha": POSITIVE,
+    },
+}
+PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FACTORS = {"left": (FLOATS, ("w", "r")), "right": (FLOATS, ("r", "d"))}
+# The tensors of a recipe; `forget` and `leaving` are the rows of all its parts.
+COLUMNS = {
+    "forget_hidden": ((torch.float32,), ("forget", "w")),
+    "displacement": ((torch.float64,), ("forget", "d")),
+    "leaving_hidden": ((torch.float32,), ("leaving", "w")),
+    "shares": ((torch.float64,), ("leaving",)),
+}
+BASE_COLUMNS = {
+    "forget_base": ((torch.float64,), ("forget", "w")),
+    "leaving_base": ((torch.float64,), ("leaving", "w")),
+}
+_PREFIX = "recipe."  # of their names in a file
+LARGEST = torch.finfo(torch.float32).max
 
 
 def projection_sha256(projection: Tensor) -> str:
@@ -38,13 +98,16 @@ class Adapter:
     """A low-rank change of one particular text projection: `W' = W + left @ right`.
 
     Attributes:
-        left: (w, r) and right: (r, d), float32.
+        left: (w, r) and right: (r, d), stored in float32.
         projection_sha256: names the `W` that it was made for, see `projection_sha256`.
         backbone, weights: architecture and SHA-256 (or origin) of the checkpoint that holds `W`.
         dataset, classes: what was forgotten.
         trainer: the method; settings and solver: its constants and its report, JSON values only.
         recipe, tensors: what `forgetting.compose` needs to solve again together with other
-            adapters, JSON values and tensors of any dtype; empty if the method cannot.
+            adapters (`SHARED`, `PARTS`; `COLUMNS`, `BASE_COLUMNS`); empty if the method cannot.
+
+    Raises:
+        ProblemError: a value that is not what the tables of this module say, or is not finite.
     """
 
     left: Tensor
@@ -59,6 +122,29 @@ class Adapter:
     solver: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ProblemError unless everything is what the tables of this module say."""
+        for name, shape in FIELDS.items():
+            check(getattr(self, name), shape, name)
+        check_tensors({"left": self.left, "right": self.right}, FACTORS)
+        table, sizes = {}, {"w": self.left.shape[0], "d": self.right.shape[1]}
+        if self.recipe:
+            objective = self.recipe.get("objective")
+            if not isinstance(objective, str) or objective not in SHARED:
+                raise ProblemError(f"recipe.objective must be one of {', '.join(SHARED)}")
+            check(self.recipe, {"objective": ANY, **SHARED[objective], "parts": PARTS}, "recipe")
+            table, parts = _columns(objective), self.recipe["parts"]
+            sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
+        check_tensors(self.tensors, table, sizes)
+        # What bounds the numbers of the change, in the precision in which it is stored.
+        if not float(self.left.double().norm() * self.right.double().norm()) < LARGEST:
+            raise ProblemError("the factors left and right are too large: their product overflows")
+        if self.recipe and not (self.tensors["shares"] > 0).all():
+            raise ProblemError("shares must be positive")
 
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
@@ -79,147 +165,44 @@ class Adapter:
         return projection + self.delta().to(projection)
 
 
-# Everything but the tensors travels as metadata; JSON keeps lists and dictionaries whole.
-_METADATA = (
-    "projection_sha256",
-    "backbone",
-    "weights",
-    "dataset",
-    "classes",
-    "trainer",
-    "settings",
-    "solver",
-)
-
-
-# What further tensors are called in the file: apart from `left` and `right`, whatever their name.
-_PREFIX = "recipe."
-
-
-def write_bytes(data: bytes, path: str | Path, durable: bool = True) -> None:
-    """Write a file, which appears whole or not at all; missing folders are made.
+def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:
+    """Write an adapter; the file appears whole or not at all.
 
     Args:
-        durable: wait until the disk has it, and remove what killed processes left beside it.
-            Without that a power cut may leave an empty file, which whoever keeps its digest
-            elsewhere will notice.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
-        ProblemError: the place cannot be written.
+        ProblemError: the place cannot be written, or is taken.
     """
-    path = Path(path)
-    # Made neither by tempfile nor by safetensors' save_file: their files are private (0600).
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".tmp-{16 * '[0-9a-f]'}.safetensors") if durable else ():
-            with suppress(OSError), open(left) as file:
-                if _lock(file, wait=False):  # whoever was writing it is gone
-                    left.unlink()
-        with open(temporary, "wb") as file:
-            _lock(file)
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise ProblemError(f"cannot write {path} ({error.strerror})") from error
-    finally:
-        with suppress(OSError):  # gone already, or in a folder that is none
-            temporary.unlink()
-
-
-def _lock(file: IO, wait: bool = True) -> bool:
-    """Lock a file until it is closed; whether that could be done."""
-    try:
-        import fcntl  # not on every system; without it nothing is removed
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
-    """Write a safetensors file, which appears whole or not at all; missing folders are made."""
-    write_bytes(save(tensors, metadata=metadata), path)
-
-
-def save_adapter(adapter: Adapter, path: str | Path) -> None:
-    """Write an adapter as safetensors; the file appears whole or not at all."""
-    write_bytes(adapter_bytes(adapter), path)
+    write_bytes(adapter_bytes(adapter), path, replace=overwrite)
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
-    """An adapter as the content of a safetensors file; the same adapter gives the same bytes."""
-    metadata = {name: json.dumps(getattr(adapter, name)) for name in _METADATA}
-    tensors = {
-        name: getattr(adapter, name).detach().to("cpu", torch.float32).contiguous()
-        for name in ("left", "right")
-    }
-    if adapter.recipe:
-        metadata["recipe"] = json.dumps(adapter.recipe)
-        for name, tensor in adapter.tensors.items():
-            # A copy of its own: safetensors refuses tensors that share memory.
-            tensors[_PREFIX + name] = tensor.detach().cpu().clone().contiguous()
-    data = save(tensors, metadata={"format": FORMAT, **metadata})
-    # The library orders its header by chance. Sorted and padded to 8 bytes it means the same.
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[start:]
+    """An adapter as the content of its file; the same adapter gives the same bytes."""
+    tensors = {"left": adapter.left.float(), "right": adapter.right.float()}
+    tensors |= {_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
+    return pack(FORMAT, {name: getattr(adapter, name) for name in FIELDS}, tensors)
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter.
+    """Read an adapter, which is as it was written.
+
+    Of an adapter without a digest (of format 1) only the change is read: its recipe, from which
+    something would be proved, is left out, so that `forgetting.compose` refuses it.
 
     Raises:
-        ProblemError: no such file, or not an adapter; the message names the file and what is wrong.
+        ProblemError: no such file, no adapter, or one that is damaged or was changed; the message
+            names the file and what is wrong.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ProblemError(
-                    f"{path}: not an adapter (format {metadata.get('format')!r}, "
-                    f"expected {FORMAT!r})"
-                )
-            tensors = {name: file.get_tensor(name) for name in ("left", "right")}
-            fields = {name: json.loads(metadata[name]) for name in _METADATA}
-            recipe = json.loads(metadata.get("recipe", "{}"))
-            further = {
-                name.removeprefix(_PREFIX): file.get_tensor(name)
-                for name in list(file.keys())
-                if name.startswith(_PREFIX)
-            }
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ProblemError(f"{path}: not a readable adapter ({error})") from error
-    left, right = tensors["left"], tensors["right"]
-    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-        raise ProblemError(
-            f"{path}: factors of shapes {tuple(left.shape)}, {tuple(right.shape)} do not multiply"
-        )
-    if not all(torch.isfinite(tensor).all() for tensor in (left, right, *further.values())):
-        raise ProblemError(f"{path}: the factors or the recipe hold NaN or infinite values")
-    return Adapter(left=left, right=right, recipe=recipe, tensors=further, **fields)
-
-
-# Every tensor of a recipe: which rows it has, and its width (None: a vector).
-COLUMNS = {
-    "forget_hidden": ("forget", "w"),
-    "displacement": ("forget", "d"),
-    "leaving_hidden": ("leaving", "w"),
-    "shares": ("leaving", None),
-}
-BASE_COLUMNS = {"forget_base": ("forget", "w"), "leaving_base": ("leaving", "w")}
-# What two recipes must have in common, apart from the base model and the method.
-SHARED = {
-    "constrained": ("statistics", "weights", "mu"),
-    "paper": (
-        *("statistics", "weights", "lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha"),
-    ),
-}
+    form, fields, tensors = unpack(path, FORMAT, FIELDS, UNSEALED)
+    if form == UNSEALED:
+        fields["recipe"] = {}
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(_PREFIX)}
+    with naming(path):
+        factors = {name: tensors.pop(name, None) for name in FACTORS}
+        columns = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
+        # An older file may lack fields, which is said as what they must be.
+        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=columns)
 
 
 @dataclass(frozen=True)
@@ -318,28 +301,23 @@ def read_parts(adapter: Adapter, where: str) -> list[Part]:
     """
     if not adapter.recipe:
         raise ProblemError(
-            f"{where}: an adapter of {adapter.trainer} without a recipe, which cannot be composed; "
-            "forget its classes again with TRAINER=ForgetExact"
+            f"{where}: an adapter of {line(adapter.trainer)} without a recipe that can be "
+            "relied on, which cannot be composed; forget its classes again with TRAINER=ForgetExact"
         )
     try:
-        columns = COLUMNS | (BASE_COLUMNS if adapter.recipe["objective"] == "constrained" else {})
-        index = adapter.recipe["parts"]
-        totals = {kind: sum(part[kind] for part in index) for kind in ("forget", "leaving")}
-        widths = {"w": adapter.left.shape[0], "d": adapter.right.shape[1]}
-        for name, (kind, width) in columns.items():
-            expected = (totals[kind], *([widths[width]] if width else []))
-            if tuple(adapter.tensors[name].shape) != expected:
-                raise ValueError(f"{name}: {tuple(adapter.tensors[name].shape)}, not {expected}")
-        missing = [key for key in SHARED[adapter.recipe["objective"]] if key not in adapter.recipe]
-        if missing or not index:
-            raise ValueError(f"missing: {', '.join(missing or ['parts'])}")
-        pieces = {
-            name: adapter.tensors[name].split([part[kind] for part in index])
-            for name, (kind, _) in columns.items()
-        }
-        return [
-            Part(part["dataset"], part["class"], {name: pieces[name][i] for name in columns})
-            for i, part in enumerate(index)
-        ]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{where}: a recipe that does not fit together ({error})") from error
+        adapter.check()  # what is in its dictionaries may have been changed since
+    except ProblemError as error:
+        raise ProblemError(f"{where}: a recipe that does not fit together ({error})") from None
+    index = adapter.recipe["parts"]
+    pieces = {
+        name: adapter.tensors[name].split([part[rows] for part in index])
+        for name, (_, (rows, *_)) in _columns(adapter.recipe["objective"]).items()
+    }
+    return [
+        Part(part["dataset"], part["class"], {name: pieces[name][i] for name in pieces})
+        for i, part in enumerate(index)
+    ]
+
+
+def _columns(objective: str) -> dict[str, Any]:
+    return COLUMNS | (BASE_COLUMNS if objective == "constrained" else {})

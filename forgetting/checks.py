@@ -92,8 +92,12 @@ def number(name: str, value: object, above: float = -LARGEST) -> float:
 
 def weight(name: str, value: object) -> float:
     """`value` if it is a number of 0 or more."""
-    if number(name, value) < 0:
-        raise ProblemError(f"{name} must be 0 or more, got {value}")
+    try:
+        number(name, value, above=-1 / LARGEST)
+    except ProblemError as error:
+        raise ProblemError(
+            f"{name} must be 0 or more, at most 1e40, got {_shown(value)}"
+        ) from error
     return value
 
 

@@ -16,18 +16,34 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.adapter import write_tensors
 from forgetting.checks import ProblemError, indices, matrix, number, weight
 from forgetting.constrained import Ridge
+from forgetting.files import (
+    HASH,
+    TEXT,
+    check,
+    check_tensors,
+    naming,
+    pack,
+    unpack,
+    whole,
+    write_bytes,
+)
 
-FORMAT = "clip-forget-statistics/1"
+FORMAT = "clip-forget-statistics/2"
+# What a file holds: groups with the rows that they were made of, those that left, and what the
+# rows that are there add up to.
+GROUP = {"name": TEXT, "count": whole(1), "removed": whole(0), "rows": HASH}
+FIELDS = {"width": whole(1), "groups": [GROUP]}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHUNK = 4096  # rows that are in float64 at one time
 DIGEST = 2**256
-# A Gram matrix may lose this fraction of its largest eigenvalue to rounding and stay one.
+KEY = 2**64
+LARGEST = 1e90  # of a Gram matrix; the squares of float32 are below 1e78
+# A Gram matrix may lose this fraction of its largest eigenvalue, times w, to rounding and stay one.
 ROUNDING = 1e-12
 
 
@@ -123,6 +139,9 @@ class RetainSet:
             hidden: (K, w), the texts by which the classes are forgotten; owner: (K,) int64, the
                 class of each. Names of a larger cosine with one of a class's texts than
                 `similarity` leave with it, where their group allows that.
+
+        Raises:
+            ProblemError: tensors that are no texts of this width, or of other classes.
         """
         device = self.rows.device
         hidden = matrix("hidden", hidden, self.rows.shape[1])
@@ -148,9 +167,10 @@ class RetainSet:
 class RetainStatistics:
     """Gram matrices and counts of named groups of hidden states, in float64 on the CPU.
 
-    Memory is one (w, w) matrix a group and `CHUNK` rows, however many rows are read. Order,
-    batches and merging change the matrices by rounding only (1e-12 relative and less), and change
-    `sha256` not at all: it is made of the rows' own digests.
+    Memory is one (w, w) matrix a group, 8 bytes a row, and `CHUNK` rows, however many rows are
+    read. Order, batches and merging change the matrices by rounding only (1e-12 relative and less),
+    and change `sha256` not at all: it is made of the rows' own digests. Of each digest 64 bits are
+    kept, so that only what was read can be removed.
 
     What a certificate from the statistics alone can reach: it proves an answer for `square_root`,
     whose singular values below about 3e-7 of the largest (`sqrt(eps w)`; eigenvalues of G that
@@ -172,6 +192,7 @@ class RetainStatistics:
         self._grams: dict[str, Tensor] = {}
         self._removed: dict[str, int] = {}
         self._digests: dict[str, int] = {}
+        self._keys: dict[str, list[Tensor]] = {}  # of the rows that are there, int64
 
     def update(self, group: str, rows: Tensor) -> None:
         """Add `rows` (n, w) to a group, which is made if it is new; n = 0 changes nothing.
@@ -179,14 +200,16 @@ class RetainStatistics:
         The products are taken on the device of `rows`.
 
         Raises:
-            ProblemError: another width, no floating point numbers, NaN or infinite values.
+            ProblemError: another width, no floating point numbers, NaN, or numbers beyond float32.
         """
+        check(group, TEXT, "the name of a group")
         rows = self._check(rows)
         if not len(rows):
             return
-        gram, digest = _summary(rows)
+        gram, digest, keys = _summary(rows)
         self._grams[group] = self._grams.get(group, 0) + gram
         self._digests[group] = (self._digests.get(group, 0) + digest) % DIGEST
+        self._keys.setdefault(group, []).append(keys)
         self._removed.setdefault(group, 0)
         self.counts[group] = self.counts.get(group, 0) + len(rows)
 
@@ -194,11 +217,12 @@ class RetainStatistics:
         """Take `rows` (n, w) out of a group's Gram matrix (downdate).
 
         The group's count stays what it was: the weight of a name, w_g / m_g, must not depend on
-        which other names have left.
+        which other names have left. A row is known by its numbers in float32, all of them: one that
+        was encoded in another batch is another row.
 
         Raises:
-            ProblemError: an unknown group, more rows than it has, or rows that the Gram matrix
-                shows not to be in it (a row within the span of others may pass unnoticed).
+            ProblemError: an unknown group, rows that are not in it or not that often, or rows so
+                much longer than all others that what is left would be rounding. Nothing changes.
         """
         self._known(group)
         rows = self._check(rows)
@@ -207,12 +231,19 @@ class RetainStatistics:
             raise ProblemError(f"{len(rows)} rows cannot leave group {group!r}: it has {left}")
         if not len(rows):
             return
-        gram, digest = _summary(rows)
-        rest = self._grams[group] - gram
-        values = torch.linalg.eigvalsh(rest)
-        if values[0] < -ROUNDING * self.width * torch.linalg.eigvalsh(self._grams[group])[-1]:
+        gram, digest, keys = _summary(rows)
+        there, gone = torch.cat(self._keys[group]).sort().values, keys.sort().values
+        # The second copy of a row takes the second place among its equals.
+        copies = torch.arange(len(gone)) - torch.searchsorted(gone, gone)
+        places = torch.searchsorted(there, gone) + copies
+        if not torch.equal(there[places.clamp(max=len(there) - 1)], gone):
             raise ProblemError(f"a row leaves group {group!r} that was not part of it")
-        self._grams[group] = rest
+        rest = self._grams[group] - gram if len(rows) < left else torch.zeros_like(gram)
+        if (wrong := _no_gram(rest, left - len(rows))) is not None:
+            raise ProblemError(f"what is left of group {group!r} is lost in rounding: {wrong}")
+        stay = torch.ones(len(there), dtype=torch.bool)
+        stay[places] = False
+        self._grams[group], self._keys[group] = rest, [there[stay]]
         self._digests[group] = (self._digests[group] - digest) % DIGEST
         self._removed[group] += len(rows)
 
@@ -232,6 +263,7 @@ class RetainStatistics:
                 merged._grams[group] = merged._grams.get(group, 0) + gram
                 digest = merged._digests.get(group, 0) + part._digests[group]
                 merged._digests[group] = digest % DIGEST
+                merged._keys[group] = [*merged._keys.get(group, ()), *part._keys[group]]
                 merged._removed[group] = merged._removed.get(group, 0) + part._removed[group]
                 merged.counts[group] = merged.counts.get(group, 0) + part.counts[group]
         return merged
@@ -275,49 +307,50 @@ class RetainStatistics:
         return hashlib.sha256(json.dumps([FORMAT, self.width, content]).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the statistics as safetensors; the file appears whole or not at all."""
+        """Write the statistics; the file appears whole or not at all."""
         groups = [
             {
                 "name": group,
-                "count": self.counts[group],
+                "count": count,
                 "removed": self._removed[group],
                 "rows": f"{self._digests[group]:064x}",
-                "gram": _sha256(self._grams[group]),
             }
-            for group in self.counts
+            for group, count in self.counts.items()
         ]
-        tensors = {f"gram.{index}": gram for index, gram in enumerate(self._grams.values())}
-        metadata = {"format": FORMAT, "width": str(self.width), "groups": json.dumps(groups)}
-        write_tensors(tensors, metadata, path)
+        tensors = {f"gram.{i}": gram for i, gram in enumerate(self._grams.values())}
+        tensors |= {f"keys.{i}": torch.cat(keys) for i, keys in enumerate(self._keys.values())}
+        write_bytes(pack(FORMAT, {"width": self.width, "groups": groups}, tensors), path)
 
     @classmethod
     def load(cls, path: str | Path) -> RetainStatistics:
-        """Read statistics that `save` wrote.
+        """Read statistics that `save` wrote, which are as they were written.
 
         Raises:
-            ProblemError: no such file, no statistics, or damaged ones; the message names the file.
+            ProblemError: no such file, no statistics, damaged or changed ones, or (also where
+                digests were made anew) some that no rows can have: matrices that are not symmetric
+                or have negative eigenvalues, or more positive ones than there are rows; counts,
+                keys and digests that contradict each other. The message names the file.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ProblemError(
-                        f"{path}: not retain statistics (format {metadata.get('format')!r}, "
-                        f"expected {FORMAT!r})"
-                    )
-                statistics = cls(int(metadata["width"]))
-                for index, group in enumerate(json.loads(metadata["groups"])):
-                    gram, name = file.get_tensor(f"gram.{index}"), group["name"]
-                    if _sha256(gram) != group["gram"]:
-                        raise ProblemError(f"{path}: the statistics of {name!r} are damaged")
-                    statistics._grams[name] = gram
-                    statistics.counts[name] = int(group["count"])
-                    statistics._removed[name] = int(group["removed"])
-                    statistics._digests[name] = int(group["rows"], 16)
-        except ProblemError:
-            raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ProblemError(f"{path}: not readable retain statistics ({error})") from error
+        _, fields, tensors = unpack(path, FORMAT, FIELDS)
+        statistics = cls(width := fields["width"])
+        with naming(path):
+            table: dict = {}
+            for i, group in enumerate(fields["groups"]):
+                table[f"gram.{i}"] = ((torch.float64,), (width, width))
+                table[f"keys.{i}"] = ((torch.int64,), (group["count"] - group["removed"],))
+            check_tensors(tensors, table)
+            for i, group in enumerate(fields["groups"]):
+                name, digest = group["name"], int(group["rows"], 16)
+                gram, keys = tensors[f"gram.{i}"], tensors[f"keys.{i}"]
+                if name in statistics.counts:
+                    raise ProblemError(f"group {name!r} is there twice")
+                if (int(keys.sum()) - digest) % KEY:  # int64 is counted modulo 2^64
+                    raise ProblemError(f"the keys and the digest of {name!r} are of other rows")
+                if (wrong := _no_gram(gram, len(keys))) is not None:
+                    raise ProblemError(f"gram.{i} is not of {len(keys)} rows: {wrong}")
+                statistics._grams[name], statistics._keys[name] = gram, [keys]
+                statistics._digests[name], statistics._removed[name] = digest, group["removed"]
+                statistics.counts[name] = group["count"]
         return statistics
 
     def _known(self, group: str) -> None:
@@ -326,7 +359,10 @@ class RetainStatistics:
             raise ProblemError(f"no group {group!r} in the retain statistics; known: {known}")
 
     def _check(self, rows: Tensor) -> Tensor:
-        return matrix("retained rows", rows, self.width)
+        rows = matrix("the retained rows", rows, self.width)
+        if not all(torch.isfinite(chunk.float()).all() for chunk in rows.split(CHUNK)):
+            raise ProblemError("the retained rows hold numbers beyond float32")
+        return rows
 
 
 def square_root(gram: Tensor) -> Tensor:
@@ -339,17 +375,31 @@ def square_root(gram: Tensor) -> Tensor:
     return values[keep].sqrt()[:, None] * vectors[:, keep].T  # (q, w)
 
 
-def _summary(rows: Tensor) -> tuple[Tensor, int]:
-    """Gram matrix (w, w) of rows (n, w), and the sum of their SHA-256 modulo 2^256."""
-    gram, digest = 0, 0
+def _summary(rows: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Of rows (n, w) the Gram matrix (w, w), the sum of their SHA-256 modulo 2^256, and the last 64
+    bits of each (n,) int64."""
+    gram, digest, keys = 0, 0, []
     for chunk in rows.detach().split(CHUNK):
         exact = chunk.double()
         gram = gram + exact.T @ exact
         # -0.0 and 0.0 are the same number: adding 0 makes them the same bytes.
         for row in (chunk.to("cpu", torch.float32) + 0.0).numpy().astype("<f4"):
-            digest += int.from_bytes(hashlib.sha256(row).digest(), "big")
-    return gram.cpu(), digest % DIGEST
+            found = hashlib.sha256(row).digest()
+            digest += int.from_bytes(found, "big")
+            keys.append(int.from_bytes(found[-8:], "big", signed=True))
+    return gram.cpu(), digest % DIGEST, torch.tensor(keys, dtype=torch.int64)
 
 
-def _sha256(gram: Tensor) -> str:
-    return hashlib.sha256(gram.contiguous().numpy().astype("<f8").tobytes()).hexdigest()
+def _no_gram(gram: Tensor, count: int) -> str | None:
+    """Why a matrix (w, w) cannot be `H^T H` of `count` rows, to rounding; None if it can."""
+    if not float(gram.abs().max()) < LARGEST:
+        return "its numbers are out of range"
+    values = torch.linalg.eigvalsh(gram)
+    rounding = ROUNDING * len(gram) * float(values.abs().max())
+    if float((gram - gram.T).abs().max()) > rounding:
+        return "it is not symmetric"
+    if values[0] < -rounding:
+        return f"it has the negative eigenvalue {float(values[0]):.1e}"
+    if count < len(gram) and values[len(gram) - count - 1] > rounding:
+        return f"its rank is larger than {count}"
+    return None

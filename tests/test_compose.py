@@ -292,10 +292,17 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path, capsys, field
 def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys):
     cat, dog, out = files("cat"), files("dog"), str(tmp_path / "out.st")
     lora = str(tmp_path / "lora.st")
-    save_adapter(replace(world.adapter("owl"), recipe={}, trainer="ForgetLoRA"), lora)
+    nothing = {"recipe": {}, "tensors": {}}
+    save_adapter(replace(world.adapter("owl"), trainer="ForgetLoRA", **nothing), lora)
     assert "TRAINER=ForgetExact" in one_line(capsys, cat, lora, "--out", out)
     assert "nothing to compose" in one_line(capsys, cat, "--out", out)
     assert "named twice" in one_line(capsys, cat, cat, "--out", out)
+    assert "are the same adapter" in one_line(
+        capsys, cat, dog, str(files("cat", file="copy")), "--out", out
+    )
+    assert "are the same adapter" in one_line(
+        capsys, cat, files("cat", file="copied"), "--without", dog, "--out", out
+    )
     assert "nothing is left" in one_line(
         capsys, cat, "--without", files("cat", file="again"), "--out", out
     )
@@ -310,6 +317,141 @@ def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys)
     before = (tmp_path / "dog.safetensors").read_bytes()
     assert "not overwritten" in one_line(capsys, cat, dog, "--out", dog)
     assert (tmp_path / "dog.safetensors").read_bytes() == before
+
+
+def encoded_again(adapter, by=1e-7, seed=0, ridge=None):
+    """The adapter as another batch would have made it: every text off by `by`, relatively."""
+    tensors = dict(adapter.tensors)
+    for kind in ("forget", "leaving"):
+        rows = tensors[f"{kind}_hidden"].double()
+        noise = normal(*rows.shape, seed=seed).double()
+        noise *= by * (rows.norm(dim=1) / noise.norm(dim=1))[:, None]
+        tensors[f"{kind}_hidden"] = (rows + noise).float()
+        if ridge is not None:
+            tensors[f"{kind}_base"] = ridge.solve(tensors[f"{kind}_hidden"])
+    return replace(adapter, tensors=tensors)
+
+
+def by_bytes(parts, columns, name):
+    """What `_first` would be if texts were the same only to the last bit."""
+    first: dict[bytes, int] = {}
+    found = [first.setdefault(row.numpy().tobytes(), j) for j, row in enumerate(columns[name])]
+    return found, [i for i, part in enumerate(parts) for _ in part.tensors[name]]
+
+
+@pytest.mark.parametrize("by", [1e-7, 3e-6])
+def test_a_text_from_two_encodings_is_one_text(world, monkeypatch, by):
+    """Negative control: matched by their bytes alone, shared texts leave the statistics twice."""
+    union = world.at_once(["cat", "dog", "owl"])
+    a, b = world.adapter("cat", "dog"), encoded_again(world.adapter("dog", "owl"), by)
+    b = encoded_again(b, by=0, ridge=world.ridge)
+    assert not torch.equal(a.tensors["leaving_hidden"][-1], b.tensors["leaving_hidden"][0])
+    for pair in ({"a": a, "b": b}, {"b": b, "a": a}):
+        for statistics in (None, world.statistics):
+            both = compose(pair, statistics=statistics)
+            assert relative(both.delta(), union) < 100 * by
+            assert both.solver["proved"] == (statistics is not None)
+    # Giving back goes by value too, from either encoding.
+    rest = compose(
+        {"ab": compose({"a": a, "b": b})}, {"c": encoded_again(world.adapter("cat"), by)}
+    )
+    assert relative(rest.delta(), world.at_once(["dog", "owl"])) < 100 * by
+    # A synonym of both, counted twice, has the weight for that: nothing shows that it is wrong.
+    a, b = world.adapter("cat"), encoded_again(world.adapter("dog"), by)
+    b = encoded_again(b, by=0, ridge=world.ridge)
+    pair, union = {"a": a, "b": b}, world.at_once(["cat", "dog"])
+    assert relative(compose(pair, statistics=world.statistics).delta(), union) < 100 * by
+    monkeypatch.setattr("forgetting.compose._first", by_bytes)
+    assert relative(compose(pair, statistics=world.statistics).delta(), union) > 0.05
+
+
+def test_the_papers_objective_from_two_encodings(world, monkeypatch):
+    a = world.adapter("cat", "dog", objective="paper")
+    b = encoded_again(world.adapter("dog", "owl", objective="paper"))
+    union = world.paper_at_once(["cat", "dog", "owl"], 12.0)
+    both = compose({"a": a, "b": b}, statistics=world.statistics)
+    assert relative(both.delta(), union) < 1e-5
+    assert both.solver["proved"] and both.solver["gap"] < 1e-9
+    monkeypatch.setattr("forgetting.compose._first", by_bytes)
+    assert relative(compose({"a": a, "b": b}, statistics=world.statistics).delta(), union) > 1e-2
+
+
+def test_copies_of_one_text_stay_as_many_as_they_are(world):
+    """Rows 5 and 6 of the vocabulary are one text that is retained twice, so it leaves twice."""
+    a, b = world.adapter("cat"), encoded_again(world.adapter("cat", "owl"), ridge=world.ridge)
+    rows = compose({"a": a, "b": b}).tensors["leaving_hidden"]  # what is kept: of all parts
+    assert sum(torch.allclose(row, world.vocabulary[5], rtol=1e-5) for row in rows) == 4
+    assert relative(compose({"a": a, "b": b}).delta(), world.at_once(["cat", "owl"])) < 1e-5
+
+
+def test_requests_from_which_nothing_leaves(world):
+    texts = {name: world.texts([name]) for name in ("cat", "dog")}
+    shared = world.adapter("cat").recipe
+    parts = [part_of(world.ridge, ("Animals", name), *texts[name]) for name in texts]
+    union = solve_constrained(world.ridge, *map(torch.cat, zip(*texts.values(), strict=True)))
+    assert relative(solve_recipes(shared, parts).delta, union.delta) < EQUAL
+
+
+def test_texts_neither_the_same_nor_different_are_refused(world):
+    a, b = world.adapter("cat"), encoded_again(world.adapter("cat", "owl"), 2e-4, ridge=world.ridge)
+    with pytest.raises(ProblemError, match="'cat' and 'cat' have a text that differs by 2e-04"):
+        compose({"a": a, "b": b})
+
+
+def test_an_answer_that_is_none_is_not_written(world, files, tmp_path, capsys):
+    """Recipes that were bent and sealed anew: what the numbers show is refused."""
+    world.statistics.save(tmp_path / "s.st")
+    proof, out = ["--statistics", str(tmp_path / "s.st")], tmp_path / "out.st"
+    cat, dog = files("cat"), files("dog")
+
+    def bend(words, *options, objective="constrained", **columns):
+        adapter = world.adapter("cat", objective=objective)
+        bent = {name: change(adapter.tensors[name].clone()) for name, change in columns.items()}
+        path = tmp_path / "bent.st"
+        save_adapter(replace(adapter, tensors=adapter.tensors | bent), path)
+        other = dog if objective == "constrained" else files("dog", objective=objective, file="p")
+        line = one_line(capsys, str(path), other, "--out", str(out), *options)
+        assert words in line and not out.exists()
+
+    def one_row(tensor):
+        tensor[0] *= 3
+        return tensor
+
+    bend("not of their texts and of one K_0", forget_base=one_row)
+    bend("not of their texts and of one K_0", leaving_base=lambda x: x * 0)
+    bend("texts and of one K_0", *proof, forget_base=lambda x: x * 2, leaving_base=lambda x: x * 2)
+    bend("was not part of them", leaving_hidden=lambda x: x * 100, leaving_base=lambda x: x * 100)
+    nothing = {}
+    for name in ("cat", "dog"):
+        columns = world.adapter(name).tensors
+        zeros = {x: columns[x] * 0 for x in ("forget_base", "leaving_base")}
+        nothing[name] = replace(world.adapter(name), tensors=columns | zeros)
+    with pytest.raises(ProblemError, match=r"misses its targets by 1\.0e\+00"):
+        compose(nothing)
+    bend("error: ", displacement=lambda x: x * 1e200)
+    bend("right holds NaN or infinite", displacement=lambda x: x * 1e50)
+    bend("error: ", *proof, objective="paper", displacement=lambda x: x * 1e200)
+    bend("error: ", *proof, objective="paper", displacement=lambda x: x * 1e50)
+    other_mu = [files(name, file=f"mu-{name}", changed={"mu": 0.02}) for name in ("cat", "dog")]
+    assert "is proved only to" in one_line(capsys, *other_mu, "--out", str(out), *proof)
+    assert cli([cat, dog, "--out", str(out), *proof]) == 0
+    assert "gap" in capsys.readouterr().out
+    assert cli([cat, dog, "--out", str(tmp_path / "unproved.st")]) == 0
+    assert "not proved to be the least disturbance" in capsys.readouterr().out
+
+
+def test_out_is_taken_meanwhile(world, files, tmp_path, monkeypatch, capsys):
+    """Whoever comes second is refused, and what is there stays."""
+    out, solve = tmp_path / "out.st", solve_recipes
+
+    def slow(*args):
+        out.write_text("mine")
+        return solve(*args)
+
+    monkeypatch.setattr("forgetting.compose.solve_recipes", slow)
+    cat, dog = files("cat"), files("dog")
+    assert "not overwritten" in one_line(capsys, cat, dog, "--out", str(out))
+    assert out.read_text() == "mine" and not list(tmp_path.glob(".tmp*"))
 
 
 def test_one_text_with_two_targets_is_refused(world):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -91,15 +90,39 @@ def test_a_text_that_leaves_is_gone_and_the_others_weigh_what_they_did():
     assert float(empty.plain().abs().max()) < 1e-10
 
 
-def test_only_what_is_there_can_leave():
-    rows = normal(8, W)
+@pytest.mark.parametrize("m", [8, 200])
+def test_only_what_is_there_can_leave(m):
+    """Also where a row is within the span of those that are there (m > w)."""
+    rows = normal(m, W)
     statistics = read(names=rows)
-    before = statistics.plain()
+    before, name = statistics.plain(), statistics.sha256
+    absent = [normal(1, W, seed=seed) for seed in range(9, 29)]
+    absent += [rows[:2].mean(dim=0)[None], rows[:1] * 0.5, rows[:1] * (1 + 1e-6)]
+    for row in absent:
+        with pytest.raises(ProblemError, match="was not part of it"):
+            statistics.remove("names", torch.cat([rows[1:2], row]))
     with pytest.raises(ProblemError, match="was not part of it"):
-        statistics.remove("names", normal(1, W, seed=9))
-    with pytest.raises(ProblemError, match="9 rows cannot leave group 'names': it has 8"):
+        statistics.remove("names", rows[[0, 0]])  # it is there once
+    with pytest.raises(ProblemError, match=f"{m + 1} rows cannot leave group 'names': it has {m}"):
         statistics.remove("names", torch.cat([rows, rows[:1]]))
-    assert torch.equal(statistics.plain(), before)
+    assert torch.equal(statistics.plain(), before) and statistics.sha256 == name
+    statistics.remove("names", rows[:1])
+    with pytest.raises(ProblemError, match="was not part of it"):
+        statistics.remove("names", rows[:1])
+    statistics.update("names", rows[[1, 1]])
+    statistics.remove("names", rows[[1, 1, 1]].double())  # the same number in float64
+    with pytest.raises(ProblemError, match="was not part of it"):
+        statistics.remove("names", rows[1:2])
+
+
+def test_what_rounding_would_swallow_stays():
+    rows = normal(20, W)
+    rows[0] *= 1e8
+    statistics = read(names=rows)
+    with pytest.raises(ProblemError, match="lost in rounding"):
+        statistics.remove("names", rows[:1])
+    statistics.remove("names", rows[1:])
+    assert statistics.counts == {"names": 20}
 
 
 def test_save_and_load(tmp_path):
@@ -115,6 +138,9 @@ def test_save_and_load(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
     with pytest.raises(ProblemError, match="it has 4"):
         loaded.remove("own", normal(5, W))
+    with pytest.raises(ProblemError, match="was not part of it"):
+        loaded.remove("own", normal(5, W)[:1])  # it has left
+    loaded.remove("own", normal(5, W)[1:2])
     loaded.update("own", normal(1, W, seed=7))
     assert loaded.sha256 != statistics.sha256
 
@@ -135,13 +161,10 @@ def test_damaged_statistics_are_noticed(tmp_path):
     path = tmp_path / "s.safetensors"
     read(names=normal(40, W)).save(path)
     with safe_open(str(path), framework="pt") as file:
-        metadata, gram = file.metadata(), file.get_tensor("gram.0")
+        metadata, gram, keys = file.metadata(), *map(file.get_tensor, ("gram.0", "keys.0"))
     gram[0, 0] += 1e-9
-    save_file({"gram.0": gram}, path, metadata=metadata)
-    with pytest.raises(ProblemError, match="'names' are damaged"):
-        RetainStatistics.load(path)
-    save_file({"gram.0": gram}, path, metadata=metadata | {"groups": json.dumps([{"name": "x"}])})
-    with pytest.raises(ProblemError, match="not readable"):
+    save_file({"gram.0": gram, "keys.0": keys}, path, metadata=metadata)
+    with pytest.raises(ProblemError, match="damaged, or changed since"):
         RetainStatistics.load(path)
 
 
@@ -152,14 +175,23 @@ def test_damaged_statistics_are_noticed(tmp_path):
         torch.ones(W),
         torch.ones(2, W, dtype=torch.int64),
         torch.full((2, W), torch.nan),
+        torch.full((2, W), 1e200, dtype=torch.float64),  # no float32, and its square is infinite
+        torch.ones(2, W).to_sparse(),
+        torch.ones(2, W, dtype=torch.complex64),
+        torch.ones(2, W).to(torch.float8_e4m3fn),
+        torch.ones(2, W).numpy(),
+        [[1.0] * W],
     ],
 )
 def test_rows_that_are_no_hidden_states_change_nothing(rows):
     statistics = read(names=normal(3, W))
     before = statistics.sha256
-    with pytest.raises(ProblemError):
-        statistics.update("names", rows)
+    for call in (statistics.update, statistics.remove):
+        with pytest.raises(ProblemError, match="the retained rows"):
+            call("names", rows)
     assert statistics.sha256 == before
+    with pytest.raises(ProblemError, match="the name of a group must be a text, not 7"):
+        statistics.update(7, normal(1, W))
 
 
 def test_mistakes_name_the_groups():
@@ -173,8 +205,9 @@ def test_mistakes_name_the_groups():
     ):
         with pytest.raises(ProblemError, match="'own', 'vocabulary'"):
             call()
-    with pytest.raises(ProblemError, match="must be 0 or more"):
-        statistics.weighted({"own": -1.0, "vocabulary": 1.0})
+    for weight in (-1.0, float("nan"), float("inf"), "1", None, True):
+        with pytest.raises(ProblemError, match="must be 0 or more"):
+            statistics.weighted({"own": weight, "vocabulary": 1.0})
     with pytest.raises(ProblemError, match="two backbones"):
         statistics.merge(RetainStatistics(W + 1))
     with pytest.raises(ProblemError, match="at least one dimension"):
@@ -253,7 +286,7 @@ def test_certificate_from_statistics_of_real_features(m, lamb_weight, branch):
 
 
 def test_memory_does_not_grow_with_the_stream():
-    """20,000 rows: what is held stays one (w, w) matrix and a few numbers."""
+    """20,000 rows: what is held stays one (w, w) matrix, and eight bytes a row."""
     statistics = RetainStatistics(W)
     for batch in range(2):
         statistics.update("names", normal(100, W, seed=batch))
@@ -265,4 +298,5 @@ def test_memory_does_not_grow_with_the_stream():
     held = [v for v in vars(statistics).values() if isinstance(v, dict)]
     tensors = [t for d in held for t in d.values() if isinstance(t, torch.Tensor)]
     assert [tuple(t.shape) for t in tensors] == [(W, W)]
-    assert grown < 200_000 and statistics.counts["names"] == 20_200
+    held = sum(keys.nbytes for keys in statistics._keys["names"])
+    assert grown < 200_000 and held == 8 * 20_200 and statistics.counts["names"] == 20_200

@@ -131,10 +131,10 @@ def test_class_names_with_separators_become_file_names(toy_args):
 
 
 def test_names_of_data_sets_are_escaped_too(toy_args, features):
-    name = ".my set: 50 %"
+    name = "my set: 50 %"
     replace(toy_bundle("ToyAnimals"), dataset=name).save(bundle_path(features, BACKBONE, name))
     folder = train.main([*toy_args, "--dataset", name, "--forget", "cat"])
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["%2Emy set%3A 50 %25"]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["my set%3A 50 %25"]
     adapter = logs_of(folder)[name]["cat"]["solver"]["adapter"]
     assert (folder / adapter).parent.joinpath("log.txt").is_file()
     assert audit_folder(folder)[name]["cat"]["classes"]["cat"]["verdict"]
