@@ -22,7 +22,6 @@ from engine.config import settings
 from engine.files import refuse_existing
 from forgetting import ProblemError
 from forgetting.adapter import load_adapter, projection_sha256
-from forgetting.problem import ProblemError
 
 
 def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None:

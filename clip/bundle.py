@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datasets.names import flaw, is_text
 from engine.errors import UserError, nearest
-from engine.files import atomic_path, parse_json, refuse_existing
+from engine.files import atomic_path, parse_json, readable, refuse_existing
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
@@ -253,8 +253,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"feature bundle {path} {kind}")
     try:
-        open(path, "rb").close()  # safetensors says of any file that it may not read: not there
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with readable(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except OSError as error:

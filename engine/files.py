@@ -117,6 +117,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Another name of a file, for libraries that read none whose name is no UTF-8, and that say of
+    a file that may not be read that it is not there.
+
+    Raises OSError if the file cannot be opened, which says why.
+    """
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}" if os.name == "posix" else os.fspath(path)
+
+
 def refuse_existing(path: str | os.PathLike[str], instead: str = "choose another name") -> None:
     """UserError if there is something at `path`, so that nothing of the user's is overwritten."""
     if os.path.lexists(path):
@@ -128,12 +139,12 @@ def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
     there does: nothing of the user's is overwritten."""
     try:
         with open(path, "rb") as file:
-            ours = mark.encode() in file.read(MARKED)
+            start = file.read(MARKED)
     except FileNotFoundError:
         return
     except OSError as error:
         raise _cannot_write(Path(path), error) from error
-    if not ours:
+    if mark.encode() not in start and start.strip(b"\0"):  # a power cut leaves nothing, or zeros
         raise UserError(
             f"{os.fspath(path)} is there and was not written by this program; move it away or "
             "choose another name"

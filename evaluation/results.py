@@ -198,10 +198,8 @@ def merge_results(
     Raises:
         UserError: results with other settings are there now; those that fit are written first.
     """
-    from forgetting.adapter import (  # torch: who only reads results waits for none
-        FORMAT,
-        write_bytes,
-    )
+    # Not above: torch, and who only reads results waits for none.
+    from forgetting.adapter import FORMAT, write_bytes
 
     folder, path = Path(folder), Path(folder) / LOGS
     refused: UserError | None = None
@@ -214,6 +212,7 @@ def merge_results(
             try:
                 if not overwrite and is_done(folder, logs, dataset, one.label, solver[SETTINGS]):
                     continue
+                refuse_foreign(folder / one.place, FORMAT.rpartition("/")[0])
             except UserError as error:
                 refused = error
                 continue
@@ -221,7 +220,6 @@ def merge_results(
             if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
                 model.unlink()
                 print(f"  removed {model}: it belonged to the adapter that was replaced")
-            refuse_foreign(folder / one.place, FORMAT)
             sweep((folder / one.place).parent)
             # Not waited for: after a power cut the digest tells that the file is not the adapter.
             write_bytes(one.data, folder / one.place, durable=False)

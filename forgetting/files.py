@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,7 +172,8 @@ def unpack(
     try:
         if not Path(path).is_file():  # nor a pipe, which would be waited for
             raise FileNotFoundError("no such file")
-        with safe_open(path, framework="pt") as file:
+        # safetensors reads no name that is no UTF-8, and calls a file that may not be read absent.
+        with open(path, "rb") as raw, safe_open(_name(raw), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -197,6 +198,11 @@ def unpack(
         known = shape if form == kind else {name: shape[name] for name in shape if name in fields}
         check(fields, known, "metadata")
     return form, fields, tensors
+
+
+def _name(file: IO) -> str:
+    """A name of an open file in plain letters."""
+    return f"/dev/fd/{file.fileno()}" if os.name == "posix" else file.name
 
 
 @contextmanager

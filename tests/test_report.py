@@ -280,9 +280,12 @@ def test_an_unknown_primary_names_the_nearest(tmp_path, capsys):
 def test_only_a_report_is_written_over(tmp_path, capsys):
     folder = plant(tmp_path, 1)
     before = (folder / LOGS).read_bytes()
-    for out in (folder / LOGS, folder):
+    for out, why in (
+        (folder / LOGS, "was not written by this program"),
+        (folder, "Is a directory"),
+    ):
         assert run(main, [str(folder), "--out", str(out)]) == 2
-        assert "was not written by this program" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
     assert (folder / LOGS).read_bytes() == before
     for _ in range(2):
         assert run(main, [str(folder), "--out", str(folder / "new" / "r.html")]) == 0

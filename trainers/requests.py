@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import datasets
 from clip.bundle import FeatureBundle
 from engine import UserError, unknown
-from engine.files import read_json
+from engine.files import read_json, readable
 from engine.schema import fault
 from evaluation.zero_shot import class_embeddings
 from forgetting import (
@@ -278,7 +278,8 @@ def specific_targets(
 def _vector(path: Path, d: int) -> Tensor:
     """The tensor `target`, (d,) or (1, d), of a safetensors file, as (1, d)."""
     try:
-        vector = load_file(path)["target"].float().reshape(1, -1)
+        with readable(path) as name:
+            vector = load_file(name)["target"].float().reshape(1, -1)
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(
             f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
