@@ -6,6 +6,7 @@ damage, each kind of option by each kind of bad value.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -605,21 +606,24 @@ def leftovers(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_a_kill_left_goes_and_what_is_held_stays(kind, place):
+    def write(data: bytes) -> None:
+        sweep.cache_clear()
+        if kind == "file":
+            return write_bytes(data, target)
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(data)
+
     target = place / "out/ToyAnimals/new.safetensors"
     killed(target, kind)
     assert len(leftovers(place)) == 1 and not target.exists()
-    mine = target.with_name(".tmp-of-mine")
+    mine, held = (target.with_name(f".tmp-{name}.safetensors") for name in ("mine", 16 * "a"))
     mine.write_text("mine")
-    sweep.cache_clear()
-    with atomic_path(target.with_name("a")) as held:
-        held.write_text("a")
-        if kind == "folder":
-            sweep.cache_clear()
-            sweep(target.parent)
-        else:
-            write_bytes(b"whole", target)
-        assert held.read_text() == "a"
-    assert leftovers(place) == [mine] and (target.with_name("a")).read_text() == "a"
+    with open(held, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write(b"one")
+        assert sorted(leftovers(place)) == [held, mine]
+    write(b"two")
+    assert leftovers(place) == [mine] and target.read_bytes() == b"two"
 
 
 def test_a_run_removes_what_a_killed_one_left(place):
