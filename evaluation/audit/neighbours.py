@@ -44,8 +44,7 @@ def measure(case: Case) -> dict[str, Any]:
         {
             "name": case.bundle.classnames[column],
             "similarity": float(similarity),
-            "before": case.before.accuracy(column),
-            "after": case.after.accuracy(column),
+            **case.sides(lambda model, column=column: model.accuracy(column)),
         }
         for column, similarity in zip(columns, similarities, strict=True)
     ]
