@@ -11,6 +11,11 @@ LEAK = 0.8  # area under the curve from which two classes count as told apart
 PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
 METHODS = {"cache": "a cache on top", "probe": "a linear probe", "refit": "a new fit"}
+ATTACKERS = {  # what each has
+    "original_known": "the original projection",
+    "two_adapters": "two changed projections",
+    "alone": "the changed projection alone",
+}
 NAMED = 5  # places within which an attack counts as having named the class
 
 BAD, GOOD, LIMIT = "bad", "good", "limit"
@@ -27,12 +32,8 @@ def verdict(name: str, found: dict[str, Any]) -> list[str]:
     for judge in (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone):
         for tier, line in judge(name, found):
             tiers[tier].append(line)
-    unmeasured = [
-        line
-        for measure in found.values()
-        if isinstance(measure, dict)
-        for line in measure.get("not_measured", [])
-    ]
+    parts = [measure for measure in found.values() if isinstance(measure, dict)]
+    unmeasured = [line for measure in parts for line in measure.get("not_measured", [])]
     return [
         *tiers[BAD],
         *tiers[GOOD],
@@ -78,12 +79,14 @@ def _words(name: str, found: dict[str, Any]) -> Lines:
     )
     match _fate(found):
         case Fate.STAYS:
-            return [(BAD, f"was not forgotten; found by {len(back)} of {texts} too, {most}")]
+            line = f"was not forgotten; found by {len(back)} of {texts} too, {most}"
         case Fate.NEVER:
-            return [(BAD, f"never recognised by its own prompt; of {texts} {most}")]
-    if back:
-        return [(BAD, f"comes back under {len(back)} of {texts}; {most}")]
-    return [(GOOD, f"stays away under {texts}; {most}")]
+            line = f"never recognised by its own prompt; of {texts} {most}"
+        case _ if back:
+            line = f"comes back under {len(back)} of {texts}; {most}"
+        case _:
+            return [(GOOD, f"stays away under {texts}; {most}")]
+    return [(BAD, line)]
 
 
 def _neighbours(name: str, found: dict[str, Any]) -> Lines:
@@ -139,17 +142,11 @@ def _relearned(name: str, found: dict[str, Any]) -> Lines:
 
 
 def _undone(name: str, found: dict[str, Any]) -> Lines:
-    undo = found.get("undo", {})
-    titles = {
-        "original_known": "who has the original projection",
-        "two_adapters": "who has two changed projections",
-        "alone": "who has the changed projection alone",
-    }
-    lines = []
-    for attack, title in titles.items():
+    undo, lines = found.get("undo", {}), []
+    for attack, title in ATTACKERS.items():
         place = (undo.get("attacks", {}).get(attack) or {}).get("place")
         if place is not None:
-            line = f"{title} finds its name in place {place} of {undo['names']}"
+            line = f"who has {title} finds its name in place {place} of {undo['names']}"
             lines.append((LIMIT if place <= NAMED else GOOD, line))
     return lines
 
