@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import torch
@@ -45,11 +46,8 @@ class Shots:
     @cached_property
     def held(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> indices (m,) of the images that the attacker has."""
-        return {
-            (draw, k): torch.cat([order[:k] for order in self.orders[draw]])
-            for draw in range(REPEATS)
-            for k in SHOTS
-        }
+        pairs = product(enumerate(self.orders), SHOTS)
+        return {(d, k): torch.cat([order[:k] for order in orders]) for (d, orders), k in pairs}
 
     def rest(self, draw: int, k: int, label: int) -> Tensor:
         """Indices (n,) of the other images of a class."""
