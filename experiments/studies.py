@@ -32,7 +32,7 @@ from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
 from evaluation.results import join_label
 from experiments.measure import cells
-from experiments.rows_file import RowsFile, key_of
+from experiments.rows_file import KEY, Key, RowsFile
 from experiments.solvers import SOLVERS, together
 from experiments.study_report import plot, report
 from experiments.varied import STUDIES
@@ -104,24 +104,18 @@ def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) 
     return [names[label] for label in sorted(labels)]
 
 
-def identity(name: str, job: Job, task: Task) -> dict[str, str | int]:
-    """The cells that make a row itself."""
-    return {
-        "study": name,
-        "dataset": job.world.bundle.dataset,
-        "classes": join_label(task.request.classes),
-        "solver": task.solver,
-        "setting": task.setting,
-        "seed": job.world.seed,
-        "constants": job.digest,
-    }
+def key_of(name: str, job: Job, task: Task) -> Key:
+    """The cells that make a row itself, those of the columns `KEY`."""
+    label, world = join_label(task.request.classes), job.world
+    place = name, world.bundle.dataset, label, task.solver, task.setting
+    return (*place, str(world.seed), job.digest)
 
 
 def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
     """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
     study, world = STUDIES[name], job.world
     tasks = study.tasks(world, job.classes, solvers)
-    keyed = {key_of(identity(name, job, task)): task for task in tasks}
+    keyed = {key_of(name, job, task): task for task in tasks}
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
     where = f"{name} on {world.bundle.dataset}"
@@ -129,10 +123,11 @@ def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.
     with Batch(table.add) as batch, bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
-            found = cells(world, group, answers)
-            for task, answer, row in zip(group, answers, found, strict=True):
-                row = identity(name, job, task) | {"place": task.place} | row
-                batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
+            rows = cells(world, group, answers)
+            for task, answer, row in zip(group, answers, rows, strict=True):
+                row = {"place": task.place} | row
+                row |= study.cells(world, task, answer) if study.cells else {}
+                batch.add(dict(zip(KEY, key_of(name, job, task), strict=True)) | row)
             bar.update(len(group))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")

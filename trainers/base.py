@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
+from clip.architectures import architecture
 from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
@@ -42,15 +43,8 @@ from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
 from forgetting import Adapter, RetainSet, Ridge, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_parts, with_recipe
-from trainers.plan import Plan, check_names, make_plan
-from trainers.requests import (
-    Request,
-    Requests,
-    Texts,
-    check_prompts,
-    check_target,
-    read_prompts,
-)
+from trainers.plan import Plan, make_plan
+from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,9 @@ class ForgetTrainer(SimpleTrainer):
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check(cfg)
-        check_names(cfg)
+        if not cfg.FEATURES.DIR:  # unknown names, before any file of theirs is looked at
+            architecture(cfg.MODEL.BACKBONE.NAME)
+            datasets.spec(cfg.DATASET.NAME)
         cls.check_target(cfg)
         read_prompts(cfg)
         cls.check_settings(cfg)

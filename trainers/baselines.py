@@ -169,13 +169,8 @@ class EditTrainer(RetainingTrainer):
         size = torch.linalg.matrix_norm(displacement)
         residual = float(torch.linalg.matrix_norm(missed) / size) if size > 0 else 0.0
         notes = [*notes, f"the texts go {1 - residual:.1%} of their way to the target"]
-        report |= {
-            "residual": residual,
-            "texts": request.texts,
-            "target_draws": draws[0],
-            "retained": len(staying),
-            "left_retain_set": names,
-        }
+        report |= {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
+        report |= {"retained": len(staying), "left_retain_set": names}
         notes += self.left_notes(request.classes, names)
         return Solved(left.float(), displacement.float(), report, notes)
 
@@ -234,9 +229,7 @@ class ForgetLEACE(RetainingTrainer):
     from the retained ones any more, at the least change of the retained hidden states.
 
     The class's texts are those of the request and its evaluation prompt, which no other method
-    sees. The eraser is fitted without its bias (`affine=False`): then it is a linear map of the
-    hidden state and folds into the projection as a change of rank k, k the number of classes. What
-    it equals are means, so the class's texts end on the mean of the retained ones.
+    sees. What it equals are means, so they end on the mean of the retained ones.
     """
 
     name = "leace"
@@ -276,6 +269,9 @@ def leace(
     texts: list[Tensor], retained: Tensor, projection: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """Erase k classes of texts at once: factors of the change, and what is left of the concept.
+
+    The eraser is fitted without its bias (`affine=False`): then it is a linear map of the hidden
+    state and folds into the projection as a change of rank k.
 
     A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
     singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an

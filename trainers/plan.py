@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import datasets
-from clip.architectures import architecture
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
 from evaluation.results import SETTINGS
@@ -57,13 +56,6 @@ def make_plan(cfg) -> Plan:
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
     return Plan(dataset, requests, others, absent)
-
-
-def check_names(cfg) -> None:
-    """Refuse an unknown data set or architecture before any file of theirs is looked at."""
-    if not cfg.FEATURES.DIR:
-        architecture(cfg.MODEL.BACKBONE.NAME)
-        datasets.spec(cfg.DATASET.NAME)
 
 
 def user_lists() -> ModuleType:
