@@ -97,11 +97,9 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
             started = time.perf_counter()
             frame = run_variants(problem_of(world, classes), world.descent)
             scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
-            frame = frame.join(scores)
-            frame.insert(0, "set", dataset)
-            frame.insert(1, "mode", "at once" if len(classes) > 1 else "alone")
-            frame.insert(2, "classes", join_label(classes))
-            frames.append(frame)
+            mode = "at once" if len(classes) > 1 else "alone"
+            place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
+            frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
             what = f"{dataset} / {', '.join(classes)}"
             print(f"  {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return pd.concat(frames, ignore_index=True)

@@ -128,9 +128,7 @@ def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
             marker = "o" if len(means) == 1 or several else None
             axis.plot(means.index, means, style, color=colour, marker=marker, ms=3, label=label)
             if not several:
-                axis.scatter(
-                    part["place"], part[column], s=7, color=colour, alpha=0.5, linewidths=0
-                )
+                axis.scatter(part["place"], part[column], color=colour, **DOTS)
     places = sorted(frame["place"].unique())
     low = min((place for place in places if place > 0), default=1.0)
     axis.set_xscale("symlog", linthresh=low)

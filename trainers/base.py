@@ -378,12 +378,12 @@ class ForgetTrainer(SimpleTrainer):
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
-        from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
-        from evaluation.audit.run import audit_dataset
+        from evaluation.audit.inputs import Inputs
+        from evaluation.audit.run import audit_dataset  # scikit-learn: only where it is used
         from evaluation.tables import report_audit
 
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
-        inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
+        inputs = Inputs(self.bundle, self.others, self.texts.encode)
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
         report_audit(folder, [dataset])

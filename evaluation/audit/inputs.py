@@ -40,11 +40,6 @@ class Inputs:
     encode: Encode | None
 
 
-def encoder(source: ClipSource | None, cache: str | Path) -> Encode | None:
-    """Hidden states of any texts, read from `cache` where they were encoded before."""
-    return FeatureCache(source, cache).texts if source is not None else None
-
-
 def labels_of(logs: Logs, dataset: str) -> list[str]:
     """The labels of a data set's results, in the order of the logs."""
     return [label for label in logs[dataset] if label != SETTINGS]
@@ -69,7 +64,7 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
         )
     places = _places(folder, dataset, given)
     results = [logs[dataset][label]["final_results"] for label in labels_of(logs, dataset)]
-    names, source = [dataset, *sorted(set().union(*results) - {dataset})], None
+    names, encode = [dataset, *sorted(set().union(*results) - {dataset})], None
     if places["features"]:
         try:
             bundles = load_bundles(places["features"], settings["backbone"], names)
@@ -78,13 +73,14 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
     else:
         source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
         own = {"template": settings["template"], "split": settings["split"]}
+        encode = FeatureCache(source, places["cache"]).texts
         where = source, places["root"], places["cache"]
         bundles = {
             name: build_bundle(name, *where, **(own if name == dataset else {})) for name in names
         }
     bundle = bundles.pop(dataset)
     _same(bundle, settings, folder)
-    return Inputs(bundle, bundles, encoder(source, places["cache"]))
+    return Inputs(bundle, bundles, encode)
 
 
 def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict[str, str]:

@@ -35,16 +35,8 @@ from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
 
-MEASURES = {
-    "paraphrase": paraphrase.measure,
-    "neighbours": neighbours.measure,
-    "destinations": destinations.measure,
-    "confusion": confusion.measure,
-    "residue": residue.measure,
-    "retrieval": retrieval.measure,
-    "undo": undo.measure,
-    "relearning": relearning.measure,
-}
+ORDER = (paraphrase, neighbours, destinations, confusion, residue, retrieval, undo, relearning)
+MEASURES = {module.__name__.rpartition(".")[2]: module.measure for module in ORDER}
 STRANGERS = 3  # adapters of other classes that an attacker holds
 
 
