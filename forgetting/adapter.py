@@ -9,28 +9,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, matrix
+from forgetting.checks import DTYPES, ProblemError, matrix, number, weight, whole
 from forgetting.constrained import Ridge
 from forgetting.files import (
-    ANY,
-    HASH,
-    OBJECT,
-    POSITIVE,
-    TEXT,
-    WEIGHT,
     check,
     check_tensors,
+    json_object,
     line,
     naming,
     pack,
+    sha256,
+    text,
     unpack,
-    whole,
     write_bytes,
 )
 from forgetting.problem import AUTO
@@ -40,37 +37,44 @@ UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be rel
 
 # Everything but the tensors.
 FIELDS = {
-    "projection_sha256": HASH,
-    "backbone": TEXT,
-    "weights": TEXT,
-    "dataset": TEXT,
-    "classes": [TEXT, ...],
-    "trainer": TEXT,
-    "settings": OBJECT,
-    "solver": OBJECT,
-    "recipe": OBJECT,
+    "projection_sha256": sha256,
+    "backbone": text,
+    "weights": text,
+    "dataset": text,
+    "classes": [text, ...],
+    "trainer": text,
+    "settings": json_object,
+    "solver": json_object,
+    "recipe": json_object,
 }
+
+
+def _positive(where: str, value: Any) -> None:
+    number(where, value, above=0.0)
+
+
+def _groups(where: str, value: Any) -> None:
+    json_object(where, value)
+    for name, of in value.items():
+        weight(f"{where}.{line(name)}", of)
+
+
 # Of each objective what its recipes hold, and must have in common to be joined.
-_GROUPS = (
-    lambda x: isinstance(x, dict) and all(type(k) is str and WEIGHT[0](v) for k, v in x.items()),
-    "an object with 0 or more for each group",
-)
 SHARED = {
-    "constrained": {"statistics": HASH, "weights": _GROUPS, "mu": POSITIVE},
+    "constrained": {"statistics": sha256, "weights": _groups, "mu": _positive},
     "paper": {
-        "statistics": HASH,
-        "weights": (lambda x: x is None or _GROUPS[0](x), f"null or {_GROUPS[1]}"),
-        "lamb_forget": (lambda x: x == AUTO or WEIGHT[0](x), f"{WEIGHT[1]} or {AUTO!r}"),
-        "lamb_preserve": WEIGHT,
-        "lamb_weight": WEIGHT,
-        "rank": whole(1),
-        "alpha": POSITIVE,
+        "statistics": sha256,
+        "weights": lambda where, x: x is None or _groups(where, x),
+        "lamb_forget": lambda where, x: x == AUTO or weight(where, x),
+        "lamb_preserve": weight,
+        "lamb_weight": weight,
+        "rank": whole,
+        "alpha": _positive,
     },
 }
-PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
+PARTS = [{"dataset": text, "class": text, "forget": whole, "leaving": partial(whole, least=0)}, ...]
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-FACTORS = {"left": (FLOATS, ("w", "r")), "right": (FLOATS, ("r", "d"))}
+FACTORS = {"left": (DTYPES, ("w", "r")), "right": (DTYPES, ("r", "d"))}
 # The tensors of a recipe; `forget` and `leaving` are the rows of all its parts.
 COLUMNS = {
     "forget_hidden": ((torch.float32,), ("forget", "w")),
@@ -136,7 +140,7 @@ class Adapter:
             objective = self.recipe.get("objective")
             if not isinstance(objective, str) or objective not in SHARED:
                 raise ProblemError(f"recipe.objective must be one of {', '.join(SHARED)}")
-            check(self.recipe, {"objective": ANY, **SHARED[objective], "parts": PARTS}, "recipe")
+            check(self.recipe, {"objective": text, **SHARED[objective], "parts": PARTS}, "recipe")
             table, parts = _columns(objective), self.recipe["parts"]
             sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
         check_tensors(self.tensors, table, sizes)

@@ -20,9 +20,10 @@ from forgetting.problem import ForgetProblem
 # the answer (or of the least change that lands, if that is larger) instead, and, the objective
 # being convex, loses in proportion to the distance beyond.
 FREE_RADIUS = 2.0
-# What evaluating a product in float64 may be off by, as a fraction of the lengths that enter it.
-# Sums of a few thousand numbers were off by less than a tenth of that in 30,000 problems.
-ROUNDING = 1e-14
+# What evaluating the objective in float64 may be off by, as a fraction of the lengths that enter it.
+# The most that was seen, against extended precision, is 2.3e-16 in 3,000 problems of all scales and
+# 2e-17 on CLIP's features.
+ROUNDING = 2e-15
 
 
 @dataclass(frozen=True)

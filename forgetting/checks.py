@@ -23,7 +23,7 @@ def matrix(name: str, value: object, width: int | None = None, count: int | None
     Raises:
         ProblemError: no tensor, another shape or kind, NaN, or numbers whose squares overflow.
     """
-    value = _plain(name, value, DTYPES)
+    value = plain(name, value, DTYPES)
     shape = tuple(value.shape)
     if value.ndim != 2 or width not in (None, shape[1]) or count not in (None, shape[0]):
         wanted = ", ".join("any" if size is None else str(size) for size in (count, width))
@@ -60,7 +60,7 @@ def vector(name: str, value: object, count: int) -> Tensor:
 
 def indices(name: str, value: object, count: int, below: int) -> Tensor:
     """`value` as (count,) int64 from 0 to `below` - 1."""
-    value = _plain(name, value, (torch.int64,))
+    value = plain(name, value, (torch.int64,))
     if value.shape != (count,):
         raise ProblemError(f"{name} must have shape ({count},), its shape is {tuple(value.shape)}")
     if count and (value.min() < 0 or value.max() >= below):
@@ -70,7 +70,7 @@ def indices(name: str, value: object, count: int, below: int) -> Tensor:
 
 def mask(name: str, value: object, rows: int | None, columns: int) -> Tensor:
     """`value` as a matrix of truth values."""
-    value = _plain(name, value, (torch.bool,))
+    value = plain(name, value, (torch.bool,))
     shape = tuple(value.shape)
     if value.ndim != 2 or shape[1] != columns or rows not in (None, shape[0]):
         wanted = f"({'any' if rows is None else rows}, {columns})"
@@ -85,7 +85,7 @@ def number(name: str, value: object, above: float = -LARGEST) -> float:
     if not good or 0 < abs(value) < 1 / LARGEST:
         wanted = "" if above == -LARGEST else f" above {above:g}" if above else " above 0"
         raise ProblemError(
-            f"{name} must be a number{wanted} in the range of 1e±40, got {_shown(value)}"
+            f"{name} must be a number{wanted} in the range of 1e±40, got {shown(value)}"
         )
     return value
 
@@ -95,27 +95,24 @@ def weight(name: str, value: object) -> float:
     try:
         number(name, value, above=-1 / LARGEST)
     except ProblemError as error:
-        raise ProblemError(
-            f"{name} must be 0 or more, at most 1e40, got {_shown(value)}"
-        ) from error
+        raise ProblemError(f"{name} must be 0 or more, at most 1e40, got {shown(value)}") from error
     return value
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
     """`value` if it is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
-        raise ProblemError(
-            f"{name} must be a whole number of at least {least}, got {_shown(value)}"
-        )
+        raise ProblemError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
 
-def _plain(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+def plain(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """A dense tensor of one of `dtypes` with data, cut off from gradients and inference mode."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise ProblemError(f"{name} must be a torch tensor, not {kind}; torch.as_tensor makes one")
-    if value.layout != torch.strided or value.dtype not in dtypes or value.device.type == "meta":
+    dense = value.layout == torch.strided and not value.is_nested and not value.is_meta
+    if not dense or value.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ProblemError(
             f"{name} must be a dense tensor of {known}, got {value.dtype}, {value.layout} on "
@@ -127,10 +124,10 @@ def _plain(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a message: one short line."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # an integer of more digits than Python prints
-        text = "a number of many digits"
+    except (ValueError, RecursionError):  # more digits than Python prints, or too deep
+        text = f"a {type(value).__name__} that is too long"
     return text if len(text) <= 60 else f"{text[:57]}..."

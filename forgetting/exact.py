@@ -118,7 +118,7 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
     Returns:
         The solution with its certificate, never worse than no change at all. For weights within a
         factor 1e4 of each other and hidden states whose singular values span up to four decades the
-        gap is at most 1e-9 (and rounding), on CLIP's features about 1e-13. Beyond that, and where
+        gap is at most 1e-9 (and rounding), on CLIP's features about 2e-13. Beyond that, and where
         there is no weight term, the answer carries its true gap, with a warning above 1e-6.
     """
     reduced = _reduced(problem, spectrum)

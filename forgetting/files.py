@@ -3,7 +3,7 @@
 A file is safetensors. Its metadata holds a `format`, fields as JSON, and the SHA-256 of all of
 that together with every tensor. What a field may hold is written down as data:
 
-- `(accepts, words)`: a function that says whether a value is right, and what is right in words;
+- a function `rule(where, value)` that raises ProblemError, such as those of `checks`;
 - `[shape]`: a list of such; `[shape, ...]`: one that is not empty;
 - `{key: shape}`: an object with exactly these keys.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,57 +25,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from forgetting.checks import ProblemError
+from forgetting.checks import ProblemError, plain, shown
 
-SHOWN = 60  # characters of a wrong value in a message
 DEEPEST = 32  # of values within values
-Rule = tuple[Callable[[Any], bool], str]
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number; true and false are none."""
-    return type(value) in (int, float) and -1e300 < value < 1e300
+def text(where: str, value: Any) -> None:
+    """A text, also one that cannot be shown."""
+    if type(value) is not str:
+        raise ProblemError(f"{where} must be a text, not {shown(value)}")
 
 
-def is_hash(value: Any) -> bool:
-    """Whether `value` is a SHA-256 as 64 small hexadecimal digits."""
-    return type(value) is str and len(value) == 64 and not set(value) - set("0123456789abcdef")
+def sha256(where: str, value: Any) -> None:
+    """A SHA-256 as 64 small hexadecimal digits."""
+    if type(value) is not str or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ProblemError(f"{where} must be a SHA-256, not {shown(value)}")
 
 
-def is_json(value: Any, depth: int = 0) -> bool:
-    """Whether JSON can hold `value`: texts, finite numbers, lists and objects, not too deep."""
+def json_object(where: str, value: Any) -> None:
+    """An object that JSON can hold: of texts, finite numbers, lists and objects, not too deep."""
+    if not isinstance(value, dict) or not _is_json(value, 0):
+        raise ProblemError(f"{where} must be an object of finite values, not {shown(value)}")
+
+
+def _is_json(value: Any, depth: int) -> bool:
     if isinstance(value, dict | list | tuple):
         inner = value.values() if isinstance(value, dict) else value
         keys = all(type(key) is str for key in value) if isinstance(value, dict) else True
-        return keys and depth < DEEPEST and all(is_json(item, depth + 1) for item in inner)
-    return value is None or type(value) in (str, bool) or is_number(value)
+        return keys and depth < DEEPEST and all(_is_json(item, depth + 1) for item in inner)
+    plain_number = type(value) in (int, float) and -1e300 < value < 1e300
+    return value is None or type(value) in (str, bool) or plain_number
 
 
-def whole(least: int) -> Rule:
-    """A whole number of at least `least`."""
-    return lambda x: type(x) is int and least <= x < 2**63, f"a whole number of at least {least}"
-
-
-ANY: Rule = (lambda x: True, "anything")
-TEXT: Rule = (lambda x: type(x) is str, "a text")
-HASH: Rule = (is_hash, "a SHA-256")
-POSITIVE: Rule = (lambda x: is_number(x) and x > 0, "a positive number")
-WEIGHT: Rule = (lambda x: is_number(x) and x >= 0, "0 or more")
-OBJECT: Rule = (lambda x: isinstance(x, dict) and is_json(x), "an object of finite values")
-
-
-def line(text: Any) -> str:
+def line(value: Any) -> str:
     """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def shown(value: Any) -> str:
-    """A value in a message, in a few words."""
-    try:
-        text = line(repr(value))
-    except (ValueError, RecursionError):  # thousands of digits, or of levels
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def check(value: Any, shape: Any, where: str) -> None:
@@ -92,14 +77,13 @@ def check(value: Any, shape: Any, where: str) -> None:
                 raise ProblemError(f"{where} must be a list{least}, not {shown(value)}")
             for i, item in enumerate(value):
                 check(item, shape[0], f"{where}.{i}")
-        case (accepts, words):
-            if not accepts(value):
-                raise ProblemError(f"{where} must be {words}, not {shown(value)}")
+        case _:
+            shape(where, value)
 
 
 def check_tensors(
     tensors: Mapping[str, Any],
-    table: Mapping[str, tuple[Iterable[torch.dtype], Sequence[int | str]]],
+    table: Mapping[str, tuple[tuple[torch.dtype, ...], Sequence[int | str]]],
     sizes: Mapping[str, int] | None = None,
 ) -> None:
     """Refuse tensors that are not exactly those of `table`, dense and finite.
@@ -114,13 +98,7 @@ def check_tensors(
             has = "is missing" if name in table else "has no place here"
             raise ProblemError(f"the tensor {shown(name)} {has}")
     for name, (dtypes, dims) in table.items():
-        tensor = tensors[name]
-        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        if not dense or tensor.is_nested or tensor.is_meta or tensor.dtype not in dtypes:
-            is_one = isinstance(tensor, Tensor)
-            kind = f"{tensor.dtype}, {tensor.layout}" if is_one else type(tensor).__name__
-            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ProblemError(f"{name} must be a dense tensor of {words}, not {kind}")
+        tensor = plain(name, tensors[name], dtypes)
         shape = tuple(tensor.shape)
         wanted = tuple(
             dim if isinstance(dim, int) else known.setdefault(dim, size)
@@ -188,9 +166,9 @@ def unpack(
         )
     del metadata["format"]
     fields = {}
-    for name, text in metadata.items():
+    for name, content in metadata.items():
         try:
-            fields[name] = json.loads(text)
+            fields[name] = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ProblemError(f"{line(path)}: {shown(name)} is no JSON ({error})") from error
     with naming(path):

@@ -12,33 +12,22 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import ProblemError, indices, matrix, number, weight
+from forgetting.checks import ProblemError, indices, matrix, number, weight, whole
 from forgetting.constrained import Ridge
-from forgetting.files import (
-    HASH,
-    TEXT,
-    check,
-    check_tensors,
-    naming,
-    pack,
-    unpack,
-    whole,
-    write_bytes,
-)
+from forgetting.files import check_tensors, naming, pack, sha256, text, unpack, write_bytes
 
 FORMAT = "clip-forget-statistics/2"
 # What a file holds: groups with the rows that they were made of, those that left, and what the
-# rows that are there add up to.
-GROUP = {"name": TEXT, "count": whole(1), "removed": whole(0), "rows": HASH}
-FIELDS = {"width": whole(1), "groups": [GROUP]}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# digests of the rows that are there add up to.
+GROUP = {"name": text, "count": whole, "removed": partial(whole, least=0), "rows": sha256}
+FIELDS = {"width": whole, "groups": [GROUP]}
 CHUNK = 4096  # rows that are in float64 at one time
 DIGEST = 2**256
 KEY = 2**64
@@ -202,7 +191,7 @@ class RetainStatistics:
         Raises:
             ProblemError: another width, no floating point numbers, NaN, or numbers beyond float32.
         """
-        check(group, TEXT, "the name of a group")
+        text("the name of a group", group)
         rows = self._check(rows)
         if not len(rows):
             return

@@ -1,0 +1,186 @@
+"""Killed at any moment, and raced: the next run ends where an uninterrupted one does.
+
+Children are forked, so that a kill costs no start of Python; what they would print goes nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from clip.features import build_bundle
+from clip.source import ClipSource
+from engine.files import sha256_file
+from evaluation.audit.record import read_audits
+from evaluation.audit.run import audit_folder
+from evaluation.results import read_logs
+from forgetting import compose, load_adapter
+from tests.conftest import BACKBONE
+
+FEW = 10
+ROUNDS = [FEW, pytest.param(100, marks=pytest.mark.slow)]
+
+
+def fork(call: Callable[[], object]) -> int:
+    """Start `call` in a child; its exit status is what the call gives, or 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        found = call()
+        status = found if isinstance(found, int) else 0
+    finally:
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """Exit status of a child; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_often(call: Callable[[], object], rounds: int, check: Callable[[], None]) -> None:
+    """Kill `call` at random moments, each time run it again to its end, and check what it left."""
+    started = time.monotonic()
+    assert ended(fork(call)) == 0
+    whole, draw, killed = time.monotonic() - started, random.Random(rounds), 0
+    for _ in range(rounds):
+        pid = fork(call)
+        time.sleep(draw.uniform(0, whole))
+        os.kill(pid, signal.SIGKILL)
+        killed += ended(pid) == -signal.SIGKILL
+        assert ended(fork(call)) == 0
+        check()
+    assert killed > rounds / 4  # most kills came in time
+
+
+def no_leftovers(folder: Path) -> None:
+    assert not [path for path in folder.rglob(".tmp-*")]
+
+
+def without_seconds(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return value
+
+
+def agree(folder: Path) -> None:
+    """Every entry of the logs names the adapter that is there."""
+    for dataset, entries in read_logs(folder).items():
+        for label, entry in entries.items():
+            if label != "settings":
+                path = folder / entry["solver"]["adapter"]
+                assert sha256_file(path) == entry["solver"]["adapter_sha256"], (dataset, label)
+                assert load_adapter(path).solver["settings"] == entry["solver"]["settings"]
+
+
+@pytest.fixture
+def command(features, tmp_path) -> list[str]:
+    return [
+        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
+        *("--output-dir", str(tmp_path / "out"), "--trainer", "ForgetUCE", "--forget", "all"),
+    ]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_run_that_overwrites(command, tmp_path, rounds):
+    train.main(command)
+    expected, turn = without_seconds(read_logs(tmp_path / "out")), [0]
+
+    def check() -> None:
+        agree(tmp_path / "out")
+        no_leftovers(tmp_path / "out")
+        assert without_seconds(read_logs(tmp_path / "out")) == expected
+        turn[0] += 1
+
+    kill_often(lambda: train.cli([*command, "--overwrite"]), rounds, check)
+    assert turn[0] == rounds
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_an_audit(command, tmp_path, rounds):
+    train.main(command)
+    folder = tmp_path / "out"
+    audit_folder(folder, without=["relearning"])
+    expected = without_seconds(read_audits(folder))
+
+    def call() -> None:
+        (folder / "audit.json").unlink(missing_ok=True)
+        audit_folder(folder, without=["relearning"])
+
+    def check() -> None:
+        no_leftovers(folder)
+        assert without_seconds(read_audits(folder)) == expected
+
+    kill_often(call, rounds, check)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_an_encoding(tmp_path, rounds):
+    """The data set is drawn, the model read and its images encoded; kills fall into all of it."""
+
+    def call(cache: Path = tmp_path / "cache"):
+        return build_bundle(
+            "MiniShapes", ClipSource("mini"), tmp_path / "data", cache, progress=False
+        )
+
+    expected = call(tmp_path / "other")
+
+    def check() -> None:
+        found = call()
+        assert torch.equal(found.image_features, expected.image_features)
+        assert torch.equal(found.class_hidden, expected.class_hidden)
+        no_leftovers(tmp_path / "cache")
+        for path in (tmp_path / "cache").rglob("*.safetensors"):
+            path.unlink()  # encoded anew in the next round
+
+    kill_often(lambda: call() and None, rounds, check)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_composition(command, tmp_path, rounds):
+    train.main([*command, "--trainer", "ForgetExact", "--output-dir", str(tmp_path / "exact")])
+    cat, owl = (str(tmp_path / f"exact/ToyAnimals/{name}.safetensors") for name in ("cat", "owl"))
+    out = tmp_path / "both.safetensors"
+    assert compose.cli([cat, owl, "--out", str(out)]) == 0
+    expected = sha256_file(out)
+
+    def call() -> int:
+        out.unlink(missing_ok=True)
+        return compose.cli([cat, owl, "--out", str(out)])
+
+    def check() -> None:
+        assert sha256_file(out) == expected
+
+    kill_often(call, rounds, check)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_of_four_runs_with_different_settings_one_wins(command, tmp_path, rounds):
+    for turn in range(rounds):
+        out = tmp_path / f"race{turn}"
+        runs = [
+            [*command, "--trainer", "ForgetExact", "--beta", str(beta), "--output-dir", str(out)]
+            for beta in (0.0, 0.1, 0.2, 0.3)
+        ]
+        children = [fork(lambda argv=argv: train.cli(argv)) for argv in runs]
+        assert sorted(map(ended, children)) == [0, 2, 2, 2]
+        agree(out)
+        no_leftovers(out)
+        betas = {
+            entry["solver"]["settings"]["beta"]
+            for label, entry in read_logs(out)["ToyAnimals"].items()
+            if label != "settings"
+        }
+        assert len(betas) == 1
