@@ -199,11 +199,10 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
             torch.save(model.state_dict(), path)
         source = ClipSource(ENCODER, path, temporary, "cpu")
-        for dataset in all_ds:
+        lists = {name: [*map(datasets.plain, forget_classes_all[name])] for name in all_ds}
+        for dataset, forgotten in lists.items():
             vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
-            forgotten = [datasets.plain(name) for name in forget_classes_all[dataset]]
-            known = datasets.synonyms(dataset)
-            same = {word for name in forgotten for word in known.get(name.casefold(), ())}
+            same = set().union(*synonyms_of(dataset, forgotten).values())
             free = [name for name in vocabulary if name not in same]
             classnames = [*forgotten, *free[:OTHER_NAMES]]
             template = datasets.spec(dataset).template
@@ -223,7 +222,7 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 classnames=classnames,
                 retain_names=vocabulary,
             ).save(bundle_path(folder, ENCODER, dataset))
-    return {name: [*map(datasets.plain, forget_classes_all[name])] for name in all_ds}
+    return lists
 
 
 def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:

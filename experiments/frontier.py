@@ -49,7 +49,8 @@ RETAINED = (  # whether the names of the other sets are known, and the config ke
 )
 APART = ("car",)  # names of all that another set is made of: forgetting it is to harm that set
 VANISHED = 1e-5  # of a squared length
-PRINTED = ["left_max", "margin_low", "rest_mean", "rest_worst", "others_mean", "others_worst"]
+PRINTED = ["target", "beta", "mu", "vocabulary", "left_max", "margin_low", "rest_mean"]
+PRINTED += ["rest_worst", "others_mean", "others_worst", "apart", "worst_class"]
 
 
 class Alone:
@@ -247,8 +248,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         table = frontier(bundles)
     for (name, names), part in table.groupby(["set", "names"], sort=False):
         print(f"\n{name}, names of the other sets {names}")
-        columns = ["target", "beta", "mu", "vocabulary", *PRINTED, "apart", "worst_class"]
-        print(part[columns].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        print(part[PRINTED].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
     print(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
     if args.csv:
         with atomic_path(args.csv) as temporary:

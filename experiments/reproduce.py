@@ -80,8 +80,6 @@ def read_sets(root: str, names: Sequence[str]) -> dict[str, Counts]:
         UserError: sets that are missing, all of them in one line, or the first that is broken.
     """
     states = datasets.available(root)
-    for name in names:
-        datasets.spec(name)
     absent = [f"{name} ({states[name]})" for name in names if states[name] is not None]
     if absent:
         raise UserError(

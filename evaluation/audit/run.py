@@ -135,7 +135,7 @@ def audit_class(
             started = time.perf_counter()
             found[name] = measure(case)
             seconds[name] = time.perf_counter() - started
-    return found | {"seconds": seconds, "verdict": verdict(case.name, found)}
+    return found | {"seconds": seconds, "verdict": verdict(found)}
 
 
 @dataclass(frozen=True)

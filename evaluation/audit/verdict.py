@@ -21,7 +21,7 @@ NAMED = 5  # places within which an attack counts as having named the class
 BAD, GOOD, LIMIT = "bad", "good", "limit"
 
 
-def verdict(name: str, found: dict[str, Any]) -> list[str]:
+def verdict(found: dict[str, Any]) -> list[str]:
     """One line a finding: first what speaks against this forgetting, then what speaks for it, then
     what no change of the text projection can mend (`limit`), then what was not measured.
 
@@ -30,7 +30,7 @@ def verdict(name: str, found: dict[str, Any]) -> list[str]:
     """
     tiers: dict[str, list[str]] = {BAD: [], GOOD: [], LIMIT: []}
     for judge in (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone):
-        for tier, line in judge(name, found):
+        for tier, line in judge(found):
             tiers[tier].append(line)
     parts = [measure for measure in found.values() if isinstance(measure, dict)]
     unmeasured = [line for measure in parts for line in measure.get("not_measured", [])]
@@ -51,7 +51,7 @@ def _fate(found: dict[str, Any]) -> Fate | None:
     return fate(shot["before"]["value"], shot["after"]["value"]) if shot else None
 
 
-def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
+def _own_prompt(found: dict[str, Any]) -> Lines:
     became = _fate(found)
     if became in (None, Fate.UNMEASURED):
         return []
@@ -65,7 +65,7 @@ def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
     return [(GOOD if became is Fate.GONE else BAD, line)]
 
 
-def _words(name: str, found: dict[str, Any]) -> Lines:
+def _words(found: dict[str, Any]) -> Lines:
     words = found.get("paraphrase", {})
     worst = words.get("worst")
     if not worst or worst["after"]["value"] is None:
@@ -89,7 +89,7 @@ def _words(name: str, found: dict[str, Any]) -> Lines:
     return [(BAD, line)]
 
 
-def _neighbours(name: str, found: dict[str, Any]) -> Lines:
+def _neighbours(found: dict[str, Any]) -> Lines:
     near = found.get("neighbours", {})
     if near.get("mean_before") is None:
         return []
@@ -105,7 +105,7 @@ def _neighbours(name: str, found: dict[str, Any]) -> Lines:
     return lines
 
 
-def _logits(name: str, found: dict[str, Any]) -> Lines:
+def _logits(found: dict[str, Any]) -> Lines:
     places = found.get("destinations", {})
     if places.get("worst_auc") is None:
         return []
@@ -117,7 +117,7 @@ def _logits(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT if worst["auc_after"] >= LEAK else GOOD, line)]
 
 
-def _images(name: str, found: dict[str, Any]) -> Lines:
+def _images(found: dict[str, Any]) -> Lines:
     probe = found.get("residue", {}).get("linear_probe")
     if not probe or probe["after"]["value"] is None:
         return []
@@ -128,7 +128,7 @@ def _images(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT if probe["after"]["value"] > PROBED else GOOD, line)]
 
 
-def _relearned(name: str, found: dict[str, Any]) -> Lines:
+def _relearned(found: dict[str, Any]) -> Lines:
     methods = found.get("relearning", {}).get("methods", {})
     needed = {method: values["needed"] for method, values in methods.items()}
     if not needed or _fate(found) not in (Fate.GONE, None):  # what never went cannot come back
@@ -141,7 +141,7 @@ def _relearned(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT, f"{few[method]} {plural} half of it back ({METHODS[method]})")]
 
 
-def _undone(name: str, found: dict[str, Any]) -> Lines:
+def _undone(found: dict[str, Any]) -> Lines:
     undo, lines = found.get("undo", {}), []
     for attack, title in ATTACKERS.items():
         place = (undo.get("attacks", {}).get(attack) or {}).get("place")
