@@ -70,7 +70,7 @@ def unpack(
         try:
             if not Path(path).is_file():  # nor a pipe, which would be waited for
                 raise FileNotFoundError("no such file")
-            # safetensors reads no name that is no UTF-8, and calls a file that may not be read absent.
+            # safetensors reads no name that is not UTF-8, and calls what may not be read absent.
             with open(path, "rb") as raw, safe_open(_name(raw), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
