@@ -30,15 +30,17 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_foreign
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
-from forget_cls import all_ds
+from evaluation.tables import write_table
 from forgetting import ProblemError
+from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
 BACKBONES = ("RN50", "ViT-B/16")
 MODES = {"alone": [], "at once": ["--multiclass"]}
+HEAD = "# The paper's numbers and those measured here"
 COLUMNS = ["backbone", "mode", "data set", "quantity", "paper", "ours"]
 # Kravets and Namboodiri (TMLR 2025): accuracies before forgetting that its authors' files hold.
 PAPER_SET = {
@@ -80,8 +82,6 @@ def read_sets(root: str, names: Sequence[str]) -> dict[str, Counts]:
         UserError: sets that are missing, all of them in one line, or the first that is broken.
     """
     states = datasets.available(root)
-    for name in names:
-        datasets.spec(name)
     absent = [f"{name} ({states[name]})" for name in names if states[name] is not None]
     if absent:
         raise UserError(
@@ -147,12 +147,7 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
         Columns `backbone`, `mode` ("before": nothing is forgotten), `data set`, `quantity`,
         `paper`, `ours`, `difference` (ours less the paper's); NaN where there is no number.
     """
-    rows = []
-
-    def add(mode: str, dataset: str, quantity: str, ours: float | None, paper: float | None):
-        row = {"backbone": backbone, "mode": mode, "data set": dataset, "quantity": quantity}
-        rows.append(row | {"paper": paper, "ours": ours})
-
+    rows: list[tuple] = []  # of all columns but the first and the last
     results = rows_of(read_logs(folder))
     for dataset, test in sets.items():
         own = [row for row in results if row.dataset == dataset]
@@ -160,30 +155,28 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
             continue
         paper = PAPER_SET.get(backbone, {}).get(dataset)
         request = [row for row in own if row.label == own[0].label]
-        add("before", dataset, "whole test set", whole_set(request, test), paper)
+        rows.append(("before", dataset, "whole test set", paper, whole_set(request, test)))
         known = PAPER_CLASS.get(backbone, {}).get(dataset, {})
-        known = {_key(name): value for name, value in known.items()}
+        known = {datasets.key(name): value for name, value in known.items()}
         for name, before in {row.name: row.own.before for row in own}.items():
-            add("before", dataset, name, before, known.get(_key(name)))
+            rows.append(("before", dataset, name, known.get(datasets.key(name)), before))
     for mode, frame in frames_of(folder, sets).items():
-        for dataset, part in frame.groupby("ds", sort=False):
-            add(mode, dataset, "average gain", compute_avg_gain(part), None)
-        add(mode, "all of them", "average gain", compute_avg_gain(frame), None)
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"paper": float, "ours": float})
+        parts = [*frame.groupby("ds", sort=False), ("all of them", frame)]
+        rows += [(mode, name, "average gain", None, compute_avg_gain(part)) for name, part in parts]
+    table = pd.DataFrame([(backbone, *row) for row in rows], columns=COLUMNS)
+    table = table.astype({"paper": float, "ours": float})
     return table.assign(difference=table["ours"] - table["paper"])
 
 
 def forgotten(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFrame:
     """Accuracies before and after forgetting in percent, a row a class, or a set's classes at once
     (see `utils.summarise`)."""
-    parts = []
-    for mode, frame in frames_of(folder, sets).items():
-        part = summarise(frame)
-        part["forgotten"] = part["forgotten"].map(lambda label: ", ".join(split_label(label)))
-        part.insert(0, "backbone", backbone)
-        part.insert(1, "mode", mode)
-        parts.append(part)
-    return pd.concat(parts) if parts else pd.DataFrame()
+    parts = {(backbone, mode): summarise(frame) for mode, frame in frames_of(folder, sets).items()}
+    if not parts:
+        return pd.DataFrame()
+    table = pd.concat(parts, names=["backbone", "mode", None]).reset_index(["backbone", "mode"])
+    table["forgotten"] = table["forgotten"].map(lambda label: ", ".join(split_label(label)))
+    return table
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -218,21 +211,15 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."
     )
-    text = "\n\n".join(
-        [
-            "# The paper's numbers and those measured here",
-            markdown(table),
-            *notes,
-            "# Before and after forgetting, in percent",
-            markdown(after),
-        ]
-    )
+    parts = [HEAD, markdown(table), *notes]
+    parts += ["# Before and after forgetting, in percent", markdown(after)]
+    text = "\n\n".join(parts)
     print(f"\n{text}\n")
     paths = {suffix: Path(args.out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
+    refuse_foreign(paths["md"], HEAD)
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
-    with atomic_path(paths["csv"]) as path:
-        table.to_csv(path, index=False)
+    write_table(table, paths["csv"])
     print(f"results: {', '.join(map(str, folders.values()))}")
     print(f"written: {paths['md']} and {paths['csv']}")
     return table
@@ -244,7 +231,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--data", required=True, help="folder of the image sets")
     parser.add_argument("--out", default="results", help="folder of the results")
     parser.add_argument("--cache", default="cache", help="folder for weights and features")
-    parser.add_argument("--datasets", default=",".join(all_ds), help="names with commas between")
+    lists = ",".join(user_lists().all_ds)
+    parser.add_argument("--datasets", default=lists, help="names with commas between")
     parser.add_argument("--backbones", default=",".join(BACKBONES), help="the same")
     parser.add_argument(
         "--weights", action="append", default=[], metavar="ARCH=PATH", help="a local checkpoint"
@@ -281,7 +269,3 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if failed:
         raise UserError(f"failed: {'; '.join(failed)}; see the messages above")
     return table
-
-
-def _key(name: str) -> str:
-    return datasets.plain(name).casefold()

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +70,8 @@ def unpack(
         try:
             if not Path(path).is_file():  # nor a pipe, which would be waited for
                 raise FileNotFoundError("no such file")
-            with safe_open(path, framework="pt") as file:
+            # safetensors reads no name that is not UTF-8, and calls what may not be read absent.
+            with open(path, "rb") as raw, safe_open(_name(raw), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except UNREADABLE as error:
@@ -95,6 +96,11 @@ def unpack(
         return form, check(fields, here, "metadata"), tensors
 
 
+def _name(file: IO) -> str:
+    """A name of an open file in plain letters."""
+    return f"/dev/fd/{file.fileno()}" if os.name == "posix" else file.name
+
+
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Let a ProblemError within say which file it is about."""
@@ -108,8 +114,9 @@ def write_bytes(data: bytes, path: str | Path, durable: bool = True, replace: bo
     """Write a file, which appears whole or not at all; missing folders are made.
 
     Args:
-        durable: wait until the disk has it. Without that a power cut may leave an empty file, which
-            whoever keeps its digest elsewhere will notice.
+        durable: wait until the disk has it, and remove what killed processes left beside it.
+            Without that a power cut may leave an empty file, which whoever keeps its digest
+            elsewhere will notice.
         replace: whether a file that is there may be replaced.
 
     Raises:
@@ -120,18 +127,34 @@ def write_bytes(data: bytes, path: str | Path, durable: bool = True, replace: bo
         # Made neither by tempfile nor by safetensors' save_file: their files are private (0600).
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".tmp-{16 * '[0-9a-f]'}.safetensors") if durable else ():
+            with suppress(OSError), open(left) as file:
+                if _lock(file, wait=False):  # whoever was writing it is gone
+                    left.unlink()
         try:
             with open(temporary, "wb") as file:
+                _lock(file)
                 file.write(data)
+                file.flush()
                 if durable:
-                    file.flush()
                     os.fsync(file.fileno())
-            (os.replace if replace else _settle)(temporary, path)
+                (os.replace if replace else _settle)(temporary, path)
         finally:
             with suppress(OSError):  # gone already
                 temporary.unlink()
     except (OSError, ValueError) as error:
         raise ProblemError(f"cannot write {line(path)} ({error})") from error
+
+
+def _lock(file: IO, wait: bool = True) -> bool:
+    """Lock a file until it is closed; whether that could be done."""
+    try:
+        import fcntl  # not on every system; without it nothing is removed
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _settle(temporary: Path, path: Path) -> None:

@@ -19,7 +19,6 @@ from forgetting import (
     solve_lora_each,
     solve_requests,
 )
-from forgetting.adapter import recipe_parts
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
 
@@ -57,7 +56,7 @@ class PaperTrainer(ForgetTrainer):
             alpha=float(self.cfg.FORGET.ALPHA),
             **paper_weights(self.cfg),
         )
-        leaving = self.leaving(requests)
+        leaving = self.texts.leaving(self.retain, requests)
         gone = requests.any_of(leaving)
         reports = [
             {
@@ -81,14 +80,10 @@ class ForgetLoRA(PaperTrainer):
     name = "lora"
     block = 64
 
-    def settings(self) -> LoraSettings:
-        """The descent's constants."""
-        node = self.cfg.TRAINER.FORGETLORA
-        return LoraSettings(**{key.lower(): value for key, value in node.items()})
-
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
-        settings = self.settings()
+        node = self.cfg.TRAINER.FORGETLORA
+        settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
         what = f"{self.plan.dataset}: {len(requests)} descents"
         with tqdm(total=settings.steps, unit="step", desc=what, leave=False) as bar:
 
@@ -104,20 +99,17 @@ class ForgetLoRA(PaperTrainer):
             )
         answers = []
         for solution, report in zip(solutions, reports, strict=True):
-            notes = []
-            if not solution.reached:
-                notes.append(
-                    f"no trial of {len(solution.trials)} moved the texts by "
-                    f"{settings.reduction:.0%} of their way; the best, "
-                    f"{solution.reduction:.1%}, is kept"
-                )
-            report |= {
-                key: getattr(solution, key)
-                for key in ("lamb_forget", "objective", "reduction", "reached")
-            }
-            fields = ("lamb_forget", "objective", "reduction", "step")
-            report["trials"] = [{f: getattr(t, f) for f in fields} for t in solution.trials]
+            best = (
+                f"no trial of {len(solution.trials)} moved the texts by {settings.reduction:.0%} "
+                f"of their way; the best, {solution.reduction:.1%}, is kept"
+            )
+            fields = ("lamb_forget", "objective", "reduction")
+            report |= {key: getattr(solution, key) for key in (*fields, "reached")}
+            report["trials"] = [
+                {key: getattr(trial, key) for key in (*fields, "step")} for trial in solution.trials
+            ]
             report["target"] = self.cfg.FORGET.TARGET
+            notes = [] if solution.reached else [best]
             answers.append(Solved(solution.left, solution.right, report, notes))
         return answers
 
@@ -131,21 +123,11 @@ class ForgetOptimum(PaperTrainer):
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
-        gone = requests.any_of(leaving)
-        parts = recipe_parts(
-            None,
-            requests.hidden,
-            problem.double.displacement,
-            requests.owner,
-            [(self.plan.dataset, name) for name in requests.classes],
-            self.retain.rows,
-            self.retain.shares,
-            leaving,
-        )
+        parts = self.parts(requests, problem.double.displacement, leaving)
         recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
         recipe |= {"weights": None} | self.constants()
         answers = []
-        solved = solve_requests(problem, requests.of_text, gone)
+        solved = solve_requests(problem, requests.of_text, requests.any_of(leaving))
         for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
             hidden = requests.hidden[requests.of_text == i].double().to(left)
             d = problem.double.displacement[requests.of_text == i]
@@ -156,12 +138,8 @@ class ForgetOptimum(PaperTrainer):
                 f"{found['branch']}: lamb_forget {found['lamb_forget']:.4g}, c* "
                 f"{found['thresholds']['reach']:.4g}, {proof(found['certificate']['gap'])}"
             )
-            mine = [p for p, r in zip(parts, requests.of_class.tolist(), strict=True) if r == i]
-            answers.append(
-                Solved(
-                    left.float(), right.float(), found | report, [note], recipe=recipe, parts=mine
-                )
-            )
+            factors = left.float(), right.float()
+            answers.append(Solved(*factors, found | report, [note], recipe=recipe, parts=parts[i]))
         return answers
 
     def write_shared(self, folder: Path) -> None:

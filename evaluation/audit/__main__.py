@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser, run
+from engine.cli import SEED, Parser, run
 from evaluation.audit.inputs import PLACES
 from evaluation.audit.run import MEASURES, audit_folder
 from evaluation.tables import report_audit
@@ -23,20 +23,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED"
     )
-    parser.add_argument(
-        "--dataset", action="append", default=[], metavar="NAME", help="only this set (repeatable)"
-    )
-    parser.add_argument(
-        "--forget", action="append", default=[], metavar="LABEL", help="only this label of the logs"
-    )
-    parser.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="MEASURE",
-        help=f"leave one out: {', '.join(MEASURES)}",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the audit's random choices")
+    for option, metavar, about in (
+        ("dataset", "NAME", "only this set (repeatable)"),
+        ("forget", "LABEL", "only this label of the logs"),
+        ("without", "MEASURE", f"leave one out: {', '.join(MEASURES)}"),
+    ):
+        several = {"action": "append", "default": []}
+        parser.add_argument(f"--{option}", metavar=metavar, help=about, **several)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
     for key, text in PLACES.items():
         parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")
     args = parser.parse_args(argv)
