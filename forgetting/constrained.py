@@ -81,14 +81,10 @@ def solve_constrained(
     """Forget k texts at once.
 
     Args:
-        ridge: the statistics of all retained texts and the ridge.
         forget_hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
         leaving: (n, w), texts that are part of the statistics and must not be retained: the
             forgotten names themselves and their synonyms; shares: (n,), the weight w_g / m_g that
-            each has in `G`.
-
-    Raises:
-        ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
+            each has in `G`. Errors as in `solve_constrained_each`.
     """
     h = matrix("forget_hidden", forget_hidden)
     rows = h[:0] if leaving is None else matrix("leaving", leaving)

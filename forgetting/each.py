@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from torch import Tensor
 from forgetting.batches import padded_rows, texts_each
 from forgetting.certificate import certify_each
 from forgetting.checks import mask
-from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
+from forgetting.exact import (
+    AUTO_MARGIN,
+    GOOD_GAP,
+    ExactSolution,
+    Thresholds,
+    above,
+    solve_exact,
+    thresholds,
+)
 from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import Spectrum, find_roots
 
@@ -37,7 +45,7 @@ class EachSolution:
         mu: (C,), reach: (C,) c*, the `lamb_forget` above which the class moves.
         lamb_forget: (C,), the weight that each was solved with.
         primal, bound, gap: (C,), the certificates.
-        solve_seconds, certify_seconds: how long each part took, for all classes together.
+        certify_seconds: how long the certificates took, for all classes together.
         alone: number of classes that were solved again by `solve_exact`, being too close to the
             kernel for the shared factorisation.
     """
@@ -50,7 +58,6 @@ class EachSolution:
     primal: Tensor
     bound: Tensor
     gap: Tensor
-    solve_seconds: float
     certify_seconds: float
     alone: int
 
@@ -102,7 +109,6 @@ def solve_each(
     left, right = torch.zeros_like(exact.forget_hidden), d.clone()
     mu, reach, primal, bound, gap = (left.new_zeros(count) for _ in range(5))
     lamb_forget = left.new_zeros(count)
-    started = time.perf_counter()
     certifying = 0.0
     if problem.lamb_preserve == 0 or problem.lw == 0 or m == 0:
         poor = torch.arange(count)  # a shared factorisation saves nothing, or a weight is zero
@@ -116,30 +122,24 @@ def solve_each(
         ]
         direction, mu, y, u_scale, reach, lamb_forget = map(torch.cat, zip(*parts, strict=True))
         left = direction * (reach < lamb_forget)[:, None]
-        paused = time.perf_counter()
+        started = time.perf_counter()
         triangle = spectrum.rows if len(spectrum.rows) < m else None
         primal, bound, gap = certify_each(
             problem, leaving, lamb_forget, left, y, u_scale, direction, triangle
         )
-        certifying = time.perf_counter() - paused
+        certifying = time.perf_counter() - started
         # Where almost nothing holds a class but what leaves with it, the downdate cancels.
         low = NEAR_KERNEL * problem.lw / problem.lamb_preserve * spectrum.values.max()
         poor = torch.nonzero(~(gap <= GOOD_GAP) | (leaving.any(dim=1) & (mu < low)))[:, 0]
     for i in poor.tolist():
-        single = problem.part(torch.tensor([i], device=device), ~leaving[i])
-        reach[i] = thresholds(single).reach
-        single = settle(single)
-        solution = solve_exact(single)
-        left[i], right[i], lamb_forget[i] = 0.0, 0.0, single.lamb_forget
+        lamb_forget[i], limits, solution = _alone(problem, torch.tensor([i]), leaving[i])
+        left[i], right[i], reach[i] = 0.0, 0.0, limits.reach
         if solution.left.shape[1]:
             left[i], right[i] = solution.left[:, 0], solution.right[0]
         proof = solution.certificate
         mu[i], primal[i], bound[i], gap[i] = solution.mu, proof.primal, proof.bound, proof.gap
-    solving = time.perf_counter() - started - certifying
-    return EachSolution(
-        *(left, right, mu, reach, lamb_forget, primal, bound, gap),
-        *(solving, certifying, len(poor)),
-    )
+    numbers = mu, reach, lamb_forget, primal, bound, gap
+    return EachSolution(left, right, *numbers, certifying, len(poor))
 
 
 def solve_requests(
@@ -165,16 +165,26 @@ def solve_requests(
         if request in place:
             found.append(each.one(place[request]))
             continue
-        part = settle(problem.part(owner == request, ~leaving[request]))
-        solution = solve_exact(part)
+        weight, limits, solution = _alone(problem, owner == request, leaving[request])
         report = {
             **{name: getattr(solution, name) for name in ("branch", "mu", "rho")},
-            "lamb_forget": part.lamb_forget,
+            "lamb_forget": weight,
             "certificate": asdict(solution.certificate),
-            "thresholds": asdict(thresholds(part)),
+            "thresholds": asdict(limits),
         }
         found.append((solution.left, solution.right, report))
     return found
+
+
+def _alone(
+    problem: ForgetProblem, texts: Tensor, gone: Tensor
+) -> tuple[float, Thresholds, ExactSolution]:
+    """Some of the texts without the names that leave, (m,) bool, by `solve_exact`."""
+    part = problem.part(texts, ~gone)
+    limits = thresholds(part)
+    if part.lamb_forget == AUTO:
+        part = replace(part, lamb_forget=above(limits.reach))
+    return part.lamb_forget, limits, solve_exact(part)
 
 
 def _roots(

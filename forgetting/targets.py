@@ -90,10 +90,9 @@ def empty_target(
 def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> Tensor:
     """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
 
-    Another text h with share s(h) of the change becomes `h W - s (1 + beta) h_f W`. With the
-    paper's target, of norm 1 beside embeddings of norm 10, a synonym with s = 0.8 keeps its
-    direction; here it loses it. beta = 0 removes the text's embedding, 0.1 to 0.3 also carries
-    over to other words for it; near 1 the larger change harms others two to four times as much.
+    beta = 0 removes the text's embedding, 0.1 to 0.3 also carries over to other words for it (which
+    keep their direction with the paper's target, of norm 1 beside embeddings of norm 10); near 1
+    the larger change harms others two to four times as much.
 
     Raises:
         ProblemError: beta is not a number of 0 or more.
@@ -119,12 +118,9 @@ def specific_target(
 
     `e = h_f W` is split by ridge regression on what is retained: with `T = W^T G W`, the statistics
     of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
-    direction goes, and a little of its opposite comes (beta); what the text shares with others (all
-    CLIP texts share most of their length) stays. The smaller change harms names that nobody
-    retained about half as much as `opposite_target` with beta 0.2 does, at about half the margin
-    for the forgotten class; where names are retained the two differ little (docs/exact.md). A large
-    `lam` gives `opposite_target`. beta may be negative, down to -1 (no change): some of the text's
-    own direction then stays.
+    direction goes, and a little of its opposite comes (beta; negative, down to -1, which is no
+    change: some of the text's own direction stays). What the text shares with others, as all CLIP
+    texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares the two.
 
     Args:
         gram: `G`, (w, w), the weighted statistics of what is retained.
