@@ -57,12 +57,11 @@ class Spectrum:
         if w == 0:
             raise ProblemError("hidden states have at least one dimension")
         self.rows = rows = triangle(rows) if m > TALL * w else rows.double()
-        self.precise = precise or m < w
         if m == 0:
             self.values, self.vectors = rows.new_zeros(0), rows.new_zeros(w, 0)
             self.noise = EPS * w
             return
-        if self.precise:
+        if precise or m < w:
             _, values, vectors_t = torch.linalg.svd(rows, full_matrices=False)
             vectors, floor = vectors_t.T, EPS * max(m, w)
         else:
