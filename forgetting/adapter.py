@@ -33,7 +33,7 @@ from forgetting.checks import (
 )
 from forgetting.constrained import Ridge
 from forgetting.files import naming, pack, unpack, write_bytes
-from forgetting.problem import AUTO
+from forgetting.problem import NUMBERS
 
 FORMAT = "clip-forget-adapter/2"
 UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be relied on
@@ -60,11 +60,7 @@ SHARED = {
     "paper": {
         "statistics": HASH,
         "weights": either(None, _GROUPS),
-        "lamb_forget": either(AUTO, WEIGHT),
-        "lamb_preserve": WEIGHT,
-        "lamb_weight": WEIGHT,
-        "rank": whole(1),
-        "alpha": POSITIVE,
+        **NUMBERS,
     },
 }
 PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]

@@ -75,7 +75,8 @@ OBJECT: Rule = (lambda x: isinstance(x, dict) and is_json(x), "an object of fini
 
 def either(word: Any, rule: Rule) -> Rule:
     """What `rule` accepts, or this one word."""
-    return lambda x: (type(x) is type(word) and x == word) or rule[0](x), f"{word} or {rule[1]}"
+    words = f"{'null' if word is None else repr(word)} or {rule[1]}"
+    return lambda x: (type(x) is type(word) and x == word) or rule[0](x), words
 
 
 def line(text: Any) -> str:

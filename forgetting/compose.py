@@ -41,10 +41,9 @@ from forgetting.certificate import certify_constrained
 from forgetting.checks import ProblemError, line
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
-from forgetting.problem import Change, ForgetProblem
+from forgetting.problem import NUMBERS, Change, ForgetProblem
 from forgetting.statistics import RetainStatistics, square_root
 
-PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")
 ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # forget or leaving
 # Relative distances. One text encoded in two batches differs by 1e-7, in half precision by 5e-4 or
 # less; the nearest different names of six real sets are 0.1 apart.
@@ -144,7 +143,7 @@ def _solve_paper(
         forget_hidden=h_f,
         retain_hidden=retained,
         target=d,
-        **{key: shared[key] for key in PAPER},
+        **{key: shared[key] for key in NUMBERS},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a poor gap, which is refused

@@ -8,9 +8,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, matrices, whole
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, either, matrices, whole
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
+NUMBERS = {
+    "lamb_forget": either(AUTO, WEIGHT),
+    "lamb_preserve": WEIGHT,
+    "lamb_weight": WEIGHT,
+    "rank": whole(1),
+    "alpha": POSITIVE,
+}
 TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
 
@@ -80,12 +87,8 @@ class ForgetProblem:
                     f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        if self.lamb_forget != AUTO:
-            check(self.lamb_forget, WEIGHT, "lamb_forget")
-        check(self.lamb_preserve, WEIGHT, "lamb_preserve")
-        check(self.lamb_weight, WEIGHT, "lamb_weight")
-        check(self.rank, whole(1), "rank")
-        check(self.alpha, POSITIVE, "alpha")
+        for name, rule in NUMBERS.items():
+            check(getattr(self, name), rule, name)
 
     @cached_property
     def double(self) -> ForgetProblem:
@@ -121,11 +124,11 @@ class ForgetProblem:
         forget, preserve, weight = self.terms(delta)
         return self.lamb_forget * forget + self.lamb_preserve * preserve + self.lamb_weight * weight
 
-    def part(self, texts: Tensor, staying: Tensor | None = None) -> ForgetProblem:
+    def part(self, texts: Tensor | slice, staying: Tensor | None = None) -> ForgetProblem:
         """The problem of some of the texts, with some of the names retained.
 
         Args:
-            texts: (k,) index or mask of rows of `forget_hidden`.
+            texts: (k,) index, mask or slice of rows of `forget_hidden`.
             staying: (m,) mask of rows of `retain_hidden`; None: all stay.
         """
         return replace(
