@@ -38,8 +38,10 @@ case $multiclass in
     1) flag=--multiclass ;;
     *) die "MULTICLASS must be 0 or 1, got '$multiclass'" ;;
 esac
-seeds=$(printf '%s' "$seeds" | tr ',' ' ')
-datasets=$(printf '%s' "$datasets" | tr ',' ' ')
+# Each once, and a seed without zeros in front: 00 and 0 are one.
+names() { printf '%s' "$1" | tr ', ' '\n\n' | sed "$2" | awk 'NF && !seen[$0]++'; }
+seeds=$(names "$seeds" 's/^0*\([0-9]\)/\1/')
+datasets=$(names "$datasets" "")
 for seed in $seeds; do
     case $seed in '' | *[!0-9]*) die "SEED must be an integer of 0 or more, got '$seed'" ;; esac
 done

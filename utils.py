@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from os import PathLike
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +51,8 @@ def create_results(
     Raises:
         UserError: no results there, or none of the asked kind, or torn logs.
     """
+    if not isinstance(folder, str | PathLike):
+        raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
     folder = Path(folder)
     if not (folder / LOGS).is_file():
         raise UserError(f"no results in {folder}: {folder / LOGS} is missing; run forget_clip.sh")
@@ -160,14 +163,14 @@ def compare_results(folders: dict[str, str | Path], multiclass: bool = False) ->
     Raises:
         UserError: no class is in all folders.
     """
+    if not isinstance(folders, Mapping) or not folders:
+        raise UserError(f"folders must map names to results folders, got {folders!r:.80}")
     tables = {}
     for name, folder in folders.items():
         df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
         table = summarise(df).set_index(["data set", "forgotten"])
         seconds = {(row.dataset, row.label): row.solver.get("seconds") for row in rows_of(logs)}
         tables[name] = table.assign(seconds=pd.Series(seconds, dtype=float))
-    if not tables:
-        raise UserError("no results folder to compare")
     joined = pd.concat(tables, axis=1, join="inner")  # columns (method, column of `summarise`)
     if joined.empty:
         raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")

@@ -30,8 +30,8 @@ import torch
 import train
 from benchmarks.solver import random_workload
 from clip.bundle import FeatureBundle, bundle_path, load_bundle
-from engine import TRAINER_REGISTRY, UserError
-from engine.cli import Parser
+from engine import TRAINER_REGISTRY
+from engine.cli import Parser, whole
 from engine.files import Batch
 from evaluation.audit.run import audit_folder
 
@@ -157,10 +157,13 @@ def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict
     return row
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def start_up() -> float:
     """Seconds until a fresh process has imported what a run needs."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import train"], check=True)
+    subprocess.run([sys.executable, "-c", "import train"], check=True, cwd=ROOT)
     return time.perf_counter() - started
 
 
@@ -171,13 +174,12 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--backbone", default="ViT-B/16", help="of the bundle")
     parser.add_argument("--dataset", default="ImageNetText", help="name of the bundle")
     parser.add_argument("--trainer", default="ForgetExact", help="name of the method")
-    parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES))
+    count = whole(2, 10**6)
+    parser.add_argument("--classes", type=count, nargs="+", default=list(CLASSES))
     parser.add_argument(
-        "--slowly", type=int, nargs="*", default=[CLASSES[0]], help="also one class at a time"
+        "--slowly", type=count, nargs="*", default=[CLASSES[0]], help="also one class at a time"
     )
     args = parser.parse_args(argv)
-    if min([*args.classes, *args.slowly]) < 2:
-        raise UserError("--classes and --slowly must be at least 2")
     TRAINER_REGISTRY.get(args.trainer)
     if args.features:
         bundle = load_bundle(args.features, args.backbone, args.dataset)

@@ -14,8 +14,7 @@ import time
 
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine import UserError
-from engine.cli import Parser
+from engine.cli import COUNT, Parser
 from evaluation.zero_shot import evaluate_classes
 
 
@@ -31,13 +30,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = Parser(prog="python -m benchmarks pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="MiniSymbols")
     parser.add_argument("arch", nargs="?", default="mini")
-    parser.add_argument("--classes", type=int, default=3, help="how many classes are forgotten")
+    parser.add_argument("--classes", type=COUNT, default=3, help="how many classes are forgotten")
     parser.add_argument("--root", default="data")
     parser.add_argument("--cache", default="cache", help="folder of downloaded weights")
     parser.add_argument("--weights")
     args = parser.parse_args(argv)
-    if args.classes < 1:
-        raise UserError(f"--classes must be at least 1, got {args.classes}")
     source = ClipSource(args.arch, args.weights, args.cache)
     source.encode_hidden([""])  # loading the model is not what is compared
 

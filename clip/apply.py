@@ -62,10 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = out.absolute().parent
     if not folder.is_dir():  # a typing error must not become a folder
         raise UserError(f"no folder {folder} to write {out.name} into; make it first")
-    try:
-        adapter = load_adapter(args.adapter)
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    adapter = load_adapter(args.adapter)
     source = ClipSource(adapter.backbone, args.weights, args.cache)
     if projection_sha256(source.projection) != adapter.projection_sha256:
         raise UserError(
@@ -76,5 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 
 
+def cli(argv: list[str] | None = None) -> int:
+    """`main` for the shell."""
+    return run(main, argv, refusals=(ProblemError,))
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(cli())

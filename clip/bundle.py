@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from datasets.names import flaw
+from datasets.names import flaw, is_text
 from engine.errors import UserError, nearest
-from engine.files import atomic_path, refuse_existing
+from engine.files import atomic_path, parse_json, readable, refuse_existing
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
@@ -253,10 +253,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"feature bundle {path} {kind}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with readable(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"feature bundle {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # the reader raises whatever foreign bytes lead it to
         reason = str(error).splitlines()[0]
         raise UserError(
             f"feature bundle {path} is truncated or not a safetensors file ({reason})"
@@ -265,9 +267,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _strings(where: str | Path, key: str, text: str) -> list[str]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise _error(where, key, f"is not valid JSON ({error})") from error
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise _error(where, key, "is not a JSON list of strings")
+    if not isinstance(values, list) or not all(map(is_text, values)):
+        raise _error(where, key, "is not a JSON list of texts")
     return values

@@ -26,6 +26,7 @@ from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
 from engine import UserError, atomic_path, lock
+from engine.files import readable
 
 SHARD = 512  # images; what a killed run loses at most
 
@@ -188,7 +189,8 @@ def _alone(path: Path) -> Iterator[None]:
 def _read(path: Path) -> Tensor | None:
     """The tensor at `path`, or None if there is none or the file is damaged."""
     try:
-        return load_file(path)["features"]
+        with readable(path) as name:
+            return load_file(name)["features"]
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError):

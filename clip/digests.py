@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from engine.errors import UserError
-from engine.files import lock, sha256_file, write_json_atomic
+from engine.files import lock, read_json, sha256_file, write_json_atomic
+from engine.schema import Text, fault
+
+# Path -> size, times and inode, then the SHA-256.
+Register = dict[Text, Annotated[list[int | Text], Field(min_length=5, max_length=5)]]
 
 
 def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
@@ -27,7 +32,8 @@ def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = known.get(path, [])
-        found[path] = entry if entry[:-1] == stamp else [*stamp, sha256_file(path)]
+        same = entry[:-1] == stamp and isinstance(entry[-1], str)
+        found[path] = entry if same else [*stamp, sha256_file(path)]
     if found != {path: known.get(path) for path in found}:
         with suppress(UserError), lock(register):
             write_json_atomic(_read(register) | found, register)
@@ -36,8 +42,14 @@ def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
 
 def _read(register: Path) -> dict[str, list[Any]]:
     """What is remembered; nothing if that is damaged or missing."""
-    try:
-        content = json.loads(register.read_text(encoding="utf-8"))
-        return {path: entry for path, entry in content.items() if len(entry) == 5}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    if not register.exists():
         return {}
+    try:
+        content = read_json(register, "the register of files")
+    except UserError as error:
+        print(f"clip: {error}; it is made again")
+        return {}
+    if fault(Register, content):
+        print(f"clip: {register} is no register of files; it is made again")
+        return {}
+    return content

@@ -29,9 +29,8 @@ from tqdm import tqdm
 from clip.architectures import architecture
 from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
-from engine.cli import Parser, run
-from engine.errors import UserError
-from engine.files import atomic_path, refuse_existing
+from engine.cli import SEED, Parser, run, whole
+from engine.files import atomic_path, read_json, refuse_existing
 
 STEPS = 1500
 BATCH = 256  # pictures a step: one of each class, then of vocabulary names in random order
@@ -166,14 +165,12 @@ def zero_shot(model: nn.Module, dataset: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line above. Raises UserError if an option makes no sense."""
+    """The command line above."""
     parser = Parser(prog="python -m clip.train_mini", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("mini.safetensors"), help="file to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--steps", type=whole(1, 10**9), default=STEPS)
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least 1 is needed")
     refuse_existing(args.out, "choose another --out")
     torch.set_num_threads(THREADS)
     model = train(args.seed, args.steps)
@@ -183,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     model.load_state_dict(state)  # what is reported is what float16 kept
     accuracies = {dataset: round(zero_shot(model, dataset), 4) for dataset in mini.MINI}
-    config = json.loads(architecture("mini").config.read_text(encoding="utf-8"))
+    config = read_json(architecture("mini").config)
     about = {"seed": args.seed, "steps": args.steps, "accuracies": accuracies, "config": config}
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
     with atomic_path(args.out) as scratch:  # save_file would make it readable by its owner alone

@@ -17,6 +17,12 @@ def plain(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a text that Unicode can spell: JSON, and bytes of a file name that are no
+    UTF-8, make some that it cannot."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def key(name: str) -> str:
     """What two spellings of one name have in common: `plain`, in lower case."""
     return plain(name).casefold()
@@ -52,6 +58,8 @@ def flaw(classnames: Sequence[str]) -> str:
     """
     labels: dict[str, int] = {}
     for label, name in enumerate(classnames):
+        if not is_text(name):
+            return f"label {label} has a name that is no text: {name!r:.80}"
         if not plain(name):
             return f"label {label} has an empty name"
         if (other := labels.setdefault(plain(name), label)) != label:

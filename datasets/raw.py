@@ -7,7 +7,6 @@ gives the images of a published split, so numbers on them are not comparable wit
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine import UserError
+from engine.files import read_json
 
 from .names import plain
 from .split import PARTS, Item, Split, check_split
@@ -141,8 +141,8 @@ def _flower_names(folder: Path) -> list[str]:
         from torchvision.datasets import Flowers102
 
         return list(Flowers102.classes)
+    names = read_json(path)
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
         return [names[str(number)] for number in range(1, len(names) + 1)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: must map '1', '2', ... to flower names ({error!r})") from error

@@ -6,12 +6,12 @@ what is wrong in one is told as file, list and entry, before any image is opened
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine import UserError, inside
+from engine.files import read_json
 
 from .names import flaw
 
@@ -46,13 +46,7 @@ def read_split(path: Path) -> Split:
     Raises:
         UserError: no file, no JSON, or an entry that breaks the format (which one, and why).
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"split file {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"split file {path}: is not JSON ({error}); download it again") from error
-    return check_split(content, str(path))
+    return check_split(read_json(path, "split file"), str(path))
 
 
 def check_split(content: Any, where: str) -> Split:

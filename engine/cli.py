@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -23,6 +25,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        for text in args or ():
+            if "\0" in text:  # no file has such a name, and no shell passes it on
+                self.error(f"the argument {text!r:.80} holds a NUL character")
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -36,6 +41,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `low` to `high`."""
+
+    def take(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,30}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low:,} to {high:,}, got {text!r:.80}"
+            )
+        return int(text)
+
+    return take
+
+
+SEED = whole(0, 2**32 - 1)
+COUNT = whole(1, 10**6)
+
+
+def one_line(text: str) -> str:
+    """`text` as any terminal can show it on one line: what is no printable character is spelled
+    as Python spells it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def run(
     main: Callable[[Sequence[str] | None], object],
     argv: Sequence[str] | None = None,
@@ -46,6 +74,9 @@ def run(
 
     `refusals` are exceptions beside UserError whose text is such a line.
     """
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main(argv)
         sys.stdout.flush()
@@ -54,15 +85,20 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, *refusals) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _refuse(f"{where}{error.strerror or error}")
+    except MemoryError:
+        return _refuse("out of memory")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _refuse(line: str) -> int:
+    print(f"error: {one_line(line)}", file=sys.stderr)
+    return 2
 
 
 def commands(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -22,25 +24,32 @@ from engine.errors import UserError
 LOCK_TIMEOUT = 600.0  # seconds
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EMPTY_NAME = "%"  # no escaped name is a bare percent sign, so it can stand for ""
+TEMPORARY = ".tmp-" + 16 * "[0-9a-f]" + "*"  # the names of files and folders in the making
+MARKED = 2**20  # bytes at the start of a file of ours that hold its mark
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the body a temporary path beside `path`; put what it wrote there in one step.
+    """Give the body a temporary path; put what it wrote there at `path` in one step.
 
     The body creates a file or a folder at the path it is given. If it succeeds, that is synced to
     disk and renamed to `path`: a reader sees the old content or the new, never a part. If it
     raises, the temporary is removed and `path` stays as it was. Missing parent folders are made.
     A folder cannot replace a folder that has content.
 
-    The temporary keeps the suffix of `path`, since some writers choose their format by it.
+    The temporary has the name of `path`, in a folder beside it that is locked: what a killed
+    process left is known by its lock, which is gone, and removed by the next one that writes there.
 
     Raises UserError if the place cannot be written (read-only, full, no folder).
     """
     path = Path(path)
-    # Not made by tempfile: its files are private (0600) and would stay so after the rename.
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
-    _make_parent(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent.absolute())
+        workshop, held = _workshop(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = workshop / path.name
     try:
         yield temporary
         if temporary.is_file():
@@ -54,10 +63,39 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise _cannot_write(path, error) from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # gone already, or on a read-only disk
-            temporary.unlink()
+        shutil.rmtree(workshop, ignore_errors=True)
+        os.close(held)
+
+
+def _workshop(parent: Path) -> tuple[Path, int]:
+    """A new folder for what is in the making, and the descriptor that holds it locked."""
+    while True:
+        # Not made by tempfile: what that makes is private (0600).
+        folder = parent / f".tmp-{secrets.token_hex(8)}"
+        folder.mkdir()
+        held = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: nothing is ever swept there
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if folder.exists():  # else it was swept before it was locked
+            return folder, held
+        os.close(held)
+
+
+@cache
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in the making in a folder: temporaries that nobody holds
+    locked. Looks once a process."""
+    for path in folder.glob(TEMPORARY):
+        with suppress(OSError):
+            held = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(held)
 
 
 def _make_parent(path: Path) -> None:
@@ -79,10 +117,78 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Another name of a file, for libraries that read none whose name is no UTF-8, and that say of
+    a file that may not be read that it is not there.
+
+    Raises OSError if the file cannot be opened, which says why.
+    """
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}" if os.name == "posix" else os.fspath(path)
+
+
 def refuse_existing(path: str | os.PathLike[str], instead: str = "choose another name") -> None:
     """UserError if there is something at `path`, so that nothing of the user's is overwritten."""
     if os.path.lexists(path):
         raise UserError(f"{os.fspath(path)} exists and is not overwritten; {instead}")
+
+
+def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
+    """UserError if there is something at `path` that does not hold `mark`, as all that we write
+    there does: nothing of the user's is overwritten."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(MARKED)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot_write(Path(path), error) from error
+    if mark.encode() not in start and start.strip(b"\0"):  # a power cut leaves nothing, or zeros
+        raise UserError(
+            f"{os.fspath(path)} is there and was not written by this program; move it away or "
+            "choose another name"
+        )
+
+
+class NoJSON(UserError):
+    """A file that is there and can be read, and is no JSON."""
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says; None for its NaN, since nothing was measured there.
+
+    Raises:
+        ValueError: no JSON, nested too deeply, or an object with one key twice.
+    """
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return found
+
+    try:
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=whole)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
+    """What a JSON file holds, see `parse_json`; `what` says what kind of file it is.
+
+    Raises:
+        NoJSON: no JSON, or not in UTF-8; UserError: a file that cannot be read.
+    """
+    where = f"{what} {os.fspath(path)}".strip()
+    try:
+        return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NoJSON(f"{where} is not JSON ({error})") from error
 
 
 def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> None:
@@ -90,7 +196,8 @@ def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None
     files that grow with the number of classes take ten times as long to write with an indent."""
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A byte of a file name that is no UTF-8 is a lone surrogate, which JSON spells like Python.
+        temporary.write_bytes(text.encode("utf-8", errors="backslashreplace") + b"\n")
 
 
 class Batch:

@@ -71,7 +71,10 @@ def _open_new(path: Path) -> TextIO:
     names = [path.name, path.name + stamp]
     while True:
         try:  # "x" decides between two processes too; line by line, so a killed run has its log
-            return open(path.with_name(names[0]), "x", buffering=1, encoding="utf-8")
+            return open(
+                path.with_name(names[0]), "x", buffering=1, encoding="utf-8",
+                errors="backslashreplace",
+            )  # fmt: skip
         except FileExistsError:
             names = names[1:] or [f"{path.name}{stamp}-{time.monotonic_ns()}"]
 

@@ -15,7 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.files import atomic_path
+from engine.errors import UserError
+from engine.files import atomic_path, refuse_foreign
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,13 @@ STYLE = {
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
     "savefig.dpi": 110,
 }
+GENERATOR = "clip-forget picture"  # in every picture, so that nothing else is drawn over
+# The formats that hold such a text, and where.
+MARKS = {
+    ".png": {"Software": GENERATOR},
+    ".svg": {"Creator": GENERATOR},
+    ".pdf": {"Creator": GENERATOR},
+}
 FEW = 160  # colours of a PNG: no eye sees the difference, and the file is a third as large
 
 
@@ -58,24 +66,42 @@ def drawing(path: str | Path, width: float, height: float, small: bool = True) -
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
-    path = Path(path)
+    path = check_picture(path)
+    marks = MARKS[path.suffix.lower()]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with atomic_path(path) as temporary:
             if small and path.suffix.lower() == ".png":
-                _save_small(figure, temporary)
+                _save_small(figure, temporary, marks)
             else:
-                figure.savefig(temporary)
+                figure.savefig(temporary, metadata=marks)
 
 
-def _save_small(figure: Figure, path: Path) -> None:
+def check_picture(path: str | Path) -> Path:
+    """`path`, if a picture may be drawn there.
+
+    Raises:
+        UserError: a suffix of another format, or a file that is no picture of ours.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in MARKS:
+        raise UserError(f"picture {path}: its name must end in {', '.join(MARKS)}")
+    refuse_foreign(path, GENERATOR)
+    return path
+
+
+def _save_small(figure: Figure, path: Path, marks: dict[str, str]) -> None:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    drawn = BytesIO()
+    drawn, written = BytesIO(), PngInfo()
+    for key, text in marks.items():
+        written.add_text(key, text)
     figure.savefig(drawn, format="png")
     with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(FEW).save(path, format="PNG", optimize=True)
+        few = picture.convert("RGB").quantize(FEW)
+        few.save(path, format="PNG", optimize=True, pnginfo=written)
 
 
 PROMPTS = 14  # rows of the panel of other words: the worst ones

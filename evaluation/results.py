@@ -25,8 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
-from evaluation.schema import SETTINGS, Args, check, check_logs, read_json
+from engine.files import (
+    NoJSON,
+    atomic_path,
+    escape,
+    inside,
+    lock,
+    read_json,
+    refuse_foreign,
+    sha256_file,
+    sweep,
+    write_json_atomic,
+)
+from evaluation.schema import SETTINGS, Args, check, check_logs
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
@@ -79,17 +90,15 @@ def read_logs(folder: str | Path) -> Logs:
         UserError: results of another shape, see `evaluation.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
-    problem = "not an object of data sets"
+    problem = "it is not an object of data sets"
+    if not path.exists():
+        return {}
     try:
         logs = read_json(path)
         if isinstance(logs, dict) and all(isinstance(entries, dict) for entries in logs.values()):
             check_logs(logs, path)
             return logs
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except ValueError as error:
+    except NoJSON as error:
         problem = str(error)
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
 
@@ -189,7 +198,9 @@ def merge_results(
     Raises:
         UserError: results with other settings are there now; those that fit are written first.
     """
-    from forgetting.adapter import write_bytes  # torch: who only reads results waits for none
+    # Not above: torch, and who only reads results waits for none.
+    from forgetting.adapter import FORMAT
+    from forgetting.files import write_bytes
 
     folder, path = Path(folder), Path(folder) / LOGS
     refused: UserError | None = None
@@ -202,6 +213,7 @@ def merge_results(
             try:
                 if not overwrite and is_done(folder, logs, dataset, one.label, solver[SETTINGS]):
                     continue
+                refuse_foreign(folder / one.place, FORMAT.rpartition("/")[0])
             except UserError as error:
                 refused = error
                 continue
@@ -209,6 +221,7 @@ def merge_results(
             if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
                 model.unlink()
                 print(f"  removed {model}: it belonged to the adapter that was replaced")
+            sweep((folder / one.place).parent)
             # Not waited for: after a power cut the digest tells that the file is not the adapter.
             write_bytes(one.data, folder / one.place, durable=False)
             digest = hashlib.sha256(one.data).hexdigest()

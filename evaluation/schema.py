@@ -6,40 +6,16 @@ Readers behind this door look nothing over again. Keys that are not named here m
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, InstanceOf, TypeAdapter
-from pydantic import ValidationError as Invalid
-from typing_extensions import TypedDict
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from engine.errors import UserError
+from engine.schema import Text, fault, shape, some
 
 SETTINGS = "settings"  # the key of logs.json beside the labels of a data set
 SHOWN = 40  # characters of a wrong value in a message
-WORDS = {  # pydantic's names of errors -> what would be right
-    "dict_type": "an object",
-    "list_type": "a list",
-    "too_short": "an object that is not empty",
-    "is_instance_of": "a text",
-    "int_type": "a whole number",
-    "bool_type": "a boolean",
-    "float_type": "a number",
-    "finite_number": "a number",
-    "greater_than_equal": "a number between 0 and 1",
-    "less_than_equal": "a number between 0 and 1",
-}
-
-
-def shape(**keys: Any) -> Any:
-    """The type of an object with these keys."""
-    return TypedDict("object", keys)
-
-
-def some(**keys: Any) -> Any:
-    """The type of an object where any of these keys may be absent."""
-    return TypedDict("object", keys, total=False)
 
 
 def square(confusion: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +46,6 @@ def even(relearning: dict[str, Any]) -> dict[str, Any]:
     return relearning
 
 
-Text = InstanceOf[str]  # not str: JSON can spell names that UTF-8 cannot
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Fraction | None  # None: no image to tell by
 Number = FiniteFloat | None
@@ -180,18 +155,6 @@ Audit = shape(adapter_sha256=Text, settings=dict, classes=dict[Any, Found])
 Args = some(**dict.fromkeys(("dataset", "features", "root", "cache", "weights"), Text | None))
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds, None for its NaN: nothing was measured.
-
-    Raises:
-        ValueError: the file is no JSON; OSError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def check_logs(logs: Any, where: str | Path) -> None:
     """Refuse logs of another shape.
 
@@ -225,25 +188,14 @@ def check_audits(audits: Any, where: str | Path) -> None:
 
 def check(kind: Any, value: Any, where: str | Path, *path: str) -> None:
     """Refuse a value that is not of a type; `path` holds the keys that lead to it in `where`."""
-    try:
-        adapter(kind).validate_python(value, strict=True)
-    except Invalid as error:
-        first = error.errors(include_url=False)[0]
-        path += tuple(str(key) for key in first["loc"] if key != "")
-        wanted = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-        if first["type"] == "missing":
-            *path, lacking = path
-            wanted = f"an object with {lacking}"
-        keys = " / ".join(key if key.isprintable() else repr(key) for key in path)
-        found = json.dumps(first["input"])
-        found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
+    found = fault(kind, value)
+    if found is not None:
+        keys = " / ".join(
+            key if key.isprintable() else repr(key) for key in (*path, *map(str, found.path))
+        )
+        shown = json.dumps(found.found)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
         raise UserError(
-            f"{where}: {keys or 'all of it'} must be {wanted}, and is {found}; "
+            f"{where}: {keys or 'all of it'} must be {found.wanted}, and is {shown}; "
             "mend it, or move the file away"
-        ) from None
-
-
-@cache
-def adapter(kind: Any) -> TypeAdapter:
-    """What checks a type, made once."""
-    return TypeAdapter(kind)
+        )

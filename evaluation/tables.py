@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from engine.errors import UserError
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_foreign
 from evaluation.audit.record import AUDIT
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
@@ -195,13 +195,23 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV, whole or not at all, over nothing but a table that begins alike.
+
+    Raises:
+        UserError: the place cannot be written, or holds something else.
+    """
+    refuse_foreign(path, ",".join(table.columns[:2]))
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
 def report_audit(folder: Path, datasets: Sequence[str]) -> None:
     """Write the table of a folder's audits as CSV beside them, print its main columns for
     `datasets` with the findings in words, and say where both are."""
     rows = read_rows(folder)
     table = audit_table(rows)
-    with atomic_path(folder / CSV) as temporary:
-        table.to_csv(temporary, index=False)
+    write_table(table, folder / CSV)
     chosen = table[table["data set"].isin(datasets)]
     columns = ["data set", "class", *SHOWN]
     print(chosen[columns].to_string(index=False, float_format="{:.1f}".format, na_rep="-"))

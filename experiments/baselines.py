@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import train
 from engine import unknown
-from engine.cli import Parser
+from engine.cli import SEED, Parser
 from evaluation.results import LOGS
 from evaluation.tables import CSV, method_table
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--dataset", required=True, help="name of a bundle there")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument(
         "--forget", nargs="+", default=["all"], metavar="NAME", help="classes, or all (default)"
     )

@@ -29,17 +29,18 @@ from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine import UserError
-from engine.cli import Parser
+from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
-from engine.files import atomic_path
+from engine.files import refuse_foreign
 from evaluation.results import join_label
+from evaluation.tables import write_table
 from experiments.measure import judged, sides
 from experiments.reproduce import markdown
 from experiments.solvers import problem_of
 from experiments.variants import VARIANTS, run_variants
 from experiments.world import World
-from forget_cls import all_ds, forget_classes_all
 from forgetting import AUTO, solve_exact, thresholds
+from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
 ENCODER, BUNDLED = "RN50", "ViT-B/32"
@@ -199,7 +200,10 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
             torch.save(model.state_dict(), path)
         source = ClipSource(ENCODER, path, temporary, "cpu")
-        lists = {name: [*map(datasets.plain, forget_classes_all[name])] for name in all_ds}
+        users = user_lists()
+        lists = {
+            name: [*map(datasets.plain, users.forget_classes_all[name])] for name in users.all_ds
+        }
         for dataset, forgotten in lists.items():
             vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
             same = set().union(*synonyms_of(dataset, forgotten).values())
@@ -252,14 +256,14 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
     parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
     parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
-    parser.add_argument("--classes", type=int, default=2, help="how many of a set, each alone")
+    parser.add_argument("--classes", type=COUNT, default=2, help="how many of a set, each alone")
     parser.add_argument("--csv", help="where to write a row for every problem and variant")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
-    if args.classes < 1:
-        raise UserError(f"--classes must be at least 1, got {args.classes}")
     if (args.features and args.weights) or (args.backbone and not args.features):
         raise UserError("--backbone goes with --features, and --weights without it")
+    if args.csv:  # refused before the work, not after it
+        refuse_foreign(args.csv, "set,mode")
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:
@@ -282,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             parts = [synonyms_retained(sets[name], words) for name, words in same.items()]
             print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
-        with atomic_path(args.csv) as path:
-            table.to_csv(path, index=False)
+        write_table(table, args.csv)
         print(f"\nwritten: {args.csv}")
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     return table

@@ -18,7 +18,7 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
-from evaluation.plots import COLOURS, drawing
+from evaluation.plots import COLOURS, check_picture, drawing
 from experiments.frontier import UNKNOWN, Alone, frontier, load, plot
 from experiments.solvers import problem_of
 from experiments.world import World
@@ -171,9 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the PNGs")
     args = parser.parse_args(argv)
     paths = {name: args.out / f"{name}.png" for name in ("levels", "phases", "shares", "frontier")}
+    bundles = load(args.features, BACKBONE) if args.features else []
+    for path in paths.values():
+        check_picture(path)
     levels(paths["levels"])
-    if args.features:
-        bundles = load(args.features, BACKBONE)
+    if bundles:
         named = {bundle.dataset: bundle for bundle in bundles}
         with one_thread():
             phases(named.get(SET, bundles[0]), paths["phases"])

@@ -24,8 +24,9 @@ from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
 from engine.determinism import one_thread
-from engine.files import atomic_path
-from evaluation.plots import COLOURS, drawing
+from engine.files import refuse_foreign
+from evaluation.plots import COLOURS, check_picture, drawing
+from evaluation.tables import write_table
 from evaluation.zero_shot import ZeroShot, accuracy
 from experiments.world import retained_by
 from forgetting import solve_constrained_each
@@ -242,6 +243,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--csv", type=Path, help="table to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
+    if args.csv:  # refused before the work, not after it
+        refuse_foreign(args.csv, "set,names")
+    if args.plot:
+        check_picture(args.plot)
     started = time.perf_counter()
     bundles = load(args.features, args.backbone)
     with one_thread():
@@ -251,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         print(part[PRINTED].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
     print(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
     if args.csv:
-        with atomic_path(args.csv) as temporary:
-            table.to_csv(temporary, index=False)
+        write_table(table, args.csv)
     if args.plot:
         plot(table, args.plot)
     return table

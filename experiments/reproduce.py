@@ -30,15 +30,17 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_foreign
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
-from forget_cls import all_ds
+from evaluation.tables import write_table
 from forgetting import ProblemError
+from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
 BACKBONES = ("RN50", "ViT-B/16")
 MODES = {"alone": [], "at once": ["--multiclass"]}
+HEAD = "# The paper's numbers and those measured here"
 COLUMNS = ["backbone", "mode", "data set", "quantity", "paper", "ours"]
 # Kravets and Namboodiri (TMLR 2025): accuracies before forgetting that its authors' files hold.
 PAPER_SET = {
@@ -209,15 +211,15 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."
     )
-    parts = ["# The paper's numbers and those measured here", markdown(table), *notes]
+    parts = [HEAD, markdown(table), *notes]
     parts += ["# Before and after forgetting, in percent", markdown(after)]
     text = "\n\n".join(parts)
     print(f"\n{text}\n")
     paths = {suffix: Path(args.out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
+    refuse_foreign(paths["md"], HEAD)
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
-    with atomic_path(paths["csv"]) as path:
-        table.to_csv(path, index=False)
+    write_table(table, paths["csv"])
     print(f"results: {', '.join(map(str, folders.values()))}")
     print(f"written: {paths['md']} and {paths['csv']}")
     return table
@@ -229,7 +231,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--data", required=True, help="folder of the image sets")
     parser.add_argument("--out", default="results", help="folder of the results")
     parser.add_argument("--cache", default="cache", help="folder for weights and features")
-    parser.add_argument("--datasets", default=",".join(all_ds), help="names with commas between")
+    lists = ",".join(user_lists().all_ds)
+    parser.add_argument("--datasets", default=lists, help="names with commas between")
     parser.add_argument("--backbones", default=",".join(BACKBONES), help="the same")
     parser.add_argument(
         "--weights", action="append", default=[], metavar="ARCH=PATH", help="a local checkpoint"

@@ -29,14 +29,14 @@ from forgetting import (
     solve_constrained_each,
     solve_exact,
     solve_lora_each,
+    solve_requests,
 )
-from trainers.paper import optima
 from trainers.requests import Requests
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
 FEW = 32  # names that leave: with more of them each optimum is found by itself
-Optimum = tuple[Tensor, Tensor, dict[str, Any]]  # of `trainers.paper.optima`
+Optimum = tuple[Tensor, Tensor, dict[str, Any]]  # of `forgetting.solve_requests`
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,13 @@ class Paper(NamedTuple):
     def optima(self) -> list[Optimum]:
         """The proved optimum of each task."""
         if int(self.leaving.sum(dim=1).max()) <= FEW:
-            return optima(*self)
+            return solve_requests(*self)
         found = []
         for problem in map(self.alone, range(len(self.leaving))):
             nothing = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
-            found += optima(problem, torch.zeros(len(problem.target), dtype=torch.int64), nothing)
+            found += solve_requests(
+                problem, torch.zeros(len(problem.target), dtype=torch.int64), nothing
+            )
         return found
 
     def settled(self) -> tuple[list[Optimum], list[int]]:

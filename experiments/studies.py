@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
-from engine.cli import Parser
+from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
 from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
@@ -151,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
     parser.add_argument("--dataset", help="the set to forget from; default: each in turn")
-    parser.add_argument("--classes", type=int, default=5, help="how many random classes")
+    parser.add_argument("--classes", type=COUNT, default=5, help="how many random classes")
     several = {"action": "append", "default": []}
     about = "a class instead of random ones (repeatable), or all"
     parser.add_argument("--forget", metavar="NAME", help=about, **several)
     about = f"only this one of {', '.join(SOLVERS)} (repeatable)"
     parser.add_argument("--solver", metavar="SOLVER", help=about, **several)
-    parser.add_argument("--seed", type=int, default=0, help="of classes, names and descents")
+    parser.add_argument("--seed", type=SEED, default=0, help="of classes, names and descents")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the tables")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
@@ -166,8 +166,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     for solver in args.solver:
         if solver not in SOLVERS:
             raise unknown("solver", solver, SOLVERS)
-    if args.seed < 0 or args.classes < 1:
-        raise UserError("--seed must be 0 or more and --classes 1 or more")
     jobs = make_jobs(args)
     work = []
     for job in jobs:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, indices, mask, number, weight, whole
-from forgetting.constrained import padded
+from forgetting.batches import padded, padded_rows, texts_each
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, indices, mask, whole
 from forgetting.each import solve_each
 from forgetting.exact import settle
 from forgetting.problem import AUTO, ForgetProblem
@@ -43,11 +43,11 @@ class LoraSettings:
     max_trials: int = 100
 
     def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        whole("max_trials", self.max_trials)
-        number("lr", self.lr, above=0.0)
-        weight("lamb_forget_step", self.lamb_forget_step)
-        if weight("reduction", self.reduction) > 1:
+        check(self.steps, whole(1), "steps")
+        check(self.max_trials, whole(1), "max_trials")
+        check(self.lr, POSITIVE, "lr")
+        check(self.lamb_forget_step, WEIGHT, "lamb_forget_step")
+        if check(self.reduction, WEIGHT, "reduction") > 1:
             raise ProblemError(f"reduction must lie from 0 to 1, got {self.reduction}")
 
 
@@ -143,7 +143,7 @@ def solve_lora_each(
         settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
     """
     device, (w, d) = problem.projection.device, problem.projection.shape
-    leaving = mask("leaving", leaving, None, len(problem.retain_hidden)).to(device)
+    leaving = mask("leaving", leaving, len(problem.retain_hidden)).to(device)
     owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
     lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
     found: list[LoraSolution] = []
@@ -157,9 +157,7 @@ def solve_lora_each(
 
 def _lamb_forget(problem: ForgetProblem, owner: Tensor, leaving: Tensor) -> Tensor:
     """The weight (R,) that each request starts with."""
-    count = torch.bincount(owner, minlength=len(leaving))
-    if len(count) != len(leaving) or not count.all():
-        raise ProblemError("each request needs at least one text, and each text one request")
+    count = texts_each(owner, len(leaving))
     if problem.lamb_forget != AUTO:
         return torch.full((len(leaving),), float(problem.lamb_forget), dtype=torch.float64)
     if (count == 1).all():
@@ -224,8 +222,7 @@ class _Descent:
         self.displacement = like[places] * there  # (B, k', d)
         retained = problem.double.retain_hidden
         self.gram = (retained.T @ retained).to(like)  # (w, w)
-        places, there = padded(leaving[requests], like.new_ones(leaving.shape[1]))
-        self.gone = problem.retain_hidden[places] * there[..., None].to(like)  # (B, n, w)
+        self.gone, _ = padded_rows(leaving[requests], problem.retain_hidden)  # (B, n, w)
 
     def run(
         self,

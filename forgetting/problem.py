@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, matrices, number, weight, whole
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, matrices, whole
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
+TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
 
 @dataclass(frozen=True)
@@ -51,38 +52,32 @@ class ForgetProblem:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        names = ("projection", "forget_hidden", "retain_hidden", "target")
-        for name, tensor in zip(
-            names, matrices(**{n: getattr(self, n) for n in names}), strict=True
-        ):
+        found = matrices(**{name: getattr(self, name) for name in TENSORS})
+        for name, tensor in zip(TENSORS, found, strict=True):
             object.__setattr__(self, name, tensor)
         (w, d), k = self.projection.shape, len(self.forget_hidden)
         if k == 0:
             raise ProblemError("forget_hidden is empty: name at least one text to forget")
         if w == 0 or d == 0:
             raise ProblemError(f"a projection of shape {(w, d)} has nothing to change")
-        expected = {
-            "forget_hidden": (k, w),
-            "retain_hidden": (len(self.retain_hidden), w),
-            "target": (k, d),
-        }
-        for name, shape in expected.items():
+        shapes = ((k, w), (len(self.retain_hidden), w), (k, d))
+        for name, shape in zip(TENSORS[1:], shapes, strict=True):
             if getattr(self, name).shape != shape:
                 raise ProblemError(
                     f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        for name in ("lamb_forget", "lamb_preserve", "lamb_weight"):
-            if name != "lamb_forget" or self.lamb_forget != AUTO:
-                weight(name, getattr(self, name))
-        whole("rank", self.rank)
-        number("alpha", self.alpha, above=0.0)
+        if self.lamb_forget != AUTO:
+            check(self.lamb_forget, WEIGHT, "lamb_forget")
+        check(self.lamb_preserve, WEIGHT, "lamb_preserve")
+        check(self.lamb_weight, WEIGHT, "lamb_weight")
+        check(self.rank, whole(1), "rank")
+        check(self.alpha, POSITIVE, "alpha")
 
     @cached_property
     def double(self) -> ForgetProblem:
         """The same problem in float64, in which the exact solvers and all proofs work."""
-        names = ("projection", "forget_hidden", "retain_hidden", "target")
-        return replace(self, **{name: getattr(self, name).double() for name in names})
+        return replace(self, **{name: getattr(self, name).double() for name in TENSORS})
 
     @property
     def lw(self) -> float:

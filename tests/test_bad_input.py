@@ -162,7 +162,7 @@ ROWS = {
     "section": (toy("FORGET", "3"), "unknown config key 'FORGET'; did you mean 'FORGET\\."),
     "no terms": (toy("FORGET.TERMS", "()"), "FORGET.TERMS must be one or more of forget, .*got"),
     "no output folder": (toy("--output-dir", ""), "OUTPUT_DIR must be text, not empty"),
-    "no character": (toy("--cache", "a\0b"), "FEATURES.CACHE must be text"),
+    "no character": (toy("--cache", "a\0b"), "holds a NUL character"),
     "workers": (toy("DATALOADER.NUM_WORKERS", "100000"), "NUM_WORKERS must be .*from 0 to 128"),
     "batch": (toy("DATALOADER.TEST.BATCH_SIZE", "0"), "BATCH_SIZE must be .*got 0"),
     "config pairs": (toy("FORGET.RANK"), "the last has none: 'FORGET.RANK'"),
@@ -253,8 +253,8 @@ def test_torn_logs_are_refused_and_kept_aside(tmp_path, toy_args, refused):
     ("text", "message"),
     [
         ("all_ds = [", r"forget_cls\.py, line 1: '\[' was never closed"),
-        ("all_ds = [Dogs]", r"forget_cls\.py: name 'Dogs' is not defined"),
-        ("all_ds = []; mini_ds = []", r"forget_cls\.py: forget_classes_all must be a dict"),
+        ("all_ds = [Dogs]", r"forget_cls\.py, line 1: name 'Dogs' is not defined"),
+        ("all_ds = []; mini_ds = []", r"forget_cls\.py: it must define forget_classes_all"),
     ],
 )
 def test_a_mistake_in_forget_cls_is_one_line(

@@ -25,6 +25,7 @@ from clip.apply import save_full_model
 from clip.architectures import OPENAI_FILES
 from clip.checkpoint import read_state_dict
 from engine import UserError
+from forgetting import ProblemError
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
 from tests.clip_fixtures import (
     OPENAI,
@@ -218,7 +219,7 @@ def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> N
     one_line(error, tmp_path / "a.safetensors", other)
     assert not out.exists()
     (tmp_path / "a.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"a\.safetensors"):
+    with pytest.raises(ProblemError, match=r"a\.safetensors"):
         apply_command.main([*arguments, "--weights", str(mini)])
 
 

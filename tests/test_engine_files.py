@@ -61,7 +61,7 @@ def test_atomic_path_replaces_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "new" / "file.png"
     for content in ("one", "two"):
         with atomic_path(target) as temporary:
-            assert temporary.parent == target.parent and temporary.suffix == ".png"
+            assert temporary.parent.parent == target.parent and temporary.name == target.name
             temporary.write_text(content)
         assert target.read_text() == content
     assert list(target.parent.iterdir()) == [target]

@@ -62,4 +62,4 @@ def test_the_nearest_name_is_said_and_the_shell_sees_it():
 
 def test_pipeline_needs_a_class(capsys):
     assert benchmarks(["pipeline", "--classes", "0"]) == 2
-    assert "--classes must be at least 1, got 0" in capsys.readouterr().err
+    assert "--classes: must be a whole number from 1 to" in capsys.readouterr().err

@@ -232,7 +232,7 @@ def test_distance_from_ours_is_of_the_same_problem():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--classes", "0"], "--classes must be at least 1, got 0"),
+        (["--classes", "0"], "--classes: must be a whole number from 1 to"),
         (["--backbone", "RN50"], "--backbone goes with --features"),
         (["--features", "nowhere"], "no folder of feature bundles at nowhere"),
         (["--feature", "nowhere"], "did you mean '--features'"),

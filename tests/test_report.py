@@ -253,7 +253,7 @@ def test_files_with_holes_are_shown_or_refused_in_one_line(tmp_path, capsys, nam
         ({"logs.json": "{}"}, "hold no results"),
         ({"logs.json": '{"A": {"settings": {}}}'}, "hold no results"),
         ({"logs.json": '{"A": '}, "torn"),
-        ({"logs.json": '{"A": {}}', "audit.json": "{"}, "cannot read"),
+        ({"logs.json": '{"A": {}}', "audit.json": "{"}, "is not JSON"),
         ({"logs.json": '{"A": {}}', "audit.json": '{"format": "other"}'}, "no audit of format"),
     ],
 )
@@ -280,9 +280,12 @@ def test_an_unknown_primary_names_the_nearest(tmp_path, capsys):
 def test_only_a_report_is_written_over(tmp_path, capsys):
     folder = plant(tmp_path, 1)
     before = (folder / LOGS).read_bytes()
-    for out in (folder / LOGS, folder):
+    for out, why in (
+        (folder / LOGS, "was not written by this program"),
+        (folder, "Is a directory"),
+    ):
         assert run(main, [str(folder), "--out", str(out)]) == 2
-        assert "is no report" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
     assert (folder / LOGS).read_bytes() == before
     for _ in range(2):
         assert run(main, [str(folder), "--out", str(folder / "new" / "r.html")]) == 0

@@ -178,6 +178,7 @@ class ForgetTrainer(SimpleTrainer):
             f"{len(bundle.retain_names)} retained names, projection "
             f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
         )
+        self.pending = self._pending()
 
     def group_weights(self) -> dict[str, float | None]:
         """Weights of the groups of names that the method retains; none by default."""
@@ -268,6 +269,23 @@ class ForgetTrainer(SimpleTrainer):
             "seed": self.cfg.SEED,
         }
 
+    def _pending(self) -> list[list[str]]:
+        """The requests that are not done yet.
+
+        Raises:
+            UserError: the output folder holds results of another kind; before anything is written.
+        """
+        folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
+        logs, settings = check_folder(folder, dataset, self.run_settings()), self.solver_settings()
+        pending = []
+        for classes in self.plan.requests:
+            label = join_label(classes)
+            if not self.cfg.FORGET.OVERWRITE and is_done(folder, logs, dataset, label, settings):
+                print(f"done before, skipped: {dataset} / {label}")
+            else:
+                pending.append(classes)
+        return pending
+
     def train(self) -> None:
         """Forget every request of the plan that is not done yet, each from the original model.
 
@@ -277,14 +295,7 @@ class ForgetTrainer(SimpleTrainer):
         dataset = self.plan.dataset
         folder, overwrite = Path(self.cfg.OUTPUT_DIR), self.cfg.FORGET.OVERWRITE
         settings, solver_settings = self.run_settings(), self.solver_settings()
-        logs = check_folder(folder, dataset, settings)
-        pending = []
-        for classes in self.plan.requests:
-            label = join_label(classes)
-            if not overwrite and is_done(folder, logs, dataset, label, solver_settings):
-                print(f"done before, skipped: {dataset} / {label}")
-            else:
-                pending.append(classes)
+        pending = self.pending
         if pending:
             self.write_shared(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from evaluation.results import place
 from forgetting import (
     ForgetProblem,
     LoraSettings,
-    solve_each,
-    solve_exact,
     solve_lora_each,
-    thresholds,
+    solve_requests,
 )
-from forgetting.exact import settle
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
 
@@ -131,7 +127,7 @@ class ForgetOptimum(PaperTrainer):
         recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
         recipe |= {"weights": None} | self.constants()
         answers = []
-        solved = optima(problem, requests.of_text, requests.any_of(leaving))
+        solved = solve_requests(problem, requests.of_text, requests.any_of(leaving))
         for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
             hidden = requests.hidden[requests.of_text == i].double().to(left)
             d = problem.double.displacement[requests.of_text == i]
@@ -154,62 +150,6 @@ class ForgetOptimum(PaperTrainer):
         if not path.exists():
             self.retain.statistics.save(path)
             print(f"statistics of the vocabulary, for composing: {path}")
-
-
-def optima(
-    problem: ForgetProblem, of_text: Tensor, leaving: Tensor
-) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """The proved optimum of R requests, each from the original model: left (w, r), right (r, d),
-    and what the logs say of it.
-
-    Args:
-        problem: the texts of all requests, and everything that may be retained beside them.
-        of_text: (K,) int64, the request of each text; leaving: (R, m) bool, which rows of
-            `retain_hidden` leave with a request.
-    """
-    count = torch.bincount(of_text, minlength=len(leaving))
-    single = (count == 1).nonzero()[:, 0].tolist()
-    texts = torch.tensor([int((of_text == i).nonzero()[0, 0]) for i in single])
-    each = solve_each(problem.part(texts.long()), leaving[single]) if single else None
-    return [
-        _of_each(each, single.index(i))
-        if i in single
-        else _alone(problem.part(of_text == i, ~leaving[i]))
-        for i in range(len(leaving))
-    ]
-
-
-def _of_each(each: Any, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Class i of an `EachSolution`: factors and report."""
-    branch, reach = each.branch(i), float(each.reach[i])
-    moved = branch != "none"
-    left, right = each.left[i][:, None], each.right[i][None]
-    proved = {"primal": each.primal, "bound": each.bound, "gap": each.gap}
-    report = {
-        "certificate": {key: float(value[i]) for key, value in proved.items()}
-        | {"radius": float("inf")},
-        "branch": branch,
-        "mu": float(each.mu[i]),
-        "rho": 0.0 if moved else float("inf"),
-        "lamb_forget": float(each.lamb_forget[i]),
-        "thresholds": {"start": reach, "reach": reach},
-    }
-    return (left, right, report) if moved else (left[:, :0], right[:0], report)
-
-
-def _alone(problem: ForgetProblem) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """A request of several texts: factors and report."""
-    problem = settle(problem)
-    solution = solve_exact(problem)
-    report = {
-        "certificate": asdict(solution.certificate),
-        "branch": solution.branch,
-        "mu": solution.mu,
-        "rho": solution.rho,
-        "lamb_forget": problem.lamb_forget,
-        "thresholds": asdict(thresholds(problem)),
-    }
-    return solution.left, solution.right, report
 
 
 def proof(gap: float) -> str:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Annotated, NotRequired
+
+from pydantic import Field
 
 import datasets
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
+from engine.schema import Text, fault, shape
 from evaluation.results import SETTINGS
 
 ALL = "all"
+LISTS = "forget_cls.py"
+Prompts = dict[Text, Annotated[list[Text], Field(min_length=1)]]  # class -> its texts
+Lists = shape(
+    all_ds=list[Text],
+    mini_ds=list[Text],
+    forget_classes_all=dict[Text, list[Text]],
+    forget_prompts=NotRequired[dict[Text, Prompts]],
+)
 
 
 @dataclass(frozen=True)
@@ -59,18 +74,68 @@ def make_plan(cfg) -> Plan:
 
 
 def user_lists() -> ModuleType:
-    """The lists of forget_cls.py, which users edit by hand; UserError if it does not read."""
+    """The lists of forget_cls.py, which users edit by hand.
+
+    Raises:
+        UserError: whatever is wrong with it, and in which line.
+    """
     try:
         import forget_cls
-
-        for name, kind in {"all_ds": list, "mini_ds": list, "forget_classes_all": dict}.items():
-            if not isinstance(getattr(forget_cls, name, None), kind):
-                raise UserError(f"forget_cls.py: {name} must be a {kind.__name__}")
     except SyntaxError as error:
-        raise UserError(f"forget_cls.py, line {error.lineno}: {error.msg}") from error
+        if error.filename and Path(error.filename).name == LISTS:
+            raise _wrong(error.lineno, error.msg) from error
+        raise _wrong(_line_of(error), repr(error)) from error
     except NameError as error:
-        raise UserError(f"forget_cls.py: {error}; names of classes stand in quotes") from error
+        raise _wrong(_line_of(error), f"{error}; names of classes stand in quotes") from error
+    except (Exception, SystemExit) as error:  # it is a program, and may do anything
+        raise _wrong(_line_of(error), repr(error)) from error
+    found = fault(Lists, vars(forget_cls))
+    if found is not None and not found.path:
+        raise _wrong(None, found.wanted.replace("an object with", "it must define"))
+    tree = ast.parse(Path(forget_cls.__file__).read_bytes())
+    if found is not None:
+        where, is_there = " / ".join(map(str, found.path)), type(found.found).__name__
+        wanted = found.wanted.replace("an object", "a dict")
+        raise _wrong(_place(tree, *found.path), f"{where} must be {wanted}, and is {is_there}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            for place, key in enumerate(keys):
+                if key in keys[:place]:
+                    raise _wrong(node.lineno, f"the key {key!r} stands twice in one dict")
     return forget_cls
+
+
+def _wrong(line: int | None, problem: str) -> UserError:
+    return UserError(f"{LISTS}{f', line {line}' if line else ''}: {problem}")
+
+
+def _line_of(error: BaseException) -> int | None:
+    """The line of forget_cls.py that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == LISTS]
+    return lines[-1] if lines else None
+
+
+def _place(tree: ast.Module, name: str, *path: str | int) -> int | None:
+    """The line where an element of a list of the file stands, as near as its text tells."""
+    nodes: list[ast.expr] = []
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
+            targets = getattr(statement, "targets", None) or [statement.target]
+            if name in [getattr(target, "id", "") for target in targets]:
+                nodes = [statement.value]
+    for key in path if nodes else ():
+        node = nodes[-1]
+        if isinstance(node, ast.Dict):
+            nodes += [
+                value
+                for known, value in zip(node.keys, node.values, strict=True)
+                if isinstance(known, ast.Constant) and known.value == key
+            ]
+        elif isinstance(node, ast.List) and isinstance(key, int) and key < len(node.elts):
+            nodes.append(node.elts[key])
+    return nodes[-1].lineno if nodes else None
 
 
 def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[str]:

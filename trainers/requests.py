@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,8 @@ from torch.nn.functional import normalize
 import datasets
 from clip.bundle import FeatureBundle
 from engine import UserError, unknown
+from engine.files import read_json, readable
+from engine.schema import fault
 from evaluation.zero_shot import class_embeddings
 from forgetting import (
     TARGETS,
@@ -28,7 +29,7 @@ from forgetting import (
     specific_target,
 )
 from forgetting.targets import check_beta
-from trainers.plan import user_lists
+from trainers.plan import Prompts, user_lists
 
 BARE = "{}"
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
@@ -95,20 +96,14 @@ def read_prompts(cfg) -> dict[str, list[str]]:
         UserError: not a dictionary from class names to lists of texts.
     """
     path = cfg.FORGET.PROMPTS
-    where = path or "forget_cls.py: forget_prompts"
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}") from error
-    if table is None:
-        table = getattr(user_lists(), "forget_prompts", {}).get(cfg.DATASET.NAME, {})
-    good = isinstance(table, dict) and all(
-        isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-        for texts in table.values()
-    )
-    if not good:
+    if not path:
+        return getattr(user_lists(), "forget_prompts", {}).get(cfg.DATASET.NAME, {})
+    table = read_json(path, "file of prompts")
+    if found := fault(Prompts, table):
+        where = " / ".join(map(str, found.path))
         raise UserError(
-            f"{where} must map class names to lists of texts, such as {{'cat': ['{{}}']}}"
+            f"{path} must map class names to lists of texts, such as {{'cat': ['{{}}']}}; "
+            f"{where or 'all of it'} must be {found.wanted}"
         )
     return table
 
@@ -282,7 +277,8 @@ def specific_targets(
 def _vector(path: Path, d: int) -> Tensor:
     """The tensor `target`, (d,) or (1, d), of a safetensors file, as (1, d)."""
     try:
-        vector = load_file(path)["target"].float().reshape(1, -1)
+        with readable(path) as name:
+            vector = load_file(name)["target"].float().reshape(1, -1)
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(
             f"target vector {path}: no safetensors file with a tensor 'target' ({error})"

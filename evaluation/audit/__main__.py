@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser, run
+from engine.cli import SEED, Parser, run
 from evaluation.audit.inputs import PLACES
 from evaluation.audit.run import MEASURES, audit_folder
 from evaluation.tables import report_audit
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         several = {"action": "append", "default": []}
         parser.add_argument(f"--{option}", metavar=metavar, help=about, **several)
-    parser.add_argument("--seed", type=int, default=0, help="of the audit's random choices")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
     for key, text in PLACES.items():
         parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")
     args = parser.parse_args(argv)

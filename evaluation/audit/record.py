@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import lock, write_json_atomic
-from evaluation.schema import check_audits, read_json
+from engine.files import lock, read_json, write_json_atomic
+from evaluation.schema import check_audits
 
 AUDIT = "audit.json"
 FORMAT = "clip-forget-audit/1"
@@ -31,12 +31,9 @@ def read_audits(folder: str | Path) -> Audits:
             is left as it is.
     """
     path = Path(folder) / AUDIT
-    try:
-        record = read_json(path)
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); move it away and audit again") from error
+    record = read_json(path, "the audit")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
     check_audits(record.get("audits"), path)

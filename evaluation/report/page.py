@@ -13,8 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from engine.errors import UserError
-from engine.files import atomic_path
+from engine.files import atomic_path, refuse_foreign
 from evaluation.report import summary
 from evaluation.report.runs import Run
 from evaluation.report.scatter import HEIGHT, WIDTH, mark, scatter
@@ -38,18 +37,12 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
         UserError: the place cannot be written, or holds something that is no report.
     """
     path = Path(path)
-    if path.is_dir() or (path.exists() and not _is_report(path)):
-        raise UserError(f"{path} is there and is no report of ours; choose another --out FILE")
+    refuse_foreign(path, GENERATOR)
     text = render(runs)
     with atomic_path(path) as temporary:
         # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
         temporary.write_bytes(text.encode("utf-8", errors="replace"))
     return path
-
-
-def _is_report(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return GENERATOR.encode() in file.read(2000)
 
 
 def render(runs: list[Run]) -> str:

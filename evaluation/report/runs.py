@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -87,10 +88,14 @@ def _results_folders(folder: Path) -> list[Path]:
         raise UserError(f"no results in {folder}: there is no such folder")
     if (folder / LOGS).is_file():
         return [folder]
-    found = [path.parent for path in folder.rglob(LOGS) if path.is_file()]
+    found = [Path(place) for place, _, files in os.walk(folder, onerror=_closed) if LOGS in files]
     if not found:
         raise UserError(f"no results in {folder}: no {LOGS} there or below; run forget_clip.sh")
     return sorted(found, key=lambda path: _natural(str(path.relative_to(folder))))
+
+
+def _closed(error: OSError) -> None:
+    print(f"report: {error.filename} is left out: {error.strerror}")
 
 
 def _natural(text: str) -> list[tuple[int, int | str]]:
