@@ -417,10 +417,7 @@ class Judge:
         return {name: _whole(accuracy(other.before)) for name, other in self.others.items()}
 
     def after(
-        self,
-        requests: list[list[str]],
-        changes: list[Factors],
-        removed: Sequence[Sequence[str]],
+        self, requests: list[list[str]], changes: list[Factors], removed: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         """The other side, for each request and its change."""
         bundle = self.own.bundle
