@@ -37,7 +37,6 @@ from forgetting import (
     solve_lora_each,
 )
 from forgetting.exact import settle
-from forgetting.retain import square_root
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
 CLASSES = (10, 30, 100, 300, 1000)
@@ -221,12 +220,10 @@ def growth_names(work: Workload) -> pd.DataFrame:
             names.update("names", batch)
             seconds += time.perf_counter() - started
             read += size
-        gram = names.plain()
-        solve, answer = median(
-            lambda gram=gram: solve_exact(replace(one, retain_hidden=square_root(gram)))
-        )
+        root = names.root()
+        solve, answer = median(lambda root=root: solve_exact(replace(one, retain_hidden=root)))
         rows.append(
-            (count, seconds, solve, gram.nbytes / 1e6, answer.branch, answer.certificate.gap)
+            (count, seconds, solve, root.nbytes / 1e6, answer.branch, answer.certificate.gap)
         )
     columns = ["names", "read", "solve", "statistics, MB", "branch", "gap"]
     return pd.DataFrame(rows, columns=columns)

@@ -199,7 +199,8 @@ def merge_results(
         UserError: results with other settings are there now; those that fit are written first.
     """
     # Not above: torch, and who only reads results waits for none.
-    from forgetting.adapter import FORMAT, write_bytes
+    from forgetting.adapter import FORMAT
+    from forgetting.files import write_bytes
 
     folder, path = Path(folder), Path(folder) / LOGS
     refused: UserError | None = None

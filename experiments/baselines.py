@@ -54,12 +54,10 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 def run_methods(
     methods: Sequence[str], out: Path, arguments: Sequence[str], seed: int = 0
 ) -> dict[str, Path]:
-    """Run every method by train.py; what it prints goes to its log alone.
+    """Run methods of `METHODS` by train.py; what it prints goes to its log alone.
 
     Args:
-        methods: names of `METHODS`.
-        out: the folder above the methods' results.
-        arguments: of train.py, what all methods share.
+        out: the folder above the methods' results; arguments: of train.py, what they share.
 
     Returns:
         Method -> folder of its results.
@@ -91,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         "--forget", nargs="+", default=["all"], metavar="NAME", help="classes, or all (default)"
     )
     parser.add_argument("--multiclass", action="store_true", help="forget all of them at once")
-    parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), metavar="NAME", help=", ".join(METHODS)
-    )
+    every = {"default": list(METHODS), "help": ", ".join(METHODS)}
+    parser.add_argument("--methods", nargs="+", metavar="NAME", **every)
     parser.add_argument("--audit", action="store_true", help="audit each method as well")
     args = parser.parse_args(argv)
     for method in args.methods:
@@ -110,21 +107,12 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     first = table.iloc[0]
     print(", ".join(f"{column} {first[column]:.2f}" for column in before))
     shown = table.drop(columns=before)
-    print(shown.to_string(formatters=_formats(shown)))
+    digits = {"classes": 0, "words back": 0, "bytes": 0, "seconds": 3, "avg_gain": 4}
+    print(shown.to_string(formatters={c: f"{{:.{digits.get(c, 2)}f}}".format for c in shown}))
     if table["classes"].nunique() > 1:
-        print(
-            "note: the methods were run on different numbers of classes; means are not of one set"
-        )
+        print("note: the methods ran on different numbers of classes; means are not of one set")
     where = args.out / "METHOD" / f"seed_{args.seed}"
     print(f"results: {where / LOGS}")
     if args.audit:
         print(f"audits: {where / CSV}")
     return table
-
-
-def _formats(table: pd.DataFrame) -> dict:
-    """Percent with one digit, points of harm with two, seconds and the gain with three or four."""
-    special = {"classes": "{:.0f}", "bytes": "{:.0f}", "seconds": "{:.3f}", "avg_gain": "{:.4f}"}
-    special["words back"] = "{:.0f}"
-    special |= {"rest worst": "{:.2f}", "others worst": "{:.2f}"}
-    return {column: special.get(column, "{:.2f}").format for column in table}

@@ -36,11 +36,10 @@ from evaluation.results import join_label
 from evaluation.tables import write_table
 from experiments.measure import judged, sides
 from experiments.reproduce import markdown
-from experiments.solvers import paper_problem
+from experiments.solvers import problem_of
 from experiments.variants import VARIANTS, run_variants
-from experiments.varied import task
 from experiments.world import World
-from forgetting import AUTO, ForgetProblem, solve_exact, thresholds
+from forgetting import AUTO, solve_exact, thresholds
 from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
@@ -72,12 +71,6 @@ def worlds(
     }
 
 
-def state(world: World, classes: list[str], seed: int = 0) -> ForgetProblem:
-    """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
-    here = task(world, "lora", request=world.texts.request(classes))
-    return paper_problem(world, [here], [torch.Generator().manual_seed(seed)]).alone(0)
-
-
 def accuracies(
     world: World, classes: list[str], answers: Sequence[Tensor]
 ) -> list[dict[str, float]]:
@@ -103,41 +96,39 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
         world = worlds[dataset]
         for classes in [*([name] for name in names[:count]), names[:TOGETHER]]:
             started = time.perf_counter()
-            frame = run_variants(state(world, classes), world.descent)
+            frame = run_variants(problem_of(world, classes), world.descent)
             scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
-            frame = frame.join(scores)
-            frame.insert(0, "set", dataset)
-            frame.insert(1, "mode", "at once" if len(classes) > 1 else "alone")
-            frame.insert(2, "classes", join_label(classes))
-            frames.append(frame)
+            mode = "at once" if len(classes) > 1 else "alone"
+            place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
+            frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
             what = f"{dataset} / {', '.join(classes)}"
             print(f"  {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return pd.concat(frames, ignore_index=True)
 
 
-def by_variant(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Means over problems, a row for each group of `by` and variant, and one of the accuracies
+def by_variant(table: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Means over problems, a row for each value of `by` and variant, and one of the accuracies
     before; percent but for counts and lengths."""
-    rows = []
-    for key, part in table.groupby([*by, "variant"], sort=False):
-        row = dict(zip([*by, "variant"], key, strict=True))
-        row |= {
-            "problems": len(part),
-            "trials": part["trials"].mean(),
-            "above optimum, %": 100 * part["above"].mean(),
-            "worst, %": 100 * part["above"].max(),
-            "reduction, %": 100 * part["reduction"].mean(),
-            "length of Delta": part["size"].mean(),
-            "drift of W, %": 100 * part["drift"].mean(),
-        }
-        row |= {f"{name}, %": part[name].mean() for name in ACCURACIES}
-        if row["variant"] == VARIANTS[0].name and part[ACCURACIES[0]].notna().any():
-            was = {f"{name}, %": part[f"{name} before"].mean() for name in ACCURACIES}
-            rows.append(
-                {name: row[name] for name in [*by, "problems"]} | {"variant": "before"} | was
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)[list(row)]
+    count = {"problems": ("variant", "size")}
+    accuracies = {f"{name}, %": (name, "mean") for name in ACCURACIES}
+    columns = count | {
+        "trials": ("trials", "mean"),
+        "above optimum, %": ("above", "mean"),
+        "worst, %": ("above", "max"),
+        "reduction, %": ("reduction", "mean"),
+        "length of Delta": ("size", "mean"),
+        "drift of W, %": ("drift", "mean"),
+    }
+    percent = table.assign(**{name: 100 * table[name] for name in ("above", "reduction", "drift")})
+    rows = percent.groupby([by, "variant"], sort=False).agg(**columns, **accuracies)
+    was = table[table["variant"] == VARIANTS[0].name].assign(
+        variant="before", **{name: table[f"{name} before"] for name in ACCURACIES}
+    )
+    before = was.groupby([by, "variant"], sort=False).agg(**count, **accuracies)
+    both = pd.concat([before.dropna(subset=f"{ACCURACIES[0]}, %"), rows]).reset_index()
+    place = list(table[by].unique()).index
+    ordered = both.sort_values(by, key=lambda values: values.map(place), kind="stable")
+    return ordered[[by, "variant", *rows]]
 
 
 def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
@@ -147,20 +138,17 @@ def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
         A row a variant; for each accuracy its mean difference, the mean and the largest of its
         size over all problems with images.
     """
-    rows = {}
-    for name in ACCURACIES:
-        wide = table.dropna(subset=name).pivot(
-            index=["set", "mode", "classes"], columns="variant", values=name
-        )
-        for variant in VARIANTS[1:]:
-            apart = wide[variant.name] - wide[VARIANTS[0].name]
-            rows.setdefault(variant.name, {"variant": variant.name, "problems": len(wide)})
-            size = apart.abs()
-            numbers = {"mean": apart.mean(), "mean size": size.mean(), "largest": size.max()}
-            rows[variant.name] |= {
-                f"{name}: {key}": round(x, 2) + 0.0 for key, x in numbers.items()
-            }
-    return pd.DataFrame(rows.values())
+    problem = ["set", "mode", "classes"]
+    found = table.set_index([*problem, "variant"])[list(ACCURACIES)]
+    apart = found - found.groupby(level=problem).transform("first")  # the first variant is ours
+    groups, sizes = (x.groupby(level="variant", sort=False) for x in (apart, apart.abs()))
+    numbers = {"mean": groups.mean(), "mean size": sizes.mean(), "largest": sizes.max()}
+    columns = {
+        f"{name}: {key}": values[name] for name in ACCURACIES for key, values in numbers.items()
+    }
+    shown = pd.DataFrame(columns).round(2) + 0.0
+    shown.insert(0, "problems", groups[ACCURACIES[0]].count())
+    return shown.drop(index=VARIANTS[0].name).reset_index()
 
 
 def synonyms_retained(world: World, same: dict[str, set[str]]) -> pd.DataFrame:
@@ -177,7 +165,7 @@ def synonyms_retained(world: World, same: dict[str, set[str]]) -> pd.DataFrame:
         meant = words & set(names)
         alike = bundle.retain_hidden[[other in meant for other in names]].double()
         row = {"set": bundle.dataset, "class": name, "same": ", ".join(sorted(meant))}
-        stated = state(world, [name]).double
+        stated = problem_of(world, [name]).double
         for when, leaving in (("out", {own} | meant), ("in", {own})):
             stay = [other not in leaving for other in names]
             problem = replace(stated, retain_hidden=bundle.retain_hidden[stay].double())
@@ -212,11 +200,13 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
             torch.save(model.state_dict(), path)
         source = ClipSource(ENCODER, path, temporary, "cpu")
-        for dataset in user_lists().all_ds:
+        users = user_lists()
+        lists = {
+            name: [*map(datasets.plain, users.forget_classes_all[name])] for name in users.all_ds
+        }
+        for dataset, forgotten in lists.items():
             vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
-            forgotten = [datasets.plain(name) for name in user_lists().forget_classes_all[dataset]]
-            known = datasets.synonyms(dataset)
-            same = {word for name in forgotten for word in known.get(name.casefold(), ())}
+            same = set().union(*synonyms_of(dataset, forgotten).values())
             free = [name for name in vocabulary if name not in same]
             classnames = [*forgotten, *free[:OTHER_NAMES]]
             template = datasets.spec(dataset).template
@@ -236,8 +226,7 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 classnames=classnames,
                 retain_names=vocabulary,
             ).save(bundle_path(folder, ENCODER, dataset))
-    lists = user_lists()
-    return {name: [*map(datasets.plain, lists.forget_classes_all[name])] for name in lists.all_ds}
+    return lists
 
 
 def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
@@ -278,12 +267,12 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:
-            folder, backbone, by = Path(args.features), args.backbone or BUNDLED, ["set"]
+            folder, backbone, by = Path(args.features), args.backbone or BUNDLED, "set"
             kind = f"bundles of {args.features}"
             lists = bundled_classes(folder, backbone, max(args.classes, TOGETHER))
             same = {name: SAME[name] for name in lists if name in SAME}
         else:
-            folder, backbone, by = Path(temporary), ENCODER, ["mode"]
+            folder, backbone, by = Path(temporary), ENCODER, "mode"
             kind = f"weights {args.weights}" if args.weights else "random weights"
             lists = text_bundles(folder, args.weights)
             same = {name: synonyms_of(name, lists[name]) for name in lists}

@@ -20,17 +20,9 @@ from engine.cli import Parser
 from engine.determinism import one_thread
 from evaluation.plots import COLOURS, check_picture, drawing
 from experiments.frontier import UNKNOWN, Alone, frontier, load, plot
-from experiments.solvers import paper_problem
-from experiments.varied import task
+from experiments.solvers import problem_of
 from experiments.world import World
-from forgetting import (
-    ForgetProblem,
-    LoraSettings,
-    Spectrum,
-    solve_exact,
-    solve_lora,
-    thresholds,
-)
+from forgetting import ForgetProblem, LoraSettings, Spectrum, solve_exact, solve_lora, thresholds
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BACKBONE, SET = "ViT-B/32", "CaltechNature"
@@ -84,20 +76,13 @@ def square_f2(problem: ForgetProblem, mu: Tensor, r: Tensor) -> Tensor:
     return first * q
 
 
-def problem_of(bundle: FeatureBundle, count: int) -> ForgetProblem:
-    """The paper's problem for the first `count` classes of a set, forgotten at once."""
-    world = World(bundle, {})
-    request = world.texts.request(bundle.classnames[:count])
-    draws = [torch.Generator().manual_seed(0)]
-    return paper_problem(world, [task(world, "lora", request=request)], draws).alone(0)
-
-
 def phases(bundle: FeatureBundle, path: Path) -> None:
     """How far texts move against lamb_forget: the exact optimum, and descents beside it."""
+    world = World(bundle, {})
     with drawing(path, 10, 3.8) as figure:
         fraction, length = figure.subplots(1, 2)
         for count, colour in COUNTS.items():
-            problem = problem_of(bundle, count)
+            problem = problem_of(world, bundle.classnames[:count])
             spectrum = Spectrum(problem.retain_hidden)
             limits = thresholds(problem, spectrum)
             low, high = limits.start, limits.reach
@@ -126,12 +111,12 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
                 style = {"marker": "x", "color": colour, "s": 45, "zorder": 3}
                 fraction.scatter(x, descent.reduction, **style)
                 length.scatter(x, float(descent.delta.norm()), **style)
-            for axis in (fraction, length):
-                axis.axvline(low, color=colour, linewidth=0.7, linestyle=":")
-                axis.axvline(high, color=colour, linewidth=0.7, linestyle="--")
+            for x, style in ((low, ":"), (high, "--")):
+                for axis in (fraction, length):
+                    axis.axvline(x, color=colour, linewidth=0.7, linestyle=style)
         fraction.scatter([], [], marker="x", color="0.3", label="LoRA, 2,000 steps")
-        fraction.plot([], [], color="0.3", linewidth=0.7, linestyle=":", label="c_lo")
-        fraction.plot([], [], color="0.3", linewidth=0.7, linestyle="--", label="c*")
+        for label, style in (("c_lo", ":"), ("c*", "--")):
+            fraction.plot([], [], color="0.3", linewidth=0.7, linestyle=style, label=label)
         fraction.set(xlabel="lamb_forget", ylabel="reduction of the forget norm")
         length.set(xlabel="lamb_forget", ylabel="||Delta||")
         figure.legend(loc="outside upper center", ncols=6)

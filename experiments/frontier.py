@@ -30,7 +30,7 @@ from evaluation.tables import write_table
 from evaluation.zero_shot import ZeroShot, accuracy
 from experiments.world import retained_by
 from forgetting import solve_constrained_each
-from trainers.requests import Requests, Texts, specific_targets
+from trainers.requests import Requests, Texts, specific_targets, squared_length
 
 TARGETS = (
     ("empty", 0.0),
@@ -50,15 +50,8 @@ RETAINED = (  # whether the names of the other sets are known, and the config ke
 )
 APART = ("car",)  # names of all that another set is made of: forgetting it is to harm that set
 VANISHED = 1e-5  # of a squared length
-PRINTED = (
-    "left_max",
-    "margin_low",
-    "rest_mean",
-    "rest_worst",
-    "others_mean",
-    "others_worst",
-    "apart",
-)
+PRINTED = ["target", "beta", "mu", "vocabulary", "left_max", "margin_low", "rest_mean"]
+PRINTED += ["rest_worst", "others_mean", "others_worst", "apart", "worst_class"]
 
 
 class Alone:
@@ -76,8 +69,7 @@ class Alone:
         self.cfg = settings("ForgetExact", bundle.dataset, bundle.backbone, opts)
         self.requests = Requests([self.texts.request([name]) for name in bundle.classnames])
         self.retain = retained_by(self.cfg, bundle, others)
-        same = self.texts.same_meaning(self.requests.classes)
-        self.leaving = self.retain.leaving(same, self.requests.hidden, self.requests.owner)
+        self.leaving = self.texts.leaving(self.retain, self.requests)
 
     def left(self, mu: float) -> Tensor:
         """(C, w) float64: Delta of class i is `left[i] (x) D_i`, whatever its D."""
@@ -92,8 +84,8 @@ class Alone:
         """`D = P - h_f W` of every class, (C, d) float64."""
         requests, w = self.requests, self.bundle.text_projection
         if target == "specific":
-            shared = self.cfg.TRAINER.FORGETEXACT.SHARED
-            p = specific_targets(requests, w, self.retain, self.leaving, shared, beta)
+            lam = self.cfg.TRAINER.FORGETEXACT.SHARED * squared_length(self.retain, w)
+            p = specific_targets(requests, w, self.retain, self.leaving, lam, beta)
         else:
             draws = [torch.Generator().manual_seed(0) for _ in requests]
             p, _ = self.texts.targets(target, beta, self.cfg.FORGET.NOISE_STD, requests, draws)
@@ -171,9 +163,9 @@ def row_of(table: pd.DataFrame) -> dict[str, float | str]:
 
 def method(cfg: CfgNode) -> dict[str, str | float]:
     """What tells the methods of the table apart, as a run of ForgetExact has it."""
-    forget, node = cfg.FORGET, cfg.TRAINER.FORGETEXACT
-    of_node = {"mu": node.MU, "vocabulary": node.VOCABULARY}
-    return {"target": forget.TARGET, "beta": forget.BETA, **of_node}
+    node = cfg.TRAINER.FORGETEXACT
+    target = {"target": cfg.FORGET.TARGET, "beta": cfg.FORGET.BETA}
+    return target | {"mu": node.MU, "vocabulary": node.VOCABULARY}
 
 
 def frontier(bundles: Sequence[FeatureBundle]) -> pd.DataFrame:
@@ -261,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         table = frontier(bundles)
     for (name, names), part in table.groupby(["set", "names"], sort=False):
         print(f"\n{name}, names of the other sets {names}")
-        columns = ["target", "beta", "mu", "vocabulary", *PRINTED, "worst_class"]
-        print(part[columns].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        print(part[PRINTED].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
     print(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
     if args.csv:
         write_table(table, args.csv)

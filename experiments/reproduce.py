@@ -82,8 +82,6 @@ def read_sets(root: str, names: Sequence[str]) -> dict[str, Counts]:
         UserError: sets that are missing, all of them in one line, or the first that is broken.
     """
     states = datasets.available(root)
-    for name in names:
-        datasets.spec(name)
     absent = [f"{name} ({states[name]})" for name in names if states[name] is not None]
     if absent:
         raise UserError(
@@ -149,12 +147,7 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
         Columns `backbone`, `mode` ("before": nothing is forgotten), `data set`, `quantity`,
         `paper`, `ours`, `difference` (ours less the paper's); NaN where there is no number.
     """
-    rows = []
-
-    def add(mode: str, dataset: str, quantity: str, ours: float | None, paper: float | None):
-        row = {"backbone": backbone, "mode": mode, "data set": dataset, "quantity": quantity}
-        rows.append(row | {"paper": paper, "ours": ours})
-
+    rows: list[tuple] = []  # of all columns but the first and the last
     results = rows_of(read_logs(folder))
     for dataset, test in sets.items():
         own = [row for row in results if row.dataset == dataset]
@@ -162,30 +155,28 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
             continue
         paper = PAPER_SET.get(backbone, {}).get(dataset)
         request = [row for row in own if row.label == own[0].label]
-        add("before", dataset, "whole test set", whole_set(request, test), paper)
+        rows.append(("before", dataset, "whole test set", paper, whole_set(request, test)))
         known = PAPER_CLASS.get(backbone, {}).get(dataset, {})
-        known = {_key(name): value for name, value in known.items()}
+        known = {datasets.key(name): value for name, value in known.items()}
         for name, before in {row.name: row.own.before for row in own}.items():
-            add("before", dataset, name, before, known.get(_key(name)))
+            rows.append(("before", dataset, name, known.get(datasets.key(name)), before))
     for mode, frame in frames_of(folder, sets).items():
-        for dataset, part in frame.groupby("ds", sort=False):
-            add(mode, dataset, "average gain", compute_avg_gain(part), None)
-        add(mode, "all of them", "average gain", compute_avg_gain(frame), None)
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"paper": float, "ours": float})
+        parts = [*frame.groupby("ds", sort=False), ("all of them", frame)]
+        rows += [(mode, name, "average gain", None, compute_avg_gain(part)) for name, part in parts]
+    table = pd.DataFrame([(backbone, *row) for row in rows], columns=COLUMNS)
+    table = table.astype({"paper": float, "ours": float})
     return table.assign(difference=table["ours"] - table["paper"])
 
 
 def forgotten(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFrame:
     """Accuracies before and after forgetting in percent, a row a class, or a set's classes at once
     (see `utils.summarise`)."""
-    parts = []
-    for mode, frame in frames_of(folder, sets).items():
-        part = summarise(frame)
-        part["forgotten"] = part["forgotten"].map(lambda label: ", ".join(split_label(label)))
-        part.insert(0, "backbone", backbone)
-        part.insert(1, "mode", mode)
-        parts.append(part)
-    return pd.concat(parts) if parts else pd.DataFrame()
+    parts = {(backbone, mode): summarise(frame) for mode, frame in frames_of(folder, sets).items()}
+    if not parts:
+        return pd.DataFrame()
+    table = pd.concat(parts, names=["backbone", "mode", None]).reset_index(["backbone", "mode"])
+    table["forgotten"] = table["forgotten"].map(lambda label: ", ".join(split_label(label)))
+    return table
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -220,15 +211,9 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."
     )
-    text = "\n\n".join(
-        [
-            HEAD,
-            markdown(table),
-            *notes,
-            "# Before and after forgetting, in percent",
-            markdown(after),
-        ]
-    )
+    parts = [HEAD, markdown(table), *notes]
+    parts += ["# Before and after forgetting, in percent", markdown(after)]
+    text = "\n\n".join(parts)
     print(f"\n{text}\n")
     paths = {suffix: Path(args.out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
     refuse_foreign(paths["md"], HEAD)
@@ -284,7 +269,3 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if failed:
         raise UserError(f"failed: {'; '.join(failed)}; see the messages above")
     return table
-
-
-def _key(name: str) -> str:
-    return datasets.plain(name).casefold()

@@ -38,13 +38,10 @@ class RowsFile:
         except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
             raise UserError(f"cannot read {self.path}: {error}; move it aside") from error
         missing = [name for name in KEY if name not in rows]
-        what = f"no column {missing[0]!r}" if missing else ""
         # pandas fills a short row with empty cells, and takes what is too much for an index.
-        if not missing and (
-            (rows["constants"] == "").any() or not isinstance(rows.index, pd.RangeIndex)
-        ):
-            what = "a row has too few or many cells"
-        if what:
+        uneven = not isinstance(rows.index, pd.RangeIndex)
+        if missing or uneven or (rows["constants"] == "").any():
+            what = f"no column {missing[0]!r}" if missing else "a row has too few or many cells"
             raise UserError(f"{self.path} is no table of a study ({what}); move it aside")
         return rows
 
@@ -67,8 +64,3 @@ class RowsFile:
         for name in frame.columns.difference([*KEY, "auto"]):
             frame[name] = pd.to_numeric(frame[name])
         return frame
-
-
-def key_of(row: dict[str, Any]) -> Key:
-    """The key of a row that is not written yet."""
-    return tuple(str(row[name]) for name in KEY)

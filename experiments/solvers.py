@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.config import paper_weights
+from evaluation.zero_shot import Factors
 from experiments.world import Task, World
 from forgetting import (
     AUTO,
@@ -28,14 +29,14 @@ from forgetting import (
     solve_constrained_each,
     solve_exact,
     solve_lora_each,
+    solve_requests,
 )
-from trainers.paper import optima
 from trainers.requests import Requests
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
 FEW = 32  # names that leave: with more of them each optimum is found by itself
-Optimum = tuple[Tensor, Tensor, dict[str, Any]]  # of `trainers.paper.optima`
+Optimum = tuple[Tensor, Tensor, dict[str, Any]]  # of `forgetting.solve_requests`
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Paper(NamedTuple):
         """The problem of one task by itself."""
         return self.problem.part(self.of_text == number, ~self.leaving[number])
 
+    def answer(self, number: int, factors: Factors, seconds: float, **facts: Any) -> Answer:
+        """The answer of one task, with facts about it."""
+        problem = self.alone(number)
+        facts = {"retained": len(problem.retain_hidden)} | facts
+        return Answer(*factors, problem.double.displacement, seconds, facts)
+
     def of(self, numbers: Sequence[int], lamb_forget: float | str) -> Paper:
         """That of some of the tasks, in ascending order."""
         chosen = torch.tensor(numbers)
@@ -86,11 +93,13 @@ class Paper(NamedTuple):
     def optima(self) -> list[Optimum]:
         """The proved optimum of each task."""
         if int(self.leaving.sum(dim=1).max()) <= FEW:
-            return optima(*self)
+            return solve_requests(*self)
         found = []
         for problem in map(self.alone, range(len(self.leaving))):
             nothing = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
-            found += optima(problem, torch.zeros(len(problem.target), dtype=torch.int64), nothing)
+            found += solve_requests(
+                problem, torch.zeros(len(problem.target), dtype=torch.int64), nothing
+            )
         return found
 
     def settled(self) -> tuple[list[Optimum], list[int]]:
@@ -107,6 +116,22 @@ class Paper(NamedTuple):
         for i, optimum in zip(low, self.of(low, AUTO).optima() if low else [], strict=True):
             found[i] = optimum
         return found, low
+
+
+def task(world: World, solver: str, setting: str = "", **more: Any) -> Task:
+    """A task with the method's defaults where `more` says nothing; `request` must be said."""
+    defaults = {
+        "target": DEFAULT_TARGETS[solver],
+        "beta": world.exact.FORGET.BETA,
+        "rank": world.paper[False].FORGET.RANK,
+    }
+    return Task(solver=solver, setting=setting, **defaults | more)
+
+
+def problem_of(world: World, classes: list[str]) -> ForgetProblem:
+    """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
+    here = task(world, "lora", request=world.texts.request(classes))
+    return paper_problem(world, [here], [torch.Generator().manual_seed(0)]).alone(0)
 
 
 def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Generator]) -> Paper:
@@ -128,7 +153,7 @@ def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Gen
 
 def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's descent. `gap` is measured against the bound that the exact solver proves."""
-    draws = world.draws(tasks)
+    draws = _draws(world, tasks)
     paper = paper_problem(world, tasks, draws)
     found, raised = paper.settled()
     settings = replace(world.descent, max_trials=min(MAX_TRIALS, world.descent.max_trials))
@@ -141,41 +166,35 @@ def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
     for number, (_, _, report) in enumerate(found):
-        descent = descents[number]
+        descent, bound = descents[number], report["certificate"]["bound"]
         problem = replace(paper.alone(number), lamb_forget=descent.lamb_forget)
-        left, right, bound = descent.left.double(), descent.right.double(), report["certificate"]
+        left, right = descent.left.double(), descent.right.double()
         if descent.lamb_forget != report["lamb_forget"]:  # a later trial of the retry
-            bound = asdict(solve_exact(problem).certificate)
+            bound = solve_exact(problem).certificate.bound
         reached = float(problem.objective(left @ right))
         facts = {
-            "retained": len(problem.retain_hidden),
             "objective": reached,
-            "gap": max(0.0, reached - bound["bound"]) / reached if reached > 0 else 0.0,
+            "gap": max(0.0, reached - bound) / reached if reached > 0 else 0.0,
             "lamb_forget": descent.lamb_forget,
             "auto": number in raised,
             "trials": len(descent.trials),
         }
-        answers.append(Answer(left, right, problem.double.displacement, seconds, facts))
+        answers.append(paper.answer(number, (left, right), seconds, **facts))
     return answers
 
 
 def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's objective at its optimum, with its certificate."""
-    paper = paper_problem(world, tasks, world.draws(tasks))
+    paper = paper_problem(world, tasks, _draws(world, tasks))
     started = time.process_time()
     found, raised = paper.settled()
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
     for number, (left, right, report) in enumerate(found):
-        problem = paper.alone(number)
-        facts = {
-            "retained": len(problem.retain_hidden),
-            "objective": report["certificate"]["primal"],
-            "gap": report["certificate"]["gap"],
-            "lamb_forget": report["lamb_forget"],
-            "auto": number in raised,
-        }
-        answers.append(Answer(left, right, problem.double.displacement, seconds, facts))
+        proof = report["certificate"]
+        facts = {"objective": proof["primal"], "gap": proof["gap"]}
+        facts |= {"lamb_forget": report["lamb_forget"], "auto": number in raised}
+        answers.append(paper.answer(number, (left, right), seconds, **facts))
     return answers
 
 
@@ -183,7 +202,7 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
     requests = Requests([task.request for task in tasks])
     retain, leaving = world.retained(tasks, requests)
-    target = world.target(tasks[0], requests, world.draws(tasks), retain, leaving)
+    target = world.target(tasks[0], requests, _draws(world, tasks), retain, leaving)
     hidden, gone = requests.hidden.double(), requests.any_of(leaving)
     displacement = target.double() - hidden @ world.bundle.text_projection.double()  # (K, d)
     started = time.process_time()
@@ -199,6 +218,10 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
         mine = displacement[requests.of_text == number]
         answers.append(Answer(solution.left, solution.right, mine, seconds, facts))
     return answers
+
+
+def _draws(world: World, tasks: Sequence[Task]) -> list[torch.Generator]:
+    return [world.generator(task.request.classes) for task in tasks]
 
 
 SOLVERS: dict[str, Callable[[World, Sequence[Task]], list[Answer]]] = {

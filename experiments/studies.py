@@ -7,8 +7,8 @@ Writes OUT/BACKBONE/DATASET/NAME.csv and NAME.png. Rows that are in the CSV alre
 same constants and bundles, are not made again.
 
 One file a concern: `world` (a data set, the settings, and what may be retained), `solvers`,
-`varied` (what each study varies), `spectrum`, `measure` (what a row says), `rows_file` (rows that
-are never made twice), `study_plots`, `study_report`.
+`varied` (what each study varies), `measure` (what a row says), `rows_file` (rows that are never
+made twice), `study_report` (table and picture).
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
 from evaluation.results import join_label
 from experiments.measure import cells
-from experiments.rows_file import RowsFile, key_of
+from experiments.rows_file import KEY, Key, RowsFile
 from experiments.solvers import SOLVERS, together
-from experiments.study_plots import plot
-from experiments.study_report import report
+from experiments.study_report import plot, report
 from experiments.varied import STUDIES
 from experiments.world import Task, World
 
@@ -82,8 +81,7 @@ def digest(world: World, bundles: Iterable[Path]) -> str:
         for cfg in (world.exact, *world.paper.values())
     ]
     files = sorted((path.stem, sha256_file(path)) for path in bundles)
-    text = json.dumps([FORMAT, configs, files])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([FORMAT, configs, files]).encode()).hexdigest()[:12]
 
 
 def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) -> list[str]:
@@ -106,31 +104,18 @@ def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) 
     return [names[label] for label in sorted(labels)]
 
 
-def table_of(out: Path, name: str, job: Job) -> RowsFile:
-    """Where the rows of a study on a data set are kept: OUT/BACKBONE/DATASET/NAME.csv."""
-    bundle = job.world.bundle
-    folder = bundle_path(out, bundle.backbone, escape(bundle.dataset)).with_suffix("")
-    return RowsFile(folder / f"{name}.csv")
-
-
-def identity(name: str, job: Job, task: Task) -> dict[str, str | int]:
-    """The cells that make a row itself."""
-    return {
-        "study": name,
-        "dataset": job.world.bundle.dataset,
-        "classes": join_label(task.request.classes),
-        "solver": task.solver,
-        "setting": task.setting,
-        "seed": job.world.seed,
-        "constants": job.digest,
-    }
+def key_of(name: str, job: Job, task: Task) -> Key:
+    """The cells that make a row itself, those of the columns `KEY`."""
+    label, world = join_label(task.request.classes), job.world
+    place = name, world.bundle.dataset, label, task.solver, task.setting
+    return (*place, str(world.seed), job.digest)
 
 
 def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
     """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
     study, world = STUDIES[name], job.world
     tasks = study.tasks(world, job.classes, solvers)
-    keyed = {key_of(identity(name, job, task)): task for task in tasks}
+    keyed = {key_of(name, job, task): task for task in tasks}
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
     where = f"{name} on {world.bundle.dataset}"
@@ -138,10 +123,11 @@ def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.
     with Batch(table.add) as batch, bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
-            found = cells(world, group, answers)
-            for task, answer, row in zip(group, answers, found, strict=True):
-                row = identity(name, job, task) | {"place": task.place} | row
-                batch.add(row | (study.cells(world, task, answer) if study.cells else {}))
+            rows = cells(world, group, answers)
+            for task, answer, row in zip(group, answers, rows, strict=True):
+                row = {"place": task.place} | row
+                row |= study.cells(world, task, answer) if study.cells else {}
+                batch.add(dict(zip(KEY, key_of(name, job, task), strict=True)) | row)
             bar.update(len(group))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")
@@ -160,31 +146,17 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         ProblemError: numbers that no solver can work on.
     """
     parser = Parser(prog="python -m experiments studies", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "name",
-        nargs="?",
-        default=ALL,
-        metavar="NAME",
-        help=f"{', '.join(STUDIES)} or {ALL} (default)",
-    )
+    names = f"{', '.join(STUDIES)} or {ALL} (default)"
+    parser.add_argument("name", nargs="?", default=ALL, metavar="NAME", help=names)
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
     parser.add_argument("--dataset", help="the set to forget from; default: each in turn")
     parser.add_argument("--classes", type=COUNT, default=5, help="how many random classes")
-    parser.add_argument(
-        "--forget",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a class instead of random ones (repeatable), or all",
-    )
-    parser.add_argument(
-        "--solver",
-        action="append",
-        default=[],
-        metavar="SOLVER",
-        help=f"only this one of {', '.join(SOLVERS)} (repeatable)",
-    )
+    several = {"action": "append", "default": []}
+    about = "a class instead of random ones (repeatable), or all"
+    parser.add_argument("--forget", metavar="NAME", help=about, **several)
+    about = f"only this one of {', '.join(SOLVERS)} (repeatable)"
+    parser.add_argument("--solver", metavar="SOLVER", help=about, **several)
     parser.add_argument("--seed", type=SEED, default=0, help="of classes, names and descents")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the tables")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
@@ -195,8 +167,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         if solver not in SOLVERS:
             raise unknown("solver", solver, SOLVERS)
     jobs = make_jobs(args)
-    names = list(STUDIES) if args.name == ALL else [args.name]
-    work = [(name, job, table_of(args.out, name, job)) for job in jobs for name in names]
+    work = []
+    for job in jobs:
+        bundle = job.world.bundle
+        folder = bundle_path(args.out, bundle.backbone, escape(bundle.dataset)).with_suffix("")
+        for name in STUDIES if args.name == ALL else [args.name]:
+            work.append((name, job, RowsFile(folder / f"{name}.csv")))
     for _, _, table in work:
         table.read()  # a file that is no table is refused before work
     with one_thread():

@@ -1,15 +1,33 @@
-"""The printed table of a study: means over the forgotten classes."""
+"""What a study shows of its rows: a printed table of means over the classes, and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from evaluation.plots import COLOURS, drawing
 from evaluation.results import split_label
-from experiments.spectrum import PARTS, SIDES, random_shares
+from experiments.measure import PARTS, SIDES, random_shares
+from experiments.varied import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MEANS = ("retained", "forgotten", "rest", "others", "carry", "reduction", "gap", "norm", "seconds")
+OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[2], "constrained": COLOURS[0]}
+THICK = {"lora": 4.0}  # what the optimum's line hides without
+PANELS = {
+    "forgotten": "forgotten class, accuracy left (%)",
+    "rest": "rest of its set, change (points)",
+    "others": "other sets, change (points)",
+    "carry": "carry-over to the evaluation prompt",
+}
+DOTS = {"s": 7, "alpha": 0.5, "linewidths": 0}  # single classes
+SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
+WIDTH = 0.24  # of a solver's column
 
 
 def in_points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -52,17 +70,89 @@ def tenths(frame: pd.DataFrame) -> pd.DataFrame:
 
 def report(frame: pd.DataFrame, width: int | None = None) -> None:
     """Print the summary; with a width w also where the changes sit."""
-
-    def show(table: pd.DataFrame) -> None:
-        print(table.to_string(float_format=lambda value: f"{value:.3g}", na_rep=""))
-
-    show(summary(frame))
+    tables = {"": summary(frame)}
     if width:
-        print(f"per cent of ||Delta||^2 in each tenth (a random change: {shares(width)})")
-        show(tenths(frame))
+        alike = dict.fromkeys(f"{100 * share:.3g}" for share in random_shares(width))
+        random = f"a random change: {', '.join(alike)}"
+        tables[f"per cent of ||Delta||^2 in each tenth ({random})\n"] = tenths(frame)
+    for title, table in tables.items():
+        print(title + table.to_string(float_format=lambda value: f"{value:.3g}", na_rep=""))
 
 
-def shares(width: int) -> str:
-    """A random change's shares as text, one number where the tenths are alike."""
-    numbers: Sequence[str] = [f"{100 * share:.3g}" for share in random_shares(width)]
-    return ", ".join(dict.fromkeys(numbers))
+def plot(title: str, study: Study, frame: pd.DataFrame, path: Path) -> None:
+    """Draw the rows of one study on one data set as a PNG.
+
+    A small dot is one class, a line or a large mark the mean over classes.
+    """
+    sides = [side for side in SIDES if study.cells and frame[f"{side}_1"].notna().any()]
+    sides = sides or list(SIDES)  # nothing moved: empty panels
+    with drawing(path, 1 + 3.2 * len(sides) if study.cells else 12, 3.4) as figure:
+        if study.cells:
+            _spectrum(figure, frame, sides)
+        else:
+            shown = in_points(frame)
+            panels = zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True)
+            for axis, (column, name) in panels:
+                (_along if study.axis else _columns)(axis, shown, column)
+                axis.set(xlabel=study.axis, title=name)
+            figure.axes[0].set_ylim(-4, 104)
+        figure.suptitle(f"{title}: {study.about}")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+
+
+def _columns(axis: Axes, frame: pd.DataFrame, column: str) -> None:
+    """A column a setting, side by side for the solvers."""
+    settings = list(dict.fromkeys(frame["setting"]))
+    solvers = [name for name in OF_SOLVER if name in set(frame["solver"])]
+    for number, solver in enumerate(solvers):
+        part = frame[frame["solver"] == solver]
+        shift = WIDTH * (number - (len(solvers) - 1) / 2)
+        places = part["setting"].map(settings.index) + shift
+        axis.scatter(places, part[column], color=OF_SOLVER[solver], **DOTS)
+        means = part.groupby("setting", sort=False)[column].mean()
+        at = [settings.index(name) + shift for name in means.index]
+        axis.scatter(at, means, s=90, marker="_", color=OF_SOLVER[solver], label=solver)
+    axis.set_xticks(range(len(settings)), settings, rotation=35, ha="right")
+
+
+def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
+    """Lines over a numeric axis; dashed where several classes are forgotten at once."""
+    for solver, colour in OF_SOLVER.items():
+        for several, style in ((False, "-"), (True, "--")):
+            part = frame[(frame["solver"] == solver) & (frame["several"] == several)]
+            if part.empty:
+                continue
+            label = f"{solver}, several classes at once" if several else solver
+            means = part.groupby("place")[column].mean()
+            marker = "o" if len(means) == 1 or several else None
+            axis.plot(means.index, means, style, color=colour, marker=marker, ms=3, label=label)
+            if not several:
+                axis.scatter(part["place"], part[column], color=colour, **DOTS)
+    places = sorted(frame["place"].unique())
+    low = min((place for place in places if place > 0), default=1.0)
+    axis.set_xscale("symlog", linthresh=low)
+    axis.set_xticks(places, [f"{place:g}" for place in places], rotation=35)
+    axis.set_xlim(left=-low / 10 if places[0] == 0 else 0.9 * low)
+    axis.minorticks_off()
+
+
+def _spectrum(figure: Figure, frame: pd.DataFrame, sides: list[str]) -> None:
+    """For each basis a line for every solver and setting: the mean share of each tenth, and what a
+    random change has there."""
+    numbers = range(1, PARTS + 1)
+    axes = figure.subplots(1, len(sides), squeeze=False)[0]
+    for axis, side in zip(axes, sides, strict=True):
+        columns = [f"{side}_{number}" for number in numbers]
+        for (solver, setting), part in frame.groupby(["solver", "setting"], sort=False):
+            style = "-" if setting == "default" else ":"
+            label = solver if setting == "default" else f"{solver}, {setting}"
+            line = {"color": OF_SOLVER[solver], "label": label, "linewidth": THICK.get(solver, 1.5)}
+            axis.plot(numbers, part[columns].mean(), style, **line)
+        axis.axhline(1 / PARTS, color="0.5", linewidth=0.8, label="random change")
+        axis.set(yscale="log", xticks=numbers, xlabel="tenth, largest values first")
+        limits = axis.get_ylim()
+        axis.set_yticks(SHARES, [f"{share:.1%}" for share in SHARES])
+        axis.minorticks_off()
+        axis.set_ylim(limits)
+        axis.set_title(f"share of ||Delta||^2: {SIDES[side]}")

@@ -6,7 +6,7 @@ Written from a description of those slips (docs/faithfulness.md), not from anybo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -136,20 +136,21 @@ class Trials:
         self.live = None if merge is None else problem.projection.to(merge, copy=True)
         self.done: list[Trial] = []
 
-    def __getitem__(self, number: int) -> Trial:
-        while len(self.done) <= number:
-            raised = len(self.done) * self.settings.lamb_forget_step
-            attempt = replace(self.problem, lamb_forget=self.problem.lamb_forget + raised)
-            self.done.append(descend(attempt, self.settings, self.generator, self.live))
-        return self.done[number]
+    def __iter__(self) -> Iterator[Trial]:
+        for number in range(self.settings.max_trials):
+            if number == len(self.done):
+                raised = self.problem.lamb_forget + number * self.settings.lamb_forget_step
+                attempt = replace(self.problem, lamb_forget=raised)
+                self.done.append(descend(attempt, self.settings, self.generator, self.live))
+            yield self.done[number]
 
 
-def retry(trials: Trials, variant: Variant, settings: LoraSettings) -> list[Trial]:
+def retry(trials: Iterable[Trial], variant: Variant, settings: LoraSettings) -> list[Trial]:
     """The trials that a variant runs: up to the first that reaches the reduction."""
     walked = []
-    for number in range(settings.max_trials):
-        walked.append(trials[number])
-        if walked[-1].reduction(variant) >= settings.reduction:
+    for trial in trials:
+        walked.append(trial)
+        if trial.reduction(variant) >= settings.reduction:
             break
     return walked
 
@@ -175,21 +176,19 @@ def run_variants(
     rows = []
     for variant in variants:
         run = (variant.merge, variant.seed)
-        trials = pool.setdefault(run, Trials(problem, settings, variant))
-        walked = retry(trials, variant, settings)
+        walked = retry(pool.setdefault(run, Trials(problem, settings, variant)), variant, settings)
         trial = choose(walked, variant)
-        key = trial.problem.lamb_forget
-        if key not in optimum:
-            optimum[key] = solve_exact(trial.problem).certificate.primal
-        answer = trial.kept(variant)
+        answer, weight = trial.kept(variant), trial.problem.lamb_forget
+        if weight not in optimum:
+            optimum[weight] = solve_exact(trial.problem).certificate.primal
         objective = float(trial.problem.objective(answer.double()))
         rows.append(
             {
                 "variant": variant.name,
                 "trials": len(walked),
-                "lamb_forget": key,
+                "lamb_forget": weight,
                 "objective": objective,
-                "above": objective / optimum[key] - 1,
+                "above": objective / optimum[weight] - 1,
                 "reduction": trial.reduction(variant),
                 "size": float(answer.norm()),
                 "drift": trial.drift,

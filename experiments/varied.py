@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.audit_texts import audit_rows
-from experiments.solvers import DEFAULT_TARGETS, SOLVERS, Answer
-from experiments.spectrum import spectrum_cells
+from experiments.measure import spectrum_cells
+from experiments.solvers import SOLVERS, Answer, task
 from experiments.world import Task, World
 from trainers.requests import Request
 
@@ -57,16 +57,6 @@ class Study:
                 if solver in solvers:
                     for setting, change in self.vary(world, request, solver).items():
                         yield task(world, solver, setting, **{"request": request} | change)
-
-
-def task(world: World, solver: str, setting: str = "", **more: Any) -> Task:
-    """A task with the method's defaults where `more` says nothing; `request` must be said."""
-    defaults = {
-        "target": DEFAULT_TARGETS[solver],
-        "beta": world.exact.FORGET.BETA,
-        "rank": world.paper[False].FORGET.RANK,
-    }
-    return Task(solver=solver, setting=setting, **defaults | more)
 
 
 def retained(world: World, request: Request, solver: str) -> Settings:

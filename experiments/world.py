@@ -15,9 +15,9 @@ from clip.retain import GROUPS, retain_set
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
-from forgetting import Group, LoraSettings, RetainSet, specific_target
+from forgetting import Group, LoraSettings, RetainSet
 from trainers.base import Judge
-from trainers.requests import Request, Requests, Texts
+from trainers.requests import Request, Requests, Texts, specific_targets, squared_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +92,7 @@ class World:
         self.retain = retained_by(self.exact, bundle, list(others.values()))
         self.vocabulary = self.names_alone(self.paper[False].FORGET.SIMILARITY)
         self.mu = self.retain.ridge(node.MU).mu
-        w, gram = bundle.text_projection.double(), self.retain.gram
-        self.lam = node.SHARED * float((gram @ w * w).sum()) / float(self.retain.shares.sum())
+        self.lam = node.SHARED * squared_length(self.retain, bundle.text_projection)
 
     def names_alone(
         self, similarity: float, pick: Tensor | None = None, weight: float | None = None
@@ -108,20 +107,11 @@ class World:
         """Random numbers of these classes; without a purpose those of a run of train.py."""
         return seeded(self.seed, self.bundle.dataset, join_label(list(classes)) + purpose)
 
-    def draws(self, tasks: Sequence[Task]) -> list[torch.Generator]:
-        """`generator` of each task's classes."""
-        return [self.generator(task.request.classes) for task in tasks]
-
-    def leaving(self, retain: RetainSet, requests: Requests) -> Tensor:
-        """Which names leave with each class, (C, n) bool."""
-        same = self.texts.same_meaning(requests.classes)
-        return retain.leaving(same, requests.hidden, requests.owner)
-
     def pool(self, request: Request) -> Tensor:
         """(n,) rows of the vocabulary that a study of retained names may pick from: those that
         neither mean the class nor are more similar to it than the limit."""
         names = self.names_alone(self.exact.FORGET.SIMILARITY)
-        return torch.nonzero(~self.leaving(names, Requests([request]))[0])[:, 0]
+        return torch.nonzero(~self.texts.leaving(names, Requests([request]))[0])[:, 0]
 
     def retained(self, tasks: Sequence[Task], requests: Requests) -> tuple[RetainSet, Tensor]:
         """What tasks of one setting retain, and which names leave with each class, (C, n) bool.
@@ -139,7 +129,7 @@ class World:
         if constrained and first.off:
             others = list(self.others.values())
             retain = retained_by(self.exact, self.bundle, others, first.off)
-        return retain, self.leaving(retain, requests)
+        return retain, self.texts.leaving(retain, requests)
 
     def target(
         self,
@@ -155,10 +145,9 @@ class World:
         if first.target != "specific":
             return self.texts.targets(first.target, first.beta, std, requests, generators)[0]
         if first.solver != "constrained":
-            retain, leaving = self.retain, self.leaving(self.retain, requests)
-        parts = (retain.rows, retain.shares, leaving[requests.owner])
+            retain, leaving = self.retain, self.texts.leaving(self.retain, requests)
         w = self.bundle.text_projection
-        return specific_target(requests.hidden, w, retain.gram, self.lam, first.beta, *parts)
+        return specific_targets(requests, w, retain, leaving, self.lam, first.beta)
 
     def gram(self, task: Task) -> Tensor:
         """`G` (w, w) float64 of what the solver of a task retains by default."""

@@ -12,12 +12,13 @@ from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_ad
 from forgetting.certificate import Certificate
 from forgetting.checks import ProblemError
 from forgetting.constrained import Ridge, solve_constrained, solve_constrained_each
-from forgetting.each import solve_each
+from forgetting.each import solve_each, solve_requests
 from forgetting.exact import settle, solve_exact, thresholds
 from forgetting.lora import LoraSettings, LoraSolution, solve_lora, solve_lora_each
 from forgetting.problem import AUTO, ForgetProblem
-from forgetting.retain import Group, RetainSet, RetainStatistics
+from forgetting.retain import Group, RetainSet
 from forgetting.spectrum import Spectrum
+from forgetting.statistics import RetainStatistics
 from forgetting.targets import (
     TARGETS,
     empty_target,
@@ -53,6 +54,7 @@ __all__ = [
     "solve_exact",
     "solve_lora",
     "solve_lora_each",
+    "solve_requests",
     "specific_target",
     "thresholds",
 ]

@@ -9,72 +9,63 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgetting.checks import DTYPES, ProblemError, matrix, number, weight, whole
-from forgetting.constrained import Ridge
-from forgetting.files import (
+from forgetting.checks import (
+    FLOATS,
+    HASH,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    WEIGHT,
+    ProblemError,
+    Rule,
     check,
     check_tensors,
-    json_object,
+    either,
     line,
-    naming,
-    pack,
-    sha256,
-    text,
-    unpack,
-    write_bytes,
+    matrix,
+    whole,
 )
-from forgetting.problem import AUTO
+from forgetting.constrained import Ridge
+from forgetting.files import naming, pack, unpack, write_bytes
+from forgetting.problem import NUMBERS
 
 FORMAT = "clip-forget-adapter/2"
 UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be relied on
 
 # Everything but the tensors.
 FIELDS = {
-    "projection_sha256": sha256,
-    "backbone": text,
-    "weights": text,
-    "dataset": text,
-    "classes": [text, ...],
-    "trainer": text,
-    "settings": json_object,
-    "solver": json_object,
-    "recipe": json_object,
+    "projection_sha256": HASH,
+    "backbone": TEXT,
+    "weights": TEXT,
+    "dataset": TEXT,
+    "classes": [TEXT, ...],
+    "trainer": TEXT,
+    "settings": OBJECT,
+    "solver": OBJECT,
+    "recipe": OBJECT,
 }
-
-
-def _positive(where: str, value: Any) -> None:
-    number(where, value, above=0.0)
-
-
-def _groups(where: str, value: Any) -> None:
-    json_object(where, value)
-    for name, of in value.items():
-        weight(f"{where}.{line(name)}", of)
-
-
+_GROUPS: Rule = (
+    lambda x: isinstance(x, dict) and all(type(k) is str and WEIGHT[0](v) for k, v in x.items()),
+    "an object with 0 or more for each group",
+)
 # Of each objective what its recipes hold, and must have in common to be joined.
 SHARED = {
-    "constrained": {"statistics": sha256, "weights": _groups, "mu": _positive},
+    "constrained": {"statistics": HASH, "weights": _GROUPS, "mu": POSITIVE},
     "paper": {
-        "statistics": sha256,
-        "weights": lambda where, x: x is None or _groups(where, x),
-        "lamb_forget": lambda where, x: x == AUTO or weight(where, x),
-        "lamb_preserve": weight,
-        "lamb_weight": weight,
-        "rank": whole,
-        "alpha": _positive,
+        "statistics": HASH,
+        "weights": either(None, _GROUPS),
+        **NUMBERS,
     },
 }
-PARTS = [{"dataset": text, "class": text, "forget": whole, "leaving": partial(whole, least=0)}, ...]
+PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
 
-FACTORS = {"left": (DTYPES, ("w", "r")), "right": (DTYPES, ("r", "d"))}
+FACTORS = {"left": (FLOATS, ("w", "r")), "right": (FLOATS, ("r", "d"))}
 # The tensors of a recipe; `forget` and `leaving` are the rows of all its parts.
 COLUMNS = {
     "forget_hidden": ((torch.float32,), ("forget", "w")),
@@ -140,8 +131,8 @@ class Adapter:
             objective = self.recipe.get("objective")
             if not isinstance(objective, str) or objective not in SHARED:
                 raise ProblemError(f"recipe.objective must be one of {', '.join(SHARED)}")
-            check(self.recipe, {"objective": text, **SHARED[objective], "parts": PARTS}, "recipe")
-            table, parts = _columns(objective), self.recipe["parts"]
+            check(self.recipe, {"objective": TEXT, **SHARED[objective], "parts": PARTS}, "recipe")
+            table, parts = columns(objective), self.recipe["parts"]
             sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
         check_tensors(self.tensors, table, sizes)
         # What bounds the numbers of the change, in the precision in which it is stored.
@@ -160,11 +151,11 @@ class Adapter:
         Raises:
             ProblemError: the projection is not the one that the adapter was made for.
         """
-        if projection_sha256(projection) != self.projection_sha256:
+        if (given := projection_sha256(projection)) != self.projection_sha256:
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
                 f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "
-                f"one ({projection_sha256(projection)[:12]})"
+                f"one ({given[:12]})"
             )
         return projection + self.delta().to(projection)
 
@@ -172,18 +163,15 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:
     """Write an adapter; the file appears whole or not at all.
 
-    Args:
-        overwrite: whether a file that is there may be replaced.
-
     Raises:
-        ProblemError: the place cannot be written, or is taken.
+        ProblemError: the place cannot be written, or is taken and `overwrite` is False.
     """
     write_bytes(adapter_bytes(adapter), path, replace=overwrite)
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
     """An adapter as the content of its file; the same adapter gives the same bytes."""
-    tensors = {"left": adapter.left.float(), "right": adapter.right.float()}
+    tensors = {name: getattr(adapter, name).float() for name in FACTORS}
     tensors |= {_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
     return pack(FORMAT, {name: getattr(adapter, name) for name in FIELDS}, tensors)
 
@@ -198,15 +186,14 @@ def load_adapter(path: str | Path) -> Adapter:
         ProblemError: no such file, no adapter, or one that is damaged or was changed; the message
             names the file and what is wrong.
     """
-    form, fields, tensors = unpack(path, FORMAT, FIELDS, UNSEALED)
+    form, fields, tensors = unpack(path, FORMAT, FIELDS, unsealed=UNSEALED)
+    factors = {name: tensors.pop(name, None) for name in FACTORS}
     if form == UNSEALED:
         fields["recipe"] = {}
         tensors = {name: x for name, x in tensors.items() if not name.startswith(_PREFIX)}
-    with naming(path):
-        factors = {name: tensors.pop(name, None) for name in FACTORS}
-        columns = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
-        # An older file may lack fields, which is said as what they must be.
-        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=columns)
+    kept = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
+    with naming(path):  # an older file may lack fields, which is said as what they must be
+        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=kept)
 
 
 @dataclass(frozen=True)
@@ -246,32 +233,31 @@ def recipe_parts(
         rows: (n, w), retained texts; shares: (n,), what each weighs in G; leaving: (C, n) bool,
             which leave the statistics with a class (also one that another class takes out too).
     """
-    forget_hidden, displacement, owner, rows, shares, leaving = (
+    texts, displacement, owner, rows, shares, leaving = (
         x.detach().cpu() for x in (forget_hidden, displacement, owner, rows, shares, leaving)
     )
-    if not len(forget_hidden) == len(displacement) == len(owner) or len(rows) != len(shares):
+    if not len(texts) == len(displacement) == len(owner) or len(rows) != len(shares):
         raise ProblemError(
-            f"{len(forget_hidden)} texts with {len(displacement)} displacements and {len(rows)} "
+            f"{len(texts)} texts with {len(displacement)} displacements and {len(rows)} "
             f"leaving texts with {len(shares)} shares make no recipe"
         )
     leaving = leaving & (shares > 0)
     used = leaving.any(dim=0)
-    rows, shares, leaving = rows[used].float(), shares[used].double(), leaving[:, used]
-    texts, displacement = forget_hidden.float(), displacement.double()
-    base = [] if ridge is None else [ridge.solve(x.to(ridge.gram)).cpu() for x in (texts, rows)]
-    parts = []
-    for i, (dataset, name) in enumerate(names):
-        mine, gone = owner == i, leaving[i]
-        tensors = {
-            "forget_hidden": texts[mine],
-            "displacement": displacement[mine],
-            "leaving_hidden": rows[gone],
-            "shares": shares[gone],
-        }
-        if base:
-            tensors |= {"forget_base": base[0][mine], "leaving_base": base[1][gone]}
-        parts.append(Part(dataset, name, tensors))
-    return parts
+    leaving = leaving[:, used]
+    forget = {"forget_hidden": texts.float(), "displacement": displacement.double()}
+    gone = {"leaving_hidden": rows[used].float(), "shares": shares[used].double()}
+    if ridge is not None:
+        for kept, name in ((forget, "forget"), (gone, "leaving")):
+            base = ridge.solve(kept[f"{name}_hidden"].to(ridge.gram))
+            kept[f"{name}_base"] = base.cpu()
+    return [
+        Part(
+            *name,
+            {key: x[owner == i] for key, x in forget.items()}
+            | {key: x[leaving[i]] for key, x in gone.items()},
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part]) -> Adapter:
@@ -293,8 +279,12 @@ def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part])
         for part in parts
     ]
     recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
-    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
-    return replace(adapter, recipe=recipe | {"parts": index}, tensors=tensors)
+    return replace(adapter, recipe=recipe | {"parts": index}, tensors=joined(parts))
+
+
+def joined(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of all parts, one below the other."""
+    return {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
 
 
 def read_parts(adapter: Adapter, where: str) -> list[Part]:
@@ -315,7 +305,7 @@ def read_parts(adapter: Adapter, where: str) -> list[Part]:
     index = adapter.recipe["parts"]
     pieces = {
         name: adapter.tensors[name].split([part[rows] for part in index])
-        for name, (_, (rows, *_)) in _columns(adapter.recipe["objective"]).items()
+        for name, (_, (rows, *_)) in columns(adapter.recipe["objective"]).items()
     }
     return [
         Part(part["dataset"], part["class"], {name: pieces[name][i] for name in pieces})
@@ -323,5 +313,6 @@ def read_parts(adapter: Adapter, where: str) -> list[Part]:
     ]
 
 
-def _columns(objective: str) -> dict[str, Any]:
+def columns(objective: str) -> dict[str, Any]:
+    """The tensors of an objective's recipes."""
     return COLUMNS | (BASE_COLUMNS if objective == "constrained" else {})

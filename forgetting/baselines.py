@@ -21,7 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import ProblemError, indices, matrices, matrix, number, weight, whole
+from forgetting.checks import (
+    NUMBER,
+    POSITIVE,
+    WEIGHT,
+    ProblemError,
+    check,
+    indices,
+    matrices,
+    matrix,
+    texts,
+    whole,
+)
+from forgetting.problem import Change
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
@@ -40,9 +52,9 @@ def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
     Returns:
         left (w, k).
     """
-    h_f, gram = _texts(h_f, gram)
-    number("erase", erase, above=0.0)
-    ridged = gram + number("lam", lam, above=0.0) * torch.eye(len(gram)).to(gram)
+    h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
+    check(erase, POSITIVE, "erase")
+    ridged = gram + check(lam, POSITIVE, "lam") * torch.eye(len(gram)).to(gram)
     base = torch.cholesky_solve(h_f.T, _root(ridged))  # (w, k)
     inner = h_f @ base  # (k, k)
     eye = torch.eye(len(h_f), dtype=gram.dtype, device=gram.device)
@@ -62,22 +74,14 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
     Returns:
         left (w, k), zero if no direction lies below the threshold.
     """
-    h_f, gram = _texts(h_f, gram)
-    number("threshold", threshold), weight("damping", damping)
-    values, vectors = torch.linalg.eigh(gram / whole("count", count))
+    h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
+    check(threshold, NUMBER, "threshold"), check(damping, WEIGHT, "damping")
+    values, vectors = torch.linalg.eigh(gram / check(count, whole(1), "count"))
     free = vectors[:, values < threshold]  # (w, q)
     inside = h_f @ free  # (k, q)
     inner = inside @ inside.T + damping * torch.eye(len(h_f)).to(gram)  # (k, k)
     # Pseudo-inverse: without free directions it is zero and nothing can move.
     return free @ (inside.T @ torch.linalg.pinv(inner, hermitian=True))  # (w, k)
-
-
-def _texts(h_f: Tensor, gram: Tensor) -> list[Tensor]:
-    """Hidden states (k, w), at least one, and statistics (w, w) that fit together."""
-    h_f, gram = matrices(h_f=h_f, gram=gram)
-    if 0 in h_f.shape:
-        raise ProblemError("h_f is empty: name at least one text to forget")
-    return [h_f, matrix("gram", gram, h_f.shape[1], h_f.shape[1])]
 
 
 def _root(square: Tensor) -> Tensor:
@@ -101,10 +105,7 @@ def zeroing(h_f: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left (w, r), right (r, d) with r the rank of `h_f`.
     """
-    h_f, projection = matrices(h_f=h_f, projection=projection)
-    h_f = matrix("h_f", h_f, len(projection))
-    if 0 in h_f.shape:
-        raise ProblemError("h_f is empty: name at least one text to forget")
+    h_f, projection = texts("h_f", h_f, "projection", projection)
     _, values, basis = torch.linalg.svd(h_f, full_matrices=False)
     small = torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
     basis = basis[values > small]  # (r, w)
@@ -128,9 +129,9 @@ def noise(
         left (width, rank), right (rank, d), float64.
     """
     for name, size in (("width", width), ("d", d), ("rank", rank)):
-        if whole(name, size, 0) > 2**20:
+        if check(size, whole(0), name) > 2**20:
             raise ProblemError(f"{name} is {size}: too large for a projection")
-    weight("norm", norm)
+    check(norm, WEIGHT, "norm")
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     size = torch.linalg.matrix_norm(left @ right)
@@ -138,12 +139,10 @@ def noise(
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Ascent(Change):
     """`Delta = left @ right`, left (w, k) and right (k, d); how many steps it took and whether all
     texts got below the limit; each text's probability of its own class (k,) before and after."""
 
-    left: Tensor
-    right: Tensor
     steps: int
     reached: bool
     before: Tensor
@@ -180,12 +179,10 @@ def ascend(
         See `Ascent`.
     """
     hidden, projection, names = matrices(hidden=hidden, projection=projection, names=names)
-    hidden, names = (
-        matrix("hidden", hidden, len(projection)),
-        matrix("names", names, projection.shape[1]),
-    )
+    hidden = matrix("hidden", hidden, len(projection))
+    names = matrix("names", names, projection.shape[1])
     own = indices("own", own, len(hidden), len(names))
-    number("lr", lr, above=0.0), number("limit", limit), whole("steps", steps, 0)
+    check(lr, POSITIVE, "lr"), check(limit, NUMBER, "limit"), check(steps, whole(0), "steps")
     if not len(hidden) or len(names) < 2:
         raise ProblemError("ascent needs a text, and two classes to take it for")
     start = hidden @ projection  # (k, d)

@@ -26,26 +26,25 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import (
-    BASE_COLUMNS,
-    COLUMNS,
     SHARED,
     Adapter,
     Part,
     adapter_bytes,
+    columns,
+    joined,
     load_adapter,
     read_parts,
     save_adapter,
     with_recipe,
 )
 from forgetting.certificate import certify_constrained
-from forgetting.checks import ProblemError
+from forgetting.checks import ProblemError, line
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
-from forgetting.files import line
-from forgetting.problem import ForgetProblem
-from forgetting.retain import RetainStatistics, square_root
+from forgetting.problem import NUMBERS, Change, ForgetProblem
+from forgetting.statistics import RetainStatistics, square_root
 
-PAPER = ("lamb_forget", "lamb_preserve", "lamb_weight", "rank", "alpha")
+ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # forget or leaving
 # Relative distances. One text encoded in two batches differs by 1e-7, in half precision by 5e-4 or
 # less; the nearest different names of six real sets are 0.1 apart.
 SAME_TEXT, UNCLEAR = 1e-5, 1e-3
@@ -56,17 +55,10 @@ CHUNK = 1024  # rows that are compared with all others at one time
 
 
 @dataclass(frozen=True)
-class Composed:
-    """`Delta = left @ right`, left (w, p) orthonormal, right (p, d), float64, and a report."""
+class Composed(Change):
+    """An answer, left (w, p) orthonormal, right (p, d), float64, and a report."""
 
-    left: Tensor
-    right: Tensor
     report: dict[str, Any]
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
 
 
 def solve_recipes(
@@ -90,45 +82,22 @@ def solve_recipes(
             that misses its targets, or whose gap is more than `POOR`; columns that cannot be what
             they are said to be.
     """
-    rows = _union(parts)
-    h_f, d = rows["forget_hidden"].double(), rows["displacement"]
-    leaving = rows["leaving_hidden"].double()
-    gram = None
-    if statistics is not None:
-        if statistics.sha256 != shared["statistics"]:
-            raise ProblemError(
-                f"the adapters belong to the retain statistics {shared['statistics'][:12]}, "
-                f"not to the given ones ({statistics.sha256[:12]})"
-            )
-        weights = shared["weights"]
-        gram = statistics.plain() if weights is None else statistics.weighted(weights)
+    named = shared["statistics"][:12]
+    if statistics is not None and statistics.sha256 != shared["statistics"]:
+        raise ProblemError(
+            f"the adapters belong to the retain statistics {named}, "
+            f"not to the given ones ({statistics.sha256[:12]})"
+        )
     if shared["objective"] == "constrained":
-        base = torch.cat([rows["forget_base"], rows["leaving_base"]])
-        inner = torch.cat([h_f, leaving]) @ base.T  # of K_0^-1, which is symmetric
-        if _length(inner - inner.T) > POOR * _length(inner):
-            raise ProblemError("the adapters' columns are not of their texts and of one K_0")
-        gone = (leaving[None], rows["leaving_base"][None], rows["shares"][None])
-        left, right = land(h_f[None], rows["forget_base"][None], *gone, d[None])
-        size, missed = _length(d), _length((h_f @ left[0]) @ right[0] - d)
-        # tr Delta^T K Delta at the optimum, where K Delta = H_f^T right
-        report = {
-            "objective": float((right[0] * d).sum()),
-            "residual": missed / size if size else missed,
-        }
-        if gram is not None:
-            proof = certify_constrained(
-                *(gram, shared["mu"], gone[0], gone[2], h_f[None], d[None], left, right)
-            )
-            report["gap"] = proof[0].gap
-        left, right = left[0], right[0]
+        solve = _solve_constrained
+    elif statistics is not None:
+        solve = _solve_paper
     else:
-        if gram is None:
-            raise ProblemError(
-                "adapters of the paper's objective are solved again from the retain statistics: "
-                f"pass --statistics FILE, the one of sha256 {shared['statistics'][:12]}"
-            )
-        gram = gram - (leaving.T * rows["shares"]) @ leaving
-        left, right, report = _solve_paper(shared, h_f, d, square_root(gram))
+        raise ProblemError(
+            "adapters of the paper's objective are solved again from the retain statistics: "
+            f"pass --statistics FILE, the one of sha256 {named}"
+        )
+    left, right, report = solve(shared, _union(parts), statistics)
     for name, meaning in (("residual", "misses its targets by"), ("gap", "is proved only to")):
         if not report.get(name, 0.0) <= POOR:  # NaN neither
             raise ProblemError(
@@ -140,16 +109,41 @@ def solve_recipes(
     return Composed(left, rotation @ right, report | {"proved": "gap" in report})
 
 
-def _solve_paper(
-    shared: dict[str, Any], h_f: Tensor, d: Tensor, rows: Tensor
+def _solve_constrained(
+    shared: dict[str, Any], rows: dict[str, Tensor], statistics: RetainStatistics | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The paper's objective with a square root of G; only D matters of W and P, so W is 0 here."""
+    h_f, d, base = (rows[x][None] for x in ("forget_hidden", "displacement", "forget_base"))
+    gone, gone_base, shares = (rows[x][None] for x in ("leaving_hidden", "leaving_base", "shares"))
+    h_f, gone, norm = h_f.double(), gone.double(), torch.linalg.matrix_norm
+    inner = torch.cat([h_f, gone], dim=1) @ torch.cat([base, gone_base], dim=1).mT
+    if norm(inner - inner.mT) > POOR * norm(inner):  # of K_0^-1, which is symmetric
+        raise ProblemError("the adapters' columns are not of their texts and of one K_0")
+    left, right = land(h_f, base, gone, gone_base, shares, d)
+    size, missed = float(norm(d)), float(norm((h_f @ left) @ right - d))
+    # tr Delta^T K Delta at the optimum, where K Delta = H_f^T right
+    report = {"objective": float((right * d).sum()), "residual": missed / size if size else missed}
+    if statistics is not None:
+        gram = statistics.weighted(shared["weights"])
+        proof = certify_constrained(gram, shared["mu"], gone, shares, h_f, d, left, right)
+        report["gap"] = proof[0].gap
+    return left[0], right[0], report
+
+
+def _solve_paper(
+    shared: dict[str, Any], rows: dict[str, Tensor], statistics: RetainStatistics
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    h_f, leaving = rows["forget_hidden"].double(), rows["leaving_hidden"].double()
+    retained = statistics.root(shared["weights"])
+    if len(leaving):  # taken off the squares, which costs half of the digits
+        gone = (leaving.T * rows["shares"]) @ leaving
+        retained = square_root(statistics.weighted(shared["weights"]) - gone)
+    d = rows["displacement"]
     problem = ForgetProblem(
-        projection=h_f.new_zeros(h_f.shape[1], d.shape[1]),
+        projection=h_f.new_zeros(h_f.shape[1], d.shape[1]),  # only D matters of W and P
         forget_hidden=h_f,
-        retain_hidden=rows,
+        retain_hidden=retained,
         target=d,
-        **{key: shared[key] for key in PAPER},
+        **{key: shared[key] for key in NUMBERS},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a poor gap, which is refused
@@ -166,26 +160,24 @@ def _solve_paper(
 
 def _union(parts: Sequence[Part]) -> dict[str, Tensor]:
     """The rows of all parts, each text once."""
-    columns = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-    forget, owner = _first(parts, columns, "forget_hidden")
+    rows = joined(parts)
+    forget, owner = _first(parts, rows, "forget_hidden")
     for j, i in enumerate(forget):
-        if not _near(columns["displacement"][[j]], columns["displacement"][[i]], SAME_TARGET):
+        if not _near(rows["displacement"][[j]], rows["displacement"][[i]], SAME_TARGET):
             raise ProblemError(
                 f"{parts[owner[i]].name!r} and {parts[owner[j]].name!r} send the same text to "
                 "different targets"
             )
     chosen = {"forget": [j for j, i in enumerate(forget) if i == j], "leaving": []}
-    leaving, owner = _first(parts, columns, "leaving_hidden")
+    leaving, owner = _first(parts, rows, "leaving_hidden")
     # Copies of one text in the statistics are told apart by their number within a part.
     own, taken = Counter(), Counter()
-    for j, (text, part, share) in enumerate(
-        zip(leaving, owner, columns["shares"].tolist(), strict=True)
-    ):
-        own[part, text, share] += 1
-        if own[part, text, share] > taken[text, share]:
-            taken[text, share] += 1
+    for j, (part, *text) in enumerate(zip(owner, leaving, rows["shares"].tolist(), strict=True)):
+        own[part, *text] += 1
+        if own[part, *text] > taken[*text]:
+            taken[*text] += 1
             chosen["leaving"].append(j)
-    return {name: columns[name][chosen[(COLUMNS | BASE_COLUMNS)[name][1][0]]] for name in columns}
+    return {name: x[chosen[ROWS[name]]] for name, x in rows.items()}
 
 
 def _first(
@@ -226,10 +218,6 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False
     a, b = a.double(), b.double()
     return bool(((a - b).norm(dim=1) <= tolerance * a.norm(dim=1)).all())
-
-
-def _length(matrix: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(matrix))
 
 
 def compose(
@@ -337,17 +325,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
+    given_back = "adapter whose classes are given back; may be repeated"
     parser.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="ADAPTER",
-        help="adapter whose classes are given back; may be repeated",
+        "--without", action="append", default=[], metavar="ADAPTER", help=given_back
     )
     parser.add_argument("--out", required=True, help="adapter to write; must not exist")
-    parser.add_argument(
-        "--statistics", help="file of retain statistics; needed for the paper's objective"
-    )
+    needed = "file of retain statistics; needed for the paper's objective"
+    parser.add_argument("--statistics", help=needed)
     args = parser.parse_intermixed_args(argv)
     out = Path(args.out)
     if os.path.lexists(out):

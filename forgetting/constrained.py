@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forgetting.batches import batches, padded
 from forgetting.certificate import Certificate, certify_constrained
-from forgetting.checks import ProblemError, indices, mask, matrix, number, vector
+from forgetting.checks import POSITIVE, ProblemError, check, indices, mask, matrix, vector
+from forgetting.problem import Change
 
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
-BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Ridge:
     mu: float
 
     def __post_init__(self) -> None:
-        number("the ridge mu", self.mu, above=0.0)
+        check(self.mu, POSITIVE, "the ridge mu")
         gram = matrix("the retain statistics", self.gram).double()
         if gram.shape[0] != gram.shape[1] or not len(gram):
             raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")
@@ -57,8 +58,8 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class ConstrainedSolution:
-    """The optimum, `Delta = left @ right` with left (w, k), right (k, d), float64, and its proof.
+class ConstrainedSolution(Change):
+    """The optimum, left (w, k), right (k, d), float64, and its proof.
 
     Attributes:
         certificate: of `tr Delta^T K Delta`; see `certify_constrained`.
@@ -66,15 +67,8 @@ class ConstrainedSolution:
             given different targets, which no change can serve (then the nearest is served).
     """
 
-    left: Tensor
-    right: Tensor
     certificate: Certificate
     residual: float
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
 
 
 def solve_constrained(
@@ -87,23 +81,17 @@ def solve_constrained(
     """Forget k texts at once.
 
     Args:
-        ridge: the statistics of all retained texts and the ridge.
         forget_hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
         leaving: (n, w), texts that are part of the statistics and must not be retained: the
             forgotten names themselves and their synonyms; shares: (n,), the weight w_g / m_g that
-            each has in `G`.
-
-    Raises:
-        ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
+            each has in `G`. Errors as in `solve_constrained_each`.
     """
-    hidden = matrix("forget_hidden", forget_hidden)
-    leaving = hidden[:0] if leaving is None else matrix("leaving", leaving)
-    shares = hidden.new_zeros(0) if shares is None else shares
-    owner = torch.zeros(len(hidden), dtype=torch.int64)
-    everything = torch.ones(1, len(leaving), dtype=torch.bool)
-    return solve_constrained_each(ridge, hidden, displacement, owner, leaving, shares, everything)[
-        0
-    ]
+    h = matrix("forget_hidden", forget_hidden)
+    rows = h[:0] if leaving is None else matrix("leaving", leaving)
+    shares = h.new_zeros(0) if shares is None else shares
+    owner = torch.zeros(len(h), dtype=torch.int64)
+    everything = torch.ones(1, len(rows), dtype=torch.bool)
+    return solve_constrained_each(ridge, h, displacement, owner, rows, shares, everything)[0]
 
 
 def solve_constrained_each(
@@ -118,85 +106,58 @@ def solve_constrained_each(
     """R requests, each forgotten alone from the same statistics: one factorisation, batches.
 
     Args:
-        ridge: the statistics of all retained texts and the ridge.
+        ridge, owner, rows, shares, leaving: see `requests`.
         hidden: (K, w), the texts of all requests; displacement: (K, d), `D = P - H W` of each.
-        owner: (K,) int64, the request that a text belongs to; each of 0 .. R - 1 has at least one.
-        rows: (n, w), retained texts; shares: (n,), the weight of each in G (0: it is no part).
-        leaving: (R, n) bool, which of them leave the statistics with a request.
 
     Raises:
         ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
     """
-    gram = ridge.gram
-    h, rows = (matrix(n, x, len(gram)).to(gram) for n, x in (("hidden", hidden), ("rows", rows)))
-    d = matrix("displacement", displacement, count=len(h)).to(gram)
-    shares = vector("shares", shares, len(rows)).to(gram)
-    leaving = mask("leaving", leaving, None, len(rows)).to(gram.device)
-    owner = indices("owner", owner, len(h), len(leaving)).to(gram.device)
+    h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
+    all_d = matrix("displacement", displacement, count=len(h)).to(h)
+    found: dict[int, ConstrainedSolution] = {}
+    for numbers, texts, base, gone in requests(ridge, h, owner, rows, shares, leaving):
+        h_f, d = h[texts], all_d[texts]
+        left, right = land(h_f, base, *gone, d)
+        proofs = certify_constrained(ridge.gram, ridge.mu, gone[0], gone[2], h_f, d, left, right)
+        missed, size = (torch.linalg.matrix_norm(x) for x in ((h_f @ left) @ right - d, d))  # (B,)
+        residual = torch.where(size > 0, missed / size, 0.0).tolist()
+        answers = map(ConstrainedSolution, left, right, proofs, residual)
+        found |= zip(numbers.tolist(), answers, strict=True)
+    return [found[request] for request in range(len(found))]
+
+
+def requests(
+    ridge: Ridge, h: Tensor, owner: Tensor, rows: Tensor, shares: Tensor, leaving: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """R requests over the same statistics, in batches, with what `downdate` needs of each.
+
+    Args:
+        ridge: the statistics of all retained texts and the ridge.
+        h: (K, w), the texts of all requests; owner: (K,) int64, the request that a text belongs
+            to; each of 0 .. R - 1 has at least one.
+        rows: (n, w), retained texts; shares: (n,), the weight of each in G (0: it is no part).
+        leaving: (R, n) bool, which of them leave the statistics with a request.
+
+    Yields:
+        The requests (B,), the numbers of their texts (B, k), `base` (B, k, w), and what leaves:
+        `leaving` (B, n', w), `base_leaving` and `shares` (B, n').
+    """
+    rows = matrix("rows", rows, h.shape[1]).to(h)
+    shares = vector("shares", shares, len(rows)).to(h)
+    leaving = mask("leaving", leaving, len(rows)).to(h.device)
+    owner = indices("owner", owner, len(h), len(leaving)).to(h.device)
     part = leaving.any(dim=0) & (shares > 0)
     rows, shares, leaving = rows[part], shares[part], leaving[:, part]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
-    found: list[ConstrainedSolution | None] = [None] * len(leaving)
-    for requests, texts in batches(owner, leaving, h.shape[1]):
-        places, weights = padded(leaving[requests], shares)  # (B, n'), (B, n')
-        gone = rows[places] * (weights > 0)[..., None]  # (B, n', w)
-        left, right = land(
-            h[texts], base[texts], gone, base_rows[places] * (weights > 0)[..., None], weights,
-            d[texts],
-        )  # fmt: skip
-        proofs = certify_constrained(
-            ridge.gram, ridge.mu, gone, weights, h[texts], d[texts], left, right
+    for numbers, texts in batches(owner, leaving, h.shape[1]):
+        places, weights = padded(leaving[numbers], shares)  # (B, n')
+        there = (weights > 0)[..., None]
+        yield (
+            numbers,
+            texts,
+            base[texts],
+            (rows[places] * there, base_rows[places] * there, weights),
         )
-        missed = torch.linalg.matrix_norm((h[texts] @ left) @ right - d[texts])  # (B,)
-        size = torch.linalg.matrix_norm(d[texts])
-        residual = torch.where(size > 0, missed / size, 0.0).tolist()
-        for i, request in enumerate(requests.tolist()):
-            found[request] = ConstrainedSolution(left[i], right[i], proofs[i], residual[i])
-    return found
-
-
-def batches(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Requests in batches of equally many texts, those from which alike many names leave together.
-
-    Args:
-        owner: (K,), the request of each text; leaving: (R, n) bool; width: w.
-
-    Yields:
-        The requests (B,), and the rows (B, k) of their texts.
-
-    Raises:
-        ProblemError: a request without a text.
-    """
-    count = torch.bincount(owner, minlength=len(leaving))  # (R,) texts
-    if len(count) != len(leaving) or not count.all():
-        raise ProblemError("each request needs at least one text, and each text one request")
-    order = owner.argsort(stable=True)  # the texts, request by request
-    first = count.cumsum(0) - count
-    many = leaving.sum(dim=1)
-    for k in count.unique().tolist():
-        requests = torch.nonzero(count == k)[:, 0]
-        requests = requests[many[requests].argsort(stable=True)]
-        size = max(1, BATCH_NUMBERS // (width * (int(many[requests].max()) + k)))
-        for batch in requests.split(size):
-            yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
-
-
-def padded(leaving: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows leave in each request of a batch, all lists made equally long.
-
-    Args:
-        leaving: (B, n) bool; shares: (n,).
-
-    Returns:
-        places (B, n'), row numbers, and weights (B, n'), their shares; 0 where a list is padded.
-    """
-    request, place = leaving.nonzero(as_tuple=True)  # in order of the requests
-    count = torch.bincount(request, minlength=len(leaving))  # (B,); a sum would copy the mask
-    slot = torch.arange(len(place), device=place.device) - (count.cumsum(0) - count)[request]
-    places = place.new_zeros(len(leaving), int(count.max()) if len(count) else 0)
-    weights = shares.new_zeros(places.shape)
-    places[request, slot], weights[request, slot] = place, shares[place]
-    return places, weights
 
 
 def downdate(

@@ -9,16 +9,26 @@ classes, and the roots in mu are found for all of them together.
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from forgetting.batches import padded_rows, texts_each
 from forgetting.certificate import certify_each
 from forgetting.checks import mask
-from forgetting.constrained import padded
-from forgetting.exact import AUTO_MARGIN, GOOD_GAP, above, settle, solve_exact, thresholds
+from forgetting.exact import (
+    AUTO_MARGIN,
+    GOOD_GAP,
+    ExactSolution,
+    Thresholds,
+    above,
+    solve_exact,
+    thresholds,
+)
 from forgetting.problem import AUTO, ForgetProblem
 from forgetting.spectrum import Spectrum, find_roots
 
@@ -35,7 +45,7 @@ class EachSolution:
         mu: (C,), reach: (C,) c*, the `lamb_forget` above which the class moves.
         lamb_forget: (C,), the weight that each was solved with.
         primal, bound, gap: (C,), the certificates.
-        solve_seconds, certify_seconds: how long each part took, for all classes together.
+        certify_seconds: how long the certificates took, for all classes together.
         alone: number of classes that were solved again by `solve_exact`, being too close to the
             kernel for the shared factorisation.
     """
@@ -48,7 +58,6 @@ class EachSolution:
     primal: Tensor
     bound: Tensor
     gap: Tensor
-    solve_seconds: float
     certify_seconds: float
     alone: int
 
@@ -57,6 +66,21 @@ class EachSolution:
         if not self.left[i].any():
             return "none"
         return "generic" if self.mu[i] > 0 else "kernel"
+
+    def one(self, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Class i as `solve_requests` gives it."""
+        branch, reach = self.branch(i), float(self.reach[i])
+        rank = int(branch != "none")
+        proof = {name: float(getattr(self, name)[i]) for name in ("primal", "bound", "gap")}
+        report = {
+            "branch": branch,
+            "mu": float(self.mu[i]),
+            "rho": 0.0 if rank else math.inf,
+            "lamb_forget": float(self.lamb_forget[i]),
+            "certificate": proof | {"radius": math.inf},
+            "thresholds": {"start": reach, "reach": reach},
+        }
+        return self.left[i, :, None][:, :rank], self.right[i][None][:rank], report
 
 
 def solve_each(
@@ -80,66 +104,101 @@ def solve_each(
     device = exact.projection.device
     if leaving is None:
         leaving = torch.zeros(count, m, dtype=torch.bool)
-    leaving = mask("leaving", leaving, count, m)
-    leaving = leaving.to(device)
+    leaving = mask("leaving", leaving, m, count).to(device)
     d = exact.displacement  # (C, d)
     left, right = torch.zeros_like(exact.forget_hidden), d.clone()
     mu, reach, primal, bound, gap = (left.new_zeros(count) for _ in range(5))
     lamb_forget = left.new_zeros(count)
-    started = time.perf_counter()
     certifying = 0.0
     if problem.lamb_preserve == 0 or problem.lw == 0 or m == 0:
         poor = torch.arange(count)  # a shared factorisation saves nothing, or a weight is zero
     else:
         spectrum = spectrum or Spectrum(problem.retain_hidden)
-        direction, mu, y, u_scale, reach, lamb_forget = _roots(problem, spectrum, leaving)
+        most = max(torch.bincount(leaving.nonzero()[:, 0], minlength=1).tolist())
+        size = max(1, BATCH_NUMBERS // (3 * (1 + most) * max(1, len(spectrum.values))))
+        parts = [
+            _roots(problem, spectrum, texts, leaving[texts])
+            for texts in torch.arange(count, device=device).split(size)
+        ]
+        direction, mu, y, u_scale, reach, lamb_forget = map(torch.cat, zip(*parts, strict=True))
         left = direction * (reach < lamb_forget)[:, None]
-        paused = time.perf_counter()
+        started = time.perf_counter()
         triangle = spectrum.rows if len(spectrum.rows) < m else None
         primal, bound, gap = certify_each(
             problem, leaving, lamb_forget, left, y, u_scale, direction, triangle
         )
-        certifying = time.perf_counter() - paused
+        certifying = time.perf_counter() - started
         # Where almost nothing holds a class but what leaves with it, the downdate cancels.
         low = NEAR_KERNEL * problem.lw / problem.lamb_preserve * spectrum.values.max()
         poor = torch.nonzero(~(gap <= GOOD_GAP) | (leaving.any(dim=1) & (mu < low)))[:, 0]
     for i in poor.tolist():
-        single = problem.part(torch.tensor([i], device=device), ~leaving[i])
-        reach[i] = thresholds(single).reach
-        single = settle(single)
-        solution = solve_exact(single)
-        left[i], right[i], lamb_forget[i] = 0.0, 0.0, single.lamb_forget
+        lamb_forget[i], limits, solution = _alone(problem, torch.tensor([i]), leaving[i])
+        left[i], right[i], reach[i] = 0.0, 0.0, limits.reach
         if solution.left.shape[1]:
             left[i], right[i] = solution.left[:, 0], solution.right[0]
         proof = solution.certificate
         mu[i], primal[i], bound[i], gap[i] = solution.mu, proof.primal, proof.bound, proof.gap
-    solving = time.perf_counter() - started - certifying
-    return EachSolution(
-        *(left, right, mu, reach, lamb_forget, primal, bound, gap),
-        *(solving, certifying, len(poor)),
-    )
+    numbers = mu, reach, lamb_forget, primal, bound, gap
+    return EachSolution(left, right, *numbers, certifying, len(poor))
 
 
-def _roots(problem: ForgetProblem, spectrum: Spectrum, leaving: Tensor) -> tuple[Tensor, ...]:
-    """mu of every class by batched roots, and what follows from it.
+def solve_requests(
+    problem: ForgetProblem, owner: Tensor, leaving: Tensor
+) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """The optimum of R requests of any number of texts, each from the original model.
+
+    Args:
+        problem: the texts of all requests, and everything that may be retained beside them.
+        owner: (K,) int64, the request of each text; leaving: (R, m) bool, as in `solve_each`.
 
     Returns:
-        direction (C, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
-        `H_r direction`, c* and lamb_forget, all (C,).
+        For each left (w, r), right (r, d), and a report: certificate, branch, mu, rho, thresholds
+        and `lamb_forget`, in words and numbers.
     """
-    most = max(torch.bincount(leaving.nonzero()[:, 0], minlength=1).tolist())
-    size = max(1, BATCH_NUMBERS // (3 * (1 + most) * max(1, len(spectrum.values))))
-    parts = [
-        _roots_of(problem, spectrum, texts, leaving[texts])
-        for texts in torch.arange(len(leaving), device=leaving.device).split(size)
-    ]
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+    count, order = texts_each(owner, len(leaving)), owner.argsort(stable=True)
+    single = (count == 1).nonzero()[:, 0]
+    texts = order[(count.cumsum(0) - count)[single]]
+    each = solve_each(problem.part(texts), leaving[single]) if len(single) else None
+    place = {request: i for i, request in enumerate(single.tolist())}
+    found = []
+    for request in range(len(leaving)):
+        if request in place:
+            found.append(each.one(place[request]))
+            continue
+        weight, limits, solution = _alone(problem, owner == request, leaving[request])
+        report = {
+            **{name: getattr(solution, name) for name in ("branch", "mu", "rho")},
+            "lamb_forget": weight,
+            "certificate": asdict(solution.certificate),
+            "thresholds": asdict(limits),
+        }
+        found.append((solution.left, solution.right, report))
+    return found
 
 
-def _roots_of(
+def _alone(
+    problem: ForgetProblem, texts: Tensor, gone: Tensor
+) -> tuple[float, Thresholds, ExactSolution]:
+    """Some of the texts without the names that leave, (m,) bool, by `solve_exact`."""
+    part = problem.part(texts, ~gone)
+    limits = thresholds(part)
+    if part.lamb_forget == AUTO:
+        part = replace(part, lamb_forget=above(limits.reach))
+    return part.lamb_forget, limits, solve_exact(part)
+
+
+def _roots(
     problem: ForgetProblem, spectrum: Spectrum, texts: Tensor, leaving: Tensor
 ) -> tuple[Tensor, ...]:
-    """`_roots` for a batch of B classes."""
+    """mu of a batch of B classes, and what follows from it.
+
+    Args:
+        texts: (B,), rows of `forget_hidden`; leaving: (B, m).
+
+    Returns:
+        direction (B, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
+        `H_r direction`, c* and lamb_forget, all (B,).
+    """
     exact, lp, lw = problem.double, problem.lamb_preserve, problem.lw
     e = spectrum.values.square()  # (q,)
     length = torch.linalg.vector_norm(exact.forget_hidden, dim=1).max()
@@ -154,13 +213,12 @@ def _roots_of(
         noise = torch.linalg.vector_norm(kernel, dim=-1) <= 8 * spectrum.noise * length
         return x, kernel.masked_fill(noise[..., None], 0.0)
 
-    places, weights = padded(leaving, exact.forget_hidden.new_ones(leaving.shape[1]))  # (B, n)
-    gone = problem.retain_hidden[places].double() * weights[..., None]  # (B, n, w)
+    gone, there = padded_rows(leaving, problem.retain_hidden)  # (B, n, w)
     # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
-    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone], dim=1))
+    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone.double()], dim=1))
     x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
     eye = torch.eye(gone.shape[1], dtype=rows.dtype, device=rows.device)
-    leaves = weights.any(dim=1)
+    leaves = there.any(dim=1)[:, 0]
 
     def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`y = h + L^T c` as coefficients (B, 1 + n) of `rows`, and the forms a, b, g of

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from forgetting.certificate import Certificate, certify
 from forgetting.checks import ProblemError
-from forgetting.problem import AUTO, ForgetProblem
-from forgetting.spectrum import DEPENDENT, Reduced, Spectrum, best_ridge
+from forgetting.problem import AUTO, Change, ForgetProblem
+from forgetting.spectrum import Reduced, Spectrum, best_ridge
+from forgetting.weightless import Weightless
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
 WARN_GAP = 1e-6
@@ -43,7 +44,7 @@ AUTO_MARGIN = 1e-3  # `auto` goes this fraction above c*
 
 
 @dataclass(frozen=True)
-class ExactSolution:
+class ExactSolution(Change):
     """The optimum of a `ForgetProblem`, `Delta = left @ right`, with its proof.
 
     Attributes:
@@ -58,8 +59,6 @@ class ExactSolution:
             fields above it is all that `certify` needs.
     """
 
-    left: Tensor
-    right: Tensor
     branch: str
     mu: float
     rho: float
@@ -69,18 +68,16 @@ class ExactSolution:
     u_right: Tensor
     problem: ForgetProblem
 
-    @property
-    def delta(self) -> Tensor:
-        """(w, d) float64."""
-        return self.left @ self.right
-
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The best approximation of rank at most `rank`, and what it costs.
 
         Returns:
             left (w, r), right (r, d), and the objective's relative rise over the exact optimum.
         """
-        left, right = _compress(self.left, self.right, rank)
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T)  # Eckart and Young
+        left, right = q_left @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_right.T
         cut = certify(self.problem, left, right, self.y, self.u_left, self.u_right)
         exact = self.certificate.primal
         return left, right, (cut.primal - exact) / exact if exact > 0 else 0.0
@@ -122,15 +119,21 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
         there is no weight term, the answer carries its true gap, with a warning above 1e-6.
     """
     reduced = _reduced(problem, spectrum)
-    problem = settle(problem, reduced.spectrum)
+    dtype, problem = problem.projection.dtype, settle(problem, reduced.spectrum)
     exact = _on(problem, reduced.spectrum.rows)
     solution = _solve(exact, reduced)
     if not solution.certificate.gap <= GOOD_GAP:
         precise = Reduced(exact, Spectrum(exact.retain_hidden, precise=True))
-        solution = min(solution, _solve(exact, precise), key=_rank)
+        solution = min(
+            (solution, _solve(exact, precise)),
+            key=lambda one: (one.certificate.gap, one.certificate.primal),
+        )
     if solution.branch != "none":
-        still = _answer(exact, reduced, None, solution.mu, math.inf, 0.0, "none")
-        if not _worth(exact, problem.projection.dtype, solution) <= still.certificate.primal:
+        still, worth = _still(exact, reduced, solution.mu), solution.certificate.primal
+        if dtype != torch.float64:  # as the answer will be stored
+            left, right = (x.to(dtype).double() for x in (solution.left, solution.right))
+            worth = float(exact.objective(left @ right))
+        if not worth <= still.certificate.primal:
             solution = still
     proof = solution.certificate
     if proof.gap > WARN_GAP and not proof.primal <= proof.rounding:
@@ -142,26 +145,10 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
     return solution
 
 
-def _rank(solution: ExactSolution) -> tuple[float, float]:
-    """What makes one of two answers the better one: what it proves, then what it costs."""
-    return solution.certificate.gap, solution.certificate.primal
-
-
-def _worth(exact: ForgetProblem, dtype: torch.dtype, solution: ExactSolution) -> float:
-    """The objective at an answer as it will be stored, rounded to the problem's own dtype."""
-    if dtype == torch.float64:
-        return solution.certificate.primal
-    left, right = (x.to(dtype).double() for x in (solution.left, solution.right))
-    return float(exact.objective(left @ right))
-
-
 def _on(problem: ForgetProblem, rows: Tensor) -> ForgetProblem:
     """The problem in float64, with float64 `rows` (q, w) that stand for the retained texts."""
-    part = problem.part(
-        torch.ones(len(problem.forget_hidden), dtype=torch.bool),
-        torch.zeros(len(problem.retain_hidden), dtype=torch.bool),
-    )
-    return replace(part.double, retain_hidden=rows)
+    nobody = torch.zeros(len(problem.retain_hidden), dtype=torch.bool)
+    return replace(problem.part(slice(None), nobody).double, retain_hidden=rows)
 
 
 def _reduced(problem: ForgetProblem, spectrum: Spectrum | None) -> Reduced:
@@ -185,11 +172,7 @@ def settle(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetPr
 
 
 def above(reach: float) -> float:
-    """The `lamb_forget` that "auto" stands for where c* is `reach`.
-
-    Raises:
-        ProblemError: it is infinite.
-    """
+    """The `lamb_forget` that "auto" stands for where c* is `reach`; ProblemError if infinite."""
     if reach == math.inf:
         raise ProblemError(
             "no lamb_forget takes the texts to their target: texts that repeat each other have "
@@ -204,12 +187,10 @@ def _start(reduced: Reduced) -> tuple[float, float]:
     At large r, F2 = lf^2 |D|^2 + (price |D|^2 - lf^2 <D, A D>) / r: moving pays once lf^2 exceeds
     the minimum over mu of price |D|^2 / <D, A D>.
     """
-
     if not len(reduced.d):
         return math.inf, 0.0
     if reduced.lw == 0:
         return Weightless(reduced).start, 0.0
-
     mu = reduced.minimise_ratio(lambda mu: reduced.slope(mu, reduced.d))
     strength = float((reduced.c * reduced.a(mu)).sum())
     if strength <= 0:
@@ -242,167 +223,72 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
     """One pass with a given factorisation."""
     lf = problem.lamb_forget
     if reduced.length == 0 or lf == 0:
-        return _answer(problem, reduced, None, 0.0, 0.0, 0.0, "none")
+        return _still(problem, reduced, 0.0, 0.0)
     if reduced.lw == 0:
-        return _solve_weightless(problem, reduced)
+        branch, rho, found = Weightless(reduced).solve(lf, problem.double.retain_hidden)
+        return _proved(problem, branch, 0.0, rho, *found)
     start, mu_start = _start(reduced)
     if lf <= start:
-        return _answer(problem, reduced, None, mu_start, math.inf, 0.0, "none")
+        return _still(problem, reduced, mu_start)
 
-    def slope(mu: float) -> float:
-        state = _State(reduced, mu, lf)
-        # Where moving does not pay F2 is flat; its minimum lies towards mu_start.
-        return state.slope if state.r < math.inf else (1.0 if mu > mu_start else -1.0)
-
-    mu = reduced.minimise_ratio(slope)
-    state = _State(reduced, mu, lf)
-    left = reduced.change(mu)
-    size = float(torch.linalg.matrix_norm(left @ state.z)) if state.r < math.inf else 0.0
-    if size == 0:  # a hair above the threshold: nothing moves yet, to rounding
-        return _answer(problem, reduced, None, mu_start, math.inf, 0.0, "none")
-    scale = reduced.lw / size
-    branch = "generic" if mu > 0 or reduced.lp == 0 else "kernel"
-    return _answer(problem, reduced, state.z, mu, state.r, scale, branch)
-
-
-class _State:
-    """F2 at one mu, at the best r for it: that r, the solution Z (p, d) and the slope in mu."""
-
-    def __init__(self, reduced: Reduced, mu: float, lf: float) -> None:
+    def best(mu: float) -> tuple[float, Tensor | None]:
+        """F2 at one mu: the best r for it, and Z (p, d); None where moving does not pay."""
         a, rotation = torch.linalg.eigh(reduced.a(mu))  # (p,), (p, p)
         a = a.clamp(min=0)
         turned = rotation.T @ reduced.d  # (p, d)
-        self.r = best_ridge(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
-        if self.r < math.inf:
-            self.z = rotation @ (turned / (a + self.r)[:, None])
-            self.slope = reduced.slope(mu, self.z)
+        r = best_ridge(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
+        return r, rotation @ (turned / (a + r)[:, None]) if r < math.inf else None
 
+    def slope(mu: float) -> float:
+        _, z = best(mu)
+        # Where moving does not pay F2 is flat; its minimum lies towards mu_start.
+        return (1.0 if mu > mu_start else -1.0) if z is None else reduced.slope(mu, z)
 
-def _solve_weightless(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
-    """The answer without a weight term; not the only minimiser, but one of least rank."""
-    free, lf, h_r = Weightless(reduced), problem.lamb_forget, problem.double.retain_hidden
-    rho = free.ridge(lf)
-    moved = rho < math.inf and len(free.d) > 0
-    z = free.z(rho) if moved else torch.zeros_like(free.d)
-    target = free.free.T @ reduced.d  # (t, d)
-    shift = free.free.T @ reduced.inside @ (reduced.spectrum.vectors.T @ free.left) @ z  # (t, d)
-    left = torch.cat([free.left, free.free_left], dim=1)  # (w, p)
-    right = torch.cat([z, target - shift])  # (p, d)
-    if moved:
-        pull = float(torch.linalg.matrix_norm(h_r @ free.left @ z))
-        scale = problem.lamb_preserve / pull if pull > 0 else 0.0
-        y = reduced.rotation @ free.held @ (scale * z)
-        if rho > 0:
-            y = y + (scale / rho) * reduced.unreachable
-    elif free.length > 0:  # what is left stays where it is
-        y = (reduced.rotation @ free.held @ free.d + reduced.unreachable) * (lf / free.length)
-    else:
-        y = torch.zeros_like(reduced.unreachable)
-    # V has to vanish here; one step of refinement takes it from the rounding of G's inverse to that
-    # of its own terms.
-    basis, vectors = free.left, reduced.spectrum.vectors
-    if problem.lamb_preserve > 0:
-        rest = free.held.T @ reduced.rows - (_multiplier(problem, basis)).T @ h_r  # (p - t, w)
-        basis = basis + vectors @ ((rest @ vectors) / reduced.e).T
-    u_left = _multiplier(problem, basis)
-    u_right = free.held.T @ reduced.rotation.T @ y
-    branch = "generic" if moved else ("kernel" if len(free.free.T) else "none")
-    proof = certify(problem, left, right, y, u_left, u_right)
-    return ExactSolution(left, right, branch, 0.0, rho, proof, y, u_left, u_right, problem)
-
-
-def _answer(
-    problem: ForgetProblem,
-    reduced: Reduced,
-    z: Tensor | None,
-    mu: float,
-    r: float,
-    scale: float,
-    branch: str,
-) -> ExactSolution:
-    """Factors, multipliers and certificate at (mu, r); `z` None if nothing moves."""
-    w, d = problem.projection.shape
-    if z is None:
-        left, right = reduced.rows.new_zeros(w, 0), reduced.rows.new_zeros(0, d)
-        whole = reduced.rotation @ reduced.d + reduced.unreachable  # D
-        y = whole * (problem.lamb_forget / reduced.length if reduced.length > 0 else 0.0)
-    else:
-        left, right = reduced.change(mu), z
-        y = reduced.rotation @ (scale * z)  # (k, d)
-        if r > 0:
-            y = y + (scale / r) * reduced.unreachable
-    # H_f^T Y = V + H_r^T U with V = mu (G + mu)^-1 H_f^T Y and U = H_r (G + mu)^-1 H_f^T Y.
-    basis = reduced.spectrum.vectors @ (reduced.inside / (reduced.e + mu)).T  # (w, p)
-    u_left = _multiplier(problem, basis)
-    u_right = reduced.rotation.T @ y  # (p, d)
-    proof = certify(problem, left, right, y, u_left, u_right)
+    mu = reduced.minimise_ratio(slope)
+    r, z = best(mu)
+    left = reduced.change(mu)
+    size = 0.0 if z is None else float(torch.linalg.matrix_norm(left @ z))
+    if size == 0:  # a hair above the threshold: nothing moves yet, to rounding
+        return _still(problem, reduced, mu_start)
+    y = (reduced.lw / size) * reduced.lift(z, r)
+    branch = "generic" if mu > 0 or reduced.lp == 0 else "kernel"
     rho = r / mu if mu > 0 else r
-    return ExactSolution(left, right, branch, mu, rho, proof, y, u_left, u_right, problem)
+    return _proved(problem, branch, mu, rho, left, z, y, *_multiplier(reduced, mu, y))
 
 
-def _multiplier(problem: ForgetProblem, basis: Tensor) -> Tensor:
-    """Left factor (m, p) of U, `H_r` times `basis` (w, p); zero where U must vanish."""
-    left = problem.double.retain_hidden @ basis
-    return left if problem.lamb_preserve > 0 else torch.zeros_like(left)
+def _still(
+    problem: ForgetProblem, reduced: Reduced, mu: float, rho: float = math.inf
+) -> ExactSolution:
+    """No change at all, with the multipliers at mu."""
+    w, d = problem.projection.shape
+    left, right = reduced.rows.new_zeros(w, 0), reduced.rows.new_zeros(0, d)
+    scale = problem.lamb_forget / reduced.length if reduced.length > 0 else 0.0
+    y = scale * reduced.lift(reduced.d, 1.0)  # along D
+    return _proved(problem, "none", mu, rho, left, right, y, *_multiplier(reduced, mu, y))
 
 
-def _compress(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors of rank at most `rank` of `left @ right` (Eckart and Young)."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    return q_left @ (u * s), vh @ q_right.T
+def _multiplier(reduced: Reduced, mu: float, y: Tensor) -> tuple[Tensor, Tensor]:
+    """U as `H_r` times a basis (w, p) times (p, d).
 
-
-class Weightless:
-    """The problem without a weight term: texts with a part outside the retained span move for free.
-
-    The rows of `H_f` are rotated once more: `held` combinations lie in the span and move at a
-    price, the others reach their target through the kernel alone. mu = 0 throughout, and with
-    `A = H G^+ H^T` of the held rows F2 = (lf^2 rho + lp^2) <D, (A + rho I)^-1 D>.
+    `H_f^T Y = V + H_r^T U` with `V = mu (G + mu)^-1 H_f^T Y` and `U = H_r (G + mu)^-1 H_f^T Y`.
     """
+    basis = reduced.spectrum.vectors @ (reduced.inside / (reduced.e + mu)).T
+    return basis, reduced.rotation.T @ y
 
-    def __init__(self, reduced: Reduced) -> None:
-        u, s, vh = torch.linalg.svd(reduced.kernel, full_matrices=True)
-        rank = int((s > DEPENDENT * s.max()).sum()) if s.numel() and s.max() > 0 else 0
-        self.held, free = u[:, rank:], u[:, :rank]  # (p, p - t), (p, t)
-        inside = self.held.T @ reduced.inside  # (p - t, q)
-        self.left = reduced.spectrum.vectors @ (inside / reduced.e).T  # (w, p - t)
-        self.d = self.held.T @ reduced.d  # (p - t, d)
-        self.length = (float(self.d.square().sum()) + reduced.spread) ** 0.5
-        self.a, rotation = torch.linalg.eigh((inside / reduced.e) @ inside.T)
-        self.basis = rotation
-        self.c = (rotation.T @ self.d).square().sum(dim=1)
-        self.price = reduced.lp**2
-        self.spread = reduced.spread
-        # Delta through the kernel that takes the free combinations to their target; what the small
-        # singular values magnify of the retained span is taken out again.
-        vectors = reduced.spectrum.vectors
-        away = vh[:rank].T - vectors @ (vectors.T @ vh[:rank].T)  # (w, t)
-        self.free_left = away / s[:rank]
-        self.free = free
-        self.reduced = reduced
 
-    def ridge(self, lf: float) -> float:
-        if not len(self.d):
-            return 0.0 if self.spread == 0 else math.inf
-        return best_ridge(self.a, self.c, self.spread, self.price, lf)
-
-    def z(self, rho: float) -> Tensor:
-        """(p - t, d)."""
-        return self.basis @ ((self.basis.T @ self.d) / (self.a + rho)[:, None])
-
-    @property
-    def start(self) -> float:
-        if len(self.free.T):
-            return 0.0
-        strength = float((self.a * self.c).sum())
-        return (self.price / strength) ** 0.5 * self.length if strength > 0 else math.inf
-
-    @property
-    def reach(self) -> float:
-        if self.spread > 0:
-            return math.inf
-        q = float((self.c / self.a).sum()) if len(self.d) else 0.0
-        return (self.price * float((self.c / self.a.square()).sum()) / q) ** 0.5 if q > 0 else 0.0
+def _proved(
+    problem: ForgetProblem,
+    branch: str,
+    mu: float,
+    rho: float,
+    left: Tensor,
+    right: Tensor,
+    y: Tensor,
+    basis: Tensor,
+    u_right: Tensor,
+) -> ExactSolution:
+    """The answer with its certificate."""
+    # Where the retained texts play no part U must vanish.
+    u_left = problem.double.retain_hidden @ basis * float(problem.lamb_preserve > 0)  # (q, p)
+    proof = certify(problem, left, right, y, u_left, u_right)
+    return ExactSolution(left, right, branch, mu, rho, proof, y, u_left, u_right, problem)

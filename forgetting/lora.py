@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, indices, mask, number, weight, whole
-from forgetting.constrained import padded
+from forgetting.batches import padded_rows, texts_each
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, indices, mask, whole
 from forgetting.each import solve_each
 from forgetting.exact import settle
-from forgetting.problem import AUTO, ForgetProblem
+from forgetting.problem import AUTO, Change, ForgetProblem
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
 
@@ -43,11 +43,11 @@ class LoraSettings:
     max_trials: int = 100
 
     def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        whole("max_trials", self.max_trials)
-        number("lr", self.lr, above=0.0)
-        weight("lamb_forget_step", self.lamb_forget_step)
-        if weight("reduction", self.reduction) > 1:
+        check(self.steps, whole(1), "steps")
+        check(self.max_trials, whole(1), "max_trials")
+        check(self.lr, POSITIVE, "lr")
+        check(self.lamb_forget_step, WEIGHT, "lamb_forget_step")
+        if check(self.reduction, WEIGHT, "reduction") > 1:
             raise ProblemError(f"reduction must lie from 0 to 1, got {self.reduction}")
 
 
@@ -67,28 +67,20 @@ class LoraTrial:
 
 
 @dataclass(frozen=True)
-class LoraSolution:
-    """`Delta = left @ right` of the trial that was kept, and how it came about.
+class LoraSolution(Change):
+    """The change of the trial that was kept, and how it came about.
 
     Attributes:
-        left: (w, r), right: (r, d).
         lamb_forget, objective, reduction: of the trial that was kept.
         reached: whether its reduction reached the threshold (True if none was asked for).
         trials: all trials in the order in which they ran.
     """
 
-    left: Tensor
-    right: Tensor
     lamb_forget: float
     objective: float
     reduction: float
     reached: bool
     trials: list[LoraTrial]
-
-    @property
-    def delta(self) -> Tensor:
-        """(w, d)."""
-        return self.left @ self.right
 
 
 def solve_lora(
@@ -108,13 +100,9 @@ def solve_lora(
 
     Args:
         problem: what to forget and to retain; the descent has its tensors' dtype and device.
-        settings: the paper's constants.
         generator: draws the adapters, on the CPU so that every device starts from the same numbers;
-            None takes a generator seeded with 0.
+            None takes a generator seeded with 0. With the same state it gives the same factors.
         on_step: called with (trial, step) after every step, for a progress bar.
-
-    Returns:
-        The solution; the same problem, settings and generator state give the same factors.
 
     Source: Kravets and Namboodiri, TMLR 2025 (objective, LoRA, Adam, retry).
     """
@@ -143,107 +131,93 @@ def solve_lora_each(
         settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
     """
     device, (w, d) = problem.projection.device, problem.projection.shape
-    leaving = mask("leaving", leaving, None, len(problem.retain_hidden)).to(device)
+    leaving = mask("leaving", leaving, len(problem.retain_hidden)).to(device)
     owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
     lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
     found: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
     for requests in torch.arange(len(leaving), device=device).split(size):
-        descent = _Descent(problem, owner, leaving, requests)
         chosen = [generators[i] for i in requests.tolist()]
-        found += _retry(descent, lamb_forget[requests], settings, chosen, on_step)
+        descent = _Descent(problem, owner, leaving, requests, chosen, settings, on_step)
+        found += descent.solve(lamb_forget[requests.cpu()].tolist())
     return found
 
 
 def _lamb_forget(problem: ForgetProblem, owner: Tensor, leaving: Tensor) -> Tensor:
     """The weight (R,) that each request starts with."""
-    count = torch.bincount(owner, minlength=len(leaving))
-    if len(count) != len(leaving) or not count.all():
-        raise ProblemError("each request needs at least one text, and each text one request")
+    count = texts_each(owner, len(leaving))
     if problem.lamb_forget != AUTO:
-        return torch.full((len(leaving),), float(problem.lamb_forget), dtype=torch.float64)
-    if (count == 1).all():
-        return solve_each(problem.part(owner.argsort()), leaving).lamb_forget.cpu()
-    alone = [
-        settle(problem.part(owner == request, ~gone)).lamb_forget
-        for request, gone in enumerate(leaving)
-    ]
-    return torch.tensor(alone, dtype=torch.float64)
-
-
-def _retry(
-    descent: _Descent,
-    lamb_forget: Tensor,
-    settings: LoraSettings,
-    generators: Sequence[torch.Generator],
-    on_step: Callable[[int, int], None] | None,
-) -> list[LoraSolution]:
-    """Trials for a batch of requests, until each has forgotten or had its last."""
-    trials: list[list[LoraTrial]] = [[] for _ in generators]
-    kept: list[tuple[LoraTrial, Tensor, Tensor] | None] = [None] * len(generators)
-    active = list(range(len(generators)))
-    for turn in range(settings.max_trials):
-        weights = [float(lamb_forget[i]) + turn * settings.lamb_forget_step for i in active]
-        draws = [generators[i] for i in active]
-        outcome = descent.run(active, weights, draws, settings, turn, on_step)
-        for i, (trial, left, right) in zip(active, outcome, strict=True):
-            trials[i].append(trial)
-            if kept[i] is None or trial.reduction > kept[i][0].reduction:
-                kept[i] = (trial, left, right)
-        active = [
-            i for i in active if lamb_forget[i] > 0 and trials[i][-1].reduction < settings.reduction
+        found = [problem.lamb_forget] * len(leaving)
+    elif (count == 1).all():
+        found = solve_each(problem.part(owner.argsort()), leaving).lamb_forget.tolist()
+    else:
+        found = [
+            settle(problem.part(owner == request, ~gone)).lamb_forget
+            for request, gone in enumerate(leaving)
         ]
-        if not active:
-            break
-    return [
-        LoraSolution(
-            left=left,
-            right=right,
-            lamb_forget=trial.lamb_forget,
-            objective=trial.objective,
-            reduction=trial.reduction,
-            reached=not lamb_forget[i] > 0 or trial.reduction >= settings.reduction,
-            trials=trials[i],
-        )
-        for i, (trial, left, right) in enumerate(kept)
-    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 class _Descent:
-    """A batch of requests, laid out for descents: texts padded to the longest request."""
+    """A batch of B requests, laid out for descents: texts padded to the longest request."""
 
     def __init__(
-        self, problem: ForgetProblem, owner: Tensor, leaving: Tensor, requests: Tensor
-    ) -> None:
-        self.problem = problem
-        like = problem.displacement
-        mine = owner[:, None] == requests  # (k, B)
-        places, there = padded(mine.T, like.new_ones(len(mine)))  # (B, k')
-        there = there[..., None].to(like)  # (B, k', 1)
-        self.hidden = problem.forget_hidden[places] * there  # (B, k', w)
-        self.displacement = like[places] * there  # (B, k', d)
-        retained = problem.double.retain_hidden
-        self.gram = (retained.T @ retained).to(like)  # (w, w)
-        places, there = padded(leaving[requests], like.new_ones(leaving.shape[1]))
-        self.gone = problem.retain_hidden[places] * there[..., None].to(like)  # (B, n, w)
-
-    def run(
         self,
-        active: list[int],
-        lamb_forget: list[float],
+        problem: ForgetProblem,
+        owner: Tensor,
+        leaving: Tensor,
+        requests: Tensor,
         generators: Sequence[torch.Generator],
         settings: LoraSettings,
-        turn: int,
         on_step: Callable[[int, int], None] | None,
+    ) -> None:
+        self.problem, self.settings = problem, settings
+        self.generators, self.on_step = generators, on_step
+        mine = (owner[:, None] == requests).T  # (B, k)
+        self.hidden, _ = padded_rows(mine, problem.forget_hidden)  # (B, k', w)
+        self.displacement, _ = padded_rows(mine, problem.displacement)  # (B, k', d)
+        self.gone, _ = padded_rows(leaving[requests], problem.retain_hidden)  # (B, n, w)
+        retained = problem.double.retain_hidden
+        self.gram = (retained.T @ retained).to(self.hidden)  # (w, w)
+
+    def solve(self, lamb_forget: list[float]) -> list[LoraSolution]:
+        """Trials until each request has forgotten or had its last."""
+        settings, active = self.settings, list(range(len(lamb_forget)))
+        trials: list[list[LoraTrial]] = [[] for _ in lamb_forget]
+        kept: dict[int, tuple[LoraTrial, Tensor, Tensor]] = {}
+        for turn in range(settings.max_trials):
+            weights = [lamb_forget[i] + turn * settings.lamb_forget_step for i in active]
+            for i, one in zip(active, self.trial(active, weights, turn), strict=True):
+                trials[i].append(one[0])
+                if i not in kept or one[0].reduction > kept[i][0].reduction:
+                    kept[i] = one
+            active = [
+                i
+                for i in active
+                if lamb_forget[i] > 0 and trials[i][-1].reduction < settings.reduction
+            ]
+            if not active:
+                break
+        found = []
+        for i, of in enumerate(trials):
+            best, left, right = kept[i]
+            reached = not lamb_forget[i] > 0 or best.reduction >= settings.reduction
+            numbers = best.lamb_forget, best.objective, best.reduction
+            found.append(LoraSolution(left, right, *numbers, reached, of))
+        return found
+
+    def trial(
+        self, active: list[int], lamb_forget: list[float], turn: int
     ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
         """One trial of each active request: the summary, and its factors of lowest objective."""
         problem, (w, d), r = self.problem, self.problem.projection.shape, self.problem.rank
-        scale = problem.alpha / r
+        settings, scale = self.settings, problem.alpha / r
         hidden, target, gone = (x[active] for x in (self.hidden, self.displacement, self.gone))
         lf = torch.tensor(lamb_forget).to(target)  # (B,)
         lp, lw = problem.lamb_preserve, problem.lamb_weight
         bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
-        start = [(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators]
+        draws = [self.generators[i] for i in active]
+        start = [(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in draws]
         # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
         factors = torch.cat([torch.stack(start), torch.zeros(len(active), r, d)], dim=2).to(target)
         factors.grad = torch.empty_like(factors)
@@ -284,8 +258,8 @@ class _Descent:
             grad_b.copy_((by_preserve * moved + by_weight * size) @ b)
             grad_b.sub_((by_forget * states.mT) @ missing)
             optimizer.step()
-            if on_step:
-                on_step(turn, step + 1)
+            if self.on_step:
+                self.on_step(turn, step + 1)
         if not torch.isfinite(history).all():
             raise ProblemError(
                 "the descent left the range of numbers (NaN): lower the learning rate"

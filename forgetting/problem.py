@@ -8,9 +8,30 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from forgetting.checks import ProblemError, matrices, number, weight, whole
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, either, matrices, whole
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
+NUMBERS = {
+    "lamb_forget": either(AUTO, WEIGHT),
+    "lamb_preserve": WEIGHT,
+    "lamb_weight": WEIGHT,
+    "rank": whole(1),
+    "alpha": POSITIVE,
+}
+TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An answer of low rank: `Delta = left @ right` with left (w, r), right (r, d)."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """(w, d)."""
+        return self.left @ self.right
 
 
 @dataclass(frozen=True)
@@ -51,38 +72,28 @@ class ForgetProblem:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        names = ("projection", "forget_hidden", "retain_hidden", "target")
-        for name, tensor in zip(
-            names, matrices(**{n: getattr(self, n) for n in names}), strict=True
-        ):
+        found = matrices(**{name: getattr(self, name) for name in TENSORS})
+        for name, tensor in zip(TENSORS, found, strict=True):
             object.__setattr__(self, name, tensor)
         (w, d), k = self.projection.shape, len(self.forget_hidden)
         if k == 0:
             raise ProblemError("forget_hidden is empty: name at least one text to forget")
         if w == 0 or d == 0:
             raise ProblemError(f"a projection of shape {(w, d)} has nothing to change")
-        expected = {
-            "forget_hidden": (k, w),
-            "retain_hidden": (len(self.retain_hidden), w),
-            "target": (k, d),
-        }
-        for name, shape in expected.items():
+        shapes = ((k, w), (len(self.retain_hidden), w), (k, d))
+        for name, shape in zip(TENSORS[1:], shapes, strict=True):
             if getattr(self, name).shape != shape:
                 raise ProblemError(
                     f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        for name in ("lamb_forget", "lamb_preserve", "lamb_weight"):
-            if name != "lamb_forget" or self.lamb_forget != AUTO:
-                weight(name, getattr(self, name))
-        whole("rank", self.rank)
-        number("alpha", self.alpha, above=0.0)
+        for name, rule in NUMBERS.items():
+            check(getattr(self, name), rule, name)
 
     @cached_property
     def double(self) -> ForgetProblem:
         """The same problem in float64, in which the exact solvers and all proofs work."""
-        names = ("projection", "forget_hidden", "retain_hidden", "target")
-        return replace(self, **{name: getattr(self, name).double() for name in names})
+        return replace(self, **{name: getattr(self, name).double() for name in TENSORS})
 
     @property
     def lw(self) -> float:
@@ -113,11 +124,11 @@ class ForgetProblem:
         forget, preserve, weight = self.terms(delta)
         return self.lamb_forget * forget + self.lamb_preserve * preserve + self.lamb_weight * weight
 
-    def part(self, texts: Tensor, staying: Tensor | None = None) -> ForgetProblem:
+    def part(self, texts: Tensor | slice, staying: Tensor | None = None) -> ForgetProblem:
         """The problem of some of the texts, with some of the names retained.
 
         Args:
-            texts: (k,) index or mask of rows of `forget_hidden`.
+            texts: (k,) index, mask or slice of rows of `forget_hidden`.
             staying: (m,) mask of rows of `retain_hidden`; None: all stay.
         """
         return replace(

@@ -21,13 +21,16 @@ MAX_STEPS = 200  # bisection alone needs about 60 for any bracket of float64 log
 DEPENDENT = 1e-10  # forgotten rows whose singular value is below this fraction count as dependent
 
 
-def triangle(rows: Tensor) -> Tensor:
+def triangle(rows: Tensor, start: Tensor | None = None) -> Tensor:
     """R (q, w), q <= w, of a QR factorisation of `rows` (m, w), a chunk at a time: `R^T R = H^T H`.
 
     For every norm and product that a solver or a proof takes, R stands for the rows, to the last
     digits; their Gram matrix loses half of them (Demmel and others 2012, "tall-skinny QR").
+
+    Args:
+        start: (q', w), the triangle of rows that came before.
     """
-    r = rows[:0].double()
+    r = rows[:0].double() if start is None else start.to(rows.device)
     for chunk in rows.split(CHUNK):
         r = torch.linalg.qr(torch.cat([r, chunk.double()]), mode="r").R
     return r
@@ -54,12 +57,11 @@ class Spectrum:
         if w == 0:
             raise ProblemError("hidden states have at least one dimension")
         self.rows = rows = triangle(rows) if m > TALL * w else rows.double()
-        self.precise = precise or m < w
         if m == 0:
             self.values, self.vectors = rows.new_zeros(0), rows.new_zeros(w, 0)
             self.noise = EPS * w
             return
-        if self.precise:
+        if precise or m < w:
             _, values, vectors_t = torch.linalg.svd(rows, full_matrices=False)
             vectors, floor = vectors_t.T, EPS * max(m, w)
         else:
@@ -132,6 +134,11 @@ class Reduced:
     def price(self, mu: float) -> float:
         """`lp^2 mu + lw^2`, the part of F2's first factor that r leaves alone."""
         return self.lp**2 * mu + self.lw**2
+
+    def lift(self, z: Tensor, r: float) -> Tensor:
+        """Y (k, d), but for a factor, from Z (p, d): what no change can reach is pulled at too."""
+        y = self.rotation @ z
+        return y + self.unreachable / r if r > 0 else y
 
     def change(self, mu: float) -> Tensor:
         """Left factor (w, p) of `Delta = (I + G / mu)^-1 H_f^T Z`."""

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import ProblemError, mask, matrices, matrix, number, vector, weight, whole
-from forgetting.constrained import Ridge, batches, downdate, padded
+from forgetting.checks import (
+    POSITIVE,
+    WEIGHT,
+    ProblemError,
+    above,
+    check,
+    mask,
+    matrices,
+    matrix,
+    texts,
+    whole,
+)
+from forgetting.constrained import Ridge, downdate, requests
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
 # The noise is far larger than an embedding's differences between classes, so a redraw rarely
@@ -57,10 +68,8 @@ def empty_target(
     classes = matrix("class_embeddings", class_embeddings, projection.shape[1])
     classes = normalize(classes.to(projection), dim=-1)
     empty = neutral_hidden @ projection  # (1, w) @ (w, d) -> (1, d)
-    weight("noise_std", noise_std)
-    if not isinstance(forget_labels, list) or not forget_labels:
-        raise ProblemError("forget_labels must be a list of at least one class")
-    forgotten = {whole("a label to forget", label, 0) for label in forget_labels}
+    check(noise_std, WEIGHT, "noise_std")
+    forgotten = set(check(forget_labels, [whole(0), ...], "forget_labels"))
     if max(forgotten) >= len(classes):
         raise ProblemError(f"label {max(forgotten)} to forget, of {len(classes)} classes")
     if forgotten >= set(range(len(classes))):
@@ -81,16 +90,17 @@ def empty_target(
 def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> Tensor:
     """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
 
-    Another text h with share s(h) of the change becomes `h W - s (1 + beta) h_f W`. With the
-    paper's target, of norm 1 beside embeddings of norm 10, a synonym with s = 0.8 keeps its
-    direction; here it loses it. beta = 0 removes the text's embedding, 0.1 to 0.3 also carries
-    over to other words for it; near 1 the larger change harms others two to four times as much.
+    beta = 0 removes the text's embedding, 0.1 to 0.3 also carries over to other words for it (which
+    keep their direction with the paper's target, of norm 1 beside embeddings of norm 10); near 1
+    the larger change harms others two to four times as much.
 
     Raises:
         ProblemError: beta is not a number of 0 or more.
     """
     check_beta("opposite", beta)
-    forget_hidden, projection = _texts(forget_hidden, projection)
+    forget_hidden, projection = texts(
+        "forget_hidden", forget_hidden, "projection", projection, least=0
+    )
     return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
 
 
@@ -108,12 +118,9 @@ def specific_target(
 
     `e = h_f W` is split by ridge regression on what is retained: with `T = W^T G W`, the statistics
     of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
-    direction goes, and a little of its opposite comes (beta); what the text shares with others (all
-    CLIP texts share most of their length) stays. The smaller change harms names that nobody
-    retained about half as much as `opposite_target` with beta 0.2 does, at about half the margin
-    for the forgotten class; where names are retained the two differ little (docs/exact.md). A large
-    `lam` gives `opposite_target`. beta may be negative, down to -1 (no change): some of the text's
-    own direction then stays.
+    direction goes, and a little of its opposite comes (beta; negative, down to -1, which is no
+    change: some of the text's own direction stays). What the text shares with others, as all CLIP
+    texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares the two.
 
     Args:
         gram: `G`, (w, w), the weighted statistics of what is retained.
@@ -126,24 +133,17 @@ def specific_target(
     """
     check_beta("specific", beta)
     w = matrix("projection", projection).double()
-    forget_hidden, w = _texts(matrix("forget_hidden", forget_hidden).to(w), w)
+    hidden = matrix("forget_hidden", forget_hidden).to(w)
+    hidden, w = texts("forget_hidden", hidden, "projection", w, least=0)
     g = matrix("gram", gram, len(w), len(w)).double()
-    ridge = Ridge(w.T @ g @ w, number("lam", lam, above=0.0))  # (d, d)
-    e = forget_hidden @ w  # (k, d)
+    ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
+    e = hidden @ w  # (k, d)
     r = ridge.solve(e)
     if rows is not None:
-        rows = matrix("rows", rows, len(w))
-        shares = vector("shares", shares, len(rows)).to(e.device)
-        leaving = mask("leaving", leaving, len(e), len(rows)).to(e.device)
-        part = leaving.any(dim=0) & (shares > 0)
-        gone, shares, leaving = rows[part].double() @ w, shares[part], leaving[:, part]
-        base, alone = ridge.solve(gone), torch.arange(len(e), device=e.device)
-        for texts, _ in batches(alone, leaving, len(e.T)):
-            places, weights = padded(leaving[texts], shares)
-            there = (weights > 0)[..., None]  # (B, n', 1)
-            r[texts] = downdate(
-                e[texts, None], r[texts, None], gone[places] * there, base[places] * there, weights
-            )[:, 0]
+        rows = matrix("rows", rows, len(w)).to(w) @ w
+        leaving, alone = mask("leaving", leaving, len(rows), len(e)), torch.arange(len(e))
+        for _, numbers, base, gone in requests(ridge, e, alone, rows, shares, leaving):
+            r[numbers] = downdate(e[numbers], base, *gone)
     length = (r * r).sum(1, keepdim=True)
     share = torch.where(length > 0, (e * r).sum(1, keepdim=True) / length, 0.0)  # of a zero text
     return e - (1 + beta) * share * r
@@ -158,25 +158,17 @@ def orthogonal_target(texts: Tensor, count: int) -> Tensor:
     Args:
         texts: (n, d), text embeddings of all that is named: classes and retained names.
     """
-    texts, count = matrix("texts", texts), whole("count", count, 0)
+    texts, count = matrix("texts", texts), check(count, whole(0), "count")
     if texts.shape[1] == 0:
         raise ProblemError("texts have at least one dimension")
     _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
     return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
 
 
-def _texts(forget_hidden: Tensor, projection: Tensor) -> list[Tensor]:
-    """Hidden states (k, w) and a projection (w, d) that fit together."""
-    texts, projection = matrices(forget_hidden=forget_hidden, projection=projection)
-    if 0 in projection.shape:
-        raise ProblemError(f"a projection of shape {tuple(projection.shape)} has nothing to change")
-    return [matrix("forget_hidden", texts, len(projection)), projection]
-
-
 def check_beta(kind: str, beta: float) -> None:
     """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
     `specific` (-1 would be no change at all)."""
     if kind == "opposite":
-        weight("beta of opposite", beta)
+        check(beta, WEIGHT, "beta of opposite")
     if kind == "specific":
-        number("beta of specific", beta, above=-1.0)
+        check(beta, above(-1), "beta of specific")

@@ -120,7 +120,7 @@ def planted(**changes):
 
 
 def test_the_verdict_has_bad_news_first():
-    good = verdict("dog", planted())
+    good = verdict(planted())
     assert good[0].startswith("own prompt: 90.0 % -> 0.0 %")
     assert not any(line.startswith("limit") for line in good)
     assert any("stays away under 1 other text; most by" in line for line in good)
@@ -136,7 +136,7 @@ def test_the_verdict_has_bad_news_first():
         "mean_before": 0.8,
         "mean_after": 0.55,
     }
-    lines = verdict("dog", back)
+    lines = verdict(back)
     assert lines[:4] == [
         "comes back under 1 of 1 other text; most by 'pooch' (synonym): 70.0 %, before 80.0 %",
         "its 2 nearest classes change by -25.0 points",
@@ -153,16 +153,16 @@ def test_a_class_that_was_not_forgotten_neither_comes_back_nor_is_relearnt():
     kept = planted(relearning={"methods": {"cache": {"needed": 1}}})
     kept["residue"]["zero_shot"]["after"]["value"] = 0.8
     kept["paraphrase"]["back"] = ["pooch"]
-    lines = verdict("dog", kept)
+    lines = verdict(kept)
     assert lines[0].startswith("own prompt: 90.0 % -> 80.0 %")
     assert lines[1].startswith("was not forgotten; found by 1 of 1 other text too")
     assert not any("bring" in line or "comes back" in line for line in lines)
 
 
 def test_a_verdict_says_what_was_not_measured_and_survives_absent_measures():
-    assert verdict("dog", {}) == []
+    assert verdict({}) == []
     found = {"paraphrase": {"worst": None, "not_measured": ["no templates"]}}
-    assert verdict("dog", found) == ["not measured: no templates"]
+    assert verdict(found) == ["not measured: no templates"]
 
 
 @pytest.fixture

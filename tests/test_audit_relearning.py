@@ -169,7 +169,7 @@ def test_a_class_without_a_text_is_given_none(monkeypatch):
     """Nothing is solved for it: its column is where the images point."""
     asked = case(world())
     everything = torch.arange(len(asked.bundle.labels))
-    monkeypatch.setattr(shots, "_moved", lambda *_: pytest.fail("a text was moved"))
+    monkeypatch.setattr(Start, "pulls", property(lambda _: pytest.fail("a text was moved")))
     seen = shots.refit(Start(asked.before, 0, named=False), 0, 1, everything)
     assert (seen == asked.bundle.labels).all()
 

@@ -23,7 +23,7 @@ from forgetting.adapter import read_parts, recipe_parts, with_recipe
 from forgetting.compose import cli, compose, solve_recipes
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact
-from forgetting.retain import RetainStatistics
+from forgetting.statistics import RetainStatistics
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip" / "ViT-B-32"

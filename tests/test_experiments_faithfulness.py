@@ -165,11 +165,9 @@ def test_a_live_projection_goes_from_trial_to_trial():
     settings = LoraSettings(steps=60, max_trials=3)
     merged = NAMES["merged and unmerged, float16"]
     trials = Trials(make_problem(w=32, d=16), settings, merged)
-    first, drift = trials[0], []
-    for number in range(3):
-        trials[number]
-        drift.append(trials.live.clone())
-    assert not torch.equal(drift[0], drift[1]) and trials[0] is first
+    drift = [trials.live.clone() for _ in trials]
+    first, again = trials.done[0], next(iter(trials))
+    assert not torch.equal(drift[0], drift[1]) and again is first
     assert [trial.problem.lamb_forget for trial in trials.done] == [3.0, 3.05, 3.1]
 
 

@@ -22,7 +22,7 @@ from experiments.__main__ import cli
 from experiments.rows_file import KEY, RowsFile
 from experiments.solvers import SOLVERS
 from experiments.studies import main
-from experiments.study_plots import plot
+from experiments.study_report import plot
 from experiments.varied import STUDIES
 from experiments.world import World
 from tests.conftest import BACKBONE, REPOSITORY, toy_bundle

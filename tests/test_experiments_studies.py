@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 import train
 from clip.bundle import FeatureBundle
 from experiments import studies
-from experiments.measure import carry_over, cells
+from experiments.measure import carry_over, cells, deciles, random_shares, spectrum_cells
 from experiments.solvers import SOLVERS, Answer, paper_problem, together
-from experiments.spectrum import deciles, random_shares, spectrum_cells
+from experiments.solvers import task as make_task
 from experiments.studies import main
 from experiments.varied import NEAR, STUDIES
-from experiments.varied import task as make_task
 from experiments.world import Task, World
 from forgetting import load_adapter, thresholds
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
@@ -282,7 +281,7 @@ def test_a_name_that_means_the_class_is_in_no_pool():
     alike[5] = 1.01 * alike[4]
     twins = changed(again, forget_hidden=alike)
     requests = Requests([twins.texts.request(["owl"])])
-    leaving = twins.leaving(twins.retain, requests)[0]
+    leaving = twins.texts.leaving(twins.retain, requests)[0]
     assert twins.retain.named(leaving) == ["owl", "thing 5"]
 
 

@@ -26,14 +26,12 @@ def row_of(before: float | None, after: float | None, audit: dict | None = None)
 def audit(before: float, after: float) -> dict:
     """An audit whose verdict is of its own numbers."""
     found = audit_of(random.Random(0), "cat", ["cat", "dog"], acc(before), acc(after))
-    return found | {"verdict": verdict("cat", found)}
+    return found | {"verdict": verdict(found)}
 
 
 def counted(found: dict) -> int:
     """How many other texts the verdict speaks of."""
-    (count,) = {
-        int(n) for line in verdict("cat", found) for n in re.findall(r"(\d+) other te", line)
-    }
+    (count,) = {int(n) for line in verdict(found) for n in re.findall(r"(\d+) other te", line)}
     return count
 
 
@@ -90,7 +88,7 @@ def test_row_report_and_verdict_agree_on_what_became_of_a_class(tmp_path, before
     if before is not None:
         found = audit(0.9, 0.1)
         found["residue"]["zero_shot"] = {"before": acc(before), "after": acc(after)}
-        lines = verdict("cat", found)
+        lines = verdict(found)
         assert ("was not forgotten" in " ".join(lines)) == (fate is Fate.STAYS)
         assert ("never recognised" in " ".join(lines)) == (fate is Fate.NEVER)
         assert any("half of it back" in line for line in lines) == (fate is Fate.GONE)

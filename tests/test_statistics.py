@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from forgetting import ForgetProblem, ProblemError
 from forgetting.certificate import certify
 from forgetting.exact import solve_exact
-from forgetting.retain import RetainStatistics, square_root
+from forgetting.statistics import RetainStatistics, square_root
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
@@ -161,9 +161,9 @@ def test_damaged_statistics_are_noticed(tmp_path):
     path = tmp_path / "s.safetensors"
     read(names=normal(40, W)).save(path)
     with safe_open(str(path), framework="pt") as file:
-        metadata, gram, keys = file.metadata(), *map(file.get_tensor, ("gram.0", "keys.0"))
-    gram[0, 0] += 1e-9
-    save_file({"gram.0": gram, "keys.0": keys}, path, metadata=metadata)
+        metadata, root, keys = file.metadata(), *map(file.get_tensor, ("root.0", "keys.0"))
+    root[0, 0] += 1e-9
+    save_file({"root.0": root, "keys.0": keys}, path, metadata=metadata)
     with pytest.raises(ProblemError, match="damaged, or changed since"):
         RetainStatistics.load(path)
 
@@ -223,12 +223,17 @@ def test_square_root(m):
     assert float((root.T @ root - gram).abs().max()) <= 1e-13 * max(1.0, float(gram.abs().max()))
 
 
+def gathered(rows: torch.Tensor) -> RetainStatistics:
+    """Statistics of rows that came in batches."""
+    statistics = RetainStatistics(rows.shape[1])
+    for batch in rows.split(7):
+        statistics.update("names", batch)
+    return statistics
+
+
 def gaps(problem: ForgetProblem) -> tuple[float, float, float]:
     """Gap of the answer from `H_r`; from statistics, as certified there and judged with `H_r`."""
-    h_r = problem.retain_hidden
-    statistics = RetainStatistics(h_r.shape[1])
-    statistics.update("names", h_r)
-    blind = replace(problem, retain_hidden=square_root(statistics.plain()))
+    blind = replace(problem, retain_hidden=gathered(problem.retain_hidden).root())
     seeing, answer = solve_exact(problem), solve_exact(blind)
     judged = certify(
         seeing.problem, answer.left, answer.right, seeing.y, seeing.u_left, seeing.u_right
@@ -254,16 +259,30 @@ def test_certificate_from_statistics_alone():
         assert max(gaps(problem)) < 1e-10
 
 
-def test_what_the_statistics_cannot_see():
-    """Singular values of 1e-8 of the largest: proved for the square root, true to 1e-6."""
-    problem = small(40, lamb_forget=40.0, lamb_preserve=30.0, lamb_weight=1.0)
+@pytest.mark.parametrize("m", [9, 40, 200])
+@pytest.mark.parametrize(("lamb_forget", "lamb_preserve"), [(40.0, 30.0), (9.0, 0.3), (400.0, 1e4)])
+@pytest.mark.filterwarnings("ignore:the exact solver")
+def test_the_statistics_see_what_the_rows_say(m, lamb_forget, lamb_preserve):
+    """Half of the singular values at 1e-8 of the largest: a gap from statistics is that of H_r."""
+    problem = small(m, lamb_forget=lamb_forget, lamb_preserve=lamb_preserve, lamb_weight=1.0)
     u, s, vh = torch.linalg.svd(problem.retain_hidden, full_matrices=False)
-    s[W // 2 :] = 1e-8 * s[0]
+    s[len(s) // 2 :] = 1e-8 * s[0]
     problem = replace(problem, retain_hidden=(u * s) @ vh)
     h_r = problem.retain_hidden
-    assert len(square_root(h_r.T @ h_r)) == W // 2 and torch.linalg.matrix_rank(h_r) == W
-    _, certified, judged = gaps(problem)
-    assert certified < 1e-10 and judged < 1e-6
+    root = gathered(h_r).root()
+    answer = solve_exact(replace(problem, retain_hidden=root))
+    # The same multipliers, for H_r = Q R itself; R is unique but for the signs of its rows.
+    q, r = torch.linalg.qr(h_r)
+    u_left = q @ ((r.diagonal() * root.diagonal()).sign()[:, None] * answer.u_left)
+    judged = certify(problem, answer.left, answer.right, answer.y, u_left, answer.u_right)
+    assert abs(answer.certificate.gap - judged.gap) < 1e-12 and judged.gap < 1e-6
+    # Negative control: the square root of G takes those singular values for zero.
+    blind = square_root(h_r.T @ h_r)
+    assert len(blind) == len(s) // 2 and torch.linalg.matrix_rank(h_r) == len(root) == len(s)
+    answer = solve_exact(replace(problem, retain_hidden=blind))
+    if lamb_preserve == 30:  # with others they hardly cost anything, or rounding costs as much
+        cost = float(problem.objective(answer.delta))
+        assert answer.certificate.gap < 1e-10 and cost > answer.certificate.primal * (1 + 1e-12)
 
 
 @pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="real CLIP features are not here")

@@ -22,10 +22,10 @@ from forgetting import (
     save_adapter,
 )
 from forgetting.adapter import FIELDS, read_parts, recipe_parts, with_recipe
-from forgetting.checks import shown
+from forgetting.checks import check, is_json, line, shown
 from forgetting.compose import cli, compose
 from forgetting.constrained import Ridge
-from forgetting.files import check, digest, line, write_bytes
+from forgetting.files import digest, write_bytes
 
 W, D = 6, 4
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -204,8 +204,8 @@ def test_every_tensor(written, kind, sealed, tmp_path):
             except ProblemError:
                 refused(target, load)
     assert count >= 50
-    # A larger square is a Gram matrix of other rows, where they are more than its dimensions.
-    assert kind != "statistics" or accepted == ({"gram.1"} if sealed else set())
+    # Any triangle is one of some rows.
+    assert kind != "statistics" or accepted == ({"root.0", "root.1"} if sealed else set())
 
 
 RECIPE = {
@@ -298,10 +298,28 @@ def test_any_byte(written, data):
         assert same(found)
 
 
+def older(metadata, tensors):
+    """The file as format 2 had it: Gram matrices in the place of triangles."""
+    grams = {f"gram.{name[5:]}": x.T @ x for name, x in tensors.items() if name.startswith("root.")}
+    keys = {name: x for name, x in tensors.items() if name.startswith("keys.")}
+    return metadata | {"format": "clip-forget-statistics/2"}, grams | keys
+
+
+def test_statistics_of_the_older_format_are_read(written, tmp_path):
+    path, load, _ = written["statistics"]
+    write(tmp_path / "old", *older(*contents(path)), sealed=True)
+    found = load(tmp_path / "old")
+    assert found.sha256 == STATISTICS.sha256 and found.counts == STATISTICS.counts
+    assert torch.allclose(found.plain(), STATISTICS.plain(), rtol=0, atol=1e-13)
+    write(tmp_path / "old", *older(*contents(path)), sealed=False)
+    refused(tmp_path / "old", load)
+
+
 def test_statistics_that_no_rows_have(written, tmp_path):
     """Sealed anew, each with a digest that fits: refused for what it says."""
     path, load, _ = written["statistics"]
     metadata, tensors = contents(path)
+    root, (metadata, tensors) = tensors["root.1"], older(metadata, tensors)
     gram, keys = tensors["gram.1"], tensors["keys.1"]
     values, vectors = torch.linalg.eigh(gram)
     negative = (vectors * torch.cat([-values[:1], values[1:]])) @ vectors.T
@@ -320,16 +338,23 @@ def test_statistics_that_no_rows_have(written, tmp_path):
     told("not symmetric", tensors | {"gram.1": crooked})
     told("NaN", tensors | {"gram.1": gram * torch.nan})
     told("out of range", tensors | {"gram.1": gram * 1e300})
-    told("dense tensor of float64, got torch.int64", tensors | {"gram.1": gram.long()})
-    told("gram.1 has the shape (5, 5), expected (6, 6)", tensors | {"gram.1": gram[1:, 1:]})
+    told("dense tensor of float64, not torch.int64", tensors | {"gram.1": gram.long()})
+    told(
+        "gram.1 must be a matrix of shape (6, 6), its shape is (5, 5)",
+        tensors | {"gram.1": gram[1:, 1:]},
+    )
     told("rank is larger than 3", tensors | {"gram.0": gram})
-    told("keys.1 has the shape (18,), expected (19)", count=21)
-    told("expected (-1)", removed=21)
+    told("keys.1 must be a vector of shape (19), its shape is (18,)", count=21)
+    told("must be a vector of shape (-1)", removed=21)
     told("groups.1.count must be a whole number", count=-5)
     told("the digest of 'vocabulary' are of other rows", rows="0" * 64)
     told("of other rows", tensors | {"keys.1": keys + 1})
     told("'own' is there twice", name="own")
     told("the tensor 'more' has no place here", tensors | {"more": gram})
+    metadata, tensors = contents(path)
+    told("root.0 is not of 3 rows: its rank is larger than 3", tensors | {"root.0": root})
+    told("out of range", tensors | {"root.1": root * 1e300})
+    told("NaN", tensors | {"root.1": root * torch.nan})
 
 
 def test_an_adapter_without_a_digest_changes_and_does_not_compose(written, tmp_path, capsys):
@@ -418,6 +443,8 @@ def test_a_name_that_cannot_be_shown(tmp_path, capsys):
 def test_any_value_meets_its_shape_or_one_line(value):
     for text in (shown(value), line(value)):
         assert len(text.splitlines()) <= 1
+    if is_json(value):
+        assert json.loads(json.dumps(value)) == value
     for name, shape in FIELDS.items():
         try:
             check(value, shape, name)

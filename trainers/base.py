@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
+from clip.architectures import architecture
 from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
@@ -39,17 +41,10 @@ from evaluation.results import (
 )
 from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
-from forgetting import Adapter, RetainSet, projection_sha256
-from forgetting.adapter import Part, adapter_bytes, with_recipe
-from trainers.plan import Plan, check_names, make_plan
-from trainers.requests import (
-    Request,
-    Requests,
-    Texts,
-    check_prompts,
-    check_target,
-    read_prompts,
-)
+from forgetting import Adapter, RetainSet, Ridge, projection_sha256
+from forgetting.adapter import Part, adapter_bytes, recipe_parts, with_recipe
+from trainers.plan import Plan, make_plan
+from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,9 @@ class ForgetTrainer(SimpleTrainer):
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check(cfg)
-        check_names(cfg)
+        if not cfg.FEATURES.DIR:  # unknown names, before any file of theirs is looked at
+            architecture(cfg.MODEL.BACKBONE.NAME)
+            datasets.spec(cfg.DATASET.NAME)
         cls.check_target(cfg)
         read_prompts(cfg)
         cls.check_settings(cfg)
@@ -194,20 +191,26 @@ class ForgetTrainer(SimpleTrainer):
         similarity = float(self.cfg.FORGET.SIMILARITY)
         retain = retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
         shown = [
-            f"{count} {group} (each name weighs {float(weight):.3g})"
-            for (group, count), weight in zip(
-                retain.counts.items(),
-                (retain.weights[group] / retain.counts[group] for group in retain.counts),
-                strict=True,
-            )
+            f"{count} {group} (each name weighs {retain.weights[group] / count:.3g})"
+            for group, count in retain.counts.items()
         ]
         print(f"retained: {', '.join(shown) or 'nothing'}")
         return retain
 
-    def leaving(self, requests: Requests) -> Tensor:
-        """Which retained names leave with each class, (C, n) bool."""
-        same = self.texts.same_meaning(requests.classes)
-        return self.retain.leaving(same, requests.hidden, requests.owner)
+    def displacement(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """`D = P - H_f W` (k, d) in float64, of hidden states (k, w) and `P` (k, d)."""
+        here = self.device
+        return target.double().to(here) - hidden.double().to(here) @ self.model.projection.double()
+
+    def parts(
+        self, requests: Requests, displacement: Tensor, leaving: Tensor, ridge: Ridge | None = None
+    ) -> list[list[Part]]:
+        """What composing needs of each request's classes, see `recipe_parts`."""
+        names = [(self.plan.dataset, name) for name in requests.classes]
+        texts, retain = (requests.hidden, displacement, requests.owner), self.retain
+        found = recipe_parts(ridge, *texts, names, retain.rows, retain.shares, leaving)
+        each = iter(found)
+        return [list(islice(each, len(request.classes))) for request in requests]
 
     @staticmethod
     def left_notes(classes: list[str], names: list[str]) -> list[str]:
@@ -289,6 +292,7 @@ class ForgetTrainer(SimpleTrainer):
         Requests are taken in blocks; what is done is written about once a second, so that a killed
         run loses little and never consistency.
         """
+        dataset = self.plan.dataset
         folder, overwrite = Path(self.cfg.OUTPUT_DIR), self.cfg.FORGET.OVERWRITE
         settings, solver_settings = self.run_settings(), self.solver_settings()
         pending = self.pending
@@ -296,7 +300,7 @@ class ForgetTrainer(SimpleTrainer):
             self.write_shared(folder)
 
         def write(finished: list[Finished]) -> None:
-            merge_results(folder, self.plan.dataset, settings, finished, overwrite)
+            merge_results(folder, dataset, settings, finished, overwrite)
             if self.cfg.FORGET.SAVE_MODEL:
                 for one in finished:
                     delta = one.adapter.delta()
@@ -315,10 +319,11 @@ class ForgetTrainer(SimpleTrainer):
         self, block: list[list[str]], settings: dict[str, Any], solver_settings: dict[str, Any]
     ) -> list[Finished]:
         """Solve a block of requests and evaluate each answer, before and after."""
+        dataset = self.plan.dataset
         requests = Requests([self.texts.request(classes) for classes in block])
         labels = [join_label(classes) for classes in block]
         # Random numbers of one request: the same in a resumed run, whatever ran before.
-        generators = [seeded(self.cfg.SEED, self.plan.dataset, label) for label in labels]
+        generators = [seeded(self.cfg.SEED, dataset, label) for label in labels]
         started = time.perf_counter()
         with one_thread():
             solved = self.solve(requests, generators)
@@ -326,11 +331,10 @@ class ForgetTrainer(SimpleTrainer):
         for label, answer in zip(labels, solved, strict=True):
             if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
                 raise UserError(
-                    f"the change for {label!r} of {self.plan.dataset} is not finite: a weight, "
-                    "ridge or beta is out of range; nothing was saved for it"
+                    f"the change for {label!r} of {dataset} is not finite: a weight, ridge or beta "
+                    "is out of range; nothing was saved for it"
                 )
-        last = solved[-1]
-        self.model.left, self.model.right = last.left, last.right
+        self.model.left, self.model.right = solved[-1].left, solved[-1].right
         factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
         with one_thread():
             accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
@@ -338,7 +342,7 @@ class ForgetTrainer(SimpleTrainer):
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
         ):
-            path = place(self.plan.dataset, label)
+            path = place(dataset, label)
             report = {
                 "name": self.name,
                 "settings": solver_settings,
@@ -347,11 +351,10 @@ class ForgetTrainer(SimpleTrainer):
                 "device": str(self.device),
             }
             adapter = Adapter(
-                left=change[0],
-                right=change[1],
+                *change,
                 projection_sha256=self.projection_sha256,
                 classes=classes,
-                dataset=self.plan.dataset,
+                dataset=dataset,
                 solver=report,
                 **{key: settings[key] for key in ("backbone", "weights", "trainer")},
                 settings=settings,
@@ -360,14 +363,15 @@ class ForgetTrainer(SimpleTrainer):
                 adapter = with_recipe(adapter, answer.recipe, answer.parts)
             if self.cfg.FORGET.SAVE_MODEL:
                 report["model"] = f"{path}.pt"
-            before = self.judge.before(classes)
             # Not in the adapter: the same run makes the same file.
             report = report | {"seconds": seconds}
+            before = self.judge.before(classes)
             entry = {"final_results": after, "zero_shot": before, "solver": report}
-            finished.append(
-                Finished(label, entry, adapter, adapter_bytes(adapter), f"{path}.safetensors")
-            )
-            self._print(classes, entry, answer.notes, seconds)
+            stored = adapter_bytes(adapter), f"{path}.safetensors"
+            finished.append(Finished(label, entry, adapter, *stored))
+            print(f"{dataset} / {label} ({seconds:.3f} s)")
+            print("".join(f"  {line}\n" for line in answer.notes), end="")
+            _print(before[dataset], after[dataset])
         return finished
 
     @cached_property
@@ -385,32 +389,15 @@ class ForgetTrainer(SimpleTrainer):
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
-        from evaluation.audit.inputs import Inputs, encoder  # scikit-learn: only where it is used
-        from evaluation.audit.run import audit_dataset
+        from evaluation.audit.inputs import Inputs
+        from evaluation.audit.run import audit_dataset  # scikit-learn: only where it is used
         from evaluation.tables import report_audit
 
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
-        inputs = Inputs(self.bundle, self.others, encoder(self.source, self.cfg.FEATURES.CACHE))
+        inputs = Inputs(self.bundle, self.others, self.texts.encode)
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
         report_audit(folder, [dataset])
-
-    def _print(
-        self, classes: list[str], entry: dict[str, Any], notes: list[str], seconds: float
-    ) -> None:
-        before, after = (entry[side][self.plan.dataset] for side in ("zero_shot", "final_results"))
-        print(f"{self.plan.dataset} / {join_label(classes)} ({seconds:.3f} s)")
-        for line in notes:
-            print(f"  {line}")
-        for name in classes:
-            shown = ", ".join(
-                f"{what} {_percent(before[name][key])} -> {_percent(after[name][key])}"
-                for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
-            )
-            print(f"  {name}: {shown}")
-            own = (side[name]["cls_acc_test"] for side in (before, after))
-            if fate(*own) == Fate.STAYS:
-                print(f"  {name}: half of its accuracy or more is left: not forgotten")
 
 
 class Judge:
@@ -430,10 +417,7 @@ class Judge:
         return {name: _whole(accuracy(other.before)) for name, other in self.others.items()}
 
     def after(
-        self,
-        requests: list[list[str]],
-        changes: list[Factors],
-        removed: Sequence[Sequence[str]],
+        self, requests: list[list[str]], changes: list[Factors], removed: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         """The other side, for each request and its change."""
         bundle = self.own.bundle
@@ -453,6 +437,19 @@ class Judge:
 
 def _whole(value: float | None) -> dict[str, dict[str, float | None]]:
     return {"all": {"all_ds": value}}
+
+
+def _print(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Say what became of each class of a request, and of the rest of its set."""
+    for name, was in before.items():
+        now = after[name]
+        shown = ", ".join(
+            f"{what} {_percent(was[key])} -> {_percent(now[key])}"
+            for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
+        )
+        print(f"  {name}: {shown}")
+        if fate(was["cls_acc_test"], now["cls_acc_test"]) == Fate.STAYS:
+            print(f"  {name}: half of its accuracy or more is left: not forgotten")
 
 
 def _finite(value: Any) -> Any:

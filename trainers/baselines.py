@@ -91,17 +91,10 @@ class ForgetAscent(ForgetTrainer):
         names = class_embeddings(self.bundle).double().to(self.device)
         if len(names) < 2:
             raise UserError(f"{self.plan.dataset} has one class: no text can be taken for another")
-        own = [self.bundle.classnames.index(request.classes[index]) for index in request.owner]
-        limit = node.BELOW / len(names)
-        found = ascend(
-            request.hidden.double().to(self.device),
-            self.model.projection.double(),
-            names,
-            torch.tensor(own, device=self.device),
-            node.LR,
-            node.STEPS,
-            limit,
-        )
+        own = [self.texts.label[request.classes[index]] for index in request.owner]
+        own, hidden = torch.tensor(own, device=self.device), request.hidden.double()
+        limit, w = node.BELOW / len(names), self.model.projection.double()
+        found = ascend(hidden.to(self.device), w, names, own, node.LR, node.STEPS, limit)
         before, after = float(found.before.max()), float(found.after.max())
         notes = [
             f"{found.steps} steps: probability {before:.3g} -> {after:.3g} (largest of its texts)"
@@ -149,7 +142,7 @@ class RetainingTrainer(ForgetTrainer):
 
     def staying(self, request: Request) -> tuple[Tensor, list[str]]:
         """Hidden states (m, w), float64, of the names that stay, and the names that left."""
-        left = self.leaving(Requests([request])).any(dim=0)
+        left = self.texts.leaving(self.retain, Requests([request])).any(dim=0)
         rows = self.retain.rows[~left]
         if not len(rows):
             raise UserError(
@@ -162,28 +155,22 @@ class RetainingTrainer(ForgetTrainer):
 class EditTrainer(RetainingTrainer):
     """A closed form `Delta = left @ D` that sees the retained names through `H_r^T H_r` alone.
 
-    Its default target is `opposite`, which needs nothing but the text itself and, unlike the empty
-    prompt, is no reason of its own for other words to keep the class. ForgetExact with the target
-    `opposite` is what such a row is to be compared with.
+    Its default target `opposite` needs nothing but the text itself and, unlike the empty prompt,
+    is no reason of its own for other words to keep the class: compare ForgetExact with `opposite`.
     """
 
     def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
         target, draws = self.targets(Requests([request]), [generator])
         staying, names = self.staying(request)
         hidden = request.hidden.double().to(self.device)
-        displacement = target.double().to(self.device) - hidden @ self.model.projection.double()
+        displacement = self.displacement(hidden, target)
         left, report, notes = self.left(hidden, staying.T @ staying, len(staying))  # (w, k)
         missed = (hidden @ left) @ displacement - displacement  # (k, d)
         size = torch.linalg.matrix_norm(displacement)
         residual = float(torch.linalg.matrix_norm(missed) / size) if size > 0 else 0.0
         notes = [*notes, f"the texts go {1 - residual:.1%} of their way to the target"]
-        report |= {
-            "residual": residual,
-            "texts": request.texts,
-            "target_draws": draws[0],
-            "retained": len(staying),
-            "left_retain_set": names,
-        }
+        report |= {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
+        report |= {"retained": len(staying), "left_retain_set": names}
         notes += self.left_notes(request.classes, names)
         return Solved(left.float(), displacement.float(), report, notes)
 
@@ -242,9 +229,7 @@ class ForgetLEACE(RetainingTrainer):
     from the retained ones any more, at the least change of the retained hidden states.
 
     The class's texts are those of the request and its evaluation prompt, which no other method
-    sees. The eraser is fitted without its bias (`affine=False`): then it is a linear map of the
-    hidden state and folds into the projection as a change of rank k, k the number of classes. What
-    it equals are means, so the class's texts end on the mean of the retained ones.
+    sees. What it equals are means, so they end on the mean of the retained ones.
     """
 
     name = "leace"
@@ -261,7 +246,7 @@ class ForgetLEACE(RetainingTrainer):
         staying, names = self.staying(request)
         texts = []
         for index, name in enumerate(request.classes):
-            prompt = self.bundle.class_hidden[[self.bundle.classnames.index(name)]]
+            prompt = self.bundle.class_hidden[[self.texts.label[name]]]
             mine = [row for row, owner in enumerate(request.owner) if owner == index]
             texts.append(torch.cat([request.hidden[mine], prompt]).double().to(self.device))
         left, right, apart = leace(texts, staying, self.model.projection.double())
@@ -284,6 +269,9 @@ def leace(
     texts: list[Tensor], retained: Tensor, projection: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """Erase k classes of texts at once: factors of the change, and what is left of the concept.
+
+    The eraser is fitted without its bias (`affine=False`): then it is a linear map of the hidden
+    state and folds into the projection as a change of rank k.
 
     A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
     singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an

@@ -13,10 +13,9 @@ from torch import Tensor
 from clip.retain import GROUPS
 from engine import TRAINER_REGISTRY, UserError
 from forgetting import Ridge, solve_constrained_each
-from forgetting.adapter import recipe_parts
 from trainers.base import ForgetTrainer, Solved
 from trainers.paper import POOR, proof
-from trainers.requests import Requests, specific_targets
+from trainers.requests import Requests, specific_targets, squared_length
 
 
 @TRAINER_REGISTRY.register()
@@ -52,25 +51,17 @@ class ForgetExact(ForgetTrainer):
         return self.retain.ridge(float(self.cfg.TRAINER.FORGETEXACT.MU))
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
-        retain, ridge, leaving = self.retain, self.ridge, self.leaving(requests)  # (C, n)
+        retain, ridge = self.retain, self.ridge
+        leaving = self.texts.leaving(retain, requests)  # (C, n)
         target, draws = self._targets(requests, leaving, generators)
         hidden = requests.hidden.double().to(self.device)
-        displacement = target.double().to(self.device) - hidden @ self.model.projection.double()
+        displacement = self.displacement(hidden, target)
         # A name that leaves with two classes of one request leaves once.
         gone = requests.any_of(leaving)
         solutions = solve_constrained_each(
             ridge, hidden, displacement, requests.of_text, retain.rows, retain.shares, gone
         )
-        parts = recipe_parts(
-            ridge,
-            requests.hidden,
-            displacement,
-            requests.owner,
-            [(self.plan.dataset, name) for name in requests.classes],
-            retain.rows,
-            retain.shares,
-            leaving,
-        )
+        parts = self.parts(requests, displacement, leaving, ridge)
         recipe = {
             "objective": "constrained",
             "statistics": retain.statistics.sha256,
@@ -94,9 +85,8 @@ class ForgetExact(ForgetTrainer):
                 "target_draws": draws[i],
                 "mu": ridge.mu,
             }
-            mine = [p for p, r in zip(parts, requests.of_class.tolist(), strict=True) if r == i]
             left, right = solution.left.float(), solution.right.float()
-            answers.append(Solved(left, right, report, notes, recipe=recipe, parts=mine))
+            answers.append(Solved(left, right, report, notes, recipe=recipe, parts=parts[i]))
         return answers
 
     def _targets(
@@ -105,7 +95,7 @@ class ForgetExact(ForgetTrainer):
         """`P` (K, d), and the draws of noise for each request."""
         if self.cfg.FORGET.TARGET != "specific":
             return self.targets(requests, generators)
-        shared, beta = float(self.cfg.TRAINER.FORGETEXACT.SHARED), float(self.cfg.FORGET.BETA)
-        w = self.model.projection
-        target = specific_targets(requests, w, self.retain, leaving, shared, beta)
+        w, beta = self.model.projection, float(self.cfg.FORGET.BETA)
+        lam = self.cfg.TRAINER.FORGETEXACT.SHARED * squared_length(self.retain, w)
+        target = specific_targets(requests, w, self.retain, leaving, lam, beta)
         return target, [0] * len(requests)

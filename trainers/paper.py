@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,9 @@ from evaluation.results import place
 from forgetting import (
     ForgetProblem,
     LoraSettings,
-    solve_each,
-    solve_exact,
     solve_lora_each,
-    thresholds,
+    solve_requests,
 )
-from forgetting.adapter import recipe_parts
-from forgetting.exact import settle
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
 
@@ -61,7 +56,7 @@ class PaperTrainer(ForgetTrainer):
             alpha=float(self.cfg.FORGET.ALPHA),
             **paper_weights(self.cfg),
         )
-        leaving = self.leaving(requests)
+        leaving = self.texts.leaving(self.retain, requests)
         gone = requests.any_of(leaving)
         reports = [
             {
@@ -85,14 +80,10 @@ class ForgetLoRA(PaperTrainer):
     name = "lora"
     block = 64
 
-    def settings(self) -> LoraSettings:
-        """The descent's constants."""
-        node = self.cfg.TRAINER.FORGETLORA
-        return LoraSettings(**{key.lower(): value for key, value in node.items()})
-
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
-        settings = self.settings()
+        node = self.cfg.TRAINER.FORGETLORA
+        settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
         what = f"{self.plan.dataset}: {len(requests)} descents"
         with tqdm(total=settings.steps, unit="step", desc=what, leave=False) as bar:
 
@@ -108,20 +99,17 @@ class ForgetLoRA(PaperTrainer):
             )
         answers = []
         for solution, report in zip(solutions, reports, strict=True):
-            notes = []
-            if not solution.reached:
-                notes.append(
-                    f"no trial of {len(solution.trials)} moved the texts by "
-                    f"{settings.reduction:.0%} of their way; the best, "
-                    f"{solution.reduction:.1%}, is kept"
-                )
-            report |= {
-                key: getattr(solution, key)
-                for key in ("lamb_forget", "objective", "reduction", "reached")
-            }
-            fields = ("lamb_forget", "objective", "reduction", "step")
-            report["trials"] = [{f: getattr(t, f) for f in fields} for t in solution.trials]
+            best = (
+                f"no trial of {len(solution.trials)} moved the texts by {settings.reduction:.0%} "
+                f"of their way; the best, {solution.reduction:.1%}, is kept"
+            )
+            fields = ("lamb_forget", "objective", "reduction")
+            report |= {key: getattr(solution, key) for key in (*fields, "reached")}
+            report["trials"] = [
+                {key: getattr(trial, key) for key in (*fields, "step")} for trial in solution.trials
+            ]
             report["target"] = self.cfg.FORGET.TARGET
+            notes = [] if solution.reached else [best]
             answers.append(Solved(solution.left, solution.right, report, notes))
         return answers
 
@@ -135,21 +123,11 @@ class ForgetOptimum(PaperTrainer):
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
-        gone = requests.any_of(leaving)
-        parts = recipe_parts(
-            None,
-            requests.hidden,
-            problem.double.displacement,
-            requests.owner,
-            [(self.plan.dataset, name) for name in requests.classes],
-            self.retain.rows,
-            self.retain.shares,
-            leaving,
-        )
+        parts = self.parts(requests, problem.double.displacement, leaving)
         recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
         recipe |= {"weights": None} | self.constants()
         answers = []
-        solved = optima(problem, requests.of_text, gone)
+        solved = solve_requests(problem, requests.of_text, requests.any_of(leaving))
         for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
             hidden = requests.hidden[requests.of_text == i].double().to(left)
             d = problem.double.displacement[requests.of_text == i]
@@ -160,12 +138,8 @@ class ForgetOptimum(PaperTrainer):
                 f"{found['branch']}: lamb_forget {found['lamb_forget']:.4g}, c* "
                 f"{found['thresholds']['reach']:.4g}, {proof(found['certificate']['gap'])}"
             )
-            mine = [p for p, r in zip(parts, requests.of_class.tolist(), strict=True) if r == i]
-            answers.append(
-                Solved(
-                    left.float(), right.float(), found | report, [note], recipe=recipe, parts=mine
-                )
-            )
+            factors = left.float(), right.float()
+            answers.append(Solved(*factors, found | report, [note], recipe=recipe, parts=parts[i]))
         return answers
 
     def write_shared(self, folder: Path) -> None:
@@ -176,62 +150,6 @@ class ForgetOptimum(PaperTrainer):
         if not path.exists():
             self.retain.statistics.save(path)
             print(f"statistics of the vocabulary, for composing: {path}")
-
-
-def optima(
-    problem: ForgetProblem, of_text: Tensor, leaving: Tensor
-) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """The proved optimum of R requests, each from the original model: left (w, r), right (r, d),
-    and what the logs say of it.
-
-    Args:
-        problem: the texts of all requests, and everything that may be retained beside them.
-        of_text: (K,) int64, the request of each text; leaving: (R, m) bool, which rows of
-            `retain_hidden` leave with a request.
-    """
-    count = torch.bincount(of_text, minlength=len(leaving))
-    single = (count == 1).nonzero()[:, 0].tolist()
-    texts = torch.tensor([int((of_text == i).nonzero()[0, 0]) for i in single])
-    each = solve_each(problem.part(texts.long()), leaving[single]) if single else None
-    return [
-        _of_each(each, single.index(i))
-        if i in single
-        else _alone(problem.part(of_text == i, ~leaving[i]))
-        for i in range(len(leaving))
-    ]
-
-
-def _of_each(each: Any, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Class i of an `EachSolution`: factors and report."""
-    branch, reach = each.branch(i), float(each.reach[i])
-    moved = branch != "none"
-    left, right = each.left[i][:, None], each.right[i][None]
-    proved = {"primal": each.primal, "bound": each.bound, "gap": each.gap}
-    report = {
-        "certificate": {key: float(value[i]) for key, value in proved.items()}
-        | {"radius": float("inf")},
-        "branch": branch,
-        "mu": float(each.mu[i]),
-        "rho": 0.0 if moved else float("inf"),
-        "lamb_forget": float(each.lamb_forget[i]),
-        "thresholds": {"start": reach, "reach": reach},
-    }
-    return (left, right, report) if moved else (left[:, :0], right[:0], report)
-
-
-def _alone(problem: ForgetProblem) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """A request of several texts: factors and report."""
-    problem = settle(problem)
-    solution = solve_exact(problem)
-    report = {
-        "certificate": asdict(solution.certificate),
-        "branch": solution.branch,
-        "mu": solution.mu,
-        "rho": solution.rho,
-        "lamb_forget": problem.lamb_forget,
-        "thresholds": asdict(thresholds(problem)),
-    }
-    return solution.left, solution.right, report
 
 
 def proof(gap: float) -> str:

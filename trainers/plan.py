@@ -12,7 +12,6 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 
 import datasets
-from clip.architectures import architecture
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
 from engine.schema import Text, fault, shape
@@ -72,13 +71,6 @@ def make_plan(cfg) -> Plan:
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
     return Plan(dataset, requests, others, absent)
-
-
-def check_names(cfg) -> None:
-    """Refuse an unknown data set or architecture before any file of theirs is looked at."""
-    if not cfg.FEATURES.DIR:
-        architecture(cfg.MODEL.BACKBONE.NAME)
-        datasets.spec(cfg.DATASET.NAME)
 
 
 def user_lists() -> ModuleType:

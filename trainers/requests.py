@@ -183,9 +183,10 @@ class Texts:
                 owner.append(index)
         return Request(classes, texts, torch.stack(rows), owner)
 
-    def same_meaning(self, classes: Sequence[str]) -> list[set[str]]:
-        """For each class the names, in small letters, that mean the same as it."""
-        return [datasets.same_meaning([name], self.bundle.dataset) for name in classes]
+    def leaving(self, retain: RetainSet, requests: Requests) -> Tensor:
+        """Which retained names leave with each class, (C, n) bool."""
+        same = [datasets.same_meaning([name], self.bundle.dataset) for name in requests.classes]
+        return retain.leaving(same, requests.hidden, requests.owner)
 
     def targets(
         self,
@@ -205,17 +206,11 @@ class Texts:
         name, _, value = kind.partition(":")
         count, none = len(requests.hidden), [0] * len(requests)
         if kind == "empty":
-            found = [
-                empty_target(
-                    self.bundle.neutral_hidden,
-                    w,
-                    self._classes,
-                    [self.label[request.classes[index]] for index in request.owner],
-                    generator,
-                    noise_std,
-                )
-                for request, generator in zip(requests, generators, strict=True)
-            ]
+            prompts = self.bundle.neutral_hidden, w, self._classes
+            found = []
+            for request, generator in zip(requests, generators, strict=True):
+                labels = [self.label[request.classes[index]] for index in request.owner]
+                found.append(empty_target(*prompts, labels, generator, noise_std))
             return torch.cat([target for target, _ in found]), [draws for _, draws in found]
         if kind == "opposite":
             return opposite_target(requests.hidden.double(), w.double(), beta), none
@@ -252,27 +247,31 @@ class Texts:
         return self.encode([text])
 
 
+def squared_length(retain: RetainSet, projection: Tensor) -> float:
+    """The mean squared length of a retained embedding, by the names' shares."""
+    w = projection.double()
+    return float((retain.gram @ w * w).sum()) / float(retain.shares.sum())
+
+
 def specific_targets(
-    requests: Requests, projection: Tensor, retain: RetainSet, leaving: Tensor, shared: float,
+    requests: Requests,
+    projection: Tensor,
+    retain: RetainSet,
+    leaving: Tensor,
+    lam: float,
     beta: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`P` (K, d) of the target `specific`, float64.
 
     A class's own target does not depend on which others are forgotten with it, so that requests
     compose: only its own names are taken out of what it is compared with.
 
     Args:
-        leaving: (C, n) bool, the names that leave with each class; shared: the ridge, in mean
-            squared lengths of a retained embedding.
+        leaving: (C, n) bool, the names that leave with each class; lam: the ridge.
     """
-    w = projection.double()
-    lam = shared * float((retain.gram @ w @ w.T).trace()) / float(retain.shares.sum())
-    device = retain.rows.device
-    owner = requests.owner.to(device)
-    return specific_target(
-        requests.hidden.to(device), w, retain.gram, lam, beta, retain.rows, retain.shares,
-        leaving[owner],
-    )  # fmt: skip
+    hidden, owner = (x.to(retain.rows.device) for x in (requests.hidden, requests.owner))
+    names = retain.rows, retain.shares, leaving[owner]
+    return specific_target(hidden, projection, retain.gram, lam, beta, *names)
 
 
 def _vector(path: Path, d: int) -> Tensor:

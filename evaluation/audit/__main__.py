@@ -23,19 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED"
     )
-    parser.add_argument(
-        "--dataset", action="append", default=[], metavar="NAME", help="only this set (repeatable)"
-    )
-    parser.add_argument(
-        "--forget", action="append", default=[], metavar="LABEL", help="only this label of the logs"
-    )
-    parser.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="MEASURE",
-        help=f"leave one out: {', '.join(MEASURES)}",
-    )
+    for option, metavar, about in (
+        ("dataset", "NAME", "only this set (repeatable)"),
+        ("forget", "LABEL", "only this label of the logs"),
+        ("without", "MEASURE", f"leave one out: {', '.join(MEASURES)}"),
+    ):
+        several = {"action": "append", "default": []}
+        parser.add_argument(f"--{option}", metavar=metavar, help=about, **several)
     parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
     for key, text in PLACES.items():
         parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip.bundle import FeatureBundle
 from clip.retain import GROUPS, retain_set
 from engine.config import settings
 from evaluation.audit.case import Common
@@ -125,14 +124,12 @@ class Attacker:
         return x, x.norm(dim=1).clamp_min(TINY), x @ self.projection
 
     @cached_property
-    def constrained(self) -> Guess:
-        """The constrained form by its defaults."""
-        return Guess.of(self.ridge.gram, self.hidden, self.ridge.mu)
-
-    @cached_property
-    def untouched(self) -> Guess:
-        """No statistics at all: the text itself is the direction, as in zeroing it."""
-        return Guess.of(torch.zeros_like(self.ridge.gram), self.hidden, 1.0)
+    def fixed(self) -> list[Guess]:
+        """The constrained form by its defaults; all names alike; and no statistics at all, where
+        the text itself is the direction, as in zeroing it."""
+        gram, nothing = self.ridge.gram, torch.zeros_like(self.ridge.gram)
+        default = Guess.of(gram, self.hidden, self.ridge.mu)
+        return [default, self.alike, Guess.of(nothing, self.hidden, 1.0)]
 
     @cached_property
     def paper(self) -> Guess:
@@ -143,15 +140,14 @@ class Attacker:
         """Statistics of the known ways to forget, for a change of left singular vectors (w, r) and
         singular values (r,).
 
-        Beside the three above there is the paper's, whose ridge `mu = (lw / lp) ||H_r Delta|| /
+        Beside the fixed ones there is the paper's, whose ridge `mu = (lw / lp) ||H_r Delta|| /
         ||Delta||` at the optimum can be read from the change.
         """
-        found = [self.constrained, self.alike, self.untouched]
-        if len(self.vocabulary):
-            moved = torch.linalg.matrix_norm(self.vocabulary @ (u * values))
-            mu = self.ratio * float(moved / values.norm())
-            found.append(self.paper.at(max(mu, KERNEL * float(self.paper.values.sum()))))
-        return found
+        if not len(self.vocabulary):
+            return self.fixed
+        moved = torch.linalg.matrix_norm(self.vocabulary @ (u * values))
+        mu = self.ratio * float(moved / values.norm())
+        return [*self.fixed, self.paper.at(max(mu, KERNEL * float(self.paper.values.sum())))]
 
 
 def attacker(common: Common) -> Attacker:
@@ -170,20 +166,15 @@ def attacker(common: Common) -> Attacker:
         order = torch.randperm(len(rows) - own, generator=common.generator("names"))
         drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
         rows = rows[:own] + [rows[own + place] for place in drawn]
+    # The paper's weights for the data set; of another backbone if it has none for the bundle's.
+    paper = settings("ForgetLoRA", bundle.dataset, bundle.backbone).FORGET
+    modes = paper.WEIGHTS.get(bundle.backbone) or next(iter(paper.WEIGHTS.values()))
     return Attacker(
         names=[datasets.plain(retain.names[row]) for row in rows],
         hidden=retain.rows[rows].double(),
         ridge=retain.ridge(node.MU),
         own_share=float(retain.shares[0]),
         vocabulary=bundle.retain_hidden.double(),
-        ratio=_paper_ratio(bundle),
+        ratio=paper.LAMB_WEIGHT * paper.RANK / paper.ALPHA / modes["SINGLE"][0],
         projection=bundle.text_projection.double(),
     )
-
-
-def _paper_ratio(bundle: FeatureBundle) -> float:
-    """lamb_weight * rank / alpha over lamb_preserve, as the paper has them for a data set; of
-    another backbone if it has none for the bundle's."""
-    forget = settings("ForgetLoRA", bundle.dataset, bundle.backbone).FORGET
-    modes = forget.WEIGHTS.get(bundle.backbone) or next(iter(forget.WEIGHTS.values()))
-    return forget.LAMB_WEIGHT * forget.RANK / forget.ALPHA / modes["SINGLE"][0]

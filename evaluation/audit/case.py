@@ -155,9 +155,8 @@ class Model:
         """The same; -inf for a removed class."""
         if not self.removed:
             return self.cosines
-        scores = self.cosines.clone()
-        scores[:, [self.bundle.classnames.index(name) for name in self.removed]] = -torch.inf
-        return scores
+        gone = [self.bundle.classnames.index(name) for name in self.removed]
+        return self.cosines.index_fill(1, torch.tensor(gone), -torch.inf)
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -168,9 +167,7 @@ class Model:
     def _right(self) -> Tensor:
         """How many images of each class are recognised, (C,)."""
         labels = self.bundle.labels
-        return torch.bincount(
-            labels[self.predicted == labels], minlength=len(self.bundle.classnames)
-        )
+        return torch.bincount(labels[self.predicted == labels], minlength=len(self.common.images))
 
     def accuracy(self, column: int) -> Accuracy:
         """Zero-shot accuracy over the images of one class."""
@@ -227,3 +224,7 @@ class Case:
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers of one purpose for the class."""
         return self.common.generator(self.name, purpose)
+
+    def sides(self, find: Callable[[Model], T]) -> dict[str, T]:
+        """What `find` finds of the model before and of the model after."""
+        return {"before": find(self.before), "after": find(self.after)}

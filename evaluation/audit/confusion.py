@@ -25,19 +25,15 @@ def measure(case: Case) -> dict[str, Any]:
     columns = [case.label, *nearest_classes(case)]
     columns += [column for column in destinations(case) if column not in columns]
     columns = columns[: 1 + OTHERS]
-    return {
-        "names": [case.bundle.classnames[column] for column in columns],
-        "before": _counts(case.before, columns),
-        "after": _counts(case.after, columns),
-    }
-
-
-def _counts(model: Model, columns: list[int]) -> list[list[int]]:
-    """Counts (n, n + 1) of true class by predicted class."""
-    n, classes = len(columns), len(model.bundle.classnames)
-    place = torch.full((classes,), n)
+    n = len(columns)
+    place = torch.full((len(case.bundle.classnames),), n)
     place[columns] = torch.arange(n)
-    true, predicted = place[model.bundle.labels], place[model.predicted]  # (N,), (N,)
+    true = place[case.bundle.labels]  # (N,)
     shown = true < n
-    pairs = true[shown] * (n + 1) + predicted[shown]
-    return torch.bincount(pairs, minlength=n * (n + 1)).reshape(n, n + 1).tolist()
+
+    def counts(model: Model) -> list[list[int]]:
+        """Counts (n, n + 1) of true class by predicted class."""
+        pairs = true[shown] * (n + 1) + place[model.predicted[shown]]
+        return torch.bincount(pairs, minlength=n * (n + 1)).reshape(n, n + 1).tolist()
+
+    return {"names": [case.bundle.classnames[column] for column in columns]} | case.sides(counts)

@@ -48,18 +48,15 @@ def measure(case: Case) -> dict[str, Any]:
         counts = [count for _, count in ranking]
         report[f"entropy_bits_{when}"] = float(entropy(counts, base=2)) if counts else None
     leak, missing = _leak(case)
-    report["leak"] = leak
-    report["worst_auc"] = max((entry["auc_after"] for entry in leak), default=None)
-    report["not_measured"] = missing
-    return report
+    worst = max((entry["auc_after"] for entry in leak), default=None)
+    return report | {"leak": leak, "worst_auc": worst, "not_measured": missing}
 
 
 def ranked(case: Case, model: Model) -> list[tuple[int, int]]:
     """Columns predicted for the class's images and how often, most frequent first."""
-    counts = torch.bincount(model.predicted[case.mine], minlength=len(case.bundle.classnames))
-    counts, columns = counts.sort(descending=True, stable=True)
-    seen = int((counts > 0).sum())
-    return list(zip(columns[:seen].tolist(), counts[:seen].tolist(), strict=True))
+    columns, counts = model.predicted[case.mine].unique(return_counts=True)
+    counts, order = counts.sort(descending=True, stable=True)
+    return list(zip(columns[order].tolist(), counts.tolist(), strict=True))
 
 
 def destinations(case: Case) -> list[int]:
@@ -153,9 +150,7 @@ def _leak(case: Case) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         images = torch.cat([case.mine.nonzero()[:, 0], theirs.nonzero()[:, 0]])
         # A removed name has no logit: none at all is one that all images share.
-        logits = [
-            model.scores[images].nan_to_num(neginf=0.0) for model in (case.before, case.after)
-        ]
+        logits = [m.scores[images].nan_to_num(neginf=0.0) for m in (case.before, case.after)]
         before, after = separation(torch.stack(logits), mine, seed)
         leak.append({"name": name, "images": count, "auc_before": before, "auc_after": after})
     return leak, missing

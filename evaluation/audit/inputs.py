@@ -40,11 +40,6 @@ class Inputs:
     encode: Encode | None
 
 
-def encoder(source: ClipSource | None, cache: str | Path) -> Encode | None:
-    """Hidden states of any texts, read from `cache` where they were encoded before."""
-    return FeatureCache(source, cache).texts if source is not None else None
-
-
 def labels_of(logs: Logs, dataset: str) -> list[str]:
     """The labels of a data set's results, in the order of the logs."""
     return [label for label in logs[dataset] if label != SETTINGS]
@@ -68,15 +63,8 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
             "results of this repository's trainers"
         )
     places = _places(folder, dataset, given)
-    others = sorted(
-        {
-            name
-            for label in labels_of(logs, dataset)
-            for name in logs[dataset][label]["final_results"]
-            if name != dataset
-        }
-    )
-    names, source = [dataset, *others], None
+    results = [logs[dataset][label]["final_results"] for label in labels_of(logs, dataset)]
+    names, encode = [dataset, *sorted(set().union(*results) - {dataset})], None
     if places["features"]:
         try:
             bundles = load_bundles(places["features"], settings["backbone"], names)
@@ -85,25 +73,22 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
     else:
         source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
         own = {"template": settings["template"], "split": settings["split"]}
+        encode = FeatureCache(source, places["cache"]).texts
+        where = source, places["root"], places["cache"]
         bundles = {
-            name: build_bundle(
-                name, source, places["root"], places["cache"], **(own if name == dataset else {})
-            )
-            for name in names
+            name: build_bundle(name, *where, **(own if name == dataset else {})) for name in names
         }
     bundle = bundles.pop(dataset)
     _same(bundle, settings, folder)
-    return Inputs(bundle, bundles, encoder(source, places["cache"]))
+    return Inputs(bundle, bundles, encode)
 
 
 def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict[str, str]:
     """Where the latest run of `dataset` into `folder` found its files."""
     lines = [line for line in read_args(folder / ARGS) if getattr(line, "dataset", None) == dataset]
     run: argparse.Namespace | None = lines[-1] if lines else None
-    places = {}
-    for key in PLACES:
-        own = given.get(key)
-        places[key] = own if own is not None else getattr(run, key, "")
+    places = {key: getattr(run, key, "") for key in PLACES}
+    places |= {key: own for key, own in given.items() if own is not None}
     if given.get("root") is not None and given.get("features") is None:
         places["features"] = ""  # images instead of the bundles of the run
     if run is None and not (places["features"] or places["root"]):

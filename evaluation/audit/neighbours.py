@@ -44,15 +44,12 @@ def measure(case: Case) -> dict[str, Any]:
         {
             "name": case.bundle.classnames[column],
             "similarity": float(similarity),
-            "before": case.before.accuracy(column),
-            "after": case.after.accuracy(column),
+            **case.sides(lambda model, column=column: model.accuracy(column)),
         }
         for column, similarity in zip(columns, similarities, strict=True)
     ]
-    missing = []
     bare = [entry["name"] for entry in classes if entry["before"]["n"] == 0]
-    if bare:
-        missing.append(f"neighbours: no image of {', '.join(bare)}")
+    missing = [f"neighbours: no image of {', '.join(bare)}"] if bare else []
     if not classes:
         missing.append("neighbours: no class is retained")
     texts, stay = case.common.once(texts_of), retained_texts(case)

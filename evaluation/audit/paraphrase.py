@@ -28,10 +28,10 @@ def measure(case: Case) -> dict[str, Any]:
         see, but for the evaluation prompt itself; by_kind: count, mean_before, mean_after,
         worst_after over the prompts of each kind, seen ones too; not_measured.
     """
-    before, after = (_found(model, case) for model in (case.before, case.after))
+    found = zip(case.prompts, _found(case.before, case), _found(case.after, case), strict=True)
     prompts = [
-        {"text": p.text, "kind": p.kind, "seen": p.seen, "before": old, "after": new}
-        for p, old, new in zip(case.prompts, before, after, strict=True)
+        {"text": prompt.text, "kind": prompt.kind, "seen": prompt.seen, "before": old, "after": new}
+        for prompt, old, new in found
     ]
     unseen = [entry for entry in prompts if is_other_word(entry["kind"], entry["seen"])]
     own = case.before.accuracy(case.label)["value"]
@@ -44,19 +44,15 @@ def measure(case: Case) -> dict[str, Any]:
         )
     if not unseen and not case.unmeasured:
         missing.append(f"no other text of {case.name!r} than its own prompt and what forgot it")
-    ranked = sorted(unseen, key=lambda entry: -_value(entry)) if own is not None else []
+    ranked = sorted(unseen, key=lambda e: -e["after"]["value"]) if own is not None else []
+    worst = [{key: e[key] for key in ("text", "kind", "before", "after")} for e in ranked[:1]]
     kinds = dict.fromkeys(entry["kind"] for entry in prompts)
     return {
         "prompts": prompts,
-        "mean_before": mean_value([entry["before"] for entry in unseen]),
-        "mean_after": mean_value([entry["after"] for entry in unseen]),
-        "worst": {key: ranked[0][key] for key in ("text", "kind", "before", "after")}
-        if ranked
-        else None,
-        "back": [entry["text"] for entry in ranked if holds(_value(entry), own)],
-        "by_kind": {
-            kind: _summary([entry for entry in prompts if entry["kind"] == kind]) for kind in kinds
-        },
+        **_means(unseen),
+        "worst": worst[0] if worst else None,
+        "back": [entry["text"] for entry in ranked if holds(entry["after"]["value"], own)],
+        "by_kind": {kind: _summary([p for p in prompts if p["kind"] == kind]) for kind in kinds},
         "not_measured": missing,
     }
 
@@ -76,16 +72,13 @@ def _found(model: Model, case: Case) -> list[Accuracy]:
     return [share(right, len(images)) for right in found.sum(dim=0).tolist()]
 
 
-def _value(entry: dict[str, Any]) -> float:
-    return entry["after"]["value"]
+def _means(entries: list[dict[str, Any]]) -> dict[str, float | None]:
+    sides = ("before", "after")
+    return {f"mean_{side}": mean_value([entry[side] for entry in entries]) for side in sides}
 
 
 def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one kind of words: how many, and their accuracies."""
     values = [entry["after"]["value"] for entry in entries]
-    return {
-        "count": len(entries),
-        "mean_before": mean_value([entry["before"] for entry in entries]),
-        "mean_after": mean_value([entry["after"] for entry in entries]),
-        "worst_after": None if None in values else max(values),
-    }
+    worst = None if None in values else max(values)
+    return {"count": len(entries), **_means(entries), "worst_after": worst}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
 
 import datasets
 from clip.audit_texts import Row, audit_rows, other_words
@@ -14,16 +13,14 @@ from datasets.names import key, plain
 from datasets.words.lexicon import words_of
 from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import Common, Prompt
+from evaluation.audit.inputs import Encode
 
 FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
 def prompts_for(
-    common: Common,
-    name: str,
-    seen_texts: Collection[str],
-    encode: Callable[[list[str]], Tensor] | None = None,
+    common: Common, name: str, seen_texts: Collection[str], encode: Encode | None = None
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
     retain vocabulary that mean the same, then other words.
@@ -63,16 +60,14 @@ def prompts_for(
         unique.setdefault(text if kind == "case" else text.casefold(), row)
     seen_texts = set(seen_texts) or {bare}
     moved = [hidden for text, _, hidden in unique.values() if text in seen_texts]
-    prompts = [
-        Prompt(text, kind, text in seen_texts or _read_as(hidden, moved), hidden)
-        for text, kind, hidden in unique.values()
-    ]
+    prompts = []
+    for text, kind, hidden in unique.values():
+        read_as = any(torch.dist(hidden, other) <= SAME * other.norm() for other in moved)
+        prompts.append(Prompt(text, kind, text in seen_texts or read_as, hidden))
     return prompts, missing
 
 
-def _other_words(
-    common: Common, name: str, encode: Callable[[list[str]], Tensor] | None
-) -> tuple[list[Row], list[str]]:
+def _other_words(common: Common, name: str, encode: Encode | None) -> tuple[list[Row], list[str]]:
     """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
     bundle = common.bundle
     rows = common.once(_rows).get(name, [])
@@ -86,9 +81,7 @@ def _other_words(
     if not rows:
         words = other_words(bundle, name)
         states = encode([entry.text for entry in words])
-        rows = [
-            (entry.text, entry.kind, hidden) for entry, hidden in zip(words, states, strict=True)
-        ]
+        rows = [(word.text, word.kind, row) for word, row in zip(words, states, strict=True)]
     absent = [kind for kind in FROM_LISTS if all(kind != there for _, there, _ in rows)]
     if not absent:
         return rows, []
@@ -109,7 +102,3 @@ def _vocabulary(common: Common) -> dict[str, list[int]]:
 
 def _rows(common: Common) -> dict[str, list[Row]]:
     return audit_rows(common.bundle)
-
-
-def _read_as(hidden: Tensor, others: list[Tensor]) -> bool:
-    return any(torch.dist(hidden, other) <= SAME * other.norm() for other in others)

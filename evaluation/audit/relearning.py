@@ -59,16 +59,14 @@ def measure(case: Case) -> dict[str, Any]:
         "forgotten": Start(case.after, case.label),
         "before": Start(case.before, case.label),
         "no_text": Start(case.before, case.label, named=False),
+        "control": None if control is None else Start(case.after, control),
     }
-    if control is not None:
-        starts["control"] = Start(case.after, control)
     methods: dict[str, dict[str, Any]] = {}
     for name, way in {"cache": cache, "probe": probe, "refit": refit}.items():
         curves = {
-            curve: [_learnt(way, start, k) if comparable else _pooled([], []) for k in SHOTS]
+            curve: [_learnt(way, start if comparable else None, k) for k in SHOTS]
             for curve, start in starts.items()
         }
-        curves.setdefault("control", [_pooled([], []) for _ in SHOTS])
         methods[name] = curves | {"needed": _needed(SHOTS, curves["forgotten"], own)}
     words, lacking = _words(case, own)
     return {
@@ -80,10 +78,10 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _learnt(method: Method, start: Start, k: int) -> Accuracy:
-    """Accuracy of a class's other images after k of them, over all draws."""
+def _learnt(method: Method, start: Start | None, k: int) -> Accuracy:
+    """Accuracy of a class's other images after k of them, over all draws; none without a start."""
     tested, correct = [], []
-    for draw in range(REPEATS):
+    for draw in range(REPEATS if start else 0):
         images = start.shots.rest(draw, k, start.label)
         if len(images):
             tested.append(images)
@@ -97,31 +95,26 @@ def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     counts = [n for n in SHOTS if n <= len(unseen)]
     generator = case.generator("words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
-    curves: dict[str, list[Accuracy]] = {"forgotten": [], "before": []}
-    for curve, model in (("forgotten", case.after), ("before", case.before)):
-        for n in counts:
-            rows = [
-                normalize(model.embed(torch.stack([unseen[i] for i in order[:n]])), dim=1).mean(
-                    dim=0
-                )
-                for order in orders
-            ]
-            found = [_found(case, model, normalize(row, dim=0)) for row in rows]
-            curves[curve].append(_pooled([case.mine.nonzero()[:, 0]] * REPEATS, found))
-    lacking = []
-    if len(unseen) < SHOTS[-1]:
-        lacking.append(
-            f"relearning from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}"
-        )
+    images = case.mine.nonzero()[:, 0]  # (n,)
+
+    def found(model: Model, order: Tensor) -> Tensor:
+        """Which of the class's images (n,) the mean of these prompts finds as its column."""
+        texts = normalize(model.embed(torch.stack([unseen[i] for i in order])), dim=1)
+        scores = model.scores[images]  # (n, C), a copy
+        scores[:, case.label] = case.bundle.image_features[images] @ normalize(texts.mean(0), dim=0)
+        return scores.argmax(dim=1) == case.label
+
+    curves = {
+        curve: [
+            _pooled([images] * REPEATS, [found(model, order[:n]) for order in orders])
+            for n in counts
+        ]
+        for curve, model in (("forgotten", case.after), ("before", case.before))
+    }
+    few = f"relearning from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}"
+    lacking = [few] if len(unseen) < SHOTS[-1] else []
     needed = _needed(counts, curves["forgotten"], own)
     return {"counts": counts, **curves, "needed": needed}, lacking
-
-
-def _found(case: Case, model: Model, text: Tensor) -> Tensor:
-    """Which of the class's images (n,) are recognised with `text` (d,) as its column."""
-    scores = model.scores[case.mine]  # (n, C), a copy
-    scores[:, case.label] = case.bundle.image_features[case.mine] @ text
-    return scores.argmax(dim=1) == case.label
 
 
 def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
@@ -151,9 +144,8 @@ def _control(case: Case) -> int | None:
     retained = (case.retained & (counts > 1)).nonzero()[:, 0]
     if not len(retained):
         return None
-    enough = counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)
-    if not enough.any():
+    enough = retained[counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)]
+    if not len(enough):
         return int(retained[counts[retained].argmax()])
-    retained = retained[enough]
-    cosines = case.before.classes[retained] @ case.before.classes[case.label]  # (n, d) @ (d,)
-    return int(retained[cosines.argmax()])
+    cosines = case.before.classes[enough] @ case.before.classes[case.label]  # (n, d) @ (d,)
+    return int(enough[cosines.argmax()])

@@ -24,9 +24,8 @@ FEWEST = 2  # images of a class: one to learn from, one to find
 def measure(case: Case) -> dict[str, Any]:
     """Whether the class's images are still found by somebody with a few labelled images.
 
-    Both probes see image embeddings only. Forgetting changes the text projection and nothing else,
-    so before and after they read the same tensor and give the same numbers: each is computed once
-    and written twice, to stand beside the zero-shot accuracy that did change.
+    Both probes see image embeddings only, which forgetting does not change: each is computed once
+    and written twice, before and after, to stand beside the zero-shot accuracy that did change.
 
     Returns:
         linear_probe: accuracy over the class's images in the problem of all classes, and `auc`
@@ -47,17 +46,11 @@ def measure(case: Case) -> dict[str, Any]:
     probed = images >= FEWEST and others > 0
     chosen = case.mine if probed else torch.zeros_like(case.mine)
     linear, nearest = (accuracy(c[chosen]) for c in (probes.linear, probes.nearest))
+    auc = float(probes.auc[case.label]) if probed else None
     return {
-        "linear_probe": {
-            "before": linear,
-            "after": dict(linear),
-            "auc": float(probes.auc[case.label]) if probed else None,
-        },
+        "linear_probe": {"before": linear, "after": dict(linear), "auc": auc},
         "nearest_neighbours": {"k": probes.k, "before": nearest, "after": dict(nearest)},
-        "zero_shot": {
-            "before": case.before.accuracy(case.label),
-            "after": case.after.accuracy(case.label),
-        },
+        "zero_shot": case.sides(lambda model: model.accuracy(case.label)),
         "not_measured": missing,
     }
 

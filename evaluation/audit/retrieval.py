@@ -31,11 +31,8 @@ def measure(case: Case) -> dict[str, Any]:
         "10": Accuracy}}}; not_measured.
     """
     labels, depicted = case.bundle.labels, case.common.images > 0
-    groups = {
-        "forgotten": torch.arange(len(depicted)) == case.label,
-        "retained": case.retained,
-    }
-    before, after = case.common.once(_ranks_before), _ranks(case.after)
+    groups = {"forgotten": torch.arange(len(depicted)) == case.label, "retained": case.retained}
+    ranks = {"before": case.common.once(_ranks_before), "after": _ranks(case.after)}
     missing = []
     if not case.mine.any():
         missing.append(f"retrieval: no image of {case.name}")
@@ -50,8 +47,7 @@ def measure(case: Case) -> dict[str, Any]:
         for name, group in groups.items():
             queries = group[labels] if answers == "texts" else group & depicted
             report[direction][name] = {
-                "before": _recalls(before[direction][queries], count),
-                "after": _recalls(after[direction][queries], count),
+                when: _recalls(found[direction][queries], count) for when, found in ranks.items()
             }
         missing += [
             f"{direction.replace('_', ' ')}: K = {k} of {count} {answers}"
@@ -61,18 +57,18 @@ def measure(case: Case) -> dict[str, Any]:
     return report | {"not_measured": missing}
 
 
-def _ranks(model: Model) -> dict[str, Tensor]:
-    """Direction -> how many answers come before the right one, for every query."""
-    return {"image_to_text": _ranks_of_texts(model), "text_to_image": _ranks_of_images(model)}
-
-
 def _ranks_before(common: Common) -> dict[str, Tensor]:
     return _ranks(common.before)
 
 
+def _ranks(model: Model) -> dict[str, Tensor]:
+    """Direction -> how many answers come before the right one, for every query; equal cosines rank
+    in the order of the classes, as argmax has it, or of the images."""
+    return {"image_to_text": _ranks_of_texts(model), "text_to_image": _ranks_of_images(model)}
+
+
 def _ranks_of_texts(model: Model) -> Tensor:
-    """How many classes come before the right one, (N,) for every image; equal cosines rank in
-    the order of the classes, as argmax has it."""
+    """How many classes come before the right one, (N,) for every image."""
     scores, labels = model.scores, model.bundle.labels[:, None]  # (N, C), (N, 1)
     own = scores.gather(1, labels)  # (N, 1)
     blocks = list(zip(scores.split(BLOCK), own.split(BLOCK), strict=True))
@@ -84,8 +80,8 @@ def _ranks_of_texts(model: Model) -> Tensor:
 
 
 def _ranks_of_images(model: Model) -> Tensor:
-    """How many images come before the first right one, (C,) for every class; equal cosines rank
-    in the order of the images. A class without images comes after all of them."""
+    """How many images come before the first right one, (C,) for every class; a class without images
+    comes after all of them."""
     labels, scores = model.bundle.labels, model.cosines  # (N,), (N, C) with removed names too
     count, classes = scores.shape
     own = scores.gather(1, labels[:, None])[:, 0]  # (N,)

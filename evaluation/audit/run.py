@@ -35,16 +35,8 @@ from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
 
-MEASURES = {
-    "paraphrase": paraphrase.measure,
-    "neighbours": neighbours.measure,
-    "destinations": destinations.measure,
-    "confusion": confusion.measure,
-    "residue": residue.measure,
-    "retrieval": retrieval.measure,
-    "undo": undo.measure,
-    "relearning": relearning.measure,
-}
+ORDER = (paraphrase, neighbours, destinations, confusion, residue, retrieval, undo, relearning)
+MEASURES = {module.__name__.rpartition(".")[2]: module.measure for module in ORDER}
 STRANGERS = 3  # adapters of other classes that an attacker holds
 
 
@@ -59,8 +51,7 @@ def audit_folder(
     """Audit the results of a folder, all or those of some data sets and labels.
 
     Args:
-        folder: `results/resultsATTEMPT/seed_SEED`.
-        without: names of `MEASURES` to leave out.
+        folder: `results/resultsATTEMPT/seed_SEED`; without: names of `MEASURES` to leave out.
         places: those of `PLACES` where the run's own are no longer right.
 
     Returns:
@@ -98,9 +89,6 @@ def audit_dataset(
 
     What an audit of the same adapter, seed and texts has measured is kept, and not measured again.
 
-    Args:
-        without: measures to leave out.
-
     Raises:
         UserError: an adapter that is gone or belongs to another projection.
     """
@@ -112,10 +100,8 @@ def audit_dataset(
         for label in bar:
             bar.set_postfix_str(label[:40], refresh=False)
             cases = results.cases(label, inputs.encode)
-            settings = {
-                "seed": seed,
-                "texts": {name: len(case.prompts) for name, case in cases.items()},
-            }
+            texts = {name: len(case.prompts) for name, case in cases.items()}
+            settings = {"seed": seed, "texts": texts}
             stamp = {"adapter_sha256": sha256_file(results.path(label)), "settings": settings}
             there = done.get(label, {})
             same = all(there.get(key) == value for key, value in stamp.items())
@@ -149,7 +135,7 @@ def audit_class(
             started = time.perf_counter()
             found[name] = measure(case)
             seconds[name] = time.perf_counter() - started
-    return found | {"seconds": seconds, "verdict": verdict(case.name, found)}
+    return found | {"seconds": seconds, "verdict": verdict(found)}
 
 
 @dataclass(frozen=True)
@@ -163,30 +149,26 @@ class _Results:
     def cases(self, label: str, encode: Encode | None) -> dict[str, Case]:
         """A case for every class of a label."""
         solver, adapter = self.solver(label), self.adapter(label)
-        factors = adapter.left, adapter.right
-        after = Model(self.common, factors, tuple(solver.get("removed_names", ())))
+        removed = tuple(solver.get("removed_names", ()))
+        after = Model(self.common, (adapter.left, adapter.right), removed)
         seen = set(solver.get("texts") or map(plain, adapter.classes))
-        cases = {}
-        for name in adapter.classes:
-            prompts, unmeasured = prompts_for(self.common, name, seen, encode)
-            cases[name] = Case(name, adapter.classes, after, prompts, unmeasured)
-        return cases
+        return {
+            name: Case(name, adapter.classes, after, *prompts_for(self.common, name, seen, encode))
+            for name in adapter.classes
+        }
 
     def with_stranger(self, label: str, case: Case) -> Case:
         """The case with one of a few other adapters that forget none of its classes, if there is
         one: the same one in every run."""
-        dataset, others = self.common.bundle.dataset, [key for key in self.labels if key != label]
-        draw = random.Random(f"{self.common.seed}/{dataset}/{label}")
-        few = {
-            other: list(self.logs[other]["final_results"][dataset])
-            for other in sorted(draw.sample(others, min(STRANGERS, len(others))))
-        }
-        few = {other: names for other, names in few.items() if not set(names) & set(case.forgotten)}
+        others = [key for key in self.labels if key != label]
+        draw = random.Random(f"{self.common.seed}/{self.common.bundle.dataset}/{label}")
+        drawn = sorted(draw.sample(others, min(STRANGERS, len(others))))
+        few = [other for other in drawn if not set(self.classes(other)) & set(case.forgotten)]
         if not few:
             return case
-        chosen = list(few)[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
+        chosen = few[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
         adapter = self.adapter(chosen)
-        return replace(case, stranger=(few[chosen], (adapter.left, adapter.right)))
+        return replace(case, stranger=(adapter.classes, (adapter.left, adapter.right)))
 
     @cached_property
     def labels(self) -> list[str]:
@@ -198,6 +180,9 @@ class _Results:
 
     def solver(self, label: str) -> dict[str, Any]:
         return self.logs[label].get("solver") or {}
+
+    def classes(self, label: str) -> list[str]:
+        return list(self.logs[label]["final_results"][self.common.bundle.dataset])
 
     def path(self, label: str) -> Path:
         """The file of a label's adapter."""
@@ -217,7 +202,7 @@ class _Results:
         """A label's adapter, which must be one of its classes and of the bundle's projection."""
         path = self.path(label)
         adapter = load_adapter(path)
-        if adapter.classes != list(self.logs[label]["final_results"][self.common.bundle.dataset]):
+        if adapter.classes != self.classes(label):
             raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
         if adapter.projection_sha256 != self.projection:
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import torch
@@ -45,11 +46,8 @@ class Shots:
     @cached_property
     def held(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> indices (m,) of the images that the attacker has."""
-        return {
-            (draw, k): torch.cat([order[:k] for order in self.orders[draw]])
-            for draw in range(REPEATS)
-            for k in SHOTS
-        }
+        pairs = product(enumerate(self.orders), SHOTS)
+        return {(d, k): torch.cat([order[:k] for order in orders]) for (d, orders), k in pairs}
 
     def rest(self, draw: int, k: int, label: int) -> Tensor:
         """Indices (n,) of the other images of a class."""
@@ -63,13 +61,9 @@ class Shots:
     @cached_property
     def means(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> mean (C, d) of the images of each class; NaN for a class without."""
-        x, labels, count = (
-            self.bundle.image_features,
-            self.bundle.labels,
-            len(self.bundle.classnames),
-        )
+        x, ones = self.bundle.image_features, self.bundle.image_features.new_ones
         return {
-            key: self.sums(x[held], held) / torch.bincount(labels[held], minlength=count)[:, None]
+            key: self.sums(x[held], held) / self.sums(ones(len(held), 1), held)
             for key, held in self.held.items()
         }
 
@@ -78,10 +72,12 @@ class Shots:
         """(draw, k) -> the class (N,) that a linear probe learnt from k images of every class
         sees in each image: ridge regression on one-hot targets, which has a closed form."""
         found = {}
-        images, count = self.bundle.image_features.numpy(), len(self.bundle.classnames)
+        images = self.bundle.image_features.numpy()
+        one_hot = np.eye(len(self.bundle.classnames), dtype=np.float32)[
+            self.bundle.labels
+        ]  # (N, C)
         for key, held in self.held.items():
-            targets = np.eye(count, dtype=np.float32)[self.bundle.labels[held].numpy()]
-            fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held.numpy()], targets)
+            fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held], one_hot[held])
             scores = fit.predict(images)  # (N, d) -> (N, C)
             found[key] = torch.from_numpy(scores.argmax(axis=1))
         return found
@@ -129,12 +125,10 @@ class Start:
         """How far each class's text goes when the class's own is moved by the exact change, as a
         share of its way, (C, 1); the class's own name has left what is retained."""
         bundle, known = self.model.bundle, self.model.common.once(attacker)
-        text = bundle.class_hidden[self.label].double()[None, None]  # (1, 1, w)
-        own = bundle.forget_hidden[self.label].double()[None, None]
-        share = text.new_full((1, 1), known.own_share)
-        row = downdate(
-            text, known.ridge.solve(text[0])[None], own, known.ridge.solve(own[0])[None], share
-        )
+        texts = bundle.class_hidden[[self.label]], bundle.forget_hidden[[self.label]]
+        text, own = (rows.double() for rows in texts)  # (1, w) each
+        solved = [(x[None], known.ridge.solve(x)[None]) for x in (text, own)]
+        row = downdate(*solved[0], *solved[1], text.new_full((1, 1), known.own_share))
         pulls = bundle.class_hidden.double() @ row[0].T  # (C, w) @ (w, 1)
         return (pulls / pulls[self.label]).float()
 
@@ -188,15 +182,10 @@ def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     )  # (d,)
     if start.named:
         length = (bundle.class_hidden[label] @ bundle.text_projection).norm()
-        texts = normalize(_moved(start, length * target), dim=1)
+        way = length * target - start.model.texts[label]  # (d,)
+        texts = normalize(start.model.texts + start.pulls * way, dim=1)  # (C, d)
     else:
         texts[label] = target
     scores = bundle.image_features[images] @ texts.T  # (n, d) @ (d, C)
     scores[:, start.away] = -torch.inf
     return scores.argmax(dim=1)
-
-
-def _moved(start: Start, target: Tensor) -> Tensor:
-    """All classes' embeddings (C, d) after the exact change that sends the class's to `target`."""
-    texts = start.model.texts
-    return texts + start.pulls * (target - texts[start.label])  # (C, 1) * (d,)

@@ -21,14 +21,8 @@ from evaluation.zero_shot import Factors
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
 NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
-NOTHING: dict[str, Any] = {
-    "rank": None,
-    "rank_expected": None,
-    "text_cosine": None,
-    "place": None,
-    "places": [],
-    "top": [],
-}
+NOTHING: dict[str, Any] = dict.fromkeys(("rank", "rank_expected", "text_cosine", "place"))
+NOTHING |= {"places": [], "top": []}
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -50,10 +44,11 @@ def measure(case: Case) -> dict[str, Any]:
     """
     known = case.common.once(attacker)
     reasons: list[str] = []
+    scores = oddness(case.after.change, known)  # no direction is recovered, so there is no cosine
     attacks = {
         "original_known": _difference(case, known, case.before, case.forgotten),
         "two_adapters": dict(NOTHING),
-        "alone": _alone(case, known),
+        "alone": NOTHING | _ranking(case, known, scores, case.forgotten),
     }
     if attacks["original_known"]["rank"] == 0:
         reasons.append("original_known: the projection is the original's to rounding")
@@ -129,14 +124,11 @@ def _difference(case: Case, known: Attacker, other: Model, named: list[str]) -> 
     # All that is not rounding lies in the span of these rows: q columns instead of d.
     span = torch.linalg.qr(rows.T)[0]
     rank, basis, scores = span_scores((one.double() - two.double()) @ span, noise, known)
+    found = NOTHING | {"rank": rank, "rank_expected": len(rows)}
     if rank == 0:
-        return NOTHING | {"rank": 0, "rank_expected": len(rows)}
-    found = {
-        "rank": rank,
-        "rank_expected": len(rows),
-        "text_cosine": _text_cosine(case, known, basis),
-    }
-    return found | _ranking(case, known, scores, named)
+        return found
+    cosine = _text_cosine(case, known, basis)
+    return found | {"text_cosine": cosine} | _ranking(case, known, scores, named)
 
 
 def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
@@ -152,12 +144,6 @@ def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
     basis = torch.linalg.qr(basis - shared[:, None] * (shared @ basis))[0]
     cosines = (texts @ basis).norm(dim=1) / texts.norm(dim=1).clamp_min(TINY)  # (k, r) -> (k,)
     return float(cosines.max().clamp(max=1))
-
-
-def _alone(case: Case, known: Attacker) -> dict[str, Any]:
-    """No direction is recovered here, so there is no cosine."""
-    scores = oddness(case.after.change, known)
-    return NOTHING | _ranking(case, known, scores, case.forgotten)
 
 
 def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> dict[str, Any]:

@@ -11,12 +11,17 @@ LEAK = 0.8  # area under the curve from which two classes count as told apart
 PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
 METHODS = {"cache": "a cache on top", "probe": "a linear probe", "refit": "a new fit"}
+ATTACKERS = {  # what each has
+    "original_known": "the original projection",
+    "two_adapters": "two changed projections",
+    "alone": "the changed projection alone",
+}
 NAMED = 5  # places within which an attack counts as having named the class
 
 BAD, GOOD, LIMIT = "bad", "good", "limit"
 
 
-def verdict(name: str, found: dict[str, Any]) -> list[str]:
+def verdict(found: dict[str, Any]) -> list[str]:
     """One line a finding: first what speaks against this forgetting, then what speaks for it, then
     what no change of the text projection can mend (`limit`), then what was not measured.
 
@@ -25,14 +30,10 @@ def verdict(name: str, found: dict[str, Any]) -> list[str]:
     """
     tiers: dict[str, list[str]] = {BAD: [], GOOD: [], LIMIT: []}
     for judge in (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone):
-        for tier, line in judge(name, found):
+        for tier, line in judge(found):
             tiers[tier].append(line)
-    unmeasured = [
-        line
-        for measure in found.values()
-        if isinstance(measure, dict)
-        for line in measure.get("not_measured", [])
-    ]
+    parts = [measure for measure in found.values() if isinstance(measure, dict)]
+    unmeasured = [line for measure in parts for line in measure.get("not_measured", [])]
     return [
         *tiers[BAD],
         *tiers[GOOD],
@@ -50,7 +51,7 @@ def _fate(found: dict[str, Any]) -> Fate | None:
     return fate(shot["before"]["value"], shot["after"]["value"]) if shot else None
 
 
-def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
+def _own_prompt(found: dict[str, Any]) -> Lines:
     became = _fate(found)
     if became in (None, Fate.UNMEASURED):
         return []
@@ -64,7 +65,7 @@ def _own_prompt(name: str, found: dict[str, Any]) -> Lines:
     return [(GOOD if became is Fate.GONE else BAD, line)]
 
 
-def _words(name: str, found: dict[str, Any]) -> Lines:
+def _words(found: dict[str, Any]) -> Lines:
     words = found.get("paraphrase", {})
     worst = words.get("worst")
     if not worst or worst["after"]["value"] is None:
@@ -78,15 +79,17 @@ def _words(name: str, found: dict[str, Any]) -> Lines:
     )
     match _fate(found):
         case Fate.STAYS:
-            return [(BAD, f"was not forgotten; found by {len(back)} of {texts} too, {most}")]
+            line = f"was not forgotten; found by {len(back)} of {texts} too, {most}"
         case Fate.NEVER:
-            return [(BAD, f"never recognised by its own prompt; of {texts} {most}")]
-    if back:
-        return [(BAD, f"comes back under {len(back)} of {texts}; {most}")]
-    return [(GOOD, f"stays away under {texts}; {most}")]
+            line = f"never recognised by its own prompt; of {texts} {most}"
+        case _ if back:
+            line = f"comes back under {len(back)} of {texts}; {most}"
+        case _:
+            return [(GOOD, f"stays away under {texts}; {most}")]
+    return [(BAD, line)]
 
 
-def _neighbours(name: str, found: dict[str, Any]) -> Lines:
+def _neighbours(found: dict[str, Any]) -> Lines:
     near = found.get("neighbours", {})
     if near.get("mean_before") is None:
         return []
@@ -102,7 +105,7 @@ def _neighbours(name: str, found: dict[str, Any]) -> Lines:
     return lines
 
 
-def _logits(name: str, found: dict[str, Any]) -> Lines:
+def _logits(found: dict[str, Any]) -> Lines:
     places = found.get("destinations", {})
     if places.get("worst_auc") is None:
         return []
@@ -114,7 +117,7 @@ def _logits(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT if worst["auc_after"] >= LEAK else GOOD, line)]
 
 
-def _images(name: str, found: dict[str, Any]) -> Lines:
+def _images(found: dict[str, Any]) -> Lines:
     probe = found.get("residue", {}).get("linear_probe")
     if not probe or probe["after"]["value"] is None:
         return []
@@ -125,7 +128,7 @@ def _images(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT if probe["after"]["value"] > PROBED else GOOD, line)]
 
 
-def _relearned(name: str, found: dict[str, Any]) -> Lines:
+def _relearned(found: dict[str, Any]) -> Lines:
     methods = found.get("relearning", {}).get("methods", {})
     needed = {method: values["needed"] for method, values in methods.items()}
     if not needed or _fate(found) not in (Fate.GONE, None):  # what never went cannot come back
@@ -138,18 +141,12 @@ def _relearned(name: str, found: dict[str, Any]) -> Lines:
     return [(LIMIT, f"{few[method]} {plural} half of it back ({METHODS[method]})")]
 
 
-def _undone(name: str, found: dict[str, Any]) -> Lines:
-    undo = found.get("undo", {})
-    titles = {
-        "original_known": "who has the original projection",
-        "two_adapters": "who has two changed projections",
-        "alone": "who has the changed projection alone",
-    }
-    lines = []
-    for attack, title in titles.items():
+def _undone(found: dict[str, Any]) -> Lines:
+    undo, lines = found.get("undo", {}), []
+    for attack, title in ATTACKERS.items():
         place = (undo.get("attacks", {}).get(attack) or {}).get("place")
         if place is not None:
-            line = f"{title} finds its name in place {place} of {undo['names']}"
+            line = f"who has {title} finds its name in place {place} of {undo['names']}"
             lines.append((LIMIT if place <= NAMED else GOOD, line))
     return lines
 
