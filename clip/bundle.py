@@ -8,6 +8,7 @@ needed. A bundle holds them for one backbone and one data set split; as a file,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,9 +188,11 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder of feature bundles at {folder}")
-    # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
-    paths = bundle_path(folder, backbone, "*").parent.glob(f"[!.]*{SUFFIX}")
-    found = {path.stem: path for path in paths}
+    place = bundle_path(folder, backbone, "").parent
+    # Not by glob, which takes a folder that may not be entered for an empty one. No hidden file is
+    # a bundle: it is what a killed run left, or a data set called "..".
+    paths = [place / name for name in (os.listdir(place) if place.is_dir() else ())]
+    found = {p.stem: p for p in paths if p.suffix == SUFFIX and not p.name.startswith(".")}
     if not found:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
         raise UserError(

@@ -45,7 +45,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent.absolute())
+        sweep(path.parent)
         workshop, held = _workshop(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -81,10 +81,14 @@ def _workshop(parent: Path) -> tuple[Path, int]:
         os.close(held)
 
 
-@cache
 def sweep(folder: Path) -> None:
     """Remove what killed processes left in the making in a folder: temporaries that nobody holds
     locked. Looks once a process."""
+    _sweep(folder.absolute(), os.getpid())  # a child that was forked is a process of its own
+
+
+@cache
+def _sweep(folder: Path, process: int) -> None:
     for path in folder.glob(TEMPORARY):
         with suppress(OSError):
             held = os.open(path, os.O_RDONLY)

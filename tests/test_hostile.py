@@ -6,6 +6,7 @@ damage, each kind of option by each kind of bad value.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -36,7 +37,7 @@ from clip.bundle import bundle_path
 from clip.source import ClipSource
 from engine.cli import run
 from engine.errors import UserError
-from engine.files import atomic_path, sweep
+from engine.files import _sweep, atomic_path
 from evaluation.results import join_label
 from evaluation.results import place as place_of
 from forgetting import Adapter, projection_sha256
@@ -193,7 +194,7 @@ def test_damaged_json(kind, damage, place, refusal):
         assert path.name in line or "Caltech101" in line
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", ["empty", "null", "list within", "deep lists", "many digits"])
 def test_a_damaged_register_is_made_again(damage, place, capsys):
     argv = ["Caltech101", "mini", "--root", "data", "--cache", "cache"]
     assert CLI["features"](argv) == 0
@@ -530,8 +531,8 @@ def test_a_forget_cls_that_does_not_read(content, place, refusal, monkeypatch):
     if content is None:  # a folder of that name
         (place / "forget_cls.py").unlink()
         (place / "forget_cls").mkdir()
-        monkeypatch.setattr(sys, "path", [str(place)])
-    monkeypatch.syspath_prepend(place)
+    # Alone: a folder of that name is looked at last.
+    monkeypatch.setattr(sys, "path", [str(place)])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
     assert "forget_cls.py" in refusal("train", arguments(Path()))
@@ -607,7 +608,7 @@ def leftovers(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_a_kill_left_goes_and_what_is_held_stays(kind, place):
     def write(data: bytes) -> None:
-        sweep.cache_clear()
+        _sweep.cache_clear()
         if kind == "file":
             return write_bytes(data, target)
         with atomic_path(target) as temporary:
@@ -631,7 +632,7 @@ def test_a_run_removes_what_a_killed_one_left(place):
     for path, kind in ((target, "file"), (place / "out/logs.json", "folder")):
         killed(path, kind)
     assert len(leftovers(place)) == 2
-    sweep.cache_clear()
+    _sweep.cache_clear()
     assert train.cli([*arguments(place), "--forget", "Dog"]) == 0
     assert not leftovers(place)
 
@@ -646,3 +647,21 @@ def test_the_output_folder_is_deleted_in_the_middle(place, monkeypatch, capsys):
     monkeypatch.setattr(train_base, "merge_results", gone)
     assert train.cli([*arguments(place), "--forget", "Dog"]) == 0
     assert utils.create_results("out")[0]["name"].tolist() == ["Dog"]
+
+
+def test_folders_that_may_not_be_entered_are_named(place, refusal, monkeypatch, capsys):
+    shutil.copytree(place / "out", place / "runs/a")
+    shutil.copytree(place / "out", place / "runs/b")
+    closed = ["runs/b", "features/ViT-B-32"]
+    for name in ("scandir", "listdir"):
+        real = getattr(os, name)
+
+        def enter(path=".", real=real):
+            if str(path).endswith(tuple(closed)):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, name, enter)
+    assert CLI["report"](["runs"]) == 0
+    assert "runs/b is left out: Permission denied" in capsys.readouterr().out
+    assert "ViT-B-32: Permission denied" in refusal("train", [*arguments(Path()), "--forget=Dog"])

@@ -18,7 +18,7 @@ import torch
 import train
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine.files import sha256_file, sweep
+from engine.files import sha256_file
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
@@ -39,7 +39,6 @@ def fork(call: Callable[[], object]) -> int:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        sweep.cache_clear()  # as in a process of its own
         found = call()
         status = found if isinstance(found, int) else 0
     finally:
