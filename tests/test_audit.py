@@ -303,5 +303,5 @@ def test_a_folder_without_results_and_inputs_that_changed(results, features, tmp
 def test_a_torn_audit_is_left_as_it_is(results, capsys):
     (results / "audit.json").write_text('{"format": ')
     assert run(results) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
     assert (results / "audit.json").read_text() == '{"format": '

@@ -85,7 +85,7 @@ def candidates(problem: ForgetProblem, answer: torch.Tensor) -> list[torch.Tenso
             found.append(kernel @ torch.linalg.pinv(h_f @ kernel, rtol=1e-10) @ d)
         gram = h_r.T @ h_r
         for ridge in (1e-9, 1e-4, 1.0):
-            matrix = gram + ridge * (gram.trace() + 1e-300) * torch.eye(len(gram)).double()
+            matrix = gram + ridge * (gram.trace() + 1e-150) * torch.eye(len(gram)).double()
             base = torch.linalg.lstsq(matrix, h_f.T).solution
             found.append(base @ torch.linalg.pinv(h_f @ base) @ d)
     generator = torch.Generator().manual_seed(0)

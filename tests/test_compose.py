@@ -530,7 +530,7 @@ class RealWorld:
 @pytest.mark.parametrize("dataset", ["CaltechObjects", "StanfordCars"])
 def test_real_features(dataset):
     real = RealWorld(dataset)
-    shared = {"objective": "constrained", "mu": real.mu}
+    shared = {"objective": "constrained", "mu": real.mu, "statistics": ""}
     parts = [
         part_of(real.ridge, (dataset, str(label)), *real.inputs([label])) for label in range(8)
     ]

@@ -180,7 +180,10 @@ ROWS = {
         ["FORGET.SIMILARITY", "1.5"],
         "SIMILARITY must be a number above 0 and at most 1",
     ),
-    "prompt file": (["FORGET.PROMPTS", "nowhere.json"], "cannot read the prompts in nowhere.json"),
+    "prompt file": (
+        ["FORGET.PROMPTS", "nowhere.json"],
+        "file of prompts nowhere.json cannot be read",
+    ),
     "vector file": (["FORGET.TARGET", "vector:nowhere"], "target vector nowhere"),
     "target text": (["FORGET.TARGET", "text:zebra"], "target text 'zebra'"),
 }

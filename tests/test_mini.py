@@ -201,5 +201,5 @@ def test_training_is_repeatable(
     architecture("mini").build().load_state_dict(first, strict=True)
     with pytest.raises(UserError, match="not overwritten"):
         train_mini.main(["--out", str(tmp_path / "a.safetensors")])
-    with pytest.raises(UserError, match="--steps 0"):
+    with pytest.raises(UserError, match="--steps: must be a whole number from 1"):
         train_mini.main(["--out", str(tmp_path / "d.safetensors"), "--steps", "0"])
