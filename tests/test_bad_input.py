@@ -314,3 +314,12 @@ def test_the_driver_refuses_before_python_starts(row, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
+
+
+def test_the_driver_takes_each_seed_and_data_set_once(tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": "echo"}
+    arguments = ["1", "00, 0,10,010", "007,*,A A,007", "mini", "0"]
+    command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    runs = re.findall(r"--dataset (\S+) .* --seed (\S+)", done.stdout)
+    assert runs == [(dataset, seed) for seed in ("0", "10") for dataset in ("007", "*", "A")]
