@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.names import flaw, is_text
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.files import atomic_path, parse_json, readable, refuse_existing
 
 FORMAT = "clip-forget-features/1"
@@ -212,7 +212,7 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
     if dataset not in bundles:
         raise UserError(
             f"no feature bundle of {dataset!r} for {backbone} in {folder}; "
-            f"nearest: {', '.join(nearest(dataset, list(bundles)))}"
+            f"data sets there: {', '.join(bundles)}"
         )
     path = bundles[dataset]
     bundle = FeatureBundle.load(path)
