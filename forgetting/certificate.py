@@ -172,6 +172,9 @@ def certify_each(
     Returns:
         primal, bound and gap, (C,) float64.
     """
+    rows = problem.retain_hidden
+    if triangle is not None:  # stands for them, so that they are not made float64
+        problem = problem.part(slice(None), torch.zeros(len(rows), dtype=torch.bool))
     h_f = problem.double.forget_hidden
     h_r = problem.double.retain_hidden if triangle is None else triangle
     lp, lw = problem.lamb_preserve, problem.lw
@@ -184,7 +187,7 @@ def certify_each(
     for start in range(0, len(h_f), batch):
         part = slice(start, start + batch)
         lf = lamb_forget[part]  # (B,)
-        seen = _seen(problem, h_r, leaving[part], triangle is not None)
+        seen = _seen(rows, h_r, leaving[part], triangle is not None)
         moved, _, blurred = seen(left[part])
         landed = (h_f[part] * left[part]).sum(dim=1)
         primal[part] = length[part] * (
@@ -211,7 +214,7 @@ def certify_each(
 
 
 def _seen(
-    problem: ForgetProblem, h_r: Tensor, leaving: Tensor, downdated: bool
+    retain_hidden: Tensor, h_r: Tensor, leaving: Tensor, downdated: bool
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """For vectors v (B, w), with H the retained rows that stay: `||H v||` (B,), `H^T H v` (B, w),
     and the length (B,) in units of which the first is rounded beyond its own."""
@@ -224,7 +227,7 @@ def _seen(
             return norm(image, dim=0), image.T @ h_r, v.new_zeros(len(v))
 
         return masked
-    rows, _ = padded_rows(leaving, problem.retain_hidden)
+    rows, _ = padded_rows(leaving, retain_hidden)
     rows = rows.double()  # (B, n, w)
 
     def taken_off(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

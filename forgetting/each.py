@@ -199,9 +199,10 @@ def _roots(
         direction (B, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
         `H_r direction`, c* and lamb_forget, all (B,).
     """
-    exact, lp, lw = problem.double, problem.lamb_preserve, problem.lw
+    # Not problem.double: of what is retained only the rows that leave are needed here.
+    forget, lp, lw = problem.forget_hidden.double(), problem.lamb_preserve, problem.lw
     e = spectrum.values.square()  # (q,)
-    length = torch.linalg.vector_norm(exact.forget_hidden, dim=1).max()
+    length = torch.linalg.vector_norm(forget, dim=1).max()
 
     def split(h: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates (..., q) of rows (..., w) in the eigenbasis, and their part outside it."""
@@ -215,7 +216,7 @@ def _roots(
 
     gone, there = padded_rows(leaving, problem.retain_hidden)  # (B, n, w)
     # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
-    rows, kernels = split(torch.cat([exact.forget_hidden[texts, None], gone.double()], dim=1))
+    rows, kernels = split(torch.cat([forget[texts, None], gone.double()], dim=1))
     x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
     eye = torch.eye(gone.shape[1], dtype=rows.dtype, device=rows.device)
     leaves = there.any(dim=1)[:, 0]
