@@ -204,7 +204,7 @@ def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("Sone", ".."):
         with pytest.raises(UserError, match=f"no feature bundle of '{name}'"):
             load_bundle(tmp_path, "ViT-B/32", name)
-    with pytest.raises(UserError, match="nearest: Some"):
+    with pytest.raises(UserError, match="data sets there: Some"):
         load_bundle(tmp_path, "ViT-B/32", "Sone")
     make().save(bundle_path(tmp_path, "RN50", "Some"))
     with pytest.raises(UserError, match="backbone is 'ViT-B/32'"):

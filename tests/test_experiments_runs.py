@@ -164,7 +164,7 @@ def test_sets_without_images_are_studied_all_the_same(tmp_path):
     ("change", "message"),
     [
         ({"name": "retaind"}, "unknown study 'retaind'; did you mean 'retained'"),
-        ({"--dataset": "ToyAnimal"}, "nearest: ToyAnimals"),
+        ({"--dataset": "ToyAnimal"}, "data sets there: ToyAnimals"),
         ({"--backbone": "RN5"}, "no feature bundle of RN5"),
         ({"--forget": "dgo"}, "nearest: 'Dog'"),
         ({"--solver": "optimal"}, "did you mean 'optimum'"),
