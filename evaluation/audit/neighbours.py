@@ -17,7 +17,7 @@ from evaluation.zero_shot import CANCELS
 NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
 BLOCK = 256  # rows of a similarity matrix at once: 10,000 texts then need 10 MB for each
-KEPT = 4096  # texts whose products with one another are kept: 64 MB
+WATCHED = 1000  # texts whose neighbours are compared: a sample where there are more
 TIE = 1e-6  # cosines closer than float32 rounding are one place
 
 
@@ -34,7 +34,7 @@ def measure(case: Case) -> dict[str, Any]:
         moved: count of texts; mean_cosine between a text's embeddings before and after;
             nearest_kept: share of texts whose nearest text, among the others, is still nearest
             (ties count as kept); top10_overlap: share of a text's ten nearest (all, if there are
-            fewer) that still are; worst: the ten texts of lowest cosine, and the place that their
+            fewer) that still are (both over at most 1,000 texts, drawn once for the set); worst: the ten texts of lowest cosine, and the place that their
             former nearest text has now, 1 for still nearest.
         not_measured: what could not be measured, and why.
     """
@@ -73,8 +73,8 @@ class Texts:
         names, groups: T names as they are spelled, and "class", "vocabulary" or a data set.
         rows: key of a name -> its rows; of the classes of the set, which have the first ones, none.
         hidden: (T, w), embedded: (T, d) in the untouched model, not normalised; lengths: (T,).
-        products: (T, T) of embedded texts; None where they would fill too much memory.
-        nearest: (T, n), the nearest other texts, nearest first.
+        watched: rows (W,) of the texts whose neighbours are compared; products: (W, T) of their
+            embeddings with all; nearest: (W, n), the nearest other texts, nearest first.
     """
 
     names: list[str]
@@ -83,7 +83,8 @@ class Texts:
     hidden: Tensor
     embedded: Tensor
     lengths: Tensor
-    products: Tensor | None
+    watched: Tensor
+    products: Tensor
     nearest: Tensor
 
 
@@ -103,13 +104,15 @@ def texts_of(common: Common) -> Texts:
     hidden = torch.cat([rows for _, _, rows in parts])
     embedded = hidden @ bundle.text_projection  # (T, w) @ (w, d)
     lengths = embedded.norm(dim=1).clamp_min(SHORTEST)
-    products = embedded @ embedded.T if len(names) <= KEPT else None
-    nearest = []
+    watched = torch.arange(len(names))
+    if len(names) > WATCHED:
+        drawn = torch.randperm(len(names), generator=common.generator("watched"))
+        watched = drawn[:WATCHED].sort().values
+    products = embedded[watched] @ embedded.T  # (W, d) @ (d, T)
     everything = torch.ones(len(names), dtype=torch.bool)
-    for block in torch.arange(len(names)).split(BLOCK):
-        cosines = _cosines(embedded[block] @ embedded.T, lengths, block, everything)
-        nearest.append(cosines.topk(min(NEAREST, len(names) - 1)).indices)
-    return Texts(names, groups, rows, hidden, embedded, lengths, products, torch.cat(nearest))
+    cosines = _cosines(products, lengths, watched, everything)
+    nearest = cosines.topk(min(NEAREST, len(names) - 1)).indices
+    return Texts(names, groups, rows, hidden, embedded, lengths, watched, products, nearest)
 
 
 def nearest_classes(case: Case) -> list[int]:
@@ -141,37 +144,41 @@ def _moved(texts: Texts, stay: Tensor, shares: Tensor, right: Tensor) -> dict[st
     lengths = after.norm(dim=1).clamp_min(SHORTEST)
     cosine = ((texts.embedded * after).sum(dim=1) / texts.lengths / lengths).clamp(-1, 1)  # (T,)
     # F is moved by S R, and the products F F^T by S Z^T + Z S^T with Z = (F + S R / 2) R^T: a class
-    # under audit costs T^2 r products and not T^2 d.
+    # under audit costs W T r products and not W T d.
     sent = (texts.embedded + after) @ right.T / 2  # (T, r)
     change = torch.cat([shares, sent], dim=1), torch.cat([sent, shares], dim=1)
-    nearest, kept, overlap = _neighbourhoods(texts, stay, change, after, lengths)
+    kept, overlap = _neighbourhoods(texts, stay, change, after, lengths)
     rows = stay.nonzero()[:, 0]
     worst = rows[cosine[rows].argsort(stable=True)[:WORST]]
-    now = _cosines(after[worst] @ after.T, lengths, worst, stay)  # (n, d) @ (d, T)
-    rank = 1 + (now > now.gather(1, nearest[worst, None]) + TIE).sum(dim=1)
+    old = _cosines(texts.embedded[worst] @ texts.embedded.T, texts.lengths, worst, stay)  # (n, T)
+    now = _cosines(after[worst] @ after.T, lengths, worst, stay)
+    nearest = old.argmax(dim=1)
+    rank = 1 + (now > now.gather(1, nearest[:, None]) + TIE).sum(dim=1)
     return {
         "count": count,
         "mean_cosine": float(cosine[stay].double().mean()),
-        "nearest_kept": float(kept[stay].double().mean()),
-        "top10_overlap": float(overlap[stay].mean()),
+        "nearest_kept": float(kept.double().mean()),
+        "top10_overlap": float(overlap.mean()),
         "worst": [
             {
                 "text": texts.names[row],
                 "group": texts.groups[row],
                 "cosine": float(cosine[row]),
-                "nearest_before": texts.names[nearest[row]],
+                "nearest_before": texts.names[neighbour],
                 "rank_after": place,
             }
-            for row, place in zip(worst.tolist(), rank.tolist(), strict=True)
+            for row, neighbour, place in zip(
+                worst.tolist(), nearest.tolist(), rank.tolist(), strict=True
+            )
         ],
     }
 
 
 def _neighbourhoods(
     texts: Texts, stay: Tensor, change: tuple[Tensor, Tensor], after: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For each text: the nearest other one before (T,), whether this is the nearest after (T,), and
-    the share (T,) of its ten nearest before that are among its ten nearest after.
+) -> tuple[Tensor, Tensor]:
+    """For each watched text that stays: whether its nearest other text before is the nearest after,
+    and the share of its ten nearest before that are among its ten nearest after; (n,) each.
 
     Args:
         stay: (T,) bool, the texts that count; change: factors (T, q) of the change of all products,
@@ -180,26 +187,21 @@ def _neighbourhoods(
     """
     k = min(NEAREST, int(stay.sum()) - 1)
     shrunk = lengths < CANCELS * texts.lengths
-    nearest, kept, overlap = [], [], []
-    for block in torch.arange(len(stay)).split(BLOCK):
-        part = slice(int(block[0]), int(block[-1]) + 1)
-        if texts.products is None:
-            old = texts.embedded[part] @ texts.embedded.T  # (b, d) @ (d, T)
-        else:
-            old = texts.products[part]
-        new = torch.addmm(old, change[0][part], change[1].T)
-        new[:, shrunk] = after[part] @ after[shrunk].T
-        new[shrunk[part]] = after[part][shrunk[part]] @ after.T
-        new = _cosines(new, lengths, block, stay)
+    kept, overlap = [], []
+    for part in stay[texts.watched].nonzero()[:, 0].split(BLOCK):
+        rows, old = texts.watched[part], texts.products[part]  # (b,), (b, T)
+        new = torch.addmm(old, change[0][rows], change[1].T)
+        new[:, shrunk] = after[rows] @ after[shrunk].T
+        new[shrunk[rows]] = after[rows][shrunk[rows]] @ after.T
+        new = _cosines(new, lengths, rows, stay)
         near = texts.nearest[part, :k].clone()  # (b, k)
         lost = ~stay[near].all(dim=1)  # a neighbour left: another one takes its place
-        near[lost] = _cosines(old[lost], texts.lengths, block[lost], stay).topk(k).indices
+        near[lost] = _cosines(old[lost], texts.lengths, rows[lost], stay).topk(k).indices
         cosines, now = new.topk(k)
-        nearest.append(near[:, 0])
         kept.append(cosines[:, 0] <= new.gather(1, near[:, :1])[:, 0] + TIE)
         both = (near[:, :, None] == now[:, None, :]).any(dim=2)  # (b, k, k) -> (b, k)
         overlap.append(both.double().mean(dim=1))
-    return torch.cat(nearest), torch.cat(kept), torch.cat(overlap)
+    return torch.cat(kept), torch.cat(overlap)
 
 
 def _cosines(products: Tensor, lengths: Tensor, rows: Tensor, stay: Tensor) -> Tensor:
