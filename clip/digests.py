@@ -6,16 +6,11 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, read_json, sha256_file, write_json_atomic
-from engine.schema import Text, fault
-
-# Path -> size, times and inode, then the SHA-256.
-Register = dict[Text, Annotated[list[int | Text], Field(min_length=5, max_length=5)]]
+from engine.schema import Register, fault
 
 
 def digests(paths: Sequence[str | Path], register: Path) -> list[str]:

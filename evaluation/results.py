@@ -37,7 +37,7 @@ from engine.files import (
     sweep,
     write_json_atomic,
 )
-from evaluation.schema import SETTINGS, Args, check, check_logs
+from engine.schema import SETTINGS, Args, check, check_logs
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
@@ -87,7 +87,7 @@ def read_logs(folder: str | Path) -> Logs:
 
     Raises:
         TornLogs: no JSON object of objects.
-        UserError: results of another shape, see `evaluation.schema`. The file is left as it is.
+        UserError: results of another shape, see `engine.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
     problem = "it is not an object of data sets"

@@ -1,7 +1,7 @@
 """Logs and audits as rows, one a forgotten class: the only place that reads numbers out of them.
 
 Tables, reports and experiments all start from these rows. What the files may hold was checked when
-they were read (`evaluation.schema`).
+they were read (`engine.schema`).
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from engine.schema import Found
 from evaluation.audit.record import AUDIT, FORMAT
 from evaluation.results import ARGS, LOGS
 from evaluation.rules import holds, is_other_word
-from evaluation.schema import Found
 
 NASTY = [
     "<script>alert(1)</script>",

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 
 from engine.errors import UserError
+from engine.schema import MEASURES, check_audits, check_logs
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_class
 from evaluation.results import LOGS, read_logs
-from evaluation.schema import MEASURES, check_audits, check_logs
 from tests.audit_fixtures import EDGES, edge
 from tests.report_fixtures import acc, audit_of, log_entry, sparse_audits
 

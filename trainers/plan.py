@@ -7,25 +7,15 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, NotRequired
-
-from pydantic import Field
 
 import datasets
 from clip.bundle import list_bundles, load_bundle
 from engine import UserError
-from engine.schema import Text, fault, shape
+from engine.schema import Lists, fault
 from evaluation.results import SETTINGS
 
 ALL = "all"
 LISTS = "forget_cls.py"
-Prompts = dict[Text, Annotated[list[Text], Field(min_length=1)]]  # class -> its texts
-Lists = shape(
-    all_ds=list[Text],
-    mini_ds=list[Text],
-    forget_classes_all=dict[Text, list[Text]],
-    forget_prompts=NotRequired[dict[Text, Prompts]],
-)
 
 
 @dataclass(frozen=True)

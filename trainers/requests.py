@@ -17,7 +17,7 @@ import datasets
 from clip.bundle import FeatureBundle
 from engine import UserError, unknown
 from engine.files import read_json, readable
-from engine.schema import fault
+from engine.schema import Prompts, fault
 from evaluation.zero_shot import class_embeddings
 from forgetting import (
     TARGETS,
@@ -29,7 +29,7 @@ from forgetting import (
     specific_target,
 )
 from forgetting.targets import check_beta
-from trainers.plan import Prompts, user_lists
+from trainers.plan import user_lists
 
 BARE = "{}"
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")

@@ -34,8 +34,9 @@ def measure(case: Case) -> dict[str, Any]:
         moved: count of texts; mean_cosine between a text's embeddings before and after;
             nearest_kept: share of texts whose nearest text, among the others, is still nearest
             (ties count as kept); top10_overlap: share of a text's ten nearest (all, if there are
-            fewer) that still are (both over at most 1,000 texts, drawn once for the set); worst: the ten texts of lowest cosine, and the place that their
-            former nearest text has now, 1 for still nearest.
+            fewer) that still are (both over at most 1,000 texts, drawn once for the set); worst:
+            the ten texts of lowest cosine, and the place that their former nearest text has now, 1
+            for still nearest.
         not_measured: what could not be measured, and why.
     """
     columns = nearest_classes(case)

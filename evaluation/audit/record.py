@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, read_json, write_json_atomic
-from evaluation.schema import check_audits
+from engine.schema import check_audits
 
 AUDIT = "audit.json"
 FORMAT = "clip-forget-audit/1"
@@ -27,7 +27,7 @@ def read_audits(folder: str | Path) -> Audits:
     """Data set -> label -> audit; empty if the folder has none.
 
     Raises:
-        UserError: a file that is torn, no audit, or of another shape (see `evaluation.schema`). It
+        UserError: a file that is torn, no audit, or of another shape (see `engine.schema`). It
             is left as it is.
     """
     path = Path(folder) / AUDIT

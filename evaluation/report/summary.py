@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from engine.schema import MEASURES
 from evaluation.report.runs import Run
 from evaluation.rows import Change, Row, mean
 from evaluation.rules import Fate
-from evaluation.schema import MEASURES
 
 NAMED = 3  # classes named in a sentence; the table has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
