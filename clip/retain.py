@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from yacs.config import CfgNode
 
 import datasets
 from clip.bundle import FeatureBundle
-from forgetting import Group, RetainSet
+from forgetting import Group, RetainSet, Ridge
+from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")
+KEEP = "keep"
+Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
 
 
 def retain_set(
@@ -19,23 +25,112 @@ def retain_set(
     weights: Mapping[str, float | None],
     similarity: float,
     device: torch.device | str = "cpu",
+    keep: Names | None = None,
+    prompts: bool = False,
 ) -> RetainSet:
     """The retained names of a set: its own classes, its vocabulary, the other sets' classes.
 
     Args:
         weights: of those of `GROUPS` that are retained; None: every name weighs 1.
         similarity: cosine of hidden states beyond which a name leaves with a forgotten text.
+        keep: names that weigh more than their group; the group `keep`.
+        prompts: whether a class is retained by its evaluation prompt, by which images find it, as
+            well as by its bare name.
     """
-    plain = datasets.plain
-    foreign = torch.cat([bundle.forget_hidden[:0], *(other.forget_hidden for other in others)])
+
+    def classes(*bundles: FeatureBundle) -> Names:
+        names = [datasets.plain(name) for each in bundles for name in each.classnames]
+        rows = [each.forget_hidden for each in bundles]
+        if prompts:
+            names, rows = 2 * names, rows + [each.class_hidden for each in bundles]
+        return names, torch.cat([bundle.forget_hidden[:0], *rows])
+
     groups = {
-        "own": ([plain(name) for name in bundle.classnames], bundle.forget_hidden),
+        "own": classes(bundle),
         "vocabulary": (bundle.retain_names, bundle.retain_hidden),
-        "others": ([plain(name) for other in others for name in other.classnames], foreign),
+        "others": classes(*others),
     }
     chosen = {
-        group: Group(names, rows, weights[group], alike=group != "own")
+        group: Group(
+            names,
+            rows,
+            weights[group],
+            alike=group != "own",
+            safe=group != "vocabulary",
+            twice=prompts and group != "vocabulary",
+        )
         for group, (names, rows) in groups.items()
         if group in weights
     }
+    if keep is not None:
+        chosen[KEEP] = Group(*keep, weights[KEEP], alike=False)
     return RetainSet(chosen, similarity, device)
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What a run of ForgetExact retains.
+
+    Attributes:
+        names: all of them; mu: the ridge, in mean squared lengths of a hidden state.
+        ridge: `G + mu I`; lam: ridge of the target `specific`.
+    """
+
+    names: RetainSet
+    mu: float
+    ridge: Ridge
+    lam: float
+
+
+def exact_weights(cfg: CfgNode, others: bool, keep: bool = False) -> dict[str, float]:
+    """Weights of the groups by the settings; `others`: whether there are other sets."""
+    node = cfg.TRAINER.FORGETEXACT
+    vocabulary = profile(cfg, others).VOCABULARY if node.VOCABULARY is None else node.VOCABULARY
+    weights = {"own": node.OWN, "vocabulary": vocabulary, "others": node.OTHERS}
+    weights |= {KEEP: node.KEEP} if keep else {}
+    return {group: float(weight) for group, weight in weights.items()}
+
+
+def profile(cfg: CfgNode, others: bool) -> CfgNode:
+    """The settings that depend on whether the names of other sets are retained."""
+    node = cfg.TRAINER.FORGETEXACT
+    return node.LISTED if others and node.OTHERS > 0 else node.ALONE
+
+
+def exact_names(
+    cfg: CfgNode,
+    bundle: FeatureBundle,
+    others: Sequence[FeatureBundle],
+    device: torch.device | str = "cpu",
+    keep: Names | None = None,
+    off: str = "",
+) -> RetainSet:
+    """The names that a run of ForgetExact retains: the groups that have weight, less `off`.
+
+    Classes are retained by name and prompt: on real features the rest of the set and other sets
+    lose less by it, under templates that nobody listed as well (docs/exact.md).
+    """
+    weights = exact_weights(cfg, bool(others), keep is not None)
+    weights = {name: weight for name, weight in weights.items() if weight > 0 and name != off}
+    similarity = float(cfg.FORGET.SIMILARITY)
+    return retain_set(bundle, others, weights, similarity, device, keep, prompts=True)
+
+
+def retained(
+    cfg: CfgNode,
+    bundle: FeatureBundle,
+    others: Sequence[FeatureBundle],
+    device: torch.device | str = "cpu",
+    keep: Names | None = None,
+) -> Retained:
+    """What a run of ForgetExact with these settings retains, and its ridges."""
+    node = cfg.TRAINER.FORGETEXACT
+    names = exact_names(cfg, bundle, others, device, keep)
+    w, mu = bundle.text_projection, node.MU
+    if mu is None:
+        same = [datasets.same_meaning([name], bundle.dataset) for name in bundle.classnames]
+        leaving = names.leaving(same, bundle.forget_hidden, torch.arange(len(same)))
+        limit = profile(cfg, bool(others)).PUSH if node.PUSH is None else node.PUSH
+        mu = best_ridge(names, w, bundle.forget_hidden, leaving, float(limit))
+    lam = float(node.SHARED) * names.squared_embedding(w)
+    return Retained(names, mu, names.ridge(mu), lam)

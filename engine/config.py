@@ -52,6 +52,7 @@ OPTIONS = {
     "backbone": "MODEL.BACKBONE.NAME",
     "weights": "MODEL.INIT_WEIGHTS",
     "forget": "FORGET.CLASSES",
+    "keep": "FORGET.KEEP",
     "target": "FORGET.TARGET",
     "beta": "FORGET.BETA",
     "multiclass": "FORGET.MULTICLASS",

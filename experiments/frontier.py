@@ -20,6 +20,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle, load_bundles
+from clip.retain import retained
 from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
@@ -28,9 +29,8 @@ from engine.files import refuse_foreign
 from evaluation.plots import COLOURS, check_picture, drawing
 from evaluation.tables import write_table
 from evaluation.zero_shot import ZeroShot, accuracy
-from experiments.world import retained_by
 from forgetting import solve_constrained_each
-from trainers.requests import Requests, Texts, specific_targets, squared_length
+from trainers.requests import Requests, Texts, specific_targets
 
 TARGETS = (
     ("empty", 0.0),
@@ -68,7 +68,8 @@ class Alone:
         self.bundle, self.texts = bundle, Texts(bundle)
         self.cfg = settings("ForgetExact", bundle.dataset, bundle.backbone, opts)
         self.requests = Requests([self.texts.request([name]) for name in bundle.classnames])
-        self.retain = retained_by(self.cfg, bundle, others)
+        self.kept = retained(self.cfg, bundle, others)
+        self.retain = self.kept.names
         self.leaving = self.texts.leaving(self.retain, self.requests)
 
     def left(self, mu: float) -> Tensor:
@@ -84,8 +85,7 @@ class Alone:
         """`D = P - h_f W` of every class, (C, d) float64."""
         requests, w = self.requests, self.bundle.text_projection
         if target == "specific":
-            lam = self.cfg.TRAINER.FORGETEXACT.SHARED * squared_length(self.retain, w)
-            p = specific_targets(requests, w, self.retain, self.leaving, lam, beta)
+            p = specific_targets(requests, w, self.retain, self.leaving, self.kept.lam, beta)
         else:
             draws = [torch.Generator().manual_seed(0) for _ in requests]
             p, _ = self.texts.targets(target, beta, self.cfg.FORGET.NOISE_STD, requests, draws)

@@ -8,16 +8,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from yacs.config import CfgNode
 
 from clip.bundle import FeatureBundle
-from clip.retain import GROUPS, retain_set
+from clip.retain import exact_names, retained
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
 from forgetting import Group, LoraSettings, RetainSet
 from trainers.base import Judge
-from trainers.requests import Request, Requests, Texts, specific_targets, squared_length
+from trainers.requests import Request, Requests, Texts, specific_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +40,6 @@ class Task:
     place: float = float("nan")
     off: str = ""
     pick: Tensor | None = None
-
-
-def retained_by(
-    cfg: CfgNode, bundle: FeatureBundle, others: Sequence[FeatureBundle], off: str = ""
-) -> RetainSet:
-    """What a run of ForgetExact retains beside a set: the groups that have weight, less `off`."""
-    node = cfg.TRAINER.FORGETEXACT
-    weights = {group: node[group.upper()] for group in GROUPS if group != off}
-    weights = {group: weight for group, weight in weights.items() if weight > 0}
-    return retain_set(bundle, others, weights, cfg.FORGET.SIMILARITY)
 
 
 class World:
@@ -88,11 +77,9 @@ class World:
         descent = self.paper[False].TRAINER.FORGETLORA
         self.descent = LoraSettings(**{key.lower(): value for key, value in descent.items()})
         self.texts, self.judge = Texts(bundle), Judge(bundle, others)
-        node = self.exact.TRAINER.FORGETEXACT
-        self.retain = retained_by(self.exact, bundle, list(others.values()))
+        found = retained(self.exact, bundle, list(others.values()))
+        self.retain, self.mu, self.lam = found.names, found.ridge.mu, found.lam
         self.vocabulary = self.names_alone(self.paper[False].FORGET.SIMILARITY)
-        self.mu = self.retain.ridge(node.MU).mu
-        self.lam = node.SHARED * squared_length(self.retain, bundle.text_projection)
 
     def names_alone(
         self, similarity: float, pick: Tensor | None = None, weight: float | None = None
@@ -128,7 +115,7 @@ class World:
         retain = self.retain if constrained else self.vocabulary
         if constrained and first.off:
             others = list(self.others.values())
-            retain = retained_by(self.exact, self.bundle, others, first.off)
+            retain = exact_names(self.exact, self.bundle, others, off=first.off)
         return retain, self.texts.leaving(retain, requests)
 
     def target(

@@ -177,12 +177,25 @@ def downdate(
     """
     if not leaving.shape[1]:
         return base
-    inverse = torch.where(shares > 0, 1 / shares, 1.0)
-    inner = torch.diag_embed(inverse) - leaving @ base_leaving.mT  # (B, n, n)
+    root = inner_root(leaving, base_leaving, shares)
+    return base + (torch.cholesky_solve(base_leaving @ h.mT, root)).mT @ base_leaving
+
+
+def inner_root(leaving: Tensor, base_leaving: Tensor, shares: Tensor) -> Tensor:
+    """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`; arguments and errors as in `downdate`."""
+    diagonal = torch.where(shares > 0, 1 / shares, 1.0)
+    inner = torch.diag_embed(diagonal) - leaving @ base_leaving.mT  # (B, n, n)
     root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
     if info.any():
         raise ProblemError("a text leaves the retain statistics that was not part of them")
-    return base + (torch.cholesky_solve(base_leaving @ h.mT, root)).mT @ base_leaving
+    return root
+
+
+def inverse(m: Tensor) -> Tensor:
+    """Pseudo-inverse of M (B, k, k): texts that repeat each other share one constraint."""
+    values, vectors = torch.linalg.eigh((m + m.mT) / 2)
+    keep = values > DEPENDENT * values.amax(dim=1, keepdim=True)
+    return (vectors * torch.where(keep, 1 / values, 0.0)[:, None]) @ vectors.mT
 
 
 def land(
@@ -195,13 +208,7 @@ def land(
     """
     rows = downdate(h, base, leaving, base_leaving, shares)  # (B, k, w)
     m = h @ rows.mT  # (B, k, k)
-    values, vectors = torch.linalg.eigh((m + m.mT) / 2)
-    keep = values > DEPENDENT * values.amax(dim=1, keepdim=True)
-    inverse = torch.where(keep, 1 / values, 0.0)[..., None]  # (B, k, 1)
-
-    def against(missing: Tensor) -> Tensor:
-        return vectors @ (inverse * (vectors.mT @ missing))
-
-    z = against(d)
+    against = inverse(m)
+    z = against @ d
     # One step of refinement: with nearly equal texts M is ill conditioned.
-    return rows.mT, z + against(d - m @ z)
+    return rows.mT, z + against @ (d - m @ z)

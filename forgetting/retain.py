@@ -30,12 +30,17 @@ class Group:
             name weighs 1, as in the paper's plain sum.
         alike: whether a name leaves for being similar to a forgotten text. The other classes of a
             set do not: they are different things, however alike their names.
+        safe: whether the ridge keeps these very names safe (`forgetting.ridge`); others stand for
+            the many that nobody listed.
+        twice: the second half are the names of the first half again, in another wording.
     """
 
     names: Sequence[str]
     rows: Tensor
     weight: float | None = None
     alike: bool = True
+    safe: bool = True
+    twice: bool = False
 
 
 class RetainSet:
@@ -45,6 +50,7 @@ class RetainSet:
         groups: those that hold names; counts: how many each holds.
         names: n of all groups in turn; rows: (n, w) their hidden states; shares: (n,) float64,
             what each weighs in G; statistics: of all of them.
+        twin: (n,) int64, the other wording of each name; itself where there is none.
     """
 
     def __init__(
@@ -86,6 +92,12 @@ class RetainSet:
         share = [self.statistics.share(name, self.weights) for name in self.groups]
         sizes = torch.tensor(list(self.counts.values()), dtype=torch.int64)
         self.shares = torch.tensor(share, dtype=torch.float64).repeat_interleave(sizes).to(device)
+        twins, first = [], 0
+        for name, group in self.groups.items():
+            place, half = torch.arange(self.counts[name]), self.counts[name] // 2
+            twins.append(first + (place.roll(half) if group.twice else place))
+            first += self.counts[name]
+        self.twin = torch.cat([torch.arange(0), *twins]).to(device)  # (n,)
         alike = torch.tensor([group.alike for group in self.groups.values()], dtype=torch.bool)
         self._alike = alike.repeat_interleave(sizes).to(device)  # (n,)
         self._places: dict[str, list[int]] = defaultdict(list)
@@ -99,10 +111,20 @@ class RetainSet:
 
     def ridge(self, mu: float) -> Ridge:
         """`G + mu' I`, with `mu` in mean squared lengths of a retained hidden state."""
+        return Ridge(self.gram, mu * self.squared_length)
+
+    @property
+    def squared_length(self) -> float:
+        """The mean squared length of a retained hidden state, by the names' shares."""
         total = float(self.shares.sum())
         if total <= 0:
             raise ProblemError("no retained name has any weight: nothing would be retained")
-        return Ridge(self.gram, mu * float(self.gram.trace()) / total)
+        return float(self.gram.trace()) / total
+
+    def squared_embedding(self, projection: Tensor) -> float:
+        """The mean squared length of a retained embedding under `W` (w, d), by the shares."""
+        w = projection.to(self.gram)
+        return float((self.gram @ w * w).sum()) / float(self.shares.sum())
 
     def leaving(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:
         """Which names leave when each of C classes is forgotten, (C, n) bool.
@@ -131,6 +153,16 @@ class RetainSet:
                 text, place = near.nonzero(as_tuple=True)
                 leaving[owner.to(device)[part.to(device)][text], place] = True
         return leaving
+
+    def spread(self, values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Group -> root mean square and maximum (R,) of values (R, n) of its names; NaN counts not,
+        and a group of which nothing counts gives 0."""
+        parts = values.split(list(self.counts.values()), dim=1)
+        found = {}
+        for name, part in zip(self.counts, parts, strict=True):
+            mean = part.square().nanmean(dim=1).nan_to_num(0.0)
+            found[name] = mean.sqrt(), part.nan_to_num(0.0).amax(dim=1)
+        return found
 
     def named(self, leaving: Tensor) -> list[str]:
         """The names that a mask (n,) marks, sorted, each once."""

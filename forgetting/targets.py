@@ -24,6 +24,7 @@ from forgetting.checks import (
     matrices,
     matrix,
     texts,
+    vector,
     whole,
 )
 from forgetting.constrained import Ridge, downdate, requests
@@ -109,7 +110,7 @@ def specific_target(
     projection: Tensor,
     gram: Tensor,
     lam: float,
-    beta: float,
+    beta: float | Tensor,
     rows: Tensor | None = None,
     shares: Tensor | None = None,
     leaving: Tensor | None = None,
@@ -124,6 +125,7 @@ def specific_target(
 
     Args:
         gram: `G`, (w, w), the weighted statistics of what is retained.
+        beta: one number, or one a text, (k,).
         lam: in units of the squared length of an embedding times the weights' sum.
         rows: (n, w), retained texts, and shares: (n,), the weight of each in `gram`, of which
             `leaving` (k, n) bool says what leaves it for each forgotten text; None: nothing does.
@@ -131,9 +133,14 @@ def specific_target(
     Raises:
         ProblemError: `lam` is not positive, or beta is no number above -1.
     """
-    check_beta("specific", beta)
     w = matrix("projection", projection).double()
     hidden = matrix("forget_hidden", forget_hidden).to(w)
+    if not isinstance(beta, Tensor):
+        check_beta("specific", beta)
+        beta = w.new_full((len(hidden),), beta)
+    beyond = vector("beta", beta, len(hidden)).to(w)
+    if len(beyond):
+        check_beta("specific", float(beyond.min()))
     hidden, w = texts("forget_hidden", hidden, "projection", w, least=0)
     g = matrix("gram", gram, len(w), len(w)).double()
     ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
@@ -146,7 +153,7 @@ def specific_target(
             r[numbers] = downdate(e[numbers], base, *gone)
     length = (r * r).sum(1, keepdim=True)
     share = torch.where(length > 0, (e * r).sum(1, keepdim=True) / length, 0.0)  # of a zero text
-    return e - (1 + beta) * share * r
+    return e - (1 + beyond[:, None]) * share * r
 
 
 def orthogonal_target(texts: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle, load_bundle
+from clip.retain import retained
 from engine.config import settings
 from evaluation.audit import attacker as knowledge
 from evaluation.audit import undo
@@ -54,15 +55,19 @@ def names(classes: int = 8, words: int = 60, seed: int = 0, dataset: str = "Name
     )
 
 
+def names_of(bundle: FeatureBundle, columns: list[int]) -> list[str]:
+    return [bundle.classnames[column] for column in columns]
+
+
 def constrained(bundle: FeatureBundle, columns: list[int], beta: float = 0.2) -> Factors:
-    """The constrained form at its defaults, its statistics written out once more."""
-    own, vocabulary = bundle.forget_hidden.double(), bundle.retain_hidden.double()
-    everything = own.T @ own / len(own) + 0.01 * vocabulary.T @ vocabulary / len(vocabulary)
-    mu = 5e-6 * float(everything.trace()) / 1.01
-    h = own[columns]
+    """The constrained form at its defaults."""
+    kept = retained(settings("ForgetExact"), bundle, [])
+    h = bundle.forget_hidden.double()[columns]
     target = opposite_target(h, bundle.text_projection.double(), beta)
+    gone = [row for row, name in enumerate(kept.names.names) if name in names_of(bundle, columns)]
     solution = solve_constrained(
-        Ridge(everything - h.T @ h / len(own), mu), h, target - h @ bundle.text_projection.double()
+        *(kept.ridge, h, target - h @ bundle.text_projection.double()),
+        *(kept.names.rows[gone], kept.names.shares[gone]),
     )
     return solution.left.float(), solution.right.float()
 
@@ -260,15 +265,10 @@ def test_a_long_list_is_drawn_the_same_way_for_a_seed(monkeypatch):
 
 
 def test_the_constants_are_the_published_ones():
-    node = settings("ForgetExact").TRAINER.FORGETEXACT
     bundle = names()
-    known = attacker(Common(bundle))
-    own, words = bundle.forget_hidden.double(), bundle.retain_hidden.double()
-    gram = node.OWN * own.T @ own / len(own) + node.VOCABULARY * words.T @ words / len(words)
-    assert torch.allclose(known.ridge.gram, gram, rtol=1e-12)
-    weight = node.OWN + node.VOCABULARY
-    assert known.ridge.mu == pytest.approx(node.MU * float(gram.trace()) / weight)
-    assert known.own_share == pytest.approx(node.OWN / len(own))
+    known, kept = attacker(Common(bundle)), retained(settings("ForgetExact"), bundle, [])
+    assert torch.equal(known.ridge.gram, kept.ridge.gram) and known.ridge.mu == kept.ridge.mu
+    assert known.own_share == pytest.approx(1 / (2 * len(bundle.classnames)))  # name and prompt
     # Of a set and a backbone that the paper does not have, and of one that it has.
     assert known.ratio == pytest.approx(1.0 * 5 / 1.0 / 0.3)
     cars = replace(bundle, dataset="StanfordCars", backbone="RN50")

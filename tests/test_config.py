@@ -121,7 +121,7 @@ def test_every_default_stands_in_yaml_once():
     for name in methods():
         tree = yaml.safe_load((CONFIGS / "trainers" / f"{name}.yaml").read_text())
         assert tree["TRAINER"]["NAME"] == name
-        assert set(tree.get("FORGET", {})) <= {"TARGET", "SIMILARITY"}
+        assert set(tree.get("FORGET", {})) <= {"TARGET", "BETA", "SIMILARITY"}
         for key, given in tree.get("FORGET", {}).items():
             assert given != SHARED["FORGET"][key]["default"] or not given, (name, key)
     parsed = vars(train.parse([]))

@@ -93,6 +93,7 @@ class ForgetTrainer(SimpleTrainer):
     block: ClassVar[int] = 1  # requests that are solved together
     sends: ClassVar[bool] = True  # whether the method sends texts to a target
     specific: ClassVar[bool] = False  # whether it knows the target of that name
+    weighs: ClassVar[bool] = False  # whether names may weigh more than others (FORGET.KEEP)
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
@@ -105,6 +106,8 @@ class ForgetTrainer(SimpleTrainer):
         read_prompts(cfg)
         cls.check_settings(cfg)
         plan = make_plan(cfg)
+        if plan.keep and not cls.weighs:
+            raise UserError(f"{cls.__name__} weighs no names: FORGET.KEEP is for ForgetExact")
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
         check_folder(cfg.OUTPUT_DIR, plan.dataset, identity)
         return plan
@@ -187,15 +190,18 @@ class ForgetTrainer(SimpleTrainer):
     @cached_property
     def retain(self) -> RetainSet:
         """What may be retained, made once for all requests."""
-        others = list(self.others.values())
-        similarity = float(self.cfg.FORGET.SIMILARITY)
-        retain = retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
+        retain = self.retained_names()
         shown = [
-            f"{count} {group} (each name weighs {retain.weights[group] / count:.3g})"
+            f"{count} {group} (each text weighs {retain.weights[group] / count:.3g})"
             for group, count in retain.counts.items()
         ]
         print(f"retained: {', '.join(shown) or 'nothing'}")
         return retain
+
+    def retained_names(self) -> RetainSet:
+        """The names by the method's weights."""
+        others, similarity = list(self.others.values()), float(self.cfg.FORGET.SIMILARITY)
+        return retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
 
     def displacement(self, hidden: Tensor, target: Tensor) -> Tensor:
         """`D = P - H_f W` (k, d) in float64, of hidden states (k, w) and `P` (k, d)."""
@@ -229,6 +235,8 @@ class ForgetTrainer(SimpleTrainer):
             settings["beta"] = float(self.cfg.FORGET.BETA)
         if self.prompts:
             settings["prompts"] = self.prompts
+        if self.plan.keep:
+            settings["keep"] = self.plan.keep
         if self.group_weights():
             settings["similarity"] = float(self.cfg.FORGET.SIMILARITY)
             settings["statistics"] = self.retain.statistics.sha256

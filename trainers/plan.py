@@ -26,12 +26,14 @@ class Plan:
         requests: lists of class names; each is forgotten at once, from the original model.
         others: the other sets to evaluate on.
         absent: sets of the group that cannot be evaluated, and why.
+        keep: names that must not be harmed.
     """
 
     dataset: str
     requests: list[list[str]]
     others: list[str]
     absent: dict[str, str]
+    keep: list[str]
 
 
 def make_plan(cfg) -> Plan:
@@ -60,7 +62,14 @@ def make_plan(cfg) -> Plan:
         absent = {name: states[name] for name in wanted if states[name] is not None}
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
-    return Plan(dataset, requests, others, absent)
+    keep = list(dict.fromkeys([*cfg.FORGET.KEEP, *getattr(lists, "keep", [])]))
+    asked = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
+    for name in keep:
+        if datasets.key(name) in asked:
+            raise UserError(f"{name!r} is to be forgotten and to be kept (FORGET.KEEP); choose one")
+        if not name.strip():
+            raise UserError("a name to keep (FORGET.KEEP) is empty")
+    return Plan(dataset, requests, others, absent, keep)
 
 
 def user_lists() -> ModuleType:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
+from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
+from datasets.words.lexicon import listed_words
 from engine import UserError, unknown
 from engine.files import read_json, readable
 from engine.schema import Prompts, fault
@@ -32,6 +36,8 @@ from forgetting.targets import check_beta
 from trainers.plan import user_lists
 
 BARE = "{}"
+TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
+SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
@@ -49,6 +55,24 @@ class Request:
     texts: list[str]
     hidden: Tensor
     owner: list[int]
+
+    def joined(self, more: Sequence[tuple[int, str, Tensor]]) -> Request:
+        """The same with more texts: the class (by number), text and hidden state (w,) of each."""
+        owners, texts, rows = zip(*more, strict=True)
+        hidden = torch.cat([self.hidden, torch.stack(rows)])
+        return replace(
+            self,
+            texts=[*self.texts, *texts],
+            hidden=hidden,
+            owner=[*self.owner, *owners],
+        )
+
+
+class Wordings(NamedTuple):
+    """Texts that mean a class, and their hidden states (n, w)."""
+
+    texts: list[str]
+    hidden: Tensor
 
 
 class Requests(Sequence[Request]):
@@ -183,6 +207,67 @@ class Texts:
                 owner.append(index)
         return Request(classes, texts, torch.stack(rows), owner)
 
+    def wordings(self, names: Sequence[str]) -> dict[str, Wordings]:
+        """Other wordings of classes, of each text once: the evaluation prompt; with a model, a few
+        templates and the class's aliases (names of the vocabulary that mean the same, and the
+        synonyms that `datasets` lists); without one, what the bundle brought for an audit."""
+        bundle, found = self.bundle, {}
+        brought = audit_rows(bundle) if self.encode is None else {}
+        for name in names:
+            plain, label = datasets.plain(name), self.label[name]
+            texts = {bundle.template.replace(BARE, plain): bundle.class_hidden[label]}
+            kinds = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
+            texts |= {text: hidden for text, _, hidden in kinds}
+            more = [] if self.encode is None else self._aliases(name)
+            found[name] = texts, [text for text in more if text not in texts]
+        more = [text for _, texts in found.values() for text in texts]
+        rows = iter(self.encode(more) if more else ())
+        return {
+            name: Wordings(
+                [*held, *texts], torch.stack([*held.values(), *islice(rows, len(texts))])
+            )
+            for name, (held, texts) in found.items()
+        }
+
+    def _aliases(self, name: str) -> list[str]:
+        """A class in a few templates, and under other names."""
+        plain, bundle = datasets.plain(name), self.bundle
+        own = {datasets.key(other) for other in bundle.classnames}
+        same = sorted(datasets.same_meaning([name], bundle.dataset) - own)
+        others = [other for other in bundle.classnames if other != name]
+        same += listed_words(name, bundle.dataset, others).synonyms
+        return [*dict.fromkeys([*(form.replace(BARE, plain) for form in TEMPLATES), *same])]
+
+    def held(
+        self, names: Sequence[str], others: Mapping[str, FeatureBundle]
+    ) -> tuple[list[str], Tensor]:
+        """Texts of names, and their hidden states (n, w): of a class the bare name and the
+        evaluation prompt, of any other name that name.
+
+        Raises:
+            UserError: without a model, a name that no bundle holds.
+        """
+        found: list[tuple[str, Tensor]] = []
+        for name in names:
+            plain, known = datasets.plain(name), len(found)
+            for bundle in (self.bundle, *others.values()):
+                for label, classname in enumerate(bundle.classnames):
+                    if datasets.key(classname) == datasets.key(name):
+                        rows = bundle.forget_hidden[label], bundle.class_hidden[label]
+                        found += [(plain, row) for row in rows]
+            if len(found) > known:
+                continue
+            bundle, words = self.bundle, list(map(datasets.key, self.bundle.retain_names))
+            if datasets.key(name) in words:
+                found.append((plain, bundle.retain_hidden[words.index(datasets.key(name))]))
+            elif self.encode is not None:
+                found.append((plain, self.encode([plain])[0]))
+            else:
+                classes = [name for each in (bundle, *others.values()) for name in each.classnames]
+                raise unknown("name to keep (FORGET.KEEP)", name, [*classes, *bundle.retain_names])
+        texts, rows = zip(*found, strict=True)
+        return list(texts), torch.stack(rows)
+
     def leaving(self, retain: RetainSet, requests: Requests) -> Tensor:
         """Which retained names leave with each class, (C, n) bool."""
         same = [datasets.same_meaning([name], self.bundle.dataset) for name in requests.classes]
@@ -247,19 +332,13 @@ class Texts:
         return self.encode([text])
 
 
-def squared_length(retain: RetainSet, projection: Tensor) -> float:
-    """The mean squared length of a retained embedding, by the names' shares."""
-    w = projection.double()
-    return float((retain.gram @ w * w).sum()) / float(retain.shares.sum())
-
-
 def specific_targets(
     requests: Requests,
     projection: Tensor,
     retain: RetainSet,
     leaving: Tensor,
     lam: float,
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """`P` (K, d) of the target `specific`, float64.
 

@@ -11,7 +11,7 @@ words; no list is needed to forget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +47,17 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
     Raises:
         UserError: a list that cannot be read or is not in the form above.
     """
+    synonyms, hypernyms, descriptions = listed_words(name, dataset, others)
+    taken = {key(name), *map(key, others)}
+    same, above = wordnet_words(plain(name), synonyms, hypernyms)
+    listed = taken | set(map(key, [*synonyms, *hypernyms]))
+    synonyms += _new(same, listed)
+    hypernyms += _new(above, listed | set(map(key, same)))
+    return Words(synonyms, hypernyms, descriptions)
+
+
+def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
+    """The same from the committed lists and rules alone, whatever is installed."""
     own = _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
     ruled = car_words(plain(name)) if dataset == "StanfordCars" else NONE
     known = Words(*(listed + more for listed, more in zip(own, ruled, strict=True)))
@@ -54,10 +65,6 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
     # The list decides what is a hypernym, over the rule and over WordNet.
     synonyms = _new(known.synonyms, taken | set(map(key, own.hypernyms)))
     hypernyms = _new(known.hypernyms, taken | set(map(key, synonyms)))
-    same, above = wordnet_words(plain(name), synonyms, hypernyms)
-    listed = taken | set(map(key, [*synonyms, *hypernyms]))
-    synonyms += _new(same, listed)
-    hypernyms += _new(above, listed | set(map(key, same)))
     return Words(synonyms, hypernyms, _new(known.descriptions, taken))
 
 

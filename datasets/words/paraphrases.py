@@ -78,7 +78,7 @@ def paraphrases(
     """
     name = plain(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
-    words = words_of(name, dataset, (other for other in classnames if key(other) != key(name)))
+    words = words_of(name, dataset, [other for other in classnames if key(other) != key(name)])
     many = plural(name)
     texts = {
         "template": [form.replace("{}", name) for form in TEMPLATES],

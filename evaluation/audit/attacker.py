@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip.retain import GROUPS, retain_set
+from clip.retain import retained
 from engine.config import settings
 from evaluation.audit.case import Common
 from forgetting import Ridge
@@ -154,9 +154,8 @@ def attacker(common: Common) -> Attacker:
     """The set's classes always stay on the list; the rest is drawn if there are too many."""
     bundle, others = common.bundle, list(common.others.values())
     exact = settings("ForgetExact")
-    node = exact.TRAINER.FORGETEXACT
-    weights = {group: float(node[group.upper()]) for group in GROUPS}
-    retain = retain_set(bundle, others, weights, exact.FORGET.SIMILARITY)
+    kept = retained(exact, bundle, others)
+    retain = kept.names
     first: dict[str, int] = {}
     for row, name in enumerate(retain.names):
         first.setdefault(datasets.key(name), row)
@@ -172,7 +171,7 @@ def attacker(common: Common) -> Attacker:
     return Attacker(
         names=[datasets.plain(retain.names[row]) for row in rows],
         hidden=retain.rows[rows].double(),
-        ridge=retain.ridge(node.MU),
+        ridge=kept.ridge,
         own_share=float(retain.shares[0]),
         vocabulary=bundle.retain_hidden.double(),
         ratio=paper.LAMB_WEIGHT * paper.RANK / paper.ALPHA / modes["SINGLE"][0],

@@ -1,0 +1,108 @@
+"""Which ridge: one number for a retain set, found from text alone.
+
+A small ridge holds the listed names still and lets names that nobody listed move; a large one the
+other way round. For every ridge on a grid, each of some texts in turn stands for what is forgotten:
+
+- a listed name r is *pushed* by its share s(r) times the length of the forgotten embedding, in
+  units of the distance from r's embedding to the nearest other of its group. In these units one
+  limit serves unlike animals and alike cars;
+- what names that are not listed would feel is told by the listed ones, each left out in turn
+  (`forgetting.forecast`).
+
+The ridge is the largest that pushes no safe group further than the limit. Only where names that are
+not listed would feel much of it, it is no smaller than the least that is about as good for them as
+any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forgetting.checks import POSITIVE, check, mask, matrix
+from forgetting.forecast import shares_each
+from forgetting.retain import RetainSet
+
+RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
+LOOKED_AT = 256  # texts that stand for what is forgotten, at most
+SLACK = 1.5  # times the push of the smallest ridge is accepted
+MOST = 0.1  # push that SLACK may lead to
+TOLERATED = 0.15  # share that names may feel which nobody listed
+NEAR = 1.1  # times the least that they can feel is as good
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    """`K_0` in the eigenbasis of G, where it is its eigenvalues (w,)."""
+
+    values: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        return self.values[:, None]
+
+    def solve(self, rows: Tensor) -> Tensor:
+        return rows / self.values
+
+
+def best_ridge(
+    retain: RetainSet, projection: Tensor, like: Tensor, leaving: Tensor, limit: float
+) -> float:
+    """The ridge of a retain set, in mean squared lengths of a retained hidden state.
+
+    It depends on the set and on what may be forgotten, not on a request, so requests compose.
+
+    Args:
+        projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 256 of which
+            are looked at; leaving: (C, n) bool, the names that leave with each.
+        limit: of the push, a root mean square over the names of a group.
+
+    Raises:
+        ProblemError: tensors that do not fit, or a limit that is not positive.
+    """
+    check(limit, POSITIVE, "limit")
+    like = matrix("like", like, retain.rows.shape[1])
+    leaving = mask("leaving", leaving, len(retain.names), len(like))
+    every = max(1, -(-len(like) // LOOKED_AT))
+    like, leaving = like[::every], leaving[::every].to(retain.rows.device)
+    values, basis = torch.linalg.eigh(retain.gram)
+    h, rows = like.to(basis) @ basis, retain.rows.to(basis) @ basis
+    w = matrix("projection", projection, count=len(basis)).to(basis)
+    pushed_by = (like.to(basis) @ w).norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
+    alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
+
+    def look(mu: float) -> tuple[float, float]:
+        """The largest push of a safe group, and what names that are not listed feel."""
+        diagonal = _Diagonal(values.clamp_min(0) + mu * retain.squared_length)
+        shares = shares_each(diagonal, h, moved, alone, rows, retain.shares, leaving, retain.twin)
+        listed, unlisted = (part.masked_fill(leaving, torch.nan) for part in shares)
+        push = retain.spread(listed * pushed_by)
+        safe = [float(push[name][0].mean()) for name, group in retain.groups.items() if group.safe]
+        felt = [float(rms.square().mean()) for rms, _ in retain.spread(unlisted).values()]
+        return max(safe, default=0.0), (sum(felt) / len(felt)) ** 0.5
+
+    pushes, felt = zip(*map(look, RIDGES), strict=True)
+    limit = max(limit, min(SLACK * pushes[0], MOST))
+    safe = max((i for i, push in enumerate(pushes) if push <= limit), default=0)
+    good = next(i for i, feel in enumerate(felt) if feel <= max(TOLERATED, NEAR * min(felt)))
+    return RIDGES[max(safe, good)]
+
+
+def distances(retain: RetainSet, projection: Tensor) -> Tensor:
+    """From each retained name's embedding to the nearest other of its group, (n,); a quarter of
+    the group's median at least, for names that repeat each other. A twin is no other name."""
+    found, sizes = [], list(retain.counts.values())
+    places = torch.arange(len(retain.names), device=projection.device)
+    for rows, place, twin in zip(
+        *(part.split(sizes) for part in (retain.rows.to(projection), places, retain.twin)),
+        strict=True,
+    ):
+        embedded = rows @ projection
+        between = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
+        between[place - place[0], twin - place[0]] = torch.inf
+        nearest = between.amin(dim=1)
+        nearest = torch.where(nearest.isfinite(), nearest, embedded.norm(dim=1))  # no other name
+        found.append(nearest.clamp_min(max(float(nearest.median()) / 4, 1e-300)))
+    return torch.cat(found)

@@ -1,0 +1,212 @@
+"""What text alone says of a request: shares of names that nobody listed, twins, margins, ridges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from clip.bundle import bundle_path
+from forgetting import Group, ProblemError, RetainSet
+from forgetting.forecast import Watch, follow, shares_each
+from forgetting.problem import Change
+from forgetting.ridge import best_ridge
+from tests.conftest import toy_bundle
+
+W, D = 8, 6
+
+
+def retain_set(generator: torch.Generator) -> RetainSet:
+    """Ten single names, and four names in two wordings each."""
+
+    def rows(n: int) -> torch.Tensor:
+        return torch.randn(n, W, generator=generator, dtype=torch.float64)
+
+    first = rows(4)
+    second = first + 0.3 * rows(4)
+    names = ["a", "b", "c", "d"]
+    return RetainSet(
+        {
+            "own": Group(names * 2, torch.cat([first, second]), 1.0, twice=True),
+            "vocabulary": Group([f"v{i}" for i in range(10)], rows(10), 0.3, safe=False),
+        }
+    )
+
+
+def change(gram, mu, h, d) -> torch.Tensor:
+    """The optimum by its formula, from statistics that are given as they are."""
+    inverse = torch.linalg.inv(gram + mu * torch.eye(W, dtype=torch.float64))
+    return inverse @ h.T @ torch.linalg.inv(h @ inverse @ h.T) @ d
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6), texts=st.integers(1, 2), place=st.integers(0, 17))
+def test_shares_against_brute_force(seed, texts, place):
+    generator = torch.Generator().manual_seed(seed)
+    retain, mu = retain_set(generator), 0.05
+    ridge = retain.ridge(mu)
+    h = torch.randn(texts, W, generator=generator, dtype=torch.float64)
+    d = torch.randn(texts, D, generator=generator, dtype=torch.float64)
+    leaving = torch.zeros(1, 18, dtype=torch.bool)
+    leaving[0, [1, 5, 12]] = True  # one name in both wordings, and a single one
+    owner = torch.zeros(texts, dtype=torch.int64)
+    listed, unlisted = shares_each(
+        ridge, h, d, owner, retain.rows, retain.shares, leaving, retain.twin
+    )
+    stay = ~leaving[0]
+    unit = d.square().sum(dim=1).mean().sqrt()
+
+    def moved(stay: torch.Tensor) -> float:
+        kept = retain.rows[stay]
+        gram = kept.T @ (retain.shares[stay, None] * kept)
+        return float((retain.rows[place] @ change(gram, ridge.mu, h, d)).norm() / unit)
+
+    assert float(listed[0, place]) == pytest.approx(moved(stay), rel=1e-8)
+    without = stay.clone()
+    without[[place, int(retain.twin[place])]] = False
+    if stay[place]:
+        assert float(unlisted[0, place]) == pytest.approx(moved(without), rel=1e-8)
+        assert moved(without) != pytest.approx(moved(stay), rel=1e-6)  # it could have failed
+
+
+def test_a_text_follows_itself_and_nothing_else_fully():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(W, 1, generator=generator)
+    right, text = torch.randn(1, D, generator=generator), torch.randn(W, generator=generator)
+    away = torch.randn(W, generator=generator)
+    away -= (away @ left[:, 0]) / (left[:, 0] @ left[:, 0]) * left[:, 0]
+    shares = follow(left, right, text, torch.stack([text, text / 2, away]))
+    assert shares.tolist() == pytest.approx([1, 0.5, 0], abs=1e-5)
+
+
+def test_who_loses_most_against_plain_arithmetic():
+    generator = torch.Generator().manual_seed(1)
+    hidden, w = (torch.randn(*size, generator=generator).double() for size in ((7, W), (W, D)))
+    answer = Change(
+        torch.randn(W, 2, generator=generator).double(),
+        0.2 * torch.randn(2, D, generator=generator).double(),
+    )
+    felt, margin, lead = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
+    before = hidden @ w
+    after = before + hidden @ answer.delta
+    lost = 1 - torch.cosine_similarity(before, after, dim=1)
+    lost[1] = -1
+    assert [one.name for one in felt] == ["abcdefg"[i] for i in lost.argsort(descending=True)[:5]]
+    assert felt[0].lost == pytest.approx(float(lost.max()))
+    row = "abcdefg".index(felt[0].name)
+    near = torch.cosine_similarity(before[row : row + 1], before, dim=1)
+    near[row] = -1
+    assert felt[0].lead == pytest.approx(float(1 - near.max()))
+    assert felt[0].falls == (felt[0].lost > felt[0].lead)
+    own = torch.cosine_similarity(before[1:2], after[:5], dim=1)
+    rivals = torch.tensor([0, 2, 3, 4])
+    assert margin == pytest.approx(float(own[rivals].max() - own[1]))
+    was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
+    assert lead == pytest.approx(float(1 - was[rivals].max()))
+    nothing = Change(answer.left, torch.zeros_like(answer.right))
+    _, margin, lead = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
+    assert margin == pytest.approx(-lead)
+
+
+def test_the_ridge_keeps_its_limit_and_grows_with_it():
+    generator = torch.Generator().manual_seed(2)
+    retain = retain_set(generator)
+    w = torch.randn(W, D, generator=generator, dtype=torch.float64)
+    like = retain.rows[:4]
+    leaving = torch.zeros(4, 18, dtype=torch.bool)
+    for i in range(4):
+        leaving[i, [i, i + 4]] = True
+    found = [best_ridge(retain, w, like, leaving, limit) for limit in (1e-3, 0.3, 1e3)]
+    assert found == sorted(found) and found[0] < found[-1] == pytest.approx(0.1)
+    with pytest.raises(ProblemError, match="limit"):
+        best_ridge(retain, w, like, leaving, 0.0)
+
+
+@pytest.fixture
+def exact(features, tmp_path):
+    """Run ForgetExact on ToyAnimals; what the solver logged of a label."""
+
+    def run(label: str, *options: str) -> dict:
+        folder = tmp_path / "_".join(["run", *options]).replace("/", "_")
+        argv = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", "ViT-B/32"]
+        argv += ["--output-dir", str(folder), "--trainer", "ForgetExact", "--forget", label]
+        train.main([*argv, *options])
+        return json.loads((folder / "logs.json").read_text())["ToyAnimals"][label]["solver"]
+
+    return run
+
+
+def test_the_forecast_is_in_the_logs(exact):
+    forecast = exact("owl")["forecast"]
+    assert set(forecast["unlisted"]) == {"own", "vocabulary", "others"}
+    assert all(0 < part["rms"] <= part["max"] for part in forecast["unlisted"].values())
+    lost = [one["lost"] for one in forecast["felt"]]
+    assert lost == sorted(lost, reverse=True) and "owl" not in [n["name"] for n in forecast["felt"]]
+    assert forecast["margin"] >= forecast["lead"] > 0
+
+
+def test_a_small_margin_sends_the_class_further(exact):
+    low, high = (exact("owl", "TRAINER.FORGETEXACT.MARGIN", value) for value in ("0", "1.2"))
+    assert low["beta"] == 0 < high["beta"]
+    assert low["forecast"]["margin"] < high["forecast"]["margin"]
+    assert high["forecast"]["margin"] >= 1.2 * high["forecast"]["lead"] or high["beta"] == 0.4
+
+
+def test_a_name_to_keep_feels_less(exact):
+    felt = {one["name"]: one["lost"] for one in exact("owl")["forecast"]["felt"]}
+    name = max(felt, key=felt.__getitem__)
+    kept = {
+        one["name"]: one["lost"]
+        for one in exact("owl", "--keep", name, "TRAINER.FORGETEXACT.KEEP", "10")["forecast"][
+            "felt"
+        ]
+    }
+    assert kept.get(name, 0) < felt[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--keep", "unicorn"], "unknown name to keep (FORGET.KEEP) 'unicorn'"),
+        (["--keep", "OWL"], "'OWL' is to be forgotten and to be kept"),
+        (["--keep", " "], "is empty"),
+        (["--keep", "cat", "--trainer", "ForgetLoRA"], "ForgetLoRA weighs no names"),
+    ],
+)
+def test_names_to_keep_are_checked(exact_refused, options, said):
+    assert said in exact_refused(options)
+
+
+@pytest.fixture
+def exact_refused(features, tmp_path, refused):
+    def run(options: list[str]) -> str:
+        argv = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", "ViT-B/32"]
+        argv += ["--output-dir", str(tmp_path / "out"), "--trainer", "ForgetExact"]
+        return refused([*argv, "--forget", "owl", *options])
+
+    return run
+
+
+def test_a_wording_that_stays_behind_joins(features, tmp_path):
+    """The evaluation prompt of a class is made of another name: the bare name moves alone."""
+    bundle = toy_bundle("ToyAnimals")
+    prompts = bundle.class_hidden.clone()
+    prompts[4] = 0.2 * bundle.forget_hidden[4] + bundle.retain_hidden[3]
+    odd = replace(bundle, class_hidden=prompts)
+    odd.save(bundle_path(tmp_path / "odd", "ViT-B/32", "ToyAnimals"))
+    argv = ["--dataset", "ToyAnimals", "--features", str(tmp_path / "odd"), "--forget", "owl"]
+    argv += ["--backbone", "ViT-B/32", "--trainer", "ForgetExact"]
+    texts = {}
+    for limit in ("0", "0.5"):
+        keys = ["TRAINER.FORGETEXACT.FOLLOW", limit, "TRAINER.FORGETEXACT.MARGIN", "0"]
+        folder = train.main([*argv, "--output-dir", str(tmp_path / limit), *keys])
+        solver = json.loads((folder / "logs.json").read_text())["ToyAnimals"]["owl"]["solver"]
+        texts[limit] = solver["texts"], solver["wordings"]
+    assert texts["0"][0] == ["owl"] and texts["0"][1]["joined"] == []
+    assert texts["0.5"][0] == ["owl", "a photo of a owl."]
+    assert texts["0.5"][1] == {"looked_at": 1, "joined": ["a photo of a owl."], "behind": {}}
