@@ -47,7 +47,7 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
     Raises:
         UserError: a list that cannot be read or is not in the form above.
     """
-    own = _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
+    own = committed(name, dataset)
     ruled = car_words(plain(name)) if dataset == "StanfordCars" else NONE
     known = Words(*(listed + more for listed, more in zip(own, ruled, strict=True)))
     taken = {key(name), *map(key, others)}
@@ -59,6 +59,11 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
     synonyms += _new(same, listed)
     hypernyms += _new(above, listed | set(map(key, same)))
     return Words(synonyms, hypernyms, _new(known.descriptions, taken))
+
+
+def committed(name: str, dataset: str | None) -> Words:
+    """The words of a set's committed list for a class, as written; none without list or entry."""
+    return _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
 
 
 def _new(words: Iterable[str], taken: set[str]) -> list[str]:
