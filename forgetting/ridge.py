@@ -26,7 +26,7 @@ from forgetting.forecast import shares_each
 from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
-LOOKED_AT = 256  # texts that stand for what is forgotten, at most
+LOOKED_AT = 128  # texts that stand for what is forgotten, at most
 SLACK = 1.5  # times the push of the smallest ridge is accepted
 MOST = 0.1  # push that SLACK may lead to
 TOLERATED = 0.15  # share that names may feel which nobody listed
@@ -55,7 +55,7 @@ def best_ridge(
     It depends on the set and on what may be forgotten, not on a request, so requests compose.
 
     Args:
-        projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 256 of which
+        projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 128 of which
             are looked at; leaving: (C, n) bool, the names that leave with each.
         limit: of the push, a root mean square over the names of a group.
 

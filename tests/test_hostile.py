@@ -327,6 +327,7 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
     "compose": ["compose", "mini.safetensors", "mini.safetensors", "--out", "new.safetensors"],
     "studies": ["experiments", "studies", "rank", "--features", "features"],
     "frontier": ["experiments", "frontier", "--features", "features"],
+    "shares": ["experiments", "shares", "--features", "features"],
     "faithfulness": ["experiments", "faithfulness", "--features", "features"],
     "reproduce": ["experiments", "reproduce", "--data", "data"],
     "baselines": [
@@ -346,7 +347,7 @@ NUMBERS = {
 }
 NAMES = {
     "--dataset": ["train", "audit", "studies", "baselines", "driver"],
-    "--backbone": ["train", "studies", "frontier", "baselines", "driver"],
+    "--backbone": ["train", "studies", "frontier", "shares", "baselines", "driver"],
     "--trainer": ["train", "driver"],
     "--target": ["train"],
     "--forget": ["train", "audit", "baselines"],
@@ -361,7 +362,7 @@ NAMES = {
 PLACES = {  # of files that must be there
     "--features": [
         *("train", "audit", "studies", "frontier", "faithfulness", "baselines", "figures"),
-        *("driver", "solver"),
+        *("shares", "driver", "solver"),
     ],
     "--root": ["audit", "features"],
     "--data": ["reproduce"],

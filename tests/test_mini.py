@@ -75,8 +75,9 @@ def test_weights_say_how_they_were_made() -> None:
     assert about["format"] == train_mini.FORMAT
     assert json.loads(about["steps"]) == train_mini.STEPS
     assert json.loads(about["config"]) == json.loads(architecture("mini").config.read_text())
-    for name, accuracy in json.loads(about["accuracies"]).items():
-        assert f"{name} {accuracy:.3f}" in " ".join(train_mini.__doc__.split())
+    said = " ".join(train_mini.__doc__.split())
+    for name, accuracies in json.loads(about["accuracies"]).items():
+        assert " ".join([name, *(f"{value:.3f}" for value in accuracies.values())]) in said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,10 +86,65 @@ def test_zero_shot_accuracy(source: ClipSource, root: Path, name: str) -> None:
     accuracy = (predicted == labels).float().mean().item()
     assert accuracy >= 0.90
     with safe_open(WEIGHTS, "pt") as file:
-        written = json.loads(file.metadata()["accuracies"])[name]
+        written = json.loads(file.metadata()["accuracies"])[name]["zero-shot"]
     assert accuracy == pytest.approx(written, abs=0.005)
     shifted = (labels + 1) % len(mini.MINI[name])  # the wrong names must fail
     assert (predicted == shifted).float().mean() < 0.1
+
+
+def test_texts_that_training_never_says_are_understood(source: ClipSource) -> None:
+    with safe_open(WEIGHTS, "pt") as file:
+        written = json.loads(file.metadata()["accuracies"])
+    found = {
+        name: train_mini.measured(source.model, name, train_mini.unseen(name)) for name in NAMES
+    }
+    for name in NAMES:
+        assert found[name] == pytest.approx(written[name], abs=0.005)
+    assert np.mean([found[name]["templates"] for name in NAMES]) >= 0.80
+    assert np.mean([found[name]["words"] for name in NAMES]) >= 0.60
+    # The words of the next class must fail.
+    words = train_mini.unseen("MiniSymbols")["words"]
+    names = mini.MINI["MiniSymbols"]
+    wrong = dict(zip(names, [words[name] for name in names[1:] + names[:1]], strict=True))
+    assert train_mini.measured(source.model, "MiniSymbols", {"w": wrong})["w"] < 0.15
+
+
+def test_held_out_words_are_in_no_training_text() -> None:
+    taught = {word for words in train_mini.wordings().values() for word in words}
+    several = 0
+    for dataset in NAMES:
+        for name, words in train_mini.held_out(dataset).items():
+            assert words and not taught & set(words), name
+            several += len(train_mini.wordings()[name]) >= 5
+    assert several >= 100
+    assert train_mini.wordings()["black heart"] == ["black heart"], "a shape's own name"
+    assert "black heart" not in train_mini.wordings()["black heart suit"]
+
+
+def test_a_speaker_says_names_within_templates() -> None:
+    speaker = train_mini.Speaker(32, np.random.default_rng(0))
+    texts = [speaker.say("digit seven") for _ in range(200)]
+    assert {len(text) for text in texts} == {32}
+    assert all(text[0] == speaker.start and speaker.end in text for text in texts)
+    strange = set(speaker.strange)
+    assert not strange & set(speaker.known)
+    odd = sum(any(token in strange for token in text) for text in texts)
+    assert 60 <= odd <= 120
+    ways = speaker.words["digit seven"]
+    found = [[way for way in ways if str(way)[1:-1] in str(text)] for text in texts]
+    assert all(found) and len({str(way) for group in found for way in group}) == len(ways)
+
+
+def test_tokens_that_training_never_meets_keep_their_first_embeddings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_mini, "BATCH", 16)
+    torch.manual_seed(5)
+    first = architecture("mini").build().token_embedding.weight
+    trained = train_mini.train(seed=5, steps=3).token_embedding.weight
+    known = train_mini.Speaker(32, np.random.default_rng(5)).known
+    moved = (trained != first).any(dim=1)
+    assert moved.sum() > 50 and set(moved.nonzero()[:, 0].tolist()) <= set(known.tolist())
 
 
 def test_the_same_files_every_time(root: Path, tmp_path: Path) -> None:
@@ -197,7 +253,7 @@ def test_training_is_repeatable(
     first, same = (load_file(tmp_path / f"{out}.safetensors") for out in "ab")
     assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
     assert not torch.equal(first["text_projection"], other.text_projection.detach().half())
-    assert "MiniShapes: zero-shot accuracy 0." in capsys.readouterr().out
+    assert "MiniShapes: zero-shot 0." in capsys.readouterr().out
     architecture("mini").build().load_state_dict(first, strict=True)
     with pytest.raises(UserError, match="not overwritten"):
         train_mini.main(["--out", str(tmp_path / "a.safetensors")])

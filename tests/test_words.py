@@ -19,6 +19,7 @@ from datasets.names import key
 from datasets.words import lexicon, wordnet
 from datasets.words.cars import car_words
 from datasets.words.forms import cases, misspellings, plural
+from datasets.words.halves import halves
 from datasets.words.lexicon import Words, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from engine import UserError
@@ -60,6 +61,25 @@ def classes(dataset: str) -> list[str]:
 @pytest.mark.parametrize("dataset", mini.MINI)
 def test_lists_of_the_mini_sets_name_their_classes(dataset: str) -> None:
     assert list(lexicon._read(dataset)) == mini.MINI[dataset]
+
+
+@pytest.mark.parametrize("dataset", mini.MINI)
+def test_half_of_the_words_are_held_out(dataset: str) -> None:
+    for name in mini.MINI[dataset]:
+        trained, held_out = halves(name, dataset)
+        listed = lexicon.committed(name, dataset).synonyms
+        assert len(trained) == len(held_out) >= 4 and sorted(trained + held_out) == sorted(listed)
+        assert halves(name, dataset) == (trained, held_out)
+    assert halves("anchor", "Elsewhere") == ([], [])
+
+
+def test_no_hand_chose_the_half(folder: Path) -> None:
+    (folder / "Caltech101.txt").write_text("owl | a; b; c; d; e\n")
+    trained, held_out = halves("owl", "Caltech101")
+    (folder / "Caltech101.txt").write_text("owl | e; d; c; b; a\n")
+    lexicon._read.cache_clear()
+    assert halves("owl", "Caltech101") == (trained, held_out)
+    assert len(trained) == 3 and len(held_out) == 2
 
 
 def test_list_of_flowers_names_the_classes_of_the_set() -> None:

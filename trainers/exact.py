@@ -90,8 +90,9 @@ class ForgetExact(ForgetTrainer):
             texts, noise, steps = some
             for i, answer in zip(again, self._solve(Requests(texts), noise, steps), strict=True):
                 answers[i] = answer
-        triples = zip(first, current, answers, strict=True)
-        return [self._with_wordings(*triple, wordings) for triple in triples]
+        unlisted = self._unlisted(Requests(current), answers)
+        rows = zip(first, current, answers, unlisted, strict=True)
+        return [self._told(*row, wordings) for row in rows]
 
     def _further(self, answer: Solved, beta: float) -> float | None:
         """The next beta for a class whose text shows too small a margin; None: it is good, or there
@@ -121,11 +122,16 @@ class ForgetExact(ForgetTrainer):
         text = request.hidden[request.owner.index(number)]
         return follow(answer.left, answer.right, text.to(self.device), hidden.to(self.device))
 
-    def _with_wordings(
-        self, first: Request, request: Request, answer: Solved, wordings: Mapping[str, Wordings]
+    def _told(
+        self,
+        first: Request,
+        request: Request,
+        answer: Solved,
+        unlisted: dict[str, Any],
+        wordings: Mapping[str, Wordings],
     ) -> Solved:
-        """The answer, with what was looked at: wordings that joined, and those that still do not
-        follow."""
+        """The answer, with what text alone says of it: who feels it, the wordings that joined, and
+        those that still do not follow."""
         joined = request.texts[len(first.texts) :]
         shares = {
             text: share
@@ -147,45 +153,45 @@ class ForgetExact(ForgetTrainer):
                 f"{text!r} ({share:.2f} of the way)" for text, share in behind.items()
             )
             notes.append(f"warning: these wordings hardly follow: {shown}")
-        felt = [Felt(**one) for one in answer.report["forecast"]["felt"]]
+        forecast = {"unlisted": unlisted} | answer.report["forecast"]
+        felt = [Felt(**one) for one in forecast["felt"]]
         if felt:
             shown = ", ".join(f"{one.name} (-{one.lost:.3f} of cosine)" for one in felt[:SHOWN])
             notes.append(f"by text alone these feel it most: {shown}")
         if falling := [one.name for one in felt if one.falls]:
             notes.append(f"warning: likely to fall with it: {', '.join(falling)} (FORGET.KEEP)")
         found = {"looked_at": len(shares), "joined": joined, "behind": behind}
-        return replace(answer, report=answer.report | {"wordings": found}, notes=notes)
+        report = answer.report | {"wordings": found, "forecast": forecast}
+        return replace(answer, report=report, notes=notes)
 
-    def _forecasts(
-        self, requests: Requests, solutions: Sequence[Change], displacement: Tensor, gone: Tensor
-    ) -> list[dict[str, Any]]:
-        """What text alone says of each request, as JSON; see `forgetting.forecast`."""
-        retain = self.retain
-        hidden = requests.hidden.double().to(self.device)
-        _, unlisted = shares_each(
-            self.retained.ridge,
-            hidden,
-            displacement,
-            requests.of_text,
-            retain.rows,
-            retain.shares,
-            gone,
-            retain.twin,
+    def _felt(
+        self, requests: Requests, solutions: Sequence[Change]
+    ) -> list[tuple[list[Felt], float | None, float | None]]:
+        """Who feels each request, its margin and its lead; see `forgetting.forecast`."""
+        label = self.texts.label
+        return self.watch.each(
+            solutions, [[label[name] for name in request.classes] for request in requests]
         )
-        groups = retain.spread(unlisted.masked_fill(gone, torch.nan))
-        forgotten = [[self.texts.label[name] for name in request.classes] for request in requests]
-        felt = self.watch.each(solutions, forgotten)
+
+    def _unlisted(self, requests: Requests, answers: Sequence[Solved]) -> list[dict[str, Any]]:
+        """Group -> what names like those of the group would feel that nobody listed."""
+        retain, rows = self.retain, requests.hidden.double().to(self.device)
+        gone = requests.any_of(self.texts.leaving(retain, requests))
+        moved = torch.cat(
+            [
+                (part @ answer.left.to(part)) @ answer.right.to(part)
+                for part, answer in zip(rows.split(requests.sizes), answers, strict=True)
+            ]
+        )
+        of_names = retain.rows, retain.shares, gone, retain.twin
+        _, shares = shares_each(self.retained.ridge, rows, moved, requests.of_text, *of_names)
+        groups = retain.spread(shares.masked_fill(gone, torch.nan))
         return [
             {
-                "unlisted": {
-                    name: {"rms": rms[i].item(), "max": most[i].item()}
-                    for name, (rms, most) in groups.items()
-                },
-                "felt": [one._asdict() for one in names],
-                "margin": margin,
-                "lead": lead,
+                name: {"rms": rms[i].item(), "max": most[i].item()}
+                for name, (rms, most) in groups.items()
             }
-            for i, (names, margin, lead) in enumerate(felt)
+            for i in range(len(answers))
         ]
 
     @cached_property
@@ -211,7 +217,7 @@ class ForgetExact(ForgetTrainer):
         solutions = solve_constrained_each(
             ridge, hidden, displacement, requests.of_text, retain.rows, retain.shares, gone
         )
-        forecasts = self._forecasts(requests, solutions, displacement, gone)
+        felt = self._felt(requests, solutions)
         parts = self.parts(requests, displacement, leaving, ridge)
         recipe = {
             "objective": "constrained",
@@ -236,7 +242,11 @@ class ForgetExact(ForgetTrainer):
                 "target_draws": draws[i],
                 "mu": ridge.mu,
                 "beta": betas[i],
-                "forecast": forecasts[i],
+                "forecast": {
+                    "felt": [one._asdict() for one in felt[i][0]],
+                    "margin": felt[i][1],
+                    "lead": felt[i][2],
+                },
             }
             left, right = solution.left.float(), solution.right.float()
             answers.append(Solved(left, right, report, notes, recipe=recipe, parts=parts[i]))

@@ -81,7 +81,7 @@ class Requests(Sequence[Request]):
     Attributes:
         classes: C names, request by request; hidden: (K, w), all texts.
         of_class: (C,) int64, the request of each class; of_text: (K,), that of each text;
-            owner: (K,), the class (0 .. C - 1) of each text.
+            owner: (K,), the class (0 .. C - 1) of each text; sizes: texts of each request.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -92,9 +92,8 @@ class Requests(Sequence[Request]):
         first = sizes.cumsum(0) - sizes
         number = torch.arange(len(requests))
         self.of_class = number.repeat_interleave(sizes)
-        self.of_text = number.repeat_interleave(
-            torch.tensor([len(request.texts) for request in requests])
-        )
+        self.sizes = [len(request.texts) for request in requests]
+        self.of_text = number.repeat_interleave(torch.tensor(self.sizes))
         owner = [index for request in requests for index in request.owner]
         self.owner = torch.tensor(owner) + first[self.of_text]
 

@@ -58,7 +58,7 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
 
 def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
     """The same from the committed lists and rules alone, whatever is installed."""
-    own = _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
+    own = committed(name, dataset)
     ruled = car_words(plain(name)) if dataset == "StanfordCars" else NONE
     known = Words(*(listed + more for listed, more in zip(own, ruled, strict=True)))
     taken = {key(name), *map(key, others)}
@@ -66,6 +66,11 @@ def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -
     synonyms = _new(known.synonyms, taken | set(map(key, own.hypernyms)))
     hypernyms = _new(known.hypernyms, taken | set(map(key, synonyms)))
     return Words(synonyms, hypernyms, _new(known.descriptions, taken))
+
+
+def committed(name: str, dataset: str | None) -> Words:
+    """The words of a set's committed list for a class, as written; none without list or entry."""
+    return _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
 
 
 def _new(words: Iterable[str], taken: set[str]) -> list[str]:
