@@ -21,6 +21,7 @@ from trainers.base import ForgetTrainer, Solved
 from trainers.paper import POOR, proof
 from trainers.requests import Request, Requests, Wordings, specific_targets
 
+JOIN = 1  # wordings of a class that may join its texts: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
 SHOWN = 3  # names that are said to feel it
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further
@@ -76,7 +77,8 @@ class ForgetExact(ForgetTrainer):
         for _ in range(ROUNDS):
             again = []
             for i, (request, answer) in enumerate(zip(current, answers, strict=True)):
-                if behind := self._behind(request, answer, wordings):
+                more = len(request.texts) - len(first[i].texts) < JOIN * len(request.classes)
+                if more and (behind := self._behind(request, answer, wordings)):
                     current[i] = request.joined(behind)
                 elif further := self._further(answer, betas[i]):
                     betas[i] = further
@@ -149,10 +151,11 @@ class ForgetExact(ForgetTrainer):
         if joined:
             notes.append(f"forgotten as well, since they hardly followed: {', '.join(joined)}")
         if behind:
-            shown = ", ".join(
-                f"{text!r} ({share:.2f} of the way)" for text, share in behind.items()
+            least = min(behind, key=behind.__getitem__)
+            notes.append(
+                f"warning: {len(behind)} of {len(shares)} wordings hardly follow, least "
+                f"{least!r} ({behind[least]:.2f} of the way)"
             )
-            notes.append(f"warning: these wordings hardly follow: {shown}")
         forecast = {"unlisted": unlisted} | answer.report["forecast"]
         felt = [Felt(**one) for one in forecast["felt"]]
         if felt:
