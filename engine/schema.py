@@ -139,6 +139,13 @@ Solver = some(  # what a method adds of its own is only shown, whatever it is
     trials=list,
     reduction=Number,
     certificate=some(gap=Number),
+    forecast=some(
+        unlisted=dict[Text, shape(rms=FiniteFloat, max=FiniteFloat)],
+        felt=list[shape(name=Text, share=FiniteFloat, lost=FiniteFloat, lead=FiniteFloat)],
+        margin=Number,
+        lead=Number,
+    ),
+    wordings=some(looked_at=int, joined=list[Text], behind=dict[Text, FiniteFloat]),
 )
 Entry = shape(
     final_results=dict[Any, dict],

@@ -98,6 +98,18 @@ class Row:
         """The relative gap of the solution's certificate."""
         return self.solver.get("certificate", {}).get("gap")
 
+    @property
+    def falling(self) -> list[str]:
+        """Names that by text alone are likely to fall with the class: they lose more cosine than
+        they lay ahead of their nearest neighbour."""
+        felt = self.solver.get("forecast", {}).get("felt", [])
+        return [one["name"] for one in felt if one["lost"] > one["lead"]]
+
+    @property
+    def behind(self) -> list[str]:
+        """Wordings of the class that hardly follow it, by text alone."""
+        return list(self.solver.get("wordings", {}).get("behind", {}))
+
     def found(self, *path: str) -> Any:
         """A value of the audit by the keys that lead to it; None where it was not measured."""
         value: Any = self.audit

@@ -2,7 +2,8 @@
 
     lora        the paper's objective by Adam on LoRA factors, with its retry
     optimum     the same objective at its exact optimum
-    constrained the default of ForgetExact: texts land on their target at the least disturbance
+    constrained the form of ForgetExact: texts land on their target at the least disturbance; with
+                the beta that is given, and no other wordings than those of the task
 
 `lora` and `optimum` always solve the same problem, so that the second shows what the first misses.
 Tasks of one setting are one computation (`together`).

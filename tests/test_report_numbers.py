@@ -153,3 +153,18 @@ def test_findings_count_attacks_and_what_was_not_tried(tmp_path):
     assert "with the original projection 2 of 3" in text
     assert "with the changed projection alone 0 of 3" in text
     assert "1 of 4 classes are half back" in text
+
+
+def test_who_is_likely_to_fall_with_a_class_is_said(tmp_path):
+    folder = plant(tmp_path, 3)
+    logs = json.loads((folder / LOGS).read_text())
+    felt = {"name": "puma", "share": 0.6, "lost": 0.04, "lead": 0.01}
+    for place, (name, lost) in enumerate(zip(ANIMALS[:3], (0.04, 0.005, 0.0), strict=True)):
+        solver = logs["ToyAnimals"][name]["solver"]
+        solver["forecast"] = {"felt": [felt | {"lost": lost}], "margin": 0.3, "lead": 0.2}
+        behind = {f"a kind of {name}": 0.2} if place == 1 else {}
+        solver["wordings"] = {"looked_at": 3, "joined": [], "behind": behind}
+    (folder / LOGS).write_text(json.dumps(logs))
+    text = " ".join(findings(read_runs(folder)[0]))
+    assert f"likely to fall with a forgotten class: puma (with {ANIMALS[0]})." in text
+    assert f"hardly follow their class: “a kind of {ANIMALS[1]}” of {ANIMALS[1]}." in text

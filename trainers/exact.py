@@ -21,7 +21,7 @@ from trainers.base import ForgetTrainer, Solved
 from trainers.paper import POOR, proof
 from trainers.requests import Request, Requests, Wordings, specific_targets
 
-JOIN = 1  # wordings of a class that may join its texts: each harms the others a little more
+JOIN = 3  # wordings of a class that may join its texts: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
 SHOWN = 3  # names that are said to feel it
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further

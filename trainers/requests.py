@@ -209,7 +209,8 @@ class Texts:
     def wordings(self, names: Sequence[str]) -> dict[str, Wordings]:
         """Other wordings of classes, of each text once: the evaluation prompt; with a model, a few
         templates and the class's aliases (names of the vocabulary that mean the same, and the
-        synonyms that `datasets` lists); without one, what the bundle brought for an audit."""
+        synonyms that `datasets` lists); without one, what the bundle brought for an audit. A text
+        that the model reads as another class of the set, or as nothing, is none."""
         bundle, found = self.bundle, {}
         brought = audit_rows(bundle) if self.encode is None else {}
         for name in names:
@@ -221,12 +222,13 @@ class Texts:
             found[name] = texts, [text for text in more if text not in texts]
         more = [text for _, texts in found.values() for text in texts]
         rows = iter(self.encode(more) if more else ())
-        return {
-            name: Wordings(
-                [*held, *texts], torch.stack([*held.values(), *islice(rows, len(texts))])
-            )
-            for name, (held, texts) in found.items()
-        }
+        wordings = {}
+        for name, (held, new) in found.items():
+            texts, hidden = [*held, *new], torch.stack([*held.values(), *islice(rows, len(new))])
+            means = (hidden @ bundle.text_projection @ self._classes.T).argmax(dim=1)
+            known = (means == self.label[name]).nonzero()[:, 0]
+            wordings[name] = Wordings([texts[i] for i in known.tolist()], hidden[known])
+        return wordings
 
     def _aliases(self, name: str) -> list[str]:
         """A class in a few templates, and under other names."""

@@ -121,6 +121,12 @@ def findings(run: Run) -> list[str]:
         if spread.worst is not None and points(spread.worst).startswith("−"):
             cost = points(-spread.worst).lstrip("+")
             lines.append(f"At worst, forgetting {spread.worst_name} costs {what} {cost} points.")
+    twins = [f"{', '.join(row.falling)} (with {row.name})" for row in run.rows if row.falling]
+    if twins:
+        lines.append(f"By text alone, likely to fall with a forgotten class: {listed(twins)}.")
+    behind = [f"“{row.behind[0]}” of {row.name}" for row in run.rows if row.behind]
+    if behind:
+        lines.append(f"Wordings that hardly follow their class: {listed(behind)}.")
     gaps = [(row.gap, row.name) for row in run.rows if row.gap is not None]
     unproved = [name for found, name in gaps if found > PROVED]
     if unproved:
