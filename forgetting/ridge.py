@@ -63,6 +63,7 @@ def best_ridge(
         ProblemError: tensors that do not fit, or a limit that is not positive.
     """
     check(limit, POSITIVE, "limit")
+    check(retain.squared_length, POSITIVE, "the mean squared length of a retained text")
     like = matrix("like", like, retain.rows.shape[1])
     leaving = mask("leaving", leaving, len(retain.names), len(like))
     every = max(1, -(-len(like) // LOOKED_AT))
@@ -86,7 +87,8 @@ def best_ridge(
     pushes, felt = zip(*map(look, RIDGES), strict=True)
     limit = max(limit, min(SLACK * pushes[0], MOST))
     safe = max((i for i, push in enumerate(pushes) if push <= limit), default=0)
-    good = next(i for i, feel in enumerate(felt) if feel <= max(TOLERATED, NEAR * min(felt)))
+    enough = max(TOLERATED, NEAR * min(felt))
+    good = next((i for i, feel in enumerate(felt) if feel <= enough), 0)
     return RIDGES[max(safe, good)]
 
 
