@@ -1,0 +1,118 @@
+"""How well text foretells what images show: rank correlations over classes, with their intervals.
+
+    python -m experiments forecast --features DIR [--backbone ViT-B/32] [KEY VALUE ...]
+
+DIR is a folder of feature bundles. Every class of every set with images is forgotten alone by
+ForgetExact. What it said beforehand (`forgetting/forecast.py`) is set beside what was measured:
+what names like the vocabulary's would feel beside the mean loss on other sets, and the largest loss
+of cosine of a name of the set, as it is and less that name's lead, beside the worst loss of a
+single class. `TRAINER.FORGETEXACT.OTHERS 0` leaves the other sets' names unlisted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from clip.bundle import FeatureBundle
+from engine.cli import Parser
+from engine.determinism import one_thread
+from evaluation.zero_shot import ZeroShot, class_embeddings
+from experiments.alone import Alone
+from experiments.frontier import factors, load, outcomes
+
+PAIRS = {  # said -> measured
+    "unlisted": "others",
+    "lost": "neighbour",
+    "beyond the lead": "neighbour",
+}
+DRAWS = 2000
+FELL = 0.2  # of accuracy: a class that lost as much fell
+
+
+def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.DataFrame:
+    """For every class what text said, and what it cost: losses of accuracy, larger is worse."""
+    scored, tables = [ZeroShot(bundle) for bundle in bundles], []
+    for own in scored:
+        others = [other for other in scored if other is not own]
+        alone = Alone(own.bundle, [other.bundle for other in others], opts)
+        answers = alone.answers()
+        table = outcomes(own, others, factors(answers))
+        leads = alone.watch.leads[: len(table)]
+        before, said = class_embeddings(own.bundle), []
+        for label, (answer, change) in enumerate(zip(answers, factors(answers), strict=True)):
+            lost = 1 - (before * class_embeddings(own.bundle, change)).sum(dim=1)  # (C,)
+            lost[label] = -1.0
+            unlisted = answer.report["forecast"]["unlisted"].get("vocabulary", {"rms": np.nan})
+            said.append(
+                {
+                    "unlisted": unlisted["rms"],
+                    "lost": float(lost.max()),
+                    "beyond the lead": float((lost - leads).max()),
+                    "warned": any(one["lost"] > one["lead"] for one in felt(alone, answer)),
+                }
+            )
+        columns = [column for column in table if column.startswith("to ")]
+        seen = {"others": -table[columns].mean(axis=1), "neighbour": -table["neighbour"]}
+        tables.append(pd.concat([table[["class"]], pd.DataFrame(said), pd.DataFrame(seen)], axis=1))
+        tables[-1].insert(0, "set", own.bundle.dataset)
+    return pd.concat(tables, ignore_index=True)
+
+
+def felt(alone: Alone, answer) -> list[dict[str, float]]:
+    """The names of the set among those that are said to feel it."""
+    own = set(alone.watch.names[: alone.watch.rivals])
+    return [one for one in answer.report["forecast"]["felt"] if one["name"] in own]
+
+
+def correlation(said: np.ndarray, seen: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's rank correlation, and its 95 % interval by a bootstrap over classes."""
+    generator = np.random.default_rng(seed)
+    picks = np.vstack(
+        [np.arange(len(said)), generator.integers(len(said), size=(DRAWS, len(said)))]
+    )
+    ranks = [rankdata(values[picks], axis=1) for values in (said, seen)]
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    size = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    found = np.divide((a * b).sum(axis=1), size, out=np.full(len(a), np.nan), where=size > 0)
+    return float(found[0]), *map(float, np.nanquantile(found[1:], [0.025, 0.975]))
+
+
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each set and pair, then for all sets: as they are, which is partly a difference
+    between sets, and each ranked within its set."""
+    parts = [*table.groupby("set", sort=False), ("all", table)]
+    columns = [*PAIRS, *dict.fromkeys(PAIRS.values())]
+    within = table.groupby("set")[columns].rank(pct=True)
+    parts.append(("all, within sets", within))
+    rows = []
+    for name, part in parts:
+        for said, seen in PAIRS.items():
+            both = part[[said, seen]].dropna()
+            if len(both) > 2:
+                rho, low, high = correlation(*both.to_numpy().T)
+                rows.append([name, len(both), said, seen, rho, low, high])
+    return pd.DataFrame(rows, columns=["set", "classes", "said", "seen", "rho", "low", "high"])
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Print the correlations, and how often a warning was right."""
+    parser = Parser(prog="python -m experiments forecast", description=__doc__.splitlines()[0])
+    parser.add_argument("--features", required=True, help="folder of feature bundles")
+    parser.add_argument("--backbone", default="ViT-B/32")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    args = parser.parse_args(argv)
+    with one_thread():
+        table = told_and_seen(load(args.features, args.backbone), args.opts)
+    found = correlations(table)
+    print(found.to_string(index=False, float_format=lambda value: f"{value:+.2f}"))
+    fell, warned = table["neighbour"] >= FELL, table["warned"]
+    print(
+        f"\n{warned.sum()} of {len(table)} classes with a warning that a class of their set falls; "
+        f"a class lost {100 * FELL:.0f} points or more under {fell.sum()}, "
+        f"{(fell & warned).sum()} of them warned of"
+    )
+    return found
