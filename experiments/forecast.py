@@ -4,9 +4,11 @@
 
 DIR is a folder of feature bundles. Every class of every set with images is forgotten alone by
 ForgetExact. What it said beforehand (`forgetting/forecast.py`) is set beside what was measured:
-what names like the vocabulary's would feel beside the mean loss on other sets, and the largest loss
-of cosine of a name of the set, as it is and less that name's lead, beside the worst loss of a
-single class. `TRAINER.FORGETEXACT.OTHERS 0` leaves the other sets' names unlisted.
+what names like the vocabulary's would feel (`unlisted`) beside the mean loss on other sets; the
+largest loss of cosine of a name of the set (`lost`), and that less the name's lead, beside the
+worst loss of a single class (`neighbour`). `share` is how far the names of the other sets truly
+move, which a forecast could know only if it had them. `TRAINER.FORGETEXACT.OTHERS 0` leaves them
+unlisted.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import rankdata
 
 from clip.bundle import FeatureBundle
@@ -23,9 +26,11 @@ from engine.determinism import one_thread
 from evaluation.zero_shot import ZeroShot, class_embeddings
 from experiments.alone import Alone
 from experiments.frontier import factors, load, outcomes
+from forgetting.forecast import follow
 
 PAIRS = {  # said -> measured
     "unlisted": "others",
+    "share": "others",
     "lost": "neighbour",
     "beyond the lead": "neighbour",
 }
@@ -34,7 +39,8 @@ FELL = 0.2  # of accuracy: a class that lost as much fell
 
 
 def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.DataFrame:
-    """For every class what text said, and what it cost: losses of accuracy, larger is worse."""
+    """For every class what text said, and what it cost: losses of accuracy, larger is worse; NaN
+    where there is no other set."""
     scored, tables = [ZeroShot(bundle) for bundle in bundles], []
     for own in scored:
         others = [other for other in scored if other is not own]
@@ -43,13 +49,18 @@ def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.D
         table = outcomes(own, others, factors(answers))
         leads = alone.watch.leads[: len(table)]
         before, said = class_embeddings(own.bundle), []
+        foreign = torch.cat(
+            [own.bundle.class_hidden[:0], *(other.bundle.class_hidden for other in others)]
+        )
         for label, (answer, change) in enumerate(zip(answers, factors(answers), strict=True)):
             lost = 1 - (before * class_embeddings(own.bundle, change)).sum(dim=1)  # (C,)
             lost[label] = -1.0
+            moved = follow(*change, own.bundle.forget_hidden[label], foreign)
             unlisted = answer.report["forecast"]["unlisted"].get("vocabulary", {"rms": np.nan})
             said.append(
                 {
                     "unlisted": unlisted["rms"],
+                    "share": float(moved.square().mean().sqrt()) if others else np.nan,
                     "lost": float(lost.max()),
                     "beyond the lead": float((lost - leads).max()),
                     "warned": any(one["lost"] > one["lead"] for one in felt(alone, answer)),
@@ -69,7 +80,8 @@ def felt(alone: Alone, answer) -> list[dict[str, float]]:
 
 
 def correlation(said: np.ndarray, seen: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Spearman's rank correlation, and its 95 % interval by a bootstrap over classes."""
+    """Spearman's rank correlation, and its 95 % interval by a bootstrap over classes. Neither of
+    the two may be one number throughout."""
     generator = np.random.default_rng(seed)
     picks = np.vstack(
         [np.arange(len(said)), generator.integers(len(said), size=(DRAWS, len(said)))]
@@ -77,22 +89,22 @@ def correlation(said: np.ndarray, seen: np.ndarray, seed: int = 0) -> tuple[floa
     ranks = [rankdata(values[picks], axis=1) for values in (said, seen)]
     a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     size = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    found = np.divide((a * b).sum(axis=1), size, out=np.full(len(a), np.nan), where=size > 0)
-    return float(found[0]), *map(float, np.nanquantile(found[1:], [0.025, 0.975]))
+    found = (a * b).sum(axis=1)[size > 0] / size[size > 0]
+    return float(found[0]), *map(float, np.quantile(found[1:], [0.025, 0.975]))
 
 
 def correlations(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each set and pair, then for all sets: as they are, which is partly a difference
     between sets, and each ranked within its set."""
-    parts = [*table.groupby("set", sort=False), ("all", table)]
-    columns = [*PAIRS, *dict.fromkeys(PAIRS.values())]
-    within = table.groupby("set")[columns].rank(pct=True)
-    parts.append(("all, within sets", within))
+    parts, sets = list(table.groupby("set", sort=False)), table.groupby("set")
+    if len(parts) > 1:
+        within = sets[[*PAIRS, *dict.fromkeys(PAIRS.values())]].rank(pct=True)
+        parts += [("all", table), ("all, within sets", within)]
     rows = []
     for name, part in parts:
         for said, seen in PAIRS.items():
             both = part[[said, seen]].dropna()
-            if len(both) > 2:
+            if (both.nunique() > 1).all():
                 rho, low, high = correlation(*both.to_numpy().T)
                 rows.append([name, len(both), said, seen, rho, low, high])
     return pd.DataFrame(rows, columns=["set", "classes", "said", "seen", "rho", "low", "high"])
@@ -106,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     with one_thread():
-        table = told_and_seen(load(args.features, args.backbone), args.opts)
+        table = told_and_seen(load(args.features, args.backbone, 1), args.opts)
     found = correlations(table)
     print(found.to_string(index=False, float_format=lambda value: f"{value:+.2f}"))
     fell, warned = table["neighbour"] >= FELL, table["warned"]

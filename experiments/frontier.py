@@ -234,15 +234,18 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         figure.legend(loc="outside lower center", ncols=4)
 
 
-def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
+def load(folder: str | Path, backbone: str, least: int = 2) -> list[FeatureBundle]:
     """The sets with images of a folder of bundles.
 
     Raises:
-        UserError: fewer than two, so that nobody can be harmed.
+        UserError: fewer than two (`least`), so that nobody can be harmed.
     """
     bundles = [found for found in load_bundles(folder, backbone).values() if len(found.labels)]
-    if len(bundles) < 2:
-        raise UserError(f"{folder} has {len(bundles)} image sets of {backbone}; two are needed")
+    if len(bundles) < least:
+        raise UserError(
+            f"{folder} has {len(bundles)} image sets of {backbone}; "
+            f"{'one is' if least == 1 else 'two are'} needed"
+        )
     return bundles
 
 
