@@ -19,14 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata
+from torch import Tensor
 
+import datasets
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
 from evaluation.zero_shot import ZeroShot, class_embeddings
 from experiments.alone import Alone
-from experiments.frontier import factors, load, outcomes
-from forgetting.forecast import follow
+from experiments.frontier import by_class, factors, load, outcomes
+from forgetting.forecast import Felt, follow
 
 PAIRS = {  # said -> measured
     "unlisted": "others",
@@ -35,7 +37,7 @@ PAIRS = {  # said -> measured
     "beyond the lead": "neighbour",
 }
 DRAWS = 2000
-FELL = 0.2  # of accuracy: a class that lost as much fell
+KNOWN = 0.5  # of a class's images: it was recognised
 
 
 def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.DataFrame:
@@ -46,24 +48,33 @@ def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.D
         others = [other for other in scored if other is not own]
         alone = Alone(own.bundle, [other.bundle for other in others], opts)
         answers = alone.answers()
-        table = outcomes(own, others, factors(answers))
+        changes = factors(answers)
+        table = outcomes(own, others, changes)
         leads = alone.watch.leads[: len(table)]
         before, said = class_embeddings(own.bundle), []
         foreign = torch.cat(
             [own.bundle.class_hidden[:0], *(other.bundle.class_hidden for other in others)]
         )
-        for label, (answer, change) in enumerate(zip(answers, factors(answers), strict=True)):
+        for label, (answer, change, right) in enumerate(
+            zip(answers, changes, own.correct(changes), strict=True)
+        ):
             lost = 1 - (before * class_embeddings(own.bundle, change)).sum(dim=1)  # (C,)
             lost[label] = -1.0
             moved = follow(*change, own.bundle.forget_hidden[label], foreign)
-            unlisted = answer.report["forecast"]["unlisted"].get("vocabulary", {"rms": np.nan})
+            told = answer.report["forecast"]
+            names = {one["name"] for one in told["felt"] if Felt(**one).falls}
+            warned = torch.tensor([datasets.plain(name) in names for name in own.bundle.classnames])
+            warned[label], down = False, fell(own, right, label)
+            unlisted = told["unlisted"].get("vocabulary", {"rms": np.nan})
             said.append(
                 {
                     "unlisted": unlisted["rms"],
                     "share": float(moved.square().mean().sqrt()) if others else np.nan,
                     "lost": float(lost.max()),
                     "beyond the lead": float((lost - leads).max()),
-                    "warned": any(one["lost"] > one["lead"] for one in felt(alone, answer)),
+                    "warned": int(warned.sum()),
+                    "fell": int(down.sum()),
+                    "right": int((down & warned).sum()),
                 }
             )
         columns = [column for column in table if column.startswith("to ")]
@@ -73,10 +84,12 @@ def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.D
     return pd.concat(tables, ignore_index=True)
 
 
-def felt(alone: Alone, answer) -> list[dict[str, float]]:
-    """The names of the set among those that are said to feel it."""
-    own = set(alone.watch.names[: alone.watch.rivals])
-    return [one for one in answer.report["forecast"]["felt"] if one["name"] in own]
+def fell(own: ZeroShot, correct: Tensor, label: int) -> Tensor:
+    """(C,) bool, which recognised classes lost half of their accuracy or more, but `label`."""
+    before, after = by_class(own, own.before), by_class(own, correct)
+    found = (before >= KNOWN) & (after <= before / 2)
+    found[label] = False
+    return found
 
 
 def correlation(said: np.ndarray, seen: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -121,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         table = told_and_seen(load(args.features, args.backbone, 1), args.opts)
     found = correlations(table)
     print(found.to_string(index=False, float_format=lambda value: f"{value:+.2f}"))
-    fell, warned = table["neighbour"] >= FELL, table["warned"]
+    warned, right, down = (table[column].sum() for column in ("warned", "right", "fell"))
     print(
-        f"\n{warned.sum()} of {len(table)} classes with a warning that a class of their set falls; "
-        f"a class lost {100 * FELL:.0f} points or more under {fell.sum()}, "
-        f"{(fell & warned).sum()} of them warned of"
+        f"\n{len(table)} classes forgotten in turn: {warned} warnings that another of the set "
+        f"falls, {right} of them right; {down} times one fell (it was recognised, and lost half "
+        "of its accuracy or more)"
     )
     return found

@@ -88,11 +88,16 @@ def outcomes(own: ZeroShot, others: Sequence[ZeroShot], changes: Sequence[Factor
     return table
 
 
+def by_class(own: ZeroShot, correct: Tensor) -> Tensor:
+    """The accuracy on each class, (C,); 0 on one without images."""
+    labels, count = own.bundle.labels, len(own.bundle.classnames)
+    hits = torch.zeros(count).index_add_(0, labels, correct.float())
+    return hits / torch.bincount(labels, minlength=count).clamp_min(1)
+
+
 def worst_loss(own: ZeroShot, correct: Tensor, label: int) -> float:
     """The change of accuracy of the class that lost most, other than the forgotten one."""
-    labels, count = own.bundle.labels, len(own.bundle.classnames)
-    change = torch.zeros(count).index_add_(0, labels, correct.float() - own.before.float())
-    change /= torch.bincount(labels, minlength=count).clamp_min(1)
+    change = by_class(own, correct) - by_class(own, own.before)
     change[label] = torch.inf
     return float(change.min())
 

@@ -11,7 +11,8 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn.functional import normalize
 
-from experiments.forecast import correlation, correlations, main, told_and_seen
+from evaluation.zero_shot import ZeroShot
+from experiments.forecast import correlation, correlations, fell, main, told_and_seen
 from experiments.frontier import UNKNOWN
 from tests.conftest import toy_bundle
 
@@ -67,5 +68,17 @@ def test_one_set_alone_has_no_others(bundles):
 
 def test_the_command(features, capsys):
     found = main(["--features", str(features), "TRAINER.FORGETEXACT.OTHERS", "0"])
-    assert "classes with a warning" in capsys.readouterr().out
+    assert "10 classes forgotten in turn: " in capsys.readouterr().out
     assert found["rho"].between(-1, 1).all()
+
+
+def test_what_fell_was_recognised_before_and_is_no_longer(bundles):
+    own = ZeroShot(bundles[0])
+    correct = own.before.clone()
+    for label, hits in ((0, 6), (1, 7), (3, 0)):
+        mine = (own.bundle.labels == label).nonzero()[:, 0]
+        own.before[mine], correct[mine] = True, False
+        correct[mine[:hits]] = True
+    assert fell(own, correct, 3).tolist() == [True, False, False, False, False, False]
+    own.before[own.bundle.labels == 0] = False
+    assert not fell(own, correct, 3).any()
