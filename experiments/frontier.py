@@ -224,7 +224,8 @@ def plot(table: pd.DataFrame, path: Path) -> None:
                         face = colour if one["kept"] == 0 else "white"
                         style = marks.get(one["method"], {"marker": marker, "s": 24})
                         where = one["margin"], -one["others_mean"]
-                        axis.scatter(*where, edgecolors=colour, facecolors=face, zorder=3, **style)
+                        over = {"zorder": 4 if kind == "default" else 3}
+                        axis.scatter(*where, edgecolors=colour, facecolors=face, **over, **style)
                 axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
                 axis.set_title(f"{name}, other names {names}")
             line[0].set_ylabel("harm to other sets, points (mean)")
