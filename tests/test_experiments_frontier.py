@@ -96,6 +96,14 @@ def test_the_first_default_is_what_it_was(animals, tools):
     assert new.retained.mu != 5e-6
 
 
+@pytest.mark.parametrize(("margin", "raised"), [(0, False), (1, True)])
+def test_without_a_margin_no_target_goes_further(animals, tools, margin, raised):
+    opts = ["FORGET.BETA", "-0.9", "TRAINER.FORGETEXACT.MARGIN", str(margin)]
+    reports = [answer.report for answer in Alone(animals, [tools], opts).answers()]
+    assert all((report["beta"] > -0.9) == raised for report in reports)
+    assert raised or all(report["forecast"]["margin"] < 0 for report in reports)
+
+
 def test_levers_do_to_the_statistics_what_they_say(animals, tools):
     alone = Alone(animals, [tools])
     kept = alone.retained
