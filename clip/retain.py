@@ -124,13 +124,22 @@ def retained(
     keep: Names | None = None,
 ) -> Retained:
     """What a run of ForgetExact with these settings retains, and its ridges."""
+    return settled(cfg, bundle, exact_names(cfg, bundle, others, device, keep), bool(others))
+
+
+def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool) -> Retained:
+    """The ridges of names that a run retains; `others`: whether there are other sets."""
     node = cfg.TRAINER.FORGETEXACT
-    names = exact_names(cfg, bundle, others, device, keep)
     w, mu = bundle.text_projection, node.MU
     if mu is None:
-        same = [datasets.same_meaning([name], bundle.dataset) for name in bundle.classnames]
-        leaving = names.leaving(same, bundle.forget_hidden, torch.arange(len(same)))
-        limit = profile(cfg, bool(others)).PUSH if node.PUSH is None else node.PUSH
+        leaving = leaving_alone(bundle, names)
+        limit = profile(cfg, others).PUSH if node.PUSH is None else node.PUSH
         mu = best_ridge(names, w, bundle.forget_hidden, leaving, float(limit))
     lam = float(node.SHARED) * names.squared_embedding(w)
     return Retained(names, mu, names.ridge(mu), lam)
+
+
+def leaving_alone(bundle: FeatureBundle, names: RetainSet) -> Tensor:
+    """(C, n) bool, which names leave with each class of a set, forgotten by its bare name."""
+    same = [datasets.same_meaning([name], bundle.dataset) for name in bundle.classnames]
+    return names.leaving(same, bundle.forget_hidden, torch.arange(len(same)))

@@ -13,6 +13,7 @@ from forgetting import ProblemError
 EXPERIMENTS = {
     "studies": "what each choice of the method does, by descent and exactly",
     "frontier": "harm to others against how surely a class is gone, over many methods",
+    "forecast": "how well text foretells what images show",
     "shares": "how much of a class's change other words, and names that nobody retained, feel",
     "faithfulness": "what the known slips of the paper's public code cost",
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",

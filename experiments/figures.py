@@ -19,7 +19,8 @@ from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
 from evaluation.plots import COLOURS, check_picture, drawing
-from experiments.frontier import UNKNOWN, Alone, frontier, load, plot
+from experiments.alone import Alone
+from experiments.frontier import UNKNOWN, frontier, load, plot
 from experiments.solvers import problem_of
 from experiments.world import World
 from forgetting import ForgetProblem, LoraSettings, Spectrum, solve_exact, solve_lora, thresholds
@@ -130,7 +131,7 @@ def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
             columns = {}
             for known, opts in (("known", ()), ("unknown", UNKNOWN)):
                 alone = Alone(own, others, opts)
-                left = alone.left(alone.cfg.TRAINER.FORGETEXACT.MU).float()
+                left = alone.left().float()
                 within = left @ own.class_hidden.T  # (C, C)
                 if known == "unknown":
                     print_pulls(alone, others)
@@ -151,8 +152,9 @@ def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
 
 def print_pulls(alone: Alone, others: Sequence[FeatureBundle]) -> None:
     """x D of images, for the default target: of the forgotten class itself and of any other."""
-    own, forget = alone.bundle, alone.cfg.FORGET
-    d = alone.displacements(forget.TARGET, forget.BETA).float()  # (C, d)
+    own = alone.bundle
+    texts = zip(own.forget_hidden, alone.answers(), strict=True)
+    d = torch.stack([(h @ answer.left) @ answer.right for h, answer in texts])  # (C, d)
     print(f"{own.dataset}, other names unknown: x D, mean and deviation over images of one D")
     mine = torch.arange(len(d)) == own.labels[:, None]  # (N, C)
     for bundle in (own, *others):

@@ -1,11 +1,13 @@
 """Harm to others against how surely a class is gone: a table and a plot over methods.
 
     python -m experiments frontier --features DIR [--csv PATH] [--plot PATH] [--backbone ViT-B/32]
+        [--methods NAME ...] [--names DATASET]
 
 DIR is a folder of feature bundles. Every class of every set with images in it is forgotten in turn
-by the constrained form, with each target, ridge and vocabulary weight of the tables below, once
-with the other sets' class names retained and once without knowing them. All other numbers are
-those of a run of ForgetExact.
+by ForgetExact in each way of `experiments/levers.py`, once with the other sets' class names
+retained and once without knowing them; by the two defaults also with one set's names left out,
+which then is the only one judged. With `--names`, a bundle of many names without images, the
+shares of names that nobody listed are printed instead, against how many are retained.
 """
 
 from __future__ import annotations
@@ -17,124 +19,87 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from yacs.config import CfgNode
+from torch.nn.functional import normalize
 
-from clip.bundle import FeatureBundle, load_bundles
-from clip.retain import retained
-from engine import UserError
+from clip.bundle import FeatureBundle, load_bundle, load_bundles
+from engine import UserError, unknown
 from engine.cli import Parser
 from engine.config import settings
 from engine.determinism import one_thread
 from engine.files import refuse_foreign
 from evaluation.plots import COLOURS, check_picture, drawing
 from evaluation.tables import write_table
-from evaluation.zero_shot import ZeroShot, accuracy
-from forgetting import solve_constrained_each
-from trainers.requests import Requests, Texts, specific_targets
+from evaluation.zero_shot import Factors, ZeroShot, accuracy
+from experiments.alone import Alone
+from experiments.levers import FIRST, NEW, VARIANTS, Variant
+from forgetting import Group, RetainSet
+from forgetting.forecast import shares_each
+from forgetting.ridge import best_ridge
+from trainers.base import Solved
 
-TARGETS = (
-    ("empty", 0.0),
-    ("opposite", 0.0),
-    ("opposite", 0.2),
-    ("specific", -0.05),
-    ("specific", 0.0),
-    ("specific", 0.1),
-)
-OF_TARGET = ("0.6", COLOURS[4], COLOURS[1], COLOURS[5], COLOURS[0], COLOURS[6])
-RIDGES = (5e-6, 5e-5, 5e-4)  # TRAINER.FORGETEXACT.MU
 UNKNOWN = ("TRAINER.FORGETEXACT.OTHERS", "0")
-RETAINED = (  # whether the names of the other sets are known, and the config keys
-    ("known", ()),
-    ("unknown", UNKNOWN),
-    ("unknown", (*UNKNOWN, "TRAINER.FORGETEXACT.VOCABULARY", "0.1")),
-)
+KINDS = {  # of variants -> colour and mark
+    "default": (COLOURS[6], "o"),
+    "weights": (COLOURS[0], "o"),
+    "push": (COLOURS[5], "^"),
+    "target": (COLOURS[1], "s"),
+    "lever": (COLOURS[2], "D"),
+}
 APART = ("car",)  # names of all that another set is made of: forgetting it is to harm that set
 VANISHED = 1e-5  # of a squared length
-PRINTED = ["target", "beta", "mu", "vocabulary", "left_max", "margin_low", "rest_mean"]
-PRINTED += ["rest_worst", "others_mean", "others_worst", "apart", "worst_class"]
+PRINTED = ["method", "mu", "kept", "left_max", "margin", "margin_low", "rest_mean", "rest_worst"]
+PRINTED += ["others_mean", "others_worst", "apart", "joined", "raised", "worst_class"]
+COUNTS = (100, 300, 500, 700, 900)  # names retained
+JUDGED = 50  # names forgotten, and names that nobody lists
 
 
-class Alone:
-    """Every class of a set forgotten alone, by what a run of ForgetExact retains.
-
-    Attributes:
-        requests: one a class; retain: what is retained; leaving: (C, n), which names leave.
-    """
-
-    def __init__(
-        self, bundle: FeatureBundle, others: Sequence[FeatureBundle], opts: Sequence[str] = ()
-    ) -> None:
-        """`opts`: KEY VALUE pairs of the run."""
-        self.bundle, self.texts = bundle, Texts(bundle)
-        self.cfg = settings("ForgetExact", bundle.dataset, bundle.backbone, opts)
-        self.requests = Requests([self.texts.request([name]) for name in bundle.classnames])
-        self.kept = retained(self.cfg, bundle, others)
-        self.retain = self.kept.names
-        self.leaving = self.texts.leaving(self.retain, self.requests)
-
-    def left(self, mu: float) -> Tensor:
-        """(C, w) float64: Delta of class i is `left[i] (x) D_i`, whatever its D."""
-        hidden, retain = self.requests.hidden, self.retain
-        solutions = solve_constrained_each(
-            *(retain.ridge(mu), hidden, torch.ones(len(hidden), 1), self.requests.of_text),
-            *(retain.rows, retain.shares, self.leaving),
-        )
-        return torch.cat([solution.delta.T for solution in solutions])
-
-    def displacements(self, target: str, beta: float) -> Tensor:
-        """`D = P - h_f W` of every class, (C, d) float64."""
-        requests, w = self.requests, self.bundle.text_projection
-        if target == "specific":
-            p = specific_targets(requests, w, self.retain, self.leaving, self.kept.lam, beta)
-        else:
-            draws = [torch.Generator().manual_seed(0) for _ in requests]
-            p, _ = self.texts.targets(target, beta, self.cfg.FORGET.NOISE_STD, requests, draws)
-        return p.double() - requests.hidden.double() @ w.double()
-
-
-def cosines(own: ZeroShot, left: Tensor, d: Tensor) -> Iterator[Tensor]:
-    """Cosines (N, C) of images and classes after each change of rank one, `left[i] (x) d[i]`.
-
-    `ZeroShot.correct` says which is the largest, and is faster; margins need all of them.
-
-    Args:
-        left: (n, w), d: (n, d), float32.
-    """
-    images, before = own.bundle.image_features, own.embeddings
-    products, squares = images @ before.T, before.square().sum(dim=1)  # (N, C), (C,)
-    shares, pulls = left @ own.bundle.class_hidden.T, d @ images.T  # (n, C), (n, N)
-    after = squares + 2 * shares * (d @ before.T) + shares.square() * d.square().sum(1, True)
+def margins(own: ZeroShot, label: int, change: Factors) -> Tensor:
+    """By how much of cosine another class is nearer to each image of a class, (n,)."""
+    bundle, (left, right) = own.bundle, change
+    after = own.embeddings + (bundle.class_hidden @ left) @ right  # (C, d)
     # What vanishes (the forgotten text itself at beta 0) has no direction, only rounding.
-    lengths = torch.where(after > VANISHED * squares, after, torch.inf).sqrt()  # (n, C)
-    for share, pull, length in zip(shares, pulls, lengths, strict=True):
-        yield torch.addr(products, pull, share) / length
+    gone = after.square().sum(dim=1) <= VANISHED * own.embeddings.square().sum(dim=1)
+    images = bundle.image_features[bundle.labels == label]
+    found = (images @ normalize(after, dim=1).T).masked_fill(gone, 0.0)  # (n, C)
+    true = found[:, label].clone()
+    found[:, label] = -torch.inf
+    return found.amax(dim=1) - true
 
 
-def outcomes(own: ZeroShot, others: Sequence[ZeroShot], left: Tensor, d: Tensor) -> pd.DataFrame:
+def outcomes(own: ZeroShot, others: Sequence[ZeroShot], changes: Sequence[Factors]) -> pd.DataFrame:
     """A row for every class of `own`, forgotten alone: fractions, and cosines for margins."""
-    left, d = left.float(), d.float()
-    labels, rows = own.bundle.labels, []
-    for i, found in enumerate(cosines(own, left, d)):
-        true = found.gather(1, labels[:, None])[:, 0]  # (N,)
-        # By how much another class is nearer than the true one.
-        behind = found.scatter_(1, labels[:, None], -torch.inf).amax(dim=1) - true
-        mine, right = labels == i, behind < 0
-        margin = behind[mine]
+    bundle, rows = own.bundle, []
+    for label, (right, change) in enumerate(zip(own.correct(changes), changes, strict=True)):
+        mine, margin = bundle.labels == label, margins(own, label, change)
         rows.append(
             {
-                "class": own.bundle.classnames[i],
+                "class": bundle.classnames[label],
                 "left": accuracy(right, mine),
                 "margin": float(margin.mean()),
                 "margin_low": float(margin.min()) if len(margin) else float("nan"),
                 "rest": accuracy(right, ~mine) - accuracy(own.before, ~mine),
+                "neighbour": worst_loss(own, right, label),
             }
         )
-    changes = list(zip(left[:, :, None], d[:, None], strict=True))
     table = pd.DataFrame(rows)
     for other in others:
         gain = other.correct(changes).double().mean(dim=1) - other.before.double().mean()
         table[f"to {other.bundle.dataset}"] = gain.numpy()
     return table
+
+
+def by_class(own: ZeroShot, correct: Tensor) -> Tensor:
+    """The accuracy on each class, (C,); 0 on one without images."""
+    labels, count = own.bundle.labels, len(own.bundle.classnames)
+    hits = torch.zeros(count).index_add_(0, labels, correct.float())
+    return hits / torch.bincount(labels, minlength=count).clamp_min(1)
+
+
+def worst_loss(own: ZeroShot, correct: Tensor, label: int) -> float:
+    """The change of accuracy of the class that lost most, other than the forgotten one."""
+    change = by_class(own, correct) - by_class(own, own.before)
+    change[label] = torch.inf
+    return float(change.min())
 
 
 def row_of(table: pd.DataFrame) -> dict[str, float | str]:
@@ -148,6 +113,7 @@ def row_of(table: pd.DataFrame) -> dict[str, float | str]:
     harm = others[~apart]
     worst = harm.min(axis=1)
     return {
+        "kept": int((table["left"] > 0).sum()),
         "left_max": 100 * table["left"].max(),
         "left_mean": 100 * table["left"].mean(),
         "margin": table["margin"].mean(),
@@ -158,81 +124,144 @@ def row_of(table: pd.DataFrame) -> dict[str, float | str]:
         "others_worst": 100 * worst.min(),
         "worst_class": table["class"][worst.idxmin()],
         "apart": 100 * others[apart].min(axis=None) if apart.any() else float("nan"),
+    } | {
+        f"{column} {word}": 100 * of(harm[column])
+        for column in others
+        for word, of in (("mean", pd.Series.mean), ("worst", pd.Series.min))
     }
 
 
-def method(cfg: CfgNode) -> dict[str, str | float]:
-    """What tells the methods of the table apart, as a run of ForgetExact has it."""
-    node = cfg.TRAINER.FORGETEXACT
-    target = {"target": cfg.FORGET.TARGET, "beta": cfg.FORGET.BETA}
-    return target | {"mu": node.MU, "vocabulary": node.VOCABULARY}
+def factors(answers: Sequence[Solved]) -> list[Factors]:
+    return [(answer.left, answer.right) for answer in answers]
 
 
-def frontier(bundles: Sequence[FeatureBundle]) -> pd.DataFrame:
+def row(alone: Alone, own: ZeroShot, judged: Sequence[ZeroShot]) -> dict[str, float | str]:
+    """What a run finds, and how that fares on images."""
+    answers = alone.answers()
+    beta = float(alone.cfg.FORGET.BETA)
+    return {
+        "mu": alone.retained.mu,
+        "joined": sum(bool(answer.report["wordings"]["joined"]) for answer in answers),
+        "raised": sum(answer.report["beta"] > beta for answer in answers),
+    } | row_of(outcomes(own, judged, factors(answers)))
+
+
+def places(others: Sequence[ZeroShot], default: bool) -> Iterator[tuple[str, list, list, tuple]]:
+    """What is said of the other sets' names: a word for it, the sets that are listed, those that
+    are judged, and KEY VALUE pairs."""
+    yield "known", list(others), list(others), ()
+    yield "unknown", list(others), list(others), UNKNOWN
+    if default and len(others) > 1:
+        for out in others:
+            listed = [other for other in others if other is not out]
+            yield f"all but {out.bundle.dataset}", listed, [out], ()
+
+
+def frontier(
+    bundles: Sequence[FeatureBundle], variants: Sequence[Variant] = VARIANTS
+) -> pd.DataFrame:
     """A row for every set and method."""
     scored = [ZeroShot(bundle) for bundle in bundles]
     rows = []
     for own in scored:
         others = [other for other in scored if other is not own]
-        foreign = [other.bundle for other in others]
-        for names, opts in RETAINED:
-            alone = Alone(own.bundle, foreign, opts)
-            place = {"set": own.bundle.dataset, "names": names} | method(alone.cfg)
-            moves = [(*target, alone.displacements(*target)) for target in TARGETS]
-            for mu in RIDGES:
-                left = alone.left(mu)
-                for target, beta, d in moves:
-                    here = place | {"target": target, "beta": beta, "mu": mu}
-                    rows.append(here | row_of(outcomes(own, others, left, d)))
+        for variant in variants:
+            for names, listed, judged, opts in places(others, variant.kind == "default"):
+                foreign = [other.bundle for other in listed]
+                alone = Alone(own.bundle, foreign, [*variant.opts, *opts], variant.lever)
+                place = {"set": own.bundle.dataset, "names": names, "method": variant.name}
+                rows.append(place | {"kind": variant.kind} | row(alone, own, judged))
+    return pd.DataFrame(rows)
+
+
+def more_names(bundle: FeatureBundle, seed: int = 0) -> pd.DataFrame:
+    """Shares of names that nobody listed, and of other words for what is forgotten, where more and
+    more of the bundle's classes are retained: random ones, each a superset of the one before."""
+    order = torch.randperm(len(bundle.classnames), generator=torch.Generator().manual_seed(seed))
+    gone, free, pool = order.split([JUDGED, JUDGED, len(order) - 2 * JUDGED])
+    cfg = settings("ForgetExact", bundle.dataset, bundle.backbone)
+    limit, hidden = cfg.TRAINER.FORGETEXACT.ALONE.PUSH, bundle.forget_hidden
+    like, alone, rows = hidden[gone], torch.arange(JUDGED), []
+    moved = torch.ones(JUDGED, 1)
+    for count in COUNTS:
+        chosen = pool[:count]
+        names = [bundle.classnames[i] for i in chosen.tolist()]
+        retain = RetainSet({"own": Group(names, hidden[chosen], 1.0, alike=False)})
+        leaving = torch.zeros(JUDGED, len(names), dtype=torch.bool)
+        found = best_ridge(retain, bundle.text_projection, like, leaving, limit)
+        for rule, mu in (("first default", 5e-6), ("found", found)):
+            texts = torch.cat([hidden[free], bundle.class_hidden[gone]])
+            away = torch.zeros(JUDGED, len(texts), dtype=torch.bool)
+            shares, _ = shares_each(
+                *(retain.ridge(mu), like, moved, alone, texts),
+                *(torch.zeros(len(texts)), away, torch.arange(len(texts))),
+            )
+            unlisted, words = shares.split(JUDGED, dim=1)
+            rows.append(
+                {
+                    "retained": len(names),
+                    "ridge": rule,
+                    "mu": mu,
+                    "unlisted_rms": float(unlisted.square().mean().sqrt()),
+                    "unlisted_max": float(unlisted.max()),
+                    "other_words": float(words.diagonal().mean()),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
     """A panel for each set, above with the other sets' names known, below without."""
     sets = list(table["set"].unique())
-    default = pd.DataFrame([method(settings("ForgetExact"))])
-    sizes = {mu: 14.0 * (1 + 2 * place) for place, mu in enumerate(RIDGES)}
-    ring = {"s": 170, "facecolors": "none", "edgecolors": "black", "zorder": 4}
+    marks = {FIRST: {"marker": "X", "s": 90}, NEW: {"marker": "*", "s": 150}}
     with drawing(path, 3.1 * len(sets) + 1, 6.2) as figure:
         axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
-        for row, names in zip(axes, ("known", "unknown"), strict=True):
-            for axis, name in zip(row, sets, strict=True):
+        for line, names in zip(axes, ("known", "unknown"), strict=True):
+            for axis, name in zip(line, sets, strict=True):
                 part = table[(table["set"] == name) & (table["names"] == names)]
-                for (target, beta), colour in zip(TARGETS, OF_TARGET, strict=True):
-                    mine = part[(part["target"] == target) & (part["beta"] == beta)]
-                    for _, line in mine.groupby("vocabulary"):
-                        axis.plot(line["margin"], -line["others_mean"], color=colour, linewidth=0.8)
-                    faces = [colour if left == 0 else "white" for left in mine["left_max"]]
-                    dots = {"edgecolors": colour, "facecolors": faces, "s": mine["mu"].map(sizes)}
-                    axis.scatter(mine["margin"], -mine["others_mean"], zorder=3, **dots)
-                standard = part.merge(default)
-                axis.scatter(standard["margin"], -standard["others_mean"], **ring)
+                for kind, (colour, marker) in KINDS.items():
+                    for _, one in part[part["kind"] == kind].iterrows():
+                        face = colour if one["kept"] == 0 else "white"
+                        style = marks.get(one["method"], {"marker": marker, "s": 24})
+                        where = one["margin"], -one["others_mean"]
+                        over = {"zorder": 4 if kind == "default" else 3}
+                        axis.scatter(*where, edgecolors=colour, facecolors=face, **over, **style)
                 axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
                 axis.set_title(f"{name}, other names {names}")
-            row[0].set_ylabel("harm to other sets, points (mean)")
+            line[0].set_ylabel("harm to other sets, points (mean)")
         for axis in axes[1]:
             axis.set_xlabel("margin of the forgotten class, cosine")
         key = axes[0, 0].scatter
-        for (target, beta), colour in zip(TARGETS, OF_TARGET, strict=True):
-            label = target if target == "empty" else f"{target}, beta {beta:g}"
-            key([], [], s=40, color=colour, label=label)
-        key([], [], label="the default", **ring)
+        for label, style in marks.items():
+            key([], [], color=KINDS["default"][0], label=label, **style)
+        for kind, (colour, marker) in list(KINDS.items())[1:]:
+            key([], [], s=24, color=colour, marker=marker, label=kind)
         key([], [], s=40, color="white", edgecolors="0.4", label="some class is left")
-        for mu, size in sizes.items():
-            key([], [], s=size, color="0.4", label=f"ridge {mu:g}")
         figure.legend(loc="outside lower center", ncols=4)
 
 
-def load(folder: str | Path, backbone: str) -> list[FeatureBundle]:
+def load(folder: str | Path, backbone: str, least: int = 2) -> list[FeatureBundle]:
     """The sets with images of a folder of bundles.
 
     Raises:
-        UserError: fewer than two, so that nobody can be harmed.
+        UserError: fewer than two (`least`), so that nobody can be harmed.
     """
     bundles = [found for found in load_bundles(folder, backbone).values() if len(found.labels)]
-    if len(bundles) < 2:
-        raise UserError(f"{folder} has {len(bundles)} image sets of {backbone}; two are needed")
+    if len(bundles) < least:
+        raise UserError(
+            f"{folder} has {len(bundles)} image sets of {backbone}; "
+            f"{'one is' if least == 1 else 'two are'} needed"
+        )
     return bundles
+
+
+def chosen(names: Sequence[str]) -> list[Variant]:
+    """The variants of these names; all where there are none."""
+    known = {variant.name: variant for variant in VARIANTS}
+    for name in names:
+        if name not in known:
+            raise unknown("method", name, list(known))
+    return [known[name] for name in names or known]
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
@@ -240,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser = Parser(prog="python -m experiments frontier", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
+    parser.add_argument("--methods", nargs="*", default=[], metavar="NAME", help="default: all")
+    parser.add_argument("--names", metavar="DATASET", help="a bundle of many names; see above")
     parser.add_argument("--csv", type=Path, help="table to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
@@ -247,12 +278,20 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         refuse_foreign(args.csv, "set,names")
     if args.plot:
         check_picture(args.plot)
-    started = time.perf_counter()
+    variants, started = chosen(args.methods), time.perf_counter()
+    if args.names:
+        bundle = load_bundle(args.features, args.backbone, args.names)
+        if len(bundle.classnames) < COUNTS[-1] + 2 * JUDGED:
+            raise UserError(f"{args.names} has {len(bundle.classnames)} names, which are too few")
+        with one_thread():
+            table = more_names(bundle)
+        print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        return table
     bundles = load(args.features, args.backbone)
     with one_thread():
-        table = frontier(bundles)
+        table = frontier(bundles, variants)
     for (name, names), part in table.groupby(["set", "names"], sort=False):
-        print(f"\n{name}, names of the other sets {names}")
+        print(f"\n{name}, names of the other sets: {names}")
         print(part[PRINTED].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
     print(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
     if args.csv:

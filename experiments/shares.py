@@ -3,10 +3,10 @@
     python -m experiments shares --features DIR [--backbone ViT-B/32] [KEY VALUE ...]
 
 DIR is a folder of feature bundles (`python -m clip.features DATASET ARCH --out DIR --audit`). Every
-class is forgotten alone by what a run of ForgetExact retains; a text h then moves by s(h) times the
-way of the class's own name. A high share of other words carries forgetting over to them; a high
-share of names that nobody retained (classes and vocabularies of the other sets) is harm to them.
-`TRAINER.FORGETEXACT.OTHERS 0` leaves the other sets' classes unlisted too.
+class is forgotten alone, by its bare name, by what a run of ForgetExact retains; a text h then
+moves by s(h) times the way of that name. A high share of other words carries forgetting over to
+them; a high share of names that nobody retained (classes and vocabularies of the other sets) is
+harm to them. `TRAINER.FORGETEXACT.OTHERS 0` leaves the other sets' classes unlisted too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clip.bundle import FeatureBundle, load_bundles
 from datasets.names import key
 from engine.cli import Parser
 from engine.determinism import one_thread
-from experiments.frontier import Alone
+from experiments.alone import Alone
 
 COLUMNS = ["set", "texts", "count", "mean", "rms", "lowest", "highest"]
 
@@ -31,7 +31,7 @@ COLUMNS = ["set", "texts", "count", "mean", "rms", "lowest", "highest"]
 def shares(bundle: FeatureBundle, others: Sequence[FeatureBundle], opts: Sequence[str]) -> list:
     """Rows of `COLUMNS`: kinds of other words that the bundle brought, then names of others."""
     alone = Alone(bundle, others, opts)
-    left = alone.left(float(alone.cfg.TRAINER.FORGETEXACT.MU))  # (C, w)
+    left = alone.left()  # (C, w)
     found: dict[str, list[Tensor]] = defaultdict(list)
     found["evaluation"] = list((left * bundle.class_hidden.double()).sum(dim=1))
     for label, name in enumerate(bundle.classnames):

@@ -24,7 +24,6 @@ from forgetting.checks import (
     matrices,
     matrix,
     texts,
-    vector,
     whole,
 )
 from forgetting.constrained import Ridge, downdate, requests
@@ -138,7 +137,7 @@ def specific_target(
     if not isinstance(beta, Tensor):
         check_beta("specific", beta)
         beta = w.new_full((len(hidden),), beta)
-    beyond = vector("beta", beta, len(hidden)).to(w)
+    beyond = matrix("beta", beta[None], len(hidden))[0].to(w)  # (k,), of either sign
     if len(beyond):
         check_beta("specific", float(beyond.min()))
     hidden, w = texts("forget_hidden", hidden, "projection", w, least=0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.frontier import Alone
+from experiments.alone import Alone
 from experiments.shares import main, shares
 from tests.paraphrase_fixtures import CLASSES, unit, world
 
@@ -33,7 +33,7 @@ def test_shares_are_those_of_the_formula(bundles, opts):
     bundle, other = bundles
     found = {kind: rest for _, kind, *rest in shares(bundle, [other], opts)}
     alone = Alone(bundle, [other], opts)
-    retain, mu = alone.retain, alone.retain.ridge(alone.cfg.TRAINER.FORGETEXACT.MU).mu
+    retain, mu = alone.retain, alone.retained.ridge.mu
     rows = retain.rows.double()
 
     def share(label, h):

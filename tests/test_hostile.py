@@ -327,6 +327,7 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
     "compose": ["compose", "mini.safetensors", "mini.safetensors", "--out", "new.safetensors"],
     "studies": ["experiments", "studies", "rank", "--features", "features"],
     "frontier": ["experiments", "frontier", "--features", "features"],
+    "forecast": ["experiments", "forecast", "--features", "features"],
     "shares": ["experiments", "shares", "--features", "features"],
     "faithfulness": ["experiments", "faithfulness", "--features", "features"],
     "reproduce": ["experiments", "reproduce", "--data", "data"],
@@ -347,7 +348,9 @@ NUMBERS = {
 }
 NAMES = {
     "--dataset": ["train", "audit", "studies", "baselines", "driver"],
-    "--backbone": ["train", "studies", "frontier", "shares", "baselines", "driver"],
+    "--backbone": [
+        *("train", "studies", "frontier", "forecast", "shares", "baselines", "driver"),
+    ],
     "--trainer": ["train", "driver"],
     "--target": ["train"],
     "--forget": ["train", "audit", "baselines"],
@@ -355,14 +358,15 @@ NAMES = {
     "--primary": ["report"],
     "--set": ["check"],
     "--solver": ["studies"],
-    "--methods": ["baselines"],
+    "--methods": ["baselines", "frontier"],
+    "--names": ["frontier"],
     "--datasets": ["reproduce"],
     "--backbones": ["reproduce"],
 }
 PLACES = {  # of files that must be there
     "--features": [
         *("train", "audit", "studies", "frontier", "faithfulness", "baselines", "figures"),
-        *("shares", "driver", "solver"),
+        *("forecast", "shares", "driver", "solver"),
     ],
     "--root": ["audit", "features"],
     "--data": ["reproduce"],

@@ -101,7 +101,9 @@ class ForgetExact(ForgetTrainer):
         is none."""
         margin, lead = (answer.report["forecast"][key] for key in ("margin", "lead"))
         wanted = self.cfg.TRAINER.FORGETEXACT.MARGIN
-        if self.cfg.FORGET.TARGET != "specific" or margin is None or margin >= wanted * lead:
+        if self.cfg.FORGET.TARGET != "specific" or not wanted or margin is None:
+            return None
+        if margin >= wanted * lead:
             return None
         return next((step for step in BETAS if step > beta), None)
 
