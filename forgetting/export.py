@@ -312,7 +312,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
 
 def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        torch.save(tensors, path)
+        with open(path, "wb") as file:  # given a path, torch would write its name into the file
+            torch.save(tensors, file)
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(str(error).splitlines()[0]) from error
 

@@ -37,7 +37,7 @@ from torch.nn.functional import normalize
 from forgetting.adapter import Adapter, load_adapter
 from forgetting.checkpoints import read_projection
 from forgetting.checks import FLOATS, ProblemError, line, matrix, shown, tensor
-from forgetting.files import UNREADABLE, naming, need, new_place, refuse_taken
+from forgetting.files import UNREADABLE, digest, naming, need, new_place, refuse_taken
 
 CHUNK = 65536  # rows that are in float64 at one time
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
@@ -271,8 +271,6 @@ def patch_file(
 
 def _mark(change: Adapter) -> str:
     """What names a change in a file that it was applied to."""
-    from forgetting.files import digest
-
     return digest({}, {"left": change.left.cpu().float(), "right": change.right.cpu().float()})
 
 
@@ -327,12 +325,13 @@ def _pt(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
         held = dict(held) if isinstance(held, dict) else {}
         name = _one_of({k: v for k, v in held.items() if isinstance(v, Tensor)}, key)
         held[name] = work(held[name])
-    with new_place(out) as temporary:
-        torch.save(held, temporary)
+    with new_place(out) as temporary, open(temporary, "wb") as file:
+        torch.save(held, file)
 
 
 def _parquet(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
     arrow, parquet = need("pyarrow"), need("pyarrow.parquet", "pyarrow")
+    compute = need("pyarrow.compute", "pyarrow")
     try:
         table = parquet.read_table(path, memory_map=True)
     except (*UNREADABLE, arrow.ArrowException) as error:
@@ -351,7 +350,7 @@ def _parquet(path: Path, out: Path, key: str | None, work: Work, mark: str) -> N
     place = lists[name]
     column, field = table.column(place).combine_chunks(), table.schema.field(place)
     flat = column.flatten()
-    lengths = set(arrow.compute.list_value_length(column).unique().to_pylist())
+    lengths = set(compute.list_value_length(column).unique().to_pylist())
     if column.null_count or flat.null_count or len(lengths) != 1:
         raise ProblemError(
             f"column {shown(name)} has rows without an embedding, or of another length"
