@@ -148,9 +148,16 @@ class Adapter:
         """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).
 
         Raises:
-            ProblemError: the projection is not the one that the adapter was made for.
+            ProblemError: the projection is not the one that the adapter was made for, or is that
+                one transposed, (d, w), as a torch.nn.Linear holds it; the message says which.
         """
         if (given := projection_sha256(projection)) != self.projection_sha256:
+            if projection_sha256(projection.T) == self.projection_sha256:
+                raise ProblemError(
+                    "the projection is the one that this adapter was made for, but transposed "
+                    f"{tuple(projection.shape)}, as a torch.nn.Linear holds it: pass weight.T, "
+                    "and write the answer's .T back"
+                )
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
                 f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "

@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import torch
@@ -185,3 +188,56 @@ def _settle(temporary: Path, path: Path) -> None:
             os.replace(temporary, path)
     except FileExistsError:
         raise ProblemError(f"{line(path)} exists and is not overwritten") from None
+
+
+def refuse_taken(path: str | Path) -> None:
+    """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
+    if os.path.lexists(path):
+        raise ProblemError(f"{line(path)} exists and is not overwritten; choose another name")
+
+
+@contextmanager
+def new_place(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` at which to write a file or make a folder; it becomes `path` when all
+    is written, and is removed if that fails. Missing folders above are made.
+
+    Raises:
+        ProblemError: something is at `path` already, or the place cannot be written.
+    """
+    path = Path(path)
+    refuse_taken(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            if temporary.is_dir():
+                refuse_taken(path)
+                os.rename(temporary, path)
+            else:
+                _settle(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # gone already
+                temporary.unlink()
+    except OSError as error:
+        raise ProblemError(f"cannot write {line(path)} ({error})") from error
+
+
+def need(module: str, install: str | None = None) -> ModuleType:
+    """A module that this library does not install by itself.
+
+    Raises:
+        ProblemError: it is not there; the message says what to install.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ProblemError(
+            f"this needs the package {package}, which cannot be imported ({line(error)}): "
+            f"pip install '{install or package}'"
+        ) from error

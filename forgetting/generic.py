@@ -1,7 +1,7 @@
 """The generic vocabulary: common names that are retained whatever somebody forgets.
 
-Lists of names, a kind a file and a name a line, come with the package. They are encoded once for a
-text tower and tokenizer, and kept in a folder of files that say what they are of.
+The lists come with the package (`forgetting.words`). They are encoded once for a text tower and
+tokenizer, and kept in a folder of files that say what they are of.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from forgetting.checks import HASH, ProblemError, line, whole
+from forgetting.checks import HASH, ProblemError, whole
 from forgetting.files import pack, unpack, write_bytes
 from forgetting.towers import Tower
+from forgetting.words import generic
 
 FORMAT = "clip-forget-hidden/1"
 FIELDS = {"key": HASH, "texts": whole(0)}
@@ -27,28 +26,9 @@ LOOKED_AT = 8  # texts of a file that are encoded again, to see that it is of th
 SAME = 0.05  # relative distance of a hidden state in half precision from itself in another batch
 
 
-@cache
-def generic_words() -> dict[str, tuple[str, ...]]:
-    """Kind -> names, each name once, as the files of `forgetting/words` have them."""
-    seen: set[str] = set()
-    found: dict[str, tuple[str, ...]] = {}
-    folder = files("forgetting") / "words"
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if not file.name.endswith(".txt"):
-            continue
-        names = []
-        for text in file.read_text(encoding="utf-8").splitlines():
-            name = text.strip()
-            if name and not name.startswith("#") and name.casefold() not in seen:
-                seen.add(name.casefold())
-                names.append(name)
-        found[file.name.removesuffix(".txt")] = tuple(names)
-    return found
-
-
 def generic_names() -> list[str]:
-    """All names of all kinds."""
-    return [name for names in generic_words().values() for name in names]
+    """All names of all kinds, each once."""
+    return [name for names in generic().values() for name in names]
 
 
 def generic_hidden(
@@ -95,8 +75,3 @@ def _kept(path: Path, key: str, names: list[str], tower: Tower) -> Tensor | None
     apart = (rows[::every] - fresh).norm(dim=1)
     same = bool((apart <= SAME * fresh.norm(dim=1)).all()) and bool(torch.isfinite(rows).all())
     return rows if same else None
-
-
-def described() -> str:
-    """What the vocabulary holds, in words."""
-    return line(", ".join(f"{len(names)} {kind}" for kind, names in generic_words().items()))

@@ -26,6 +26,7 @@ from forgetting.forecast import shares_each
 from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
+BLOCK = 2048  # names that are compared with all others at one time
 LOOKED_AT = 128  # texts that stand for what is forgotten, at most
 SLACK = 1.5  # times the push of the smallest ridge is accepted
 MOST = 0.1  # push that SLACK may lead to
@@ -108,10 +109,13 @@ def distances(retain: RetainSet, projection: Tensor) -> Tensor:
         *(part.split(sizes) for part in (retain.rows.to(projection), places, retain.twin)),
         strict=True,
     ):
-        embedded = rows @ projection
-        between = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
-        between[place - place[0], twin - place[0]] = torch.inf
-        nearest = between.amin(dim=1)
+        embedded, parts = rows @ projection, []
+        for block in torch.arange(len(rows), device=rows.device).split(BLOCK):
+            between = torch.cdist(embedded[block], embedded)  # (b, m)
+            between[block - block[0], block] = torch.inf
+            between[block - block[0], twin[block] - place[0]] = torch.inf
+            parts.append(between.amin(dim=1))
+        nearest = torch.cat([embedded[:0, 0], *parts])
         nearest = torch.where(nearest.isfinite(), nearest, embedded.norm(dim=1))  # no other name
         found.append(nearest.clamp_min(max(float(nearest.median()) / 4, 1e-300)))
     return torch.cat(found)
