@@ -32,7 +32,7 @@ from forgetting.checks import (
     whole,
 )
 from forgetting.constrained import Ridge
-from forgetting.files import naming, pack, unpack, write_bytes
+from forgetting.files import naming, pack, raw, unpack, write_bytes
 from forgetting.problem import NUMBERS
 
 FORMAT = "clip-forget-adapter/2"
@@ -84,8 +84,7 @@ LARGEST = torch.finfo(torch.float32).max
 def projection_sha256(projection: Tensor) -> str:
     """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
     projection = matrix("projection", projection)
-    array = projection.to("cpu", torch.float32).contiguous().numpy().astype("<f4")
-    return hashlib.sha256(array.tobytes()).hexdigest()
+    return hashlib.sha256(raw(projection.to("cpu", torch.float32))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,16 @@ class Adapter:
         """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).
 
         Raises:
-            ProblemError: the projection is not the one that the adapter was made for.
+            ProblemError: the projection is not the one that the adapter was made for, or is that
+                one transposed, (d, w), as a torch.nn.Linear holds it; the message says which.
         """
         if (given := projection_sha256(projection)) != self.projection_sha256:
+            if projection_sha256(projection.T) == self.projection_sha256:
+                raise ProblemError(
+                    "the projection is the one that this adapter was made for, but transposed "
+                    f"{tuple(projection.shape)}, as a torch.nn.Linear holds it: pass weight.T, "
+                    "and write the answer's .T back"
+                )
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
                 f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "

@@ -6,13 +6,18 @@ A file is safetensors. Its metadata holds a `format`, fields as JSON (of shapes 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import secrets
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import torch
@@ -25,12 +30,26 @@ from forgetting.checks import ProblemError, check, line, shown
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's numbers, row by row and little-endian; numpy is not needed."""
+    tensor = tensor.detach().cpu().contiguous().reshape(-1)
+    size = tensor.element_size()
+    if sys.byteorder == "big" and size > 1:
+        tensor = tensor.view(torch.uint8).reshape(-1, size).flip(1).contiguous().reshape(-1)
+    count = tensor.numel() * tensor.element_size()
+    if not count:
+        return memoryview(b"")
+    held = (ctypes.c_ubyte * count).from_address(tensor.data_ptr())
+    held.tensor = tensor  # lives as long as the view of its memory
+    return memoryview(held).cast("B")
+
+
 def digest(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of metadata and of all tensors: their names, dtypes, shapes and bytes."""
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(raw(tensor))
     return found.hexdigest()
 
 
@@ -169,3 +188,56 @@ def _settle(temporary: Path, path: Path) -> None:
             os.replace(temporary, path)
     except FileExistsError:
         raise ProblemError(f"{line(path)} exists and is not overwritten") from None
+
+
+def refuse_taken(path: str | Path) -> None:
+    """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
+    if os.path.lexists(path):
+        raise ProblemError(f"{line(path)} exists and is not overwritten; choose another name")
+
+
+@contextmanager
+def new_place(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` at which to write a file or make a folder; it becomes `path` when all
+    is written, and is removed if that fails. Missing folders above are made.
+
+    Raises:
+        ProblemError: something is at `path` already, or the place cannot be written.
+    """
+    path = Path(path)
+    refuse_taken(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            if temporary.is_dir():
+                refuse_taken(path)
+                os.rename(temporary, path)
+            else:
+                _settle(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # gone already
+                temporary.unlink()
+    except OSError as error:
+        raise ProblemError(f"cannot write {line(path)} ({error})") from error
+
+
+def need(module: str, install: str | None = None) -> ModuleType:
+    """A module that this library does not install by itself.
+
+    Raises:
+        ProblemError: it is not there; the message says what to install.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ProblemError(
+            f"this needs the package {package}, which cannot be imported ({line(error)}): "
+            f"pip install '{install or package}'"
+        ) from error

@@ -26,6 +26,7 @@ from forgetting.forecast import shares_each
 from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
+BLOCK = 2048  # names that are compared with all others at one time
 LOOKED_AT = 128  # texts that stand for what is forgotten, at most
 SLACK = 1.5  # times the push of the smallest ridge is accepted
 MOST = 0.1  # push that SLACK may lead to
@@ -48,7 +49,12 @@ class _Diagonal:
 
 
 def best_ridge(
-    retain: RetainSet, projection: Tensor, like: Tensor, leaving: Tensor, limit: float
+    retain: RetainSet,
+    projection: Tensor,
+    like: Tensor,
+    leaving: Tensor,
+    limit: float,
+    bias: Tensor | None = None,
 ) -> float:
     """The ridge of a retain set, in mean squared lengths of a retained hidden state.
 
@@ -58,6 +64,7 @@ def best_ridge(
         projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 128 of which
             are looked at; leaving: (C, n) bool, the names that leave with each.
         limit: of the push, a root mean square over the names of a group.
+        bias: (d,), what the model adds to `h W`; None: nothing.
 
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
@@ -71,7 +78,10 @@ def best_ridge(
     values, basis = torch.linalg.eigh(retain.gram)
     h, rows = like.to(basis) @ basis, retain.rows.to(basis) @ basis
     w = matrix("projection", projection, count=len(basis)).to(basis)
-    pushed_by = (like.to(basis) @ w).norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
+    embedded = like.to(basis) @ w
+    if bias is not None:
+        embedded = embedded + bias.to(embedded)
+    pushed_by = embedded.norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
     alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
 
     def look(mu: float) -> tuple[float, float]:
@@ -101,10 +111,13 @@ def distances(retain: RetainSet, projection: Tensor) -> Tensor:
         *(part.split(sizes) for part in (retain.rows.to(projection), places, retain.twin)),
         strict=True,
     ):
-        embedded = rows @ projection
-        between = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
-        between[place - place[0], twin - place[0]] = torch.inf
-        nearest = between.amin(dim=1)
+        embedded, parts = rows @ projection, []
+        for block in torch.arange(len(rows), device=rows.device).split(BLOCK):
+            between = torch.cdist(embedded[block], embedded)  # (b, m)
+            between[block - block[0], block] = torch.inf
+            between[block - block[0], twin[block] - place[0]] = torch.inf
+            parts.append(between.amin(dim=1))
+        nearest = torch.cat([embedded[:0, 0], *parts])
         nearest = torch.where(nearest.isfinite(), nearest, embedded.norm(dim=1))  # no other name
         found.append(nearest.clamp_min(max(float(nearest.median()) / 4, 1e-300)))
     return torch.cat(found)

@@ -87,7 +87,7 @@ def empty_target(
     )
 
 
-def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> Tensor:
+def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float | Tensor) -> Tensor:
     """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
 
     beta = 0 removes the text's embedding, 0.1 to 0.3 also carries over to other words for it (which
@@ -97,10 +97,10 @@ def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float) -> T
     Raises:
         ProblemError: beta is not a number of 0 or more.
     """
-    check_beta("opposite", beta)
     forget_hidden, projection = texts(
         "forget_hidden", forget_hidden, "projection", projection, least=0
     )
+    beta = betas("opposite", beta, forget_hidden)
     return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
 
 
@@ -134,12 +134,7 @@ def specific_target(
     """
     w = matrix("projection", projection).double()
     hidden = matrix("forget_hidden", forget_hidden).to(w)
-    if not isinstance(beta, Tensor):
-        check_beta("specific", beta)
-        beta = w.new_full((len(hidden),), beta)
-    beyond = matrix("beta", beta[None], len(hidden))[0].to(w)  # (k,), of either sign
-    if len(beyond):
-        check_beta("specific", float(beyond.min()))
+    beyond = betas("specific", beta, hidden)
     hidden, w = texts("forget_hidden", hidden, "projection", w, least=0)
     g = matrix("gram", gram, len(w), len(w)).double()
     ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
@@ -152,7 +147,7 @@ def specific_target(
             r[numbers] = downdate(e[numbers], base, *gone)
     length = (r * r).sum(1, keepdim=True)
     share = torch.where(length > 0, (e * r).sum(1, keepdim=True) / length, 0.0)  # of a zero text
-    return e - (1 + beyond[:, None]) * share * r
+    return e - (1 + beyond) * share * r
 
 
 def orthogonal_target(texts: Tensor, count: int) -> Tensor:
@@ -169,6 +164,17 @@ def orthogonal_target(texts: Tensor, count: int) -> Tensor:
         raise ProblemError("texts have at least one dimension")
     _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
     return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
+
+
+def betas(kind: str, beta: float | Tensor, rows: Tensor) -> Tensor:
+    """One beta, or one for each of the rows (k, w), checked, as (k, 1)."""
+    if not isinstance(beta, Tensor):
+        check_beta(kind, beta)
+        beta = rows.new_full((len(rows),), beta)
+    beta = matrix("beta", beta[None], len(rows))[0].to(rows)  # (k,), of either sign
+    if len(beta):
+        check_beta(kind, float(beta.min()))
+    return beta[:, None]
 
 
 def check_beta(kind: str, beta: float) -> None:

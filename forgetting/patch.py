@@ -1,0 +1,432 @@
+"""Cached text embeddings, changed as the projection was, without the model.
+
+An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. After the change it is
+`x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
+
+**When x determines it.** x determines `h Delta` for every h exactly if whatever W sends to 0, Delta
+sends to 0 (`h W = g W` must imply `h Delta = g Delta`; take the difference): the left null space
+of W must lie in that of Delta. For *every* Delta that holds exactly if W (w, d) has no left null
+space, which is full ROW rank, `rank W = w`, and needs `w <= d`. (Full column rank does not help:
+with w > d every W has a left null space.) Then `W W^+ = I`, so `h = x W^+` and
+
+    x' = x + h Delta = x (I + W^+ Delta) =: x M
+
+A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. Of a
+W without full row rank the condition may still hold for a particular Delta; in the float32 in
+which changes are stored that cannot be told from nearly holding, so such a W is refused.
+
+**With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so that
+`x - b` is not known: such embeddings can only be patched before they are normalised.
+
+**How exact.** Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at
+most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from forgetting.adapter import Adapter, load_adapter
+from forgetting.checkpoints import read_projection
+from forgetting.checks import FLOATS, ProblemError, line, matrix, shown, tensor
+from forgetting.files import UNREADABLE, digest, naming, need, new_place, refuse_taken
+
+CHUNK = 65536  # rows that are in float64 at one time
+UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
+INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
+UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
+PATCHED = "clip-forget-patched"  # the key, in files that can say so, of what was done to them
+
+
+def condition(projection: Tensor) -> float:
+    """Largest over smallest singular value of W (w, d); infinite without full row rank.
+
+    The rank is judged in float32, in which projections are stored: a singular value below
+    `max(w, d)` machine epsilons of the largest one counts as 0.
+    """
+    w, d = matrix("projection", projection).shape
+    if not 0 < w <= d:
+        return math.inf
+    values = torch.linalg.svdvals(projection.detach().double())
+    least, most = float(values[-1]), float(values[0])
+    return most / least if least > max(w, d) * torch.finfo(torch.float32).eps * most else math.inf
+
+
+def rounding(dtype: torch.dtype, d: int) -> float:
+    """How far rounding to `dtype` moves a vector (d,) of length 1, at most."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * (1 + info.smallest_normal * math.sqrt(d))
+
+
+class Patch:
+    """The map from embeddings to embeddings that a change of one projection means.
+
+    Args:
+        projection: W (w, d), the original one, of full row rank.
+        left, right: (w, r) and (r, d), `Delta = left @ right`.
+        bias: (d,) of a projection that has one.
+
+    Attributes:
+        condition: of W; norm: the largest singular value of M, by which errors grow at most.
+
+    Raises:
+        ProblemError: shapes that do not fit, values that are not finite, a W without full row rank.
+    """
+
+    def __init__(
+        self, projection: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
+    ) -> None:
+        w, d = matrix("projection", projection).shape
+        left = matrix("left", left, count=w).detach().double().cpu()
+        right = matrix("right", right, d, left.shape[1]).detach().double().cpu()
+        self.condition = condition(projection)
+        if math.isinf(self.condition):
+            why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
+            raise ProblemError(
+                f"the projection has no full row rank ({why}), so embeddings do not determine how "
+                "they change: encode the texts again with the changed model"
+            )
+        weight = projection.detach().double().cpu()
+        self._rows = torch.linalg.qr(weight.T)[0]  # (d, w), an orthonormal basis of W's rows
+        self._left, self._right = torch.linalg.pinv(weight) @ left, right  # (d, r), (r, d)
+        eye = torch.eye(d, dtype=torch.float64)
+        self.norm = float(torch.linalg.matrix_norm(eye + self._left @ self._right, 2))
+        self._bias = None
+        if bias is not None:
+            self._bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
+
+    def error(self, dtype: torch.dtype) -> float:
+        """How far the patched embedding may be from the true one if the cached one was right but
+        for its rounding to `dtype`, and the text keeps its length: relative to that length."""
+        return rounding(dtype, len(self._right.T)) * (self.norm + 1)
+
+    def apply(self, embeddings: Tensor, normalised: bool = True) -> tuple[Tensor, float]:
+        """Patch a matrix of embeddings.
+
+        Args:
+            embeddings: (n, d), of unit norm if `normalised`; else as the projection gave them.
+
+        Returns:
+            The patched ones, likewise, in the same dtype and on the same device; and by how much
+            any of them may be wrong, relative to its length, since the cached ones were rounded.
+
+        Raises:
+            ProblemError: another shape; not of unit norm; not within the rows of W, where w < d
+                (image embeddings, or another model's); unit norm and a bias; a text of which so
+                little is left that rounding decides its direction.
+        """
+        d = self._right.shape[1]
+        if isinstance(embeddings, Tensor) and embeddings.ndim == 2 and len(embeddings) == d:
+            rows = embeddings.shape[1] == d and _unit(embeddings)
+            if not rows and _unit(embeddings.T):
+                raise ProblemError(
+                    f"the embeddings {tuple(embeddings.shape)} stand in columns, as in a "
+                    "zero-shot head: pass their transpose, one embedding a row"
+                )
+        embeddings = tensor("embeddings", embeddings, FLOATS, ("n", d))
+        if self._bias is not None and (normalised or (len(embeddings) and _unit(embeddings))):
+            raise ProblemError(
+                "this projection has a bias, and a unit-norm embedding does not tell how much of "
+                "it the bias is: patch embeddings that are not normalised, or encode again"
+            )
+        done, worst = torch.empty_like(embeddings), 0.0
+        for start in range(0, len(embeddings), CHUNK):
+            rows = embeddings[start : start + CHUNK].double().cpu()
+            patched, error = self._chunk(rows, normalised, start, embeddings.dtype)
+            done[start : start + CHUNK] = patched.to(done)
+            worst = max(worst, error)
+        return done, worst
+
+    def _chunk(
+        self, rows: Tensor, normalised: bool, start: int, dtype: torch.dtype
+    ) -> tuple[Tensor, float]:
+        """`apply` for some rows (n, d) float64, the first of which is row `start`."""
+        sizes = rows.norm(dim=1)
+        far = (sizes - 1).abs() > UNIT
+        if normalised and far.any():
+            i = int(far.nonzero()[0])
+            raise ProblemError(
+                f"row {start + i} has the length {float(sizes[i]):.3g}, not 1: these embeddings "
+                "are not normalised; say so (normalised=False, --unnormalised) and they are "
+                "patched as they are"
+            )
+        x = rows if self._bias is None else rows - self._bias
+        outside = (x - x @ self._rows @ self._rows.T).norm(dim=1) > INSIDE * sizes
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise ProblemError(
+                f"row {start + i} is no text embedding of this projection: it lies outside of "
+                "what the projection can give (an image's, another model's, or patched already)"
+            )
+        x = x + (x @ self._left) @ self._right  # (n, d) @ (d, r) @ (r, d) -> (n, d)
+        x = x if self._bias is None else x + self._bias
+        unit = rounding(dtype, rows.shape[1])
+        moved, left = unit * self.norm * sizes, x.norm(dim=1)
+        # |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|), with |b| >= |a| - |a - b|
+        error = torch.where(2 * left > moved, 2 * moved / (2 * left - moved), math.inf) + unit
+        if normalised and (error > UNCERTAIN).any():
+            i = int(error.argmax())
+            raise ProblemError(
+                f"row {start + i} keeps only {float(left[i]):.1e} of its length, so rounding to "
+                f"{str(dtype).removeprefix('torch.')} would decide its direction: take this text "
+                "out of the cache, or encode it again"
+            )
+        worst = float(error.max()) if len(error) else 0.0
+        return (normalize(x, dim=1) if normalised else x), worst
+
+
+def _unit(rows: Tensor) -> bool:
+    """Whether all rows have length 1."""
+    return bool(((rows.detach().double().norm(dim=1) - 1).abs() <= UNIT).all())
+
+
+def patch(
+    embeddings: Any,
+    projection: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    normalised: bool = True,
+) -> Any:
+    """Text embeddings as they are after `W' = W + left @ right`: `normalise(e (I + W^+ Delta))`.
+
+    Args:
+        embeddings: (..., d), a torch tensor or a numpy array, of unit norm if `normalised`.
+        projection: the original W (w, d); bias: (d,) if the projection has one.
+        left, right: (w, r) and (r, d).
+
+    Returns:
+        The same kind of thing, shape and dtype; the arithmetic is float64.
+
+    Raises:
+        ProblemError: see `Patch` and `Patch.apply`.
+    """
+    given = isinstance(embeddings, Tensor) or not hasattr(embeddings, "__array__")
+    try:
+        rows = embeddings if given else torch.tensor(embeddings)
+    except TypeError as error:  # an array of texts, say
+        raise ProblemError(f"embeddings hold no numbers ({line(error)})") from error
+    shape = rows.shape if isinstance(rows, Tensor) else ()
+    if len(shape) != 2 and shape:
+        rows = rows.reshape(-1, shape[-1])
+    done, _ = Patch(projection, left, right, bias).apply(rows, normalised)
+    done = done.reshape(shape)
+    return done if given else done.numpy()
+
+
+def patch_file(
+    path: str | Path,
+    out: str | Path,
+    projection: Tensor,
+    change: Adapter,
+    key: str | None = None,
+    bias: Tensor | None = None,
+    normalised: bool = True,
+) -> dict[str, Any]:
+    """Patch the embeddings in a file; `out` is a new one of the same kind.
+
+    Args:
+        path: `.npy`; `.safetensors`, `.pt` or `.pth` (a tensor, or a dictionary of which `key` is
+            one); `.parquet`, of which `key` is a column of lists of numbers. Everything else that
+            the file holds is kept. Files of the last kind need pyarrow.
+        projection: the original W (w, d), which must be the one that `change` was made for.
+        normalised: whether the embeddings are of unit norm.
+
+    Returns:
+        `rows`, `dtype`, the `condition` of W, and `error`: by how much an embedding may be off.
+
+    Raises:
+        ProblemError: `out` exists; a file that cannot be read, or says that it was patched by this
+            change already; another projection; see also `Patch` and `Patch.apply`.
+    """
+    path, out = Path(path), Path(out)
+    refuse_taken(out)
+    kind = path.suffix.lower()
+    if kind not in KINDS or out.suffix.lower() != kind:
+        wanted = f"{line(out)} must end in {kind} too" if kind in KINDS else line(path)
+        raise ProblemError(f"{wanted}: embeddings are read from and written to {', '.join(KINDS)}")
+    change.apply(projection)  # refuses another projection
+    patcher, report = Patch(projection, change.left, change.right, bias), {}
+
+    def work(embeddings: Tensor) -> Tensor:
+        done, error = patcher.apply(embeddings, normalised)
+        dtype = str(done.dtype).removeprefix("torch.")
+        report.update(rows=len(done), dtype=dtype, condition=patcher.condition, error=error)
+        return done
+
+    with naming(path):
+        if not path.is_file():
+            raise ProblemError("no such file")
+        KINDS[kind](path, out, key, work, _mark(change))
+    return report
+
+
+def _mark(change: Adapter) -> str:
+    """What names a change in a file that it was applied to."""
+    return digest({}, {"left": change.left.cpu().float(), "right": change.right.cpu().float()})
+
+
+Work = Callable[[Tensor], Tensor]
+
+
+def _npy(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
+    numpy = need("numpy")
+    if key is not None:
+        raise ProblemError("a .npy file holds one array: leave the key out")
+    try:
+        array = numpy.load(path, allow_pickle=False)
+        rows = torch.from_numpy(array)
+    except (*UNREADABLE, EOFError) as error:
+        raise ProblemError(f"not a readable .npy file of numbers ({line(error)})") from error
+    done = work(rows).numpy()
+    with new_place(out) as temporary, open(temporary, "wb") as file:
+        numpy.save(file, done, allow_pickle=False)
+
+
+def _safetensors(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except UNREADABLE as error:
+        raise ProblemError(f"not a readable safetensors file ({line(error)})") from error
+    marks = _unmarked(metadata.get(PATCHED, ""), mark)
+    name = _one_of(tensors, key)
+    tensors[name] = work(tensors[name]).contiguous()
+    data = save(tensors, metadata | {PATCHED: marks})
+    with new_place(out) as temporary:
+        temporary.write_bytes(data)
+
+
+def _pt(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises whatever foreign bytes lead it to
+        reason = line(str(error).partition("\n")[0])
+        raise ProblemError(
+            f"cannot be read as tensors without running code from it ({reason})"
+        ) from error
+    if isinstance(held, Tensor):
+        if key is not None:
+            raise ProblemError("the file holds one tensor: leave the key out")
+        held = work(held)
+    else:
+        held = dict(held) if isinstance(held, dict) else {}
+        name = _one_of({k: v for k, v in held.items() if isinstance(v, Tensor)}, key)
+        held[name] = work(held[name])
+    with new_place(out) as temporary, open(temporary, "wb") as file:
+        torch.save(held, file)
+
+
+def _parquet(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
+    arrow, parquet = need("pyarrow"), need("pyarrow.parquet", "pyarrow")
+    compute = need("pyarrow.compute", "pyarrow")
+    try:
+        table = parquet.read_table(path, memory_map=True)
+    except (*UNREADABLE, arrow.ArrowException) as error:
+        raise ProblemError(f"not a readable parquet file ({line(error)})") from error
+    metadata = {k: v for k, v in (table.schema.metadata or {}).items() if isinstance(k, bytes)}
+    marks = _unmarked(metadata.get(PATCHED.encode(), b"").decode(), mark)
+    types = arrow.types
+    lists = {
+        name: i
+        for i, name in enumerate(table.column_names)
+        if (kind := table.schema.types[i]) is not None
+        and (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+        and types.is_floating(kind.value_type)
+    }
+    name = _one_of(lists, key, "column of lists of numbers")
+    place = lists[name]
+    column, field = table.column(place).combine_chunks(), table.schema.field(place)
+    flat = column.flatten()
+    lengths = set(compute.list_value_length(column).unique().to_pylist())
+    if column.null_count or flat.null_count or len(lengths) != 1:
+        raise ProblemError(
+            f"column {shown(name)} has rows without an embedding, or of another length"
+        )
+    (d,) = lengths
+    done = work(torch.tensor(flat.to_numpy(zero_copy_only=False)).reshape(-1, d))
+    values = arrow.array(done.numpy().reshape(-1), type=field.type.value_type)
+    if types.is_fixed_size_list(field.type):
+        column = arrow.FixedSizeListArray.from_arrays(values, type=field.type)
+    else:
+        form = arrow.LargeListArray if types.is_large_list(field.type) else arrow.ListArray
+        offsets = arrow.array(
+            range(0, len(values) + 1, d),
+            type=arrow.int64() if form is arrow.LargeListArray else arrow.int32(),
+        )
+        column = form.from_arrays(offsets, values, type=field.type)
+    table = table.set_column(place, field, column)
+    table = table.replace_schema_metadata(metadata | {PATCHED.encode(): marks.encode()})
+    with new_place(out) as temporary:
+        parquet.write_table(table, temporary)
+
+
+KINDS = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".pt": _pt,
+    ".pth": _pt,
+    ".parquet": _parquet,
+}
+
+
+def _unmarked(marks: str, mark: str) -> str:
+    """The marks of a file with one more; ProblemError if it was there."""
+    if marks:
+        same = "this change" if mark in marks.split() else "another change"
+        raise ProblemError(
+            f"was patched already, by {same}: a patch starts from what the original model gave"
+        )
+    return mark
+
+
+def _one_of(held: dict[Any, Any], key: str | None, what: str = "tensor") -> Any:
+    """The name to work on: `key`, or the only one."""
+    names = ", ".join(map(shown, held)) or "none"
+    if key is None and len(held) == 1:
+        return next(iter(held))
+    if key is None:
+        raise ProblemError(f"name the {what} to patch (--key), one of: {names}")
+    if key not in held:
+        raise ProblemError(f"no {what} is called {shown(key)}; there is: {names}")
+    return key
+
+
+def add_patch(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `clip-forget patch`."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of what was forgotten")
+    parser.add_argument("embeddings", metavar="FILE", help=f"cached texts: {', '.join(KINDS)}")
+    parser.add_argument("--base", required=True, help="the original checkpoint, file or folder")
+    parser.add_argument("--out", required=True, help="file to write; must not exist")
+    parser.add_argument("--key", help="tensor or column, where the file holds several")
+    parser.add_argument(
+        "--unnormalised",
+        action="store_true",
+        help="the embeddings are as the projection gave them, not of length 1",
+    )
+
+
+def run_patch(args: argparse.Namespace) -> str:
+    """`clip-forget patch`: what to say of it, in one line."""
+    refuse_taken(args.out)
+    adapter = load_adapter(args.adapter)
+    projection, bias = read_projection(args.base, adapter)
+    report = patch_file(
+        args.embeddings, args.out, projection, adapter, args.key, bias, not args.unnormalised
+    )
+    return (
+        f"{line(args.out)}: {report['rows']} {report['dtype']} embeddings patched; condition of "
+        f"the projection {report['condition']:.3g}, each right to {report['error']:.1e}"
+    )

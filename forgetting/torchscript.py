@@ -1,0 +1,112 @@
+"""The tensors of a TorchScript archive, as OpenAI publishes its models, without running it.
+
+Such an archive is a program. Its weights are a pickle in which modules are named by their class and
+tensors by where their numbers are; both are read here as data: a module becomes an empty holder,
+and no other name is looked up.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class _Module:
+    """What a module of the archive becomes: its attributes."""
+
+
+def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    return storage.as_strided(tuple(size), tuple(stride), offset)  # refuses what is out of range
+
+
+def _list(values: Any, *_: Any) -> list:
+    return list(values)
+
+
+_KNOWN = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{
+        ("torch.jit._pickle", name): _list
+        for name in (
+            "build_intlist",
+            "build_tensorlist",
+            "build_doublelist",
+            "build_boollist",
+            "restore_type_tag",
+        )
+    },
+}
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self._archive, self._folder, self._storages = archive, folder, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a model's weights")
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        _, dtype, key, _, count = saved
+        if key not in self._storages:
+            data = bytearray(self._archive.read(f"{self._folder}/data/{key}"))
+            empty = torch.empty(0, dtype=dtype)
+            self._storages[key] = torch.frombuffer(data, dtype=dtype) if count else empty
+        return self._storages[key]
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a zip file is a TorchScript archive."""
+    names = zipfile.ZipFile(path).namelist()
+    return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
+
+
+def read_torchscript(path: str | Path) -> dict[str, Tensor]:
+    """Parameters and buffers of the archived model by their names, on the CPU.
+
+    Raises:
+        pickle.UnpicklingError, KeyError, RuntimeError, ...: whatever a foreign file leads to.
+    """
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as file:
+            model = _Reader(file, archive, name.rpartition("/")[0]).load()
+    state: dict[str, Tensor] = {}
+    _collect(model, "", state, 0)
+    return state
+
+
+def _collect(module: _Module, prefix: str, state: dict[str, Tensor], depth: int) -> None:
+    if depth > 100:
+        raise RecursionError("modules within modules without end")
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            state[prefix + name] = value
+        elif isinstance(value, _Module):
+            _collect(value, f"{prefix}{name}.", state, depth + 1)

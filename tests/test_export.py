@@ -1,0 +1,579 @@
+"""Every format is loaded back by its own library and gives the texts that `W + Delta` gives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from forgetting import ProblemError, save_adapter
+from forgetting.checkpoints import find, read_projection, read_tensors
+from forgetting.export import FORMATS, add_export, export, run_export
+from tests.export_fixtures import (
+    D,
+    W,
+    hf_embed,
+    hf_folder,
+    hf_linear,
+    hf_model,
+    make_adapter,
+    open_clip_folder,
+    open_clip_model,
+    open_clip_projection,
+    reference,
+    tokens,
+)
+
+EXACT, HALF = 1e-5, 1e-3
+HF = ("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference of normalised embeddings."""
+    a, b = (nn.functional.normalize(x.double(), dim=1) for x in (a, b))
+    return float((a - b).abs().max())
+
+
+def refused(words: str, *args, **options) -> None:
+    with pytest.raises(ProblemError, match=words) as caught:
+        export(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+def open_clip_reference(model: nn.Module, adapter, ids: Tensor) -> Tensor:
+    """Hidden states of an open_clip CLIP times `W + Delta`, float64."""
+    weight = model.text_projection.detach().clone()
+    with torch.no_grad():
+        model.text_projection.copy_(torch.eye(W)[:, :D])  # the first D columns of hidden states
+        first = model.encode_text(ids)
+        model.text_projection.copy_(torch.eye(W)[:, -D:])
+        hidden = torch.cat([first[:, : W - D], model.encode_text(ids)], dim=1)
+        model.text_projection.copy_(weight)
+    return hidden.double() @ (weight.double() + adapter.left.double() @ adapter.right.double())
+
+
+# --- OpenAI and open_clip
+
+
+def test_openai_state_dict(tmp_path):
+    pytest.importorskip("open_clip")
+    from open_clip.model import build_model_from_openai_state_dict
+
+    model = open_clip_model()
+    adapter = make_adapter(open_clip_projection(model))
+    base = tmp_path / "base.pt"
+    torch.save(model.state_dict() | {"context_length": torch.tensor(10)}, base)
+    before = base.read_bytes()
+    out = export(adapter, base, "openai", tmp_path / "out.pt")
+    state = torch.load(out, weights_only=True)
+    loaded = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32).eval()
+    wanted = open_clip_reference(model, adapter, tokens())
+    with torch.no_grad():
+        assert apart(loaded.encode_text(tokens()), wanted) < HALF  # as OpenAI's code computes
+        loaded.float().load_state_dict(state)
+        assert apart(loaded.encode_text(tokens()), wanted) < EXACT
+    # Everything else is as it was, to the bit.
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value) == (name != "text_projection")
+    assert base.read_bytes() == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["base.pt", "out.pt"]
+
+
+def test_openai_in_half_precision(tmp_path):
+    pytest.importorskip("open_clip")
+    model = open_clip_model()
+    half = {name: x.half() for name, x in model.state_dict().items()}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in half.items()}}, tmp_path / "half.pt")
+    model.load_state_dict({name: x.float() for name, x in half.items()})
+    adapter = make_adapter(half["text_projection"])
+    state = torch.load(
+        export(adapter, tmp_path / "half.pt", "openai", tmp_path / "out.pt"), weights_only=True
+    )
+    assert state["text_projection"].dtype == torch.float16
+    wanted = open_clip_reference(model, adapter, tokens())
+    model.load_state_dict({name: x.float() for name, x in state.items()})
+    with torch.no_grad():
+        assert EXACT < apart(model.encode_text(tokens()), wanted) < HALF
+
+
+def test_openais_code_would_run_gelu_as_quickgelu(tmp_path):
+    pytest.importorskip("open_clip")
+    model = open_clip_model(quick_gelu=False)
+    base = open_clip_folder(tmp_path / "gelu", model, quick_gelu=False)
+    adapter = make_adapter(open_clip_projection(model))
+    refused("GELU", adapter, base, "openai", tmp_path / "out.pt")
+    export(adapter, base, "open_clip", tmp_path / "out")
+
+
+def test_a_torchscript_archive_is_read_and_not_run(tmp_path):
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text_projection = nn.Parameter(torch.randn(W, D).half())
+            self.visual = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8))
+            self.visual.add_module("conv1", nn.Conv2d(3, 8, 2))
+
+        def forward(self, x):
+            return self.visual(x) @ self.text_projection.float()
+
+    tower = Tower()
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(tower).save(str(tmp_path / "archive.pt"))
+    held = read_tensors(tmp_path / "archive.pt")
+    assert held.keys() == tower.state_dict().keys()
+    assert all(torch.equal(held[name], x) for name, x in tower.state_dict().items())
+    adapter = make_adapter(tower.text_projection.detach())
+    out = export(adapter, tmp_path / "archive.pt", "openai", tmp_path / "out.pt")
+    assert torch.load(out, weights_only=True).keys() == held.keys()
+
+
+class _Trap:
+    def __reduce__(self):
+        return (open, ("sprung", "w"))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"text_projection": torch.ones(W, D), "x": _Trap()}, tmp_path / "trap.pt")
+    adapter = make_adapter(torch.ones(W, D))
+    refused("without running code", adapter, tmp_path / "trap.pt", "openai", tmp_path / "o.pt")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "o.pt").exists()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_open_clip_checkpoint(tmp_path, bias):
+    open_clip = pytest.importorskip("open_clip")
+    model = open_clip_model(bias=bias)
+    base = open_clip_folder(tmp_path / "base", model, bias=bias)
+    adapter = make_adapter(open_clip_projection(model, bias))
+    out = export(adapter, base, "open_clip", tmp_path / "out")
+    assert sorted(x.name for x in out.iterdir()) == [
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "tokenizer.json",
+    ]  # and not the unchanged weights of another tool
+    loaded, transform = open_clip.create_model_from_pretrained(f"local-dir:{out}")
+    loaded.eval()
+    assert loaded.visual.preprocess_cfg["mean"] == (0.5, 0.5, 0.5) or transform
+    ids = tokens()
+    if bias:
+        linear = model.text.text_projection
+        wanted = reference(linear, lambda: model.encode_text(ids), adapter)
+    else:
+        wanted = open_clip_reference(model, adapter, ids)
+    with torch.no_grad():
+        assert apart(loaded.encode_text(ids), wanted) < EXACT
+        assert apart(model.encode_text(ids), wanted) > 0.01  # the change is no small one
+        image = torch.randn(2, 3, 16, 16)
+        assert torch.equal(loaded.encode_image(image), model.encode_image(image))
+
+
+def test_open_clip_of_a_file_takes_a_config(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    model = open_clip_model()
+    base = open_clip_folder(tmp_path / "base", model)
+    adapter = make_adapter(open_clip_projection(model))
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    plain = tmp_path / "plain.pt"
+    refused("name the architecture", adapter, plain, "open_clip", tmp_path / "out")
+    refused("knows no", adapter, plain, "open_clip", tmp_path / "out", config="ViT-Z-1")
+    refused("embed_dim 512", adapter, plain, "open_clip", tmp_path / "out", config="ViT-B-32")
+    config = str(base / "open_clip_config.json")
+    export(adapter, plain, "open_clip", tmp_path / "out", config=config)
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    with torch.no_grad():
+        given = loaded.encode_text(tokens())
+    assert apart(given, open_clip_reference(model, adapter, tokens())) < EXACT
+
+
+# --- transformers and peft
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_hugging_face_folder(tmp_path, kind):
+    pytest.importorskip("transformers")
+    model = hf_model(kind)
+    base = hf_folder(tmp_path / "base", model)
+    before = {x.name: x.read_bytes() for x in base.iterdir()}
+    linear = hf_linear(model)
+    adapter = make_adapter(linear.weight.detach().T)
+    out = export(adapter, base, "hf", tmp_path / "out")
+    loaded = type(model).from_pretrained(out).eval()
+    wanted = reference(linear, lambda: hf_embed(model, tokens()), adapter)
+    assert apart(hf_embed(loaded, tokens()), wanted) < EXACT
+    assert apart(hf_embed(model, tokens()), wanted) > 0.01
+    old, new = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = [name for name in old if not torch.equal(old[name], new[name])]
+    assert len(changed) == 1 and old.keys() == new.keys()
+    assert {x.name for x in out.iterdir()} == before.keys() - {"tf_model.h5"}
+    for name in ("config.json", "tokenizer.json", "merges.txt"):
+        assert (out / name).read_bytes() == before[name]
+    assert {x.name: x.read_bytes() for x in base.iterdir()} == before
+
+
+def test_hugging_face_in_half_precision(tmp_path):
+    pytest.importorskip("transformers")
+    model = hf_model()
+    base = hf_folder(tmp_path / "half", hf_model().half())
+    held = load_file(base / "model.safetensors")["text_projection.weight"]
+    adapter = make_adapter(held.T)
+    out = export(adapter, base, "hf", tmp_path / "out")
+    loaded = type(model).from_pretrained(out, dtype=torch.float32).eval()
+    original = type(model).from_pretrained(base, dtype=torch.float32).eval()
+    linear = hf_linear(original)
+    wanted = reference(linear, lambda: hf_embed(original, tokens()), adapter)
+    assert EXACT < apart(hf_embed(loaded, tokens()), wanted) < HALF
+    # An adapter made from the float32 original, and its float16 copy.
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    refused("another one.*--original", adapter, base, "hf", tmp_path / "out2")
+    full = hf_folder(tmp_path / "full", model)
+    export(adapter, base, "hf", tmp_path / "out2", original=full)
+    loaded = type(model).from_pretrained(tmp_path / "out2", dtype=torch.float32).eval()
+    wanted = reference(hf_linear(model), lambda: hf_embed(model, tokens()), adapter)
+    assert apart(hf_embed(loaded, tokens()), wanted) < HALF
+    refused("changed already", adapter, tmp_path / "out2", "hf", tmp_path / "o3", original=full)
+
+
+@pytest.mark.parametrize("form", ["shards", "bin"])
+def test_hugging_face_weights_in_other_files(tmp_path, form):
+    pytest.importorskip("transformers")
+    model = hf_model()
+    size = "60KB" if form == "shards" else "1GB"
+    base = hf_folder(tmp_path / "base", model, max_shard_size=size)
+    if form == "bin":
+        torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    else:
+        assert len(list(base.glob("model-*"))) > 2
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    out = export(adapter, base, "hf", tmp_path / "out")
+    loaded = type(model).from_pretrained(out).eval()
+    wanted = reference(hf_linear(model), lambda: hf_embed(model, tokens()), adapter)
+    assert apart(hf_embed(loaded, tokens()), wanted) < EXACT
+    assert not list(out.glob("*.bin*"))
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_peft_adapter(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    model = hf_model(kind)
+    base = hf_folder(tmp_path / "base", model)
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    out = export(adapter, base, "peft", tmp_path / "out")
+    assert sorted(x.name for x in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    wrapped = peft.PeftModel.from_pretrained(type(model).from_pretrained(base).eval(), out)
+    wanted = reference(hf_linear(model), lambda: hf_embed(model, tokens()), adapter)
+    assert apart(hf_embed(wrapped.base_model.model, tokens()), wanted) < EXACT
+    merged = wrapped.merge_and_unload()
+    assert apart(hf_embed(merged, tokens()), wanted) < EXACT
+    state = model.state_dict()
+    differ = [k for k, v in merged.state_dict().items() if not torch.equal(v, state[k])]
+    assert len(differ) == 1 and state[differ[0]].shape == hf_linear(model).weight.shape
+
+
+def test_peft_of_a_plain_parameter_is_refused(tmp_path):
+    weight = torch.randn(W, D)
+    torch.save({"text_projection": weight}, tmp_path / "a.pt")
+    refused("no torch.nn.Linear", make_adapter(weight), tmp_path / "a.pt", "peft", tmp_path / "o")
+
+
+# --- ONNX
+
+
+def run_onnx(path: Path, **inputs: Tensor) -> Tensor:
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = {x.name for x in session.get_inputs()}
+    fed = {name: x.numpy() for name, x in inputs.items() if name in names}
+    return torch.from_numpy(session.run(None, fed)[0])
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_onnx_tower_of_transformers(tmp_path, kind):
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxscript")
+    model = hf_model(kind)
+    base = hf_folder(tmp_path / "base", model)
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    out = export(adapter, base, "onnx", tmp_path / "text.onnx")
+    for count in (1, 6):  # any number of texts
+        ids = tokens(count, seed=count)
+        wanted = reference(hf_linear(model), lambda ids=ids: hf_embed(model, ids), adapter)
+        given = run_onnx(out, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert apart(given, wanted) < EXACT
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["base", "text.onnx"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_onnx_tower_of_open_clip_and_a_patch_of_it(tmp_path, bias):
+    pytest.importorskip("open_clip")
+    pytest.importorskip("onnxscript")
+    model = open_clip_model(bias=bias)
+    base = open_clip_folder(tmp_path / "base", model, bias=bias)
+    adapter = make_adapter(open_clip_projection(model, bias))
+    out = export(adapter, base, "onnx", tmp_path / "text.onnx")
+    ids = tokens()
+    if bias:
+        linear = model.text.text_projection
+        wanted = reference(linear, lambda: model.encode_text(ids), adapter)
+    else:
+        wanted = open_clip_reference(model, adapter, ids)
+    assert apart(run_onnx(out, input_ids=ids), wanted) < EXACT
+    # Two ways to one model: the unchanged tower in ONNX, patched.
+    from forgetting.graphs import export_tower
+
+    export_tower(model, tmp_path / "unchanged.onnx")
+    export(adapter, tmp_path / "unchanged.onnx", "onnx", tmp_path / "patched.onnx")
+    assert apart(run_onnx(tmp_path / "patched.onnx", input_ids=ids), wanted) < EXACT
+    refused("already|no tensor", adapter, out, "onnx", tmp_path / "twice.onnx")
+
+
+GRAPHS = ("matmul", "transpose", "gemm", "gemm transposed", "constant", "cast")
+
+
+def graph(path: Path, weight: Tensor, form: str, raw: bool = True, twice: str = "") -> Path:
+    """`h @ W`, as other tools write it; the weight is called anything."""
+    onnx = pytest.importorskip("onnx")
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    half = weight.dtype == torch.float16
+    kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+    held = weight.T if form in ("transpose", "gemm transposed") else weight
+    array = held.contiguous().numpy()
+    tensor = numpy_helper.from_array(array, "onnx::MatMul_1234")
+    if not raw:
+        tensor = helper.make_tensor(tensor.name, kind, array.shape, array.ravel())
+    nodes, name = [], tensor.name
+    if form == "constant":
+        nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+    if form == "transpose":
+        nodes.append(helper.make_node("Transpose", [name], ["turned"], perm=[1, 0]))
+        name = "turned"
+    given, kept = kind, kind
+    if form == "cast":
+        kept = onnx.TensorProto.FLOAT
+        nodes.append(helper.make_node("Cast", [name], ["wide"], to=kept))
+        given, name = kept, "wide"
+    if form.startswith("gemm"):
+        turned = int(form.endswith("transposed"))
+        nodes.append(helper.make_node("Gemm", ["h", name], ["y"], transB=turned))
+    else:
+        nodes.append(helper.make_node("MatMul", ["h", name], ["y"]))
+    outputs = [helper.make_tensor_value_info("y", kept, ["n", weight.shape[1]])]
+    initial = [] if form == "constant" else [tensor]
+    if twice == "tensor":
+        copy = numpy_helper.from_array(array, "again")
+        initial.append(copy)
+        nodes.append(helper.make_node("MatMul", ["h", "again"], ["z"]))
+    elif twice == "use":
+        nodes.append(helper.make_node("MatMul", ["h", name], ["z"]))
+    if twice:
+        outputs.append(helper.make_tensor_value_info("z", kept, ["n", weight.shape[1]]))
+    inputs = [helper.make_tensor_value_info("h", given, ["n", weight.shape[0]])]
+    made = helper.make_graph(nodes, "tower", inputs, outputs, initial)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("form", GRAPHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [(W, D), (W, W)])
+@pytest.mark.parametrize("raw", [True, False])
+def test_patched_graph(tmp_path, form, dtype, size, raw):
+    pytest.importorskip("onnxruntime")
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(size, generator=generator) / 8
+    adapter = make_adapter(weight)
+    base = graph(tmp_path / "a.onnx", weight.to(dtype), form, raw)
+    original = None
+    if dtype == torch.float16:  # the copy is found by its rounded values
+        refused("--original", adapter, base, "onnx", tmp_path / "out.onnx")
+        original = tmp_path / "original.safetensors"
+        save_file({"text_projection": weight}, original)
+    out = export(adapter, base, "onnx", tmp_path / "out.onnx", original=original)
+    wide = dtype if form != "cast" else torch.float32
+    hidden = torch.randn(5, size[0], generator=generator).to(wide)
+    wanted = hidden.double() @ (weight.double() + adapter.left.double() @ adapter.right.double())
+    limit = EXACT if dtype == torch.float32 else HALF
+    assert apart(run_onnx(out, h=hidden), wanted) < limit
+    assert apart(run_onnx(base, h=hidden), wanted) > 10 * limit
+    refused("no tensor", adapter, out, "onnx", tmp_path / "b.onnx", original=original)
+
+
+def test_a_graph_of_a_float16_checkpoint_needs_no_original(tmp_path):
+    weight = torch.randn(W, D).half()
+    adapter = make_adapter(weight)
+    export(adapter, graph(tmp_path / "a.onnx", weight, "gemm"), "onnx", tmp_path / "out.onnx")
+
+
+def test_graphs_that_are_refused(tmp_path):
+    weight = torch.randn(W, D)
+    adapter, out = make_adapter(weight), tmp_path / "out.onnx"
+    other = graph(tmp_path / "other.onnx", torch.randn(W, D), "matmul")
+    refused("no tensor", adapter, other, "onnx", out)
+    two = graph(tmp_path / "two.onnx", weight, "matmul", twice="tensor")
+    refused("more than once", adapter, two, "onnx", out)
+    used = graph(tmp_path / "used.onnx", weight, "matmul", twice="use")
+    refused("MatMul, MatMul", adapter, used, "onnx", out)
+    (tmp_path / "text.onnx").write_text("no graph")
+    refused("not a readable ONNX", adapter, tmp_path / "text.onnx", "onnx", out)
+    refused("no such file", adapter, tmp_path / "none.onnx", "onnx", out)
+    assert not out.exists()
+
+
+def test_a_graph_with_its_weights_beside_it(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    model = onnx.load(graph(tmp_path / "a.onnx", weight, "matmul"))
+    (tmp_path / "far").mkdir()
+    onnx.save(model, tmp_path / "far" / "b.onnx", save_as_external_data=True, size_threshold=0)
+    out = export(adapter, tmp_path / "far" / "b.onnx", "onnx", tmp_path / "out.onnx")
+    hidden = torch.randn(3, W)
+    assert apart(run_onnx(out, h=hidden), hidden @ adapter.apply(weight)) < EXACT
+
+
+# --- What is refused everywhere
+
+
+def small(folder: Path, to: str, weight: Tensor) -> Path:
+    """A base of a format with nothing but a projection, as far as an export looks."""
+    folder.mkdir(exist_ok=True)
+    if to == "onnx":
+        return graph(folder / "a.onnx", weight, "matmul")
+    (folder / "config.json").write_text("{}")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": D, "quick_gelu": True}})
+    )
+    save_file({"text_projection.weight": weight.T.contiguous()}, folder / "model.safetensors")
+    save_file(
+        {"text_projection": weight, "visual.conv1.weight": torch.ones(1)},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_wrong_changed_and_taken(tmp_path, to):
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    out = tmp_path / "out"
+    base = small(tmp_path / "right", to, weight)
+    # Another model's projection, and one that is changed already.
+    for name, other in (("other", torch.randn(W, D)), ("changed", adapter.apply(weight))):
+        refused(
+            "no tensor is the text projection",
+            adapter,
+            small(tmp_path / name, to, other),
+            to,
+            out,
+        )
+    assert not out.exists()
+    export(adapter, base, to, out)
+    kept = {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()}
+    refused("exists and is not overwritten", adapter, base, to, out)
+    (tmp_path / "empty").mkdir()
+    refused("exists", adapter, base, to, tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused("exists", adapter, base, to, tmp_path / "link")
+    assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == kept
+    assert not [x for x in tmp_path.rglob(".tmp*")]
+    refused("no such|no folder", adapter, tmp_path / "none", to, tmp_path / "out2")
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    weight = torch.randn(W, D)
+    base = small(tmp_path / "base", "hf", weight)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("forgetting.export._save", full)
+    refused("cannot write.*No space", make_adapter(weight), base, "hf", tmp_path / "out")
+    assert [x.name for x in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path / "a.onnx").write_bytes(b"")
+    adapter = make_adapter(torch.randn(W, D))
+    refused(r"clip-forgetting\[onnx\]", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "b.onnx")
+
+
+def test_shared_and_hidden_projections():
+    weight = torch.randn(W, W)
+    adapter = make_adapter(weight)
+    assert find({"a": torch.randn(W, W), "b": weight.T.clone()}, adapter).transposed
+    assert not find({"a": weight, "b": weight + 1}, adapter).transposed
+    with pytest.raises(ProblemError, match="more than once"):
+        find({"a": weight, "b": weight.T}, adapter)
+    with pytest.raises(ProblemError, match="no tensor"):
+        find({"a": weight.long(), "b": torch.full((W, W), torch.nan)}, adapter)
+
+
+def test_projection_with_its_bias(tmp_path):
+    weight, bias = torch.randn(W, D), torch.randn(D)
+    adapter = make_adapter(weight)
+    save_file({"head.weight": weight.T.contiguous(), "head.bias": bias}, tmp_path / "a.safetensors")
+    found, beside = read_projection(tmp_path / "a.safetensors", adapter)
+    assert torch.equal(found, weight) and torch.equal(beside, bias)
+    save_file({"text_projection": weight, "bias": bias}, tmp_path / "b.safetensors")
+    assert read_projection(tmp_path / "b.safetensors", adapter)[1] is None
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    weight = torch.randn(W, D)
+    base = small(tmp_path / "base", "hf", weight)
+    (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"text_projection.weight": "../outside.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("outside", make_adapter(weight), base, "hf", tmp_path / "out")
+
+
+def test_command(tmp_path):
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    base, out = small(tmp_path / "base", "openai", weight), tmp_path / "o.pt"
+    parser = argparse.ArgumentParser()
+    add_export(parser)
+    words = [tmp_path / "a.safetensors", "--base", base, "--to", "openai", "--out", out]
+    said = run_export(parser.parse_args([str(word) for word in words]))
+    assert said == f"{out}: openai, without cat" and out.is_file()
+
+
+def test_the_transposed_weight_is_recognised():
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    with pytest.raises(ProblemError, match=r"transposed \(48, 64\).*weight\.T"):
+        adapter.apply(weight.T)
+    square = torch.randn(W, W)
+    with pytest.raises(ProblemError, match="transposed"):
+        make_adapter(square).apply(square.T)
+    with pytest.raises(ProblemError, match="another text projection"):
+        make_adapter(square).apply(torch.randn(W, W))

@@ -1,0 +1,343 @@
+"""Patched embeddings are those that the changed projection gives, to the error that is reported."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from forgetting import ProblemError, save_adapter
+from forgetting.patch import Patch, add_patch, condition, patch, patch_file, run_patch
+from tests.export_fixtures import make_adapter
+
+W, D, N = 24, 32, 40
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def case(w: int = W, d: int = D, seed: int = 0):
+    """W, an adapter, hidden states, and embeddings before and after (unit norm, float64)."""
+    weight = (random(w, d, seed=seed) / w**0.5).float()
+    adapter = make_adapter(weight, seed=seed + 1)
+    hidden = random(N, w, seed=seed + 2)
+    delta = adapter.left.double() @ adapter.right.double()
+    before = normalize(hidden @ weight.double(), dim=1)
+    after = normalize(hidden @ (weight.double() + delta), dim=1)
+    return weight, adapter, hidden, before, after
+
+
+def refused(words: str, run, *args, **options) -> None:
+    with pytest.raises(ProblemError, match=words) as caught:
+        run(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+def farthest(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm(dim=1).max())
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(0, 8),
+    st.integers(0, 2**16),
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_patch_is_recomputation_to_the_reported_error(w, more, seed, dtype):
+    weight, adapter, _, before, after = case(w, w + more, seed)
+    patcher = Patch(weight, adapter.left, adapter.right)
+    try:
+        done, error = patcher.apply(before.to(dtype))
+    except ProblemError as refusal:  # rounding decides: only where there is reason to say so
+        assert "rounding" in str(refusal)
+        assert patcher.error(dtype) > 1e-3
+        return
+    assert done.dtype == dtype and done.shape == before.shape
+    assert farthest(done, after) <= error + 1e-10 * patcher.condition
+    # What the condition number implies, before any embedding is seen.
+    delta = torch.linalg.matrix_norm(adapter.delta().double(), 2)
+    size = torch.linalg.matrix_norm(weight.double(), 2)
+    assert patcher.norm <= 1 + patcher.condition * float(delta / size) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 5e-3)]
+)
+def test_patch(dtype, limit):
+    weight, adapter, _, before, after = case()
+    done = patch(before.to(dtype), weight, adapter.left, adapter.right)
+    assert done.dtype == dtype and farthest(done, after) < limit
+    assert farthest(before, after) > 0.1  # the change is no small one
+    # Negative control: W's transpose in the place of its inverse is another map.
+    wrong = normalize(before + before @ weight.double().T @ adapter.delta().double(), dim=1)
+    assert farthest(wrong, after) > 0.05
+
+
+def test_numpy_and_stacks_of_templates():
+    weight, adapter, _, before, after = case()
+    given = before.float().numpy().reshape(8, 5, D)
+    kept = given.copy()
+    done = patch(given, weight, adapter.left, adapter.right)
+    assert isinstance(done, numpy.ndarray) and done.dtype == given.dtype and done.shape == (8, 5, D)
+    assert farthest(torch.from_numpy(done).reshape(-1, D), after) < 1e-5
+    assert (given == kept).all()
+    one = patch(before[0], weight, adapter.left, adapter.right)
+    assert one.shape == (D,) and farthest(one[None], after[:1]) < 1e-10
+    none = patch(before[:0], weight, adapter.left, adapter.right)
+    assert none.shape == (0, D)
+    refused("no numbers", patch, numpy.array(["a"]), weight, adapter.left, adapter.right)
+
+
+def test_the_rank_condition():
+    weight, adapter, hidden, before, _ = case()
+    assert condition(weight) == pytest.approx(float(torch.linalg.cond(weight.double())))
+    # Rank w - 1: two texts with one embedding that the change moves apart.
+    low = weight.clone()
+    low[-1] = low[0] - low[1]
+    assert condition(low) == math.inf
+    null = torch.zeros(W, dtype=torch.float64)
+    null[0], null[1], null[-1] = 1, -1, -1
+    a, b = hidden[0], hidden[0] + null
+    assert torch.allclose(a @ low.double(), b @ low.double(), atol=1e-6)
+    assert (a @ adapter.delta().double() - b @ adapter.delta().double()).norm() > 0.01
+    refused("no full row rank.*rank is less", patch, before, low, adapter.left, adapter.right)
+    # Full column rank is no help: w > d always has such texts.
+    tall = random(D + 4, D).float()
+    made = make_adapter(tall)
+    assert torch.linalg.matrix_rank(tall) == D and condition(tall) == math.inf
+    refused("w = 36 > d = 32", patch, before, tall, made.left, made.right)
+
+
+def test_condition_and_error_grow_together():
+    weight, adapter, _, _, _ = case()
+    u, _, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    errors = []
+    for least in (1.0, 1e-2, 1e-4):
+        scaled = u @ torch.diag(torch.linspace(1, least, W).double()) @ v
+        patcher = Patch(scaled, adapter.left, adapter.right)
+        assert patcher.condition == pytest.approx(1 / least, rel=1e-3)
+        errors.append(patcher.error(torch.float16))
+        assert patcher.error(torch.float16) > 4000 * patcher.error(torch.float32)
+    assert errors == sorted(errors) and errors[2] > 100 * errors[0]
+
+
+def test_a_text_of_which_nothing_is_left_is_named():
+    weight, _, hidden, before, _ = case()
+    h = hidden[3]
+    # The change that sends text 3 to zero.
+    left, right = (h / h.square().sum())[:, None], -(h @ weight.double())[None]
+    refused("row 3 keeps only", patch, before.float(), weight, left, right)
+    others = torch.cat([before[:3], before[4:]])
+    patch(others.float(), weight, left, right)
+
+
+def test_embeddings_of_something_else():
+    weight, adapter, _, before, _ = case()
+    images = normalize(random(N, D, seed=9), dim=1)
+    run = (weight, adapter.left, adapter.right)
+    refused("row 0 is no text embedding", patch, images, *run)
+    refused("has the length", patch, 3 * before, *run)
+    refused("stand in columns", patch, before.T, *run)
+    refused("stand in columns", patch, before[:D].T.contiguous(), *run)
+    refused("shape", patch, before[:, :-1], *run)
+    refused("NaN", patch, before * torch.nan, *run)
+    refused("torch tensor", patch, [1.0], *run)
+    refused("right", patch, before, weight, adapter.left, adapter.right.T)
+
+
+def test_unnormalised_and_a_bias():
+    weight, adapter, hidden, _, _ = case()
+    bias = random(D, seed=7)
+    delta = adapter.left.double() @ adapter.right.double()
+    x = hidden @ weight.double()
+    run = (weight, adapter.left, adapter.right)
+    done = patch(x, *run, normalised=False)
+    assert torch.allclose(done, x + hidden @ delta, atol=1e-10)
+    done = patch(x + bias, *run, bias=bias, normalised=False)
+    assert torch.allclose(done, x + hidden @ delta + bias, atol=1e-10)
+    unit = normalize(x + bias, dim=1)
+    refused("bias.*not normalised", patch, unit, *run, bias=bias)
+    refused("bias.*not normalised", patch, unit, *run, bias=bias, normalised=False)
+
+
+# --- Files
+
+
+def write(path, rows: Tensor, kind: str = "plain"):
+    """A file of embeddings and other things; returns the key to name."""
+    match path.suffix:
+        case ".npy":
+            numpy.save(path, rows.numpy())
+        case ".safetensors":
+            save_file({"text": rows, "ids": torch.arange(3)}, path, {"by": "me"})
+            return "text"
+        case ".pt" if kind == "plain":
+            torch.save(rows, path)
+        case ".pt":
+            torch.save({"text": rows, "names": ["a", "b"], "ids": torch.arange(3)}, path)
+            return "text"
+        case ".parquet":
+            arrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
+            flat = arrow.array(rows.numpy().ravel())
+            if kind == "fixed":
+                lists = arrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+            else:
+                form = arrow.LargeListArray if kind == "large" else arrow.ListArray
+                starts = range(0, rows.numel() + 1, rows.shape[1])
+                lists = form.from_arrays(arrow.array(starts).cast("int32"), flat)
+            table = arrow.table({"name": [str(i) for i in range(len(rows))], "text": lists})
+            parquet.write_table(table.replace_schema_metadata({"by": "me"}), path)
+    return None
+
+
+def read(path) -> Tensor:
+    match path.suffix:
+        case ".npy":
+            return torch.from_numpy(numpy.load(path))
+        case ".safetensors":
+            held = load_file(path)
+            assert torch.equal(held["ids"], torch.arange(3))
+            with safe_open(path, "pt") as file:
+                assert file.metadata()["by"] == "me"
+            return held["text"]
+        case ".pt":
+            held = torch.load(path, weights_only=True)
+            assert isinstance(held, Tensor) or held["names"] == ["a", "b"]
+            return held if isinstance(held, Tensor) else held["text"]
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    assert table["name"].to_pylist() == [str(i) for i in range(N)]
+    assert table.schema.metadata[b"by"] == b"me"
+    return torch.tensor(numpy.stack(table["text"].to_pandas().to_numpy()))
+
+
+FILES = [
+    *[("a.npy", "plain"), ("a.safetensors", "plain"), ("a.pt", "plain"), ("a.pt", "many")],
+    *[("a.parquet", "plain"), ("a.parquet", "fixed"), ("a.parquet", "large")],
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), FILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_files(tmp_path, name, kind, dtype):
+    weight, adapter, _, before, after = case()
+    path, out = tmp_path / name, tmp_path / f"out{name[1:]}"
+    key = write(path, before.to(dtype), kind)
+    kept = path.read_bytes()
+    report = patch_file(path, out, weight, adapter, key=key)
+    done = read(out)
+    assert done.dtype == dtype
+    assert farthest(done, after) < (1e-5 if dtype == torch.float32 else 5e-3)
+    assert farthest(done, after) <= report["error"] and report["rows"] == N
+    assert report["dtype"] == str(dtype).removeprefix("torch.")
+    assert report["condition"] == condition(weight)
+    # Nothing that was there is touched.
+    assert path.read_bytes() == kept
+    written = out.read_bytes()
+    refused("exists", patch_file, path, out, weight, adapter, key=key)
+    refused("exists", patch_file, path, path, weight, adapter, key=key)
+    assert out.read_bytes() == written and path.read_bytes() == kept
+    other = tmp_path / f"other{name[1:]}"
+    wrong = (weight + 1, weight.T, adapter.apply(weight))  # another, turned, changed already
+    for projection in wrong:
+        refused("projection", patch_file, path, other, projection, adapter, key=key)
+    if name.endswith((".safetensors", ".parquet")):  # which can say what was done to them
+        refused("patched already, by this", patch_file, out, other, weight, adapter, key=key)
+        second = make_adapter(weight, seed=77)
+        refused("patched already, by another", patch_file, out, other, weight, second, key=key)
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted([name, out.name])
+
+
+def test_files_that_are_refused(tmp_path):
+    weight, adapter, _, before, _ = case()
+
+    def attempt(words: str, name: str, **options) -> None:
+        out = tmp_path / f"out{(tmp_path / name).suffix}"
+        refused(words, patch_file, tmp_path / name, out, weight, adapter, **options)
+        assert not out.exists()
+
+    for name in ("a.npy", "a.safetensors", "a.pt", "a.parquet"):
+        attempt("no such file", name)
+        (tmp_path / name).write_bytes(b"nonsense")
+        attempt("a readable|as tensors", name)
+    attempt("embeddings are read from", "a.csv")
+    refused("must end in .npy", patch_file, tmp_path / "a.npy", tmp_path / "b.pt", weight, adapter)
+    numpy.save(tmp_path / "o.npy", numpy.array([{}], dtype=object), allow_pickle=True)
+    attempt("not a readable", "o.npy")
+    save_file({"a": before, "b": before.clone()}, tmp_path / "two.safetensors")
+    attempt("name the tensor.*'a', 'b'", "two.safetensors")
+    attempt("is called 'c'", "two.safetensors", key="c")
+    torch.save({"names": ["x"]}, tmp_path / "none.pt")
+    attempt("none", "none.pt")
+
+
+class _Trap:
+    def __reduce__(self):
+        return (open, ("sprung", "w"))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weight, adapter, *_ = case()
+    torch.save({"text": _Trap()}, tmp_path / "a.pt")
+    refused("without running", patch_file, tmp_path / "a.pt", tmp_path / "b.pt", weight, adapter)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_parquet_rows_without_an_embedding(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    weight, adapter, _, before, _ = case()
+    rows = before.tolist()
+    for name, bad in (("null", None), ("short", [1.0]), ("hole", [None] * D)):
+        parquet.write_table(arrow.table({"e": [*rows, bad]}), tmp_path / f"{name}.parquet")
+        path, out = tmp_path / f"{name}.parquet", tmp_path / "out.parquet"
+        refused("column 'e' has rows without", patch_file, path, out, weight, adapter)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    weight, adapter, *_ = case()
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"")
+    refused("pip install 'pyarrow'", patch_file, path, tmp_path / "b.parquet", weight, adapter)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_command(tmp_path, bias):
+    weight, adapter, hidden, before, after = case()
+    added = random(D, seed=4).float() if bias else None
+    base = {"text_projection.weight": weight.T.contiguous()}
+    save_file(base | ({"text_projection.bias": added} if bias else {}), tmp_path / "m.safetensors")
+    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    x = hidden @ weight.double() + added if bias else before
+    numpy.save(tmp_path / "e.npy", x.float().numpy())
+    parser = argparse.ArgumentParser()
+    add_patch(parser)
+    words = [tmp_path / "adapter.safetensors", tmp_path / "e.npy"]
+    words += ["--base", tmp_path / "m.safetensors", "--out", tmp_path / "out.npy"]
+    words = [str(word) for word in words]
+    if bias:
+        refused("bias", run_patch, parser.parse_args(words))
+        words.append("--unnormalised")
+    said = run_patch(parser.parse_args(words))
+    assert f"{N} float32 embeddings patched; condition of the projection" in said
+    done = torch.from_numpy(numpy.load(tmp_path / "out.npy"))
+    if bias:
+        after = x + hidden @ adapter.left.double() @ adapter.right.double()
+    assert farthest(done, after) < 1e-4
