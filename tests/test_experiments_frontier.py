@@ -88,6 +88,7 @@ def test_the_first_default_is_what_it_was(animals, tools):
     )
     assert first.retain.counts == {"own": 6, "vocabulary": 30, "others": 4}
     assert first.retain.weights == {"own": 1, "vocabulary": 0.01, "others": 0.1}
+    assert torch.equal(first.retain.groups["own"].rows, animals.forget_hidden)
     assert first.retained.mu == 5e-6
     reports = [answer.report for answer in first.answers()]
     assert {report["beta"] for report in reports} == {0.1}
@@ -124,7 +125,10 @@ def test_who_is_moved_most_weighs_more(animals, tools):
     alone = Alone(animals, [tools])
     names = alone.retain
     score = torch.zeros(len(names.names))
-    score[[1, 6 + 4]] = 1.0  # the second wording of the fifth class counts for both of its own
+    score[[1, 6 + 4]], score[0] = (
+        1.0,
+        0.5,
+    )  # the second wording of the fifth class counts for both of its own
     heavy = levers.heavier(names, score)
     assert heavy.weights["own"] + heavy.weights["own, heavier"] == pytest.approx(1.0)
     assert list(heavy.groups["own, heavier"].names) == ["Dog", "owl"] * 2
@@ -164,6 +168,9 @@ def test_a_set_that_is_left_out_is_the_only_one_judged(animals, tools):
     out = mine[mine["names"] == "all but ToyThird"].iloc[0]
     assert out["to ToyThird mean"] == pytest.approx(out["others_mean"])
     assert pd.isna(out["to ToyTools mean"])
+    others = [ZeroShot(tools), ZeroShot(third)]
+    *_, (_, listed, judged, _) = frontier.places(others, default=True)
+    assert listed == others[:1] and judged == others[1:]
 
 
 def test_more_names_are_measured_by_the_formula(animals, monkeypatch):
