@@ -456,6 +456,104 @@ def test_a_graph_with_its_weights_beside_it(tmp_path):
     assert apart(run_onnx(out, h=hidden), hidden @ adapter.apply(weight)) < EXACT
 
 
+def test_a_graph_that_other_tools_made(tmp_path):
+    """onnxruntime's optimiser and its converter to float16, on an unchanged tower."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("transformers")
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    from forgetting.graphs import export_tower
+
+    model, ids = hf_model(), tokens()
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    wanted = reference(hf_linear(model), lambda: hf_embed(model, ids), adapter)
+    export_tower(model, tmp_path / "plain.onnx")
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    runtime.InferenceSession(tmp_path / "plain.onnx", options, ["CPUExecutionProvider"])
+    half = convert_float_to_float16(onnx.load(tmp_path / "plain.onnx"), keep_io_types=True)
+    onnx.save(half, tmp_path / "half.onnx")
+    base = hf_folder(tmp_path / "base", model)
+    for name, original, limit in (("optimised", None, EXACT), ("half", base, HALF)):
+        file, out = tmp_path / f"{name}.onnx", tmp_path / f"{name}_out.onnx"
+        export(adapter, file, "onnx", out, original=original)
+        given = run_onnx(out, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert apart(given, wanted) < limit, name
+        unchanged = run_onnx(file, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert apart(unchanged, wanted) > 0.01
+
+
+def test_a_graph_within_a_graph(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, info = onnx.helper, onnx.helper.make_tensor_value_info
+    weight, other = torch.randn(W, D), torch.randn(W, D)
+    adapter, kind = make_adapter(weight), onnx.TensorProto.FLOAT
+
+    def branch(held: Tensor):
+        tensor = onnx.numpy_helper.from_array(held.numpy(), "w")
+        nodes = [
+            helper.make_node("Constant", [], ["w"], value=tensor),
+            helper.make_node("MatMul", ["h", "w"], ["y"]),
+        ]
+        return helper.make_graph(nodes, "branch", [], [info("y", kind, ["n", D])])
+
+    def build(name: str, right: Tensor, left: Tensor) -> Path:
+        made = helper.make_node(
+            "If", ["long"], ["e"], then_branch=branch(right), else_branch=branch(left)
+        )
+        inputs = [info("h", kind, ["n", W]), info("long", onnx.TensorProto.BOOL, [])]
+        whole = helper.make_graph([made], "g", inputs, [info("e", kind, ["n", D])])
+        model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)])
+        model.ir_version = 9
+        (tmp_path / name).write_bytes(model.SerializeToString())
+        return tmp_path / name
+
+    base, out = build("a.onnx", weight, other), tmp_path / "out.onnx"
+    export(adapter, base, "onnx", out)
+    hidden = torch.randn(3, W)
+    for long, used in ((True, adapter.apply(weight)), (False, other)):
+        assert apart(run_onnx(out, h=hidden, long=torch.tensor(long)), hidden @ used) < EXACT
+    both = build("b.onnx", weight, weight)  # of the same name, in two places
+    refused("more than once", adapter, both, "onnx", tmp_path / "out2.onnx")
+
+
+# --- Which pipelines read what was changed (docs/deploy.md)
+
+
+def test_what_other_pipelines_read(tmp_path):
+    """Stable Diffusion 1.x and 2.x and FLUX load CLIPTextModel, SDXL the one with projection,
+    LLaVA CLIPVisionModel."""
+    transformers = pytest.importorskip("transformers")
+    model = hf_model()
+    base = hf_folder(tmp_path / "base", model)
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    out = export(adapter, base, "hf", tmp_path / "out")
+    ids, images = tokens(), torch.randn(2, 3, 16, 16)
+
+    def read(kind: str, given: Tensor):
+        with torch.no_grad():
+            return [
+                getattr(transformers, kind)
+                .from_pretrained(folder)
+                .eval()(given, output_hidden_states=True)
+                for folder in (base, out)
+            ]
+
+    old, new = read("CLIPTextModel", ids)
+    assert torch.equal(old.last_hidden_state, new.last_hidden_state)
+    assert torch.equal(old.pooler_output, new.pooler_output)
+    old, new = read("CLIPTextModelWithProjection", ids)
+    assert torch.equal(old.hidden_states[-2], new.hidden_states[-2])
+    assert apart(old.text_embeds, new.text_embeds) > 0.01
+    old, new = read("CLIPVisionModel", images)
+    assert all(map(torch.equal, old.hidden_states, new.hidden_states))
+
+
 # --- What is refused everywhere
 
 
