@@ -187,8 +187,10 @@ def _hf(job: Job, out: Path) -> None:
         _copy(job.base, folder)
         if files[0].suffix != ".safetensors":  # transformers reads one file of any size
             _save(tensors, folder / HF_WEIGHTS[0])
-            (folder / f"{HF_WEIGHTS[1]}.index.json").unlink(missing_ok=True)
             return
+        index = f"{HF_WEIGHTS[0]}.index.json"
+        if not (job.base / HF_WEIGHTS[0]).is_file():  # they are parts
+            shutil.copyfile(job.base / index, folder / index)
         for file in files:  # only one of them changes
             with safe_open(file, framework="pt") as held:
                 names, metadata = list(held.keys()), held.metadata()
@@ -299,7 +301,8 @@ FORMATS: dict[str, Callable[[Job, Path], None]] = {
 def _copy(base: Path, folder: Path) -> None:
     """Copy config, tokenizer and card of a folder, and nothing that could hold weights."""
     for file in sorted(base.iterdir()):
-        if file.is_file() and (file.suffix in COPIED or file.name.startswith("LICENSE")):
+        copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
+        if file.is_file() and (copied or file.name.startswith("LICENSE")):
             shutil.copyfile(file, folder / file.name)  # links are followed
 
 

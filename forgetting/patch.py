@@ -172,6 +172,7 @@ class Patch:
         moved, left = unit * self.norm * sizes, x.norm(dim=1)
         # |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|), with |b| >= |a| - |a - b|
         error = torch.where(2 * left > moved, 2 * moved / (2 * left - moved), math.inf) + unit
+        error = error.where(sizes > 0, unit)  # nothing stays nothing
         if normalised and (error > UNCERTAIN).any():
             i = int(error.argmax())
             raise ProblemError(
@@ -212,7 +213,7 @@ def patch(
     given = isinstance(embeddings, Tensor) or not hasattr(embeddings, "__array__")
     try:
         rows = embeddings if given else torch.tensor(embeddings)
-    except TypeError as error:  # an array of texts, say
+    except (TypeError, ValueError, RuntimeError) as error:  # an array of texts, say
         raise ProblemError(f"embeddings hold no numbers ({line(error)})") from error
     shape = rows.shape if isinstance(rows, Tensor) else ()
     if len(shape) != 2 and shape:

@@ -125,9 +125,10 @@ def test_a_torchscript_archive_is_read_and_not_run(tmp_path):
             self.text_projection = nn.Parameter(torch.randn(W, D).half())
             self.visual = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8))
             self.visual.add_module("conv1", nn.Conv2d(3, 8, 2))
+            self.mask = torch.ones(3, 3)  # no weight
 
         def forward(self, x):
-            return self.visual(x) @ self.text_projection.float()
+            return (self.visual(x) * self.mask.sum()) @ self.text_projection.float()
 
     tower = Tower()
     import warnings
@@ -267,6 +268,7 @@ def test_hugging_face_weights_in_other_files(tmp_path, form):
     wanted = reference(hf_linear(model), lambda: hf_embed(model, tokens()), adapter)
     assert apart(hf_embed(loaded, tokens()), wanted) < EXACT
     assert not list(out.glob("*.bin*"))
+    assert len(list(out.glob("*.index.json"))) == (form == "shards")
 
 
 @pytest.mark.parametrize("kind", HF)
@@ -426,6 +428,24 @@ def test_a_graph_of_a_float16_checkpoint_needs_no_original(tmp_path):
     weight = torch.randn(W, D).half()
     adapter = make_adapter(weight)
     export(adapter, graph(tmp_path / "a.onnx", weight, "gemm"), "onnx", tmp_path / "out.onnx")
+
+
+def test_a_graph_in_bfloat16(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    model = onnx.load(graph(tmp_path / "a.onnx", weight, "matmul"))
+    held = weight.bfloat16()
+    tensor = model.graph.initializer[0]
+    tensor.data_type = onnx.TensorProto.BFLOAT16
+    tensor.raw_data = held.view(torch.uint8).numpy().tobytes()
+    onnx.save(model, tmp_path / "b.onnx")
+    save_file({"text_projection": weight}, tmp_path / "o.safetensors")
+    original, out = tmp_path / "o.safetensors", tmp_path / "out.onnx"
+    export(adapter, tmp_path / "b.onnx", "onnx", out, original=original)
+    data = bytearray(onnx.load(out).graph.initializer[0].raw_data)
+    wanted = (weight.double() + adapter.left.double() @ adapter.right.double()).bfloat16()
+    assert torch.equal(torch.frombuffer(data, dtype=torch.bfloat16).reshape(W, D), wanted)
 
 
 def test_graphs_that_are_refused(tmp_path):

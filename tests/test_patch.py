@@ -95,6 +95,8 @@ def test_numpy_and_stacks_of_templates():
     assert one.shape == (D,) and farthest(one[None], after[:1]) < 1e-10
     none = patch(before[:0], weight, adapter.left, adapter.right)
     assert none.shape == (0, D)
+    zeros = patch(0 * before, weight, adapter.left, adapter.right, normalised=False)
+    assert not zeros.any()
     refused("no numbers", patch, numpy.array(["a"]), weight, adapter.left, adapter.right)
 
 
@@ -323,7 +325,7 @@ def test_files_that_are_refused(tmp_path):
     for name in ("a.npy", "a.safetensors", "a.pt", "a.parquet"):
         attempt("no such file", name)
         (tmp_path / name).write_bytes(b"nonsense")
-        attempt("a readable|as tensors", name)
+        attempt("a readable|as tensors|pip install", name)
     attempt("embeddings are read from", "a.csv")
     refused("must end in .npy", patch_file, tmp_path / "a.npy", tmp_path / "b.pt", weight, adapter)
     numpy.save(tmp_path / "o.npy", numpy.array([{}], dtype=object), allow_pickle=True)
