@@ -49,15 +49,17 @@ PATCHED = "clip-forget-patched"  # the key, in files that can say so, of what wa
 def condition(projection: Tensor) -> float:
     """Largest over smallest singular value of W (w, d); infinite without full row rank.
 
-    The rank is judged in float32, in which projections are stored: a singular value below
-    `max(w, d)` machine epsilons of the largest one counts as 0.
+    The rank is judged in float32, in which projections are stored: a singular value below four
+    machine epsilons of the largest one counts as 0 (rounding a matrix that lacks a rank leaves
+    1e-8). numpy's rule, `max(w, d)` epsilons, comes near to refusing real models: the condition
+    of OpenAI's ViT-B/16 is 6,391.
     """
     w, d = matrix("projection", projection).shape
     if not 0 < w <= d:
         return math.inf
     values = torch.linalg.svdvals(projection.detach().double())
     least, most = float(values[-1]), float(values[0])
-    return most / least if least > max(w, d) * torch.finfo(torch.float32).eps * most else math.inf
+    return most / least if least > 4 * torch.finfo(torch.float32).eps * most else math.inf
 
 
 def rounding(dtype: torch.dtype, d: int) -> float:

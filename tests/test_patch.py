@@ -77,6 +77,7 @@ def test_patch(dtype, limit):
     weight, adapter, _, before, after = case()
     done = patch(before.to(dtype), weight, adapter.left, adapter.right)
     assert done.dtype == dtype and farthest(done, after) < limit
+    assert (done.double() - after).abs().max() < max(limit / 5, 1e-12)  # float16: 1e-3
     assert farthest(before, after) > 0.1  # the change is no small one
     # Negative control: W's transpose in the place of its inverse is another map.
     wrong = normalize(before + before @ weight.double().T @ adapter.delta().double(), dim=1)
