@@ -169,14 +169,16 @@ def _open_clip_config(named: str | None, beside: Path) -> dict[str, Any]:
             f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name the architecture (--config), "
             "with its activation: ViT-B-32-quickgelu for OpenAI's weights, ViT-B-32 for GELU"
         )
-    if named is not None and not Path(named).is_file():
+    file = beside if named is None else Path(named)
+    if file.is_file():
+        config = read_json(file)
+    else:
         config = need("open_clip", "clip-forgetting[open-clip]").get_model_config(named)
         if config is None:
             raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
-    else:
-        config = read_json(beside if named is None else Path(named))
-    preprocess = config.get("preprocess_cfg", {}) if isinstance(config, dict) else {}
-    return {"model_cfg": _model_config(config), "preprocess_cfg": preprocess}
+    with naming(file):
+        model = _model_config(config)
+    return {"model_cfg": model, "preprocess_cfg": config.get("preprocess_cfg", {})}
 
 
 def _hf(job: Job, out: Path) -> None:

@@ -195,6 +195,9 @@ def test_open_clip_of_a_file_takes_a_config(tmp_path):
     refused("name the architecture", adapter, plain, "open_clip", tmp_path / "out")
     refused("knows no", adapter, plain, "open_clip", tmp_path / "out", config="ViT-Z-1")
     refused("embed_dim 512", adapter, plain, "open_clip", tmp_path / "out", config="ViT-B-32")
+    (tmp_path / "no.json").write_text("[]")
+    no = str(tmp_path / "no.json")
+    refused(r"no\.json: is no config", adapter, plain, "open_clip", tmp_path / "out", config=no)
     config = str(base / "open_clip_config.json")
     export(adapter, plain, "open_clip", tmp_path / "out", config=config)
     loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
@@ -641,6 +644,19 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").write_bytes(b"")
     adapter = make_adapter(torch.randn(W, D))
     refused(r"clip-forgetting\[onnx\]", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "b.onnx")
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, forgetting.export, forgetting.patch, forgetting.graphs;"
+        "print({'transformers', 'open_clip', 'peft', 'onnx', 'onnxruntime', 'pyarrow'}"
+        " & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stderr
 
 
 def test_shared_and_hidden_projections():
