@@ -88,7 +88,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise ProblemError("no such file")
         try:
-            if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                start = file.read(9)
+            if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
                 return load_file(path)
             if zipfile.is_zipfile(path) and is_torchscript(path):
                 state = read_torchscript(path)

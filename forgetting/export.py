@@ -169,14 +169,16 @@ def _open_clip_config(named: str | None, beside: Path) -> dict[str, Any]:
             f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name the architecture (--config), "
             "with its activation: ViT-B-32-quickgelu for OpenAI's weights, ViT-B-32 for GELU"
         )
-    if named is not None and not Path(named).is_file():
+    file = beside if named is None else Path(named)
+    if file.is_file():
+        config = read_json(file)
+    else:
         config = need("open_clip", "clip-forgetting[open-clip]").get_model_config(named)
         if config is None:
             raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
-    else:
-        config = read_json(beside if named is None else Path(named))
-    preprocess = config.get("preprocess_cfg", {}) if isinstance(config, dict) else {}
-    return {"model_cfg": _model_config(config), "preprocess_cfg": preprocess}
+    with naming(file):
+        model = _model_config(config)
+    return {"model_cfg": model, "preprocess_cfg": config.get("preprocess_cfg", {})}
 
 
 def _hf(job: Job, out: Path) -> None:
@@ -187,8 +189,10 @@ def _hf(job: Job, out: Path) -> None:
         _copy(job.base, folder)
         if files[0].suffix != ".safetensors":  # transformers reads one file of any size
             _save(tensors, folder / HF_WEIGHTS[0])
-            (folder / f"{HF_WEIGHTS[1]}.index.json").unlink(missing_ok=True)
             return
+        index = f"{HF_WEIGHTS[0]}.index.json"
+        if not (job.base / HF_WEIGHTS[0]).is_file():  # they are parts
+            shutil.copyfile(job.base / index, folder / index)
         for file in files:  # only one of them changes
             with safe_open(file, framework="pt") as held:
                 names, metadata = list(held.keys()), held.metadata()
@@ -299,7 +303,8 @@ FORMATS: dict[str, Callable[[Job, Path], None]] = {
 def _copy(base: Path, folder: Path) -> None:
     """Copy config, tokenizer and card of a folder, and nothing that could hold weights."""
     for file in sorted(base.iterdir()):
-        if file.is_file() and (file.suffix in COPIED or file.name.startswith("LICENSE")):
+        copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
+        if file.is_file() and (copied or file.name.startswith("LICENSE")):
             shutil.copyfile(file, folder / file.name)  # links are followed
 
 

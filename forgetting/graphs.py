@@ -45,10 +45,10 @@ def patch_graph(adapter: Adapter, path: Path, out: Path, original: Tensor | None
             model = onnx.load(path)  # with what it keeps in files beside it
         except Exception as error:  # the reader raises whatever foreign bytes lead it to
             raise ProblemError(f"not a readable ONNX file ({line(error)})") from error
-        held = dict(_weights(onnx, model.graph))
+        held = {f"{name} ({i})": kept for i, (name, kept) in enumerate(_weights(onnx, model.graph))}
         found = find({name: value for name, (value, _, _) in held.items()}, adapter, original)
         value, proto, graph = held[found.name]
-        _require_product(graph, found.name)
+        _require_product(graph, found.name.rpartition(" (")[0])
         proto.raw_data = found.changed(adapter, value.dtype).view(torch.uint8).numpy().tobytes()
         for field in ("float_data", "double_data", "int32_data"):
             proto.ClearField(field)
@@ -71,9 +71,8 @@ def _weights(onnx: Any, graph: Any) -> Iterator[tuple[str, tuple[Tensor, Any, An
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "value":
                 protos.append((node.output[0], attribute.t))
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node:
-                    yield from _weights(onnx, inner)
+        for inner in _inner(node):
+            yield from _weights(onnx, inner)
     for name, proto in protos:
         if proto.data_type in kinds and len(proto.dims) == 2:
             array = onnx.numpy_helper.to_array(proto)
@@ -83,13 +82,28 @@ def _weights(onnx: Any, graph: Any) -> Iterator[tuple[str, tuple[Tensor, Any, An
             yield name, (torch.tensor(array).to(dtype), proto, graph)
 
 
+def _inner(node: Any) -> Iterator[Any]:
+    """The graphs within a node: branches and loops."""
+    for attribute in node.attribute:
+        yield from (graph for graph in (attribute.g, *attribute.graphs) if graph.node)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """All nodes of a graph and of those within."""
+    for node in graph.node:
+        yield node
+        for inner in _inner(node):
+            yield from _nodes(inner)
+
+
 def _require_product(graph: Any, name: str) -> None:
     """Refuse a weight that is used for anything but one product."""
     if name in {output.name for output in graph.output}:
         raise ProblemError(f"{line(name)} is an output of the graph too")
-    users = [node for node in graph.node if name in node.input]
+    nodes = list(_nodes(graph))
+    users = [node for node in nodes if name in node.input]
     while len(users) == 1 and users[0].op_type in PASSES:
-        users = [node for node in graph.node if users[0].output[0] in node.input]
+        users = [node for node in nodes if users[0].output[0] in node.input]
     if len(users) != 1 or users[0].op_type not in USES:
         kinds = ", ".join(node.op_type for node in users) or "nothing in its graph"
         raise ProblemError(

@@ -2,12 +2,13 @@
 
 Such an archive is a program. Its weights are a pickle in which modules are named by their class and
 tensors by where their numbers are; both are read here as data: a module becomes an empty holder,
-and no other name is looked up.
+and no other name is looked up. Which of its tensors are weights, the text of the program says.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -31,7 +32,20 @@ DTYPES = {
 
 
 class _Module:
-    """What a module of the archive becomes: its attributes."""
+    """What a module of the archive becomes: its attributes.
+
+    Attributes:
+        weights: the names of those that are parameters and buffers, not plain tensors.
+    """
+
+    weights: frozenset[str] = frozenset()
+
+
+# The head of a class in the program's text: __parameters__ = ["weight", "bias", ], __buffers__ = []
+_CLASS = re.compile(
+    r"^class (\w+)\(Module\):\s+__parameters__ = \[([^\]]*)\]\s+__buffers__ = \[([^\]]*)\]",
+    re.MULTILINE,
+)
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -61,11 +75,17 @@ _KNOWN = {
 class _Reader(pickle.Unpickler):
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
-        self._archive, self._folder, self._storages = archive, folder, {}
+        self._archive, self._folder, self._storages, self._classes = archive, folder, {}, {}
+        for path in archive.namelist():
+            if path.startswith(f"{folder}/code/") and path.endswith(".py"):
+                module = path.removeprefix(f"{folder}/code/").removesuffix(".py").replace("/", ".")
+                for name, *lists in _CLASS.findall(archive.read(path).decode()):
+                    weights = frozenset(re.findall(r'"([^"]*)"', "".join(lists)))
+                    self._classes[module, name] = type(name, (_Module,), {"weights": weights})
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
+            return self._classes.get((module, name), _Module)
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) in _KNOWN:
@@ -106,7 +126,7 @@ def _collect(module: _Module, prefix: str, state: dict[str, Tensor], depth: int)
     if depth > 100:
         raise RecursionError("modules within modules without end")
     for name, value in vars(module).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name in module.weights:
             state[prefix + name] = value
         elif isinstance(value, _Module):
             _collect(value, f"{prefix}{name}.", state, depth + 1)

@@ -125,9 +125,10 @@ def test_a_torchscript_archive_is_read_and_not_run(tmp_path):
             self.text_projection = nn.Parameter(torch.randn(W, D).half())
             self.visual = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8))
             self.visual.add_module("conv1", nn.Conv2d(3, 8, 2))
+            self.mask = torch.ones(3, 3)  # no weight
 
         def forward(self, x):
-            return self.visual(x) @ self.text_projection.float()
+            return (self.visual(x) * self.mask.sum()) @ self.text_projection.float()
 
     tower = Tower()
     import warnings
@@ -194,6 +195,9 @@ def test_open_clip_of_a_file_takes_a_config(tmp_path):
     refused("name the architecture", adapter, plain, "open_clip", tmp_path / "out")
     refused("knows no", adapter, plain, "open_clip", tmp_path / "out", config="ViT-Z-1")
     refused("embed_dim 512", adapter, plain, "open_clip", tmp_path / "out", config="ViT-B-32")
+    (tmp_path / "no.json").write_text("[]")
+    no = str(tmp_path / "no.json")
+    refused(r"no\.json: is no config", adapter, plain, "open_clip", tmp_path / "out", config=no)
     config = str(base / "open_clip_config.json")
     export(adapter, plain, "open_clip", tmp_path / "out", config=config)
     loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
@@ -267,6 +271,7 @@ def test_hugging_face_weights_in_other_files(tmp_path, form):
     wanted = reference(hf_linear(model), lambda: hf_embed(model, tokens()), adapter)
     assert apart(hf_embed(loaded, tokens()), wanted) < EXACT
     assert not list(out.glob("*.bin*"))
+    assert len(list(out.glob("*.index.json"))) == (form == "shards")
 
 
 @pytest.mark.parametrize("kind", HF)
@@ -428,6 +433,24 @@ def test_a_graph_of_a_float16_checkpoint_needs_no_original(tmp_path):
     export(adapter, graph(tmp_path / "a.onnx", weight, "gemm"), "onnx", tmp_path / "out.onnx")
 
 
+def test_a_graph_in_bfloat16(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    model = onnx.load(graph(tmp_path / "a.onnx", weight, "matmul"))
+    held = weight.bfloat16()
+    tensor = model.graph.initializer[0]
+    tensor.data_type = onnx.TensorProto.BFLOAT16
+    tensor.raw_data = held.view(torch.uint8).numpy().tobytes()
+    onnx.save(model, tmp_path / "b.onnx")
+    save_file({"text_projection": weight}, tmp_path / "o.safetensors")
+    original, out = tmp_path / "o.safetensors", tmp_path / "out.onnx"
+    export(adapter, tmp_path / "b.onnx", "onnx", out, original=original)
+    data = bytearray(onnx.load(out).graph.initializer[0].raw_data)
+    wanted = (weight.double() + adapter.left.double() @ adapter.right.double()).bfloat16()
+    assert torch.equal(torch.frombuffer(data, dtype=torch.bfloat16).reshape(W, D), wanted)
+
+
 def test_graphs_that_are_refused(tmp_path):
     weight = torch.randn(W, D)
     adapter, out = make_adapter(weight), tmp_path / "out.onnx"
@@ -454,6 +477,104 @@ def test_a_graph_with_its_weights_beside_it(tmp_path):
     out = export(adapter, tmp_path / "far" / "b.onnx", "onnx", tmp_path / "out.onnx")
     hidden = torch.randn(3, W)
     assert apart(run_onnx(out, h=hidden), hidden @ adapter.apply(weight)) < EXACT
+
+
+def test_a_graph_that_other_tools_made(tmp_path):
+    """onnxruntime's optimiser and its converter to float16, on an unchanged tower."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("transformers")
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    from forgetting.graphs import export_tower
+
+    model, ids = hf_model(), tokens()
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    wanted = reference(hf_linear(model), lambda: hf_embed(model, ids), adapter)
+    export_tower(model, tmp_path / "plain.onnx")
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    runtime.InferenceSession(tmp_path / "plain.onnx", options, ["CPUExecutionProvider"])
+    half = convert_float_to_float16(onnx.load(tmp_path / "plain.onnx"), keep_io_types=True)
+    onnx.save(half, tmp_path / "half.onnx")
+    base = hf_folder(tmp_path / "base", model)
+    for name, original, limit in (("optimised", None, EXACT), ("half", base, HALF)):
+        file, out = tmp_path / f"{name}.onnx", tmp_path / f"{name}_out.onnx"
+        export(adapter, file, "onnx", out, original=original)
+        given = run_onnx(out, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert apart(given, wanted) < limit, name
+        unchanged = run_onnx(file, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert apart(unchanged, wanted) > 0.01
+
+
+def test_a_graph_within_a_graph(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, info = onnx.helper, onnx.helper.make_tensor_value_info
+    weight, other = torch.randn(W, D), torch.randn(W, D)
+    adapter, kind = make_adapter(weight), onnx.TensorProto.FLOAT
+
+    def branch(held: Tensor):
+        tensor = onnx.numpy_helper.from_array(held.numpy(), "w")
+        nodes = [
+            helper.make_node("Constant", [], ["w"], value=tensor),
+            helper.make_node("MatMul", ["h", "w"], ["y"]),
+        ]
+        return helper.make_graph(nodes, "branch", [], [info("y", kind, ["n", D])])
+
+    def build(name: str, right: Tensor, left: Tensor) -> Path:
+        made = helper.make_node(
+            "If", ["long"], ["e"], then_branch=branch(right), else_branch=branch(left)
+        )
+        inputs = [info("h", kind, ["n", W]), info("long", onnx.TensorProto.BOOL, [])]
+        whole = helper.make_graph([made], "g", inputs, [info("e", kind, ["n", D])])
+        model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 17)])
+        model.ir_version = 9
+        (tmp_path / name).write_bytes(model.SerializeToString())
+        return tmp_path / name
+
+    base, out = build("a.onnx", weight, other), tmp_path / "out.onnx"
+    export(adapter, base, "onnx", out)
+    hidden = torch.randn(3, W)
+    for long, used in ((True, adapter.apply(weight)), (False, other)):
+        assert apart(run_onnx(out, h=hidden, long=torch.tensor(long)), hidden @ used) < EXACT
+    both = build("b.onnx", weight, weight)  # of the same name, in two places
+    refused("more than once", adapter, both, "onnx", tmp_path / "out2.onnx")
+
+
+# --- Which pipelines read what was changed (docs/deploy.md)
+
+
+def test_what_other_pipelines_read(tmp_path):
+    """Stable Diffusion 1.x and 2.x and FLUX load CLIPTextModel, SDXL the one with projection,
+    LLaVA CLIPVisionModel."""
+    transformers = pytest.importorskip("transformers")
+    model = hf_model()
+    base = hf_folder(tmp_path / "base", model)
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    out = export(adapter, base, "hf", tmp_path / "out")
+    ids, images = tokens(), torch.randn(2, 3, 16, 16)
+
+    def read(kind: str, given: Tensor):
+        with torch.no_grad():
+            return [
+                getattr(transformers, kind)
+                .from_pretrained(folder)
+                .eval()(given, output_hidden_states=True)
+                for folder in (base, out)
+            ]
+
+    old, new = read("CLIPTextModel", ids)
+    assert torch.equal(old.last_hidden_state, new.last_hidden_state)
+    assert torch.equal(old.pooler_output, new.pooler_output)
+    old, new = read("CLIPTextModelWithProjection", ids)
+    assert torch.equal(old.hidden_states[-2], new.hidden_states[-2])
+    assert apart(old.text_embeds, new.text_embeds) > 0.01
+    old, new = read("CLIPVisionModel", images)
+    assert all(map(torch.equal, old.hidden_states, new.hidden_states))
 
 
 # --- What is refused everywhere
@@ -523,6 +644,19 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").write_bytes(b"")
     adapter = make_adapter(torch.randn(W, D))
     refused(r"clip-forgetting\[onnx\]", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "b.onnx")
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, forgetting.export, forgetting.patch, forgetting.graphs;"
+        "print({'transformers', 'open_clip', 'peft', 'onnx', 'onnxruntime', 'pyarrow'}"
+        " & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stderr
 
 
 def test_shared_and_hidden_projections():

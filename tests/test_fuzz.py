@@ -41,6 +41,7 @@ from forgetting import (
     thresholds,
 )
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.patch import condition, patch
 
 W, D, K, M, R = 6, 4, 3, 8, 2
 
@@ -227,6 +228,21 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "apply": (ADAPTER.apply, {"projection": E}),
     "sha256": (projection_sha256, {"projection": E}),
+    "condition": (condition, {"projection": E}),
+    "patch": (
+        patch,
+        {
+            "embeddings": torch.eye(D).repeat(2, 1),
+            "projection": E[:D], "left": normal(D, R), "right": normal(R, D, seed=1),
+        },
+    ),
+    "patch, with a bias": (
+        lambda **k: patch(**k, normalised=False),
+        {
+            "embeddings": normal(M, D), "projection": E[:D], "left": normal(D, R),
+            "right": normal(R, D, seed=1), "bias": normal(D),
+        },
+    ),
 }  # fmt: skip
 
 

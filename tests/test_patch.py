@@ -77,6 +77,7 @@ def test_patch(dtype, limit):
     weight, adapter, _, before, after = case()
     done = patch(before.to(dtype), weight, adapter.left, adapter.right)
     assert done.dtype == dtype and farthest(done, after) < limit
+    assert (done.double() - after).abs().max() < max(limit / 5, 1e-12)  # float16: 1e-3
     assert farthest(before, after) > 0.1  # the change is no small one
     # Negative control: W's transpose in the place of its inverse is another map.
     wrong = normalize(before + before @ weight.double().T @ adapter.delta().double(), dim=1)
@@ -95,6 +96,8 @@ def test_numpy_and_stacks_of_templates():
     assert one.shape == (D,) and farthest(one[None], after[:1]) < 1e-10
     none = patch(before[:0], weight, adapter.left, adapter.right)
     assert none.shape == (0, D)
+    zeros = patch(0 * before, weight, adapter.left, adapter.right, normalised=False)
+    assert not zeros.any()
     refused("no numbers", patch, numpy.array(["a"]), weight, adapter.left, adapter.right)
 
 
@@ -129,6 +132,26 @@ def test_condition_and_error_grow_together():
         errors.append(patcher.error(torch.float16))
         assert patcher.error(torch.float16) > 4000 * patcher.error(torch.float32)
     assert errors == sorted(errors) and errors[2] > 100 * errors[0]
+
+
+def test_a_head_of_averaged_templates():
+    """Patch templates, then average. Averaged first, a text weighs what it weighed before."""
+    weight, adapter, hidden, _, _ = case()
+    run = (weight, adapter.left, adapter.right)
+    changed = weight.double() + adapter.left.double() @ adapter.right.double()
+    templates = hidden.reshape(8, 5, W)  # 8 classes, 5 templates
+
+    def head(embeddings: Tensor) -> Tensor:
+        return normalize(normalize(embeddings, dim=-1).mean(dim=1), dim=-1)
+
+    wanted = head(templates @ changed)
+    before = normalize(templates @ weight.double(), dim=-1)
+    assert farthest(head(patch(before, *run)), wanted) < 1e-10
+    averaged = patch(head(before), *run)
+    assert farthest(averaged, wanted) > 0.01
+    # What it is instead: the same templates, weighted by how long they were.
+    lengths = (templates @ weight.double()).norm(dim=-1, keepdim=True)
+    assert farthest(averaged, normalize((templates @ changed / lengths).mean(1), dim=-1)) < 1e-10
 
 
 def test_a_text_of_which_nothing_is_left_is_named():
@@ -168,6 +191,38 @@ def test_unnormalised_and_a_bias():
     unit = normalize(x + bias, dim=1)
     refused("bias.*not normalised", patch, unit, *run, bias=bias)
     refused("bias.*not normalised", patch, unit, *run, bias=bias, normalised=False)
+
+
+def test_mini_as_docs_deploy_says(tmp_path):
+    """One class of `mini` sent to its opposite, ten templates: the page's numbers."""
+    from clip.source import ClipSource
+
+    source = ClipSource("mini", cache=tmp_path, device="cpu")
+    names = ["anchor", "umbrella", "infinity", "blue star", "green triangle", "digit two"]
+    names += ["digit five", "latin capital letter a", "latin capital letter m", "yellow heart"]
+    names += ["red circle", "purple circle"]
+    templates = ["{}", "a photo of a {}.", "a drawing of a {}.", "a picture of the {}."]
+    templates += ["an icon of a {}.", "this is a {}.", "a small {}.", "a symbol: {}", "one {}"]
+    templates += ["the {} in black"]
+    texts = [template.format(name) for name in names for template in templates]
+    hidden = source.encode_hidden(texts).double().reshape(len(names), len(templates), -1)
+    weight = source.projection
+    forget, retain = hidden[0, :1], hidden[1:, 0]
+    gram = retain.T @ retain / len(retain)
+    gram += 1e-3 * retain.square().sum(dim=1).mean() * torch.eye(len(gram))
+    column = torch.linalg.solve(gram, forget.T)
+    left, right = column / (forget @ column), -1.1 * (forget @ weight.double())
+    patcher = Patch(weight, left, right)
+    assert patcher.condition == pytest.approx(496, abs=1)
+    before = normalize(hidden @ weight.double(), dim=-1)
+    after = normalize(hidden @ (weight.double() + left @ right), dim=-1)
+    for dtype, reported, was in ((torch.float32, 5.4e-6, 3.4e-7), (torch.float16, 4.5e-2, 2.9e-3)):
+        done, error = patcher.apply(before.reshape(len(texts), -1).to(dtype))
+        assert error == pytest.approx(reported, rel=0.1)
+        assert was / 2 < farthest(done, after.reshape(done.shape)) < 2 * was
+    head = [normalize(rows.mean(dim=1), dim=1) for rows in (before, after)]
+    cosine = (patcher.apply(head[0])[0] * head[1]).sum(dim=1)
+    assert float(cosine[0]) == pytest.approx(0.63, abs=0.02) and cosine[1:].min() > 0.995
 
 
 # --- Files
@@ -271,7 +326,7 @@ def test_files_that_are_refused(tmp_path):
     for name in ("a.npy", "a.safetensors", "a.pt", "a.parquet"):
         attempt("no such file", name)
         (tmp_path / name).write_bytes(b"nonsense")
-        attempt("a readable|as tensors", name)
+        attempt("a readable|as tensors|pip install", name)
     attempt("embeddings are read from", "a.csv")
     refused("must end in .npy", patch_file, tmp_path / "a.npy", tmp_path / "b.pt", weight, adapter)
     numpy.save(tmp_path / "o.npy", numpy.array([{}], dtype=object), allow_pickle=True)
