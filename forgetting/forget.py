@@ -53,6 +53,7 @@ TEMPLATES = ("{}", "a photo of a {}.")
 WEIGHTS = {"own": 1.0, "generic": 0.5, "keep": 0.1}
 SIMILARITY, SHARED, PUSH, MARGIN, FOLLOW = 0.95, 0.5, 0.1, 1.0, 0.5
 ALIKE = 16  # names that leave with a text for being similar, at most
+SEEN = 1024  # names of the vocabulary by which the ridge is looked for, at most
 LOOKED_AT = 32  # of them, for the ridge
 ENOUGH = 16  # names of a caller's list for which the ridge is looked for by that list alone
 TRAINER, DATASET = "forget", "names"
@@ -343,7 +344,7 @@ def forget(
         like, same = _like(groups)
         gone = names_kept.leaving([{n} for n in same], like, torch.arange(len(like)))
         limit = check(push, POSITIVE, "push")
-        mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b)
+        mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b, _seen(names_kept))
     mu = check(mu, POSITIVE, "ridge")
     lam = check(shared, POSITIVE, "shared") * names_kept.squared_embedding(w, b)
 
@@ -577,6 +578,17 @@ def _start(names: RetainSet, group: str) -> int:
             break
         start += count
     return start
+
+
+def _seen(names: RetainSet) -> Tensor:
+    """All names but of a long vocabulary, of which every so many (n,): the ridge is looked for many
+    times over."""
+    count, start = names.counts.get("generic", 0), _start(names, "generic")
+    found = torch.ones(len(names.names), dtype=torch.bool)
+    if count > SEEN:
+        found[start : start + count] = False
+        found[start : start + count : -(-count // SEEN)] = True
+    return found
 
 
 def _like(groups: Mapping[str, Group]) -> tuple[Tensor, list[str]]:
