@@ -130,7 +130,7 @@ class Forgotten:
                 "the original projection is not known: load the adapter with the original model, "
                 "or give it (original=)"
             )
-        tower.write(self.original)
+        tower.write(_bare_matrix(self.original, tower))
 
     def verify(self, model: nn.Module | None = None) -> bool:
         """True if a model is the original with exactly this change and nothing else.
