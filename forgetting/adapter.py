@@ -163,7 +163,13 @@ class Adapter:
                 f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "
                 f"one ({given[:12]})"
             )
-        return projection + self.delta().to(projection)
+        return self.changed(projection)
+
+    def changed(self, projection: Tensor) -> Tensor:
+        """`W + Delta` like `projection` (w, d), whatever that is: summed in float64 on the CPU and
+        rounded once, so that it is the same bits everywhere."""
+        delta = self.left.cpu().double() @ self.right.cpu().double()  # (w, r) @ (r, d) -> (w, d)
+        return (projection.detach().cpu().double() + delta).to(projection)
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:

@@ -97,6 +97,7 @@ def shares_each(
     r = matrix("rows", rows, h.shape[1]).to(h)
     listed, unlisted = (h.new_zeros(len(leaving), len(r)) for _ in range(2))
     solved, two = ridge.solve(r), twin != torch.arange(len(r), device=twin.device)
+    pairs = bool(two.any())
     alone, across = (solved * r).sum(dim=1), (solved * r[twin]).sum(dim=1)  # r K_0^-1 r^T, (n,)
     for numbers, texts, base, gone in requests(ridge, h, owner, rows, shares, leaving):
         columns = downdate(h[texts], base, *gone)  # (B, k, w)
@@ -106,7 +107,8 @@ def shares_each(
         if gone[0].shape[1]:
             pulled = torch.linalg.solve_triangular(inner_root(*gone), gone[1] @ r.T, upper=False)
             own = own + pulled.square().sum(dim=1)  # (B, n)
-            cross = cross + (pulled * pulled[:, :, twin]).sum(dim=1)
+            if pairs:
+                cross = cross + (pulled * pulled[:, :, twin]).sum(dim=1)
         c = torch.where(leaving[numbers].to(h.device), 0.0, shares.to(h))  # (B, n)
         left = 1 - c * (own - (s * a).sum(dim=1))
         between = torch.where(two, -c * (cross - (s * a[:, :, twin]).sum(dim=1)), 0.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import NUMBER, WEIGHT, ProblemError, check, indices, matrix
+from forgetting.checks import NUMBER, WEIGHT, ProblemError, check, indices, matrix, whole
 from forgetting.constrained import Ridge
 from forgetting.spectrum import CHUNK
 from forgetting.statistics import RetainStatistics
@@ -58,10 +58,13 @@ class RetainSet:
         groups: Mapping[str, Group],
         similarity: float = 1.0,
         device: torch.device | str = "cpu",
+        most: int | None = None,
     ) -> None:
         """Args:
         similarity: cosine of hidden states beyond which a name leaves with a text; 1: none does.
         device: where `rows`, `gram` and everything made of them are.
+        most: how many names leave with one text for being similar, at most, the nearest; None: any
+            number. A tower that hardly tells words apart finds thousands of them alike.
 
         Raises:
             ProblemError: no group, a group whose names and rows do not fit, an impossible weight.
@@ -69,6 +72,7 @@ class RetainSet:
         if not groups:
             raise ProblemError("a retain set needs at least one group, which may be empty")
         self.similarity = check(similarity, NUMBER, "similarity")
+        self.most = None if most is None else check(most, whole(1), "most")
         width = matrix("hidden states", next(iter(groups.values())).rows).shape[1]
         self.statistics = RetainStatistics(width)
         for name, group in groups.items():
@@ -153,7 +157,11 @@ class RetainSet:
             rows = normalize(self.rows, dim=1)
             for part in torch.arange(len(hidden)).split(CHUNK):
                 texts = normalize(hidden[part].to(self.rows), dim=1)
-                near = (texts @ rows.T > self.similarity) & self._alike  # (b, w) @ (w, n)
+                cosine = (texts @ rows.T).masked_fill(~self._alike, -1.0)  # (b, w) @ (w, n)
+                near = (cosine > self.similarity) & self._alike
+                if self.most is not None and self.most < len(self.names):
+                    least = cosine.topk(self.most, dim=1).values[:, -1:]
+                    near &= cosine >= least
                 text, place = near.nonzero(as_tuple=True)
                 leaving[owner.to(device)[part.to(device)][text], place] = True
         return leaving

@@ -55,6 +55,7 @@ def best_ridge(
     leaving: Tensor,
     limit: float,
     bias: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> float:
     """The ridge of a retain set, in mean squared lengths of a retained hidden state.
 
@@ -65,6 +66,8 @@ def best_ridge(
             are looked at; leaving: (C, n) bool, the names that leave with each.
         limit: of the push, a root mean square over the names of a group.
         bias: (d,), what the model adds to `h W`; None: nothing.
+        seen: (n,) bool, the names whose shares are looked at, twins with each other; those that
+            leave are too. None: all. A long vocabulary is known by every tenth of its names.
 
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
@@ -84,10 +87,22 @@ def best_ridge(
     pushed_by = embedded.norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
     alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
 
+    some = torch.arange(len(rows), device=rows.device)
+    if seen is not None:
+        some = (seen.to(rows.device) | leaving.any(dim=0)).nonzero()[:, 0]
+    place = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    place[some] = torch.arange(len(some), device=rows.device)
+    known = rows[some], retain.shares[some], leaving[:, some], place[retain.twin[some]]
+
     def look(mu: float) -> tuple[float, float]:
         """The largest push of a safe group, and what names that are not listed feel."""
         diagonal = _Diagonal(values.clamp_min(0) + mu * retain.squared_length)
-        shares = shares_each(diagonal, h, moved, alone, rows, retain.shares, leaving, retain.twin)
+        found = shares_each(diagonal, h, moved, alone, *known)
+        shares = [
+            torch.full(leaving.shape, torch.nan, dtype=h.dtype, device=h.device) for _ in "ab"
+        ]
+        for whole, part in zip(shares, found, strict=True):
+            whole[:, some] = part
         listed, unlisted = (part.masked_fill(leaving, torch.nan) for part in shares)
         push = retain.spread(listed * pushed_by)
         safe = [float(push[name][0].mean()) for name, group in retain.groups.items() if group.safe]

@@ -440,16 +440,22 @@ def _is_linear(
     bias: Tensor | None,
     normalised: bool,
 ) -> bool:
-    """Whether features (n, d) are hidden (n, w) @ W + b, to half of the digits of their dtype."""
+    """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype, and
+    to rounding of the sums where little is left of them."""
     if hidden.ndim != 2 or not torch.isfinite(features).all():
         return False
-    made = hidden.double() @ projection.double()
+    h, w, found = hidden.double(), projection.double(), features.double()
+    made = h @ w
+    size = made.norm(dim=1)
     if bias is not None:
-        made = made + bias.double()
+        made, size = made + bias.double(), size + bias.double().norm()
     if normalised:
-        made = normalize(made, dim=1)
-    apart = (features.double() - made).norm(dim=1)
-    return bool((apart <= torch.finfo(features.dtype).eps ** 0.5 * made.norm(dim=1)).all())
+        found = normalize(found, dim=1) * made.norm(dim=1, keepdim=True)
+        if not torch.allclose(features.double().norm(dim=1), h.new_ones(()), atol=0.02):
+            return False
+    eps = torch.finfo(features.dtype).eps
+    limit = eps**0.5 * size + 4 * eps * (h.abs() @ w.abs()).norm(dim=1)
+    return bool(((found - made).norm(dim=1) <= limit).all())
 
 
 def _constant(
