@@ -32,7 +32,7 @@ from forgetting.checks import (
     whole,
 )
 from forgetting.constrained import Ridge
-from forgetting.files import naming, pack, unpack, write_bytes
+from forgetting.files import naming, pack, raw, unpack, write_bytes
 from forgetting.problem import NUMBERS
 
 FORMAT = "clip-forget-adapter/2"
@@ -84,8 +84,7 @@ LARGEST = torch.finfo(torch.float32).max
 def projection_sha256(projection: Tensor) -> str:
     """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
     projection = matrix("projection", projection)
-    array = projection.to("cpu", torch.float32).contiguous().numpy().astype("<f4")
-    return hashlib.sha256(array.tobytes()).hexdigest()
+    return hashlib.sha256(raw(projection.to("cpu", torch.float32))).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ A file is safetensors. Its metadata holds a `format`, fields as JSON (of shapes 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,12 +27,26 @@ from forgetting.checks import ProblemError, check, line, shown
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's numbers, row by row and little-endian; numpy is not needed."""
+    tensor = tensor.detach().cpu().contiguous().reshape(-1)
+    size = tensor.element_size()
+    if sys.byteorder == "big" and size > 1:
+        tensor = tensor.view(torch.uint8).reshape(-1, size).flip(1).contiguous().reshape(-1)
+    count = tensor.numel() * tensor.element_size()
+    if not count:
+        return memoryview(b"")
+    held = (ctypes.c_ubyte * count).from_address(tensor.data_ptr())
+    held.tensor = tensor  # lives as long as the view of its memory
+    return memoryview(held).cast("B")
+
+
 def digest(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of metadata and of all tensors: their names, dtypes, shapes and bytes."""
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(raw(tensor))
     return found.hexdigest()
 
 

@@ -139,17 +139,25 @@ class Watch:
     Attributes:
         names: their names; hidden: (n, w); projection: `W`, (w, d).
         rivals: how many of them, the first, images are classified among.
+        bias: (d,), what the model adds to `h W`; None: nothing.
     """
 
     names: Sequence[str]
     hidden: Tensor
     projection: Tensor
     rivals: int
+    bias: Tensor | None = None
+
+    def embedded(self, hidden: Tensor, projection: Tensor) -> Tensor:
+        """`h W + b`, (n, d), of hidden states (n, w)."""
+        found = hidden @ projection
+        return found if self.bias is None else found + self.bias.to(found)
 
     @cached_property
     def leads(self) -> Tensor:
         """How far the nearest other of these texts is, in cosine, (n,)."""
-        before = normalize(self.hidden.double() @ self.projection.double(), dim=1)
+        before = self.embedded(self.hidden.double(), self.projection.double())
+        before = normalize(before, dim=1)
         parts = [  # a block at a time: thousands of names
             (before[block] @ before.T).scatter_(1, block[:, None], -1.0).amax(dim=1)
             for block in torch.arange(len(before), device=before.device).split(1024)
@@ -167,7 +175,7 @@ class Watch:
         """
         like = changes[0].left
         hidden, w = self.hidden.to(like), self.projection.to(like)
-        before = hidden @ w  # (n, d)
+        before = self.embedded(hidden, w)  # (n, d)
         length = before.norm(dim=1).clamp_min(SHORTEST)
         sizes = [change.left.shape[1] for change in changes]
         ways = (hidden @ torch.cat([change.left for change in changes], dim=1)).split(sizes, dim=1)

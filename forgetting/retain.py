@@ -121,9 +121,13 @@ class RetainSet:
             raise ProblemError("no retained name has any weight: nothing would be retained")
         return float(self.gram.trace()) / total
 
-    def squared_embedding(self, projection: Tensor) -> float:
-        """The mean squared length of a retained embedding under `W` (w, d), by the shares."""
+    def squared_embedding(self, projection: Tensor, bias: Tensor | None = None) -> float:
+        """The mean squared length of a retained embedding under `W` (w, d), by the shares; with a
+        bias (d,), of `h W + b`."""
         w = projection.to(self.gram)
+        if bias is not None:
+            embedded = self.rows.to(w) @ w + bias.to(w)
+            return float((self.shares * embedded.square().sum(1)).sum()) / float(self.shares.sum())
         return float((self.gram @ w * w).sum()) / float(self.shares.sum())
 
     def leaving(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:

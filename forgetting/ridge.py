@@ -48,7 +48,12 @@ class _Diagonal:
 
 
 def best_ridge(
-    retain: RetainSet, projection: Tensor, like: Tensor, leaving: Tensor, limit: float
+    retain: RetainSet,
+    projection: Tensor,
+    like: Tensor,
+    leaving: Tensor,
+    limit: float,
+    bias: Tensor | None = None,
 ) -> float:
     """The ridge of a retain set, in mean squared lengths of a retained hidden state.
 
@@ -58,6 +63,7 @@ def best_ridge(
         projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 128 of which
             are looked at; leaving: (C, n) bool, the names that leave with each.
         limit: of the push, a root mean square over the names of a group.
+        bias: (d,), what the model adds to `h W`; None: nothing.
 
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
@@ -70,7 +76,10 @@ def best_ridge(
     values, basis = torch.linalg.eigh(retain.gram)
     h, rows = like.to(basis) @ basis, retain.rows.to(basis) @ basis
     w = matrix("projection", projection, count=len(basis)).to(basis)
-    pushed_by = (like.to(basis) @ w).norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
+    embedded = like.to(basis) @ w
+    if bias is not None:
+        embedded = embedded + bias.to(embedded)
+    pushed_by = embedded.norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
     alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
 
     def look(mu: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from forgetting.checks import HASH, TEXT, WEIGHT, ProblemError, check, check_tensors, matrix, whole
-from forgetting.files import naming, pack, unpack, write_bytes
+from forgetting.files import naming, pack, raw, unpack, write_bytes
 from forgetting.spectrum import CHUNK, EPS, triangle
 
 FORMAT = "clip-forget-statistics/3"
@@ -263,8 +263,10 @@ def _names(rows: Tensor) -> tuple[int, Tensor]:
     digest, keys = 0, []
     for chunk in rows.split(CHUNK):
         # -0.0 and 0.0 are the same number: adding 0 makes them the same bytes.
-        for row in (chunk.to("cpu", torch.float32) + 0.0).numpy().astype("<f4"):
-            found = hashlib.sha256(row).digest()
+        held = raw(chunk.to("cpu", torch.float32) + 0.0)
+        size = len(held) // len(chunk)
+        for start in range(0, len(held), size):
+            found = hashlib.sha256(held[start : start + size]).digest()
             digest += int.from_bytes(found, "big")
             keys.append(int.from_bytes(found[-8:], "big", signed=True))
     return digest % DIGEST, torch.tensor(keys, dtype=torch.int64)

@@ -19,11 +19,11 @@ from forgetting import (
     solve_lora_each,
     solve_requests,
 )
+from forgetting.complete import proof
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
 
 BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
-POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 
 class PaperTrainer(ForgetTrainer):
@@ -150,10 +150,3 @@ class ForgetOptimum(PaperTrainer):
         if not path.exists():
             self.retain.statistics.save(path)
             print(f"statistics of the vocabulary, for composing: {path}")
-
-
-def proof(gap: float) -> str:
-    """A certificate's relative gap in words."""
-    if gap <= POOR:
-        return f"proved optimal to a relative gap of {gap:.1e}"
-    return f"warning: not proved optimal (relative gap {gap:.1e}): weights or ridge badly scaled"
