@@ -7,7 +7,8 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
   SEED        0 or more; several with commas: 0,1,2
   DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini..., others of DATASETS.md;
               several with commas; with IMAGES a name of your own
-  ARCH        RN50, ViT-B/16, ViT-B/32 or mini
+  ARCH        RN50, RN101, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px, mini,
+              open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
   options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, KEY VALUE, ...
 environment:

@@ -237,6 +237,8 @@ def load_bundles(
         w, other = first.text_projection, bundle.text_projection
         close = w.shape == other.shape and (w - other).abs().max() <= TOLERANCE * w.abs().max()
         differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
+        if first.extra.get("model") != bundle.extra.get("model"):
+            differ = "model configs (activation, preprocessing or tokenizer)"
         if differ:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
             raise UserError(

@@ -86,7 +86,7 @@ def build_bundle(
         template=template,
         classnames=classnames,
         retain_names=retain_names,
-        extra={"forget_template": BARE},
+        extra={"forget_template": BARE, "model": source.architecture.identity()},
     )
     bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
     return bundle

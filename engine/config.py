@@ -337,7 +337,8 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
     backbone = cfg.MODEL.BACKBONE.NAME
     unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
-    pair = cfg.FORGET.WEIGHTS.get(backbone, CfgNode())
+    same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
+    pair = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, CfgNode()))
     pair = pair.get(mode, unlisted) if isinstance(pair, CfgNode) else pair
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise UserError(

@@ -6,6 +6,7 @@ depends on, and `solve` from requests to low-rank changes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -269,7 +270,9 @@ class ForgetTrainer(SimpleTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """What all results of one data set in one folder must share."""
-        return {
+        model = self.bundle.extra.get("model")  # bundles of others may not say
+        known = {"model": hashlib.sha256(model.encode()).hexdigest()} if model else {}
+        return known | {
             "trainer": self.cfg.TRAINER.NAME,
             "backbone": self.bundle.backbone,
             "weights": self.bundle.weights,
