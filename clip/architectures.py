@@ -307,9 +307,13 @@ def _of_folder(name: str, folder: Path) -> Architecture:
     if not folder.is_dir():
         raise UserError(f"architecture {name}: no folder {folder}")
     weights = [folder / file for file in FOLDER_WEIGHTS if (folder / file).is_file()]
+    weights += sorted(folder.glob("model-*-of-*.safetensors"))
+    missing = UserError(f"architecture {name}: none of {', '.join(FOLDER_WEIGHTS)} in {folder}")
     if (folder / OPEN_CLIP_CONFIG).is_file():
         found = read_open_clip(folder / OPEN_CLIP_CONFIG)
-        return replace(found, name=name, weights=next(iter(weights), None), folder=folder)
+        if not weights:
+            raise missing
+        return replace(found, name=name, weights=weights[0], folder=folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"architecture {name}: {folder} holds neither config.json nor {OPEN_CLIP_CONFIG}, so "
@@ -319,7 +323,7 @@ def _of_folder(name: str, folder: Path) -> Architecture:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'}: no config of transformers: no model_type")
     if not weights:
-        raise UserError(f"architecture {name}: no {' or '.join(FOLDER_WEIGHTS[2:])} in {folder}")
+        raise missing
     drop = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
     config = {key: value for key, value in config.items() if key not in drop}
     return Architecture(name, config, weights[0], _of_processor(folder), folder=folder)

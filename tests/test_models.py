@@ -49,6 +49,7 @@ def open_clip_folder(folder: Path, kind: str, **images: object) -> Path:
     folder.mkdir()
     content = {"model_cfg": config, "preprocess_cfg": images or READING}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
+    (folder / "open_clip_model.safetensors").touch()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = architecture(f"hf:{folder}").build().state_dict()
@@ -62,7 +63,7 @@ def hugging_face(folder: Path, kind: str) -> Path:
     if kind == "SiglipModel":  # texts as wide as images
         model.config.text_config.projection_size = 32
         model = _scaled(type(model)(model.config)).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="20KB" if kind == "CLIPModel" else "1GB")
     transformers_tokenizer().save_pretrained(folder)
     size = {"size": {"height": SIZE, "width": SIZE}, "do_center_crop": False, "resample": 2}
     if kind == "CLIPModel":
@@ -155,6 +156,7 @@ def test_a_folder_of_hugging_face(tmp_path, kind):
     hidden = source.encode_hidden(TEXTS)
     assert torch.allclose(hidden @ source.projection, expected, atol=1e-5)
     assert hidden.shape[1] == 24 + (kind == "SiglipModel")
+    assert (len(list(folder.glob("*-of-*.safetensors"))) > 1) == (kind == "CLIPModel")
     out = forget(tmp_path, f"hf:{folder}", "--trainer", "ForgetExact")
     df, _ = create_results(out)
     assert df.name.tolist() == ["crab"]
@@ -174,7 +176,7 @@ def test_broken_folders_of_hugging_face_are_one_line(tmp_path):
             architecture(f"hf:{folder}")
         one_line(error)
     path.write_text(json.dumps(good))
-    weights = folder / "model.safetensors"
+    weights = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be loaded") as error:
         _ = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu").model
@@ -192,6 +194,8 @@ def test_what_is_no_model_folder_is_one_line(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none/open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 3}}')
     odd = open_clip_folder(tmp_path / "odd", "ViT")
+    open_clip_folder(tmp_path / "bare", "ViT")
+    (tmp_path / "bare/open_clip_model.safetensors").unlink()
     path = odd / "open_clip_config.json"
     path.write_text(path.read_text().replace('"mean"', '"maen"'))
     for name, message in {
@@ -200,6 +204,7 @@ def test_what_is_no_model_folder_is_one_line(tmp_path):
         f"hf:{tmp_path / 'torn'}": "is not JSON",
         f"hf:{tmp_path / 'none'}": "no model_cfg with",
         f"hf:{odd}": "preprocess_cfg must hold some of",
+        f"hf:{tmp_path}/bare": "none of open_clip_model",
         "open_clip:ViT-B-33": "did you mean 'ViT-B-32'",
         "open_clip:ViT-B-32/laion2b_s34b": "did you mean 'laion2b_s34b_b79k'",
         "ViT-B/33": "did you mean 'ViT-B/32'",

@@ -6,7 +6,6 @@ depends on, and `solve` from requests to low-rank changes.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -270,8 +269,7 @@ class ForgetTrainer(SimpleTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """What all results of one data set in one folder must share."""
-        model = self.bundle.extra.get("model")  # bundles of others may not say
-        known = {"model": hashlib.sha256(model.encode()).hexdigest()} if model else {}
+        known = {"model": self.bundle.model} if self.bundle.model else {}
         return known | {
             "trainer": self.cfg.TRAINER.NAME,
             "backbone": self.bundle.backbone,

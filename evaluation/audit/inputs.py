@@ -104,11 +104,12 @@ def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict
 
 
 def _same(bundle: FeatureBundle, settings: dict[str, Any], folder: Path) -> None:
-    for key in ("weights", "template", "split"):
-        if getattr(bundle, key) != settings[key]:
+    for key in ("weights", "template", "split", "model"):
+        now = bundle.model if key == "model" else getattr(bundle, key)
+        if settings.get(key, now) != now:
             raise UserError(
                 f"the results in {folder} were made with {key} {settings[key]!r}, what is there "
-                f"now for {bundle.dataset} has {getattr(bundle, key)!r}; say where the former is: "
+                f"now for {bundle.dataset} has {now!r}; say where the former is: "
                 "--features DIR, or --root DIR and --weights PATH"
             )
 
