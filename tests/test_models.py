@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -20,11 +21,13 @@ import train
 from clip import ClipSource, architecture
 from clip import apply as apply_command
 from clip.architectures import ARCHITECTURES, OPENAI_FILES
+from clip.bundle import bundle_path, load_bundles
 from engine import UserError
 from engine.config import paper_weights, settings
 from evaluation.results import read_logs
-from forgetting import load_adapter
+from forgetting import ProblemError, load_adapter
 from tests.clip_fixtures import one_line, random_model, save_openai
+from tests.conftest import BACKBONE, toy_bundle
 from tests.test_datasets import picture
 from tests.tower_fixtures import SIZE, _scaled, needs_transformers, tiny, transformers_tokenizer
 from utils import create_results
@@ -338,3 +341,24 @@ def test_weights_of_the_objective_for_any_model():
     for backbone in ("ViT-B/16", "ViT-B/16-quickgelu"):
         found = paper_weights(settings("ForgetLoRA", "StanfordDogs", backbone))
         assert found["lamb_forget"] == 1.3
+
+
+def test_adapters_of_two_ways_to_compute_do_not_compose():
+    from forgetting.compose import _check_fit
+
+    def adapter(**settings: str) -> SimpleNamespace:
+        same = {"backbone": "b", "trainer": "t", "projection_sha256": "p"}
+        return SimpleNamespace(**same, recipe={"objective": "constrained"}, settings=settings)
+
+    for other in (adapter(model="1"), adapter()):  # one of before does not say
+        _check_fit(adapter(model="1"), "a", other, "b")
+    with pytest.raises(ProblemError, match="model differs: '1' in a, '2' in b"):
+        _check_fit(adapter(model="1"), "a", adapter(model="2"), "b")
+
+
+def test_bundles_of_two_ways_to_compute_are_not_one_run(tmp_path):
+    for name, model in (("ToyAnimals", "gelu"), ("ToyTools", "quick")):
+        bundle = replace(toy_bundle(name), extra={"model": model})
+        bundle.save(bundle_path(tmp_path, BACKBONE, name))
+    with pytest.raises(UserError, match="different model configs"):
+        load_bundles(tmp_path, BACKBONE)
