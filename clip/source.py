@@ -133,7 +133,7 @@ class ClipSource:
             else:
                 state = read_state_dict(path)
                 model = arch.build()
-                load_into(model, state, arch, path)
+                load_into(model, _in_todays_form(model, state), arch, path)
         if self.device.type == "cuda":  # TensorFloat-32 keeps 10 bits of 23
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
@@ -260,6 +260,25 @@ class ClipSource:
         for key in ("image_embeds", "pooler_output"):
             found = found if isinstance(found, Tensor) else getattr(found, key, found)
         return normalize(found, dim=-1).cpu()
+
+
+def _in_todays_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    state = {
+        name: value.reshape(own[name].shape)
+        if name in ("logit_scale", "logit_bias") and name in own and value.numel() == 1
+        else value
+        for name, value in state.items()
+    }
+    old = "text.transformer.embeddings.position_ids"  # transformers keeps them no more
+    return {name: value for name, value in state.items() if name != old or old in own}
 
 
 def _transformers(arch: str) -> Any:

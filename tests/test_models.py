@@ -111,6 +111,18 @@ def test_open_clips_families_from_a_folder(tmp_path, kind):
     assert torch.allclose(source.encode_images(prepared[None]), expected, atol=1e-5)
 
 
+def test_a_checkpoint_in_the_old_layout_is_that_of_a_custom_text_tower(tmp_path):
+    folder = open_clip_folder(tmp_path / "m", "custom")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    plain = open_clip.CLIP(**{k: v for k, v in config.items() if k != "custom_text"}).eval()
+    state = plain.state_dict()
+    save_file(state | {"logit_scale": torch.ones(1)}, folder / "open_clip_model.safetensors")
+    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    with torch.no_grad():
+        expected = plain.encode_text(source.tokenizer(TEXTS))
+    assert torch.allclose(source.encode_hidden(TEXTS) @ source.projection, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA"])
 @pytest.mark.parametrize("kind", ["ViT", "custom with bias"])
 def test_the_driver_takes_a_folder(tmp_path, kind, trainer):
