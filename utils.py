@@ -380,31 +380,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"picture: {draw}")
 
 
-def _groups(given: Sequence[str]) -> dict[str, list[str]]:
+def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:
     """What to call the results -> their folders. Folders of one name belong together, as do
     `seed_*` of one folder; no two others get one name."""
     found: dict[tuple[str, Path], list[str]] = {}
-    for text in given:
+    for text in arguments:
         name, _, folder = text.partition("=") if not Path(text).exists() else ("", "", text)
         name, folder = (name, folder) if folder else ("", text)
         path = Path(folder).resolve()
         seed = path.name.startswith("seed_")
         key = (name, Path()) if name else ("", path.parent if seed else path)
         found.setdefault(key, []).append(folder)
-    groups = {}
-    for (name, path), folders in found.items():
-        if not name:
-            others = [other for _, other in found if other not in (path, Path())]
-            taken = {label for label, _ in found}
-            tails = ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)]
-            name = next(
-                tail
-                for n, tail in enumerate(tails, start=1)
-                if (tail not in taken and all(o.parts[-n:] != path.parts[-n:] for o in others))
-                or n == len(tails)
-            )
-        groups[name] = folders
-    return groups
+    given = {name for name, _ in found if name}
+    paths = [path for name, path in found if not name]
+    titles: list[str] = []
+    for length in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        titles = ["/".join(path.parts[-length:]) for path in paths]
+        if len({*titles, *given}) == len(titles) + len(given):
+            break
+    short = dict(zip(paths, titles, strict=True))
+    return {name or short[path]: folders for (name, path), folders in found.items()}
 
 
 def _write_latex(table: pd.DataFrame, path: Path) -> None:
