@@ -96,20 +96,25 @@ def _same_kind(folders: Sequence[str | Path], logs: Sequence[dict]) -> None:
         if places.count(place) > 1:
             raise UserError(f"the results folder {given} is given twice")
     found: dict[tuple[str, str], tuple[str | Path, object]] = {}
-    for folder, entries in zip(folders, logs, strict=True):
-        for dataset, entry in entries.items():
-            for key, value in entry.get(SETTINGS, {}).items():
-                if key == "seed":
-                    continue
-                # The template may differ from set to set; all else is the whole folder's.
-                where, other = found.setdefault(
-                    (dataset * (key == "template"), key), (folder, value)
+    for folder, sets in zip(folders, logs, strict=True):
+        settings = [  # whose, what, value: the template is a data set's, a solver's a label's
+            ("" if key != "template" else dataset, key, value)
+            for dataset, entries in sets.items()
+            for key, value in entries.get(SETTINGS, {}).items()
+        ]
+        settings += [
+            (f"{dataset} / {label}", key, value)
+            for dataset, entries in sets.items()
+            for label, entry in entries.items()
+            for key, value in entry.get("solver", {}).get("settings", {}).items()
+        ]
+        for whose, key, value in settings:
+            where, other = found.setdefault((whose, key), (folder, value))
+            if key != "seed" and other != value:
+                raise UserError(
+                    f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} and "
+                    f"{value!r:.80}; give each a name: NAME={folder}"
                 )
-                if other != value:
-                    raise UserError(
-                        f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} "
-                        f"and {value!r:.80}; give each a name: NAME={folder}"
-                    )
 
 
 def _over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -77,6 +77,10 @@ def test_what_is_no_seed_is_refused(seeds, tmp_path, key, value):
     other = results(tmp_path / "other", 0.3, **{key: value})
     with pytest.raises(UserError, match=f"are not runs of one kind: {key} is"):
         create_results([seeds[0], other])
+    path = seeds[1] / "logs.json"
+    path.write_text(path.read_text().replace('"lamb_forget": 1.3', '"lamb_forget": 1.4'))
+    with pytest.raises(UserError, match=r"of one kind: lamb_forget is 1\.3 and 1\.4"):
+        create_results(seeds)
     with pytest.raises(UserError, match="is given twice"):
         create_results([seeds[0], f"{seeds[0]}/"])
     for wrong in ([], [3], ()):
