@@ -4,7 +4,7 @@
 
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
-CLEAN = OUT= DATA= FEATURES= CACHE= PYTHON=$(BIN)/python
+CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= PYTHON=$(BIN)/python
 # Present only after an installation that ran to its end; one that was interrupted starts anew.
 COMPLETE = .venv/.complete
 # The same with what tests, style and the notebook need beside it.
@@ -35,7 +35,6 @@ $(DEVELOP): $(COMPLETE) requirements-dev.txt
 demo: $(COMPLETE)
 	$(CLEAN) TRAINER=ForgetLoRA sh forget_clip.sh 1 0 $(MINI) mini 0
 	$(CLEAN) TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
-	$(BIN)/python utils.py results/results1/seed_0
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
 	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results

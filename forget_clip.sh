@@ -5,13 +5,16 @@ set -uf
 usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options of train.py]
   ATTEMPT     results go to results/resultsATTEMPT; letters, digits, "_", "-", "."
   SEED        0 or more; several with commas: 0,1,2
-  DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini...; several with commas
-  ARCH        RN50, ViT-B/16, ViT-B/32 or mini
+  DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini..., others of DATASETS.md;
+              several with commas; with IMAGES a name of your own
+  ARCH        RN50, RN101, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px, mini,
+              open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
   options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, KEY VALUE, ...
 environment:
   DATA      folder of the image sets (default: data)
   FEATURES  folder of feature bundles; then neither model nor images are needed
+  IMAGES    images of your own: a folder with a folder a class, or a CSV of path and class
   OUT       folder of the results (default: results)
   CACHE     folder for weights and encoded features (default: cache)
   TRAINER   ForgetLoRA (default, the paper), ForgetOptimum (its objective at the proved optimum),
@@ -27,7 +30,7 @@ die() {
 
 case ${1-} in -h | --help) printf '%s\n' "$usage"; exit 0 ;; esac
 [ $# -ge 5 ] || die "five arguments are needed (ATTEMPT SEED DATASETS ARCH MULTICLASS), got $#; sh forget_clip.sh --help"
-attempt=$1 seeds=$2 datasets=$3 arch=$4 multiclass=$5
+attempt=$1 seeds=$2 datasets=$3 named=$3 arch=$4 multiclass=$5
 shift 5
 
 case $attempt in '' | .* | *[!A-Za-z0-9_.-]*) die "ATTEMPT must be letters, digits, '_', '-' or '.', got '$attempt'" ;; esac
@@ -42,6 +45,9 @@ esac
 names() { printf '%s' "$1" | tr ', ' '\n\n' | sed "$2" | awk 'NF && !seen[$0]++'; }
 seeds=$(names "$seeds" 's/^0*\([0-9]\)/\1/')
 datasets=$(names "$datasets" "")
+if [ -n "${IMAGES-}" ]; then
+    case $datasets in *[[:space:]]*) die "IMAGES is one data set, and DATASETS names several: '$named'" ;; esac
+fi
 for seed in $seeds; do
     case $seed in '' | *[!0-9]*) die "SEED must be an integer of 0 or more, got '$seed'" ;; esac
 done
@@ -62,7 +68,7 @@ for seed in $seeds; do
         "$PYTHON" "$here/train.py" \
             --dataset "$dataset" --backbone "$arch" --seed "$seed" \
             --trainer "${TRAINER:-ForgetLoRA}" --output-dir "$out/seed_$seed" \
-            --root "${DATA:-$here/data}" --features "${FEATURES-}" --cache "${CACHE:-$here/cache}" \
+            --root "${DATA:-$here/data}" ${IMAGES:+--images "$IMAGES"} --features "${FEATURES-}" --cache "${CACHE:-$here/cache}" \
             $flag "$@"
         status=$?
         [ $status -ne 130 ] || exit 130

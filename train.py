@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+import datasets
 import trainers  # noqa: F401  registers the methods
 from engine import TRAINER_REGISTRY, engine_description
 from engine.cli import Parser, run
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         UserError, ProblemError: input that cannot be run; one line.
     """
     args = parse(argv)
+    if args.images or args.dataset in datasets.NAMES:
+        args.dataset = datasets.spec(args.dataset or "", args.images or "").name
     cfg = setup(args)
     for name, key in OPTIONS.items():
         setattr(args, name, value_of(cfg, key))  # args.txt says what the run took

@@ -18,24 +18,29 @@ import pandas as pd
 
 from engine.cli import Parser, run
 from engine.errors import UserError
+from engine.files import atomic_path, refuse_foreign
 from evaluation.plots import AFTER, BEFORE, COLOURS, drawing
 from evaluation.results import ARGS, LOGS, SETTINGS, read_args, read_logs, split_label
 from evaluation.rows import rows_of
-from evaluation.tables import average_gains, other_sets, result_table
+from evaluation.tables import average_gains, other_sets, result_table, write_table
 
+FOR_EACH = "cls_forget_all"
+LATEX = "% a table of utils.py"
 DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 
 
 def create_results(
-    folder: str | Path,
+    folder: str | Path | Sequence[str | Path],
     rn: bool | None = None,
     multiclass: bool = False,
     return_logs: bool = False,
-) -> tuple[pd.DataFrame, argparse.Namespace] | tuple[pd.DataFrame, argparse.Namespace, dict]:
-    """The results of one folder, a row for every forgotten class (or set of classes).
+) -> tuple:
+    """The results of one folder, a row for every forgotten class (or set of classes); of several,
+    such as one a seed, their means and standard deviations.
 
     Args:
-        folder: `results/resultsATTEMPT/seed_SEED`, with or without a slash at the end.
+        folder: `results/resultsATTEMPT/seed_SEED`, with or without a slash at the end, or several
+            of one method, backbone and weights.
         rn: whether the backbone is a ResNet; checked against the folder. None checks nothing.
         multiclass: True for the rows of classes forgotten at once, False for the others.
         return_logs: also return the logs that the rows were made from.
@@ -45,12 +50,22 @@ def create_results(
             (`full_*` is the accuracy over all other classes of the set, `cls_*` over the forgotten
             one, before and after), then `res_X` (after) and `full_X` (before) for every other data
             set X. With `multiclass` the `cls_*` are means and `cls_forget_all` is the dictionary by
-            class. Fractions; NaN where nothing was measured.
-        args: the command line of the folder's latest run.
+            class. Fractions; NaN where nothing was measured. Of several folders the means, then
+            `std_*` for each of these columns (divided by the folders less one; NaN of one), and
+            `folders`, how many hold the row.
+        args: the command line of the folder's latest run; logs, if asked for. Of several folders
+            lists of them.
 
     Raises:
-        UserError: no results there, or none of the asked kind, or torn logs.
+        UserError: no results there, or none of the asked kind, or torn logs; folders that do not
+            belong together.
     """
+    if isinstance(folder, Sequence) and not isinstance(folder, str | bytes) and folder:
+        parts = [create_results(each, rn, multiclass, True) for each in folder]
+        frames, args, logs = map(list, zip(*parts, strict=True))
+        _same_kind(folder, logs)
+        df = _over_folders(frames)
+        return (df, args, logs) if return_logs else (df, args)
     if not isinstance(folder, str | PathLike):
         raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
     folder = Path(folder)
@@ -61,7 +76,7 @@ def create_results(
     args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
     df = result_table(folder, rows_of(logs), multiclass)
-    if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
+    if not _measured_before(df):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
             "public code have none): the columns full_Noforget, cls_Noforget and full_X are NaN",
@@ -70,20 +85,110 @@ def create_results(
     return (df, args, logs) if return_logs else (df, args)
 
 
-def compute_avg_gain(df: pd.DataFrame) -> float:
+def _measured_before(df: pd.DataFrame) -> bool:
+    return not df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None)
+
+
+def _same_kind(folders: Sequence[str | Path], logs: Sequence[dict]) -> None:
+    """UserError unless folders are different, and hold results that differ by chance alone."""
+    places = [Path(folder).resolve() for folder in folders]
+    for place, given in zip(places, folders, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"the results folder {given} is given twice")
+    found: dict[tuple[str, str], tuple[str | Path, object]] = {}
+    for folder, sets in zip(folders, logs, strict=True):
+        settings = [  # whose, what, value: the template is a data set's, a solver's a label's
+            ("" if key != "template" else dataset, key, value)
+            for dataset, entries in sets.items()
+            for key, value in entries.get(SETTINGS, {}).items()
+        ]
+        settings += [
+            (f"{dataset} / {label}", key, value)
+            for dataset, entries in sets.items()
+            for label, entry in entries.items()
+            for key, value in entry.get("solver", {}).get("settings", {}).items()
+        ]
+        for whose, key, value in settings:
+            where, other = found.setdefault((whose, key), (folder, value))
+            if key != "seed" and other != value:
+                raise UserError(
+                    f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} and "
+                    f"{value!r:.80}; give each a name: NAME={folder}"
+                )
+
+
+def _over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Mean and standard deviation of every row over the frames of `create_results`."""
+    rows = pd.concat(frames, ignore_index=True)
+    groups = rows.groupby(["ds", "name"], sort=False)
+    numbers = [column for column in rows.columns if column not in ("ds", "name", FOR_EACH)]
+    df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))
+    if FOR_EACH in rows:
+        each = groups[FOR_EACH].agg(lambda found: pd.DataFrame(list(found)).mean().to_dict())
+        df.insert(len(numbers), FOR_EACH, each)
+    return df.join(groups.size().rename("folders")).reset_index()
+
+
+def compute_avg_gain(
+    df: pd.DataFrame, before: pd.DataFrame | Mapping[str, Mapping[str, float]] | None = None
+) -> float:
     """The paper's summary over a frame of `create_results`; lower is better, 0 is perfect.
 
     The mean over rows of `evaluation.tables.average_gains`: what is left of the forgotten class's
     accuracy and what the rest of its set and each other set lost, all relative to before.
+
+    Args:
+        before: the accuracies from before forgetting, for logs that hold none, as those of the
+            paper's public code: a frame of `create_results` with the same classes, or a mapping
+            such as {"Pekinese": {"cls_Noforget": 0.6, "full_Noforget": 0.5, "full_Caltech101":
+            0.9}}; fractions.
+
+    Raises:
+        UserError: no accuracies from before, or none of the frame's classes.
     """
-    return float(average_gains(df).mean())
+    if before is not None:
+        df = _with_before(df, before)
+    gains = average_gains(df)
+    if not _measured_before(df) or gains.isna().all():
+        raise UserError(
+            "no average gain: it is relative to the accuracies from before forgetting, and these "
+            "results hold none (logs of the paper's public code have none); pass them: "
+            "compute_avg_gain(df, before=FRAME) or utils.py --before FOLDER, with the results of "
+            "any run on the same classes, or compute_avg_gain(df, before={CLASS: {'cls_Noforget': "
+            "0.6, 'full_Noforget': 0.5, 'full_SET': 0.9}})"
+        )
+    return float(gains.mean())
+
+
+def _with_before(
+    df: pd.DataFrame, before: pd.DataFrame | Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """The frame with the columns from before forgetting of another, by data set and class."""
+    columns = ["full_Noforget", "cls_Noforget", *(f"full_{name}" for name in other_sets(df))]
+    keys = ["ds", "name"]
+    try:
+        if not isinstance(before, pd.DataFrame):
+            before = pd.DataFrame.from_dict(dict(before), orient="index", dtype=float)
+            before, keys = before.rename_axis("name").reset_index(), ["name"]
+        known = before.set_index(keys)
+        known = known[~known.index.duplicated()].reindex(columns=columns).astype(float)
+        values = known.reindex(pd.MultiIndex.from_frame(df[keys]) if len(keys) > 1 else df["name"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            "before must be a frame of create_results, or {CLASS: {'cls_Noforget': 0.6, ...}} "
+            f"({error})"
+        ) from error
+    if values.isna().all(axis=None):
+        raise UserError(f"before holds none of the classes {', '.join(df['name'])[:200]}")
+    return df.assign(**{column: values[column].to_numpy() for column in columns})
 
 
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
     """The frame for reading, in percent: accuracy before and after forgetting.
 
     `class` is the forgotten class, `rest` the other classes of its set, `others` the mean over the
-    other data sets.
+    other data sets. Of several folders, `±` is the standard deviation of what was measured after
+    (of `others` the mean of the sets' own).
     """
     others = other_sets(df)
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
@@ -93,6 +198,13 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
     for when, stem in (("before", "full"), ("after", "res")):
         columns = [f"{stem}_{name}" for name in others]
         table[f"others {when}"] = 100 * df[columns].mean(axis=1) if columns else float("nan")
+    if "folders" in df:
+        spread = {"class": ["cls_forget"], "rest": ["full_forget"]}
+        spread["others"] = [f"res_{name}" for name in others]
+        for title, stems in spread.items():
+            deviations = df[[f"std_{stem}" for stem in stems]]
+            place = table.columns.get_loc(f"{title} after") + 1
+            table.insert(place, f"{title} ±", 100 * deviations.mean(axis=1))
     return table
 
 
@@ -149,16 +261,18 @@ def _worst(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
     return table.loc[rank.sort_values(["left", "lost"], kind="stable").index[:DRAWN].sort_values()]
 
 
-def compare_results(folders: dict[str, str | Path], multiclass: bool = False) -> pd.DataFrame:
+def compare_results(
+    folders: Mapping[str, str | Path | Sequence[str | Path]], multiclass: bool = False
+) -> pd.DataFrame:
     """Several methods on the same classes, side by side, in percent: before, then each method.
 
     Args:
-        folders: what to call a method -> its results folder.
+        folders: what to call a method -> its results folder, or several (see `create_results`).
 
     Returns:
         A row for every class that all folders hold: `data set`, `forgotten`, and for `class`,
         `rest` and `others` (see `summarise`) a column `before` and one a method, then its
-        `seconds`.
+        `seconds`. A method of several folders has its means, and `± METHOD` behind each.
 
     Raises:
         UserError: no class is in all folders.
@@ -169,15 +283,25 @@ def compare_results(folders: dict[str, str | Path], multiclass: bool = False) ->
     for name, folder in folders.items():
         df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
         table = summarise(df).set_index(["data set", "forgotten"])
-        seconds = {(row.dataset, row.label): row.solver.get("seconds") for row in rows_of(logs)}
-        tables[name] = table.assign(seconds=pd.Series(seconds, dtype=float))
+        seconds = pd.Series(
+            {
+                (number, row.dataset, row.label): row.solver.get("seconds")
+                for number, each in enumerate(logs if isinstance(logs, list) else [logs])
+                for row in rows_of(each)
+            },
+            dtype=float,
+        )
+        tables[name] = table.assign(seconds=seconds.groupby(level=[1, 2]).mean())
     joined = pd.concat(tables, axis=1, join="inner")  # columns (method, column of `summarise`)
     if joined.empty:
         raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")
     columns = {}
     for stem in ("class", "rest", "others"):
         columns[f"{stem} before"] = joined[next(iter(tables)), f"{stem} before"]
-        columns |= {f"{stem} {name}": joined[name, f"{stem} after"] for name in tables}
+        for name in tables:
+            columns[f"{stem} {name}"] = joined[name, f"{stem} after"]
+            if (name, f"{stem} ±") in joined:
+                columns[f"{stem} ± {name}"] = joined[name, f"{stem} ±"]
     columns |= {f"seconds {name}": joined[name, "seconds"] for name in tables}
     return pd.DataFrame(columns).reset_index()
 
@@ -204,26 +328,100 @@ def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the results of a folder as a table and draw them beside the logs; several folders are
-    shown side by side, and drawn beside the last one's."""
+    """Print the results of a folder as a table; seeds of one run as mean and deviation; several
+    runs side by side. Nothing is written unless a file is named."""
     parser = Parser(prog="utils.py", description=main.__doc__)
     parser.add_argument(
-        "folders", nargs="+", metavar="[NAME=]FOLDER", help="results/resultsATTEMPT/seed_SEED"
+        "folders",
+        nargs="+",
+        metavar="[NAME=]FOLDER",
+        help="results/resultsATTEMPT/seed_SEED; folders of one NAME, or seeds of one ATTEMPT, "
+        "belong together",
     )
     parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
+    parser.add_argument(
+        "--before", metavar="FOLDER", help="results that hold the accuracies from before forgetting"
+    )
+    for option, about in (("csv", "CSV"), ("latex", "LaTeX"), ("draw", "a picture")):
+        parser.add_argument(f"--{option}", metavar="FILE", help=f"write the table as {about}")
     args = parser.parse_args(argv)
-    named = [folder.rpartition("=") for folder in args.folders]
-    folders = {name or Path(folder).parent.name: folder for name, _, folder in named}
-    for name, folder in folders.items():
-        df, _ = create_results(folder, multiclass=args.multiclass)
-        if len(folders) == 1:
-            _print(summarise(df))
-            print(f"picture: {plot_results(df, Path(folder) / 'results.png')}")
-        print(f"{name}: average gain (0 is perfect, lower is better) {compute_avg_gain(df):.4f}")
-    if len(folders) > 1:
-        table = compare_results(folders, args.multiclass)
-        _print(table)
-        print(f"picture: {plot_comparison(table, Path(folder) / 'comparison.png')}")
+    groups = _groups(args.folders)
+    before = create_results(args.before, multiclass=args.multiclass)[0] if args.before else None
+    lines = []
+    for name, folders in groups.items():
+        gains = []
+        for folder in folders:
+            try:
+                df, _ = create_results(folder, multiclass=args.multiclass)
+                gains.append(compute_avg_gain(df, before))
+            except UserError as error:
+                if not str(error).startswith("no average gain"):
+                    raise
+                lines.append(f"{name}: {error}")
+                break
+        else:
+            spread = f" ± {pd.Series(gains).std():.4f} over {len(gains)}" if len(gains) > 1 else ""
+            mean = sum(gains) / len(gains)
+            lines.append(f"{name}: average gain (0 is perfect, lower is better) {mean:.4f}{spread}")
+    one_or_many = {name: f if len(f) > 1 else f[0] for name, f in groups.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said above
+        if len(groups) == 1:
+            df, _ = create_results(*one_or_many.values(), multiclass=args.multiclass)
+            df = df if before is None else _with_before(df, before)
+            table = summarise(df)
+        else:
+            table = compare_results(one_or_many, args.multiclass)
+    print("\n".join(lines))
+    _print(table)
+    if args.csv:
+        write_table(table, args.csv)
+        print(f"table: {args.csv}")
+    if args.latex:
+        _write_latex(table, Path(args.latex))
+        print(f"table: {args.latex}")
+    if args.draw:
+        draw = plot_comparison(table, args.draw) if len(groups) > 1 else plot_results(df, args.draw)
+        print(f"picture: {draw}")
+
+
+def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """What to call the results -> their folders. Folders of one name belong together, as do
+    `seed_*` of one folder; no two others get one name."""
+    found: dict[tuple[str, Path], list[str]] = {}
+    for text in arguments:
+        name, _, folder = text.partition("=") if not Path(text).exists() else ("", "", text)
+        name, folder = (name, folder) if folder else ("", text)
+        path = Path(folder).resolve()
+        seed = path.name.startswith("seed_")
+        key = (name, Path()) if name else ("", path.parent if seed else path)
+        found.setdefault(key, []).append(folder)
+    given = {name for name, _ in found if name}
+    paths = [path for name, path in found if not name]
+    titles: list[str] = []
+    for length in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        titles = ["/".join(path.parts[-length:]) for path in paths]
+        if len({*titles, *given}) == len(titles) + len(given):
+            break
+    short = dict(zip(paths, titles, strict=True))
+    return {name or short[path]: folders for (name, path), folders in found.items()}
+
+
+def _write_latex(table: pd.DataFrame, path: Path) -> None:
+    """Write a table for LaTeX (package booktabs), over nothing but one of ours."""
+    refuse_foreign(path, LATEX)
+    titles = {column: column.replace("±", r"$\pm$") for column in table}
+    safe = table.map(lambda cell: _tex(cell) if isinstance(cell, str) else cell)
+    text = safe.rename(columns=titles).to_latex(index=False, float_format="%.1f", na_rep="--")
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{LATEX}\n{text}", encoding="utf-8")
+
+
+def _tex(text: str) -> str:
+    """A name as LaTeX prints it."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {c: f"\\{c}" for c in "&%$#_{}"}
+    return "".join(special.get(c, c) for c in text)
 
 
 def _print(table: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip.checkpoint import read_state_dict
 from clip.source import ClipSource
-from engine import UserError, atomic_path
+from engine import UserError, atomic_path, write_json_atomic
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.files import refuse_existing
@@ -28,23 +28,33 @@ def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None
     """Write the state dict of `source` with `text_projection + delta`, whole or not at all.
 
     `delta` is (w, d). The changed projection is float32; everything else is what the original
-    file holds, to the bit. Raises UserError if `path` exists or `delta` has another shape.
+    file holds, to the bit. Beside it comes a JSON file with the model's config in open_clip's
+    form, since weights alone do not say how they compute. Raises UserError if one of the two
+    exists or `delta` has another shape.
     """
     path = Path(path)
-    refuse_existing(path, "move it or choose another name")
+    arch, beside = source.architecture, path.with_suffix(".json")
+    places = [path] if beside == path else [path, beside]
+    for place in places:
+        refuse_existing(place, "move it or choose another name")
     projection = source.projection  # loading the model also proves that the file fits it
     if delta.shape != projection.shape:
         raise UserError(
             f"the change is {tuple(delta.shape)}, but {source.arch} has a projection of "
             f"{tuple(projection.shape)}"
         )
-    state = read_state_dict(source.weights_path)
+    state = {} if arch.transformers else read_state_dict(source.weights_path)
+    if state.get("text_projection", delta[:0]).shape != projection.shape:
+        raise UserError(f"{source.arch} has no text_projection in OpenAI's layout to be changed")
     state["text_projection"] = projection + delta.detach().to("cpu", torch.float32)
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
             raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    if len(places) > 1:
+        config = {"model_cfg": arch.model_config(), "preprocess_cfg": arch.preprocessing()}
+        write_json_atomic(config, beside, indent=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,6 +78,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"adapter {args.adapter} was made for other weights (sha256 {adapter.weights[:16]}) "
             f"than {source.weights_path}; give the original ones by --weights"
+        )
+    own = adapter.settings.get("model", source.architecture.sha)
+    if own != source.architecture.sha:
+        raise UserError(
+            f"adapter {args.adapter} was made for a model of other activation, preprocessing or "
+            f"tokenizer than {source.arch} has now"
         )
     save_full_model(source, adapter.delta(), out)
     print(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")

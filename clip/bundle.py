@@ -7,6 +7,7 @@ needed. A bundle holds them for one backbone and one data set split; as a file,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -66,6 +67,13 @@ class FeatureBundle:
     retain_names: list[str]
     extra: dict[str, str] = field(default_factory=dict)
     extra_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """SHA-256 of what the model's config says (`clip.architectures.Architecture.identity`);
+        empty if the bundle does not say."""
+        text = self.extra.get("model", "")
+        return text and hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureBundle:
@@ -237,6 +245,8 @@ def load_bundles(
         w, other = first.text_projection, bundle.text_projection
         close = w.shape == other.shape and (w - other).abs().max() <= TOLERANCE * w.abs().max()
         differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
+        if first.model and bundle.model and first.model != bundle.model:
+            differ = "model configs (activation, preprocessing or tokenizer)"
         if differ:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
             raise UserError(

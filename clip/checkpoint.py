@@ -56,17 +56,19 @@ def require_file(path: Path) -> None:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], arch: Architecture, path: Path) -> None:
-    """Load `state` into `model` in float32.
+    """Load `state` into `model` in float32; UserError as `check_fit`."""
+    check_fit(model, state, arch, path)
+    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
 
-    Raises UserError saying what the file looks like if it is not exactly this architecture.
-    """
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], arch: Architecture, path: Path) -> None:
+    """UserError saying what the file looks like if it is not exactly this architecture."""
     problem = _difference(model.state_dict(), state)
     if problem:
         raise UserError(
             f"weights {path} are not those of {arch.name}: they look like {describe(state)} "
             f"({problem})"
         )
-    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
 
 
 def describe(state: dict[str, Tensor]) -> str:

@@ -13,13 +13,15 @@ from engine.files import lock, read_json, sha256_file, write_json_atomic
 from engine.schema import Register, fault
 
 
-def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
+def digests(paths: Sequence[str | Path], register: Path | None) -> list[str]:
     """The SHA-256 of each file, in hex.
 
     The JSON file `register` remembers them by size, times and inode, for hashing 350 MB takes a
-    second. Where it cannot be written, the files are read again next time. Raises OSError for a
-    file that cannot be read.
+    second; None: nothing does. Where it cannot be written, the files are read again next time.
+    Raises OSError for a file that cannot be read.
     """
+    if register is None:
+        return [sha256_file(path) for path in paths]
     known = _read(register)
     found: dict[str, list[Any]] = {}
     places = [os.path.abspath(path) for path in paths]

@@ -1,7 +1,7 @@
 """From a data set and a CLIP to a FeatureBundle: the stage that is run once.
 
-python -m clip.features DATASET ARCH [--root data] [--weights PATH] [--cache cache] [--out DIR]
-                        [--audit]
+python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PATH]
+                        [--cache cache] [--out DIR] [--audit]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser, run
-from engine.config import settings
+from engine.config import declared, settings
 from engine.files import refuse_existing
 
 SPLITS = ("train_x", "val", "test")
@@ -38,11 +38,13 @@ def build_bundle(
     batch_size: int = 64,
     workers: int | None = None,
     progress: bool = True,
+    own: str = "",
 ) -> FeatureBundle:
     """Encode a split of a data set, or read from `cache` what was encoded before.
 
     Args:
-        dataset: name in `datasets.SETS`; `root` holds its images.
+        dataset: name in `datasets.SETS`; `root` holds its images. Any other name for images of
+            one's `own`, a folder or a CSV file (see `datasets.table.own`).
         template: the evaluation prompt with one `{}`; None for the data set's own.
         split: "train_x", "val" or "test".
         workers: processes that load images; None for none on two cores, else up to eight.
@@ -50,13 +52,13 @@ def build_bundle(
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
     """
-    row = datasets.spec(dataset)
+    row = datasets.spec(dataset, own)
     template = row.template if template is None else template
     if template.count(BARE) != 1:
         raise UserError(f"template {template!r} must hold the class name's place {BARE} once")
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    images = datasets.load(dataset, root)
+    images = datasets.load(dataset, root, own)
     items = getattr(images, split)
     if not items:
         raise UserError(f"data set {dataset} in {root} has no images in its split {split!r}")
@@ -84,7 +86,7 @@ def build_bundle(
         template=template,
         classnames=classnames,
         retain_names=retain_names,
-        extra={"forget_template": BARE},
+        extra={"forget_template": BARE, "model": source.architecture.identity()},
     )
     bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
     return bundle
@@ -97,6 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")
     defaults = settings()
     parser.add_argument("--root", default=defaults.DATASET.ROOT, help="root of the image sets")
+    parser.add_argument(
+        "--images", default="", metavar="PATH", help=declared()["DATASET.IMAGES"].about
+    )
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
     cache = defaults.FEATURES.CACHE
     parser.add_argument("--cache", default=cache, help="folder for what was encoded")
@@ -108,12 +113,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    dataset = datasets.spec(args.dataset).name
+    dataset = datasets.spec(args.dataset, args.images).name
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
     if out:
         refuse_existing(out, "move it or choose another --out")
     source = ClipSource(args.arch, args.weights, args.cache)
-    bundle = build_bundle(dataset, source, args.root, args.cache)
+    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images)
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
     print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -13,21 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip.architectures import architecture
-from clip.checkpoint import load_into, read_state_dict, require_file
+from clip.architectures import OPEN_CLIP, architecture, one_line
+from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
 from engine.errors import UserError
+from forgetting import ProblemError
+from forgetting.towers import Tower, read_tower
 
 # To be changed with `preprocess` or `encode_hidden`: what was cached before is then not used.
-ENCODING = "shorter side bicubic, centre crop, OpenAI mean and std; state at end of text; 1"
+ENCODING = "open_clip's preprocessing of the model's own config; state before the projection; 2"
 
 
 class ClipSource:
     """One CLIP, loaded when something must be encoded and not before.
 
     Args:
-        arch: a name of `ARCHITECTURES`.
+        arch: a name that `architecture` knows.
         weights: a checkpoint of that architecture; None for its published or embedded weights.
         cache: folder for downloads.
         device: None for the GPU if there is one, else the CPU. All arithmetic is float32.
@@ -46,17 +49,32 @@ class ClipSource:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._weights = None if weights is None else Path(weights)
         if self._weights is not None:
+            if self.architecture.folder is not None:
+                raise UserError(f"{arch} brings its weights: leave out --weights {weights}")
             require_file(self._weights)
 
     @cached_property
     def weights_path(self) -> Path:
-        """The checkpoint file; downloaded first if need be."""
+        """The checkpoint file; downloaded first if need be.
+
+        Raises:
+            UserError: weights of which it is not known how they are to be computed with.
+        """
         arch = self.architecture
         if self._weights is not None:
+            try:
+                arch.require_identity(self._weights, self._sha256(self._weights))
+            except UserError:
+                with torch.device("meta"):  # weights of other shapes are told as such
+                    model = arch.build()
+                check_fit(model, read_state_dict(self._weights), arch, self._weights)
+                raise
             return self._weights
         if isinstance(arch.weights, Path):
             require_file(arch.weights)
             return arch.weights
+        if arch.weights is None:
+            return self._from_open_clip()
         path = download(arch.url, arch.sha256, self.cache / "weights" / arch.weights)
         if self._sha256(path) != arch.sha256:
             raise UserError(
@@ -65,15 +83,39 @@ class ClipSource:
             )
         return path
 
+    def _from_open_clip(self) -> Path:
+        """The file of a pretrained tag, fetched by open_clip."""
+        from open_clip import download_pretrained
+        from open_clip.pretrained import get_pretrained_cfg
+
+        arch = self.architecture
+        if not arch.pretrained:
+            raise UserError(f"{arch.name} has no weights: pass --weights PATH")
+        model, _, tag = arch.name.removeprefix(OPEN_CLIP).partition("/")
+        known = get_pretrained_cfg(model, tag) or get_pretrained_cfg(model.rpartition("-")[0], tag)
+        try:
+            return Path(download_pretrained(known, cache_dir=str(self.cache / "weights")))
+        except Exception as error:  # of the network, or of the hub
+            raise UserError(
+                f"open_clip cannot fetch {arch.name} ({one_line(error)}); pass the file by "
+                "--weights PATH"
+            ) from error
+
     @cached_property
     def weights_sha256(self) -> str:
-        """SHA-256 of the checkpoint file, in hex."""
-        return self._sha256(self.weights_path)
+        """SHA-256 of the checkpoint file, in hex; of those of its parts if it has several."""
+        path = self.weights_path
+        parts = sorted(path.parent.glob(f"{path.stem.split('-')[0]}-*-of-*{path.suffix}"))
+        if not parts or self.architecture.folder is None:
+            return self._sha256(path)
+        return hashlib.sha256(
+            json.dumps([self._sha256(part) for part in parts]).encode()
+        ).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with all that an encoding depends on: weights, configuration, preprocessing."""
-        parts = [ENCODING, self.architecture.configuration(), self.weights_sha256]
+        parts = [ENCODING, self.architecture.identity(), self.weights_sha256]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _sha256(self, path: Path) -> str:
@@ -81,14 +123,17 @@ class ClipSource:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The open_clip model: float32, `eval()`, on `device`."""
-        path = self.weights_path
-        state = read_state_dict(path)
+        """The model: float32, `eval()`, on `device`."""
+        path, arch = self.weights_path, self.architecture
         # Random initialisation must not move the caller's random numbers: a run that finds
         # everything cached would otherwise differ from one that does not.
         with torch.random.fork_rng(devices=[]):
-            model = self.architecture.build()
-        load_into(model, state, self.architecture, path)
+            if arch.transformers:
+                model = self._from_transformers()
+            else:
+                state = read_state_dict(path)
+                model = arch.build()
+                load_into(model, _in_todays_form(model, state), arch, path)
         if self.device.type == "cuda":  # TensorFloat-32 keeps 10 bits of 23
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
@@ -96,44 +141,163 @@ class ClipSource:
         print(f"clip: {self.arch} on {self.device}, float32, weights {digest} from {path}")
         return model.float().eval().requires_grad_(False).to(self.device)
 
+    def _from_transformers(self) -> nn.Module:
+        """A model of a local folder; nothing is fetched, and no code of the folder is run."""
+        transformers = _transformers(self.arch)
+        place = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model, found = transformers.AutoModel.from_pretrained(
+                    self.architecture.folder, output_loading_info=True, **place
+                )
+        except Exception as error:  # of a config or weights that somebody wrote
+            raise UserError(f"{self.arch} cannot be loaded ({one_line(error)})") from error
+        for what in ("missing_keys", "mismatched_keys"):
+            if found.get(what):
+                first = str(next(iter(found[what])))
+                raise UserError(f"{self.arch}: the weights do not fit its config ({what}: {first})")
+        if not hasattr(model, "get_image_features"):
+            raise UserError(
+                f"{self.arch} is a {type(model).__name__}, which reads no images and texts alike"
+            )
+        return model
+
     @cached_property
     def tokenizer(self) -> Any:
-        """open_clip's byte-pair tokenizer at the context length of the model."""
-        from open_clip import SimpleTokenizer
+        """The model's own: open_clip's byte-pair tokenizer at the model's context length, or what
+        its config or folder names."""
+        arch = self.architecture
+        try:
+            if arch.transformers:
+                return _transformers(self.arch).AutoTokenizer.from_pretrained(
+                    arch.folder, local_files_only=True, trust_remote_code=False
+                )
+            from open_clip import SimpleTokenizer, get_tokenizer
 
-        return SimpleTokenizer(context_length=self.model.context_length)
+            text = arch.model_config()["text_cfg"]
+            if "hf_tokenizer_name" in text:
+                _transformers(self.arch)
+                name = self.arch.removeprefix(OPEN_CLIP).partition("/")[0]
+                return get_tokenizer(f"local-dir:{arch.folder}" if arch.folder else name)
+            return SimpleTokenizer(
+                context_length=self.model.context_length, **text.get("tokenizer_kwargs", {})
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.arch}: its tokenizer cannot be had ({one_line(error)})"
+            ) from error
 
     @cached_property
     def preprocess(self) -> Any:
-        """PIL image -> (3, side, side) float32: OpenAI's resize, centre crop, normalisation."""
+        """PIL image -> (3, side, side) float32: resize, crop and normalisation of the model."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(size=self.model.visual.image_size), is_train=False)
+        images = {"size": self.architecture.preprocessing()["size"]} | self.architecture.images
+        return image_transform_v2(PreprocessCfg(**images), is_train=False)
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The text side of the model, which ends in one linear map; UserError if it does not."""
+        try:
+            return read_tower(self.model, self.tokenizer)
+        except ProblemError as error:
+            raise UserError(f"{self.arch}: {error}") from error
 
     @cached_property
     def projection(self) -> Tensor:
-        """`text_projection` (w, d), float32 on the CPU."""
-        return self.model.text_projection.detach().cpu().clone()
+        """The last linear map of texts, (w, d), float32 on the CPU. A bias is one more row, for a
+        hidden state that ends in 1."""
+        if _is_plain(self.model):
+            return self.model.text_projection.detach().cpu().clone()
+        rows = [self.tower.projection]
+        rows += [self.tower.bias[None]] if self.tower.bias is not None else []
+        return torch.cat(rows).detach().cpu().float().clone()
 
     @torch.no_grad()
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        """Hidden states of `texts`, (n, w) float32 on the CPU (see `hidden_states`)."""
-        tokenizer, limit = self.tokenizer, self.tokenizer.context_length
+        """Hidden states of `texts`, (n, w) float32 on the CPU: times `projection` they are the
+        model's text embeddings."""
+        self._warn_of_long(texts)
+        if not _is_plain(self.model):
+            try:
+                hidden = self.tower.hidden(texts, batch=batch_size)
+            except ProblemError as error:
+                raise UserError(f"{self.arch}: {error}") from error
+            ones = torch.ones(len(hidden), 0 if self.tower.bias is None else 1)
+            return torch.cat([hidden.float(), ones], dim=1)
+        rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)
+            rows.append(hidden_states(self.model, tokens).cpu())
+        return torch.cat(rows)
+
+    def _warn_of_long(self, texts: list[str]) -> None:
+        """Say of which texts the model reads the beginning only."""
+        tokenizer = self.tokenizer
+        limit = getattr(tokenizer, "context_length", None)
+        added = 2  # start and end of text
+        if self.architecture.transformers:
+            config = getattr(self.model.config, "text_config", self.model.config)
+            limit, added = getattr(config, "max_position_embeddings", None), 0
+        if limit is None or not hasattr(tokenizer, "encode"):
+            return
         for text in texts:
-            length = len(tokenizer.encode(text)) + 2  # start and end of text
+            length = len(tokenizer.encode(text)) + added
             if length > limit:
                 shown = repr(shorten(text, 80))
                 print(f"clip: warning: a text of {length} tokens is cut to {limit}: {shown}")
-        rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
-        for start in range(0, len(texts), batch_size):
-            tokens = tokenizer(texts[start : start + batch_size]).to(self.device)
-            rows.append(hidden_states(self.model, tokens).cpu())
-        return torch.cat(rows)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Embeddings of preprocessed images (b, 3, side, side): (b, d), L2-normalised."""
-        return normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu()
+        images = images.to(self.device)
+        if not self.architecture.transformers:
+            return normalize(self.model.encode_image(images), dim=-1).cpu()
+        found = self.model.get_image_features(pixel_values=images)
+        for key in ("image_embeds", "pooler_output"):
+            found = found if isinstance(found, Tensor) else getattr(found, key, found)
+        return normalize(found, dim=-1).cpu()
+
+
+def _in_todays_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    state = {
+        name: value.reshape(own[name].shape)
+        if name in ("logit_scale", "logit_bias") and name in own and value.numel() == 1
+        else value
+        for name, value in state.items()
+    }
+    old = "text.transformer.embeddings.position_ids"  # transformers keeps them no more
+    return {name: value for name, value in state.items() if name != old or old in own}
+
+
+def _transformers(arch: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"{arch} needs the package transformers: pip install transformers"
+        ) from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether texts can be read as `hidden_states` does, in half the time: OpenAI's form."""
+    pooled = getattr(model, "text_pool_type", None) == "argmax"
+    masked = isinstance(getattr(model, "attn_mask", None), Tensor)
+    return pooled and masked and isinstance(getattr(model, "text_projection", None), nn.Parameter)
 
 
 def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from engine import DATASET_REGISTRY
 
 from .names import key, match, plain
 from .reader import CLASSES, ImageSet, available, load
-from .table import SETS, SetSpec, spec
+from .table import NAMES, SETS, SetSpec, spec
 from .vocabulary import retain_vocabulary, same_meaning, synonyms
 
 for _class in CLASSES.values():
     DATASET_REGISTRY.register(_class)
 
 __all__ = [
+    "NAMES",
     "SETS",
     "ImageSet",
     "SetSpec",

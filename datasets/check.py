@@ -1,4 +1,4 @@
-"""`python -m datasets.check ROOT`: which image sets are there, and what is broken in them.
+"""`python -m datasets.check ROOT`, or `--images PATH`: which image sets are there, what is broken.
 
 Opens every image that a set's split names. Writes nothing. Exit status 1 if something that is
 present is broken, 2 if there is no such root; 0 otherwise, also where sets are absent.
@@ -18,7 +18,7 @@ from engine import UserError
 from engine.cli import Parser, run
 
 from .reader import absent, find, read_image
-from .table import SETS, SetSpec, spec
+from .table import SETS, SetSpec, own, spec
 
 PHOTOGRAPHS = [name for name, row in SETS.items() if not row.rendered]
 
@@ -46,11 +46,13 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
         bar = tqdm(zip(files, reasons, strict=True), total=len(files), desc=row.name, unit="image")
         problems += [f"unreadable: {file} ({reason})" for file, reason in bar if reason]
     source = found.source.name if found.source else "no split file (one is made at the first run)"
-    summary = (
-        f"{len(files)} of {len(files) + len(lost)} images, "
-        f"{len(found.split.classnames)} classes, {source}"
-    )
+    count = len(found.split.classnames)
+    parts = ", ".join(f"{len(items)} {part}" for part, items in found.split.parts.items() if items)
+    summary = f"{len(files)} of {len(files) + len(lost)} images, {count} classes, "
+    summary += source if row.split_file else f"{parts}, from {found.images}"
     mend = get_images * bool(problems) + get_split * (not found.comparable)
+    if row.classes and row.classes != count:
+        mend.append(f"-> the published set has {row.classes} classes, not {count}")
     return "broken" if problems else "present", [summary, *problems, *mend]
 
 
@@ -67,9 +69,11 @@ def _advice(row: SetSpec) -> tuple[list[str], list[str]]:
     """How to get a set's images, and its split file: a line each, or none."""
     if row.rendered:
         return [f"-> move {row.folder}/ away if it is there: the set is drawn at its next use"], []
-    return [
-        f"-> images: extract them (again) from {row.address}; tree and mirrors in DATASETS.md"
-    ], [
+    if not row.address:
+        return [], []
+    images = f"-> images: extract them (again) from {row.address}; tree and mirrors in DATASETS.md"
+    fetch = f"-> or: python -m datasets.download {row.name} --root ROOT"
+    return [images, *([fetch] if row.torchvision else [])], [
         f"-> split: put {row.split_file} into {row.folder}/, from {row.split_address}; "
         "numbers on any other are not comparable with published ones"
     ]
@@ -78,7 +82,16 @@ def _advice(row: SetSpec) -> tuple[list[str], list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what `check` finds for each set; returns the exit status."""
     parser = Parser(prog="python -m datasets.check", description=__doc__)
-    parser.add_argument("root", metavar="ROOT", help="the folder that holds the sets' folders")
+    parser.add_argument(
+        "root", metavar="ROOT", nargs="?", help="the folder that holds the sets' folders"
+    )
+    parser.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="images of your own: a folder with a folder a class, or a CSV file (repeatable)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -87,8 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only this set (repeatable); all sets of photographs otherwise",
     )
     options = parser.parse_args(arguments)
-    root = Path(options.root).expanduser()
-    rows = [spec(name) for name in options.names or PHOTOGRAPHS]
+    if options.root is None and not options.images:
+        parser.error("give ROOT, or --images PATH")
+    root = Path(os.path.expanduser(options.root or "."))
+    rows = [own(images) for images in options.images]
+    if options.root is not None:
+        rows += [spec(name) for name in options.names or PHOTOGRAPHS]
     if not root.is_dir():
         raise UserError(
             f"no data root at {root}: make that folder and fill it as DATASETS.md says "

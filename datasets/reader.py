@@ -49,10 +49,13 @@ def absent(row: SetSpec, root: Path) -> str | None:
     if row.rendered:
         return None
     folder = root / row.folder
-    places = {"data root at": root, "folder": folder, "image folder": folder / row.image_folder}
+    places = {"folder": folder, "image folder": row.images(folder)}
+    if not Path(row.folder).is_absolute():
+        places = {"data root at": root} | places
     for what, place in places.items():
         if not place.is_dir():
-            return f"no {what} {place}; see DATASETS.md"
+            fetch = f", or try `python -m datasets.download {row.name}`" * bool(row.torchvision)
+            return f"no {what} {place}; see DATASETS.md{fetch}"
     return None
 
 
@@ -66,22 +69,23 @@ def find(row: SetSpec, root: Path) -> Found:
     if reason := absent(row, root):
         raise UserError(f"{where} {reason}")
     folder = root / row.folder
-    images = folder / row.image_folder
-    for file in (row.split_file, row.made_split):
+    images = row.images(folder)
+    for file in (row.split_file, row.made_split) if row.split_file else ():
         if (folder / file).is_file():
             source = folder / file
             return Found(read_split(source), images, source, comparable=file == row.split_file)
-    where = f"{where} no split file {folder / row.split_file}"
-    if row.make_split is None:
-        raise UserError(f"{where}; see DATASETS.md")
+    if row.split_file:
+        where += f" no split file {folder / row.split_file}"
+        if row.make_split is None:
+            raise UserError(f"{where}; see DATASETS.md")
+        where += ", and none can be made:"
     try:
-        return Found(row.make_split(folder, images), images, None, comparable=False)
+        return Found(row.make_split(folder, images), images, None, comparable=not row.split_file)
     except UserError as error:
-        raise UserError(f"{where}, and none can be made: {error}") from error
+        raise UserError(f"{where} {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"{where}, and none can be made: the official lists in {folder} are not in the known "
-            f"form ({error!r})"
+            f"{where} the official lists in {folder} are not in the known form ({error!r})"
         ) from error
 
 
@@ -134,7 +138,9 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
     """Say which split is used; keep a new one, so that a user can read it and send it on."""
     parts = found.split.parts
     file = found.source or root / row.folder / row.made_split
-    if found.source is None:
+    if not row.split_file:
+        file = found.images
+    elif found.source is None:
         try:
             write_json_atomic(parts, file)
             saved = f"saved as {file}"
@@ -142,7 +148,7 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
             saved = f"not saved ({error})"
         print(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
-    print(f"{row.name}: {file.name}, {len(found.split.classnames)} classes, {counts}")
+    print(f"{row.name}: {file.name or file}, {len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
         print(
             f"{row.name}: this is not the published split {row.split_file}: "
@@ -156,13 +162,15 @@ CLASSES: dict[str, type[ImageSet]] = {
 }
 
 
-def load(name: str, root: str | Path) -> ImageSet:
-    """Read a set from a data root, without a config.
+def load(name: str, root: str | Path, images: str = "") -> ImageSet:
+    """Read a set from a data root, or `images` of one's own (see `table.own`), without a config.
 
     Raises:
         UserError: unknown name (nearest given), or as `ImageSet`.
     """
-    return CLASSES[spec(name).name](SimpleNamespace(DATASET=SimpleNamespace(ROOT=str(root))))
+    row = spec(name, images)
+    kind = CLASSES.get(row.name) or type("OwnImages", (ImageSet,), {"row": row})
+    return kind(SimpleNamespace(DATASET=SimpleNamespace(ROOT=str(root))))
 
 
 def available(root: str | Path) -> dict[str, str | None]:

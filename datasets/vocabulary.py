@@ -14,19 +14,20 @@ from pathlib import Path
 from engine import UserError
 
 from .names import entries, key
-from .table import SETS, spec
+from .table import SETS
 
 FOLDER = Path(__file__).parent / "vocabularies"
 
 
 def retain_vocabulary(name: str) -> list[str]:
     """The names of a set's vocabulary, lower case, in file order, without repeats, synonyms
-    included (the caller removes what `synonyms` names for the classes it forgets).
+    included (the caller removes what `synonyms` names for the classes it forgets). A set without a
+    file has none.
 
     Raises:
-        UserError: unknown set, or no or an unreadable vocabulary file (named).
+        UserError: an unreadable vocabulary file (named).
     """
-    return list(_read(spec(name).name))
+    return list(_read(name))
 
 
 def synonyms(name: str) -> dict[str, set[str]]:
@@ -35,24 +36,25 @@ def synonyms(name: str) -> dict[str, set[str]]:
     Raises:
         UserError: as `retain_vocabulary`.
     """
-    words = _read(spec(name).name)
+    words = _read(name)
     marked = set().union(*words.values())
     return {known: {word for word, means in words.items() if known in means} for known in marked}
 
 
 def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
     """What means the same as one of the classes `names`, as `key`s: their own names and what the
-    vocabulary of `dataset` marks as their synonyms. A set without a row in the table marks none."""
+    vocabulary of `dataset` marks as their synonyms."""
     own = {key(name) for name in names}
-    marked = _read(dataset) if dataset in SETS else {}
-    return own | {word for word, means in marked.items() if means & own}
+    return own | {word for word, means in _read(dataset).items() if means & own}
 
 
 @cache
 def _read(name: str) -> dict[str, set[str]]:
     """Vocabulary name -> the classes that it is a synonym of (mostly none)."""
     words: dict[str, set[str]] = {}
-    for where, text in entries(FOLDER / f"{name}.txt", f"retain vocabulary of {name}"):
+    path = FOLDER / f"{name}.txt"
+    known = name in SETS and path.exists()  # any other name may lead anywhere
+    for where, text in entries(path, f"retain vocabulary of {name}") if known else ():
         word, marked, classes = text.partition("=")
         means = {key(part) for part in classes.split(";") if part.strip()}
         if not word.strip() or (marked and not means):

@@ -44,6 +44,7 @@ TYPES = {
 OPTIONS = {
     "dataset": "DATASET.NAME",
     "root": "DATASET.ROOT",
+    "images": "DATASET.IMAGES",
     "features": "FEATURES.DIR",
     "cache": "FEATURES.CACHE",
     "output_dir": "OUTPUT_DIR",
@@ -232,7 +233,7 @@ def setup(args: Namespace) -> CfgNode:
     cfg = _merged(given, args.opts, args.config_file, args.dataset_config_file)
     name = cfg.DATASET.NAME
     if not name:
-        raise UserError("no data set: pass --dataset NAME")
+        raise UserError("no data set: pass --dataset NAME, or --images PATH")
     if name in (".", "..") or "/" in name:
         raise UserError(f"a data set's results go to a folder of its name; {name!r} is none")
     return cfg
@@ -327,29 +328,24 @@ def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
 
 def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     """lamb_forget (or "auto"), lamb_preserve and lamb_weight: the command line's, else those of the
-    data set for this backbone and mode. A term that `FORGET.TERMS` leaves out has weight zero (the
-    paper's ablation).
+    data set for this backbone and mode, else those of a backbone that it does not name. A term that
+    `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
 
     Raises:
-        UserError: no weight, or an impossible one.
+        UserError: an impossible weight.
     """
     mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
     backbone = cfg.MODEL.BACKBONE.NAME
-    pair = cfg.FORGET.WEIGHTS.get(backbone, CfgNode())
-    pair = pair.get(mode, (None, None)) if isinstance(pair, CfgNode) else pair
+    unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
+    same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
+    pair = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, CfgNode()))
+    pair = pair.get(mode, unlisted) if isinstance(pair, CfgNode) else pair
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise UserError(
             f"FORGET.WEIGHTS.{backbone}.{mode} must be [lamb_preserve, lamb_forget], got {pair!r}"
         )
     weights = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}
     weights |= {key: cfg.FORGET[key] for key in weights if cfg.FORGET[key] is not None}
-    missing = sorted(key for key, weight in weights.items() if weight is None)
-    if missing:
-        raise UserError(
-            f"no {' and '.join(missing)} for {backbone} ({mode}) in the config of "
-            f"{cfg.DATASET.NAME} (FORGET.WEIGHTS); add them there or pass "
-            + " ".join(f"FORGET.{key} NUMBER" for key in missing)
-        )
     found = {}
     for term in declared()["FORGET.TERMS"].choices:
         key = f"LAMB_{term.upper()}"

@@ -225,7 +225,9 @@ Found = shape(
 )
 Audit = shape(adapter_sha256=Text, settings=dict, classes=dict[Any, Found])
 # What is read again of a run's command line.
-Args = some(**dict.fromkeys(("dataset", "features", "root", "cache", "weights"), Text | None))
+Args = some(
+    **dict.fromkeys(("dataset", "features", "root", "images", "cache", "weights"), Text | None)
+)
 
 # forget_cls.py, and a file of prompts.
 Prompts = dict[Text, Annotated[list[Text], Field(min_length=1)]]  # class -> its texts

@@ -220,6 +220,7 @@ def merge_results(
             replaced = entries.get(one.label, {}).get("solver", {})
             if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
                 model.unlink()
+                model.with_suffix(".json").unlink(missing_ok=True)  # its config
                 print(f"  removed {model}: it belonged to the adapter that was replaced")
             sweep((folder / one.place).parent)
             # Not waited for: after a power cut the digest tells that the file is not the adapter.

@@ -270,13 +270,15 @@ def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
     """Refuse two adapters that were not solved over the same `K_0` or with the same constants."""
     compared = [
         *((name, getattr(a, name), getattr(b, name)) for name in ("backbone", "trainer")),
+        # How the model computes, its activation for one; adapters of before do not say.
+        ("model", *(x.settings.get("model", y.settings.get("model")) for x, y in ((a, b), (b, a)))),
         ("text projection", a.projection_sha256, b.projection_sha256),
         ("objective", a.recipe["objective"], b.recipe["objective"]),
         *((key, a.recipe.get(key), b.recipe.get(key)) for key in SHARED[a.recipe["objective"]]),
     ]
     for name, ours, theirs in compared:
         if ours != theirs:
-            if name in ("text projection", "statistics"):  # hashes
+            if name in ("text projection", "statistics", "model"):  # hashes
                 ours, theirs = ours[:12], theirs[:12]
             raise ProblemError(
                 f"{name} differs: {ours!r} in {a_where}, {theirs!r} in {b_where}; only adapters "

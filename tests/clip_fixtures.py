@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from open_clip import get_model_config
 from open_clip.model import convert_weights_to_fp16
 from PIL import Image
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ def one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> None:
 
 def reduce_depth(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
     """Give an OpenAI architecture one layer a stage for the length of a test, widths kept."""
-    config = get_model_config(ARCHITECTURES[name].config)
+    config = ARCHITECTURES[name].model_config()
     config["vision_cfg"]["layers"] = [1, 1, 1, 1] if name == "RN50" else 1
     config["text_cfg"]["layers"] = 1
     file = folder / f"{name.replace('/', '-')}.json"
@@ -60,6 +59,13 @@ def openai_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:
         key: torch.tensor(value[0] if isinstance(value, tuple) else value)
         for key, value in integers.items()
     }
+
+
+def save_openai(name: str, path: Path, seed: int = 0) -> None:
+    """Random weights in OpenAI's format, with the config beside them that says how they compute."""
+    torch.save(openai_state_dict(name, seed), path)
+    config = {"model_cfg": ARCHITECTURES[name].model_config()}
+    path.with_suffix(".json").write_text(json.dumps(config))
 
 
 def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, width: int = 8) -> Path:

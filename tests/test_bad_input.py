@@ -175,10 +175,6 @@ ROWS = {
     "config of another shape": (with_config("- 1"), "mine.yaml: must hold keys and values"),
     "null in a config": (with_config("FORGET: {RANK: null}"), "FORGET.RANK must be .*mine.yaml"),
     "config key in a file": (with_config("FORGET: {RNK: 1}"), "'FORGET.RNK'; did you.*mine.yaml"),
-    "no weights": (
-        lambda world: ["--dataset", "Caltech101", "--root", str(world.tmp), "--backbone", "mini"],
-        "no LAMB_FORGET and LAMB_PRESERVE for mini",
-    ),
     "weight": (
         toy("--forget", "cat", "FORGET.LAMB_FORGET", "-2"),
         "LAMB_FORGET must be a number from 0 to 1,000,000 or auto .*got -2",

@@ -33,6 +33,7 @@ from tests.clip_fixtures import (
     openai_state_dict,
     random_model,
     reduce_depth,
+    save_openai,
     tiny,
 )
 
@@ -46,7 +47,7 @@ def test_embeddings_are_those_of_open_clip(
 ) -> None:
     reduce_depth(monkeypatch, tmp_path, name)
     state = openai_state_dict(name)
-    torch.save(state, tmp_path / "openai.pt")
+    save_openai(name, tmp_path / "openai.pt")
     untouched = build_model_from_openai_state_dict(dict(state)).float().eval()
     tokens = open_clip.get_tokenizer("RN50-quickgelu")(TEXTS)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))

@@ -194,8 +194,8 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     with pytest.raises(UserError, match=r"own/1.SINGLE must be .lamb_preserve, .*got 3"):
         paper_weights(config(*argv))
     file.write_text("")
-    with pytest.raises(UserError, match="no LAMB_FORGET and LAMB_PRESERVE for own/1"):
-        paper_weights(config(*argv, "--multiclass"))
+    unlisted = {"lamb_forget": "auto", "lamb_preserve": 0.3, "lamb_weight": 1.0}
+    assert paper_weights(config(*argv, "--multiclass")) == unlisted
     for pair, message in {
         "[1]": "must be .lamb_p",
         "[1, x]": "LAMB_FORGET",

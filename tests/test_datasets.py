@@ -456,9 +456,11 @@ def test_vocabulary_format(tmp_path, monkeypatch, request):
     vocabulary._read.cache_clear()
     with pytest.raises(UserError, match=r"Caltech101\.txt, line 2"):
         datasets.retain_vocabulary("Caltech101")
-    file.unlink()
+    file.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"Caltech101\.txt cannot be read"):
         datasets.retain_vocabulary("Caltech101")
+    file.unlink()
+    assert datasets.retain_vocabulary("Caltech101") == datasets.retain_vocabulary("../x") == []
 
 
 # python -m datasets.check

@@ -16,7 +16,7 @@ import torch
 from clip import ClipSource
 from clip.architectures import ARCHITECTURES
 from forgetting import load_adapter
-from tests.clip_fixtures import openai_state_dict
+from tests.clip_fixtures import save_openai
 from tests.conftest import BACKBONE, REPOSITORY
 from tests.test_bad_input import caltech
 from utils import create_results
@@ -63,7 +63,7 @@ def test_mini_from_the_shell_to_a_data_frame(tmp_path, monkeypatch):
 def test_jpegs_and_a_random_rn50_checkpoint(tmp_path):
     """Caltech101's layout, OpenAI's checkpoint format, a full model saved and loaded again."""
     weights = tmp_path / "RN50.pt"
-    torch.save(openai_state_dict("RN50"), weights)
+    save_openai("RN50", weights)
     caltech(tmp_path / "data")
     options = ["--weights", str(weights), "--forget", "minaret", "--save-model"]
     keys = ["TRAINER.FORGETLORA.STEPS", "40", "TRAINER.FORGETLORA.MAX_TRIALS", "2"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 import datasets
@@ -23,7 +22,7 @@ from evaluation.rows import Change, Row
 from experiments import reproduce
 from experiments.reproduce import Counts, compare, markdown, results_folder, whole_set
 from forget_cls import all_ds, forget_classes_all
-from tests.clip_fixtures import openai_state_dict, reduce_depth
+from tests.clip_fixtures import reduce_depth, save_openai
 from tests.conftest import REPOSITORY
 
 QUICK = ["TRAINER.FORGETLORA.STEPS", "5", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
@@ -64,7 +63,7 @@ def checkpoint(tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
 
     def write(backbone: str) -> list[str]:
         path = tmp_path / f"{backbone.replace('/', '-')}.pt"
-        torch.save(openai_state_dict(backbone), path)
+        save_openai(backbone, path)
         return ["--weights", f"{backbone}={path}"]
 
     yield write

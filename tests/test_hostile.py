@@ -437,7 +437,9 @@ TAKEN = {
     ],
     "bundle": ["features", "Caltech101", "mini", "--root", "data", "--out", "bundles"],
     "methods": [*WHOLE["baselines"][:-1], "prompts.json"],
-    "picture of a run": ["utils", "other"],
+    "picture of a run": ["utils", "other", "--draw", "other/results.png"],
+    "table of a run": ["utils", "other", "--csv", "taken.png"],
+    "LaTeX of a run": ["utils", "other", "--latex", "taken.png"],
 }
 
 

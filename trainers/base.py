@@ -101,7 +101,7 @@ class ForgetTrainer(SimpleTrainer):
         check(cfg)
         if not cfg.FEATURES.DIR:  # unknown names, before any file of theirs is looked at
             architecture(cfg.MODEL.BACKBONE.NAME)
-            datasets.spec(cfg.DATASET.NAME)
+            datasets.spec(cfg.DATASET.NAME, cfg.DATASET.IMAGES)
         cls.check_target(cfg)
         read_prompts(cfg)
         cls.check_settings(cfg)
@@ -157,6 +157,7 @@ class ForgetTrainer(SimpleTrainer):
                     template=(cfg.DATASET.TEMPLATE or None) if name == names[0] else None,
                     batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
                     workers=cfg.DATALOADER.NUM_WORKERS,
+                    own=cfg.DATASET.IMAGES if name == names[0] else "",
                 )
                 for name in names
             }
@@ -268,7 +269,8 @@ class ForgetTrainer(SimpleTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """What all results of one data set in one folder must share."""
-        return {
+        known = {"model": self.bundle.model} if self.bundle.model else {}
+        return known | {
             "trainer": self.cfg.TRAINER.NAME,
             "backbone": self.bundle.backbone,
             "weights": self.bundle.weights,

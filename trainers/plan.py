@@ -45,6 +45,10 @@ def make_plan(cfg) -> Plan:
     dataset, backbone = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME
     lists = user_lists()
     if cfg.FEATURES.DIR:
+        if cfg.DATASET.IMAGES:
+            raise UserError(
+                "--images needs a model, and --features runs without one; leave one out"
+            )
         if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS:
             raise UserError(
                 "--save-model and --weights need a model, and --features runs without one; "
@@ -54,12 +58,14 @@ def make_plan(cfg) -> Plan:
         others = [name for name in list_bundles(cfg.FEATURES.DIR, backbone) if name != dataset]
         absent: dict[str, str] = {}
     else:
-        classnames = datasets.load(dataset, cfg.DATASET.ROOT).classnames
+        images = datasets.load(dataset, cfg.DATASET.ROOT, cfg.DATASET.IMAGES)
+        classnames = images.classnames
         group = lists.mini_ds if dataset in lists.mini_ds else lists.all_ds
         states = datasets.available(cfg.DATASET.ROOT)
         wanted = [datasets.spec(name).name for name in group if name != dataset]
         others = [name for name in wanted if states[name] is None]
-        absent = {name: states[name] for name in wanted if states[name] is not None}
+        listed = wanted if dataset in group else []  # nobody misses them beside a set of one's own
+        absent = {name: states[name] for name in listed if states[name] is not None}
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
     keep = list(dict.fromkeys([*cfg.FORGET.KEEP, *getattr(lists, "keep", [])]))

@@ -21,6 +21,7 @@ Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 PLACES = {  # of a run's files
     "features": "folder of feature bundles",
     "root": "folder of the image sets",
+    "images": "images of one's own, a folder or a CSV file",
     "cache": "folder of what was encoded",
     "weights": "a checkpoint of the backbone",
 }
@@ -75,6 +76,7 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
         own = {"template": settings["template"], "split": settings["split"]}
         encode = FeatureCache(source, places["cache"]).texts
         where = source, places["root"], places["cache"]
+        own["own"] = places["images"]
         bundles = {
             name: build_bundle(name, *where, **(own if name == dataset else {})) for name in names
         }
@@ -97,15 +99,17 @@ def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict
             "are: --features DIR, or --root DIR"
         )
     places["cache"] = places["cache"] or "cache"
+    places["images"] = places["images"] or ""
     return places
 
 
 def _same(bundle: FeatureBundle, settings: dict[str, Any], folder: Path) -> None:
-    for key in ("weights", "template", "split"):
-        if getattr(bundle, key) != settings[key]:
+    for key in ("weights", "template", "split", "model"):
+        now = bundle.model if key == "model" else getattr(bundle, key)
+        if settings.get(key, now) != now:
             raise UserError(
                 f"the results in {folder} were made with {key} {settings[key]!r}, what is there "
-                f"now for {bundle.dataset} has {getattr(bundle, key)!r}; say where the former is: "
+                f"now for {bundle.dataset} has {now!r}; say where the former is: "
                 "--features DIR, or --root DIR and --weights PATH"
             )
 

@@ -1,0 +1,95 @@
+"""`python -m datasets.download NAME`: an image set from its public address, by torchvision.
+
+torchvision knows the addresses and checksums. The images come to lie where the table looks for
+them, beside CoOp's layout; its split files must still be fetched by hand (DATASETS.md). What is
+there already is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import UserError, atomic_path
+from engine.cli import Parser, run
+from engine.config import settings
+
+from .check import check
+from .mini import render
+from .table import NAMES, SETS, SetSpec, spec
+
+
+def download(row: SetSpec, root: Path) -> Path:
+    """Fetch a set to its folder under `root`, and return that.
+
+    Raises:
+        UserError: torchvision cannot fetch it; says why, and where to get it by hand.
+    """
+    import torchvision.datasets  # a second, which no other reading of a set needs
+
+    folder = root / row.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = getattr(torchvision.datasets, row.torchvision)
+    # ImageNet's archives must be put there by hand: torchvision only unpacks them.
+    how = {"split": "val"} if row.torchvision == "ImageNet" else {"download": True}
+    if row.torchvision.startswith("CIFAR"):
+        how["train"] = False
+    try:
+        images = kind(folder, **how)
+    except Exception as error:  # of the network, of archives, of Google Drive
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise UserError(
+            f"{row.name} cannot be fetched ({reason:.300}); get it by hand from {row.address}, and "
+            f"put it into {folder} as DATASETS.md says"
+        ) from error
+    if row.torchvision.startswith("CIFAR"):
+        _save(images, row.images(folder))
+    return folder
+
+
+def _save(images: Any, folder: Path) -> None:
+    """Write the images of a set that has none as files, a folder a class, whole or not at all."""
+    if folder.is_dir():
+        return
+    with atomic_path(folder) as whole:
+        for number, (image, label) in enumerate(images):
+            place = whole / images.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            image.save(place / f"{number:05d}.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch the sets that are named, and print what `datasets.check` finds; the exit status."""
+    parser = Parser(prog="python -m datasets.download", description=__doc__.splitlines()[0])
+    fetched = [row.name for row in SETS.values() if row.torchvision]
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join([*fetched, *NAMES]))
+    root = settings().DATASET.ROOT
+    parser.add_argument(
+        "--root", default=root, help="root of the image sets (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    rows = [spec(name) for name in options.names]
+    for row in rows:
+        if not row.torchvision and not row.rendered:
+            raise UserError(
+                f"{row.name} cannot be fetched: get it by hand from {row.address}, as "
+                f"DATASETS.md says; fetched are {', '.join(fetched)}"
+            )
+    broken = False
+    for row in rows:
+        root = Path(os.path.expanduser(options.root))
+        if row.rendered:
+            render(row.name, root / row.folder)
+        else:
+            download(row, root)
+        state, (summary, *lines) = check(row, root)
+        broken |= state != "present"
+        print("\n    ".join([f"{row.name}: {state}, {summary}", *lines]), flush=True)
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
