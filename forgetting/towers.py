@@ -132,6 +132,14 @@ class Tower:
         w, d = self.projection.shape
         return f"{type(self.model).__module__.split('.')[0]} {type(self.model).__name__} {w}x{d}"
 
+    @property
+    def bias_name(self) -> str | None:
+        """Name of the bias's tensor within the model; None: there is no bias."""
+        if self.bias is None:
+            return None
+        found = (name for name, x in tensors(self.model).items() if _shares(x, self.bias))
+        return next(found, None)
+
     def write(self, projection: Tensor) -> None:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
 
