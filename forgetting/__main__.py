@@ -203,9 +203,7 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _undo(args: argparse.Namespace) -> None:
-    from safetensors.torch import save
-
-    from forgetting.files import write_bytes
+    from forgetting.files import container, write_bytes
     from forgetting.forget import Forgotten
     from forgetting.models import load_model
 
@@ -216,8 +214,8 @@ def _undo(args: argparse.Namespace) -> None:
     model = load_model(args.model)[0]
     changed = Forgotten.load(args.adapter, model, original=base.original)
     changed.undo()
-    held = {k: x.detach().cpu().contiguous().clone() for k, x in model.state_dict().items()}
-    write_bytes(save(held, {"format": "pt"}), out, replace=False)
+    held = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
+    write_bytes(container(held, {"format": "pt"}), out, replace=False)
     _say(f"{out}: as it was, with {', '.join(changed.names)}", sys.stdout)
 
 

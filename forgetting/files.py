@@ -22,11 +22,22 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from forgetting.checks import ProblemError, check, line, shown
 
+DTYPES = {  # as safetensors calls and orders them
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
@@ -55,16 +66,27 @@ def digest(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The content of a file; the same fields and tensors give the same bytes."""
-    # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     metadata = {"format": kind}
     metadata |= {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
-    data = save(tensors, metadata | {"sha256": digest(metadata, tensors)})
-    # The library orders its header by chance. Sorted and padded to 8 bytes it means the same.
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[start:]
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    return container(tensors, metadata | {"sha256": digest(metadata, tensors)})
+
+
+def container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A file of safetensors. The library's own writer needs numpy, and orders its header by chance;
+    this one orders all as that one orders the data, and the header by name."""
+    order = sorted(tensors, key=lambda name: (-list(DTYPES).index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name in order:
+        end = start + tensors[name].numel() * tensors[name].element_size()
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    data = [bytes(raw(tensors[name])) for name in order]
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def unpack(

@@ -185,8 +185,12 @@ class Forgotten:
         """
         if self.original is None:
             raise ProblemError("the original projection is not known, by which texts are patched")
-        known = self.adapter.settings["model"]
-        bias = getattr(self.tower, "bias", None)
+        known = self.adapter.settings.get("model", {})
+        bias = None if self.tower is None else self.tower.bias
+        if known.get("bias") and bias is None:
+            raise ProblemError(
+                "the projection has a bias, which is in the model: load it with that"
+            )
         w = _matrix(self.original, known)
         left, right = self.adapter.left, self.adapter.right
         return patch_embeddings(embeddings, w, left, right, bias, normalised)
@@ -406,6 +410,7 @@ def _forgotten(tower: Tower, answer: Answer, settings: dict[str, Any]) -> Forgot
     held = {
         "projection": tower.name,
         "transposed": tower.transposed,
+        "bias": tower.bias_name,
         "names_sha256": _names_sha256(sorted(others)),
         "hashes": "".join(others[name][:SHORT] for name in sorted(others)),
     }
@@ -609,7 +614,7 @@ def _names_sha256(names: Sequence[str]) -> str:
 
 def _matrix(held: Tensor, known: Mapping[str, Any]) -> Tensor:
     """(w, d) of a projection's tensor as a model holds it."""
-    return held.detach().T if known.get("transposed") else held.detach()
+    return held.detach().mT if known.get("transposed") else held.detach()
 
 
 def _bare_matrix(held: Tensor, tower: Tower) -> Tensor:
@@ -632,12 +637,14 @@ def _bare(model: nn.Module, adapter: Adapter) -> _Bare:
     there, known = tensors(model), adapter.settings.get("model", {})
     name, shape = known.get("projection"), (adapter.left.shape[0], adapter.right.shape[1])
     if name in there and _matrix(there[name], known).shape == shape:
-        return _Bare(model, _unread, name, there[name], bool(known.get("transposed")), None, False)
+        bias = there.get(known.get("bias"))
+        bias = None if bias is None else bias.detach()
+        return _Bare(model, _unread, name, there[name], bool(known.get("transposed")), bias, False)
     for name, x in there.items():
         for transposed in (False, True):
-            turned = x.detach().T if transposed else x.detach()
-            fits = x.is_floating_point() and x.ndim == 2 and turned.shape == shape
-            if fits and projection_sha256(turned) == adapter.projection_sha256:
+            fits = x.is_floating_point() and x.shape == (shape[::-1] if transposed else shape)
+            turned = {"transposed": transposed}
+            if fits and projection_sha256(_matrix(x, turned)) == adapter.projection_sha256:
                 return _Bare(model, _unread, name, x, transposed, None, False)
     raise ProblemError(
         f"{type(model).__name__} does not hold the projection that the adapter was made for "

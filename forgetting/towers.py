@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,13 @@ class _Product:
 
 
 class _Notes(TorchFunctionMode):
-    """Note every product with one of `parameters` (by identity, transposed views too)."""
+    """Note the last product with one of `parameters` (by identity, transposed views too)."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.known = {id(x) for x in parameters}
-        self.products: list[_Product] = []
+        self.last: _Product | None = None  # only that: what enters all layers is a lot of memory
+        self.times: Counter[int] = Counter()  # products with each parameter
         self.lookups: set[int] = set()  # parameters that are read as a table
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -76,7 +78,8 @@ class _Notes(TorchFunctionMode):
                 parameter, flipped = found
                 bias = given[2] if len(given) > 2 and isinstance(given[2], Tensor) else None
                 transposed = flipped != (name == "linear")
-                self.products.append(_Product(parameter, transposed, given[0], bias, result))
+                self.last = _Product(parameter, transposed, given[0], bias, result)
+                self.times[id(parameter)] += 1
         return result
 
     def _parameter(self, value: Any) -> tuple[Tensor, bool] | None:
@@ -129,6 +132,14 @@ class Tower:
         w, d = self.projection.shape
         return f"{type(self.model).__module__.split('.')[0]} {type(self.model).__name__} {w}x{d}"
 
+    @property
+    def bias_name(self) -> str | None:
+        """Name of the bias's tensor within the model; None: there is no bias."""
+        if self.bias is None:
+            return None
+        found = (name for name, x in tensors(self.model).items() if _shares(x, self.bias))
+        return next(found, None)
+
     def write(self, projection: Tensor) -> None:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
 
@@ -174,12 +185,14 @@ class Tower:
             for start in range(0, len(texts), batch):
                 part = list(texts[start : start + batch])
                 features, product = _run(self.model, self.tokenize, part, self.weight)
-                hidden = product.entered
-                if not _is_linear(features, hidden, self.projection, self.bias, self.normalised):
+                linear = product is not None and _is_linear(
+                    features, product.entered, self.projection, self.bias, self.normalised
+                )
+                if not linear:
                     raise ProblemError(
                         f"the model's text features are not its hidden states times {self.name}"
                     )
-                rows.append(hidden.to("cpu", keep))
+                rows.append(product.entered.to("cpu", keep))
                 found.append(features.to("cpu", keep))
                 bar.update(len(part))
         return torch.cat(rows), torch.cat(found)
@@ -251,7 +264,7 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if _shares(tensor, weight)]
     projection = weight.detach().T if product.transposed else weight.detach()
-    bias = product.bias
+    bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
         if bias is None and not normalised:
             bias = _constant(model, features, product.entered, projection)
@@ -366,7 +379,7 @@ def _run(
     device = device or next((x.device for x in parameters), torch.device("cpu"))
     if any(x.is_meta for x in parameters):
         raise ProblemError("weights that are not there (on the device meta): load them first")
-    notes = _Notes(parameters)
+    notes = _Notes(parameters if weight is None else [weight])
     calm = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), _eval(model), calm:
         try:
@@ -378,11 +391,10 @@ def _run(
             raise ProblemError(
                 f"{type(model).__name__} cannot read what the tokenizer gives ({_reason(error)})"
             ) from error
-    products = [x for x in notes.products if weight is None or x.parameter is weight]
-    if not products:
+    last = notes.last
+    if last is None:
         return features, None
-    last = products[-1]
-    if sum(x.parameter is last.parameter for x in products) > 1:
+    if notes.times[id(last.parameter)] > 1:
         raise ProblemError("the projection is used more than once for a text: shared by modules")
     if id(last.parameter) in notes.lookups:
         raise ProblemError("tied weights: the projection is the table of token embeddings too")

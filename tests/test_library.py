@@ -207,6 +207,25 @@ def test_cached_embeddings_are_patched():
     assert not torch.allclose(cached, now, atol=1e-2)
 
 
+def test_a_bias_is_found_again_when_embeddings_are_patched(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OwnTower(bias=True).eval()
+        model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
+        model.shift = nn.Parameter(torch.randn(WIDTH))
+    tower, file = read_tower(model, tokenize), tmp_path / "a.safetensors"
+    cached = tower.embeddings(["Acme Cola", *RETAIN])
+    forget(model, tokenize, ["Acme Cola"], target="opposite", **PLAIN).save(file)
+    loaded = Forgotten.load(file, model)
+    patched = loaded.patch(cached, normalised=False)
+    loaded.apply()
+    now = tower.embeddings(["Acme Cola", *RETAIN])
+    assert torch.allclose(patched, now, atol=1e-3)
+    alone = Forgotten.load(file, original=loaded.original)
+    with pytest.raises(ProblemError, match="has a bias"):
+        alone.patch(cached, normalised=False)
+
+
 def test_training_mode_comes_back():
     model, words = tiny("own")
     model.train()
