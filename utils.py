@@ -144,12 +144,12 @@ def compute_avg_gain(
             0.9}}; fractions.
 
     Raises:
-        UserError: no accuracies from before, or none of the frame's classes.
+        UserError: no accuracies from before, or none of the frame's classes. Where all of them are
+            0 there is no relative loss, and the answer is NaN.
     """
     if before is not None:
         df = _with_before(df, before)
-    gains = average_gains(df)
-    if not _measured_before(df) or gains.isna().all():
+    if not _measured_before(df):
         raise UserError(
             "no average gain: it is relative to the accuracies from before forgetting, and these "
             "results hold none (logs of the paper's public code have none); pass them: "
@@ -157,7 +157,7 @@ def compute_avg_gain(
             "any run on the same classes, or compute_avg_gain(df, before={CLASS: {'cls_Noforget': "
             "0.6, 'full_Noforget': 0.5, 'full_SET': 0.9}})"
         )
-    return float(gains.mean())
+    return float(average_gains(df).mean())
 
 
 def _with_before(
