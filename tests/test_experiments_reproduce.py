@@ -62,12 +62,13 @@ def checkpoint(tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
     they are hundreds of megabytes."""
 
     def write(backbone: str) -> list[str]:
-        path = tmp_path / f"{backbone.replace('/', '-')}.pt"
+        path = tmp_path / "weights" / f"{backbone.replace('/', '-')}.pt"
+        path.parent.mkdir(exist_ok=True)
         save_openai(backbone, path)
         return ["--weights", f"{backbone}={path}"]
 
     yield write
-    for path in tmp_path.glob("*.pt"):
+    for path in tmp_path.glob("weights/*.pt"):
         path.unlink()
 
 

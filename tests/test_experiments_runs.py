@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clip.bundle import bundle_path
+from engine.config import paper_weights
 from engine.errors import UserError
 from experiments import studies
 from experiments.__main__ import cli
@@ -205,9 +206,10 @@ def test_audit_lists_that_do_not_fit_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backbone_without_weights_is_refused():
-    with pytest.raises(UserError, match="no LAMB_FORGET and LAMB_PRESERVE for mini"):
-        World(replace(toy_bundle("ToyAnimals"), backbone="mini"), {})
+def test_a_backbone_without_weights_of_its_own_takes_those_of_any():
+    world = World(replace(toy_bundle("ToyAnimals"), backbone="mini"), {})
+    unlisted = world.paper[False].FORGET.UNLISTED
+    assert paper_weights(world.paper[False])["lamb_preserve"] == unlisted.LAMB_PRESERVE
 
 
 def test_plots_of_descents_and_of_several_classes(tmp_path):
