@@ -11,6 +11,7 @@ A tensor is given by its dtypes and dimensions: numbers, or words that stand for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -144,11 +145,19 @@ def tensor(
     if len(shape) != len(dims) or shape != wanted:
         kind = "matrix" if len(dims) == 2 else "vector"
         raise ProblemError(f"{name} must be a {kind} of shape ({words}), its shape is {shape}")
-    if not torch.isfinite(value).all():
+    if not math.isfinite(largest(value)):
         raise ProblemError(f"{name} holds NaN or infinite values")
     value = value.detach()
     inference = value.is_inference() and not torch.is_inference_mode_enabled()
     return value.clone() if inference else value
+
+
+def largest(value: Tensor) -> float:
+    """The largest absolute value; 0 of nothing, NaN where one is."""
+    if not value.numel():
+        return 0.0
+    low, high = (float(end) for end in value.detach().aminmax())  # copies nothing, as abs would
+    return max(-low, high)
 
 
 def check_tensors(
@@ -170,10 +179,10 @@ def matrix(name: str, value: Any, width: int | None = None, count: int | None = 
     """`value` as a matrix of numbers that can be multiplied, of so many columns and rows."""
     dims = ("rows" if count is None else count, "columns" if width is None else width)
     value = tensor(name, value, FLOATS, dims)
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    if largest > LARGEST or 0 < largest < 1 / LARGEST:
+    size = largest(value)
+    if size > LARGEST or 0 < size < 1 / LARGEST:
         raise ProblemError(
-            f"{name} holds numbers up to {largest:.1e}, whose squares are out of range; "
+            f"{name} holds numbers up to {size:.1e}, whose squares are out of range; "
             f"scale it to between {1 / LARGEST:.0e} and {LARGEST:.0e}"
         )
     return value
