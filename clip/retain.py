@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,13 @@ from yacs.config import CfgNode
 import datasets
 from clip.bundle import FeatureBundle
 from forgetting import Group, RetainSet, Ridge
+from forgetting.generic import ALIKE
 from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")
 KEEP = "keep"
+GENERIC = "generic"  # common names, for a set without a vocabulary of its own
+COMMON = ("vocabulary", GENERIC)  # they stand for the many names that nobody lists
 Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
 
 
@@ -25,15 +28,15 @@ def retain_set(
     weights: Mapping[str, float | None],
     similarity: float,
     device: torch.device | str = "cpu",
-    keep: Names | None = None,
+    more: Mapping[str, Names] | None = None,
     prompts: bool = False,
 ) -> RetainSet:
     """The retained names of a set: its own classes, its vocabulary, the other sets' classes.
 
     Args:
-        weights: of those of `GROUPS` that are retained; None: every name weighs 1.
+        weights: of the groups that are retained; None: every name weighs 1.
         similarity: cosine of hidden states beyond which a name leaves with a forgotten text.
-        keep: names that weigh more than their group; the group `keep`.
+        more: names that no bundle holds: `keep`, which weigh more than their group, and `generic`.
         prompts: whether a class is retained by its evaluation prompt, by which images find it, as
             well as by its bare name.
     """
@@ -45,10 +48,13 @@ def retain_set(
             names, rows = 2 * names, rows + [each.class_hidden for each in bundles]
         return names, torch.cat([bundle.forget_hidden[:0], *rows])
 
+    more = dict(more or {})
+    kept = more.pop(KEEP, None)
     groups = {
         "own": classes(bundle),
         "vocabulary": (bundle.retain_names, bundle.retain_hidden),
         "others": classes(*others),
+        **more,
     }
     chosen = {
         group: Group(
@@ -56,15 +62,15 @@ def retain_set(
             rows,
             weights[group],
             alike=group != "own",
-            safe=group != "vocabulary",
-            twice=prompts and group != "vocabulary",
+            safe=group not in COMMON,
+            twice=prompts and group not in COMMON,
         )
         for group, (names, rows) in groups.items()
         if group in weights
     }
-    if keep is not None:
-        chosen[KEEP] = Group(*keep, weights[KEEP], alike=False)
-    return RetainSet(chosen, similarity, device)
+    if kept is not None:
+        chosen[KEEP] = Group(*kept, weights[KEEP], alike=False)
+    return RetainSet(chosen, similarity, device, ALIKE if GENERIC in chosen else None)
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,13 @@ class Retained:
     lam: float
 
 
-def exact_weights(cfg: CfgNode, others: bool, keep: bool = False) -> dict[str, float]:
-    """Weights of the groups by the settings; `others`: whether there are other sets."""
+def exact_weights(cfg: CfgNode, others: bool, more: Collection[str] = ()) -> dict[str, float]:
+    """Weights of the groups by the settings; `others`: whether there are other sets; `more`: as in
+    `retain_set`, where common names weigh what a vocabulary weighs."""
     node = cfg.TRAINER.FORGETEXACT
     vocabulary = profile(cfg, others).VOCABULARY if node.VOCABULARY is None else node.VOCABULARY
     weights = {"own": node.OWN, "vocabulary": vocabulary, "others": node.OTHERS}
-    weights |= {KEEP: node.KEEP} if keep else {}
+    weights |= {name: node.KEEP if name == KEEP else vocabulary for name in more}
     return {group: float(weight) for group, weight in weights.items()}
 
 
@@ -102,7 +109,7 @@ def exact_names(
     bundle: FeatureBundle,
     others: Sequence[FeatureBundle],
     device: torch.device | str = "cpu",
-    keep: Names | None = None,
+    more: Mapping[str, Names] | None = None,
     off: str = "",
 ) -> RetainSet:
     """The names that a run of ForgetExact retains: the groups that have weight, less `off`.
@@ -110,10 +117,10 @@ def exact_names(
     Classes are retained by name and prompt: on real features the rest of the set and other sets
     lose less by it, under templates that nobody listed as well (docs/exact.md).
     """
-    weights = exact_weights(cfg, bool(others), keep is not None)
+    weights = exact_weights(cfg, bool(others), more or ())
     weights = {name: weight for name, weight in weights.items() if weight > 0 and name != off}
     similarity = float(cfg.FORGET.SIMILARITY)
-    return retain_set(bundle, others, weights, similarity, device, keep, prompts=True)
+    return retain_set(bundle, others, weights, similarity, device, more, prompts=True)
 
 
 def retained(
@@ -121,10 +128,10 @@ def retained(
     bundle: FeatureBundle,
     others: Sequence[FeatureBundle],
     device: torch.device | str = "cpu",
-    keep: Names | None = None,
+    more: Mapping[str, Names] | None = None,
 ) -> Retained:
     """What a run of ForgetExact with these settings retains, and its ridges."""
-    return settled(cfg, bundle, exact_names(cfg, bundle, others, device, keep), bool(others))
+    return settled(cfg, bundle, exact_names(cfg, bundle, others, device, more), bool(others))
 
 
 def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool) -> Retained:

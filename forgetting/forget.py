@@ -34,7 +34,7 @@ from forgetting.certificate import Certificate
 from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, line, shown, tensor
 from forgetting.complete import Answer, World, forget_completely, specific_targets
 from forgetting.forecast import Felt, Forecast, Watch
-from forgetting.generic import CACHE, generic_hidden
+from forgetting.generic import ALIKE, CACHE, generic_hidden
 from forgetting.patch import patch as patch_embeddings
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.retain import Group, RetainSet
@@ -52,8 +52,6 @@ TEMPLATES = ("{}", "a photo of a {}.")
 # The defaults of ForgetExact where no other set is listed (configs/trainers/ForgetExact.yaml).
 WEIGHTS = {"own": 1.0, "generic": 0.5, "keep": 0.1}
 SIMILARITY, SHARED, PUSH, MARGIN, FOLLOW = 0.95, 0.5, 0.1, 1.0, 0.5
-ALIKE = 16  # names that leave with a text for being similar, at most
-SEEN = 1024  # names of the vocabulary by which the ridge is looked for, at most
 LOOKED_AT = 32  # of them, for the ridge
 ENOUGH = 16  # names of a caller's list for which the ridge is looked for by that list alone
 TRAINER, DATASET = "forget", "names"
@@ -348,7 +346,7 @@ def forget(
         like, same = _like(groups)
         gone = names_kept.leaving([{n} for n in same], like, torch.arange(len(like)))
         limit = check(push, POSITIVE, "push")
-        mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b, _seen(names_kept))
+        mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b)
     mu = check(mu, POSITIVE, "ridge")
     lam = check(shared, POSITIVE, "shared") * names_kept.squared_embedding(w, b)
 
@@ -583,17 +581,6 @@ def _start(names: RetainSet, group: str) -> int:
             break
         start += count
     return start
-
-
-def _seen(names: RetainSet) -> Tensor:
-    """All names but of a long vocabulary, of which every so many (n,): the ridge is looked for many
-    times over."""
-    count, start = names.counts.get("generic", 0), _start(names, "generic")
-    found = torch.ones(len(names.names), dtype=torch.bool)
-    if count > SEEN:
-        found[start : start + count] = False
-        found[start : start + count : -(-count // SEEN)] = True
-    return found
 
 
 def _like(groups: Mapping[str, Group]) -> tuple[Tensor, list[str]]:

@@ -21,6 +21,7 @@ from forgetting.words import generic
 
 FORMAT = "clip-forget-hidden/1"
 FIELDS = {"key": HASH, "texts": whole(0)}
+ALIKE = 16  # names that leave with a text for being similar, at most
 CACHE = Path("~/.cache/clip-forget")
 LOOKED_AT = 8  # texts of a file that are encoded again, to see that it is of this tower
 SAME = 0.05  # relative distance of a hidden state in half precision from itself in another batch

@@ -27,6 +27,7 @@ from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
 BLOCK = 2048  # names that are compared with all others at one time
+SEEN = 1024  # names of a long vocabulary that are looked at, at most
 LOOKED_AT = 128  # texts that stand for what is forgotten, at most
 SLACK = 1.5  # times the push of the smallest ridge is accepted
 MOST = 0.1  # push that SLACK may lead to
@@ -55,7 +56,6 @@ def best_ridge(
     leaving: Tensor,
     limit: float,
     bias: Tensor | None = None,
-    seen: Tensor | None = None,
 ) -> float:
     """The ridge of a retain set, in mean squared lengths of a retained hidden state.
 
@@ -66,8 +66,6 @@ def best_ridge(
             are looked at; leaving: (C, n) bool, the names that leave with each.
         limit: of the push, a root mean square over the names of a group.
         bias: (d,), what the model adds to `h W`; None: nothing.
-        seen: (n,) bool, the names whose shares are looked at, twins with each other; those that
-            leave are too. None: all. A long vocabulary is known by every tenth of its names.
 
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
@@ -87,9 +85,7 @@ def best_ridge(
     pushed_by = embedded.norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
     alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
 
-    some = torch.arange(len(rows), device=rows.device)
-    if seen is not None:
-        some = (seen.to(rows.device) | leaving.any(dim=0)).nonzero()[:, 0]
+    some = (_seen(retain).to(rows.device) | leaving.any(dim=0)).nonzero()[:, 0]
     place = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     place[some] = torch.arange(len(some), device=rows.device)
     known = rows[some], retain.shares[some], leaving[:, some], place[retain.twin[some]]
@@ -115,6 +111,17 @@ def best_ridge(
     enough = max(TOLERATED, NEAR * min(felt))
     good = next((i for i, feel in enumerate(felt) if feel <= enough), 0)
     return RIDGES[max(safe, good)]
+
+
+def _seen(retain: RetainSet) -> Tensor:
+    """The names whose shares are looked at, (n,) bool: of a long vocabulary every so many, else
+    all."""
+    parts = [torch.arange(0)]
+    for group in retain.groups.values():
+        count = len(group.names)
+        every = 1 if group.twice else max(1, -(-count // SEEN))
+        parts.append(torch.arange(count) % every == 0)
+    return torch.cat(parts).bool()
 
 
 def distances(retain: RetainSet, projection: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from datasets.mini import draw
 from engine import UserError
 from engine.cli import run
 from evaluation.audit.run import audit_folder
+from forgetting.generic import generic_names
 from tests.conftest import REPOSITORY
 from tests.test_datasets import picture, publish, run_check
 from utils import create_results
@@ -65,7 +66,10 @@ def test_a_folder_of_ones_own_is_forgotten_from_and_audited(tmp_path, capsys, tr
     assert tree(images) == before, "nothing is written among the user's images"
     found = audit_folder(folder, without=["relearning"])
     assert found["my shapes"]["green_triangle"]["classes"]
-    assert "not evaluated" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not evaluated" not in out
+    common = f"{len(generic_names())} generic"  # what an exact solve retains without a vocabulary
+    assert (common in out) == (trainer == "ForgetExact")
 
 
 def test_all_images_are_test_images_at_any_depth(tmp_path):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import datasets
-from clip.retain import Retained, exact_weights, retained
+from clip.retain import GENERIC, KEEP, Names, Retained, exact_weights, retained
 from engine import TRAINER_REGISTRY, UserError
 from engine.determinism import one_thread
 from forgetting import RetainSet, opposite_target
 from forgetting.complete import World, forget_completely, specific_targets
 from forgetting.forecast import Watch
+from forgetting.generic import generic_names
 from forgetting.requests import Requests
 from trainers.base import ForgetTrainer, Solved
 
@@ -27,7 +28,8 @@ class ForgetExact(ForgetTrainer):
     """Least disturbance of everything that is retained, with the forgotten texts on their target.
 
     Retained are three weighted groups of names: the other classes of the set, the vocabulary, and
-    the classes of the other sets.
+    the classes of the other sets. A set without a vocabulary has a generic one, if there is a model
+    to encode it.
     """
 
     name = "exact"
@@ -42,7 +44,7 @@ class ForgetExact(ForgetTrainer):
             raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
 
     def group_weights(self) -> dict[str, float | None]:
-        return dict(exact_weights(self.cfg, bool(self.others), bool(self.plan.keep)))
+        return dict(exact_weights(self.cfg, bool(self.others), self.more))
 
     def constants(self) -> dict[str, Any]:
         node = self.cfg.TRAINER.FORGETEXACT
@@ -51,11 +53,22 @@ class ForgetExact(ForgetTrainer):
         return {"objective": "constrained", "weights": self.retain.weights} | numbers
 
     @cached_property
+    def more(self) -> dict[str, Names]:
+        """Groups of names that the bundles do not hold."""
+        more = {}
+        if self.plan.keep:
+            more[KEEP] = self.texts.held(self.plan.keep, self.others)
+        if not self.bundle.retain_names and self.texts.encode is not None:
+            names = generic_names()
+            more[GENERIC] = names, self.texts.encode(names)
+        return more
+
+    @cached_property
     def retained(self) -> Retained:
         """What is retained, factorised once for all requests."""
-        keep = self.texts.held(self.plan.keep, self.others) if self.plan.keep else None
+        others = list(self.others.values())
         with one_thread():
-            return retained(self.cfg, self.bundle, list(self.others.values()), self.device, keep)
+            return retained(self.cfg, self.bundle, others, self.device, self.more)
 
     def retained_names(self) -> RetainSet:
         print(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
