@@ -45,7 +45,7 @@ notebook: $(DEVELOP)
 test: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(DEVELOP)
 	$(BIN)/python -m pytest -m slow
