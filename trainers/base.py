@@ -248,6 +248,10 @@ class ForgetTrainer(SimpleTrainer):
         node = self.cfg.TRAINER.get(type(self).__name__.upper(), {})
         return {key.lower(): value for key, value in node.items()}
 
+    def read(self, requests: Requests) -> None:
+        """Have the model read what a solve looks at beside its texts, so that encoding is not timed
+        as solving; nothing by default."""
+
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget each request from the original model; a method that has nothing to share between
         them says `solve_one` instead."""
@@ -334,6 +338,7 @@ class ForgetTrainer(SimpleTrainer):
         labels = [join_label(classes) for classes in block]
         # Random numbers of one request: the same in a resumed run, whatever ran before.
         generators = [seeded(self.cfg.SEED, dataset, label) for label in labels]
+        self.read(requests)
         started = time.perf_counter()
         with one_thread():
             solved = self.solve(requests, generators)

@@ -74,6 +74,9 @@ class ForgetExact(ForgetTrainer):
         print(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
         return self.retained.names
 
+    def read(self, requests: Requests) -> None:
+        self.texts.wordings(requests.classes)
+
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget them completely; see `forgetting.complete`."""
         world, beta = self.world(generators), float(self.cfg.FORGET.BETA)

@@ -108,6 +108,7 @@ class Texts:
         self.bundle, self.encode = bundle, encode
         self.prompts = {datasets.key(name): texts for name, texts in (prompts or {}).items()}
         self.label = {name: label for label, name in enumerate(bundle.classnames)}
+        self._known: dict[str, Wordings] = {}
 
     def request(self, classes: list[str]) -> Request:
         """The texts of `classes` and their hidden states.
@@ -141,10 +142,13 @@ class Texts:
         """Other wordings of classes, of each text once: the evaluation prompt; with a model, a few
         templates and the class's aliases (names of the vocabulary that mean the same, and the
         synonyms that `datasets` lists); without one, what the bundle brought for an audit. A text
-        that the model reads as another class of the set, or as nothing, is none."""
+        that the model reads as another class of the set, or as nothing, is none. Each class is read
+        once."""
         bundle, found = self.bundle, {}
         brought = audit_rows(bundle) if self.encode is None else {}
         for name in names:
+            if name in self._known:
+                continue
             plain, label = datasets.plain(name), self.label[name]
             texts = {bundle.template.replace(BARE, plain): bundle.class_hidden[label]}
             kinds = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
@@ -153,13 +157,12 @@ class Texts:
             found[name] = texts, [text for text in more if text not in texts]
         more = [text for _, texts in found.values() for text in texts]
         rows = iter(self.encode(more) if more else ())
-        wordings = {}
         for name, (held, new) in found.items():
             texts, hidden = [*held, *new], torch.stack([*held.values(), *islice(rows, len(new))])
             means = (hidden @ bundle.text_projection @ self._classes.T).argmax(dim=1)
             known = (means == self.label[name]).nonzero()[:, 0]
-            wordings[name] = Wordings([texts[i] for i in known.tolist()], hidden[known])
-        return wordings
+            self._known[name] = Wordings([texts[i] for i in known.tolist()], hidden[known])
+        return {name: self._known[name] for name in names}
 
     def _aliases(self, name: str) -> list[str]:
         """A class in a few templates, and under other names."""
