@@ -91,6 +91,11 @@ def _transformers(kind: str) -> nn.Module:
     if kind == "SiglipModel":
         text |= ends | {"projection_size": OUT}
         return t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision))
+    if kind == "Siglip2Model":
+        text |= ends | {"projection_size": OUT}
+        vision.pop("image_size")
+        config = t.Siglip2Config(text_config=text, vision_config=vision | {"num_patches": 4})
+        return t.Siglip2Model(config)
     if kind == "ChineseCLIPModel":
         text |= {"pad_token_id": 0}
         config = t.ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=OUT)
@@ -132,8 +137,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "own normalised": lambda: OwnTower(normalised=True),
 }
 HUGGING_FACE = (
-    *("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "ChineseCLIPModel"),
-    "AltCLIPModel",
+    *("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "Siglip2Model"),
+    *("ChineseCLIPModel", "AltCLIPModel"),
 )
 ALL = [
     *FAMILIES,
