@@ -20,7 +20,15 @@ from engine.cli import Parser, run
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from evaluation.plots import AFTER, BEFORE, COLOURS, drawing
-from evaluation.results import ARGS, LOGS, SETTINGS, read_args, read_logs, split_label
+from evaluation.results import (
+    ARGS,
+    LOGS,
+    SETTINGS,
+    no_results,
+    read_args,
+    read_logs,
+    split_label,
+)
 from evaluation.rows import rows_of
 from evaluation.tables import average_gains, other_sets, result_table, write_table
 
@@ -70,7 +78,7 @@ def create_results(
         raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
     folder = Path(folder)
     if not (folder / LOGS).is_file():
-        raise UserError(f"no results in {folder}: {folder / LOGS} is missing; run forget_clip.sh")
+        raise no_results(folder)
     logs = read_logs(folder)
     lines = read_args(folder / ARGS)
     args = lines[-1] if lines else argparse.Namespace()

@@ -148,7 +148,8 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
             saved = f"not saved ({error})"
         print(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
-    print(f"{row.name}: {file.name or file}, {len(found.split.classnames)} classes, {counts}")
+    of = "" if file == Path("/") else f"{file.name}, "  # images of a table may lie anywhere
+    print(f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
         print(
             f"{row.name}: this is not the published split {row.split_file}: "

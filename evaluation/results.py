@@ -82,6 +82,16 @@ def place(*names: str) -> str:
     return "/".join(map(short, names))
 
 
+def no_results(folder: Path) -> UserError:
+    """What to say of a folder without results: where some are, or how to make some."""
+    if not folder.is_dir():
+        return UserError(f"no results in {folder}: no such folder; run forget_clip.sh")
+    below = sorted({*folder.glob(f"*/{LOGS}"), *folder.glob(f"*/*/{LOGS}")})
+    places = " or ".join(str(path.parent) for path in below[:3])
+    hint = f"did you mean {places}?" if below else "run forget_clip.sh"
+    return UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
+
+
 def read_logs(folder: str | Path) -> Logs:
     """The logs of a results folder; empty if it has none.
 

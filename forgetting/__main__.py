@@ -160,7 +160,8 @@ def _forget(args: argparse.Namespace) -> None:
         **options,
     )
     answer.save(out, overwrite=False)
-    _say(f"{out}: forgets {', '.join(answer.names)} by {len(answer.texts)} texts", sys.stdout)
+    count = len(answer.texts)
+    _say(f"{out}: forgets {', '.join(answer.names)} by {count} text{'s' * (count > 1)}", sys.stdout)
     for note in answer.notes:
         _say(f"  {note}", sys.stdout)
 

@@ -156,7 +156,10 @@ class Answer:
             )
             notes.append(f"by text alone these feel it most: {shown}")
         if falling := [one.name for one in self.felt if one.falls]:
-            notes.append(f"warning: likely to fall with it: {', '.join(falling)} ({self.option})")
+            names = ", ".join(falling)
+            notes.append(
+                f"warning: likely to fall with it: {names} ({self.option} holds a name still)"
+            )
         return notes
 
 

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from forgetting.adapter import (
     Adapter,
+    adapter_bytes,
     load_adapter,
     projection_sha256,
     save_adapter,
@@ -57,7 +58,10 @@ ENOUGH = 16  # names of a caller's list for which the ridge is looked for by tha
 TRAINER, DATASET = "forget", "names"
 
 
-@dataclass(frozen=True)
+_APPLIED: dict[str, list[str]] = {}  # SHA-256 of projections that were changed here -> by what
+
+
+@dataclass(frozen=True, repr=False)
 class Forgotten:
     """What was forgotten, as a change that can be put into a model and taken out again.
 
@@ -72,6 +76,9 @@ class Forgotten:
     tower: Tower | _Bare | None = None
     original: Tensor | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{', '.join(self.names)} forgotten", *self.notes])
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +119,7 @@ class Forgotten:
         tower = self._model("apply")
         if self._state(tower) == "original":
             tower.write(self.adapter.changed(tower.projection))
+            _APPLIED[tensor_sha256(tower.weight)] = self.names
 
     def undo(self) -> None:
         """Make the model what it was, bit for bit; nothing happens if it is that already.
@@ -193,9 +201,12 @@ class Forgotten:
         left, right = self.adapter.left, self.adapter.right
         return patch_embeddings(embeddings, w, left, right, bias, normalised)
 
-    def save(self, path: str | Path, overwrite: bool = True) -> None:
-        """Write the adapter; see `forgetting.save_adapter`."""
-        save_adapter(self.adapter, path, overwrite)
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the adapter; see `forgetting.save_adapter`. A file that holds just this adapter may
+        be there already."""
+        there = Path(path)
+        if not (there.is_file() and there.read_bytes() == adapter_bytes(self.adapter)):
+            save_adapter(self.adapter, path, overwrite)
 
     @classmethod
     def load(
@@ -307,6 +318,11 @@ def forget(
             settings out of range.
     """
     tower = read_tower(model, tokenize)
+    if known := _APPLIED.get(tensor_sha256(tower.weight)):
+        raise ProblemError(
+            f"the model has forgotten {line(', '.join(known))} already, and changes do not add up: "
+            "undo that, and forget all names at once or join the adapters (forgetting.compose)"
+        )
     words = _Words.of(names, also, retain, templates, keep)
     _check_target(target, beta)
     if not generic and not words.retain:
@@ -352,13 +368,10 @@ def forget(
 
     gone = leaving(Requests([request])).any(dim=0)
     last = book.rows([_fill(words.templates[-1], name) for name in (*words.names, *words.retain)])
-    known = set().union(*words.same(words.names))
-    rivals = [i for i, n in enumerate(words.retain) if n.casefold() not in known]
-    place = torch.tensor([*range(len(words.names)), *(len(words.names) + i for i in rivals)])
     stay = [i for i, n in enumerate(common) if not gone[_start(names_kept, "generic") + i]]
-    watched = [*words.names, *(words.retain[i] for i in rivals), *(common[i] for i in stay)]
-    seen = torch.cat([last[place], common_hidden[stay].to(last)]).to(here)
-    count = len(place) if rivals else len(watched)
+    watched = [*words.names, *words.retain, *(common[i] for i in stay)]
+    seen = torch.cat([last, common_hidden[stay].to(last)]).to(here)
+    count = len(last) if words.retain else len(watched)
     watch = Watch(watched, seen, w, count, b)
 
     def send(
@@ -395,14 +408,18 @@ def forget(
         "margin": margin,
         "follow": follow,
     }
-    return _forgotten(tower, answer, settings)
+    return _forgotten(tower, answer, settings, words.dropped)
 
 
-def _forgotten(tower: Tower, answer: Answer, settings: dict[str, Any]) -> Forgotten:
-    """The answer with what it belongs to."""
+def _forgotten(
+    tower: Tower, answer: Answer, settings: dict[str, Any], dropped: Sequence[str]
+) -> Forgotten:
+    """The answer with what it belongs to; `dropped`: names that cannot stay."""
     own = {text.casefold() for text in answer.request.classes}
     retained = [name for name in answer.left_retain_set if name.casefold() in own]
     notes = answer.notes(retained)
+    if dropped:
+        notes.append(f"not retained, since they are forgotten: {', '.join(dropped)}")
     solver = _finite({"name": "exact", **answer.report(), "notes": notes})
     others = tower.hashes()
     held = {
@@ -442,6 +459,7 @@ class _Words:
     retain: tuple[str, ...]
     templates: tuple[str, ...]
     keep: tuple[str, ...]
+    dropped: tuple[str, ...]  # named to be retained, and forgotten
 
     @classmethod
     def of(cls, names: Any, also: Any, retain: Any, templates: Any, keep: Any) -> _Words:
@@ -469,7 +487,10 @@ class _Words:
         keep = _texts("keep", keep)
         if both := [name for name in keep if name.casefold() in owners]:
             raise ProblemError(f"{both[0]!r} is to be forgotten and to be kept; choose one")
-        return cls(names, found, _texts("retain", retain or ()), templates, keep)
+        retain = _texts("retain", retain or ())
+        stay = tuple(name for name in retain if name.casefold() not in owners)
+        gone = tuple(name for name in retain if name.casefold() in owners)
+        return cls(names, found, stay, templates, keep, gone)
 
     def same(self, names: Sequence[str]) -> list[set[str]]:
         """Of each name what means the same, in small letters."""

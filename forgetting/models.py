@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def _sha256(path: Path) -> str:
 
 def _said(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return line(text[:200])
+    return line(textwrap.shorten(text, 200, placeholder=" ..."))
 
 
 @contextlib.contextmanager

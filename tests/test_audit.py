@@ -277,6 +277,9 @@ def test_mistakes_are_one_line(results, capsys, argv, message):
 
 def test_a_folder_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):
     assert run(tmp_path / "empty") == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty") == 2
     assert "logs.json is missing" in capsys.readouterr().err
     assert run(results.parent) == 2
     assert f"did you mean {results}?" in capsys.readouterr().err

@@ -465,3 +465,33 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     command = tmp_path / "bare/bin/clip-forget"
     run = subprocess.run([str(command), "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "verify" in run.stdout
+
+
+def test_changes_do_not_add_up(tmp_path):
+    """A second name is not forgotten on top of the first; undone, the model is as it was."""
+    model, words = tiny("open_clip ViT")
+    first = forget(model, words, ["Acme Cola"], **PLAIN)
+    first.apply()
+    with pytest.raises(ProblemError, match="has forgotten Acme Cola already"):
+        forget(model, words, ["Zeta Tea"], **PLAIN)
+    first.undo()
+    second = forget(model, words, ["Zeta Tea"], **PLAIN)
+    assert second.names == ["Zeta Tea"] and len(repr(second)) < 1000
+    path = tmp_path / "acme.safetensors"
+    first.save(path)
+    first.save(path)
+    with pytest.raises(ProblemError):
+        second.save(path)
+    assert Forgotten.load(path).names == ["Acme Cola"]
+
+
+def test_what_is_forgotten_is_not_retained():
+    """A caller may name all classes of a classifier, the forgotten one among them."""
+    model, words = tiny("open_clip ViT")
+    plain = {**PLAIN, "retain": [*PLAIN["retain"], "ACME cola", "acme soda"]}
+    also = {"Acme Cola": ["acme soda"]}
+    alone = forget(model, words, ["Acme Cola"], also=also, **PLAIN)
+    both = forget(model, words, ["Acme Cola"], also=also, **plain)
+    assert torch.equal(alone.adapter.delta(), both.adapter.delta())
+    assert any("not retained" in note and "ACME cola" in note for note in both.notes)
+    assert not any("not retained" in note for note in alone.notes)

@@ -15,7 +15,7 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.errors import UserError, unknown
-from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_args
+from evaluation.results import ARGS, SETTINGS, Logs, no_results, read_args
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 PLACES = {  # of a run's files
@@ -123,12 +123,7 @@ def select(
         UserError: no results there, or none of a data set or label that was asked for.
     """
     if not logs:
-        found = [*folder.glob(f"*/{LOGS}"), *folder.glob(f"*/*/{LOGS}")]
-        below = [path.parent for path in sorted(found)]
-        hint = (
-            f"did you mean {' or '.join(map(str, below[:3]))}?" if below else "run forget_clip.sh"
-        )
-        raise UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
+        raise no_results(folder)
     for name in datasets:
         if name not in logs:
             raise unknown(f"data set in {folder}", name, list(logs))
