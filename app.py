@@ -59,7 +59,7 @@ def blocks(live: Live, folder: Path) -> Any:
             path = view.save(folder)
         except (ProblemError, UserError) as error:
             line = html.escape(str(error))
-            raise gr.Error(line, title="Refused", print_exception=False) from error
+            raise gr.Error(line, print_exception=False) from error
         adapter = gr.DownloadButton(value=path, interactive=path is not None)
         return view.html("forecast"), view.html("result"), adapter
 
@@ -146,6 +146,8 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
         response.headers["referrer-policy"] = "no-referrer"
         return response
 
+    for key in ("NO_PROXY", "no_proxy"):  # Gradio asks its own address whether it is up
+        os.environ[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
     page = blocks(live, folder)
     page.launch(
         server_name=HOST,

@@ -156,31 +156,25 @@ class Live:
         found = self.solve(forgotten, keep, target, beta) if forgotten else None
         ahead = self.solve(chosen, keep, target, beta) if asked else None
 
-        typed = [name for name in chosen if name not in self.names]
-        names, new = self.names + typed, self.source.encode_hidden(self._prompts(typed))
-        hidden = torch.cat([self.hidden, new])
-        texts = [normalize(hidden @ self.source.projection, dim=1)]  # (C, d), before and now
-        if found is not None:
-            left, right = found.adapter.left, found.adapter.right
-            moved = (hidden[:, : len(left)] @ left) @ right  # a bias, one row more, stays
-            texts.append(normalize(hidden @ self.source.projection + moved, dim=1))
-        texts = [texts[0], texts[-1]]
-        right = [(self.features @ x.T).argmax(dim=1) == self.labels for x in texts]  # (N,) each
+        names = self.names + [name for name in chosen if name not in self.names]
+        row = {name: number for number, name in enumerate(names)}
+        texts = self._embedded(names, found)
+        correct = [(self.features @ x.T).argmax(dim=1) == self.labels for x in texts]  # (N,) each
 
         def recognised(called: str, some: Sequence[str]) -> Change:
-            mine = torch.isin(self.labels, torch.tensor([names.index(name) for name in some]))
-            return Change(called, *(accuracy(x, mine) for x in right))
+            mine = torch.isin(self.labels, torch.tensor([row[name] for name in some]))
+            return Change(called, *(accuracy(x, mine) for x in correct))
+
+        def cosine(a: str, b: str) -> Change:
+            return Change(b, *(float(x[row[a]] @ x[row[b]]) for x in texts))
 
         def tops(image: Tensor) -> list[list[tuple[str, float]]]:
             return [_best((self._sharpness * (x @ image)).softmax(dim=0), names) for x in texts]
 
         near = {}
         for name in chosen:
-            row = names.index(name)
-            others = [n for n, _ in _best(texts[0] @ texts[0][row], names, TOP + 1) if n != name]
-            near[name] = [
-                Change(n, *(float(x[row] @ x[names.index(n)]) for x in texts)) for n in others[:TOP]
-            ]
+            best = _best(texts[0] @ texts[0][row[name]], names, TOP + 1)
+            near[name] = [other for other, _ in best if other != name][:TOP]
         pictures, refused = [], []
         for path in uploads[:FILES]:
             try:
@@ -191,23 +185,17 @@ class Live:
         if more := len(uploads[FILES:]):
             refused.append(f"{more} files beyond the first {FILES} are not shown")
         for number in self._shown(near):
-            item, features = self.items[number], self.features[number]
-            label, data = names[self.labels[number]], self._small(item.impath)
-            pictures.append(Picture(label, False, data, *tops(features)))
-        rest = [name for name in self.names if name not in chosen]
+            label, data = names[self.labels[number]], self._small(self.items[number].impath)
+            pictures.append(Picture(label, False, data, *tops(self.features[number])))
+        others = [name for name in self.names if name not in chosen]
+        all_others = recognised(f"all {'others' if chosen else 'names'}", others)
         return View(
             found,
             asked,
             None if ahead is None else ahead.forecast,
-            {name: nearest(name, self.names) for name in typed},
-            [
-                *(recognised(name, [name]) for name in chosen),
-                recognised(f"all {'others' if chosen else 'names'}", rest),
-            ],
-            {
-                name: [(one, recognised(one.name, [one.name])) for one in near[name]]
-                for name in near
-            },
+            {name: nearest(name, self.names) for name in names[len(self.names) :]},
+            [*(recognised(name, [name]) for name in chosen), all_others],
+            {a: [(cosine(a, b), recognised(b, [b])) for b in near[a]] for a in chosen},
             pictures,
             refused,
         )
@@ -232,6 +220,16 @@ class Live:
         self._ridges[keep] = found.adapter.settings["ridge"]  # no request changes it: found once
         return found
 
+    def _embedded(self, names: Sequence[str], found: Forgotten | None) -> list[Tensor]:
+        """Unit-norm embeddings (C, d) of the list's names and those behind them, before and now."""
+        new = self.source.encode_hidden(self._prompts(names[len(self.names) :]))
+        hidden = torch.cat([self.hidden, new])
+        before = now = hidden @ self.source.projection
+        if found is not None:
+            left, right = found.adapter.left, found.adapter.right
+            now = before + (hidden[:, : len(left)] @ left) @ right  # a bias, a row more, stays
+        return [normalize(x, dim=1) for x in (before, now)]
+
     def _prompts(self, names: Sequence[str]) -> list[str]:
         return [self.template.replace("{}", name) for name in names]
 
@@ -246,10 +244,10 @@ class Live:
         scale = getattr(self.source.model, "logit_scale", None)
         return 100.0 if scale is None else float(scale.exp())
 
-    def _shown(self, near: Mapping[str, Sequence[Change]]) -> list[int]:
+    def _shown(self, near: Mapping[str, Sequence[str]]) -> list[int]:
         """Images of the set: two of each name and one of its first two neighbours, or of names here
         and there."""
-        wanted = {one.name: 1 for others in near.values() for one in others[:2]}
+        wanted = {other: 1 for others in near.values() for other in others[:2]}
         wanted |= dict.fromkeys(near, 2)
         if not near:
             wanted = dict.fromkeys(self.names[:: -(-len(self.names) // PICTURES)], 1)
