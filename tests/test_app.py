@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -11,7 +12,10 @@ import app
 from forgetting import load_adapter
 from tests.test_report_browser import BROWSER, NAMES, PHONE, sync_api
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed: make app"),
+]
 TWO, STAR, CROSS, TRIANGLE = "digit two", "green star", "green cross", "green triangle"
 WAIT = 60_000  # milliseconds; a busy machine
 
@@ -24,7 +28,6 @@ def address(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # nobody is there: nothing goes that way
         for key in ("NO_PROXY", "no_proxy"):
             patch.setenv(key, "")
-        pytest.importorskip("gradio", reason="gradio is not installed: make app")
         page = app.start(live, folder)
         yield page.local_url
         page.close()
