@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -188,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--cache", default=defaults.FEATURES.CACHE, help="folder for what was encoded")
     add("--port", type=whole(1, 65535), help="of the address (default: from 7860 the first free)")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
     with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:  # uploads and adapters
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it as it is imported
         gradio()
