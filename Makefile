@@ -1,6 +1,6 @@
-# make venv | demo | notebook | test | test-slow | test-dassl DASSL=PATH | reproduce DATA=PATH | benchmark | format | clean
+# make venv | demo | app | notebook | test | test-slow | test-dassl DASSL=PATH | reproduce DATA=PATH | benchmark | format | clean
 .POSIX:
-.PHONY: venv demo notebook test test-slow test-dassl reproduce benchmark format clean
+.PHONY: venv demo app notebook test test-slow test-dassl reproduce benchmark format clean
 
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
@@ -9,6 +9,8 @@ CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= PYTHON=$(BIN)/python
 COMPLETE = .venv/.complete
 # The same with what tests, style and the notebook need beside it.
 DEVELOP = .venv/.complete-dev
+# The same with what the app needs.
+GRADIO = .venv/.complete-app
 
 venv: $(COMPLETE)
 
@@ -31,6 +33,12 @@ $(DEVELOP): $(COMPLETE) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(DEVELOP)
 
+# Without dependencies, all of which are listed: Gradio asks for an older Pillow than ours, and runs
+# with this one.
+$(GRADIO): $(COMPLETE) requirements-app.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt
+	@touch $(GRADIO)
+
 # What the environment says to forget_clip.sh does not hold here: the steps belong together.
 demo: $(COMPLETE)
 	$(CLEAN) TRAINER=ForgetLoRA sh forget_clip.sh 1 0 $(MINI) mini 0
@@ -38,6 +46,10 @@ demo: $(COMPLETE)
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
 	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
+
+# OPTIONS are those of app.py, such as OPTIONS='--model hf:DIR --images FOLDER'.
+app: $(GRADIO)
+	$(BIN)/python app.py $(OPTIONS)
 
 notebook: $(DEVELOP)
 	$(BIN)/jupyter execute --inplace results.ipynb

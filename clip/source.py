@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip.architectures import OPEN_CLIP, architecture, one_line
+from clip.architectures import ARCHITECTURES, OPEN_CLIP, architecture, one_line
 from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
 from engine.errors import UserError
+from engine.files import sha256_file
 from forgetting import ProblemError
 from forgetting.towers import Tower, read_tower
 
@@ -312,3 +313,26 @@ def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
     x = model.token_embedding(tokens) + model.positional_embedding[:length]  # (n, l, w)
     x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
     return text_global_pool(model.ln_final(x), tokens, model.text_pool_type, model.text_eos_id)
+
+
+def named(text: str, cache: str | Path = "cache") -> ClipSource:
+    """The CLIP that `text` names, as a command line of the library does: hf:DIR or a folder,
+    open_clip:NAME/PRETRAINED or /FILE, openai:FILE; or an architecture that brings its weights.
+
+    Raises:
+        UserError: there is none, or it is not known how a file is to be computed with.
+    """
+    kind, _, rest = text.partition(":")
+    name, _, file = text.partition("/")
+    if kind == "openai":
+        require_file(Path(rest))
+        digest = sha256_file(rest)
+        known = [row.name for row in ARCHITECTURES.values() if row.sha256 == digest]
+        if not known:
+            raise UserError(f"{rest} is none of the files that OpenAI published ({digest[:16]}…)")
+        return ClipSource(known[0], rest, cache)
+    if kind == "open_clip" and Path(file).is_file():
+        return ClipSource(name, file, cache)
+    if text not in ARCHITECTURES and Path(text).is_dir():
+        text = f"hf:{text}"
+    return ClipSource(text, cache=cache)

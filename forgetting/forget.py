@@ -335,8 +335,9 @@ def forget(
     if generic and chosen["generic"] > 0:
         common, common_hidden = generic_hidden(tower, cache, progress)
     book = _Book(tower, words, target)
-    request, wordings = book.request(), book.wordings()
 
+    # Before the request is read: a text differs in its last digits by what it is read with, and
+    # what is retained must be the same for every request, so that they compose.
     forms = words.templates[:2]
     groups = {}
     if words.retain and chosen["own"] > 0:
@@ -352,6 +353,7 @@ def forget(
         groups["keep"] = Group(kept, rows, chosen["keep"], alike=False)
     if not groups:
         raise ProblemError("nothing to retain: every group that holds names has weight 0")
+    request, wordings = book.request(), book.wordings()
     names_kept = RetainSet(groups, check(similarity, WEIGHT, "similarity"), here, ALIKE)
 
     def leaving(requests: Requests) -> Tensor:
@@ -404,6 +406,7 @@ def forget(
         "retain": list(words.retain),
         "keep": list(words.keep),
         "similarity": similarity,
+        "ridge": mu,
         "shared": shared,
         "margin": margin,
         "follow": follow,

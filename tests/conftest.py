@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 
 import train
 from clip.bundle import FeatureBundle, bundle_path
+from datasets import mini
+from evaluation.live import Live
 
 # The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -80,6 +82,16 @@ def toy_args(features: Path, tmp_path: Path) -> list[str]:
         ),
         *("TRAINER.FORGETLORA.STEPS", "100", "TRAINER.FORGETLORA.MAX_TRIALS", "2"),
     ]
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """`mini` with a few images of each class, as somebody sees it in the app."""
+    folder = tmp_path_factory.mktemp("live")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini, "TEST_IMAGES", 3)
+        patch.setattr(mini, "TRAIN_IMAGES", 1)
+        return Live("mini", "", folder / "data", folder / "cache")
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""The app in a real browser: labels go and return, and nothing is asked of another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+from PIL import Image
+
+import app
+from forgetting import load_adapter
+from tests.test_report_browser import BROWSER, NAMES, PHONE, sync_api
+
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed: make app"),
+]
+TWO, STAR, CROSS, TRIANGLE = "digit two", "green star", "green cross", "green triangle"
+WAIT = 60_000  # milliseconds; a busy machine
+
+
+@pytest.fixture(scope="module")
+def address(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("app")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        patch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # nobody is there: nothing goes that way
+        for key in ("NO_PROXY", "no_proxy"):
+            patch.setenv(key, "")
+        page = app.start(live, folder)
+        yield page.local_url
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(address, browser) -> Iterator:
+    """The page, opened without its policy, so that what it would ask of another address is seen."""
+    troubles = []
+
+    def watch(request) -> None:
+        if not request.url.startswith((address, "data:", f"blob:{address}")):
+            troubles.append(request.url)
+
+    context = browser.new_context(bypass_csp=True)
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
+    page.on("request", watch)
+    page.on("console", lambda said: said.type == "error" and troubles.append(said.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(address)
+    page.locator("figure").first.wait_for()
+    yield page
+    assert troubles == []
+    page.evaluate("fetch('http://localhost:1/').catch(() => 0)")  # the control
+    context.close()
+    assert "http://localhost:1/" in troubles
+
+
+def pick(page, box: str, name: str) -> None:
+    page.get_by_label(box, exact=True).fill(name)
+    page.get_by_role("option", name=name, exact=True).click()
+    page.keyboard.press("Escape")
+
+
+def press(page) -> None:
+    page.get_by_role("button", name="Forget", exact=True).click()
+
+
+def pictures(page, name: str, taken_for: str, other: bool = False):
+    same = f'[data-now="{taken_for}"]'
+    return page.locator(f'figure[data-label="{name}"]{f":not({same})" if other else same}')
+
+
+def test_forget_see_it_go_and_give_it_back(page, tmp_path):
+    pick(page, "Forget", TWO)
+    page.locator("[data-falls='0']").wait_for()  # before anything is pressed
+    pictures(page, TWO, TWO).first.wait_for()
+    press(page)
+    pictures(page, TWO, TWO, other=True).nth(1).wait_for()
+    assert pictures(page, TWO, TWO).count() == 0
+    pick(page, "Forget", TRIANGLE)
+    pictures(page, TRIANGLE, TRIANGLE).first.wait_for()  # the control: still itself
+    press(page)
+    pictures(page, TRIANGLE, TRIANGLE, other=True).first.wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the adapter").click()
+    download.value.save_as(tmp_path / "both.safetensors")
+    assert load_adapter(tmp_path / "both.safetensors").classes == [TWO, TRIANGLE]
+    page.get_by_label(TWO, exact=True).uncheck()
+    page.locator(f"[data-name='{TWO}']").wait_for(state="detached")
+    assert pictures(page, TRIANGLE, TRIANGLE).count() == 0
+    pick(page, "Forget", TWO)
+    pictures(page, TWO, TWO).nth(1).wait_for()
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    places = [page.get_by_text(text).first.bounding_box()["y"] for text in ("taken for", "Target")]
+    assert places == sorted(places), "what there is to see comes before the settings"
+
+
+def test_settings_move_the_forecast_and_uploads_are_shown(page, tmp_path):
+    pick(page, "Forget", STAR)
+    page.locator("[data-falls='0']").wait_for()
+    page.get_by_label("opposite", exact=True).check()
+    page.get_by_label("number input for Beta").fill("1")
+    page.locator("tr.falls", has_text=CROSS).wait_for()
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "mine.png")
+    (tmp_path / "bad.png").write_text("<script>alert(1)</script>")
+    files = [str(tmp_path / name) for name in ("mine.png", "bad.png")]
+    page.locator("input[type=file]").set_input_files(files)
+    page.locator("figure[data-label='mine.png']").wait_for()
+    assert "bad.png: no image" in page.get_by_role("alert").inner_text()
+    pick(page, "Keep", STAR)
+    page.get_by_text("to be forgotten and to be kept").first.wait_for()
+
+
+def test_other_names_for_this_address_and_other_pages_are_refused(address):
+    import httpx
+
+    assert httpx.get(address).headers["content-security-policy"] == app.POLICY
+    assert httpx.get(address, headers={"host": "elsewhere.example"}).status_code == 400
+    file = {"files": ("a.png", b"0" * (app.MEGABYTES * 2**20 + 1))}
+    assert httpx.post(f"{address}gradio_api/upload", files=file).status_code == 413
