@@ -371,9 +371,11 @@ def forget(
     gone = leaving(Requests([request])).any(dim=0)
     last = book.rows([_fill(words.templates[-1], name) for name in (*words.names, *words.retain)])
     stay = [i for i, n in enumerate(common) if not gone[_start(names_kept, "generic") + i]]
-    watched = [*words.names, *words.retain, *(common[i] for i in stay)]
-    seen = torch.cat([last, common_hidden[stay].to(last)]).to(here)
-    count = len(last) if words.retain else len(watched)
+    rivals = [i for i, name in enumerate(words.retain) if name not in words.gone]
+    place = torch.tensor([*range(len(words.names)), *(len(words.names) + i for i in rivals)])
+    watched = [*words.names, *(words.retain[i] for i in rivals), *(common[i] for i in stay)]
+    seen = torch.cat([last[place], common_hidden[stay].to(last)]).to(here)
+    count = len(place) if rivals else len(watched)
     watch = Watch(watched, seen, w, count, b)
 
     def send(
@@ -411,18 +413,18 @@ def forget(
         "margin": margin,
         "follow": follow,
     }
-    return _forgotten(tower, answer, settings, words.dropped)
+    return _forgotten(tower, answer, settings, words.gone)
 
 
 def _forgotten(
-    tower: Tower, answer: Answer, settings: dict[str, Any], dropped: Sequence[str]
+    tower: Tower, answer: Answer, settings: dict[str, Any], gone: Sequence[str]
 ) -> Forgotten:
-    """The answer with what it belongs to; `dropped`: names that cannot stay."""
+    """The answer with what it belongs to; `gone`: names that cannot stay."""
     own = {text.casefold() for text in answer.request.classes}
     retained = [name for name in answer.left_retain_set if name.casefold() in own]
     notes = answer.notes(retained)
-    if dropped:
-        notes.append(f"not retained, since they are forgotten: {', '.join(dropped)}")
+    if gone:
+        notes.append(f"not retained, since forgotten: {', '.join(gone)}")
     solver = _finite({"name": "exact", **answer.report(), "notes": notes})
     others = tower.hashes()
     held = {
@@ -462,7 +464,7 @@ class _Words:
     retain: tuple[str, ...]
     templates: tuple[str, ...]
     keep: tuple[str, ...]
-    dropped: tuple[str, ...]  # named to be retained, and forgotten
+    gone: tuple[str, ...]  # named to be retained, and forgotten
 
     @classmethod
     def of(cls, names: Any, also: Any, retain: Any, templates: Any, keep: Any) -> _Words:
@@ -491,9 +493,10 @@ class _Words:
         if both := [name for name in keep if name.casefold() in owners]:
             raise ProblemError(f"{both[0]!r} is to be forgotten and to be kept; choose one")
         retain = _texts("retain", retain or ())
-        stay = tuple(name for name in retain if name.casefold() not in owners)
         gone = tuple(name for name in retain if name.casefold() in owners)
-        return cls(names, found, stay, templates, keep, gone)
+        # Where some stay, those that are forgotten leave with their class, as in a list of which
+        # several are forgotten in turn: the statistics are of the whole list, so requests compose.
+        return cls(names, found, retain if len(gone) < len(retain) else (), templates, keep, gone)
 
     def same(self, names: Sequence[str]) -> list[set[str]]:
         """Of each name what means the same, in small letters."""
