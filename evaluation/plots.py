@@ -27,15 +27,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 # Dots of an accuracy before and after forgetting: hollow and filled, so grey print tells them too.
 BEFORE = {"facecolors": "white", "edgecolors": COLOURS[0]}
 AFTER = {"color": COLOURS[1]}
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
+STYLE = {  # sizes that can be read where a picture is shown at half of its own
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 13,
     "legend.frameon": False,
-    "figure.titlesize": 11,
+    "figure.titlesize": 15,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "0.93",
@@ -123,7 +123,7 @@ def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
     """
     panels = {"paraphrase": _words, "neighbours": _neighbours}
     panels |= {"destinations": _destinations, "relearning": _relearning}
-    with drawing(path, 11, 7.5) as figure:
+    with drawing(path, 14, 11) as figure:
         for axis, (measure, draw) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             if not draw(axis, found.get(measure, {})):
                 axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)

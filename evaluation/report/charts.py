@@ -1,0 +1,131 @@
+"""The charts of the page: Vega-Lite drawings in JSON, made into SVG when the report is written.
+
+Static SVG needs no script. Colours are the names of the page's own (style.css), so that they follow
+it into the dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from evaluation.report.runs import Run
+from evaluation.rows import Row, mean
+
+WIDTH = 380  # pixels; the page gives a chart as much room as there is
+STEP = 46  # of a method
+GOLDEN = 0.6180339887  # places dots of one value beside each other, evenly however many they are
+LEAST = 1.0  # points that an axis spans; hundredths would make noise look like a finding
+LONGEST = 22  # letters of a method's name
+COLOURS = [f"var(--m{i})" for i in range(5)]
+QUIET = {"labelColor": "var(--muted)", "titleColor": "var(--muted)", "labelFontSize": 12}
+CONFIG = {
+    "font": "inherit",
+    "background": None,
+    "view": {"stroke": None},
+    "axis": QUIET
+    | {"titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "var(--line)"}
+    | {"domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 10},
+}
+
+
+class Chart(NamedTuple):
+    """One message: its title, what a dot is, and the drawing."""
+
+    title: str
+    about: str
+    svg: Markup
+
+
+def charts(runs: list[Run]) -> list[Chart]:
+    """What is left of each class, and what all else lost: a line a method, a dot a class.
+
+    Quantities that were not measured for any class have no chart.
+    """
+    panels = (
+        (
+            "How much is left of each class",
+            "% of its images recognised after forgetting",
+            lambda row: 100 * row.own.after if row.own.after is not None else None,
+            True,
+        ),
+        (
+            "How much comes back under other words",
+            "% of its images, by the words that find most",
+            lambda row: 100 * row.worst if row.worst is not None else None,
+            True,
+        ),
+        (
+            "What the rest of its set lost",
+            "points; left of 0 is a gain",
+            lambda row: -row.rest.points if row.rest.points is not None else None,
+            False,
+        ),
+        (
+            "What the other image sets lost",
+            "points; left of 0 is a gain",
+            lambda row: -row.others_mean.points if row.others_mean.points is not None else None,
+            False,
+        ),
+    )
+    drawn = (_chart(runs, *panel) for panel in panels)
+    return [chart for chart in drawn if chart]
+
+
+def _chart(
+    runs: list[Run],
+    title: str,
+    axis: str,
+    value: Callable[[Row], float | None],
+    whole: bool,
+) -> Chart | None:
+    """One panel; `whole`: the axis goes from 0 to 100, else as far as the values do."""
+    found = [(run, [value(row) for row in run.rows]) for run in runs]
+    found = [(run, [v for v in values if v is not None]) for run, values in found]
+    dots = [
+        {"method": run.label, "value": round(value, 3), "place": i * GOLDEN % 1}
+        for run, values in found
+        for i, value in enumerate(sorted(values))
+    ]
+    if not dots:
+        return None
+    means = [{"method": run.label, "value": mean(values)} for run, values in found if values]
+    low, high = (pick(dot["value"] for dot in dots) for pick in (min, max))
+    ends = [0, 100] if whole else [min(0, low), max(high, min(0, low) + LEAST)]
+    means = [{"label": f"{one['value']:.1f}".replace("-", "−")} | one for one in means]
+    names = [run.label for run, values in found if values]
+    x = {"field": "value", "type": "quantitative", "title": axis}
+    x |= {"scale": {"domain": ends, "nice": True}, "axis": {"tickCount": 5}}
+    y = {"field": "method", "type": "nominal", "sort": names, "title": None}
+    y |= {"axis": {"labelLimit": 8 * LONGEST, "labelColor": "var(--ink)", "labelFontSize": 13}}
+    colour = {"field": "method", "scale": {"domain": names, "range": COLOURS}, "legend": None}
+    offset = {"field": "place", "type": "quantitative", "scale": {"domain": [-0.9, 1.5]}}
+    dot = {"type": "circle", "size": 34, "opacity": 0.55 if len(dots) < 300 else 0.25}
+    number = {"type": "text", "baseline": "bottom", "fontSize": 12, "fontWeight": "bold"}
+    tick = {"type": "tick", "thickness": 3, "size": 20}
+    at = {"x": x, "y": y, "color": colour}
+    label = {"text": {"field": "label", "type": "nominal"}, "color": {"value": "var(--ink)"}}
+    spec = {
+        "width": WIDTH,
+        "height": {"step": STEP},
+        "config": CONFIG,
+        "layer": [
+            {"data": {"values": dots}, "mark": dot, "encoding": at | {"yOffset": offset}},
+            {"data": {"values": means}, "mark": tick, "encoding": at},
+            {"data": {"values": means}, "mark": number | {"dy": -11}, "encoding": at | label},
+        ],
+    }
+    said = "; ".join(f"{one['method']} {one['label']}" for one in means)
+    return Chart(title, f"{title}, {axis}. On average: {said}.", drawing(spec))
+
+
+def drawing(spec: dict[str, Any]) -> Markup:
+    """A Vega-Lite drawing as SVG that stands in a page: no script, no address, no fixed size."""
+    import vl_convert  # not above: it brings an engine of 30 MB, and who reads rows needs none
+
+    svg = vl_convert.vegalite_to_svg(spec | {"usermeta": {}}, allowed_base_urls=[])
+    head, body = svg.split(">", 1)
+    box = next(part for part in head.split('" ') if part.startswith("viewBox="))
+    return Markup(f'<svg class="chart" {box}" aria-hidden="true">{body}')
