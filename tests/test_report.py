@@ -197,7 +197,7 @@ def test_several_folders_side_by_side(tmp_path):
     assert len(page.all("details", **{"class": "class"})) == 4  # each once, with all folders
     assert page.text.count("Everything about it after exact (results10)") == 4
     for one in runs:
-        assert page.text.count(f"What to know of {one.label}") == 1
+        assert page.text.count(f"{one.label}: what to know, bad news first") == 1
 
 
 def test_seeds_of_one_attempt_keep_their_names(tmp_path):
@@ -286,7 +286,8 @@ def test_images_of_ones_own_are_read_where_they_are(tmp_path, capsys):
     with Image.open(io.BytesIO(b64decode(picture.source.partition(",")[2]))) as image:
         assert max(image.size) <= 112 and abs(image.getpixel((5, 5))[0] - 60) < 8
     shutil.rmtree(tmp_path / "pets")
-    classes_module._read.cache_clear()
+    for kept in (classes_module.images_of, classes_module._read):
+        kept.cache_clear()
     (picture,) = forgotten(read_runs(results))[0].strips[0].pictures
     assert picture.source == ""
     assert capsys.readouterr().out.startswith("report: no pictures of pets: ")

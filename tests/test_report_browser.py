@@ -68,7 +68,7 @@ def report(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("report")
     plant(root / "exact" / "seed_0", [*ANIMALS, *NASTY])
     plant(root / "empty" / "seed_0", 8, left=0.3, trainer="ForgetLoRA")
-    plant(root / "paper" / "seed_0", 8, "ToyTools", left=0.05, harm=0.02, audit=False)
+    plant(root / "paper" / "seed_0", 8, "ToyBirds", left=0.05, harm=0.02, audit=False)
     mini(root / "mini" / "seed_0", [0, 5])
     return write_report(read_runs(root, "exact"), root / "report.html")
 
@@ -105,7 +105,7 @@ def test_search_and_order(open_page, report):
     page.fill("#search", "OCTO")
     assert names(page) == ["octopus"]
     assert page.locator("#status").inner_text() == "1 of 33"
-    page.fill("#search", "toytools")
+    page.fill("#search", "toybirds")
     assert len(names(page)) == 8
     page.fill("#search", "")
     page.check("#back")

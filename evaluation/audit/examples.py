@@ -11,7 +11,7 @@ from evaluation.audit.case import Case, Model
 SHOWN = 4  # pictures of the forgotten class
 NAMES = 5  # names that a picture is given
 HARMED = 2  # classes that lost most
-OF_HARMED = 3  # pictures of each of them
+OF_HARMED = 2  # pictures of each of them
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from evaluation.report.runs import Run
 from evaluation.rows import Row, mean
 
-WIDTH = 380  # pixels; the page gives a chart as much room as there is
+WIDTH = 310  # pixels; the page gives a chart as much room as there is
 STEP = 46  # of a method
 GOLDEN = 0.6180339887  # places dots of one value beside each other, evenly however many they are
 LEAST = 1.0  # points that an axis spans; hundredths would make noise look like a finding
@@ -27,7 +27,7 @@ CONFIG = {
     "view": {"stroke": None},
     "axis": QUIET
     | {"titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "var(--line)"}
-    | {"domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 10},
+    | {"domain": False, "ticks": False, "labelPadding": 9, "labelFlush": False, "titlePadding": 10},
 }
 
 
@@ -94,7 +94,7 @@ def _chart(
     means = [{"method": run.label, "value": mean(values)} for run, values in found if values]
     low, high = (pick(dot["value"] for dot in dots) for pick in (min, max))
     ends = [0, 100] if whole else [min(0, low), max(high, min(0, low) + LEAST)]
-    means = [{"label": f"{one['value']:.1f}".replace("-", "−")} | one for one in means]
+    means = [{"label": f"{round(one['value'], 1) + 0.0:.1f}".replace("-", "−")} | one for one in means]
     names = [run.label for run, values in found if values]
     x = {"field": "value", "type": "quantitative", "title": axis}
     x |= {"scale": {"domain": ends, "nice": True}, "axis": {"tickCount": 5}}

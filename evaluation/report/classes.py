@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -115,7 +116,8 @@ class Forgotten:
 
     def _source(self, run: Run, name: str, row: int, room: int) -> str:
         """The picture in a row of the set's images, which must be one of class `name`."""
-        images = images_of(run, self.dataset)
+        split = run.settings.get(self.dataset, {}).get("split")
+        images = images_of(run.folder, self.dataset, split if isinstance(split, str) else "")
         if not 0 <= row < len(images) or images[row][0] != name:
             return ""
         try:
@@ -134,17 +136,17 @@ def forgotten(runs: list[Run]) -> list[Forgotten]:
     return sorted(found.values(), key=lambda one: min(bad_news_first(row) for _, row in one.rows))
 
 
-def images_of(run: Run, dataset: str) -> list[tuple[str, Opener]]:
+@cache
+def images_of(folder: Path, dataset: str, split: str) -> list[tuple[str, Opener]]:
     """The class of every image of a run's data set, in its order, and what opens it; empty where
     the run had none (feature bundles), or they are no longer there, which is said."""
-    split = run.settings.get(dataset, {}).get("split")
     try:
-        places = run_places(run.folder, dataset)
-        if places is None or places["features"] or split not in SPLITS:
-            return []
-        return _read(dataset, split, places["root"], places["images"])
+        places = run_places(folder, dataset)
     except UserError as error:
-        return _missing(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
+        return _missing(dataset, error)
+    if places is None or places["features"] or split not in SPLITS:
+        return []
+    return _read(dataset, split, places["root"], places["images"])
 
 
 @cache
@@ -152,15 +154,16 @@ def _read(dataset: str, split: str, root: str, images: str) -> list[tuple[str, O
     if dataset in mini.MINI and split == "test":  # drawn in code, wherever its files are
         drawn = mini.pictures(dataset, split)
         return [(name, partial(Image.fromarray, picture)) for name, _, picture in drawn]
-    with redirect_stdout(io.StringIO()):
-        items = getattr(datasets.load(dataset, root, images), split)
+    try:
+        with redirect_stdout(io.StringIO()):
+            items = getattr(datasets.load(dataset, root, images), split)
+    except UserError as error:
+        return _missing(dataset, error)
     return [(item.classname, partial(read_image, item.impath)) for item in items]
 
 
-@cache
-def _missing(reason: str) -> list[tuple[str, Opener]]:
-    """No pictures, for a reason that is said once."""
-    print(reason)
+def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
+    print(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
     return []
 
 

@@ -28,7 +28,7 @@ OPENING = 3  # classes whose pictures stand first
 TEXTS = 12  # other words that are written out
 COLUMNS = (
     *("Method", "Classes", "Gone", "Come back", "Recognised, %"),
-    *("Rest of their set, points", "Other sets, points", "Time, s"),
+    *("Rest of their set, points", "Other sets, points", "Seconds"),
 )
 ATTACKERS = {  # what each has
     "original_known": "the original weights too",
@@ -116,10 +116,10 @@ def told(run: Run, one: Summary) -> list[tuple[str, str]]:
         worst = f"{points(spread.worst)} at worst, {spread.worst_name}"
         return points(spread.points), worst if spread.worst is not None else ""
 
-    left = one.left and one.left.own.after
+    left, stay = one.left and one.left.own.after, one.fates[Fate.STAYS]
     return [
         (f"{len(run.rows):,}", ""),
-        (str(one.fates[Fate.GONE]), f"{one.fates[Fate.STAYS]} stay" * bool(one.fates[Fate.STAYS])),
+        (str(one.fates[Fate.GONE]), f"{stay} not" if stay else ""),
         (str(one.returning), one.texts) if one.tried else ("–", "not tried"),
         (
             f"{percent(one.own.before)} → {percent(one.own.after)}",
