@@ -94,7 +94,9 @@ def _chart(
     means = [{"method": run.label, "value": mean(values)} for run, values in found if values]
     low, high = (pick(dot["value"] for dot in dots) for pick in (min, max))
     ends = [0, 100] if whole else [min(0, low), max(high, min(0, low) + LEAST)]
-    means = [{"label": f"{round(one['value'], 1) + 0.0:.1f}".replace("-", "−")} | one for one in means]
+    means = [
+        {"label": f"{round(one['value'], 1) + 0.0:.1f}".replace("-", "−")} | one for one in means
+    ]
     names = [run.label for run, values in found if values]
     x = {"field": "value", "type": "quantitative", "title": axis}
     x |= {"scale": {"domain": ends, "nice": True}, "axis": {"tickCount": 5}}

@@ -48,6 +48,10 @@ class Strip(NamedTuple):
     after: float | None
     pictures: list[Picture]
 
+    def shown(self) -> bool:
+        """Whether a picture of it is at hand."""
+        return any(picture.source for picture in self.pictures)
+
 
 @dataclass(frozen=True)
 class Forgotten:

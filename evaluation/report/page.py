@@ -15,7 +15,7 @@ from markupsafe import Markup
 from engine.files import atomic_path, refuse_foreign
 from evaluation.report import summary
 from evaluation.report.charts import charts
-from evaluation.report.classes import forgotten
+from evaluation.report.classes import Strip, forgotten
 from evaluation.report.runs import Run
 from evaluation.report.summary import Summary, percent, points
 from evaluation.rules import Fate
@@ -61,7 +61,7 @@ def render(runs: list[Run]) -> str:
     """The report's HTML, of one run or of several side by side."""
     classes = forgotten(runs)
     first = [(one, one.strips) for one in classes[:OPENING]]
-    opening = [(one, strips) for one, strips in first if strips]
+    opening = [(one, strips) for one, strips in first if any(map(Strip.shown, strips))]
     above = [one for one, _ in opening]
     return _template().render(
         runs=runs,
@@ -69,7 +69,7 @@ def render(runs: list[Run]) -> str:
         sentence=summary.sentence(runs),
         opening=opening,
         classes=classes,
-        strips_of=lambda one: [] if one in above else one.strips,
+        strips_of=lambda one: None if one in above else one.strips,
         columns=COLUMNS,
         summaries=[(run, Summary.of(run)) for run in runs],
         told=told,
@@ -122,7 +122,7 @@ def told(run: Run, one: Summary) -> list[tuple[str, str]]:
         (str(one.fates[Fate.GONE]), f"{stay} not" if stay else ""),
         (str(one.returning), one.texts) if one.tried else ("–", "not tried"),
         (
-            f"{percent(one.own.before)} → {percent(one.own.after)}",
+            f"{percent(one.own.before)} → {percent(one.own.after)}" if one.left else "–",
             f"most left: {percent(left)}, {one.left.name}" if left else "",
         ),
         change(one.rest),

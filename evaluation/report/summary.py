@@ -12,11 +12,11 @@ from evaluation.rules import Fate
 
 NAMED = 3  # classes named in a sentence; the table has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
-WORDS = {
-    Fate.GONE: "gone",
-    Fate.STAYS: "still recognised",
-    Fate.NEVER: "never recognised to begin with",
-    Fate.UNMEASURED: "without images to tell by",
+FATES = {  # of one class, of several
+    Fate.GONE: ("is gone", "are gone"),
+    Fate.STAYS: ("is still recognised", "are still recognised"),
+    Fate.NEVER: ("was never recognised to begin with", "were never recognised to begin with"),
+    Fate.UNMEASURED: ("has no images to tell by", "have no images to tell by"),
 }
 ATTACKS = {  # what somebody has who looks for the class in the weights
     "original_known": "the changed weights and the original ones",
@@ -64,16 +64,19 @@ def sentence(runs: list[Run]) -> str:
     ways = ways or f" in {len(runs)} runs" * (len(runs) > 1)
     told = [Summary.of(run) for run in runs]
     parts = []
-    for fate, words in WORDS.items():
+    for fate, words in FATES.items():
         counts = [one.fates[fate] for one in told]
-        if max(counts) or fate is Fate.GONE:
-            parts.append(f"{span(counts)} {'is' if span(counts) == '1' else 'are'} {words}")
-        if fate is Fate.GONE:
+        if max(counts) or (fate is Fate.GONE and any(one.left for one in told)):
+            parts.append(f"{span(counts)} {words[span(counts) != '1']}")
+        if fate is Fate.GONE and max(counts):
             parts.append(_returning(told))
-    losses = [max(0.0, -one.rest.points) + 0.0 for one in told if one.rest.points is not None]
     rest = "what the rest of their sets lost was not measured"
-    if losses:
-        rest = f"the rest of their sets lost {span(losses, '{:.1f}'.format)} points"
+    found = [one.rest for one in told if one.rest.points is not None]
+    if found:
+        losses = [max(0.0, -one.points) for one in found]
+        worst = max(0.0, *(-one.worst for one in found))
+        rest = "the rest of their sets lost "
+        rest += f"{span(losses, '{:.1f}'.format)} points on average and {worst:.1f} at worst"
     made = f"{model} was made to forget {count(classes, 'class', 'classes')}{ways}"
     return f"{made}: {', '.join(parts)}, and {rest}."
 
