@@ -19,7 +19,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
 
 PHONE = {"width": 390, "height": 844}
-GENEROUS = 20.0  # seconds; a frozen page takes minutes
+GENEROUS = 60.0  # seconds on a busy machine; a frozen page takes minutes
 SHOWN = "#classes > details:not([hidden])"
 
 
@@ -102,8 +102,8 @@ def test_it_opens_with_the_sentence_pictures_and_the_worst_first(open_page, repo
 def test_search_and_order(open_page, report):
     page = open_page(report)
     everything = names(page)
-    page.fill("#search", "OCTO")
-    assert names(page) == ["octopus"]
+    page.fill("#search", "SUNFL")
+    assert names(page) == ["sunflower"]
     assert page.locator("#status").inner_text() == "1 of 33"
     page.fill("#search", "toybirds")
     assert len(names(page)) == 8
@@ -263,6 +263,7 @@ def test_any_measure_and_any_number_may_be_absent(open_page, tmp_path):
     assert not any(word in shown for word in ("undefined", "NaN", "None", "[object"))
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_do_not_freeze_the_page(open_page, tmp_path):
     folder = plant(tmp_path, 1000, alike=20)
     report = write_report(read_runs(folder), tmp_path / "report.html")

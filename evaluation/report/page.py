@@ -59,17 +59,14 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
 
 def render(runs: list[Run]) -> str:
     """The report's HTML, of one run or of several side by side."""
-    classes = forgotten(runs)
-    first = [(one, one.strips) for one in classes[:OPENING]]
-    opening = [(one, strips) for one, strips in first if any(map(Strip.shown, strips))]
-    above = [one for one, _ in opening]
+    classes = [(one, one.strips) for one in forgotten(runs)]
+    opening = [pair for pair in classes if any(map(Strip.shown, pair[1]))][:OPENING]
     return _template().render(
         runs=runs,
         many=len(runs) > 1,
         sentence=summary.sentence(runs),
         opening=opening,
         classes=classes,
-        strips_of=lambda one: None if one in above else one.strips,
         columns=COLUMNS,
         summaries=[(run, Summary.of(run)) for run in runs],
         told=told,
