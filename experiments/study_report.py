@@ -28,6 +28,7 @@ PANELS = {
 DOTS = {"s": 16, "alpha": 0.5, "linewidths": 0}  # single classes
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
 WIDTH = 0.24  # of a solver's column
+APART = 1.6  # the least ratio of two ticks, so that their numbers do not touch
 
 
 def in_points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +99,7 @@ def plot(title: str, study: Study, frame: pd.DataFrame, path: Path) -> None:
             figure.axes[0].set_ylim(-4, 104)
         figure.suptitle(f"{title}: {study.about}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
 
 
 def _columns(axis: Axes, frame: pd.DataFrame, column: str) -> None:
@@ -135,7 +136,11 @@ def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
     places = sorted(frame["place"].unique())
     low = min((place for place in places if place > 0), default=1.0)
     axis.set_xscale("symlog", linthresh=low)
-    axis.set_xticks(places, [f"{place:g}" for place in places], rotation=35)
+    ticks: list[float] = []  # from the last one down, each far enough from the one before
+    for place in reversed(places):
+        if not ticks or place <= ticks[-1] / APART:
+            ticks.append(place)
+    axis.set_xticks(ticks, [f"{place:g}" for place in ticks])
     axis.set_xlim(left=-low / 10 if places[0] == 0 else 0.9 * low)
     axis.minorticks_off()
 
