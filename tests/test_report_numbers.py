@@ -80,6 +80,16 @@ def test_bad_news_come_first(tmp_path):
     assert summary.rest.worst == min(row.rest.points for row in one.rows)
 
 
+def test_the_class_that_suffered_most_is_named(tmp_path):
+    folder = plant(tmp_path, 3)
+    audit = json.loads((folder / "audit.json").read_text())
+    (found,) = audit["audits"]["ToyAnimals"][ANIMALS[1]]["classes"].values()
+    found["examples"]["classes"][1] |= {"name": "puma", "after": acc(0.1)}
+    (folder / "audit.json").write_text(json.dumps(audit))
+    lines = findings(read_runs(folder)[0])
+    assert f"puma falls from 90.0 to 10.0\u00a0% with {ANIMALS[1]}." in lines
+
+
 def test_a_solution_without_proof_is_not_called_proved(tmp_path):
     folder = plant(tmp_path, 3)
     logs = json.loads((folder / LOGS).read_text())

@@ -108,15 +108,16 @@ def _chart(
     number = {"type": "text", "baseline": "bottom", "fontSize": 12, "fontWeight": "bold"}
     tick = {"type": "tick", "thickness": 3, "size": 20}
     at = {"x": x, "y": y, "color": colour}
-    label = {"text": {"field": "label", "type": "nominal"}, "color": {"value": "var(--ink)"}}
+    ink = {"color": {"value": "var(--ink)"}}
+    label = {"text": {"field": "label", "type": "nominal"}}
     spec = {
         "width": WIDTH,
         "height": {"step": STEP},
         "config": CONFIG,
         "layer": [
             {"data": {"values": dots}, "mark": dot, "encoding": at | {"yOffset": offset}},
-            {"data": {"values": means}, "mark": tick, "encoding": at},
-            {"data": {"values": means}, "mark": number | {"dy": -11}, "encoding": at | label},
+            {"data": {"values": means}, "mark": tick, "encoding": at | ink},
+            {"data": {"values": means}, "mark": number | {"dy": -11}, "encoding": at | ink | label},
         ],
     }
     said = "; ".join(f"{one['method']} {one['label']}" for one in means)

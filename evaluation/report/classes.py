@@ -25,6 +25,7 @@ SIDE = 112  # pixels of a thumbnail's longer side
 BUDGET = 40_000  # characters of all thumbnails of a class
 HARMED = 2  # classes that lost most, over all methods
 QUALITIES = (85, 70, 55, 40, 25, 10)
+EXAMPLES = ("examples", "classes")
 SPLITS = ("train_x", "val", "test")
 Opener = Callable[[], Image.Image]
 
@@ -78,23 +79,18 @@ class Forgotten:
     @property
     def strips(self) -> list[Strip]:
         """Its own pictures, then those of the classes that lost most; [] where no audit has any."""
-        told = [
-            (run, found["classes"])
-            for run, row in self.rows
-            if (found := row.found("examples")) and found["classes"]
-        ]
+        told = [(run, found[0]) for run, row in self.rows if (found := row.found(*EXAMPLES))]
         if not told:
             return []
         own: dict[int, tuple[list[str], dict[str, list[str]]]] = {}
-        for run, (mine, *_) in told:
+        for run, mine in told:
             for one in mine["pictures"]:
                 own.setdefault(one["row"], (one["before"], {}))[1][run.label] = one["after"]
-        run, (mine, *_) = told[0]
+        run, mine = told[0]
         losses = [
             (one["before"]["value"] - one["after"]["value"], one, run)
-            for run, (_, *harmed) in told
-            for one in harmed
-            if None not in (one["before"]["value"], one["after"]["value"])
+            for run, row in self.rows
+            for one in row.harmed
         ]
         worst: dict[str, tuple[dict[str, Any], Run]] = {}
         for _, one, by in sorted(losses, key=lambda loss: -loss[0]):

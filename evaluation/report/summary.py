@@ -175,6 +175,13 @@ def findings(run: Run) -> list[str]:
         if spread.worst is not None and points(spread.worst).startswith("−"):
             cost = points(-spread.worst).lstrip("+")
             lines.append(f"At worst, forgetting {spread.worst_name} costs {what} {cost} points.")
+    falls = [
+        (o["before"]["value"] - o["after"]["value"], o, row) for row in run.rows for o in row.harmed
+    ]
+    if falls:
+        _, other, row = max(falls, key=lambda fall: fall[0])
+        before, after = (percent(other[side]["value"]) for side in ("before", "after"))
+        lines.append(f"{other['name']} falls from {before} to {after}\u00a0% with {row.name}.")
     twins = [f"{', '.join(row.falling)} (with {row.name})" for row in run.rows if row.falling]
     if twins:
         lines.append(f"So alike by name that they are likely to fall with it: {listed(twins)}.")
