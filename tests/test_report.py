@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import tempfile
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -351,6 +352,12 @@ def test_a_folder_without_results_is_one_line(tmp_path, capsys, files, message):
     assert line.startswith("error: ") and str(folder) in line
     assert re.search(message, line)
     assert not (folder / "report.html").exists()
+
+
+def test_without_what_draws_the_charts_it_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert run(main, [str(plant(tmp_path, 1))]) == 2
+    assert "pip install" in capsys.readouterr().err and not (tmp_path / "report.html").exists()
 
 
 def test_an_unknown_primary_names_the_nearest(tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_the_class_that_suffered_most_is_named(tmp_path):
     found["examples"]["classes"][1] |= {"name": "puma", "after": acc(0.1)}
     (folder / "audit.json").write_text(json.dumps(audit))
     lines = findings(read_runs(folder)[0])
-    assert f"puma falls from 90.0 to 10.0\u00a0% with {ANIMALS[1]}." in lines
+    assert f"Hit hardest: puma, from 90.0 to 10.0\u00a0%, once {ANIMALS[1]} is forgotten." in lines
 
 
 def test_a_solution_without_proof_is_not_called_proved(tmp_path):

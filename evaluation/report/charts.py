@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from engine.errors import UserError
 from evaluation.report.runs import Run
 from evaluation.rows import Row, mean
 
 WIDTH = 310  # pixels; the page gives a chart as much room as there is
 STEP = 46  # of a method
 GOLDEN = 0.6180339887  # places dots of one value beside each other, evenly however many they are
+WHOLE, LOSS = 100, -1  # what a fraction, and a gain in points, is drawn as
 LEAST = 1.0  # points that an axis spans; hundredths would make noise look like a finding
 LONGEST = 22  # letters of a method's name
 COLOURS = [f"var(--m{i})" for i in range(5)]
@@ -44,30 +46,30 @@ def charts(runs: list[Run]) -> list[Chart]:
 
     Quantities that were not measured for any class have no chart.
     """
-    panels = (
+    panels: tuple[tuple[str, str, Callable[[Row], float | None], int], ...] = (
         (
             "How much is left of each class",
             "% of its images recognised after forgetting",
-            lambda row: 100 * row.own.after if row.own.after is not None else None,
-            True,
+            lambda row: row.own.after,
+            WHOLE,
         ),
         (
             "How much comes back under other words",
             "% of its images, by the words that find most",
-            lambda row: 100 * row.worst if row.worst is not None else None,
-            True,
+            lambda row: row.worst,
+            WHOLE,
         ),
         (
             "What the rest of its set lost",
             "points; left of 0 is a gain",
-            lambda row: -row.rest.points if row.rest.points is not None else None,
-            False,
+            lambda row: row.rest.points,
+            LOSS,
         ),
         (
             "What the other image sets lost",
             "points; left of 0 is a gain",
-            lambda row: -row.others_mean.points if row.others_mean.points is not None else None,
-            False,
+            lambda row: row.others_mean.points,
+            LOSS,
         ),
     )
     drawn = (_chart(runs, *panel) for panel in panels)
@@ -75,15 +77,12 @@ def charts(runs: list[Run]) -> list[Chart]:
 
 
 def _chart(
-    runs: list[Run],
-    title: str,
-    axis: str,
-    value: Callable[[Row], float | None],
-    whole: bool,
+    runs: list[Run], title: str, axis: str, value: Callable[[Row], float | None], scale: int
 ) -> Chart | None:
-    """One panel; `whole`: the axis goes from 0 to 100, else as far as the values do."""
+    """One panel of the values times `scale`; their axis ends at 0 and 100 for WHOLE, else where
+    they do."""
     found = [(run, [value(row) for row in run.rows]) for run in runs]
-    found = [(run, [v for v in values if v is not None]) for run, values in found]
+    found = [(run, [scale * v for v in values if v is not None]) for run, values in found]
     dots = [
         {"method": run.label, "value": round(value, 3), "place": i * GOLDEN % 1}
         for run, values in found
@@ -93,7 +92,7 @@ def _chart(
         return None
     means = [{"method": run.label, "value": mean(values)} for run, values in found if values]
     low, high = (pick(dot["value"] for dot in dots) for pick in (min, max))
-    ends = [0, 100] if whole else [min(0, low), max(high, min(0, low) + LEAST)]
+    ends = [0, WHOLE] if scale == WHOLE else [min(0, low), max(high, min(0, low) + LEAST)]
     means = [
         {"label": f"{round(one['value'], 1) + 0.0:.1f}".replace("-", "−")} | one for one in means
     ]
@@ -125,10 +124,16 @@ def _chart(
 
 
 def drawing(spec: dict[str, Any]) -> Markup:
-    """A Vega-Lite drawing as SVG that stands in a page: no script, no address, no fixed size."""
-    import vl_convert  # not above: it brings an engine of 30 MB, and who reads rows needs none
+    """A Vega-Lite drawing as SVG that stands in a page: no script, no address, no fixed size.
 
-    svg = vl_convert.vegalite_to_svg(spec | {"usermeta": {}}, allowed_base_urls=[])
+    Raises:
+        UserError: vl-convert-python is not installed.
+    """
+    try:
+        import vl_convert  # not above: it brings an engine of 30 MB, and who reads rows needs none
+    except ImportError as error:
+        raise UserError("the report's charts need vl-convert-python; pip install it") from error
+    svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     head, body = svg.split(">", 1)
     box = next(part for part in head.split('" ') if part.startswith("viewBox="))
     return Markup(f'<svg class="chart" {box}" aria-hidden="true">{body}')

@@ -181,7 +181,8 @@ def findings(run: Run) -> list[str]:
     if falls:
         _, other, row = max(falls, key=lambda fall: fall[0])
         before, after = (percent(other[side]["value"]) for side in ("before", "after"))
-        lines.append(f"{other['name']} falls from {before} to {after}\u00a0% with {row.name}.")
+        fell = f"from {before} to {after}\u00a0%, once {row.name} is forgotten"
+        lines.append(f"Hit hardest: {other['name']}, {fell}.")
     twins = [f"{', '.join(row.falling)} (with {row.name})" for row in run.rows if row.falling]
     if twins:
         lines.append(f"So alike by name that they are likely to fall with it: {listed(twins)}.")
