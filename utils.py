@@ -19,7 +19,7 @@ import pandas as pd
 from engine.cli import Parser, run
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
-from evaluation.plots import AFTER, BEFORE, COLOURS, drawing
+from evaluation.plots import AFTER, COLOURS, drawing
 from evaluation.results import (
     ARGS,
     LOGS,
@@ -217,39 +217,62 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_results(df: pd.DataFrame, path: str | Path) -> Path:
-    """Draw rows of a frame of `create_results` before and after, and save them as a picture.
+    """Draw rows of a frame of `create_results`, and save them as a picture.
 
-    Three panels: accuracy on the forgotten class (should fall to zero), on the rest of its data set
-    and on the other data sets (should stay). Of more than 60 rows the worst are drawn, and the
-    title says so. The format is that of the file name's suffix.
+    Three panels: what is left of the forgotten class (should be nothing), what the rest of its data
+    set and what the other data sets lost (should be nothing too). Of more than 60 rows the worst
+    are drawn, and the title says so. The format is that of the file name's suffix.
     """
-    return _draw(summarise(df), {"before": BEFORE, "after": AFTER}, path)
+    return _draw(summarise(df), {"after": AFTER}, path)
+
+
+PANELS = {
+    "class": "left of the forgotten class, %",
+    "rest": "lost by the rest of its set, points",
+    "others": "lost by the other sets, points",
+}
 
 
 def _draw(table: pd.DataFrame, dots: dict[str, dict[str, str]], path: str | Path) -> Path:
-    """Three panels of dots, one column `STEM NAME` of the table for each name of `dots`."""
-    shown = _worst(table, [name for name in dots if name != "before"])
-    places = range(len(shown))
-    titles = {"class": "forgotten class", "rest": "rest of its set", "others": "other sets"}
-    with drawing(path, 11, 1.6 + 0.25 * len(shown), small=False) as figure:
-        axes = figure.subplots(1, 3, sharey=True)
-        for axis, (stem, title) in zip(axes, titles.items(), strict=True):
-            numbers = shown[[f"{stem} {name}" for name in dots]]
-            axis.hlines(places, numbers.min(axis=1), numbers.max(axis=1), color="0.8", zorder=1)
-            for order, (name, dot) in enumerate(dots.items(), start=2):
-                axis.scatter(numbers[f"{stem} {name}"], places, s=42, zorder=order, **dot)
+    """Three panels, a band a row and in it a line for each name of `dots`, whose numbers stand in
+    the columns `STEM NAME` of the table. Losses have an axis of their own, at least a point wide.
+    """
+    shown = _worst(table, list(dots))
+    places = pd.Series(range(len(shown)), index=shown.index)
+    row = 0.16 + 0.17 * len(dots)  # inches
+    with drawing(path, 13, 1.7 + row * len(shown), small=False) as figure:
+        axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.2, 1, 1))
+        for axis, (stem, title) in zip(axes, PANELS.items(), strict=True):
+            before, ends = shown[f"{stem} before"], [0.0, 1.0]
+            for place in places[::2]:
+                axis.axhspan(place - 0.5, place + 0.5, color="0.965", linewidth=0)
+            for number, (name, dot) in enumerate(dots.items()):
+                lines = places + 0.66 * ((number + 0.5) / len(dots) - 0.5)
+                after = shown[f"{stem} {name}"]
+                found, start = (
+                    (after, before) if stem == "class" else (before - after, 0.0 * before)
+                )
+                axis.hlines(lines, start, found, linewidth=2, alpha=0.35, **dot)
+                axis.scatter(found, lines, s=48, zorder=3, clip_on=False, **dot)
+                ends += [found.min(), found.max()]
             axis.set_title(title)
-            axis.set_xlim(-4, 104)
-            axis.set_xlabel("zero-shot accuracy, %")
+            if stem == "class":
+                axis.scatter(before, places, s=220 * row, marker="|", color="0.25", zorder=2)
+                axis.set_xlim(-3, 103)
+            else:
+                low, high = pd.Series(ends).agg(["min", "max"])
+                axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+                axis.axvline(0, color="0.25", linewidth=1)
             axis.grid(visible=False, axis="y")
             axis.spines["left"].set_visible(False)
             axis.tick_params(left=False)
         names = shown["forgotten"].map(lambda label: ", ".join(split_label(label)))
         axes[0].set_yticks(places, shown["data set"] + ": " + names, parse_math=False)
-        axes[0].set_ylim(len(shown) - 0.3, -0.7)  # the first row on top
+        axes[0].set_ylim(len(shown) - 0.45, -0.55)  # the first row on top
+        axes[2].scatter([], [], s=120, marker="|", color="0.25", label="before")
         for name, dot in dots.items():
-            axes[2].scatter([], [], s=42, label=name, **dot)
-        figure.legend(loc="outside upper right", ncols=len(dots))
+            axes[2].scatter([], [], s=48, label=name, **dot)
+        figure.legend(loc="outside upper right", ncols=len(dots) + 1)
         if len(shown) < len(table):
             figure.suptitle(
                 f"the {len(shown)} of {len(table):,} rows with most left of the class, then with "
@@ -317,8 +340,7 @@ def compare_results(
 def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
     """Draw a table of `compare_results`, before and every method."""
     methods = [c.removeprefix("seconds ") for c in table.columns if c.startswith("seconds ")]
-    dots = {"before": BEFORE}
-    dots |= {name: {"color": colour} for name, colour in zip(methods, cycle(COLOURS[1:]))}
+    dots = {name: {"color": colour} for name, colour in zip(methods, cycle(COLOURS[1:]))}
     return _draw(table, dots, path)
 
 

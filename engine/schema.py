@@ -183,7 +183,12 @@ Relearning = shape(
     **REASONS,
 )
 Confusion = shape(names=list[Text], before=list[list[int]], after=list[list[int]])
+Picture = shape(row=int, before=list[Text], after=list[Text])
 MEASURES = {
+    "examples": shape(
+        classes=list[shape(name=Text, pictures=list[Picture], **CHANGE)],
+        **REASONS,
+    ),
     "paraphrase": Annotated[Paraphrase, AfterValidator(all_kinds)],
     "neighbours": shape(
         classes=list[shape(name=Text, **CHANGE)],

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
@@ -27,15 +28,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 # Dots of an accuracy before and after forgetting: hollow and filled, so grey print tells them too.
 BEFORE = {"facecolors": "white", "edgecolors": COLOURS[0]}
 AFTER = {"color": COLOURS[1]}
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
+STYLE = {  # sizes that can be read where a picture is shown at half of its own
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 13,
     "legend.frameon": False,
-    "figure.titlesize": 11,
+    "figure.titlesize": 15,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "0.93",
@@ -104,6 +105,7 @@ def _save_small(figure: Figure, path: Path, marks: dict[str, str]) -> None:
         few.save(path, format="PNG", optimize=True, pnginfo=written)
 
 
+LETTERS = 44  # of a text
 PROMPTS = 14  # rows of the panel of other words: the worst ones
 CURVES = {
     "before": (COLOURS[0], "never forgotten"),
@@ -123,7 +125,7 @@ def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
     """
     panels = {"paraphrase": _words, "neighbours": _neighbours}
     panels |= {"destinations": _destinations, "relearning": _relearning}
-    with drawing(path, 11, 7.5) as figure:
+    with drawing(path, 14, 11) as figure:
         for axis, (measure, draw) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             if not draw(axis, found.get(measure, {})):
                 axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
@@ -139,14 +141,14 @@ def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
 def _words(axis: Axes, words: dict[str, Any]) -> bool:
     rows = [row for row in words.get("prompts", []) if row["after"]["value"] is not None]
     rows.sort(key=lambda row: (-row["after"]["value"], -row["before"]["value"]))
-    more = f" (the {PROMPTS} worst of {len(rows)})" if len(rows) > PROMPTS else ""
-    axis.set_title(f"accuracy under other words, %{more}")
+    more = f" (worst of {len(rows)})" if len(rows) > PROMPTS else ""
+    axis.set_title(f"found under other words, %{more}")
     rows = rows[:PROMPTS]
-    return _dumbbells(axis, [f"{row['text'][:34]} ({row['kind']})" for row in rows], rows)
+    return _dumbbells(axis, [shorten(row["text"], LETTERS, placeholder="…") for row in rows], rows)
 
 
 def _neighbours(axis: Axes, near: dict[str, Any]) -> bool:
-    axis.set_title("accuracy of its nearest classes, %")
+    axis.set_title("found of its nearest classes, %")
     rows = [row for row in near.get("classes", []) if row["before"]["value"] is not None]
     return _dumbbells(axis, [row["name"] for row in rows], rows)
 
@@ -170,7 +172,7 @@ def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]]) -> bool
 
 
 def _destinations(axis: Axes, destinations: dict[str, Any]) -> bool:
-    axis.set_title("what its images are taken for, % of them")
+    axis.set_title("what its images are taken for, %")
     rows = destinations.get("after", [])
     places = range(len(rows))
     axis.barh(places, [100 * row["share"] for row in rows], color=COLOURS[5])
@@ -180,7 +182,7 @@ def _destinations(axis: Axes, destinations: dict[str, Any]) -> bool:
 
 
 def _relearning(axis: Axes, relearned: dict[str, Any]) -> bool:
-    axis.set_title("accuracy with n of its images in a cache on top, %")
+    axis.set_title("found once n images were shown, %")
     curves = relearned.get("methods", {}).get("cache")
     if not curves:
         return False

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 LOGS = "logs.json"
 ARGS = "args.txt"
 SEPARATOR = "|"
+PLACES = {  # of a run's files
+    "features": "folder of feature bundles",
+    "root": "folder of the image sets",
+    "images": "images of one's own, a folder or a CSV file",
+    "cache": "folder of what was encoded",
+    "weights": "a checkpoint of the backbone",
+}
 LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 
 Logs = dict[str, dict[str, Any]]
@@ -271,6 +278,16 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
         check(Args, values, path)
         namespaces.append(argparse.Namespace(**values))
     return namespaces
+
+
+def run_places(folder: str | Path, dataset: str) -> dict[str, str] | None:
+    """Where the latest run of a data set into a results folder found its files, by the keys of
+    `PLACES`, "" for nowhere; None if args.txt tells of no such run."""
+    runs = read_args(Path(folder) / ARGS)
+    for run in reversed(runs):
+        if getattr(run, "dataset", None) == dataset:
+            return {key: getattr(run, key, None) or "" for key in PLACES}
+    return None
 
 
 def _lines(path: Path) -> list[str]:

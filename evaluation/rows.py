@@ -137,6 +137,15 @@ class Row:
         return self.found("paraphrase", "worst", "after", "value")
 
     @property
+    def harmed(self) -> list[dict[str, Any]]:
+        """The classes that lost most by it, those measured, with `name`, `before`, `after` and a
+        few `pictures`."""
+        _, *others = self.found("examples", "classes") or [None]
+        return [
+            one for one in others if None not in (one["before"]["value"], one["after"]["value"])
+        ]
+
+    @property
     def probe(self) -> float | None:
         """Accuracy that a linear probe on image embeddings still has on the class."""
         return self.found("residue", "linear_probe", "after", "value")

@@ -48,7 +48,7 @@ def levels(path: Path) -> None:
         ("between c_lo and c*", (limits.start + limits.reach) / 2),
         ("above c*: r = 0", 1.15 * limits.reach),
     )
-    with drawing(path, 10, 3.6) as figure:
+    with drawing(path, 13, 5) as figure:
         for axis, (title, lamb_forget) in zip(figure.subplots(1, 2), cases, strict=True):
             here = replace(problem, lamb_forget=lamb_forget)
             solution = solve_exact(here)
@@ -62,7 +62,7 @@ def levels(path: Path) -> None:
             best = max(solution.rho * solution.mu, float(r[0]))
             axis.plot(solution.mu, best, "*", markersize=13, color=COLOURS[1], clip_on=False)
             axis.set(xscale="log", yscale="log", xlabel="mu", ylabel="r")
-            axis.set_title(f"sqrt(F2) / minimum, {title}")
+            axis.set_title(f"sqrt(F2) / its minimum, {title}")
         figure.colorbar(lines, ax=figure.axes, ticks=LEVELS, format="%g")
 
 
@@ -80,7 +80,7 @@ def square_f2(problem: ForgetProblem, mu: Tensor, r: Tensor) -> Tensor:
 def phases(bundle: FeatureBundle, path: Path) -> None:
     """How far texts move against lamb_forget: the exact optimum, and descents beside it."""
     world = World(bundle, {})
-    with drawing(path, 10, 3.8) as figure:
+    with drawing(path, 13, 5.4) as figure:
         fraction, length = figure.subplots(1, 2)
         for count, colour in COUNTS.items():
             problem = problem_of(world, bundle.classnames[:count])
@@ -118,14 +118,14 @@ def phases(bundle: FeatureBundle, path: Path) -> None:
         fraction.scatter([], [], marker="x", color="0.3", label="LoRA, 2,000 steps")
         for label, style in (("c_lo", ":"), ("c*", "--")):
             fraction.plot([], [], color="0.3", linewidth=0.7, linestyle=style, label=label)
-        fraction.set(xlabel="lamb_forget", ylabel="reduction of the forget norm")
-        length.set(xlabel="lamb_forget", ylabel="||Delta||")
-        figure.legend(loc="outside upper center", ncols=6)
+        fraction.set(xlabel="lamb_forget", title="how far the texts go (1: all the way)")
+        length.set(xlabel="lamb_forget", title="length of the change, ||Delta||")
+        figure.legend(loc="outside lower center", ncols=6)
 
 
 def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
     """s(h) of every class forgotten in turn, for what is retained and what is not."""
-    with drawing(path, 10, 3.4) as figure:
+    with drawing(path, 13, 5) as figure:
         for axis, own in zip(figure.subplots(1, len(bundles), sharey=True), bundles, strict=True):
             others = [bundle for bundle in bundles if bundle is not own]
             columns = {}
@@ -147,7 +147,8 @@ def shares(bundles: Sequence[FeatureBundle], path: Path) -> None:
                 medianprops={"color": COLOURS[1]},
             )
             axis.set_title(own.dataset)
-        figure.axes[0].set_ylabel("s(h)")
+            axis.tick_params(axis="x", labelsize="small")
+        figure.axes[0].set_ylabel("share of the change, s(h)")
 
 
 def print_pulls(alone: Alone, others: Sequence[FeatureBundle]) -> None:

@@ -213,8 +213,8 @@ def more_names(bundle: FeatureBundle, seed: int = 0) -> pd.DataFrame:
 def plot(table: pd.DataFrame, path: Path) -> None:
     """A panel for each set, above with the other sets' names known, below without."""
     sets = list(table["set"].unique())
-    marks = {FIRST: {"marker": "X", "s": 90}, NEW: {"marker": "*", "s": 150}}
-    with drawing(path, 3.1 * len(sets) + 1, 6.2) as figure:
+    marks = {FIRST: {"marker": "X", "s": 150}, NEW: {"marker": "*", "s": 260}}
+    with drawing(path, 4.2 * len(sets) + 0.6, 9.4) as figure:
         axes = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False)
         for line, names in zip(axes, ("known", "unknown"), strict=True):
             for axis, name in zip(line, sets, strict=True):
@@ -222,21 +222,22 @@ def plot(table: pd.DataFrame, path: Path) -> None:
                 for kind, (colour, marker) in KINDS.items():
                     for _, one in part[part["kind"] == kind].iterrows():
                         face = colour if one["kept"] == 0 else "white"
-                        style = marks.get(one["method"], {"marker": marker, "s": 24})
+                        style = marks.get(one["method"], {"marker": marker, "s": 48})
                         where = one["margin"], -one["others_mean"]
                         over = {"zorder": 4 if kind == "default" else 3}
                         axis.scatter(*where, edgecolors=colour, facecolors=face, **over, **style)
                 axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-                axis.set_title(f"{name}, other names {names}")
-            line[0].set_ylabel("harm to other sets, points (mean)")
+                axis.set_title(f"{name},\nother sets' names {names}")
+            line[0].set_ylabel("lost by other sets, points")
         for axis in axes[1]:
-            axis.set_xlabel("margin of the forgotten class, cosine")
+            axis.set_xlabel("how surely it is gone, cosine")
         key = axes[0, 0].scatter
         for label, style in marks.items():
             key([], [], color=KINDS["default"][0], label=label, **style)
         for kind, (colour, marker) in list(KINDS.items())[1:]:
-            key([], [], s=24, color=colour, marker=marker, label=kind)
-        key([], [], s=40, color="white", edgecolors="0.4", label="some class is left")
+            key([], [], s=48, color=colour, marker=marker, label=kind)
+        key([], [], s=60, color="white", edgecolors="0.4", label="some class is left")
+        figure.suptitle("the further down and to the right, the better")
         figure.legend(loc="outside lower center", ncols=4)
 
 

@@ -20,14 +20,15 @@ MEANS = ("retained", "forgotten", "rest", "others", "carry", "reduction", "gap",
 OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[2], "constrained": COLOURS[0]}
 THICK = {"lora": 4.0}  # what the optimum's line hides without
 PANELS = {
-    "forgotten": "forgotten class, accuracy left (%)",
-    "rest": "rest of its set, change (points)",
-    "others": "other sets, change (points)",
-    "carry": "carry-over to the evaluation prompt",
+    "forgotten": "left of the forgotten class, %",
+    "rest": "change of the rest of its set, points",
+    "others": "change of the other sets, points",
+    "carry": "how far its evaluation prompt follows (1: all the way)",
 }
-DOTS = {"s": 7, "alpha": 0.5, "linewidths": 0}  # single classes
+DOTS = {"s": 16, "alpha": 0.5, "linewidths": 0}  # single classes
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
 WIDTH = 0.24  # of a solver's column
+APART = 1.6  # the least ratio of two ticks, so that their numbers do not touch
 
 
 def in_points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -86,19 +87,19 @@ def plot(title: str, study: Study, frame: pd.DataFrame, path: Path) -> None:
     """
     sides = [side for side in SIDES if study.cells and frame[f"{side}_1"].notna().any()]
     sides = sides or list(SIDES)  # nothing moved: empty panels
-    with drawing(path, 1 + 3.2 * len(sides) if study.cells else 12, 3.4) as figure:
+    with drawing(path, 13, 5.2 if study.cells else 8.6) as figure:
         if study.cells:
             _spectrum(figure, frame, sides)
         else:
             shown = in_points(frame)
-            panels = zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True)
+            panels = zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)
             for axis, (column, name) in panels:
                 (_along if study.axis else _columns)(axis, shown, column)
                 axis.set(xlabel=study.axis, title=name)
             figure.axes[0].set_ylim(-4, 104)
         figure.suptitle(f"{title}: {study.about}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
 
 
 def _columns(axis: Axes, frame: pd.DataFrame, column: str) -> None:
@@ -112,8 +113,11 @@ def _columns(axis: Axes, frame: pd.DataFrame, column: str) -> None:
         axis.scatter(places, part[column], color=OF_SOLVER[solver], **DOTS)
         means = part.groupby("setting", sort=False)[column].mean()
         at = [settings.index(name) + shift for name in means.index]
-        axis.scatter(at, means, s=90, marker="_", color=OF_SOLVER[solver], label=solver)
-    axis.set_xticks(range(len(settings)), settings, rotation=35, ha="right")
+        axis.scatter(
+            at, means, s=160, marker="_", linewidths=2.5, color=OF_SOLVER[solver], label=solver
+        )
+    # Names of several words stand on several lines, so that none runs into the next.
+    axis.set_xticks(range(len(settings)), [name.replace(" ", "\n") for name in settings])
 
 
 def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
@@ -132,7 +136,11 @@ def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
     places = sorted(frame["place"].unique())
     low = min((place for place in places if place > 0), default=1.0)
     axis.set_xscale("symlog", linthresh=low)
-    axis.set_xticks(places, [f"{place:g}" for place in places], rotation=35)
+    ticks: list[float] = []  # from the last one down, each far enough from the one before
+    for place in reversed(places):
+        if not ticks or place <= ticks[-1] / APART:
+            ticks.append(place)
+    axis.set_xticks(ticks, [f"{place:g}" for place in ticks])
     axis.set_xlim(left=-low / 10 if places[0] == 0 else 0.9 * low)
     axis.minorticks_off()
 
@@ -155,4 +163,4 @@ def _spectrum(figure: Figure, frame: pd.DataFrame, sides: list[str]) -> None:
         axis.set_yticks(SHARES, [f"{share:.1%}" for share in SHARES])
         axis.minorticks_off()
         axis.set_ylim(limits)
-        axis.set_title(f"share of ||Delta||^2: {SIDES[side]}")
+        axis.set_title(f"share of the change along\n{SIDES[side]}")

@@ -38,7 +38,15 @@ KINDS = {
     "misspelling": ["{}x", "teh {}"],
 }
 SHOTS = [1, 2, 4, 8, 16]
-MEASURES = ["paraphrase", "neighbours", "destinations", "confusion", "residue", "retrieval"]
+MEASURES = [
+    "examples",
+    "paraphrase",
+    "neighbours",
+    "destinations",
+    "confusion",
+    "residue",
+    "retrieval",
+]
 MEASURES += ["relearning", "undo"]
 
 
@@ -207,7 +215,21 @@ def audit_of(
     verdict.append("image embeddings are untouched: a linear probe on them finds 95.0 % as before")
     if back:
         verdict.insert(0, f"comes back under {len(back)} of {len(unseen)} other texts")
+    guesses = [[name, *near[:4]], near[1:6]]
+
+    def example(whose: str, old: dict, new: dict, rows: range) -> dict:
+        named = {"before": guesses[0], "after": guesses[1]}
+        pictures = [{"row": row, **named} for row in rows]
+        return {"name": whose, "before": old, "after": new, "pictures": pictures}
+
     return {
+        "examples": {
+            "classes": [
+                example(name, before, after, range(0, 20, 5)),
+                example(near[0], acc(0.9), acc(0.5), range(3)),
+            ],
+            "not_measured": [],
+        },
         "paraphrase": {
             "prompts": prompts,
             "mean_before": sum(p["before"]["value"] for p in unseen) / len(unseen),
@@ -315,6 +337,25 @@ def attack(
         "places": [place],
         "top": top,
     }
+
+
+def mini(folder: Path, rows: list[int], **places) -> Path:
+    """Results of MiniShapes, whose audits show the pictures `rows` of its first class, and of the
+    second one, which lost by it."""
+    names = ["red circle", "red square"]
+    plant(folder, names, "MiniShapes")
+    record = json.loads((folder / "audit.json").read_text())
+    for label, audit in record["audits"]["MiniShapes"].items():
+        found = audit["classes"][label]["examples"]["classes"]
+        for one, name, first in zip(found, names, (0, 20), strict=True):
+            one["name"] = name
+            one["pictures"] = [one["pictures"][0] | {"row": first + row} for row in rows]
+    (folder / "audit.json").write_text(json.dumps(record))
+    told = {"dataset": "MiniShapes", "root": str(folder / "gone")} | places
+    (folder / "args.txt").write_text(
+        f"Namespace({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+    )
+    return folder
 
 
 def riddle(value: Any, rng: random.Random, chance: float = 0.08) -> Any:

@@ -144,8 +144,8 @@ def test_the_verdict_has_bad_news_first():
         "own prompt: 90.0 % -> 0.0 % of 50 images (95 % interval 0.0 % to 0.0 %)",
     ]
     assert lines[-2:] == [
-        "limit: 1 image brings half of it back (a linear probe)",
-        "limit: who has the original projection finds its name in place 1 of 900",
+        "limit: 1 image brings half of it back (a classifier on top)",
+        "limit: whoever has the changed weights and the original finds its name in place 1 of 900",
     ]
 
 

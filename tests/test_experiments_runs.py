@@ -228,3 +228,22 @@ def test_plots_of_descents_and_of_several_classes(tmp_path):
     for name in ("rank", "targets"):
         plot(name, STUDIES[name], pd.DataFrame(rows), tmp_path / f"{name}.png")
         assert 1_000 < (tmp_path / f"{name}.png").stat().st_size < 60_000
+
+
+def test_numbers_of_an_axis_do_not_touch(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    columns = ("forgotten", "rest", "others")
+    base = {f"{name}_{side}": 0.5 for name in columns for side in ("before", "after")}
+    base |= {"classes": "a", "auto": "", "others_worst": -0.1, "carry": 0.9, "solver": "optimum"}
+    places = [0.0, 10.0, 30.0, 1000.0, 1386.0]
+    rows = [base | {"setting": f"{place:g}", "place": place} for place in places]
+    ticks = []
+    draw = Axes.set_xticks
+    monkeypatch.setattr(
+        Axes,
+        "set_xticks",
+        lambda axis, at, names: ticks.append(sorted(at)) or draw(axis, at, names),
+    )
+    plot("count", STUDIES["count"], pd.DataFrame(rows), tmp_path / "count.png")
+    assert ticks == [[0.0, 10.0, 30.0, 1386.0]] * 4

@@ -1,20 +1,19 @@
-"""The report's numbers: rows, summaries, findings, and where the frontier's points lie."""
+"""The report's numbers: its sentence, rows, summaries, findings, and what its charts draw."""
 
 from __future__ import annotations
 
 import json
 import random
-from itertools import pairwise
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given
 
+from evaluation.report import charts as charts_module
 from evaluation.report import read_runs
+from evaluation.report.charts import charts
 from evaluation.report.page import flat
-from evaluation.report.scatter import HEIGHT, WIDTH, scatter, ticks
-from evaluation.report.summary import Summary, findings, not_measured, points
+from evaluation.report.summary import Summary, findings, not_measured, points, sentence
 from evaluation.results import LOGS
+from evaluation.rules import Fate, fate
 from tests.report_fixtures import ANIMALS, OTHERS, acc, log_entry, plant, write
 from utils import create_results
 
@@ -75,10 +74,20 @@ def test_bad_news_come_first(tmp_path):
     assert back == sorted(back, reverse=True) and 0 < sum(back) < len(back)
     lines = findings(one)
     assert "not forgotten" in lines[0] or "by other words" in lines[0]
-    assert "proved optimal" in lines[-1]
+    assert "proved the best possible" in lines[-1]
     summary = Summary.of(one)
     assert summary.left.own.after == max(row.own.after for row in one.rows)
     assert summary.rest.worst == min(row.rest.points for row in one.rows)
+
+
+def test_the_class_that_suffered_most_is_named(tmp_path):
+    folder = plant(tmp_path, 3)
+    audit = json.loads((folder / "audit.json").read_text())
+    (found,) = audit["audits"]["ToyAnimals"][ANIMALS[1]]["classes"].values()
+    found["examples"]["classes"][1] |= {"name": "puma", "after": acc(0.1)}
+    (folder / "audit.json").write_text(json.dumps(audit))
+    lines = findings(read_runs(folder)[0])
+    assert f"Hit hardest: puma, from 90.0 to 10.0\u00a0%, once {ANIMALS[1]} is forgotten." in lines
 
 
 def test_a_solution_without_proof_is_not_called_proved(tmp_path):
@@ -87,7 +96,7 @@ def test_a_solution_without_proof_is_not_called_proved(tmp_path):
     logs["ToyAnimals"][ANIMALS[1]]["solver"]["certificate"]["gap"] = 0.01
     (folder / LOGS).write_text(json.dumps(logs))
     text = " ".join(findings(read_runs(folder)[0]))
-    assert f"Not proved optimal: {ANIMALS[1]}." in text and "are proved" not in text
+    assert f"Not proved the best possible: {ANIMALS[1]}." in text and "are proved" not in text
 
 
 def test_what_was_not_measured_is_said_with_its_classes(tmp_path):
@@ -109,27 +118,72 @@ def test_points_have_a_sign_and_no_minus_zero(value, text):
     assert points(value) == text
 
 
-@given(st.floats(-50, 50), st.floats(0.01, 100))
-def test_ticks_are_even_and_hold_the_range(low, span):
-    found = ticks(low, low + span)
-    steps = [after - before for before, after in pairwise(found)]
-    assert found[0] <= low + 1e-9 and found[-1] >= low + span - 1e-9
-    assert 2 <= len(found) <= 8 and max(steps) == pytest.approx(min(steps))
+def test_the_sentence_tells_what_rows_and_rules_say(tmp_path):
+    plant(tmp_path / "a" / "seed_0", 9, left=0.5, harm=0.02)
+    plant(tmp_path / "b" / "seed_0", 6, trainer="ForgetLoRA")
+    runs = read_runs(tmp_path)
+    text = sentence(runs)
+
+    def told(words: str, counts: list[int]) -> None:
+        low, high = min(counts), max(counts)
+        assert f" {low} to {high} {words}" in text if low < high else f" {low} {words}" in text
+
+    assert text.startswith("ViT-B/32 was made to forget 9 classes by 2 methods: ")
+    gone = [[row for row in one.rows if fate(*row.own) is Fate.GONE] for one in runs]
+    told("are gone,", [len(rows) for rows in gone])
+    told("of them come back under other words", [sum(bool(r.back) for r in rows) for rows in gone])
+    told("are still recognised", [sum(r.fate is Fate.STAYS for r in one.rows) for one in runs])
+    losses = [-sum(r.rest.points for r in one.rows) / len(one.rows) for one in runs]
+    low, high = (f"{max(0, loss):.1f}" for loss in sorted(losses))
+    worst = max(-row.rest.points for one in runs for row in one.rows)
+    rest = f" and the rest of their sets lost {low} to {high} points on average and {worst:.1f}"
+    assert text.endswith(f"{rest} at worst.")
+    assert low != high and len(gone[0]) != len(gone[1])  # else nothing was told apart
 
 
-def test_points_of_the_frontier_lie_where_their_numbers_say(tmp_path):
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ((0.9, 0.0), "1 is gone, whether they come back under other words was not tried, and"),
+        ((0.9, 0.9), "0 are gone, 1 is still recognised, and"),
+        ((0.0, 0.0), "0 are gone, 1 was never recognised to begin with, and"),
+        ((None, None), "1 has no images to tell by, and"),
+    ],
+)
+def test_the_sentence_of_one_class_without_an_audit(tmp_path, own, said):
+    entry = log_entry(random.Random(0), "A", ["cat"], acc(0.9), acc(0.1), 0.0)
+    for side, value in zip(("zero_shot", "final_results"), own, strict=True):
+        entry[side]["A"]["cat"]["cls_acc_test"] = value
+        entry[side]["A"]["cat"]["no_cls_acc"] = None
+    write(tmp_path, {"A": {"settings": {"backbone": "mini"}, "cat": entry}})
+    text = sentence(read_runs(tmp_path))
+    assert text.startswith(f"mini was made to forget 1 class: {said}")
+    assert text.endswith("and what the rest of their sets lost was not measured.")
+
+
+def test_charts_draw_every_class_of_every_method(tmp_path, monkeypatch):
     for name, left in (("a", 0.0), ("b", 0.4)):
-        plant(tmp_path / name, 6, left=left, harm=0.02 if name == "a" else 0.0)
-    chart = scatter(read_runs(tmp_path))
-    first, second = chart.series
-    assert first.shape != second.shape and first.colour != second.colour
-    assert chart.x(first.mean.harm) > chart.x(second.mean.harm)
-    assert chart.y(first.mean.left) > chart.y(second.mean.left)  # y grows downwards
-    everything = [point for one in chart.series for point in one.points]
-    assert [point.row for point in everything] == list(range(12))
-    xs, ys = zip(*((chart.x(p.harm), chart.y(p.left)) for p in everything), strict=True)
-    assert all(0 <= x <= WIDTH for x in xs) and all(0 <= y <= HEIGHT for y in ys)
-    assert [chart.x(harm) for harm in sorted(p.harm for p in everything)] == sorted(xs)
+        plant(tmp_path / name / "seed_0", 6, left=left, harm=0.02 if name == "a" else 0.0)
+    runs, specs = read_runs(tmp_path), []
+    monkeypatch.setattr(charts_module, "drawing", lambda spec: specs.append(spec) or "")
+    titles = [chart.title for chart in charts(runs)]
+    assert len(titles) == len({*titles}) == 4
+    left, *_, rest, others = specs
+    for spec, value in (
+        (left, lambda row: 100 * row.own.after),
+        (rest, lambda row: -row.rest.points),
+        (others, lambda row: -row.others_mean.points),
+    ):
+        dots, ticks = (layer["data"]["values"] for layer in spec["layer"][:2])
+        for one in runs:
+            mine = [dot["value"] for dot in dots if dot["method"] == one.label]
+            assert mine == pytest.approx(sorted(map(value, one.rows)), abs=1e-3)
+            (tick,) = (tick["value"] for tick in ticks if tick["method"] == one.label)
+            assert tick == pytest.approx(sum(mine) / 6, abs=1e-3)
+        low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
+        assert all(low <= dot["value"] <= high for dot in dots)
+    assert left["layer"][0]["encoding"]["x"]["scale"]["domain"] == [0, 100]
+    assert rest["layer"][0]["encoding"]["x"]["scale"]["domain"][1] < 10  # as far as the losses go
 
 
 def test_settings_become_lines():
@@ -150,9 +204,9 @@ def test_findings_count_attacks_and_what_was_not_tried(tmp_path):
     (folder / "audit.json").write_text(json.dumps(audit))
     text = " ".join(findings(read_runs(folder)[0]))
     assert "1 class was not tried with other words" in text
-    assert "with the original projection 2 of 3" in text
-    assert "with the changed projection alone 0 of 3" in text
-    assert "1 of 4 classes are half back" in text
+    assert "with the changed weights and the original ones 2 of 3" in text
+    assert "with the changed weights alone 0 of 3" in text
+    assert "learns 1 of 4 classes at least half back" in text
 
 
 def test_who_is_likely_to_fall_with_a_class_is_said(tmp_path):
@@ -166,5 +220,5 @@ def test_who_is_likely_to_fall_with_a_class_is_said(tmp_path):
         solver["wordings"] = {"looked_at": 3, "joined": [], "behind": behind}
     (folder / LOGS).write_text(json.dumps(logs))
     text = " ".join(findings(read_runs(folder)[0]))
-    assert f"likely to fall with a forgotten class: puma (with {ANIMALS[0]})." in text
+    assert f"likely to fall with it: puma (with {ANIMALS[0]})." in text
     assert f"hardly follow their class: “a kind of {ANIMALS[1]}” of {ANIMALS[1]}." in text

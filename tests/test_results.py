@@ -374,3 +374,38 @@ def test_methods_side_by_side(tmp_path):
     assert (row["class before"], row["class one"], row["class other"]) == (90.0, 10.0, 40.0)
     assert (row["seconds one"], row["seconds other"]) == (0.2, 0.8)
     assert plot_comparison(table, tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_equal_methods_do_not_hide_each_other_and_losses_have_their_own_scale(
+    tmp_path, monkeypatch
+):
+    from matplotlib.axes import Axes
+
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        logs = {"A": {"cat": entry(), "dog": entry(name="dog")}}
+        (tmp_path / name / "logs.json").write_text(json.dumps(logs))
+    table = compare_results({name: tmp_path / name for name in ("one", "other")})
+    assert (table["class one"] == table["class other"]).all()
+    dots, limits = [], []
+    draw, limit = Axes.scatter, Axes.set_xlim
+
+    def scatter(axis, x, y, **style):
+        dots.extend([(id(axis), float(a), float(b)) for a, b in zip(x, y, strict=True)])
+        return draw(axis, x, y, **style)
+
+    def set_xlim(axis, *ends, **how):
+        limits.extend([ends] * (len(ends) == 2))
+        return limit(axis, *ends, **how)
+
+    monkeypatch.setattr(Axes, "scatter", scatter)
+    monkeypatch.setattr(Axes, "set_xlim", set_xlim)
+    plot_comparison(table, tmp_path / "picture.png")
+    assert len(dots) == len({*dots}) == 2 * (1 + 2) + 2 * 2 + 2 * 2
+    (low, high), *losses = limits
+    assert (low, high) == (-3, 103)
+    lost = [table["rest before"] - table["rest one"], table["others before"] - table["others one"]]
+    for (low, high), points in zip(losses, lost, strict=True):
+        assert low < min(0, points.min()) and max(1, points.max()) < high < 1.1 * max(
+            1, points.max()
+        )

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import SEED, Parser, run
-from evaluation.audit.inputs import PLACES
 from evaluation.audit.run import MEASURES, audit_folder
+from evaluation.results import PLACES
 from evaluation.tables import report_audit
 from forgetting import ProblemError
 

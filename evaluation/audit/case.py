@@ -164,14 +164,14 @@ class Model:
         return self.scores.argmax(dim=1)
 
     @cached_property
-    def _right(self) -> Tensor:
+    def right(self) -> Tensor:
         """How many images of each class are recognised, (C,)."""
         labels = self.bundle.labels
         return torch.bincount(labels[self.predicted == labels], minlength=len(self.common.images))
 
     def accuracy(self, column: int) -> Accuracy:
         """Zero-shot accuracy over the images of one class."""
-        return share(int(self._right[column]), int(self.common.images[column]))
+        return share(int(self.right[column]), int(self.common.images[column]))
 
 
 @dataclass(frozen=True)

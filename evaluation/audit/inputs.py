@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,9 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.errors import UserError, unknown
-from evaluation.results import ARGS, SETTINGS, Logs, no_results, read_args
+from evaluation.results import PLACES, SETTINGS, Logs, no_results, run_places
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
-PLACES = {  # of a run's files
-    "features": "folder of feature bundles",
-    "root": "folder of the image sets",
-    "images": "images of one's own, a folder or a CSV file",
-    "cache": "folder of what was encoded",
-    "weights": "a checkpoint of the backbone",
-}
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,8 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
 
 def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict[str, str]:
     """Where the latest run of `dataset` into `folder` found its files."""
-    lines = [line for line in read_args(folder / ARGS) if getattr(line, "dataset", None) == dataset]
-    run: argparse.Namespace | None = lines[-1] if lines else None
-    places = {key: getattr(run, key, "") for key in PLACES}
+    run = run_places(folder, dataset)
+    places = run or dict.fromkeys(PLACES, "")
     places |= {key: own for key, own in given.items() if own is not None}
     if given.get("root") is not None and given.get("features") is None:
         places["features"] = ""  # images instead of the bundles of the run
@@ -99,7 +90,6 @@ def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict
             "are: --features DIR, or --root DIR"
         )
     places["cache"] = places["cache"] or "cache"
-    places["images"] = places["images"] or ""
     return places
 
 

@@ -20,6 +20,7 @@ from engine.files import Batch, inside, sha256_file
 from evaluation.audit import (
     confusion,
     destinations,
+    examples,
     neighbours,
     paraphrase,
     relearning,
@@ -35,7 +36,8 @@ from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
 
-ORDER = (paraphrase, neighbours, destinations, confusion, residue, retrieval, undo, relearning)
+ORDER = (examples, paraphrase, neighbours, destinations, confusion, residue, retrieval, undo)
+ORDER += (relearning,)
 MEASURES = {module.__name__.rpartition(".")[2]: module.measure for module in ORDER}
 STRANGERS = 3  # adapters of other classes that an attacker holds
 

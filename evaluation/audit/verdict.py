@@ -10,11 +10,15 @@ HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
 LEAK = 0.8  # area under the curve from which two classes count as told apart
 PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
-METHODS = {"cache": "a cache on top", "probe": "a linear probe", "refit": "a new fit"}
+METHODS = {
+    "cache": "kept beside it",
+    "probe": "a classifier on top",
+    "refit": "its name learnt anew",
+}
 ATTACKERS = {  # what each has
-    "original_known": "the original projection",
-    "two_adapters": "two changed projections",
-    "alone": "the changed projection alone",
+    "original_known": "the changed weights and the original",
+    "two_adapters": "two changed models",
+    "alone": "the changed weights alone",
 }
 NAMED = 5  # places within which an attack counts as having named the class
 
@@ -111,8 +115,9 @@ def _logits(found: dict[str, Any]) -> Lines:
         return []
     worst = max(places["leak"], key=lambda pair: pair["auc_after"] or 0)
     line = (
-        f"the new logits tell its images from those of {worst['name']!r}: area under the curve "
-        f"{worst['auc_after']:.2f} (before {worst['auc_before']:.2f})"
+        f"the full list of scores tells its images from those of {worst['name']!r} in "
+        f"{100 * worst['auc_after']:.0f} of 100 pairs (before {100 * worst['auc_before']:.0f}; "
+        "guessing: 50)"
     )
     return [(LIMIT if worst["auc_after"] >= LEAK else GOOD, line)]
 
@@ -122,8 +127,8 @@ def _images(found: dict[str, Any]) -> Lines:
     if not probe or probe["after"]["value"] is None:
         return []
     line = (
-        f"image embeddings are untouched: a linear probe on them finds "
-        f"{_percent(probe['after']['value'])} of its images, as before"
+        f"images look to the model as before: a classifier trained on them (linear probe) finds "
+        f"{_percent(probe['after']['value'])} of its images"
     )
     return [(LIMIT if probe["after"]["value"] > PROBED else GOOD, line)]
 
@@ -146,7 +151,7 @@ def _undone(found: dict[str, Any]) -> Lines:
     for attack, title in ATTACKERS.items():
         place = (undo.get("attacks", {}).get(attack) or {}).get("place")
         if place is not None:
-            line = f"who has {title} finds its name in place {place} of {undo['names']}"
+            line = f"whoever has {title} finds its name in place {place} of {undo['names']}"
             lines.append((LIMIT if place <= NAMED else GOOD, line))
     return lines
 

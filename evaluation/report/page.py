@@ -1,9 +1,8 @@
-"""The report as one HTML file: template, style, script and data, nothing from elsewhere."""
+"""The report as one HTML file: template, style and a short script, nothing from elsewhere."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from functools import cache
 from importlib import metadata
@@ -15,19 +14,32 @@ from markupsafe import Markup
 
 from engine.files import atomic_path, refuse_foreign
 from evaluation.report import summary
+from evaluation.report.charts import charts
+from evaluation.report.classes import Strip, forgotten
 from evaluation.report.runs import Run
-from evaluation.report.scatter import HEIGHT, WIDTH, mark, scatter
-from evaluation.rows import Row
+from evaluation.report.summary import Summary, percent, points
+from evaluation.rules import Fate
 
 REPORT = "report.html"
 GENERATOR = "clip-forget-report/1"  # in every report, so that nothing else is written over
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("dom.js", "charts.js", "attacks.js", "details.js", "table.js")
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
-DIGITS = 6  # significant ones of an embedded number; a page shows at most four
-ACCURACY = ("value", "low", "high", "n")
-# What a parser of HTML could take for markup inside a script element.
-ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+OPENING = 3  # classes whose pictures stand first
+TEXTS = 12  # other words that are written out
+COLUMNS = (
+    *("Method", "Classes", "Gone", "Come back", "Recognised, %"),
+    *("Rest of their set, points", "Other sets, points", "Seconds"),
+)
+ATTACKERS = {  # what each has
+    "original_known": "the original weights too",
+    "two_adapters": "a second changed model",
+    "alone": "nothing else",
+}
+TEACHERS = {
+    "cache": "kept beside the model",
+    "probe": "a classifier on top",
+    "refit": "its name learnt anew",
+}
 
 
 def write_report(runs: list[Run], path: str | Path) -> Path:
@@ -46,27 +58,24 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
 
 
 def render(runs: list[Run]) -> str:
-    """The report's HTML; the first run is the primary one, the others are compared with it."""
-    rows = [(place, run, row) for place, run in enumerate(runs) for row in run.rows]
+    """The report's HTML, of one run or of several side by side."""
+    classes = [(one, one.strips) for one in forgotten(runs)]
+    opening = [pair for pair in classes if any(map(Strip.shown, pair[1]))][:OPENING]
     return _template().render(
         runs=runs,
-        primary=runs[0],
-        rows=list(enumerate(rows)),
-        datasets=sorted({row.dataset for _, _, row in rows}),
-        summaries=[(run, mark(i), summary.Summary.of(run)) for i, run in enumerate(runs)],
-        audited=any(row.audit for row in runs[0].rows),
-        findings=summary.findings(runs[0]),
+        many=len(runs) > 1,
+        sentence=summary.sentence(runs),
+        opening=opening,
+        classes=classes,
+        columns=COLUMNS,
+        summaries=[(run, Summary.of(run)) for run in runs],
+        told=told,
+        charts=charts(runs),
+        findings=[(run, summary.findings(run)) for run in runs],
         missing=[(run, summary.not_measured(run)) for run in runs],
-        chart=scatter(runs),
-        size=(WIDTH, HEIGHT),
-        count=summary.count,
-        listed=summary.listed,
-        flat=flat,
-        detail=detail,
         versions=versions(),
-        generator=GENERATOR,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
+        script=Markup((HERE / "search.js").read_text(encoding="utf-8")),
     )
 
 
@@ -79,51 +88,53 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": summary.percent, "points": summary.points}
-    environment.filters["embedded"] = embedded
+    filters = {"percent": percent, "points": points, "listed": summary.listed}
+    environment.filters |= filters
+    environment.tests["startswith"] = str.startswith
+    environment.globals |= {
+        "generator": GENERATOR,
+        "TEXTS": TEXTS,
+        "PROVED": summary.PROVED,
+        "attackers": ATTACKERS,
+        "teachers": TEACHERS,
+        "count": summary.count,
+        "flat": flat,
+        "shares": shares,
+        "share_of": lambda share: f"{100 * (share or 0):.3g}",
+        "worst_first": lambda prompts: sorted(prompts, key=lambda p: -(p["after"]["value"] or 0)),
+    }
     return environment.get_template("template.html")
 
 
-def detail(run: Run, row: Row) -> dict[str, Any]:
-    """What the page needs to show one class, JSON values."""
-    told = ("name", "dataset", "together", "own", "rest", "others", "verdict", "audit")
-    in_sentences = ("left_retain_set", "trials")  # the page says these itself
-    solver = row.solver
-    return {key: getattr(row, key) for key in told} | {
-        "run": run.name,
-        "method": run.method,
-        "interval": {side: row.interval(side) for side in ("before", "after")},
-        "solver": {
-            "gap": row.gap,
-            "branch": solver.get("branch"),
-            "reduction": solver.get("reduction"),
-            "trials": len(solver.get("trials", [])),
-            "removed": solver.get("removed_names", []),
-            "left": solver.get("left_retain_set", []),
-        },
-        "facts": flat(compact({k: v for k, v in solver.items() if k not in in_sentences})),
-        "command": run.audit_command,
-    }
+def told(run: Run, one: Summary) -> list[tuple[str, str]]:
+    """A run's line among the methods: a number for each of `COLUMNS`, and what is to be said."""
+
+    def change(spread: summary.Spread) -> tuple[str, str]:
+        worst = f"{points(spread.worst)} at worst, {spread.worst_name}"
+        return points(spread.points), worst if spread.worst is not None else ""
+
+    left, stay = one.left and one.left.own.after, one.fates[Fate.STAYS]
+    return [
+        (f"{len(run.rows):,}", ""),
+        (str(one.fates[Fate.GONE]), f"{stay} not" if stay else ""),
+        (str(one.returning), one.texts) if one.tried else ("–", "not tried"),
+        (
+            f"{percent(one.own.before)} → {percent(one.own.after)}" if one.left else "–",
+            f"most left: {percent(left)}, {one.left.name}" if left else "",
+        ),
+        change(one.rest),
+        change(one.others),
+        ("–" if one.seconds is None else f"{one.seconds:.3f}", ""),
+    ]
 
 
-def embedded(value: Any) -> Markup:
-    """JSON for a script element: nothing in it can end the element or begin another."""
-    text = json.dumps(compact(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character, escape in ESCAPES.items():
-        text = text.replace(character, escape)
-    return Markup(text)
-
-
-def compact(value: Any) -> Any:
-    """The same, smaller: an accuracy as [value, low, high, n], numbers without their last digits,
-    and None for what JSON has no word for."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        if "low" in value and value.keys() >= set(ACCURACY):
-            return [compact(value[key]) for key in ACCURACY]
-        return {str(key): compact(part) for key, part in value.items()}
-    return [compact(part) for part in value] if isinstance(value, list | tuple) else value
+def shares(found: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """What a class's images are taken for: names with their shares before and after, those of
+    after first; None where a list of ten names does not say."""
+    before, after = ({one["name"]: one["share"] for one in found[k]} for k in ("before", "after"))
+    rest = 0.0 if len(after) < 10 else None
+    names = dict.fromkeys([*after, *list(before)[:1]])
+    return [(name, before.get(name, 0.0), after.get(name, rest)) for name in names]
 
 
 def flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, str]]:

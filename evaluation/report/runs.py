@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from engine.errors import UserError, unknown
 from evaluation.results import ARGS, LOGS, SETTINGS, read_logs
 from evaluation.rows import Row, current_audits, rows_of
 
+WORDS = {"ForgetLoRA": "paper", "ForgetOptimum": "paper, at its optimum", "ForgetExact": "exact"}
+
 
 @dataclass(frozen=True)
 class Run:
     """One results folder.
 
     Attributes:
-        name: the folder, short: what tells it from the others.
+        name: the folder, short: what tells it from the others; label: the method in a word or
+            two, with the folder where other folders are of the same method.
         settings: data set -> what all its results share; audited: data set -> the audit's settings.
         args: the text of args.txt, the command lines of the run.
         rows: the worst news first.
@@ -36,6 +39,13 @@ class Run:
     args: str
     rows: list[Row]
     outdated: list[str]
+    label: str = ""
+
+    @cached_property
+    def trainer(self) -> str:
+        """What the method is called, in a word; "" if the results do not say."""
+        name = shared(self.settings.values(), "trainer")
+        return WORDS.get(name, name.removeprefix("Forget").lower())
 
     @cached_property
     def method(self) -> str:
@@ -69,6 +79,8 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
     runs = [run for run in runs if run.rows]
     if not runs:
         raise UserError(f"the logs in {folder} hold no results; run forget_clip.sh")
+    trainers = [run.trainer for run in runs]
+    runs = [replace(run, label=_called(run, trainers.count(run.trainer) == 1)) for run in runs]
     if primary is None:
         return sorted(runs, key=lambda run: -sum(bool(row.audit) for row in run.rows))
     names = [run.name for run in runs]
@@ -81,6 +93,12 @@ def shared(sources: Iterable[dict[str, Any]], key: str, before: str = "") -> str
     """`before` and the value of `key`, if all of `sources` that have one agree; else ""."""
     values = {str(source[key]) for source in sources if source.get(key) not in (None, "")}
     return before + values.pop() if len(values) == 1 else ""
+
+
+def _called(run: Run, alone: bool) -> str:
+    if not run.trainer:
+        return run.name
+    return run.trainer if alone else f"{run.trainer} ({run.name})"
 
 
 def _results_folders(folder: Path) -> list[Path]:
@@ -129,11 +147,11 @@ def _read_run(folder: Path, name: str) -> Run:
             for audit in labels.values()
         },
         args=args.read_text(encoding="utf-8", errors="replace") if args.is_file() else "",
-        rows=sorted(rows_of(logs, audits), key=_bad_news_first),
+        rows=sorted(rows_of(logs, audits), key=bad_news_first),
         outdated=outdated,
     )
 
 
-def _bad_news_first(row: Row) -> tuple:
+def bad_news_first(row: Row) -> tuple:
     """Classes that come back, then by what is left of them, then by harm."""
     return (not row.comes_back, -(row.own.after or 0), -(row.worst or 0), -(row.harm or 0))

@@ -1,4 +1,4 @@
-"""The rows of a report in a few sentences and means, bad news first."""
+"""The rows of a report in one sentence, a few more, and means, bad news first."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.schema import MEASURES
-from evaluation.report.runs import Run
+from evaluation.report.runs import Run, shared
 from evaluation.rows import Change, Row, mean
 from evaluation.rules import Fate
 
 NAMED = 3  # classes named in a sentence; the table has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
-ATTACKS = {
-    "original_known": "the original projection",
-    "two_adapters": "two changed projections",
-    "alone": "the changed projection alone",
+FATES = {  # of one class, of several
+    Fate.GONE: ("is gone", "are gone"),
+    Fate.STAYS: ("is still recognised", "are still recognised"),
+    Fate.NEVER: ("was never recognised to begin with", "were never recognised to begin with"),
+    Fate.UNMEASURED: ("has no images to tell by", "have no images to tell by"),
+}
+ATTACKS = {  # what somebody has who looks for the class in the weights
+    "original_known": "the changed weights and the original ones",
+    "two_adapters": "two changed models",
+    "alone": "the changed weights alone",
 }
 
 
@@ -41,6 +47,48 @@ def listed(names: Iterable[str], limit: int = NAMED) -> str:
 
 def count(number: int, singular: str, plural: str) -> str:
     return f"{number:,} {singular if number == 1 else plural}"
+
+
+def span(values: Iterable[float], text: Callable[[float], str] = "{:,}".format) -> str:
+    """The least and the greatest of some values, or the one that all are: "3", "3 to 5"."""
+    values = sorted(values)
+    return " to ".join(dict.fromkeys([text(values[0]), text(values[-1])]))
+
+
+def sentence(runs: list[Run]) -> str:
+    """What was done and how it went, in one sentence, over all runs: ranges where they differ."""
+    rows = [row for run in runs for row in run.rows]
+    classes = len({(row.dataset, row.name) for row in rows})
+    model = shared((s for run in runs for s in run.settings.values()), "backbone") or "A model"
+    ways = f" by {len(runs)} methods" if len({run.trainer for run in runs}) == len(runs) > 1 else ""
+    ways = ways or f" in {len(runs)} runs" * (len(runs) > 1)
+    told = [Summary.of(run) for run in runs]
+    parts = []
+    for fate, words in FATES.items():
+        counts = [one.fates[fate] for one in told]
+        if max(counts) or (fate is Fate.GONE and any(one.left for one in told)):
+            parts.append(f"{span(counts)} {words[span(counts) != '1']}")
+        if fate is Fate.GONE and max(counts):
+            parts.append(_returning(told))
+    rest = "what the rest of their sets lost was not measured"
+    found = [one.rest for one in told if one.rest.points is not None]
+    if found:
+        losses = [max(0.0, -one.points) for one in found]
+        worst = max(0.0, *(-one.worst for one in found))
+        rest = "the rest of their sets lost "
+        rest += f"{span(losses, '{:.1f}'.format)} points on average and {worst:.1f} at worst"
+    made = f"{model} was made to forget {count(classes, 'class', 'classes')}{ways}"
+    return f"{made}: {', '.join(parts)}, and {rest}."
+
+
+def _returning(told: list[Summary]) -> str:
+    """How many of the classes that are gone come back under other words."""
+    asked = [one for one in told if one.tried]
+    if not asked:
+        return "whether they come back under other words was not tried"
+    counts = [one.returning for one in asked]
+    verb = "comes" if span(counts) == "1" else "come"
+    return f"{span(counts)} of them {verb} back under other words"
 
 
 @dataclass(frozen=True)
@@ -75,7 +123,9 @@ class Summary:
     Attributes:
         left: the forgotten class with the highest accuracy left, None if nothing was measured.
         tried: for every class that was asked for in other words, by how many.
-        back: classes that come back.
+        fates: how many classes are gone, stay, were never recognised, or have no images.
+        back: classes that come back or never went; returning: those of them that are gone when
+            asked for by their own name.
         seconds: the mean time of a solve.
     """
 
@@ -85,7 +135,9 @@ class Summary:
     harm: float | None
     left: Row | None
     tried: list[int]
+    fates: dict[Fate, int]
     back: int
+    returning: int
     seconds: float | None
 
     @property
@@ -104,7 +156,9 @@ class Summary:
             harm=mean([row.harm for row in run.rows]),
             left=max(measured, key=lambda row: row.own.after, default=None),
             tried=sorted(len(row.other_words) for row in run.rows if row.worst is not None),
+            fates={kind: sum(row.fate is kind for row in run.rows) for kind in Fate},
             back=sum(row.comes_back for row in run.rows),
+            returning=sum(bool(row.back) and row.fate is Fate.GONE for row in run.rows),
             seconds=mean(row.solver.get("seconds") for row in run.rows),
         )
 
@@ -121,16 +175,24 @@ def findings(run: Run) -> list[str]:
         if spread.worst is not None and points(spread.worst).startswith("−"):
             cost = points(-spread.worst).lstrip("+")
             lines.append(f"At worst, forgetting {spread.worst_name} costs {what} {cost} points.")
+    falls = [
+        (o["before"]["value"] - o["after"]["value"], o, row) for row in run.rows for o in row.harmed
+    ]
+    if falls:
+        _, other, row = max(falls, key=lambda fall: fall[0])
+        before, after = (percent(other[side]["value"]) for side in ("before", "after"))
+        fell = f"from {before} to {after}\u00a0%, once {row.name} is forgotten"
+        lines.append(f"Hit hardest: {other['name']}, {fell}.")
     twins = [f"{', '.join(row.falling)} (with {row.name})" for row in run.rows if row.falling]
     if twins:
-        lines.append(f"By text alone, likely to fall with a forgotten class: {listed(twins)}.")
+        lines.append(f"So alike by name that they are likely to fall with it: {listed(twins)}.")
     behind = [f"“{row.behind[0]}” of {row.name}" for row in run.rows if row.behind]
     if behind:
-        lines.append(f"Wordings that hardly follow their class: {listed(behind)}.")
+        lines.append(f"Other words that hardly follow their class: {listed(behind)}.")
     gaps = [(row.gap, row.name) for row in run.rows if row.gap is not None]
     unproved = [name for found, name in gaps if found > PROVED]
     if unproved:
-        lines.append(f"Not proved optimal: {listed(unproved)}.")
+        lines.append(f"Not proved the best possible: {listed(unproved)}.")
     lines += _attacks(run.rows)
     left = summary.left
     if left is not None and left.own.after == 0:
@@ -138,8 +200,8 @@ def findings(run: Run) -> list[str]:
     elif left is not None and left.fate is not Fate.STAYS:
         lines.append(f"At most {percent(left.own.after)}\u00a0% of a class is left ({left.name}).")
     if gaps and not unproved:
-        many = count(len(gaps), "solution is", "solutions are")
-        lines.append(f"{many} proved optimal to a relative gap of {max(gaps)[0]:.0e}.")
+        many = count(len(gaps), "change is", "changes are")
+        lines.append(f"{many} proved the best possible, to {max(gaps)[0]:.0e} of the optimum.")
     return lines
 
 
@@ -174,15 +236,15 @@ def _attacks(rows: list[Row]) -> list[str]:
     probed = [row.probe for row in rows if row.probe is not None]
     if probed:
         lines.append(
-            "A linear probe on the image embeddings, which forgetting does not touch, still finds "
-            f"{percent(mean(probed))}\u00a0% of the images of a forgotten class."
+            "Forgetting does not touch what the model makes of images: a simple classifier trained "
+            f"on them still finds {percent(mean(probed))}\u00a0% of a forgotten class’s images."
         )
     taught = [found for row in rows if (found := row.found("relearning", "methods"))]
     if taught:
         back = sum(any(way["needed"] is not None for way in found.values()) for found in taught)
         lines.append(
-            f"Given a few images, {back} of {len(taught)} classes are half back, as any class "
-            "that a model never knew would be."
+            f"Shown a few images, the model learns {back} of {len(taught)} classes at least half "
+            "back, as it would learn a class that it never knew."
         )
     named = []
     for attack, who in ATTACKS.items():
@@ -191,7 +253,10 @@ def _attacks(rows: list[Row]) -> list[str]:
         if tried:
             named.append(f"with {who} {tried.count(1)} of {len(tried)}")
     if named:
-        lines.append(f"Classes named from the weights at the first guess: {', '.join(named)}.")
+        lines.append(
+            "Whoever has the weights can guess which class was forgotten; right at the first "
+            f"guess: {', '.join(named)}."
+        )
     return lines
 
 

@@ -1,0 +1,179 @@
+"""The forgotten classes of all folders, each once, with its strips of test images."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+import datasets
+from datasets import mini
+from datasets.reader import read_image
+from engine.errors import UserError
+from evaluation.report.runs import Run, bad_news_first
+from evaluation.results import run_places
+from evaluation.rows import Row
+
+SIDE = 112  # pixels of a thumbnail's longer side
+BUDGET = 40_000  # characters of all thumbnails of a class
+HARMED = 2  # classes that lost most, over all methods
+QUALITIES = (85, 70, 55, 40, 25, 10)
+EXAMPLES = ("examples", "classes")
+SPLITS = ("train_x", "val", "test")
+Opener = Callable[[], Image.Image]
+
+
+class Picture(NamedTuple):
+    """A test image: what stands in for it ("" if it is not at hand), the names that the model gives
+    it before forgetting, and after it by the label of the method."""
+
+    source: str
+    before: list[str]
+    after: dict[str, list[str]]
+
+
+class Strip(NamedTuple):
+    """Pictures of one class, its name and accuracy before and after; `by`: the method by which it
+    lost so much, "" for the forgotten class itself."""
+
+    name: str
+    by: str
+    before: float | None
+    after: float | None
+    pictures: list[Picture]
+
+    def shown(self) -> bool:
+        """Whether a picture of it is at hand."""
+        return any(picture.source for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A class, and its row of every folder that forgot it."""
+
+    dataset: str
+    name: str
+    rows: list[tuple[Run, Row]] = field(default_factory=list)
+
+    @property
+    def comes_back(self) -> bool:
+        return any(row.comes_back for _, row in self.rows)
+
+    @property
+    def left(self) -> float:
+        """The most that a method leaves of it, for sorting."""
+        return max(row.own.after or 0 for _, row in self.rows)
+
+    @property
+    def harm(self) -> float:
+        """The most that all else loses by a method, for sorting."""
+        return max(row.harm or 0 for _, row in self.rows)
+
+    @property
+    def strips(self) -> list[Strip]:
+        """Its own pictures, then those of the classes that lost most; [] where no audit has any."""
+        told = [(run, found[0]) for run, row in self.rows if (found := row.found(*EXAMPLES))]
+        if not told:
+            return []
+        own: dict[int, tuple[list[str], dict[str, list[str]]]] = {}
+        for run, mine in told:
+            for one in mine["pictures"]:
+                own.setdefault(one["row"], (one["before"], {}))[1][run.label] = one["after"]
+        run, mine = told[0]
+        losses = [
+            (one["before"]["value"] - one["after"]["value"], one, run)
+            for run, row in self.rows
+            for one in row.harmed
+        ]
+        worst: dict[str, tuple[dict[str, Any], Run]] = {}
+        for _, one, by in sorted(losses, key=lambda loss: -loss[0]):
+            worst.setdefault(one["name"], (one, by))
+        lists = [(mine, "", run, own)]
+        for one, by in list(worst.values())[:HARMED]:
+            rows = {p["row"]: (p["before"], {by.label: p["after"]}) for p in one["pictures"]}
+            lists.append((one, by.label, by, rows))
+        room = BUDGET // max(1, sum(len(rows) for *_, rows in lists))
+        return [
+            Strip(
+                one["name"],
+                by,
+                one["before"]["value"],
+                one["after"]["value"],
+                [
+                    Picture(self._source(run, one["name"], row, room), *names)
+                    for row, names in rows.items()
+                ],
+            )
+            for one, by, run, rows in lists
+        ]
+
+    def _source(self, run: Run, name: str, row: int, room: int) -> str:
+        """The picture in a row of the set's images, which must be one of class `name`."""
+        split = run.settings.get(self.dataset, {}).get("split")
+        images = images_of(run.folder, self.dataset, split if isinstance(split, str) else "")
+        if not 0 <= row < len(images) or images[row][0] != name:
+            return ""
+        try:
+            return thumbnail(images[row][1](), room)
+        except UserError:
+            return ""
+
+
+def forgotten(runs: list[Run]) -> list[Forgotten]:
+    """Every class once, the worst news first, whichever method they are of."""
+    found: dict[tuple[str, str], Forgotten] = {}
+    for run in runs:
+        for row in run.rows:
+            key = row.dataset, row.name
+            found.setdefault(key, Forgotten(*key)).rows.append((run, row))
+    return sorted(found.values(), key=lambda one: min(bad_news_first(row) for _, row in one.rows))
+
+
+@cache
+def images_of(folder: Path, dataset: str, split: str) -> list[tuple[str, Opener]]:
+    """The class of every image of a run's data set, in its order, and what opens it; empty where
+    the run had none (feature bundles), or they are no longer there, which is said."""
+    try:
+        places = run_places(folder, dataset)
+    except UserError as error:
+        return _missing(dataset, error)
+    if places is None or places["features"] or split not in SPLITS:
+        return []
+    return _read(dataset, split, places["root"], places["images"])
+
+
+@cache
+def _read(dataset: str, split: str, root: str, images: str) -> list[tuple[str, Opener]]:
+    if dataset in mini.MINI and split == "test":  # drawn in code, wherever its files are
+        drawn = mini.pictures(dataset, split)
+        return [(name, partial(Image.fromarray, picture)) for name, _, picture in drawn]
+    try:
+        with redirect_stdout(io.StringIO()):
+            items = getattr(datasets.load(dataset, root, images), split)
+    except UserError as error:
+        return _missing(dataset, error)
+    return [(item.classname, partial(read_image, item.impath)) for item in items]
+
+
+def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
+    print(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
+    return []
+
+
+def thumbnail(image: Image.Image, room: int) -> str:
+    """A small JPEG as an address that holds it, of at most `room` characters; "" if none fits."""
+    image.thumbnail((SIDE, SIDE))
+    for quality in QUALITIES:
+        packed = io.BytesIO()
+        image.save(packed, "JPEG", quality=quality, optimize=True)
+        address = f"data:image/jpeg;base64,{b64encode(packed.getvalue()).decode()}"
+        if len(address) <= room:
+            return address
+    return ""
