@@ -14,7 +14,7 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.errors import UserError, unknown
-from evaluation.results import PLACES, SETTINGS, Logs, no_results, run_places
+from evaluation.results import ARGS, PLACES, SETTINGS, Logs, no_results, run_places
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
