@@ -160,8 +160,10 @@ class Progress(tqdm):
     @classmethod
     def make_way(cls) -> None:
         """Take the lines of all loops off the terminal; each comes back when it goes on."""
-        for bar in list(getattr(cls, "_instances", ())):
-            bar.clear()
+        with cls.get_lock():  # other threads have loops too
+            for bar in list(getattr(cls, "_instances", ())):
+                if hasattr(bar, "start_t"):  # else it is in the making
+                    bar.clear(nolock=True)
 
 
 class Tee:
