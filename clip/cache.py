@@ -33,7 +33,6 @@ from engine.log import Progress, say
 
 SHARD = 512  # images; what a killed run loses at most
 CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
-SAMPLE = 32  # images that are encoded in float32 too, to say how far another precision is off
 
 
 class FeatureCache:
@@ -67,15 +66,13 @@ class FeatureCache:
             contents = digests(paths, self.folder.parent / "images.json")
         except OSError as error:
             raise UserError(_broken(error.filename, error.strerror)) from error
-        precision = [self.source.precision] * (self.source.precision != "fp32")
-        entry = self._path(name, precision + contents)
+        mark = [self.source.precision] * (self.source.precision != "fp32")
+        entry = self._path(name, mark + contents)
         features = _read(entry)
         if features is not None:
             return features
         shards = {
-            self._path(f"{name}.parts/part", precision + contents[i : i + SHARD]): paths[
-                i : i + SHARD
-            ]
+            self._path(f"{name}.parts/part", mark + contents[i : i + SHARD]): paths[i : i + SHARD]
             for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
@@ -111,11 +108,10 @@ class FeatureCache:
         )
         if missing and self.source.precision != "fp32":
             first = next(chunks)
-            self._compare(name, first[:SAMPLE])
+            self._compare(name, first[:CHUNK])
             chunks = chain([first], chunks)
-        words = f"clip: {name}, image"
-        bar = Progress(what=words, total=total, done=done, rate="a second")
-        with bar:
+        what = f"clip: {name}, image"
+        with Progress(what=what, total=total, done=done, rate="a second") as bar:
             for part, paths in missing.items():
                 rows: list[Tensor] = []
                 for found in encode(self.source, chunks, len(paths), size):  # (b, d)
@@ -128,7 +124,7 @@ class FeatureCache:
 
     def _compare(self, name: str, pictures: Tensor) -> None:
         """Say how far the embeddings of a few pictures are from those of float32."""
-        here, exact = (self.source.encode_images(pictures, p) for p in ("", "fp32"))
+        here, exact = (self.source.encode_images(pictures, p).double() for p in ("", "fp32"))
         cosine = float((here * exact).sum(dim=1).min())
         say(
             f"clip: {name}: embeddings in {self.source.precision} differ from those in float32 by "

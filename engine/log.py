@@ -82,7 +82,8 @@ class Progress(tqdm):
         with Progress(what="images", total=8041) as bar: bar.update(32)
 
     Args:
-        what: what is counted, and of which; done: of `total`, how many were there before.
+        what: what is counted, and of which; done: of `total`, how many were there before; rate:
+            words behind the number a second, where that is of interest.
     """
 
     def __init__(
@@ -137,7 +138,8 @@ class Progress(tqdm):
         parts = [words, self.note]
         if fresh > 0 and state["elapsed"] > 0:
             pace = fresh / state["elapsed"]
-            parts.append(f"{pace:,.3g} {self.per_second}" if self.per_second else "")
+            speed = f"{pace:,.{int(pace < 10)}f} {self.per_second}"
+            parts.append(speed if self.per_second else "")
             if self.total:
                 left = max(0.0, self.total - self.n - self.part)
                 parts.append(f"{self.format_interval(left / pace)} left")

@@ -39,14 +39,23 @@ class Sink:
     """Takes the numbers of a run; one that is of no kind ("") takes them nowhere."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        """`folder`: a new file is written there, and nothing that is there is touched."""
+        """`folder`: a new file is written there, and nothing that is there is touched.
+
+        Raises UserError if Weights & Biases does not let the run in.
+        """
         self._writer: Any = None
         self._open = ExitStack()
         if kind:
             if kind == "wandb":  # it takes what TensorBoard is given
                 wandb = import_module("wandb")
                 folder.mkdir(parents=True, exist_ok=True)
-                run = wandb.init(project=PROJECT, dir=folder, sync_tensorboard=True)
+                try:
+                    run = wandb.init(project=PROJECT, dir=folder, sync_tensorboard=True)
+                except Exception as error:  # no account, no network
+                    raise UserError(
+                        f"--log wandb: {str(error).splitlines()[0]}; `wandb login` first, or "
+                        "WANDB_MODE=offline"
+                    ) from error
                 self._open.callback(run.finish)
             module = import_module("torch.utils.tensorboard")
             self._writer = module.SummaryWriter(str(folder))
