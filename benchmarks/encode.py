@@ -85,7 +85,9 @@ class Plain:
 
 def ours(source: ClipSource, precision: str, paths: Sequence[str], workers: int) -> Tensor:
     """Embeddings (N, d), by what `clip.features` does."""
-    source.precision = precision
+    if source.precision != precision:
+        source.precision = precision
+        vars(source).pop("_rounded", None)  # a copy in another
     with tempfile.TemporaryDirectory() as folder:
         return FeatureCache(source, folder).images("photographs", paths, None, workers)
 

@@ -124,7 +124,7 @@ class FeatureCache:
 
     def _compare(self, name: str, pictures: Tensor) -> None:
         """Say how far the embeddings of a few pictures are from those of float32."""
-        here, exact = (self.source.encode_images(pictures, p).double() for p in ("", "fp32"))
+        here, exact = (self.source.encode_images(pictures, x).double() for x in (False, True))
         cosine = float((here * exact).sum(dim=1).min())
         say(
             f"clip: {name}: embeddings in {self.source.precision} differ from those in float32 by "

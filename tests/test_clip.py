@@ -69,7 +69,8 @@ def test_embeddings_are_those_of_open_clip(
     texts = normalize(hidden @ source.projection, dim=1)
     assert (texts - normalize(texts_expected, dim=1)).abs().max() < 1e-5
     assert (source.encode_images(pictures) - images_expected).abs().max() < 1e-5
-    half = source.encode_images(pictures, "bf16")
+    source.precision = "bf16"
+    half = source.encode_images(pictures)
     assert half.dtype == torch.float32 and 1e-5 < (half - images_expected).abs().max() < 1e-2
     # Negative control: the three texts and the two images do differ by more than that.
     assert (texts[0] - texts[1]).abs().max() > 1e-3

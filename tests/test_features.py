@@ -30,12 +30,12 @@ class Counting(ClipSource):
     batches = images = texts = 0
     fail_after: int | None = None
 
-    def encode_images(self, pictures: Tensor, precision: str = "") -> Tensor:
+    def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:
         if self.batches == self.fail_after:
             raise KeyboardInterrupt
         self.batches += 1
         self.images += len(pictures)
-        return super().encode_images(pictures, precision)
+        return super().encode_images(pictures, exactly)
 
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
         self.texts += len(texts)
