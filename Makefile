@@ -93,6 +93,7 @@ benchmark: $(COMPLETE)
 	$(BIN)/python -m benchmarks driver
 	$(BIN)/python -m benchmarks solver
 	$(BIN)/python -m benchmarks pipeline
+	$(BIN)/python -m benchmarks encode
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix .

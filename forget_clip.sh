@@ -10,7 +10,8 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
   ARCH        RN50, RN101, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px, mini,
               open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
-  options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, KEY VALUE, ...
+  options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, --quiet,
+              --precision bf16, --log tensorboard, KEY VALUE, ...
 environment:
   DATA      folder of the image sets (default: data)
   FEATURES  folder of feature bundles; then neither model nor images are needed
@@ -60,11 +61,16 @@ command -v "$PYTHON" >/dev/null 2>&1 || die "no Python at '$PYTHON'; run 'make v
 out=${OUT:-$here/results}/results$attempt
 
 trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exit 130' INT TERM HUP
+case " $* " in *' --quiet '*) tell=: ;; *) tell=printf ;; esac
+count() { printf '%s' "$1" | wc -w; }
+of=$(($(count "$seeds") * $(count "$datasets")))
+number=0
 failed=
 worked=
 for seed in $seeds; do
     for dataset in $datasets; do
-        printf '== %s, %s, seed %s\n' "$dataset" "$arch" "$seed"
+        number=$((number + 1))
+        $tell '== %s of %s: %s, %s, seed %s\n' "$number" "$of" "$dataset" "$arch" "$seed"
         "$PYTHON" "$here/train.py" \
             --dataset "$dataset" --backbone "$arch" --seed "$seed" \
             --trainer "${TRAINER:-ForgetLoRA}" --output-dir "$out/seed_$seed" \
@@ -83,8 +89,8 @@ done
 case $arch in RN*) rn=True ;; *) rn=False ;; esac
 case $multiclass in 1) multi=True ;; *) multi=False ;; esac
 for seed in $worked; do
-    printf 'results: %s/seed_%s\n' "$out" "$seed"
-    printf 'load them in %s: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
+    $tell 'results: %s/seed_%s\n' "$out" "$seed"
+    $tell 'load them in %s: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
         "$here" "$out" "$seed" "$rn" "$multi"
 done
 [ -z "$failed" ] || die "failed:$failed; see the messages above"

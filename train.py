@@ -19,7 +19,7 @@ from engine import TRAINER_REGISTRY, engine_description
 from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
-from engine.log import environment, logged
+from engine.log import environment, logged, note, say
 from evaluation.results import merge_args, place
 from forgetting import ProblemError
 
@@ -68,17 +68,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     method.preflight(cfg)
     folder = Path(cfg.OUTPUT_DIR)
     with logged() as keep:  # input that only encoding finds broken must leave no file either
-        print(f"arguments: {args}")
-        print(f"config:\n{cfg}")
-        print(f"environment:\n{environment()}")
-        print(engine_description())
+        for what in (f"arguments: {args}", f"config:\n{cfg}", f"environment:\n{environment()}"):
+            note(what)
+        note(engine_description())
         trainer = method(cfg)
         keep(folder / place(cfg.DATASET.NAME))
         merge_args(folder, str(args))
         trainer.train()
         if args.audit:
             trainer.audit()
-        print(f"results: {folder / 'logs.json'}")
+        say(f"results: {folder / 'logs.json'}")
     return folder
 
 

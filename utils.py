@@ -19,6 +19,7 @@ import pandas as pd
 from engine.cli import Parser, run
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
+from engine.log import say
 from evaluation.plots import AFTER, COLOURS, drawing
 from evaluation.results import (
     ARGS,
@@ -406,13 +407,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print(table)
     if args.csv:
         write_table(table, args.csv)
-        print(f"table: {args.csv}")
+        say(f"table: {args.csv}")
     if args.latex:
         _write_latex(table, Path(args.latex))
-        print(f"table: {args.latex}")
+        say(f"table: {args.latex}")
     if args.draw:
         draw = plot_comparison(table, args.draw) if len(groups) > 1 else plot_results(df, args.draw)
-        print(f"picture: {draw}")
+        say(f"picture: {draw}")
 
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from evaluation.zero_shot import evaluate_classes
 def bundle_and_seconds(args: argparse.Namespace, source: ClipSource, cache: str):
     """A bundle built with `cache`, and how long that took."""
     started = time.perf_counter()
-    bundle = build_bundle(args.dataset, source, args.root, cache, progress=False)
+    bundle = build_bundle(args.dataset, source, args.root, cache)
     return bundle, time.perf_counter() - started
 
 

@@ -20,6 +20,7 @@ from engine import UserError, atomic_path, write_json_atomic
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.files import refuse_existing
+from engine.log import say
 from forgetting import ProblemError
 from forgetting.adapter import load_adapter, projection_sha256
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             f"tokenizer than {source.arch} has now"
         )
     save_full_model(source, adapter.delta(), out)
-    print(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
+    say(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 
 
 def cli(argv: list[str] | None = None) -> int:

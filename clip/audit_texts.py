@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from clip.bundle import AUDIT_HIDDEN, AUDIT_LISTS, FeatureBundle
 from clip.cache import FeatureCache
@@ -22,6 +21,7 @@ from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
 from datasets.words.wordnet import ABSENT, installed
 from engine.errors import UserError
+from engine.log import Progress, say
 
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
 
@@ -32,9 +32,7 @@ def other_words(bundle: FeatureBundle, name: str) -> list[Paraphrase]:
     return paraphrases(name, bundle.dataset, template, bundle.classnames)
 
 
-def with_audit(
-    bundle: FeatureBundle, source: ClipSource, cache: str | Path, progress: bool = True
-) -> FeatureBundle:
+def with_audit(bundle: FeatureBundle, source: ClipSource, cache: str | Path) -> FeatureBundle:
     """The bundle with the hidden states of other words for each of its classes.
 
     A class's texts are one entry of the cache, so a killed run goes on where it was, and the model
@@ -51,12 +49,12 @@ def with_audit(
             )
     package = installed()
     joined = f"WordNet ({package})" if package else f"no WordNet: {ABSENT}"
-    print(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
+    say(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
     words = {name: other_words(bundle, name) for name in bundle.classnames}
     stored = FeatureCache(source, cache)
     rows, entries = [], []
-    title, total = f"clip: {bundle.dataset} in other words", sum(map(len, words.values()))
-    with tqdm(total=total, unit="text", desc=title, disable=not progress) as bar:
+    title, total = f"clip: {bundle.dataset} in other words, text", sum(map(len, words.values()))
+    with Progress(what=title, total=total, rate="texts a second") as bar:
         for name, found in words.items():
             rows.append(stored.texts([text for text, _ in found]))
             entries += [(text, name, kind) for text, kind in found]

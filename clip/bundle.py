@@ -75,6 +75,11 @@ class FeatureBundle:
         text = self.extra.get("model", "")
         return text and hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
+    @property
+    def precision(self) -> str:
+        """What the images were encoded in, see `clip.source.PRECISIONS`."""
+        return self.extra.get("precision", "fp32")
+
     @classmethod
     def load(cls, path: str | Path) -> FeatureBundle:
         """Read and check the bundle at `path`.
@@ -247,6 +252,8 @@ def load_bundles(
         differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
         if first.model and bundle.model and first.model != bundle.model:
             differ = "model configs (activation, preprocessing or tokenizer)"
+        if first.precision != bundle.precision:
+            differ = "precisions of the image encoder"
         if differ:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
             raise UserError(

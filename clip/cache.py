@@ -1,6 +1,7 @@
 """What CLIP has encoded before, on disk, kept apart by what it depends on.
 
-Image embeddings depend on the weights, the preprocessing and the contents of the image files;
+Image embeddings depend on the weights, the preprocessing, the precision and the contents of the
+image files;
 hidden states on the weights and the list of texts. Labels, templates and vocabularies are in
 neither key, so a change of those never encodes an image again, and never gives a stale result.
 """
@@ -11,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from clip.batches import BatchSize, encode
 from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
 from engine import UserError, atomic_path, lock
 from engine.files import readable
+from engine.log import Progress, say
 
 SHARD = 512  # images; what a killed run loses at most
+CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
 
 
 class FeatureCache:
@@ -48,7 +52,7 @@ class FeatureCache:
         return self._cached(self._path("texts", texts), lambda: self.source.encode_hidden(texts))
 
     def images(
-        self, name: str, paths: Sequence[str], batch_size: int, workers: int, progress: bool
+        self, name: str, paths: Sequence[str], batch_size: int | None, workers: int
     ) -> Tensor:
         """Embeddings (N, d), L2-normalised, of the image files `paths`, in that order.
 
@@ -62,18 +66,17 @@ class FeatureCache:
             contents = digests(paths, self.folder.parent / "images.json")
         except OSError as error:
             raise UserError(_broken(error.filename, error.strerror)) from error
-        entry = self._path(name, contents)
+        mark = [self.source.precision] * (self.source.precision != "fp32")
+        entry = self._path(name, mark + contents)
         features = _read(entry)
         if features is not None:
             return features
         shards = {
-            self._path(f"{name}.parts/part", contents[i : i + SHARD]): paths[i : i + SHARD]
+            self._path(f"{name}.parts/part", mark + contents[i : i + SHARD]): paths[i : i + SHARD]
             for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
-            features = self._cached(
-                entry, lambda: self._encode(name, shards, batch_size, workers, progress)
-            )
+            features = self._cached(entry, lambda: self._encode(name, shards, batch_size, workers))
             for part in shards:
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # parts of another run may be there, or no part at all
@@ -84,9 +87,8 @@ class FeatureCache:
         self,
         name: str,
         shards: Mapping[Path, Sequence[str]],
-        batch_size: int,
+        batch_size: int | None,
         workers: int,
-        progress: bool,
     ) -> Tensor:
         """Embeddings (N, d) of all images; each shard is written as soon as it is complete."""
         parts = {part: _read(part) for part in shards}
@@ -94,38 +96,54 @@ class FeatureCache:
         total = sum(map(len, shards.values()))
         done = total - sum(map(len, missing.values()))
         if missing and done:
-            print(f"clip: {name}: {done} of {total} images were encoded before, going on")
-        batches = self._batches(
-            [  # no batch belongs to two shards
-                paths[i : i + batch_size]
+            say(f"clip: {name}: {done} of {total} images were encoded before, going on")
+        chunk, size = batch_size or CHUNK, BatchSize(batch_size, self.source.device)
+        chunks = self._chunks(
+            [  # no chunk belongs to two shards
+                paths[i : i + chunk]
                 for paths in missing.values()
-                for i in range(0, len(paths), batch_size)
+                for i in range(0, len(paths), chunk)
             ],
             workers,
         )
-        with tqdm(
-            total=total, initial=done, unit="image", desc=f"clip: {name}", disable=not progress
-        ) as bar:
+        if missing and self.source.precision != "fp32":
+            first = next(chunks)
+            self._compare(name, first[:CHUNK])
+            chunks = chain([first], chunks)
+        what = f"clip: {name}, image"
+        with Progress(what=what, total=total, done=done, rate="a second") as bar:
             for part, paths in missing.items():
                 rows: list[Tensor] = []
-                while sum(map(len, rows)) < len(paths):
-                    rows.append(self.source.encode_images(next(batches)))  # (b, d)
-                    bar.update(len(rows[-1]))
+                for found in encode(self.source, chunks, len(paths), size):  # (b, d)
+                    rows.append(found)
+                    bar.update(len(found))
+                    bar.at(f"{size.now} at once")
                 parts[part] = torch.cat(rows)
                 _write(part, parts[part])
         return torch.cat(list(parts.values()))
 
-    def _batches(self, batches: list[Sequence[str]], workers: int) -> Iterator[Tensor]:
-        """The preprocessed images (b, 3, side, side) of each list of paths."""
-        for images in DataLoader(
-            _Batches(batches, self.source.preprocess),
+    def _compare(self, name: str, pictures: Tensor) -> None:
+        """Say how far the embeddings of a few pictures are from those of float32."""
+        here, exact = (self.source.encode_images(pictures, x).double() for x in (False, True))
+        cosine = float((here * exact).sum(dim=1).min())
+        say(
+            f"clip: {name}: embeddings in {self.source.precision} differ from those in float32 by "
+            f"at most {float((here - exact).abs().max()):.1g} in a component and "
+            f"{max(0.0, 1 - cosine):.1g} in cosine (first {len(pictures)} images)"
+        )
+
+    def _chunks(self, chunks: list[Sequence[str]], workers: int) -> Iterator[Tensor]:
+        """The pictures (n, 3, side, side) uint8 of each list of paths."""
+        for pictures in DataLoader(
+            _Chunks(chunks, self.source.preprocess),
             batch_size=None,  # they are batches already
             num_workers=workers,
+            prefetch_factor=4 if workers else None,
             pin_memory=self.source.device.type == "cuda",
         ):
-            if isinstance(images, str):
-                raise UserError(images)
-            yield images
+            if isinstance(pictures, str):
+                raise UserError(pictures)
+            yield pictures
 
     def _path(self, name: str, contents: list[Any]) -> Path:
         key = json.dumps([self.source.fingerprint, contents]).encode()
@@ -139,24 +157,24 @@ class FeatureCache:
         return tensor
 
 
-class _Batches(Dataset):
-    """Batches of preprocessed images (b, 3, side, side), or a line on the first that is broken.
+class _Chunks(Dataset):
+    """Pictures (n, 3, side, side) uint8 of lists of paths, or a line on the first that is broken.
 
-    That line stands in for the batch, because a loader's worker process would turn an exception
+    That line stands in for the chunk, because a loader's worker process would turn an exception
     into pages of traceback.
     """
 
     def __init__(
-        self, batches: list[Sequence[str]], transform: Callable[[Image.Image], Tensor]
+        self, chunks: list[Sequence[str]], transform: Callable[[Image.Image], Tensor]
     ) -> None:
-        self.batches, self.transform = batches, transform
+        self.chunks, self.transform = chunks, transform
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.chunks)
 
     def __getitem__(self, index: int) -> Tensor | str:
         images = []
-        for path in self.batches[index]:
+        for path in self.chunks[index]:
             try:
                 images.append(self.transform(read_image(path)))
             except UserError as error:
@@ -178,7 +196,7 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         guard.acquire()
     except UserError:
-        print(f"clip: another process is encoding {path.stem}; waiting for it")
+        say(f"clip: another process is encoding {path.stem}; waiting for it")
         guard.acquire(timeout=-1)
     try:
         yield
@@ -194,7 +212,7 @@ def _read(path: Path) -> Tensor | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError):
-        print(f"clip: {path} is damaged and is made again")
+        say(f"clip: {path} is damaged and is made again")
         return None
 
 

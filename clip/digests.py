@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files import lock, read_json, sha256_file, write_json_atomic
+from engine.log import Progress, say
 from engine.schema import Register, fault
 
 
@@ -25,7 +26,7 @@ def digests(paths: Sequence[str | Path], register: Path | None) -> list[str]:
     known = _read(register)
     found: dict[str, list[Any]] = {}
     places = [os.path.abspath(path) for path in paths]
-    for path in places:
+    for path in Progress(places, "reading files"):
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = known.get(path, [])
@@ -44,9 +45,9 @@ def _read(register: Path) -> dict[str, list[Any]]:
     try:
         content = read_json(register, "the register of files")
     except UserError as error:
-        print(f"clip: {error}; it is made again")
+        say(f"clip: {error}; it is made again")
         return {}
     if fault(Register, content):
-        print(f"clip: {register} is no register of files; it is made again")
+        say(f"clip: {register} is no register of files; it is made again")
         return {}
     return content

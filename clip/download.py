@@ -8,12 +8,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine.errors import UserError
 from engine.files import lock, sha256_file
+from engine.log import Progress
 
 CHUNK = 1 << 20  # bytes
+MB = 1e6
 TIMEOUT = 30  # seconds without a byte
 
 
@@ -65,10 +65,10 @@ def _fetch(url: str, part: Path) -> None:
         total = start + int(length) if length else None
         with (
             open(part, "ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
+            Progress(None, f"{part.stem}, MB", total and total / MB, start / MB) as bar,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
-                bar.update(len(chunk))
+                bar.update(len(chunk) / MB)
     if total is not None and part.stat().st_size < total:
         raise OSError(f"broke off after {part.stat().st_size} of {total} bytes")

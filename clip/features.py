@@ -1,7 +1,7 @@
 """From a data set and a CLIP to a FeatureBundle: the stage that is run once.
 
 python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PATH]
-                        [--cache cache] [--out DIR] [--audit]
+                        [--cache cache] [--precision fp32] [--out DIR] [--audit]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine import UserError, unknown
 from engine.cli import Parser, run
 from engine.config import declared, settings
 from engine.files import refuse_existing
+from engine.log import say
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -35,9 +36,8 @@ def build_bundle(
     cache: str | Path,
     template: str | None = None,
     split: str = "test",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int | None = None,
-    progress: bool = True,
     own: str = "",
 ) -> FeatureBundle:
     """Encode a split of a data set, or read from `cache` what was encoded before.
@@ -47,7 +47,8 @@ def build_bundle(
             one's `own`, a folder or a CSV file (see `datasets.table.own`).
         template: the evaluation prompt with one `{}`; None for the data set's own.
         split: "train_x", "val" or "test".
-        workers: processes that load images; None for none on two cores, else up to eight.
+        batch_size: images that are encoded at once; None: what is found to be fastest.
+        workers: processes that load images; None: see `loaders`.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
@@ -67,12 +68,13 @@ def build_bundle(
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
 
     stored = FeatureCache(source, cache)
-    if workers is None:  # two cores are what the model needs
-        cores = os.cpu_count() or 1
-        workers = 0 if cores <= 2 else min(8, cores - 1)
+    workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
+    extra = {"forget_template": BARE, "model": source.architecture.identity()}
+    if source.precision != "fp32":
+        extra["precision"] = source.precision
     bundle = FeatureBundle(
-        image_features=stored.images(f"{dataset}-{split}", files, batch_size, workers, progress),
+        image_features=stored.images(f"{dataset}-{split}", files, batch_size, workers),
         labels=torch.tensor([item.label for item in items]),
         class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
         forget_hidden=stored.texts(names),
@@ -86,10 +88,17 @@ def build_bundle(
         template=template,
         classnames=classnames,
         retain_names=retain_names,
-        extra={"forget_template": BARE, "model": source.architecture.identity()},
+        extra=extra,
     )
     bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
     return bundle
+
+
+def loaders(device: torch.device) -> int:
+    """How many processes load images: none where a model on two cores needs both, else up to
+    eight."""
+    cores = os.cpu_count() or 1
+    return 0 if device.type == "cpu" and cores <= 2 else min(8, max(1, cores - 1))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,6 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
     cache = defaults.FEATURES.CACHE
     parser.add_argument("--cache", default=cache, help="folder for what was encoded")
+    precision = declared()["MODEL.PRECISION"]
+    about = f"{precision.about} (default: {precision.default})"
+    parser.add_argument("--precision", default=precision.default, help=about)
     parser.add_argument("--out", help="also write the bundle into this folder")
     parser.add_argument(
         "--audit",
@@ -117,18 +129,18 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
     if out:
         refuse_existing(out, "move it or choose another --out")
-    source = ClipSource(args.arch, args.weights, args.cache)
+    source = ClipSource(args.arch, args.weights, args.cache, precision=args.precision)
     bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images)
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
-    print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
+    say(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
     if args.audit:
         bundle = with_audit(bundle, source, args.cache)
         texts = len(bundle.extra_tensors[AUDIT_HIDDEN])
-        print(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
+        say(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
     if out:
         bundle.save(out)
-        print(f"clip: bundle written to {out}")
+        say(f"clip: bundle written to {out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -18,11 +19,14 @@ from clip.architectures import ARCHITECTURES, OPEN_CLIP, architecture, one_line
 from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from engine.files import sha256_file
+from engine.log import Progress, say, warn
 from forgetting import ProblemError
 from forgetting.towers import Tower, read_tower
 
+# Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # To be changed with `preprocess` or `encode_hidden`: what was cached before is then not used.
 ENCODING = "open_clip's preprocessing of the model's own config; state before the projection; 2"
 
@@ -34,7 +38,11 @@ class ClipSource:
         arch: a name that `architecture` knows.
         weights: a checkpoint of that architecture; None for its published or embedded weights.
         cache: folder for downloads.
-        device: None for the GPU if there is one, else the CPU. All arithmetic is float32.
+        device: None for the GPU if there is one, else the CPU.
+        precision: of `PRECISIONS`, what images are encoded in, by a copy of the model.
+
+    Raises:
+        UserError: an unknown name, a missing file, or a precision that the device lacks.
     """
 
     def __init__(
@@ -43,11 +51,17 @@ class ClipSource:
         weights: str | Path | None = None,
         cache: str | Path = "cache",
         device: str | torch.device | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.architecture = architecture(arch)
         self.arch = arch
         self.cache = Path(cache)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+        if precision == "fp16" and self.device.type == "cpu":
+            raise UserError("--precision fp16 needs a GPU; on a CPU take bf16, or fp32")
+        self.precision = precision
         self._weights = None if weights is None else Path(weights)
         if self._weights is not None:
             if self.architecture.folder is not None:
@@ -139,8 +153,10 @@ class ClipSource:
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
         digest = self.weights_sha256[:16]
-        print(f"clip: {self.arch} on {self.device}, float32, weights {digest} from {path}")
-        return model.float().eval().requires_grad_(False).to(self.device)
+        images = "" if self.precision == "fp32" else f", images in {self.precision}"
+        say(f"clip: {self.arch} on {self.device}, float32{images}, weights {digest} from {path}")
+        model = model.float().eval().requires_grad_(False)
+        return model.to(self.device, memory_format=torch.channels_last)  # faster convolutions
 
     def _from_transformers(self) -> nn.Module:
         """A model of a local folder; nothing is fetched, and no code of the folder is run."""
@@ -193,11 +209,32 @@ class ClipSource:
 
     @cached_property
     def preprocess(self) -> Any:
-        """PIL image -> (3, side, side) float32: resize, crop and normalisation of the model."""
+        """PIL image -> (3, side, side) uint8: resize and crop of the model. Bytes, which are a
+        quarter of the floats that `scaled` makes of them on the device."""
+        from torchvision.transforms import Compose, PILToTensor
+
+        *shape, _, _ = self._transforms
+        return Compose([*shape, PILToTensor()])
+
+    @cached_property
+    def _transforms(self) -> list[Any]:
+        """open_clip's, of which the last two make floats of pixels and normalise them."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         images = {"size": self.architecture.preprocessing()["size"]} | self.architecture.images
-        return image_transform_v2(PreprocessCfg(**images), is_train=False)
+        return image_transform_v2(PreprocessCfg(**images), is_train=False).transforms
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        """Mean and standard deviation of the model's pixels, (2, 3, 1, 1)."""
+        last = self._transforms[-1]
+        return torch.tensor([last.mean, last.std], device=self.device)[:, :, None, None]
+
+    def scaled(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 3, side, side) uint8 as the model takes them: float32, on the device."""
+        mean, std = self._scale
+        images = pictures.to(self.device).float().div_(255).sub_(mean).div_(std)
+        return images.contiguous(memory_format=torch.channels_last)
 
     @cached_property
     def tower(self) -> Tower:
@@ -230,7 +267,7 @@ class ClipSource:
             ones = torch.ones(len(hidden), 0 if self.tower.bias is None else 1)
             return torch.cat([hidden.float(), ones], dim=1)
         rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
-        for start in range(0, len(texts), batch_size):
+        for start in Progress(range(0, len(texts), batch_size), f"texts, {batch_size} at once"):
             tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)
             rows.append(hidden_states(self.model, tokens).cpu())
         return torch.cat(rows)
@@ -249,18 +286,28 @@ class ClipSource:
             length = len(tokenizer.encode(text)) + added
             if length > limit:
                 shown = repr(shorten(text, 80))
-                print(f"clip: warning: a text of {length} tokens is cut to {limit}: {shown}")
+                warn(f"clip: warning: a text of {length} tokens is cut to {limit}: {shown}")
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Embeddings of preprocessed images (b, 3, side, side): (b, d), L2-normalised."""
-        images = images.to(self.device)
-        if not self.architecture.transformers:
-            return normalize(self.model.encode_image(images), dim=-1).cpu()
-        found = self.model.get_image_features(pixel_values=images)
-        for key in ("image_embeds", "pooler_output"):
-            found = found if isinstance(found, Tensor) else getattr(found, key, found)
-        return normalize(found, dim=-1).cpu()
+    def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:
+        """Embeddings of pictures (b, 3, side, side) uint8, as `preprocess` gives them: (b, d)
+        float32, L2-normalised, on the CPU. `exactly`: in float32, whatever the precision."""
+        dtype = torch.float32 if exactly else PRECISIONS[self.precision]
+        model = self.model if dtype == torch.float32 else self._rounded
+        images = self.scaled(pictures).to(dtype)
+        if self.architecture.transformers:
+            found = model.get_image_features(pixel_values=images)
+            for key in ("image_embeds", "pooler_output"):
+                found = found if isinstance(found, Tensor) else getattr(found, key, found)
+        else:
+            found = model.encode_image(images)
+        return normalize(found.float(), dim=-1).cpu()
+
+    @cached_property
+    def _rounded(self) -> nn.Module:
+        """The model in its own precision. Not by autocast, which rounds all weights again for every
+        batch: on a CPU that makes ViT-B/16 slower than in float32."""
+        return deepcopy(self.model).to(PRECISIONS[self.precision])
 
 
 def _in_todays_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

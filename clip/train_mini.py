@@ -48,7 +48,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from tqdm import tqdm
 
 from clip.architectures import architecture
 from clip.source import hidden_states
@@ -57,6 +56,7 @@ from datasets.words.halves import halves
 from datasets.words.paraphrases import TEMPLATES as UNSEEN_TEMPLATES
 from engine.cli import SEED, Parser, run, whole
 from engine.files import atomic_path, read_json, refuse_existing
+from engine.log import Progress, say
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -250,7 +250,7 @@ def train(seed: int, steps: int) -> nn.Module:
         optimiser,
         lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
-    bar = tqdm(range(steps), desc="mini", unit="step")
+    bar = Progress(range(steps), "mini, step")
     for _ in bar:
         others = len(always) + rng.permutation(len(names) - len(always))
         chosen = np.concatenate([always, repeated, others])[:BATCH]
@@ -273,7 +273,7 @@ def train(seed: int, steps: int) -> nn.Module:
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-        bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+        bar.at(f"loss {loss.item():.3f}, scale {model.logit_scale.exp().item():.0f}")
 
     with torch.no_grad():
         table.weight[used] = model.token_embedding.weight
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scratch.write_bytes(save(state, metadata))
     for dataset, found in accuracies.items():
         print(f"{dataset}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in found.items()))
-    print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
+    say(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine import UserError
 from engine.cli import Parser, run
+from engine.log import Progress
 
 from .reader import absent, find, read_image
 from .table import SETS, SetSpec, own, spec
@@ -43,7 +42,8 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
     problems = [f"missing: {found.images / path}" for path in sorted(lost)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(_unreadable, files)
-        bar = tqdm(zip(files, reasons, strict=True), total=len(files), desc=row.name, unit="image")
+        pairs = zip(files, reasons, strict=True)
+        bar = Progress(pairs, f"{row.name}, image", len(files), rate="a second")
         problems += [f"unreadable: {file} ({reason})" for file, reason in bar if reason]
     source = found.source.name if found.source else "no split file (one is made at the first run)"
     count = len(found.split.classnames)

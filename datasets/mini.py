@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.errors import UserError, unknown
 from engine.files import atomic_path
+from engine.log import say
 
 from .table import spec
 
@@ -288,7 +289,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
             f"data set {name}: {folder} exists, but holds no {split.name}; "
             "move it away, and the set is drawn anew"
         )
-    print(f"{name}: drawing the images into {folder}")
+    say(f"{name}: drawing the images into {folder}")
     try:
         with atomic_path(folder) as whole:
             whole.mkdir()

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine import UserError, write_json_atomic
+from engine.log import say, warn
 
 from .mini import render
 from .split import Split, read_split
@@ -146,12 +147,12 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
             saved = f"saved as {file}"
         except UserError as error:  # data roots are often read-only; the next run makes the same
             saved = f"not saved ({error})"
-        print(f"{row.name}: made a split from the raw download, {saved}")
+        say(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
     of = "" if file == Path("/") else f"{file.name}, "  # images of a table may lie anywhere
-    print(f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
+    say(f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
-        print(
+        warn(
             f"{row.name}: this is not the published split {row.split_file}: "
             "numbers are not comparable with published ones (DATASETS.md says where to get it)"
         )

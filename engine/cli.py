@@ -12,10 +12,12 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from engine.errors import UserError, unknown
+from engine.log import hush, hushed_within
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, with the nearest option for an unknown one.
+    """An ArgumentParser that raises UserError, with the nearest option for an unknown one; every
+    command has `--quiet`.
 
     Positional arguments may stand between options, as CoOp's trailing KEY VALUE pairs do.
     """
@@ -23,12 +25,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         # A prefix that happens to be unique today is a mistyped option tomorrow.
         super().__init__(allow_abbrev=False, **settings)
+        about = "show no progress and no messages: results, warnings and errors alone"
+        self.add_argument("--quiet", action="store_true", help=about)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         for text in args or ():
             if "\0" in text:  # no file has such a name, and no shell passes it on
                 self.error(f"the argument {text!r:.80} holds a NUL character")
-        return self.parse_intermixed_args(args, namespace)
+        found = self.parse_intermixed_args(args, namespace)
+        if vars(found).pop("quiet"):  # it changes nothing that a command does
+            hush()
+        return found
 
     def error(self, message: str) -> NoReturn:
         start, _, rest = message.partition("unrecognized arguments: ")
@@ -78,7 +85,8 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main(argv)
+        with hushed_within():
+            status = main(argv)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:  # whoever reads the output has seen enough

@@ -1,4 +1,8 @@
-"""The run's log: what is printed also goes to `log.txt`, and the first lines say on what it ran.
+"""What is said while work goes on: messages, where a long loop is, and the log of a run.
+
+Results are printed; all else goes through `say`, `warn`, `note` and `Progress`, of which `--quiet`
+(`engine.cli`) leaves the warnings. In a run (`logged`) what is printed or said also goes to
+`log.txt`, whether or not the screen shows it.
 
 Dassl's own Logger is not used: it closes the console once it is collected, keeps writing a second
 run into the first run's log, and two logs opened within one second overwrite each other.
@@ -10,15 +14,158 @@ import io
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+from tqdm.utils import disp_trim
 
 from engine.errors import UserError
 
 REPORTED = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
+
+
+EVERY = 30.0  # seconds between two lines of progress where no terminal shows them, at least
+SPARSE = 20  # of a loop that takes longer: a line each time that a twentieth of its time has passed
+
+_quiet = False
+
+
+@contextmanager
+def hushed_within() -> Iterator[None]:
+    """What `hush` does ends with the body."""
+    global _quiet
+    before = _quiet
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def hush() -> None:
+    """From now on the screen shows results, warnings and errors alone."""
+    global _quiet
+    _quiet = True
+
+
+def say(text: str) -> None:
+    """A message about the work, a line or several."""
+    if _quiet:
+        note(text)
+    else:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """A message that `--quiet` does not hide: numbers may not be what they seem."""
+    Progress.make_way()
+    print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """A message for the log of the run alone, if there is one."""
+    if isinstance(sys.stdout, Tee):
+        sys.stdout.file.write(f"{text}\n")
+
+
+class Progress(tqdm):
+    """Where a long loop is of how many, and the time left: `images 1,024 of 8,041, 05:10 left`.
+
+    On a terminal it is one line that is written over and goes away at the end. A log that is none
+    gets a line now and then, the rarer the longer the loop takes. A loop that is over within half a
+    second, or within `EVERY`, leaves no trace.
+
+        for name in Progress(names, "audit"): ...
+        with Progress(what="images", total=8041) as bar: bar.update(32)
+
+    Args:
+        what: what is counted, and of which; done: of `total`, how many were there before; rate:
+            words behind the number a second, where that is of interest.
+    """
+
+    def __init__(
+        self, items: Iterable[Any] | None = None, what: str = "", total: int | None = None,
+        done: int = 0, rate: str = "",
+    ) -> None:  # fmt: skip
+        self.part, self.note, self.per_second = 0.0, "", rate
+        self.terminal = sys.stderr.isatty()
+        super().__init__(
+            items,
+            desc=what,
+            total=total,
+            initial=done,
+            leave=False,
+            disable=_quiet,
+            delay=0.5 if self.terminal else EVERY,
+            mininterval=0.1 if self.terminal else EVERY,
+            miniters=0,
+            dynamic_ncols=True,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+    def update(self, n: float = 1) -> None:
+        """`n` more are done."""
+        if n:
+            self.part = 0.0
+        super().update(n)
+
+    def at(self, note: str, part: float = 0.0) -> Self:
+        """Say beside the count what is in hand, and how many of those in hand are as good as done;
+        it may become fewer, where the work turns out to be longer."""
+        self.note, self.part = note, part
+        self.update(0)
+        return self
+
+    def skip(self, count: int = 1) -> None:
+        """Some were done before, and say nothing of the time that the rest takes."""
+        if not self.disable:
+            self.initial += count
+            self.n += count
+
+    def __str__(self) -> str:
+        state = self.format_dict
+        fresh = self.n - self.initial + self.part
+        words = f"{self.desc.removesuffix(': ')} {self.n:,.0f}"
+        words += f" of {self.total:,.0f}" if self.total else ""
+        parts = [words, self.note]
+        if fresh > 0 and state["elapsed"] > 0:
+            pace = fresh / state["elapsed"]
+            speed = f"{pace:,.{int(pace < 10)}f} {self.per_second}"
+            parts.append(speed if self.per_second else "")
+            if self.total:
+                left = max(0.0, self.total - self.n - self.part)
+                parts.append(f"{self.format_interval(left / pace)} left")
+        text = ", ".join(filter(None, parts))
+        return disp_trim(text, state["ncols"]) if self.terminal and state["ncols"] else text
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self.terminal:
+            return super().display(msg, pos)
+        if msg is None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+            self.mininterval = max(EVERY, self.format_dict["elapsed"] / SPARSE)
+        return False  # there is nothing to wipe off
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        if self.terminal:
+            super().clear(*args, **kwargs)
+
+    @classmethod
+    def make_way(cls) -> None:
+        """Take the lines of all loops off the terminal; each comes back when it goes on."""
+        with cls.get_lock():  # other threads have loops too
+            for bar in list(getattr(cls, "_instances", ())):
+                if hasattr(bar, "start_t"):  # else it is in the making
+                    bar.clear(nolock=True)
 
 
 class Tee:

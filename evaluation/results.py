@@ -37,6 +37,7 @@ from engine.files import (
     sweep,
     write_json_atomic,
 )
+from engine.log import say
 from engine.schema import SETTINGS, Args, check, check_logs
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
             f"{error} (it was kept as {aside.name}; run again to start new ones)"
         ) from error
     for name, entry in logs.items():
-        there = entry.get(SETTINGS, {})
+        there = {"precision": "fp32"} | entry.get(SETTINGS, {})
         for key in settings if name == dataset else ("backbone", "trainer"):
             if key in there and there[key] != settings[key]:
                 raise UserError(
@@ -238,7 +239,7 @@ def merge_results(
             if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
                 model.unlink()
                 model.with_suffix(".json").unlink(missing_ok=True)  # its config
-                print(f"  removed {model}: it belonged to the adapter that was replaced")
+                say(f"  removed {model}: it belonged to the adapter that was replaced")
             sweep((folder / one.place).parent)
             # Not waited for: after a power cut the digest tells that the file is not the adapter.
             write_bytes(one.data, folder / one.place, durable=False)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
+from engine.log import say
 from evaluation.audit.record import AUDIT
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
@@ -220,6 +221,6 @@ def report_audit(folder: Path, datasets: Sequence[str]) -> None:
             # One line a class where there are many; the report shows all of them.
             lines = row.audit["verdict"] if len(chosen) <= FEW else row.audit["verdict"][:1]
             print("\n  ".join([f"{row.dataset} / {row.name}:", *lines]))
-    print(f"audit: {folder / AUDIT}")
-    print(f"table: {folder / CSV}")
-    print(f"to look at it: python -m evaluation.report {folder}")
+    say(f"audit: {folder / AUDIT}")
+    say(f"table: {folder / CSV}")
+    say(f"to look at it: python -m evaluation.report {folder}")

@@ -16,11 +16,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 import train
 from engine import unknown
 from engine.cli import SEED, Parser
+from engine.log import Progress, say
 from evaluation.results import LOGS
 from evaluation.tables import CSV, method_table
 
@@ -66,14 +66,14 @@ def run_methods(
         UserError, ProblemError: train.py refuses; methods that came before it are done.
     """
     folders = {}
-    with tqdm(methods, unit="method") as bar:
-        for method in bar:
-            bar.set_description(method)
-            trainer, keys = METHODS[method]
-            folder = out / method / f"seed_{seed}"
-            places = ["--trainer", trainer, "--output-dir", str(folder), "--seed", str(seed)]
-            with redirect_stdout(io.StringIO()):
-                folders[method] = train.main([*arguments, *places, *keys])
+    bar = Progress(methods, "methods")
+    for method in bar:
+        bar.at(method)
+        trainer, keys = METHODS[method]
+        folder = out / method / f"seed_{seed}"
+        places = ["--trainer", trainer, "--output-dir", str(folder), "--seed", str(seed)]
+        with redirect_stdout(io.StringIO()):
+            folders[method] = train.main([*arguments, *places, *keys])
     return folders
 
 
@@ -110,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     digits = {"classes": 0, "words back": 0, "bytes": 0, "seconds": 3, "avg_gain": 4}
     print(shown.to_string(formatters={c: f"{{:.{digits.get(c, 2)}f}}".format for c in shown}))
     if table["classes"].nunique() > 1:
-        print("note: the methods ran on different numbers of classes; means are not of one set")
+        say("note: the methods ran on different numbers of classes; means are not of one set")
     where = args.out / "METHOD" / f"seed_{args.seed}"
-    print(f"results: {where / LOGS}")
+    say(f"results: {where / LOGS}")
     if args.audit:
-        print(f"audits: {where / CSV}")
+        say(f"audits: {where / CSV}")
     return table

@@ -13,7 +13,6 @@ those of the trainer ForgetLoRA with its weights and its retry (see `variants.py
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,7 @@ from engine import UserError
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
 from engine.files import refuse_foreign
+from engine.log import Progress, say
 from evaluation.results import join_label
 from evaluation.tables import write_table
 from experiments.measure import judged, sides
@@ -92,17 +92,20 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
     """The first `count` classes of every list alone, then `TOGETHER` at once: a row for every
     problem and variant."""
     frames = []
-    for dataset, names in lists.items():
+    work = [
+        (dataset, classes)
+        for dataset, names in lists.items()
+        for classes in [*([name] for name in names[:count]), names[:TOGETHER]]
+    ]
+    bar = Progress(work, "problems")
+    for dataset, classes in bar:
+        bar.at(f"{dataset} / {', '.join(classes)}")
         world = worlds[dataset]
-        for classes in [*([name] for name in names[:count]), names[:TOGETHER]]:
-            started = time.perf_counter()
-            frame = run_variants(problem_of(world, classes), world.descent)
-            scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
-            mode = "at once" if len(classes) > 1 else "alone"
-            place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
-            frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
-            what = f"{dataset} / {', '.join(classes)}"
-            print(f"  {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        frame = run_variants(problem_of(world, classes), world.descent)
+        scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
+        mode = "at once" if len(classes) > 1 else "alone"
+        place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
+        frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -287,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         write_table(table, args.csv)
-        print(f"\nwritten: {args.csv}")
-    print(f"\n{time.perf_counter() - started:.0f} s in all")
+        say(f"\nwritten: {args.csv}")
+    say(f"\n{time.perf_counter() - started:.0f} s in all")
     return table
 
 

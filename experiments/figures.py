@@ -18,6 +18,7 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
+from engine.log import say
 from evaluation.plots import COLOURS, check_picture, drawing
 from experiments.alone import Alone
 from experiments.frontier import UNKNOWN, frontier, load, plot
@@ -184,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             phases(named.get(SET, bundles[0]), paths["phases"])
             shares(bundles, paths["shares"])
             plot(frontier(bundles), paths["frontier"])
-    print(f"written: {args.out}")
+    say(f"written: {args.out}")

@@ -25,6 +25,7 @@ import datasets
 from clip.bundle import FeatureBundle
 from engine.cli import Parser
 from engine.determinism import one_thread
+from engine.log import Progress
 from evaluation.zero_shot import ZeroShot, class_embeddings
 from experiments.alone import Alone
 from experiments.frontier import by_class, factors, load, outcomes
@@ -44,7 +45,7 @@ def told_and_seen(bundles: Sequence[FeatureBundle], opts: Sequence[str]) -> pd.D
     """For every class what text said, and what it cost: losses of accuracy, larger is worse; NaN
     where there is no other set."""
     scored, tables = [ZeroShot(bundle) for bundle in bundles], []
-    for own in scored:
+    for own in Progress(scored, "sets"):
         others = [other for other in scored if other is not own]
         alone = Alone(own.bundle, [other.bundle for other in others], opts)
         answers = alone.answers()

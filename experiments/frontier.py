@@ -27,6 +27,7 @@ from engine.cli import Parser
 from engine.config import settings
 from engine.determinism import one_thread
 from engine.files import refuse_foreign
+from engine.log import Progress, say
 from evaluation.plots import COLOURS, check_picture, drawing
 from evaluation.tables import write_table
 from evaluation.zero_shot import Factors, ZeroShot, accuracy
@@ -162,15 +163,18 @@ def frontier(
 ) -> pd.DataFrame:
     """A row for every set and method."""
     scored = [ZeroShot(bundle) for bundle in bundles]
+    work = [
+        (own, variant, place)
+        for own in scored
+        for variant in variants
+        for place in places([o for o in scored if o is not own], variant.kind == "default")
+    ]
     rows = []
-    for own in scored:
-        others = [other for other in scored if other is not own]
-        for variant in variants:
-            for names, listed, judged, opts in places(others, variant.kind == "default"):
-                foreign = [other.bundle for other in listed]
-                alone = Alone(own.bundle, foreign, [*variant.opts, *opts], variant.lever)
-                place = {"set": own.bundle.dataset, "names": names, "method": variant.name}
-                rows.append(place | {"kind": variant.kind} | row(alone, own, judged))
+    for own, variant, (names, listed, judged, opts) in Progress(work, "methods"):
+        foreign = [other.bundle for other in listed]
+        alone = Alone(own.bundle, foreign, [*variant.opts, *opts], variant.lever)
+        place = {"set": own.bundle.dataset, "names": names, "method": variant.name}
+        rows.append(place | {"kind": variant.kind} | row(alone, own, judged))
     return pd.DataFrame(rows)
 
 
@@ -294,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     for (name, names), part in table.groupby(["set", "names"], sort=False):
         print(f"\n{name}, names of the other sets: {names}")
         print(part[PRINTED].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    print(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
+    say(f"\n{len(table)} rows in {time.perf_counter() - started:.0f} s")
     if args.csv:
         write_table(table, args.csv)
     if args.plot:

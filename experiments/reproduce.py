@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,7 @@ from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
 from engine.files import atomic_path, refuse_foreign
+from engine.log import Progress, say
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from evaluation.tables import write_table
@@ -103,18 +105,18 @@ def results_folder(out: str | Path, backbone: str) -> Path:
 def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
     """Every backbone, mode and set; returns a line for each run that failed."""
     failed = []
-    for backbone in args.backbones:
-        for mode, flags in MODES.items():
-            for name in args.datasets:
-                print(f"== {name}, {backbone}, {mode}", flush=True)
-                argv = ["--dataset", name, "--backbone", backbone, "--root", args.data, *flags]
-                argv += ["--cache", args.cache, "--weights", weights.get(backbone, "")]
-                argv += ["--output-dir", str(results_folder(args.out, backbone)), *args.opts]
-                try:
-                    train.main(argv)
-                except (UserError, ProblemError, SafetensorError, OSError) as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    failed.append(f"{name}, {backbone}, {mode}")
+    bar = Progress(list(product(args.backbones, MODES, args.datasets)), "runs")
+    for number, (backbone, mode, name) in enumerate(bar, start=1):
+        say(f"== {number} of {bar.total}: {name}, {backbone}, {mode}")
+        argv = ["--dataset", name, "--backbone", backbone, "--root", args.data, *MODES[mode]]
+        argv += ["--cache", args.cache, "--weights", weights.get(backbone, "")]
+        argv += ["--output-dir", str(results_folder(args.out, backbone)), *args.opts]
+        try:
+            train.main(argv)
+        except (UserError, ProblemError, SafetensorError, OSError) as error:
+            bar.clear()
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(f"{name}, {backbone}, {mode}")
     return failed
 
 
@@ -220,8 +222,8 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
     write_table(table, paths["csv"])
-    print(f"results: {', '.join(map(str, folders.values()))}")
-    print(f"written: {paths['md']} and {paths['csv']}")
+    say(f"results: {', '.join(map(str, folders.values()))}")
+    say(f"written: {paths['md']} and {paths['csv']}")
     return table
 
 
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     sets = read_sets(args.data, args.datasets)
     for backbone in args.backbones:  # downloaded here, if need be
         path = ClipSource(backbone, weights.get(backbone), args.cache).weights_path
-        print(f"{backbone}: weights {path}")
+        say(f"{backbone}: weights {path}")
     failed = run_all(args, weights)
     table = write(args, sets)
     if failed:

@@ -23,6 +23,7 @@ from clip.bundle import FeatureBundle, load_bundles
 from datasets.names import key
 from engine.cli import Parser
 from engine.determinism import one_thread
+from engine.log import Progress
 from experiments.alone import Alone
 
 COLUMNS = ["set", "texts", "count", "mean", "rms", "lowest", "highest"]
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     bundles = list(load_bundles(args.features, args.backbone).values())
     rows = []
     with one_thread():
-        for bundle in bundles:
+        for bundle in Progress(bundles, "sets"):
             rows += shares(bundle, [other for other in bundles if other is not bundle], args.opts)
     table = pd.DataFrame(rows, columns=COLUMNS)
     table[COLUMNS[3:]] = table[COLUMNS[3:]].astype(float)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
@@ -30,6 +29,7 @@ from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
 from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
+from engine.log import Progress, say
 from evaluation.results import join_label
 from experiments.measure import cells
 from experiments.rows_file import KEY, Key, RowsFile
@@ -111,15 +111,21 @@ def key_of(name: str, job: Job, task: Task) -> Key:
     return (*place, str(world.seed), job.digest)
 
 
-def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.DataFrame:
-    """Make the rows that are missing, then the plot and the printed summary; returns the rows."""
+def perform(
+    name: str, job: Job, table: RowsFile, solvers: Sequence[str], turn: str = ""
+) -> pd.DataFrame:
+    """Make the rows that are missing, then the plot and the printed summary; returns the rows.
+
+    Args:
+        turn: which study of how many it is, in words.
+    """
     study, world = STUDIES[name], job.world
     tasks = study.tasks(world, job.classes, solvers)
     keyed = {key_of(name, job, task): task for task in tasks}
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
     where = f"{name} on {world.bundle.dataset}"
-    bar = tqdm(total=len(pending), desc=where, unit="row", leave=False)
+    bar = Progress(what=f"{turn}{where}, rows", total=len(pending))
     with Batch(table.add) as batch, bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
@@ -134,7 +140,7 @@ def perform(name: str, job: Job, table: RowsFile, solvers: Sequence[str]) -> pd.
     plot(where, study, frame, picture)
     print(f"\n{where}: {study.about}")
     report(frame, len(world.bundle.text_projection) if study.cells else None)
-    print(f"{len(pending)} of {len(keyed)} rows are new: {table.path}, {picture}")
+    say(f"{len(pending)} of {len(keyed)} rows are new: {table.path}, {picture}")
     return frame
 
 
@@ -176,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     for _, _, table in work:
         table.read()  # a file that is no table is refused before work
     with one_thread():
-        for name, job, table in work:
-            perform(name, job, table, args.solver or list(SOLVERS))
+        for number, one in enumerate(work, start=1):
+            turn = f"study {number} of {len(work)}, "
+            perform(*one, args.solver or list(SOLVERS), turn)
     return [table.path for _, _, table in work]

@@ -63,7 +63,7 @@ def test_the_adapter_gives_the_logged_accuracies(name, method, capsys):
     method(name, "--forget", "owl", "--forget", "cat", "--multiclass")
     capsys.readouterr()
     assert method(name, *single) == folder
-    assert "done before, skipped: ToyAnimals / owl" in capsys.readouterr().out
+    assert "done before, skipped: ToyAnimals, 1 of 1 (owl)" in capsys.readouterr().out
     logs = read_logs(folder)["ToyAnimals"]
     for label, file in (("owl", "owl"), ("owl|cat", "owl%7Ccat")):
         adapter, solver = (

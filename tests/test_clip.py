@@ -50,8 +50,10 @@ def test_embeddings_are_those_of_open_clip(
     save_openai(name, tmp_path / "openai.pt")
     untouched = build_model_from_openai_state_dict(dict(state)).float().eval()
     tokens = open_clip.get_tokenizer("RN50-quickgelu")(TEXTS)
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    images[0, :, :100], images[1] = -1, 2 * images[1].abs()  # random networks see but brightness
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randint(256, (2, 3, 224, 224), generator=generator).to(torch.uint8)
+    pictures[0, :, :100], pictures[1] = 0, pictures[1].clamp(128)  # random networks see brightness
+    images = Normalize(OPENAI_MEAN, OPENAI_STD)(pictures / 255)
     with torch.no_grad():
         texts_expected = untouched.encode_text(tokens)
         images_expected = normalize(untouched.encode_image(images), dim=1)
@@ -66,7 +68,10 @@ def test_embeddings_are_those_of_open_clip(
     assert hidden.dtype == source.projection.dtype == torch.float32
     texts = normalize(hidden @ source.projection, dim=1)
     assert (texts - normalize(texts_expected, dim=1)).abs().max() < 1e-5
-    assert (source.encode_images(images) - images_expected).abs().max() < 1e-5
+    assert (source.encode_images(pictures) - images_expected).abs().max() < 1e-5
+    source.precision = "bf16"
+    half = source.encode_images(pictures)
+    assert half.dtype == torch.float32 and 1e-5 < (half - images_expected).abs().max() < 1e-2
     # Negative control: the three texts and the two images do differ by more than that.
     assert (texts[0] - texts[1]).abs().max() > 1e-3
     assert (images_expected[0] - images_expected[1]).abs().max() > 1e-3
@@ -101,7 +106,8 @@ def test_images_are_prepared_as_openai_does(
     picture = Image.effect_noise((40, 24), 60).convert("RGB")
     steps = [Resize(16, InterpolationMode.BICUBIC), CenterCrop(16), ToTensor()]
     expected = Compose([*steps, Normalize(OPENAI_MEAN, OPENAI_STD)])(picture)
-    assert torch.equal(source.preprocess(picture), expected)
+    prepared = source.preprocess(picture)[None]
+    assert prepared.dtype == torch.uint8 and torch.equal(source.scaled(prepared)[0], expected)
 
 
 def openai_keys(name: str) -> set[str]:

@@ -23,7 +23,8 @@ def run_under(engine: str, argv: list[str], out) -> dict:
     env = os.environ | {"CLIP_FORGET_ENGINE": engine}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"engine: {engine}".lower() in done.stdout.lower()
+    log = (out / "ToyAnimals" / "log.txt").read_text()
+    assert f"engine: {engine}".lower() in log.lower()
     logs = json.loads((out / "logs.json").read_text())
     assert logs["ToyAnimals"]["cat"]["solver"].pop("seconds") > 0
     return logs

@@ -107,9 +107,10 @@ def test_one_backbone_on_tiny_images(tmp_path, checkpoint, monkeypatch, capsys):
     table = reproduce.main(command(tmp_path, *asked))
     check_outcome(table, tmp_path / "out", ["RN50"], names)
     printed = capsys.readouterr().out
-    assert "== OxfordFlowers, RN50, at once" in printed and "| 0.6606 |" in printed
+    assert "== 4 of 4: OxfordFlowers, RN50, at once" in printed and "| 0.6606 |" in printed
     pd.testing.assert_frame_equal(reproduce.main(command(tmp_path, *asked)), table)
-    assert capsys.readouterr().out.count("done before, skipped") == len(names) * (3 + 1)
+    printed = capsys.readouterr().out
+    assert [printed.count(f"{n} of {n} (") for n in (3, 1)] == [len(names), len(names)]
 
     (tmp_path / "data/oxford_flowers/jpg").rename(tmp_path / "gone")
     line = refusal(command(tmp_path, *asked), capsys)

@@ -30,12 +30,12 @@ class Counting(ClipSource):
     batches = images = texts = 0
     fail_after: int | None = None
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:
         if self.batches == self.fail_after:
             raise KeyboardInterrupt
         self.batches += 1
-        self.images += len(images)
-        return super().encode_images(images)
+        self.images += len(pictures)
+        return super().encode_images(pictures, exactly)
 
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
         self.texts += len(texts)
@@ -56,7 +56,7 @@ def encode(place: Path) -> Callable[..., tuple[FeatureBundle, Counting]]:
     def encode(fail_after: int | None = None, **settings: object) -> tuple:
         source = Counting("mini", cache=place / "cache", device="cpu")
         source.fail_after = fail_after
-        settings = {"batch_size": BATCH, "workers": 0, "progress": False} | settings
+        settings = {"batch_size": BATCH, "workers": 0} | settings
         root = settings.pop("root", place / "data")
         return build_bundle(SET, source, root, place / "cache", **settings), source
 

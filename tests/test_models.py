@@ -101,14 +101,14 @@ def test_open_clips_families_from_a_folder(tmp_path, kind):
     assert torch.allclose(hidden @ source.projection, expected, atol=1e-5)
     assert hidden.shape[1] == 16 + (kind == "custom with bias")
     random = np.random.default_rng(0).integers(0, 255, (50, 41, 3), dtype=np.uint8)
-    prepared = source.preprocess(Image.fromarray(random))
+    prepared = source.preprocess(Image.fromarray(random))[None]
     own = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(reference)), is_train=False)(
         Image.fromarray(random)
     )
-    assert torch.equal(prepared, own)
+    assert torch.equal(source.scaled(prepared)[0], own)
     with torch.no_grad():
         expected = normalize(reference.encode_image(own[None]), dim=1)
-    assert torch.allclose(source.encode_images(prepared[None]), expected, atol=1e-5)
+    assert torch.allclose(source.encode_images(prepared), expected, atol=1e-5)
 
 
 def test_a_checkpoint_in_the_old_layout_is_that_of_a_custom_text_tower(tmp_path):

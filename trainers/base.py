@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,8 @@ from engine import SimpleTrainer, UserError
 from engine.config import check
 from engine.determinism import one_thread, seeded
 from engine.files import Batch
+from engine.log import Progress, say
+from engine.sink import Sink, require
 from evaluation.results import (
     Finished,
     check_folder,
@@ -39,12 +42,16 @@ from evaluation.results import (
     place,
     read_logs,
 )
+from evaluation.rows import mean, rows_of
 from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
 from forgetting import Adapter, RetainSet, Ridge, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_parts, with_recipe
 from trainers.plan import Plan, make_plan
 from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
+
+NAMED = 200  # characters of names that were done before, on the screen
+SINK = "numbers"  # the folder of --log, beside a data set's adapters
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Solved:
         removed: class names that leave the deployed list (`ZeroShot.predict`).
         recipe: what composing needs beside the classes' parts; empty if the answer does not
             compose. parts: one a class of the request.
+        curves: what changed from step to step of a descent, for `--log`.
     """
 
     left: Tensor  # (w, r)
@@ -65,6 +73,7 @@ class Solved:
     removed: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    curves: dict[str, Tensor] = field(default_factory=dict)
 
 
 class AdaptedProjection(nn.Module):
@@ -99,6 +108,7 @@ class ForgetTrainer(SimpleTrainer):
     def preflight(cls, cfg) -> Plan:
         """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
         check(cfg)
+        require(cfg.LOG)
         if not cfg.FEATURES.DIR:  # unknown names, before any file of theirs is looked at
             architecture(cfg.MODEL.BACKBONE.NAME)
             datasets.spec(cfg.DATASET.NAME, cfg.DATASET.IMAGES)
@@ -144,9 +154,8 @@ class ForgetTrainer(SimpleTrainer):
             self.source = encode = None
             bundles = load_bundles(cfg.FEATURES.DIR, backbone, names)
         else:
-            self.source = ClipSource(
-                backbone, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE, self.device
-            )
+            weights, precision = cfg.MODEL.INIT_WEIGHTS or None, cfg.MODEL.PRECISION
+            self.source = ClipSource(backbone, weights, cfg.FEATURES.CACHE, self.device, precision)
             encode = FeatureCache(self.source, cfg.FEATURES.CACHE).texts
             bundles = {
                 name: build_bundle(
@@ -162,7 +171,7 @@ class ForgetTrainer(SimpleTrainer):
                 for name in names
             }
         for name, reason in self.plan.absent.items():
-            print(f"not evaluated: {name} ({reason})")
+            say(f"not evaluated: {name} ({reason})")
         self.bundle = bundles.pop(self.plan.dataset)
         self.others = bundles
         check_prompts(self.prompts, self.bundle)
@@ -177,7 +186,7 @@ class ForgetTrainer(SimpleTrainer):
         self.model = AdaptedProjection(self.bundle.text_projection.to(self.device))
         self.register_model("text_projection", self.model)
         bundle = self.bundle
-        print(
+        say(
             f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
             f"{len(bundle.retain_names)} retained names, projection "
             f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
@@ -196,7 +205,7 @@ class ForgetTrainer(SimpleTrainer):
             f"{count} {group} (each text weighs {retain.weights[group] / count:.3g})"
             for group, count in retain.counts.items()
         ]
-        print(f"retained: {', '.join(shown) or 'nothing'}")
+        say(f"retained: {', '.join(shown) or 'nothing'}")
         return retain
 
     def retained_names(self) -> RetainSet:
@@ -278,6 +287,7 @@ class ForgetTrainer(SimpleTrainer):
             "trainer": self.cfg.TRAINER.NAME,
             "backbone": self.bundle.backbone,
             "weights": self.bundle.weights,
+            "precision": self.bundle.precision,
             "template": self.bundle.template,
             "split": self.bundle.split,
             "seed": self.cfg.SEED,
@@ -291,13 +301,17 @@ class ForgetTrainer(SimpleTrainer):
         """
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
         logs, settings = check_folder(folder, dataset, self.run_settings()), self.solver_settings()
-        pending = []
+        done, pending = [], []
         for classes in self.plan.requests:
             label = join_label(classes)
             if not self.cfg.FORGET.OVERWRITE and is_done(folder, logs, dataset, label, settings):
-                print(f"done before, skipped: {dataset} / {label}")
+                done.append(label)
             else:
                 pending.append(classes)
+        if done:
+            names = shorten(", ".join(done), NAMED, placeholder=" ...")
+            total = len(self.plan.requests)
+            say(f"done before, skipped: {dataset}, {len(done)} of {total} ({names})")
         return pending
 
     def train(self) -> None:
@@ -320,11 +334,14 @@ class ForgetTrainer(SimpleTrainer):
                     delta = one.adapter.delta()
                     save_full_model(self.source, delta, folder / one.entry["solver"]["model"])
 
-        with Batch(write) as batch:
+        self.bar = Progress(what=dataset, total=len(pending))
+        self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
+        with self.sink, self.bar, Batch(write) as batch:
             for start in range(0, len(pending), self.block):
                 block = pending[start : start + self.block]
                 for finished in self.forget(block, settings, solver_settings):
                     batch.add(finished)
+                self.bar.update(len(block))
 
     def write_shared(self, folder: Path) -> None:
         """Write what all adapters of a run refer to; nothing by default."""
@@ -384,10 +401,36 @@ class ForgetTrainer(SimpleTrainer):
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             stored = adapter_bytes(adapter), f"{path}.safetensors"
             finished.append(Finished(label, entry, adapter, *stored))
-            print(f"{dataset} / {label} ({seconds:.3f} s)")
-            print("".join(f"  {line}\n" for line in answer.notes), end="")
-            _print(before[dataset], after[dataset])
+            self.show(finished[-1], answer)
         return finished
+
+    def show(self, finished: Finished, answer: Solved) -> None:
+        """Say what became of a request."""
+        dataset, label, entry = self.plan.dataset, finished.label, finished.entry
+        seconds = entry["solver"]["seconds"]
+        before, after = (entry[side][dataset] for side in ("zero_shot", "final_results"))
+        lines = [f"  {line}" for line in [*answer.notes, *_outcomes(before, after)]]
+        say("\n".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
+        if self.cfg.LOG:
+            self.pass_on(label, entry, answer.curves)
+
+    def pass_on(self, label: str, entry: dict[str, Any], curves: dict[str, Tensor]) -> None:
+        """Give the numbers of a request to `--log`, under its place in the plan."""
+        rows = rows_of({self.plan.dataset: {label: entry}})
+        sides = {"forgotten": [row.own for row in rows], "rest": [rows[0].rest]}
+        sides |= {name: [change] for name, change in rows[0].others.items()}
+        numbers = {
+            f"{name}/{when}": mean(getattr(change, when) for change in changes)
+            for name, changes in sides.items()
+            for when in ("before", "after")
+        }
+        found = entry["solver"]
+        numbers |= {f"solver/{k}": v for k, v in found.items() if isinstance(v, int | float)}
+        numbers |= {"solver/gap": found.get("certificate", {}).get("gap")}
+        step = [join_label(classes) for classes in self.plan.requests].index(label)
+        self.sink.row(label, numbers, step)
+        for name, values in curves.items():
+            self.sink.curve(f"{name}/{label}", values)
 
     @cached_property
     def projection_sha256(self) -> str:
@@ -454,17 +497,17 @@ def _whole(value: float | None) -> dict[str, dict[str, float | None]]:
     return {"all": {"all_ds": value}}
 
 
-def _print(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Say what became of each class of a request, and of the rest of its set."""
+def _outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """What became of each class of a request, and of the rest of its set."""
     for name, was in before.items():
         now = after[name]
         shown = ", ".join(
             f"{what} {_percent(was[key])} -> {_percent(now[key])}"
             for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
         )
-        print(f"  {name}: {shown}")
+        yield f"{name}: {shown}"
         if fate(was["cls_acc_test"], now["cls_acc_test"]) == Fate.STAYS:
-            print(f"  {name}: half of its accuracy or more is left: not forgotten")
+            yield f"{name}: half of its accuracy or more is left: not forgotten"
 
 
 def _finite(value: Any) -> Any:

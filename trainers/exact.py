@@ -13,6 +13,7 @@ import datasets
 from clip.retain import GENERIC, KEEP, Names, Retained, exact_weights, retained
 from engine import TRAINER_REGISTRY, UserError
 from engine.determinism import one_thread
+from engine.log import say
 from forgetting import RetainSet, opposite_target
 from forgetting.complete import World, forget_completely, specific_targets
 from forgetting.forecast import Watch
@@ -71,7 +72,7 @@ class ForgetExact(ForgetTrainer):
             return retained(self.cfg, self.bundle, others, self.device, self.more)
 
     def retained_names(self) -> RetainSet:
-        print(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
+        say(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
         return self.retained.names
 
     def read(self, requests: Requests) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import TRAINER_REGISTRY
 from engine.config import paper_weights
+from engine.log import say
 from evaluation.results import place
 from forgetting import (
     ForgetProblem,
@@ -22,8 +22,6 @@ from forgetting import (
 from forgetting.complete import proof
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
-
-BAR_STEPS = 50  # the bar moves this often; every step would cost as much as the step
 
 
 class PaperTrainer(ForgetTrainer):
@@ -84,19 +82,17 @@ class ForgetLoRA(PaperTrainer):
         problem, leaving, reports = self.problem(requests, generators)
         node = self.cfg.TRAINER.FORGETLORA
         settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
-        what = f"{self.plan.dataset}: {len(requests)} descents"
-        with tqdm(total=settings.steps, unit="step", desc=what, leave=False) as bar:
+        together = f"{len(requests)} at once, " if len(requests) > 1 else ""
 
-            def advance(trial: int, step: int) -> None:
-                if step == 1:
-                    bar.reset()
-                    bar.set_postfix_str(f"trial {trial + 1}", refresh=False)
-                if step % BAR_STEPS == 0:
-                    bar.update(BAR_STEPS)
+        def advance(trial: int, step: int) -> None:
+            """As if no further trial were needed, here and in what comes later."""
+            done = (trial + step / settings.steps) / (trial + 1)
+            note = f"{together}trial {trial + 1} of at most {settings.max_trials}"
+            self.bar.at(note, done * len(requests))
 
-            solutions = solve_lora_each(
-                problem, requests.of_text, requests.any_of(leaving), generators, settings, advance
-            )
+        solutions = solve_lora_each(
+            problem, requests.of_text, requests.any_of(leaving), generators, settings, advance
+        )
         answers = []
         for solution, report in zip(solutions, reports, strict=True):
             best = (
@@ -110,7 +106,9 @@ class ForgetLoRA(PaperTrainer):
             ]
             report["target"] = self.cfg.FORGET.TARGET
             notes = [] if solution.reached else [best]
-            answers.append(Solved(solution.left, solution.right, report, notes))
+            descent = [trial.history for trial in solution.trials]
+            curves = {"objective": torch.cat(descent)} if self.cfg.LOG else {}
+            answers.append(Solved(solution.left, solution.right, report, notes, curves=curves))
         return answers
 
 
@@ -149,4 +147,4 @@ class ForgetOptimum(PaperTrainer):
         path = folder / place(self.plan.dataset) / name
         if not path.exists():
             self.retain.statistics.save(path)
-            print(f"statistics of the vocabulary, for composing: {path}")
+            say(f"statistics of the vocabulary, for composing: {path}")

@@ -49,9 +49,10 @@ def make_plan(cfg) -> Plan:
             raise UserError(
                 "--images needs a model, and --features runs without one; leave one out"
             )
-        if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS:
+        if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS or cfg.MODEL.PRECISION != "fp32":
             raise UserError(
-                "--save-model and --weights need a model, and --features runs without one; "
+                "--save-model, --weights and --precision need a model, and --features runs without "
+                "one (a bundle has its precision); "
                 "use `python -m clip.apply ADAPTER OUT` afterwards"
             )
         classnames = load_bundle(cfg.FEATURES.DIR, backbone, dataset).classnames

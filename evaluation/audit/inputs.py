@@ -64,7 +64,9 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
         except UserError as error:
             raise UserError(f"{error} (--features DIR says where bundles are now)") from error
     else:
-        source = ClipSource(settings["backbone"], places["weights"] or None, places["cache"])
+        precision = settings.get("precision", "fp32")
+        model = settings["backbone"], places["weights"] or None, places["cache"]
+        source = ClipSource(*model, precision=precision)
         own = {"template": settings["template"], "split": settings["split"]}
         encode = FeatureCache(source, places["cache"]).texts
         where = source, places["root"], places["cache"]
@@ -94,8 +96,9 @@ def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict
 
 
 def _same(bundle: FeatureBundle, settings: dict[str, Any], folder: Path) -> None:
-    for key in ("weights", "template", "split", "model"):
-        now = bundle.model if key == "model" else getattr(bundle, key)
+    settings = {"precision": "fp32"} | settings
+    for key in ("weights", "template", "split", "model", "precision"):
+        now = getattr(bundle, key)
         if settings.get(key, now) != now:
             raise UserError(
                 f"the results in {folder} were made with {key} {settings[key]!r}, what is there "

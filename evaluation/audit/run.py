@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from datasets import plain
 from engine.determinism import one_thread
 from engine.errors import UserError, unknown
 from engine.files import Batch, inside, sha256_file
+from engine.log import Progress
 from evaluation.audit import (
     confusion,
     destinations,
@@ -97,10 +97,10 @@ def audit_dataset(
     done = read_audits(folder).get(dataset, {})
     results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
-    bar = tqdm(labels, desc=f"audit: {dataset}", unit="class")
+    bar = Progress(what=f"audit: {dataset}", total=len(labels))
     with bar, Batch(partial(merge_audits, folder)) as batch:
-        for label in bar:
-            bar.set_postfix_str(label[:40], refresh=False)
+        for label in labels:
+            bar.at(label[:40])
             cases = results.cases(label, inputs.encode)
             texts = {name: len(case.prompts) for name, case in cases.items()}
             settings = {"seed": seed, "texts": texts}
@@ -109,6 +109,7 @@ def audit_dataset(
             same = all(there.get(key) == value for key, value in stamp.items())
             kept = there["classes"] if same else {name: {} for name in cases}
             if all(set(measures) <= set(kept[name]) for name in cases):
+                bar.skip()
                 continue
             with one_thread():
                 classes = {
@@ -116,6 +117,7 @@ def audit_dataset(
                     for name, case in cases.items()
                 }
             batch.add((dataset, label, stamp | {"classes": classes}))
+            bar.update()
 
 
 def audit_class(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, run
+from engine.log import say
 from evaluation.report import REPORT, read_runs, write_report
 
 
@@ -29,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = write_report(runs, args.out or Path(args.folder) / REPORT)
     classes = sum(len(one.rows) for one in runs)
     audited = sum(bool(row.audit) for one in runs for row in one.rows)
-    print(f"report: {path} ({len(runs)} folders, {classes} rows, {audited} of them audited)")
+    say(f"report: {path} ({len(runs)} folders, {classes} rows, {audited} of them audited)")
     for one in runs:
         if not any(row.audit for row in one.rows):
-            print(f"no audit in {one.folder}; to make it: {one.audit_command}")
+            say(f"no audit in {one.folder}; to make it: {one.audit_command}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import datasets
 from datasets import mini
 from datasets.reader import read_image
 from engine.errors import UserError
+from engine.log import warn
 from evaluation.report.runs import Run, bad_news_first
 from evaluation.results import run_places
 from evaluation.rows import Row
@@ -163,7 +164,7 @@ def _read(dataset: str, split: str, root: str, images: str) -> list[tuple[str, O
 
 
 def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
-    print(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
+    warn(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
     return []
 
 

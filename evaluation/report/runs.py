@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError, unknown
+from engine.log import warn
 from evaluation.results import ARGS, LOGS, SETTINGS, read_logs
 from evaluation.rows import Row, current_audits, rows_of
 
@@ -113,7 +114,7 @@ def _results_folders(folder: Path) -> list[Path]:
 
 
 def _closed(error: OSError) -> None:
-    print(f"report: {error.filename} is left out: {error.strerror}")
+    warn(f"report: {error.filename} is left out: {error.strerror}")
 
 
 def _natural(text: str) -> list[tuple[int, int | str]]:
