@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from clip.digests import digests
 from clip.source import ClipSource
@@ -32,11 +33,15 @@ SHARD = 512  # images; what a killed run loses at most
 
 
 class FeatureCache:
-    """Tensors of one ClipSource under `folder`; the model is loaded only for what is not there."""
+    """Tensors of one ClipSource under `folder`; the model is loaded only for what is not there.
 
-    def __init__(self, source: ClipSource, folder: str | Path) -> None:
-        self.source = source
-        self.folder = Path(folder) / "features" / source.arch.replace("/", "-")
+    Args:
+        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
+    """
+
+    def __init__(self, source: ClipSource, folder: str | Path, how: CfgNode | None = None) -> None:
+        self.source, self.how, self.root = source, how, Path(folder)
+        self.folder = self.root / "features" / source.arch.replace("/", "-")
 
     def projection(self) -> Tensor:
         """`text_projection` (w, d)."""
@@ -71,8 +76,12 @@ class FeatureCache:
             for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
+            if self.how is not None and self.how.NAME == "ray" and not entry.exists():
+                from clip.spread import encode_by_ray
+
+                encode_by_ray(self, name, shards, batch_size, progress)
             features = self._cached(
-                entry, lambda: self._encode(name, shards, batch_size, workers, progress)
+                entry, lambda: self.encode(name, shards, batch_size, workers, progress)
             )
             for part in shards:
                 part.unlink(missing_ok=True)
@@ -80,7 +89,7 @@ class FeatureCache:
                 next(iter(shards)).parent.rmdir()
         return features
 
-    def _encode(
+    def encode(
         self,
         name: str,
         shards: Mapping[Path, Sequence[str]],
@@ -88,7 +97,8 @@ class FeatureCache:
         workers: int,
         progress: bool,
     ) -> Tensor:
-        """Embeddings (N, d) of all images; each shard is written as soon as it is complete."""
+        """Embeddings (N, d) of shards, path -> its images; each is written as soon as it is
+        complete, and not encoded if it is there."""
         parts = {part: _read(part) for part in shards}
         missing = {part: shards[part] for part in shards if parts[part] is None}
         total = sum(map(len, shards.values()))

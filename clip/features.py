@@ -1,7 +1,7 @@
 """From a data set and a CLIP to a FeatureBundle: the stage that is run once.
 
 python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PATH]
-                        [--cache cache] [--out DIR] [--audit]
+                        [--cache cache] [--out DIR] [--audit] [--launcher ray] [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from yacs.config import CfgNode
 
 import datasets
 from clip.architectures import architecture
@@ -22,6 +23,7 @@ from engine import UserError, unknown
 from engine.cli import Parser, run
 from engine.config import declared, settings
 from engine.files import refuse_existing
+from engine.launch import add_launcher, launcher
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -39,6 +41,7 @@ def build_bundle(
     workers: int | None = None,
     progress: bool = True,
     own: str = "",
+    how: CfgNode | None = None,
 ) -> FeatureBundle:
     """Encode a split of a data set, or read from `cache` what was encoded before.
 
@@ -48,6 +51,7 @@ def build_bundle(
         template: the evaluation prompt with one `{}`; None for the data set's own.
         split: "train_x", "val" or "test".
         workers: processes that load images; None for none on two cores, else up to eight.
+        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
@@ -66,7 +70,7 @@ def build_bundle(
     names = [datasets.plain(name) for name in classnames]
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
 
-    stored = FeatureCache(source, cache)
+    stored = FeatureCache(source, cache, how)
     if workers is None:  # two cores are what the model needs
         cores = os.cpu_count() or 1
         workers = 0 if cores <= 2 else min(8, cores - 1)
@@ -111,14 +115,16 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="also encode every class in other words, for an audit that has the bundle alone",
     )
+    add_launcher(parser)
     args = parser.parse_args(argv)
+    how = launcher(args)
 
     dataset = datasets.spec(args.dataset, args.images).name
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
     if out:
         refuse_existing(out, "move it or choose another --out")
     source = ClipSource(args.arch, args.weights, args.cache)
-    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images)
+    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
     print(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from safetensors import SafetensorError
 
 import datasets
 import train
@@ -30,11 +28,12 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
+from engine.config import settings
 from engine.files import atomic_path, refuse_foreign
+from engine.launch import launch
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from evaluation.tables import write_table
-from forgetting import ProblemError
 from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
@@ -101,21 +100,16 @@ def results_folder(out: str | Path, backbone: str) -> Path:
 
 
 def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
-    """Every backbone, mode and set; returns a line for each run that failed."""
-    failed = []
+    """Every backbone, mode and set; returns what the runs that failed are called."""
+    runs = []
     for backbone in args.backbones:
+        folder = results_folder(args.out, backbone).parent
         for mode, flags in MODES.items():
-            for name in args.datasets:
-                print(f"== {name}, {backbone}, {mode}", flush=True)
-                argv = ["--dataset", name, "--backbone", backbone, "--root", args.data, *flags]
-                argv += ["--cache", args.cache, "--weights", weights.get(backbone, "")]
-                argv += ["--output-dir", str(results_folder(args.out, backbone)), *args.opts]
-                try:
-                    train.main(argv)
-                except (UserError, ProblemError, SafetensorError, OSError) as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    failed.append(f"{name}, {backbone}, {mode}")
-    return failed
+            argv = ["--backbone", backbone, "--root", args.data, *flags, "--cache", args.cache]
+            argv += ["--weights", weights.get(backbone, ""), *args.opts]
+            runs += train.attempt(folder, args.datasets, ["0"], argv, title=f"{backbone}, {mode}, ")
+    how = settings(opts=args.opts).LAUNCHER
+    return [run.title for run in launch(train.COMMAND, runs, how)]
 
 
 def whole_set(rows: Sequence[Row], test: Counts) -> float:
@@ -241,15 +235,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     args = parser.parse_args(argv)
     args.datasets = [datasets.spec(name.strip()).name for name in args.datasets.split(",")]
     args.backbones = [architecture(name.strip()).name for name in args.backbones.split(",")]
+    return args, weights_by_name(args.weights, args.backbones)
+
+
+def weights_by_name(texts: Sequence[str], backbones: Sequence[str]) -> dict[str, str]:
+    """Checkpoint paths by backbone, from ARCH=PATH; UserError for one that is not of them."""
     weights = {}
-    for text in args.weights:
+    for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise UserError(f"--weights {text}: must be ARCH=PATH, such as RN50=RN50.pt")
-        if name not in args.backbones:
-            raise unknown("backbone of --weights", name, args.backbones)
+        if name not in backbones:
+            raise unknown("backbone of --weights", name, backbones)
         weights[name] = path
-    return args, weights
+    return weights
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
