@@ -113,12 +113,13 @@ def attempt(
     seeds: Sequence[str],
     argv: Sequence[str],
     parts: int = 1,
-    title: str = "",
+    about: Sequence[str] = (),
 ) -> list[Run]:
     """The runs of one method and backbone: a data set, a seed and a part of the requests each.
 
     Args:
-        folder: of the results, below which each seed has its own; argv: what all have in common.
+        folder: of the results, below which each seed has its own; argv: what all have in common;
+            parts: of a set's requests; about: what all are called beside data set and seed.
     """
     runs = []
     for seed in seeds:
@@ -127,8 +128,9 @@ def attempt(
                 out = f"{folder}/seed_{seed}"
                 own = ["--dataset", name, "--seed", seed, "--output-dir", out]
                 own += ["FORGET.PART", f"{part}/{parts}"] if parts > 1 else []
-                said = f", part {part} of {parts}" if parts > 1 else ""
-                runs.append(Run(f"{name}, {title}seed {seed}{said}", [*argv, *own], out))
+                title = [name, *about, f"seed {seed}"]
+                title += [f"part {part} of {parts}"] if parts > 1 else []
+                runs.append(Run(", ".join(title), [*argv, *own], out))
     return runs
 
 
@@ -147,7 +149,7 @@ def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     folder, common = Path(cfg.OUTPUT_DIR), front.parse_known_args(argv)[1]
     backbone, multiclass = cfg.MODEL.BACKBONE.NAME, cfg.FORGET.MULTICLASS
     parts = 1 if multiclass else cfg.LAUNCHER.PARTS
-    runs = attempt(folder, names, seeds or [str(cfg.SEED)], common, parts, f"{backbone}, ")
+    runs = attempt(folder, names, seeds or [str(cfg.SEED)], common, parts, [backbone])
     failed = launch(COMMAND, runs, cfg.LAUNCHER)
     for done in dict.fromkeys(one.folder for one in runs if one not in failed):
         print(f"results: {done}")

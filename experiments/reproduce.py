@@ -107,7 +107,7 @@ def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
         for mode, flags in MODES.items():
             argv = ["--backbone", backbone, "--root", args.data, *flags, "--cache", args.cache]
             argv += ["--weights", weights.get(backbone, ""), *args.opts]
-            runs += train.attempt(folder, args.datasets, ["0"], argv, title=f"{backbone}, {mode}, ")
+            runs += train.attempt(folder, args.datasets, ["0"], argv, about=[backbone, mode])
     how = settings(opts=args.opts).LAUNCHER
     return [run.title for run in launch(train.COMMAND, runs, how)]
 

@@ -132,9 +132,9 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
             for run in train.attempt(case.folder, varied["datasets"], seeds[:1], argv):
                 _, plan = train.prepare(train.parse(run.argv))
                 case.labels[mode, plan.dataset] = list(map(join_label, plan.requests))
-            title = ", ".join(filter(None, [backbone, trainer, setting, mode, ""]))
+            about = list(filter(None, [backbone, trainer, setting, mode]))
             split = parts if mode == "alone" else 1
-            case.runs += train.attempt(case.folder, varied["datasets"], seeds, argv, split, title)
+            case.runs += train.attempt(case.folder, varied["datasets"], seeds, argv, split, about)
         cases.append(case)
     return cases
 
@@ -143,21 +143,16 @@ def table_of(cases: Sequence[Case], seeds: Sequence[int]) -> pd.DataFrame:
     """Means over classes, then over seeds with their standard deviation (`±`), in percent.
 
     Returns:
-        A row for every case, mode and data set that has results, and one for all data sets of a
-        case together: `class`, `rest` and `others` before and after (see `utils.summarise`),
-        `average gain` (0 is perfect, lower is better); `classes` and `seeds`, how many the numbers
-        are of.
+        A row for every case, mode and data set, and one for all data sets of a case together:
+        `class`, `rest` and `others` before and after (see `utils.summarise`), `average gain` (0 is
+        perfect, lower is better); `classes`, and `seeds` that hold results of all of them.
     """
-    found = [
-        _rows(case, mode, seed) for case, mode, seed in product(cases, MODES, seeds)
-    ]  # a row a class
-    rows = pd.concat(found, ignore_index=True)
+    rows = pd.concat([_rows(case, mode, seeds) for case, mode in product(cases, MODES)])
     if rows.empty:
         return rows
-    if rows["data set"].nunique() > 1:
-        rows = pd.concat([rows, rows.assign(**{"data set": ALL_SETS})])
     of_seed = rows.groupby([*KEYS, "seed"], sort=False)
-    each = of_seed.mean().assign(classes=of_seed.size()).groupby(KEYS, sort=False)
+    each = of_seed.mean().assign(classes=of_seed.size())
+    each = each[each["classes"] == each.pop("asked")].groupby(KEYS, sort=False)
     mean, deviation = each.mean(), each.std()
     for place, column in reversed(list(enumerate(mean.columns, 1))):
         if not column.endswith("before") and column != "classes":
@@ -165,24 +160,29 @@ def table_of(cases: Sequence[Case], seeds: Sequence[int]) -> pd.DataFrame:
     return mean.assign(seeds=each.size()).astype({"classes": int}).reset_index()
 
 
-def _rows(case: Case, mode: str, seed: int) -> pd.DataFrame:
-    """A row for every request of a case, none for what is not there."""
-    folder = case.folder / f"seed_{seed}"
-    try:
-        frame, _ = create_results(folder, multiclass=bool(MODES[mode]))
-    except UserError:  # every run of this mode and seed failed
+def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
+    """A row for every seed and request of a case that has results, by data set, then all again."""
+    labels = {name: case.labels[its, name] for its, name in case.labels if its == mode}
+    found = []
+    for seed in seeds:
+        try:
+            frame, _ = create_results(case.folder / f"seed_{seed}", multiclass=bool(MODES[mode]))
+        except UserError:  # nothing of this mode and seed
+            continue
+        pairs = zip(frame["ds"], frame["name"], strict=True)
+        mine = [label in labels.get(name, ()) for name, label in pairs]
+        frame = frame[mine].reset_index(drop=True)
+        row = summarise(frame).drop(columns="forgotten")
+        found.append(row.assign(seed=seed, **{"average gain": average_gains(frame)}))
+    if not found:
         return pd.DataFrame()
-    asked = {
-        (name, label)
-        for its, name in case.labels
-        if its == mode
-        for label in case.labels[mode, name]
-    }
-    mine = [pair in asked for pair in zip(frame["ds"], frame["name"], strict=True)]
-    frame = frame[mine].reset_index(drop=True)
     told = {"backbone": case.backbone, "trainer": case.trainer, "setting": case.setting}
-    told |= {"mode": mode, "seed": seed, "average gain": average_gains(frame)}
-    return summarise(frame).drop(columns="forgotten").assign(**told)
+    rows = pd.concat(found).assign(**told, mode=mode)
+    rows["asked"] = rows["data set"].map({name: len(each) for name, each in labels.items()})
+    if len(labels) == 1:
+        return rows
+    whole = {"data set": ALL_SETS, "asked": sum(map(len, labels.values()))}
+    return pd.concat([rows, rows.assign(**whole)])
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:

@@ -44,7 +44,8 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     out = capsys.readouterr().out
     assert "== ToyTools, ViT-B/32, ForgetExact, strong, alone, seed 1 (run 16 of 16" in out
-    row = table.set_index(["trainer", "setting", "data set"]).loc[("ForgetNoise", "mild")]
+    row = table[(table["trainer"] == "ForgetNoise") & (table["setting"] == "mild")]
+    row = row.set_index("data set")
     folders = [root / f"ViT-B-32/ForgetNoise/mild/seed_{seed}" for seed in (0, 1)]
     frames = [create_results(folder)[0] for folder in folders]
     gains = pd.Series([compute_avg_gain(frame) for frame in frames])
@@ -78,7 +79,7 @@ REFUSED = {
     "mode": ("datasets: [A]\nmodes: [twice]", "modes / 0 must be"),
     "nothing": ("seeds: [0]", "names no data set"),
     "empty": ("datasets: []", "datasets must be"),
-    "class": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nclasses: [sew]", "did you mean 'saw'"),
+    "class": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nclasses: [sew]", "nearest: 'saw'"),
     "setting": (
         "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.RANK: 0}}",
         "FORGET.RANK must be",
