@@ -80,6 +80,7 @@ class FeatureCache:
                 from clip.spread import encode_by_ray
 
                 encode_by_ray(self, name, shards, batch_size, progress)
+                progress = False  # all shards are there
             features = self._cached(
                 entry, lambda: self.encode(name, shards, batch_size, workers, progress)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from clip.cache import FeatureCache
 from clip.source import ClipSource
-from engine.cluster import cluster, go_to, reason, share
+from engine.cluster import cluster, go_to, load, reason, share
 from engine.errors import UserError
 
 
@@ -68,10 +69,10 @@ def encode_by_ray(
     ]
     call = {"name": name, "batch_size": batch_size, "workers": max(0, int(cache.how.CPUS) - 1)}
     with cluster() as ray:
-        from ray import data
-
+        data = load("ray.data")
         asked, room = share(ray, cache.how)
         tries = cache.how.TRIES
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         encoded = data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from pkgutil import resolve_name
@@ -35,6 +36,17 @@ class Ended(NamedTuple):
     err: str
 
 
+def load(name: str) -> ModuleType:
+    """The module `ray`, or one of its own; UserError if the package is missing."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when it is imported: nothing is reported
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            "the launcher ray needs the package ray[data]: pip install -r requirements-ray.txt"
+        ) from error
+
+
 @contextmanager
 def cluster(cores: int | None = None) -> Iterator[ModuleType]:
     """The module `ray`, connected; a Ray that was started here is ended again.
@@ -45,13 +57,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
     Raises:
         UserError: the package is missing, or the cluster cannot be reached.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when it is imported: nothing is reported
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "the launcher ray needs the package ray: pip install -r requirements-ray.txt"
-        ) from error
+    ray = load("ray")
     if ray.is_initialized():
         yield ray
         return
@@ -108,6 +114,8 @@ def launch_by_ray(command: str, runs: Sequence[Run], how: CfgNode, say: Say) -> 
             run = waiting.pop(ready)
             try:
                 ended = ray.get(ready)
+            except ray.exceptions.RayTaskError:  # no input of the user's: a mistake of ours
+                raise
             except ray.exceptions.RayError as error:
                 ended = Ended(1, "", f"error: {run.title}: {reason(error)}\n")
             done = len(runs) - len(waiting)

@@ -77,9 +77,18 @@ def add_launcher(parser: ArgumentParser) -> None:
 
 
 def launcher(args: Namespace) -> CfgNode:
-    """The section `LAUNCHER` of a command line's settings; UserError for what does not fit."""
+    """The section `LAUNCHER` of a command line's settings.
+
+    Raises:
+        UserError: a key or value that does not fit, or Ray is asked for and missing.
+    """
     named = ["LAUNCHER.NAME", args.launcher] if args.launcher else []
-    return settings(opts=[*args.opts, *named]).LAUNCHER
+    how = settings(opts=[*args.opts, *named]).LAUNCHER
+    if how.NAME == "ray":
+        from engine.cluster import load
+
+        load("ray")
+    return how
 
 
 def tree(parts: Sequence[Part], make: Callable[[Part], T], merge: Callable[[T, T], T]) -> T:

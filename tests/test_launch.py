@@ -19,9 +19,11 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from clip.statistics import statistics
+from engine import UserError
+from engine.cli import Parser
 from engine.config import settings
 from engine.files import sha256_file
-from engine.launch import Run, launch, tree
+from engine.launch import Run, add_launcher, launch, launcher, tree
 from evaluation.results import read_logs
 from forgetting import load_adapter
 from tests.conftest import BACKBONE
@@ -109,6 +111,10 @@ def test_without_ray_one_line_says_what_to_install(command, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "ray", None)
     line = refused([*command, "--output-dir", str(tmp_path / "out"), *RAY])
     assert "pip install -r requirements-ray.txt" in line and not (tmp_path / "out").exists()
+    parser = Parser()
+    add_launcher(parser)  # as `clip.features`, `clip.statistics` and `experiments sweep` do
+    with pytest.raises(UserError, match=r"requirements-ray\.txt"):
+        launcher(parser.parse_args(["--launcher", "ray"]))
 
 
 @pytest.mark.parametrize(
