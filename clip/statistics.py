@@ -21,6 +21,7 @@ from clip.source import ClipSource
 from engine import UserError
 from engine.cli import Parser, run
 from engine.config import settings
+from engine.determinism import one_thread
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher, tree
 from forgetting import ProblemError, RetainStatistics
@@ -62,15 +63,21 @@ def statistics(
     if how is not None and how.NAME == "ray":
         from engine.cluster import tree_by_ray
 
-        return tree_by_ray(parts, make, RetainStatistics.merge, how)
-    return tree(parts, make, RetainStatistics.merge)
+        return tree_by_ray(parts, make, _merged, how)
+    return tree(parts, make, _merged)
 
 
 def _part(recipe: dict[str, Any], group: str, names: Sequence[str]) -> RetainStatistics:
     rows = _source(**recipe).encode_hidden(list(names))
     found = RetainStatistics(rows.shape[1])
-    found.update(group, rows)
+    with one_thread():  # the last digits are the same wherever it is done
+        found.update(group, rows)
     return found
+
+
+def _merged(one: RetainStatistics, other: RetainStatistics) -> RetainStatistics:
+    with one_thread():
+        return one.merge(other)
 
 
 @lru_cache(maxsize=1)  # a worker makes many parts with one model

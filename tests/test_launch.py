@@ -267,8 +267,13 @@ def test_images_by_ray_are_those_of_one_process_and_a_lost_shard_is_done_again(
     assert torch.equal(here.class_hidden, ray.class_hidden)
     assert not list((tmp_path / "ray").rglob("*.parts"))
     no_leftovers(tmp_path / "ray")
-    monkeypatch.setattr(FeatureCache, "encode", None)  # nothing is encoded again
-    assert torch.equal(bundle("ray", *RAY).image_features, ray.image_features)
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "encode", None)  # nothing is encoded again
+        assert torch.equal(bundle("ray", *RAY).image_features, ray.image_features)
+    broken = sorted((tmp_path / "data").rglob("test/*/*.png"))[0]
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"image {broken} cannot be read"):
+        bundle("broken", *RAY)
 
 
 @pytest.mark.slow
