@@ -14,7 +14,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from pkgutil import resolve_name
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from yacs.config import CfgNode
 
 from engine.cli import one_line
 from engine.errors import UserError
-from engine.launch import Part, Run, Say, T, tree
+from engine.launch import Part, Run, Say, T, call, tree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORE = 2**27  # bytes that a local Ray keeps in memory: what passes between processes is small
@@ -114,8 +113,6 @@ def launch_by_ray(command: str, runs: Sequence[Run], how: CfgNode, say: Say) -> 
             run = waiting.pop(ready)
             try:
                 ended = ray.get(ready)
-            except ray.exceptions.RayTaskError:  # no input of the user's: a mistake of ours
-                raise
             except ray.exceptions.RayError as error:
                 ended = Ended(1, "", f"error: {run.title}: {reason(error)}\n")
             done = len(runs) - len(waiting)
@@ -132,7 +129,7 @@ def _captured(place: str, command: str, argv: list[str]) -> Ended:
     with redirect_stdout(out), redirect_stderr(err):
         try:
             go_to(place)
-            status = resolve_name(command)(argv)
+            status = call(command, argv)
         except UserError as error:
             status = 2
             print(f"error: {one_line(str(error))}", file=sys.stderr)

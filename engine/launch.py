@@ -7,6 +7,7 @@ locks. So it does not matter where a run takes place, in which order, or how oft
 from __future__ import annotations
 
 import time
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,11 +62,20 @@ def launch(command: str, runs: Sequence[Run], how: CfgNode) -> list[Run]:
     failed = []
     for number, run in enumerate(runs, 1):
         say(run, number, number - 1)
-        status = resolve_name(command)(run.argv)
+        status = call(command, run.argv)
         if status == INTERRUPTED:
             raise SystemExit(status)
         failed += [run] if status else []
     return failed
+
+
+def call(command: str, argv: list[str]) -> int:
+    """The exit status of one run. A mistake of ours is shown whole, and stops no other run."""
+    try:
+        return resolve_name(command)(argv)
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def add_launcher(parser: ArgumentParser) -> None:

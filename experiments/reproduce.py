@@ -199,8 +199,10 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         for name, test in sets.items()
         if not test.comparable
     ]
-    if args.opts:
-        notes.append(f"not the paper's settings: {' '.join(args.opts)}")
+    pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
+    changed = [f"{key} {value}" for key, value in pairs if not key.startswith("LAUNCHER.")]
+    if changed:
+        notes.append(f"not the paper's settings: {' '.join(changed)}")
     notes.append(
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."

@@ -101,6 +101,16 @@ def test_runs_are_shown_and_those_that_fail_named(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[0] == "== run-0"
 
 
+def mistaken(argv: list[str]) -> int:
+    return told(argv) if argv[0] == "1" else {}["nothing"]
+
+
+def test_a_mistake_of_ours_is_shown_whole_and_stops_no_other(capsys):
+    assert [run.title for run in launch(f"{__name__}:mistaken", runs(0, 0), how())] == ["run-0"]
+    captured = capsys.readouterr()
+    assert "KeyError: 'nothing'" in captured.err and "ran 1" in captured.out
+
+
 def test_an_interrupted_run_is_the_last(capsys):
     with pytest.raises(SystemExit) as left:
         launch(TOLD, runs(0, 130, 0), how())
