@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,7 +62,7 @@ VARIED = {
     "seeds": Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)],
     "modes": Annotated[list[Literal[tuple(MODES)]], Field(min_length=1)],
     "classes": Texts,
-    "settings": dict[Text, dict[Text, Any]],
+    "settings": Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)],
 }
 
 
@@ -130,7 +132,8 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
         for mode in varied["modes"]:
             argv = [*common, *MODES[mode]]
             for run in train.attempt(case.folder, varied["datasets"], seeds[:1], argv):
-                _, plan = train.prepare(train.parse(run.argv))
+                with redirect_stdout(StringIO()):  # what is there is said by the runs
+                    _, plan = train.prepare(train.parse(run.argv))
                 case.labels[mode, plan.dataset] = list(map(join_label, plan.requests))
             about = list(filter(None, [backbone, trainer, setting, mode]))
             split = parts if mode == "alone" else 1
@@ -161,8 +164,11 @@ def table_of(cases: Sequence[Case], seeds: Sequence[int]) -> pd.DataFrame:
 
 
 def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
-    """A row for every seed and request of a case that has results, by data set, then all again."""
+    """A row for every seed and request of a case that has results, by data set, then all again;
+    in the order of the file, for logs are in that in which runs ended."""
     labels = {name: case.labels[its, name] for its, name in case.labels if its == mode}
+    asked = [(name, label) for name, each in labels.items() for label in each]
+    place = {pair: number for number, pair in enumerate(asked)}
     found = []
     for seed in seeds:
         try:
@@ -170,8 +176,8 @@ def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
         except UserError:  # nothing of this mode and seed
             continue
         pairs = zip(frame["ds"], frame["name"], strict=True)
-        mine = [label in labels.get(name, ()) for name, label in pairs]
-        frame = frame[mine].reset_index(drop=True)
+        frame.index = [place.get(pair, -1) for pair in pairs]
+        frame = frame[frame.index >= 0].sort_index().reset_index(drop=True)
         row = summarise(frame).drop(columns="forgotten")
         found.append(row.assign(seed=seed, **{"average gain": average_gains(frame)}))
     if not found:
@@ -181,7 +187,7 @@ def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
     rows["asked"] = rows["data set"].map({name: len(each) for name, each in labels.items()})
     if len(labels) == 1:
         return rows
-    whole = {"data set": ALL_SETS, "asked": sum(map(len, labels.values()))}
+    whole = {"data set": ALL_SETS, "asked": len(asked)}
     return pd.concat([rows, rows.assign(**whole)])
 
 

@@ -58,6 +58,10 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     again = sweep.main(command)
     pd.testing.assert_frame_equal(again, table)
     assert capsys.readouterr().out.count("done before, skipped") == 2 * 2 * 2 * 10
+    (tmp_path / "mine.yaml").write_text(
+        FILE.replace("ToyAnimals, ToyTools", "ToyTools, ToyAnimals")
+    )
+    assert sweep.main(command)["data set"].tolist()[:2] == ["ToyTools", "ToyAnimals"]
 
 
 def test_the_table_is_of_what_the_file_names_now(command, tmp_path):
@@ -79,6 +83,7 @@ REFUSED = {
     "mode": ("datasets: [A]\nmodes: [twice]", "modes / 0 must be"),
     "nothing": ("seeds: [0]", "names no data set"),
     "empty": ("datasets: []", "datasets must be"),
+    "no setting": ("datasets: [A]\nsettings: {}", "settings must be an object that is not empty"),
     "class": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nclasses: [sew]", "nearest: 'saw'"),
     "setting": (
         "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.RANK: 0}}",
