@@ -11,6 +11,7 @@ COMPLETE = .venv/.complete
 DEVELOP = .venv/.complete-dev
 # The same with what the app needs.
 GRADIO = .venv/.complete-app
+RAY = .venv/.complete-ray
 
 venv: $(COMPLETE)
 
@@ -38,6 +39,10 @@ $(DEVELOP): $(COMPLETE) requirements-dev.txt
 $(GRADIO): $(COMPLETE) requirements-app.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt
 	@touch $(GRADIO)
+
+$(RAY): $(COMPLETE) requirements-ray.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
+	@touch $(RAY)
 
 # What the environment says to forget_clip.sh does not hold here: the steps belong together.
 demo: $(COMPLETE)

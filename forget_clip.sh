@@ -1,5 +1,5 @@
 #!/bin/sh
-# Forget classes of CLIP: one run of train.py for every data set and seed.
+# Forget classes of CLIP: a run of train.py for every data set and seed.
 set -uf
 
 usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options of train.py]
@@ -21,6 +21,8 @@ environment:
   TRAINER   ForgetLoRA (default, the paper), ForgetOptimum (its objective at the proved optimum),
             ForgetExact (complete forgetting), or a baseline: ForgetNothing, ForgetName, ForgetZero,
             ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetAscent
+  LAUNCHER  local (default): one run after the other; ray: spread by Ray over this machine, or over
+            the cluster of RAY_ADDRESS (docs/scale.md)
   PYTHON    default: .venv/bin/python, else python3
 example: sh forget_clip.sh 1 0 "StanfordDogs,Caltech101" RN50 0'
 
@@ -43,13 +45,13 @@ case $multiclass in
     *) die "MULTICLASS must be 0 or 1, got '$multiclass'" ;;
 esac
 # Each once, and a seed without zeros in front: 00 and 0 are one.
-names() { printf '%s' "$1" | tr ', ' '\n\n' | sed "$2" | awk 'NF && !seen[$0]++'; }
+names() { printf '%s' "$1" | tr ', ' '\n\n' | sed "$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 seeds=$(names "$seeds" 's/^0*\([0-9]\)/\1/')
 datasets=$(names "$datasets" "")
 if [ -n "${IMAGES-}" ]; then
-    case $datasets in *[[:space:]]*) die "IMAGES is one data set, and DATASETS names several: '$named'" ;; esac
+    case $datasets in *,*) die "IMAGES is one data set, and DATASETS names several: '$named'" ;; esac
 fi
-for seed in $seeds; do
+for seed in $(printf '%s' "$seeds" | tr , ' '); do
     case $seed in '' | *[!0-9]*) die "SEED must be an integer of 0 or more, got '$seed'" ;; esac
 done
 
@@ -58,39 +60,9 @@ if [ -z "${PYTHON-}" ]; then
     if [ -x "$here/.venv/bin/python" ]; then PYTHON=$here/.venv/bin/python; else PYTHON=python3; fi
 fi
 command -v "$PYTHON" >/dev/null 2>&1 || die "no Python at '$PYTHON'; run 'make venv' or set PYTHON"
-out=${OUT:-$here/results}/results$attempt
 
-trap 'printf "interrupted; the same command goes on where it stopped\n" >&2; exit 130' INT TERM HUP
-case " $* " in *' --quiet '*) tell=: ;; *) tell=printf ;; esac
-count() { printf '%s' "$1" | wc -w; }
-of=$(($(count "$seeds") * $(count "$datasets")))
-number=0
-failed=
-worked=
-for seed in $seeds; do
-    for dataset in $datasets; do
-        number=$((number + 1))
-        $tell '== %s of %s: %s, %s, seed %s\n' "$number" "$of" "$dataset" "$arch" "$seed"
-        "$PYTHON" "$here/train.py" \
-            --dataset "$dataset" --backbone "$arch" --seed "$seed" \
-            --trainer "${TRAINER:-ForgetLoRA}" --output-dir "$out/seed_$seed" \
-            --root "${DATA:-$here/data}" ${IMAGES:+--images "$IMAGES"} --features "${FEATURES-}" --cache "${CACHE:-$here/cache}" \
-            $flag "$@"
-        status=$?
-        [ $status -ne 130 ] || exit 130
-        if [ $status -eq 0 ]; then
-            case " $worked " in *" $seed "*) ;; *) worked="$worked $seed" ;; esac
-        else
-            failed="$failed $dataset(seed $seed)"
-        fi
-    done
-done
-
-case $arch in RN*) rn=True ;; *) rn=False ;; esac
-case $multiclass in 1) multi=True ;; *) multi=False ;; esac
-for seed in $worked; do
-    $tell 'results: %s/seed_%s\n' "$out" "$seed"
-    $tell 'load them in %s: from utils import create_results; df, args = create_results("%s/seed_%s/", rn=%s, multiclass=%s)\n' \
-        "$here" "$out" "$seed" "$rn" "$multi"
-done
-[ -z "$failed" ] || die "failed:$failed; see the messages above"
+exec "$PYTHON" "$here/train.py" \
+    --datasets "$datasets" --seeds "$seeds" --backbone "$arch" \
+    --trainer "${TRAINER:-ForgetLoRA}" --output-dir "${OUT:-$here/results}/results$attempt" \
+    --root "${DATA:-$here/data}" ${IMAGES:+--images "$IMAGES"} --features "${FEATURES-}" --cache "${CACHE:-$here/cache}" \
+    $flag LAUNCHER.NAME "${LAUNCHER:-local}" "$@"

@@ -1,4 +1,4 @@
-"""Command line: one data set, one seed, one backbone, one process.
+"""Command line: one data set, one seed, one backbone; or several sets and seeds, a run for each.
 
 What may be set, with defaults and ranges, stands in configs/; trailing KEY VALUE pairs change any
 key. Anything that is wrong is refused in one line before work starts.
@@ -7,21 +7,34 @@ key. Anything that is wrong is refused in one line before work starts.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
+from yacs.config import CfgNode
 
 import datasets
 import trainers  # noqa: F401  registers the methods
-from engine import TRAINER_REGISTRY, engine_description
+from engine import TRAINER_REGISTRY, UserError, engine_description
 from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
+from engine.launch import Run, launch
 from engine.log import environment, logged, note, say
 from evaluation.results import merge_args, place
 from forgetting import ProblemError
+from trainers.plan import Plan
+
+HERE = Path(__file__).resolve().parent
+COMMAND = "train:cli"  # what runs are of
+# More than one run; a seed's results go to a folder seed_SEED in that of the results.
+LISTS = {
+    "--datasets": "names with commas between, a run each; instead of --dataset",
+    "--seeds": "numbers with commas between, a run each; instead of --seed",
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--audit", action="store_true", help="measure what is left of each class: audit.json"
     )
+    for name, text in LISTS.items():
+        parser.add_argument(name, default="", metavar="LIST", help=text)
     for name, text in {
         "config": "YAML with settings of your own; options go before it",
         "dataset-config": "YAML with the loss weights (default: configs/datasets/DATASET.yaml)",
@@ -51,6 +66,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
+    """The settings of one run, which also complete `args`, and what it will do.
+
+    Raises:
+        UserError: input that cannot be run, known from names alone; nothing is written.
+    """
+    if args.images or args.dataset in datasets.NAMES:
+        args.dataset = datasets.spec(args.dataset or "", args.images or "").name
+    cfg = setup(args)
+    for name, key in OPTIONS.items():
+        setattr(args, name, value_of(cfg, key))  # args.txt says what the run took
+    return cfg, TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run one command line and return the folder of its results.
 
@@ -58,26 +87,79 @@ def main(argv: Sequence[str] | None = None) -> Path:
         UserError, ProblemError: input that cannot be run; one line.
     """
     args = parse(argv)
-    if args.images or args.dataset in datasets.NAMES:
-        args.dataset = datasets.spec(args.dataset or "", args.images or "").name
-    cfg = setup(args)
-    for name, key in OPTIONS.items():
-        setattr(args, name, value_of(cfg, key))  # args.txt says what the run took
+    if args.datasets or args.seeds:
+        return _several(args, sys.argv[1:] if argv is None else argv)
+    cfg, _ = prepare(args)
     set_random_seed(cfg.SEED)
-    method = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)
-    method.preflight(cfg)
     folder = Path(cfg.OUTPUT_DIR)
     with logged() as keep:  # input that only encoding finds broken must leave no file either
         for what in (f"arguments: {args}", f"config:\n{cfg}", f"environment:\n{environment()}"):
             note(what)
         note(engine_description())
-        trainer = method(cfg)
+        trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
         keep(folder / place(cfg.DATASET.NAME))
         merge_args(folder, str(args))
         trainer.train()
         if args.audit:
             trainer.audit()
         say(f"results: {folder / 'logs.json'}")
+    return folder
+
+
+def attempt(
+    folder: str | Path,
+    names: Sequence[str],
+    seeds: Sequence[str],
+    argv: Sequence[str],
+    parts: int = 1,
+    about: Sequence[str] = (),
+) -> list[Run]:
+    """The runs of one method and backbone: a data set, a seed and a part of the requests each.
+
+    Args:
+        folder: of the results, below which each seed has its own; argv: what all have in common;
+            parts: of a set's requests; about: what all are called beside data set and seed.
+    """
+    runs = []
+    for seed in seeds:
+        for name in names:
+            for part in range(1, parts + 1):
+                out = f"{folder}/seed_{seed}"
+                own = ["--dataset", name, "--seed", seed, "--output-dir", out]
+                own += ["FORGET.PART", f"{part}/{parts}"] if parts > 1 else []
+                title = [name, *about, f"seed {seed}"]
+                title += [f"part {part} of {parts}"] if parts > 1 else []
+                runs.append(Run(", ".join(title), [*argv, *own], out))
+    return runs
+
+
+def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
+    """Every data set with every seed; one that fails stops no other."""
+    names, seeds = (
+        list(dict.fromkeys(re.findall(r"[^\s,]+", listed or one or "")))
+        for listed, one in ((args.datasets, args.dataset), (args.seeds, args.seed))
+    )
+    one_of_them = argparse.Namespace(**vars(args) | {"dataset": names[0] if names else ""})
+    one_of_them.seed = seeds[0] if seeds else None
+    cfg = setup(one_of_them)
+    front = Parser(add_help=False)
+    for option in (*LISTS, "--output-dir"):
+        front.add_argument(option)
+    known, common = front.parse_known_args(argv)
+    folder, common = Path(cfg.OUTPUT_DIR), common + ["--quiet"] * known.quiet
+    backbone, multiclass = cfg.MODEL.BACKBONE.NAME, cfg.FORGET.MULTICLASS
+    parts = 1 if multiclass else cfg.LAUNCHER.PARTS
+    runs = attempt(folder, names, seeds or [str(cfg.SEED)], common, parts, [backbone])
+    failed = launch(COMMAND, runs, cfg.LAUNCHER)
+    for done in dict.fromkeys(one.folder for one in runs if one not in failed):
+        say(f"results: {done}")
+        say(
+            f"load them in {HERE}: from utils import create_results; df, args = create_results("
+            f"{json.dumps(f'{done}/')}, rn={backbone.startswith('RN')}, multiclass={multiclass})"
+        )
+    if failed:
+        titles = "; ".join(one.title for one in failed)
+        raise UserError(f"failed: {titles}; see the messages above")
     return folder
 
 

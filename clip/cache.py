@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
 
 from clip.batches import BatchSize, encode
 from clip.digests import digests
@@ -36,11 +37,15 @@ CHUNK = 16  # images that are loaded together, where the size of a batch is stil
 
 
 class FeatureCache:
-    """Tensors of one ClipSource under `folder`; the model is loaded only for what is not there."""
+    """Tensors of one ClipSource under `folder`; the model is loaded only for what is not there.
 
-    def __init__(self, source: ClipSource, folder: str | Path) -> None:
-        self.source = source
-        self.folder = Path(folder) / "features" / source.arch.replace("/", "-")
+    Args:
+        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
+    """
+
+    def __init__(self, source: ClipSource, folder: str | Path, how: CfgNode | None = None) -> None:
+        self.source, self.how, self.root = source, how, Path(folder)
+        self.folder = self.root / "features" / source.arch.replace("/", "-")
 
     def projection(self) -> Tensor:
         """`text_projection` (w, d)."""
@@ -76,21 +81,26 @@ class FeatureCache:
             for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
-            features = self._cached(entry, lambda: self._encode(name, shards, batch_size, workers))
+            if self.how is not None and self.how.NAME == "ray" and not entry.exists():
+                from clip.spread import encode_by_ray
+
+                encode_by_ray(self, name, shards, batch_size)
+            features = self._cached(entry, lambda: self.encode(name, shards, batch_size, workers))
             for part in shards:
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # parts of another run may be there, or no part at all
                 next(iter(shards)).parent.rmdir()
         return features
 
-    def _encode(
+    def encode(
         self,
         name: str,
         shards: Mapping[Path, Sequence[str]],
         batch_size: int | None,
         workers: int,
     ) -> Tensor:
-        """Embeddings (N, d) of all images; each shard is written as soon as it is complete."""
+        """Embeddings (N, d) of shards, path -> its images; each is written as soon as it is
+        complete, and not encoded if it is there."""
         parts = {part: _read(part) for part in shards}
         missing = {part: shards[part] for part in shards if parts[part] is None}
         total = sum(map(len, shards.values()))

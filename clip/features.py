@@ -1,7 +1,8 @@
 """From a data set and a CLIP to a FeatureBundle: the stage that is run once.
 
 python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PATH]
-                        [--cache cache] [--precision fp32] [--out DIR] [--audit]
+                        [--cache cache] [--precision fp32] [--out DIR] [--audit] [--launcher ray]
+                        [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from yacs.config import CfgNode
 
 import datasets
 from clip.architectures import architecture
@@ -22,6 +24,7 @@ from engine import UserError, unknown
 from engine.cli import Parser, run
 from engine.config import declared, settings
 from engine.files import refuse_existing
+from engine.launch import add_launcher, launcher
 from engine.log import say
 
 SPLITS = ("train_x", "val", "test")
@@ -39,6 +42,7 @@ def build_bundle(
     batch_size: int | None = None,
     workers: int | None = None,
     own: str = "",
+    how: CfgNode | None = None,
 ) -> FeatureBundle:
     """Encode a split of a data set, or read from `cache` what was encoded before.
 
@@ -49,6 +53,7 @@ def build_bundle(
         split: "train_x", "val" or "test".
         batch_size: images that are encoded at once; None: what is found to be fastest.
         workers: processes that load images; None: see `loaders`.
+        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
@@ -67,7 +72,7 @@ def build_bundle(
     names = [datasets.plain(name) for name in classnames]
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
 
-    stored = FeatureCache(source, cache)
+    stored = FeatureCache(source, cache, how)
     workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
     extra = {"forget_template": BARE, "model": source.architecture.identity()}
@@ -123,14 +128,16 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="also encode every class in other words, for an audit that has the bundle alone",
     )
+    add_launcher(parser)
     args = parser.parse_args(argv)
+    how = launcher(args)
 
     dataset = datasets.spec(args.dataset, args.images).name
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
     if out:
         refuse_existing(out, "move it or choose another --out")
     source = ClipSource(args.arch, args.weights, args.cache, precision=args.precision)
-    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images)
+    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
     say(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")

@@ -68,6 +68,13 @@ class ClipSource:
                 raise UserError(f"{arch} brings its weights: leave out --weights {weights}")
             require_file(self._weights)
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments by which another process makes the same source; not the device, which is
+        that process's own."""
+        known = {"arch": self.arch, "weights": self._weights, "cache": self.cache}
+        return known | {"precision": self.precision}
+
     @cached_property
     def weights_path(self) -> Path:
         """The checkpoint file; downloaded first if need be.

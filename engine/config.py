@@ -152,7 +152,7 @@ def declared() -> dict[str, Setting]:
     """Every declared key: those that all methods share, and each method's own."""
     found = {}
     for file in (CONFIGS / "defaults.yaml", *sorted((CONFIGS / "trainers").glob("*.yaml"))):
-        for path, value in _flat(_read(file)):
+        for path, value in _flat(read_yaml(file)):
             if isinstance(value, Mapping):
                 key, parts = ".".join(path), dict(value)
                 kind = parts.pop("type", None) or _type_name(parts["default"])
@@ -170,7 +170,7 @@ def _type_name(value: Any) -> str:
     return "list" if isinstance(value, list) else type(value).__name__
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> Mapping[str, Any]:
     """What a YAML file holds; {} if nothing but comments.
 
     Raises:
@@ -201,7 +201,7 @@ def _flat(tree: Mapping[str, Any], above: Parts = ()) -> Iterator[tuple[Parts, A
 
 def _values(file: Path) -> Iterator[tuple[Parts, Any]]:
     """The keys of a file with their values: of a declaration its default."""
-    for path, value in _flat(_read(file)):
+    for path, value in _flat(read_yaml(file)):
         yield path, value["default"] if isinstance(value, Mapping) else value
 
 

@@ -11,6 +11,7 @@ from engine.cli import commands
 from forgetting import ProblemError
 
 EXPERIMENTS = {
+    "sweep": "data sets x backbones x seeds x methods x settings of one file, and their table",
     "studies": "what each choice of the method does, by descent and exactly",
     "frontier": "harm to others against how surely a class is gone, over many methods",
     "forecast": "how well text foretells what images show",

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
-from safetensors import SafetensorError
 
 import datasets
 import train
@@ -31,12 +28,13 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
+from engine.config import settings
 from engine.files import atomic_path, refuse_foreign
-from engine.log import Progress, say
+from engine.launch import launch
+from engine.log import say
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from evaluation.tables import write_table
-from forgetting import ProblemError
 from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
@@ -103,21 +101,16 @@ def results_folder(out: str | Path, backbone: str) -> Path:
 
 
 def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
-    """Every backbone, mode and set; returns a line for each run that failed."""
-    failed = []
-    bar = Progress(list(product(args.backbones, MODES, args.datasets)), "runs")
-    for number, (backbone, mode, name) in enumerate(bar, start=1):
-        say(f"== {number} of {bar.total}: {name}, {backbone}, {mode}")
-        argv = ["--dataset", name, "--backbone", backbone, "--root", args.data, *MODES[mode]]
-        argv += ["--cache", args.cache, "--weights", weights.get(backbone, "")]
-        argv += ["--output-dir", str(results_folder(args.out, backbone)), *args.opts]
-        try:
-            train.main(argv)
-        except (UserError, ProblemError, SafetensorError, OSError) as error:
-            bar.clear()
-            print(f"error: {error}", file=sys.stderr)
-            failed.append(f"{name}, {backbone}, {mode}")
-    return failed
+    """Every backbone, mode and set; returns what the runs that failed are called."""
+    runs = []
+    for backbone in args.backbones:
+        folder = results_folder(args.out, backbone).parent
+        for mode, flags in MODES.items():
+            argv = ["--backbone", backbone, "--root", args.data, *flags, "--cache", args.cache]
+            argv += ["--weights", weights.get(backbone, ""), *args.opts]
+            runs += train.attempt(folder, args.datasets, ["0"], argv, about=[backbone, mode])
+    how = settings(opts=args.opts).LAUNCHER
+    return [run.title for run in launch(train.COMMAND, runs, how)]
 
 
 def whole_set(rows: Sequence[Row], test: Counts) -> float:
@@ -207,8 +200,10 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         for name, test in sets.items()
         if not test.comparable
     ]
-    if args.opts:
-        notes.append(f"not the paper's settings: {' '.join(args.opts)}")
+    pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
+    changed = [f"{key} {value}" for key, value in pairs if not key.startswith("LAUNCHER.")]
+    if changed:
+        notes.append(f"not the paper's settings: {' '.join(changed)}")
     notes.append(
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."
@@ -243,15 +238,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     args = parser.parse_args(argv)
     args.datasets = [datasets.spec(name.strip()).name for name in args.datasets.split(",")]
     args.backbones = [architecture(name.strip()).name for name in args.backbones.split(",")]
+    return args, weights_by_name(args.weights, args.backbones)
+
+
+def weights_by_name(texts: Sequence[str], backbones: Sequence[str]) -> dict[str, str]:
+    """Checkpoint paths by backbone, from ARCH=PATH; UserError for one that is not of them."""
     weights = {}
-    for text in args.weights:
+    for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise UserError(f"--weights {text}: must be ARCH=PATH, such as RN50=RN50.pt")
-        if name not in args.backbones:
-            raise unknown("backbone of --weights", name, args.backbones)
+        if name not in backbones:
+            raise unknown("backbone of --weights", name, backbones)
         weights[name] = path
-    return args, weights
+    return weights
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:

@@ -134,7 +134,8 @@ def test_one_set_that_fails_does_not_stop_the_others(tmp_path, features):
     arguments = ["1", "0,1", "Nothing,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
     done = run_driver(tmp_path / "out", *arguments, FEATURES=str(features))
     assert done.returncode != 0
-    for message in ("failed: Nothing(seed 0) Nothing(seed 1);", "no feature bundle of 'Nothing'"):
+    named = f"failed: Nothing, {BACKBONE}, seed 0; Nothing, {BACKBONE}, seed 1;"
+    for message in (named, "no feature bundle of 'Nothing'"):
         assert message in done.stderr
     for seed in (0, 1):
         df, args = create_results(tmp_path / f"out/results1/seed_{seed}")

@@ -127,7 +127,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(tmp_path, capsys)
     captured = capsys.readouterr()
     assert "has no class '2009 Spyker C8 Coupe'" in captured.err
     last = captured.err.splitlines()[-1]
-    lost = "StanfordCars, mini, alone; StanfordCars, mini, at once"
+    lost = "StanfordCars, mini, alone, seed 0; StanfordCars, mini, at once, seed 0"
     assert last == f"error: failed: {lost}; see the messages above"
     assert "| mini | at once | OxfordFlowers | average gain |" in captured.out
     assert "| StanfordCars |" not in captured.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ def make_plan(cfg) -> Plan:
         absent = {name: states[name] for name in listed if states[name] is not None}
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
+    requests = _part(requests, cfg.FORGET.PART)
     keep = list(dict.fromkeys([*cfg.FORGET.KEEP, *getattr(lists, "keep", [])]))
     asked = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
     for name in keep:
@@ -77,6 +79,18 @@ def make_plan(cfg) -> Plan:
         if not name.strip():
             raise UserError("a name to keep (FORGET.KEEP) is empty")
     return Plan(dataset, requests, others, absent, keep)
+
+
+def _part(requests: list[list[str]], part: str) -> list[list[str]]:
+    """Of requests those of a part "i/n", which may be none; all if that is empty."""
+    if not part:
+        return requests
+    number, count = map(int, part.split("/")) if re.fullmatch(r"\d{1,6}/\d{1,6}", part) else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(
+            f"FORGET.PART must be i/n with i from 1 to n, such as 2/4, got {part!r:.80}"
+        )
+    return requests[number - 1 :: count]
 
 
 def user_lists() -> ModuleType:
