@@ -6,7 +6,9 @@ Every set of the table, photographs and rendered ones alike, goes through `Image
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -150,12 +152,19 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
         say(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
     of = "" if file == Path("/") else f"{file.name}, "  # images of a table may lie anywhere
-    say(f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
+    _once(say, root, f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
-        warn(
+        text = (
             f"{row.name}: this is not the published split {row.split_file}: "
             "numbers are not comparable with published ones (DATASETS.md says where to get it)"
         )
+        _once(warn, root, text)
+
+
+@cache
+def _once(tell: Callable[[str], None], root: Path, text: str) -> None:
+    """Say what is true of the sets under `root`; a run reads each set several times."""
+    tell(text)
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.
