@@ -107,7 +107,8 @@ def test_one_backbone_on_tiny_images(tmp_path, checkpoint, monkeypatch, capsys):
     table = reproduce.main(command(tmp_path, *asked))
     check_outcome(table, tmp_path / "out", ["RN50"], names)
     printed = capsys.readouterr().out
-    assert "== 4 of 4: OxfordFlowers, RN50, at once" in printed and "| 0.6606 |" in printed
+    assert "== OxfordFlowers, RN50, at once, seed 0 (run 4 of 4" in printed
+    assert "| 0.6606 |" in printed
     pd.testing.assert_frame_equal(reproduce.main(command(tmp_path, *asked)), table)
     printed = capsys.readouterr().out
     assert [printed.count(f"{n} of {n} (") for n in (3, 1)] == [len(names), len(names)]
