@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import RLock
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
@@ -166,6 +167,11 @@ class Progress(tqdm):
             for bar in list(getattr(cls, "_instances", ())):
                 if hasattr(bar, "start_t"):  # else it is in the making
                     bar.clear(nolock=True)
+
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop
+# all others for ever.
+Progress.set_lock(RLock())
 
 
 class Tee:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -191,3 +193,18 @@ def test_a_sink_of_no_kind_takes_nothing(tmp_path: Path) -> None:
     with Sink("", tmp_path / "numbers") as sink:
         sink.row("cat", {"a": 1.0}, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_stops_no_other():
+    """A forked process that is killed while it writes holds no lock of ours."""
+    ready, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        Progress.get_lock().acquire()
+        os.write(write, b".")
+        signal.pause()
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert Progress.get_lock().acquire(False)
+    Progress.get_lock().release()
