@@ -99,7 +99,6 @@ benchmark: $(COMPLETE)
 	$(BIN)/python -m benchmarks solver
 	$(BIN)/python -m benchmarks pipeline
 	$(BIN)/python -m benchmarks encode
-	$(BIN)/python -m benchmarks encode
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -178,6 +179,12 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
     return page
 
 
+def _free(port: int) -> bool:
+    """Whether nobody listens there; asked before a model is read."""
+    with socket.socket() as one:
+        return one.connect_ex((HOST, port)) != 0
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read a model, and serve the page until it is interrupted."""
     parser = Parser(prog="app.py", description=__doc__)
@@ -190,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--port", type=whole(1, 65535), help="of the address (default: from 7860 the first free)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
+    if args.port and not _free(args.port):
+        raise UserError(f"port {args.port} of {HOST} is in use; give another --port")
     with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:  # uploads and adapters
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it as it is imported
         gradio()

@@ -95,7 +95,7 @@ class Setting:
         if self.choices and isinstance(value, kind):
             for word in words:
                 if word not in self.choices:
-                    raise unknown(self.key, str(word), self.choices)
+                    raise unknown(self.key, str(word), list(filter(None, self.choices)))
         size = len(value) if isinstance(value, str | tuple) else value
         good = (
             isinstance(value, kind)
@@ -117,7 +117,7 @@ class Setting:
         if kind in (str, tuple):
             if self.choices:
                 some = "one of" if kind is str else "one or more of"
-                return f"{some} {', '.join(self.choices)}"
+                return f"{some} {', '.join(filter(None, self.choices))}"
             return f"{words}, not empty" if self.low else words
         low, high, above, below = (
             None if x is None else f"{x:,.12g}"

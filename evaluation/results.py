@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from forgetting.adapter import Adapter
 
 LOGS = "logs.json"
+SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 ARGS = "args.txt"
 SEPARATOR = "|"
 PLACES = {  # of a run's files
@@ -125,8 +126,8 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     """The folder's logs, if results made with `settings` may join them.
 
     One folder holds one backbone, one trainer, one set of weights: `create_results` reads it as a
-    whole. Compared are `backbone`, `trainer` of every data set there and all of `settings` for
-    `dataset`. Torn logs are set aside, so that no later run can overwrite them.
+    whole. Compared are those of `settings` that are SHARED with every data set there, and all of
+    them for `dataset`. Torn logs are set aside, so that no later run can overwrite them.
 
     Raises:
         UserError: other results are there; the message names what differs and another ATTEMPT.
@@ -142,7 +143,7 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
         ) from error
     for name, entry in logs.items():
         there = {"precision": "fp32"} | entry.get(SETTINGS, {})
-        for key in settings if name == dataset else ("backbone", "trainer"):
+        for key in settings if name == dataset else settings.keys() & SHARED:
             if key in there and there[key] != settings[key]:
                 raise UserError(
                     f"{path} holds results of {name} with {key} {there[key]!r}, this run has "

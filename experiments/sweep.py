@@ -220,10 +220,16 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         raise UserError(f"no results in {root}: every run failed, see the messages above")
     gains = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
     counts = {"classes": "{:.0f}".format}
-    print(table.to_string(index=False, float_format="{:.1f}".format, formatters=gains | counts))
+    print(
+        table.to_string(
+            index=False, float_format="{:.1f}".format, formatters=gains | counts, na_rep="-"
+        )
+    )
     write_table(table, root / TABLE)
     print(f"table: {root / TABLE}")
-    print(f"report: {write_report(read_runs(root), root / REPORT)}")
+    there = {Path(run.folder).resolve() for case in cases for run in case.runs}
+    runs = [run for run in read_runs(root) if run.folder.resolve() in there]
+    print(f"report: {write_report(runs, root / REPORT)}")
     if failed:
         titles = "; ".join(run.title for run in failed)
         raise UserError(f"failed: {titles}; see the messages above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 import app
+from engine.cli import run
 from forgetting import load_adapter
 from tests.test_report_browser import BROWSER, NAMES, PHONE, sync_api
 
@@ -129,3 +131,12 @@ def test_other_names_for_this_address_and_other_pages_are_refused(address):
     assert httpx.get(address, headers={"host": "elsewhere.example"}).status_code == 400
     file = {"files": ("a.png", b"0" * (app.MEGABYTES * 2**20 + 1))}
     assert httpx.post(f"{address}gradio_api/upload", files=file).status_code == 413
+
+
+def test_a_port_in_use_is_one_line(capsys):
+    with socket.socket() as taken:
+        taken.bind((app.HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(app.main, ["--port", str(port)]) == 2
+    assert f"port {port} of {app.HOST} is in use" in capsys.readouterr().err

@@ -184,6 +184,7 @@ ROWS = {
         ["FORGET.PROMPTS", "nowhere.json"],
         "file of prompts nowhere.json cannot be read",
     ),
+    "terms": (["FORGET.TERMS", "('forget','weight')"], "TERMS is for the paper's loss"),
     "vector file": (["FORGET.TARGET", "vector:nowhere"], "target vector nowhere"),
     "target text": (["FORGET.TARGET", "text:zebra"], "target text 'zebra'"),
 }

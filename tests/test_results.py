@@ -409,3 +409,12 @@ def test_equal_methods_do_not_hide_each_other_and_losses_have_their_own_scale(
         assert low < min(0, points.min()) and max(1, points.max()) < high < 1.1 * max(
             1, points.max()
         )
+
+
+def test_one_folder_holds_one_precision(tmp_path):
+    """Embeddings of two precisions make no table, of whichever data sets."""
+    kept = {"backbone": "mini", "trainer": "ForgetExact", "precision": "bf16"}
+    (tmp_path / "logs.json").write_text(json.dumps({"MiniDigits": {"settings": kept}}))
+    check_folder(tmp_path, "MiniShapes", kept)
+    with pytest.raises(UserError, match="precision 'bf16', this run has 'fp32'"):
+        check_folder(tmp_path, "MiniShapes", kept | {"precision": "fp32"})

@@ -28,7 +28,7 @@ from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
-from engine.config import check
+from engine.config import check, declared
 from engine.determinism import one_thread, seeded
 from engine.files import Batch
 from engine.log import Progress, say
@@ -102,6 +102,7 @@ class ForgetTrainer(SimpleTrainer):
     block: ClassVar[int] = 1  # requests that are solved together
     sends: ClassVar[bool] = True  # whether the method sends texts to a target
     specific: ClassVar[bool] = False  # whether it knows the target of that name
+    terms: ClassVar[bool] = False  # whether it minimises the paper's loss (FORGET.TERMS)
     weighs: ClassVar[bool] = False  # whether names may weigh more than others (FORGET.KEEP)
 
     @classmethod
@@ -118,7 +119,11 @@ class ForgetTrainer(SimpleTrainer):
         plan = make_plan(cfg)
         if plan.keep and not cls.weighs:
             raise UserError(f"{cls.__name__} weighs no names: FORGET.KEEP is for ForgetExact")
+        if not cls.terms and set(cfg.FORGET.TERMS) != set(declared()["FORGET.TERMS"].default):
+            raise UserError(f"FORGET.TERMS is for the paper's loss, which {cls.__name__} has not")
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
+        if not cfg.FEATURES.DIR:  # a bundle says its own, once it is read
+            identity["precision"] = cfg.MODEL.PRECISION
         check_folder(cfg.OUTPUT_DIR, plan.dataset, identity)
         return plan
 

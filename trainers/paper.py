@@ -27,6 +27,8 @@ from trainers.requests import Requests
 class PaperTrainer(ForgetTrainer):
     """The paper's objective, with its retain set: the vocabulary, every name alike."""
 
+    terms = True
+
     @classmethod
     def check_settings(cls, cfg) -> None:
         paper_weights(cfg)

@@ -56,37 +56,51 @@ def span(values: Iterable[float], text: Callable[[float], str] = "{:,}".format) 
 
 
 def sentence(runs: list[Run]) -> str:
-    """What was done and how it went, in one sentence, over all runs: ranges where they differ."""
+    """What was done and how it went, in one sentence, over all runs: ranges where runs of the same
+    classes differ, sums where the classes do."""
     rows = [row for run in runs for row in run.rows]
     classes = len({(row.dataset, row.name) for row in rows})
     model = shared((s for run in runs for s in run.settings.values()), "backbone") or "A model"
     ways = f" by {len(runs)} methods" if len({run.trainer for run in runs}) == len(runs) > 1 else ""
     ways = ways or f" in {len(runs)} runs" * (len(runs) > 1)
     told = [Summary.of(run) for run in runs]
+    same = len({frozenset((row.dataset, row.name) for row in run.rows) for run in runs}) == 1
+    ways += f", {len(rows):,} times in all" * (not same and len(rows) > classes)
     parts = []
     for fate, words in FATES.items():
-        counts = [one.fates[fate] for one in told]
+        counts = _together([one.fates[fate] for one in told], same)
         if max(counts) or (fate is Fate.GONE and any(one.left for one in told)):
             parts.append(f"{span(counts)} {words[span(counts) != '1']}")
         if fate is Fate.GONE and max(counts):
-            parts.append(_returning(told))
-    rest = "what the rest of their sets lost was not measured"
-    found = [one.rest for one in told if one.rest.points is not None]
-    if found:
-        losses = [max(0.0, -one.points) for one in found]
-        worst = max(0.0, *(-one.worst for one in found))
-        rest = "the rest of their sets lost "
-        rest += f"{span(losses, '{:.1f}'.format)} points on average and {worst:.1f} at worst"
+            parts.append(_returning(told, same))
     made = f"{model} was made to forget {count(classes, 'class', 'classes')}{ways}"
-    return f"{made}: {', '.join(parts)}, and {rest}."
+    rest = _lost([one.rest for one in told], "the rest of their sets")
+    others = _lost([one.others for one in told], "other sets")
+    rest = rest or "what the rest of their sets lost was not measured"
+    return f"{made}: {', '.join(parts)}; {rest}{others and f', and {others}'}."
 
 
-def _returning(told: list[Summary]) -> str:
+def _together(counts: list[int], same: bool) -> list[int]:
+    """What is told of counts of several runs: all, or their sum if their classes differ."""
+    return counts if same else [sum(counts)]
+
+
+def _lost(spreads: list[Spread], whose: str) -> str:
+    """What others lost in points, on average and at worst; "" if that was not measured."""
+    found = [one for one in spreads if one.points is not None]
+    if not found:
+        return ""
+    losses = [max(0.0, -one.points) for one in found]
+    worst = max(0.0, *(-one.worst for one in found))
+    return f"{whose} lost {span(losses, '{:.1f}'.format)} points on average, {worst:.1f} at worst"
+
+
+def _returning(told: list[Summary], same: bool) -> str:
     """How many of the classes that are gone come back under other words."""
     asked = [one for one in told if one.tried]
     if not asked:
         return "whether they come back under other words was not tried"
-    counts = [one.returning for one in asked]
+    counts = _together([one.returning for one in asked], same)
     verb = "comes" if span(counts) == "1" else "come"
     return f"{span(counts)} of them {verb} back under other words"
 
