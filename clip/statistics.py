@@ -82,8 +82,8 @@ def _merged(one: RetainStatistics, other: RetainStatistics) -> RetainStatistics:
 
 
 @lru_cache(maxsize=1)  # a worker makes many parts with one model
-def _source(arch: str, weights: Path | None, cache: Path) -> ClipSource:
-    return ClipSource(arch, weights, cache)
+def _source(**recipe: Any) -> ClipSource:
+    return ClipSource(**recipe)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -267,9 +267,13 @@ def test_images_by_ray_are_those_of_one_process_and_a_lost_shard_is_done_again(
     def bundle(cache: str, *pairs: str):
         source = ClipSource("mini", cache=tmp_path / cache)
         return build_bundle(
-            "MiniShapes", source, tmp_path / "data", tmp_path / cache, batch_size=32,
-            progress=False, how=how(*pairs),
-        )  # fmt: skip
+            "MiniShapes",
+            source,
+            tmp_path / "data",
+            tmp_path / cache,
+            batch_size=32,
+            how=how(*pairs),
+        )
 
     here, ray = bundle("here"), bundle("ray", *RAY)
     assert (tmp_path / "ray/died").exists()
