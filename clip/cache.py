@@ -1,9 +1,9 @@
 """What CLIP has encoded before, on disk, kept apart by what it depends on.
 
 Image embeddings depend on the weights, the preprocessing, the precision and the contents of the
-image files;
-hidden states on the weights and the list of texts. Labels, templates and vocabularies are in
-neither key, so a change of those never encodes an image again, and never gives a stale result.
+image files; hidden states on the weights and the list of texts. Labels, templates and vocabularies
+are in neither key, so a change of those never encodes an image again, and never gives a stale
+result.
 """
 
 from __future__ import annotations

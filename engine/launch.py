@@ -74,7 +74,7 @@ def call(command: str, argv: list[str]) -> int:
     """The exit status of one run. A mistake of ours is shown whole, and stops no other run."""
     try:
         return resolve_name(command)(argv)
-    except Exception:
+    except Exception:  # whatever it is, the runs that are left are not to blame
         traceback.print_exc()
         return 1
 

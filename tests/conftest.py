@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +28,11 @@ TOY_CLASSES = {
     "ToyTools": ["hammer", "saw", "file", "axe"],
 }
 W, D = 24, 16
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
 
 
 def toy_bundle(dataset: str, images_per_class: int = 12) -> FeatureBundle:
@@ -82,6 +89,16 @@ def toy_args(features: Path, tmp_path: Path) -> list[str]:
         ),
         *("TRAINER.FORGETLORA.STEPS", "100", "TRAINER.FORGETLORA.MAX_TRIALS", "2"),
     ]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """A headless Chromium, for tests that skip where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,11 @@ from PIL import Image
 import app
 from engine.cli import run
 from forgetting import load_adapter
-from tests.test_report_browser import BROWSER, NAMES, PHONE, sync_api
+from tests.conftest import needs_chromium
+from tests.test_report_browser import PHONE
 
 pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}"),
+    needs_chromium,
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed: make app"),
 ]
 TWO, STAR, CROSS, TRIANGLE = "digit two", "green star", "green cross", "green triangle"
@@ -33,14 +34,6 @@ def address(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         page = app.start(live, folder)
         yield page.local_url
         page.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ console error and dialog counted."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,24 +10,14 @@ from pathlib import Path
 import pytest
 
 from evaluation.report import read_runs, write_report
+from tests.conftest import needs_chromium
 from tests.report_fixtures import ANIMALS, NASTY, mini, plant, plant_sparse
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
+pytestmark = needs_chromium
 
 PHONE = {"width": 390, "height": 844}
 GENEROUS = 60.0  # seconds on a busy machine; a frozen page takes minutes
 SHOWN = "#classes > details:not([hidden])"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
