@@ -15,8 +15,9 @@ from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
 from forgetting import Group, LoraSettings, RetainSet
+from forgetting.complete import SpecificTargets
 from trainers.base import Judge
-from trainers.requests import Request, Requests, Texts, specific_targets
+from trainers.requests import Request, Requests, Texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class World:
         if first.solver != "constrained":
             retain, leaving = self.retain, self.texts.leaving(self.retain, requests)
         w = self.bundle.text_projection
-        return specific_targets(requests, w, retain, leaving, self.lam, first.beta)
+        return SpecificTargets(w, retain, self.lam)(requests, leaving, first.beta)
 
     def gram(self, task: Task) -> Tensor:
         """`G` (w, w) float64 of what the solver of a task retains by default."""

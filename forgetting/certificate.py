@@ -267,7 +267,8 @@ def certify_constrained(
         h_f: (B, k, w); d: (B, k, d); left: (B, w, k); right: (B, k, d); all float64.
     """
     norm = torch.linalg.matrix_norm
-    image = gram @ left + mu * left  # (w, w) @ (B, w, k) -> (B, w, k)
+    # One product of two matrices; gram @ left would be B products of a matrix and k columns.
+    image = (left.mT @ gram.T).mT + mu * left  # (B, w, k)
     image = image - leaving.mT @ (shares[..., None] * (leaving @ left))  # K left
     square = right @ right.mT  # (B, k, k)
     rest = h_f.mT - image  # E = rest @ right
@@ -278,7 +279,8 @@ def certify_constrained(
     heavy = norm(gram) + mu + (shares * leaving.square().sum(dim=2)).sum(dim=1)  # (B,)
     # A Delta that misses its targets is no answer to the constrained problem, however small.
     missed = norm(landed @ right - d)
-    error = norm(rest @ right)
+    # ||rest right||, by a triangle of k numbers in the place of w x d.
+    error = norm(rest @ torch.linalg.qr(right.mT, mode="r").R.mT)
     rounding = 2 * ROUNDING * y * (norm(h_f) * length * y + norm(d))
     error = error + ROUNDING * y * (heavy * length + norm(h_f))
     bound = primal - 2 * missed * y - error.square() / mu

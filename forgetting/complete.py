@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -21,7 +22,7 @@ from forgetting.constrained import ConstrainedSolution, Ridge, solve_constrained
 from forgetting.forecast import Felt, Watch, follow, shares_each
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.retain import RetainSet
-from forgetting.targets import specific_target
+from forgetting.targets import Specific
 
 JOIN = 3  # wordings of a class that may join its texts: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
@@ -64,6 +65,11 @@ class World:
     @property
     def device(self) -> torch.device:
         return self.projection.device
+
+    @cached_property
+    def solved(self) -> Tensor:
+        """The retained names' rows of `K_0^-1`, (n, w)."""
+        return self.ridge.solve(self.retain.rows)
 
 
 @dataclass(frozen=True)
@@ -320,7 +326,7 @@ def _unlisted(world: World, answers: Sequence[Answer]) -> list[dict[str, Any]]:
             for part, answer in zip(rows.split(requests.sizes), answers, strict=True)
         ]
     )
-    of_names = retain.rows, retain.shares, gone, retain.twin
+    of_names = retain.rows, retain.shares, gone, retain.twin, world.solved
     _, shares = shares_each(world.ridge, rows, moved, requests.of_text, *of_names)
     groups = retain.spread(shares.masked_fill(gone, torch.nan))
     return [
@@ -332,31 +338,40 @@ def _unlisted(world: World, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def specific_targets(
-    requests: Requests,
-    projection: Tensor,
-    retain: RetainSet,
-    leaving: Tensor,
-    lam: float,
-    beta: float | Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """`P` (K, d) of the target `specific`, float64.
+class SpecificTargets:
+    """`P` (K, d) of the target `specific` for requests of one retain set, float64.
 
     A class's own target does not depend on which others are forgotten with it, so that requests
     compose: only its own names are taken out of what it is compared with.
-
-    Args:
-        leaving: (C, n) bool, the names that leave with each class; lam: the ridge.
     """
-    hidden, owner = (x.to(retain.rows.device) for x in (requests.hidden, requests.owner))
-    gone = leaving[owner]
-    if bias is None:
-        names = retain.rows, retain.shares, gone
-        return specific_target(hidden, projection, retain.gram, lam, beta, *names)
-    # What is split are embeddings, bias and all: they stand for hidden states under W = I.
-    w, b = projection.double(), bias.double()
-    e, rows = hidden.double() @ w + b, retain.rows.double() @ w + b
-    gram = rows.T @ (retain.shares.to(rows)[:, None] * rows)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return specific_target(e, eye, gram, lam, beta, rows, retain.shares, gone)
+
+    def __init__(
+        self, projection: Tensor, retain: RetainSet, lam: float, bias: Tensor | None = None
+    ) -> None:
+        """Args:
+        lam: the ridge, see `Specific`; bias: (d,), what the model adds to `h W`.
+        """
+        w = projection.double()
+        self._rows, self._shares, self._embed = retain.rows, retain.shares, None
+        if bias is None:
+            self._specific = Specific(w, retain.gram, lam)
+            return
+        # What is split are embeddings, bias and all: they stand for hidden states under W = I.
+        self._embed = w, bias.double()
+        self._rows = rows = self._embedded(retain.rows)
+        gram = rows.T @ (retain.shares.to(rows)[:, None] * rows)
+        self._specific = Specific(torch.eye(len(gram)).to(gram), gram, lam)
+
+    def _embedded(self, hidden: Tensor) -> Tensor:
+        if self._embed is None:
+            return hidden
+        w, bias = self._embed
+        return hidden.to(w) @ w + bias
+
+    def __call__(self, requests: Requests, leaving: Tensor, beta: float | Tensor) -> Tensor:
+        """Args:
+        leaving: (C, n) bool, the names that leave with each class.
+        """
+        hidden, owner = (x.to(self._rows.device) for x in (requests.hidden, requests.owner))
+        names = self._rows, self._shares, leaving[owner]
+        return self._specific(self._embedded(hidden), beta, *names)

@@ -140,7 +140,8 @@ def requests(
 
     Yields:
         The requests (B,), the numbers of their texts (B, k), `base` (B, k, w), and what leaves:
-        `leaving` (B, n', w), `base_leaving` and `shares` (B, n').
+        `leaving` (B, n', w), `base_leaving` and `shares` (B, n'), the latter 0 where only zeros
+        fill up.
     """
     rows = matrix("rows", rows, h.shape[1]).to(h)
     shares = vector("shares", shares, len(rows)).to(h)

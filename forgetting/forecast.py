@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from forgetting.batches import BATCH_NUMBERS, padded
 from forgetting.checks import matrix
 from forgetting.constrained import Ridge, downdate, inner_root, inverse, requests
 from forgetting.problem import Change
@@ -78,12 +79,14 @@ def shares_each(
     shares: Tensor,
     leaving: Tensor,
     twin: Tensor,
+    solved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How far each of R requests moves each retained name, as listed and had it not been listed.
 
     Args:
         ridge .. leaving: as in `solve_constrained_each`.
         twin: (n,) int64, the other wording of each name, itself where there is none.
+        solved: (n, w), `rows K_0^-1`, where they are known.
 
     Returns:
         Two (R, n) float64: `||s D||` in units of the root mean square of the rows of D, which for
@@ -96,16 +99,21 @@ def shares_each(
     d = matrix("displacement", displacement, count=len(h)).to(h)
     r = matrix("rows", rows, h.shape[1]).to(h)
     listed, unlisted = (h.new_zeros(len(leaving), len(r)) for _ in range(2))
-    solved, two = ridge.solve(r), twin != torch.arange(len(r), device=twin.device)
+    solved = ridge.solve(r) if solved is None else solved
+    two = twin != torch.arange(len(r), device=twin.device)
     pairs = bool(two.any())
     alone, across = (solved * r).sum(dim=1), (solved * r[twin]).sum(dim=1)  # r K_0^-1 r^T, (n,)
+    left_out = leaving.to(h.device) & (shares.to(h) > 0)
     for numbers, texts, base, gone in requests(ridge, h, owner, rows, shares, leaving):
         columns = downdate(h[texts], base, *gone)  # (B, k, w)
         a = columns @ r.T  # H_f K^-1 r^T, (B, k, n)
         s = inverse(h[texts] @ columns.mT) @ a  # (B, k, n)
         own, cross = alone.expand(len(numbers), -1), across.expand(len(numbers), -1)
         if gone[0].shape[1]:
-            pulled = torch.linalg.solve_triangular(inner_root(*gone), gone[1] @ r.T, upper=False)
+            # Many requests lose the same names: a product for each name, not for each request.
+            few, which = padded(left_out[numbers], shares)[0].unique(return_inverse=True)
+            met = (solved[few] @ r.T)[which] * (gone[2] > 0)[..., None]  # (B, n', n)
+            pulled = torch.linalg.solve_triangular(inner_root(*gone), met, upper=False)
             own = own + pulled.square().sum(dim=1)  # (B, n)
             if pairs:
                 cross = cross + (pulled * pulled[:, :, twin]).sum(dim=1)
@@ -156,10 +164,16 @@ class Watch:
         return found if self.bias is None else found + self.bias.to(found)
 
     @cached_property
+    def _double(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`hidden` (n, w), its embeddings (n, d) and their lengths (n,), float64."""
+        hidden = self.hidden.double()
+        before = self.embedded(hidden, self.projection.double())
+        return hidden, before, before.norm(dim=1).clamp_min(SHORTEST)
+
+    @cached_property
     def leads(self) -> Tensor:
         """How far the nearest other of these texts is, in cosine, (n,)."""
-        before = self.embedded(self.hidden.double(), self.projection.double())
-        before = normalize(before, dim=1)
+        before = normalize(self._double[1], dim=1)
         parts = [  # a block at a time: thousands of names
             (before[block] @ before.T).scatter_(1, block[:, None], -1.0).amax(dim=1)
             for block in torch.arange(len(before), device=before.device).split(1024)
@@ -175,39 +189,70 @@ class Watch:
         Args:
             forgotten: the texts (rows) of what each change forgets.
         """
-        like = changes[0].left
-        hidden, w = self.hidden.to(like), self.projection.to(like)
-        before = self.embedded(hidden, w)  # (n, d)
-        length = before.norm(dim=1).clamp_min(SHORTEST)
-        sizes = [change.left.shape[1] for change in changes]
-        ways = (hidden @ torch.cat([change.left for change in changes], dim=1)).split(sizes, dim=1)
-        rights = torch.cat([change.right for change in changes])
-        meets = (before @ rights.T).split(sizes, dim=1)  # (n, k) each
-        found = []
-        for change, own, a, b in zip(changes, forgotten, ways, meets, strict=True):
-            # Of rank k: before + a right, so lengths and products need k numbers for each text.
-            size = change.right @ change.right.T  # (k, k)
-            moved = ((a @ size) * a).sum(dim=1).clamp_min(0).sqrt()  # (n,)
-            along = (a * b).sum(dim=1)
-            after = (length**2 + 2 * along + moved**2).clamp_min(0).sqrt().clamp_min(SHORTEST)
-            lost = 1 - (length + along / length) / after
-            stays = torch.ones(len(before), dtype=torch.bool, device=like.device)
-            stays[list(own)] = False
-            most = lost.masked_fill(~stays, -torch.inf).topk(min(SHOWN, int(stays.sum()))).indices
-            share = moved / moved[list(own)].mean() if own else moved
-            felt = [
-                Felt(self.names[i], *(float(x[i]) for x in (share, lost, self.leads)))
-                for i in most.tolist()
+        found: dict[int, tuple[list[Felt], float | None, float | None]] = {}
+        ranks = torch.tensor([change.left.shape[1] for change in changes])
+        for rank in ranks.unique().tolist():
+            size = max(1, BATCH_NUMBERS // (len(self.names) * rank))
+            for block in (ranks == rank).nonzero()[:, 0].split(size):
+                numbers = block.tolist()
+                some = ([part[i] for i in numbers] for part in (changes, forgotten))
+                found |= zip(numbers, self._block(*some), strict=True)
+        return [found[number] for number in range(len(changes))]
+
+    def _block(
+        self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
+    ) -> list[tuple[list[Felt], float | None, float | None]]:
+        """`each` of B changes of one rank k."""
+        hidden, before, length = self._double
+        left, right = (
+            torch.stack([getattr(change, side) for change in changes]).to(before)
+            for side in ("left", "right")
+        )
+        # A text ends at before + a right, so lengths and products need k numbers each.
+        a = (hidden @ left.mT.flatten(0, 1).T).unflatten(1, left.shape[::2]).transpose(0, 1)
+        b = (before @ right.flatten(0, 1).T).unflatten(1, left.shape[::2]).transpose(0, 1)
+        moved = ((a @ (right @ right.mT)) * a).sum(dim=2).clamp_min(0).sqrt()  # (B, n)
+        along = (a * b).sum(dim=2)
+        after = (length**2 + 2 * along + moved**2).clamp_min(0).sqrt().clamp_min(SHORTEST)
+        lost = 1 - (length + along / length) / after
+        stays = torch.ones_like(lost, dtype=torch.bool)
+        for stay, own in zip(stays, forgotten, strict=True):
+            stay[list(own)] = False
+
+        most = lost.masked_fill(~stays, -torch.inf).topk(min(SHOWN, lost.shape[1])).indices
+        feel = [
+            x.gather(1, most).tolist() for x in (moved, lost, self.leads.expand_as(lost), stays)
+        ]
+        units = [
+            max(float(way[list(own)].mean()), SHORTEST) if own else 1.0
+            for way, own in zip(moved, forgotten, strict=True)
+        ]
+        felt = [
+            [
+                Felt(self.names[i], way / unit, *rest)
+                for i, way, *rest, stay in zip(*row, strict=True)
+                if stay
             ]
-            margins: list[tuple[float, float]] = []
-            near = slice(0, self.rivals)
-            for row in own:
-                cosines = (before[near] @ before[row] + a[near] @ b[row]) / after[near]
-                others = cosines[stays[near]] / length[row]
-                if len(others):
-                    was = before[near] @ before[row] / length[near] / length[row]
-                    lead = 1 - float(was[stays[near]].max())
-                    margins.append((float(others.max() - cosines[row] / length[row]), lead))
-            ahead = min(margins, key=lambda pair: pair[0] - pair[1], default=(None, None))
-            found.append((felt, *ahead))
-        return found
+            for unit, *row in zip(units, most.tolist(), *feel, strict=True)
+        ]
+
+        # The texts that are forgotten, P, each with the change that forgets it.
+        own = [(change, row) for change, rows in enumerate(forgotten) for row in rows]
+        which, rows = torch.tensor(own, dtype=torch.int64, device=lost.device).view(-1, 2).T
+        near = slice(0, self.rivals)
+        was = before[rows] @ before[near].T  # (P, n'), products
+        now = (was + (a[which, near] @ b[which, rows, :, None])[..., 0]) / after[which, near]
+        others = stays[which, near]
+
+        def nearest(cosines: Tensor) -> Tensor:
+            return cosines.masked_fill(~others, -torch.inf).amax(dim=1)  # (P,)
+
+        leads = 1 - nearest(was / length[near]) / length[rows]
+        margins = (nearest(now) - now[torch.arange(len(rows)), rows]) / length[rows]
+        ahead: list[tuple[float | None, float | None]] = [(None, None)] * len(changes)
+        columns = (x.tolist() for x in (which, margins, leads, others.any(dim=1)))
+        for change, margin, lead, some in zip(*columns, strict=True):
+            worst, at = ahead[change]
+            if some and (worst is None or margin - lead < worst - at):
+                ahead[change] = margin, lead
+        return [(names, *numbers) for names, numbers in zip(felt, ahead, strict=True)]

@@ -33,7 +33,7 @@ from forgetting.adapter import (
 )
 from forgetting.certificate import Certificate
 from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, line, shown, tensor
-from forgetting.complete import Answer, World, forget_completely, specific_targets
+from forgetting.complete import Answer, SpecificTargets, World, forget_completely
 from forgetting.forecast import Felt, Forecast, Watch
 from forgetting.generic import ALIKE, CACHE, generic_hidden
 from forgetting.patch import patch as patch_embeddings
@@ -377,13 +377,14 @@ def forget(
     seen = torch.cat([last[place], common_hidden[stay].to(last)]).to(here)
     count = len(place) if rivals else len(watched)
     watch = Watch(watched, seen, w, count, b)
+    specific = SpecificTargets(w, names_kept, lam, b)
 
     def send(
         requests: Requests, gone: Tensor, numbers: Sequence[int], betas: Sequence[float]
     ) -> tuple[Tensor, list[int]]:
         if isinstance(target, str) and target == "specific":
             steps = torch.tensor(betas, dtype=torch.float64)[requests.of_text]
-            return specific_targets(requests, w, names_kept, gone, lam, steps, b), [0]
+            return specific(requests, gone, steps), [0]
         return book.targets(requests, watch, names_kept.rows, beta)
 
     world = World(

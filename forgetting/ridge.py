@@ -17,6 +17,7 @@ any.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -90,9 +91,10 @@ def best_ridge(
     place[some] = torch.arange(len(some), device=rows.device)
     known = rows[some], retain.shares[some], leaving[:, some], place[retain.twin[some]]
 
-    def look(mu: float) -> tuple[float, float]:
+    @cache
+    def look(step: int) -> tuple[float, float]:
         """The largest push of a safe group, and what names that are not listed feel."""
-        diagonal = _Diagonal(values.clamp_min(0) + mu * retain.squared_length)
+        diagonal = _Diagonal(values.clamp_min(0) + RIDGES[step] * retain.squared_length)
         found = shares_each(diagonal, h, moved, alone, *known)
         shares = [
             torch.full(leaving.shape, torch.nan, dtype=h.dtype, device=h.device) for _ in "ab"
@@ -105,12 +107,14 @@ def best_ridge(
         felt = [float(rms.square().mean()) for rms, _ in retain.spread(unlisted).values()]
         return max(safe, default=0.0), (sum(felt) / len(felt)) ** 0.5
 
-    pushes, felt = zip(*map(look, RIDGES), strict=True)
-    limit = max(limit, min(SLACK * pushes[0], MOST))
-    safe = max((i for i, push in enumerate(pushes) if push <= limit), default=0)
+    last = len(RIDGES) - 1
+    limit = max(limit, min(SLACK * look(0)[0], MOST))
+    safe = next((i for i in range(last, 0, -1) if look(i)[0] <= limit), 0)
+    if look(safe)[1] <= TOLERATED:
+        return RIDGES[safe]
+    felt = [look(i)[1] for i in range(last + 1)]
     enough = max(TOLERATED, NEAR * min(felt))
-    good = next((i for i, feel in enumerate(felt) if feel <= enough), 0)
-    return RIDGES[max(safe, good)]
+    return RIDGES[max(safe, next(i for i, feel in enumerate(felt) if feel <= enough))]
 
 
 def _seen(retain: RetainSet) -> Tensor:

@@ -24,6 +24,7 @@ from forgetting.checks import (
     matrices,
     matrix,
     texts,
+    vector,
     whole,
 )
 from forgetting.constrained import Ridge, downdate, requests
@@ -132,22 +133,42 @@ def specific_target(
     Raises:
         ProblemError: `lam` is not positive, or beta is no number above -1.
     """
-    w = matrix("projection", projection).double()
-    hidden = matrix("forget_hidden", forget_hidden).to(w)
-    beyond = betas("specific", beta, hidden)
-    hidden, w = texts("forget_hidden", hidden, "projection", w, least=0)
-    g = matrix("gram", gram, len(w), len(w)).double()
-    ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
-    e = hidden @ w  # (k, d)
-    r = ridge.solve(e)
-    if rows is not None:
-        rows = matrix("rows", rows, len(w)).to(w) @ w
-        leaving, alone = mask("leaving", leaving, len(rows), len(e)), torch.arange(len(e))
-        for _, numbers, base, gone in requests(ridge, e, alone, rows, shares, leaving):
-            r[numbers] = downdate(e[numbers], base, *gone)
-    length = (r * r).sum(1, keepdim=True)
-    share = torch.where(length > 0, (e * r).sum(1, keepdim=True) / length, 0.0)  # of a zero text
-    return e - (1 + beyond) * share * r
+    return Specific(projection, gram, lam)(forget_hidden, beta, rows, shares, leaving)
+
+
+class Specific:
+    """`specific_target` of one retain set, of which T is factorised once for all texts."""
+
+    def __init__(self, projection: Tensor, gram: Tensor, lam: float) -> None:
+        self._w = w = matrix("projection", projection).double()
+        g = matrix("gram", gram, len(w), len(w)).double()
+        self._ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
+
+    def __call__(
+        self,
+        forget_hidden: Tensor,
+        beta: float | Tensor,
+        rows: Tensor | None = None,
+        shares: Tensor | None = None,
+        leaving: Tensor | None = None,
+    ) -> Tensor:
+        hidden = matrix("forget_hidden", forget_hidden).to(self._w)
+        beyond = betas("specific", beta, hidden)
+        hidden, w = texts("forget_hidden", hidden, "projection", self._w, least=0)
+        e = hidden @ w  # (k, d)
+        r = self._ridge.solve(e)
+        if rows is not None:
+            rows = matrix("rows", rows, len(w)).to(w)
+            leaving = mask("leaving", leaving, len(rows), len(e)).to(w.device)
+            some, alone = leaving.any(dim=0), torch.arange(len(e))
+            away = rows[some] @ w, vector("shares", shares, len(rows))[some], leaving[:, some]
+            for _, numbers, base, gone in requests(self._ridge, e, alone, *away):
+                r[numbers] = downdate(e[numbers], base, *gone)
+        length = (r * r).sum(1, keepdim=True)
+        share = torch.where(
+            length > 0, (e * r).sum(1, keepdim=True) / length, 0.0
+        )  # of a zero text
+        return e - (1 + beyond) * share * r
 
 
 def orthogonal_target(texts: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from engine import TRAINER_REGISTRY, UserError
 from engine.determinism import one_thread
 from engine.log import say
 from forgetting import RetainSet, opposite_target
-from forgetting.complete import World, forget_completely, specific_targets
+from forgetting.complete import SpecificTargets, World, forget_completely
 from forgetting.forecast import Watch
 from forgetting.generic import generic_names
 from forgetting.requests import Requests
@@ -141,10 +141,14 @@ class ForgetExact(ForgetTrainer):
         """`P` (K, d), and the draws of noise for each request."""
         if self.cfg.FORGET.TARGET not in FURTHER:
             return self.targets(requests, generators)
-        w, lam = self.model.projection.double(), self.retained.lam
         beta = torch.tensor(betas, dtype=torch.float64)[requests.of_text]
         if self.cfg.FORGET.TARGET == "opposite":
+            w = self.model.projection.double()
             target = opposite_target(requests.hidden.to(w), w, beta)
         else:
-            target = specific_targets(requests, w, self.retain, leaving, lam, beta)
+            target = self.specific_targets(requests, leaving, beta)
         return target, [0] * len(requests)
+
+    @cached_property
+    def specific_targets(self) -> SpecificTargets:
+        return SpecificTargets(self.model.projection, self.retain, self.retained.lam)

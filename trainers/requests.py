@@ -29,7 +29,6 @@ from forgetting import (
     opposite_target,
     orthogonal_target,
 )
-from forgetting.complete import specific_targets
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import check_beta
 from trainers.plan import user_lists
@@ -38,7 +37,7 @@ BARE = "{}"
 TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
 SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
-__all__ = ["Request", "Requests", "Texts", "Wordings", "specific_targets"]
+__all__ = ["Request", "Requests", "Texts", "Wordings"]
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
@@ -217,7 +216,7 @@ class Texts:
         generators: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[int]]:
         """`P` (K, d) of all texts, and how often noise was drawn for each request (0 but for
-        `empty`). For `specific`, which needs a retain set, see `specific_targets`.
+        `empty`). For `specific`, which needs a retain set, see `SpecificTargets`.
 
         Raises:
             UserError: a text or file that cannot be had.
