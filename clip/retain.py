@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,6 +87,11 @@ class Retained:
     mu: float
     ridge: Ridge
     lam: float
+
+    @cached_property
+    def solved(self) -> Tensor:
+        """The names' rows of `K_0^-1`, (n, w)."""
+        return self.ridge.solve(self.names.rows)
 
 
 def exact_weights(cfg: CfgNode, others: bool, more: Collection[str] = ()) -> dict[str, float]:

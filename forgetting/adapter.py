@@ -273,7 +273,12 @@ def recipe_parts(
 
 
 def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part]) -> Adapter:
-    """The adapter with its recipe.
+    """The adapter with its recipe; see `recipe_fields`."""
+    return replace(adapter, **recipe_fields(shared, parts))
+
+
+def recipe_fields(shared: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
+    """The fields `recipe` and `tensors` of an adapter.
 
     Args:
         shared: `objective` ("constrained" or "paper") and that objective's keys in `SHARED`:
@@ -291,7 +296,7 @@ def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part])
         for part in parts
     ]
     recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
-    return replace(adapter, recipe=recipe | {"parts": index}, tensors=joined(parts))
+    return {"recipe": recipe | {"parts": index}, "tensors": joined(parts)}
 
 
 def joined(parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -46,6 +45,7 @@ class World:
         follow: a wording that goes less of the way joins; margin: wanted, in units of the lead.
         further: whether the target can go further by beta.
         option: how a reader keeps a name from falling, for the notes.
+        solved: (n, w), the names' rows of `K_0^-1`, if they serve many requests.
     """
 
     retain: RetainSet
@@ -61,15 +61,11 @@ class World:
     further: bool
     option: str
     bias: Tensor | None = None
+    solved: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.projection.device
-
-    @cached_property
-    def solved(self) -> Tensor:
-        """The retained names' rows of `K_0^-1`, (n, w)."""
-        return self.ridge.solve(self.retain.rows)
 
 
 @dataclass(frozen=True)

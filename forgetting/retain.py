@@ -117,6 +117,11 @@ class RetainSet:
         """`G + mu' I`, with `mu` in mean squared lengths of a retained hidden state."""
         return Ridge(self.gram, mu * self.squared_length)
 
+    @cached_property
+    def _directions(self) -> Tensor:
+        """The names' hidden states at length 1, (n, w)."""
+        return normalize(self.rows, dim=1)
+
     @property
     def squared_length(self) -> float:
         """The mean squared length of a retained hidden state, by the names' shares."""
@@ -154,13 +159,13 @@ class RetainSet:
             places = [place for name in names for place in self._places.get(name, ())]
             leaving[i, places] = True
         if self.similarity < 1 and len(self.names):
-            rows = normalize(self.rows, dim=1)
             for part in torch.arange(len(hidden)).split(CHUNK):
                 texts = normalize(hidden[part].to(self.rows), dim=1)
-                cosine = (texts @ rows.T).masked_fill(~self._alike, -1.0)  # (b, w) @ (w, n)
+                cosine = texts @ self._directions.T  # (b, w) @ (w, n)
                 near = (cosine > self.similarity) & self._alike
                 if self.most is not None and self.most < len(self.names):
-                    least = cosine.topk(self.most, dim=1).values[:, -1:]
+                    least = cosine.masked_fill(~self._alike, -1.0)
+                    least = least.topk(self.most, dim=1).values[:, -1:]
                     near &= cosine >= least
                 text, place = near.nonzero(as_tuple=True)
                 leaving[owner.to(device)[part.to(device)][text], place] = True

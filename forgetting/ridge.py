@@ -28,7 +28,7 @@ from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
 BLOCK = 2048  # names that are compared with all others at one time
-SEEN = 1024  # names of a long vocabulary that are looked at, at most
+SEEN = 1024  # names of a long group that are looked at, at most
 LOOKED_AT = 128  # texts that stand for what is forgotten, at most
 SLACK = 1.5  # times the push of the smallest ridge is accepted
 MOST = 0.1  # push that SLACK may lead to
@@ -118,13 +118,12 @@ def best_ridge(
 
 
 def _seen(retain: RetainSet) -> Tensor:
-    """The names whose shares are looked at, (n,) bool: of a long vocabulary every so many, else
-    all."""
+    """The names whose shares are looked at, (n,) bool: of a long group every so many."""
     parts = [torch.arange(0)]
     for group in retain.groups.values():
-        count = len(group.names)
-        every = 1 if group.twice else max(1, -(-count // SEEN))
-        parts.append(torch.arange(count) % every == 0)
+        wordings = 1 + group.twice
+        count = len(group.names) // wordings
+        parts.append((torch.arange(count) % max(1, -(-count // SEEN)) == 0).repeat(wordings))
     return torch.cat(parts).bool()
 
 

@@ -46,7 +46,7 @@ from evaluation.rows import mean, rows_of
 from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
 from forgetting import Adapter, RetainSet, Ridge, projection_sha256
-from forgetting.adapter import Part, adapter_bytes, recipe_parts, with_recipe
+from forgetting.adapter import Part, adapter_bytes, recipe_fields, recipe_parts
 from trainers.plan import Plan, make_plan
 from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
 
@@ -395,9 +395,8 @@ class ForgetTrainer(SimpleTrainer):
                 solver=report,
                 **{key: settings[key] for key in ("backbone", "weights", "trainer")},
                 settings=settings,
+                **(recipe_fields(answer.recipe, answer.parts) if answer.recipe else {}),
             )
-            if answer.recipe:
-                adapter = with_recipe(adapter, answer.recipe, answer.parts)
             if self.cfg.FORGET.SAVE_MODEL:
                 report["model"] = f"{path}.pt"
             # Not in the adapter: the same run makes the same file.

@@ -119,6 +119,7 @@ class ForgetExact(ForgetTrainer):
             margin=node.MARGIN,
             further=self.cfg.FORGET.TARGET in FURTHER,
             option="FORGET.KEEP",
+            solved=self.retained.solved,
         )
 
     @cached_property

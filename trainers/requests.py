@@ -156,10 +156,13 @@ class Texts:
             found[name] = texts, [text for text in more if text not in texts]
         more = [text for _, texts in found.values() for text in texts]
         rows = iter(self.encode(more) if more else ())
-        for name, (held, new) in found.items():
-            texts, hidden = [*held, *new], torch.stack([*held.values(), *islice(rows, len(new))])
-            means = (hidden @ bundle.text_projection @ self._classes.T).argmax(dim=1)
-            known = (means == self.label[name]).nonzero()[:, 0]
+        read = [
+            torch.stack([*held.values(), *islice(rows, len(new))]) for held, new in found.values()
+        ]
+        embedded = torch.cat([*read, bundle.class_hidden[:0]]) @ bundle.text_projection
+        means = (embedded @ self._classes.T).argmax(dim=1).split(list(map(len, read)))
+        for (name, (held, new)), hidden, mean in zip(found.items(), read, means, strict=True):
+            texts, known = [*held, *new], (mean == self.label[name]).nonzero()[:, 0]
             self._known[name] = Wordings([texts[i] for i in known.tolist()], hidden[known])
         return {name: self._known[name] for name in names}
 
