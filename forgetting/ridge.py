@@ -107,8 +107,8 @@ def best_ridge(
         felt = [float(rms.square().mean()) for rms, _ in retain.spread(unlisted).values()]
         return max(safe, default=0.0), (sum(felt) / len(felt)) ** 0.5
 
-    last = len(RIDGES) - 1
-    limit = max(limit, min(SLACK * look(0)[0], MOST))
+    last, least = len(RIDGES) - 1, look(0)[0]
+    limit = max(2 * limit - least, min(SLACK * least, MOST))
     safe = next((i for i in range(last, 0, -1) if look(i)[0] <= limit), 0)
     if look(safe)[1] <= TOLERATED:
         return RIDGES[safe]
