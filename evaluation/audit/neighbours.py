@@ -20,7 +20,7 @@ WORST = 10  # texts listed
 BLOCK = 256  # rows of a similarity matrix at once: 10,000 texts then need 10 MB for each
 WATCHED = 1000  # texts whose neighbours are compared: a sample where there are more
 NEAR = 64  # texts nearest to each that are looked at first
-FAR = 64  # texts that turn most, which may come near any other
+FAR = 64  # texts that go farthest, which may come near any other
 TIE = 1e-6  # cosines closer than float32 rounding are one place
 SURE = 1e-5  # a cosine that is larger by that is larger, whatever was rounded
 
@@ -103,7 +103,7 @@ class Watch:
         texts: all T of them; names: what they are called.
         rows: (W,), the watched ones; products: (T, W) of all embeddings with theirs.
         near: (W, n), the nearest other texts of each, nearest first; pairs: (W, n) their products.
-        beyond: (W,), the angle to all the rest at least.
+        beyond: (W,), the cosine of the last of these, which no other exceeds.
     """
 
     texts: Texts
@@ -132,11 +132,9 @@ def watching(texts: Texts, names: Names, rows: Tensor) -> Watch:
     everything = torch.ones(count, dtype=torch.bool)
     cosines = _cosines(products, texts.lengths, rows, everything)
     near = cosines.topk(min(NEAR, count - 1))
-    beyond = torch.full((len(rows),), torch.inf)
-    if near.indices.shape[1] < count - 1:
-        beyond = near.values[:, -1].clamp(-1, 1).acos()
     pairs = products.gather(1, near.indices)
-    return Watch(texts, names, rows, products.T.contiguous(), near.indices, pairs, beyond)
+    places = near.indices, pairs, near.values[:, -1]
+    return Watch(texts, names, rows, products.T.contiguous(), *places)
 
 
 def nearest_classes(case: Case) -> list[int]:
@@ -213,9 +211,8 @@ def _neighbourhoods(
     """For each watched text that stays: whether its nearest other text before is the nearest after,
     and the share of its ten nearest before that are among its ten nearest after; (n,) each.
 
-    Two texts come no nearer to each other than both of them turn. So the nearest after are among
-    those that were near and those that turn most of all, if what these are found at is nearer than
-    any other can have come; all texts are looked at only where it is not.
+    The nearest after are among those that were near and those that go farthest, if these are found
+    nearer than any other can have come; all texts are looked at only where they are not.
 
     Args:
         stay: (T,) bool, the texts that count; lengths: (T,) after the change.
@@ -224,11 +221,7 @@ def _neighbourhoods(
     part = stay[watch.rows].nonzero()[:, 0]
     rows = watch.rows[part]  # (n,)
     near, pairs = (x[part] for x in (watch.near, watch.pairs))  # (n, m)
-    turned = moved.turned.masked_fill(~stay, -torch.inf)
-    most = turned.topk(min(FAR + 1, len(stay)))
-    far = most.indices[most.values > -torch.inf][:FAR]  # (f,)
-    rest = most.values[FAR].clamp_min(0) if len(most.values) > FAR else torch.tensor(0.0)
-
+    far = highest(moved.reach.masked_fill(~stay, -torch.inf), min(FAR, int(stay.sum())))  # (f,)
     counts = stay.clone()
     counts[far] = False
     found = moved.pairs(pairs, rows, near) / lengths[near] / lengths[rows, None]
@@ -243,11 +236,13 @@ def _neighbourhoods(
     lost = ~stay[old].all(dim=1)  # a neighbour left: another one takes its place
     order = (~stay[near[lost]]).byte().argsort(dim=1, stable=True)[:, :k]
     old[lost] = near[lost].gather(1, order)
-    limit = (watch.beyond[part] - moved.turned[rows] - rest).clamp(0, torch.pi)
-    limit = torch.where(watch.beyond[part].isinf(), -torch.inf, limit.cos())
-    sure = (cosines[:, -1] > limit + SURE) & (limit < 1) & stay[old].all(dim=1)
+    sure = stay[old].all(dim=1)
+    others = counts.nonzero()[:, 0]
+    if near.shape[1] < len(stay) - 1 and len(others):
+        sure &= cosines[:, -1] > moved.limit(watch.beyond[part], rows, others) + SURE
     # Products of what shrinks are found anew, and only of whole rows or with what is far.
-    sure &= rest.isfinite() & moved.turned[rows].isfinite() & moved.turned[old[:, 0]].isfinite()
+    small = moved.reach.isinf()
+    sure &= ~(small[rows] | small[old[:, 0]] | small[others].any())
     first = moved.pairs(watch.products[old[:, :1], part[:, None]], rows, old[:, :1])
     first = first / lengths[old[:, :1]] / lengths[rows, None]
     for some in (~sure).nonzero()[:, 0].split(BLOCK):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from evaluation.zero_shot import CANCELS, Factors
 
+BOXES = 64  # of texts, which a bound holds for
+
 
 @dataclass(frozen=True, eq=False)
 class Texts:
@@ -102,12 +104,30 @@ class Moved:
         return self.texts.squares + self._along
 
     @cached_property
-    def turned(self) -> Tensor:
-        """The angle that each text turns by at most, (T,); infinite for those that shrink much."""
-        part = self._way.sqrt() / self.texts.lengths
-        angle = torch.where(part < 1, part.clamp_max(1).asin(), torch.inf)
-        angle[self.shrunk] = torch.inf
-        return angle
+    def reach(self) -> Tensor:
+        """How long each text's way is beside the text afterwards, (T,); infinite for those that
+        shrink much."""
+        reach = self._way.sqrt() / self.lengths
+        reach[self.shrunk] = torch.inf
+        return reach
+
+    def limit(self, cosines: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        """What no cosine of texts `rows` (n,) with any of `others` (k,) exceeds, (n,).
+
+        Args:
+            cosines: (n,), what none of them exceeded before.
+        """
+        lengths = self.lengths[:, None]
+        grown, a, b = self.texts.lengths[:, None] / lengths, self.shares / lengths, self._sent / lengths
+        # cos' = grown_i grown_j cos + a_i b_j + b_i a_j: at most what the corners of boxes reach,
+        # each of which holds others that go about as far.
+        mine = torch.cat([grown[rows] * cosines[:, None], a[rows], b[rows]], dim=1)  # (n, 1 + 2 r)
+        theirs = torch.cat([grown, b, a], dim=1)[others]
+        size = max(1, -(-len(others) // BOXES))
+        order = theirs[:, -1].argsort()
+        order = torch.cat([order, order[-1:].expand(-len(order) % size)]).reshape(-1, size)
+        low, high = theirs[order].aminmax(dim=1)  # (boxes, 1 + 2 r)
+        return (mine.clamp_min(0) @ high.T + mine.clamp_max(0) @ low.T).amax(dim=1)
 
     @cached_property
     def _sent(self) -> Tensor:
