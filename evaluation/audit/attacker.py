@@ -7,7 +7,7 @@ which forgetting does not touch. Only which class it was is unknown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -52,10 +52,6 @@ class Guess:
         names = hidden @ basis  # (n, w) @ (w, w)
         return cls(basis, values + mu, names, names.square())
 
-    def at(self, mu: float) -> Guess:
-        """The same with `mu` more."""
-        return replace(self, values=self.values + mu)
-
     @cached_property
     def lengths(self) -> Tensor:
         """Of every name's direction, (n,)."""
@@ -78,9 +74,15 @@ class Guess:
         lengths = lengths.expand(len(sizes), -1)
         return [part.norm(dim=0) / own for part, own in zip(inside, lengths, strict=True)]
 
-    def texts(self, u: Tensor) -> Tensor:
-        """Orthonormal basis (w, r) of `K u`: of the texts that lead to these directions."""
-        return torch.linalg.qr(self.basis @ (self.values[:, None] * (self.basis.T @ u)))[0]
+    def texts(self, spans: Sequence[Tensor], mu: Tensor | None = None) -> list[Tensor]:
+        """Orthonormal bases (w, r) of `K u`: of the texts that lead to these directions; arguments
+        as of `cosines`."""
+        sizes = [span.shape[1] for span in spans]
+        values = self.values[:, None]
+        if mu is not None:
+            values = values + mu.repeat_interleave(torch.tensor(sizes))
+        columns = self.basis @ (values * (self.basis.T @ torch.cat(list(spans), dim=1)))
+        return [torch.linalg.qr(part)[0] for part in columns.split(sizes, dim=1)]
 
     def directions(self) -> Tensor:
         """`K^-1 h` of all names, (n, w)."""
@@ -178,18 +180,20 @@ class Attacker:
         Returns:
             For each an orthonormal basis (w, r) of `K U` and every name's score (n,).
         """
-        tried = [(guess, guess.cosines(spans)) for guess in self.fixed]
-        mus = None
+        tried: list[tuple[Guess, Tensor | None]] = [(guess, None) for guess in self.fixed]
         if len(self.vocabulary):
-            mus = self.ridges(spans, values)
-            tried.append((self.paper, self.paper.cosines(spans, mus)))
-        found = []
-        for number, span in enumerate(spans):
-            guess, scores = max(tried, key=lambda pair, n=number: float(pair[1][n].max()))
-            if guess is self.paper and mus is not None:
-                guess = guess.at(float(mus[number]))
-            found.append((guess.texts(span), scores[number]))
-        return found
+            tried.append((self.paper, self.ridges(spans, values)))
+        scores = [guess.cosines(spans, mu) for guess, mu in tried]
+        best = torch.tensor([[float(x.max()) for x in found] for found in scores]).argmax(dim=0)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, (guess, mu) in enumerate(tried):
+            of = (best == number).nonzero()[:, 0]  # the changes that it fits best
+            some = of.tolist()
+            if some:
+                bases = guess.texts([spans[p] for p in some], None if mu is None else mu[of])
+                own = [scores[number][p] for p in some]
+                found |= dict(zip(some, zip(bases, own, strict=True), strict=True))
+        return [found[p] for p in range(len(spans))]
 
 
 def attacker(common: Common) -> Attacker:

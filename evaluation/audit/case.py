@@ -18,7 +18,6 @@ from evaluation.audit.texts import Moved, Texts
 from evaluation.zero_shot import Factors
 
 T = TypeVar("T")
-SHORTEST = 1e-12  # norm of a text: nothing is divided by less
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Model:
     @cached_property
     def lengths(self) -> Tensor:
         """Norms (C,) of these texts."""
-        return self.moved.lengths[: len(self.bundle.classnames)].clamp_min(SHORTEST)
+        return self.moved.lengths[: len(self.bundle.classnames)]
 
     @cached_property
     def classes(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import datasets
-from evaluation.audit.case import SHORTEST, Case, Common
+from evaluation.audit.case import Case, Common
 from evaluation.audit.interval import mean_value
 from evaluation.audit.order import highest
 from evaluation.audit.texts import Moved, Texts
@@ -101,18 +101,16 @@ class Watch:
 
     Attributes:
         texts: all T of them; names: what they are called.
-        rows: (W,), the watched ones; products: (T, W) of all embeddings with theirs.
-        near: (W, n), the nearest other texts of each, nearest first; pairs: (W, n) their products.
-        beyond: (W,), the cosine of the last of these, which no other exceeds.
+        rows: (W,), the watched ones; cosines: (T, W) of all with them.
+        near: (W, n), the nearest other texts of each, nearest first; those: (W, n), their cosines.
     """
 
     texts: Texts
     names: Names
     rows: Tensor
-    products: Tensor
+    cosines: Tensor
     near: Tensor
-    pairs: Tensor
-    beyond: Tensor
+    those: Tensor
 
 
 def watch(common: Common) -> Watch:
@@ -128,13 +126,10 @@ def watch(common: Common) -> Watch:
 def watching(texts: Texts, names: Names, rows: Tensor) -> Watch:
     """`Watch` of the texts `rows` (W,)."""
     count = len(texts.hidden)
-    products = texts.embedded[rows] @ texts.embedded.T  # (W, d) @ (d, T)
+    cosines = _cosines(texts, rows)  # (W, T)
     everything = torch.ones(count, dtype=torch.bool)
-    cosines = _cosines(products, texts.lengths, rows, everything)
-    near = cosines.topk(min(NEAR, count - 1))
-    pairs = products.gather(1, near.indices)
-    places = near.indices, pairs, near.values[:, -1]
-    return Watch(texts, names, rows, products.T.contiguous(), *places)
+    those, near = _others(cosines.clone(), rows, everything).topk(min(NEAR, count - 1))
+    return Watch(texts, names, rows, cosines.T.contiguous(), near, those)
 
 
 def nearest_classes(case: Case) -> list[int]:
@@ -176,18 +171,16 @@ def _moved(watch: Watch, stay: Tensor, moved: Moved) -> dict[str, Any]:
     if count < 2:
         nothing = dict.fromkeys(("mean_cosine", "nearest_kept", "top10_overlap"))
         return {"count": count, **nothing, "worst": []}
-    was, lengths = (x.lengths.clamp_min(SHORTEST) for x in (texts, moved))
-    cosine = (moved.kept / was / lengths).clamp(-1, 1)  # (T,)
-    kept, overlap = _neighbourhoods(watch, stay, moved, lengths)
-    worst = highest(-cosine.masked_fill(~stay, torch.inf), min(WORST, count))
-    products = texts.embedded[worst] @ texts.embedded.T  # (n, d) @ (d, T)
-    nearest = _cosines(products, was, worst, stay).argmax(dim=1)
-    now = _cosines(moved.products(products, worst, slice(None)), lengths, worst, stay)
+    kept, overlap = _neighbourhoods(watch, stay, moved)
+    worst = highest(-moved.kept.masked_fill(~stay, torch.inf), min(WORST, count))
+    was = _cosines(texts, worst)  # (n, T)
+    now = _others(moved.cosines(was, worst, slice(None)), worst, stay)
+    nearest = _others(was, worst, stay).argmax(dim=1)
     rank = 1 + (now > now.gather(1, nearest[:, None]) + TIE).sum(dim=1)
     names = watch.names
     return {
         "count": count,
-        "mean_cosine": float(cosine[stay].double().mean()),
+        "mean_cosine": float(moved.kept[stay].double().mean()),
         "nearest_kept": float(kept.double().mean()),
         "top10_overlap": float(overlap.mean()),
         "worst": [
@@ -199,15 +192,13 @@ def _moved(watch: Watch, stay: Tensor, moved: Moved) -> dict[str, Any]:
                 "rank_after": place,
             }
             for row, turn, neighbour, place in zip(
-                *(x.tolist() for x in (worst, cosine[worst], nearest, rank)), strict=True
+                *(x.tolist() for x in (worst, moved.kept[worst], nearest, rank)), strict=True
             )
         ],
     }
 
 
-def _neighbourhoods(
-    watch: Watch, stay: Tensor, moved: Moved, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
+def _neighbourhoods(watch: Watch, stay: Tensor, moved: Moved) -> tuple[Tensor, Tensor]:
     """For each watched text that stays: whether its nearest other text before is the nearest after,
     and the share of its ten nearest before that are among its ten nearest after; (n,) each.
 
@@ -215,52 +206,57 @@ def _neighbourhoods(
     nearer than any other can have come; all texts are looked at only where they are not.
 
     Args:
-        stay: (T,) bool, the texts that count; lengths: (T,) after the change.
+        stay: (T,) bool, the texts that count.
     """
     k = min(NEAREST, int(stay.sum()) - 1)
     part = stay[watch.rows].nonzero()[:, 0]
-    rows = watch.rows[part]  # (n,)
-    near, pairs = (x[part] for x in (watch.near, watch.pairs))  # (n, m)
+    rows, near, those = (x[part] for x in (watch.rows, watch.near, watch.those))  # n, (n, m) twice
     far = highest(moved.reach.masked_fill(~stay, -torch.inf), min(FAR, int(stay.sum())))  # (f,)
     counts = stay.clone()
     counts[far] = False
-    found = moved.pairs(pairs, rows, near) / lengths[near] / lengths[rows, None]
-    found.masked_fill_(~counts[near], -torch.inf)
-    others = moved.products(watch.products[far][:, part].T, rows, far)
-    others = others / lengths[far] / lengths[rows, None]  # (n, f)
-    others.masked_fill_(far == rows[:, None], -torch.inf)
-    cosines, places = torch.cat([found, others], dim=1).topk(k)
+    cosines = torch.cat(
+        [
+            moved.pairs(those, rows, near).masked_fill_(~counts[near], -torch.inf),
+            moved.cosines(watch.cosines[far][:, part].T, rows, far).masked_fill_(
+                far == rows[:, None], -torch.inf
+            ),
+        ],
+        dim=1,
+    )
+    cosines, places = cosines.topk(k)
     now = torch.cat([near, far.expand(len(rows), -1)], dim=1).gather(1, places)  # (n, k)
 
     old = near[:, :k].clone()
     lost = ~stay[old].all(dim=1)  # a neighbour left: another one takes its place
     order = (~stay[near[lost]]).byte().argsort(dim=1, stable=True)[:, :k]
     old[lost] = near[lost].gather(1, order)
-    sure = stay[old].all(dim=1)
-    others = counts.nonzero()[:, 0]
+    sure, others = stay[old].all(dim=1), counts.nonzero()[:, 0]
     if near.shape[1] < len(stay) - 1 and len(others):
-        sure &= cosines[:, -1] > moved.limit(watch.beyond[part], rows, others) + SURE
-    # Products of what shrinks are found anew, and only of whole rows or with what is far.
+        sure &= cosines[:, -1] > moved.limit(those[:, -1], rows, others) + SURE
+    # What shrinks is looked at anew, and only in whole rows or as what goes far.
     small = moved.reach.isinf()
     sure &= ~(small[rows] | small[old[:, 0]] | small[others].any())
-    first = moved.pairs(watch.products[old[:, :1], part[:, None]], rows, old[:, :1])
-    first = first / lengths[old[:, :1]] / lengths[rows, None]
+    first = moved.pairs(watch.cosines[old[:, :1], part[:, None]], rows, old[:, :1])
     for some in (~sure).nonzero()[:, 0].split(BLOCK):
-        before, b = watch.products[:, part[some]].T, rows[some]  # (b, T), (b,)
-        new = _cosines(moved.products(before, b, slice(None)), lengths, b, stay)
+        was = watch.cosines[:, part[some]].T  # (b, T)
+        new = _others(moved.cosines(was, rows[some], slice(None)), rows[some], stay)
         cosines[some], now[some] = new.topk(k)
-        left = some[~stay[old[some]].all(dim=1)]
-        was = _cosines(watch.products[:, part[left]].T, watch.texts.lengths, rows[left], stay)
-        old[left] = was.topk(k).indices
+        left = ~stay[old[some]].all(dim=1)
+        old[some[left]] = _others(was[left], rows[some[left]], stay).topk(k).indices
         first[some] = new.gather(1, old[some][:, :1])
     both = (old[:, :, None] == now[:, None, :]).any(dim=2)  # (n, k, k) -> (n, k)
     return cosines[:, 0] <= first[:, 0] + TIE, both.double().mean(dim=1)
 
 
-def _cosines(products: Tensor, lengths: Tensor, rows: Tensor, stay: Tensor) -> Tensor:
-    """Cosines (b, T) of texts `rows` (b,) with all others that stay; -inf with the rest."""
-    cosines = products / lengths
-    cosines /= lengths[rows, None]
+def _cosines(texts: Texts, rows: Tensor) -> Tensor:
+    """Cosines (b, T) of texts `rows` (b,) with all, in the untouched model."""
+    found = texts.embedded[rows] @ texts.embedded.T  # (b, d) @ (d, T)
+    return found.div_(texts.lengths).div_(texts.lengths[rows, None])
+
+
+def _others(cosines: Tensor, rows: Tensor, stay: Tensor) -> Tensor:
+    """Cosines (b, T) of texts `rows` (b,) in place, -inf with those that do not stay, and with the
+    text itself, which is not its neighbour."""
     cosines[:, ~stay] = -torch.inf
-    cosines[torch.arange(len(rows)), rows] = -torch.inf  # a text is not its neighbour
+    cosines[torch.arange(len(rows)), rows] = -torch.inf
     return cosines

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation.zero_shot import CANCELS, Factors
 
+SHORTEST = 1e-12  # length of a text: nothing is divided by less
 BOXES = 64  # of texts, which a bound holds for
 
 
@@ -32,20 +33,21 @@ class Texts:
 
     @cached_property
     def squares(self) -> Tensor:
-        """Squared lengths of the embeddings, (T,); nothing is divided by zero."""
-        return self.embedded.square().sum(dim=1).clamp_min(torch.finfo(self.embedded.dtype).tiny)
+        """Squared lengths of the embeddings, (T,)."""
+        return self.embedded.square().sum(dim=1).clamp_min(SHORTEST**2)
 
     @cached_property
     def lengths(self) -> Tensor:
         """Lengths of the embeddings, (T,)."""
-        return self.embedded.norm(dim=1)
+        return self.embedded.norm(dim=1).clamp_min(SHORTEST)
 
     def moved(self, changes: Sequence[Factors]) -> list[Moved]:
         """Where each of several changes sends the texts."""
         ranks = [len(right) for _, right in changes]
-        lefts, rights = (torch.cat(parts, dim) for parts, dim in zip(zip(*changes), (1, 0)))
-        shares = self.hidden @ lefts.to(self.hidden)  # (T, w) @ (w, sum of ranks)
-        met = self.embedded @ rights.to(self.embedded).T  # (T, d) @ (d, sum of ranks)
+        lefts = torch.cat([left for left, _ in changes], dim=1).to(self.hidden)
+        rights = torch.cat([right for _, right in changes]).to(self.hidden)
+        shares = self.hidden @ lefts  # (T, w) @ (w, sum of ranks)
+        met = self.embedded @ rights.T  # (T, d) @ (d, sum of ranks)
         columns = zip(shares.split(ranks, dim=1), met.split(ranks, dim=1), strict=True)
         return [
             Moved(self, s.contiguous(), m.contiguous(), right.to(m))
@@ -96,12 +98,13 @@ class Moved:
         """Lengths of the embeddings, (T,)."""
         lengths = self.texts.lengths * self._growth.clamp_min(0).sqrt()
         lengths[self.shrunk] = self.embedded(self.shrunk).norm(dim=1)
-        return lengths
+        return lengths.clamp_min(SHORTEST)
 
     @cached_property
     def kept(self) -> Tensor:
-        """Product of each text with itself as it was, (T,)."""
-        return self.texts.squares + self._along
+        """Cosine of each text with itself as it was, (T,)."""
+        products = self.texts.squares + self._along
+        return (products / self.texts.lengths / self.lengths).clamp(-1, 1)
 
     @cached_property
     def reach(self) -> Tensor:
@@ -111,57 +114,68 @@ class Moved:
         reach[self.shrunk] = torch.inf
         return reach
 
+    @cached_property
+    def _parts(self) -> Tensor:
+        """What cosines change by, (T, 1 + 2 r): of texts i and j they are afterwards
+        `g_i g_j cos + b_i a_j + a_i b_j`, with g the length before over that after, a the shares S
+        and b the rows of Z = (E + S R / 2) R^T over the length after."""
+        lengths = self.lengths[:, None]
+        sent = self.met + self.shares @ (self.right @ self.right.T) / 2
+        return torch.cat([self.texts.lengths[:, None], sent, self.shares], dim=1) / lengths
+
+    def _against(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_parts` of others are multiplied with for texts `rows` (n,): the factor of the
+        cosines (n, 1), and the others (n, 2 r)."""
+        grown, b, a = self._parts[rows].split([1, len(self.right), len(self.right)], dim=1)
+        return grown, torch.cat([a, b], dim=1)
+
+    def pairs(self, before: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Cosines (n, k) of texts `rows` (n,) with the texts `columns` (n, k) of each.
+
+        Args:
+            before: (n, k), the same in the untouched model. Right for texts that do not shrink.
+        """
+        parts = self._parts.index_select(0, columns.flatten()).view(*columns.shape, -1)
+        grown, mine = self._against(rows)
+        found = before * parts[..., 0] * grown
+        return found.add_((parts[..., 1:] @ mine[:, :, None])[..., 0])  # (n, k, 2 r) @ (n, 2 r, 1)
+
+    def cosines(self, before: Tensor, rows: Tensor, columns: Tensor | slice) -> Tensor:
+        """Cosines (n, c) of texts `rows` (n,) with texts `columns` (c,), or a slice of all.
+
+        Args:
+            before: (n, c), the same in the untouched model.
+        """
+        parts = self._parts[columns]
+        grown, mine = self._against(rows)
+        found = torch.addmm((before * parts[:, 0]).mul_(grown), mine, parts[:, 1:].T)
+        if len(self.shrunk):
+            low = torch.zeros(len(self.shares), dtype=torch.bool)
+            low[self.shrunk] = True
+            found[low[rows]] = self._anew(rows[low[rows]], columns)
+            few = low[columns].nonzero()[:, 0]
+            found[:, few] = self._anew(torch.arange(len(low))[columns][few], rows).T
+        return found
+
+    def _anew(self, rows: Tensor, others: Tensor | slice) -> Tensor:
+        """Cosines (n, c) of texts `rows` (n,), embedded anew, with texts `others` (c,)."""
+        one = self.embedded(rows) / self.lengths[rows, None]
+        products = one @ self.texts.embedded[others].T
+        return (
+            torch.addmm(products, one @ self.right.T, self.shares[others].T) / self.lengths[others]
+        )
+
     def limit(self, cosines: Tensor, rows: Tensor, others: Tensor) -> Tensor:
         """What no cosine of texts `rows` (n,) with any of `others` (k,) exceeds, (n,).
 
         Args:
             cosines: (n,), what none of them exceeded before.
         """
-        lengths = self.lengths[:, None]
-        grown, a, b = self.texts.lengths[:, None] / lengths, self.shares / lengths, self._sent / lengths
-        # cos' = grown_i grown_j cos + a_i b_j + b_i a_j: at most what the corners of boxes reach,
-        # each of which holds others that go about as far.
-        mine = torch.cat([grown[rows] * cosines[:, None], a[rows], b[rows]], dim=1)  # (n, 1 + 2 r)
-        theirs = torch.cat([grown, b, a], dim=1)[others]
-        size = max(1, -(-len(others) // BOXES))
-        order = theirs[:, -1].argsort()
+        # At most what the corners of boxes reach, each of which holds others that go about as far.
+        parts, size = self._parts[others], max(1, -(-len(others) // BOXES))
+        order = parts[:, -1].argsort()
         order = torch.cat([order, order[-1:].expand(-len(order) % size)]).reshape(-1, size)
-        low, high = theirs[order].aminmax(dim=1)  # (boxes, 1 + 2 r)
+        low, high = parts[order].aminmax(dim=1)  # (boxes, 1 + 2 r)
+        grown, mine = self._against(rows)
+        mine = torch.cat([grown * cosines[:, None], mine], dim=1)  # (n, 1 + 2 r)
         return (mine.clamp_min(0) @ high.T + mine.clamp_max(0) @ low.T).amax(dim=1)
-
-    @cached_property
-    def _sent(self) -> Tensor:
-        """Z = (E + S R / 2) R^T, (T, r): products change by S Z^T + Z S^T."""
-        return self.met + self.shares @ (self.right @ self.right.T) / 2
-
-    def pairs(self, before: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Products (b, k) of texts `rows` (b,) with the texts `columns` (b, k) of each.
-
-        Args:
-            before: (b, k), the same in the untouched model. Right for texts that do not shrink.
-        """
-        s, z = self.shares, self._sent
-        change = s[rows][:, None] @ z[columns].mT + z[rows][:, None] @ s[columns].mT
-        return before + change[:, 0]  # (b, 1, r) @ (b, r, k)
-
-    def products(self, before: Tensor, rows: Tensor, columns: Tensor | slice) -> Tensor:
-        """Products (b, c) of texts `rows` (b,) with texts `columns` (c,), or a slice of all.
-
-        Args:
-            before: (b, c), the same in the untouched model.
-        """
-        s, z = self.shares, self._sent
-        ways = torch.cat([s[rows], z[rows]], dim=1), torch.cat([z[columns], s[columns]], dim=1)
-        found = torch.addmm(before, ways[0], ways[1].T)
-        if len(self.shrunk):
-            low = torch.zeros(len(s), dtype=torch.bool)
-            low[self.shrunk] = True
-            found[low[rows]] = self._anew(rows[low[rows]], columns)
-            few = low[columns].nonzero()[:, 0]
-            found[:, few] = self._anew(torch.arange(len(s))[columns][few], rows).T
-        return found
-
-    def _anew(self, rows: Tensor, others: Tensor | slice) -> Tensor:
-        """Products (m, n) of texts `rows` (m,), embedded anew, with texts `others` (n,)."""
-        one = self.embedded(rows)
-        return one @ self.texts.embedded[others].T + (one @ self.right.T) @ self.shares[others].T

@@ -125,7 +125,7 @@ def _difference(one: Model, other: Model) -> Difference:
     rows = torch.cat([one.change[1], other.change[1]]).double()  # (q, d)
     # All that is not rounding lies in the span of these rows: q columns instead of d.
     span = torch.linalg.qr(rows.T)[0]
-    difference = (one.projection.double() - other.projection.double()) @ span  # (w, d) @ (d, q)
+    difference = (one.projection - other.projection).double() @ span  # (w, d) @ (d, q)
     u, values, _ = torch.linalg.svd(difference, full_matrices=False)
     rank = int((values > noise).sum())
     return len(rows), u[:, :rank], values[:rank]
