@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
 BLOCK = 256  # rows of a similarity matrix at once: 10,000 texts then need 10 MB for each
 WATCHED = 1000  # texts whose neighbours are compared: a sample where there are more
-NEAR = 64  # texts nearest to each that are looked at first
+NEAR = 128  # texts nearest to each that are looked at first
 FAR = 64  # texts that go farthest, which may come near any other
 TIE = 1e-6  # cosines closer than float32 rounding are one place
 SURE = 1e-5  # a cosine that is larger by that is larger, whatever was rounded
@@ -64,7 +65,7 @@ def measure(case: Case) -> dict[str, Any]:
         "classes": classes,
         "mean_before": mean_value([entry["before"] for entry in classes]),
         "mean_after": mean_value([entry["after"] for entry in classes]),
-        "moved": _moved(case.common.once(watch), stay, case.after.moved),
+        "moved": case.together(_moved_of),
         "not_measured": missing,
     }
 
@@ -101,7 +102,7 @@ class Watch:
 
     Attributes:
         texts: all T of them; names: what they are called.
-        rows: (W,), the watched ones; cosines: (T, W) of all with them.
+        rows: (W,), the watched ones; cosines: (W, T) with all; columns: (T, W), the same.
         near: (W, n), the nearest other texts of each, nearest first; those: (W, n), their cosines.
     """
 
@@ -109,6 +110,7 @@ class Watch:
     names: Names
     rows: Tensor
     cosines: Tensor
+    columns: Tensor
     near: Tensor
     those: Tensor
 
@@ -129,7 +131,7 @@ def watching(texts: Texts, names: Names, rows: Tensor) -> Watch:
     cosines = _cosines(texts, rows)  # (W, T)
     everything = torch.ones(count, dtype=torch.bool)
     those, near = _others(cosines.clone(), rows, everything).topk(min(NEAR, count - 1))
-    return Watch(texts, names, rows, cosines.T.contiguous(), near, those)
+    return Watch(texts, names, rows, cosines, cosines.T.contiguous(), near, those)
 
 
 def nearest_classes(case: Case) -> list[int]:
@@ -165,19 +167,38 @@ def retained_texts(case: Case) -> Tensor:
     return stay
 
 
-def _moved(watch: Watch, stay: Tensor, moved: Moved) -> dict[str, Any]:
-    """The entry "moved" of the texts that stay (T,), under a change."""
-    count, texts = int(stay.sum()), watch.texts
+def _moved_of(cases: list[Case]) -> list[dict[str, Any]]:
+    """The entry "moved" of each case."""
+    stays, moves = [retained_texts(case) for case in cases], [case.after.moved for case in cases]
+    return _moved(cases[0].common.once(watch), stays, moves)
+
+
+def _moved(watch: Watch, stays: Sequence[Tensor], moves: Sequence[Moved]) -> list[dict[str, Any]]:
+    """The entry "moved" of the texts that stay (T,) under a change, for each of several."""
+    counts = [int(stay.sum()) for stay in stays]
+    worst = [
+        highest(-moved.kept.masked_fill(~stay, torch.inf), min(WORST, count))
+        for stay, moved, count in zip(stays, moves, counts, strict=True)
+    ]
+    rows, places = torch.cat(worst).unique(return_inverse=True)
+    before = _cosines(watch.texts, rows)  # (m, T)
+    own = places.split([len(each) for each in worst])
+    return [_entry(watch, *each, before) for each in zip(stays, moves, worst, own, strict=True)]
+
+
+def _entry(
+    watch: Watch, stay: Tensor, moved: Moved, worst: Tensor, own: Tensor, before: Tensor
+) -> dict[str, Any]:
+    """The entry of one change; its worst texts (n,) have the rows `own` (n,) of `before` (m, T)."""
+    count, names = int(stay.sum()), watch.names
     if count < 2:
         nothing = dict.fromkeys(("mean_cosine", "nearest_kept", "top10_overlap"))
         return {"count": count, **nothing, "worst": []}
     kept, overlap = _neighbourhoods(watch, stay, moved)
-    worst = highest(-moved.kept.masked_fill(~stay, torch.inf), min(WORST, count))
-    was = _cosines(texts, worst)  # (n, T)
+    was = before[own]  # (n, T)
     now = _others(moved.cosines(was, worst, slice(None)), worst, stay)
     nearest = _others(was, worst, stay).argmax(dim=1)
     rank = 1 + (now > now.gather(1, nearest[:, None]) + TIE).sum(dim=1)
-    names = watch.names
     return {
         "count": count,
         "mean_cosine": float(moved.kept[stay].double().mean()),
@@ -209,22 +230,15 @@ def _neighbourhoods(watch: Watch, stay: Tensor, moved: Moved) -> tuple[Tensor, T
         stay: (T,) bool, the texts that count.
     """
     k = min(NEAREST, int(stay.sum()) - 1)
-    part = stay[watch.rows].nonzero()[:, 0]
-    rows, near, those = (x[part] for x in (watch.rows, watch.near, watch.those))  # n, (n, m) twice
+    rows, near, those = watch.rows, watch.near, watch.those  # (W,), (W, m) twice
     far = highest(moved.reach.masked_fill(~stay, -torch.inf), min(FAR, int(stay.sum())))  # (f,)
     counts = stay.clone()
     counts[far] = False
-    cosines = torch.cat(
-        [
-            moved.pairs(those, rows, near).masked_fill_(~counts[near], -torch.inf),
-            moved.cosines(watch.cosines[far][:, part].T, rows, far).masked_fill_(
-                far == rows[:, None], -torch.inf
-            ),
-        ],
-        dim=1,
-    )
-    cosines, places = cosines.topk(k)
-    now = torch.cat([near, far.expand(len(rows), -1)], dim=1).gather(1, places)  # (n, k)
+    close = moved.pairs(those, rows, near).masked_fill_(~counts[near], -torch.inf)
+    come = moved.cosines(watch.columns[far].T, rows, far)
+    come.masked_fill_(far == rows[:, None], -torch.inf)
+    cosines, places = torch.cat([close, come], dim=1).topk(k)
+    now = torch.cat([near, far.expand(len(rows), -1)], dim=1).gather(1, places)  # (W, k)
 
     old = near[:, :k].clone()
     lost = ~stay[old].all(dim=1)  # a neighbour left: another one takes its place
@@ -236,16 +250,17 @@ def _neighbourhoods(watch: Watch, stay: Tensor, moved: Moved) -> tuple[Tensor, T
     # What shrinks is looked at anew, and only in whole rows or as what goes far.
     small = moved.reach.isinf()
     sure &= ~(small[rows] | small[old[:, 0]] | small[others].any())
-    first = moved.pairs(watch.cosines[old[:, :1], part[:, None]], rows, old[:, :1])
-    for some in (~sure).nonzero()[:, 0].split(BLOCK):
-        was = watch.cosines[:, part[some]].T  # (b, T)
+    first = moved.pairs(watch.cosines.gather(1, old[:, :1]), rows, old[:, :1])
+    asked = stay[rows]
+    for some in (asked & ~sure).nonzero()[:, 0].split(BLOCK):
+        was = watch.cosines[some]  # (b, T)
         new = _others(moved.cosines(was, rows[some], slice(None)), rows[some], stay)
         cosines[some], now[some] = new.topk(k)
         left = ~stay[old[some]].all(dim=1)
         old[some[left]] = _others(was[left], rows[some[left]], stay).topk(k).indices
         first[some] = new.gather(1, old[some][:, :1])
-    both = (old[:, :, None] == now[:, None, :]).any(dim=2)  # (n, k, k) -> (n, k)
-    return cosines[:, 0] <= first[:, 0] + TIE, both.double().mean(dim=1)
+    both = (old[:, :, None] == now[:, None, :]).any(dim=2)[asked]  # (W, k, k) -> (n, k)
+    return (cosines[:, 0] <= first[:, 0] + TIE)[asked], both.double().mean(dim=1)
 
 
 def _cosines(texts: Texts, rows: Tensor) -> Tensor:

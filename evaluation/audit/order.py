@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,8 +12,8 @@ def highest(values: Tensor, count: int) -> Tensor:
     Args:
         values: (n,), no NaN among them.
     """
-    if not len(values):
-        return values.long()
+    if not len(values) or not count:
+        return torch.arange(0)
     least = values.topk(min(count, len(values))).values[-1]
     some = (values >= least).nonzero()[:, 0]
     return some[values[some].argsort(descending=True, stable=True)[:count]]
