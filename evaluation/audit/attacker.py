@@ -70,9 +70,10 @@ class Guess:
         lengths = self.lengths[None] if mu is None else self._lengths(values)  # (P, n)
         of = values if mu is None else values.repeat_interleave(torch.tensor(sizes), dim=0)
         columns = (torch.cat(list(spans), dim=1).T @ self.basis) / of  # (sum of r, w)
-        inside = (columns @ self.names.T).split(sizes)  # (sum of r, w) @ (w, n)
-        lengths = lengths.expand(len(sizes), -1)
-        return [part.norm(dim=0) / own for part, own in zip(inside, lengths, strict=True)]
+        inside = (columns @ self.names.T).square_()  # (sum of r, w) @ (w, n)
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        squares = inside.new_zeros(len(sizes), inside.shape[1]).index_add_(0, owner, inside)
+        return list(squares.sqrt_().div_(lengths))
 
     def texts(self, spans: Sequence[Tensor], mu: Tensor | None = None) -> list[Tensor]:
         """Orthonormal bases (w, r) of `K u`: of the texts that lead to these directions; arguments

@@ -17,6 +17,7 @@ from torch import Tensor
 from evaluation.zero_shot import CANCELS, Factors
 
 SHORTEST = 1e-12  # length of a text: nothing is divided by less
+AT_ONCE = 2**22  # numbers that are gathered
 BOXES = 64  # of texts, which a bound holds for
 
 
@@ -135,10 +136,15 @@ class Moved:
         Args:
             before: (n, k), the same in the untouched model. Right for texts that do not shrink.
         """
-        parts = self._parts.index_select(0, columns.flatten()).view(*columns.shape, -1)
-        grown, mine = self._against(rows)
-        found = before * parts[..., 0] * grown
-        return found.add_((parts[..., 1:] @ mine[:, :, None])[..., 0])  # (n, k, 2 r) @ (n, 2 r, 1)
+        size = max(1, AT_ONCE // max(1, columns.shape[1] * self._parts.shape[1]))
+        found = []
+        for some in torch.arange(len(rows)).split(size):
+            few = columns[some]
+            parts = self._parts.index_select(0, few.flatten()).view(*few.shape, -1)
+            grown, mine = self._against(rows[some])
+            of = before[some] * parts[..., 0] * grown
+            found.append(of.add_((parts[..., 1:] @ mine[:, :, None])[..., 0]))  # (n, k, 2 r) @ ...
+        return torch.cat([before[:0], *found])
 
     def cosines(self, before: Tensor, rows: Tensor, columns: Tensor | slice) -> Tensor:
         """Cosines (n, c) of texts `rows` (n,) with texts `columns` (c,), or a slice of all.
