@@ -39,11 +39,14 @@ def is_number(value: Any, largest: float = 1e300) -> bool:
 
 def is_json(value: Any, depth: int = 0) -> bool:
     """Whether JSON can hold `value`: texts, finite numbers, lists and objects, not too deep."""
-    if isinstance(value, dict | list | tuple):
-        inner = value.values() if isinstance(value, dict) else value
-        keys = all(type(key) is str for key in value) if isinstance(value, dict) else True
-        return keys and depth < DEEPEST and all(is_json(item, depth + 1) for item in inner)
-    return value is None or type(value) in (str, bool) or is_number(value)
+    if value is None or type(value) in (str, bool):
+        return True
+    if isinstance(value, dict):
+        keys = all(type(key) is str for key in value)
+        return keys and is_json(list(value.values()), depth)
+    if isinstance(value, list | tuple):
+        return depth < DEEPEST and all(is_json(item, depth + 1) for item in value)
+    return is_number(value)
 
 
 def _in_range(value: Any) -> bool:

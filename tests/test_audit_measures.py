@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torch.nn.functional import normalize
 from evaluation.audit import confusion, destinations, neighbours, residue, retrieval
 from evaluation.audit.case import Common
 from evaluation.audit.interval import accuracy
+from evaluation.audit.texts import Moved, Texts
 from tests.audit_fixtures import (
     EDGES,
     case,
@@ -99,16 +101,18 @@ def moved(names: list[str], before: Tensor, after: Tensor) -> dict:
         text_projection=torch.eye(d),
         classnames=names,
     )
-    texts = neighbours.texts_of(Common(bundle))
+    watch = neighbours.watch(Common(bundle))
     everything = torch.ones(len(names), dtype=torch.bool)
-    return neighbours._moved(texts, everything, after - before, torch.eye(d))
+    change = Moved(watch.texts, after - before, before, torch.eye(d))
+    return neighbours._moved(watch, [everything], [change])[0]
 
 
 @pytest.mark.parametrize("block", [5, 1024])
 @pytest.mark.parametrize("watched", [25, 1000])
-def test_places_against_lists_sorted_by_hand(monkeypatch, block, watched):
-    monkeypatch.setattr(neighbours, "BLOCK", block)
-    monkeypatch.setattr(neighbours, "WATCHED", watched)
+@pytest.mark.parametrize(("near", "far"), [(10, 1), (15, 5), (64, 64)])
+def test_places_against_lists_sorted_by_hand(monkeypatch, block, watched, near, far):
+    for name, value in {"BLOCK": block, "WATCHED": watched, "NEAR": near, "FAR": far}.items():
+        monkeypatch.setattr(neighbours, name, value)
     generator = torch.Generator().manual_seed(3)
     before = normalize(torch.randn(40, 6, generator=generator), dim=1)
     after = normalize(before + 0.4 * torch.randn(40, 6, generator=generator), dim=1)
@@ -134,6 +138,60 @@ def test_places_against_lists_sorted_by_hand(monkeypatch, block, watched):
     assert cosines[0] == pytest.approx(float((before * after).sum(dim=1).min()))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0.01, 0.4))
+def test_only_a_few_texts_need_to_be_looked_at(seed, rank, size):
+    """What is found among the near and the far ones is what all of them say; and hardly ever do all
+    have to be looked at where a change is small."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(20, 16, generator=generator)
+    embedded = centres[torch.arange(400) % 20] + 0.8 * torch.randn(400, 16, generator=generator)
+    texts, stay = Texts(embedded, embedded), torch.rand(400, generator=generator) < 0.95
+    left = torch.randn(16, rank, generator=generator) / 16
+    right = size * torch.randn(rank, 16, generator=generator)
+    row = embedded[:1]  # a text that nearly vanishes
+    change = left - row.T @ (row @ left) / row.square().sum(), right
+    gone = torch.cat([change[0], row.T / row.square().sum()], 1), torch.cat([right, -0.98 * row])
+    names = neighbours.Names([*map(str, range(400))], ["class"] * 400, {})
+    for factors in (change, gone):
+        (moved,) = texts.moved([factors])
+        after = normalize(moved.embedded(slice(None)), dim=1)
+        before, now = normalize(embedded, dim=1) @ normalize(embedded, dim=1).T, after @ after.T
+        every = torch.arange(400)
+        assert torch.allclose(moved.cosines(before, every, slice(None)), now, atol=1e-5)
+        assert torch.allclose(moved.lengths, moved.embedded(slice(None)).norm(dim=1), rtol=1e-4)
+        limit = before.fill_diagonal_(-1).quantile(0.8, dim=1)
+        rows, others = every[1:100], every[100:]
+        most = now[1:100, 100:].masked_fill(before[1:100, 100:] > limit[1:100, None], -1)
+        assert (most.amax(dim=1) <= moved.limit(limit[1:100], rows, others) + 1e-5).all()
+        found = []
+        for near, far in ((40, 10), (399, 400)):
+            with patch.multiple(neighbours, NEAR=near, FAR=far):
+                watch = neighbours.watching(texts, names, torch.arange(0, 400, 2))
+                found.append(neighbours._moved(watch, [stay], [moved])[0])
+        assert found[0] == found[1]
+
+
+def test_all_texts_are_looked_at_only_where_the_change_is_large(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    embedded = torch.randn(400, 64, generator=generator)
+    texts, looked = Texts(embedded, embedded), []
+    names = neighbours.Names([*map(str, range(400))], ["class"] * 400, {})
+    watch, others = neighbours.watching(texts, names, torch.arange(400)), neighbours._others
+
+    def counted(cosines: Tensor, *rest: Tensor) -> Tensor:
+        looked.append(len(cosines))
+        return others(cosines, *rest)
+
+    monkeypatch.setattr(neighbours, "_others", counted)
+    everything = torch.ones(400, dtype=torch.bool)
+    for size in (0.01, 3.0):
+        looked.clear()
+        factors = torch.randn(64, 1, generator=generator) / 64, size * embedded[:1]
+        neighbours._neighbourhoods(watch, everything, *texts.moved([factors]))
+        assert sum(looked) == 0 if size < 1 else sum(looked) > 50
+
+
 def test_texts_that_are_the_same_do_not_fall_behind_each_other():
     """Three copies of a text: each is nearest to the others, whichever comes first."""
     x = torch.eye(4)[[0, 0, 0, 1, 2]]
@@ -150,7 +208,7 @@ def test_names_that_mean_the_class_are_not_retained_texts():
 
     def texts(bundle, *forgotten: str) -> list[tuple[str, str]]:
         asked = case(bundle, forgotten[0], forgotten=list(forgotten), others={"Other": other})
-        found, stay = asked.common.once(neighbours.texts_of), neighbours.retained_texts(asked)
+        found, stay = asked.common.once(neighbours.names_of), neighbours.retained_texts(asked)
         named = zip(found.names, found.groups, stay.tolist(), strict=True)
         return [(name, group) for name, group, stays in named if stays]
 

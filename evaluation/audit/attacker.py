@@ -6,7 +6,8 @@ which forgetting does not touch. Only which class it was is unknown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,6 +18,7 @@ import datasets
 from clip.retain import retained
 from engine.config import settings
 from evaluation.audit.case import Common
+from evaluation.audit.texts import Texts
 from forgetting import Ridge
 
 LIMIT = 1000  # names that a class is looked for among
@@ -50,23 +52,38 @@ class Guess:
         names = hidden @ basis  # (n, w) @ (w, w)
         return cls(basis, values + mu, names, names.square())
 
-    def at(self, mu: float) -> Guess:
-        """The same with `mu` more."""
-        return replace(self, values=self.values + mu)
-
     @cached_property
     def lengths(self) -> Tensor:
         """Of every name's direction, (n,)."""
-        return (self.squares @ self.values.square().reciprocal()).sqrt().clamp_min(TINY)
+        return self._lengths(self.values[None])[0]
 
-    def cosines(self, u: Tensor) -> Tensor:
-        """Of every name's direction with the span of orthonormal columns (w, r): (n,)."""
-        inside = self.names @ ((self.basis.T @ u) / self.values[:, None])  # (n, w) @ (w, r)
-        return inside.norm(dim=1) / self.lengths
+    def _lengths(self, values: Tensor) -> Tensor:
+        """The same for several K of eigenvalues (P, w): (P, n)."""
+        squares = values.square().reciprocal() @ self.squares.T  # (P, w) @ (w, n)
+        return squares.sqrt().clamp_min(TINY)
 
-    def texts(self, u: Tensor) -> Tensor:
-        """Orthonormal basis (w, r) of `K u`: of the texts that lead to these directions."""
-        return torch.linalg.qr(self.basis @ (self.values[:, None] * (self.basis.T @ u)))[0]
+    def cosines(self, spans: Sequence[Tensor], mu: Tensor | None = None) -> list[Tensor]:
+        """Of every name's direction with the span of each of P sets of orthonormal columns (w, r):
+        (n,) each; `mu` (P,): with as much more on the eigenvalues of each."""
+        sizes = [span.shape[1] for span in spans]
+        values = self.values[None] if mu is None else self.values + mu[:, None]  # (P, w)
+        lengths = self.lengths[None] if mu is None else self._lengths(values)  # (P, n)
+        of = values if mu is None else values.repeat_interleave(torch.tensor(sizes), dim=0)
+        columns = (torch.cat(list(spans), dim=1).T @ self.basis) / of  # (sum of r, w)
+        inside = (columns @ self.names.T).square_()  # (sum of r, w) @ (w, n)
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        squares = inside.new_zeros(len(sizes), inside.shape[1]).index_add_(0, owner, inside)
+        return list(squares.sqrt_().div_(lengths))
+
+    def texts(self, spans: Sequence[Tensor], mu: Tensor | None = None) -> list[Tensor]:
+        """Orthonormal bases (w, r) of `K u`: of the texts that lead to these directions; arguments
+        as of `cosines`."""
+        sizes = [span.shape[1] for span in spans]
+        values = self.values[:, None]
+        if mu is not None:
+            values = values + mu.repeat_interleave(torch.tensor(sizes))
+        columns = self.basis @ (values * (self.basis.T @ torch.cat(list(spans), dim=1)))
+        return [torch.linalg.qr(part)[0] for part in columns.split(sizes, dim=1)]
 
     def directions(self) -> Tensor:
         """`K^-1 h` of all names, (n, w)."""
@@ -117,11 +134,15 @@ class Attacker:
         return Guess.of(gram, self.hidden, EXPLAINED * float(gram.trace()) / len(gram))
 
     @cached_property
-    def unexplained(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the other names do not explain of each: directions x (n, w), their norms (n,), and
-        `x W` (n, d)."""
+    def unexplained(self) -> Texts:
+        """What the other names do not explain of each, and where the original sends that."""
         x = self.alike.directions()
-        return x, x.norm(dim=1).clamp_min(TINY), x @ self.projection
+        return Texts(x, x @ self.projection)  # (n, w), (n, d)
+
+    @cached_property
+    def unexplained_lengths(self) -> Tensor:
+        """Norms (n,) of what the other names do not explain of each."""
+        return self.unexplained.hidden.norm(dim=1).clamp_min(TINY)
 
     @cached_property
     def fixed(self) -> list[Guess]:
@@ -136,18 +157,44 @@ class Attacker:
         """The paper's vocabulary, without its ridge."""
         return Guess.of(self.vocabulary.T @ self.vocabulary, self.hidden)
 
-    def guesses(self, u: Tensor, values: Tensor) -> list[Guess]:
-        """Statistics of the known ways to forget, for a change of left singular vectors (w, r) and
-        singular values (r,).
+    def ridges(self, spans: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """The ridge of the paper's form, (P,), as it can be read from each of P changes of left
+        singular vectors (w, r) and singular values (r,): `mu = (lw / lp) ||H_r Delta|| / ||Delta||`
+        at the optimum."""
+        ways = [u * size for u, size in zip(spans, values, strict=True)]
+        moved = (self.vocabulary @ torch.cat(ways, dim=1)).split([len(v) for v in values], dim=1)
+        sizes = [float(m.norm() / v.norm()) for m, v in zip(moved, values, strict=True)]
+        return (self.ratio * torch.tensor(sizes).double()).clamp_min(self._least)
 
-        Beside the fixed ones there is the paper's, whose ridge `mu = (lw / lp) ||H_r Delta|| /
-        ||Delta||` at the optimum can be read from the change.
+    @cached_property
+    def _least(self) -> float:
+        return KERNEL * float(self.paper.values.sum())
+
+    def recognise(
+        self, spans: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Which names P changes forget, by the known way to forget that fits each best.
+
+        Args:
+            spans, values: left singular vectors (w, r) of each, and singular values (r,).
+
+        Returns:
+            For each an orthonormal basis (w, r) of `K U` and every name's score (n,).
         """
-        if not len(self.vocabulary):
-            return self.fixed
-        moved = torch.linalg.matrix_norm(self.vocabulary @ (u * values))
-        mu = self.ratio * float(moved / values.norm())
-        return [*self.fixed, self.paper.at(max(mu, KERNEL * float(self.paper.values.sum())))]
+        tried: list[tuple[Guess, Tensor | None]] = [(guess, None) for guess in self.fixed]
+        if len(self.vocabulary):
+            tried.append((self.paper, self.ridges(spans, values)))
+        scores = [guess.cosines(spans, mu) for guess, mu in tried]
+        best = torch.tensor([[float(x.max()) for x in found] for found in scores]).argmax(dim=0)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, (guess, mu) in enumerate(tried):
+            of = (best == number).nonzero()[:, 0]  # the changes that it fits best
+            some = of.tolist()
+            if some:
+                bases = guess.texts([spans[p] for p in some], None if mu is None else mu[of])
+                own = [scores[number][p] for p in some]
+                found |= dict(zip(some, zip(bases, own, strict=True), strict=True))
+        return [found[p] for p in range(len(spans))]
 
 
 def attacker(common: Common) -> Attacker:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.determinism import seeded
 from evaluation.audit.interval import Accuracy, share
-from evaluation.zero_shot import CANCELS, Factors
+from evaluation.audit.texts import Moved, Texts
+from evaluation.zero_shot import Factors
 
 T = TypeVar("T")
-SHORTEST = 1e-12  # norm of a text: nothing is divided by less
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,47 @@ class Common:
         return torch.bincount(self.bundle.labels, minlength=len(self.bundle.classnames))
 
     @cached_property
-    def texts(self) -> Tensor:
-        """Embeddings (C, d) of the evaluation prompts in the untouched model, not normalised."""
-        return self.bundle.class_hidden @ self.bundle.text_projection  # (C, w) @ (w, d)
+    def columns(self) -> dict[str, int]:
+        """Class -> its column."""
+        return {name: column for column, name in enumerate(self.bundle.classnames)}
+
+    @cached_property
+    def texts(self) -> Texts:
+        """T texts: the evaluation prompts of the C classes, the names of the vocabulary, and the
+        evaluation prompts of the other sets."""
+        bundle, others = self.bundle, self.others.values()
+        parts = bundle.class_hidden, bundle.retain_hidden, *(each.class_hidden for each in others)
+        hidden = torch.cat(parts)
+        return Texts(hidden, hidden @ bundle.text_projection)  # (T, w) @ (w, d)
 
     @cached_property
     def products(self) -> Tensor:
-        """Products (N, C) of every image with every one of these texts."""
-        return self.bundle.image_features @ self.texts.T  # (N, d) @ (d, C)
+        """Products (N, C) of every image with the evaluation prompt of every class."""
+        count = len(self.bundle.classnames)
+        return self.bundle.image_features @ self.texts.embedded[:count].T  # (N, d) @ (d, C)
+
+
+class Block:
+    """Models, and cases, that are audited together, so that one product serves all of them.
+
+    It keeps none of them alive: what was audited is gone, and its scores with it.
+    """
+
+    def __init__(self) -> None:
+        self._members: WeakKeyDictionary[Any, None] = WeakKeyDictionary()
+        self._found: dict[Callable, WeakKeyDictionary[Any, Any]] = {}
+
+    def add(self, member: object) -> None:
+        """Have a model or a case found together with the others."""
+        self._members[member] = None
+
+    def once(self, find: Callable[[list[Any]], list[T]], member: object) -> T:
+        """What `find` finds for a member; it is asked for all of its kind at once."""
+        found = self._found.setdefault(find, WeakKeyDictionary())
+        if member not in found:
+            alike = [one for one in self._members if type(one) is type(member)]
+            found.update(zip(alike, find(alike), strict=True))
+        return found[member]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +122,16 @@ class Model:
     Attributes:
         factors: left (w, r), right (r, d) of the change; None for the untouched model.
         removed: class names that the deployed list no longer holds (never predicted).
+        block: what is audited with it.
     """
 
     common: Common
     factors: Factors | None = None
     removed: tuple[str, ...] = ()
+    block: Block = field(default_factory=Block, repr=False)
+
+    def __post_init__(self) -> None:
+        self.block.add(self)
 
     @property
     def bundle(self) -> FeatureBundle:
@@ -110,24 +149,30 @@ class Model:
         left, right = self.change
         return self.bundle.text_projection + left @ right  # (w, r) @ (r, d)
 
-    def moves(self, hidden: Tensor) -> Tensor:
-        """How far the change moves the embeddings of hidden states (n, w): (n, d)."""
-        left, right = self.change
-        return (hidden @ left) @ right  # (n, r) @ (r, d)
+    @cached_property
+    def size(self) -> float:
+        """The norm of `W'`."""
+        return float(torch.linalg.matrix_norm(self.projection))
+
+    @property
+    def moved(self) -> Moved:
+        """Where the change sends all texts of the set."""
+        return self.block.once(_moved, self)
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Text embeddings (n, d) of hidden states (n, w), not normalised."""
-        return hidden @ self.bundle.text_projection + self.moves(hidden)
+        left, right = self.change
+        return hidden @ self.bundle.text_projection + (hidden @ left) @ right  # (n, r) @ (r, d)
 
     @cached_property
     def texts(self) -> Tensor:
         """Embeddings (C, d) of the evaluation prompts, not normalised."""
-        return self.common.texts + self.moves(self.bundle.class_hidden)
+        return self.moved.embedded(slice(len(self.bundle.classnames)))
 
     @cached_property
     def lengths(self) -> Tensor:
         """Norms (C,) of these texts."""
-        return self.texts.norm(dim=1).clamp_min(SHORTEST)
+        return self.moved.lengths[: len(self.bundle.classnames)]
 
     @cached_property
     def classes(self) -> Tensor:
@@ -141,13 +186,13 @@ class Model:
         A change of rank r moves the products of the untouched model by a matrix of rank r, so a
         class under audit costs N C r products and not N C d.
         """
-        left, right = self.change
-        images, hidden = self.bundle.image_features, self.bundle.class_hidden
-        cosines = torch.addmm(self.common.products, images @ right.T, (hidden @ left).T)
+        images, moved, count = self.bundle.image_features, self.moved, len(self.lengths)
+        pulls = images @ moved.right.T  # (N, d) @ (d, r)
+        cosines = torch.addmm(self.common.products, pulls, moved.shares[:count].T)
         cosines /= self.lengths
-        shrunk = self.lengths < CANCELS * self.common.texts.norm(dim=1)
-        if shrunk.any():
-            cosines[:, shrunk] = images @ self.classes[shrunk].T
+        shrunk = moved.shrunk[moved.shrunk < count]
+        if len(shrunk):
+            cosines[:, shrunk] = images @ (moved.embedded(shrunk) / self.lengths[shrunk, None]).T
         return cosines
 
     @cached_property
@@ -155,7 +200,7 @@ class Model:
         """The same; -inf for a removed class."""
         if not self.removed:
             return self.cosines
-        gone = [self.bundle.classnames.index(name) for name in self.removed]
+        gone = [self.common.columns[name] for name in self.removed]
         return self.cosines.index_fill(1, torch.tensor(gone), -torch.inf)
 
     @cached_property
@@ -174,7 +219,11 @@ class Model:
         return share(int(self.right[column]), int(self.common.images[column]))
 
 
-@dataclass(frozen=True)
+def _moved(models: list[Model]) -> list[Moved]:
+    return models[0].common.texts.moved([model.change for model in models])
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """One class under audit.
 
@@ -194,6 +243,9 @@ class Case:
     unmeasured: list[str] = field(default_factory=list)
     stranger: tuple[list[str], Factors] | None = None
 
+    def __post_init__(self) -> None:
+        self.after.block.add(self)
+
     @property
     def common(self) -> Common:
         return self.after.common
@@ -209,7 +261,7 @@ class Case:
     @cached_property
     def label(self) -> int:
         """Column of the class."""
-        return self.bundle.classnames.index(self.name)
+        return self.common.columns[self.name]
 
     @cached_property
     def mine(self) -> Tensor:
@@ -219,7 +271,13 @@ class Case:
     @cached_property
     def retained(self) -> Tensor:
         """(C,) bool: the classes of the set that are not forgotten."""
-        return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
+        retained = torch.ones(len(self.bundle.classnames), dtype=torch.bool)
+        retained[[self.common.columns[name] for name in self.forgotten]] = False
+        return retained
+
+    def together(self, find: Callable[[list[Case]], list[T]]) -> T:
+        """What `find` finds for the case, which it is asked for all cases of the block at once."""
+        return self.after.block.once(find, self)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers of one purpose for the class."""

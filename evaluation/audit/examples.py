@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from evaluation.audit.case import Case, Model
+from evaluation.audit.order import highest
 
 SHOWN = 4  # pictures of the forgotten class
 NAMES = 5  # names that a picture is given
@@ -31,11 +32,12 @@ def measure(case: Case) -> dict[str, Any]:
     spaced = own[[i * len(own) // SHOWN for i in range(min(SHOWN, len(own)))]]
     lost = (case.before.right - case.after.right) / case.common.images.clamp_min(1)  # (C,)
     lost[~case.retained] = 0
-    worst = lost.argsort(descending=True, stable=True)[:HARMED]
+    some = (lost > 0).nonzero()[:, 0]
+    worst = some[highest(lost[some], HARMED)]
     labels = case.bundle.labels
     turned = (case.before.predicted == labels) & (case.after.predicted != labels)  # (N,)
     chosen = [(case.label, spaced)]
-    for column in worst[lost[worst] > 0].tolist():
+    for column in worst.tolist():
         chosen.append((column, (turned & (labels == column)).nonzero()[:OF_HARMED, 0]))
     return {
         "classes": [
@@ -54,11 +56,13 @@ def _pictures(case: Case, rows: Tensor) -> list[dict[str, Any]]:
     """The entry of each of the pictures `rows` (n,)."""
 
     def names(model: Model) -> list[list[str]]:
-        scores = model.scores[rows]  # (n, C)
-        best = scores.sort(dim=1, descending=True, stable=True)
         return [  # a name that was taken off the list has no score
-            [case.bundle.classnames[column] for column in columns[finite][:NAMES].tolist()]
-            for columns, finite in zip(best.indices, best.values.isfinite(), strict=True)
+            [
+                case.bundle.classnames[column]
+                for column in highest(scores, NAMES).tolist()
+                if scores[column].isfinite()
+            ]
+            for scores in model.scores[rows]  # (n, C)
         ]
 
     named = zip(rows.tolist(), names(case.before), names(case.after), strict=True)

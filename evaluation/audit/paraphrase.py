@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from evaluation.audit.case import SHORTEST, Case, Model
+from evaluation.audit.case import Case, Model
 from evaluation.audit.interval import Accuracy, mean_value, share
+from evaluation.audit.texts import SHORTEST
 from evaluation.rules import holds, is_other_word
 
 

@@ -41,7 +41,7 @@ def prompts_for(
         UserError: broken audit rows in the bundle (see `clip.audit_texts`).
     """
     bundle = common.bundle
-    label, bare = bundle.classnames.index(name), plain(name)
+    label, bare = common.columns[name], plain(name)
     found = [
         (bare, "bare", bundle.forget_hidden[label]),
         (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from evaluation.audit import (
     retrieval,
     undo,
 )
-from evaluation.audit.case import Case, Common, Model
+from evaluation.audit.case import Block, Case, Common, Model
 from evaluation.audit.inputs import Encode, Inputs, recover, select
 from evaluation.audit.prompts import prompts_for
-from evaluation.audit.record import Audits, merge_audits, read_audits
+from evaluation.audit.record import Audits, Record, read_audits
 from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
@@ -39,6 +40,7 @@ from forgetting import Adapter, load_adapter, projection_sha256
 ORDER = (examples, paraphrase, neighbours, destinations, confusion, residue, retrieval, undo)
 ORDER += (relearning,)
 MEASURES = {module.__name__.rpartition(".")[2]: module.measure for module in ORDER}
+TOGETHER = 128  # ranks of what is audited together, and a case more each; memory grows with it
 STRANGERS = 3  # adapters of other classes that an attacker holds
 
 
@@ -98,26 +100,18 @@ def audit_dataset(
     results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     bar = Progress(what=f"audit: {dataset}", total=len(labels))
-    with bar, Batch(partial(merge_audits, folder)) as batch:
-        for label in labels:
-            bar.at(label[:40])
-            cases = results.cases(label, inputs.encode)
-            texts = {name: len(case.prompts) for name, case in cases.items()}
-            settings = {"seed": seed, "texts": texts}
-            stamp = {"adapter_sha256": sha256_file(results.path(label)), "settings": settings}
-            there = done.get(label, {})
-            same = all(there.get(key) == value for key, value in stamp.items())
-            kept = there["classes"] if same else {name: {} for name in cases}
-            if all(set(measures) <= set(kept[name]) for name in cases):
-                bar.skip()
-                continue
+    with bar, Batch(Record(folder).merge) as batch:
+        for block in results.blocks(labels, inputs.encode, measures, done, bar):
             with one_thread():
-                classes = {
-                    name: audit_class(results.with_stranger(label, case), measures, kept[name])
-                    for name, case in cases.items()
-                }
-            batch.add((dataset, label, stamp | {"classes": classes}))
-            bar.update()
+                while block:  # a case that is done is gone, with its scores of all images
+                    one = block.popleft()
+                    bar.at(one.label[:40])
+                    classes = {
+                        name: audit_class(one.cases.pop(name), measures, one.kept[name])
+                        for name in list(one.cases)
+                    }
+                    batch.add((dataset, one.label, one.stamp | {"classes": classes}))
+                    bar.update()
 
 
 def audit_class(
@@ -143,6 +137,21 @@ def audit_class(
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A label under audit.
+
+    Attributes:
+        stamp: what an audit must have been of to be kept; cases: its classes; kept: of each what
+            was measured before.
+    """
+
+    label: str
+    stamp: dict[str, Any]
+    cases: dict[str, Case]
+    kept: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class _Results:
     """The results of one data set: its part of the logs, and the adapters that they name."""
 
@@ -150,11 +159,49 @@ class _Results:
     logs: dict[str, Any]
     common: Common
 
-    def cases(self, label: str, encode: Encode | None) -> dict[str, Case]:
-        """A case for every class of a label."""
+    def blocks(
+        self,
+        labels: Sequence[str],
+        encode: Encode | None,
+        measures: Collection[str],
+        done: dict[str, Any],
+        bar: Progress,
+    ) -> Iterator[deque[_Asked]]:
+        """Labels that are audited together, less those of which all is known.
+
+        Args:
+            done: label -> an earlier audit.
+        """
+        block, asked, rank = Block(), deque[_Asked](), 0
+        for label in labels:
+            bar.at(label[:40])
+            cases = self.cases(label, encode, block)
+            texts = {name: len(case.prompts) for name, case in cases.items()}
+            settings = {"seed": self.common.seed, "texts": texts}
+            stamp = {"adapter_sha256": sha256_file(self.path(label)), "settings": settings}
+            there = done.get(label, {})
+            same = all(there.get(key) == value for key, value in stamp.items())
+            kept = there["classes"] if same else {name: {} for name in cases}
+            if all(set(measures) <= set(kept[name]) for name in cases):
+                bar.skip()
+                continue
+            cases = {name: self.with_stranger(label, case) for name, case in cases.items()}
+            rank += sum(1 + len(case.after.change[1]) for case in cases.values())
+            asked.append(_Asked(label, stamp, cases, kept))
+            if rank >= TOGETHER:
+                yield asked
+                block, asked, rank = Block(), deque(), 0
+        if asked:
+            yield asked
+
+    def cases(
+        self, label: str, encode: Encode | None, block: Block | None = None
+    ) -> dict[str, Case]:
+        """A case for every class of a label, in a block with those of others."""
         solver, adapter = self.solver(label), self.adapter(label)
         removed = tuple(solver.get("removed_names", ()))
-        after = Model(self.common, (adapter.left, adapter.right), removed)
+        change = adapter.left, adapter.right
+        after = Model(self.common, change, removed, block or Block())
         seen = set(solver.get("texts") or map(plain, adapter.classes))
         return {
             name: Case(name, adapter.classes, after, *prompts_for(self.common, name, seen, encode))
@@ -164,10 +211,11 @@ class _Results:
     def with_stranger(self, label: str, case: Case) -> Case:
         """The case with one of a few other adapters that forget none of its classes, if there is
         one: the same one in every run."""
-        others = [key for key in self.labels if key != label]
+        own, others = self.places[label], range(len(self.labels) - 1)
         draw = random.Random(f"{self.common.seed}/{self.common.bundle.dataset}/{label}")
         drawn = sorted(draw.sample(others, min(STRANGERS, len(others))))
-        few = [other for other in drawn if not set(self.classes(other)) & set(case.forgotten)]
+        names = [self.labels[place + (place >= own)] for place in drawn]  # its own is none of them
+        few = [other for other in names if not set(self.classes(other)) & set(case.forgotten)]
         if not few:
             return case
         chosen = few[int(torch.randint(len(few), (1,), generator=case.generator("undo")))]
@@ -177,6 +225,11 @@ class _Results:
     @cached_property
     def labels(self) -> list[str]:
         return sorted(key for key in self.logs if key != SETTINGS)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Label -> its place among them."""
+        return {label: place for place, label in enumerate(self.labels)}
 
     @cached_property
     def projection(self) -> str:

@@ -109,8 +109,8 @@ class Start:
     @cached_property
     def away(self) -> list[int]:
         """Columns of other classes that the deployed list no longer holds."""
-        bundle = self.model.bundle
-        return [bundle.classnames.index(n) for n in self.model.removed if n != self.name]
+        columns = self.model.common.columns
+        return [columns[name] for name in self.model.removed if name != self.name]
 
     @property
     def name(self) -> str:

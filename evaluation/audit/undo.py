@@ -9,20 +9,22 @@ hidden states: they lie in `K` times it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluation.audit.attacker import TINY, Attacker, attacker
-from evaluation.audit.case import Case, Model
-from evaluation.zero_shot import Factors
+from evaluation.audit.case import Case, Common, Model
+from evaluation.audit.order import highest
 
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
 NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
 NOTHING: dict[str, Any] = dict.fromkeys(("rank", "rank_expected", "text_cosine", "place"))
 NOTHING |= {"places": [], "top": []}
+Difference = tuple[int, Tensor, Tensor]  # rank expected, left singular vectors, singular values
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -36,30 +38,29 @@ def measure(case: Case) -> dict[str, Any]:
           by `span_scores`.
         - two_adapters: the same for the difference of this model and one with another adapter of
           the same run; both adapters' names should come first.
-        - alone: `W'` only; names are ranked by `oddness`.
+        - alone: `W'` only; names are ranked by `_oddness`.
 
         A place is 1 plus the names before it that nobody forgot and that mean something else; ties
         count half. `places` are those of all that is forgotten together, in two_adapters followed
         by those that the other adapter forgets.
     """
-    known = case.common.once(attacker)
+    known, found = case.common.once(attacker), case.together(_recovered)
     reasons: list[str] = []
-    scores = oddness(case.after.change, known)  # no direction is recovered, so there is no cosine
+    # No direction is recovered from the changed weights alone, so there is no cosine.
+    alone = _ranking(case, known, case.after.block.once(_oddness, case.after), case.forgotten)
     attacks = {
-        "original_known": _difference(case, known, case.before, case.forgotten),
+        "original_known": _entry(case, known, found["original_known"], case.forgotten),
         "two_adapters": dict(NOTHING),
-        "alone": NOTHING | _ranking(case, known, scores, case.forgotten),
+        "alone": NOTHING | alone,
     }
     if attacks["original_known"]["rank"] == 0:
         reasons.append("original_known: the projection is the original's to rounding")
     if case.stranger is not None:
-        classes, factors = case.stranger
-        other = Model(case.common, factors)
-        attacks["two_adapters"] = _difference(case, known, other, [*case.forgotten, *classes])
+        named = [*case.forgotten, *case.stranger[0]]
+        attacks["two_adapters"] = _entry(case, known, found["two_adapters"], named)
     else:
         reasons.append("two_adapters: no second adapter of the same run")
-    w = case.bundle.text_projection
-    if torch.equal(w, torch.eye(*w.shape)):
+    if case.common.once(_folded):
         reasons.append(
             "alone, beside a trained projection: the bundle's is the identity (folded into its "
             "hidden states), beside which a change stands out more"
@@ -67,8 +68,15 @@ def measure(case: Case) -> dict[str, Any]:
     return {"names": len(known.names), "attacks": attacks, "not_measured": reasons}
 
 
-def span_scores(difference: Tensor, noise: float, known: Attacker) -> tuple[int, Tensor, Tensor]:
-    """How nearly a change is one that forgets each name.
+def _folded(common: Common) -> bool:
+    """Whether the projection is the identity."""
+    w = common.bundle.text_projection
+    return torch.equal(w, torch.eye(*w.shape))
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What the difference of two projections gives away.
 
     A change that forgets the text h has `K^-1 h` in its column space, spanned by its left singular
     vectors U. A name's score is the cosine of `K^-1 h` with that span: 1, the most that there is,
@@ -77,58 +85,75 @@ def span_scores(difference: Tensor, noise: float, known: Attacker) -> tuple[int,
     names move, `||h D|| / ||h W||`, puts the same name first on real features, but of no distance
     is it known that it is the most that there is.)
 
-    Args:
-        difference: (w, q) float64, the change along all directions in which it can be more than
-            rounding; noise: singular values up to it are rounding.
-
-    Returns:
-        the numerical rank r, an orthonormal basis (w, r) of `K U`, which the forgotten hidden
-        states span, and the scores (n,).
+    Attributes:
+        expected: rank that the adapters have together; rank: of the difference, beyond rounding.
+        basis: (w, r) orthonormal, of `K U`, which the forgotten hidden states span; scores: (n,)
+            of the names. None where all is rounding.
     """
+
+    expected: int
+    rank: int
+    basis: Tensor | None = None
+    scores: Tensor | None = None
+
+
+def _recovered(cases: list[Case]) -> list[dict[str, Recovered]]:
+    """Attack -> what it recovers of each case's change: of its difference from the original, and
+    from a stranger's."""
+    common = cases[0].common
+    seen: dict[Model | Case, Difference] = {}
+    for case in cases:
+        if case.after not in seen:
+            seen[case.after] = _difference(case.after, common.before)
+        if case.stranger is not None:
+            seen[case] = _difference(case.after, Model(common, case.stranger[1]))
+    told = [(span, values) for _, span, values in seen.values() if len(values)]
+    named = iter(common.once(attacker).recognise(*zip(*told, strict=True)) if told else ())
+    found = {
+        key: Recovered(expected, len(values), *(next(named) if len(values) else ()))
+        for key, (expected, _, values) in seen.items()
+    }
+    attacks = ({"original_known": case.after, "two_adapters": case} for case in cases)
+    return [{name: found[key] for name, key in of.items() if key in found} for of in attacks]
+
+
+def _difference(one: Model, other: Model) -> Difference:
+    """The rank that the difference of two projections should have, and its left singular vectors
+    (w, r) and singular values (r,) that are more than rounding; both came in float32."""
+    # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
+    noise = EPSILON * (one.size + other.size)
+    rows = torch.cat([one.change[1], other.change[1]]).double()  # (q, d)
+    # All that is not rounding lies in the span of these rows: q columns instead of d.
+    span = torch.linalg.qr(rows.T)[0]
+    difference = (one.projection - other.projection).double() @ span  # (w, d) @ (d, q)
     u, values, _ = torch.linalg.svd(difference, full_matrices=False)
     rank = int((values > noise).sum())
-    u, values = u[:, :rank], values[:rank]
-    basis, scores = u, difference.new_zeros(len(known.names))
-    for guess in known.guesses(u, values) if rank else ():
-        cosines = guess.cosines(u)
-        if cosines.max() > scores.max():
-            basis, scores = guess.texts(u), cosines
-    return rank, basis, scores
+    return len(rows), u[:, :rank], values[:rank]
 
 
-def oddness(change: Factors, known: Attacker) -> Tensor:
-    """How unlike the others a name is treated, (n,), from `W'` alone.
+def _oddness(models: list[Model]) -> list[Tensor]:
+    """How unlike the others each model treats a name, (n,), from its `W'` alone.
 
     The least change of all else that moves a text is along what the other texts do not explain of
     it, so there `W'` must be unlike an untouched projection. The score of a name is its gain along
     that direction x, `log ||x W'|| / ||x||`, as distance from the median of all names. Unlike the
     length of `h W'` it also betrays a text that was sent elsewhere at its own length.
-
-    Args:
-        change: left (w, r), right (r, d) of `W' - W`, in which no name is worth the product of all
-            of them with `W'` again.
     """
-    left, right = (factor.double() for factor in change)
-    x, lengths, untouched = known.unexplained
-    gain = (untouched + (x @ left) @ right).norm(dim=1) / lengths  # (n, d) -> (n,)
-    gain = gain.clamp_min(TINY).log()
-    return (gain - gain.median()).abs()
+    known = models[0].common.once(attacker)
+    found = []
+    for moved in known.unexplained.moved([model.change for model in models]):
+        gain = (moved.lengths / known.unexplained_lengths).clamp_min(TINY).log()
+        found.append((gain - gain.median()).abs())
+    return found
 
 
-def _difference(case: Case, known: Attacker, other: Model, named: list[str]) -> dict[str, Any]:
-    """The attack on the difference of two projections that both came in float32."""
-    one, two = case.after.projection, other.projection
-    # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
-    noise = EPSILON * float(torch.linalg.matrix_norm(one) + torch.linalg.matrix_norm(two))
-    rows = torch.cat([case.after.change[1], other.change[1]]).double()  # (q, d)
-    # All that is not rounding lies in the span of these rows: q columns instead of d.
-    span = torch.linalg.qr(rows.T)[0]
-    rank, basis, scores = span_scores((one.double() - two.double()) @ span, noise, known)
-    found = NOTHING | {"rank": rank, "rank_expected": len(rows)}
-    if rank == 0:
-        return found
-    cosine = _text_cosine(case, known, basis)
-    return found | {"text_cosine": cosine} | _ranking(case, known, scores, named)
+def _entry(case: Case, known: Attacker, found: Recovered, named: list[str]) -> dict[str, Any]:
+    """The entry of an attack on a difference, in which these names were forgotten."""
+    entry = NOTHING | {"rank": found.rank, "rank_expected": found.expected}
+    if found.basis is None or found.scores is None:
+        return entry
+    cosine = _text_cosine(case, known, found.basis)
+    return entry | {"text_cosine": cosine} | _ranking(case, known, found.scores, named)
 
 
 def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
@@ -160,5 +185,5 @@ def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> d
     ]
     # All classes of the set are on the list, and with them those that are forgotten.
     place = places[case.forgotten.index(case.name)]
-    top = [known.names[row] for row in scores.argsort(descending=True, stable=True)[:SHOWN]]
+    top = [known.names[row] for row in highest(scores, SHOWN).tolist()]
     return {"place": place, "places": places, "top": top}
