@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -208,6 +208,62 @@ def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None
     text = json_bytes(obj, indent)
     with atomic_path(path) as temporary:
         temporary.write_bytes(text + b"\n")
+
+
+class Growing:
+    """A JSON file of two levels, name -> label -> entry, that is written again and again.
+
+    Each entry is made JSON once, however often the file is written, and the file is read again only
+    where somebody else has written it meanwhile. Use it under the `lock` of the file.
+
+    Args:
+        read: the file's objects, none where there is no file.
+    """
+
+    def __init__(self, path: Path, read: Callable[[], dict[str, dict[str, Any]]]) -> None:
+        self._path, self._read = path, read
+        self._stamp: tuple[int, ...] | None = None  # of the file that holds what is known
+        self._known: dict[str, dict[str, Any]] = {}
+        self._texts: dict[tuple[str, str], tuple[Any, bytes]] = {}  # an entry and its JSON
+
+    def load(self) -> dict[str, dict[str, Any]]:
+        """What the file holds, to be added to; an entry is replaced, never changed inside."""
+        if self._stamp is None or self._stamp != self._now():
+            self._known, self._texts = self._read(), {}
+        self._stamp = None  # what is added and not written is not relied on
+        return self._known
+
+    def save(self, head: Mapping[str, Any] | None = None, below: str = "") -> None:
+        """Write what `load` gave and what was added, as the member `below` of `head`, if given."""
+        names = {
+            name: {label: self._text(name, label, entry) for label, entry in entries.items()}
+            for name, entries in self._known.items()
+        }
+        text = _members({name: _members(texts) for name, texts in names.items()})
+        if head is not None:
+            text = _members({key: json_bytes(value) for key, value in head.items()} | {below: text})
+        with atomic_path(self._path) as temporary:
+            temporary.write_bytes(text + b"\n")
+        self._stamp = self._now()
+
+    def _text(self, name: str, label: str, entry: Any) -> bytes:
+        known, text = self._texts.get((name, label), (None, b""))
+        if known is not entry:
+            text = json_bytes(entry)
+            self._texts[name, label] = entry, text
+        return text
+
+    def _now(self) -> tuple[int, ...] | None:
+        """What tells the file from any other that was written at its place; None if none is."""
+        if not self._path.exists():
+            return None
+        found = self._path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _members(texts: Mapping[str, bytes]) -> bytes:
+    """A JSON object of members that are JSON."""
+    return b"{" + b", ".join(json_bytes(key) + b": " + text for key, text in texts.items()) + b"}"
 
 
 class Batch:

@@ -21,11 +21,13 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
 from engine.files import (
+    Growing,
     NoJSON,
     atomic_path,
     escape,
@@ -35,7 +37,6 @@ from engine.files import (
     refuse_foreign,
     sha256_file,
     sweep,
-    write_json_atomic,
 )
 from engine.log import say
 from engine.schema import SETTINGS, Args, check, check_logs
@@ -132,15 +133,28 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     Raises:
         UserError: other results are there; the message names what differs and another ATTEMPT.
     """
-    path = Path(folder) / LOGS
+    return _fitting(_whole_logs(Path(folder) / LOGS), Path(folder) / LOGS, dataset, settings)
+
+
+def _whole_logs(path: Path) -> Logs:
+    """The logs of a file; torn ones are set aside."""
     try:
-        logs = read_logs(folder)
+        return read_logs(path.parent)
     except TornLogs as error:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}"
         aside = path.rename(path.with_name(f"logs.torn-{stamp}.json"))
         raise UserError(
             f"{error} (it was kept as {aside.name}; run again to start new ones)"
         ) from error
+
+
+@lru_cache(maxsize=4)
+def _growing(path: Path) -> Growing:
+    return Growing(path, partial(_whole_logs, path))
+
+
+def _fitting(logs: Logs, path: Path, dataset: str, settings: dict[str, Any]) -> Logs:
+    """The logs, if results made with `settings` may join them; see `check_folder`."""
     for name, entry in logs.items():
         there = {"precision": "fp32"} | entry.get(SETTINGS, {})
         for key in settings if name == dataset else settings.keys() & SHARED:
@@ -221,10 +235,11 @@ def merge_results(
     from forgetting.adapter import FORMAT
     from forgetting.files import write_bytes
 
-    folder, path = Path(folder), Path(folder) / LOGS
+    folder, path = Path(folder), Path(folder).absolute() / LOGS
     refused: UserError | None = None
     with lock(path):
-        logs = check_folder(folder, dataset, settings)
+        file = _growing(path)
+        logs = _fitting(file.load(), folder / LOGS, dataset, settings)
         entries = logs.setdefault(dataset, {})
         entries[SETTINGS] = settings
         for one in finished:
@@ -247,7 +262,7 @@ def merge_results(
             digest = hashlib.sha256(one.data).hexdigest()
             named = {"adapter": one.place, "adapter_sha256": digest}
             entries[one.label] = one.entry | {"solver": solver | named}
-        write_json_atomic(logs, path)
+        file.save()
     if refused is not None:
         raise refused
 

@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import atomic_path, json_bytes, lock, read_json
+from engine.files import Growing, lock, read_json
 from engine.schema import check_audits
 
 AUDIT = "audit.json"
@@ -40,49 +41,21 @@ def read_audits(folder: str | Path) -> Audits:
     return record["audits"]
 
 
-class Record:
-    """The audits of a folder, to which others are added.
+@lru_cache(maxsize=4)
+def _growing(path: Path) -> Growing:
+    return Growing(path, partial(read_audits, path.parent))
 
-    Each is made JSON once, however often the file is written, and the file is read again only where
-    somebody else has written it meanwhile.
+
+def merge_audits(folder: str | Path, entries: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+    """Add or replace audits (data set, label, entry); everything else in the file stays.
+
+    Raises:
+        UserError: as `read_audits`, or a file that cannot be written.
     """
-
-    def __init__(self, folder: str | Path) -> None:
-        self._path = Path(folder) / AUDIT
-        self._known: tuple[int, ...] | None = None  # the file as it was read or written last
-        self._texts: dict[str, dict[str, bytes]] = {}  # data set -> label -> JSON
-
-    def merge(self, entries: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
-        """Add or replace audits (data set, label, entry); everything else in the file stays.
-
-        Raises:
-            UserError: as `read_audits`, or a file that cannot be written.
-        """
-        with lock(self._path):
-            if self._now() != self._known:
-                there = read_audits(self._path.parent)
-                self._texts = {
-                    dataset: {label: json_bytes(entry) for label, entry in labels.items()}
-                    for dataset, labels in there.items()
-                }
-                self._known = self._now()
-            for dataset, label, entry in entries:
-                self._texts.setdefault(dataset, {})[label] = json_bytes(entry)
-            labels = {dataset: _object(texts) for dataset, texts in self._texts.items()}
-            text = _object({"format": json_bytes(FORMAT), "audits": _object(labels)})
-            with atomic_path(self._path) as temporary:
-                temporary.write_bytes(text + b"\n")
-            self._known = self._now()
-
-    def _now(self) -> tuple[int, ...] | None:
-        """What tells the file from any other that was written at its place; None if none is."""
-        if not self._path.exists():
-            return None
-        found = self._path.stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _object(members: dict[str, bytes]) -> bytes:
-    """A JSON object of members that are JSON."""
-    parts = [json_bytes(name) + b": " + text for name, text in members.items()]
-    return b"{" + b", ".join(parts) + b"}"
+    path = Path(folder).absolute() / AUDIT
+    with lock(path):
+        file = _growing(path)
+        audits = file.load()
+        for dataset, label, entry in entries:
+            audits.setdefault(dataset, {})[label] = entry
+        file.save({"format": FORMAT}, "audits")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from evaluation.audit import (
 from evaluation.audit.case import Block, Case, Common, Model
 from evaluation.audit.inputs import Encode, Inputs, recover, select
 from evaluation.audit.prompts import prompts_for
-from evaluation.audit.record import Audits, Record, read_audits
+from evaluation.audit.record import Audits, merge_audits, read_audits
 from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
@@ -100,7 +100,7 @@ def audit_dataset(
     results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     bar = Progress(what=f"audit: {dataset}", total=len(labels))
-    with bar, Batch(Record(folder).merge) as batch:
+    with bar, Batch(partial(merge_audits, folder)) as batch:
         for block in results.blocks(labels, inputs.encode, measures, done, bar):
             with one_thread():
                 while block:  # a case that is done is gone, with its scores of all images
