@@ -15,7 +15,8 @@ from torch import nn
 
 from forgetting import Forgotten, ProblemError, compose, forget, load_adapter
 from forgetting.generic import generic_hidden
-from forgetting.towers import read_tower, tensor_sha256, tensors
+from forgetting.modules import tensor_sha256, tensors
+from forgetting.towers import read_tower
 from tests.conftest import REPOSITORY
 from tests.tower_fixtures import (
     ALL,
