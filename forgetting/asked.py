@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from forgetting.checks import ProblemError, shown, tensor
 from forgetting.forecast import Watch
+from forgetting.reading import cut
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import (
     TARGETS,
@@ -73,10 +74,15 @@ class Asked:
 
 
 class Book:
-    """Texts of a request, and their hidden states, each read once."""
+    """Texts of a request, and their hidden states, each read once.
+
+    Attributes:
+        cut: those of which the tokenizer does not read the end.
+    """
 
     def __init__(self, tower: Tower, asked: Asked, target: str | Tensor) -> None:
         self.tower, self.asked, self.target = tower, asked, target
+        self.cut: list[str] = []
         self._known: dict[str, Tensor] = {}
 
     def rows(self, texts: Sequence[str]) -> Tensor:
@@ -84,6 +90,7 @@ class Book:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             self._known |= zip(new, self.tower.hidden(new), strict=True)
+            self.cut += cut(self.tower.model, self.tower.tokenize, new)
         if not texts:
             return self.tower.hidden([])
         return torch.stack([self._known[text] for text in texts])

@@ -28,7 +28,7 @@ from forgetting.forgotten import APPLIED, Forgotten
 from forgetting.generic import ALIKE, CACHE, generic_hidden
 from forgetting.identity import describe
 from forgetting.modules import tensor_sha256, turned
-from forgetting.reading import Tokenize
+from forgetting.reading import Tokenize, warning_of
 from forgetting.requests import Requests
 from forgetting.retain import Group, RetainSet
 from forgetting.ridge import best_ridge
@@ -186,18 +186,21 @@ def forget(
         "margin": margin,
         "follow": follow,
     }
-    return _forgotten(tower, answer, settings, words.gone)
+    notes = []
+    if words.gone:
+        notes.append(f"not retained, since forgotten: {', '.join(words.gone)}")
+    if book.cut:
+        notes.append(warning_of(book.cut))
+    return _forgotten(tower, answer, settings, notes)
 
 
 def _forgotten(
-    tower: Tower, answer: Answer, settings: dict[str, Any], gone: Sequence[str]
+    tower: Tower, answer: Answer, settings: dict[str, Any], notes: Sequence[str]
 ) -> Forgotten:
-    """The answer with what it belongs to; `gone`: names that cannot stay."""
+    """The answer with what it belongs to; `notes`: beside its own."""
     own = {text.casefold() for text in answer.request.classes}
     retained = [name for name in answer.left_retain_set if name.casefold() in own]
-    notes = answer.notes(retained)
-    if gone:
-        notes.append(f"not retained, since forgotten: {', '.join(gone)}")
+    notes = [*answer.notes(retained), *notes]
     solver = _finite({"name": "exact", **answer.report(), "notes": notes})
     adapter = Adapter(
         answer.solution.left.float().cpu(),

@@ -7,6 +7,7 @@ in the way that it has.
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from forgetting.checks import ProblemError, line
+from forgetting.checks import ProblemError, line, shown
 from forgetting.modules import tensors
 
+BATCH = 256
+LAST_LETTER = re.compile(r"(.*)[^\W_]", re.DOTALL)
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")
 
 Tokenize = Callable[[list[str]], Any]
@@ -127,6 +130,28 @@ def tokens(model: nn.Module, tokenize: Tokenize, texts: list[str]) -> Tensor | d
             found.pop("attention_mask", None)
         return found
     return _tensor(found, len(texts))
+
+
+def cut(model: nn.Module, tokenize: Tokenize, texts: Sequence[str]) -> list[str]:
+    """The texts of which the tokenizer does not read the end: without their last letter (or digit)
+    they are the same tokens. Of a text without letters that cannot be told."""
+    shorter = {text: found[1] for text in texts if (found := LAST_LETTER.match(text))}
+    known, found = list(shorter), []
+    for start in range(0, len(known), BATCH):
+        part = known[start : start + BATCH]
+        inputs = tokens(model, tokenize, [*part, *(shorter[text] for text in part)])
+        same = torch.ones(len(part), dtype=torch.bool)
+        for ids in inputs.values() if isinstance(inputs, dict) else (inputs,):
+            whole, rest = ids.reshape(len(ids), -1).split(len(part))
+            same &= (whole == rest).all(dim=1)
+        found += [part[i] for i in same.nonzero()[:, 0].tolist()]
+    return found
+
+
+def warning_of(cut: Sequence[str]) -> str:
+    """What to say of texts that `cut` found, of which there is at least one."""
+    more = f" and of {len(cut) - 1} more" if len(cut) > 1 else ""
+    return f"warning: the model reads only the beginning of {shown(cut[0])}{more}"
 
 
 def _options(model: nn.Module, tokenize: Any) -> dict[str, Any]:

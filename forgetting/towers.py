@@ -23,10 +23,9 @@ from tqdm import tqdm
 from forgetting.checks import FLOATS, ProblemError, line, shown
 from forgetting.files import raw
 from forgetting.modules import quantised, share_memory, tensor_sha256, tensors, text_sha256, turned
-from forgetting.reading import Tokenize, run, tokens
+from forgetting.reading import BATCH, Tokenize, run, tokens
 
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
-BATCH = 256
 
 
 @dataclass(frozen=True)

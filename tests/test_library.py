@@ -16,6 +16,7 @@ from torch import nn
 from forgetting import Forgotten, ProblemError, compose, forget, load_adapter
 from forgetting.generic import generic_hidden
 from forgetting.modules import tensor_sha256, tensors
+from forgetting.reading import cut
 from forgetting.towers import read_tower
 from tests.conftest import REPOSITORY
 from tests.tower_fixtures import (
@@ -309,6 +310,22 @@ def test_quantised_scripted_and_absent_weights_are_refused():
 def test_tokenizers_that_are_refused(words, message):
     with pytest.raises(ProblemError, match=message):
         read_tower(OwnTower().eval(), words)
+
+
+@pytest.mark.parametrize(
+    "family", ["own", pytest.param("transformers CLIPModel", marks=needs_transformers)]
+)
+def test_of_long_texts_it_is_said_that_they_are_cut(family):
+    """24 tokens, of which two are the start and the end; one that just fits is no long one."""
+    model, words = tiny(family)
+    fits, long = "a" * 22, "a" * 23
+    assert cut(model, words, ["", "dog", "!?", fits, long, f"{long}!?", "x" * 300]) == [
+        long, f"{long}!?", "x" * 300
+    ]  # fmt: skip
+    notes = forget(model, words, ["Acme Cola", fits], templates=["{}"], **PLAIN).notes
+    assert not any("beginning" in note for note in notes)
+    (note,) = (n for n in forget(model, words, [long], **PLAIN).notes if "beginning" in n)
+    assert f"the beginning of '{long}' and of 1 more" in note and "\n" not in note
 
 
 ARGUMENTS = {
