@@ -11,7 +11,6 @@ caller lists, moves as little as can be.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256, with_recipe
 from forgetting.asked import Asked, Book, check_target, fill
-from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, line, shown
+from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, finite, line, shown
 from forgetting.complete import Answer, World, forget_completely, specific_targets
 from forgetting.forecast import Watch
 from forgetting.forgotten import APPLIED, Forgotten
@@ -201,7 +200,7 @@ def _forgotten(
     own = {text.casefold() for text in answer.request.classes}
     retained = [name for name in answer.left_retain_set if name.casefold() in own]
     notes = [*answer.notes(retained), *notes]
-    solver = _finite({"name": "exact", **answer.report(), "notes": notes})
+    solver = finite({"name": "exact", **answer.report(), "notes": notes})
     adapter = Adapter(
         answer.solution.left.float().cpu(),
         answer.solution.right.float().cpu(),
@@ -251,12 +250,3 @@ def _like(groups: Mapping[str, Group]) -> tuple[Tensor, list[str]]:
     count = len(dict.fromkeys(chosen.names))
     some = range(0, count, max(1, count // LOOKED_AT))
     return chosen.rows[list(some)], [chosen.names[i].casefold() for i in some]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
