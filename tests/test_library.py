@@ -7,13 +7,14 @@ import subprocess
 import sys
 import venv
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from forgetting import Forgotten, ProblemError, compose, forget, load_adapter
+from forgetting import Forgotten, ProblemError, compose, forget, load_adapter, save_adapter
 from forgetting.generic import generic_hidden
 from forgetting.modules import tensor_sha256, tensors
 from forgetting.reading import cut
@@ -147,6 +148,22 @@ def test_verify_sees_what_was_tampered_with(change):
             message = "has other tensors"
     with pytest.raises(ProblemError, match=message):
         answer.verify(model)
+
+
+def test_what_an_adapter_says_of_its_model_is_checked(tmp_path):
+    model, words = tiny("own with bias")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    known = answer.adapter.settings["model"]
+    for wrong in ({"hashes": 3}, known | {"projection": None}, known | {"transposed": "no"}):
+        settings = answer.adapter.settings | {"model": wrong}
+        save_adapter(replace(answer.adapter, settings=settings), tmp_path / "a", overwrite=True)
+        with pytest.raises(ProblemError, match=r"^model.* must be"):
+            Forgotten.load(tmp_path / "a", model)
+    answer.save(tmp_path / "b")
+    flat = torch.nn.Module()
+    flat.register_parameter(known["projection"], torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ProblemError, match="does not hold the projection"):
+        Forgotten.load(tmp_path / "b", flat)
 
 
 def test_an_adapter_is_refused_by_another_model(tmp_path):
