@@ -18,7 +18,7 @@ from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")
 KEEP = "keep"
-GENERIC = "generic"  # common names, for a set without a vocabulary of its own
+GENERIC = "generic"  # common names, whatever the set is of
 COMMON = ("vocabulary", GENERIC)  # they stand for the many names that nobody lists
 Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
 
@@ -94,13 +94,22 @@ class Retained:
         return self.ridge.solve(self.names.rows)
 
 
-def exact_weights(cfg: CfgNode, others: bool, more: Collection[str] = ()) -> dict[str, float]:
-    """Weights of the groups by the settings; `others`: whether there are other sets; `more`: as in
-    `retain_set`, where common names weigh what a vocabulary weighs."""
+def exact_weights(
+    cfg: CfgNode, others: bool, more: Collection[str] = (), vocabulary: bool = True
+) -> dict[str, float]:
+    """Weights of the groups by the settings.
+
+    Args:
+        others: whether there are other sets; more: names of groups as in `retain_set`.
+        vocabulary: whether the set has one of its own. Generic names take part of its weight, and
+            all of it where there is none.
+    """
     node = cfg.TRAINER.FORGETEXACT
-    vocabulary = profile(cfg, others).VOCABULARY if node.VOCABULARY is None else node.VOCABULARY
-    weights = {"own": node.OWN, "vocabulary": vocabulary, "others": node.OTHERS}
-    weights |= {name: node.KEEP if name == KEEP else vocabulary for name in more}
+    common = profile(cfg, others).VOCABULARY if node.VOCABULARY is None else node.VOCABULARY
+    part = (node.GENERIC if vocabulary else float(node.GENERIC > 0)) * (GENERIC in more)
+    weights = {"own": node.OWN, "vocabulary": (1 - part) * common, "others": node.OTHERS}
+    further = {KEEP: node.KEEP, GENERIC: part * common}
+    weights |= {name: further[name] for name in more}
     return {group: float(weight) for group, weight in weights.items()}
 
 
@@ -123,7 +132,7 @@ def exact_names(
     Classes are retained by name and prompt: on real features the rest of the set and other sets
     lose less by it, under templates that nobody listed as well (docs/exact.md).
     """
-    weights = exact_weights(cfg, bool(others), more or ())
+    weights = exact_weights(cfg, bool(others), more or (), bool(bundle.retain_names))
     weights = {name: weight for name, weight in weights.items() if weight > 0 and name != off}
     similarity = float(cfg.FORGET.SIMILARITY)
     return retain_set(bundle, others, weights, similarity, device, more, prompts=True)

@@ -8,7 +8,6 @@ import warnings
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from engine.errors import UserError, unknown
 from engine.files import sha256_file
 from engine.log import Progress, say, warn
 from forgetting import ProblemError
+from forgetting.reading import cut, warning_of
 from forgetting.towers import Tower, read_tower
 
 # Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
@@ -265,7 +265,8 @@ class ClipSource:
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
         """Hidden states of `texts`, (n, w) float32 on the CPU: times `projection` they are the
         model's text embeddings."""
-        self._warn_of_long(texts)
+        if long := cut(self.model, self.tokenizer, texts):
+            warn(f"clip: {warning_of(long)}")
         if not _is_plain(self.model):
             try:
                 hidden = self.tower.hidden(texts, batch=batch_size)
@@ -278,22 +279,6 @@ class ClipSource:
             tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)
             rows.append(hidden_states(self.model, tokens).cpu())
         return torch.cat(rows)
-
-    def _warn_of_long(self, texts: list[str]) -> None:
-        """Say of which texts the model reads the beginning only."""
-        tokenizer = self.tokenizer
-        limit = getattr(tokenizer, "context_length", None)
-        added = 2  # start and end of text
-        if self.architecture.transformers:
-            config = getattr(self.model.config, "text_config", self.model.config)
-            limit, added = getattr(config, "max_position_embeddings", None), 0
-        if limit is None or not hasattr(tokenizer, "encode"):
-            return
-        for text in texts:
-            length = len(tokenizer.encode(text)) + added
-            if length > limit:
-                shown = repr(shorten(text, 80))
-                warn(f"clip: warning: a text of {length} tokens is cut to {limit}: {shown}")
 
     @torch.no_grad()
     def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:

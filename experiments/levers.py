@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clip.retain import Retained
 from experiments.alone import Lever
@@ -19,6 +20,7 @@ from forgetting.forecast import shares_each
 
 MOST = 4  # one in so many names weighs more
 TIMES = 5.0  # than the others of its group
+NEAREST = 100  # names of a vocabulary, as many as the paper's have
 NODE = "TRAINER.FORGETEXACT."
 
 
@@ -101,6 +103,26 @@ def shrunk(part: float) -> Lever:
     return lever
 
 
+def parted(generic: float) -> Lever:
+    """The NEAREST words to what is forgotten stand for a set's own vocabulary, the others for a
+    generic one that takes over a part of its weight; 0: they are not retained."""
+
+    def lever(kept: Retained, like: Tensor, leaving: Tensor) -> RetainSet:
+        groups = dict(kept.names.groups)
+        words = groups.pop("vocabulary")
+        cosine = normalize(words.rows, dim=1) @ normalize(like, dim=1).T  # (n, C)
+        near = torch.zeros(len(words.names), dtype=torch.bool)
+        near[cosine.amax(dim=1).topk(min(NEAREST, len(near) // 2)).indices] = True
+        for name, mask, part in (("vocabulary", near, 1 - generic), ("generic", ~near, generic)):
+            if part > 0:
+                names = [words.names[i] for i in mask.nonzero()[:, 0].tolist()]
+                rows, weight = words.rows[mask], part * words.weight
+                groups[name] = replace(words, names=names, rows=rows, weight=weight)
+        return RetainSet(groups, kept.names.similarity)
+
+    return lever
+
+
 class Variant(NamedTuple):
     """A row of the frontier: its name, what it varies, KEY VALUE pairs of the run, a lever."""
 
@@ -138,5 +160,6 @@ VARIANTS = [
     Variant("by influence", "lever", (), by_influence),
     Variant("by leave-one-out", "lever", (), by_leave_one_out),
     *(Variant(f"shrunk {v:g}", "lever", (), shrunk(v)) for v in (0.1, 0.3)),
+    *(Variant(f"generic {v:g}", "lever", (), parted(v)) for v in (0, 0.25, 0.5, 0.75, 1)),
     Variant("no wording joins", "lever", _pairs(FOLLOW=0)),
 ]

@@ -101,7 +101,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, str, str]]]
     command("patch", "cached text embeddings, without a model (see patch --help)", _never)
     command("export", "the changed model for another tool (see export --help)", _never)
     lazily = {
-        "patch": ("forgetting.patch", "add_patch", "run_patch"),
+        "patch": ("forgetting.cached", "add_patch", "run_patch"),
         "export": ("forgetting.export", "add_export", "run_export"),
     }
     return parser, lazily

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +270,6 @@ def recipe_parts(
         )
         for i, name in enumerate(names)
     ]
-
-
-def with_recipe(adapter: Adapter, shared: dict[str, Any], parts: Sequence[Part]) -> Adapter:
-    """The adapter with its recipe; see `recipe_fields`."""
-    return replace(adapter, **recipe_fields(shared, parts))
 
 
 def recipe_fields(shared: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:

@@ -49,6 +49,15 @@ def is_json(value: Any, depth: int = 0) -> bool:
     return is_number(value)
 
 
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for (an unreachable threshold)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _in_range(value: Any) -> bool:
     """A number that solvers multiply: not too near to 0 either, but for 0 itself."""
     return is_number(value, LARGEST) and not 0 < abs(value) < 1 / LARGEST

@@ -34,8 +34,8 @@ from forgetting.adapter import (
     joined,
     load_adapter,
     read_parts,
+    recipe_fields,
     save_adapter,
-    with_recipe,
 )
 from forgetting.certificate import certify_constrained
 from forgetting.checks import ProblemError, line
@@ -67,7 +67,7 @@ def solve_recipes(
     """Forget all parts at once.
 
     Args:
-        shared: as in `with_recipe`.
+        shared: as in `recipe_fields`.
         parts: of any number of adapters. A text that several of them forget, or take out of the
             retain statistics, counts once, also if they had it from two encodings.
         statistics: needed for the paper's objective; lets the constrained form's answer be
@@ -250,7 +250,7 @@ def compose(
     except torch.linalg.LinAlgError as error:
         raise ProblemError("the recipes or statistics hold numbers too large to solve") from error
     settings = [adapter.settings for adapter in adapters.values()]
-    result = replace(
+    return replace(
         first,
         left=composed.left.float(),
         right=composed.right.float(),
@@ -262,8 +262,8 @@ def compose(
             if all(key in other and other[key] == value for other in settings)
         },
         solver={"name": "compose", **composed.report},
+        **recipe_fields(first.recipe, parts),
     )
-    return with_recipe(result, first.recipe, parts)
 
 
 def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:

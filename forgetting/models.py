@@ -21,7 +21,7 @@ from torch import nn
 
 from forgetting.checks import ProblemError, line
 from forgetting.files import need
-from forgetting.towers import Tokenize
+from forgetting.reading import Tokenize
 
 # Every file that OpenAI published (openai/CLIP, clip/clip.py): SHA-256 -> name. All are QuickGELU.
 OPENAI = {

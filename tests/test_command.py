@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from forgetting import load_adapter
 from forgetting.__main__ import cli
 from forgetting.models import load_model
-from forgetting.towers import tensor_sha256, tensors
+from forgetting.modules import tensor_sha256, tensors
 from tests.tower_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]

@@ -19,7 +19,7 @@ from forgetting import (
     projection_sha256,
     save_adapter,
 )
-from forgetting.adapter import read_parts, recipe_parts, with_recipe
+from forgetting.adapter import read_parts, recipe_fields, recipe_parts
 from forgetting.compose import cli, compose, solve_recipes
 from forgetting.constrained import Ridge, solve_constrained
 from forgetting.exact import solve_exact
@@ -130,7 +130,7 @@ class World:
             trainer="ForgetExact",
             settings={"seed": 0, "template": "{}"},
         )
-        return with_recipe(replace(adapter, **fields), shared, parts)
+        return replace(adapter, **fields, **recipe_fields(shared, parts))
 
 
 @pytest.fixture(scope="module")

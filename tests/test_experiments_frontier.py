@@ -113,6 +113,16 @@ def test_levers_do_to_the_statistics_what_they_say(animals, tools):
         names = levers.half(number)(kept, like, leaving)
         assert torch.equal(names.groups["own"].rows, rows) and not names.groups["own"].twice
         assert names.counts["vocabulary"] == 30 and len(names.names) == 6 + 30 + 4
+    parted = levers.parted(0.25)(kept, like, leaving)
+    near, far = parted.groups["vocabulary"], parted.groups["generic"]
+    whole = kept.names.groups["vocabulary"]
+    assert (near.weight, far.weight) == (0.75 * whole.weight, 0.25 * whole.weight)
+    assert sorted([*near.names, *far.names]) == sorted(whole.names) and len(near.names) == 15
+    closest = [
+        (normalize(group.rows, dim=1) @ normalize(like, dim=1).T).amax(dim=1)
+        for group in (near, far)
+    ]
+    assert closest[0].min() >= closest[1].max()
     g, words = kept.names.gram, animals.retain_hidden.double()
     centred = words - words.mean(dim=0)
     c = centred.T @ centred

@@ -651,7 +651,7 @@ def test_nothing_is_imported_before_it_is_needed():
     import sys
 
     code = (
-        "import sys, forgetting.export, forgetting.patch, forgetting.graphs;"
+        "import sys, forgetting.export, forgetting.cached, forgetting.graphs;"
         "print({'transformers', 'open_clip', 'peft', 'onnx', 'onnxruntime', 'pyarrow'}"
         " & sys.modules.keys())"
     )

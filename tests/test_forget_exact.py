@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import train
+from clip.retain import exact_names
+from experiments.alone import Alone
 from forgetting import compose, load_adapter
 from tests.conftest import BACKBONE, toy_bundle
+from trainers.requests import Texts
 from utils import compare_results, create_results, plot_comparison
 
 
@@ -35,6 +39,27 @@ def test_every_class_is_gone_and_the_rest_stays(exact_args):
     for name in df.name:
         proof = solver_of(folder, name)["certificate"]
         assert proof["gap"] <= 1e-9 and proof["primal"] > 0
+
+
+def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight(monkeypatch):
+    """All of it where the set has none; nothing without a model."""
+    monkeypatch.setattr("trainers.exact.generic_names", lambda: ["kite", "lamp"])
+    animals, node = toy_bundle("ToyAnimals"), "TRAINER.FORGETEXACT."
+    bare = replace(animals, retain_names=[], retain_hidden=animals.retain_hidden[:0])
+
+    def weights(bundle, *opts, encode=lambda names: torch.randn(len(names), 24)):
+        run = Alone(animals, [], opts)
+        run.texts = Texts(bundle, encode)
+        return exact_names(run.cfg, bundle, [], more=run.more).weights
+
+    assert weights(animals) == {"own": 1, "vocabulary": 0.25, "generic": 0.25}
+    assert weights(animals, node + "GENERIC", "0.2")["generic"] == pytest.approx(0.1)
+    assert weights(animals, node + "GENERIC", "1") == {"own": 1, "generic": 0.5}
+    assert weights(bare) == {"own": 1, "generic": 0.5}
+    assert weights(animals, node + "GENERIC", "0") == {"own": 1, "vocabulary": 0.5}
+    assert weights(animals, encode=None) == {"own": 1, "vocabulary": 0.5}
+    assert weights(bare, node + "GENERIC", "0") == {"own": 1}
+    assert weights(animals, node + "VOCABULARY", "0") == {"own": 1}
 
 
 def test_what_means_the_same_leaves_the_retain_set(exact_args):

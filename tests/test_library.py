@@ -7,15 +7,18 @@ import subprocess
 import sys
 import venv
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from forgetting import Forgotten, ProblemError, compose, forget, load_adapter
+from forgetting import Forgotten, ProblemError, compose, forget, load_adapter, save_adapter
 from forgetting.generic import generic_hidden
-from forgetting.towers import read_tower, tensor_sha256, tensors
+from forgetting.modules import tensor_sha256, tensors
+from forgetting.reading import cut
+from forgetting.towers import read_tower
 from tests.conftest import REPOSITORY
 from tests.tower_fixtures import (
     ALL,
@@ -145,6 +148,22 @@ def test_verify_sees_what_was_tampered_with(change):
             message = "has other tensors"
     with pytest.raises(ProblemError, match=message):
         answer.verify(model)
+
+
+def test_what_an_adapter_says_of_its_model_is_checked(tmp_path):
+    model, words = tiny("own with bias")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    known = answer.adapter.settings["model"]
+    for wrong in ({"hashes": 3}, known | {"projection": None}, known | {"transposed": "no"}):
+        settings = answer.adapter.settings | {"model": wrong}
+        save_adapter(replace(answer.adapter, settings=settings), tmp_path / "a", overwrite=True)
+        with pytest.raises(ProblemError, match=r"^model.* must be"):
+            Forgotten.load(tmp_path / "a", model)
+    answer.save(tmp_path / "b")
+    flat = torch.nn.Module()
+    flat.register_parameter(known["projection"], torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ProblemError, match="does not hold the projection"):
+        Forgotten.load(tmp_path / "b", flat)
 
 
 def test_an_adapter_is_refused_by_another_model(tmp_path):
@@ -308,6 +327,22 @@ def test_quantised_scripted_and_absent_weights_are_refused():
 def test_tokenizers_that_are_refused(words, message):
     with pytest.raises(ProblemError, match=message):
         read_tower(OwnTower().eval(), words)
+
+
+@pytest.mark.parametrize(
+    "family", ["own", pytest.param("transformers CLIPModel", marks=needs_transformers)]
+)
+def test_of_long_texts_it_is_said_that_they_are_cut(family):
+    """24 tokens, of which two are the start and the end; one that just fits is no long one."""
+    model, words = tiny(family)
+    fits, long = "a" * 22, "a" * 23
+    assert cut(model, words, ["", "dog", "!?", fits, long, f"{long}!?", "x" * 300]) == [
+        long, f"{long}!?", "x" * 300
+    ]  # fmt: skip
+    notes = forget(model, words, ["Acme Cola", fits], templates=["{}"], **PLAIN).notes
+    assert not any("beginning" in note for note in notes)
+    (note,) = (n for n in forget(model, words, [long], **PLAIN).notes if "beginning" in n)
+    assert f"the beginning of '{long}' and of 1 more" in note and "\n" not in note
 
 
 ARGUMENTS = {

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting import ProblemError, save_adapter
-from forgetting.patch import Patch, add_patch, condition, patch, patch_file, run_patch
+from forgetting.cached import add_patch, patch_file, run_patch
+from forgetting.patch import Patch, condition, patch
 from tests.export_fixtures import make_adapter
 
 W, D, N = 24, 32, 40
@@ -308,11 +309,25 @@ def test_files(tmp_path, name, kind, dtype):
     wrong = (weight + 1, weight.T, adapter.apply(weight))  # another, turned, changed already
     for projection in wrong:
         refused("projection", patch_file, path, other, projection, adapter, key=key)
-    if name.endswith((".safetensors", ".parquet")):  # which can say what was done to them
-        refused("patched already, by this", patch_file, out, other, weight, adapter, key=key)
-        second = make_adapter(weight, seed=77)
-        refused("patched already, by another", patch_file, out, other, weight, second, key=key)
-    assert sorted(x.name for x in tmp_path.iterdir()) == sorted([name, out.name])
+    refused("patched already, by this", patch_file, out, other, weight, adapter, key=key)
+    second = make_adapter(weight, seed=77)
+    refused("patched already, by another", patch_file, out, other, weight, second, key=key)
+    beside = tmp_path / f"{out.name}.patched.json"  # of those that cannot say it themselves
+    silent = not name.endswith((".safetensors", ".parquet"))
+    there = {name, out.name} | ({beside.name} if silent else set())
+    assert {x.name for x in tmp_path.iterdir()} == there
+    if silent:
+        said = beside.read_bytes()
+        beside.write_bytes(b"[")
+        refused(f"{beside.name} cannot be read", patch_file, out, other, weight, adapter, key=key)
+        beside.write_bytes(b"{}")
+        refused(f"{beside.name} must be", patch_file, out, other, weight, adapter, key=key)
+        beside.write_bytes(said)
+        out.write_bytes(kept)  # what it says is of another content
+        patch_file(out, other, weight, adapter, key=key)
+        out.unlink()
+        refused(f"{beside.name} exists", patch_file, path, out, weight, adapter, key=key)
+        assert beside.read_bytes() == said and not out.exists()
 
 
 def test_files_that_are_refused(tmp_path):

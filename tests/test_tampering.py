@@ -21,7 +21,7 @@ from forgetting import (
     projection_sha256,
     save_adapter,
 )
-from forgetting.adapter import FIELDS, read_parts, recipe_parts, with_recipe
+from forgetting.adapter import FIELDS, read_parts, recipe_fields, recipe_parts
 from forgetting.checks import check, is_json, line, shown
 from forgetting.compose import cli, compose
 from forgetting.constrained import Ridge
@@ -69,7 +69,7 @@ def make(objective="constrained") -> Adapter:
         settings={"seed": 0},
         solver={"gap": 1e-12, "texts": ["cat", "dog"]},
     )
-    return with_recipe(adapter, shared, parts)
+    return replace(adapter, **recipe_fields(shared, parts))
 
 
 def equal(a: Adapter, b: Adapter) -> bool:

@@ -6,12 +6,10 @@ depends on, and `solve` from requests to low-rank changes.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, ClassVar
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 import datasets
 from clip.apply import save_full_model
 from clip.architectures import architecture
-from clip.bundle import FeatureBundle, load_bundles
+from clip.bundle import load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import retain_set
@@ -33,6 +31,7 @@ from engine.determinism import one_thread, seeded
 from engine.files import Batch
 from engine.log import Progress, say
 from engine.sink import Sink, require
+from evaluation.judge import Judge, outcomes
 from evaluation.results import (
     Finished,
     check_folder,
@@ -43,10 +42,10 @@ from evaluation.results import (
     read_logs,
 )
 from evaluation.rows import mean, rows_of
-from evaluation.rules import Fate, fate
-from evaluation.zero_shot import Factors, ZeroShot, accuracy, own_accuracies
-from forgetting import Adapter, RetainSet, Ridge, projection_sha256
-from forgetting.adapter import Part, adapter_bytes, recipe_fields, recipe_parts
+from evaluation.zero_shot import accuracy
+from forgetting import Adapter, RetainSet, projection_sha256
+from forgetting.adapter import Part, adapter_bytes, recipe_fields
+from forgetting.checks import finite
 from trainers.plan import Plan, make_plan
 from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
 
@@ -218,28 +217,6 @@ class ForgetTrainer(SimpleTrainer):
         others, similarity = list(self.others.values()), float(self.cfg.FORGET.SIMILARITY)
         return retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
 
-    def displacement(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """`D = P - H_f W` (k, d) in float64, of hidden states (k, w) and `P` (k, d)."""
-        here = self.device
-        return target.double().to(here) - hidden.double().to(here) @ self.model.projection.double()
-
-    def parts(
-        self, requests: Requests, displacement: Tensor, leaving: Tensor, ridge: Ridge | None = None
-    ) -> list[list[Part]]:
-        """What composing needs of each request's classes, see `recipe_parts`."""
-        names = [(self.plan.dataset, name) for name in requests.classes]
-        texts, retain = (requests.hidden, displacement, requests.owner), self.retain
-        found = recipe_parts(ridge, *texts, names, retain.rows, retain.shares, leaving)
-        each = iter(found)
-        return [list(islice(each, len(request.classes))) for request in requests]
-
-    @staticmethod
-    def left_notes(classes: list[str], names: list[str]) -> list[str]:
-        """Which names left the retain set, beside those of the forgotten classes themselves."""
-        own = set(map(datasets.plain, classes))
-        similar = [name for name in names if name not in own]
-        return [f"left the retain set: {', '.join(similar)}"] if similar else []
-
     def solver_settings(self) -> dict[str, Any]:
         """The constants that make two solves the same, JSON values only; kept in the logs."""
         kind = self.cfg.FORGET.TARGET
@@ -383,7 +360,7 @@ class ForgetTrainer(SimpleTrainer):
             report = {
                 "name": self.name,
                 "settings": solver_settings,
-                **_finite(answer.report),
+                **finite(answer.report),
                 **({"removed_names": list(answer.removed)} if answer.removed else {}),
                 "device": str(self.device),
             }
@@ -413,7 +390,7 @@ class ForgetTrainer(SimpleTrainer):
         dataset, label, entry = self.plan.dataset, finished.label, finished.entry
         seconds = entry["solver"]["seconds"]
         before, after = (entry[side][dataset] for side in ("zero_shot", "final_results"))
-        lines = [f"  {line}" for line in [*answer.notes, *_outcomes(before, after)]]
+        lines = [f"  {line}" for line in [*answer.notes, *outcomes(before, after)]]
         say("\n".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
         if self.cfg.LOG:
             self.pass_on(label, entry, answer.curves)
@@ -460,68 +437,3 @@ class ForgetTrainer(SimpleTrainer):
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
         report_audit(folder, [dataset])
-
-
-class Judge:
-    """Accuracies for log entries: of a set's own classes, then of every other set."""
-
-    def __init__(self, bundle: FeatureBundle, others: dict[str, FeatureBundle]) -> None:
-        self.own = ZeroShot(bundle)
-        self.others = {name: ZeroShot(other) for name, other in others.items()}
-
-    def before(self, classes: list[str]) -> dict[str, Any]:
-        """One side of a log entry, for the untouched model."""
-        bundle = self.own.bundle
-        return {bundle.dataset: own_accuracies(bundle, classes, self.own.before)} | self._before
-
-    @cached_property
-    def _before(self) -> dict[str, Any]:
-        return {name: _whole(accuracy(other.before)) for name, other in self.others.items()}
-
-    def after(
-        self, requests: list[list[str]], changes: list[Factors], removed: Sequence[Sequence[str]]
-    ) -> list[dict[str, Any]]:
-        """The other side, for each request and its change."""
-        bundle = self.own.bundle
-        correct = self.own.correct(changes)  # (R, N)
-        for row, names in enumerate(removed):
-            if names:
-                correct[row] = self.own.predict(changes[row], names) == bundle.labels
-        found = [
-            {bundle.dataset: own_accuracies(bundle, classes, mine)}
-            for classes, mine in zip(requests, correct, strict=True)
-        ]
-        for name, other in self.others.items():
-            for entry, hits in zip(found, other.correct(changes), strict=True):
-                entry[name] = _whole(accuracy(hits))
-        return found
-
-
-def _whole(value: float | None) -> dict[str, dict[str, float | None]]:
-    return {"all": {"all_ds": value}}
-
-
-def _outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What became of each class of a request, and of the rest of its set."""
-    for name, was in before.items():
-        now = after[name]
-        shown = ", ".join(
-            f"{what} {_percent(was[key])} -> {_percent(now[key])}"
-            for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
-        )
-        yield f"{name}: {shown}"
-        if fate(was["cls_acc_test"], now["cls_acc_test"]) == Fate.STAYS:
-            yield f"{name}: half of its accuracy or more is left: not forgotten"
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for (an unreachable threshold)."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _percent(fraction: float | None) -> str:
-    return "no images" if fraction is None else f"{fraction:.1%}"

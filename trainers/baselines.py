@@ -151,6 +151,13 @@ class RetainingTrainer(ForgetTrainer):
             )
         return rows.double(), self.retain.named(left)
 
+    @staticmethod
+    def left_notes(classes: list[str], names: list[str]) -> list[str]:
+        """Which names left the retain set, beside those of the forgotten classes themselves."""
+        own = set(map(datasets.plain, classes))
+        similar = [name for name in names if name not in own]
+        return [f"left the retain set: {', '.join(similar)}"] if similar else []
+
 
 class EditTrainer(RetainingTrainer):
     """A closed form `Delta = left @ D` that sees the retained names through `H_r^T H_r` alone.
@@ -163,7 +170,7 @@ class EditTrainer(RetainingTrainer):
         target, draws = self.targets(Requests([request]), [generator])
         staying, names = self.staying(request)
         hidden = request.hidden.double().to(self.device)
-        displacement = self.displacement(hidden, target)
+        displacement = target.to(hidden) - hidden @ self.model.projection.double()  # (k, d)
         left, report, notes = self.left(hidden, staying.T @ staying, len(staying))  # (w, k)
         missed = (hidden @ left) @ displacement - displacement  # (k, d)
         size = torch.linalg.matrix_norm(displacement)

@@ -28,9 +28,8 @@ FURTHER = ("specific", "opposite")  # targets that can go further, by beta
 class ForgetExact(ForgetTrainer):
     """Least disturbance of everything that is retained, with the forgotten texts on their target.
 
-    Retained are three weighted groups of names: the other classes of the set, the vocabulary, and
-    the classes of the other sets. A set without a vocabulary has a generic one, if there is a model
-    to encode it.
+    Retained are weighted groups of names: the other classes of the set, its vocabulary with a
+    generic one beside it, if there is a model to encode that, and the classes of the other sets.
     """
 
     name = "exact"
@@ -45,7 +44,8 @@ class ForgetExact(ForgetTrainer):
             raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
 
     def group_weights(self) -> dict[str, float | None]:
-        return dict(exact_weights(self.cfg, bool(self.others), self.more))
+        own = bool(self.bundle.retain_names)
+        return dict(exact_weights(self.cfg, bool(self.others), self.more, own))
 
     def constants(self) -> dict[str, Any]:
         node = self.cfg.TRAINER.FORGETEXACT
@@ -59,7 +59,8 @@ class ForgetExact(ForgetTrainer):
         more = {}
         if self.plan.keep:
             more[KEEP] = self.texts.held(self.plan.keep, self.others)
-        if not self.bundle.retain_names and self.texts.encode is not None:
+        weights = exact_weights(self.cfg, bool(self.others), [GENERIC])
+        if self.texts.encode is not None and weights[GENERIC] > 0:
             names = generic_names()
             more[GENERIC] = names, self.texts.encode(names)
         return more

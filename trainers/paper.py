@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from forgetting import (
     solve_lora_each,
     solve_requests,
 )
+from forgetting.adapter import Part, recipe_parts
 from forgetting.complete import proof
 from trainers.base import ForgetTrainer, Solved
 from trainers.requests import Requests
@@ -141,6 +143,13 @@ class ForgetOptimum(PaperTrainer):
             factors = left.float(), right.float()
             answers.append(Solved(*factors, found | report, [note], recipe=recipe, parts=parts[i]))
         return answers
+
+    def parts(self, requests: Requests, displacement: Tensor, leaving: Tensor) -> list[list[Part]]:
+        """What composing needs of each request's classes, see `recipe_parts`."""
+        names = [(self.plan.dataset, name) for name in requests.classes]
+        texts, retain = (requests.hidden, displacement, requests.owner), self.retain
+        each = iter(recipe_parts(None, *texts, names, retain.rows, retain.shares, leaving))
+        return [list(islice(each, len(request.classes))) for request in requests]
 
     def write_shared(self, folder: Path) -> None:
         """The statistics of the vocabulary, without which adapters of this objective do not

@@ -1,0 +1,201 @@
+"""What was forgotten: a change that can be put into a model, taken out again, proved and stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from forgetting.adapter import (
+    Adapter,
+    adapter_bytes,
+    load_adapter,
+    projection_sha256,
+    save_adapter,
+)
+from forgetting.certificate import Certificate
+from forgetting.checks import ProblemError, line
+from forgetting.forecast import Felt, Forecast
+from forgetting.identity import description, find, upright, verify
+from forgetting.modules import tensor_sha256, turned
+from forgetting.patch import patch
+from forgetting.towers import Tower
+
+APPLIED: dict[str, list[str]] = {}  # SHA-256 of projections that were changed here -> by what
+
+
+@dataclass(frozen=True, repr=False)
+class Forgotten:
+    """What was forgotten, as a change that can be put into a model and taken out again.
+
+    Attributes:
+        adapter: the change itself, and all that is stored of it.
+        tower: the model that it belongs to; None where it was loaded without.
+        original: the projection's tensor as it came in, bit for bit; None if that is not known.
+        notes: what a reader should know, a line each.
+    """
+
+    adapter: Adapter
+    tower: Tower | None = None
+    original: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{', '.join(self.names)} forgotten", *self.notes])
+
+    @property
+    def names(self) -> list[str]:
+        """What was forgotten."""
+        return self.adapter.classes
+
+    @property
+    def texts(self) -> list[str]:
+        """By which texts: the names, their other words, and wordings that hardly followed."""
+        return list(self.adapter.solver.get("texts", self.adapter.classes))
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The proof that no smaller disturbance lands on the targets; None for a union."""
+        found = self.adapter.solver.get("certificate")
+        if found is None:
+            return None
+        known = {one.name for one in fields(Certificate)}
+        numbers = {k: math.inf if v is None else v for k, v in found.items() if k in known}
+        return Certificate(**numbers)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What other names will feel, by text alone; None for a union."""
+        found = self.adapter.solver.get("forecast")
+        if found is None:
+            return None
+        unlisted = {name: (part["rms"], part["max"]) for name, part in found["unlisted"].items()}
+        felt = [Felt(**one) for one in found["felt"]]
+        return Forecast(unlisted, felt, found["lead"], found["margin"])
+
+    def apply(self) -> None:
+        """Change the model in place; nothing happens if it is changed already.
+
+        Raises:
+            ProblemError: no model, or one whose projection is neither the original nor the changed.
+        """
+        tower = self._model("apply")
+        if self._state(tower) == "original":
+            tower.write(self.adapter.changed(tower.projection))
+            APPLIED[tensor_sha256(tower.weight)] = self.names
+
+    def undo(self) -> None:
+        """Make the model what it was, bit for bit; nothing happens if it is that already.
+
+        Raises:
+            ProblemError: no model; another change came since; or the original is not known, since
+                the model was changed already when this was loaded.
+        """
+        tower = self._model("undo")
+        if self._state(tower) == "original":
+            return
+        if self.original is None:
+            raise ProblemError(
+                "the original projection is not known: load the adapter with the original model, "
+                "or give it (original=)"
+            )
+        tower.write(turned(self.original, tower.transposed))
+
+    def verify(self, model: nn.Module | None = None) -> bool:
+        """True if a model is the original with exactly this change and nothing else.
+
+        Args:
+            model: None: that which this belongs to.
+
+        Raises:
+            ProblemError: a projection that is not the changed one, bit for bit, or any other tensor
+                that is not what it was, is missing, or is new; the message names it.
+        """
+        model = self._model("verify").model if model is None else model
+        verify(model, self.adapter, self._changed)
+        return True
+
+    def patch(self, embeddings: Any, normalised: bool = True) -> Any:
+        """Cached text embeddings (n, d) as the changed model would give them; without the model.
+
+        Args:
+            normalised: whether they are of unit norm.
+
+        Raises:
+            ProblemError: the original projection is not known, or `forgetting.patch` refuses.
+        """
+        if self.original is None:
+            raise ProblemError("the original projection is not known, by which texts are patched")
+        bias = None if self.tower is None else self.tower.bias
+        if description(self.adapter).get("bias") and bias is None:
+            raise ProblemError(
+                "the projection has a bias, which is in the model: load it with that"
+            )
+        w = upright(self.original, self.adapter)
+        left, right = self.adapter.left, self.adapter.right
+        return patch(embeddings, w, left, right, bias, normalised)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the adapter; see `forgetting.save_adapter`. A file that holds just this adapter may
+        be there already."""
+        there = Path(path)
+        if not (there.is_file() and there.read_bytes() == adapter_bytes(self.adapter)):
+            save_adapter(self.adapter, path, overwrite)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, original: Tensor | None = None
+    ) -> Forgotten:
+        """Read what `save` wrote, or what `forgetting.compose` made of it.
+
+        Args:
+            model: to be changed; it may be changed already. None: only to read.
+            original: (w, d) or as the model holds it, where the model is changed already.
+
+        Raises:
+            ProblemError: no adapter, a damaged one, or a model that has no such projection.
+        """
+        adapter = load_adapter(path)
+        notes = tuple(adapter.solver.get("notes", ()))
+        if model is None:
+            return cls(adapter, None, original, notes)
+        tower = find(model, adapter)
+        found = cls(adapter, tower, None, notes)
+        if original is not None:
+            like = tower.weight.detach()
+            original = original.T if original.shape != like.shape else original
+            if projection_sha256(turned(original, tower.transposed)) != adapter.projection_sha256:
+                raise ProblemError("the original projection is not the one of the adapter")
+            return cls(adapter, tower, original.to(like).clone(), notes)
+        if found._state(tower) == "original":
+            return cls(adapter, tower, tower.weight.detach().clone(), notes)
+        return found
+
+    def _model(self, what: str) -> Tower:
+        if self.tower is None:
+            raise ProblemError(f"no model to {what}: Forgotten.load(path, model) gives one")
+        return self.tower
+
+    @property
+    def _changed(self) -> str | None:
+        """SHA-256 of the changed projection's tensor; None if it cannot be known."""
+        said = self.adapter.settings.get("changed_sha256")
+        if said is None and self.original is not None:
+            made = self.adapter.changed(upright(self.original, self.adapter))
+            return tensor_sha256(upright(made, self.adapter))
+        return said
+
+    def _state(self, tower: Tower) -> str:
+        """Whether the model's projection is the original or the changed one."""
+        if projection_sha256(tower.projection) == self.adapter.projection_sha256:
+            return "original"
+        if tensor_sha256(tower.weight) == self._changed:
+            return "changed"
+        names = ", ".join(self.names)
+        raise ProblemError(
+            f"{tower.name} is neither the projection that {line(names)!r} was forgotten from nor "
+            "what that made of it; another change came in between, or it is another model"
+        )
