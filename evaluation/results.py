@@ -95,7 +95,7 @@ def no_results(folder: Path) -> UserError:
     """What to say of a folder without results: where some are, or how to make some."""
     if not folder.is_dir():
         return UserError(f"no results in {folder}: no such folder; run forget_clip.sh")
-    below = sorted({*folder.glob(f"*/{LOGS}"), *folder.glob(f"*/*/{LOGS}")})
+    below = sorted(path for depth in range(1, 5) for path in folder.glob(f"{'*/' * depth}{LOGS}"))
     places = " or ".join(str(path.parent) for path in below[:3])
     hint = f"did you mean {places}?" if below else "run forget_clip.sh"
     return UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
