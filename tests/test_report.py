@@ -27,6 +27,7 @@ from evaluation.report import read_runs, render, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.classes import BUDGET, forgotten, thumbnail
 from evaluation.report.page import GENERATOR
+from evaluation.report.runs import methods
 from evaluation.results import LOGS
 from tests.report_fixtures import (
     ANIMALS,
@@ -201,12 +202,43 @@ def test_several_folders_side_by_side(tmp_path):
         assert page.text.count(f"{one.label}: what to know, bad news first") == 1
 
 
-def test_seeds_of_one_attempt_keep_their_names(tmp_path):
-    for seed in range(2):
-        plant(tmp_path / "results1" / f"seed_{seed}", 2)
-    assert [one.name for one in read_runs(tmp_path)] == ["results1/seed_0", "results1/seed_1"]
-    (one,) = read_runs(tmp_path / "results1" / "seed_1")
-    assert one.name == "results1/seed_1"
+def test_labels_hold_what_differs_and_no_more(tmp_path):
+    """Folders as a sweep leaves them."""
+    for trainer in ("ForgetExact", "ForgetNoise"):
+        for setting in ("mild", "strong"):
+            for seed in (0, 1):
+                place = tmp_path / "ViT-B-32" / trainer / setting / f"seed_{seed}"
+                plant(place, 2, trainer=trainer, seed=seed)
+    plant(tmp_path / "ViT-B-32" / "ForgetNoise" / "mild" / "other", 2, trainer="ForgetZero")
+    runs = read_runs(tmp_path)
+    words = {"ForgetExact": "exact", "ForgetNoise": "noise"}
+    assert {one.name: one.title for one in runs} == {
+        f"{trainer}/{setting}/seed_{seed}": f"{word} ({setting}), seed {seed}"
+        for trainer, word in words.items()
+        for setting in ("mild", "strong")
+        for seed in (0, 1)
+    } | {"ForgetNoise/mild/other": "zero"}
+    assert [len(method.runs) for method in methods(runs)] == [2, 2, 1, 2, 2]
+    page = page_of(tmp_path)
+    assert page.text.count("mean of 2 seeds, ±") == 4
+    assert page.text.count("Everything about it after noise (mild), seed 1") == 2
+    (one,) = read_runs(tmp_path / "ViT-B-32/ForgetExact/mild/seed_1")
+    assert one.name == "mild/seed_1" and one.title == "exact"
+
+
+def test_seeds_of_other_settings_are_no_seeds(tmp_path):
+    for seed in (0, 1):
+        plant(tmp_path / f"seed_{seed}", 2, seed=seed, settings={"beta": 0.1 * seed})
+    assert [one.title for one in read_runs(tmp_path)] == ["exact (seed_0)", "exact (seed_1)"]
+
+
+def test_folders_that_share_every_word_keep_them_all(tmp_path):
+    places = ("a/b", "b/a", "a")
+    for place in places:
+        plant(tmp_path / place, 1)
+    assert {one.name for one in read_runs(tmp_path)} == {*places}
+    labels = {"exact (a, b)", "exact (b, a)", "exact (a)"}
+    assert {one.label for one in read_runs(tmp_path)} == labels
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from datasets import mini
 from datasets.reader import read_image
 from engine.errors import UserError
 from engine.log import warn
-from evaluation.report.runs import Run, bad_news_first
+from evaluation.report.runs import Method, Run, bad_news_first, methods
 from evaluation.results import run_places
 from evaluation.rows import Row
 
@@ -40,6 +41,25 @@ class Picture(NamedTuple):
     after: dict[str, list[str]]
 
 
+class Told(NamedTuple):
+    """What one method did to a class by one request: its rows, one a seed."""
+
+    method: Method
+    rows: list[tuple[Run, Row]]
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """Over the seeds."""
+        return self.method.of(self.rows[0][1])
+
+    @property
+    def tags(self) -> list[str]:
+        """What is wrong with it, and in how many of the seeds."""
+        counts = Counter(row.tag for _, row in self.rows if row.tag)
+        every = len(self.rows)
+        return [t if n == every else f"{t} in {n} of {every} seeds" for t, n in counts.items()]
+
+
 class Strip(NamedTuple):
     """Pictures of one class, its name and accuracy before and after; `by`: the method by which it
     lost so much, "" for the forgotten class itself."""
@@ -57,11 +77,15 @@ class Strip(NamedTuple):
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A class, and its row of every folder that forgot it."""
+    """A class, and its row of every folder that forgot it; `told`: by method and request."""
 
     dataset: str
     name: str
-    rows: list[tuple[Run, Row]] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[tuple[Run, Row]]:
+        return [pair for told in self.told for pair in told.rows]
 
     @property
     def comes_back(self) -> bool:
@@ -79,14 +103,19 @@ class Forgotten:
 
     @property
     def strips(self) -> list[Strip]:
-        """Its own pictures, then those of the classes that lost most; [] where no audit has any."""
-        told = [(run, found[0]) for run, row in self.rows if (found := row.found(*EXAMPLES))]
+        """Its own pictures, then those of the classes that lost most; [] where no audit has any.
+        Names are those of a method's first seed."""
+        first: dict[str, tuple[Run, dict[str, Any]]] = {}
+        for run, row in self.rows:
+            if found := row.found(*EXAMPLES):
+                first.setdefault(run.label, (run, found[0]))
+        told = list(first.values())
         if not told:
             return []
         own: dict[int, tuple[list[str], dict[str, list[str]]]] = {}
         for run, mine in told:
             for one in mine["pictures"]:
-                own.setdefault(one["row"], (one["before"], {}))[1][run.label] = one["after"]
+                own.setdefault(one["row"], (one["before"], {}))[1][run.title] = one["after"]
         run, mine = told[0]
         losses = [
             (one["before"]["value"] - one["after"]["value"], one, run)
@@ -98,8 +127,8 @@ class Forgotten:
             worst.setdefault(one["name"], (one, by))
         lists = [(mine, "", run, own)]
         for one, by in list(worst.values())[:HARMED]:
-            rows = {p["row"]: (p["before"], {by.label: p["after"]}) for p in one["pictures"]}
-            lists.append((one, by.label, by, rows))
+            rows = {p["row"]: (p["before"], {by.title: p["after"]}) for p in one["pictures"]}
+            lists.append((one, by.title, by, rows))
         room = BUDGET // max(1, sum(len(rows) for *_, rows in lists))
         return [
             Strip(
@@ -130,10 +159,16 @@ class Forgotten:
 def forgotten(runs: list[Run]) -> list[Forgotten]:
     """Every class once, the worst news first, whichever method they are of."""
     found: dict[tuple[str, str], Forgotten] = {}
-    for run in runs:
-        for row in run.rows:
-            key = row.dataset, row.name
-            found.setdefault(key, Forgotten(*key)).rows.append((run, row))
+    for method in methods(runs):
+        told: dict[tuple[str, str, str], Told] = {}
+        for run in method.runs:
+            for row in run.rows:
+                key = row.dataset, row.label, row.name
+                if key not in told:
+                    told[key] = Told(method, [])
+                    own = row.dataset, row.name
+                    found.setdefault(own, Forgotten(*own)).told.append(told[key])
+                told[key].rows.append((run, row))
     return sorted(found.values(), key=lambda one: min(bad_news_first(row) for _, row in one.rows))
 
 
