@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
+from datasets.mini import MINI, TEST_IMAGES
 from engine.cli import run
 from evaluation.report import classes as classes_module
 from evaluation.report import page as page_module
@@ -273,13 +274,52 @@ def test_any_measure_and_any_number_may_be_absent(tmp_path):
 
 def test_pictures_of_a_class_fit_in_40_kb_and_are_of_that_class(tmp_path):
     classes = forgotten(read_runs(mini(tmp_path, list(range(20)))))
-    own, harmed = classes[0].strips
+    own, harmed = classes[0].strips()
     assert (own.name, own.by, harmed.name, harmed.by) == ("red circle", "", "red square", "exact")
     sizes = [len(picture.source) for strip in (own, harmed) for picture in strip.pictures]
     assert len(sizes) == 40 and min(sizes) > 400 and sum(sizes) <= BUDGET == 40_000
     page = page_of(mini(tmp_path, [0]))
     assert len(page.all("img")) == 2 * 2
     assert not (tmp_path / "gone").exists()  # drawn in code, and written nowhere
+
+
+def shapes(folder: Path, count: int) -> Path:
+    """Results of the first classes of MiniShapes, each with two of its pictures."""
+    names = MINI["MiniShapes"][:count]
+    plant(folder, names, "MiniShapes")
+    record = json.loads((folder / "audit.json").read_text())
+    for place, name in enumerate(names):
+        found = record["audits"]["MiniShapes"][name]["classes"][name]["examples"]["classes"]
+        rows = [{"row": TEST_IMAGES * place + number} for number in range(2)]
+        found[:] = [found[0] | {"pictures": [found[0]["pictures"][0] | row for row in rows]}]
+    (folder / "audit.json").write_text(json.dumps(record))
+    (folder / "args.txt").write_text("Namespace(dataset='MiniShapes', root='nowhere')")
+    return folder
+
+
+@pytest.mark.parametrize("count", [12, 14])
+def test_every_class_has_its_pictures_above_or_where_it_is_opened(tmp_path, count):
+    page = page_of(shapes(tmp_path, count))
+    names = {a["alt"].removeprefix("Test image of ") for a in page.all("img")}
+    assert names == {*MINI["MiniShapes"][:count]} and len(page.all("img")) == 2 * count
+    articles = page.all("article")
+    assert len(articles) == 12 and page.text.count("Its images stand above") == 12
+    assert {a["id"] for a in articles} <= {a["href"][1:] for a in page.all("a")}
+    assert ("Every forgotten class is here." in page.text) == (count == 12)
+    told = "the 12 classes with the worst news; the images of 2 others stand in the list"
+    assert (told in page.text) == (count == 14)
+
+
+def test_pictures_of_many_classes_are_smaller(tmp_path, monkeypatch):
+    def size() -> int:
+        sources = [a["src"] for a in page_of(tmp_path).all("img")]
+        assert len(sources) == 2 * 14
+        return sum(map(len, sources))
+
+    shapes(tmp_path, 14)
+    assert size() > 18_000
+    monkeypatch.setattr(page_module, "ALL", 18_000)
+    assert 6_000 < size() <= 18_000
 
 
 def test_a_thumbnail_takes_no_more_room_than_it_has():
@@ -294,7 +334,7 @@ def test_a_thumbnail_takes_no_more_room_than_it_has():
     ids=["no such row", "below the first", "another class", "bundles"],
 )
 def test_what_is_no_picture_of_the_class_is_not_shown(tmp_path, rows, places):
-    for strip in forgotten(read_runs(mini(tmp_path, rows, **places)))[0].strips:
+    for strip in forgotten(read_runs(mini(tmp_path, rows, **places)))[0].strips():
         assert [picture.source for picture in strip.pictures] == [""]
         assert strip.pictures[0].before and strip.pictures[0].after["exact"]
     page = page_of(tmp_path)
@@ -317,7 +357,7 @@ def test_images_of_ones_own_are_read_where_they_are(tmp_path, capsys):
     (results / "audit.json").write_text(json.dumps(record))
     line = f"Namespace(dataset='pets', images={str(tmp_path / 'pets')!r}, root='data')"
     (results / "args.txt").write_text(line)
-    sources = [p.source for p in forgotten(read_runs(results))[0].strips[0].pictures]
+    sources = [p.source for p in forgotten(read_runs(results))[0].strips()[0].pictures]
     assert BUDGET / 2 < sum(map(len, sources)) <= BUDGET and len({*sources}) == 8
     for source in sources:
         with Image.open(io.BytesIO(b64decode(source.partition(",")[2]))) as image:
@@ -325,7 +365,7 @@ def test_images_of_ones_own_are_read_where_they_are(tmp_path, capsys):
     shutil.rmtree(tmp_path / "pets")
     for kept in (classes_module.images_of, classes_module._read):
         kept.cache_clear()
-    sources = [p.source for p in forgotten(read_runs(results))[0].strips[0].pictures]
+    sources = [p.source for p in forgotten(read_runs(results))[0].strips()[0].pictures]
     assert sources == [""] * 8
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("report: no pictures of pets: ")

@@ -23,10 +23,11 @@ from evaluation.report.runs import Method, Run, bad_news_first, methods
 from evaluation.results import run_places
 from evaluation.rows import Row
 
-SIDE = 112  # pixels of a thumbnail's longer side
+SIDES = (112, 56)  # pixels of a thumbnail's longer side
 BUDGET = 40_000  # characters of all thumbnails of a class
+ALL = 16_000_000  # of those of all classes: a report that a browser opens
 HARMED = 2  # classes that lost most, over all methods
-QUALITIES = (85, 70, 55, 40, 25, 10)
+QUALITIES = (85, 70, 55, 40, 25)
 EXAMPLES = ("examples", "classes")
 SPLITS = ("train_x", "val", "test")
 Opener = Callable[[], Image.Image]
@@ -101,10 +102,9 @@ class Forgotten:
         """The most that all else loses by a method, for sorting."""
         return max(row.harm or 0 for _, row in self.rows)
 
-    @property
-    def strips(self) -> list[Strip]:
-        """Its own pictures, then those of the classes that lost most; [] where no audit has any.
-        Names are those of a method's first seed."""
+    def strips(self, budget: int = BUDGET) -> list[Strip]:
+        """Its own pictures, in all of `budget` characters, then those of the classes that lost
+        most; [] where no audit has any. Names are those of a method's first seed."""
         first: dict[str, tuple[Run, dict[str, Any]]] = {}
         for run, row in self.rows:
             if found := row.found(*EXAMPLES):
@@ -129,7 +129,7 @@ class Forgotten:
         for one, by in list(worst.values())[:HARMED]:
             rows = {p["row"]: (p["before"], {by.title: p["after"]}) for p in one["pictures"]}
             lists.append((one, by.title, by, rows))
-        room = BUDGET // max(1, sum(len(rows) for *_, rows in lists))
+        room = budget // max(1, sum(len(rows) for *_, rows in lists))
         return [
             Strip(
                 one["name"],
@@ -205,11 +205,12 @@ def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
 
 def thumbnail(image: Image.Image, room: int) -> str:
     """A small JPEG as an address that holds it, of at most `room` characters; "" if none fits."""
-    image.thumbnail((SIDE, SIDE))
-    for quality in QUALITIES:
-        packed = io.BytesIO()
-        image.save(packed, "JPEG", quality=quality, optimize=True)
-        address = f"data:image/jpeg;base64,{b64encode(packed.getvalue()).decode()}"
-        if len(address) <= room:
-            return address
+    for side in SIDES:
+        image.thumbnail((side, side))
+        for quality in QUALITIES:
+            packed = io.BytesIO()
+            image.save(packed, "JPEG", quality=quality, optimize=True)
+            address = f"data:image/jpeg;base64,{b64encode(packed.getvalue()).decode()}"
+            if len(address) <= room:
+                return address
     return ""

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from engine.files import atomic_path, refuse_foreign
 from evaluation.report import summary
 from evaluation.report.charts import charts
-from evaluation.report.classes import Strip, forgotten
+from evaluation.report.classes import ALL, BUDGET, Strip, forgotten
 from evaluation.report.runs import Method, Run, methods
 from evaluation.report.summary import Summary, percent, points, span
 from evaluation.rules import Fate
@@ -59,10 +59,12 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
 
 def render(runs: list[Run]) -> str:
     """The report's HTML, of one run or of several side by side."""
-    classes = [(one, one.strips) for one in forgotten(runs)]
-    opening = [
+    found = forgotten(runs)
+    classes = [(one, one.strips(min(BUDGET, ALL // len(found)))) for one in found]
+    pictured = [
         (place, *pair) for place, pair in enumerate(classes) if any(map(Strip.shown, pair[1]))
-    ][:OPENING]
+    ]
+    opening = pictured[:OPENING]
     told = methods(runs)
     return _template().render(
         runs=runs,
@@ -70,7 +72,8 @@ def render(runs: list[Run]) -> str:
         several=len(runs) > 1,
         sentence=summary.sentence(runs),
         opening=opening,
-        pictured={place for place, *_ in opening},
+        pictured=len(pictured),
+        above={place for place, *_ in opening},
         classes=classes,
         columns=COLUMNS,
         lines=[(method, line(method)) for method in told],
