@@ -28,6 +28,7 @@ from engine.launch import Run, launch
 from engine.log import environment, logged, note, say
 from evaluation.results import merge_args, place
 from forgetting import ProblemError
+from trainers.base import SINK
 from trainers.plan import Plan
 
 HERE = Path(__file__).resolve().parent
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if args.audit:
             trainer.audit()
         say(f"results: {folder / 'logs.json'}")
+        if cfg.LOG:
+            say(f"numbers for {cfg.LOG}: {folder / place(cfg.DATASET.NAME) / SINK}")
     return folder
 
 
