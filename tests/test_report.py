@@ -227,6 +227,19 @@ def test_labels_hold_what_differs_and_no_more(tmp_path):
     assert one.name == "mild/seed_1" and one.title == "exact"
 
 
+def test_what_happens_in_some_seeds_alone_is_said_so(tmp_path):
+    for seed, left in ((0, 0.0), (1, 0.0), (4, 0.6)):
+        plant(tmp_path / f"seed_{seed}", ["ant"], seed=seed, left=left, audit=False)
+    (one,) = forgotten(read_runs(tmp_path))
+    (told,) = one.told
+    left = [row.own.after for _, row in told.rows]
+    assert told.tags == ["not forgotten in 1 of 3 seeds"]
+    assert told.means["after"] == pytest.approx(sum(left) / 3)
+    page = page_of(tmp_path)
+    assert "not forgotten in 1 of 3 seeds" in page.text and "mean of 3 seeds" in page.text
+    assert all(f"exact, seed {seed}" in page.text for seed in (0, 1, 4))
+
+
 def test_seeds_of_other_settings_are_no_seeds(tmp_path):
     for seed in (0, 1):
         plant(tmp_path / f"seed_{seed}", 2, seed=seed, settings={"beta": 0.1 * seed})
