@@ -175,6 +175,8 @@ def test_names_of_methods_are_whole_in_charts(open_page, tmp_path, width):
     }
     places = [(chart, end) for chart, _, *ends in labels for end in ends]
     assert len(labels) == 4 * 3 and places == sorted(places)
+    first, second, third = ((top + bottom) / 2 for chart, _, top, bottom in labels if not chart)
+    assert second - first == pytest.approx(third - second, abs=4), "beside its dots, on its middle"
 
 
 # The names of methods in the charts: [chart, text, top, bottom], and null if it is not within it.
