@@ -244,6 +244,9 @@ def test_seeds_of_other_settings_are_no_seeds(tmp_path):
     for seed in (0, 1):
         plant(tmp_path / f"seed_{seed}", 2, seed=seed, settings={"beta": 0.1 * seed})
     assert [one.title for one in read_runs(tmp_path)] == ["exact (seed_0)", "exact (seed_1)"]
+    above, below = (plant(tmp_path / "x" / "a" / name, 2) for name in ("", "seed_7"))
+    titles = {one.folder: one.title for one in read_runs(tmp_path / "x")}
+    assert titles == {above: "exact (a)", below: "exact (a, seed_7)"}
 
 
 def test_folders_that_share_every_word_keep_them_all(tmp_path):

@@ -184,10 +184,10 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
 
 def _by_seed(runs: Sequence[Run], logs: Mapping[Path, Logs]) -> list[list[Run]]:
     """Runs that differ in their seed alone together, the others alone; in their order."""
-    found: dict[Path, list[Run]] = {}
+    found: dict[tuple[bool, Path], list[Run]] = {}
     for run in runs:
         seed = run.folder.name.startswith(SEED)
-        found.setdefault(run.folder.parent if seed else run.folder, []).append(run)
+        found.setdefault((seed, run.folder.parent if seed else run.folder), []).append(run)
     groups = []
     for group in found.values():
         folders = [run.folder for run in group]
