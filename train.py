@@ -1,4 +1,4 @@
-"""Command line: one data set, one seed, one backbone; or several sets and seeds, a run for each.
+"""Command line: a data set, a seed, a backbone and a method; or several of each, a run for all.
 
 What may be set, with defaults and ranges, stands in configs/; trailing KEY VALUE pairs change any
 key. Anything that is wrong is refused in one line before work starts.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,22 +18,28 @@ from yacs.config import CfgNode
 
 import datasets
 import trainers  # noqa: F401  registers the methods
+from clip.architectures import architecture
 from engine import TRAINER_REGISTRY, UserError, engine_description
 from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
+from engine.files import escape
 from engine.launch import Run, launch
 from engine.log import environment, logged, note, say
 from evaluation.results import merge_args, place
 from forgetting import ProblemError
+from trainers.base import SINK
 from trainers.plan import Plan
 
 HERE = Path(__file__).resolve().parent
 COMMAND = "train:cli"  # what runs are of
-# More than one run; a seed's results go to a folder seed_SEED in that of the results.
+# Options for more than one run, and which option of a run each stands for. A seed's results go to a
+# folder seed_SEED in that of the results, below one for each backbone and method if they are many.
 LISTS = {
-    "--datasets": "names with commas between, a run each; instead of --dataset",
-    "--seeds": "numbers with commas between, a run each; instead of --seed",
+    "datasets": "dataset",
+    "seeds": "seed",
+    "backbones": "backbone",
+    "trainers": "trainer",
 }
 
 
@@ -55,8 +61,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--audit", action="store_true", help="measure what is left of each class: audit.json"
     )
-    for name, text in LISTS.items():
-        parser.add_argument(name, default="", metavar="LIST", help=text)
+    for many, one in LISTS.items():
+        text = f"several with commas between, a run each; instead of --{one}"
+        parser.add_argument(f"--{many}", default="", metavar="LIST", help=text)
     for name, text in {
         "config": "YAML with settings of your own; options go before it",
         "dataset-config": "YAML with the loss weights (default: configs/datasets/DATASET.yaml)",
@@ -87,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         UserError, ProblemError: input that cannot be run; one line.
     """
     args = parse(argv)
-    if args.datasets or args.seeds:
+    if any(getattr(args, many) for many in LISTS):
         return _several(args, sys.argv[1:] if argv is None else argv)
     cfg, _ = prepare(args)
     set_random_seed(cfg.SEED)
@@ -103,7 +110,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if args.audit:
             trainer.audit()
         say(f"results: {folder / 'logs.json'}")
+        if cfg.LOG:
+            say(f"numbers for {cfg.LOG}: {folder / place(cfg.DATASET.NAME) / SINK}")
     return folder
+
+
+def place_below(folder: str | Path, backbone: str, trainer: str, setting: str = "") -> Path:
+    """Where results lie that differ from others of `folder` in these; "" for what they share."""
+    names = (backbone.replace("/", "-"), trainer, setting and escape(setting))
+    return Path(folder, *filter(None, names))
 
 
 def attempt(
@@ -134,33 +149,67 @@ def attempt(
 
 
 def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
-    """Every data set with every seed; one that fails stops no other."""
-    names, seeds = (
-        list(dict.fromkeys(re.findall(r"[^\s,]+", listed or one or "")))
-        for listed, one in ((args.datasets, args.dataset), (args.seeds, args.seed))
-    )
-    one_of_them = argparse.Namespace(**vars(args) | {"dataset": names[0] if names else ""})
-    one_of_them.seed = seeds[0] if seeds else None
-    cfg = setup(one_of_them)
+    """Every data set with every seed, backbone and method; one that fails stops no other."""
+    cfg, varied = _varied(args)
     front = Parser(add_help=False)
-    for option in (*LISTS, "--output-dir"):
-        front.add_argument(option)
+    for option in (*LISTS, "output-dir"):
+        front.add_argument(f"--{option}")
     known, common = front.parse_known_args(argv)
     folder, common = Path(cfg.OUTPUT_DIR), common + ["--quiet"] * known.quiet
-    backbone, multiclass = cfg.MODEL.BACKBONE.NAME, cfg.FORGET.MULTICLASS
+    multiclass = cfg.FORGET.MULTICLASS
     parts = 1 if multiclass else cfg.LAUNCHER.PARTS
-    runs = attempt(folder, names, seeds or [str(cfg.SEED)], common, parts, [backbone])
+    runs, backbones = [], {}
+    for backbone, trainer in product(varied["backbone"], varied["trainer"]):
+        named = {"backbone": backbone, "trainer": trainer}
+        differ = {one: name if len(varied[one]) > 1 else "" for one, name in named.items()}
+        line = [*common, "--backbone", backbone, "--trainer", trainer]
+        about = list(filter(None, [backbone, differ["trainer"]]))
+        place = place_below(folder, **differ)
+        own = attempt(place, varied["dataset"], varied["seed"], line, parts, about)
+        runs += own
+        backbones |= dict.fromkeys((one.folder for one in own), backbone)
     failed = launch(COMMAND, runs, cfg.LAUNCHER)
     for done in dict.fromkeys(one.folder for one in runs if one not in failed):
         say(f"results: {done}")
         say(
             f"load them in {HERE}: from utils import create_results; df, args = create_results("
-            f"{json.dumps(f'{done}/')}, rn={backbone.startswith('RN')}, multiclass={multiclass})"
+            f"{json.dumps(f'{done}/')}, rn={backbones[done].startswith('RN')}, "
+            f"multiclass={multiclass})"
         )
     if failed:
         titles = "; ".join(one.title for one in failed)
         raise UserError(f"failed: {titles}; see the messages above")
     return folder
+
+
+def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
+    """The settings of the first of several runs, and for each option of a run its values.
+
+    Raises:
+        UserError: a backbone, method or setting that no run could be made with.
+    """
+    varied = {}
+    for many, one in LISTS.items():
+        named, only = getattr(args, many), getattr(args, one)
+        words = named.split(",") if named else [only or ""]
+        varied[one] = list(dict.fromkeys(filter(None, map(str.strip, words))))
+        if len(varied[one]) > 1 and OPTIONS[one] in args.opts[::2]:
+            raise UserError(f"{OPTIONS[one]} cannot be set where --{many} names several")
+    first = {one: next(iter(values), None) for one, values in varied.items()}
+    cfg = setup(argparse.Namespace(**vars(args) | first))
+    for trainer in varied["trainer"]:
+        setup(argparse.Namespace(**vars(args) | first | {"trainer": trainer}))
+    if len(varied["backbone"]) > 1 and cfg.MODEL.INIT_WEIGHTS:
+        raise UserError(
+            "--weights is of one backbone, and --backbones names several; "
+            "python -m experiments sweep takes --weights ARCH=PATH for each"
+        )
+    if not cfg.FEATURES.DIR:
+        for backbone in varied["backbone"]:
+            architecture(backbone)
+    for one, values in varied.items():
+        values or values.append(str(value_of(cfg, OPTIONS[one])))
+    return cfg, varied
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

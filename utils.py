@@ -28,12 +28,18 @@ from evaluation.results import (
     no_results,
     read_args,
     read_logs,
+    same_kind,
     split_label,
 )
 from evaluation.rows import rows_of
-from evaluation.tables import average_gains, other_sets, result_table, write_table
+from evaluation.tables import (
+    average_gains,
+    other_sets,
+    over_folders,
+    result_table,
+    write_table,
+)
 
-FOR_EACH = "cls_forget_all"
 LATEX = "% a table of utils.py"
 DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 
@@ -72,8 +78,8 @@ def create_results(
     if isinstance(folder, Sequence) and not isinstance(folder, str | bytes) and folder:
         parts = [create_results(each, rn, multiclass, True) for each in folder]
         frames, args, logs = map(list, zip(*parts, strict=True))
-        _same_kind(folder, logs)
-        df = _over_folders(frames)
+        same_kind(folder, logs)
+        df = over_folders(frames)
         return (df, args, logs) if return_logs else (df, args)
     if not isinstance(folder, str | PathLike):
         raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
@@ -96,46 +102,6 @@ def create_results(
 
 def _measured_before(df: pd.DataFrame) -> bool:
     return not df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None)
-
-
-def _same_kind(folders: Sequence[str | Path], logs: Sequence[dict]) -> None:
-    """UserError unless folders are different, and hold results that differ by chance alone."""
-    places = [Path(folder).resolve() for folder in folders]
-    for place, given in zip(places, folders, strict=True):
-        if places.count(place) > 1:
-            raise UserError(f"the results folder {given} is given twice")
-    found: dict[tuple[str, str], tuple[str | Path, object]] = {}
-    for folder, sets in zip(folders, logs, strict=True):
-        settings = [  # whose, what, value: the template is a data set's, a solver's a label's
-            ("" if key != "template" else dataset, key, value)
-            for dataset, entries in sets.items()
-            for key, value in entries.get(SETTINGS, {}).items()
-        ]
-        settings += [
-            (f"{dataset} / {label}", key, value)
-            for dataset, entries in sets.items()
-            for label, entry in entries.items()
-            for key, value in entry.get("solver", {}).get("settings", {}).items()
-        ]
-        for whose, key, value in settings:
-            where, other = found.setdefault((whose, key), (folder, value))
-            if key != "seed" and other != value:
-                raise UserError(
-                    f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} and "
-                    f"{value!r:.80}; give each a name: NAME={folder}"
-                )
-
-
-def _over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean and standard deviation of every row over the frames of `create_results`."""
-    rows = pd.concat(frames, ignore_index=True)
-    groups = rows.groupby(["ds", "name"], sort=False)
-    numbers = [column for column in rows.columns if column not in ("ds", "name", FOR_EACH)]
-    df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))
-    if FOR_EACH in rows:
-        each = groups[FOR_EACH].agg(lambda found: pd.DataFrame(list(found)).mean().to_dict())
-        df.insert(len(numbers), FOR_EACH, each)
-    return df.join(groups.size().rename("folders")).reset_index()
 
 
 def compute_avg_gain(

@@ -174,19 +174,47 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """What a YAML file holds; {} if nothing but comments.
 
     Raises:
-        UserError: no YAML file by its name (yacs would execute a .py), or none that can be read.
+        UserError: no YAML file by its name (yacs would execute a .py), none that can be read, or a
+            key that stands twice in one mapping, of which YAML would drop the first silently.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"config file {path}: only YAML is read, and its name ends in .yaml")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), LOADER)
+        loader = LOADER(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        twice = _twice(loader, node)
+        tree = None if node is None or twice else loader.construct_document(node)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"config file {path}: {' '.join(str(error).split())}") from error
+    if twice:
+        raise UserError(f"config file {path}: {twice}")
     if tree is not None and not isinstance(tree, Mapping):
         raise UserError(f"config file {path}: must hold keys and values, such as FORGET: ...")
     return tree or {}
+
+
+def _twice(loader: yaml.SafeLoader, node: yaml.Node | None) -> str:
+    """The first key that a mapping of a YAML tree holds twice, in words; "" if there is none."""
+    found, nodes, seen = {}, [node], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        lines: dict[Any, int] = {}
+        for pair in node.value if isinstance(node, yaml.MappingNode) else ():
+            nodes += pair
+            key, line = pair[0], pair[0].start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                merge = key.tag == "tag:yaml.org,2002:merge"  # <<, which stands for no value
+                key = key.value if merge else loader.construct_object(key)
+                if key in lines:
+                    found[line] = f"line {line}: the key {key} stands in line {lines[key]} too"
+                lines[key] = line
+        nodes += node.value if isinstance(node, yaml.SequenceNode) else ()
+    return found[min(found)] if found else ""
 
 
 def _flat(tree: Mapping[str, Any], above: Parts = ()) -> Iterator[tuple[Parts, Any]]:

@@ -96,7 +96,7 @@ def no_results(folder: Path) -> UserError:
     """What to say of a folder without results: where some are, or how to make some."""
     if not folder.is_dir():
         return UserError(f"no results in {folder}: no such folder; run forget_clip.sh")
-    below = sorted({*folder.glob(f"*/{LOGS}"), *folder.glob(f"*/*/{LOGS}")})
+    below = sorted(path for depth in range(1, 5) for path in folder.glob(f"{'*/' * depth}{LOGS}"))
     places = " or ".join(str(path.parent) for path in below[:3])
     hint = f"did you mean {places}?" if below else "run forget_clip.sh"
     return UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
@@ -121,6 +121,34 @@ def read_logs(folder: str | Path) -> Logs:
     except NoJSON as error:
         problem = str(error)
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
+
+
+def same_kind(folders: Sequence[str | Path], logs: Sequence[Logs]) -> None:
+    """UserError unless folders are different, and hold results that differ by chance alone."""
+    places = [Path(folder).resolve() for folder in folders]
+    for place, given in zip(places, folders, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"the results folder {given} is given twice")
+    found: dict[tuple[str, str], tuple[str | Path, object]] = {}
+    for folder, sets in zip(folders, logs, strict=True):
+        settings = [  # whose, what, value: the template is a data set's, a solver's a label's
+            ("" if key != "template" else dataset, key, value)
+            for dataset, entries in sets.items()
+            for key, value in entries.get(SETTINGS, {}).items()
+        ]
+        settings += [
+            (f"{dataset} / {label}", key, value)
+            for dataset, entries in sets.items()
+            for label, entry in entries.items()
+            for key, value in entry.get("solver", {}).get("settings", {}).items()
+        ]
+        for whose, key, value in settings:
+            where, other = found.setdefault((whose, key), (folder, value))
+            if key != "seed" and other != value:
+                raise UserError(
+                    f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} and "
+                    f"{value!r:.80}; give each a name: NAME={folder}"
+                )
 
 
 def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> Logs:

@@ -17,6 +17,7 @@ from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
 
 CSV = "audit.csv"
+FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 # Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.
 FRACTIONS = {
     "before": ("residue", "zero_shot", "before", "value"),
@@ -67,7 +68,7 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
         }
         line: dict[str, Any] = {"ds": dataset, "name": label, **means}
         if multiclass:
-            line["cls_forget_all"] = {row.name: row.own.after for row in classes}
+            line[FOR_EACH] = {row.name: row.own.after for row in classes}
         for name, change in classes[0].others.items():
             line |= {f"res_{name}": change.after, f"full_{name}": change.before}
         lines.append(line)
@@ -75,8 +76,31 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
         kind = "multiclass" if multiclass else "single-class"
         raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}")
     table = pd.DataFrame(lines)
-    numbers = table.columns.difference(["ds", "name", "cls_forget_all"])
+    numbers = table.columns.difference(["ds", "name", FOR_EACH])
     return table.astype(dict.fromkeys(numbers, float))  # None to NaN
+
+
+def over_folders(
+    frames: Sequence[pd.DataFrame], keys: Sequence[str] = ("ds", "name")
+) -> pd.DataFrame:
+    """Mean and standard deviation of every row over the frames of several folders, such as one a
+    seed.
+
+    Args:
+        frames: of `result_table`, or others whose rows are known by `keys`.
+
+    Returns:
+        The means, `std_*` of each (divided by the folders less one; NaN of one), and `folders`,
+        how many hold the row.
+    """
+    rows = pd.concat(frames, ignore_index=True)
+    groups = rows.groupby(list(keys), sort=False)
+    numbers = [column for column in rows.columns if column not in (*keys, FOR_EACH)]
+    df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))
+    if FOR_EACH in rows:
+        each = groups[FOR_EACH].agg(lambda found: pd.DataFrame(list(found)).mean().to_dict())
+        df.insert(len(numbers), FOR_EACH, each)
+    return df.join(groups.size().rename("folders")).reset_index()
 
 
 def other_sets(df: pd.DataFrame) -> list[str]:

@@ -40,7 +40,6 @@ from clip.architectures import architecture
 from engine import UserError, unknown
 from engine.cli import Parser
 from engine.config import declared, methods, read_yaml
-from engine.files import escape
 from engine.launch import Run, add_launcher, launch, launcher
 from engine.schema import Text, check, some
 from evaluation.report import REPORT, read_runs, write_report
@@ -121,8 +120,7 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
     for backbone, trainer, (setting, keys) in product(
         varied["backbones"], varied["trainers"], varied["settings"].items()
     ):
-        names = [backbone.replace("/", "-"), trainer, *([escape(setting)] if setting else [])]
-        case = Case(backbone, trainer, setting, root.joinpath(*names))
+        case = Case(backbone, trainer, setting, train.place_below(root, backbone, trainer, setting))
         common = ["--backbone", backbone, "--trainer", trainer, "--root", args.data]
         common += ["--cache", args.cache, "--features", args.features]
         common += ["--weights", weights.get(backbone, "")]

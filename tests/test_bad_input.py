@@ -297,6 +297,7 @@ DRIVER_ROWS = {
     "blank seed": (["1", " ", "A", "mini", "0"], "SEED must be integers.*' '"),
     "blank data sets": (["1", "0", " ", "mini", "0"], "DATASETS must be names.*' '"),
     "data sets": (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
+    "backbones": (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
     "python": (["1", "0", "A", "mini", "0"], "no Python at '/nowhere/python'"),
 }
 
@@ -314,7 +315,8 @@ def test_the_driver_refuses_before_python_starts(row, tmp_path):
 
 def test_the_driver_takes_each_seed_and_data_set_once(tmp_path):
     environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": "echo"}
-    arguments = ["1", "00, 0,10,010", "007,*,A A,007", "mini", "0"]
+    arguments = ["1", "00, 0,10,010", "007,*,A A,007", "mini, RN50", "0"]
     command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "--datasets 007,*,A --seeds 0,10 " in done.stdout
+    lists = "--datasets 007,*,A --seeds 0,10 --backbones mini, RN50 --trainers ForgetLoRA "
+    assert lists in done.stdout

@@ -20,6 +20,7 @@ from engine.config import (
     declared,
     methods,
     paper_weights,
+    read_yaml,
     settings,
     setup,
     value_of,
@@ -226,3 +227,32 @@ def test_settings_need_no_torch_and_little_time():
     started = time.process_time()
     settings("ForgetLoRA", "StanfordDogs", "RN50")
     assert time.process_time() - started < 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SEED: 1\nFORGET: {RANK: 2}\nFORGET:\n  BETA: 0.1", "line 3: the key FORGET stands in l"),
+        ("# mine\nFORGET:\n  RANK: 1\n  BETA: 0\n  RANK: 2\n", "line 5: the key RANK stands in l"),
+        ("FORGET: {RANK: 1, 'RANK': 2}", "line 1: the key RANK stands in line 1 too"),
+        ("a: [{b: &x {1: 2, 1: 3}}, *x]", "line 1: the key 1 stands in line 1 too"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, refused, toy_args, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(f"config file {path}: {said}")
+    assert said in refused([*toy_args, "--config-file", str(path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_are_alike_or_merged_are_no_repetition(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: &a {x: 1, y: 3}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: {x: 4}}\n")
+    assert read_yaml(path)["c"] == {"x": {"x": 4}, "y": 3}
+    path.write_text("{1: a, '1': b, one: c}")
+    assert len(read_yaml(path)) == 3
+    path.write_text("# nothing\n")
+    assert read_yaml(path) == {}

@@ -90,6 +90,7 @@ REFUSED = {
         "FORGET.RANK must be",
     ),
     "yaml": ("datasets: [", "mine.yaml"),
+    "twice": ("datasets: [A]\nseeds: [0]\nseeds: [1]", "line 3: the key seeds stands in line 2"),
 }
 
 

@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+import utils
 from clip import spread
+from clip.bundle import bundle_path
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
@@ -24,10 +27,12 @@ from engine.cli import Parser
 from engine.config import settings
 from engine.files import sha256_file
 from engine.launch import Run, add_launcher, launch, launcher, tree
+from evaluation.report import read_runs
 from evaluation.results import read_logs
 from forgetting import load_adapter
-from tests.conftest import BACKBONE
+from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 from tests.test_kills import no_leftovers, without_seconds
+from utils import create_results
 
 RAY = ["LAUNCHER.NAME", "ray"]
 SLOW = ["TRAINER.FORGETASCENT.STEPS", "1500", "TRAINER.FORGETASCENT.LR", "1e-12"]
@@ -169,21 +174,73 @@ def test_the_tree_keeps_its_parts_in_order():
     assert shown == "((ab)(c(de)))" and tree(["a"], str, str.__add__) == "a"
 
 
+def test_several_methods_and_backbones_have_a_folder_each(features, tmp_path, capsys):
+    for name in TOY_CLASSES:
+        other = replace(toy_bundle(name), backbone="RN50")
+        other.save(bundle_path(features, "RN50", name))
+    args = ["--features", str(features), "--dataset", "ToyTools", "--forget", "saw"]
+
+    def run(out: str, *lists: str) -> dict[str, str]:
+        train.main([*args, *lists, "--seeds", "0,1", "--output-dir", str(tmp_path / out)])
+        return {p.rpartition("/ToyTools")[0]: sha for p, sha in adapters(tmp_path / out).items()}
+
+    alone = {
+        f"{backbone.replace('/', '-')}/{method}/{place}": sha
+        for backbone in ("RN50", BACKBONE)
+        for method in ("ForgetNoise", "ForgetExact")
+        for place, sha in run(f"{method}{backbone}", *one(backbone, method)).items()
+    }
+    both = run("both", "--backbones", f"RN50, {BACKBONE}", "--trainers", "ForgetNoise,ForgetExact")
+    assert both == alone and len(both) == 2 * 2 * 2
+    out = capsys.readouterr().out
+    assert f"== ToyTools, {BACKBONE}, ForgetExact, seed 1 (run 8 of 8" in out
+    assert f'create_results("{tmp_path}/both/RN50/ForgetNoise/seed_0/", rn=True, mul' in out
+    assert f'create_results("{tmp_path}/both/ViT-B-32/ForgetNoise/seed_0/", rn=False, mul' in out
+    methods = run("methods", "--trainers", "ForgetNoise,ForgetExact", "--backbone", "RN50")
+    assert methods == {p.removeprefix("RN50/"): s for p, s in both.items() if p.startswith("RN50")}
+    # What reads results takes them for several folders.
+    root = tmp_path / "both"
+    assert {run.name for run in read_runs(root)} == set(both)
+    utils.main([str(root / place) for place in both])
+    assert capsys.readouterr().out.count(" over 2") == 4, "seeds of a method are one"
+    with pytest.raises(UserError, match=r"did you mean .*/both/RN50/ForgetExact/seed_0 or"):
+        create_results(root)
+
+
+def one(backbone: str, method: str) -> list[str]:
+    return ["--backbones", backbone, "--trainers", method]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--trainers", "ForgetNoise,ForgetExat"], "did you mean 'ForgetExact'"),
+        (["--trainers", "ForgetNoise,ForgetExact", "TRAINER.NAME", "x"], "where --trainers names"),
+        (["--seeds", "0,1", "SEED", "2"], "SEED cannot be set where --seeds names several"),
+        (["--backbones", "RN50,mini", "--weights", "RN50.pt"], "--weights is of one backbone"),
+        (["--features", "", "--backbones", "RN50,minni"], "did you mean 'mini'"),
+    ],
+)
+def test_lists_that_cannot_be_run_are_refused_first(command, tmp_path, refused, extra, message):
+    line = refused([*command, "--output-dir", str(tmp_path / "out"), *extra])
+    assert message in line and not (tmp_path / "out").exists()
+
+
 # By Ray
 
 
 def test_ray_gives_the_results_of_one_process_bit_for_bit(workers, command, tmp_path, capsys):
-    command = [*command, "--trainer", "ForgetExact", "--seeds", "0,1"]
+    command = [*command, "--trainers", "ForgetExact,ForgetNoise", "--seeds", "0,1"]
     train.main([*command, "--output-dir", str(tmp_path / "here")])
     capsys.readouterr()
     train.main([*command, "--output-dir", str(tmp_path / "ray"), *RAY])
     assert adapters(tmp_path / "here") == adapters(tmp_path / "ray")
-    for seed in ("seed_0", "seed_1"):
-        here, ray = (without_seconds(read_logs(tmp_path / n / seed)) for n in ("here", "ray"))
-        assert here == ray
+    for place in ("ForgetExact/seed_0", "ForgetNoise/seed_1"):
+        here, ray = (without_seconds(read_logs(tmp_path / n / place)) for n in ("here", "ray"))
+        assert here and here == ray
     out = capsys.readouterr().out
-    assert "ray: 4 runs, 2 at once" in out and "(run 4 of 4)" in out
-    assert "ToyTools / saw" in out and f"results: {tmp_path}/ray/seed_1" in out
+    assert "ray: 8 runs, 2 at once" in out and "(run 8 of 8)" in out
+    assert "ToyTools / saw" in out and f"results: {tmp_path}/ray/ForgetExact/seed_1" in out
 
 
 def test_one_run_that_fails_on_a_worker_stops_no_other(workers, command, tmp_path, capsys):

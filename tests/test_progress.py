@@ -164,12 +164,14 @@ def test_a_missing_package_is_one_line_before_work(
     assert "'tensorboard'" in refused([*toy_args, "--forget", "cat", "--log", "tensorbord"])
 
 
-def test_tensorboard_gets_the_numbers_of_the_logs(toy_args, tmp_path) -> None:
+def test_tensorboard_gets_the_numbers_of_the_logs(toy_args, capsys) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = train.main([*toy_args, "--forget", "cat", "--forget", "owl", "--log", "tensorboard"])
-    board = EventAccumulator(str(folder / "ToyAnimals" / "numbers"))
+    place = folder / "ToyAnimals" / "numbers"
+    assert capsys.readouterr().out.splitlines()[-1] == f"numbers for tensorboard: {place}"
+    board = EventAccumulator(str(place))
     board.Reload()
     logs = json.loads((folder / "logs.json").read_text())["ToyAnimals"]
     for step, name in enumerate(("cat", "owl")):

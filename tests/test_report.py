@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
+from datasets.mini import MINI, TEST_IMAGES
 from engine.cli import run
 from evaluation.report import classes as classes_module
 from evaluation.report import page as page_module
@@ -27,6 +28,7 @@ from evaluation.report import read_runs, render, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.classes import BUDGET, forgotten, thumbnail
 from evaluation.report.page import GENERATOR
+from evaluation.report.runs import methods
 from evaluation.results import LOGS
 from tests.report_fixtures import (
     ANIMALS,
@@ -201,12 +203,59 @@ def test_several_folders_side_by_side(tmp_path):
         assert page.text.count(f"{one.label}: what to know, bad news first") == 1
 
 
-def test_seeds_of_one_attempt_keep_their_names(tmp_path):
-    for seed in range(2):
-        plant(tmp_path / "results1" / f"seed_{seed}", 2)
-    assert [one.name for one in read_runs(tmp_path)] == ["results1/seed_0", "results1/seed_1"]
-    (one,) = read_runs(tmp_path / "results1" / "seed_1")
-    assert one.name == "results1/seed_1"
+def test_labels_hold_what_differs_and_no_more(tmp_path):
+    """Folders as a sweep leaves them."""
+    for trainer in ("ForgetExact", "ForgetNoise"):
+        for setting in ("mild", "strong"):
+            for seed in (0, 1):
+                place = tmp_path / "ViT-B-32" / trainer / setting / f"seed_{seed}"
+                plant(place, 2, trainer=trainer, seed=seed)
+    plant(tmp_path / "ViT-B-32" / "ForgetNoise" / "mild" / "other", 2, trainer="ForgetZero")
+    runs = read_runs(tmp_path)
+    words = {"ForgetExact": "exact", "ForgetNoise": "noise"}
+    assert {one.name: one.title for one in runs} == {
+        f"{trainer}/{setting}/seed_{seed}": f"{word} ({setting}), seed {seed}"
+        for trainer, word in words.items()
+        for setting in ("mild", "strong")
+        for seed in (0, 1)
+    } | {"ForgetNoise/mild/other": "zero"}
+    assert [len(method.runs) for method in methods(runs)] == [2, 2, 1, 2, 2]
+    page = page_of(tmp_path)
+    assert page.text.count("mean of 2 seeds, ±") == 4
+    assert page.text.count("Everything about it after noise (mild), seed 1") == 2
+    (one,) = read_runs(tmp_path / "ViT-B-32/ForgetExact/mild/seed_1")
+    assert one.name == "mild/seed_1" and one.title == "exact"
+
+
+def test_what_happens_in_some_seeds_alone_is_said_so(tmp_path):
+    for seed, left in ((0, 0.0), (1, 0.0), (4, 0.6)):
+        plant(tmp_path / f"seed_{seed}", ["ant"], seed=seed, left=left, audit=False)
+    (one,) = forgotten(read_runs(tmp_path))
+    (told,) = one.told
+    left = [row.own.after for _, row in told.rows]
+    assert told.tags == ["not forgotten in 1 of 3 seeds"]
+    assert told.means["after"] == pytest.approx(sum(left) / 3)
+    page = page_of(tmp_path)
+    assert "not forgotten in 1 of 3 seeds" in page.text and "mean of 3 seeds" in page.text
+    assert all(f"exact, seed {seed}" in page.text for seed in (0, 1, 4))
+
+
+def test_seeds_of_other_settings_are_no_seeds(tmp_path):
+    for seed in (0, 1):
+        plant(tmp_path / f"seed_{seed}", 2, seed=seed, settings={"beta": 0.1 * seed})
+    assert [one.title for one in read_runs(tmp_path)] == ["exact (seed_0)", "exact (seed_1)"]
+    above, below = (plant(tmp_path / "x" / "a" / name, 2) for name in ("", "seed_7"))
+    titles = {one.folder: one.title for one in read_runs(tmp_path / "x")}
+    assert titles == {above: "exact (a)", below: "exact (a, seed_7)"}
+
+
+def test_folders_that_share_every_word_keep_them_all(tmp_path):
+    places = ("a/b", "b/a", "a")
+    for place in places:
+        plant(tmp_path / place, 1)
+    assert {one.name for one in read_runs(tmp_path)} == {*places}
+    labels = {"exact (a, b)", "exact (b, a)", "exact (a)"}
+    assert {one.label for one in read_runs(tmp_path)} == labels
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -241,13 +290,52 @@ def test_any_measure_and_any_number_may_be_absent(tmp_path):
 
 def test_pictures_of_a_class_fit_in_40_kb_and_are_of_that_class(tmp_path):
     classes = forgotten(read_runs(mini(tmp_path, list(range(20)))))
-    own, harmed = classes[0].strips
+    own, harmed = classes[0].strips()
     assert (own.name, own.by, harmed.name, harmed.by) == ("red circle", "", "red square", "exact")
     sizes = [len(picture.source) for strip in (own, harmed) for picture in strip.pictures]
     assert len(sizes) == 40 and min(sizes) > 400 and sum(sizes) <= BUDGET == 40_000
     page = page_of(mini(tmp_path, [0]))
     assert len(page.all("img")) == 2 * 2
     assert not (tmp_path / "gone").exists()  # drawn in code, and written nowhere
+
+
+def shapes(folder: Path, count: int) -> Path:
+    """Results of the first classes of MiniShapes, each with two of its pictures."""
+    names = MINI["MiniShapes"][:count]
+    plant(folder, names, "MiniShapes")
+    record = json.loads((folder / "audit.json").read_text())
+    for place, name in enumerate(names):
+        found = record["audits"]["MiniShapes"][name]["classes"][name]["examples"]["classes"]
+        rows = [{"row": TEST_IMAGES * place + number} for number in range(2)]
+        found[:] = [found[0] | {"pictures": [found[0]["pictures"][0] | row for row in rows]}]
+    (folder / "audit.json").write_text(json.dumps(record))
+    (folder / "args.txt").write_text("Namespace(dataset='MiniShapes', root='nowhere')")
+    return folder
+
+
+@pytest.mark.parametrize("count", [12, 14])
+def test_every_class_has_its_pictures_above_or_where_it_is_opened(tmp_path, count):
+    page = page_of(shapes(tmp_path, count))
+    names = {a["alt"].removeprefix("Test image of ") for a in page.all("img")}
+    assert names == {*MINI["MiniShapes"][:count]} and len(page.all("img")) == 2 * count
+    articles = page.all("article")
+    assert len(articles) == 12 and page.text.count("Its images stand above") == 12
+    assert {a["id"] for a in articles} <= {a["href"][1:] for a in page.all("a")}
+    assert ("Every forgotten class is here." in page.text) == (count == 12)
+    told = "the 12 classes with the worst news; the images of 2 others stand in the list"
+    assert (told in page.text) == (count == 14)
+
+
+def test_pictures_of_many_classes_are_smaller(tmp_path, monkeypatch):
+    def size() -> int:
+        sources = [a["src"] for a in page_of(tmp_path).all("img")]
+        assert len(sources) == 2 * 14
+        return sum(map(len, sources))
+
+    shapes(tmp_path, 14)
+    assert size() > 18_000
+    monkeypatch.setattr(page_module, "ALL", 18_000)
+    assert 6_000 < size() <= 18_000
 
 
 def test_a_thumbnail_takes_no_more_room_than_it_has():
@@ -262,7 +350,7 @@ def test_a_thumbnail_takes_no_more_room_than_it_has():
     ids=["no such row", "below the first", "another class", "bundles"],
 )
 def test_what_is_no_picture_of_the_class_is_not_shown(tmp_path, rows, places):
-    for strip in forgotten(read_runs(mini(tmp_path, rows, **places)))[0].strips:
+    for strip in forgotten(read_runs(mini(tmp_path, rows, **places)))[0].strips():
         assert [picture.source for picture in strip.pictures] == [""]
         assert strip.pictures[0].before and strip.pictures[0].after["exact"]
     page = page_of(tmp_path)
@@ -285,7 +373,7 @@ def test_images_of_ones_own_are_read_where_they_are(tmp_path, capsys):
     (results / "audit.json").write_text(json.dumps(record))
     line = f"Namespace(dataset='pets', images={str(tmp_path / 'pets')!r}, root='data')"
     (results / "args.txt").write_text(line)
-    sources = [p.source for p in forgotten(read_runs(results))[0].strips[0].pictures]
+    sources = [p.source for p in forgotten(read_runs(results))[0].strips()[0].pictures]
     assert BUDGET / 2 < sum(map(len, sources)) <= BUDGET and len({*sources}) == 8
     for source in sources:
         with Image.open(io.BytesIO(b64decode(source.partition(",")[2]))) as image:
@@ -293,7 +381,7 @@ def test_images_of_ones_own_are_read_where_they_are(tmp_path, capsys):
     shutil.rmtree(tmp_path / "pets")
     for kept in (classes_module.images_of, classes_module._read):
         kept.cache_clear()
-    sources = [p.source for p in forgotten(read_runs(results))[0].strips[0].pictures]
+    sources = [p.source for p in forgotten(read_runs(results))[0].strips()[0].pictures]
     assert sources == [""] * 8
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("report: no pictures of pets: ")

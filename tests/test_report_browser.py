@@ -160,6 +160,37 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, report):
     assert page.locator(".chart text").evaluate_all(size) > 9
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_names_of_methods_are_whole_in_charts(open_page, tmp_path, width):
+    names = ["a" * 70, "a setting of many words, each of them a part of its name", "b"]
+    for name in names:
+        plant(tmp_path / name / "seed_0", 2)
+    page = open_page(
+        write_report(read_runs(tmp_path), tmp_path / "report.html"),
+        viewport={"width": width, "height": 844},
+    )
+    labels = page.evaluate(LABELS)
+    assert {text for _, text, _, _ in labels} == {
+        f"exact({name})".replace(" ", "") for name in names
+    }
+    places = [(chart, end) for chart, _, *ends in labels for end in ends]
+    assert len(labels) == 4 * 3 and places == sorted(places)
+    first, second, third = ((top + bottom) / 2 for chart, _, top, bottom in labels if not chart)
+    assert second - first == pytest.approx(third - second, abs=4), "beside its dots, on its middle"
+
+
+# The names of methods in the charts: [chart, text, top, bottom], and null if it is not within it.
+LABELS = """() => [...document.querySelectorAll(".chart")].flatMap((chart, number) => {
+  const whole = chart.getBoundingClientRect();
+  return [...chart.querySelectorAll(".role-axis-label text")]
+    .filter(text => /[a-z]/.test(text.textContent))
+    .map(text => [text.textContent.replace(/\\s/g, ""), text.getBoundingClientRect()])
+    .map(([text, box]) => box.left >= whole.left && box.right <= whole.right
+      && box.top >= whole.top && box.bottom <= whole.bottom
+      ? [number, text, box.top, box.bottom] : null);
+})"""
+
+
 def test_print_shows_what_is_open_on_white(open_page, report):
     page = open_page(report, color_scheme="dark")
     open_class(page, "ant")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 
 import pytest
 
 from evaluation.report import charts as charts_module
 from evaluation.report import read_runs
 from evaluation.report.charts import charts
-from evaluation.report.page import flat
-from evaluation.report.summary import Summary, findings, not_measured, points, sentence
+from evaluation.report.page import COLUMNS, flat, line
+from evaluation.report.runs import methods
+from evaluation.report.summary import Summary, findings, not_measured, points, sentence, span
 from evaluation.results import LOGS
 from evaluation.rules import Fate, fate
 from tests.report_fixtures import ANIMALS, OTHERS, acc, log_entry, plant, write
@@ -189,6 +191,43 @@ def test_charts_draw_every_class_of_every_method(tmp_path, monkeypatch):
         assert all(low <= dot["value"] <= high for dot in dots)
     assert left["layer"][0]["encoding"]["x"]["scale"]["domain"] == [0, 100]
     assert rest["layer"][0]["encoding"]["x"]["scale"]["domain"][1] < 10  # as far as the losses go
+
+
+def test_seeds_are_one_method_with_means_and_deviations(tmp_path, monkeypatch):
+    seeds = [plant(tmp_path / f"r/seed_{n}", 6, seed=n, left=0.3, harm=0.02) for n in range(3)]
+    plant(tmp_path / "z", 6, trainer="ForgetLoRA")
+    runs, specs = read_runs(tmp_path), []
+    frame, _ = create_results(seeds)
+    exact, other = methods(runs)
+    assert [len(exact.runs), len(other.runs)] == [3, 1]
+    for row in exact.runs[0].rows:
+        told, found = frame.set_index("name").loc[row.name], exact.of(row)
+        assert found["after"] == pytest.approx(told.cls_forget)
+        assert found["std_after"] == pytest.approx(told.std_cls_forget)
+        lost = told.full_forget - told.full_Noforget
+        assert found["rest"] == pytest.approx(100 * lost)
+        assert other.of(row)["std_after"] is None
+    means = [sum(row.rest.points for row in run.rows) / 6 for run in exact.runs]
+    mean, deviation = statistics.mean(means), statistics.stdev(means)
+    assert exact.means["rest"] == pytest.approx(mean)
+    assert exact.means["std_rest"] == pytest.approx(deviation) and deviation > 0.05
+    cells = dict(zip(COLUMNS[1:], line(exact), strict=True))
+    assert cells["Rest of their set, points"][0] == points(mean)
+    assert cells["Rest of their set, points"][1].startswith(f"± {deviation:.1f}; ")
+    gone = [sum(row.fate is Fate.GONE for row in run.rows) for run in exact.runs]
+    assert cells["Gone"][0] == span(gone) and len({*gone}) > 1
+    assert not any("±" in said for _, said in line(other))
+    text = sentence(exact.runs)
+    assert " was made to forget 6 classes with 3 seeds: " in text and f" {span(gone)} are" in text
+    assert f"sets lost {-mean:.1f} points on average (± {deviation:.1f} between seeds)" in text
+    assert " by 2 methods with 1 to 3 seeds each: " in sentence(runs)
+    monkeypatch.setattr(charts_module, "drawing", lambda spec: specs.append(spec) or "")
+    said = charts(runs)[2].about
+    assert f"exact {-mean:.1f} ± {deviation:.1f}; paper " in said
+    dots, _, _, bars = (layer["data"]["values"] for layer in specs[2]["layer"])
+    assert len(dots) == 2 * 6
+    ends = [one["to"] - one["from"] for one in bars]
+    assert ends == pytest.approx([2 * deviation, 0])
 
 
 def test_settings_become_lines():

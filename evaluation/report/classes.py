@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from datasets import mini
 from datasets.reader import read_image
 from engine.errors import UserError
 from engine.log import warn
-from evaluation.report.runs import Run, bad_news_first
+from evaluation.report.runs import Method, Run, bad_news_first, methods
 from evaluation.results import run_places
 from evaluation.rows import Row
 
-SIDE = 112  # pixels of a thumbnail's longer side
+SIDES = (112, 56)  # pixels of a thumbnail's longer side
 BUDGET = 40_000  # characters of all thumbnails of a class
+ALL = 16_000_000  # of those of all classes: a report that a browser opens
 HARMED = 2  # classes that lost most, over all methods
-QUALITIES = (85, 70, 55, 40, 25, 10)
+QUALITIES = (85, 70, 55, 40, 25)
 EXAMPLES = ("examples", "classes")
 SPLITS = ("train_x", "val", "test")
 Opener = Callable[[], Image.Image]
@@ -38,6 +40,25 @@ class Picture(NamedTuple):
     source: str
     before: list[str]
     after: dict[str, list[str]]
+
+
+class Told(NamedTuple):
+    """What one method did to a class by one request: its rows, one a seed."""
+
+    method: Method
+    rows: list[tuple[Run, Row]]
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """Over the seeds."""
+        return self.method.of(self.rows[0][1])
+
+    @property
+    def tags(self) -> list[str]:
+        """What is wrong with it, and in how many of the seeds."""
+        counts = Counter(row.tag for _, row in self.rows if row.tag)
+        every = len(self.rows)
+        return [t if n == every else f"{t} in {n} of {every} seeds" for t, n in counts.items()]
 
 
 class Strip(NamedTuple):
@@ -57,11 +78,15 @@ class Strip(NamedTuple):
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A class, and its row of every folder that forgot it."""
+    """A class, and its row of every folder that forgot it; `told`: by method and request."""
 
     dataset: str
     name: str
-    rows: list[tuple[Run, Row]] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[tuple[Run, Row]]:
+        return [pair for told in self.told for pair in told.rows]
 
     @property
     def comes_back(self) -> bool:
@@ -77,16 +102,20 @@ class Forgotten:
         """The most that all else loses by a method, for sorting."""
         return max(row.harm or 0 for _, row in self.rows)
 
-    @property
-    def strips(self) -> list[Strip]:
-        """Its own pictures, then those of the classes that lost most; [] where no audit has any."""
-        told = [(run, found[0]) for run, row in self.rows if (found := row.found(*EXAMPLES))]
+    def strips(self, budget: int = BUDGET) -> list[Strip]:
+        """Its own pictures, in all of `budget` characters, then those of the classes that lost
+        most; [] where no audit has any. Names are those of a method's first seed."""
+        first: dict[str, tuple[Run, dict[str, Any]]] = {}
+        for run, row in self.rows:
+            if found := row.found(*EXAMPLES):
+                first.setdefault(run.label, (run, found[0]))
+        told = list(first.values())
         if not told:
             return []
         own: dict[int, tuple[list[str], dict[str, list[str]]]] = {}
         for run, mine in told:
             for one in mine["pictures"]:
-                own.setdefault(one["row"], (one["before"], {}))[1][run.label] = one["after"]
+                own.setdefault(one["row"], (one["before"], {}))[1][run.title] = one["after"]
         run, mine = told[0]
         losses = [
             (one["before"]["value"] - one["after"]["value"], one, run)
@@ -98,9 +127,9 @@ class Forgotten:
             worst.setdefault(one["name"], (one, by))
         lists = [(mine, "", run, own)]
         for one, by in list(worst.values())[:HARMED]:
-            rows = {p["row"]: (p["before"], {by.label: p["after"]}) for p in one["pictures"]}
-            lists.append((one, by.label, by, rows))
-        room = BUDGET // max(1, sum(len(rows) for *_, rows in lists))
+            rows = {p["row"]: (p["before"], {by.title: p["after"]}) for p in one["pictures"]}
+            lists.append((one, by.title, by, rows))
+        room = budget // max(1, sum(len(rows) for *_, rows in lists))
         return [
             Strip(
                 one["name"],
@@ -130,10 +159,16 @@ class Forgotten:
 def forgotten(runs: list[Run]) -> list[Forgotten]:
     """Every class once, the worst news first, whichever method they are of."""
     found: dict[tuple[str, str], Forgotten] = {}
-    for run in runs:
-        for row in run.rows:
-            key = row.dataset, row.name
-            found.setdefault(key, Forgotten(*key)).rows.append((run, row))
+    for method in methods(runs):
+        told: dict[tuple[str, str, str], Told] = {}
+        for run in method.runs:
+            for row in run.rows:
+                key = row.dataset, row.label, row.name
+                if key not in told:
+                    told[key] = Told(method, [])
+                    own = row.dataset, row.name
+                    found.setdefault(own, Forgotten(*own)).told.append(told[key])
+                told[key].rows.append((run, row))
     return sorted(found.values(), key=lambda one: min(bad_news_first(row) for _, row in one.rows))
 
 
@@ -170,11 +205,12 @@ def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
 
 def thumbnail(image: Image.Image, room: int) -> str:
     """A small JPEG as an address that holds it, of at most `room` characters; "" if none fits."""
-    image.thumbnail((SIDE, SIDE))
-    for quality in QUALITIES:
-        packed = io.BytesIO()
-        image.save(packed, "JPEG", quality=quality, optimize=True)
-        address = f"data:image/jpeg;base64,{b64encode(packed.getvalue()).decode()}"
-        if len(address) <= room:
-            return address
+    for side in SIDES:
+        image.thumbnail((side, side))
+        for quality in QUALITIES:
+            packed = io.BytesIO()
+            image.save(packed, "JPEG", quality=quality, optimize=True)
+            address = f"data:image/jpeg;base64,{b64encode(packed.getvalue()).decode()}"
+            if len(address) <= room:
+                return address
     return ""

@@ -15,16 +15,16 @@ from markupsafe import Markup
 from engine.files import atomic_path, refuse_foreign
 from evaluation.report import summary
 from evaluation.report.charts import charts
-from evaluation.report.classes import Strip, forgotten
-from evaluation.report.runs import Run
-from evaluation.report.summary import Summary, percent, points
+from evaluation.report.classes import ALL, BUDGET, Strip, forgotten
+from evaluation.report.runs import Method, Run, methods
+from evaluation.report.summary import Summary, percent, points, span
 from evaluation.rules import Fate
 
 REPORT = "report.html"
 GENERATOR = "clip-forget-report/1"  # in every report, so that nothing else is written over
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
-OPENING = 3  # classes whose pictures stand first
+OPENING = 12  # classes whose pictures stand first
 TEXTS = 12  # other words that are written out
 COLUMNS = (
     *("Method", "Classes", "Gone", "Come back", "Recognised, %"),
@@ -59,17 +59,24 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
 
 def render(runs: list[Run]) -> str:
     """The report's HTML, of one run or of several side by side."""
-    classes = [(one, one.strips) for one in forgotten(runs)]
-    opening = [pair for pair in classes if any(map(Strip.shown, pair[1]))][:OPENING]
+    found = forgotten(runs)
+    classes = [(one, one.strips(min(BUDGET, ALL // len(found)))) for one in found]
+    pictured = [
+        (place, *pair) for place, pair in enumerate(classes) if any(map(Strip.shown, pair[1]))
+    ]
+    opening = pictured[:OPENING]
+    told = methods(runs)
     return _template().render(
         runs=runs,
-        many=len(runs) > 1,
+        many=len(told) > 1,
+        several=len(runs) > 1,
         sentence=summary.sentence(runs),
         opening=opening,
+        pictured=len(pictured),
+        above={place for place, *_ in opening},
         classes=classes,
         columns=COLUMNS,
-        summaries=[(run, Summary.of(run)) for run in runs],
-        told=told,
+        lines=[(method, line(method)) for method in told],
         charts=charts(runs),
         findings=[(run, summary.findings(run)) for run in runs],
         missing=[(run, summary.not_measured(run)) for run in runs],
@@ -88,7 +95,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"percent": percent, "points": points, "listed": summary.listed}
+    filters = {"percent": percent, "points": points, "listed": summary.listed, "within": within}
     environment.filters |= filters
     environment.tests["startswith"] = str.startswith
     environment.globals |= {
@@ -106,26 +113,44 @@ def _template() -> Template:
     return environment.get_template("template.html")
 
 
-def told(run: Run, one: Summary) -> list[tuple[str, str]]:
-    """A run's line among the methods: a number for each of `COLUMNS`, and what is to be said."""
+def line(method: Method) -> list[tuple[str, str]]:
+    """A line among the methods: a number for each of `COLUMNS`, and what is to be said. Of seeds
+    the range of counts, and means with their standard deviation."""
+    found = list(map(Summary.of, method.runs))
+    means = method.means
 
-    def change(spread: summary.Spread) -> tuple[str, str]:
-        worst = f"{points(spread.worst)} at worst, {spread.worst_name}"
-        return points(spread.points), worst if spread.worst is not None else ""
+    def change(key: str, spreads: list[summary.Spread]) -> tuple[str, str]:
+        told = [one for one in spreads if one.worst is not None]
+        worst = min(told, key=lambda one: one.worst, default=None)
+        said = [within(means[f"std_{key}"])]
+        said += [f"{points(worst.worst)} at worst, {worst.worst_name}"] if worst else []
+        return points(means[key]), "; ".join(filter(None, said))
 
-    left, stay = one.left and one.left.own.after, one.fates[Fate.STAYS]
+    left = max((one.left for one in found if one.left), key=lambda r: r.own.after, default=None)
+    stay = [one.fates[Fate.STAYS] for one in found]
+    tried = [one for one in found if one.tried]
+    after = means["std_after"]
+    said = [within(None if after is None else 100 * after)]
+    said += (
+        [f"most left: {percent(left.own.after)}, {left.name}"] if left and left.own.after else []
+    )
     return [
-        (f"{len(run.rows):,}", ""),
-        (str(one.fates[Fate.GONE]), f"{stay} not" if stay else ""),
-        (str(one.returning), one.texts) if one.tried else ("–", "not tried"),
+        (span(len(run.rows) for run in method.runs), ""),
+        (span(one.fates[Fate.GONE] for one in found), f"{span(stay)} not" if max(stay) else ""),
+        (span(one.returning for one in tried), tried[0].texts) if tried else ("–", "not tried"),
         (
-            f"{percent(one.own.before)} → {percent(one.own.after)}" if one.left else "–",
-            f"most left: {percent(left)}, {one.left.name}" if left else "",
+            f"{percent(means['before'])} → {percent(means['after'])}" if left else "–",
+            "; ".join(filter(None, said)),
         ),
-        change(one.rest),
-        change(one.others),
-        ("–" if one.seconds is None else f"{one.seconds:.3f}", ""),
+        change("rest", [one.rest for one in found]),
+        change("others", [one.others for one in found]),
+        ("–" if means["seconds"] is None else f"{means['seconds']:.3f}", ""),
     ]
+
+
+def within(deviation: float | None) -> str:
+    """A standard deviation over seeds; "" of one."""
+    return "" if deviation is None else f"± {deviation:.1f}"
 
 
 def shares(found: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.schema import MEASURES
-from evaluation.report.runs import Run, shared
+from evaluation.report.runs import Method, Run, methods, shared
 from evaluation.rows import Change, Row, mean
 from evaluation.rules import Fate
 
@@ -57,50 +57,63 @@ def span(values: Iterable[float], text: Callable[[float], str] = "{:,}".format) 
 
 def sentence(runs: list[Run]) -> str:
     """What was done and how it went, in one sentence, over all runs: ranges where runs of the same
-    classes differ, sums where the classes do."""
+    classes differ, sums where the classes do; of seeds the range of counts, the mean of losses."""
+    told = methods(runs)
     rows = [row for run in runs for row in run.rows]
     classes = len({(row.dataset, row.name) for row in rows})
-    model = shared((s for run in runs for s in run.settings.values()), "backbone") or "A model"
-    ways = f" by {len(runs)} methods" if len({run.trainer for run in runs}) == len(runs) > 1 else ""
-    ways = ways or f" in {len(runs)} runs" * (len(runs) > 1)
-    told = [Summary.of(run) for run in runs]
+    times = sum(max(len(run.rows) for run in method.runs) for method in told)
     same = len({frozenset((row.dataset, row.name) for row in run.rows) for run in runs}) == 1
-    ways += f", {len(rows):,} times in all" * (not same and len(rows) > classes)
+    model = shared((s for run in runs for s in run.settings.values()), "backbone") or "A model"
+    seeds = [len(method.runs) for method in told]
+    many, named = len(told) > 1, len({run.trainer for run in runs}) == len(told)
+    ways = f" by {len(told)} methods" if named else f" in {len(told)} runs"
+    ways = ways * many + f" with {span(seeds)} seeds{' each' * many}" * (max(seeds) > 1)
+    ways += f", {times:,} times in all" * (not same and times > classes)
+    summaries = [list(map(Summary.of, method.runs)) for method in told]
+    each = [one for seeds in summaries for one in seeds]
     parts = []
     for fate, words in FATES.items():
-        counts = _together([one.fates[fate] for one in told], same)
-        if max(counts) or (fate is Fate.GONE and any(one.left for one in told)):
+        counts = _together([[one.fates[fate] for one in seeds] for seeds in summaries], same)
+        if max(counts) or (fate is Fate.GONE and any(one.left for one in each)):
             parts.append(f"{span(counts)} {words[span(counts) != '1']}")
         if fate is Fate.GONE and max(counts):
-            parts.append(_returning(told, same))
+            parts.append(_returning(summaries, same))
     made = f"{model} was made to forget {count(classes, 'class', 'classes')}{ways}"
-    rest = _lost([one.rest for one in told], "the rest of their sets")
-    others = _lost([one.others for one in told], "other sets")
-    rest = rest or "what the rest of their sets lost was not measured"
-    return f"{made}: {', '.join(parts)}; {rest}{others and f', and {others}'}."
+    lost = _lost(told, "rest", [one.rest.worst for one in each], "the rest of their sets")
+    lost = lost or "what the rest of their sets lost was not measured"
+    others = _lost(told, "others", [one.others.worst for one in each], "other sets")
+    return f"{made}: {', '.join(parts)}; {lost}{others and f', and {others}'}."
 
 
-def _together(counts: list[int], same: bool) -> list[int]:
-    """What is told of counts of several runs: all, or their sum if their classes differ."""
-    return counts if same else [sum(counts)]
+def _together(counts: list[list[int]], same: bool) -> list[int]:
+    """What is told of counts by method and seed: all, or if their classes differ the least and the
+    greatest of each method together."""
+    if same:
+        return [one for seeds in counts for one in seeds]
+    return [sum(map(pick, counts)) for pick in (min, max)]
 
 
-def _lost(spreads: list[Spread], whose: str) -> str:
+def _lost(told: list[Method], key: str, worst: list[float | None], whose: str) -> str:
     """What others lost in points, on average and at worst; "" if that was not measured."""
-    found = [one for one in spreads if one.points is not None]
+    found = [method.means for method in told if method.means[key] is not None]
     if not found:
         return ""
-    losses = [max(0.0, -one.points) for one in found]
-    worst = max(0.0, *(-one.worst for one in found))
-    return f"{whose} lost {span(losses, '{:.1f}'.format)} points on average, {worst:.1f} at worst"
+    losses = [max(0.0, -one[key]) for one in found]
+    spread = [one[f"std_{key}"] for one in found if one[f"std_{key}"] is not None]
+    most = "at most " if len(told) > 1 else ""
+    between = f" ({most}± {max(spread):.1f} between seeds)" if spread else ""
+    average = f"{span(losses, '{:.1f}'.format)} points on average{between}"
+    greatest = max(0.0, *(-value for value in worst if value is not None))
+    return f"{whose} lost {average}, {greatest:.1f} at worst"
 
 
-def _returning(told: list[Summary], same: bool) -> str:
+def _returning(summaries: list[list[Summary]], same: bool) -> str:
     """How many of the classes that are gone come back under other words."""
-    asked = [one for one in told if one.tried]
+    asked = [[one.returning for one in seeds if one.tried] for seeds in summaries]
+    asked = [seeds for seeds in asked if seeds]
     if not asked:
         return "whether they come back under other words was not tried"
-    counts = _together([one.returning for one in asked], same)
+    counts = _together(asked, same)
     verb = "comes" if span(counts) == "1" else "come"
     return f"{span(counts)} of them {verb} back under other words"
 
