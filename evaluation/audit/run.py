@@ -123,7 +123,8 @@ def audit_class(
         known: an earlier answer for the same case; its measures are taken from there.
 
     Returns:
-        Measure -> its JSON values, `seconds` (measure -> wall-clock seconds), `verdict`.
+        Measure -> its JSON values, `seconds` (measure -> wall-clock seconds; what classes share
+        that are audited together counts for the first of them), `verdict`.
     """
     known = known or {}
     found = {name: known[name] for name in MEASURES if name in known}
