@@ -96,9 +96,16 @@ def test_what_a_block_shares_is_found_once_and_keeps_nobody_alive():
     assert [block.once(find, model) for model in models] == [0, 1, 2] and calls == [3]
     late = Model(common, None, (), block)
     models.append(late)
-    assert block.once(find, late) == 3 and calls == [3, 4]
+    assert block.once(find, late) == 3 and calls == [3, 1]
     gone = weakref.ref(models.pop(0))
     assert gone() is None
+    # No more of them at once than memory has room for.
+    w, d = common.bundle.text_projection.shape
+    wide, change = Block(), (torch.zeros(w, 50), torch.zeros(50, d))
+    models[:] = [Model(common, change, (), wide) for _ in range(6)]
+    calls.clear()
+    assert [wide.once(find, model) for model in models] == list(range(6)) and calls == [2, 2, 2]
+    assert wide.full and not block.full
 
 
 @given(st.lists(st.integers(-3, 3), max_size=20), st.integers(0, 25))
@@ -268,7 +275,7 @@ def test_classes_that_are_audited_together_are_found_as_alone(results, monkeypat
         return one == (pytest.approx(other, abs=1e-6) if isinstance(one, float) else other)
 
     together = audits()
-    monkeypatch.setattr("evaluation.audit.run.TOGETHER", 1)
+    monkeypatch.setattr(Block, "SIZE", 1)
     assert len(together) == 2 and near(audits(), together)
 
 
