@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ import train
 from clip.bundle import bundle_path, load_bundles
 from engine.errors import UserError
 from evaluation.audit import __main__ as audit
-from evaluation.audit.case import Common, Model
+from evaluation.audit.case import Block, Common, Model
 from evaluation.audit.interval import accuracy, mean_value
-from evaluation.audit.record import read_audits
+from evaluation.audit.order import highest
+from evaluation.audit.record import Record, read_audits
 from evaluation.audit.run import MEASURES, _Results, audit_folder
 from evaluation.audit.verdict import verdict
 from evaluation.results import read_logs
@@ -81,6 +83,35 @@ def test_what_classes_have_in_common_is_found_once():
         return "found"
 
     assert [common.once(find), common.once(find)] == ["found"] * 2 and calls == [common]
+
+
+def test_what_a_block_shares_is_found_once_and_keeps_nobody_alive():
+    common, block, calls = Common(toy_bundle("ToyAnimals")), Block(), []
+    models = [Model(common, None, (), block) for _ in range(3)]
+
+    def find(asked: list[Model]) -> list[int]:
+        calls.append(len(asked))
+        return [models.index(model) for model in asked]
+
+    assert [block.once(find, model) for model in models] == [0, 1, 2] and calls == [3]
+    late = Model(common, None, (), block)
+    models.append(late)
+    assert block.once(find, late) == 3 and calls == [3, 1]
+    gone = weakref.ref(models.pop(0))
+    assert gone() is None
+    # No more of them at once than memory has room for.
+    w, d = common.bundle.text_projection.shape
+    wide, change = Block(), (torch.zeros(w, 50), torch.zeros(50, d))
+    models[:] = [Model(common, change, (), wide) for _ in range(6)]
+    calls.clear()
+    assert [wide.once(find, model) for model in models] == list(range(6)) and calls == [2, 2, 2]
+    assert wide.full and not block.full
+
+
+@given(st.lists(st.integers(-3, 3), max_size=20), st.integers(0, 25))
+def test_the_highest_are_those_of_a_stable_sort(values, count):
+    x = torch.tensor(values, dtype=torch.float32)
+    assert highest(x, count).tolist() == x.argsort(descending=True, stable=True)[:count].tolist()
 
 
 def planted(**changes):
@@ -222,6 +253,41 @@ def test_what_was_audited_is_not_audited_again(results, monkeypatch):
         audit_folder(results, seed=1)
     adapter.write_bytes(keep)
     assert calls[4:] == []
+
+
+def test_classes_that_are_audited_together_are_found_as_alone(results, monkeypatch):
+    def audits() -> dict:
+        (results / "audit.json").unlink(missing_ok=True)
+        found = audit_folder(results)["ToyAnimals"]
+        return {
+            label: {
+                name: {key: value for key, value in measures.items() if key != "seconds"}
+                for name, measures in entry["classes"].items()
+            }
+            for label, entry in found.items()
+        }
+
+    def near(one: object, other: object) -> bool:
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(near(one[key], other[key]) for key in one)
+        if isinstance(one, list):
+            return len(one) == len(other) and all(map(near, one, other))
+        return one == (pytest.approx(other, abs=1e-6) if isinstance(one, float) else other)
+
+    together = audits()
+    monkeypatch.setattr(Block, "SIZE", 1)
+    assert len(together) == 2 and near(audits(), together)
+
+
+def test_a_record_keeps_what_others_write_meanwhile(tmp_path):
+    def entry(number: int) -> dict:
+        return {"adapter_sha256": str(number), "settings": {"é\udc80": 0.1}, "classes": {}}
+
+    one, other = Record(tmp_path), Record(tmp_path)
+    one.merge([("A", "a", entry(1))])
+    other.merge([("A", "b", entry(2)), ("B", "a", entry(3))])
+    one.merge([("A", "a", entry(4))])
+    assert read_audits(tmp_path) == {"A": {"a": entry(4), "b": entry(2)}, "B": {"a": entry(3)}}
 
 
 def test_a_stranger_forgets_none_of_the_classes(results):

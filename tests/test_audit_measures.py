@@ -138,7 +138,7 @@ def test_places_against_lists_sorted_by_hand(monkeypatch, block, watched, near, 
     assert cosines[0] == pytest.approx(float((before * after).sum(dim=1).min()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0.01, 0.4))
 def test_only_a_few_texts_need_to_be_looked_at(seed, rank, size):
     """What is found among the near and the far ones is what all of them say; and hardly ever do all

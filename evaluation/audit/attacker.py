@@ -26,6 +26,7 @@ LIMIT = 1000  # names that a class is looked for among
 # one forgotten class is named first with any from 0.001 to 0.1; of several at once this names most.
 EXPLAINED = 1e-2
 TINY = torch.finfo(torch.float64).tiny
+ROUNDING = 12  # digits of a score that are more than rounding
 KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 
 
@@ -73,7 +74,8 @@ class Guess:
         inside = (columns @ self.names.T).square_()  # (sum of r, w) @ (w, n)
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         squares = inside.new_zeros(len(sizes), inside.shape[1]).index_add_(0, owner, inside)
-        return list(squares.sqrt_().div_(lengths))
+        # Names that are forgotten at once all score 1: rounding does not put one of them first.
+        return list(squares.sqrt_().div_(lengths).round_(decimals=ROUNDING))
 
     def texts(self, spans: Sequence[Tensor], mu: Tensor | None = None) -> list[Tensor]:
         """Orthonormal bases (w, r) of `K u`: of the texts that lead to these directions; arguments

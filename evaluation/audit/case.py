@@ -98,20 +98,32 @@ class Block:
     It keeps none of them alive: what was audited is gone, and its scores with it.
     """
 
+    SIZE = 128  # ranks of what is found together, and one more each; memory grows with it
+
     def __init__(self) -> None:
-        self._members: WeakKeyDictionary[Any, None] = WeakKeyDictionary()
+        self._sizes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # member -> rank and one
         self._found: dict[Callable, WeakKeyDictionary[Any, Any]] = {}
 
-    def add(self, member: object) -> None:
+    def add(self, member: object, rank: int) -> None:
         """Have a model or a case found together with the others."""
-        self._members[member] = None
+        self._sizes[member] = 1 + rank
+
+    @property
+    def full(self) -> bool:
+        """Whether there is enough in it."""
+        return sum(self._sizes.values()) >= 2 * self.SIZE  # models and cases
 
     def once(self, find: Callable[[list[Any]], list[T]], member: object) -> T:
-        """What `find` finds for a member; it is asked for all of its kind at once."""
+        """What `find` finds for a member; it is asked for as many of its kind at once."""
         found = self._found.setdefault(find, WeakKeyDictionary())
         if member not in found:
-            alike = [one for one in self._members if type(one) is type(member)]
-            found.update(zip(alike, find(alike), strict=True))
+            asked, size = [member], self._sizes[member]
+            for other, more in self._sizes.items():
+                new = type(other) is type(member) and other is not member and other not in found
+                if new and size + more <= self.SIZE:
+                    asked.append(other)
+                    size += more
+            found.update(zip(asked, find(asked), strict=True))
         return found[member]
 
 
@@ -131,11 +143,16 @@ class Model:
     block: Block = field(default_factory=Block, repr=False)
 
     def __post_init__(self) -> None:
-        self.block.add(self)
+        self.block.add(self, self.rank)
 
     @property
     def bundle(self) -> FeatureBundle:
         return self.common.bundle
+
+    @property
+    def rank(self) -> int:
+        """Of the change."""
+        return len(self.change[1])
 
     @cached_property
     def change(self) -> Factors:
@@ -244,7 +261,7 @@ class Case:
     stranger: tuple[list[str], Factors] | None = None
 
     def __post_init__(self) -> None:
-        self.after.block.add(self)
+        self.after.block.add(self, self.after.rank)
 
     @property
     def common(self) -> Common:

@@ -121,12 +121,10 @@ def select(
         if name not in logs:
             raise unknown(f"data set in {folder}", name, list(logs))
     there = {name: labels_of(logs, name) for name in datasets or logs}
-    known = [label for names in there.values() for label in names]
+    known = {label: name for name, names in there.items() for label in names}
     for label in labels:
         if label not in known:
             raise unknown(f"label in {folder}", label, known)
-    chosen = {
-        name: [label for label in names if not labels or label in labels]
-        for name, names in there.items()
-    }
+    wanted = set(labels or known)
+    chosen = {name: [label for label in names if label in wanted] for name, names in there.items()}
     return {name: names for name, names in chosen.items() if names}

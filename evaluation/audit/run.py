@@ -40,7 +40,6 @@ from forgetting import Adapter, load_adapter, projection_sha256
 ORDER = (examples, paraphrase, neighbours, destinations, confusion, residue, retrieval, undo)
 ORDER += (relearning,)
 MEASURES = {module.__name__.rpartition(".")[2]: module.measure for module in ORDER}
-TOGETHER = 128  # ranks of what is audited together, and a case more each; memory grows with it
 STRANGERS = 3  # adapters of other classes that an attacker holds
 
 
@@ -123,7 +122,8 @@ def audit_class(
         known: an earlier answer for the same case; its measures are taken from there.
 
     Returns:
-        Measure -> its JSON values, `seconds` (measure -> wall-clock seconds), `verdict`.
+        Measure -> its JSON values, `seconds` (measure -> wall-clock seconds; what classes share
+        that are audited together counts for the first of them), `verdict`.
     """
     known = known or {}
     found = {name: known[name] for name in MEASURES if name in known}
@@ -172,7 +172,7 @@ class _Results:
         Args:
             done: label -> an earlier audit.
         """
-        block, asked, rank = Block(), deque[_Asked](), 0
+        block, asked = Block(), deque[_Asked]()
         for label in labels:
             bar.at(label[:40])
             cases = self.cases(label, encode, block)
@@ -186,11 +186,10 @@ class _Results:
                 bar.skip()
                 continue
             cases = {name: self.with_stranger(label, case) for name, case in cases.items()}
-            rank += sum(1 + len(case.after.change[1]) for case in cases.values())
             asked.append(_Asked(label, stamp, cases, kept))
-            if rank >= TOGETHER:
+            if block.full:
                 yield asked
-                block, asked, rank = Block(), deque(), 0
+                block, asked = Block(), deque()
         if asked:
             yield asked
 

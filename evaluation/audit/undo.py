@@ -35,7 +35,7 @@ def measure(case: Case) -> dict[str, Any]:
 
         - original_known: `D = W' - W`; its numerical rank, the cosine of the forgotten hidden text
           with its projection on the recovered directions, and its place when the names are ranked
-          by `span_scores`.
+          by how well they fit, see `Recovered`.
         - two_adapters: the same for the difference of this model and one with another adapter of
           the same run; both adapters' names should come first.
         - alone: `W'` only; names are ranked by `_oddness`.
