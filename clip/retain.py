@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -154,11 +154,26 @@ def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool)
     node = cfg.TRAINER.FORGETEXACT
     w, mu = bundle.text_projection, node.MU
     if mu is None:
-        leaving = leaving_alone(bundle, names)
+        listed = _listed(names)
+        leaving = leaving_alone(bundle, listed)
         limit = profile(cfg, others).PUSH if node.PUSH is None else node.PUSH
-        mu = best_ridge(names, w, bundle.forget_hidden, leaving, float(limit))
+        mu = best_ridge(listed, w, bundle.forget_hidden, leaving, float(limit))
     lam = float(node.SHARED) * names.squared_embedding(w)
     return Retained(names, mu, names.ridge(mu), lam)
+
+
+def _listed(names: RetainSet) -> RetainSet:
+    """The names by which the ridge is found: without generic ones, where there is a vocabulary.
+
+    What is held still for their sake leaves listed names less room, so that by the same limit the
+    ridge would be smaller, which costs unlisted names more than the generic ones save them.
+    """
+    groups = dict(names.groups)
+    if not groups.keys() >= set(COMMON):
+        return names
+    weight = groups.pop(GENERIC).weight + groups["vocabulary"].weight
+    groups["vocabulary"] = replace(groups["vocabulary"], weight=weight)
+    return RetainSet(groups, names.similarity, names.rows.device, names.most)
 
 
 def leaving_alone(bundle: FeatureBundle, names: RetainSet) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from clip.retain import exact_names
+from clip.retain import exact_names, retained
 from experiments.alone import Alone
 from forgetting import compose, load_adapter
 from tests.conftest import BACKBONE, toy_bundle
@@ -60,6 +60,22 @@ def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight(monkeypatch):
     assert weights(animals, encode=None) == {"own": 1, "vocabulary": 0.5}
     assert weights(bare, node + "GENERIC", "0") == {"own": 1}
     assert weights(animals, node + "VOCABULARY", "0") == {"own": 1}
+
+
+def test_generic_names_do_not_decide_on_the_ridge():
+    """But where they are the only vocabulary."""
+    animals = toy_bundle("ToyAnimals")
+    bare = replace(animals, retain_names=[], retain_hidden=animals.retain_hidden[:0])
+    rows = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
+    names = {"generic": ([f"name {i}" for i in range(200)], rows)}
+
+    cfg = Alone(animals, [], ["TRAINER.FORGETEXACT.PUSH", "0.001"]).cfg
+    without, beside, alone = (
+        retained(cfg, bundle, [], more=more)
+        for bundle, more in ((animals, {}), (animals, names), (bare, names))
+    )
+    assert without.mu == beside.mu != alone.mu
+    assert "generic" not in without.names.counts and beside.names.counts["generic"] == 200
 
 
 def test_what_means_the_same_leaves_the_retain_set(exact_args):
