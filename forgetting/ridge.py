@@ -9,9 +9,10 @@ other way round. For every ridge on a grid, each of some texts in turn stands fo
 - what names that are not listed would feel is told by the listed ones, each left out in turn
   (`forgetting.forecast`).
 
-The ridge is the largest that pushes no safe group further than the limit. Only where names that are
-not listed would feel much of it, it is no smaller than the least that is about as good for them as
-any.
+The ridge is the largest at which no safe group is pushed further than the limit, where a push
+counts together with the least that there is, by the smallest ridge: names that any ridge pushes
+leave less room. Only where names that are not listed would feel much of it, it is no smaller than
+the least that is about as good for them as any.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def best_ridge(
     Args:
         projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 128 of which
             are looked at; leaving: (C, n) bool, the names that leave with each.
-        limit: of the push, a root mean square over the names of a group.
+        limit: of the mean of the push and the least push, each a root mean square over the names of
+            a group.
         bias: (d,), what the model adds to `h W`; None: nothing.
 
     Raises:

@@ -15,7 +15,7 @@ from clip.bundle import bundle_path
 from forgetting import Group, ProblemError, RetainSet
 from forgetting.forecast import Watch, follow, shares_each
 from forgetting.problem import Change
-from forgetting.ridge import best_ridge
+from forgetting.ridge import MOST, RIDGES, SLACK, best_ridge
 from tests.conftest import toy_bundle
 
 W, D = 8, 6
@@ -125,6 +125,37 @@ def test_the_ridge_keeps_its_limit_and_grows_with_it():
     assert found == sorted(found) and found[0] < found[-1] == pytest.approx(0.1)
     with pytest.raises(ProblemError, match="limit"):
         best_ridge(retain, w, like, leaving, 0.0)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.15, 0.19, 1.0])
+def test_the_ridge_by_plain_arithmetic(limit, monkeypatch):
+    """The largest at which push and least push average to the limit, or that SLACK allows."""
+    monkeypatch.setattr("forgetting.ridge.TOLERATED", 1.0)  # whatever unlisted names feel
+    generator = torch.Generator().manual_seed(3)
+    retain = retain_set(generator)
+    w = torch.randn(W, D, generator=generator, dtype=torch.float64)
+    like, own = retain.rows[:4], retain.groups["own"].rows @ w
+    leaving = torch.tensor([[i % 4 == j % 4 and i < 8 for i in range(18)] for j in range(4)])
+    apart = torch.cdist(own, own)
+    apart[torch.eye(8).bool() | torch.eye(8).bool().roll(4, dims=1)] = torch.inf
+    apart = apart.amin(dim=1)
+    apart = apart.clamp_min(float(apart.median()) / 4)
+
+    def push(mu: float) -> float:
+        pushed = []
+        for h, gone in zip(like, leaving, strict=True):
+            away = retain.rows[gone]
+            gram = retain.gram - away.T @ (retain.shares[gone, None] * away)
+            column = change(gram, mu * retain.squared_length, h[None], torch.eye(1).double())
+            share = (retain.rows @ column)[:8, 0] * float((h @ w).norm()) / apart
+            pushed.append(float(share[~gone[:8]].square().mean().sqrt()))
+        return sum(pushed) / len(pushed)
+
+    pushes = [push(mu) for mu in RIDGES]
+    least = pushes[0]
+    fits = [(x + least) / 2 <= limit or x <= min(SLACK * least, MOST) for x in pushes]
+    wanted = max((mu for mu, fit in zip(RIDGES, fits, strict=True) if fit), default=RIDGES[0])
+    assert best_ridge(retain, w, like, leaving, limit) == wanted
 
 
 @pytest.fixture
