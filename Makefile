@@ -48,7 +48,7 @@ $(RAY): $(COMPLETE) requirements-ray.txt
 demo: $(COMPLETE)
 	$(CLEAN) TRAINER=ForgetLoRA sh forget_clip.sh 1 0 $(MINI) mini 0
 	$(CLEAN) TRAINER=ForgetExact sh forget_clip.sh 2 0 $(MINI) mini 0
-	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0
+	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0 --draw results/demo.png
 	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
 
