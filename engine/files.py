@@ -81,9 +81,12 @@ def _workshop(parent: Path) -> tuple[Path, int]:
         os.close(held)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, again: bool = False) -> None:
     """Remove what killed processes left in the making in a folder: temporaries that nobody holds
-    locked. Looks once a process."""
+    locked. Looks once a process, and `again` where a run begins: a process may do several, and
+    another may have been killed since."""
+    if again:
+        _sweep.cache_clear()
     _sweep(folder.absolute(), os.getpid())  # a child that was forked is a process of its own
 
 

@@ -17,10 +17,11 @@ import train
 from clip.bundle import bundle_path, load_bundles
 from engine.errors import UserError
 from evaluation.audit import __main__ as audit
+from evaluation.audit import record
 from evaluation.audit.case import Block, Common, Model
 from evaluation.audit.interval import accuracy, mean_value
 from evaluation.audit.order import highest
-from evaluation.audit.record import Record, read_audits
+from evaluation.audit.record import merge_audits, read_audits
 from evaluation.audit.run import MEASURES, _Results, audit_folder
 from evaluation.audit.verdict import verdict
 from evaluation.results import read_logs
@@ -279,14 +280,17 @@ def test_classes_that_are_audited_together_are_found_as_alone(results, monkeypat
     assert len(together) == 2 and near(audits(), together)
 
 
-def test_a_record_keeps_what_others_write_meanwhile(tmp_path):
+def test_a_record_keeps_what_others_write_meanwhile(tmp_path, monkeypatch):
     def entry(number: int) -> dict:
         return {"adapter_sha256": str(number), "settings": {"é\udc80": 0.1}, "classes": {}}
 
-    one, other = Record(tmp_path), Record(tmp_path)
-    one.merge([("A", "a", entry(1))])
-    other.merge([("A", "b", entry(2)), ("B", "a", entry(3))])
-    one.merge([("A", "a", entry(4))])
+    merge_audits(tmp_path, [("A", "a", entry(1))])
+    known = record._growing.cache_info()
+    monkeypatch.setattr(record, "_growing", record._growing.__wrapped__)  # another process
+    merge_audits(tmp_path, [("A", "b", entry(2)), ("B", "a", entry(3))])
+    monkeypatch.undo()
+    merge_audits(tmp_path, [("A", "a", entry(4))])
+    assert record._growing.cache_info().hits == known.hits + 1
     assert read_audits(tmp_path) == {"A": {"a": entry(4), "b": entry(2)}, "B": {"a": entry(3)}}
 
 

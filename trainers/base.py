@@ -28,7 +28,7 @@ from clip.source import ClipSource
 from engine import SimpleTrainer, UserError
 from engine.config import check, declared
 from engine.determinism import one_thread, seeded
-from engine.files import Batch
+from engine.files import Batch, sweep
 from engine.log import Progress, say
 from engine.sink import Sink, require
 from evaluation.judge import Judge, outcomes
@@ -306,6 +306,7 @@ class ForgetTrainer(SimpleTrainer):
         folder, overwrite = Path(self.cfg.OUTPUT_DIR), self.cfg.FORGET.OVERWRITE
         settings, solver_settings = self.run_settings(), self.solver_settings()
         pending = self.pending
+        sweep(folder, again=True)
         if pending:
             self.write_shared(folder)
 
