@@ -639,7 +639,6 @@ def test_a_run_removes_what_a_killed_one_left(place):
     for path, kind in ((target, "file"), (place / "out/logs.json", "folder")):
         killed(path, kind)
     assert len(leftovers(place)) == 2
-    _sweep.cache_clear()
     assert train.cli([*arguments(place), "--forget", "Dog"]) == 0
     assert not leftovers(place)
 
