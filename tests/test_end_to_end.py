@@ -131,11 +131,11 @@ def test_two_runs_into_one_folder_at_once(tmp_path, features):
 
 def test_one_set_that_fails_does_not_stop_the_others(tmp_path, features):
     """Two data sets and two seeds: every pair of them is run."""
-    arguments = ["1", "0,1", "Nothing,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
+    arguments = ["1", "0,1", "ToyAnimals,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
     done = run_driver(tmp_path / "out", *arguments, FEATURES=str(features))
     assert done.returncode != 0
-    named = f"failed: Nothing, {BACKBONE}, seed 0; Nothing, {BACKBONE}, seed 1;"
-    for message in (named, "no feature bundle of 'Nothing'"):
+    named = f"failed: ToyAnimals, {BACKBONE}, seed 0; ToyAnimals, {BACKBONE}, seed 1;"
+    for message in (named, "no class 'saw'"):
         assert message in done.stderr
     for seed in (0, 1):
         df, args = create_results(tmp_path / f"out/results1/seed_{seed}")

@@ -15,7 +15,8 @@ import app
 from clip.source import named
 from engine import UserError
 from engine.cli import run
-from evaluation.live import Live, View
+from evaluation.live import Live
+from evaluation.live.look import View
 from evaluation.live.uploads import MEGABYTES, read_upload
 from forgetting import ProblemError, load_adapter
 from forgetting.compose import main as compose
