@@ -40,6 +40,7 @@ from engine.files import (
 )
 from engine.log import say
 from engine.schema import SETTINGS, Args, check, check_logs
+from evaluation.audit.record import AUDIT, CSV
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
@@ -48,6 +49,8 @@ LOGS = "logs.json"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # of a set: what its accuracies before are of
 ARGS = "args.txt"
+REPORT = "report.html"
+FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
 SEPARATOR = "|"
 PLACES = {  # of a run's files
     "features": "folder of feature bundles",
@@ -171,8 +174,11 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     them for `dataset`. Torn logs are set aside, so that no later run can overwrite them.
 
     Raises:
-        UserError: other results are there; the message names what differs and another ATTEMPT.
+        UserError: other results are there; the message names what differs and another ATTEMPT. Or
+            the data set is called as one of the folder's files is.
     """
+    if place(dataset).removesuffix(".lock") in FILES:
+        raise UserError(f"a results folder has a file {dataset}; call the data set otherwise")
     return _fitting(_whole_logs(Path(folder) / LOGS), Path(folder) / LOGS, dataset, settings)
 
 

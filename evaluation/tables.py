@@ -12,11 +12,10 @@ import pandas as pd
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from engine.log import say
-from evaluation.audit.record import AUDIT
+from evaluation.audit.record import AUDIT, CSV
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
 
-CSV = "audit.csv"
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains
 # Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.

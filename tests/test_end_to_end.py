@@ -18,7 +18,7 @@ from clip import ClipSource
 from clip.architectures import ARCHITECTURES
 from forgetting import load_adapter
 from tests.clip_fixtures import save_openai
-from tests.conftest import BACKBONE, REPOSITORY
+from tests.conftest import BACKBONE, REPOSITORY, whole_set
 from tests.test_bad_input import caltech
 from utils import create_results
 
@@ -148,9 +148,8 @@ REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 @pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
 def test_real_features_have_their_published_accuracies():
     from clip.bundle import load_bundle
-    from evaluation.zero_shot import evaluate_set
 
     known = {"CaltechNature": 0.9402, "CaltechObjects": 0.9715, "StanfordCars": 0.6276}
     for dataset, accuracy in known.items():
-        found = evaluate_set(load_bundle(REAL_CLIP, "ViT-B/32", dataset))
+        found = whole_set(load_bundle(REAL_CLIP, "ViT-B/32", dataset))
         assert round(found, 4) == accuracy

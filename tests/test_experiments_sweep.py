@@ -96,6 +96,8 @@ REFUSED = {
     ),
     "huge seed": ("datasets: [A]\nseeds: [0, 99999999999]", "SEED must be .* got 99999999999"),
     "yaml": ("datasets: [", "mine.yaml"),
+    "date": ("datasets: [2020-01-01]", "datasets / 0 must be a text, and is 2020-01-01"),
+    "set": ("datasets: !!set {a, b}", "datasets must be a list, and is {'"),
     "twice": ("datasets: [A]\nseeds: [0]\nseeds: [1]", "line 3: the key seeds stands in line 2"),
 }
 

@@ -50,6 +50,11 @@ def test_a_name_goes_and_returns(live):
     assert len(near) == 5 and all(cosine.now < cosine.before for cosine, _ in near)
 
 
+def test_names_that_differ_in_case_alone_are_two(live, monkeypatch):
+    monkeypatch.setattr(live, "names", ["Turkey", "turkey", "Anchor"])
+    assert live.spelled(["Turkey", "turkey", "anchor"]) == ("Turkey", "turkey", "Anchor")
+
+
 def test_one_of_several_is_given_back_as_if_it_had_never_gone(live, tmp_path):
     fixed = {"target": "opposite", "beta": 0.2}  # which no margin moves
     both, first = (live.look(x, **fixed).save(tmp_path) for x in ([TWO, ANCHOR], [TWO]))

@@ -20,7 +20,6 @@ from evaluation.report.runs import Method, Run, methods
 from evaluation.report.summary import Summary, percent, points, span
 from evaluation.rules import Fate
 
-REPORT = "report.html"
 GENERATOR = "clip-forget-report/1"  # in every report, so that nothing else is written over
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
