@@ -145,16 +145,13 @@ def same_kind(
             for key, value in entries.get(SETTINGS, {}).items()
             if key != "seed" and (key in MODEL or not model_alone)
         ]
-        settings += (
-            []
-            if model_alone
-            else [
+        if not model_alone:
+            settings += [
                 (f"{dataset} / {label}", key, value)
                 for dataset, entries in sets.items()
                 for label, entry in entries.items()
                 for key, value in entry.get("solver", {}).get("settings", {}).items()
             ]
-        )
         for whose, key, value in settings:
             where, other = found.setdefault((whose, key), (folder, value))
             if other != value:

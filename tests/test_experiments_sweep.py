@@ -124,6 +124,13 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, monkey
         sweep.main(command)
 
 
+def test_runs_without_a_row_are_not_called_failed(command, tmp_path, capsys):
+    text = FILE.replace("[all]", "[saw]").replace("ToyAnimals, ", "") + "modes: [at once]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert run(sweep.main, command) == 2
+    assert "(a set of one class has none at once)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["SEED", "OUTPUT_DIR", "FORGET.PART", "FORGET.CLASSES"])
 def test_no_pair_sets_what_the_file_varies(key, command, tmp_path, capsys):
     value = {"FORGET.PART": "1/2", "FORGET.CLASSES": "('saw',)"}.get(key, "5")

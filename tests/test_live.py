@@ -55,6 +55,11 @@ def test_names_that_differ_in_case_alone_are_two(live, monkeypatch):
     assert live.spelled(["Turkey", "turkey", "anchor"]) == ("Turkey", "turkey", "Anchor")
 
 
+def test_a_model_that_is_none_is_told_all_that_could_be():
+    with pytest.raises(UserError, match=r"mini; or open_clip:.*hf:DIR, openai:FILE or a folder"):
+        named("nope")
+
+
 def test_one_of_several_is_given_back_as_if_it_had_never_gone(live, tmp_path):
     fixed = {"target": "opposite", "beta": 0.2}  # which no margin moves
     both, first = (live.look(x, **fixed).save(tmp_path) for x in ([TWO, ANCHOR], [TWO]))
