@@ -4,7 +4,7 @@
 
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
-CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= PYTHON=$(BIN)/python
+CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= LAUNCHER= PYTHON=$(BIN)/python
 # Present only after an installation that ran to its end; one that was interrupted starts anew.
 COMPLETE = .venv/.complete
 # The same with what tests, style and the notebook need beside it.

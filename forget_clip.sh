@@ -9,8 +9,9 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
   SEED        0 or more; several with commas: 0,1,2
   DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini..., others of DATASETS.md;
               several with commas; with IMAGES a name of your own
-  ARCH        RN50, RN101, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px, mini,
-              open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder; several with commas
+  ARCH        RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px,
+              mini, open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder; several with commas;
+              with --weights of your own also RN50-quickgelu, ViT-B/32-gelu and the like
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
   options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, --quiet,
               --precision bf16, --log tensorboard, KEY VALUE, ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 import datasets
 import trainers  # noqa: F401  registers the methods
 from clip.architectures import architecture
-from engine import TRAINER_REGISTRY, UserError, engine_description
+from clip.bundle import list_bundles
+from engine import TRAINER_REGISTRY, UserError, engine_description, unknown
 from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
@@ -33,6 +34,7 @@ from trainers.plan import Plan
 
 HERE = Path(__file__).resolve().parent
 COMMAND = "train:cli"  # what runs are of
+PART = "FORGET.PART"  # which runs of the parts of a set differ in
 # Options for more than one run, and which option of a run each stands for. A seed's results go to a
 # folder seed_SEED in that of the results, below one for each backbone and method if they are many.
 LISTS = {
@@ -87,6 +89,14 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
     return cfg, TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
 
 
+def refuse_keys(given: Iterable[str], own: Iterable[str], where: str = "") -> None:
+    """UserError for a key of KEY VALUE pairs that the runs are given anyhow, each its own."""
+    own = set(own)
+    for key in given:
+        if key in own:
+            raise UserError(f"{key} is set for each run and cannot be set beside that{where}")
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run one command line and return the folder of its results.
 
@@ -96,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse(argv)
     if any(getattr(args, many) for many in LISTS):
         return _several(args, sys.argv[1:] if argv is None else argv)
-    cfg, _ = prepare(args)
-    set_random_seed(cfg.SEED)
-    folder = Path(cfg.OUTPUT_DIR)
     with logged() as keep:  # input that only encoding finds broken must leave no file either
+        cfg, _ = prepare(args)
+        set_random_seed(cfg.SEED)
+        folder = Path(cfg.OUTPUT_DIR)
         for what in (f"arguments: {args}", f"config:\n{cfg}", f"environment:\n{environment()}"):
             note(what)
         note(engine_description())
@@ -141,7 +151,7 @@ def attempt(
             for part in range(1, parts + 1):
                 out = f"{folder}/seed_{seed}"
                 own = ["--dataset", name, "--seed", seed, "--output-dir", out]
-                own += ["FORGET.PART", f"{part}/{parts}"] if parts > 1 else []
+                own += [PART, f"{part}/{parts}"] if parts > 1 else []
                 title = [name, *about, f"seed {seed}"]
                 title += [f"part {part} of {parts}"] if parts > 1 else []
                 runs.append(Run(", ".join(title), [*argv, *own], out))
@@ -158,6 +168,7 @@ def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     folder, common = Path(cfg.OUTPUT_DIR), common + ["--quiet"] * known.quiet
     multiclass = cfg.FORGET.MULTICLASS
     parts = 1 if multiclass else cfg.LAUNCHER.PARTS
+    refuse_keys(args.opts[::2], ["OUTPUT_DIR"] + [PART] * (parts > 1))
     runs, backbones = [], {}
     for backbone, trainer in product(varied["backbone"], varied["trainer"]):
         named = {"backbone": backbone, "trainer": trainer}
@@ -186,19 +197,21 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
     """The settings of the first of several runs, and for each option of a run its values.
 
     Raises:
-        UserError: a backbone, method or setting that no run could be made with.
+        UserError: a data set, seed, backbone, method or setting that no run could be made with.
     """
+    refuse_keys(
+        args.opts[::2], [OPTIONS[one] for many, one in LISTS.items() if getattr(args, many)]
+    )
     varied = {}
     for many, one in LISTS.items():
         named, only = getattr(args, many), getattr(args, one)
         words = named.split(",") if named else [only or ""]
         varied[one] = list(dict.fromkeys(filter(None, map(str.strip, words))))
-        if len(varied[one]) > 1 and OPTIONS[one] in args.opts[::2]:
-            raise UserError(f"{OPTIONS[one]} cannot be set where --{many} names several")
     first = {one: next(iter(values), None) for one, values in varied.items()}
     cfg = setup(argparse.Namespace(**vars(args) | first))
-    for trainer in varied["trainer"]:
-        setup(argparse.Namespace(**vars(args) | first | {"trainer": trainer}))
+    for one, values in varied.items():
+        for value in values:
+            setup(argparse.Namespace(**vars(args) | first | {one: value}))
     if len(varied["backbone"]) > 1 and cfg.MODEL.INIT_WEIGHTS:
         raise UserError(
             "--weights is of one backbone, and --backbones names several; "
@@ -209,6 +222,13 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
             architecture(backbone)
     for one, values in varied.items():
         values or values.append(str(value_of(cfg, OPTIONS[one])))
+    for name, backbone in product(varied["dataset"], varied["backbone"]):
+        if cfg.FEATURES.DIR:
+            known = list_bundles(cfg.FEATURES.DIR, backbone)
+            if name not in known:
+                raise unknown(f"feature bundle of {backbone}", name, known)
+        else:
+            datasets.spec(name, cfg.DATASET.IMAGES)
     return cfg, varied
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,11 +21,12 @@ from engine.cli import Parser, run
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from engine.log import say
-from evaluation.plots import AFTER, COLOURS, drawing
+from evaluation.plots import AFTER, COLOURS, check_picture, drawing
 from evaluation.results import (
     ARGS,
     LOGS,
     SETTINGS,
+    Logs,
     no_results,
     read_args,
     read_logs,
@@ -33,14 +35,20 @@ from evaluation.results import (
 )
 from evaluation.rows import rows_of
 from evaluation.tables import (
+    GAIN,
     average_gains,
+    check_table,
     other_sets,
     over_folders,
     result_table,
     write_table,
 )
 
+OUTPUTS = {"csv": "CSV", "latex": "LaTeX", "draw": "a picture"}
 LATEX = "% a table of utils.py"
+FRAME = ("ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget")
+BACKBONES = ("backbone", "backbone_arch", "arch")  # what command lines call it
+Before = str | Path | pd.DataFrame | Mapping[str, Mapping[str, float]]
 DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 
 
@@ -49,6 +57,7 @@ def create_results(
     rn: bool | None = None,
     multiclass: bool = False,
     return_logs: bool = False,
+    before: Before | None = None,
 ) -> tuple:
     """The results of one folder, a row for every forgotten class (or set of classes); of several,
     such as one a seed, their means and standard deviations.
@@ -59,28 +68,38 @@ def create_results(
         rn: whether the backbone is a ResNet; checked against the folder. None checks nothing.
         multiclass: True for the rows of classes forgotten at once, False for the others.
         return_logs: also return the logs that the rows were made from.
+        before: the accuracies from before forgetting where the logs hold none: a results folder of
+            the same model, a frame of it, or a mapping (see `compute_avg_gain`).
 
     Returns:
         df: columns `ds`, `name`, `full_Noforget`, `cls_Noforget`, `cls_forget`, `full_forget`
             (`full_*` is the accuracy over all other classes of the set, `cls_*` over the forgotten
             one, before and after), then `res_X` (after) and `full_X` (before) for every other data
             set X. With `multiclass` the `cls_*` are means and `cls_forget_all` is the dictionary by
-            class. Fractions; NaN where nothing was measured. Of several folders the means, then
-            `std_*` for each of these columns (divided by the folders less one; NaN of one), and
-            `folders`, how many hold the row.
+            class. Fractions; NaN where nothing was measured. Of several folders the means, and that
+            of each folder's average `gain`, then `std_*` for each of these columns (divided by the
+            folders less one; NaN of one), and `folders`, how many hold the row.
         args: the command line of the folder's latest run; logs, if asked for. Of several folders
             lists of them.
 
     Raises:
         UserError: no results there, or none of the asked kind, or torn logs; folders that do not
-            belong together.
+            belong together, or `before` of another model.
     """
     if isinstance(folder, Sequence) and not isinstance(folder, str | bytes) and folder:
-        parts = [create_results(each, rn, multiclass, True) for each in folder]
+        parts = [_of_folder(each, rn, multiclass, before) for each in folder]
         frames, args, logs = map(list, zip(*parts, strict=True))
         same_kind(folder, logs)
-        df = over_folders(frames)
-        return (df, args, logs) if return_logs else (df, args)
+        df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
+    else:
+        df, args, logs = _of_folder(folder, rn, multiclass, before)
+    return (df, args, logs) if return_logs else (df, args)
+
+
+def _of_folder(
+    folder: str | Path, rn: bool | None, multiclass: bool, before: Before | None
+) -> tuple[pd.DataFrame, argparse.Namespace, Logs]:
+    """The frame of one folder, its latest command line, and its logs."""
     if not isinstance(folder, str | PathLike):
         raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
     folder = Path(folder)
@@ -91,13 +110,46 @@ def create_results(
     args = lines[-1] if lines else argparse.Namespace()
     _check_rn(folder, rn, logs, args)
     df = result_table(folder, rows_of(logs), multiclass)
+    if isinstance(before, str | PathLike):
+        there, *whose = _of_folder(before, None, multiclass, None)
+        same_kind([folder, before], [_of_model(args, logs), _of_model(*whose)], model_alone=True)
+        before = there
+    if before is not None:
+        df = _with_before(df, before)
     if not _measured_before(df):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies from before forgetting (logs of the paper's "
             "public code have none): the columns full_Noforget, cls_Noforget and full_X are NaN",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return (df, args, logs) if return_logs else (df, args)
+    return df, args, logs
+
+
+def _of_model(args: argparse.Namespace, logs: Logs) -> Logs:
+    """Logs with the backbone of the command line where they tell of none, as those of the paper's
+    public code."""
+    named = [
+        name for key in BACKBONES if isinstance(name := getattr(args, key, None), str) and name
+    ]
+    told = {"backbone": named[0]} if named else {}
+    return {name: each | {SETTINGS: told | each.get(SETTINGS, {})} for name, each in logs.items()}
+
+
+def _check_columns(df: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """UserError unless a frame has these columns, as those that `what` made have."""
+    if not isinstance(df, pd.DataFrame):
+        raise UserError(f"not a frame of {what}: {df!r:.80}")
+    lacking = [column for column in columns if column not in df]
+    if lacking:
+        raise UserError(f"not a frame of {what}: it lacks {', '.join(lacking)}")
+
+
+def _check_frame(df: pd.DataFrame) -> None:
+    _check_columns(df, FRAME, "create_results")
+    stems = [*FRAME[2:], *(f"res_{name}" for name in other_sets(df))]
+    columns = [f"full_{name}" for name in other_sets(df)]
+    columns += [f"std_{stem}" for stem in stems] if "folders" in df else []
+    _check_columns(df, columns, "create_results")
 
 
 def _measured_before(df: pd.DataFrame) -> bool:
@@ -116,13 +168,20 @@ def compute_avg_gain(
         before: the accuracies from before forgetting, for logs that hold none, as those of the
             paper's public code: a frame of `create_results` with the same classes, or a mapping
             such as {"Pekinese": {"cls_Noforget": 0.6, "full_Noforget": 0.5, "full_Caltech101":
-            0.9}}; fractions.
+            0.9}}; fractions. What the logs hold stays. Of several folders `create_results` takes
+            it, for each of them.
 
     Raises:
         UserError: no accuracies from before, or none of the frame's classes. Where all of them are
             0 there is no relative loss, and the answer is NaN.
     """
+    _check_frame(df)
     if before is not None:
+        if GAIN in df:
+            raise UserError(
+                "a frame of several folders has the average gains of each: pass what was before to "
+                "create_results(FOLDERS, before=...)"
+            )
         df = _with_before(df, before)
     if not _measured_before(df):
         raise UserError(
@@ -138,7 +197,7 @@ def compute_avg_gain(
 def _with_before(
     df: pd.DataFrame, before: pd.DataFrame | Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """The frame with the columns from before forgetting of another, by data set and class."""
+    """The frame with what it lacks from before forgetting by another, by data set and class."""
     columns = ["full_Noforget", "cls_Noforget", *(f"full_{name}" for name in other_sets(df))]
     keys = ["ds", "name"]
     try:
@@ -153,9 +212,20 @@ def _with_before(
             "before must be a frame of create_results, or {CLASS: {'cls_Noforget': 0.6, ...}} "
             f"({error})"
         ) from error
-    if values.isna().all(axis=None):
-        raise UserError(f"before holds none of the classes {', '.join(df['name'])[:200]}")
-    return df.assign(**{column: values[column].to_numpy() for column in columns})
+    wrong = known.where((known < 0) | (known > 1)).stack().dropna()
+    if len(wrong):
+        raise UserError(f"before holds {wrong.iloc[0]:g}: accuracies are fractions, from 0 to 1")
+    filled = df.fillna(values[columns].set_index(df.index))
+    lacking = filled["name"][filled[list(FRAME[2:4])].isna().all(axis=1)]
+    if len(lacking) == len(df):
+        raise UserError(f"before holds none of the classes {', '.join(lacking)[:200]}")
+    if len(lacking):
+        warnings.warn(
+            f"no accuracies from before forgetting of {len(lacking)} of {len(df)} rows: "
+            f"{', '.join(lacking)[:200]}",
+            stacklevel=4,
+        )
+    return filled
 
 
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
@@ -165,6 +235,7 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
     other data sets. Of several folders, `±` is the standard deviation of what was measured after
     (of `others` the mean of the sets' own).
     """
+    _check_frame(df)
     others = other_sets(df)
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
     for title, stem in (("class", "cls"), ("rest", "full")):
@@ -260,12 +331,15 @@ def _worst(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
 
 
 def compare_results(
-    folders: Mapping[str, str | Path | Sequence[str | Path]], multiclass: bool = False
+    folders: Mapping[str, str | Path | Sequence[str | Path]],
+    multiclass: bool = False,
+    before: Before | None = None,
 ) -> pd.DataFrame:
     """Several methods on the same classes, side by side, in percent: before, then each method.
 
     Args:
         folders: what to call a method -> its results folder, or several (see `create_results`).
+        before: see `create_results`; all that some method measured itself goes before it.
 
     Returns:
         A row for every class that all folders hold: `data set`, `forgotten`, and for `class`,
@@ -273,29 +347,42 @@ def compare_results(
         `seconds`. A method of several folders has its means, and `± METHOD` behind each.
 
     Raises:
-        UserError: no class is in all folders.
+        UserError: no class is in all folders; folders of several models; a name that a column of
+            the table has.
     """
     if not isinstance(folders, Mapping) or not folders:
         raise UserError(f"folders must map names to results folders, got {folders!r:.80}")
-    tables = {}
+    titles = ["before", *map(str, folders), *(f"± {name}" for name in folders)]
+    for name in folders:
+        if titles.count(str(name)) > 1:
+            raise UserError(
+                f"no method can be called {name!r}, as a column of the table is; give it another "
+                "name: NAME=FOLDER"
+            )
+    tables, places, models = {}, [], []
     for name, folder in folders.items():
-        df, _, logs = create_results(folder, multiclass=multiclass, return_logs=True)
+        df, args, logs = create_results(folder, None, multiclass, True, before)
+        several = isinstance(logs, list)
+        places += folder if several else [folder]
+        models += map(_of_model, args, logs) if several else [_of_model(args, logs)]
         table = summarise(df).set_index(["data set", "forgotten"])
         seconds = pd.Series(
             {
                 (number, row.dataset, row.label): row.solver.get("seconds")
-                for number, each in enumerate(logs if isinstance(logs, list) else [logs])
+                for number, each in enumerate(logs if several else [logs])
                 for row in rows_of(each)
             },
             dtype=float,
         )
         tables[name] = table.assign(seconds=seconds.groupby(level=[1, 2]).mean())
+    same_kind(places, models, model_alone=True)
     joined = pd.concat(tables, axis=1, join="inner")  # columns (method, column of `summarise`)
     if joined.empty:
         raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")
     columns = {}
     for stem in ("class", "rest", "others"):
-        columns[f"{stem} before"] = joined[next(iter(tables)), f"{stem} before"]
+        known = joined.xs(f"{stem} before", axis=1, level=1)  # of the first method that has it
+        columns[f"{stem} before"] = known.bfill(axis=1).iloc[:, 0]
         for name in tables:
             columns[f"{stem} {name}"] = joined[name, f"{stem} after"]
             if (name, f"{stem} ±") in joined:
@@ -306,6 +393,8 @@ def compare_results(
 
 def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
     """Draw a table of `compare_results`, before and every method."""
+    columns = ["data set", "forgotten", *(f"{stem} before" for stem in PANELS)]
+    _check_columns(table, columns, "compare_results")
     methods = [c.removeprefix("seconds ") for c in table.columns if c.startswith("seconds ")]
     dots = {name: {"color": colour} for name, colour in zip(methods, cycle(COLOURS[1:]))}
     return _draw(table, dots, path)
@@ -314,13 +403,13 @@ def plot_comparison(table: pd.DataFrame, path: str | Path) -> Path:
 def _check_rn(folder: Path, rn: bool | None, logs: dict, args: argparse.Namespace) -> None:
     """Warn if `rn` says another kind of backbone than the folder's."""
     found = [entry.get(SETTINGS, {}).get("backbone") for entry in logs.values()]
-    found += [getattr(args, key, None) for key in ("backbone", "backbone_arch", "arch")]
+    found += [getattr(args, key, None) for key in BACKBONES]
     known = sorted({name for name in found if isinstance(name, str) and name})
     actual = any(name.upper().startswith("RN") for name in known)
     if known and rn not in (None, actual):
         warnings.warn(
             f"rn={rn}, but {folder} holds results of {', '.join(known)}: rn={actual} is right",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -339,36 +428,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--before", metavar="FOLDER", help="results that hold the accuracies from before forgetting"
     )
-    for option, about in (("csv", "CSV"), ("latex", "LaTeX"), ("draw", "a picture")):
+    for option, about in OUTPUTS.items():
         parser.add_argument(f"--{option}", metavar="FILE", help=f"write the table as {about}")
     args = parser.parse_args(argv)
-    groups = _groups(args.folders)
-    before = create_results(args.before, multiclass=args.multiclass)[0] if args.before else None
-    lines = []
-    for name, folders in groups.items():
-        gains = []
-        for folder in folders:
-            try:
-                df, _ = create_results(folder, multiclass=args.multiclass)
-                gains.append(compute_avg_gain(df, before))
-            except UserError as error:
-                if not str(error).startswith("no average gain"):
-                    raise
-                lines.append(f"{name}: {error}")
-                break
-        else:
-            spread = f" ± {pd.Series(gains).std():.4f} over {len(gains)}" if len(gains) > 1 else ""
-            mean = sum(gains) / len(gains)
-            lines.append(f"{name}: average gain (0 is perfect, lower is better) {mean:.4f}{spread}")
-    one_or_many = {name: f if len(f) > 1 else f[0] for name, f in groups.items()}
+    files = [Path(file).resolve() for option in OUTPUTS if (file := getattr(args, option))]
+    if len({*files}) < len(files):
+        raise UserError("each of --csv, --latex and --draw needs a file of its own")
+    how = {"multiclass": args.multiclass, "before": args.before}
+    groups = {name: f if len(f) > 1 else f[0] for name, f in _groups(args.folders).items()}
+    lines = [f"{name}: {_told_gain(folders, how)}" for name, folders in groups.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said above
         if len(groups) == 1:
-            df, _ = create_results(*one_or_many.values(), multiclass=args.multiclass)
-            df = df if before is None else _with_before(df, before)
+            df, _ = create_results(*groups.values(), **how)
             table = summarise(df)
         else:
-            table = compare_results(one_or_many, args.multiclass)
+            table = compare_results(groups, **how)
+    if args.csv:
+        check_table(args.csv, table.columns)
+    if args.latex:
+        refuse_foreign(args.latex, LATEX)
+    if args.draw:
+        check_picture(args.draw)
     print("\n".join(lines))
     _print(table)
     if args.csv:
@@ -380,6 +461,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.draw:
         draw = plot_comparison(table, args.draw) if len(groups) > 1 else plot_results(df, args.draw)
         say(f"picture: {draw}")
+
+
+def _told_gain(folders: str | Sequence[str], how: Mapping[str, Any]) -> str:
+    """The average gain of one or several folders in words, or why there is none."""
+    try:
+        mean = compute_avg_gain(create_results(folders, **how)[0])
+    except UserError as error:
+        if not str(error).startswith("no average gain"):
+            raise
+        return str(error)
+    spread = ""
+    if not isinstance(folders, str):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said above
+            gains = [average_gains(create_results(each, **how)[0]).mean() for each in folders]
+        spread = f" ± {pd.Series(gains).std():.4f} over {len(gains)}"
+    return f"average gain (0 is perfect, lower is better) {mean:.4f}{spread}"
 
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[str]]:

@@ -374,4 +374,9 @@ def named(text: str, cache: str | Path = "cache") -> ClipSource:
         return ClipSource(name, file, cache)
     if text not in ARCHITECTURES and Path(text).is_dir():
         text = f"hf:{text}"
-    return ClipSource(text, cache=cache)
+    try:
+        return ClipSource(text, cache=cache)
+    except UserError as error:
+        if str(error).startswith("unknown architecture"):
+            raise UserError(f"{error}, openai:FILE or a folder") from error
+        raise

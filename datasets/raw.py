@@ -181,7 +181,8 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
             first = file.readline()
             mark = max("\t;,", key=first.count)
             titles = next(csv.reader([first], delimiter=mark), [])
-            rows = [row for row in csv.reader(file, delimiter=mark, strict=True) if any(row)]
+            reader = csv.reader(file, delimiter=mark, strict=True)  # its lines follow the first
+            rows = [(reader.line_num + 1, row) for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{where} cannot be read as CSV ({error})") from error
     header = [title.strip().lower() for title in titles]
@@ -193,12 +194,12 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
     path, name, split = (header.index(key) if key in header else None for key in COLUMNS)
     items: dict[str, list[Item]] = {part: [] for part in PARTS}
     labels: dict[str, int] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(header):
-            raise UserError(f"{where}, row {number}: {len(row)} cells, not {len(header)}")
+            raise UserError(f"{where}, line {number}: {len(row)} cells, not {len(header)}")
         part = FOLDERS.get(row[split].strip().lower()) if split is not None else "test"
         if part is None:
-            raise UserError(f"{where}, row {number}: split must be train, val or test")
+            raise UserError(f"{where}, line {number}: split must be train, val or test")
         file = os.path.abspath(table.parent / row[path].strip())
         label = row[name].strip()
         items[part].append((file.lstrip("/"), labels.setdefault(label, len(labels)), label))

@@ -6,9 +6,7 @@ Every set of the table, photographs and rendered ones alike, goes through `Image
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine import UserError, write_json_atomic
-from engine.log import say, warn
+from engine.log import once, say, warn
 
 from .mini import render
 from .split import Split, read_split
@@ -152,19 +150,13 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
         say(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
     of = "" if file == Path("/") else f"{file.name}, "  # images of a table may lie anywhere
-    _once(say, root, f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
+    once(say, f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}", root)
     if not found.comparable:
         text = (
             f"{row.name}: this is not the published split {row.split_file}: "
             "numbers are not comparable with published ones (DATASETS.md says where to get it)"
         )
-        _once(warn, root, text)
-
-
-@cache
-def _once(tell: Callable[[str], None], root: Path, text: str) -> None:
-    """Say what is true of the sets under `root`; a run reads each set several times."""
-    tell(text)
+        once(warn, text, root)
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.

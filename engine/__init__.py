@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import UserError, nearest, unknown
-from engine.files import atomic_path, escape, inside, lock, sha256_file, write_json_atomic
+from engine.files import atomic_path, inside, lock, write_json_atomic
 
 OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
 
@@ -18,11 +18,9 @@ __all__ = [
     "UserError",
     "atomic_path",
     "engine_description",
-    "escape",
     "inside",
     "lock",
     "nearest",
-    "sha256_file",
     "unknown",
     "write_json_atomic",
     *OF_DASSL,

@@ -338,7 +338,14 @@ def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
     """`value` as the config holds it; UserError for an unknown key, or a value that it refuses."""
     key = ".".join(parts)
     if key in declared():
-        return declared()[key].take(value)
+        value = declared()[key].take(value)
+        if isinstance(value, dict) and value:  # of a command line: a file's is taken apart before
+            below, inner = next(_flat(value), ((), value))
+            raise UserError(
+                f"{key} is a section: set what stands in it by its dotted name, such as "
+                f"{'.'.join((key, *below))} {inner!r:.80}"
+            )
+        return value
     if parts in known:  # one of Dassl's own
         kind = type(known[parts])
         value = _literal(value, kind)

@@ -143,7 +143,11 @@ def refuse_existing(path: str | os.PathLike[str], instead: str = "choose another
 
 def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
     """UserError if there is something at `path` that does not hold `mark`, as all that we write
-    there does: nothing of the user's is overwritten."""
+    there does: nothing of the user's is overwritten; or if nothing can be written there."""
+    place = next(above for above in Path(path).absolute().parents if os.path.exists(above))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EACCES if place.is_dir() else errno.ENOTDIR
+        raise _cannot_write(Path(path), OSError(code, os.strerror(code)))
     try:
         with open(path, "rb") as file:
             start = file.read(MARKED)

@@ -33,6 +33,7 @@ EVERY = 30.0  # seconds between two lines of progress where no terminal shows th
 SPARSE = 20  # of a loop that takes longer: a line each time that a twentieth of its time has passed
 
 _quiet = False
+_told: set[tuple[object, str]] = set()  # by `once`, on the screen
 
 
 @contextmanager
@@ -70,6 +71,21 @@ def note(text: str) -> None:
     """A message for the log of the run alone, if there is one."""
     if isinstance(sys.stdout, Tee):
         sys.stdout.file.write(f"{text}\n")
+
+
+def once(tell: Callable[[str], None], text: str, whose: object = None) -> None:
+    """`say` or `warn` what stays true of something: once on the screen, and once in the log of each
+    run that comes upon it."""
+    key = (whose, text)
+    log = sys.stdout.told if isinstance(sys.stdout, Tee) else set()
+    if key in log:
+        return
+    log.add(key)
+    if key in _told or (_quiet and tell is say):
+        note(text)
+    else:
+        _told.add(key)
+        tell(text)
 
 
 class Progress(tqdm):
@@ -179,6 +195,7 @@ class Tee:
 
     def __init__(self, console: TextIO, file: TextIO) -> None:
         self.console, self.file = console, file
+        self.told: set[tuple[object, str]] = set()  # by `once`
 
     def write(self, text: str) -> int:
         self.file.write(text)

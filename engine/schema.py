@@ -285,7 +285,10 @@ def check(kind: Any, value: Any, where: str | Path, *path: str) -> None:
         keys = " / ".join(
             key if key.isprintable() else repr(key) for key in (*path, *map(str, found.path))
         )
-        shown = json.dumps(found.found)
+        try:
+            shown = json.dumps(found.found)
+        except (TypeError, ValueError):  # YAML has values that JSON lacks
+            shown = str(found.found)
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
         raise UserError(
             f"{where}: {keys or 'all of it'} must be {found.wanted}, and is {shown}; "

@@ -40,13 +40,17 @@ from engine.files import (
 )
 from engine.log import say
 from engine.schema import SETTINGS, Args, check, check_logs
+from evaluation.audit.record import AUDIT, CSV
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
 
 LOGS = "logs.json"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
+MODEL = {"backbone", "weights", "template"}  # of a set: what its accuracies before are of
 ARGS = "args.txt"
+REPORT = "report.html"
+FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
 SEPARATOR = "|"
 PLACES = {  # of a run's files
     "features": "folder of feature bundles",
@@ -123,31 +127,39 @@ def read_logs(folder: str | Path) -> Logs:
     raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
 
 
-def same_kind(folders: Sequence[str | Path], logs: Sequence[Logs]) -> None:
-    """UserError unless folders are different, and hold results that differ by chance alone."""
-    places = [Path(folder).resolve() for folder in folders]
-    for place, given in zip(places, folders, strict=True):
+def same_kind(
+    folders: Sequence[str | Path], logs: Sequence[Logs], model_alone: bool = False
+) -> None:
+    """UserError unless folders are different, and hold results that differ by chance alone; or,
+    with `model_alone`, unless they are of one model, whatever forgot: then what was measured before
+    forgetting is the same for all."""
+    places = [] if model_alone else [Path(folder).resolve() for folder in folders]
+    for place, given in zip(places, folders, strict=False):
         if places.count(place) > 1:
             raise UserError(f"the results folder {given} is given twice")
     found: dict[tuple[str, str], tuple[str | Path, object]] = {}
     for folder, sets in zip(folders, logs, strict=True):
         settings = [  # whose, what, value: the template is a data set's, a solver's a label's
-            ("" if key != "template" else dataset, key, value)
+            ("" if key != "template" and not model_alone else dataset, key, value)
             for dataset, entries in sets.items()
             for key, value in entries.get(SETTINGS, {}).items()
+            if key != "seed" and (key in MODEL or not model_alone)
         ]
-        settings += [
-            (f"{dataset} / {label}", key, value)
-            for dataset, entries in sets.items()
-            for label, entry in entries.items()
-            for key, value in entry.get("solver", {}).get("settings", {}).items()
-        ]
+        if not model_alone:
+            settings += [
+                (f"{dataset} / {label}", key, value)
+                for dataset, entries in sets.items()
+                for label, entry in entries.items()
+                for key, value in entry.get("solver", {}).get("settings", {}).items()
+            ]
         for whose, key, value in settings:
             where, other = found.setdefault((whose, key), (folder, value))
-            if key != "seed" and other != value:
+            if other != value:
+                kind = "model" if model_alone else "kind"
+                hint = "" if model_alone else f"; give each a name: NAME={folder}"
                 raise UserError(
-                    f"{where} and {folder} are not runs of one kind: {key} is {other!r:.80} and "
-                    f"{value!r:.80}; give each a name: NAME={folder}"
+                    f"{where} and {folder} are not runs of one {kind}: {key} is {other!r:.80} and "
+                    f"{value!r:.80}{hint}"
                 )
 
 
@@ -159,8 +171,11 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     them for `dataset`. Torn logs are set aside, so that no later run can overwrite them.
 
     Raises:
-        UserError: other results are there; the message names what differs and another ATTEMPT.
+        UserError: other results are there; the message names what differs and another ATTEMPT. Or
+            the data set is called as one of the folder's files is.
     """
+    if place(dataset).removesuffix(".lock") in FILES:
+        raise UserError(f"a results folder has a file {dataset}; call the data set otherwise")
     return _fitting(_whole_logs(Path(folder) / LOGS), Path(folder) / LOGS, dataset, settings)
 
 

@@ -12,12 +12,12 @@ import pandas as pd
 from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from engine.log import say
-from evaluation.audit.record import AUDIT
+from evaluation.audit.record import AUDIT, CSV
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
 
-CSV = "audit.csv"
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
+GAIN = "gain"  # the column with the mean of the folders' own average gains
 # Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.
 FRACTIONS = {
     "before": ("residue", "zero_shot", "before", "value"),
@@ -114,8 +114,11 @@ def average_gains(df: pd.DataFrame) -> pd.Series:
     It is the mean of: the fraction of the forgotten class's accuracy that is left, the relative
     loss on the rest of its data set, and the relative loss on each other data set, where a gain
     counts as 0. A quantity that was not measured before (or was 0) has no relative change and is
-    left out.
+    left out. Of several folders it is the mean of their own: a loss of one is not made up for by
+    what another gained.
     """
+    if GAIN in df:
+        return df[GAIN]
     parts = [df["cls_forget"] / df["cls_Noforget"].where(df["cls_Noforget"] > 0)]
     pairs = [("full_forget", "full_Noforget")]
     pairs += [(f"res_{name}", f"full_{name}") for name in other_sets(df)]
@@ -220,13 +223,15 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV, whole or not at all, over nothing but a table that begins alike.
+def check_table(path: str | Path, columns: Sequence[str]) -> None:
+    """UserError unless a table of these columns may be written there: the place can be written, and
+    holds nothing but a table that begins alike."""
+    refuse_foreign(path, ",".join([*columns[:3], ""]))  # audit.csv begins with two of others
 
-    Raises:
-        UserError: the place cannot be written, or holds something else.
-    """
-    refuse_foreign(path, ",".join(table.columns[:2]))
+
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV, whole or not at all, see `check_table`."""
+    check_table(path, table.columns)
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 

@@ -164,14 +164,6 @@ def evaluate_classes(
     )
 
 
-def evaluate_set(
-    bundle: FeatureBundle, factors: Factors | None = None, removed: Sequence[str] = ()
-) -> float | None:
-    """The accuracy over all images of a set (the paper's `all_ds`), None without images; `removed`
-    as for `ZeroShot.predict`."""
-    return accuracy(ZeroShot(bundle).predict(factors, removed) == bundle.labels)
-
-
 def accuracy(correct: Tensor, chosen: Tensor | None = None) -> float | None:
     """The share of the (chosen) images that are recognised; None of no image."""
     count = len(correct) if chosen is None else int(chosen.sum())

@@ -28,18 +28,22 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine import UserError, unknown
 from engine.cli import Parser
-from engine.config import settings
+from engine.config import OPTIONS, settings
 from engine.files import atomic_path, refuse_foreign
 from engine.launch import launch
 from engine.log import say
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
-from evaluation.tables import write_table
+from evaluation.tables import check_table, write_table
 from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
 BACKBONES = ("RN50", "ViT-B/16")
 MODES = {"alone": [], "at once": ["--multiclass"]}
+OWN_KEYS = [  # that each run is given here
+    *(OPTIONS[one] for one in ("dataset", "seed", "backbone", "multiclass", "output_dir")),
+    train.PART,
+]
 HEAD = "# The paper's numbers and those measured here"
 COLUMNS = ["backbone", "mode", "data set", "quantity", "paper", "ours"]
 # Kravets and Namboodiri (TMLR 2025): accuracies before forgetting that its authors' files hold.
@@ -187,6 +191,14 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def check_outputs(out: str | Path) -> dict[str, Path]:
+    """The files that are written, by suffix; UserError for something else in their place."""
+    paths = {suffix: Path(out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
+    refuse_foreign(paths["md"], HEAD)
+    check_table(paths["csv"], COLUMNS)
+    return paths
+
+
 def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     """Derive the tables from the logs, print them, write them beside the results."""
     folders = {name: results_folder(args.out, name) for name in args.backbones}
@@ -212,8 +224,7 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     parts += ["# Before and after forgetting, in percent", markdown(after)]
     text = "\n\n".join(parts)
     print(f"\n{text}\n")
-    paths = {suffix: Path(args.out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
-    refuse_foreign(paths["md"], HEAD)
+    paths = check_outputs(args.out)
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
     write_table(table, paths["csv"])
@@ -236,9 +247,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
-    args.datasets = [datasets.spec(name.strip()).name for name in args.datasets.split(",")]
-    args.backbones = [architecture(name.strip()).name for name in args.backbones.split(",")]
+    args.datasets = [datasets.spec(name).name for name in _listed("datasets", args.datasets)]
+    args.backbones = [architecture(name).name for name in _listed("backbones", args.backbones)]
+    train.refuse_keys(args.opts[::2], OWN_KEYS)
+    settings(opts=args.opts)
+    check_outputs(args.out)
     return args, weights_by_name(args.weights, args.backbones)
+
+
+def _listed(option: str, text: str) -> list[str]:
+    """The names between commas, each once."""
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
+        raise UserError(f"--{option} {text!r}: it names none")
+    return names
 
 
 def weights_by_name(texts: Sequence[str], backbones: Sequence[str]) -> dict[str, str]:

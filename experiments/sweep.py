@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,13 +37,14 @@ import train
 from clip.architectures import architecture
 from engine import UserError, unknown
 from engine.cli import Parser
-from engine.config import declared, methods, read_yaml
+from engine.config import OPTIONS, declared, methods, read_yaml
 from engine.launch import Run, add_launcher, launch, launcher
+from engine.log import hush, hushed_within, say
 from engine.schema import Text, check, some
-from evaluation.report import REPORT, read_runs, write_report
+from evaluation.report import REPORT, check_report, read_runs, write_report
 from evaluation.results import join_label
-from evaluation.tables import average_gains, write_table
-from experiments.reproduce import MODES, weights_by_name
+from evaluation.tables import average_gains, check_table, write_table
+from experiments.reproduce import MODES, OWN_KEYS, weights_by_name
 from utils import create_results, summarise
 
 TABLE = "sweep.csv"
@@ -101,6 +100,8 @@ def read_sweep(path: str | Path, bundles: bool) -> dict[str, Any]:
     for name in varied["trainers"]:
         if name not in methods():
             raise unknown(f"trainer in {path}", name, methods())
+    for seed in varied["seeds"]:
+        declared()["SEED"].take(seed)
     if not bundles:
         varied["datasets"] = [datasets.spec(name).name for name in varied["datasets"]]
         varied["backbones"] = [architecture(name).name for name in varied["backbones"]]
@@ -113,6 +114,10 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
     Raises:
         UserError: a run that would be refused; nothing has been written.
     """
+    own = {*OWN_KEYS, OPTIONS["trainer"], *([OPTIONS["forget"]] if varied["classes"] else [])}
+    train.refuse_keys(args.opts[::2], own)
+    for setting, keys in varied["settings"].items():
+        train.refuse_keys(keys, own, f" (settings / {setting} in {args.file})")
     weights = weights_by_name(args.weights, varied["backbones"])
     root = Path(args.out) / Path(args.file).stem
     seeds = list(map(str, varied["seeds"]))
@@ -130,7 +135,8 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
         for mode in varied["modes"]:
             argv = [*common, *MODES[mode]]
             for run in train.attempt(case.folder, varied["datasets"], seeds[:1], argv):
-                with redirect_stdout(StringIO()):  # what is there is said by the runs
+                with hushed_within():
+                    hush()  # what is there is said by the runs
                     _, plan = train.prepare(train.parse(run.argv))
                 case.labels[mode, plan.dataset] = list(map(join_label, plan.requests))
             about = list(filter(None, [backbone, trainer, setting, mode]))
@@ -211,11 +217,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     how = launcher(args)
     varied = read_sweep(args.file, bool(args.features))
     cases = cases_of(varied, args, how.PARTS)
-    failed = launch(train.COMMAND, [run for case in cases for run in case.runs], how)
-    table = table_of(cases, varied["seeds"])
+    runs = [run for case in cases for run in case.runs]
     root = Path(args.out) / Path(args.file).stem
+    check_table(root / TABLE, KEYS)
+    check_report(root / REPORT)
+    failed = launch(train.COMMAND, runs, how)
+    table = table_of(cases, varied["seeds"])
     if table.empty:
-        raise UserError(f"no results in {root}: every run failed, see the messages above")
+        why = "every run failed, see the messages above"
+        if len(failed) < len(runs):
+            why = f"no request of {args.file} has any (a set of one class has none at once)"
+        raise UserError(f"no results in {root} to make a table of: {why}")
     gains = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
     counts = {"classes": "{:.0f}".format}
     print(
@@ -224,10 +236,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         )
     )
     write_table(table, root / TABLE)
-    print(f"table: {root / TABLE}")
-    there = {Path(run.folder).resolve() for case in cases for run in case.runs}
-    runs = [run for run in read_runs(root) if run.folder.resolve() in there]
-    print(f"report: {write_report(runs, root / REPORT)}")
+    say(f"table: {root / TABLE}")
+    there = {Path(run.folder).resolve() for run in runs}
+    shown = [run for run in read_runs(root) if run.folder.resolve() in there]
+    say(f"report: {write_report(shown, root / REPORT)}")
     if failed:
         titles = "; ".join(run.title for run in failed)
         raise UserError(f"failed: {titles}; see the messages above")

@@ -15,6 +15,7 @@ import train
 from clip.bundle import FeatureBundle, bundle_path
 from datasets import mini
 from evaluation.live import Live
+from evaluation.zero_shot import ZeroShot, accuracy
 
 # The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -63,6 +64,11 @@ def toy_bundle(dataset: str, images_per_class: int = 12) -> FeatureBundle:
         classnames=names,
         retain_names=retain_names,
     )
+
+
+def whole_set(bundle: FeatureBundle, *change: object) -> float | None:
+    """The accuracy over all images of a set, under a change and without removed names."""
+    return accuracy(ZeroShot(bundle).predict(*change) == bundle.labels)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from clip.bundle import load_bundle
 from evaluation.audit import residue, retrieval
 from evaluation.audit.case import Case
 from evaluation.audit.interval import accuracy
-from evaluation.zero_shot import evaluate_set
 from tests.audit_fixtures import (
     case,
     gone,
@@ -26,7 +25,7 @@ from tests.audit_fixtures import (
     text,
     world,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, whole_set
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 
@@ -228,7 +227,7 @@ def test_first_place_of_real_images_is_their_zero_shot_class():
     found = retrieval.measure(case(bundle, "dalmatian"))["image_to_text"]
     first = [found[group]["before"]["1"] for group in ("forgotten", "retained")]
     hits = sum(entry["value"] * entry["n"] for entry in first)
-    assert hits / len(bundle.labels) == pytest.approx(evaluate_set(bundle))
+    assert hits / len(bundle.labels) == pytest.approx(whole_set(bundle))
 
 
 @pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")

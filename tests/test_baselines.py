@@ -14,9 +14,9 @@ from clip.retain import GROUPS, retain_set
 from engine import TRAINER_REGISTRY
 from engine.config import methods
 from evaluation.results import read_logs
-from evaluation.zero_shot import ZeroShot, evaluate_classes, evaluate_set
+from evaluation.zero_shot import ZeroShot, evaluate_classes
 from forgetting import load_adapter
-from tests.conftest import BACKBONE, toy_bundle
+from tests.conftest import BACKBONE, toy_bundle, whole_set
 from utils import create_results
 
 BASELINES = [
@@ -75,7 +75,7 @@ def test_the_adapter_gives_the_logged_accuracies(name, method, capsys):
         factors = (adapter.left, adapter.right)
         expected = evaluate_classes(BUNDLE, adapter.classes, factors, removed)
         assert logs[label]["final_results"]["ToyAnimals"] == expected
-        tools = evaluate_set(toy_bundle("ToyTools"), factors)
+        tools = whole_set(toy_bundle("ToyTools"), factors)
         assert logs[label]["final_results"]["ToyTools"]["all"]["all_ds"] == tools
         again = method(name, *single, "--forget", "cat", "--multiclass", out="again")
         same = load_adapter(again / "ToyAnimals/owl%7Ccat.safetensors")

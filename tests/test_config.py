@@ -191,6 +191,8 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     assert paper_weights(config(*argv, *opts)) == expected | {"lamb_preserve": 0, "lamb_weight": 0}
     line = ["FORGET.WEIGHTS.own/1.SINGLE", "[1, 2]"]
     assert paper_weights(config(*argv, *line))["lamb_forget"] == 2.0
+    with pytest.raises(UserError, match=r"dotted name, such as FORGET.WEIGHTS.mini.SINGLE .9, 8"):
+        config(*argv, "FORGET.WEIGHTS", "{'mini': {'SINGLE': [9, 8]}}")
     file.write_text("FORGET: {WEIGHTS: {own/1: 3}}")
     with pytest.raises(UserError, match=r"own/1.SINGLE must be .lamb_preserve, .*got 3"):
         paper_weights(config(*argv))

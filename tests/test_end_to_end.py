@@ -18,7 +18,7 @@ from clip import ClipSource
 from clip.architectures import ARCHITECTURES
 from forgetting import load_adapter
 from tests.clip_fixtures import save_openai
-from tests.conftest import BACKBONE, REPOSITORY
+from tests.conftest import BACKBONE, REPOSITORY, whole_set
 from tests.test_bad_input import caltech
 from utils import create_results
 
@@ -131,11 +131,11 @@ def test_two_runs_into_one_folder_at_once(tmp_path, features):
 
 def test_one_set_that_fails_does_not_stop_the_others(tmp_path, features):
     """Two data sets and two seeds: every pair of them is run."""
-    arguments = ["1", "0,1", "Nothing,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
+    arguments = ["1", "0,1", "ToyAnimals,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
     done = run_driver(tmp_path / "out", *arguments, FEATURES=str(features))
     assert done.returncode != 0
-    named = f"failed: Nothing, {BACKBONE}, seed 0; Nothing, {BACKBONE}, seed 1;"
-    for message in (named, "no feature bundle of 'Nothing'"):
+    named = f"failed: ToyAnimals, {BACKBONE}, seed 0; ToyAnimals, {BACKBONE}, seed 1;"
+    for message in (named, "no class 'saw'"):
         assert message in done.stderr
     for seed in (0, 1):
         df, args = create_results(tmp_path / f"out/results1/seed_{seed}")
@@ -148,9 +148,8 @@ REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 @pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
 def test_real_features_have_their_published_accuracies():
     from clip.bundle import load_bundle
-    from evaluation.zero_shot import evaluate_set
 
     known = {"CaltechNature": 0.9402, "CaltechObjects": 0.9715, "StanfordCars": 0.6276}
     for dataset, accuracy in known.items():
-        found = evaluate_set(load_bundle(REAL_CLIP, "ViT-B/32", dataset))
+        found = whole_set(load_bundle(REAL_CLIP, "ViT-B/32", dataset))
         assert round(found, 4) == accuracy

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clip.bundle import FeatureBundle
-from evaluation.zero_shot import ZeroShot, class_embeddings, evaluate_classes, evaluate_set
+from evaluation.zero_shot import ZeroShot, class_embeddings, evaluate_classes
+from tests.conftest import whole_set
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def bundle() -> FeatureBundle:
 
 def test_before(bundle):
     assert ZeroShot(bundle).predict().tolist() == [0, 0, 1, 1, 1, 2, 0, 2, 2]
-    assert evaluate_set(bundle) == pytest.approx(7 / 9)
+    assert whole_set(bundle) == pytest.approx(7 / 9)
     assert evaluate_classes(bundle, ["a"]) == {
         "a": {"cls_acc_test": pytest.approx(2 / 3), "no_cls_acc": 5 / 6, "acc_train": None}
     }
@@ -54,12 +55,12 @@ def test_after(bundle):
     assert class_embeddings(bundle, change)[0].tolist() == [-1, 0, 0]
     after = evaluate_classes(bundle, ["a"], change)["a"]
     assert after["cls_acc_test"] == 0 and after["no_cls_acc"] == 5 / 6
-    assert evaluate_set(bundle, change) == pytest.approx(5 / 9)
+    assert whole_set(bundle, change) == pytest.approx(5 / 9)
 
 
 def test_nothing_to_measure_is_none_and_not_zero(bundle):
     empty = replace(bundle, image_features=bundle.image_features[:0], labels=bundle.labels[:0])
-    assert evaluate_set(empty) is None
+    assert whole_set(empty) is None
     assert evaluate_classes(empty, ["a"])["a"]["cls_acc_test"] is None
     only_a = replace(bundle, image_features=bundle.image_features[:3], labels=bundle.labels[:3])
     assert evaluate_classes(only_a, ["a"])["a"]["no_cls_acc"] is None

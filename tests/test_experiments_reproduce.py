@@ -246,12 +246,23 @@ def test_missing_sets_are_all_named(tmp_path, capsys):
         (["--weights", "ViT-B/32=x.pt"], "did you mean 'ViT-B/16'"),
         (["--datasets", "Caltech101", "--weights", "RN50=none.pt"], "none.pt does not exist"),
         (["--dataset", "Caltech101"], "did you mean '--datasets'"),
+        (["FORGET.RNK", "3"], "did you mean 'FORGET.RANK'"),  # before sets that are missing
+        (["SEED", "3"], "SEED is set for each run"),
+        (["--datasets", ","], "it names none"),
+        (["--datasets", "Caltech101,", "--weights", "RN50=none.pt"], "none.pt does not exist"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, options, message):
     image_root(tmp_path / "data", ["Caltech101"])
     assert message in refusal(command(tmp_path, *options), capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["reproduce.md", "reproduce.csv"])
+def test_a_file_of_somebody_else_is_refused_before_the_sets_are_read(tmp_path, capsys, file):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text("mine")
+    assert f"{file} is there and was not written by" in refusal(command(tmp_path), capsys)
 
 
 def test_a_torn_log_is_not_taken_for_no_results(tmp_path):

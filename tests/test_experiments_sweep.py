@@ -12,6 +12,7 @@ from engine import UserError
 from engine.cli import run
 from engine.launch import launch
 from experiments import sweep
+from tests.test_bad_input import caltech
 from utils import compute_avg_gain, create_results
 
 FILE = """
@@ -89,7 +90,14 @@ REFUSED = {
         "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.RANK: 0}}",
         "FORGET.RANK must be",
     ),
+    "own key": (
+        "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.MULTICLASS: True}}",
+        "FORGET.MULTICLASS is set for each run .*settings / a in .*mine.yaml",
+    ),
+    "huge seed": ("datasets: [A]\nseeds: [0, 99999999999]", "SEED must be .* got 99999999999"),
     "yaml": ("datasets: [", "mine.yaml"),
+    "date": ("datasets: [2020-01-01]", "datasets / 0 must be a text, and is 2020-01-01"),
+    "set": ("datasets: !!set {a, b}", "datasets must be a list, and is {'"),
     "twice": ("datasets: [A]\nseeds: [0]\nseeds: [1]", "line 3: the key seeds stands in line 2"),
 }
 
@@ -114,6 +122,48 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, monkey
         UserError, match="failed: ToyTools, ViT-B/32, ForgetExact, strong, alone, s"
     ):
         sweep.main(command)
+
+
+def test_runs_without_a_row_are_not_called_failed(command, tmp_path, capsys):
+    text = FILE.replace("[all]", "[saw]").replace("ToyAnimals, ", "") + "modes: [at once]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert run(sweep.main, command) == 2
+    assert "(a set of one class has none at once)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["SEED", "OUTPUT_DIR", "FORGET.PART", "FORGET.CLASSES"])
+def test_no_pair_sets_what_the_file_varies(key, command, tmp_path, capsys):
+    value = {"FORGET.PART": "1/2", "FORGET.CLASSES": "('saw',)"}.get(key, "5")
+    assert run(sweep.main, [*command, key, value]) == 2
+    assert f"{key} is set for each run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["sweep.csv", "report.html"])
+def test_a_file_of_somebody_else_is_refused_before_any_run(file, command, tmp_path, capsys):
+    (tmp_path / "out/mine").mkdir(parents=True)
+    (tmp_path / "out/mine" / file).write_text("mine")
+    assert run(sweep.main, command) == 2
+    assert f"{file} is there and was not written by" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out/mine").iterdir()] == [file]
+
+
+def test_a_split_that_is_not_the_published_one_is_told_on_the_screen_and_in_each_log(
+    tmp_path, capsys
+):
+    root = caltech(tmp_path / "data")
+    next(root.glob("*/split_zhou_Caltech101.json")).unlink()
+    (tmp_path / "mine.yaml").write_text(
+        "datasets: [Caltech101]\ntrainers: [ForgetNothing]\nseeds: [0, 1]\nbackbones: [mini]"
+    )
+    options = ["--data", "data", "--cache", "cache", "--out", "out"]
+    options[1::2] = [str(tmp_path / name) for name in options[1::2]]
+    assert run(sweep.main, [str(tmp_path / "mine.yaml"), *options, "--quiet"]) == 0
+    out, told = capsys.readouterr().out, "Caltech101: this is not the published split"
+    assert out.count(told) == 1 and "table:" not in out
+    logs = [path.read_text() for path in (tmp_path / "out").rglob("log.txt")]
+    assert [log.count(told) for log in logs] == [1, 1]
+    assert all("classes, " in log for log in logs)
 
 
 @pytest.mark.slow

@@ -494,6 +494,7 @@ EDITED = {
     "class": ("forget_classes_all = {\n'A': [\n'x', None]}", 6, "/ A / 1 must be a text"),
     "key": ("forget_classes_all = {3: []}", 4, "must be a text"),
     "twice": ("forget_classes_all = {'A': ['x'],\n 'A': ['y']}", 4, "'A' stands twice"),
+    "later": ("forget_classes_all['A'] = 3", None, "forget_classes_all / A must be a list"),
     "prompts": ("forget_prompts = {'A': {'x':\n 'text'}}", 5, "A / x must be a list"),
     "no prompts": ("forget_prompts = {'A': {'x': []}}", 4, "must be a list that is not empty"),
     "many digits": ("all_ds = 9**9999", 4, "must be a list, and is int"),

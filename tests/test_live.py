@@ -15,7 +15,8 @@ import app
 from clip.source import named
 from engine import UserError
 from engine.cli import run
-from evaluation.live import Live, View
+from evaluation.live import Live
+from evaluation.live.look import View
 from evaluation.live.uploads import MEGABYTES, read_upload
 from forgetting import ProblemError, load_adapter
 from forgetting.compose import main as compose
@@ -47,6 +48,16 @@ def test_a_name_goes_and_returns(live):
     assert taken_for(other, TWO) == [TWO, TWO] and ANCHOR not in taken_for(other, ANCHOR)
     near = gone.neighbours[TWO]
     assert len(near) == 5 and all(cosine.now < cosine.before for cosine, _ in near)
+
+
+def test_names_that_differ_in_case_alone_are_two(live, monkeypatch):
+    monkeypatch.setattr(live, "names", ["Turkey", "turkey", "Anchor"])
+    assert live.spelled(["Turkey", "turkey", "anchor"]) == ("Turkey", "turkey", "Anchor")
+
+
+def test_a_model_that_is_none_is_told_all_that_could_be():
+    with pytest.raises(UserError, match=r"mini; or open_clip:.*hf:DIR, openai:FILE or a folder"):
+        named("nope")
 
 
 def test_one_of_several_is_given_back_as_if_it_had_never_gone(live, tmp_path):

@@ -24,10 +24,10 @@ from datasets.mini import MINI, TEST_IMAGES
 from engine.cli import run
 from evaluation.report import classes as classes_module
 from evaluation.report import page as page_module
-from evaluation.report import read_runs, render, write_report
+from evaluation.report import read_runs, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.classes import BUDGET, forgotten, thumbnail
-from evaluation.report.page import GENERATOR
+from evaluation.report.page import GENERATOR, render
 from evaluation.report.runs import methods
 from evaluation.results import LOGS
 from tests.report_fixtures import (

@@ -100,6 +100,12 @@ def test_results_of_another_kind_are_refused(tmp_path, key):
     check_folder(tmp_path, "A", SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["logs.json", "args.txt", "audit.csv", "logs.json.lock"])
+def test_no_set_is_called_as_a_file_of_the_folder(tmp_path, name):
+    with pytest.raises(UserError, match=f"has a file {name}; call the data set otherwise"):
+        check_folder(tmp_path, name, SETTINGS)
+
+
 def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
     store(tmp_path, "A", SETTINGS, "cat", entry())
     with pytest.raises(UserError, match="weights"):

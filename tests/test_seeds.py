@@ -173,3 +173,94 @@ def test_an_average_gain_without_before_says_why_and_takes_it(public, tmp_path, 
     assert status == 0 and "public: no average gain: it is relative" in out and "20.0" in out
     status, out, _ = command(capsys, public, "--before", ours)
     assert status == 0 and f"{expected:.4f}" in out and "90.0" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*holds no accuracies from before")
+def test_before_fills_what_is_missing_and_nothing_else(public, tmp_path, capsys):
+    logs = json.loads((public / "logs.json").read_text())
+    logs["A"]["owl"] = {"final_results": entry(name="owl", after=0.3)["final_results"]}
+    logs["A"]["dog"] = entry(name="dog", before=0.5, after=0.2)
+    (public / "logs.json").write_text(json.dumps(logs))
+    ours = results(tmp_path / "ours", 0.0)
+    with pytest.warns(UserWarning, match="before forgetting of 1 of 3 rows: owl"):
+        df, _ = create_results(public, before=ours)
+    before = df.set_index("name").cls_Noforget
+    assert (before["cat"], before["dog"]) == (0.9, 0.5) and math.isnan(before["owl"])
+    del logs["A"]["owl"]
+    (public / "logs.json").write_text(json.dumps(logs))
+    table = compare_results({"theirs": public, "ours": ours}, before=ours)
+    assert table.set_index("forgotten")["class before"].to_dict() == {"cat": 90, "dog": 50}
+    csv = tmp_path / "t.csv"
+    assert command(capsys, f"a={public}", f"b={public}", "--before", ours, "--csv", csv)[0] == 0
+    assert pd.read_csv(csv)["class before"].tolist() == [90, 50]
+    with pytest.raises(UserError, match="before holds 90: accuracies are fractions"):
+        compute_avg_gain(create_results(public)[0], {"cat": {"cls_Noforget": 90}})
+
+
+@pytest.mark.filterwarnings("ignore:.*holds no accuracies from before")
+@pytest.mark.parametrize("key", ["backbone", "weights", "template"])
+def test_methods_of_two_models_are_not_compared(seeds, public, tmp_path, key, capsys):
+    other = results(tmp_path / "other", 0.3, **{key: "another"})
+    one, two = (results(tmp_path / n, 0.3, trainer=n, template="t") for n in ("one", "two"))
+    assert len(compare_results({"one": one, "two": two})) == 2
+    mixed = one if key == "template" else seeds[0]
+    with pytest.raises(UserError, match=f"are not runs of one model: {key} is"):
+        compare_results({"a": mixed, "b": other})
+    status, out, err = command(capsys, mixed, "--before", other)
+    assert (status, out) == (2, "") and f"one model: {key} is" in err
+    (public / "args.txt").write_text("Namespace(backbone_arch='RN50')")
+    with pytest.raises(UserError, match="one model: backbone is 'RN50' and 'mini'"):
+        create_results(public, before=seeds[0])
+
+
+def test_before_is_of_the_first_method_that_has_it(public, seeds):
+    with pytest.warns(UserWarning, match="holds no accuracies"):
+        table = compare_results({"theirs": public, "ours": seeds})
+    assert table["class before"].tolist() == [90] and table["others before"].tolist() == [60]
+
+
+@pytest.mark.parametrize("name", ["before", "± seeds"])
+def test_no_method_has_the_name_of_another_column(seeds, tmp_path, name):
+    other = results(tmp_path / "other", 0.3)
+    with pytest.raises(UserError, match="no method can be called"):
+        compare_results({"seeds": seeds, name: other})
+
+
+def test_the_average_gain_of_seeds_is_one_number(seeds, tmp_path, capsys):
+    """A loss of one seed is not made up for by the gain of another."""
+    path = seeds[0] / "logs.json"
+    path.write_text(path.read_text().replace('"all_ds": 0.5', '"all_ds": 0.9'))
+    gains = pd.Series([compute_avg_gain(create_results(folder)[0]) for folder in seeds])
+    df, _ = create_results(seeds)
+    assert compute_avg_gain(df) == pytest.approx(gains.mean()) and len(df.gain) == 2
+    assert f"{gains.mean():.4f} ± {gains.std():.4f} over 3" in command(capsys, *seeds)[1]
+    with pytest.raises(UserError, match="create_results"):
+        compute_avg_gain(df, create_results(seeds[0])[0])
+
+
+def test_other_frames_are_refused(seeds, tmp_path):
+    table = compare_results({"a": seeds})
+    for wrong in (pd.DataFrame({"x": [1]}), table, 3):
+        for take in (summarise, compute_avg_gain):
+            with pytest.raises(UserError, match="not a frame of create_results"):
+                take(wrong)
+    with pytest.raises(UserError, match="not a frame of compare_results"):
+        utils.plot_comparison(create_results(seeds)[0], tmp_path / "p.png")
+    with pytest.raises(UserError, match="given by its path"):
+        create_results([seeds[:1]])
+
+
+def test_outputs_are_refused_before_anything_is_printed(seeds, tmp_path, capsys):
+    mine, audit = tmp_path / "mine", tmp_path / "audit.csv"
+    mine.write_text("mine")
+    audit.write_text("data set,forgotten,class,before\n")
+    good = ["--csv", tmp_path / "new.csv"]
+    for options, told in (
+        ([*good, "--draw", tmp_path / "p.jpg"], "must end in"),
+        ([*good, "--latex", mine / "t.tex"], "cannot write"),
+        ([*good, "--latex", tmp_path / "new.csv"], "a file of its own"),
+        (["--csv", audit], "was not written by this program"),
+    ):
+        before = tree(tmp_path)
+        status, out, err = command(capsys, *seeds, *options)
+        assert (status, out) == (2, "") and told in err and tree(tmp_path) == before

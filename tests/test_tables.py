@@ -10,8 +10,8 @@ import torch
 
 from engine import UserError
 from evaluation.tables import method_table
-from evaluation.zero_shot import ZeroShot, evaluate_classes, evaluate_set
-from tests.conftest import toy_bundle
+from evaluation.zero_shot import ZeroShot, evaluate_classes
+from tests.conftest import toy_bundle, whole_set
 from utils import compute_avg_gain, create_results
 
 BUNDLE = toy_bundle("ToyAnimals")
@@ -31,7 +31,7 @@ def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
     )
     found = evaluate_classes(BUNDLE, ["owl", "newt"], removed=["owl"])
     assert found["owl"]["cls_acc_test"] == 0.0 and found["newt"]["cls_acc_test"] > 0.9
-    assert evaluate_set(BUNDLE, removed=["owl"]) <= 5 / 6 < evaluate_set(BUNDLE)
+    assert whole_set(BUNDLE, None, ["owl"]) <= 5 / 6 < whole_set(BUNDLE)
 
 
 def test_removing_what_is_not_there_or_everything_is_refused():

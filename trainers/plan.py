@@ -138,13 +138,18 @@ def _line_of(error: BaseException) -> int | None:
 
 
 def _place(tree: ast.Module, name: str, *path: str | int) -> int | None:
-    """The line where an element of a list of the file stands, as near as its text tells."""
+    """The line where an element of a list of the file stands, as near as its text tells; None if
+    it does more with the list than assign it."""
     nodes: list[ast.expr] = []
+    assigned = 0
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
             targets = getattr(statement, "targets", None) or [statement.target]
             if name in [getattr(target, "id", "") for target in targets]:
                 nodes = [statement.value]
+                assigned += 1
+    if assigned < sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree)):
+        return None
     for key in path if nodes else ():
         node = nodes[-1]
         if isinstance(node, ast.Dict):

@@ -20,6 +20,7 @@ from engine.files import Growing, lock, read_json
 from engine.schema import check_audits
 
 AUDIT = "audit.json"
+CSV = "audit.csv"  # its numbers as a table
 FORMAT = "clip-forget-audit/1"
 Audits = dict[str, dict[str, dict[str, Any]]]
 

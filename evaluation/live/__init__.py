@@ -1,5 +1,5 @@
 """What somebody sees who forgets names and gives them back: images, guesses, neighbours."""
 
-from evaluation.live.look import Live, View
+from evaluation.live.look import Live
 
-__all__ = ["Live", "View"]
+__all__ = ["Live"]

@@ -131,7 +131,8 @@ class Live:
     def spelled(self, names: Sequence[str]) -> tuple[str, ...]:
         """Names as the list has them, where it does; each once."""
         listed = {datasets.key(name): name for name in self.names}
-        return tuple(dict.fromkeys(listed.get(datasets.key(n), n.strip()) for n in names))
+        found = (n if n in self.names else listed.get(datasets.key(n), n.strip()) for n in names)
+        return tuple(dict.fromkeys(found))  # two names may differ in case alone
 
     def look(
         self,

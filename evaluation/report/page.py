@@ -20,7 +20,6 @@ from evaluation.report.runs import Method, Run, methods
 from evaluation.report.summary import Summary, percent, points, span
 from evaluation.rules import Fate
 
-REPORT = "report.html"
 GENERATOR = "clip-forget-report/1"  # in every report, so that nothing else is written over
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
@@ -42,14 +41,15 @@ TEACHERS = {
 }
 
 
-def write_report(runs: list[Run], path: str | Path) -> Path:
-    """Write the report of runs, whole or not at all.
-
-    Raises:
-        UserError: the place cannot be written, or holds something that is no report.
-    """
-    path = Path(path)
+def check_report(path: str | Path) -> Path:
+    """`path`; UserError if it cannot be written, or holds something that is no report."""
     refuse_foreign(path, GENERATOR)
+    return Path(path)
+
+
+def write_report(runs: list[Run], path: str | Path) -> Path:
+    """Write the report of runs, whole or not at all, see `check_report`."""
+    path = check_report(path)
     text = render(runs)
     with atomic_path(path) as temporary:
         # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
