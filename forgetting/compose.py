@@ -38,7 +38,7 @@ from forgetting.adapter import (
     save_adapter,
 )
 from forgetting.certificate import certify_constrained
-from forgetting.checks import ProblemError, line
+from forgetting.checks import ProblemError, line, shown
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
 from forgetting.problem import NUMBERS, Change, ForgetProblem
@@ -259,7 +259,8 @@ def compose(
         settings={
             key: value
             for key, value in first.settings.items()
-            if all(key in other and other[key] == value for other in settings)
+            if key != "changed_sha256"  # of another change
+            and all(key in other and other[key] == value for other in settings)
         },
         solver={"name": "compose", **composed.report},
         **recipe_fields(first.recipe, parts),
@@ -278,10 +279,12 @@ def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
     ]
     for name, ours, theirs in compared:
         if ours != theirs:
-            if name in ("text projection", "statistics", "model"):  # hashes
-                ours, theirs = ours[:12], theirs[:12]
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                key = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
+                name, ours, theirs = f"{name}.{key}", ours.get(key), theirs.get(key)
+            ours, theirs = shown(ours), shown(theirs)
             raise ProblemError(
-                f"{name} differs: {ours!r} in {a_where}, {theirs!r} in {b_where}; only adapters "
+                f"{line(name)} differs: {ours} in {a_where}, {theirs} in {b_where}; only adapters "
                 "of one model, made in the same way, compose"
             )
 

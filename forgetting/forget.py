@@ -25,8 +25,8 @@ from forgetting.complete import Answer, SpecificTargets, World, forget_completel
 from forgetting.forecast import Watch
 from forgetting.forgotten import APPLIED, Forgotten
 from forgetting.generic import ALIKE, CACHE, generic_hidden
-from forgetting.identity import describe
-from forgetting.modules import tensor_sha256, turned
+from forgetting.identity import changed_sha256, describe
+from forgetting.modules import tensor_sha256
 from forgetting.reading import Tokenize, warning_of
 from forgetting.requests import Requests
 from forgetting.retain import Group, RetainSet
@@ -217,8 +217,8 @@ def _forgotten(
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):
         raise ProblemError("the change is not finite: a weight, ridge or beta is out of range")
-    made = turned(adapter.changed(tower.projection), tower.transposed)
-    adapter.settings.update({"model": describe(tower), "changed_sha256": tensor_sha256(made)})
+    made = changed_sha256(adapter, tower.projection, tower.transposed)
+    adapter.settings.update({"model": describe(tower), "changed_sha256": made})
     return Forgotten(adapter, tower, tower.weight.detach().clone(), tuple(notes))
 
 

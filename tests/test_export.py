@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -678,6 +679,16 @@ def test_projection_with_its_bias(tmp_path):
     assert torch.equal(found, weight) and torch.equal(beside, bias)
     save_file({"text_projection": weight, "bias": bias}, tmp_path / "b.safetensors")
     assert read_projection(tmp_path / "b.safetensors", adapter)[1] is None
+    # An adapter that `forget` made says what it is called.
+    known = {"projection": "text_projection", "transposed": False, "names_sha256": "0" * 64}
+    for name in ("bias", "shift"):
+        model = known | {"bias": name, "hashes": ""}
+        named = replace(adapter, settings={"model": model})
+        if name == "bias":
+            assert torch.equal(read_projection(tmp_path / "b.safetensors", named)[1], bias)
+            continue
+        with pytest.raises(ProblemError, match="has a bias, shift, which is not in it"):
+            read_projection(tmp_path / "b.safetensors", named)
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):

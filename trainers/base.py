@@ -313,8 +313,8 @@ class ForgetTrainer(SimpleTrainer):
             merge_results(folder, dataset, settings, finished, overwrite)
             if self.cfg.FORGET.SAVE_MODEL:
                 for one in finished:
-                    delta = one.adapter.delta()
-                    save_full_model(self.source, delta, folder / one.entry["solver"]["model"])
+                    place_of_it = folder / one.entry["solver"]["model"]
+                    save_full_model(self.source, one.adapter, place_of_it)
 
         self.bar = Progress(what=dataset, total=len(pending))
         self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
