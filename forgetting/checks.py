@@ -83,6 +83,7 @@ HASH: Rule = (
 NUMBER: Rule = (_in_range, "a number in the range of 1e±40")
 POSITIVE = above(0)
 WEIGHT: Rule = (lambda x: _in_range(x) and x >= 0, "0 or more, at most 1e40")
+FLAG: Rule = (lambda x: type(x) is bool, "true or false")
 OBJECT: Rule = (lambda x: isinstance(x, dict) and is_json(x), "an object of finite values")
 
 

@@ -250,6 +250,8 @@ def compose(
     except torch.linalg.LinAlgError as error:
         raise ProblemError("the recipes or statistics hold numbers too large to solve") from error
     settings = [adapter.settings for adapter in adapters.values()]
+    texts = Counter(text for adapter in adapters.values() for text in adapter.texts)
+    texts.subtract(text for adapter in (without or {}).values() for text in adapter.texts)
     return replace(
         first,
         left=composed.left.float(),
@@ -262,7 +264,7 @@ def compose(
             if key != "changed_sha256"  # of another change
             and all(key in other and other[key] == value for other in settings)
         },
-        solver={"name": "compose", **composed.report},
+        solver={"name": "compose", "texts": [*+texts], **composed.report},
         **recipe_fields(first.recipe, parts),
     )
 
@@ -312,6 +314,13 @@ def _same(a: Part, b: Part) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises ProblemError, with the nearest option for an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        about = "show no progress and no notes: results, warnings and errors alone"
+        self.add_argument("--quiet", action="store_true", help=about)
+
     def error(self, message: str) -> NoReturn:
         _, _, rest = message.partition("unrecognized arguments: ")
         if rest.startswith("-"):
@@ -327,7 +336,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(
         prog="python -m forgetting.compose",
         description="Join adapters, or give classes back, by solving again.",
-        allow_abbrev=False,
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
     given_back = "adapter whose classes are given back; may be repeated"
@@ -364,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in result.solver.items()
-        if name not in ("name", "proved")
+        if name not in ("name", "texts", "proved")
     ]
     if not result.solver["proved"]:
         report.append("not proved to be the least disturbance: that takes --statistics")

@@ -54,7 +54,7 @@ class Forgotten:
     @property
     def texts(self) -> list[str]:
         """By which texts: the names, their other words, and wordings that hardly followed."""
-        return list(self.adapter.solver.get("texts", self.adapter.classes))
+        return self.adapter.texts
 
     @property
     def certificate(self) -> Certificate | None:
@@ -162,15 +162,18 @@ class Forgotten:
         """
         adapter = load_adapter(path)
         notes = tuple(map(str, adapter.solver.get("notes") or ()))
-        tower = None if model is None else find(model, adapter)
+        if original is not None:
+            ways = matrix("original", original), original.T
+            right = [w for w in ways if projection_sha256(w) == adapter.projection_sha256]
+            if not right:
+                raise ProblemError("the original projection is not the one of the adapter")
+            original = right[0]
+        tower = None if model is None else find(model, adapter, original)
         found = cls(adapter, tower, None, notes)
         if original is not None:
-            for w in (matrix("original", original), original.T):
-                if projection_sha256(w) == adapter.projection_sha256:
-                    held = turned(w, found._transposed).clone()
-                    held = held if tower is None else held.to(tower.weight)
-                    return cls(adapter, tower, held.contiguous(), notes)
-            raise ProblemError("the original projection is not the one of the adapter")
+            held = turned(original, found._transposed).clone()
+            held = held if tower is None else held.to(tower.weight)
+            return cls(adapter, tower, held.contiguous(), notes)
         if tower is not None and found._state(tower) == "original":
             return cls(adapter, tower, tower.weight.detach().clone(), notes)
         return found

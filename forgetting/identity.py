@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256
-from forgetting.checks import HASH, TEXT, ProblemError, check, either
+from forgetting.checks import FLAG, HASH, TEXT, ProblemError, check, either
 from forgetting.modules import plain, tensor_sha256, tensors, turned
 from forgetting.towers import Tower
 
 SHORT = 16  # hex digits of a tensor's hash that are kept
 MODEL = {  # what an adapter says of its model, as `model` of its settings
     "projection": TEXT,
-    "transposed": (lambda x: type(x) is bool, "true or false"),
+    "transposed": FLAG,
     "bias": either(None, TEXT),
     "names_sha256": HASH,
     "hashes": TEXT,
@@ -103,9 +103,12 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
         raise ProblemError(f"{wrong[0]}{more}: not what it was")
 
 
-def find(model: nn.Module, adapter: Adapter) -> Tower:
+def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Tower:
     """The projection of an adapter within a model, as a tower that reads no text: by name, else by
     what it holds.
+
+    Args:
+        original: `W` (w, d), by which a changed one is known that the adapter does not name.
 
     Raises:
         ProblemError: a model without it.
@@ -119,8 +122,13 @@ def find(model: nn.Module, adapter: Adapter) -> Tower:
         return Tower(model, _unread, name, there[name], known["transposed"], bias, False)
     for name, x in there.items():
         for transposed in (False, True):
-            fits = x.is_floating_point() and x.shape == (shape[::-1] if transposed else shape)
-            if fits and projection_sha256(turned(x, transposed)) == adapter.projection_sha256:
+            if not x.is_floating_point() or x.shape != (shape[::-1] if transposed else shape):
+                continue
+            known = projection_sha256(turned(x, transposed)) == adapter.projection_sha256
+            if not known and original is not None:
+                made = changed_sha256(adapter, original.to(x), transposed)
+                known = tensor_sha256(x) in made
+            if known:
                 return Tower(model, _unread, name, x, transposed, None, False)
     raise ProblemError(
         f"{type(model).__name__} does not hold the projection that the adapter was made for "
