@@ -147,7 +147,7 @@ class Adapter:
 
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
-        return self.left @ self.right  # (w, r) @ (r, d) -> (w, d)
+        return self.left.float() @ self.right.float()  # (w, r) @ (r, d) -> (w, d)
 
     def apply(self, projection: Tensor) -> Tensor:
         """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).

@@ -125,6 +125,8 @@ def test_the_ridge_keeps_its_limit_and_grows_with_it():
     assert found == sorted(found) and found[0] < found[-1] == pytest.approx(0.1)
     with pytest.raises(ProblemError, match="limit"):
         best_ridge(retain, w, like, leaving, 0.0)
+    with pytest.raises(ProblemError, match="like is empty"):
+        best_ridge(retain, w, like[:0], leaving[:0], 0.1)
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ from forgetting import (
     thresholds,
 )
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.each import solve_requests
 from forgetting.patch import condition, patch
 from tests.tower_fixtures import OUT, tiny
 
@@ -158,6 +159,13 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
             problem(), generators=[torch.Generator()] * R, settings=QUICK, **k
         ),
         {"owner": OWNER, "leaving": GONE},
+    ),
+    "generators": (
+        lambda generators: solve_lora_each(problem(), OWNER, GONE, generators, QUICK),
+        {"generators": [torch.Generator()] * R},
+    ),
+    "solve_requests": (
+        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "leaving": GONE}
     ),
     "settings": (
         lambda **k: LoraSettings(**k),

@@ -24,6 +24,8 @@ from forgetting import (
     projection_sha256,
     save_adapter,
 )
+from forgetting.adapter import read_parts
+from forgetting.complete import JOIN
 from forgetting.generic import generic_hidden
 from forgetting.modules import tensor_sha256, tensors
 from forgetting.reading import cut
@@ -375,6 +377,12 @@ ARGUMENTS = {
     "weights": ({"weights": {"others": 1.0}}, "no group 'others'"),
     "nothing": ({"retain": None, "generic": False}, "nothing to retain"),
     "push": ({"push": 0.0}, "push must be"),
+    "beta of none": ({"target": "empty", "beta": 0.1}, "beta is a number for specific and oppo"),
+    "weights of a list": ({"weights": [1]}, "weights must map groups to numbers"),
+    "cache": ({"cache": 3}, "cache must be null or a folder"),
+    "list as target": ({"target": [1.0]}, "no target"),
+    "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target must be a dense"),
+    "same name": ({"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "keep": ["cat"]}, "kept"),
     "ridge": ({"ridge": -1.0}, "ridge must be"),
     "vector": ({"target": torch.zeros(3)}, "target must be a vector"),
 }
@@ -535,6 +543,52 @@ def test_changes_do_not_add_up(tmp_path):
     with pytest.raises(ProblemError):
         second.save(path)
     assert Forgotten.load(path).names == ["Acme Cola"]
+
+
+def test_each_class_goes_as_far_as_it_needs():
+    """One beta for a request would send a class elsewhere than where it goes alone."""
+    model, words = tiny("own")
+    names = ["Acme Cola", "Zeta Tea", "Oslo boat"]
+
+    def parts(names, margin):
+        answer = forget(model, words, names, margin=margin, follow=0.0, **PLAIN)
+        return read_parts(answer.adapter, "a"), answer.adapter.solver["beta"]
+
+    (plain, none), (further, beta) = parts(names, 0.0), parts(names, 11.0)
+    moved = [
+        not torch.allclose(a.tensors["displacement"], b.tensors["displacement"])
+        for a, b in zip(plain, further, strict=True)
+    ]
+    assert none == 0 and beta == 0.2 and moved == [False, False, True]
+
+
+def test_three_wordings_of_a_class_may_join(monkeypatch):
+    """Also where another class needs none."""
+
+    def follow(world, answer, number, hidden):
+        return torch.full((len(hidden),), float(number))
+
+    monkeypatch.setattr("forgetting.complete._follow", follow)
+    model, words = tiny("own")
+    forms = ["{}", *(f"{{}} {i}" for i in range(9))]
+    answer = forget(model, words, ["Acme Cola", "Zeta Tea"], templates=forms, **PLAIN)
+    assert len(answer.texts) == 2 + JOIN and not [t for t in answer.texts[2:] if "Zeta" in t]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_an_opposite_goes_further_where_something_is_left_of_it(beta):
+    model, words = tiny("own")
+    wanted = {"target": "opposite", "beta": beta, "margin": 1000.0, "templates": ["{}"]}
+    answer = forget(model, words, ["Acme Cola"], **wanted, **PLAIN)
+    assert answer.adapter.solver["beta"] == (0.4 if beta else 0.0)
+    assert (answer.forecast.margin is None) == (not beta)
+
+
+def test_names_to_keep_are_something_to_retain():
+    model, words = tiny("own")
+    alone = PLAIN | {"retain": None}
+    answer = forget(model, words, ["Acme Cola"], keep=["dog", "cat"], **alone)
+    assert set(answer.forecast.unlisted) == {"keep"}
 
 
 def test_a_change_that_changes_nothing_leaves_the_model_free():
