@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from forgetting.checks import ProblemError, line
 from forgetting.compose import _Parser, _say
 from forgetting.compose import cli as compose_cli
+from forgetting.files import refuse_taken
 
 OTHER_TEMPLATES = (  # by which an audit asks whether other wordings follow
     *("a {}", "the {}", "a picture of a {}.", "a photo of the {}.", "a good photo of a {}."),
@@ -112,12 +113,6 @@ def _never(args: argparse.Namespace) -> NoReturn:
     raise ProblemError(f"{args.command} is called with its own arguments")
 
 
-def _new(path: str) -> Path:
-    if Path(path).exists() or Path(path).is_symlink():
-        raise ProblemError(f"{line(path)} exists and is not overwritten; choose another --out")
-    return Path(path)
-
-
 def _names(given: Sequence[str]) -> list[str]:
     """Names, and those of files (@FILE)."""
     found: list[str] = []
@@ -137,7 +132,8 @@ def _forget(args: argparse.Namespace) -> None:
     from forgetting.forget import TEMPLATES, forget
     from forgetting.models import load_model
 
-    out, also = _new(args.out), {}
+    out, also = Path(args.out), {}
+    refuse_taken(out)
     for text in args.also:
         name, equals, word = text.partition("=")
         if not equals or not word.strip():
@@ -218,7 +214,8 @@ def _undo(args: argparse.Namespace) -> None:
     from forgetting.forget import Forgotten
     from forgetting.models import load_model
 
-    out = _new(args.out)
+    out = Path(args.out)
+    refuse_taken(out)
     base = Forgotten.load(args.adapter, load_model(args.base)[0])
     if base.original is None:
         raise ProblemError("--base is the changed model: name the original one")

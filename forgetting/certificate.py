@@ -25,6 +25,7 @@ FREE_RADIUS = 2.0
 # The most that was seen, against extended precision, is 2.3e-16 in 3,000 problems of all scales and
 # 2e-17 on CLIP's features.
 ROUNDING = 2e-15
+POOR = 1e-6  # a gap or residual above this is no answer to rely on
 BATCH = 256  # classes at a time; the memory is m x BATCH
 
 

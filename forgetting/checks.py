@@ -12,6 +12,7 @@ A tensor is given by its dtypes and dimensions: numbers, or words that stand for
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ def either(word: Any, rule: Rule) -> Rule:
 def line(text: Any) -> str:
     """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's code raised, in a message."""
+    return line(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ..."))
 
 
 def shown(value: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import Part, recipe_parts
+from forgetting.certificate import POOR
 from forgetting.constrained import ConstrainedSolution, Ridge, solve_constrained_each
 from forgetting.forecast import Felt, Mark, Watch, follow, shares_each, worst
 from forgetting.requests import Request, Requests, Wordings
@@ -27,7 +28,6 @@ JOIN = 3  # wordings of a class that may join its texts: each harms the others a
 ROUNDS = 8  # times that a request is solved again, at most
 SHOWN = 3  # names that are said to feel it
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further
-POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ class Answer:
         """What a reader should know, a line each; `own`: the classes' names as they are retained,
         which leave with them as a matter of course."""
         notes, gap = [proof(self.solution.certificate.gap)], self.solution.residual
-        similar = [name for name in self.left_retain_set if name not in own]
-        if similar:
-            notes.append(f"left the retain set: {', '.join(similar)}")
+        notes += left_notes(self.left_retain_set, own)
         if gap > POOR:
             notes.append(
                 f"warning: texts end {gap:.1e} of their way beside their targets; texts that "
@@ -163,6 +161,12 @@ class Answer:
                 f"warning: likely to fall with it: {names} ({self.option} holds a name still)"
             )
         return notes
+
+
+def left_notes(names: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Which names left the retain set, beside those of the forgotten classes themselves."""
+    similar = [name for name in names if name not in own]
+    return [f"left the retain set: {', '.join(similar)}"] if similar else []
 
 
 def proof(gap: float) -> str:

@@ -12,7 +12,6 @@ a mu that depends on the request; it is solved again from the retain statistics 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections import Counter
@@ -37,10 +36,11 @@ from forgetting.adapter import (
     recipe_fields,
     save_adapter,
 )
-from forgetting.certificate import certify_constrained
+from forgetting.certificate import POOR, certify_constrained
 from forgetting.checks import ProblemError, line, shown
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
+from forgetting.files import refuse_taken
 from forgetting.problem import NUMBERS, Change, ForgetProblem
 from forgetting.statistics import RetainStatistics, square_root
 
@@ -50,7 +50,6 @@ ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # 
 SAME_TEXT, UNCLEAR = 1e-5, 1e-3
 # Targets of one text that agree to this are one target: whoever made them may have used float32.
 SAME_TARGET = 1e-4
-POOR = 1e-6  # a residual or gap above this is no answer to rely on
 CHUNK = 1024  # rows that are compared with all others at one time
 
 
@@ -347,10 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--statistics", help=needed)
     args = parser.parse_intermixed_args(argv)
     out = Path(args.out)
-    if os.path.lexists(out):
-        raise ProblemError(
-            f"{line(out)} exists and is not overwritten; move it or choose another --out"
-        )
+    refuse_taken(out)
     if len(args.adapters) < 2 and not args.without:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
     adapters: dict[str, Adapter] = {}

@@ -267,10 +267,3 @@ def test_command_lines_that_are_refused(folder, tmp_path, refused):
     assert "unknown option '--targett'" in refused("forget", folder, "x", "--targett", "y", *out)
     assert "invalid choice" in refused("forgett")
     assert "required" in refused()
-
-
-def test_openai_files_are_those_of_the_driver():
-    from clip.architectures import OPENAI_FILES
-    from forgetting.models import OPENAI
-
-    assert {digest: name for name, digest in OPENAI_FILES.items()}.keys() == OPENAI.keys()

@@ -46,8 +46,9 @@ from evaluation.zero_shot import accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.checks import finite
+from forgetting.requests import Request, Requests
 from trainers.plan import Plan, make_plan
-from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
+from trainers.requests import Texts, check_prompts, check_target, read_prompts
 
 NAMED = 200  # characters of names that were done before, on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
