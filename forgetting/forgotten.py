@@ -197,10 +197,10 @@ class Forgotten:
     def _changed(self) -> list[str]:
         """What the changed projection's tensor may be, see `changed_sha256`; empty if it cannot be
         known."""
-        said = self.adapter.settings.get("changed_sha256")
-        if said is None and self.original is not None:
+        if self.original is not None:
             w = turned(self.original, self._transposed)
             return changed_sha256(self.adapter, w, self._transposed)
+        said = self.adapter.settings.get("changed_sha256")
         return said if isinstance(said, list) else [said] if said else []  # one, in older files
 
     def _state(self, tower: Tower) -> str:

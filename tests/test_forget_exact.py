@@ -89,6 +89,7 @@ def test_targets(exact_args, target):
     h = bundle.forget_hidden[4]
     landed = h @ bundle.text_projection + (h @ adapter.left) @ adapter.right
     start = h @ bundle.text_projection
+    assert (solver_of(folder, "owl")["beta"] > 0) == (target in ("opposite", "specific"))
     cosine = float(torch.cosine_similarity(landed, start, dim=0))
     if target == "opposite":
         assert landed == pytest.approx((-0.1 * start).tolist(), abs=1e-4)

@@ -80,7 +80,8 @@ class ForgetExact(ForgetTrainer):
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget them completely; see `forgetting.complete`."""
-        world, beta = self.world(generators), float(self.cfg.FORGET.BETA)
+        forget, world = self.cfg.FORGET, self.world(generators)
+        beta = float(forget.BETA) if forget.TARGET in FURTHER else 0.0
         wordings = self.texts.wordings(requests.classes)
         return [
             Solved(
