@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from clip.checkpoint import read_state_dict
 from clip.source import ClipSource
@@ -22,16 +21,16 @@ from engine.config import settings
 from engine.files import refuse_existing
 from engine.log import say
 from forgetting import ProblemError
-from forgetting.adapter import load_adapter, projection_sha256
+from forgetting.adapter import Adapter, load_adapter, projection_sha256
 
 
-def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None:
-    """Write the state dict of `source` with `text_projection + delta`, whole or not at all.
+def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
+    """Write the state dict of `source` with the adapter's change, whole or not at all.
 
-    `delta` is (w, d). The changed projection is float32; everything else is what the original
-    file holds, to the bit. Beside it comes a JSON file with the model's config in open_clip's
-    form, since weights alone do not say how they compute. Raises UserError if one of the two
-    exists or `delta` has another shape.
+    The changed projection is float32, also where the file is in half precision: that is what was
+    measured. Everything else is what the original file holds, to the bit. Beside it comes a JSON
+    file with the model's config in open_clip's form, since weights alone do not say how they
+    compute. Raises UserError if one of the two exists or the change has another shape.
     """
     path = Path(path)
     arch, beside = source.architecture, path.with_suffix(".json")
@@ -39,15 +38,16 @@ def save_full_model(source: ClipSource, delta: Tensor, path: str | Path) -> None
     for place in places:
         refuse_existing(place, "move it or choose another name")
     projection = source.projection  # loading the model also proves that the file fits it
-    if delta.shape != projection.shape:
+    shape = (len(adapter.left), adapter.right.shape[1])
+    if shape != projection.shape:
         raise UserError(
-            f"the change is {tuple(delta.shape)}, but {source.arch} has a projection of "
+            f"the change is {shape}, but {source.arch} has a projection of "
             f"{tuple(projection.shape)}"
         )
     state = {} if arch.transformers else read_state_dict(source.weights_path)
-    if state.get("text_projection", delta[:0]).shape != projection.shape:
+    if getattr(state.get("text_projection"), "shape", None) != projection.shape:
         raise UserError(f"{source.arch} has no text_projection in OpenAI's layout to be changed")
-    state["text_projection"] = projection + delta.detach().to("cpu", torch.float32)
+    state["text_projection"] = adapter.changed(projection)
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             f"adapter {args.adapter} was made for a model of other activation, preprocessing or "
             f"tokenizer than {source.arch} has now"
         )
-    save_full_model(source, adapter.delta(), out)
+    save_full_model(source, adapter, out)
     say(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 
 

@@ -20,23 +20,15 @@ from torch import nn
 
 from engine.errors import UserError, unknown
 from engine.files import read_json
+from forgetting.checks import reason
+from forgetting.models import OPENAI
 
 HERE = Path(__file__).parent
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
-# File name -> SHA-256 of every model that OpenAI published (openai/CLIP, clip/clip.py).
+# File name -> SHA-256 of every model that OpenAI published.
 OPENAI_FILES = {
-    "RN50.pt": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101.pt": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4.pt": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16.pt": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64.pt": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B-16.pt": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    f"{name}{'px' if name.endswith('-336') else ''}.pt": digest for digest, name in OPENAI.items()
 }
-
-
 ACTIVATIONS = {"-quickgelu": True, "-gelu": False}  # the end of a name -> open_clip's quick_gelu
 OPEN_CLIP, HUGGING_FACE = "open_clip:", "hf:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -131,7 +123,7 @@ class Architecture:
         try:
             return kind(**config)
         except Exception as error:  # of a config that somebody wrote, or a tower of another library
-            raise UserError(f"{self.name} cannot be built: {one_line(error)}") from error
+            raise UserError(f"{self.name} cannot be built: {reason(error)}") from error
 
     def preprocessing(self) -> dict[str, Any]:
         """open_clip's PreprocessCfg of the model."""
@@ -366,8 +358,3 @@ def _of_processor(folder: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: a preprocessing that is not known here ({error})") from error
-
-
-def one_line(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from clip.architectures import ARCHITECTURES, OPENAI_FILES, Architecture
 from engine.errors import UserError
-
-# OpenAI's archives keep these three integers beside the weights.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+from forgetting.checkpoints import NOT_WEIGHTS
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

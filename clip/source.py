@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip.architectures import ARCHITECTURES, OPEN_CLIP, architecture, one_line
+from clip.architectures import ARCHITECTURES, OPEN_CLIP, architecture
 from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
@@ -22,6 +22,7 @@ from engine.errors import UserError, unknown
 from engine.files import sha256_file
 from engine.log import Progress, say, warn
 from forgetting import ProblemError
+from forgetting.checks import reason
 from forgetting.reading import cut, warning_of
 from forgetting.towers import Tower, read_tower
 
@@ -119,7 +120,7 @@ class ClipSource:
             return Path(download_pretrained(known, cache_dir=str(self.cache / "weights")))
         except Exception as error:  # of the network, or of the hub
             raise UserError(
-                f"open_clip cannot fetch {arch.name} ({one_line(error)}); pass the file by "
+                f"open_clip cannot fetch {arch.name} ({reason(error)}); pass the file by "
                 "--weights PATH"
             ) from error
 
@@ -176,7 +177,7 @@ class ClipSource:
                     self.architecture.folder, output_loading_info=True, **place
                 )
         except Exception as error:  # of a config or weights that somebody wrote
-            raise UserError(f"{self.arch} cannot be loaded ({one_line(error)})") from error
+            raise UserError(f"{self.arch} cannot be loaded ({reason(error)})") from error
         for what in ("missing_keys", "mismatched_keys"):
             if found.get(what):
                 first = str(next(iter(found[what])))
@@ -211,7 +212,7 @@ class ClipSource:
             raise
         except Exception as error:
             raise UserError(
-                f"{self.arch}: its tokenizer cannot be had ({one_line(error)})"
+                f"{self.arch}: its tokenizer cannot be had ({reason(error)})"
             ) from error
 
     @cached_property

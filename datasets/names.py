@@ -38,6 +38,8 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
     """
     if name in classnames:
         return name
+    if not plain(name):
+        raise UserError("the name of a class is empty")
     same = [known for known in classnames if key(known) == key(name)]
     if len(same) == 1:
         return same[0]

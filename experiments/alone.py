@@ -11,10 +11,11 @@ from clip.bundle import FeatureBundle
 from clip.retain import Retained, exact_names, leaving_alone, settled
 from engine.config import settings
 from forgetting import RetainSet, solve_constrained_each
+from forgetting.requests import Requests
 from trainers.base import AdaptedProjection, Solved
 from trainers.exact import ForgetExact
 from trainers.plan import Plan
-from trainers.requests import Requests, Texts
+from trainers.requests import Texts
 
 Lever = Callable[[Retained, Tensor, Tensor], RetainSet]  # see experiments/levers.py
 

@@ -32,7 +32,7 @@ from forgetting import (
     solve_lora_each,
     solve_requests,
 )
-from trainers.requests import Requests
+from forgetting.requests import Requests
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough

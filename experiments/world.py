@@ -16,8 +16,9 @@ from engine.determinism import seeded
 from evaluation.results import join_label
 from forgetting import Group, LoraSettings, RetainSet
 from forgetting.complete import SpecificTargets
+from forgetting.requests import Request, Requests
 from trainers.base import Judge
-from trainers.requests import Request, Requests, Texts
+from trainers.requests import Texts
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from forgetting.checks import ProblemError, line
 from forgetting.compose import _Parser, _say
 from forgetting.compose import cli as compose_cli
+from forgetting.files import refuse_taken
 
 OTHER_TEMPLATES = (  # by which an audit asks whether other wordings follow
     *("a {}", "the {}", "a picture of a {}.", "a photo of the {}.", "a good photo of a {}."),
@@ -27,12 +28,14 @@ MODEL = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; raises ProblemError with one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--quiet"]:  # an option of each command
+        arguments = [*arguments[1:], "--quiet"]
     if arguments[:1] == ["compose"]:  # has a command line of its own, and speaks for itself
         return compose_cli(arguments[1:])
     parser, lazily = _parser()
     if arguments[:1] and arguments[0] in lazily:
         module, add, run = lazily[arguments[0]]
-        own = _Parser(prog=f"clip-forget {arguments[0]}", allow_abbrev=False)
+        own = _Parser(prog=f"clip-forget {arguments[0]}")
         found = _part(module)
         getattr(found, add)(own)
         said = getattr(found, run)(own.parse_args(arguments[1:]))
@@ -55,12 +58,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, str, str]]]
     parser = _Parser(
         prog="clip-forget",
         description="Forget names in a CLIP from text alone; no image, one small change.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name: str, about: str, run: Callable[[argparse.Namespace], None]) -> Any:
-        found = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        found = commands.add_parser(name, help=about, description=about)
         found.set_defaults(run=run)
         return found
 
@@ -111,12 +113,6 @@ def _never(args: argparse.Namespace) -> NoReturn:
     raise ProblemError(f"{args.command} is called with its own arguments")
 
 
-def _new(path: str) -> Path:
-    if Path(path).exists() or Path(path).is_symlink():
-        raise ProblemError(f"{line(path)} exists and is not overwritten; choose another --out")
-    return Path(path)
-
-
 def _names(given: Sequence[str]) -> list[str]:
     """Names, and those of files (@FILE)."""
     found: list[str] = []
@@ -125,10 +121,10 @@ def _names(given: Sequence[str]) -> list[str]:
             found.append(text)
             continue
         try:
-            content = Path(text[1:]).read_text(encoding="utf-8")
+            content = Path(text[1:]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ProblemError(f"names of {line(text[1:])} cannot be read ({error})") from error
-        found += [name.strip() for name in content.splitlines() if name.strip()]
+        found += [name for name in content.splitlines() if name.strip()]
     return found
 
 
@@ -136,12 +132,13 @@ def _forget(args: argparse.Namespace) -> None:
     from forgetting.forget import TEMPLATES, forget
     from forgetting.models import load_model
 
-    out, also = _new(args.out), {}
+    out, also = Path(args.out), {}
+    refuse_taken(out)
     for text in args.also:
         name, equals, word = text.partition("=")
         if not equals or not word.strip():
             raise ProblemError(f"--also {line(text)!r}: write NAME=WORD")
-        also.setdefault(name, []).append(word)
+        also.setdefault(name.strip(), []).append(word)
     retain, options = _names(args.retain), {}
     options |= {"push": args.push} if args.push is not None else {}
     options |= {"cache": args.cache} if args.cache else {}
@@ -157,17 +154,19 @@ def _forget(args: argparse.Namespace) -> None:
         target=args.target,
         beta=args.beta,
         generic=not args.no_generic,
+        progress=not args.quiet,
         **options,
     )
     answer.save(out, overwrite=False)
     count = len(answer.texts)
     _say(f"{out}: forgets {', '.join(answer.names)} by {count} text{'s' * (count > 1)}", sys.stdout)
     for note in answer.notes:
-        _say(f"  {note}", sys.stdout)
+        if not args.quiet or note.startswith("warning"):
+            _say(f"  {note}", sys.stdout)
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from forgetting.adapter import load_adapter
+    from forgetting.adapter import load_adapter, read_parts
     from forgetting.forecast import follow
     from forgetting.forget import Forgotten
     from forgetting.models import load_model
@@ -177,14 +176,21 @@ def _audit(args: argparse.Namespace) -> None:
     model, tokenize = load_model(args.model)
     found = Forgotten.load(args.adapter, model)
     tower = read_tower(model, tokenize)
+    known = {tower.tokens_sha256([text]) for text in found.texts}
+    parts = read_parts(adapter, args.adapter) if adapter.recipe else []
+    own = {part.name: part.tensors["forget_hidden"][0] for part in reversed(parts)}
     for name in adapter.classes:
         texts = [form.replace("{}", name) for form in OTHER_TEMPLATES]
         texts += [*args.word, name.upper(), name.lower()]
-        texts = [text for text in dict.fromkeys(texts) if text not in found.texts]
-        first = next((text for text in found.texts if name in text), name)
-        hidden = tower.hidden([first, *texts]).double()
+        # Of those that the model cannot tell apart one, and none that is forgotten itself.
+        read = {tower.tokens_sha256([text]): text for text in reversed(texts)}
+        texts = [text for tokens, text in read.items() if tokens not in known]
+        if not texts:
+            _say(f"{name}: no other wording that the model reads as another text", sys.stdout)
+            continue
+        hidden = tower.hidden([name, *texts]).double()
         left, right = adapter.left.double(), adapter.right.double()
-        shares = follow(left, right, hidden[0], hidden[1:]).tolist()
+        shares = follow(left, right, own.get(name, hidden[0]).double(), hidden[1:]).tolist()
         mean = sum(shares) / len(shares)
         _say(f"{name}: {len(texts)} other wordings go {mean:.2f} of the way on average", sys.stdout)
         for text, share in sorted(zip(texts, shares, strict=True), key=lambda pair: pair[1])[:5]:
@@ -208,7 +214,8 @@ def _undo(args: argparse.Namespace) -> None:
     from forgetting.forget import Forgotten
     from forgetting.models import load_model
 
-    out = _new(args.out)
+    out = Path(args.out)
+    refuse_taken(out)
     base = Forgotten.load(args.adapter, load_model(args.base)[0])
     if base.original is None:
         raise ProblemError("--base is the changed model: name the original one")

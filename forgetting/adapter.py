@@ -140,9 +140,14 @@ class Adapter:
         if self.recipe and not (self.tensors["shares"] > 0).all():
             raise ProblemError("shares must be positive")
 
+    @property
+    def texts(self) -> list[str]:
+        """By which texts: the names, their other words, and wordings that hardly followed."""
+        return list(check(self.solver.get("texts", self.classes), [TEXT, ...], "solver.texts"))
+
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
-        return self.left @ self.right  # (w, r) @ (r, d) -> (w, d)
+        return self.left.float() @ self.right.float()  # (w, r) @ (r, d) -> (w, d)
 
     def apply(self, projection: Tensor) -> Tensor:
         """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).

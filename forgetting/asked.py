@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import ProblemError, shown, tensor
+from forgetting.checks import FLOATS, NUMBER, ProblemError, check, matrix, shown, tensor
 from forgetting.forecast import Watch
 from forgetting.reading import cut
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import (
+    FURTHER,
     TARGETS,
     check_beta,
     empty_target,
@@ -48,11 +49,12 @@ class Asked:
             raise ProblemError(f"also must map names to lists of words, not {shown(also)}")
         found = {}
         for name, more in (also or {}).items():
+            name = name.strip() if isinstance(name, str) else name
             if name not in names:
                 near = get_close_matches(str(name), names)
                 meant = f"; did you mean {near[0]!r}?" if near else ""
                 raise ProblemError(f"also: {shown(name)} is not among the names to forget{meant}")
-            found[name] = _texts(f"also of {shown(name)}", more)
+            found[name] = (*found.get(name, ()), *_texts(f"also of {shown(name)}", more))
         owners: dict[str, str] = {}
         for name in names:
             for text in (name, *found.get(name, ())):
@@ -62,7 +64,7 @@ class Asked:
         keep = _texts("keep", keep)
         if both := [name for name in keep if name.casefold() in owners]:
             raise ProblemError(f"{both[0]!r} is to be forgotten and to be kept; choose one")
-        retain = _texts("retain", retain or ())
+        retain = _texts("retain", () if retain is None else retain)
         gone = tuple(name for name in retain if name.casefold() in owners)
         # Where some stay, those that are forgotten leave with their class, as in a list of which
         # several are forgotten in turn: the statistics are of the whole list, so requests compose.
@@ -117,9 +119,9 @@ class Book:
         return found
 
     def targets(
-        self, requests: Requests, watch: Watch, rows: Tensor, beta: float
+        self, requests: Requests, watch: Watch, rows: Tensor, betas: Tensor
     ) -> tuple[Tensor, list[int]]:
-        """`P` (k, d) for every target but `specific`, and the draws of noise."""
+        """`P` (k, d) for every target but `specific`, and the draws of noise; `betas`: (k,)."""
         kind, here = self.target, watch.hidden.device
         w = watch.projection.double()
         eye = torch.eye(w.shape[1], dtype=torch.float64, device=here)
@@ -129,10 +131,9 @@ class Book:
 
         e = embedded(requests.hidden)  # (k, d)
         if isinstance(kind, Tensor):
-            vector = tensor("target", kind.reshape(-1), (kind.dtype,), (w.shape[1],))
-            return vector.to(e).expand(len(e), -1), [0]
+            return kind.detach().to(e).expand(len(e), -1), [0]
         if kind == "opposite":
-            return opposite_target(e, eye, beta), [0]
+            return opposite_target(e, eye, betas), [0]
         if kind == "orthogonal":
             return orthogonal_target(torch.cat([e, embedded(rows)]), len(e)), [0]
         if kind == "empty":
@@ -144,23 +145,29 @@ class Book:
         return normalize(embedded(self.rows([text])), dim=1).expand(len(e), -1), [0]
 
 
-def check_target(target: str | Tensor, beta: float) -> None:
+def check_target(target: str | Tensor, beta: float, d: int) -> None:
+    """ProblemError if `target` is none among embeddings (d,), or `beta` no number for it."""
     if isinstance(target, Tensor):
-        return
-    if target not in TARGETS and not (str(target).startswith("text:") and target[5:].strip()):
+        matrix("target", tensor("target", target, FLOATS, (d,))[None])
+    elif not isinstance(target, str) or (
+        target not in TARGETS and not (target.startswith("text:") and target[5:].strip())
+    ):
         options = ", ".join((*TARGETS, "text:TEXT"))
         raise ProblemError(f"no target {shown(target)}; there are {options}, or a vector (d,)")
-    check_beta(target, beta)
+    if isinstance(target, str) and target in FURTHER:
+        check_beta(target, beta)
+    elif check(beta, NUMBER, "beta"):
+        raise ProblemError(f"beta is a number for {' and '.join(FURTHER)}, not for other targets")
 
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:
-    """A list of texts, each once, none empty."""
+    """A list of texts without the spaces around them, each once, none empty."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ProblemError(f"{what} must be a list of texts, not {shown(value)}")
     for text in value:
         if not isinstance(text, str) or not text.strip():
             raise ProblemError(f"{what} must be texts that are not empty, not {shown(text)}")
-    return tuple(dict.fromkeys(value))
+    return tuple(dict.fromkeys(text.strip() for text in value))
 
 
 def fill(form: str, name: str) -> str:

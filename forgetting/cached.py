@@ -21,6 +21,7 @@ from forgetting.checkpoints import read_projection
 from forgetting.checks import HASH, ProblemError, check, line, shown
 from forgetting.files import (
     UNREADABLE,
+    container,
     digest,
     naming,
     need,
@@ -114,7 +115,6 @@ def _npy(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
 
 def _safetensors(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
     from safetensors import safe_open
-    from safetensors.torch import save
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -124,10 +124,9 @@ def _safetensors(path: Path, out: Path, key: str | None, work: Work, mark: str) 
         raise ProblemError(f"not a readable safetensors file ({line(error)})") from error
     marks = _unmarked(metadata.get(PATCHED, ""), mark)
     name = _one_of(tensors, key)
-    tensors[name] = work(tensors[name]).contiguous()
-    data = save(tensors, metadata | {PATCHED: marks})
+    tensors[name] = work(tensors[name])
     with new_place(out) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(container(tensors, metadata | {PATCHED: marks}))
 
 
 def _pt(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:

@@ -25,6 +25,8 @@ FREE_RADIUS = 2.0
 # The most that was seen, against extended precision, is 2.3e-16 in 3,000 problems of all scales and
 # 2e-17 on CLIP's features.
 ROUNDING = 2e-15
+POOR = 1e-6  # a gap or residual above this is no answer to rely on
+BATCH = 256  # classes at a time; the memory is m x BATCH
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,6 @@ def certify_each(
     u_scale: Tensor,
     u_direction: Tensor,
     triangle: Tensor | None = None,
-    batch: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`certify` for C texts that are each forgotten alone, each by a change of rank one.
 
@@ -167,7 +168,6 @@ def certify_each(
             u_direction: (C, w).
         triangle: (w, w), R of a QR factorisation of `retain_hidden`; then the cost does not depend
             on m, and what leaves is taken off the squares.
-        batch: classes at a time; the memory is m x batch.
 
     Returns:
         primal, bound and gap, (C,) float64.
@@ -184,8 +184,8 @@ def certify_each(
     length_f, length_r = norm(h_f, dim=1), float(torch.linalg.matrix_norm(h_r))
     made = norm(problem.double.target, dim=1)
     made = made + length_f * float(torch.linalg.matrix_norm(problem.double.projection))
-    for start in range(0, len(h_f), batch):
-        part = slice(start, start + batch)
+    for start in range(0, len(h_f), BATCH):
+        part = slice(start, start + BATCH)
         lf = lamb_forget[part]  # (B,)
         seen = _seen(rows, h_r, leaving[part], triangle is not None)
         moved, _, blurred = seen(left[part])

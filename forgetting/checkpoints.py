@@ -21,6 +21,7 @@ from torch import Tensor
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.checks import FLOATS, ProblemError, line, shown
 from forgetting.files import naming
+from forgetting.identity import description
 from forgetting.torchscript import is_torchscript, read_torchscript
 
 OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
@@ -180,19 +181,23 @@ def _is(weight: Tensor, adapter: Adapter, original: Tensor | None) -> bool:
 
 
 def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-    """W (w, d) of an adapter from a checkpoint, and the bias (d,) that stands beside it, if any.
+    """W (w, d) of an adapter from a checkpoint, and the bias (d,) of it: that which the adapter
+    names, else one that stands beside the projection, if any.
 
     Args:
         base: a file of weights, or a folder of Hugging Face's or open_clip's.
 
     Raises:
-        ProblemError: it cannot be read, or holds no such projection.
+        ProblemError: it cannot be read, or holds no such projection, or not its bias.
     """
     tensors = {}
     for file in weight_files(base):
         tensors |= read_tensors(file)
     with naming(base):
-        found = find(tensors, adapter)
-    stem, dot, last = found.name.rpartition(".")
-    bias = tensors.get(f"{stem}.bias") if dot and last == "weight" else None
+        found, named = find(tensors, adapter), description(adapter).get("bias")
+        stem, dot, last = found.name.rpartition(".")
+        beside = f"{stem}.bias" if dot and last == "weight" else None
+        bias = tensors.get(named, tensors.get(beside))
+        if named and bias is None:
+            raise ProblemError(f"the projection has a bias, {line(named)}, which is not in it")
     return found.exact.clone(), bias

@@ -12,6 +12,7 @@ A tensor is given by its dtypes and dimensions: numbers, or words that stand for
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ HASH: Rule = (
 NUMBER: Rule = (_in_range, "a number in the range of 1e±40")
 POSITIVE = above(0)
 WEIGHT: Rule = (lambda x: _in_range(x) and x >= 0, "0 or more, at most 1e40")
+FLAG: Rule = (lambda x: type(x) is bool, "true or false")
 OBJECT: Rule = (lambda x: isinstance(x, dict) and is_json(x), "an object of finite values")
 
 
@@ -95,6 +97,11 @@ def either(word: Any, rule: Rule) -> Rule:
 def line(text: Any) -> str:
     """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's code raised, in a message."""
+    return line(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ..."))
 
 
 def shown(value: Any) -> str:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import Part, recipe_parts
+from forgetting.certificate import POOR
 from forgetting.constrained import ConstrainedSolution, Ridge, solve_constrained_each
-from forgetting.forecast import Felt, Watch, follow, shares_each
+from forgetting.forecast import Felt, Mark, Watch, follow, shares_each, worst
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.retain import RetainSet
 from forgetting.targets import Specific
@@ -27,7 +28,6 @@ JOIN = 3  # wordings of a class that may join its texts: each harms the others a
 ROUNDS = 8  # times that a request is solved again, at most
 SHOWN = 3  # names that are said to feel it
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further
-POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class World:
         watch: texts by which images are classified; label: class -> its row there.
         leaving: which retained names leave with each of C classes, (C, n) bool.
         send: the targets `P` (K, d) of requests, and the draws of noise for each: of the requests,
-            what leaves, their numbers among all, and the beta of each.
+            what leaves, their numbers among all, and the beta of each text, (K,) float64.
         dataset: what the classes belong to, in adapters.
         follow: a wording that goes less of the way joins; margin: wanted, in units of the lead.
         further: whether the target can go further by beta.
@@ -54,7 +54,7 @@ class World:
     watch: Watch
     label: Mapping[str, int]
     leaving: Callable[[Requests], Tensor]
-    send: Callable[[Requests, Tensor, Sequence[int], Sequence[float]], tuple[Tensor, list[int]]]
+    send: Callable[[Requests, Tensor, Sequence[int], Tensor], tuple[Tensor, list[int]]]
     dataset: str
     follow: float
     margin: float
@@ -74,9 +74,10 @@ class Answer:
 
     Attributes:
         first: the request as it was asked; request: with the wordings that joined.
-        solution: the change and its proof; beta: how far the target went in the end.
+        solution: the change and its proof; betas: how far each class's target went in the end.
         left_retain_set: names that were not retained; draws: of noise, for the target.
-        felt, lead, margin: see `forgetting.forecast.Forecast`; unlisted: group -> rms and max.
+        felt: see `forgetting.forecast.Forecast`; marks: of each class; unlisted: group -> rms and
+            max.
         parts, recipe: what composing needs.
         shares: of each wording that was looked at, how far it follows; limit: of them.
         option: how a reader keeps a name from falling.
@@ -88,10 +89,9 @@ class Answer:
     left_retain_set: list[str]
     draws: int
     mu: float
-    beta: float
+    betas: list[float]
     felt: list[Felt]
-    margin: float | None
-    lead: float | None
+    marks: list[Mark]
     parts: list[Part]
     recipe: dict[str, Any]
     limit: float
@@ -112,7 +112,7 @@ class Answer:
 
     def report(self) -> dict[str, Any]:
         """All of it in JSON values, for logs and adapters."""
-        behind = self.behind
+        behind, mark = self.behind, worst(self.marks)
         found = {"looked_at": len(self.shares), "joined": self.joined, "behind": behind}
         return {
             "certificate": asdict(self.solution.certificate),
@@ -121,12 +121,12 @@ class Answer:
             "left_retain_set": self.left_retain_set,
             "target_draws": self.draws,
             "mu": self.mu,
-            "beta": self.beta,
+            "beta": max(self.betas),
             "forecast": {
                 "unlisted": self.unlisted,
                 "felt": [one._asdict() for one in self.felt],
-                "margin": self.margin,
-                "lead": self.lead,
+                "margin": mark.margin,
+                "lead": mark.lead,
             },
             "wordings": found,
         }
@@ -135,9 +135,7 @@ class Answer:
         """What a reader should know, a line each; `own`: the classes' names as they are retained,
         which leave with them as a matter of course."""
         notes, gap = [proof(self.solution.certificate.gap)], self.solution.residual
-        similar = [name for name in self.left_retain_set if name not in own]
-        if similar:
-            notes.append(f"left the retain set: {', '.join(similar)}")
+        notes += left_notes(self.left_retain_set, own)
         if gap > POOR:
             notes.append(
                 f"warning: texts end {gap:.1e} of their way beside their targets; texts that "
@@ -165,6 +163,12 @@ class Answer:
         return notes
 
 
+def left_notes(names: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Which names left the retain set, beside those of the forgotten classes themselves."""
+    similar = [name for name in names if name not in own]
+    return [f"left the retain set: {', '.join(similar)}"] if similar else []
+
+
 def proof(gap: float) -> str:
     """A certificate's relative gap in words."""
     if gap <= POOR:
@@ -181,23 +185,21 @@ def forget_completely(
     """Forget each request from the original model.
 
     Args:
-        wordings: other texts of each class, which may join (`JOIN` of them) if they hardly follow.
+        wordings: other texts of each class, of which `JOIN` may join if they hardly follow.
         beta: where the target starts.
 
     Raises:
         ProblemError: whatever the solver and the targets refuse.
     """
     first, current = list(requests), list(requests)
-    betas = [float(beta)] * len(first)
+    betas = [[float(beta)] * len(request.classes) for request in first]
     answers = _solve(world, first, current, range(len(first)), betas)
     for _ in range(ROUNDS):
         again = []
         for i, answer in enumerate(answers):
-            request = current[i]
-            more = len(request.texts) - len(first[i].texts) < JOIN * len(request.classes)
-            if more and (behind := _behind(world, answer, wordings)):
-                current[i] = request.joined(behind)
-            elif further := _further(world, answer, betas[i]):
+            if behind := _behind(world, answer, wordings):
+                current[i] = current[i].joined(behind)
+            elif further := _further(world, answer):
                 betas[i] = further
             else:
                 continue
@@ -219,12 +221,13 @@ def _solve(
     first: Sequence[Request],
     current: Sequence[Request],
     numbers: Sequence[int],
-    betas: Sequence[float],
+    betas: Sequence[list[float]],
 ) -> list[Answer]:
-    """One solve of each request; `numbers`: their places among all."""
+    """One solve of each request; `numbers`: their places among all; `betas`: of their classes."""
     retain, ridge, requests = world.retain, world.ridge, Requests(current)
     leaving = world.leaving(requests)  # (C, n)
-    target, draws = world.send(requests, leaving, numbers, betas)
+    each_class = torch.tensor([beta for part in betas for beta in part], dtype=torch.float64)
+    target, draws = world.send(requests, leaving, numbers, each_class[requests.owner])
     hidden = requests.hidden.double().to(world.device)
     here = hidden @ world.projection.double()
     if world.bias is not None:
@@ -254,10 +257,9 @@ def _solve(
             left_retain_set=retain.named(gone[i]),
             draws=draws[i],
             mu=ridge.mu,
-            beta=betas[i],
+            betas=betas[i],
             felt=felt[i][0],
-            margin=felt[i][1],
-            lead=felt[i][2],
+            marks=felt[i][1],
             parts=list(islice(each, len(request.classes))),
             recipe=recipe,
             limit=world.follow,
@@ -267,21 +269,29 @@ def _solve(
     ]
 
 
-def _further(world: World, answer: Answer, beta: float) -> float | None:
-    """The next beta for a class whose text shows too small a margin; None: it is good, or there is
-    none."""
-    margin, lead = answer.margin, answer.lead
-    if not world.further or not world.margin or margin is None or margin >= world.margin * lead:
+def _further(world: World, answer: Answer) -> list[float] | None:
+    """The betas, that of each class whose text shows too small a margin a step further; None: all
+    are good, or there is no step."""
+    if not world.further or not world.margin:
         return None
-    return next((step for step in BETAS if step > beta), None)
+    found = [
+        next((step for step in BETAS if step > beta), beta)
+        if mark.margin is not None and mark.margin < world.margin * mark.lead
+        else beta
+        for mark, beta in zip(answer.marks, answer.betas, strict=True)
+    ]
+    return None if found == answer.betas else found
 
 
 def _behind(
     world: World, answer: Answer, wordings: Mapping[str, Wordings]
 ) -> list[tuple[int, str, Tensor]]:
-    """Of each class (by number) the wording that follows its texts least, if it hardly does."""
+    """Of each class (by number) that may be joined by more the wording that follows its texts
+    least, if it hardly does."""
     found, request = [], answer.request
     for number, name in enumerate(request.classes):
+        if request.owner.count(number) - answer.first.owner.count(number) >= JOIN:
+            continue
         texts, hidden = wordings[name]
         shares = _follow(world, answer, number, hidden).tolist()
         free = [i for i, text in enumerate(texts) if text not in request.texts]
@@ -337,8 +347,8 @@ def _unlisted(world: World, answers: Sequence[Answer]) -> list[dict[str, Any]]:
 class SpecificTargets:
     """`P` (K, d) of the target `specific` for requests of one retain set, float64.
 
-    A class's own target does not depend on which others are forgotten with it, so that requests
-    compose: only its own names are taken out of what it is compared with.
+    Of one beta a class's own target does not depend on which others are forgotten with it, so that
+    requests compose: only its own names are taken out of what it is compared with.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ a mu that depends on the request; it is solved again from the retain statistics 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections import Counter
@@ -37,10 +36,11 @@ from forgetting.adapter import (
     recipe_fields,
     save_adapter,
 )
-from forgetting.certificate import certify_constrained
-from forgetting.checks import ProblemError, line
+from forgetting.certificate import POOR, certify_constrained
+from forgetting.checks import ProblemError, line, shown
 from forgetting.constrained import land
 from forgetting.exact import settle, solve_exact
+from forgetting.files import refuse_taken
 from forgetting.problem import NUMBERS, Change, ForgetProblem
 from forgetting.statistics import RetainStatistics, square_root
 
@@ -50,7 +50,6 @@ ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # 
 SAME_TEXT, UNCLEAR = 1e-5, 1e-3
 # Targets of one text that agree to this are one target: whoever made them may have used float32.
 SAME_TARGET = 1e-4
-POOR = 1e-6  # a residual or gap above this is no answer to rely on
 CHUNK = 1024  # rows that are compared with all others at one time
 
 
@@ -250,6 +249,8 @@ def compose(
     except torch.linalg.LinAlgError as error:
         raise ProblemError("the recipes or statistics hold numbers too large to solve") from error
     settings = [adapter.settings for adapter in adapters.values()]
+    texts = Counter(text for adapter in adapters.values() for text in adapter.texts)
+    texts.subtract(text for adapter in (without or {}).values() for text in adapter.texts)
     return replace(
         first,
         left=composed.left.float(),
@@ -259,9 +260,10 @@ def compose(
         settings={
             key: value
             for key, value in first.settings.items()
-            if all(key in other and other[key] == value for other in settings)
+            if key != "changed_sha256"  # of another change
+            and all(key in other and other[key] == value for other in settings)
         },
-        solver={"name": "compose", **composed.report},
+        solver={"name": "compose", "texts": [*+texts], **composed.report},
         **recipe_fields(first.recipe, parts),
     )
 
@@ -278,10 +280,12 @@ def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
     ]
     for name, ours, theirs in compared:
         if ours != theirs:
-            if name in ("text projection", "statistics", "model"):  # hashes
-                ours, theirs = ours[:12], theirs[:12]
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                key = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
+                name, ours, theirs = f"{name}.{key}", ours.get(key), theirs.get(key)
+            ours, theirs = shown(ours), shown(theirs)
             raise ProblemError(
-                f"{name} differs: {ours!r} in {a_where}, {theirs!r} in {b_where}; only adapters "
+                f"{line(name)} differs: {ours} in {a_where}, {theirs} in {b_where}; only adapters "
                 "of one model, made in the same way, compose"
             )
 
@@ -309,6 +313,13 @@ def _same(a: Part, b: Part) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises ProblemError, with the nearest option for an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        about = "show no progress and no notes: results, warnings and errors alone"
+        self.add_argument("--quiet", action="store_true", help=about)
+
     def error(self, message: str) -> NoReturn:
         _, _, rest = message.partition("unrecognized arguments: ")
         if rest.startswith("-"):
@@ -324,7 +335,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(
         prog="python -m forgetting.compose",
         description="Join adapters, or give classes back, by solving again.",
-        allow_abbrev=False,
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
     given_back = "adapter whose classes are given back; may be repeated"
@@ -336,10 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--statistics", help=needed)
     args = parser.parse_intermixed_args(argv)
     out = Path(args.out)
-    if os.path.lexists(out):
-        raise ProblemError(
-            f"{line(out)} exists and is not overwritten; move it or choose another --out"
-        )
+    refuse_taken(out)
     if len(args.adapters) < 2 and not args.without:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
     adapters: dict[str, Adapter] = {}
@@ -361,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in result.solver.items()
-        if name not in ("name", "proved")
+        if name not in ("name", "texts", "proved")
     ]
     if not result.solver["proved"]:
         report.append("not proved to be the least disturbance: that takes --statistics")

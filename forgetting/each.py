@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forgetting.batches import padded_rows, texts_each
 from forgetting.certificate import certify_each
-from forgetting.checks import mask
+from forgetting.checks import indices, mask
 from forgetting.exact import (
     AUTO_MARGIN,
     GOOD_GAP,
@@ -83,9 +83,7 @@ class EachSolution:
         return self.left[i, :, None][:, :rank], self.right[i][None][:rank], report
 
 
-def solve_each(
-    problem: ForgetProblem, leaving: Tensor | None = None, spectrum: Spectrum | None = None
-) -> EachSolution:
+def solve_each(problem: ForgetProblem, leaving: Tensor | None = None) -> EachSolution:
     """Forget each of the C texts of `problem` alone.
 
     Args:
@@ -94,7 +92,6 @@ def solve_each(
             class's own.
         leaving: (C, m) bool, which rows of `retain_hidden` leave when class i is forgotten: its own
             text and what means the same. None: none.
-        spectrum: of `problem.retain_hidden`, if it is known.
 
     Raises:
         ProblemError: a mask of another shape, or "auto" for a target that cannot be reached.
@@ -113,7 +110,7 @@ def solve_each(
     if problem.lamb_preserve == 0 or problem.lw == 0 or m == 0:
         poor = torch.arange(count)  # a shared factorisation saves nothing, or a weight is zero
     else:
-        spectrum = spectrum or Spectrum(problem.retain_hidden)
+        spectrum = Spectrum(problem.retain_hidden)
         most = max(torch.bincount(leaving.nonzero()[:, 0], minlength=1).tolist())
         size = max(1, BATCH_NUMBERS // (3 * (1 + most) * max(1, len(spectrum.values))))
         parts = [
@@ -154,7 +151,12 @@ def solve_requests(
     Returns:
         For each left (w, r), right (r, d), and a report: certificate, branch, mu, rho, thresholds
         and `lamb_forget`, in words and numbers.
+
+    Raises:
+        ProblemError: an owner or a mask that does not fit; see also `solve_exact`.
     """
+    leaving = mask("leaving", leaving, len(problem.retain_hidden))
+    owner = indices("owner", owner, len(problem.forget_hidden), len(leaving))
     count, order = texts_each(owner, len(leaving)), owner.argsort(stable=True)
     single = (count == 1).nonzero()[:, 0]
     texts = order[(count.cumsum(0) - count)[single]]

@@ -35,7 +35,7 @@ from torch import Tensor
 from forgetting.certificate import Certificate, certify
 from forgetting.checks import ProblemError
 from forgetting.problem import AUTO, Change, ForgetProblem
-from forgetting.spectrum import Reduced, Spectrum, best_ridge
+from forgetting.spectrum import Reduced, Spectrum, best_r
 from forgetting.weightless import Weightless
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
@@ -236,7 +236,7 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
         a, rotation = torch.linalg.eigh(reduced.a(mu))  # (p,), (p, p)
         a = a.clamp(min=0)
         turned = rotation.T @ reduced.d  # (p, d)
-        r = best_ridge(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
+        r = best_r(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
         return r, rotation @ (turned / (a + r)[:, None]) if r < math.inf else None
 
     def slope(mu: float) -> float:

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from forgetting.adapter import Adapter, load_adapter
@@ -45,10 +44,13 @@ from forgetting.checkpoints import (
     weight_files,
 )
 from forgetting.checks import ProblemError, line
-from forgetting.files import naming, need, new_place, refuse_taken
+from forgetting.files import container, naming, need, new_place, refuse_taken
 
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
+
+
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # what open_clip says of weights
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def export(
         out: the file (`openai`, `onnx`) or folder to write; must not exist.
         original: the checkpoint that the adapter was made from, where `base` holds a copy of its
             projection in another dtype.
-        config: for `open_clip`, a name of its configurations or a JSON file, where the base has
-            none beside it.
+        config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it: a name
+            of its configurations, NAME/TAG where their weights differ, or a JSON file.
 
     Returns:
         `out`.
@@ -101,6 +103,8 @@ def export(
         raise ProblemError(f"no format {line(to)!r}; there are {', '.join(FORMATS)}")
     out, base = Path(out), Path(base)
     refuse_taken(out)
+    if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
+        raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
     FORMATS[to](Job(adapter, base, exact, config), out)
     return out
@@ -170,15 +174,30 @@ def _open_clip_config(named: str | None, beside: Path) -> dict[str, Any]:
             "with its activation: ViT-B-32-quickgelu for OpenAI's weights, ViT-B-32 for GELU"
         )
     file = beside if named is None else Path(named)
-    if file.is_file():
-        config = read_json(file)
-    else:
-        config = need("open_clip", "clip-forgetting[open-clip]").get_model_config(named)
-        if config is None:
-            raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
+    config = read_json(file) if file.is_file() else _named_config(named)
     with naming(file):
         model = _model_config(config)
     return {"model_cfg": model, "preprocess_cfg": config.get("preprocess_cfg", {})}
+
+
+def _named_config(named: str) -> dict[str, Any]:
+    """The configuration NAME or NAME/TAG of open_clip, and the preprocessing of its weights."""
+    library = need("open_clip", "clip-forgetting[open-clip]")
+    name, _, tag = named.partition("/")
+    config, tags = library.get_model_config(name), library.list_pretrained_tags_by_model(name)
+    if config is None or (tag and tag not in tags):
+        raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
+    found = []
+    for each in [tag] if tag else tags:
+        known = library.get_pretrained_cfg(name, each)
+        own = {key: known[key] for key in PREPROCESSING if key in known}
+        found += [own] if own not in found else []
+    if len(found) > 1:
+        raise ProblemError(
+            f"weights of {line(name)} differ in how images are prepared: name yours "
+            f"({line(name)}/TAG, one of {', '.join(tags)}), or a file of a configuration"
+        )
+    return {"model_cfg": config, "preprocess_cfg": found[0] if found else {}}
 
 
 def _hf(job: Job, out: Path) -> None:
@@ -247,7 +266,7 @@ def _onnx(job: Job, out: Path) -> None:
 
     if job.base.suffix == ".onnx":
         return patch_graph(job.adapter, job.base, out, job.original)
-    if job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
+    if job.config is None and job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
         _require_hf(job.base)
         tensors, _, _ = job.change(HF_WEIGHTS)
         return export_tower(hf_model(job.base, tensors), out)
@@ -310,9 +329,7 @@ def _copy(base: Path, folder: Path) -> None:
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors, which transformers wants to say that they are of torch."""
-    # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: x.detach().clone().contiguous() for name, x in tensors.items()}
-    path.write_bytes(save(tensors, {"format": "pt"} | (metadata or {})))
+    path.write_bytes(container(tensors, {"format": "pt"} | (metadata or {})))
 
 
 def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
@@ -334,7 +351,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint that the adapter was made from, if the base is a rounded copy of it",
     )
     parser.add_argument(
-        "--config", help="open_clip only: name or file of a configuration, if the base has none"
+        "--config",
+        help="name (NAME or NAME/TAG) or file of open_clip's configuration, if the base has none",
     )
 
 

@@ -30,13 +30,18 @@ DTYPES = {  # as safetensors calls and orders them
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
 }
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
 
@@ -74,7 +79,14 @@ def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A file of safetensors. The library's own writer needs numpy, and orders its header by chance;
-    this one orders all as that one orders the data, and the header by name."""
+    this one orders all as that one orders the data, and the header by name.
+
+    Raises:
+        ProblemError: a tensor of a dtype that such files do not hold.
+    """
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            raise ProblemError(f"{shown(name)} is {x.dtype}, which safetensors does not hold")
     order = sorted(tensors, key=lambda name: (-list(DTYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0

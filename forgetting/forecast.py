@@ -29,6 +29,7 @@ from forgetting.problem import Change
 
 SHOWN = 5  # names that feel most
 SHORTEST = 1e-300
+GONE = 1e-5  # of its length: a text of which less is left points where rounding says
 
 
 class Felt(NamedTuple):
@@ -49,6 +50,19 @@ class Felt(NamedTuple):
     @property
     def falls(self) -> bool:
         return self.lost > self.lead
+
+
+class Mark(NamedTuple):
+    """How a forgotten text fares: its margin and its lead, see `Forecast`."""
+
+    margin: float | None
+    lead: float | None
+
+
+def worst(marks: Sequence[Mark]) -> Mark:
+    """That of the text which fares worst."""
+    known = [mark for mark in marks if mark.margin is not None]
+    return min(known, key=lambda mark: mark.margin - mark.lead, default=Mark(None, None))
 
 
 @dataclass(frozen=True)
@@ -182,14 +196,15 @@ class Watch:
 
     def each(
         self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[Felt], float | None, float | None]]:
-        """For each change the names that lose most cosine, and the margin and the lead of
-        `Forecast`.
+    ) -> list[tuple[list[Felt], list[Mark]]]:
+        """For each change the names that lose most cosine, and of each text that it forgets the
+        margin and the lead of `Forecast`: None where there is no other name, or nothing is left
+        of the text.
 
         Args:
             forgotten: the texts (rows) of what each change forgets.
         """
-        found: dict[int, tuple[list[Felt], float | None, float | None]] = {}
+        found: dict[int, tuple[list[Felt], list[Mark]]] = {}
         ranks = torch.tensor([change.left.shape[1] for change in changes])
         for rank in ranks.unique().tolist():
             size = max(1, BATCH_NUMBERS // (len(self.names) * rank))
@@ -201,7 +216,7 @@ class Watch:
 
     def _block(
         self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[Felt], float | None, float | None]]:
+    ) -> list[tuple[list[Felt], list[Mark]]]:
         """`each` of B changes of one rank k."""
         hidden, before, length = self._double
         left, right = (
@@ -249,10 +264,10 @@ class Watch:
 
         leads = 1 - nearest(was / length[near]) / length[rows]
         margins = (nearest(now) - now[torch.arange(len(rows)), rows]) / length[rows]
-        ahead: list[tuple[float | None, float | None]] = [(None, None)] * len(changes)
-        columns = (x.tolist() for x in (which, margins, leads, others.any(dim=1)))
-        for change, margin, lead, some in zip(*columns, strict=True):
-            worst, at = ahead[change]
-            if some and (worst is None or margin - lead < worst - at):
-                ahead[change] = margin, lead
-        return [(names, *numbers) for names, numbers in zip(felt, ahead, strict=True)]
+        there = others.any(dim=1) & (after[which, rows] > GONE * length[rows])
+        marks: list[list[Mark]] = [[] for _ in changes]
+        for change, *mark, some in zip(
+            *(x.tolist() for x in (which, margins, leads, there)), strict=True
+        ):
+            marks[change].append(Mark(*mark) if some else Mark(None, None))
+        return list(zip(felt, marks, strict=True))

@@ -20,23 +20,35 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256, recipe_fields
 from forgetting.asked import Asked, Book, check_target, fill
-from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, finite, line, shown
+from forgetting.checks import (
+    FLAG,
+    POSITIVE,
+    WEIGHT,
+    ProblemError,
+    check,
+    either,
+    finite,
+    line,
+    shown,
+)
 from forgetting.complete import Answer, SpecificTargets, World, forget_completely
 from forgetting.forecast import Watch
 from forgetting.forgotten import APPLIED, Forgotten
 from forgetting.generic import ALIKE, CACHE, generic_hidden
-from forgetting.identity import describe
-from forgetting.modules import tensor_sha256, turned
+from forgetting.identity import changed_sha256, describe
+from forgetting.modules import tensor_sha256
 from forgetting.reading import Tokenize, warning_of
 from forgetting.requests import Requests
 from forgetting.retain import Group, RetainSet
 from forgetting.ridge import best_ridge
+from forgetting.targets import FURTHER
 from forgetting.towers import Tower, read_tower
 
 TEMPLATES = ("{}", "a photo of a {}.")
 # The defaults of ForgetExact where no other set is listed (configs/trainers/ForgetExact.yaml).
 WEIGHTS = {"own": 1.0, "generic": 0.5, "keep": 0.1}
 SIMILARITY, SHARED, PUSH, MARGIN, FOLLOW = 0.95, 0.5, 0.1, 1.0, 0.5
+PLACE = (lambda x: isinstance(x, str | Path), "a folder")
 LOOKED_AT = 32  # of them, for the ridge
 ENOUGH = 16  # names of a caller's list for which the ridge is looked for by that list alone
 TRAINER, DATASET = "forget", "names"
@@ -75,7 +87,8 @@ def forget(
             images are classified.
         keep: names that must not be harmed, beside their place in `retain` or the vocabulary.
         target: `specific`, `opposite`, `orthogonal`, `empty`, `text:TEXT`, or a vector (d,).
-        beta: how far beyond nothing the target goes; `specific` goes further by itself.
+        beta: how far beyond nothing the target goes; `specific` and `opposite` go further by
+            themselves, but for an `opposite` at 0, which leaves nothing that could be looked at.
         weights: of the groups `own` (`retain`), `generic` and `keep`, where not the default.
         ridge: in mean squared lengths of a hidden state; None: found from text alone, with names
             pushed no further than `push` of the way to their nearest neighbour.
@@ -96,8 +109,11 @@ def forget(
             "undo that, and forget all names at once or join the adapters (forgetting.compose)"
         )
     words = Asked.of(names, also, retain, templates, keep)
-    check_target(target, beta)
-    if not generic and not words.retain:
+    check_target(target, beta, tower.projection.shape[1])
+    for name, value in (("generic", generic), ("progress", progress)):
+        check(value, FLAG, name)
+    check(cache, either(None, PLACE), "cache")
+    if not (generic or words.retain or words.keep):
         raise ProblemError("nothing to retain: name some, or retain the generic vocabulary")
     chosen = _weights(weights)
     here = tower.device if tower.device.type == "cuda" else torch.device("cpu")
@@ -152,12 +168,11 @@ def forget(
     specific = SpecificTargets(w, names_kept, lam, b)
 
     def send(
-        requests: Requests, gone: Tensor, numbers: Sequence[int], betas: Sequence[float]
+        requests: Requests, gone: Tensor, numbers: Sequence[int], betas: Tensor
     ) -> tuple[Tensor, list[int]]:
         if isinstance(target, str) and target == "specific":
-            steps = torch.tensor(betas, dtype=torch.float64)[requests.of_text]
-            return specific(requests, gone, steps), [0]
-        return book.targets(requests, watch, names_kept.rows, beta)
+            return specific(requests, gone, betas), [0]
+        return book.targets(requests, watch, names_kept.rows, betas)
 
     world = World(
         names_kept,
@@ -170,8 +185,8 @@ def forget(
         dataset=DATASET,
         follow=check(follow, WEIGHT, "follow"),
         margin=check(margin, WEIGHT, "margin"),
-        further=isinstance(target, str) and target == "specific",
-        option="keep",
+        further=isinstance(target, str) and target in FURTHER,
+        option="keep or --keep",
         bias=b,
     )
     answer = forget_completely(world, [request], wordings, beta)[0]
@@ -217,13 +232,15 @@ def _forgotten(
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):
         raise ProblemError("the change is not finite: a weight, ridge or beta is out of range")
-    made = turned(adapter.changed(tower.projection), tower.transposed)
-    adapter.settings.update({"model": describe(tower), "changed_sha256": tensor_sha256(made)})
+    made = changed_sha256(adapter, tower.projection, tower.transposed)
+    adapter.settings.update({"model": describe(tower), "changed_sha256": made})
     return Forgotten(adapter, tower, tower.weight.detach().clone(), tuple(notes))
 
 
 def _weights(given: Mapping[str, float] | None) -> dict[str, float]:
     found = dict(WEIGHTS)
+    if given is not None and not isinstance(given, Mapping):
+        raise ProblemError(f"weights must map groups to numbers, not {shown(given)}")
     for name, weight in (given or {}).items():
         if name not in found:
             raise ProblemError(f"no group {shown(name)} to weigh; there are {', '.join(found)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from forgetting.adapter import (
     save_adapter,
 )
 from forgetting.certificate import Certificate
-from forgetting.checks import ProblemError, line
+from forgetting.checks import ProblemError, line, matrix
 from forgetting.forecast import Felt, Forecast
-from forgetting.identity import description, find, upright, verify
-from forgetting.modules import tensor_sha256, turned
+from forgetting.identity import changed_sha256, description, find, verify
+from forgetting.modules import tensor_sha256, tensors, turned
 from forgetting.patch import patch
 from forgetting.towers import Tower
 
@@ -54,7 +54,7 @@ class Forgotten:
     @property
     def texts(self) -> list[str]:
         """By which texts: the names, their other words, and wordings that hardly followed."""
-        return list(self.adapter.solver.get("texts", self.adapter.classes))
+        return self.adapter.texts
 
     @property
     def certificate(self) -> Certificate | None:
@@ -84,8 +84,10 @@ class Forgotten:
         """
         tower = self._model("apply")
         if self._state(tower) == "original":
+            before = tensor_sha256(tower.weight)
             tower.write(self.adapter.changed(tower.projection))
-            APPLIED[tensor_sha256(tower.weight)] = self.names
+            if (now := tensor_sha256(tower.weight)) != before:  # nothing is no change
+                APPLIED[now] = self.names
 
     def undo(self) -> None:
         """Make the model what it was, bit for bit; nothing happens if it is that already.
@@ -134,7 +136,7 @@ class Forgotten:
             raise ProblemError(
                 "the projection has a bias, which is in the model: load it with that"
             )
-        w = upright(self.original, self.adapter)
+        w = turned(self.original, self._transposed)
         left, right = self.adapter.left, self.adapter.right
         return patch(embeddings, w, left, right, bias, normalised)
 
@@ -153,46 +155,59 @@ class Forgotten:
 
         Args:
             model: to be changed; it may be changed already. None: only to read.
-            original: (w, d) or as the model holds it, where the model is changed already.
+            original: (w, d) or (d, w), where the model is changed already.
 
         Raises:
             ProblemError: no adapter, a damaged one, or a model that has no such projection.
         """
         adapter = load_adapter(path)
-        notes = tuple(adapter.solver.get("notes", ()))
-        if model is None:
-            return cls(adapter, None, original, notes)
-        tower = find(model, adapter)
+        notes = tuple(map(str, adapter.solver.get("notes") or ()))
+        if original is not None:
+            ways = matrix("original", original), original.T
+            right = [w for w in ways if projection_sha256(w) == adapter.projection_sha256]
+            if not right:
+                raise ProblemError("the original projection is not the one of the adapter")
+            original = right[0]
+        tower = None if model is None else find(model, adapter, original)
         found = cls(adapter, tower, None, notes)
         if original is not None:
-            like = tower.weight.detach()
-            original = original.T if original.shape != like.shape else original
-            if projection_sha256(turned(original, tower.transposed)) != adapter.projection_sha256:
-                raise ProblemError("the original projection is not the one of the adapter")
-            return cls(adapter, tower, original.to(like).clone(), notes)
-        if found._state(tower) == "original":
+            held = turned(original, found._transposed).clone()
+            held = held if tower is None else held.to(tower.weight)
+            return cls(adapter, tower, held.contiguous(), notes)
+        if tower is not None and found._state(tower) == "original":
             return cls(adapter, tower, tower.weight.detach().clone(), notes)
         return found
 
     def _model(self, what: str) -> Tower:
         if self.tower is None:
             raise ProblemError(f"no model to {what}: Forgotten.load(path, model) gives one")
-        return self.tower
+        # By name: load_state_dict(assign=True), say, puts another tensor in its place.
+        there = tensors(self.tower.model).get(self.tower.name)
+        if there is None or there.shape != self.tower.weight.shape:
+            raise ProblemError(f"the model has no such projection any more: {self.tower.name}")
+        return replace(self.tower, weight=there)
 
     @property
-    def _changed(self) -> str | None:
-        """SHA-256 of the changed projection's tensor; None if it cannot be known."""
+    def _transposed(self) -> bool:
+        """Whether the projection's tensor holds `W^T`."""
+        known = description(self.adapter).get("transposed", False)
+        return known if self.tower is None else self.tower.transposed
+
+    @property
+    def _changed(self) -> list[str]:
+        """What the changed projection's tensor may be, see `changed_sha256`; empty if it cannot be
+        known."""
+        if self.original is not None:
+            w = turned(self.original, self._transposed)
+            return changed_sha256(self.adapter, w, self._transposed)
         said = self.adapter.settings.get("changed_sha256")
-        if said is None and self.original is not None:
-            made = self.adapter.changed(upright(self.original, self.adapter))
-            return tensor_sha256(upright(made, self.adapter))
-        return said
+        return said if isinstance(said, list) else [said] if said else []  # one, in older files
 
     def _state(self, tower: Tower) -> str:
         """Whether the model's projection is the original or the changed one."""
         if projection_sha256(tower.projection) == self.adapter.projection_sha256:
             return "original"
-        if tensor_sha256(tower.weight) == self._changed:
+        if tensor_sha256(tower.weight) in self._changed:
             return "changed"
         names = ", ".join(self.names)
         raise ProblemError(

@@ -22,6 +22,7 @@ from forgetting.exact import settle
 from forgetting.problem import AUTO, Change, ForgetProblem
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
+GENERATOR = (lambda x: isinstance(x, torch.Generator), "a torch.Generator")
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,16 @@ def solve_lora_each(
         leaving: (R, m) bool, which rows of `retain_hidden` leave with a request.
         generators: R of them; each draws the adapters of its request's trials.
         settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
+
+    Raises:
+        ProblemError: an owner, a mask or a number of generators that does not fit.
     """
     device, (w, d) = problem.projection.device, problem.projection.shape
     leaving = mask("leaving", leaving, len(problem.retain_hidden)).to(device)
     owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
+    check(generators, [GENERATOR], "generators")
+    if len(generators) != len(leaving):
+        raise ProblemError(f"{len(generators)} generators for {len(leaving)} requests")
     lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
     found: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))

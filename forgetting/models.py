@@ -12,14 +12,13 @@ import contextlib
 import hashlib
 import json
 import os
-import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from forgetting.checks import ProblemError, line
+from forgetting.checks import ProblemError, line, reason
 from forgetting.files import need
 from forgetting.reading import Tokenize
 
@@ -92,7 +91,7 @@ def _hf(text: str) -> tuple[nn.Module, Tokenize]:
         model = builder.from_pretrained(text, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(text, **options)
     except Exception as error:  # whatever a foreign folder leads to
-        raise ProblemError(f"hf:{line(text)} cannot be loaded ({_said(error)})") from error
+        raise ProblemError(f"hf:{line(text)} cannot be loaded ({reason(error)})") from error
     return model.eval(), tokenizer
 
 
@@ -119,7 +118,7 @@ def _open_clip(text: str) -> tuple[nn.Module, Tokenize]:
         model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
-        raise ProblemError(f"open_clip:{line(text)} cannot be loaded ({_said(error)})") from error
+        raise ProblemError(f"open_clip:{line(text)} cannot be loaded ({reason(error)})") from error
     return model.eval(), tokenizer
 
 
@@ -130,7 +129,7 @@ def _local_open_clip(path: Path) -> tuple[nn.Module, Tokenize]:
         model = open_clip.create_model(f"local-dir:{path}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
     except Exception as error:
-        raise ProblemError(f"{line(path)} cannot be loaded ({_said(error)})") from error
+        raise ProblemError(f"{line(path)} cannot be loaded ({reason(error)})") from error
     return model.eval(), tokenizer
 
 
@@ -148,7 +147,7 @@ def _openai(text: str) -> tuple[nn.Module, Tokenize]:
     try:
         model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
     except Exception as error:
-        raise ProblemError(f"openai:{line(text)} cannot be loaded ({_said(error)})") from error
+        raise ProblemError(f"openai:{line(text)} cannot be loaded ({reason(error)})") from error
     return model.eval(), open_clip.get_tokenizer(OPENAI[digest])
 
 
@@ -158,11 +157,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(BLOCK):
             found.update(block)
     return found.hexdigest()
-
-
-def _said(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return line(textwrap.shorten(text, 200, placeholder=" ..."))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forgetting.checks import ProblemError, shown
 from forgetting.files import raw
 
 # Names of what a text never meets; whatever else a model holds counts as its text tower.
@@ -17,6 +18,13 @@ NOT_TEXT = (
     *("trunk", "context_length", "vocab_size"),
 )
 QUANTISED = ("quantized", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "quanto")
+
+
+def plain(model: Any) -> nn.Module:
+    """A model itself, where torch.compile has wrapped it; ProblemError if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"model must be a torch module, not {shown(model)}")
+    return getattr(model, "_orig_mod", model)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

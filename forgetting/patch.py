@@ -98,11 +98,6 @@ class Patch:
         if bias is not None:
             self._bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
 
-    def error(self, dtype: torch.dtype) -> float:
-        """How far the patched embedding may be from the true one if the cached one was right but
-        for its rounding to `dtype`, and the text keeps its length: relative to that length."""
-        return rounding(dtype, len(self._right.T)) * (self.norm + 1)
-
     def apply(self, embeddings: Tensor, normalised: bool = True) -> tuple[Tensor, float]:
         """Patch a matrix of embeddings.
 
@@ -212,7 +207,7 @@ def patch(
         raise ProblemError(f"embeddings hold no numbers ({line(error)})") from error
     shape = rows.shape if isinstance(rows, Tensor) else ()
     if len(shape) != 2 and shape:
-        rows = rows.reshape(-1, shape[-1])
+        rows = rows.reshape(math.prod(shape[:-1]), shape[-1])  # -1 is ambiguous for none
     done, _ = Patch(projection, left, right, bias).apply(rows, normalised)
     done = done.reshape(shape)
     return done if given else done.numpy()

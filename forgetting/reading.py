@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from forgetting.checks import ProblemError, line, shown
+from forgetting.checks import ProblemError, reason, shown
 from forgetting.modules import tensors
 
 BATCH = 256
@@ -102,7 +102,7 @@ def run(
             raise
         except Exception as error:  # whatever somebody's model raises
             raise ProblemError(
-                f"{type(model).__name__} cannot read what the tokenizer gives ({_reason(error)})"
+                f"{type(model).__name__} cannot read what the tokenizer gives ({reason(error)})"
             ) from error
     last = notes.last
     if last is None:
@@ -123,7 +123,7 @@ def tokens(model: nn.Module, tokenize: Tokenize, texts: list[str]) -> Tensor | d
     try:
         found = tokenize(texts, **_options(model, tokenize))
     except Exception as error:  # whatever somebody's tokenizer raises
-        raise ProblemError(f"the tokenizer fails ({_reason(error)})") from error
+        raise ProblemError(f"the tokenizer fails ({reason(error)})") from error
     if isinstance(found, Mapping):
         found = {str(name): _tensor(value, len(texts)) for name, value in found.items()}
         if _wants_length(model):  # they were trained without a mask
@@ -249,9 +249,3 @@ def _eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return line(text[:200])

@@ -23,7 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, check, mask, matrix
+from forgetting.checks import POSITIVE, ProblemError, check, mask, matrix
 from forgetting.forecast import shares_each
 from forgetting.retain import RetainSet
 
@@ -76,6 +76,8 @@ def best_ridge(
     check(limit, POSITIVE, "limit")
     check(retain.squared_length, POSITIVE, "the mean squared length of a retained text")
     like = matrix("like", like, retain.rows.shape[1])
+    if not len(like):
+        raise ProblemError("like is empty: the ridge is found from texts such as may be forgotten")
     leaving = mask("leaving", leaving, len(retain.names), len(like))
     every = max(1, -(-len(like) // LOOKED_AT))
     like, leaving = like[::every], leaving[::every].to(retain.rows.device)

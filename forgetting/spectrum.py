@@ -165,7 +165,7 @@ class Reduced:
         return float(find_roots(at, ends[:1], ends[1:]).exp())
 
 
-def best_ridge(a: Tensor, c: Tensor, spread: float, price: float, lf: float) -> float:
+def best_r(a: Tensor, c: Tensor, spread: float, price: float, lf: float) -> float:
     """The r >= 0 that minimises `(lf^2 r + price) (sum c_i / (a_i + r) + spread / r)`.
 
     Its derivative is `sum c_i (lf^2 a_i - price) / (a_i + r)^2 - price spread / r^2`, which changes

@@ -137,10 +137,6 @@ class RetainStatistics:
         rows = self._rows(weights)
         return rows.T @ rows
 
-    def plain(self) -> Tensor:
-        """`G = H_r^T H_r` over all groups, the paper's unweighted sum, (w, w) float64."""
-        return self.weighted(None)
-
     def root(self, weights: dict[str, float] | None = None) -> Tensor:
         """`R` (q, w), q <= w, with `R^T R = weighted(weights)`: a stand-in for `H_r` in every solve
         and proof. Errors as in `weighted`."""

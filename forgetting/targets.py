@@ -30,6 +30,7 @@ from forgetting.checks import (
 from forgetting.constrained import Ridge, downdate, requests
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
+FURTHER = ("specific", "opposite")  # those that can go further, by beta
 # The noise is far larger than an embedding's differences between classes, so a redraw rarely
 # repeats; ten thousand of them mean that no draw can help (one class, for example).
 MAX_DRAWS = 10_000

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from forgetting.checks import FLOATS, ProblemError, line, shown
+from forgetting.checks import FLOATS, ProblemError, line
 from forgetting.files import raw
-from forgetting.modules import quantised, share_memory, tensor_sha256, tensors, text_sha256, turned
+from forgetting.modules import (
+    plain,
+    quantised,
+    share_memory,
+    tensor_sha256,
+    tensors,
+    text_sha256,
+    turned,
+)
 from forgetting.reading import BATCH, Tokenize, run, tokens
 
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
@@ -171,8 +179,7 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
         ProblemError: one line with the reason: no single last linear map, tied or quantised
             weights, a projection that two modules share, weights that are not there.
     """
-    if not isinstance(model, nn.Module):
-        raise ProblemError(f"model must be a torch module, not {shown(model)}")
+    model = plain(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -180,7 +187,6 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
             "the model is a TorchScript program, whose last linear map cannot be seen; load it as "
             "a module (clip.load(name, jit=False), or openai:FILE)"
         )
-    model = getattr(model, "_orig_mod", model)  # torch.compile keeps the module there
     if found := quantised(model):
         raise ProblemError(f"quantised weights cannot be changed exactly: {found}")
     features, product = run(model, tokenize, list(PROBES))

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from forgetting.spectrum import DEPENDENT, Reduced, best_ridge
+from forgetting.spectrum import DEPENDENT, Reduced, best_r
 
 
 class Weightless:
@@ -60,7 +60,7 @@ class Weightless:
         """
         reduced, vectors = self.reduced, self.reduced.spectrum.vectors
         if len(self.d):
-            rho = best_ridge(self.a, self.c, reduced.spread, reduced.lp**2, lf)
+            rho = best_r(self.a, self.c, reduced.spread, reduced.lp**2, lf)
         else:
             rho = 0.0 if reduced.spread == 0 else math.inf
         moved = rho < math.inf and len(self.d) > 0

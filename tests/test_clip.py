@@ -196,7 +196,7 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
 
     state, original = torch.load(out, weights_only=True), read_state_dict(weights)
     assert state.keys() == original.keys()
-    assert torch.equal(state["text_projection"], source.projection + adapter.delta())
+    assert torch.equal(state["text_projection"], adapter.apply(source.projection))
     others = [key for key in state if key != "text_projection"]
     assert all(torch.equal(state[key], original[key]) for key in others)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
@@ -233,7 +233,8 @@ def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> N
 def test_a_change_of_another_shape_is_refused(mini: Path, tmp_path: Path) -> None:
     source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
     with pytest.raises(UserError, match=r"\(2, 2\)"):
-        save_full_model(source, torch.zeros(2, 2), tmp_path / "out.pt")
+        none = Adapter(torch.zeros(2, 1), torch.zeros(1, 2), "0" * 64, "b", "w", "d", ["c"], "t")
+        save_full_model(source, none, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetting import load_adapter
-from forgetting.__main__ import cli
+from forgetting import load_adapter, save_adapter
+from forgetting.__main__ import OTHER_TEMPLATES, cli
+from forgetting.forecast import follow
 from forgetting.models import load_model
 from forgetting.modules import tensor_sha256, tensors
+from forgetting.towers import read_tower
 from tests.tower_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]
@@ -106,13 +109,83 @@ def test_verify_refuses_a_model_with_another_change(folder, tmp_path, refused, r
     assert "visual.proj: not what it was" in refused("verify", adapter, "--model", folder)
 
 
+def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, run):
+    """Also where its name is part of another's; what the model reads as the same text is none."""
+    adapter = tmp_path / "a.safetensors"
+    assert run("forget", folder, "Acme Cola", "Cola", *QUICK, "--out", adapter)[0] == 0
+    found, tower = load_adapter(adapter), read_tower(*load_model(str(folder)))
+    others = [form.replace("{}", "Cola") for form in OTHER_TEMPLATES]
+    others = [text for text in others if text not in found.texts]
+    hidden = tower.hidden(["Cola", *others]).double()  # "COLA" and "cola" are the same tokens
+    shares = follow(found.left.double(), found.right.double(), hidden[0], hidden[1:])
+    status, out, err = run("audit", adapter, "--model", folder)
+    said = f"Cola: {len(others)} other wordings go {float(shares.mean()):.2f} of the way"
+    assert status == 0 and said in out.splitlines()[6], (said, out, err)
+
+
+def test_adapters_of_the_driver_are_audited_and_undone(folder, tmp_path, run, refused):
+    """Their settings name the model by a hash."""
+    adapter, back = tmp_path / "a.safetensors", tmp_path / "back.safetensors"
+    assert run("forget", folder, "Acme Cola", *QUICK, "--out", adapter)[0] == 0
+    found = replace(load_adapter(adapter), settings={"model": "0" * 64})
+    save_adapter(found, adapter)
+    assert run("audit", adapter, "--model", folder)[0] == 0
+    changed = tmp_path / "changed"
+    args = ["--base", folder, "--to", "open_clip", "--out", changed]
+    assert run("export", adapter, *args)[0] == 0
+    line = refused("verify", adapter, "--model", changed, "--base", folder)
+    assert "does not say what the rest of its model is" in line
+    status, _, err = run("undo", adapter, "--model", changed, "--base", folder, "--out", back)
+    assert status == 0, err
+    assert torch.equal(*(load_file(x)["text_projection"] for x in (back, _weights(folder))))
+
+
+def test_an_export_in_half_precision_is_verified_and_undone(folder, tmp_path, run):
+    """Computed with in float32, it keeps its precision in files."""
+    adapter, changed = tmp_path / "a.safetensors", tmp_path / "changed"
+    halves = {name: x.half() for name, x in load_file(_weights(folder)).items()}
+    save_file(halves, _weights(folder))
+    assert run("forget", folder, "Acme Cola", *QUICK, "--out", adapter)[0] == 0
+    args = ["--base", folder, "--to", "open_clip", "--out", changed]
+    assert run("export", adapter, *args)[0] == 0
+    assert load_file(_weights(changed))["text_projection"].dtype == torch.float16
+    for more in ([], ["--base", folder]):
+        status, _, err = run("verify", adapter, "--model", changed, *more)
+        assert status == 0, err
+    back = tmp_path / "back.safetensors"
+    status, _, err = run("undo", adapter, "--model", changed, "--base", folder, "--out", back)
+    assert status == 0, err
+    assert torch.equal(load_file(back)["text_projection"], halves["text_projection"].float())
+
+
+def test_names_of_a_file_and_a_quiet_command(folder, tmp_path, run):
+    """A file may begin with a byte order mark; spaces around a name are none of it."""
+    file, adapter = tmp_path / "names.txt", tmp_path / "a.safetensors"
+    file.write_bytes("\ufeffPepsi\n lemonade \n\nOslo\n".encode())
+    names = [" Acme Cola", "--also", "Acme Cola =acme soda", "--retain", f"@{file}"]
+    rest = ["--no-generic", "--keep", " seven ", "--out", adapter]
+    status, out, err = run("--quiet", "forget", folder, *names, *rest)
+    assert status == 0 and "proved" not in out, (out, err)
+    found = load_adapter(adapter)
+    assert found.classes == ["Acme Cola"] and found.texts[:2] == ["Acme Cola", "acme soda"]
+    assert found.settings["retain"] == ["Pepsi", "lemonade", "Oslo"]
+    assert found.settings["keep"] == ["seven"]
+    assert run("audit", adapter, "--model", folder, "--quiet")[0] == 0
+
+
 def test_composed_adapters_are_verified_with_the_original(folder, tmp_path, run):
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for name, path in zip(("Acme Cola", "Zeta Tea"), paths, strict=True):
-        assert run("forget", folder, name, *QUICK, "--out", path)[0] == 0
+        also = ["--also", f"{name}=the other {name}"]
+        assert run("forget", folder, name, *also, *QUICK, "--out", path)[0] == 0
     both = tmp_path / "both.safetensors"
     status, out, err = run("compose", *paths, "--out", both)
-    assert status == 0 and "forgets Acme Cola, Zeta Tea" in out, err
+    assert status == 0 and "forgets Acme Cola, Zeta Tea" in out and "texts" not in out, err
+    parts = [load_adapter(path).texts for path in paths]
+    assert load_adapter(both).texts == [*parts[0], *parts[1]] != ["Acme Cola", "Zeta Tea"]
+    args = ["--without", paths[0], "--out", tmp_path / "back.safetensors", "--quiet"]
+    assert run("compose", both, *args)[0] == 0
+    assert load_adapter(tmp_path / "back.safetensors").texts == parts[1]
     status, out, err = run("audit", both, "--model", folder)
     assert status == 0 and "no forecast: a union" in out, err
 
@@ -194,10 +267,3 @@ def test_command_lines_that_are_refused(folder, tmp_path, refused):
     assert "unknown option '--targett'" in refused("forget", folder, "x", "--targett", "y", *out)
     assert "invalid choice" in refused("forgett")
     assert "required" in refused()
-
-
-def test_openai_files_are_those_of_the_driver():
-    from clip.architectures import OPENAI_FILES
-    from forgetting.models import OPENAI
-
-    assert {digest: name for name, digest in OPENAI_FILES.items()}.keys() == OPENAI.keys()

@@ -276,7 +276,7 @@ def test_other_statistics_are_refused(world, files, tmp_path, capsys):
         ({"objective": "paper"}, ["objective", "'constrained'", "'paper'"]),
         ({"changed": {"statistics": "e" * 64}}, ["statistics", "eeeeeeeeeeee"]),
         ({"changed": {"mu": 0.5}}, ["mu", "0.01", "0.5"]),
-        ({"changed": {"weights": {"own": 2.0}}}, ["weights", "{'own': 2.0}"]),
+        ({"changed": {"weights": {"own": 2.0}}}, ["weights.own", "2.0"]),
     ],
 )
 def test_what_does_not_belong_together_is_refused(files, tmp_path, capsys, fields, values):
@@ -287,6 +287,13 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path, capsys, field
             assert value in message
         assert value in one_line(capsys, a, "--without", b, "--out", str(out))
     assert not out.exists()
+
+
+def test_what_differs_of_two_models_is_named(files, tmp_path, capsys):
+    """As `forget` describes them."""
+    a, b = ({"settings": {"model": {"transposed": False, "bias": name}}} for name in (None, "b"))
+    argv = [files("cat", **a), files("dog", **b), "--out", str(tmp_path / "out.st")]
+    assert "model.bias differs: None in" in one_line(capsys, *argv)
 
 
 def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys):

@@ -412,6 +412,8 @@ def test_match_prefers_the_exact_spelling():
     assert datasets.match("c/v van", names) == "C/V Van"
     with pytest.raises(UserError, match="ambiguous: write one of 'Lotus', 'lotus'"):
         datasets.match("LOTUS", names)
+    with pytest.raises(UserError, match="the name of a class is empty"):
+        datasets.match(" _", ["cat"], "Toys")
     with pytest.raises(UserError, match="'Toys' has no class 'sea hose'; nearest: 'sea_horse'"):
         datasets.match("sea hose", names, "Toys")
 

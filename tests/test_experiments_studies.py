@@ -23,8 +23,8 @@ from experiments.studies import main
 from experiments.varied import NEAR, STUDIES
 from experiments.world import Task, World
 from forgetting import load_adapter, thresholds
+from forgetting.requests import Requests
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
-from trainers.requests import Requests
 
 SHORT = ["TRAINER.FORGETLORA.STEPS", "200", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
 HIDDEN = ("class_hidden", "forget_hidden", "retain_hidden", "neutral_hidden")

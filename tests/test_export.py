@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetting import ProblemError, save_adapter
+from forgetting.cached import patch_file
 from forgetting.checkpoints import find, read_projection, read_tensors
-from forgetting.export import FORMATS, add_export, export, run_export
+from forgetting.export import FORMATS, _open_clip_config, add_export, export, run_export
 from tests.export_fixtures import (
     D,
     W,
@@ -199,6 +201,11 @@ def test_open_clip_of_a_file_takes_a_config(tmp_path):
     no = str(tmp_path / "no.json")
     refused(r"no\.json: is no config", adapter, plain, "open_clip", tmp_path / "out", config=no)
     config = str(base / "open_clip_config.json")
+    for to in ("hf", "peft", "openai"):
+        refused(
+            "for a checkpoint of open_clip", adapter, plain, to, tmp_path / "out", config=config
+        )
+    refused("for a checkpoint", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "o", config=config)
     export(adapter, plain, "open_clip", tmp_path / "out", config=config)
     loaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     with torch.no_grad():
@@ -637,6 +644,38 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     assert [x.name for x in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_named_config_brings_the_preprocessing_of_its_weights():
+    pytest.importorskip("open_clip")
+    found = _open_clip_config("ViT-B-16-SigLIP", Path("nowhere"))
+    assert found["model_cfg"]["embed_dim"] == 768
+    assert found["preprocess_cfg"]["mean"] == (0.5, 0.5, 0.5) == found["preprocess_cfg"]["std"]
+    assert found["preprocess_cfg"]["resize_mode"] == "squash"
+    with pytest.raises(ProblemError, match=r"differ in how images are prepared.*ViT-L-14/TAG"):
+        _open_clip_config("ViT-L-14", Path("nowhere"))
+    one = _open_clip_config("ViT-L-14/laion2b_s32b_b82k", Path("nowhere"))
+    assert one["preprocess_cfg"]["mean"] == (0.5, 0.5, 0.5)
+    with pytest.raises(ProblemError, match="knows no configuration 'ViT-L-14/x'"):
+        _open_clip_config("ViT-L-14/x", Path("nowhere"))
+
+
+def test_without_numpy(tmp_path, monkeypatch):
+    """The writer of safetensors needs it, and is not used."""
+    import sys
+
+    weight = torch.randn(W, D)
+    adapter, base = make_adapter(weight), small(tmp_path / "base", "hf", weight)
+    square = torch.randn(D, D)
+    save_file({"texts": nn.functional.normalize(square)}, tmp_path / "texts.safetensors")
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    for to in ("hf", "peft"):
+        export(adapter, base, to, tmp_path / to)
+    changed = load_file(tmp_path / "hf/model.safetensors")["text_projection.weight"]
+    assert torch.equal(changed.T, adapter.apply(weight))
+    out = tmp_path / "patched.safetensors"
+    patch_file(tmp_path / "texts.safetensors", out, square, make_adapter(square))
+    assert not torch.equal(*(load_file(x)["texts"] for x in (out, tmp_path / "texts.safetensors")))
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     import sys
 
@@ -678,6 +717,16 @@ def test_projection_with_its_bias(tmp_path):
     assert torch.equal(found, weight) and torch.equal(beside, bias)
     save_file({"text_projection": weight, "bias": bias}, tmp_path / "b.safetensors")
     assert read_projection(tmp_path / "b.safetensors", adapter)[1] is None
+    # An adapter that `forget` made says what it is called.
+    known = {"projection": "text_projection", "transposed": False, "names_sha256": "0" * 64}
+    for name in ("bias", "shift"):
+        model = known | {"bias": name, "hashes": ""}
+        named = replace(adapter, settings={"model": model})
+        if name == "bias":
+            assert torch.equal(read_projection(tmp_path / "b.safetensors", named)[1], bias)
+            continue
+        with pytest.raises(ProblemError, match="has a bias, shift, which is not in it"):
+            read_projection(tmp_path / "b.safetensors", named)
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
@@ -699,6 +748,14 @@ def test_command(tmp_path):
     words = [tmp_path / "a.safetensors", "--base", base, "--to", "openai", "--out", out]
     said = run_export(parser.parse_args([str(word) for word in words]))
     assert said == f"{out}: openai, without cat" and out.is_file()
+
+
+def test_a_change_is_float32_whatever_its_factors_are():
+    adapter = make_adapter(torch.randn(W, D))
+    for left, right in ((torch.float64, torch.float64), (torch.float32, torch.float16)):
+        other = replace(adapter, left=adapter.left.to(left), right=adapter.right.to(right))
+        assert other.delta().dtype == torch.float32
+        assert torch.allclose(other.delta(), adapter.delta(), atol=1e-1)
 
 
 def test_the_transposed_weight_is_recognised():

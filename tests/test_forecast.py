@@ -91,7 +91,7 @@ def test_who_loses_most_against_plain_arithmetic():
         torch.randn(W, 2, generator=generator).double(),
         0.2 * torch.randn(2, D, generator=generator).double(),
     )
-    felt, margin, lead = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
+    felt, [(margin, lead)] = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
     before = hidden @ w
     after = before + hidden @ answer.delta
     lost = 1 - torch.cosine_similarity(before, after, dim=1)
@@ -109,7 +109,7 @@ def test_who_loses_most_against_plain_arithmetic():
     was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
     assert lead == pytest.approx(float(1 - was[rivals].max()))
     nothing = Change(answer.left, torch.zeros_like(answer.right))
-    _, margin, lead = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
+    _, [(margin, lead)] = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
     assert margin == pytest.approx(-lead)
 
 
@@ -125,6 +125,8 @@ def test_the_ridge_keeps_its_limit_and_grows_with_it():
     assert found == sorted(found) and found[0] < found[-1] == pytest.approx(0.1)
     with pytest.raises(ProblemError, match="limit"):
         best_ridge(retain, w, like, leaving, 0.0)
+    with pytest.raises(ProblemError, match="like is empty"):
+        best_ridge(retain, w, like[:0], leaving[:0], 0.1)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.15, 0.19, 1.0])

@@ -88,6 +88,16 @@ def test_what_means_the_same_leaves_the_retain_set(exact_args):
     assert "sea horse" in left and len(left) > 3 and "cat" not in left
 
 
+def test_an_opposite_of_which_nothing_is_left_goes_no_further(exact_args):
+    """By the prompt that is looked at itself: its direction would be rounding's."""
+    prompts = exact_args[exact_args.index("--output-dir") + 1] + ".json"
+    with open(prompts, "w") as file:
+        json.dump({"owl": ["a photo of a owl."]}, file)
+    options = ["--target", "opposite", "--beta", "0", "FORGET.PROMPTS", prompts]
+    solver = solver_of(train.main([*exact_args, "--forget", "owl", *options]), "owl")
+    assert solver["beta"] == 0 and solver["forecast"]["margin"] is None
+
+
 @pytest.mark.parametrize("target", ["opposite", "orthogonal", "specific", "empty", "text:thing 3"])
 def test_targets(exact_args, target):
     folder = train.main([*exact_args, "--forget", "owl", "--target", target, "--beta", "0.1"])
@@ -95,6 +105,7 @@ def test_targets(exact_args, target):
     h = bundle.forget_hidden[4]
     landed = h @ bundle.text_projection + (h @ adapter.left) @ adapter.right
     start = h @ bundle.text_projection
+    assert (solver_of(folder, "owl")["beta"] > 0) == (target in ("opposite", "specific"))
     cosine = float(torch.cosine_similarity(landed, start, dim=0))
     if target == "opposite":
         assert landed == pytest.approx((-0.1 * start).tolist(), abs=1e-4)

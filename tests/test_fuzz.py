@@ -27,6 +27,7 @@ from forgetting import (
     Ridge,
     Spectrum,
     empty_target,
+    forget,
     opposite_target,
     orthogonal_target,
     projection_sha256,
@@ -41,7 +42,9 @@ from forgetting import (
     thresholds,
 )
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.each import solve_requests
 from forgetting.patch import condition, patch
+from tests.tower_fixtures import OUT, tiny
 
 W, D, K, M, R = 6, 4, 3, 8, 2
 
@@ -139,6 +142,7 @@ ROWS, H, E = normal(M, W, seed=2), normal(K, W, seed=1), normal(W, D)
 GRAM = (ROWS.T @ ROWS).double()
 SHARES = torch.full((M,), 1.0).double()
 ADAPTER = Adapter(normal(W, 1), normal(1, D), projection_sha256(E), "b", "w", "d", ["c"], "t")
+MODEL, WORDS = tiny("own")
 CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "problem": (
         everything,
@@ -155,6 +159,13 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
             problem(), generators=[torch.Generator()] * R, settings=QUICK, **k
         ),
         {"owner": OWNER, "leaving": GONE},
+    ),
+    "generators": (
+        lambda generators: solve_lora_each(problem(), OWNER, GONE, generators, QUICK),
+        {"generators": [torch.Generator()] * R},
+    ),
+    "solve_requests": (
+        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "leaving": GONE}
     ),
     "settings": (
         lambda **k: LoraSettings(**k),
@@ -225,6 +236,25 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
             "hidden": H.double(), "projection": E.double(), "names": normal(3, D).double(),
             "own": torch.tensor([0, 1, 2]), "lr": 1e-3, "steps": 3, "limit": 0.3,
         },
+    ),
+    "forget": (
+        lambda **k: forget(MODEL, WORDS, **k, progress=False),
+        {
+            "names": ["Acme Cola"], "also": {"Acme Cola": ["acme soda"]}, "retain": ["dog", "cat"],
+            "templates": ["{}", "a {}."], "keep": ["Oslo"], "target": "specific", "beta": 0.1,
+            "weights": {"own": 1.0}, "ridge": 1e-3, "shared": 0.5, "margin": 1.0, "follow": 0.5,
+            "similarity": 0.9, "generic": False, "cache": None,
+        },
+    ),
+    "forget, to a vector": (
+        lambda target: forget(
+            MODEL, WORDS, ["Acme Cola"], retain=["dog"], target=target, generic=False, ridge=1e-3
+        ),
+        {"target": normal(OUT)},
+    ),
+    "forget, its ridge": (
+        lambda push: forget(MODEL, WORDS, ["Acme"], retain=["dog"], push=push, generic=False),
+        {"push": 0.1},
     ),
     "apply": (ADAPTER.apply, {"projection": E}),
     "sha256": (projection_sha256, {"projection": E}),

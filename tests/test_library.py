@@ -14,7 +14,18 @@ import torch
 import yaml
 from torch import nn
 
-from forgetting import Forgotten, ProblemError, compose, forget, load_adapter, save_adapter
+from forgetting import (
+    Adapter,
+    Forgotten,
+    ProblemError,
+    compose,
+    forget,
+    load_adapter,
+    projection_sha256,
+    save_adapter,
+)
+from forgetting.adapter import read_parts
+from forgetting.complete import JOIN
 from forgetting.generic import generic_hidden
 from forgetting.modules import tensor_sha256, tensors
 from forgetting.reading import cut
@@ -31,6 +42,7 @@ from tests.tower_fixtures import (
     tokenize,
 )
 
+NAME = "text_projection"
 LIBRARY = sys.modules["forgetting.forget"]
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
 ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
@@ -203,6 +215,13 @@ def test_two_answers_compose(tmp_path):
     assert torch.allclose(
         joined, both.adapter.delta(), atol=1e-5 * float(joined.abs().max()) + 1e-6
     )
+    both.save(tmp_path / "at once.safetensors")
+    argv = [str(tmp_path / "at once.safetensors"), "--without", str(paths[1])]
+    assert compose.cli([*argv, "--out", str(tmp_path / "given back.safetensors")]) == 0
+    given_back = Forgotten.load(tmp_path / "given back.safetensors", model)
+    given_back.apply()
+    assert given_back.verify()
+    given_back.undo()
     union = Forgotten.load(out, model)
     assert union.certificate is None and union.forecast is None
     union.apply()
@@ -358,6 +377,12 @@ ARGUMENTS = {
     "weights": ({"weights": {"others": 1.0}}, "no group 'others'"),
     "nothing": ({"retain": None, "generic": False}, "nothing to retain"),
     "push": ({"push": 0.0}, "push must be"),
+    "beta of none": ({"target": "empty", "beta": 0.1}, "beta is a number for specific and oppo"),
+    "weights of a list": ({"weights": [1]}, "weights must map groups to numbers"),
+    "cache": ({"cache": 3}, "cache must be null or a folder"),
+    "list as target": ({"target": [1.0]}, "no target"),
+    "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target must be a dense"),
+    "same name": ({"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "keep": ["cat"]}, "kept"),
     "ridge": ({"ridge": -1.0}, "ridge must be"),
     "vector": ({"target": torch.zeros(3)}, "target must be a vector"),
 }
@@ -518,6 +543,143 @@ def test_changes_do_not_add_up(tmp_path):
     with pytest.raises(ProblemError):
         second.save(path)
     assert Forgotten.load(path).names == ["Acme Cola"]
+
+
+def test_each_class_goes_as_far_as_it_needs():
+    """One beta for a request would send a class elsewhere than where it goes alone."""
+    model, words = tiny("own")
+    names = ["Acme Cola", "Zeta Tea", "Oslo boat"]
+
+    def parts(names, margin):
+        answer = forget(model, words, names, margin=margin, follow=0.0, **PLAIN)
+        return read_parts(answer.adapter, "a"), answer.adapter.solver["beta"]
+
+    (plain, none), (further, beta) = parts(names, 0.0), parts(names, 11.0)
+    moved = [
+        not torch.allclose(a.tensors["displacement"], b.tensors["displacement"])
+        for a, b in zip(plain, further, strict=True)
+    ]
+    assert none == 0 and beta == 0.2 and moved == [False, False, True]
+
+
+def test_three_wordings_of_a_class_may_join(monkeypatch):
+    """Also where another class needs none."""
+
+    def follow(world, answer, number, hidden):
+        return torch.full((len(hidden),), float(number))
+
+    monkeypatch.setattr("forgetting.complete._follow", follow)
+    model, words = tiny("own")
+    forms = ["{}", *(f"{{}} {i}" for i in range(9))]
+    answer = forget(model, words, ["Acme Cola", "Zeta Tea"], templates=forms, **PLAIN)
+    assert len(answer.texts) == 2 + JOIN and not [t for t in answer.texts[2:] if "Zeta" in t]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_an_opposite_goes_further_where_something_is_left_of_it(beta):
+    model, words = tiny("own")
+    wanted = {"target": "opposite", "beta": beta, "margin": 1000.0, "templates": ["{}"]}
+    answer = forget(model, words, ["Acme Cola"], **wanted, **PLAIN)
+    assert answer.adapter.solver["beta"] == (0.4 if beta else 0.0)
+    assert (answer.forecast.margin is None) == (not beta)
+
+
+def test_names_to_keep_are_something_to_retain():
+    model, words = tiny("own")
+    alone = PLAIN | {"retain": None}
+    answer = forget(model, words, ["Acme Cola"], keep=["dog", "cat"], **alone)
+    assert set(answer.forecast.unlisted) == {"keep"}
+
+
+def test_a_change_that_changes_nothing_leaves_the_model_free():
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    none = replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 0))
+    none.apply()
+    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+
+
+def test_a_projection_that_was_replaced_is_found_by_its_name():
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+    model.load_state_dict(state(model), assign=True)
+    answer.apply()
+    assert answer.verify() and not torch.equal(model.last, answer.original)
+    model.load_state_dict(state(model), assign=True)
+    answer.undo()
+    assert torch.equal(model.last, answer.original)
+    model.last = None
+    with pytest.raises(ProblemError, match="no such projection any more"):
+        answer.apply()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, tmp_path):
+    """Such a checkpoint is computed with in float32, and keeps its precision when exported."""
+    model, words = tiny("open_clip ViT")
+    model.to(half).float()
+    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+    answer.save(tmp_path / "a.safetensors")
+    before = state(model)
+    rounded = answer.adapter.apply(model.text_projection.to(half)).float()
+    with torch.no_grad():
+        model.text_projection.copy_(rounded)
+    assert answer.verify(model) and not torch.equal(rounded, answer.adapter.apply(before[NAME]))
+    loaded = Forgotten.load(tmp_path / "a.safetensors", model, original=before[NAME])
+    assert loaded.verify()
+    loaded.undo()
+    assert not same(before, state(model))
+    exact, words = tiny("open_clip ViT")  # has digits that are lost in half precision
+    answer = forget(exact, words, ["Acme Cola"], target="opposite", **PLAIN)
+    with torch.no_grad():
+        exact.text_projection.copy_(answer.adapter.changed(exact.text_projection.to(half)))
+    with pytest.raises(ProblemError, match="neither changed by this"):
+        answer.verify(exact)
+
+
+def test_compiled_models_and_no_models_are_verified():
+    model, words = tiny("own")
+    compiled = torch.compile(model)
+    answer = forget(compiled, words, ["Acme Cola"], **PLAIN)
+    answer.apply()
+    assert answer.verify(compiled)
+    with pytest.raises(ProblemError, match="must be a torch module, not 'x'"):
+        answer.verify("x")
+
+
+def test_the_original_may_lie_either_way(tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    projection = model[0].weight.detach().T.clone()
+    settings = {"projection": "0.weight", "transposed": True, "bias": None, "hashes": ""}
+    adapter = Adapter(
+        torch.randn(WIDTH, 1), torch.randn(1, WIDTH), projection_sha256(projection), "b", "w",
+        "d", ["c"], "t", settings={"model": settings | {"names_sha256": "0" * 64}},
+    )  # fmt: skip
+    save_adapter(adapter, tmp_path / "a")
+    with torch.no_grad():
+        model[0].weight.copy_(adapter.changed(projection).T)
+    for given in (projection, projection.T):
+        loaded = Forgotten.load(tmp_path / "a", model, original=given)
+        assert torch.equal(loaded.original, projection.T)
+        assert torch.equal(Forgotten.load(tmp_path / "a", original=given).original, projection.T)
+    with pytest.raises(ProblemError, match="not the one of the adapter"):
+        Forgotten.load(tmp_path / "a", model, original=projection + 1)
+    with pytest.raises(ProblemError, match="original must be a torch tensor"):
+        Forgotten.load(tmp_path / "a", model, original=[1.0])
+
+
+def test_adapters_of_the_driver_say_no_more_of_their_model(tmp_path):
+    """Their settings name a model by a hash: applied, patched and undone, and not verified."""
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+    settings = {"model": "0" * 64, "template": "{}"}
+    save_adapter(replace(answer.adapter, settings=settings), tmp_path / "a.safetensors")
+    loaded = Forgotten.load(tmp_path / "a.safetensors", model)
+    loaded.apply()
+    with pytest.raises(ProblemError, match="does not say what the rest of its model is"):
+        loaded.verify()
+    loaded.undo()
+    assert torch.equal(model.last, answer.original)
 
 
 def test_what_is_forgotten_is_not_retained():

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from forgetting import ProblemError, save_adapter
 from forgetting.cached import add_patch, patch_file, run_patch
-from forgetting.patch import Patch, condition, patch
+from forgetting.patch import Patch, condition, patch, rounding
 from tests.export_fixtures import make_adapter
 
 W, D, N = 24, 32, 40
@@ -61,7 +61,7 @@ def test_patch_is_recomputation_to_the_reported_error(w, more, seed, dtype):
         done, error = patcher.apply(before.to(dtype))
     except ProblemError as refusal:  # rounding decides: only where there is reason to say so
         assert "rounding" in str(refusal)
-        assert patcher.error(dtype) > 1e-3
+        assert rounding(dtype, w + more) * (patcher.norm + 1) > 1e-3
         return
     assert done.dtype == dtype and done.shape == before.shape
     assert farthest(done, after) <= error + 1e-10 * patcher.condition
@@ -102,6 +102,13 @@ def test_numpy_and_stacks_of_templates():
     refused("no numbers", patch, numpy.array(["a"]), weight, adapter.left, adapter.right)
 
 
+def test_no_embeddings():
+    weight, adapter, *_ = case()
+    for shape in ((0, D), (0, 3, D), (3, 0, D)):
+        assert patch(torch.empty(shape), weight, adapter.left, adapter.right).shape == shape
+    refused("embeddings must be", patch, torch.empty(0), weight, adapter.left, adapter.right)
+
+
 def test_the_rank_condition():
     weight, adapter, hidden, before, _ = case()
     assert condition(weight) == pytest.approx(float(torch.linalg.cond(weight.double())))
@@ -122,17 +129,17 @@ def test_the_rank_condition():
     refused("w = 36 > d = 32", patch, before, tall, made.left, made.right)
 
 
-def test_condition_and_error_grow_together():
+def test_condition_and_what_errors_grow_by_grow_together():
     weight, adapter, _, _, _ = case()
     u, _, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    errors = []
+    norms = []
     for least in (1.0, 1e-2, 1e-4):
         scaled = u @ torch.diag(torch.linspace(1, least, W).double()) @ v
         patcher = Patch(scaled, adapter.left, adapter.right)
         assert patcher.condition == pytest.approx(1 / least, rel=1e-3)
-        errors.append(patcher.error(torch.float16))
-        assert patcher.error(torch.float16) > 4000 * patcher.error(torch.float32)
-    assert errors == sorted(errors) and errors[2] > 100 * errors[0]
+        norms.append(patcher.norm)
+    assert norms == sorted(norms) and norms[2] > 100 * norms[0]
+    assert rounding(torch.float16, D) > 4000 * rounding(torch.float32, D)
 
 
 def test_a_head_of_averaged_templates():

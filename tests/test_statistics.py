@@ -55,11 +55,13 @@ def test_batches_order_and_merging_do_not_matter(cuts, order, seed):
         batches.update("names", piece)
         merged = merged.merge(read(names=piece))
     for other in (batches, merged):
-        assert relative(other.plain(), whole.plain()) < 1e-12
+        assert relative(other.weighted(None), whole.weighted(None)) < 1e-12
         assert other.sha256 == whole.sha256 and other.counts == {"names": 300}
     # Negative control: one row less is another matrix and another name.
     less = read(names=rows[1:])
-    assert less.sha256 != whole.sha256 and relative(less.plain(), whole.plain()) > 1e-4
+    assert (
+        less.sha256 != whole.sha256 and relative(less.weighted(None), whole.weighted(None)) > 1e-4
+    )
 
 
 def test_weights_follow_the_formula():
@@ -71,7 +73,7 @@ def test_weights_follow_the_formula():
     assert relative(statistics.weighted(weights), expected) < 1e-14
     assert statistics.share("vocabulary", weights) == 0.01 / 40
     both = torch.cat([own, vocabulary]).double()
-    assert relative(statistics.plain(), both.T @ both) < 1e-14
+    assert relative(statistics.weighted(None), both.T @ both) < 1e-14
     assert float(statistics.weighted({"own": 0.0, "vocabulary": 0.0}).abs().max()) == 0
 
 
@@ -81,13 +83,13 @@ def test_a_text_that_leaves_is_gone_and_the_others_weigh_what_they_did():
     statistics.remove("names", rows[3:5])
     rest = torch.cat([rows[:3], rows[5:]])
     fresh = read(names=rest)
-    assert relative(statistics.plain(), fresh.plain()) < 1e-12
+    assert relative(statistics.weighted(None), fresh.weighted(None)) < 1e-12
     assert statistics.share("names", {"names": 1.0}) == 1 / 40 != fresh.share("names", {"names": 1})
     # The same two rows come back: everything is as before, the count included in the name.
     assert statistics.sha256 not in (read(names=rows).sha256, fresh.sha256)
     empty = read(names=rows)
     empty.remove("names", rows)
-    assert float(empty.plain().abs().max()) < 1e-10
+    assert float(empty.weighted(None).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("m", [8, 200])
@@ -95,7 +97,7 @@ def test_only_what_is_there_can_leave(m):
     """Also where a row is within the span of those that are there (m > w)."""
     rows = normal(m, W)
     statistics = read(names=rows)
-    before, name = statistics.plain(), statistics.sha256
+    before, name = statistics.weighted(None), statistics.sha256
     absent = [normal(1, W, seed=seed) for seed in range(9, 29)]
     absent += [rows[:2].mean(dim=0)[None], rows[:1] * 0.5, rows[:1] * (1 + 1e-6)]
     for row in absent:
@@ -105,7 +107,7 @@ def test_only_what_is_there_can_leave(m):
         statistics.remove("names", rows[[0, 0]])  # it is there once
     with pytest.raises(ProblemError, match=f"{m + 1} rows cannot leave group 'names': it has {m}"):
         statistics.remove("names", torch.cat([rows, rows[:1]]))
-    assert torch.equal(statistics.plain(), before) and statistics.sha256 == name
+    assert torch.equal(statistics.weighted(None), before) and statistics.sha256 == name
     statistics.remove("names", rows[:1])
     with pytest.raises(ProblemError, match="was not part of it"):
         statistics.remove("names", rows[:1])
@@ -131,7 +133,7 @@ def test_save_and_load(tmp_path):
     path = tmp_path / "sub" / "statistics.safetensors"
     statistics.save(path)
     loaded = RetainStatistics.load(path)
-    assert torch.equal(loaded.plain(), statistics.plain())
+    assert torch.equal(loaded.weighted(None), statistics.weighted(None))
     assert loaded.sha256 == statistics.sha256 and loaded.counts == statistics.counts
     assert list(path.parent.iterdir()) == [path]
     (tmp_path / "plain").touch()

@@ -46,8 +46,9 @@ from evaluation.zero_shot import accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.checks import finite
+from forgetting.requests import Request, Requests
 from trainers.plan import Plan, make_plan
-from trainers.requests import Request, Requests, Texts, check_prompts, check_target, read_prompts
+from trainers.requests import Texts, check_prompts, check_target, read_prompts
 
 NAMED = 200  # characters of names that were done before, on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
@@ -314,8 +315,8 @@ class ForgetTrainer(SimpleTrainer):
             merge_results(folder, dataset, settings, finished, overwrite)
             if self.cfg.FORGET.SAVE_MODEL:
                 for one in finished:
-                    delta = one.adapter.delta()
-                    save_full_model(self.source, delta, folder / one.entry["solver"]["model"])
+                    place_of_it = folder / one.entry["solver"]["model"]
+                    save_full_model(self.source, one.adapter, place_of_it)
 
         self.bar = Progress(what=dataset, total=len(pending))
         self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)

@@ -16,9 +16,11 @@ from clip.retain import GROUPS
 from engine import TRAINER_REGISTRY, UserError
 from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.complete import left_notes
+from forgetting.requests import Request, Requests
 from trainers.base import ForgetTrainer, Solved
 from trainers.exact import ForgetExact
-from trainers.requests import BARE, Request, Requests
+from trainers.requests import BARE
 
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 ERASED = 0.5  # of the distance between the means; more than that left is no erasure
@@ -151,13 +153,6 @@ class RetainingTrainer(ForgetTrainer):
             )
         return rows.double(), self.retain.named(left)
 
-    @staticmethod
-    def left_notes(classes: list[str], names: list[str]) -> list[str]:
-        """Which names left the retain set, beside those of the forgotten classes themselves."""
-        own = set(map(datasets.plain, classes))
-        similar = [name for name in names if name not in own]
-        return [f"left the retain set: {', '.join(similar)}"] if similar else []
-
 
 class EditTrainer(RetainingTrainer):
     """A closed form `Delta = left @ D` that sees the retained names through `H_r^T H_r` alone.
@@ -178,7 +173,7 @@ class EditTrainer(RetainingTrainer):
         notes = [*notes, f"the texts go {1 - residual:.1%} of their way to the target"]
         report |= {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
         report |= {"retained": len(staying), "left_retain_set": names}
-        notes += self.left_notes(request.classes, names)
+        notes += left_notes(names, [*map(datasets.plain, request.classes)])
         return Solved(left.float(), displacement.float(), report, notes)
 
     def left(
@@ -268,7 +263,7 @@ class ForgetLEACE(RetainingTrainer):
             "retained": len(staying),
             "left_retain_set": names,
         }
-        notes += self.left_notes(request.classes, names)
+        notes += left_notes(names, [*map(datasets.plain, request.classes)])
         return Solved(left.float(), right.float(), report, notes)
 
 

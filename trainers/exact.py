@@ -19,9 +19,8 @@ from forgetting.complete import SpecificTargets, World, forget_completely
 from forgetting.forecast import Watch
 from forgetting.generic import generic_names
 from forgetting.requests import Requests
+from forgetting.targets import FURTHER
 from trainers.base import ForgetTrainer, Solved
-
-FURTHER = ("specific", "opposite")  # targets that can go further, by beta
 
 
 @TRAINER_REGISTRY.register()
@@ -81,7 +80,8 @@ class ForgetExact(ForgetTrainer):
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget them completely; see `forgetting.complete`."""
-        world, beta = self.world(generators), float(self.cfg.FORGET.BETA)
+        forget, world = self.cfg.FORGET, self.world(generators)
+        beta = float(forget.BETA) if forget.TARGET in FURTHER else 0.0
         wordings = self.texts.wordings(requests.classes)
         return [
             Solved(
@@ -100,7 +100,7 @@ class ForgetExact(ForgetTrainer):
         node, retain = self.cfg.TRAINER.FORGETEXACT, self.retain
 
         def send(
-            requests: Requests, leaving: Tensor, numbers: Sequence[int], betas: Sequence[float]
+            requests: Requests, leaving: Tensor, numbers: Sequence[int], betas: Tensor
         ) -> tuple[Tensor, list[int]]:
             noise = [generators[number] for number in numbers]
             for generator in noise:  # one that is solved again meets its noise again
@@ -138,17 +138,16 @@ class ForgetExact(ForgetTrainer):
         requests: Requests,
         leaving: Tensor,
         generators: Sequence[torch.Generator],
-        betas: Sequence[float],
+        betas: Tensor,
     ) -> tuple[Tensor, list[int]]:
-        """`P` (K, d), and the draws of noise for each request."""
+        """`P` (K, d), and the draws of noise for each request; `betas`: (K,)."""
         if self.cfg.FORGET.TARGET not in FURTHER:
             return self.targets(requests, generators)
-        beta = torch.tensor(betas, dtype=torch.float64)[requests.of_text]
         if self.cfg.FORGET.TARGET == "opposite":
             w = self.model.projection.double()
-            target = opposite_target(requests.hidden.to(w), w, beta)
+            target = opposite_target(requests.hidden.to(w), w, betas)
         else:
-            target = self.specific_targets(requests, leaving, beta)
+            target = self.specific_targets(requests, leaving, betas)
         return target, [0] * len(requests)
 
     @cached_property

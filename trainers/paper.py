@@ -22,8 +22,8 @@ from forgetting import (
 )
 from forgetting.adapter import Part, recipe_parts
 from forgetting.complete import proof
+from forgetting.requests import Requests
 from trainers.base import ForgetTrainer, Solved
-from trainers.requests import Requests
 
 
 class PaperTrainer(ForgetTrainer):

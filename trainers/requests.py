@@ -37,7 +37,6 @@ BARE = "{}"
 TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
 SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
-__all__ = ["Request", "Requests", "Texts", "Wordings"]
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
