@@ -23,7 +23,7 @@ Other words feel most of a class's change, and names that nobody retained feel s
 s(h) by `python -m experiments shares`, ForgetExact's defaults): synonyms 0.88 to 0.98 on average in
 the four sets and unseen templates 0.85 to 0.90, where real CLIPs have 0.81 (descriptions, ViT-B/16)
 and 0.89 (templates, ViT-B/32); unlisted names 0 on average and in root mean square 0.08, 0.15, 0.15
-and 0.16 (Digits, Letters, Symbols, Shapes; Shapes 0.43 where no other set's names are retained),
+and 0.16 (Digits, Letters, Symbols, Shapes; Shapes 0.25 where no other set's names are retained),
 where ViT-B/32 has 0.07 to 0.13. Names are harder to
 part than in a real CLIP: they share 64 directions, not 512.
 
