@@ -35,6 +35,7 @@ from tests.test_kills import no_leftovers, without_seconds
 from utils import create_results
 
 RAY = ["LAUNCHER.NAME", "ray"]
+CLASSES = {"ToyAnimals": 6, "ToyTools": 4}
 SLOW = ["TRAINER.FORGETASCENT.STEPS", "1500", "TRAINER.FORGETASCENT.LR", "1e-12"]
 
 
@@ -262,30 +263,34 @@ def test_one_run_that_fails_on_a_worker_stops_no_other(workers, command, tmp_pat
 
 def noted(argv: list[str]) -> int:
     """A run that leaves its process's number in the folder of its results."""
-    folder = Path(argv[argv.index("--output-dir") + 1])
+    folder, dataset = (Path(argv[argv.index(key) + 1]) for key in ("--output-dir", "--dataset"))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"process-{os.getpid()}-{time.monotonic_ns()}").touch()
+    (folder / f"process-{dataset}-{os.getpid()}-{time.monotonic_ns()}").touch()
     return train.cli(argv)
 
 
 def test_a_killed_worker_s_run_goes_on_at_its_class(workers, command, tmp_path, monkeypatch):
-    """SIGKILL once the first class is written; with another worker at work beside it."""
+    """SIGKILL once the first class is written, to a run that is not at its end; with another worker
+    at work beside it."""
     command = [*command, "--trainer", "ForgetAscent", *SLOW]
     train.main([*command, "--output-dir", str(tmp_path / "whole")])
     monkeypatch.setattr(train, "COMMAND", f"{__name__}:noted")
     folder, killed = tmp_path / "ray/seed_0", []
 
     def kill() -> None:
-        while not (folder / "logs.json").exists():
+        while not killed:
             time.sleep(0.01)
-        process = next(folder.glob("process-*")).name.split("-")[1]
-        killed.extend(label for entries in read_logs(folder).values() for label in entries)
-        os.kill(int(process), signal.SIGKILL)
+            logs = read_logs(folder)
+            begun = [path.name.split("-") for path in folder.glob("process-*")]
+            for _, dataset, process, _ in begun if logs else ():
+                if len(logs.get(dataset, ())) < 1 + CLASSES[dataset]:  # beside its settings
+                    killed.extend(label for entries in logs.values() for label in entries)
+                    return os.kill(int(process), signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     train.main([*command, "--output-dir", str(tmp_path / "ray"), *RAY])
-    thread.join()
+    thread.join(timeout=1)
     assert 2 <= len(killed) < 11, "in the middle: settings and some of ten classes"
     assert len(list(folder.glob("process-*"))) == 3, "two runs, one of them begun again"
     assert adapters(tmp_path / "ray") == adapters(tmp_path / "whole")
