@@ -89,8 +89,9 @@ class Registry:
     def __init__(self) -> None:
         self._classes: dict[str, type] = {}
 
-    def register(self, thing: type | None = None) -> Any:
-        """Register a class; without one, a decorator that does."""
+    def register(self, thing: type | None = None, force: bool = False) -> Any:
+        """Register a class; without one, a decorator that does. In Dassl's only `force` replaces
+        one of the same name."""
         if thing is None:
             return self.register
         self._classes[thing.__name__] = thing

@@ -159,7 +159,8 @@ def test_settings_stand_among_dassls_own():
     ours = settings(opts=["FORGET.RANK", "3", "INPUT.SIZE", "(32, 32)"])
     assert ours.FORGET.RANK == 3 and ours.INPUT.SIZE == (32, 32)
     assert set(theirs) < set(ours)
-    added = ("FORGET", "FEATURES", "TRAINER.FORGET", "DATASET.TEMPLATE")
+    added = ("FORGET", "FEATURES", "LAUNCHER", "LOG", "TRAINER.FORGET")
+    added += ("DATASET.IMAGES", "DATASET.TEMPLATE", "MODEL.PRECISION")
     for key in (key for key in declared() if not key.startswith(added)):
         value_of(theirs, key)  # KeyError: not spelled as Dassl's
     with pytest.raises(UserError, match=r"INPUT.SIZE must be of type tuple, got 3"):
@@ -180,6 +181,7 @@ def test_registry(kit):
         pass
 
     registry.register(Second)
+    registry.register(Second, force=True)  # one of that name is there
     assert registry.get("First") is First and registry.get("Second") is Second
     with pytest.raises((UserError, KeyError), match="Frist"):
         registry.get("Frist")
