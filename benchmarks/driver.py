@@ -42,7 +42,7 @@ PARTS = {
     "loading": ("trainers.base.load_bundles",),
     "solving": (),  # less what is certifying, filled in for the method
     "certifying": ("forgetting.constrained.certify_constrained", "forgetting.each.certify_each"),
-    "evaluating": ("trainers.base.Judge.before", "trainers.base.Judge.after"),
+    "evaluating": ("evaluation.judge.Judge.before", "evaluation.judge.Judge.after"),
     "writing": ("trainers.base.merge_results",),
 }
 

@@ -13,11 +13,11 @@ from clip.bundle import FeatureBundle
 from clip.retain import exact_names, retained
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
+from evaluation.judge import Judge
 from evaluation.results import join_label
 from forgetting import Group, LoraSettings, RetainSet
 from forgetting.complete import SpecificTargets
 from forgetting.requests import Request, Requests
-from trainers.base import Judge
 from trainers.requests import Texts
 
 

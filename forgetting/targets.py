@@ -166,9 +166,8 @@ class Specific:
             for _, numbers, base, gone in requests(self._ridge, e, alone, *away):
                 r[numbers] = downdate(e[numbers], base, *gone)
         length = (r * r).sum(1, keepdim=True)
-        share = torch.where(
-            length > 0, (e * r).sum(1, keepdim=True) / length, 0.0
-        )  # of a zero text
+        share = (e * r).sum(1, keepdim=True) / length
+        share = share.where(length > 0, 0.0)  # of a zero text
         return e - (1 + beyond) * share * r
 
 
