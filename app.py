@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import UserError
 from engine.cli import Parser, run, whole
 from engine.config import declared, settings
 from evaluation.live import Live
 from evaluation.live.uploads import MEGABYTES
-from forgetting import ProblemError
+from forgetting.errors import ProblemError
 from forgetting.targets import TARGETS
 
 HOST = "127.0.0.1"
@@ -36,12 +35,12 @@ POLICY = (
 
 
 def gradio() -> Any:
-    """Gradio with everything off that would speak to somebody else; UserError without it."""
+    """Gradio with everything off that would speak to somebody else; ProblemError without it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
         import gradio as gr
     except ImportError as error:
-        raise UserError(
+        raise ProblemError(
             f"the app needs Gradio ({error.name} is missing): make app, or pip install gradio"
         ) from error
     return gr
@@ -59,7 +58,7 @@ def blocks(live: Live, folder: Path) -> Any:
         try:
             view = live.look(forgotten, asked, keep, target, beta, files or ())
             path = view.save(folder)
-        except (ProblemError, UserError) as error:
+        except ProblemError as error:
             line = html.escape(str(error))
             raise gr.Error(line, print_exception=False) from error
         adapter = gr.DownloadButton(value=path, interactive=path is not None)
@@ -198,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
     if args.port and not _free(args.port):
-        raise UserError(f"port {args.port} of {HOST} is in use; give another --port")
+        raise ProblemError(f"port {args.port} of {HOST} is in use; give another --port")
     with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:  # uploads and adapters
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it as it is imported
         gradio()
@@ -209,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, refusals=(ProblemError,)))
+    sys.exit(run(main))

@@ -20,7 +20,7 @@ import datasets
 import trainers  # noqa: F401  registers the methods
 from clip.architectures import architecture
 from clip.bundle import list_bundles
-from engine import TRAINER_REGISTRY, UserError, engine_description, unknown
+from engine import TRAINER_REGISTRY, engine_description
 from engine.cli import Parser, run
 from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
@@ -28,7 +28,7 @@ from engine.files import escape
 from engine.launch import Run, launch
 from engine.log import environment, logged, note, say
 from evaluation.results import merge_args, place
-from forgetting import ProblemError
+from forgetting.errors import ProblemError, unknown
 from trainers.base import SINK
 from trainers.plan import Plan
 
@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
     """The settings of one run, which also complete `args`, and what it will do.
 
     Raises:
-        UserError: input that cannot be run, known from names alone; nothing is written.
+        ProblemError: input that cannot be run, known from names alone; nothing is written.
     """
     if args.images or args.dataset in datasets.NAMES:
         args.dataset = datasets.spec(args.dataset or "", args.images or "").name
@@ -90,18 +90,18 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
 
 
 def refuse_keys(given: Iterable[str], own: Iterable[str], where: str = "") -> None:
-    """UserError for a key of KEY VALUE pairs that the runs are given anyhow, each its own."""
+    """ProblemError for a key of KEY VALUE pairs that the runs are given anyhow, each its own."""
     own = set(own)
     for key in given:
         if key in own:
-            raise UserError(f"{key} is set for each run and cannot be set beside that{where}")
+            raise ProblemError(f"{key} is set for each run and cannot be set beside that{where}")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run one command line and return the folder of its results.
 
     Raises:
-        UserError, ProblemError: input that cannot be run; one line.
+        ProblemError, ProblemError: input that cannot be run; one line.
     """
     args = parse(argv)
     if any(getattr(args, many) for many in LISTS):
@@ -189,7 +189,7 @@ def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
         )
     if failed:
         titles = "; ".join(one.title for one in failed)
-        raise UserError(f"failed: {titles}; see the messages above")
+        raise ProblemError(f"failed: {titles}; see the messages above")
     return folder
 
 
@@ -197,7 +197,7 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
     """The settings of the first of several runs, and for each option of a run its values.
 
     Raises:
-        UserError: a data set, seed, backbone, method or setting that no run could be made with.
+        ProblemError: a data set, seed, backbone, method or setting that no run could be made with.
     """
     refuse_keys(
         args.opts[::2], [OPTIONS[one] for many, one in LISTS.items() if getattr(args, many)]
@@ -213,7 +213,7 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
         for value in values:
             setup(argparse.Namespace(**vars(args) | first | {one: value}))
     if len(varied["backbone"]) > 1 and cfg.MODEL.INIT_WEIGHTS:
-        raise UserError(
+        raise ProblemError(
             "--weights is of one backbone, and --backbones names several; "
             "python -m experiments sweep takes --weights ARCH=PATH for each"
         )
@@ -234,7 +234,7 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """`main` for the shell: an error is one line on stderr, the exit status says whether it ran."""
-    return run(main, argv, refusals=(ProblemError, SafetensorError))
+    return run(main, argv, refusals=(SafetensorError,))
 
 
 if __name__ == "__main__":

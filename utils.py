@@ -18,7 +18,6 @@ from typing import Any
 import pandas as pd
 
 from engine.cli import Parser, run
-from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from engine.log import say
 from evaluation.plots import AFTER, COLOURS, check_picture, drawing
@@ -43,6 +42,7 @@ from evaluation.tables import (
     result_table,
     write_table,
 )
+from forgetting.errors import ProblemError
 
 OUTPUTS = {"csv": "CSV", "latex": "LaTeX", "draw": "a picture"}
 LATEX = "% a table of utils.py"
@@ -83,7 +83,7 @@ def create_results(
             lists of them.
 
     Raises:
-        UserError: no results there, or none of the asked kind, or torn logs; folders that do not
+        ProblemError: no results there, or none of the asked kind, or torn logs; folders that do not
             belong together, or `before` of another model.
     """
     if isinstance(folder, Sequence) and not isinstance(folder, str | bytes) and folder:
@@ -101,7 +101,7 @@ def _of_folder(
 ) -> tuple[pd.DataFrame, argparse.Namespace, Logs]:
     """The frame of one folder, its latest command line, and its logs."""
     if not isinstance(folder, str | PathLike):
-        raise UserError(f"a results folder is given by its path, not by {folder!r:.80}")
+        raise ProblemError(f"a results folder is given by its path, not by {folder!r:.80}")
     folder = Path(folder)
     if not (folder / LOGS).is_file():
         raise no_results(folder)
@@ -136,12 +136,12 @@ def _of_model(args: argparse.Namespace, logs: Logs) -> Logs:
 
 
 def _check_columns(df: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    """UserError unless a frame has these columns, as those that `what` made have."""
+    """ProblemError unless a frame has these columns, as those that `what` made have."""
     if not isinstance(df, pd.DataFrame):
-        raise UserError(f"not a frame of {what}: {df!r:.80}")
+        raise ProblemError(f"not a frame of {what}: {df!r:.80}")
     lacking = [column for column in columns if column not in df]
     if lacking:
-        raise UserError(f"not a frame of {what}: it lacks {', '.join(lacking)}")
+        raise ProblemError(f"not a frame of {what}: it lacks {', '.join(lacking)}")
 
 
 def _check_frame(df: pd.DataFrame) -> None:
@@ -172,19 +172,19 @@ def compute_avg_gain(
             it, for each of them.
 
     Raises:
-        UserError: no accuracies from before, or none of the frame's classes. Where all of them are
+        ProblemError: no accuracies from before, or none of the frame's classes. Where all of them are
             0 there is no relative loss, and the answer is NaN.
     """
     _check_frame(df)
     if before is not None:
         if GAIN in df:
-            raise UserError(
+            raise ProblemError(
                 "a frame of several folders has the average gains of each: pass what was before to "
                 "create_results(FOLDERS, before=...)"
             )
         df = _with_before(df, before)
     if not _measured_before(df):
-        raise UserError(
+        raise ProblemError(
             "no average gain: it is relative to the accuracies from before forgetting, and these "
             "results hold none (logs of the paper's public code have none); pass them: "
             "compute_avg_gain(df, before=FRAME) or utils.py --before FOLDER, with the results of "
@@ -208,17 +208,17 @@ def _with_before(
         known = known[~known.index.duplicated()].reindex(columns=columns).astype(float)
         values = known.reindex(pd.MultiIndex.from_frame(df[keys]) if len(keys) > 1 else df["name"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
+        raise ProblemError(
             "before must be a frame of create_results, or {CLASS: {'cls_Noforget': 0.6, ...}} "
             f"({error})"
         ) from error
     wrong = known.where((known < 0) | (known > 1)).stack().dropna()
     if len(wrong):
-        raise UserError(f"before holds {wrong.iloc[0]:g}: accuracies are fractions, from 0 to 1")
+        raise ProblemError(f"before holds {wrong.iloc[0]:g}: accuracies are fractions, from 0 to 1")
     filled = df.fillna(values[columns].set_index(df.index))
     lacking = filled["name"][filled[list(FRAME[2:4])].isna().all(axis=1)]
     if len(lacking) == len(df):
-        raise UserError(f"before holds none of the classes {', '.join(lacking)[:200]}")
+        raise ProblemError(f"before holds none of the classes {', '.join(lacking)[:200]}")
     if len(lacking):
         warnings.warn(
             f"no accuracies from before forgetting of {len(lacking)} of {len(df)} rows: "
@@ -347,15 +347,15 @@ def compare_results(
         `seconds`. A method of several folders has its means, and `± METHOD` behind each.
 
     Raises:
-        UserError: no class is in all folders; folders of several models; a name that a column of
+        ProblemError: no class is in all folders; folders of several models; a name that a column of
             the table has.
     """
     if not isinstance(folders, Mapping) or not folders:
-        raise UserError(f"folders must map names to results folders, got {folders!r:.80}")
+        raise ProblemError(f"folders must map names to results folders, got {folders!r:.80}")
     titles = ["before", *map(str, folders), *(f"± {name}" for name in folders)]
     for name in folders:
         if titles.count(str(name)) > 1:
-            raise UserError(
+            raise ProblemError(
                 f"no method can be called {name!r}, as a column of the table is; give it another "
                 "name: NAME=FOLDER"
             )
@@ -378,7 +378,7 @@ def compare_results(
     same_kind(places, models, model_alone=True)
     joined = pd.concat(tables, axis=1, join="inner")  # columns (method, column of `summarise`)
     if joined.empty:
-        raise UserError(f"no class is in all of {', '.join(map(str, folders.values()))}")
+        raise ProblemError(f"no class is in all of {', '.join(map(str, folders.values()))}")
     columns = {}
     for stem in ("class", "rest", "others"):
         known = joined.xs(f"{stem} before", axis=1, level=1)  # of the first method that has it
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = [Path(file).resolve() for option in OUTPUTS if (file := getattr(args, option))]
     if len({*files}) < len(files):
-        raise UserError("each of --csv, --latex and --draw needs a file of its own")
+        raise ProblemError("each of --csv, --latex and --draw needs a file of its own")
     how = {"multiclass": args.multiclass, "before": args.before}
     groups = {name: f if len(f) > 1 else f[0] for name, f in _groups(args.folders).items()}
     lines = [f"{name}: {_told_gain(folders, how)}" for name, folders in groups.items()]
@@ -467,7 +467,7 @@ def _told_gain(folders: str | Sequence[str], how: Mapping[str, Any]) -> str:
     """The average gain of one or several folders in words, or why there is none."""
     try:
         mean = compute_avg_gain(create_results(folders, **how)[0])
-    except UserError as error:
+    except ProblemError as error:
         if not str(error).startswith("no average gain"):
             raise
         return str(error)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.cli import commands
-from forgetting import ProblemError
+from forgetting.errors import ProblemError
 
 BENCHMARKS = {
     "encode": "images to embeddings, against open_clip's plain loop",

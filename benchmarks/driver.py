@@ -41,7 +41,10 @@ CLASSES = (100, 250, 1000, 4000)
 PARTS = {
     "loading": ("trainers.base.load_bundles",),
     "solving": (),  # less what is certifying, filled in for the method
-    "certifying": ("forgetting.constrained.certify_constrained", "forgetting.each.certify_each"),
+    "certifying": (
+        "forgetting.solvers.constrained.certify_constrained",
+        "forgetting.solvers.batched.certify_each",
+    ),
     "evaluating": ("evaluation.judge.Judge.before", "evaluation.judge.Judge.after"),
     "writing": ("trainers.base.merge_results",),
 }

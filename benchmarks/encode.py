@@ -31,9 +31,10 @@ from clip.architectures import architecture
 from clip.cache import FeatureCache
 from clip.features import loaders
 from clip.source import ClipSource
-from engine import UserError, write_json_atomic
+from engine import write_json_atomic
 from engine.cli import COUNT, Parser
 from engine.log import Progress
+from forgetting.errors import ProblemError
 
 ARCHITECTURES = ("RN50", "ViT-B/16")
 SIDES = 500, 375  # pixels
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: random weights")
     args = parser.parse_args(argv)
     if args.weights and len(args.archs) > 1:
-        raise UserError("--weights are those of one ARCH; name it")
+        raise ProblemError("--weights are those of one ARCH; name it")
     precisions, tables = ["fp32", *(args.precision or ["bf16"])], []
     with tempfile.TemporaryDirectory() as folder:
         paths = photographs(Path(folder), args.images)

@@ -36,7 +36,7 @@ from forgetting import (
     solve_exact,
     solve_lora_each,
 )
-from forgetting.exact import settle
+from forgetting.solvers.exact import settle
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
 CLASSES = (10, 30, 100, 300, 1000)

@@ -15,13 +15,13 @@ import torch
 
 from clip.checkpoint import read_state_dict
 from clip.source import ClipSource
-from engine import UserError, atomic_path, write_json_atomic
+from engine import atomic_path, write_json_atomic
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.files import refuse_existing
 from engine.log import say
-from forgetting import ProblemError
 from forgetting.adapter import Adapter, load_adapter, projection_sha256
+from forgetting.errors import ProblemError
 
 
 def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
@@ -30,7 +30,7 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
     The changed projection is float32, also where the file is in half precision: that is what was
     measured. Everything else is what the original file holds, to the bit. Beside it comes a JSON
     file with the model's config in open_clip's form, since weights alone do not say how they
-    compute. Raises UserError if one of the two exists or the change has another shape.
+    compute. Raises ProblemError if one of the two exists or the change has another shape.
     """
     path = Path(path)
     arch, beside = source.architecture, path.with_suffix(".json")
@@ -40,19 +40,19 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
     projection = source.projection  # loading the model also proves that the file fits it
     shape = (len(adapter.left), adapter.right.shape[1])
     if shape != projection.shape:
-        raise UserError(
+        raise ProblemError(
             f"the change is {shape}, but {source.arch} has a projection of "
             f"{tuple(projection.shape)}"
         )
     state = {} if arch.transformers else read_state_dict(source.weights_path)
     if getattr(state.get("text_projection"), "shape", None) != projection.shape:
-        raise UserError(f"{source.arch} has no text_projection in OpenAI's layout to be changed")
+        raise ProblemError(f"{source.arch} has no text_projection in OpenAI's layout to be changed")
     state["text_projection"] = adapter.changed(projection)
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            raise ProblemError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     if len(places) > 1:
         config = {"model_cfg": arch.model_config(), "preprocess_cfg": arch.preprocessing()}
         write_json_atomic(config, beside, indent=1)
@@ -72,17 +72,17 @@ def main(argv: list[str] | None = None) -> None:
     refuse_existing(out, "move it or choose another OUT")
     folder = out.absolute().parent
     if not folder.is_dir():  # a typing error must not become a folder
-        raise UserError(f"no folder {folder} to write {out.name} into; make it first")
+        raise ProblemError(f"no folder {folder} to write {out.name} into; make it first")
     adapter = load_adapter(args.adapter)
     source = ClipSource(adapter.backbone, args.weights, args.cache)
     if projection_sha256(source.projection) != adapter.projection_sha256:
-        raise UserError(
+        raise ProblemError(
             f"adapter {args.adapter} was made for other weights (sha256 {adapter.weights[:16]}) "
             f"than {source.weights_path}; give the original ones by --weights"
         )
     own = adapter.settings.get("model", source.architecture.sha)
     if own != source.architecture.sha:
-        raise UserError(
+        raise ProblemError(
             f"adapter {args.adapter} was made for a model of other activation, preprocessing or "
             f"tokenizer than {source.arch} has now"
         )
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def cli(argv: list[str] | None = None) -> int:
     """`main` for the shell."""
-    return run(main, argv, refusals=(ProblemError,))
+    return run(main, argv)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from engine.errors import UserError, unknown
 from engine.files import read_json
-from forgetting.checks import reason
-from forgetting.models import OPENAI
+from forgetting.errors import ProblemError, reason, unknown
+from forgetting.models.loading import OPENAI
 
 HERE = Path(__file__).parent
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -123,7 +122,7 @@ class Architecture:
         try:
             return kind(**config)
         except Exception as error:  # of a config that somebody wrote, or a tower of another library
-            raise UserError(f"{self.name} cannot be built: {reason(error)}") from error
+            raise ProblemError(f"{self.name} cannot be built: {reason(error)}") from error
 
     def preprocessing(self) -> dict[str, Any]:
         """open_clip's PreprocessCfg of the model."""
@@ -133,14 +132,14 @@ class Architecture:
         return {"size": size} | self.images
 
     def require_identity(self, path: Path, sha256: str) -> None:
-        """UserError unless it is known how the weights at `path` are to be computed with."""
+        """ProblemError unless it is known how the weights at `path` are to be computed with."""
         known = {digest: name for name, digest in OPENAI_FILES.items()}.get(sha256)
         quick = bool(self.model_config().get("quick_gelu")) if not self.transformers else None
         if known is not None:
             if isinstance(self.weights, str) and known != self.weights:
-                raise UserError(f"weights {path} are OpenAI's {known}, not those of {self.name}")
+                raise ProblemError(f"weights {path} are OpenAI's {known}, not those of {self.name}")
             if quick is False:
-                raise UserError(
+                raise ProblemError(
                     f"weights {path} are OpenAI's {known}, which compute with QuickGELU, and "
                     f"{self.name} computes with GELU; give ARCH as {known.removesuffix('.pt')!r}"
                 )
@@ -153,7 +152,7 @@ class Architecture:
             ):
                 differ = sorted(k for k in {*theirs, *own} if theirs.get(k) != own.get(k))
                 if differ:
-                    raise UserError(
+                    raise ProblemError(
                         f"weights {path} have a config beside them, {beside.name}, whose {what} is "
                         f"another than that of {self.name}: {differ[0]} is "
                         f"{theirs.get(differ[0])!r:.80}, not {own.get(differ[0])!r:.80}"
@@ -162,7 +161,7 @@ class Architecture:
         if not self.explicit:
             base = self.name.removeprefix(OPEN_CLIP)
             prefix = self.name[: len(self.name) - len(base)]
-            raise UserError(
+            raise ProblemError(
                 f"weights {path} (sha256 {sha256[:16]}…) are none that OpenAI published and have "
                 f"no config beside them ({path.with_suffix('.json').name}, {OPEN_CLIP_CONFIG}), so "
                 f"how they compute is not known: give ARCH as {prefix}{base}-quickgelu (OpenAI's "
@@ -186,16 +185,16 @@ def read_open_clip(path: Path) -> Architecture:
     """The architecture of a config in open_clip's form: `model_cfg`, and perhaps `preprocess_cfg`.
 
     Raises:
-        UserError: a file of another form.
+        ProblemError: a file of another form.
     """
     content = read_json(path, "model config")
     parts = content if isinstance(content, dict) else {}
     model, images = parts.get("model_cfg"), parts.get("preprocess_cfg", {})
     needed = ("embed_dim", "vision_cfg", "text_cfg")
     if not isinstance(model, dict) or any(key not in model for key in needed):
-        raise UserError(f"{path}: no model_cfg with {', '.join(needed)}, as open_clip writes it")
+        raise ProblemError(f"{path}: no model_cfg with {', '.join(needed)}, as open_clip writes it")
     if not isinstance(images, dict) or not {*images} <= {*IMAGE_KEYS, "mode", "fill_color"}:
-        raise UserError(f"{path}: preprocess_cfg must hold some of {', '.join(IMAGE_KEYS)}")
+        raise ProblemError(f"{path}: preprocess_cfg must hold some of {', '.join(IMAGE_KEYS)}")
     images = {key: images[key] for key in IMAGE_KEYS if key in images}
     return Architecture(path.name, model, images=images)
 
@@ -243,7 +242,7 @@ def architecture(name: str) -> Architecture:
     weights of one's own, `open_clip:NAME[/PRETRAINED]` or `hf:DIR`.
 
     Raises:
-        UserError: there is none, with the nearest name; a folder that is none or lacks a config.
+        ProblemError: there is none, with the nearest name; a folder that is none or lacks a config.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -257,7 +256,7 @@ def architecture(name: str) -> Architecture:
         config = row.model_config() | {"quick_gelu": quick}
         return replace(row, name=name, config=config, weights=None, explicit=True)
     error = unknown("architecture", name, ARCHITECTURES)
-    raise UserError(f"{error}; or {OPEN_CLIP}NAME[/PRETRAINED], {HUGGING_FACE}DIR")
+    raise ProblemError(f"{error}; or {OPEN_CLIP}NAME[/PRETRAINED], {HUGGING_FACE}DIR")
 
 
 def _activation(name: str) -> tuple[str, bool | None]:
@@ -289,7 +288,7 @@ def _of_open_clip(name: str) -> Architecture:
     theirs = bool(trained.get("quick_gelu", False))
     if quick is not None and quick != theirs:
         says = "QuickGELU" if theirs else "GELU"
-        raise UserError(f"{name}: the weights {tag} were trained with {says}; name the model so")
+        raise ProblemError(f"{name}: the weights {tag} were trained with {says}; name the model so")
     config["quick_gelu"] = theirs
     images = {key: trained[key] for key in IMAGE_KEYS if key in trained}
     return Architecture(name, config, images=images, pretrained=tag)
@@ -297,23 +296,23 @@ def _of_open_clip(name: str) -> Architecture:
 
 def _of_folder(name: str, folder: Path) -> Architecture:
     if not folder.is_dir():
-        raise UserError(f"architecture {name}: no folder {folder}")
+        raise ProblemError(f"architecture {name}: no folder {folder}")
     weights = [folder / file for file in FOLDER_WEIGHTS if (folder / file).is_file()]
     weights += sorted(folder.glob("model-*-of-*.safetensors"))
-    missing = UserError(f"architecture {name}: none of {', '.join(FOLDER_WEIGHTS)} in {folder}")
+    missing = ProblemError(f"architecture {name}: none of {', '.join(FOLDER_WEIGHTS)} in {folder}")
     if (folder / OPEN_CLIP_CONFIG).is_file():
         found = read_open_clip(folder / OPEN_CLIP_CONFIG)
         if not weights:
             raise missing
         return replace(found, name=name, weights=weights[0], folder=folder)
     if not (folder / "config.json").is_file():
-        raise UserError(
+        raise ProblemError(
             f"architecture {name}: {folder} holds neither config.json nor {OPEN_CLIP_CONFIG}, so "
             "how its weights compute is not known"
         )
     config = read_json(folder / "config.json", "model config")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{folder / 'config.json'}: no config of transformers: no model_type")
+        raise ProblemError(f"{folder / 'config.json'}: no config of transformers: no model_type")
     if not weights:
         raise missing
     drop = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -325,11 +324,11 @@ def _of_processor(folder: Path) -> dict[str, Any]:
     """Hugging Face's preprocessor_config.json as open_clip's PreprocessCfg has it.
 
     Raises:
-        UserError: there is none, or it asks for steps that have no such form.
+        ProblemError: there is none, or it asks for steps that have no such form.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        raise UserError(f"no {path}, so how the model reads images is not known")
+        raise ProblemError(f"no {path}, so how the model reads images is not known")
     content = read_json(path, "image preprocessing")
     try:
         size, crop = content["size"], content.get("crop_size")
@@ -357,4 +356,4 @@ def _of_processor(folder: Path) -> dict[str, Any]:
             "resize_mode": mode,
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: a preprocessing that is not known here ({error})") from error
+        raise ProblemError(f"{path}: a preprocessing that is not known here ({error})") from error

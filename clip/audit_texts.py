@@ -20,8 +20,8 @@ from clip.cache import FeatureCache
 from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
 from datasets.words.wordnet import ABSENT, installed
-from engine.errors import UserError
 from engine.log import Progress, say
+from forgetting.errors import ProblemError
 
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
 
@@ -39,11 +39,11 @@ def with_audit(bundle: FeatureBundle, source: ClipSource, cache: str | Path) -> 
     is loaded only for classes whose texts have changed.
 
     Raises:
-        UserError: a bundle of another architecture or other weights than the source's.
+        ProblemError: a bundle of another architecture or other weights than the source's.
     """
     for key, own in (("backbone", source.arch), ("weights", source.weights_sha256)):
         if getattr(bundle, key) != own:
-            raise UserError(
+            raise ProblemError(
                 f"feature bundle of {bundle.dataset}: {key} is {getattr(bundle, key)!r}, but the "
                 f"model's is {own!r}; other words must be read by the model that made the bundle"
             )

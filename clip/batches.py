@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clip.source import ClipSource
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 
 # Images, from and to. On a CPU 32 was fastest, and a size found by the clock would give other last
 # digits in every run.
@@ -48,9 +48,9 @@ class BatchSize:
             self.now, self.settled = self._best, True
 
     def too_many(self) -> None:
-        """Memory does not hold a batch; UserError if it was of one image."""
+        """Memory does not hold a batch; ProblemError if it was of one image."""
         if self.now == 1:
-            raise UserError("out of memory: not even one image can be encoded")
+            raise ProblemError("out of memory: not even one image can be encoded")
         self.now, self.settled = self.now // 2, True
 
 

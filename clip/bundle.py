@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.names import flaw, is_text
-from engine.errors import UserError
 from engine.files import atomic_path, parse_json, readable, refuse_existing
+from forgetting.errors import ProblemError
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
@@ -84,7 +84,7 @@ class FeatureBundle:
     def load(cls, path: str | Path) -> FeatureBundle:
         """Read and check the bundle at `path`.
 
-        Raises UserError naming the file and the key: a file that is missing, truncated or no
+        Raises ProblemError naming the file and the key: a file that is missing, truncated or no
         bundle, a missing key, or what `check` refuses.
         """
         path = Path(path)
@@ -110,7 +110,7 @@ class FeatureBundle:
     def save(self, path: str | Path) -> None:
         """Check the bundle and write it to `path`, whole or not at all.
 
-        Raises UserError if the bundle is not valid or `path` exists: nothing is overwritten.
+        Raises ProblemError if the bundle is not valid or `path` exists: nothing is overwritten.
         """
         path = Path(path)
         self.check(path)
@@ -125,7 +125,7 @@ class FeatureBundle:
             temporary.write_bytes(save(tensors, metadata=metadata))
 
     def check(self, where: str | Path) -> None:
-        """Raise UserError naming `where` and the key if the bundle contradicts itself: wrong
+        """Raise ProblemError naming `where` and the key if the bundle contradicts itself: wrong
         shapes or dtypes, NaN or inf, a label out of range, image features that are not normalised,
         a class without a name of its own, a template without the class's place."""
         if not self.classnames:
@@ -196,11 +196,11 @@ def bundle_path(folder: str | Path, backbone: str, dataset: str) -> Path:
 def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     """Data set name -> file, sorted by name, of every bundle of `backbone` in `folder`.
 
-    Raises UserError if the folder is missing or holds no bundle of that backbone.
+    Raises ProblemError if the folder is missing or holds no bundle of that backbone.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder of feature bundles at {folder}")
+        raise ProblemError(f"no folder of feature bundles at {folder}")
     place = bundle_path(folder, backbone, "").parent
     # Not by glob, which takes a folder that may not be entered for an empty one. No hidden file is
     # a bundle: it is what a killed run left, or a data set called "..".
@@ -208,7 +208,7 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     found = {p.stem: p for p in paths if p.suffix == SUFFIX and not p.name.startswith(".")}
     if not found:
         others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
-        raise UserError(
+        raise ProblemError(
             f"no feature bundle of {backbone} in {folder}; "
             f"backbones there: {', '.join(others) or 'none'}"
         )
@@ -218,12 +218,12 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
 def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundle:
     """Load one bundle of a folder by its names.
 
-    Raises UserError if there is none (naming the nearest), or if the file is of another backbone
+    Raises ProblemError if there is none (naming the nearest), or if the file is of another backbone
     or data set than its place says.
     """
     bundles = list_bundles(folder, backbone)
     if dataset not in bundles:
-        raise UserError(
+        raise ProblemError(
             f"no feature bundle of {dataset!r} for {backbone} in {folder}; "
             f"data sets there: {', '.join(bundles)}"
         )
@@ -240,7 +240,7 @@ def load_bundles(
 ) -> dict[str, FeatureBundle]:
     """The bundles of one run, by name; all of the folder's if `names` is None.
 
-    Raises UserError as `load_bundle`, and naming two files whose weights or projections differ:
+    Raises ProblemError as `load_bundle`, and naming two files whose weights or projections differ:
     all are evaluated with the projection of one.
     """
     names = list_bundles(folder, backbone) if names is None else names
@@ -256,31 +256,31 @@ def load_bundles(
             differ = "precisions of the image encoder"
         if differ:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
-            raise UserError(
+            raise ProblemError(
                 f"feature bundles {places[0]} and {places[1]} were made with different {differ}; "
                 "the bundles of a run must come from one model"
             )
     return bundles
 
 
-def _error(where: str | Path, key: str, problem: str) -> UserError:
-    return UserError(f"feature bundle {where}: {key} {problem}")
+def _error(where: str | Path, key: str, problem: str) -> ProblemError:
+    return ProblemError(f"feature bundle {where}: {key} {problem}")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and string metadata of a safetensors file."""
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"feature bundle {path} {kind}")
+        raise ProblemError(f"feature bundle {path} {kind}")
     try:
         with readable(path) as name, safe_open(name, framework="pt", device="cpu") as file:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except OSError as error:
-        raise UserError(f"feature bundle {path} cannot be read: {error.strerror}") from error
+        raise ProblemError(f"feature bundle {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # the reader raises whatever foreign bytes lead it to
         reason = str(error).splitlines()[0]
-        raise UserError(
+        raise ProblemError(
             f"feature bundle {path} is truncated or not a safetensors file ({reason})"
         ) from error
 

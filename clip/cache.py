@@ -28,9 +28,10 @@ from clip.batches import BatchSize, encode
 from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
-from engine import UserError, atomic_path, lock
+from engine import atomic_path, lock
 from engine.files import readable
 from engine.log import Progress, say
+from forgetting.errors import ProblemError
 
 SHARD = 512  # images; what a killed run loses at most
 CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
@@ -65,12 +66,12 @@ class FeatureCache:
         Shards are kept until all are there, so a killed run goes on where it was, as does one
         that stopped at a broken image. A second process waits for the first.
 
-        Raises UserError naming the first image that is missing or cannot be decoded.
+        Raises ProblemError naming the first image that is missing or cannot be decoded.
         """
         try:
             contents = digests(paths, self.folder.parent / "images.json")
         except OSError as error:
-            raise UserError(_broken(error.filename, error.strerror)) from error
+            raise ProblemError(_broken(error.filename, error.strerror)) from error
         mark = [self.source.precision] * (self.source.precision != "fp32")
         entry = self._path(name, mark + contents)
         features = _read(entry)
@@ -152,7 +153,7 @@ class FeatureCache:
             pin_memory=self.source.device.type == "cuda",
         ):
             if isinstance(pictures, str):
-                raise UserError(pictures)
+                raise ProblemError(pictures)
             yield pictures
 
     def _path(self, name: str, contents: list[Any]) -> Path:
@@ -187,7 +188,7 @@ class _Chunks(Dataset):
         for path in self.chunks[index]:
             try:
                 images.append(self.transform(read_image(path)))
-            except UserError as error:
+            except ProblemError as error:
                 return _broken(path, error)
         return torch.stack(images)
 
@@ -205,7 +206,7 @@ def _alone(path: Path) -> Iterator[None]:
     guard = lock(path, timeout=0)
     try:
         guard.acquire()
-    except UserError:
+    except ProblemError:
         say(f"clip: another process is encoding {path.stem}; waiting for it")
         guard.acquire(timeout=-1)
     try:

@@ -15,8 +15,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from clip.architectures import ARCHITECTURES, OPENAI_FILES, Architecture
-from engine.errors import UserError
-from forgetting.checkpoints import NOT_WEIGHTS
+from forgetting.errors import ProblemError
+from forgetting.models.checkpoint import NOT_WEIGHTS
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     a "module." prefix), and OpenAI's TorchScript archives. An archive is a program: it is run
     only if its SHA-256 is one that OpenAI published.
 
-    Raises UserError, one line: a file that is missing, empty, a folder, truncated, foreign, a
+    Raises ProblemError, one line: a file that is missing, empty, a folder, truncated, foreign, a
     program, or holds NaN.
     """
     path = Path(path)
@@ -34,36 +34,36 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()  # read once: what is hashed is what is loaded
     except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror})") from error
+        raise ProblemError(f"weights {path} cannot be read ({error.strerror})") from error
     if not data:
-        raise UserError(f"weights {path} is empty")
+        raise ProblemError(f"weights {path} is empty")
     try:
         loaded = _parse(path, data)
-    except UserError:
+    except ProblemError:
         raise
     except Exception as error:  # the readers raise whatever foreign bytes lead them to
-        raise UserError(_broken(path, data, error)) from error
+        raise ProblemError(_broken(path, data, error)) from error
     return _tensors_only(path, loaded)
 
 
 def require_file(path: Path) -> None:
-    """UserError if there is no file at `path`."""
+    """ProblemError if there is no file at `path`."""
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"weights {path} {kind}")
+        raise ProblemError(f"weights {path} {kind}")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], arch: Architecture, path: Path) -> None:
-    """Load `state` into `model` in float32; UserError as `check_fit`."""
+    """Load `state` into `model` in float32; ProblemError as `check_fit`."""
     check_fit(model, state, arch, path)
     model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], arch: Architecture, path: Path) -> None:
-    """UserError saying what the file looks like if it is not exactly this architecture."""
+    """ProblemError saying what the file looks like if it is not exactly this architecture."""
     problem = _difference(model.state_dict(), state)
     if problem:
-        raise UserError(
+        raise ProblemError(
             f"weights {path} are not those of {arch.name}: they look like {describe(state)} "
             f"({problem})"
         )
@@ -106,7 +106,7 @@ def _parse(path: Path, data: bytes) -> Any:
         if any("/code/" in name or name.endswith("constants.pkl") for name in members):
             digest = hashlib.sha256(data).hexdigest()
             if digest not in OPENAI_FILES.values():
-                raise UserError(
+                raise ProblemError(
                     f"weights {path} is a TorchScript program (sha256 {digest[:16]}…) that is none "
                     "of OpenAI's published files, so it is not run; save its state dict instead"
                 )
@@ -137,14 +137,16 @@ def _tensors_only(path: Path, loaded: Any) -> dict[str, Tensor]:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not loaded:
-        raise UserError(f"weights {path} holds a {type(loaded).__name__}, not a state dict")
+        raise ProblemError(f"weights {path} holds a {type(loaded).__name__}, not a state dict")
     state: dict[str, Tensor] = {}
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"weights {path}: {name!r} is a {type(value).__name__}, not a tensor")
+            raise ProblemError(
+                f"weights {path}: {name!r} is a {type(value).__name__}, not a tensor"
+            )
         special = value.layout != torch.strided or value.is_quantized or value.is_nested
         if special or value.is_meta or value.is_complex():
-            raise UserError(f"weights {path}: {name} holds no plain numbers, or none at all")
+            raise ProblemError(f"weights {path}: {name} holds no plain numbers, or none at all")
         state[name] = value
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -152,5 +154,5 @@ def _tensors_only(path: Path, loaded: Any) -> dict[str, Tensor]:
         state.pop(name, None)
     for name, value in state.items():
         if not torch.isfinite(value.float()).all():
-            raise UserError(f"weights {path}: {name} holds NaN or infinite values")
+            raise ProblemError(f"weights {path}: {name} holds NaN or infinite values")
     return state

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
 from engine.files import lock, read_json, sha256_file, write_json_atomic
 from engine.log import Progress, say
 from engine.schema import Register, fault
+from forgetting.errors import ProblemError
 
 
 def digests(paths: Sequence[str | Path], register: Path | None) -> list[str]:
@@ -33,7 +33,7 @@ def digests(paths: Sequence[str | Path], register: Path | None) -> list[str]:
         same = entry[:-1] == stamp and isinstance(entry[-1], str)
         found[path] = entry if same else [*stamp, sha256_file(path)]
     if found != {path: known.get(path) for path in found}:
-        with suppress(UserError), lock(register):
+        with suppress(ProblemError), lock(register):
             write_json_atomic(_read(register) | found, register)
     return [found[path][-1] for path in places]
 
@@ -44,7 +44,7 @@ def _read(register: Path) -> dict[str, list[Any]]:
         return {}
     try:
         content = read_json(register, "the register of files")
-    except UserError as error:
+    except ProblemError as error:
         say(f"clip: {error}; it is made again")
         return {}
     if fault(Register, content):

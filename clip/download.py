@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from engine.errors import UserError
 from engine.files import lock, sha256_file
 from engine.log import Progress
+from forgetting.errors import ProblemError
 
 CHUNK = 1 << 20  # bytes
 MB = 1e6
@@ -21,7 +21,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
     """Fetch `url` to `path` unless it is there; return `path`.
 
     An interrupted download leaves `path` + ".part", and the next call goes on from its end.
-    Raises UserError naming the address, the place for a file put there by hand, and --weights.
+    Raises ProblemError naming the address, the place for a file put there by hand, and --weights.
     """
     if path.is_file():
         return path
@@ -34,14 +34,14 @@ def download(url: str, sha256: str, path: Path) -> Path:
             _fetch(url, part)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
-            raise UserError(
+            raise ProblemError(
                 f"cannot download {url} ({reason}); put the file at {path} by hand, or pass "
                 "--weights PATH; what has arrived is kept and the next call goes on from there"
             ) from error
         found = sha256_file(part)
         if found != sha256:
             part.unlink()
-            raise UserError(
+            raise ProblemError(
                 f"{url} gave a file of SHA-256 {found}, not {sha256}; it was thrown away"
             )
         os.replace(part, path)

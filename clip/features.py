@@ -20,12 +20,12 @@ from clip.audit_texts import with_audit
 from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
-from engine import UserError, unknown
 from engine.cli import Parser, run
 from engine.config import declared, settings
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher
 from engine.log import say
+from forgetting.errors import ProblemError, unknown
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -56,18 +56,18 @@ def build_bundle(
         how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
-    Raises UserError for an unknown name, missing or broken images, or weights that do not fit.
+    Raises ProblemError for an unknown name, missing or broken images, or weights that do not fit.
     """
     row = datasets.spec(dataset, own)
     template = row.template if template is None else template
     if template.count(BARE) != 1:
-        raise UserError(f"template {template!r} must hold the class name's place {BARE} once")
+        raise ProblemError(f"template {template!r} must hold the class name's place {BARE} once")
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     images = datasets.load(dataset, root, own)
     items = getattr(images, split)
     if not items:
-        raise UserError(f"data set {dataset} in {root} has no images in its split {split!r}")
+        raise ProblemError(f"data set {dataset} in {root} has no images in its split {split!r}")
     classnames = list(images.classnames)
     names = [datasets.plain(name) for name in classnames]
     retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 import datasets
 from clip.bundle import FeatureBundle
 from forgetting import Group, RetainSet, Ridge
-from forgetting.generic import ALIKE
+from forgetting.models.vocabulary import ALIKE
 from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")

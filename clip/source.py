@@ -18,13 +18,11 @@ from clip.architectures import ARCHITECTURES, OPEN_CLIP, architecture
 from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
-from engine.errors import UserError, unknown
 from engine.files import sha256_file
 from engine.log import Progress, say, warn
-from forgetting import ProblemError
-from forgetting.checks import reason
-from forgetting.reading import cut, warning_of
-from forgetting.towers import Tower, read_tower
+from forgetting.errors import ProblemError, reason, unknown
+from forgetting.models.encoder import Tower, read_tower
+from forgetting.models.reading import cut, warning_of
 
 # Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +41,7 @@ class ClipSource:
         precision: of `PRECISIONS`, what images are encoded in, by a copy of the model.
 
     Raises:
-        UserError: an unknown name, a missing file, or a precision that the device lacks.
+        ProblemError: an unknown name, a missing file, or a precision that the device lacks.
     """
 
     def __init__(
@@ -61,12 +59,12 @@ class ClipSource:
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS)
         if precision == "fp16" and self.device.type == "cpu":
-            raise UserError("--precision fp16 needs a GPU; on a CPU take bf16, or fp32")
+            raise ProblemError("--precision fp16 needs a GPU; on a CPU take bf16, or fp32")
         self.precision = precision
         self._weights = None if weights is None else Path(weights)
         if self._weights is not None:
             if self.architecture.folder is not None:
-                raise UserError(f"{arch} brings its weights: leave out --weights {weights}")
+                raise ProblemError(f"{arch} brings its weights: leave out --weights {weights}")
             require_file(self._weights)
 
     @property
@@ -81,13 +79,13 @@ class ClipSource:
         """The checkpoint file; downloaded first if need be.
 
         Raises:
-            UserError: weights of which it is not known how they are to be computed with.
+            ProblemError: weights of which it is not known how they are to be computed with.
         """
         arch = self.architecture
         if self._weights is not None:
             try:
                 arch.require_identity(self._weights, self._sha256(self._weights))
-            except UserError:
+            except ProblemError:
                 with torch.device("meta"):  # weights of other shapes are told as such
                     model = arch.build()
                 check_fit(model, read_state_dict(self._weights), arch, self._weights)
@@ -100,7 +98,7 @@ class ClipSource:
             return self._from_open_clip()
         path = download(arch.url, arch.sha256, self.cache / "weights" / arch.weights)
         if self._sha256(path) != arch.sha256:
-            raise UserError(
+            raise ProblemError(
                 f"{path} is not the file that OpenAI published for {arch.name} (SHA-256 "
                 f"{self._sha256(path)}); delete it, or pass it by --weights PATH"
             )
@@ -113,13 +111,13 @@ class ClipSource:
 
         arch = self.architecture
         if not arch.pretrained:
-            raise UserError(f"{arch.name} has no weights: pass --weights PATH")
+            raise ProblemError(f"{arch.name} has no weights: pass --weights PATH")
         model, _, tag = arch.name.removeprefix(OPEN_CLIP).partition("/")
         known = get_pretrained_cfg(model, tag) or get_pretrained_cfg(model.rpartition("-")[0], tag)
         try:
             return Path(download_pretrained(known, cache_dir=str(self.cache / "weights")))
         except Exception as error:  # of the network, or of the hub
-            raise UserError(
+            raise ProblemError(
                 f"open_clip cannot fetch {arch.name} ({reason(error)}); pass the file by "
                 "--weights PATH"
             ) from error
@@ -177,13 +175,15 @@ class ClipSource:
                     self.architecture.folder, output_loading_info=True, **place
                 )
         except Exception as error:  # of a config or weights that somebody wrote
-            raise UserError(f"{self.arch} cannot be loaded ({reason(error)})") from error
+            raise ProblemError(f"{self.arch} cannot be loaded ({reason(error)})") from error
         for what in ("missing_keys", "mismatched_keys"):
             if found.get(what):
                 first = str(next(iter(found[what])))
-                raise UserError(f"{self.arch}: the weights do not fit its config ({what}: {first})")
+                raise ProblemError(
+                    f"{self.arch}: the weights do not fit its config ({what}: {first})"
+                )
         if not hasattr(model, "get_image_features"):
-            raise UserError(
+            raise ProblemError(
                 f"{self.arch} is a {type(model).__name__}, which reads no images and texts alike"
             )
         return model
@@ -208,10 +208,10 @@ class ClipSource:
             return SimpleTokenizer(
                 context_length=self.model.context_length, **text.get("tokenizer_kwargs", {})
             )
-        except UserError:
+        except ProblemError:
             raise
         except Exception as error:
-            raise UserError(
+            raise ProblemError(
                 f"{self.arch}: its tokenizer cannot be had ({reason(error)})"
             ) from error
 
@@ -246,11 +246,11 @@ class ClipSource:
 
     @cached_property
     def tower(self) -> Tower:
-        """The text side of the model, which ends in one linear map; UserError if it does not."""
+        """The text side of the model, which ends in one linear map; ProblemError if it does not."""
         try:
             return read_tower(self.model, self.tokenizer)
         except ProblemError as error:
-            raise UserError(f"{self.arch}: {error}") from error
+            raise ProblemError(f"{self.arch}: {error}") from error
 
     @cached_property
     def projection(self) -> Tensor:
@@ -272,7 +272,7 @@ class ClipSource:
             try:
                 hidden = self.tower.hidden(texts, batch=batch_size)
             except ProblemError as error:
-                raise UserError(f"{self.arch}: {error}") from error
+                raise ProblemError(f"{self.arch}: {error}") from error
             ones = torch.ones(len(hidden), 0 if self.tower.bias is None else 1)
             return torch.cat([hidden.float(), ones], dim=1)
         rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
@@ -326,7 +326,7 @@ def _transformers(arch: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
+        raise ProblemError(
             f"{arch} needs the package transformers: pip install transformers"
         ) from error
     transformers.utils.logging.set_verbosity_error()
@@ -360,7 +360,7 @@ def named(text: str, cache: str | Path = "cache") -> ClipSource:
     open_clip:NAME/PRETRAINED or /FILE, openai:FILE; or an architecture that brings its weights.
 
     Raises:
-        UserError: there is none, or it is not known how a file is to be computed with.
+        ProblemError: there is none, or it is not known how a file is to be computed with.
     """
     kind, _, rest = text.partition(":")
     name, _, file = text.partition("/")
@@ -369,7 +369,9 @@ def named(text: str, cache: str | Path = "cache") -> ClipSource:
         digest = sha256_file(rest)
         known = [row.name for row in ARCHITECTURES.values() if row.sha256 == digest]
         if not known:
-            raise UserError(f"{rest} is none of the files that OpenAI published ({digest[:16]}…)")
+            raise ProblemError(
+                f"{rest} is none of the files that OpenAI published ({digest[:16]}…)"
+            )
         return ClipSource(known[0], rest, cache)
     if kind == "open_clip" and Path(file).is_file():
         return ClipSource(name, file, cache)
@@ -377,7 +379,7 @@ def named(text: str, cache: str | Path = "cache") -> ClipSource:
         text = f"hf:{text}"
     try:
         return ClipSource(text, cache=cache)
-    except UserError as error:
+    except ProblemError as error:
         if str(error).startswith("unknown architecture"):
-            raise UserError(f"{error}, openai:FILE or a folder") from error
+            raise ProblemError(f"{error}, openai:FILE or a folder") from error
         raise

@@ -13,8 +13,8 @@ import numpy as np
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine.cluster import cluster, go_to, load, reason, share
-from engine.errors import UserError
 from engine.log import Progress
+from forgetting.errors import ProblemError
 
 
 class Encoder:
@@ -36,7 +36,7 @@ class Encoder:
             paths, error = os.fsdecode(images).split("\0"), ""
             try:
                 self.cache.encode(shards={Path(os.fsdecode(part)): paths}, **self.call)
-            except UserError as refused:
+            except ProblemError as refused:
                 error = str(refused)
             counts.append(len(paths))
             errors.append(error)
@@ -53,7 +53,7 @@ def encode_by_ray(
     worker computes on one of the cores that it asks for, and loads images on the others.
 
     Raises:
-        UserError: an image that cannot be read (the other shards are kept), no Ray, or a worker
+        ProblemError: an image that cannot be read (the other shards are kept), no Ray, or a worker
             that died more than `LAUNCHER.TRIES` times.
     """
     missing = {part: paths for part, paths in shards.items() if not part.exists()}
@@ -85,7 +85,7 @@ def encode_by_ray(
             try:
                 for row in encoded.iter_rows():
                     if row["error"]:
-                        raise UserError(row["error"])
+                        raise ProblemError(row["error"])
                     bar.update(row["count"])
             except ray.exceptions.RayError as error:
-                raise UserError(f"encoding {name} by Ray failed ({reason(error)})") from error
+                raise ProblemError(f"encoding {name} by Ray failed ({reason(error)})") from error

@@ -18,14 +18,14 @@ from typing import Any
 
 import datasets
 from clip.source import ClipSource
-from engine import UserError
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.determinism import one_thread
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher, tree
 from engine.log import say
-from forgetting import ProblemError, RetainStatistics
+from forgetting import RetainStatistics
+from forgetting.errors import ProblemError
 
 PART = 8192  # names of a part: a factorisation costs as much as some thousand of them
 
@@ -34,15 +34,15 @@ def read_names(path: str | Path) -> list[str]:
     """The names of a file, a line each, plain, each once, in the order of the file.
 
     Raises:
-        UserError: no such file, not in UTF-8, or no names in it.
+        ProblemError: no such file, not in UTF-8, or no names in it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"names {path} cannot be read: {error}") from error
+        raise ProblemError(f"names {path} cannot be read: {error}") from error
     names = list(dict.fromkeys(datasets.plain(line.strip()) for line in lines if line.strip()))
     if not names:
-        raise UserError(f"names {path}: no name in it; it must hold one a line")
+        raise ProblemError(f"names {path}: no name in it; it must hold one a line")
     return names
 
 
@@ -56,7 +56,7 @@ def statistics(
             together. Parts and their order decide the rounding, not who makes them.
 
     Raises:
-        UserError: weights that cannot be had, no Ray.
+        ProblemError: weights that cannot be had, no Ray.
     """
     source.weights_path  # noqa: B018  downloaded here, once
     parts = [names[start : start + part] for start in range(0, len(names), part)]
@@ -109,4 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from clip.statistics import main  # by the name under which workers find it
 
-    sys.exit(run(main, refusals=(ProblemError,)))
+    sys.exit(run(main))

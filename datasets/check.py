@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine import UserError
 from engine.cli import Parser, run
 from engine.log import Progress
+from forgetting.errors import ProblemError
 
 from .reader import absent, find, read_image
 from .table import SETS, SetSpec, own, spec
@@ -34,7 +34,7 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
         return "missing", [absent(row, root) or "not drawn yet; no download is needed", *get_images]
     try:
         found = find(row, root)
-    except UserError as error:
+    except ProblemError as error:
         reason = str(error).removeprefix(f"data set {row.name}: ")
         return "broken", [reason, *get_images, *get_split]
     lost = set(found.split.missing(found.images))
@@ -60,7 +60,7 @@ def _unreadable(path: Path) -> str | None:
     """Why an image cannot be read, None if it can."""
     try:
         read_image(path)
-    except UserError as error:
+    except ProblemError as error:
         return str(error)
     return None
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.root is not None:
         rows += [spec(name) for name in options.names or PHOTOGRAPHS]
     if not root.is_dir():
-        raise UserError(
+        raise ProblemError(
             f"no data root at {root}: make that folder and fill it as DATASETS.md says "
             "(the Mini sets need nothing, they are drawn)"
         )

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import UserError, atomic_path
+from engine import atomic_path
 from engine.cli import Parser, run
 from engine.config import settings
+from forgetting.errors import ProblemError
 
 from .check import check
 from .mini import render
@@ -26,7 +27,7 @@ def download(row: SetSpec, root: Path) -> Path:
     """Fetch a set to its folder under `root`, and return that.
 
     Raises:
-        UserError: torchvision cannot fetch it; says why, and where to get it by hand.
+        ProblemError: torchvision cannot fetch it; says why, and where to get it by hand.
     """
     import torchvision.datasets  # a second, which no other reading of a set needs
 
@@ -41,7 +42,7 @@ def download(row: SetSpec, root: Path) -> Path:
         images = kind(folder, **how)
     except Exception as error:  # of the network, of archives, of Google Drive
         reason = " ".join((str(error) or type(error).__name__).split())
-        raise UserError(
+        raise ProblemError(
             f"{row.name} cannot be fetched ({reason:.300}); get it by hand from {row.address}, and "
             f"put it into {folder} as DATASETS.md says"
         ) from error
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [spec(name) for name in options.names]
     for row in rows:
         if not row.torchvision and not row.rendered:
-            raise UserError(
+            raise ProblemError(
                 f"{row.name} cannot be fetched: get it by hand from {row.address}, as "
                 f"DATASETS.md says; fetched are {', '.join(fetched)}"
             )

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.errors import UserError, unknown
 from engine.files import atomic_path
 from engine.log import say
+from forgetting.errors import ProblemError, unknown
 
 from .table import spec
 
@@ -195,10 +195,10 @@ def _master(name: str, test: bool, rng: np.random.Generator) -> Image.Image:
     try:
         character = unicodedata.lookup(name.upper())
     except KeyError:
-        raise UserError(f"nothing to draw for {name!r}: no digit, shape or character") from None
+        raise ProblemError(f"nothing to draw for {name!r}: no digit, shape or character") from None
     fonts = [path for path, points in _font_tables().items() if ord(character) in points]
     if not fonts:
-        raise UserError(f"no font of matplotlib's has the character {name!r}")
+        raise ProblemError(f"no font of matplotlib's has the character {name!r}")
     return _glyph_mask(character, fonts[rng.integers(len(fonts))])
 
 
@@ -222,7 +222,7 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
 
     Size, place, turn, font, colours, the ground's gradient and noise come from `rng`. `test`
     chooses the part of the handwritten digits. The empty name is a ground with nothing on it.
-    Raises UserError for a name that cannot be drawn.
+    Raises ProblemError for a name that cannot be drawn.
     """
     ink, ground = _colours(name, rng)
     slope = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
@@ -275,7 +275,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
     file, the same on every call.
 
     The folder appears whole or not at all, also when two processes draw it at once. Raises
-    UserError for an unknown set, if the disk refuses, or if the folder holds something else.
+    ProblemError for an unknown set, if the disk refuses, or if the folder holds something else.
     """
     if name not in MINI:
         raise unknown("Mini set", name, MINI)
@@ -285,7 +285,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
         return
     # Looked at again, after the folder: another process may have put the whole set there just now.
     if folder.is_dir() and any(folder.iterdir()) and not split.is_file():
-        raise UserError(
+        raise ProblemError(
             f"data set {name}: {folder} exists, but holds no {split.name}; "
             "move it away, and the set is drawn anew"
         )
@@ -294,6 +294,6 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
         with atomic_path(folder) as whole:
             whole.mkdir()
             _write(name, whole)
-    except UserError:
+    except ProblemError:
         if not split.is_file():  # else another process was first
             raise

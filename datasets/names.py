@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine import UserError, nearest
+from forgetting.errors import ProblemError, nearest
 
 
 def plain(name: str) -> str:
@@ -34,21 +34,21 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
     Exact spelling wins; otherwise case and underscores are ignored, if that leaves one class.
 
     Raises:
-        UserError: no class, or several, fit; names the data set and the nearest classes.
+        ProblemError: no class, or several, fit; names the data set and the nearest classes.
     """
     if name in classnames:
         return name
     if not plain(name):
-        raise UserError("the name of a class is empty")
+        raise ProblemError("the name of a class is empty")
     same = [known for known in classnames if key(known) == key(name)]
     if len(same) == 1:
         return same[0]
     where = f"data set {dataset!r}" if dataset else "the data set"
     if same:
         choices = ", ".join(map(repr, same))
-        raise UserError(f"class {name!r} of {where} is ambiguous: write one of {choices}")
+        raise ProblemError(f"class {name!r} of {where} is ambiguous: write one of {choices}")
     close = ", ".join(map(repr, nearest(name, classnames)))
-    raise UserError(
+    raise ProblemError(
         f"{where} has no class {name!r}; nearest: {close} ({len(classnames)} classes in all)"
     )
 
@@ -74,12 +74,12 @@ def entries(path: Path, what: str) -> Iterator[tuple[str, str]]:
     messages begin, and its text.
 
     Raises:
-        UserError: a file that cannot be read; the message names it and `what` it holds.
+        ProblemError: a file that cannot be read; the message names it and `what` it holds.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
+        raise ProblemError(
             f"{what}: {path} cannot be read ({error}); it must be a text file with an entry a line"
         ) from error
     for number, line in enumerate(lines, start=1):

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from engine import UserError
 from engine.files import read_json
+from forgetting.errors import ProblemError
 
 from .names import plain
 from .split import PARTS, Item, Split, check_split
@@ -81,7 +81,7 @@ def _by_folder(
         if "/" in path and names.get(group(path), "") is not None:
             files[group(path)].append(path)
     if not files:
-        raise UserError(f"no folder with images under {images}; see DATASETS.md")
+        raise ProblemError(f"no folder with images under {images}; see DATASETS.md")
     order = sorted(files, key=lambda name: name.zfill(9) if name.isdecimal() else name)
     named = [(path, name) for name in order for path in files[name]]
     labels = {name: label for label, name in enumerate(order)}
@@ -92,7 +92,7 @@ def _image_files(folder: Path) -> list[str]:
     """The paths of all images below a folder, sorted; links are followed, hidden names are not."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
+        raise ProblemError(f"{error.filename} cannot be read ({error.strerror})") from error
 
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -121,10 +121,10 @@ def from_lists(folder: Path, images: Path, files: Mapping[str, str], line: str) 
     for part, file in files.items():
         path = images.parent / file
         if not path.is_file():
-            raise UserError(f"no {path.name} at {path}; see DATASETS.md")
+            raise ProblemError(f"no {path.name} at {path}; see DATASETS.md")
         rows = [re.match(line, text) for text in _lines(path)]
         if None in rows:
-            raise UserError(f"{path}, line {rows.index(None) + 1}: not in the known form")
+            raise ProblemError(f"{path}, line {rows.index(None) + 1}: not in the known form")
         found[part] = [(f"{row['path']}.jpg", row["name"]) for row in rows]
     names = sorted({name for rows in found.values() for _, name in rows})
     label = {name: number for number, name in enumerate(names)}
@@ -137,13 +137,13 @@ def from_imagenet(folder: Path, images: Path) -> Split:
     `classnames.txt`, which gives the names. All images are test images."""
     names = _classnames(folder)
     if not names:
-        raise UserError(f"no {CLASSNAMES} at {folder / CLASSNAMES}; see DATASETS.md")
+        raise ProblemError(f"no {CLASSNAMES} at {folder / CLASSNAMES}; see DATASETS.md")
     names |= {number: name for number, name in IMAGENET_NAMES.items() if number in names}
     by_place = {str(place): name for place, name in enumerate(names.values())}
     items = _by_folder(images, by_place | names)
     for path, _, name in items:
         if name == top_folder(path):
-            raise UserError(f"{folder / CLASSNAMES} has no line for the folder {images / name}")
+            raise ProblemError(f"{folder / CLASSNAMES} has no line for the folder {images / name}")
     return _checked(folder, [], [], items)
 
 
@@ -184,10 +184,10 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
             reader = csv.reader(file, delimiter=mark, strict=True)  # its lines follow the first
             rows = [(reader.line_num + 1, row) for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where} cannot be read as CSV ({error})") from error
+        raise ProblemError(f"{where} cannot be read as CSV ({error})") from error
     header = [title.strip().lower() for title in titles]
     if "path" not in header or "class" not in header:
-        raise UserError(
+        raise ProblemError(
             f"{where}: its first line must name the columns path and class (and split, if it has "
             f"one), and is {first.strip()!r:.80}"
         )
@@ -196,10 +196,10 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
     labels: dict[str, int] = {}
     for number, row in rows:
         if len(row) != len(header):
-            raise UserError(f"{where}, line {number}: {len(row)} cells, not {len(header)}")
+            raise ProblemError(f"{where}, line {number}: {len(row)} cells, not {len(header)}")
         part = FOLDERS.get(row[split].strip().lower()) if split is not None else "test"
         if part is None:
-            raise UserError(f"{where}, line {number}: split must be train, val or test")
+            raise ProblemError(f"{where}, line {number}: split must be train, val or test")
         file = os.path.abspath(table.parent / row[path].strip())
         label = row[name].strip()
         items[part].append((file.lstrip("/"), labels.setdefault(label, len(labels)), label))
@@ -212,7 +212,9 @@ def _classnames(folder: Path) -> dict[str, str]:
     pairs = [line.split(maxsplit=1) for line in lines]
     for number, pair in enumerate(pairs, start=1):
         if len(pair) != 2:
-            raise UserError(f"{folder / CLASSNAMES}, line {number}: must be a folder and a class")
+            raise ProblemError(
+                f"{folder / CLASSNAMES}, line {number}: must be a folder and a class"
+            )
     return dict(pairs)
 
 
@@ -221,7 +223,7 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+        raise ProblemError(f"{path} cannot be read ({error})") from error
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -308,11 +310,11 @@ def _column(folder: Path, file: str, name: str) -> list[Any]:
 
     path = next((p for p in (folder / file, folder / Path(file).name) if p.is_file()), None)
     if path is None:
-        raise UserError(f"no {Path(file).name} at {folder / file}; see DATASETS.md")
+        raise ProblemError(f"no {Path(file).name} at {folder / file}; see DATASETS.md")
     try:
         content = loadmat(path, simplify_cells=True)
     except Exception as error:  # scipy raises many kinds on a torn or foreign file
-        raise UserError(f"{path}: is not a readable .mat file ({error})") from error
+        raise ProblemError(f"{path}: is not a readable .mat file ({error})") from error
     return np.ravel(np.array(content[name], dtype=object)).tolist()
 
 
@@ -326,4 +328,4 @@ def _flower_names(folder: Path) -> list[str]:
     try:
         return [names[str(number)] for number in range(1, len(names) + 1)]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: must map '1', '2', ... to flower names ({error!r})") from error
+        raise ProblemError(f"{path}: must map '1', '2', ... to flower names ({error!r})") from error

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from engine import UserError, write_json_atomic
+from engine import write_json_atomic
 from engine.log import once, say, warn
+from forgetting.errors import ProblemError
 
 from .mini import render
 from .split import Split, read_split
@@ -64,11 +65,11 @@ def find(row: SetSpec, root: Path) -> Found:
     """The split of a set under `root`: the published file, else one made earlier, else a new one.
 
     Raises:
-        UserError: the set is absent (names the path), or its split file or lists are broken.
+        ProblemError: the set is absent (names the path), or its split file or lists are broken.
     """
     where = f"data set {row.name}:"
     if reason := absent(row, root):
-        raise UserError(f"{where} {reason}")
+        raise ProblemError(f"{where} {reason}")
     folder = root / row.folder
     images = row.images(folder)
     for file in (row.split_file, row.made_split) if row.split_file else ():
@@ -78,14 +79,14 @@ def find(row: SetSpec, root: Path) -> Found:
     if row.split_file:
         where += f" no split file {folder / row.split_file}"
         if row.make_split is None:
-            raise UserError(f"{where}; see DATASETS.md")
+            raise ProblemError(f"{where}; see DATASETS.md")
         where += ", and none can be made:"
     try:
         return Found(row.make_split(folder, images), images, None, comparable=not row.split_file)
-    except UserError as error:
-        raise UserError(f"{where} {error}") from error
+    except ProblemError as error:
+        raise ProblemError(f"{where} {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(
+        raise ProblemError(
             f"{where} the official lists in {folder} are not in the known form ({error!r})"
         ) from error
 
@@ -100,7 +101,7 @@ class ImageSet:
         comparable: False for a split made here.
 
     Raises:
-        UserError: anything missing or broken, named with its path.
+        ProblemError: anything missing or broken, named with its path.
     """
 
     row: ClassVar[SetSpec]
@@ -128,7 +129,7 @@ def _demand_images(row: SetSpec, found: Found) -> None:
     lost = found.split.missing(found.images)
     if lost:
         again = f"; if they were removed on purpose, delete {row.made_split} and it is made anew"
-        raise UserError(
+        raise ProblemError(
             f"data set {row.name}: {len(lost)} of {len(found.split.paths())} images that the split "
             f"names are missing, first {found.images / lost[0]}; `python -m datasets.check` lists "
             f"them, DATASETS.md says where they come from{'' if found.comparable else again}"
@@ -145,7 +146,7 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
         try:
             write_json_atomic(parts, file)
             saved = f"saved as {file}"
-        except UserError as error:  # data roots are often read-only; the next run makes the same
+        except ProblemError as error:  # data roots are often read-only; the next run makes the same
             saved = f"not saved ({error})"
         say(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
@@ -169,7 +170,7 @@ def load(name: str, root: str | Path, images: str = "") -> ImageSet:
     """Read a set from a data root, or `images` of one's own (see `table.own`), without a config.
 
     Raises:
-        UserError: unknown name (nearest given), or as `ImageSet`.
+        ProblemError: unknown name (nearest given), or as `ImageSet`.
     """
     row = spec(name, images)
     kind = CLASSES.get(row.name) or type("OwnImages", (ImageSet,), {"row": row})
@@ -186,7 +187,7 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, decoded to the last pixel.
 
     Raises:
-        UserError: a file that is missing, torn, too large or no image, or whose numbers have no
+        ProblemError: a file that is missing, torn, too large or no image, or whose numbers have no
             known range; its text is the reason alone, for a message that names the file.
     """
     try:
@@ -198,4 +199,4 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(reason.replace(f" {str(path)!r}", "")) from error
+        raise ProblemError(reason.replace(f" {str(path)!r}", "")) from error

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import UserError, inside
+from engine import inside
 from engine.files import read_json
+from forgetting.errors import ProblemError
 
 from .names import flaw
 
@@ -44,7 +45,7 @@ def read_split(path: Path) -> Split:
     """Read and check a split file.
 
     Raises:
-        UserError: no file, no JSON, or an entry that breaks the format (which one, and why).
+        ProblemError: no file, no JSON, or an entry that breaks the format (which one, and why).
     """
     return check_split(read_json(path, "split file"), str(path))
 
@@ -53,30 +54,30 @@ def check_split(content: Any, where: str) -> Split:
     """Turn the content of a split file into a `Split`; `where` begins each message.
 
     Raises:
-        UserError: keys, triples, labels, names or paths are not as they must be.
+        ProblemError: keys, triples, labels, names or paths are not as they must be.
     """
     where = f"split file {where}:"
     if not isinstance(content, dict) or any(part not in content for part in PARTS):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{where} must hold 'train', 'val' and 'test'; found {found}")
+        raise ProblemError(f"{where} must hold 'train', 'val' and 'test'; found {found}")
     names: dict[int, str] = {}
     labels: dict[Path, int] = {}
     for part in PARTS:
         if not isinstance(content[part], list):
-            raise UserError(f"{where} {part!r} must be a list of triples")
+            raise ProblemError(f"{where} {part!r} must be a list of triples")
         for index, entry in enumerate(content[part]):
             _check_item(entry, names, labels, f"{where} {part}[{index}]:")
     if not content["test"]:
-        raise UserError(f"{where} 'test' is empty, so nothing can be evaluated")
+        raise ProblemError(f"{where} 'test' is empty, so nothing can be evaluated")
     for expected, label in enumerate(sorted(names)):
         if label != expected:
-            raise UserError(
+            raise ProblemError(
                 f"{where} labels must be 0 to {max(names)} without a gap; "
                 f"no image has label {expected}"
             )
     classnames = [names[label] for label in range(len(names))]
     if problem := flaw(classnames):
-        raise UserError(f"{where} {problem}")
+        raise ProblemError(f"{where} {problem}")
     return Split({part: [tuple(entry) for entry in content[part]] for part in PARTS}, classnames)
 
 
@@ -84,19 +85,19 @@ def _check_item(entry: Any, names: dict[int, str], labels: dict[Path, int], wher
     """Refuse an entry that is no triple, or contradicts the `names` by label and the `labels` by
     image that those before it left behind."""
     if not isinstance(entry, list | tuple) or len(entry) != 3:
-        raise UserError(f"{where} must be [path, label, class name], is {entry!r:.80}")
+        raise ProblemError(f"{where} must be [path, label, class name], is {entry!r:.80}")
     path, label, name = entry
     if not isinstance(path, str) or not path:
-        raise UserError(f"{where} the path must be a non-empty string, is {path!r:.80}")
+        raise ProblemError(f"{where} the path must be a non-empty string, is {path!r:.80}")
     try:
         image = inside("the image folder", path)
-    except UserError as error:
-        raise UserError(f"{where} {error}") from error
+    except ProblemError as error:
+        raise ProblemError(f"{where} {error}") from error
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        raise UserError(f"{where} the label must be a whole number from 0, is {label!r:.80}")
+        raise ProblemError(f"{where} the label must be a whole number from 0, is {label!r:.80}")
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where} the class name must be a non-empty string, is {name!r:.80}")
+        raise ProblemError(f"{where} the class name must be a non-empty string, is {name!r:.80}")
     if names.setdefault(label, name) != name:
-        raise UserError(f"{where} label {label} is called {name!r}, but {names[label]!r} before")
+        raise ProblemError(f"{where} label {label} is called {name!r}, but {names[label]!r} before")
     if labels.setdefault(image, label) != label:
-        raise UserError(f"{where} {path!r} has label {label}, but {labels[image]} before")
+        raise ProblemError(f"{where} {path!r} has label {label}, but {labels[image]} before")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine import UserError, unknown
+from forgetting.errors import ProblemError, unknown
 
 from . import raw
 from .names import is_text
@@ -291,7 +291,7 @@ NAMES: dict[str, str] = {row.torchvision: row.name for row in _ROWS if row.torch
 
 def spec(name: str, images: str = "") -> SetSpec:
     """The row of a set, by its name or torchvision's; that of images of one's own if `images`, a
-    folder or a CSV file, is given: see `own`. Raises UserError with the nearest names if there is
+    folder or a CSV file, is given: see `own`. Raises ProblemError with the nearest names if there is
     none."""
     if images:
         return own(images, name)
@@ -308,17 +308,19 @@ def own(images: str, name: str = "") -> SetSpec:
         name: what to call the set; that of the folder or file if empty.
 
     Raises:
-        UserError: a name that no results can go by, or that is another set's.
+        ProblemError: a name that no results can go by, or that is another set's.
     """
     path = Path(os.path.expanduser(images)).absolute()
     hint = "; call it otherwise with --dataset NAME"
     name = name or (path.stem if path.suffix.lower() in raw.TABLES else path.resolve().name)
     if not is_text(name) or not name.strip(" .") or "/" in name or not name.isprintable():
-        raise UserError(f"images {images!r}: {name!r} is no name for a data set{hint}")
+        raise ProblemError(f"images {images!r}: {name!r} is no name for a data set{hint}")
     if name in SETS or name in NAMES:
-        raise UserError(f"images {images!r}: {name} is a data set of the table{hint}")
+        raise ProblemError(f"images {images!r}: {name} is a data set of the table{hint}")
     if path.is_dir():
         return SetSpec(name=name, folder=str(path), make_split=raw.from_own_folders)
     if not path.is_file():
-        raise UserError(f"no images at {path}: give a folder with a folder a class, or a CSV file")
+        raise ProblemError(
+            f"no images at {path}: give a folder with a folder a class, or a CSV file"
+        )
     return SetSpec(name=name, folder="/", make_split=partial(raw.from_table, table=path))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from engine import UserError
+from forgetting.errors import ProblemError
 
 from .names import entries, key
 from .table import SETS
@@ -25,7 +25,7 @@ def retain_vocabulary(name: str) -> list[str]:
     file has none.
 
     Raises:
-        UserError: an unreadable vocabulary file (named).
+        ProblemError: an unreadable vocabulary file (named).
     """
     return list(_read(name))
 
@@ -34,7 +34,7 @@ def synonyms(name: str) -> dict[str, set[str]]:
     """Class name, as `key` spells it -> the vocabulary names that mean the same.
 
     Raises:
-        UserError: as `retain_vocabulary`.
+        ProblemError: as `retain_vocabulary`.
     """
     words = _read(name)
     marked = set().union(*words.values())
@@ -58,6 +58,6 @@ def _read(name: str) -> dict[str, set[str]]:
         word, marked, classes = text.partition("=")
         means = {key(part) for part in classes.split(";") if part.strip()}
         if not word.strip() or (marked and not means):
-            raise UserError(f"{where}: {text!r} must be 'name' or 'name = Class; Other class'")
+            raise ProblemError(f"{where}: {text!r} must be 'name' or 'name = Class; Other class'")
         words.setdefault(key(word), set()).update(means)
     return words

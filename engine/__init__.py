@@ -9,33 +9,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import UserError, nearest, unknown
 from engine.files import atomic_path, inside, lock, write_json_atomic
 
 OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
 
 __all__ = [
-    "UserError",
     "atomic_path",
     "engine_description",
     "inside",
     "lock",
-    "nearest",
-    "unknown",
     "write_json_atomic",
     *OF_DASSL,
 ]
 
 
 def engine_description() -> str:
-    """A line for the log: which engine runs and why; UserError if none can."""
+    """A line for the log: which engine runs and why; ProblemError if none can."""
     from engine.dassl import choose
 
     return choose().description
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve a name that is Dassl's; UserError if the engine that was asked for cannot be had."""
+    """Resolve a name that is Dassl's; ProblemError if the engine that was asked for cannot be had."""
     if name not in OF_DASSL:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     from engine.dassl import choose

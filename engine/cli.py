@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from engine.errors import UserError, unknown
 from engine.log import hush, hushed_within
+from forgetting.errors import ProblemError, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, with the nearest option for an unknown one; every
+    """An ArgumentParser that raises ProblemError, with the nearest option for an unknown one; every
     command has `--quiet`.
 
     Positional arguments may stand between options, as CoOp's trailing KEY VALUE pairs do.
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             if strange:
                 raise unknown("option", strange[0], options)
             message = f"unexpected argument {rest.split()[0]!r}"
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise ProblemError(f"{message} (see {self.prog} --help)")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -79,7 +79,7 @@ def run(
     """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
     What the user must know of a failure is one line on stderr.
 
-    `refusals` are exceptions beside UserError whose text is such a line.
+    `refusals` are exceptions beside ProblemError whose text is such a line.
     """
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -92,7 +92,7 @@ def run(
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, *refusals) as error:
+    except (ProblemError, *refusals) as error:
         return _refuse(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -130,7 +130,9 @@ def commands(
             width = max(map(len, known))
             print("\n".join(f"  {key:<{width}}  {about}" for key, about in known.items()))
         elif name.startswith("-"):
-            raise UserError(f"{name} stands before the name; give one of {', '.join(known)} first")
+            raise ProblemError(
+                f"{name} stands before the name; give one of {', '.join(known)} first"
+            )
         elif name not in known:
             raise unknown(f"name for python -m {package}", name, known)
         else:

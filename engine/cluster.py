@@ -20,9 +20,9 @@ from typing import NamedTuple
 from yacs.config import CfgNode
 
 from engine.cli import one_line
-from engine.errors import UserError
 from engine.launch import Part, Run, Say, T, call, tree
 from engine.log import say as tell
+from forgetting.errors import ProblemError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORE = 2**27  # bytes that a local Ray keeps in memory: what passes between processes is small
@@ -37,12 +37,12 @@ class Ended(NamedTuple):
 
 
 def load(name: str) -> ModuleType:
-    """The module `ray`, or one of its own; UserError if the package is missing."""
+    """The module `ray`, or one of its own; ProblemError if the package is missing."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when it is imported: nothing is reported
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(
+        raise ProblemError(
             "the launcher ray needs the package ray[data]: pip install -r requirements-ray.txt"
         ) from error
 
@@ -55,7 +55,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
         cores: of a Ray that is started here; None: those of the machine.
 
     Raises:
-        UserError: the package is missing, or the cluster cannot be reached.
+        ProblemError: the package is missing, or the cluster cannot be reached.
     """
     ray = load("ray")
     if ray.is_initialized():
@@ -75,7 +75,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
         )
     except Exception as error:  # of a network, or of versions that differ
         where = f"the cluster {address}" if address else "this machine"
-        raise UserError(f"Ray cannot be had on {where} ({reason(error)})") from error
+        raise ProblemError(f"Ray cannot be had on {where} ({reason(error)})") from error
     try:
         yield ray
     finally:
@@ -86,7 +86,7 @@ def share(ray: ModuleType, how: CfgNode) -> tuple[dict[str, float], int]:
     """What a task asks Ray for by the settings, and how many such tasks the cluster takes at once.
 
     Raises:
-        UserError: no machine has that much, so that the task would wait for ever.
+        ProblemError: no machine has that much, so that the task would wait for ever.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     asked = {"CPU": how.CPUS}
@@ -96,7 +96,9 @@ def share(ray: ModuleType, how: CfgNode) -> tuple[dict[str, float], int]:
     room = sum(min(int(m.get(kind, 0) / n) for kind, n in asked.items()) for m in machines)
     if not room:
         words = " and ".join(f"{count:g} {kind}" for kind, count in asked.items())
-        raise UserError(f"no machine of Ray has {words} for a run (LAUNCHER.CPUS, LAUNCHER.GPUS)")
+        raise ProblemError(
+            f"no machine of Ray has {words} for a run (LAUNCHER.CPUS, LAUNCHER.GPUS)"
+        )
     return {"num_cpus": how.CPUS, "num_gpus": asked.get("GPU", 0.0)}, room
 
 
@@ -131,7 +133,7 @@ def _captured(place: str, command: str, argv: list[str]) -> Ended:
         try:
             go_to(place)
             status = call(command, argv)
-        except UserError as error:
+        except ProblemError as error:
             status = 2
             print(f"error: {one_line(str(error))}", file=sys.stderr)
     # Of a progress bar the last state is enough.
@@ -144,7 +146,7 @@ def tree_by_ray(
     """`engine.launch.tree` with a task for every part and every merge.
 
     Raises:
-        UserError: what `make` or `merge` refuses; a worker that died too often.
+        ProblemError: what `make` or `merge` refuses; a worker that died too often.
     """
     with cluster() as ray:
         asked, room = share(ray, how)
@@ -156,11 +158,11 @@ def tree_by_ray(
         try:
             return ray.get(whole)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
+            if isinstance(error.cause, ProblemError):
                 raise error.cause from error
             raise
         except ray.exceptions.RayError as error:
-            raise UserError(reason(error)) from error
+            raise ProblemError(reason(error)) from error
 
 
 def _from(place: str, make: Callable[[Part], T], part: Part) -> T:
@@ -172,12 +174,12 @@ def go_to(place: str) -> None:
     """Enter the folder in which the work was asked for, to which its paths are relative.
 
     Raises:
-        UserError: this machine does not have it.
+        ProblemError: this machine does not have it.
     """
     try:
         os.chdir(place)
     except OSError as error:
-        raise UserError(
+        raise ProblemError(
             f"the machine {os.uname().nodename} has no folder {place}: all machines of a cluster "
             "must see the same files (docs/scale.md)"
         ) from error

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from engine.errors import UserError, unknown
+from forgetting.errors import ProblemError, unknown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had: faster
@@ -84,7 +84,7 @@ class Setting:
         writes it, a whole number is a number too.
 
         Raises:
-            UserError: of another type, or out of range; with the nearest word if few are allowed.
+            ProblemError: of another type, or out of range; with the nearest word if few are allowed.
         """
         kind, _ = TYPES[self.type]
         value = _literal(value, kind)
@@ -107,7 +107,9 @@ class Setting:
             and (self.below is None or size < self.below)
         )
         if not good:
-            raise UserError(f"{self.key} must be {self.wanted} ({self.about}), got {value!r:.80}")
+            raise ProblemError(
+                f"{self.key} must be {self.wanted} ({self.about}), got {value!r:.80}"
+            )
         return value
 
     @property
@@ -174,24 +176,24 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """What a YAML file holds; {} if nothing but comments.
 
     Raises:
-        UserError: no YAML file by its name (yacs would execute a .py), none that can be read, or a
+        ProblemError: no YAML file by its name (yacs would execute a .py), none that can be read, or a
             key that stands twice in one mapping, of which YAML would drop the first silently.
     """
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"config file {path}: only YAML is read, and its name ends in .yaml")
+        raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
     try:
         loader = LOADER(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         twice = _twice(loader, node)
         tree = None if node is None or twice else loader.construct_document(node)
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+        raise ProblemError(f"cannot read config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"config file {path}: {' '.join(str(error).split())}") from error
+        raise ProblemError(f"config file {path}: {' '.join(str(error).split())}") from error
     if twice:
-        raise UserError(f"config file {path}: {twice}")
+        raise ProblemError(f"config file {path}: {twice}")
     if tree is not None and not isinstance(tree, Mapping):
-        raise UserError(f"config file {path}: must hold keys and values, such as FORGET: ...")
+        raise ProblemError(f"config file {path}: must hold keys and values, such as FORGET: ...")
     return tree or {}
 
 
@@ -245,7 +247,7 @@ def settings(
     has no file of its own.
 
     Raises:
-        UserError: a name, key or value that does not fit.
+        ProblemError: a name, key or value that does not fit.
     """
     names = {"TRAINER.NAME": trainer, "DATASET.NAME": dataset, "MODEL.BACKBONE.NAME": backbone}
     return _merged({key: name for key, name in names.items() if name}, opts)
@@ -256,21 +258,21 @@ def setup(args: Namespace) -> CfgNode:
     `config_file` and `dataset_config_file` (paths, or "").
 
     Raises:
-        UserError: a file, key or value that does not fit, with the nearest known key.
+        ProblemError: a file, key or value that does not fit, with the nearest known key.
     """
     options = {key: getattr(args, name) for name, key in OPTIONS.items()}
     given = {key: value for key, value in options.items() if value is not None}
     cfg = _merged(given, args.opts, args.config_file, args.dataset_config_file)
     name = cfg.DATASET.NAME
     if not name:
-        raise UserError("no data set: pass --dataset NAME, or --images PATH")
+        raise ProblemError("no data set: pass --dataset NAME, or --images PATH")
     if name in (".", "..") or "/" in name:
-        raise UserError(f"a data set's results go to a folder of its name; {name!r} is none")
+        raise ProblemError(f"a data set's results go to a folder of its name; {name!r} is none")
     return cfg
 
 
 def check(cfg: CfgNode) -> None:
-    """UserError unless every declared key of `cfg` has a value of its type and range."""
+    """ProblemError unless every declared key of `cfg` has a value of its type and range."""
     for key, setting in declared().items():
         setting.take(value_of(cfg, key))
 
@@ -289,7 +291,7 @@ def _merged(
     from engine import get_cfg_default  # the choice of an engine, which settings do not depend on
 
     if len(opts) % 2:
-        raise UserError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
+        raise ProblemError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
     pairs = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
     line = [(tuple(key.split(".")), value) for key, value in pairs]
     own = list(_values(Path(config_file))) if config_file else []
@@ -316,8 +318,8 @@ def _merged(
                 continue  # a section of which everything is commented out
             try:
                 flat[parts] = _taken(flat, parts, value)
-            except UserError as error:
-                raise UserError(f"{error}{source}") from error
+            except ProblemError as error:
+                raise ProblemError(f"{error}{source}") from error
     return _nested(flat)
 
 
@@ -335,13 +337,13 @@ def _nested(flat: Mapping[Parts, Any]) -> CfgNode:
 
 
 def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
-    """`value` as the config holds it; UserError for an unknown key, or a value that it refuses."""
+    """`value` as the config holds it; ProblemError for an unknown key, or a value that it refuses."""
     key = ".".join(parts)
     if key in declared():
         value = declared()[key].take(value)
         if isinstance(value, dict) and value:  # of a command line: a file's is taken apart before
             below, inner = next(_flat(value), ((), value))
-            raise UserError(
+            raise ProblemError(
                 f"{key} is a section: set what stands in it by its dotted name, such as "
                 f"{'.'.join((key, *below))} {inner!r:.80}"
             )
@@ -350,7 +352,7 @@ def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
         kind = type(known[parts])
         value = _literal(value, kind)
         if type(value) is not kind:
-            raise UserError(f"{key} must be of type {kind.__name__}, got {value!r:.80}")
+            raise ProblemError(f"{key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
     above = (declared().get(".".join(parts[:end])) for end in range(1, len(parts)))
     if any(setting is not None and setting.type == "dict" for setting in above):
@@ -369,7 +371,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
 
     Raises:
-        UserError: an impossible weight.
+        ProblemError: an impossible weight.
     """
     mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
     backbone = cfg.MODEL.BACKBONE.NAME
@@ -378,7 +380,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     pair = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, CfgNode()))
     pair = pair.get(mode, unlisted) if isinstance(pair, CfgNode) else pair
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise UserError(
+        raise ProblemError(
             f"FORGET.WEIGHTS.{backbone}.{mode} must be [lamb_preserve, lamb_forget], got {pair!r}"
         )
     weights = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}

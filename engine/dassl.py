@@ -18,7 +18,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from engine.errors import UserError, unknown
+from forgetting.errors import ProblemError, unknown
 
 VARIABLE = "CLIP_FORGET_ENGINE"
 ENGINES = ("dassl", "builtin")
@@ -29,7 +29,7 @@ def choose() -> SimpleNamespace:
     """The engine of this process: `description`, a line for the log, and the names of `NAMES`.
 
     Raises:
-        UserError: the variable has another value, or asks for a Dassl that does not import.
+        ProblemError: the variable has another value, or asks for a Dassl that does not import.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in ENGINES:
@@ -67,20 +67,20 @@ def _dassl() -> SimpleNamespace:
     )
 
 
-def _refusal(message: str) -> UserError:
+def _refusal(message: str) -> ProblemError:
     """The error of a choice that cannot be met; it prints as one line if nobody catches it.
 
     Modules import the engine's names at their top, before any `main` could catch it there.
     """
 
     def one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, UserError):
+        if isinstance(error, ProblemError):
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = one_line
-    return UserError(message)
+    return ProblemError(message)
 
 
 class Registry:
@@ -98,7 +98,7 @@ class Registry:
         return thing
 
     def get(self, name: str) -> Any:
-        """The class of that name; UserError with the nearest names if there is none."""
+        """The class of that name; ProblemError with the nearest names if there is none."""
         if name not in self._classes:
             raise unknown("name", name, self._classes)
         return self._classes[name]

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 
 LOCK_TIMEOUT = 600.0  # seconds
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -40,7 +40,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary has the name of `path`, in a folder beside it that is locked: what a killed
     process left is known by its lock, which is gone, and removed by the next one that writes there.
 
-    Raises UserError if the place cannot be written (read-only, full, no folder).
+    Raises ProblemError if the place cannot be written (read-only, full, no folder).
     """
     path = Path(path)
     try:
@@ -112,8 +112,8 @@ def _make_parent(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+def _cannot_write(path: Path, error: OSError) -> ProblemError:
+    return ProblemError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _sync(path: Path) -> None:
@@ -136,13 +136,13 @@ def readable(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def refuse_existing(path: str | os.PathLike[str], instead: str = "choose another name") -> None:
-    """UserError if there is something at `path`, so that nothing of the user's is overwritten."""
+    """ProblemError if there is something at `path`, so that nothing of the user's is overwritten."""
     if os.path.lexists(path):
-        raise UserError(f"{os.fspath(path)} exists and is not overwritten; {instead}")
+        raise ProblemError(f"{os.fspath(path)} exists and is not overwritten; {instead}")
 
 
 def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
-    """UserError if there is something at `path` that does not hold `mark`, as all that we write
+    """ProblemError if there is something at `path` that does not hold `mark`, as all that we write
     there does: nothing of the user's is overwritten; or if nothing can be written there."""
     place = next(above for above in Path(path).absolute().parents if os.path.exists(above))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -156,13 +156,13 @@ def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
     except OSError as error:
         raise _cannot_write(Path(path), error) from error
     if mark.encode() not in start and start.strip(b"\0"):  # a power cut leaves nothing, or zeros
-        raise UserError(
+        raise ProblemError(
             f"{os.fspath(path)} is there and was not written by this program; move it away or "
             "choose another name"
         )
 
 
-class NoJSON(UserError):
+class NoJSON(ProblemError):
     """A file that is there and can be read, and is no JSON."""
 
 
@@ -191,13 +191,13 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
     """What a JSON file holds, see `parse_json`; `what` says what kind of file it is.
 
     Raises:
-        NoJSON: no JSON, or not in UTF-8; UserError: a file that cannot be read.
+        NoJSON: no JSON, or not in UTF-8; ProblemError: a file that cannot be read.
     """
     where = f"{what} {os.fspath(path)}".strip()
     try:
         return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+        raise ProblemError(f"{where} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise NoJSON(f"{where} is not JSON ({error})") from error
 
@@ -321,7 +321,7 @@ class _NamedLock(FileLock):
         try:
             return super().acquire(*args, **kwargs)
         except Timeout as error:
-            raise UserError(
+            raise ProblemError(
                 f"another process holds {self.lock_file} since {self.timeout:.0f} s; "
                 "wait for it to end and start again"
             ) from error
@@ -332,7 +332,7 @@ class _NamedLock(FileLock):
 def lock(path: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT) -> FileLock:
     """A lock on `path` between processes, for `with`: the file `path` + ".lock" beside it.
 
-    Entering waits for at most `timeout` seconds, then raises UserError naming the file. The lock
+    Entering waits for at most `timeout` seconds, then raises ProblemError naming the file. The lock
     ends with its process, however that ends; the empty lock file stays.
     """
     path = Path(path)
@@ -359,7 +359,7 @@ def escape(name: str) -> str:
 
 
 def inside(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> Path:
-    """`root`/`relative`, with `..` resolved; UserError if that leaves `root`.
+    """`root`/`relative`, with `..` resolved; ProblemError if that leaves `root`.
 
     For paths that come from a file (a split file names its images). Links are not followed: a
     user may keep an image folder on another disk behind a link of their own.
@@ -367,5 +367,5 @@ def inside(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> Pa
     text = os.fspath(relative)
     normal = os.path.normpath(text)
     if "\0" in text or os.path.isabs(text) or normal.split(os.sep)[0] == os.pardir:
-        raise UserError(f"path {text!r} leads out of {os.fspath(root)}; it must stay below it")
+        raise ProblemError(f"path {text!r} leads out of {os.fspath(root)}; it must stay below it")
     return Path(root) / normal

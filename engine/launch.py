@@ -44,7 +44,7 @@ def launch(command: str, runs: Sequence[Run], how: CfgNode) -> list[Run]:
         how: the section `LAUNCHER` of the settings.
 
     Raises:
-        UserError: Ray is asked for and cannot be had, before anything is run.
+        ProblemError: Ray is asked for and cannot be had, before anything is run.
         SystemExit: a run was interrupted.
     """
     started = time.monotonic()
@@ -91,7 +91,7 @@ def launcher(args: Namespace) -> CfgNode:
     """The section `LAUNCHER` of a command line's settings.
 
     Raises:
-        UserError: a key or value that does not fit, or Ray is asked for and missing.
+        ProblemError: a key or value that does not fit, or Ray is asked for and missing.
     """
     named = ["LAUNCHER.NAME", args.launcher] if args.launcher else []
     how = settings(opts=[*args.opts, *named]).LAUNCHER

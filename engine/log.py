@@ -24,7 +24,7 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 from tqdm.utils import disp_trim
 
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 
 REPORTED = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 
@@ -215,7 +215,7 @@ def logged() -> Iterator[Callable[[Path], None]]:
     and all that follows to `log.txt` there. A run that is refused before that writes nothing.
 
     An existing log is kept: the new one gets the time, and if need be a number, behind its name.
-    The function raises UserError if the file cannot be made.
+    The function raises ProblemError if the file cannot be made.
     """
     tee = Tee(sys.stdout, io.StringIO())
 
@@ -224,7 +224,7 @@ def logged() -> Iterator[Callable[[Path], None]]:
             folder.mkdir(parents=True, exist_ok=True)
             file = _open_new(folder / "log.txt")
         except OSError as error:
-            raise UserError(f"cannot write the log in {folder}: {error.strerror}") from error
+            raise ProblemError(f"cannot write the log in {folder}: {error.strerror}") from error
         file.write(tee.file.getvalue())
         tee.file = file
 

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic import ValidationError as Invalid
 from typing_extensions import TypedDict
 
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 
 SETTINGS = "settings"  # the key of logs.json beside the labels of a data set
 SHOWN = 40  # characters of a wrong value in a message
@@ -254,7 +254,7 @@ def check_logs(logs: Any, where: str | Path) -> None:
         logs: what the JSON in the file `where` holds.
 
     Raises:
-        UserError: one line that names the file, the data set, the label, the key, and what would
+        ProblemError: one line that names the file, the data set, the label, the key, and what would
             be right there.
     """
     check(dict[Any, dict], logs, where)
@@ -290,7 +290,7 @@ def check(kind: Any, value: Any, where: str | Path, *path: str) -> None:
         except (TypeError, ValueError):  # YAML has values that JSON lacks
             shown = str(found.found)
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-        raise UserError(
+        raise ProblemError(
             f"{where}: {keys or 'all of it'} must be {found.wanted}, and is {shown}; "
             "mend it, or move the file away"
         )

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +25,12 @@ POINTS = 200  # of a curve
 
 
 def require(kind: str) -> None:
-    """UserError unless the packages of a kind of sink are installed; "": none is wanted."""
+    """ProblemError unless the packages of a kind of sink are installed; "": none is wanted."""
     for module, package in PACKAGES.get(kind, {}).items():
         try:
             import_module(module)
         except ImportError as error:
-            raise UserError(
+            raise ProblemError(
                 f"--log {kind} needs the package {package}: pip install {package}"
             ) from error
 
@@ -41,7 +41,7 @@ class Sink:
     def __init__(self, kind: str, folder: Path) -> None:
         """`folder`: a new file is written there, and nothing that is there is touched.
 
-        Raises UserError if Weights & Biases does not let the run in.
+        Raises ProblemError if Weights & Biases does not let the run in.
         """
         self._writer: Any = None
         self._open = ExitStack()
@@ -52,7 +52,7 @@ class Sink:
                 try:
                     run = wandb.init(project=PROJECT, dir=folder, sync_tensorboard=True)
                 except Exception as error:  # no account, no network
-                    raise UserError(
+                    raise ProblemError(
                         f"--log wandb: {str(error).splitlines()[0]}; `wandb login` first, or "
                         "WANDB_MODE=offline"
                     ) from error

@@ -16,8 +16,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
+from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,11 +83,11 @@ def check_picture(path: str | Path) -> Path:
     """`path`, if a picture may be drawn there.
 
     Raises:
-        UserError: a suffix of another format, or a file that is no picture of ours.
+        ProblemError: a suffix of another format, or a file that is no picture of ours.
     """
     path = Path(path)
     if path.suffix.lower() not in MARKS:
-        raise UserError(f"picture {path}: its name must end in {', '.join(MARKS)}")
+        raise ProblemError(f"picture {path}: its name must end in {', '.join(MARKS)}")
     refuse_foreign(path, GENERATOR)
     return path
 

@@ -25,7 +25,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UserError
 from engine.files import (
     Growing,
     NoJSON,
@@ -41,6 +40,7 @@ from engine.files import (
 from engine.log import say
 from engine.schema import SETTINGS, Args, check, check_logs
 from evaluation.audit.record import AUDIT, CSV
+from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
     from forgetting.adapter import Adapter
@@ -64,7 +64,7 @@ LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 Logs = dict[str, dict[str, Any]]
 
 
-class TornLogs(UserError):
+class TornLogs(ProblemError):
     """A logs.json that is no logs: cut off, or written by something else."""
 
 
@@ -96,14 +96,14 @@ def place(*names: str) -> str:
     return "/".join(map(short, names))
 
 
-def no_results(folder: Path) -> UserError:
+def no_results(folder: Path) -> ProblemError:
     """What to say of a folder without results: where some are, or how to make some."""
     if not folder.is_dir():
-        return UserError(f"no results in {folder}: no such folder; run forget_clip.sh")
+        return ProblemError(f"no results in {folder}: no such folder; run forget_clip.sh")
     below = sorted(path for depth in range(1, 5) for path in folder.glob(f"{'*/' * depth}{LOGS}"))
     places = " or ".join(str(path.parent) for path in below[:3])
     hint = f"did you mean {places}?" if below else "run forget_clip.sh"
-    return UserError(f"no results in {folder}: {LOGS} is missing; {hint}")
+    return ProblemError(f"no results in {folder}: {LOGS} is missing; {hint}")
 
 
 def read_logs(folder: str | Path) -> Logs:
@@ -111,7 +111,7 @@ def read_logs(folder: str | Path) -> Logs:
 
     Raises:
         TornLogs: no JSON object of objects.
-        UserError: results of another shape, see `engine.schema`. The file is left as it is.
+        ProblemError: results of another shape, see `engine.schema`. The file is left as it is.
     """
     path = Path(folder) / LOGS
     problem = "it is not an object of data sets"
@@ -130,13 +130,13 @@ def read_logs(folder: str | Path) -> Logs:
 def same_kind(
     folders: Sequence[str | Path], logs: Sequence[Logs], model_alone: bool = False
 ) -> None:
-    """UserError unless folders are different, and hold results that differ by chance alone; or,
+    """ProblemError unless folders are different, and hold results that differ by chance alone; or,
     with `model_alone`, unless they are of one model, whatever forgot: then what was measured before
     forgetting is the same for all."""
     places = [] if model_alone else [Path(folder).resolve() for folder in folders]
     for place, given in zip(places, folders, strict=False):
         if places.count(place) > 1:
-            raise UserError(f"the results folder {given} is given twice")
+            raise ProblemError(f"the results folder {given} is given twice")
     found: dict[tuple[str, str], tuple[str | Path, object]] = {}
     for folder, sets in zip(folders, logs, strict=True):
         settings = [  # whose, what, value: the template is a data set's, a solver's a label's
@@ -157,7 +157,7 @@ def same_kind(
             if other != value:
                 kind = "model" if model_alone else "kind"
                 hint = "" if model_alone else f"; give each a name: NAME={folder}"
-                raise UserError(
+                raise ProblemError(
                     f"{where} and {folder} are not runs of one {kind}: {key} is {other!r:.80} and "
                     f"{value!r:.80}{hint}"
                 )
@@ -171,11 +171,11 @@ def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> 
     them for `dataset`. Torn logs are set aside, so that no later run can overwrite them.
 
     Raises:
-        UserError: other results are there; the message names what differs and another ATTEMPT. Or
+        ProblemError: other results are there; the message names what differs and another ATTEMPT. Or
             the data set is called as one of the folder's files is.
     """
     if place(dataset).removesuffix(".lock") in FILES:
-        raise UserError(f"a results folder has a file {dataset}; call the data set otherwise")
+        raise ProblemError(f"a results folder has a file {dataset}; call the data set otherwise")
     return _fitting(_whole_logs(Path(folder) / LOGS), Path(folder) / LOGS, dataset, settings)
 
 
@@ -186,7 +186,7 @@ def _whole_logs(path: Path) -> Logs:
     except TornLogs as error:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}"
         aside = path.rename(path.with_name(f"logs.torn-{stamp}.json"))
-        raise UserError(
+        raise ProblemError(
             f"{error} (it was kept as {aside.name}; run again to start new ones)"
         ) from error
 
@@ -202,7 +202,7 @@ def _fitting(logs: Logs, path: Path, dataset: str, settings: dict[str, Any]) -> 
         there = {"precision": "fp32"} | entry.get(SETTINGS, {})
         for key in settings if name == dataset else settings.keys() & SHARED:
             if key in there and there[key] != settings[key]:
-                raise UserError(
+                raise ProblemError(
                     f"{path} holds results of {name} with {key} {there[key]!r}, this run has "
                     f"{settings[key]!r}; choose another ATTEMPT (or output folder)"
                 )
@@ -218,7 +218,7 @@ def is_done(
     between the two, or somebody changed it), means that the label is not done.
 
     Raises:
-        UserError: it has results with other settings, which only `--overwrite` may replace.
+        ProblemError: it has results with other settings, which only `--overwrite` may replace.
     """
     entry = logs.get(dataset, {}).get(label)
     if entry is None:
@@ -233,7 +233,7 @@ def is_done(
         if there.get(key) != asked.get(key)
     ]
     if changed:
-        raise UserError(
+        raise ProblemError(
             f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
             "use --overwrite to replace them, or another ATTEMPT"
         )
@@ -272,14 +272,14 @@ def merge_results(
     has finished meanwhile with the same settings keeps its results.
 
     Raises:
-        UserError: results with other settings are there now; those that fit are written first.
+        ProblemError: results with other settings are there now; those that fit are written first.
     """
     # Not above: torch, and who only reads results waits for none.
     from forgetting.adapter import FORMAT
-    from forgetting.files import write_bytes
+    from forgetting.io import write_bytes
 
     folder, path = Path(folder), Path(folder).absolute() / LOGS
-    refused: UserError | None = None
+    refused: ProblemError | None = None
     with lock(path):
         file = _growing(path)
         logs = _fitting(file.load(), folder / LOGS, dataset, settings)
@@ -291,7 +291,7 @@ def merge_results(
                 if not overwrite and is_done(folder, logs, dataset, one.label, solver[SETTINGS]):
                     continue
                 refuse_foreign(folder / one.place, FORMAT.rpartition("/")[0])
-            except UserError as error:
+            except ProblemError as error:
                 refused = error
                 continue
             replaced = entries.get(one.label, {}).get("solver", {})
@@ -324,7 +324,7 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
     """The command lines in an args.txt, oldest first, read as text: nothing in it is executed.
 
     Raises:
-        UserError: a line that is not the text of an argparse Namespace.
+        ProblemError: a line that is not the text of an argparse Namespace.
     """
     namespaces = []
     for line in _lines(Path(path)):
@@ -334,7 +334,9 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
                 raise ValueError("not a call")
             values = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"{path}: not the text of an argparse Namespace ({error})") from error
+            raise ProblemError(
+                f"{path}: not the text of an argparse Namespace ({error})"
+            ) from error
         check(Args, values, path)
         namespaces.append(argparse.Namespace(**values))
     return namespaces

@@ -169,7 +169,7 @@ def read_rows(folder: str | Path) -> list[Row]:
     """The rows of a results folder, with the audits that are about its adapters of today.
 
     Raises:
-        UserError: torn files, or files of another shape.
+        ProblemError: torn files, or files of another shape.
     """
     logs = read_logs(folder)
     return rows_of(logs, current_audits(folder, logs)[0])
@@ -200,7 +200,7 @@ def current_audits(folder: str | Path, logs: Logs) -> tuple[Audits, list[str]]:
         its adapter was replaced.
 
     Raises:
-        UserError: a torn audit.json, or one of another shape.
+        ProblemError: a torn audit.json, or one of another shape.
     """
     current: Audits = {}
     outdated = []

@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from engine.errors import UserError
 from engine.files import atomic_path, refuse_foreign
 from engine.log import say
 from evaluation.audit.record import AUDIT, CSV
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
+from forgetting.errors import ProblemError
 
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains
@@ -53,7 +53,7 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
         multiclass: True for the requests of several classes at once, False for the others.
 
     Raises:
-        UserError: there is no request of the asked kind.
+        ProblemError: there is no request of the asked kind.
     """
     lines = []
     for (dataset, label), group in groupby(rows, key=lambda row: (row.dataset, row.label)):
@@ -74,7 +74,9 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
         lines.append(line)
     if not lines:
         kind = "multiclass" if multiclass else "single-class"
-        raise UserError(f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}")
+        raise ProblemError(
+            f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}"
+        )
     table = pd.DataFrame(lines)
     numbers = table.columns.difference(["ds", "name", FOR_EACH])
     return table.astype(dict.fromkeys(numbers, float))  # None to NaN
@@ -148,7 +150,7 @@ def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataF
         measured.
 
     Raises:
-        UserError: a folder holds no results of the asked kind.
+        ProblemError: a folder holds no results of the asked kind.
     """
     lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
@@ -224,7 +226,7 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def check_table(path: str | Path, columns: Sequence[str]) -> None:
-    """UserError unless a table of these columns may be written there: the place can be written, and
+    """ProblemError unless a table of these columns may be written there: the place can be written, and
     holds nothing but a table that begins alike."""
     refuse_foreign(path, ",".join([*columns[:3], ""]))  # audit.csv begins with two of others
 

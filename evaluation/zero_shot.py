@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from engine.errors import UserError, unknown
+from forgetting.errors import ProblemError, unknown
 
 Factors = tuple[Tensor, Tensor]  # left (w, r), right (r, d) of Delta = left @ right
 BLOCK = 1024  # images at once; always the same ones together, so that rounding is always the same
@@ -61,7 +61,7 @@ class ZeroShot:
             removed: class names that are on the list no longer: no image is given one of them.
 
         Raises:
-            UserError: a removed name is no class, or none is left.
+            ProblemError: a removed name is no class, or none is left.
         """
         gone = _columns(self.bundle, removed)
         classes = class_embeddings(self.bundle, factors).T  # (d, C)
@@ -180,5 +180,5 @@ def _columns(bundle: FeatureBundle, removed: Sequence[str]) -> list[int]:
                 f"class to remove from the list of {bundle.dataset}", name, bundle.classnames
             )
     if set(bundle.classnames) <= set(removed):
-        raise UserError(f"every class of {bundle.dataset} is removed: none is left to choose")
+        raise ProblemError(f"every class of {bundle.dataset} is removed: none is left to choose")
     return [bundle.classnames.index(name) for name in removed]

@@ -8,18 +8,14 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from engine.cli import commands
-from forgetting import ProblemError
+from forgetting.errors import ProblemError
 
 EXPERIMENTS = {
     "sweep": "data sets x backbones x seeds x methods x settings of one file, and their table",
     "studies": "what each choice of the method does, by descent and exactly",
-    "frontier": "harm to others against how surely a class is gone, over many methods",
-    "forecast": "how well text foretells what images show",
-    "shares": "how much of a class's change other words, and names that nobody retained, feel",
     "faithfulness": "what the known slips of the paper's public code cost",
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",
     "baselines": "every method on the same classes, side by side",
-    "figures": "the figures of docs/exact.md",
 }
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pandas as pd
 
 import train
-from engine import unknown
 from engine.cli import SEED, Parser
 from engine.log import Progress, say
 from evaluation.results import LOGS
 from evaluation.tables import CSV, method_table
+from forgetting.errors import unknown
 
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
 # the mean eigenvalue is their 0.02 for hidden states of width 512 and squared length 100.
@@ -63,7 +63,7 @@ def run_methods(
         Method -> folder of its results.
 
     Raises:
-        UserError, ProblemError: train.py refuses; methods that came before it are done.
+        ProblemError, ProblemError: train.py refuses; methods that came before it are done.
     """
     folders = {}
     bar = Progress(methods, "methods")

@@ -27,7 +27,6 @@ import datasets
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
-from engine import UserError
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
 from engine.files import refuse_foreign
@@ -40,6 +39,7 @@ from experiments.solvers import problem_of
 from experiments.variants import VARIANTS, run_variants
 from experiments.world import World
 from forgetting import AUTO, solve_exact, thresholds
+from forgetting.errors import ProblemError
 from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     if (args.features and args.weights) or (args.backbone and not args.features):
-        raise UserError("--backbone goes with --features, and --weights without it")
+        raise ProblemError("--backbone goes with --features, and --weights without it")
     if args.csv:  # refused before the work, not after it
         refuse_foreign(args.csv, "set,mode")
     started = time.perf_counter()

@@ -26,7 +26,6 @@ import datasets
 import train
 from clip.architectures import architecture
 from clip.source import ClipSource
-from engine import UserError, unknown
 from engine.cli import Parser
 from engine.config import OPTIONS, settings
 from engine.files import atomic_path, refuse_foreign
@@ -35,6 +34,7 @@ from engine.log import say
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from evaluation.tables import check_table, write_table
+from forgetting.errors import ProblemError, unknown
 from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
@@ -83,12 +83,12 @@ def read_sets(root: str, names: Sequence[str]) -> dict[str, Counts]:
     """The sets under `root`.
 
     Raises:
-        UserError: sets that are missing, all of them in one line, or the first that is broken.
+        ProblemError: sets that are missing, all of them in one line, or the first that is broken.
     """
     states = datasets.available(root)
     absent = [f"{name} ({states[name]})" for name in names if states[name] is not None]
     if absent:
-        raise UserError(
+        raise ProblemError(
             f"missing: {'; '.join(absent)}; --datasets NAME,NAME leaves out those that you lack"
         )
     found = {}
@@ -131,7 +131,7 @@ def frames_of(folder: Path, sets: Iterable[str]) -> dict[str, pd.DataFrame]:
     for mode, flags in MODES.items():
         try:
             frame, _ = create_results(folder, multiclass=bool(flags))
-        except UserError:  # no run of this mode succeeded
+        except ProblemError:  # no run of this mode succeeded
             continue
         frame = frame[frame["ds"].isin(list(sets))]
         if len(frame):
@@ -192,7 +192,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def check_outputs(out: str | Path) -> dict[str, Path]:
-    """The files that are written, by suffix; UserError for something else in their place."""
+    """The files that are written, by suffix; ProblemError for something else in their place."""
     paths = {suffix: Path(out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
     refuse_foreign(paths["md"], HEAD)
     check_table(paths["csv"], COLUMNS)
@@ -204,7 +204,7 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     folders = {name: results_folder(args.out, name) for name in args.backbones}
     folders = {name: folder for name, folder in folders.items() if (folder / LOGS).is_file()}
     if not folders:
-        raise UserError(f"no results in {args.out}: every run failed, see the messages above")
+        raise ProblemError(f"no results in {args.out}: every run failed, see the messages above")
     table = pd.concat([compare(*item, sets) for item in folders.items()], ignore_index=True)
     after = pd.concat([forgotten(*item, sets) for item in folders.items()], ignore_index=True)
     notes = [
@@ -259,17 +259,17 @@ def _listed(option: str, text: str) -> list[str]:
     """The names between commas, each once."""
     names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
-        raise UserError(f"--{option} {text!r}: it names none")
+        raise ProblemError(f"--{option} {text!r}: it names none")
     return names
 
 
 def weights_by_name(texts: Sequence[str], backbones: Sequence[str]) -> dict[str, str]:
-    """Checkpoint paths by backbone, from ARCH=PATH; UserError for one that is not of them."""
+    """Checkpoint paths by backbone, from ARCH=PATH; ProblemError for one that is not of them."""
     weights = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not path:
-            raise UserError(f"--weights {text}: must be ARCH=PATH, such as RN50=RN50.pt")
+            raise ProblemError(f"--weights {text}: must be ARCH=PATH, such as RN50=RN50.pt")
         if name not in backbones:
             raise unknown("backbone of --weights", name, backbones)
         weights[name] = path
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Run what is not done yet, then compare; returns the table of numbers side by side.
 
     Raises:
-        UserError: before any work, a set or checkpoint that cannot be had; after it, runs that
+        ProblemError: before any work, a set or checkpoint that cannot be had; after it, runs that
             failed (the tables hold the others).
     """
     args, weights = parse(argv)
@@ -291,5 +291,5 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     failed = run_all(args, weights)
     table = write(args, sets)
     if failed:
-        raise UserError(f"failed: {'; '.join(failed)}; see the messages above")
+        raise ProblemError(f"failed: {'; '.join(failed)}; see the messages above")
     return table

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from engine.errors import UserError
 from engine.files import atomic_path, lock
+from forgetting.errors import ProblemError
 
 KEY = ["study", "dataset", "classes", "solver", "setting", "seed", "constants"]
 Key = tuple[str, ...]
@@ -29,20 +29,20 @@ class RowsFile:
         """All rows as text; no column where there is no file.
 
         Raises:
-            UserError: the file is no such table; it is left as it is.
+            ProblemError: the file is no such table; it is left as it is.
         """
         try:
             rows = pd.read_csv(self.path, dtype=str, keep_default_na=False)
         except FileNotFoundError:
             return pd.DataFrame(columns=KEY, dtype=str)
         except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-            raise UserError(f"cannot read {self.path}: {error}; move it aside") from error
+            raise ProblemError(f"cannot read {self.path}: {error}; move it aside") from error
         missing = [name for name in KEY if name not in rows]
         # pandas fills a short row with empty cells, and takes what is too much for an index.
         uneven = not isinstance(rows.index, pd.RangeIndex)
         if missing or uneven or (rows["constants"] == "").any():
             what = f"no column {missing[0]!r}" if missing else "a row has too few or many cells"
-            raise UserError(f"{self.path} is no table of a study ({what}); move it aside")
+            raise ProblemError(f"{self.path} is no table of a study ({what}); move it aside")
         return rows
 
     def keys(self) -> set[Key]:

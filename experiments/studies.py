@@ -27,7 +27,6 @@ import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
 from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
-from engine.errors import UserError, unknown
 from engine.files import Batch, escape, sha256_file
 from engine.log import Progress, say
 from evaluation.results import join_label
@@ -37,6 +36,7 @@ from experiments.solvers import SOLVERS, together
 from experiments.study_report import plot, report
 from experiments.varied import STUDIES
 from experiments.world import Task, World
+from forgetting.errors import ProblemError, unknown
 
 FORMAT = 2  # of the rows; raise it where the same constants begin to mean another answer
 ALL = "all"  # as NAME: every study; of --forget: every class
@@ -55,14 +55,14 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     """The data sets of a command line.
 
     Raises:
-        UserError: no such folder, backbone, data set or class, too many classes, no constants, or
+        ProblemError: no such folder, backbone, data set or class, too many classes, no constants, or
             audit lists that do not fit.
     """
     paths = list_bundles(args.features, args.backbone)
     if args.dataset:
         load_bundle(args.features, args.backbone, args.dataset)  # names the nearest
     elif args.forget:
-        raise UserError("--forget NAME needs --dataset SET: a class belongs to a set")
+        raise ProblemError("--forget NAME needs --dataset SET: a class belongs to a set")
     bundles = load_bundles(args.features, args.backbone)
     jobs = []
     for dataset in [args.dataset] if args.dataset else paths:
@@ -88,18 +88,18 @@ def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) 
     """The classes to forget: those named, or `count` at random, in the set's order.
 
     Raises:
-        UserError: a name that the set does not have, or more classes than it has.
+        ProblemError: a name that the set does not have, or more classes than it has.
     """
     names = bundle.classnames
     if len(names) < 2:
-        raise UserError(f"{bundle.dataset} has one class: none would be left to recognise")
+        raise ProblemError(f"{bundle.dataset} has one class: none would be left to recognise")
     if list(forget) == [ALL]:
         return names
     if forget:
         found = {datasets.match(name, names, bundle.dataset) for name in forget}
         return sorted(found, key=names.index)
     if count > len(names):
-        raise UserError(f"--classes {count}: {bundle.dataset} has {len(names)} classes")
+        raise ProblemError(f"--classes {count}: {bundle.dataset} has {len(names)} classes")
     labels = random.Random(f"{seed}/{bundle.dataset}").sample(range(len(names)), count)
     return [names[label] for label in sorted(labels)]
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run studies; returns the CSV files.
 
     Raises:
-        UserError: a name, folder or number that does not fit, before any work.
+        ProblemError: a name, folder or number that does not fit, before any work.
         ProblemError: numbers that no solver can work on.
     """
     parser = Parser(prog="python -m experiments studies", description=__doc__.splitlines()[0])

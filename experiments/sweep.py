@@ -35,7 +35,6 @@ from pydantic import Field
 import datasets
 import train
 from clip.architectures import architecture
-from engine import UserError, unknown
 from engine.cli import Parser
 from engine.config import OPTIONS, declared, methods, read_yaml
 from engine.launch import Run, add_launcher, launch, launcher
@@ -45,6 +44,7 @@ from evaluation.report import REPORT, check_report, read_runs, write_report
 from evaluation.results import join_label
 from evaluation.tables import average_gains, check_table, write_table
 from experiments.reproduce import MODES, OWN_KEYS, weights_by_name
+from forgetting.errors import ProblemError, unknown
 from utils import create_results, summarise
 
 TABLE = "sweep.csv"
@@ -85,7 +85,7 @@ def read_sweep(path: str | Path, bundles: bool) -> dict[str, Any]:
     bundles, and any may be right.
 
     Raises:
-        UserError: no such file, an unknown key or name, a value of another kind.
+        ProblemError: no such file, an unknown key or name, a value of another kind.
     """
     found = read_yaml(Path(path))
     for key in found:
@@ -93,7 +93,7 @@ def read_sweep(path: str | Path, bundles: bool) -> dict[str, Any]:
             raise unknown(f"key in {path}", str(key), VARIED)
     check(some(**VARIED), found, path)
     if "datasets" not in found:
-        raise UserError(f"{path} names no data set, such as datasets: [MiniDigits]")
+        raise ProblemError(f"{path} names no data set, such as datasets: [MiniDigits]")
     default = {key: [declared()[place].default] for key, place in DEFAULTS.items()}
     default |= {"modes": ["alone"], "classes": [], "settings": {PLAIN: {}}}
     varied = default | dict(found)
@@ -112,7 +112,7 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
     """All runs of a sweep, those of a case together.
 
     Raises:
-        UserError: a run that would be refused; nothing has been written.
+        ProblemError: a run that would be refused; nothing has been written.
     """
     own = {*OWN_KEYS, OPTIONS["trainer"], *([OPTIONS["forget"]] if varied["classes"] else [])}
     train.refuse_keys(args.opts[::2], own)
@@ -177,7 +177,7 @@ def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
     for seed in seeds:
         try:
             frame, _ = create_results(case.folder / f"seed_{seed}", multiclass=bool(MODES[mode]))
-        except UserError:  # nothing of this mode and seed
+        except ProblemError:  # nothing of this mode and seed
             continue
         pairs = zip(frame["ds"], frame["name"], strict=True)
         frame.index = [place.get(pair, -1) for pair in pairs]
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Run what is not done yet, then print and write the table of all of it; returns the table.
 
     Raises:
-        UserError: before any work, a run that cannot be; after it, runs that failed (the table
+        ProblemError: before any work, a run that cannot be; after it, runs that failed (the table
             holds the others).
     """
     parser = Parser(prog="python -m experiments sweep", description=__doc__.splitlines()[0])
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         why = "every run failed, see the messages above"
         if len(failed) < len(runs):
             why = f"no request of {args.file} has any (a set of one class has none at once)"
-        raise UserError(f"no results in {root} to make a table of: {why}")
+        raise ProblemError(f"no results in {root} to make a table of: {why}")
     gains = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
     counts = {"classes": "{:.0f}".format}
     print(
@@ -242,5 +242,5 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     say(f"report: {write_report(shown, root / REPORT)}")
     if failed:
         titles = "; ".join(run.title for run in failed)
-        raise UserError(f"failed: {titles}; see the messages above")
+        raise ProblemError(f"failed: {titles}; see the messages above")
     return table

@@ -16,7 +16,7 @@ from engine.determinism import seeded
 from evaluation.judge import Judge
 from evaluation.results import join_label
 from forgetting import Group, LoraSettings, RetainSet
-from forgetting.complete import SpecificTargets
+from forgetting.context import SpecificTargets
 from forgetting.requests import Request, Requests
 from trainers.requests import Texts
 
@@ -65,7 +65,7 @@ class World:
         seed: int = 0,
         opts: Sequence[str] = (),
     ) -> None:
-        """Raises UserError: no loss weights for that backbone, or config keys (`opts`, KEY VALUE)
+        """Raises ProblemError: no loss weights for that backbone, or config keys (`opts`, KEY VALUE)
         that do not fit."""
         self.bundle, self.others, self.seed = bundle, others, seed
         names = bundle.dataset, bundle.backbone

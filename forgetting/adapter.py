@@ -22,18 +22,17 @@ from forgetting.checks import (
     POSITIVE,
     TEXT,
     WEIGHT,
-    ProblemError,
     Rule,
     check,
     check_tensors,
     either,
-    line,
     matrix,
     whole,
 )
-from forgetting.constrained import Ridge
-from forgetting.files import naming, pack, raw, unpack, write_bytes
+from forgetting.errors import ProblemError, line
+from forgetting.io import naming, pack, raw, unpack, write_bytes
 from forgetting.problem import NUMBERS
+from forgetting.solvers.constrained import Ridge
 
 FORMAT = "clip-forget-adapter/2"
 UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be relied on

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import FLOATS, NUMBER, ProblemError, check, matrix, shown, tensor
-from forgetting.forecast import Watch
-from forgetting.reading import cut
+from forgetting.checks import FLOATS, NUMBER, check, matrix, tensor
+from forgetting.displacement import Watch
+from forgetting.errors import ProblemError, shown
+from forgetting.models.encoder import Tower
+from forgetting.models.reading import cut
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import (
     FURTHER,
@@ -23,7 +25,6 @@ from forgetting.targets import (
     opposite_target,
     orthogonal_target,
 )
-from forgetting.towers import Tower
 
 
 @dataclass(frozen=True)

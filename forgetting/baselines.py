@@ -25,7 +25,6 @@ from forgetting.checks import (
     NUMBER,
     POSITIVE,
     WEIGHT,
-    ProblemError,
     check,
     indices,
     matrices,
@@ -33,6 +32,7 @@ from forgetting.checks import (
     texts,
     whole,
 )
+from forgetting.errors import ProblemError
 from forgetting.problem import Change
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends

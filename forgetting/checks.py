@@ -12,24 +12,20 @@ A tensor is given by its dtypes and dimensions: numbers, or words that stand for
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from forgetting.errors import ProblemError, shown
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 1e40  # of any number: products of four of them stay in the range of float64
 MOST = 2**31  # of anything that is counted
-SHOWN = 60  # characters of a wrong value in a message
 DEEPEST = 32  # of values within values
 Rule = tuple[Callable[[Any], bool], str]
 Dims = Sequence[int | str]
-
-
-class ProblemError(ValueError):
-    """Input that no solver can work on; the message is one line."""
 
 
 def is_number(value: Any, largest: float = 1e300) -> bool:
@@ -92,25 +88,6 @@ def either(word: Any, rule: Rule) -> Rule:
     """What `rule` accepts, or this one word."""
     words = f"{'null' if word is None else repr(word)} or {rule[1]}"
     return lambda x: (type(x) is type(word) and x == word) or rule[0](x), words
-
-
-def line(text: Any) -> str:
-    """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def reason(error: BaseException) -> str:
-    """What somebody else's code raised, in a message."""
-    return line(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ..."))
-
-
-def shown(value: Any) -> str:
-    """A value in a message, in a few words."""
-    try:
-        text = line(repr(value))
-    except (ValueError, RecursionError):  # thousands of digits, or of levels
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def check(value: Any, shape: Any, where: str) -> Any:

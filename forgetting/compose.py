@@ -5,7 +5,7 @@
 
 Adding two changes is wrong: each moves the other's texts. In the constrained form `K_0 = G + mu I`
 is the same for every request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again
-with any other, without G and without W (`forgetting.constrained.land`). The paper's objective has
+with any other, without G and without W (`forgetting.solvers.constrained.land`). The paper's objective has
 a mu that depends on the request; it is solved again from the retain statistics (`--statistics`).
 """
 
@@ -36,12 +36,12 @@ from forgetting.adapter import (
     recipe_fields,
     save_adapter,
 )
-from forgetting.certificate import POOR, certify_constrained
-from forgetting.checks import ProblemError, line, shown
-from forgetting.constrained import land
-from forgetting.exact import settle, solve_exact
-from forgetting.files import refuse_taken
+from forgetting.errors import ProblemError, line, shown
+from forgetting.io import refuse_taken
 from forgetting.problem import NUMBERS, Change, ForgetProblem
+from forgetting.solvers.certificate import POOR, certify_constrained
+from forgetting.solvers.constrained import land
+from forgetting.solvers.exact import settle, solve_exact
 from forgetting.statistics import RetainStatistics, square_root
 
 ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # forget or leaving

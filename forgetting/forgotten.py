@@ -16,13 +16,14 @@ from forgetting.adapter import (
     projection_sha256,
     save_adapter,
 )
-from forgetting.certificate import Certificate
-from forgetting.checks import ProblemError, line, matrix
-from forgetting.forecast import Felt, Forecast
-from forgetting.identity import changed_sha256, description, find, verify
-from forgetting.modules import tensor_sha256, tensors, turned
-from forgetting.patch import patch
-from forgetting.towers import Tower
+from forgetting.checks import matrix
+from forgetting.deploy.embeddings import patch
+from forgetting.displacement import Felt, Forecast
+from forgetting.errors import ProblemError, line
+from forgetting.models.encoder import Tower
+from forgetting.models.identity import changed_sha256, description, find, verify
+from forgetting.models.modules import tensor_sha256, tensors, turned
+from forgetting.solvers.certificate import Certificate
 
 APPLIED: dict[str, list[str]] = {}  # SHA-256 of projections that were changed here -> by what
 
@@ -127,7 +128,7 @@ class Forgotten:
             normalised: whether they are of unit norm.
 
         Raises:
-            ProblemError: the original projection is not known, or `forgetting.patch` refuses.
+            ProblemError: the original projection is not known, or `forgetting.deploy.embeddings` refuses.
         """
         if self.original is None:
             raise ProblemError("the original projection is not known, by which texts are patched")

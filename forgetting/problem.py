@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, WEIGHT, ProblemError, check, either, matrices, whole
+from forgetting.checks import POSITIVE, WEIGHT, check, either, matrices, whole
+from forgetting.errors import ProblemError
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
 NUMBERS = {
@@ -54,7 +55,7 @@ class ForgetProblem:
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
             `lamb_forget` may be "auto": each solver then takes a value just above the threshold c*
-            (`forgetting.exact.settle`), which is where the paper's retry loop ends.
+            (`forgetting.solvers.exact.settle`), which is where the paper's retry loop ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
     Raises:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import NUMBER, WEIGHT, ProblemError, check, indices, matrix, whole
-from forgetting.constrained import Ridge
-from forgetting.spectrum import CHUNK
+from forgetting.checks import NUMBER, WEIGHT, check, indices, matrix, whole
+from forgetting.errors import ProblemError
+from forgetting.solvers.constrained import Ridge
+from forgetting.solvers.spectrum import CHUNK
 from forgetting.statistics import RetainStatistics
 
 

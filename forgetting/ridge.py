@@ -7,7 +7,7 @@ other way round. For every ridge on a grid, each of some texts in turn stands fo
   units of the distance from r's embedding to the nearest other of its group. In these units one
   limit serves unlike animals and alike cars;
 - what names that are not listed would feel is told by the listed ones, each left out in turn
-  (`forgetting.forecast`).
+  (`forgetting.displacement`).
 
 The ridge is the largest at which no safe group is pushed further than the limit, where a push
 counts together with the least that there is, by the smallest ridge: names that any ridge pushes
@@ -23,8 +23,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, ProblemError, check, mask, matrix
-from forgetting.forecast import shares_each
+from forgetting.checks import POSITIVE, check, mask, matrix
+from forgetting.displacement import shares_each
+from forgetting.errors import ProblemError
 from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths

@@ -3,7 +3,7 @@
 The retained texts enter every solve through `G = sum of h^T h` only. So they can be read in any
 order and on several machines, and a million of them take as much memory as a thousand. What is
 kept is not G but the triangle R of a QR factorisation, `R^T R = G`, which has all digits of the
-rows themselves: a proof from it is a proof for the texts (`forgetting.spectrum.triangle`).
+rows themselves: a proof from it is a proof for the texts (`forgetting.solvers.spectrum.triangle`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forgetting.checks import HASH, TEXT, WEIGHT, ProblemError, check, check_tensors, matrix, whole
-from forgetting.files import naming, pack, raw, unpack, write_bytes
-from forgetting.spectrum import CHUNK, EPS, triangle
+from forgetting.checks import HASH, TEXT, WEIGHT, check, check_tensors, matrix, whole
+from forgetting.errors import ProblemError
+from forgetting.io import naming, pack, raw, unpack, write_bytes
+from forgetting.solvers.spectrum import CHUNK, EPS, triangle
 
 FORMAT = "clip-forget-statistics/3"
 OLDER = "clip-forget-statistics/2"  # held G; its word stays in `sha256`, so that names stay

@@ -17,7 +17,6 @@ from torch.nn.functional import normalize
 from forgetting.checks import (
     POSITIVE,
     WEIGHT,
-    ProblemError,
     above,
     check,
     mask,
@@ -27,7 +26,8 @@ from forgetting.checks import (
     vector,
     whole,
 )
-from forgetting.constrained import Ridge, downdate, requests
+from forgetting.errors import ProblemError
+from forgetting.solvers.constrained import Ridge, downdate, requests
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
 FURTHER = ("specific", "opposite")  # those that can go further, by beta

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip.architectures import ARCHITECTURES
-from engine import UserError
+from forgetting.errors import ProblemError
 
 OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
 
 
-def one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> None:
+def one_line(error: pytest.ExceptionInfo[ProblemError], *parts: object) -> None:
     text = str(error.value)
     assert "\n" not in text
     for part in parts:

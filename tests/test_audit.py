@@ -15,7 +15,6 @@ from torch.nn.functional import normalize
 
 import train
 from clip.bundle import bundle_path, load_bundles
-from engine.errors import UserError
 from evaluation.audit import __main__ as audit
 from evaluation.audit import record
 from evaluation.audit.case import Block, Common, Model
@@ -27,6 +26,7 @@ from evaluation.audit.verdict import verdict
 from evaluation.results import read_logs
 from evaluation.rows import read_rows
 from evaluation.tables import audit_table
+from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, toy_bundle
 
 NOTHING = {"names": 0, "attacks": {}, "not_measured": []}  # what undoing may find
@@ -250,7 +250,7 @@ def test_what_was_audited_is_not_audited_again(results, monkeypatch):
     other = next((results / "ToyAnimals").glob("C*V.safetensors"))
     keep = adapter.read_bytes()
     adapter.write_bytes(other.read_bytes())
-    with pytest.raises(UserError, match="forgets"):
+    with pytest.raises(ProblemError, match="forgets"):
         audit_folder(results, seed=1)
     adapter.write_bytes(keep)
     assert calls[4:] == []

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 import train
 from clip import FeatureBundle, bundle_path, list_bundles, load_bundle
 from clip.bundle import FORMAT, SHAPES, load_bundles
-from engine import UserError
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import one_line
 from tests.conftest import BACKBONE, toy_bundle
 
@@ -74,13 +74,13 @@ def test_a_saved_bundle_comes_back(tmp_path: Path, images: int) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(ProblemError, match="exists"):
         make().save(path)
     assert path.read_bytes() == b"mine"
 
 
 def test_an_invalid_bundle_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="labels"):
+    with pytest.raises(ProblemError, match="labels"):
         replace(make(), labels=torch.full((N,), C)).save(tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -156,7 +156,7 @@ WRONG = {
 def test_what_is_wrong_is_named_with_file_and_key(tmp_path: Path, case: str) -> None:
     key, value, message = WRONG[case]
     path = write(tmp_path, **{key: value})
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(ProblemError, match=message) as error:
         FeatureBundle.load(path)
     text = str(error.value)
     assert str(path) in text and key in text and "\n" not in text
@@ -175,7 +175,7 @@ def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
 def test_a_truncated_file_is_one_line(tmp_path: Path, keep: int) -> None:
     path = write(tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="truncated or not a safetensors file") as error:
+    with pytest.raises(ProblemError, match="truncated or not a safetensors file") as error:
         FeatureBundle.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -186,28 +186,28 @@ def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(2)}, other)
     for path, message in ((text, "not a safetensors"), (other, "format"), (tmp_path, "folder")):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ProblemError, match=message):
             FeatureBundle.load(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(ProblemError, match="does not exist"):
         FeatureBundle.load(tmp_path / "none.safetensors")
 
 
 def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(ProblemError, match="no folder"):
         list_bundles(tmp_path / "none", "RN50")
     make().save(bundle_path(tmp_path, "ViT-B/32", "Some"))
-    with pytest.raises(UserError, match="ViT-B-32"):
+    with pytest.raises(ProblemError, match="ViT-B-32"):
         list_bundles(tmp_path, "RN50")
     for hidden in (".tmp-12", ".."):
         replace(make(), dataset=hidden).save(bundle_path(tmp_path, "ViT-B/32", hidden))
     assert list(list_bundles(tmp_path, "ViT-B/32")) == ["Some"]
     for name in ("Sone", ".."):
-        with pytest.raises(UserError, match=f"no feature bundle of '{name}'"):
+        with pytest.raises(ProblemError, match=f"no feature bundle of '{name}'"):
             load_bundle(tmp_path, "ViT-B/32", name)
-    with pytest.raises(UserError, match="data sets there: Some"):
+    with pytest.raises(ProblemError, match="data sets there: Some"):
         load_bundle(tmp_path, "ViT-B/32", "Sone")
     make().save(bundle_path(tmp_path, "RN50", "Some"))
-    with pytest.raises(UserError, match="backbone is 'ViT-B/32'"):
+    with pytest.raises(ProblemError, match="backbone is 'ViT-B/32'"):
         load_bundle(tmp_path, "RN50", "Some")
 
 
@@ -229,7 +229,7 @@ def test_bundles_of_a_run_are_of_one_model(tmp_path: Path) -> None:
     ):
         path.unlink(missing_ok=True)
         replace(bundle, dataset="Other", **changes).save(path)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(ProblemError, match=message) as error:
             load_bundles(tmp_path, "ViT-B/32", names)
         one_line(error, path, bundle_path(tmp_path, "ViT-B/32", "Some"))
         load_bundles(tmp_path, "ViT-B/32", ["Other"])  # alone it is as good as any

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forgetting import ForgetProblem, solve_constrained, solve_each, solve_exact
-from forgetting.constrained import Ridge
+from forgetting.solvers.constrained import Ridge
 
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 WEIGHTS = st.one_of(st.just(0.0), st.just(1.0), SCALES, st.floats(1e-2, 1e2))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import UserError
 from engine.cli import Parser, run
+from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 
 COMMANDS = {
@@ -52,7 +52,7 @@ def test_help_is_no_error(command, monkeypatch, capsys):
 
 def test_the_status_is_what_main_returns_or_why_it_does_not(capsys):
     def refuses(argv):
-        raise UserError("no such thing")
+        raise ProblemError("no such thing")
 
     def stopped(argv):
         raise KeyboardInterrupt
@@ -71,9 +71,9 @@ def test_the_status_is_what_main_returns_or_why_it_does_not(capsys):
 def test_a_prefix_is_no_option_and_an_argument_too_many_is_named():
     parser = Parser(prog="x")
     parser.add_argument("--weights")
-    with pytest.raises(UserError, match="unknown option '--weig'; did you mean '--weights'"):
+    with pytest.raises(ProblemError, match="unknown option '--weig'; did you mean '--weights'"):
         parser.parse_args(["--weig", "a"])
-    with pytest.raises(UserError, match="unexpected argument 'b'"):
+    with pytest.raises(ProblemError, match="unexpected argument 'b'"):
         parser.parse_args(["b"])
 
 

@@ -24,9 +24,8 @@ from clip import apply as apply_command
 from clip.apply import save_full_model
 from clip.architectures import OPENAI_FILES
 from clip.checkpoint import read_state_dict
-from engine import UserError
-from forgetting import ProblemError
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import (
     OPENAI,
     one_line,
@@ -211,7 +210,7 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
     mine = ClipSource("mini", out, cache, "cpu")
     assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
 
-    with pytest.raises(UserError, match="not overwritten"):
+    with pytest.raises(ProblemError, match="not overwritten"):
         apply_command.main([*arguments, "--cache", str(cache)])
 
 
@@ -221,7 +220,7 @@ def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> N
     other, out = tmp_path / "other.pt", tmp_path / "out.pt"
     torch.save(random_model("mini", seed=1).state_dict(), other)
     arguments = [str(tmp_path / "a.safetensors"), str(out), "--cache", str(tmp_path / "cache")]
-    with pytest.raises(UserError, match="made for other weights") as error:
+    with pytest.raises(ProblemError, match="made for other weights") as error:
         apply_command.main([*arguments, "--weights", str(other)])
     one_line(error, tmp_path / "a.safetensors", other)
     assert not out.exists()
@@ -232,7 +231,7 @@ def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> N
 
 def test_a_change_of_another_shape_is_refused(mini: Path, tmp_path: Path) -> None:
     source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
-    with pytest.raises(UserError, match=r"\(2, 2\)"):
+    with pytest.raises(ProblemError, match=r"\(2, 2\)"):
         none = Adapter(torch.zeros(2, 1), torch.zeros(1, 2), "0" * 64, "b", "w", "d", ["c"], "t")
         save_full_model(source, none, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()

@@ -18,12 +18,12 @@ from clip import ARCHITECTURES, ClipSource, architecture
 from clip.architectures import OPENAI_FILES
 from clip.checkpoint import describe, read_state_dict
 from clip.download import download
-from engine import UserError
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import OPENAI, one_line, random_model, tiny
 
 
 def test_unknown_architecture_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="ViT-B/16") as error:
+    with pytest.raises(ProblemError, match="ViT-B/16") as error:
         architecture("vit-b16")
     one_line(error)
 
@@ -75,7 +75,7 @@ def test_a_malicious_file_is_not_run(mini: Path, tmp_path: Path, form: str) -> N
         path.write_bytes(pickle.dumps(content["x"]))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(UserError, match="run") as error:
+    with pytest.raises(ProblemError, match="run") as error:
         read_state_dict(path)
     one_line(error, path)
     assert not trap.exists()
@@ -93,7 +93,7 @@ def test_a_program_is_run_only_if_openai_published_it(
         torch.jit.trace(holder, torch.ones(1, 2)).save(path)
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the program was loaded"))
-        with pytest.raises(UserError, match="none of OpenAI's published") as error:
+        with pytest.raises(ProblemError, match="none of OpenAI's published") as error:
             read_state_dict(path)
         one_line(error, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -113,7 +113,7 @@ def test_a_torn_file_is_one_line(mini: Path, tmp_path: Path, form: str) -> None:
     assert read_state_dict(path).keys() == state.keys()
     for keep in {*range(0, len(data), max(1, len(data) // 40)), 1, 2, 9, len(data) - 1}:
         path.write_bytes(data[:keep])
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             read_state_dict(path)
         one_line(error, path)
 
@@ -125,22 +125,22 @@ def test_random_bytes_are_one_line(mini: Path, tmp_path: Path) -> None:
     for number in range(200):
         noise = bytes(torch.randint(256, (60,), generator=random, dtype=torch.uint8).tolist())
         path.write_bytes(starts[number % len(starts)] + noise)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             read_state_dict(path)
         one_line(error, path)
 
 
 def test_what_is_no_checkpoint_is_one_line(mini: Path, tmp_path: Path) -> None:
     for path, message in ((tmp_path, "folder"), (tmp_path / "none.pt", "does not exist")):
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(ProblemError, match=message) as error:
             ClipSource("mini", path, tmp_path / "cache")
         one_line(error, path)
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(ProblemError, match="empty"):
         read_state_dict(tmp_path / "empty.pt")
     for content, message in (([1], "list"), ({}, "dict"), ({"a": 1}, "int"), ({1: 2}, "1 is")):
         torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(ProblemError, match=message) as error:
             read_state_dict(tmp_path / "other.pt")
         one_line(error, tmp_path / "other.pt")
 
@@ -149,7 +149,7 @@ def test_nan_weights_are_refused(mini: Path, tmp_path: Path) -> None:
     state = random_model("mini").state_dict()
     state["ln_final.weight"][3] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises(UserError, match=r"ln_final\.weight holds NaN") as error:
+    with pytest.raises(ProblemError, match=r"ln_final\.weight holds NaN") as error:
         read_state_dict(tmp_path / "nan.pt")
     one_line(error)
 
@@ -166,7 +166,7 @@ def test_odd_tensors_are_one_line(mini: Path, tmp_path: Path) -> None:
     }
     for name, tensor in odd.items():
         torch.save({"ln_final.weight": tensor}, tmp_path / f"{name}.pt")
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             read_state_dict(tmp_path / f"{name}.pt")
         one_line(error, tmp_path / f"{name}.pt")
     torch.save({"a": plain, "b": plain.to(torch.float8_e4m3fn), "c": plain.long()}, tmp_path / "ok")
@@ -183,11 +183,11 @@ def test_weights_of_another_architecture_are_recognised(name: str, tmp_path: Pat
 
 
 def test_the_wrong_architecture_is_one_line(mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ProblemError) as error:
         _ = ClipSource("RN50", mini, tmp_path / "cache", "cpu").model
     one_line(error, mini, "not those of RN50", "look like mini")
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
-    with pytest.raises(UserError, match="no CLIP") as error:
+    with pytest.raises(ProblemError, match="no CLIP") as error:
         _ = ClipSource("mini", tmp_path / "fc.pt", tmp_path / "cache", "cpu").model
     one_line(error)
 
@@ -234,7 +234,7 @@ def server() -> Iterator[Server]:
 def test_a_download_goes_on_where_it_broke_off(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "weights" / "w.pt"
     server.limit = 3000
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ProblemError) as error:
         download(server.address, DIGEST, path)
     one_line(error, server.address, path, "--weights")
     assert not path.exists()
@@ -252,7 +252,7 @@ def test_a_finished_part_needs_no_more_bytes(server: Server, tmp_path: Path) -> 
 
 
 def test_a_download_of_other_content_is_thrown_away(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not 0000") as error:
+    with pytest.raises(ProblemError, match="not 0000") as error:
         download(server.address, "0" * 64, tmp_path / "w.pt")
     one_line(error, server.address)
     assert not (tmp_path / "w.pt").exists() and not (tmp_path / "w.pt.part").exists()
@@ -260,7 +260,7 @@ def test_a_download_of_other_content_is_thrown_away(server: Server, tmp_path: Pa
 
 def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clip.architectures.OPENAI_URL", "http://127.0.0.1:9/models")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ProblemError) as error:
         _ = ClipSource("RN50", cache=tmp_path).weights_sha256
     url = ARCHITECTURES["RN50"].url
     one_line(error, url, tmp_path / "weights" / "RN50.pt", "--weights PATH")
@@ -269,7 +269,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_wrong_file_put_there_by_hand_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "RN50.pt").write_bytes(b"something else")
-    with pytest.raises(UserError, match="not the file that OpenAI published") as error:
+    with pytest.raises(ProblemError, match="not the file that OpenAI published") as error:
         _ = ClipSource("RN50", cache=tmp_path).weights_sha256
     one_line(error, tmp_path / "weights" / "RN50.pt")
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forgetting import load_adapter, save_adapter
-from forgetting.__main__ import OTHER_TEMPLATES, cli
-from forgetting.forecast import follow
-from forgetting.models import load_model
-from forgetting.modules import tensor_sha256, tensors
-from forgetting.towers import read_tower
+from forgetting.cli import OTHER_TEMPLATES, cli
+from forgetting.displacement import follow
+from forgetting.models.encoder import read_tower
+from forgetting.models.loading import load_model
+from forgetting.models.modules import tensor_sha256, tensors
 from tests.tower_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]

@@ -11,18 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from forgetting import (
-    Adapter,
-    ForgetProblem,
-    ProblemError,
-    load_adapter,
-    projection_sha256,
-    save_adapter,
-)
+from forgetting import Adapter, ForgetProblem, load_adapter, projection_sha256, save_adapter
 from forgetting.adapter import read_parts, recipe_fields, recipe_parts
 from forgetting.compose import cli, compose, solve_recipes
-from forgetting.constrained import Ridge, solve_constrained
-from forgetting.exact import solve_exact
+from forgetting.errors import ProblemError
+from forgetting.solvers.constrained import Ridge, solve_constrained
+from forgetting.solvers.exact import solve_exact
 from forgetting.statistics import RetainStatistics
 from tests.conftest import REPOSITORY
 

@@ -11,7 +11,6 @@ import yaml
 from yacs.config import CfgNode
 
 import train
-from engine import UserError
 from engine.config import (
     CONFIGS,
     OPTIONS,
@@ -25,6 +24,7 @@ from engine.config import (
     setup,
     value_of,
 )
+from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 
 SHARED = yaml.safe_load((CONFIGS / "defaults.yaml").read_text())
@@ -49,7 +49,7 @@ def outside(setting: Setting, bound: str):
 def test_a_declared_range_keeps_out_what_lies_beyond_it(key, bound):
     setting = declared()[key]
     bad = outside(setting, bound)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         setting.take(bad)
     text = str(caught.value)
     assert text.startswith(f"{key} must be ") and text.endswith(f"got {bad!r}") and "\n" not in text
@@ -66,23 +66,23 @@ def test_a_declaration_is_complete_and_refuses_other_types(key):
     assert setting.about and setting.about[0] != " " and "\n" not in setting.about
     others = {"bool": 1, "int": 0.5, "float": True, "str": 3, "list": "cat", "dict": 3}
     for bad in (others[setting.type], *([None] if setting.default is not None else [])):
-        with pytest.raises(UserError, match=key):
+        with pytest.raises(ProblemError, match=key):
             setting.take(bad)
 
 
 def test_numbers_that_are_none_are_refused():
     for key, setting in declared().items():
         for bad in (float("nan"), float("inf"), float("-inf")) if setting.type == "float" else ():
-            with pytest.raises(UserError, match=key):
+            with pytest.raises(ProblemError, match=key):
                 setting.take(bad)
 
 
 def test_a_message_names_key_range_meaning_and_value():
     beta = "FORGET.BETA must be a number above -1 and at most 1,000,000 (how far beyond zero "
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         settings(opts=["FORGET.BETA", "-2"])
     assert str(caught.value).startswith(beta) and str(caught.value).endswith("got -2.0")
-    with pytest.raises(UserError, match=r"FORGET.TERMS 'forgot'; did you mean 'forget'\?"):
+    with pytest.raises(ProblemError, match=r"FORGET.TERMS 'forgot'; did you mean 'forget'\?"):
         settings(opts=["FORGET.TERMS", "('forgot',)"])
 
 
@@ -161,7 +161,7 @@ def test_a_python_config_is_refused_and_not_executed(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     for option in ("--config-file", "--dataset-config-file"):
-        with pytest.raises(UserError, match="only YAML is read"):
+        with pytest.raises(ProblemError, match="only YAML is read"):
             config("--dataset", "A", option, str(file))
     assert not (tmp_path / "executed").exists()
 
@@ -172,7 +172,7 @@ def test_a_python_config_is_refused_and_not_executed(tmp_path):
 def test_broken_yaml_is_one_line(text, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"mine\.yaml") as caught:
+    with pytest.raises(ProblemError, match=r"mine\.yaml") as caught:
         config("--dataset", "A", "--config-file", str(file))
     assert "\n" not in str(caught.value)
 
@@ -191,10 +191,12 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     assert paper_weights(config(*argv, *opts)) == expected | {"lamb_preserve": 0, "lamb_weight": 0}
     line = ["FORGET.WEIGHTS.own/1.SINGLE", "[1, 2]"]
     assert paper_weights(config(*argv, *line))["lamb_forget"] == 2.0
-    with pytest.raises(UserError, match=r"dotted name, such as FORGET.WEIGHTS.mini.SINGLE .9, 8"):
+    with pytest.raises(
+        ProblemError, match=r"dotted name, such as FORGET.WEIGHTS.mini.SINGLE .9, 8"
+    ):
         config(*argv, "FORGET.WEIGHTS", "{'mini': {'SINGLE': [9, 8]}}")
     file.write_text("FORGET: {WEIGHTS: {own/1: 3}}")
-    with pytest.raises(UserError, match=r"own/1.SINGLE must be .lamb_preserve, .*got 3"):
+    with pytest.raises(ProblemError, match=r"own/1.SINGLE must be .lamb_preserve, .*got 3"):
         paper_weights(config(*argv))
     file.write_text("")
     unlisted = {"lamb_forget": "auto", "lamb_preserve": 0.3, "lamb_weight": 1.0}
@@ -205,7 +207,7 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
         "[-1, 2]": "got -1",
     }.items():
         file.write_text(f"FORGET: {{WEIGHTS: {{own/1: {{SINGLE: {pair}}}}}}}")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ProblemError, match=message):
             paper_weights(config(*argv))
 
 
@@ -243,7 +245,7 @@ def test_settings_need_no_torch_and_little_time():
 def test_a_key_that_stands_twice_is_refused(tmp_path, refused, toy_args, text, said):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         read_yaml(path)
     assert str(caught.value).startswith(f"config file {path}: {said}")
     assert said in refused([*toy_args, "--config-file", str(path)])

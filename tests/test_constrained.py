@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetting import ProblemError
-from forgetting.certificate import certify_constrained
-from forgetting.constrained import Ridge, solve_constrained, solve_constrained_each
+from forgetting.errors import ProblemError
+from forgetting.solvers.certificate import certify_constrained
+from forgetting.solvers.constrained import Ridge, solve_constrained, solve_constrained_each
 from forgetting.targets import opposite_target, orthogonal_target, specific_target
 
 

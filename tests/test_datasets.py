@@ -15,9 +15,10 @@ import datasets
 from datasets import check, vocabulary
 from datasets.raw import divide
 from datasets.reader import read_image
-from engine import DATASET_REGISTRY, UserError
+from engine import DATASET_REGISTRY
 from engine.cli import run
 from engine.config import settings
+from forgetting.errors import ProblemError
 
 FORGOTTEN = {
     "StanfordDogs": ["Pekinese", "toy poodle", "Scotch terrier"],
@@ -188,7 +189,7 @@ BROKEN = {
 def test_broken_split_is_one_line(tmp_path, split, message):
     (tmp_path / "caltech-101/101_ObjectCategories").mkdir(parents=True)
     publish(tmp_path / "caltech-101", split)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ProblemError, match=message) as caught:
         datasets.load("Caltech101", tmp_path)
     text = str(caught.value)
     assert "split_zhou_Caltech101.json" in text and "\n" not in text
@@ -213,7 +214,7 @@ def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
         assert np.asarray(image.convert("RGB")).mean() > 250, "what Pillow alone makes of it"
     deep, plain = (read_image(tmp_path / f"{name}.png") for name in ("deep", "plain"))
     assert deep.mode == "RGB" and np.array_equal(np.asarray(deep), np.asarray(plain))
-    with pytest.raises(UserError, match="mode F have no known range"):
+    with pytest.raises(ProblemError, match="mode F have no known range"):
         read_image(tmp_path / "float.tiff")
 
 
@@ -222,7 +223,7 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
     publish(folder, good_split())
     for number in (8, 9):
         (folder / f"101_ObjectCategories/sea_horse/image_{number:04d}.jpg").unlink()
-    with pytest.raises(UserError, match=r"2 of 20 images .*first .*sea_horse/image_0008\.jpg"):
+    with pytest.raises(ProblemError, match=r"2 of 20 images .*first .*sea_horse/image_0008\.jpg"):
         datasets.load("Caltech101", tmp_path)
 
 
@@ -239,7 +240,7 @@ def test_absent_set_names_the_path_and_the_document(tmp_path, make, message):
     root = tmp_path / "data"
     if make:
         (root / make).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"Caltech101: {message}"):
+    with pytest.raises(ProblemError, match=f"Caltech101: {message}"):
         datasets.load("Caltech101", root)
 
 
@@ -252,7 +253,7 @@ def test_available_tells_present_from_absent(tmp_path):
 
 
 def test_unknown_set_names_the_nearest():
-    with pytest.raises(UserError, match="'StanfordDogs'"):
+    with pytest.raises(ProblemError, match="'StanfordDogs'"):
         datasets.load("StandfordDogs", "data")
 
 
@@ -326,13 +327,13 @@ def test_torn_official_list_is_one_line(tmp_path):
     cars(tmp_path)
     meta = tmp_path / "stanford_cars/devkit/cars_meta.mat"
     meta.write_bytes(meta.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"cars_meta\.mat: is not a readable \.mat file"):
+    with pytest.raises(ProblemError, match=r"cars_meta\.mat: is not a readable \.mat file"):
         datasets.load("StanfordCars", tmp_path)
     savemat(meta, {"something_else": np.arange(3)})
-    with pytest.raises(UserError, match="not in the known form"):
+    with pytest.raises(ProblemError, match="not in the known form"):
         datasets.load("StanfordCars", tmp_path)
     meta.unlink()
-    with pytest.raises(UserError, match=r"no cars_meta\.mat at .*; see DATASETS\.md"):
+    with pytest.raises(ProblemError, match=r"no cars_meta\.mat at .*; see DATASETS\.md"):
         datasets.load("StanfordCars", tmp_path)
 
 
@@ -387,7 +388,7 @@ def test_mini_set_is_drawn_once_and_read(tmp_path, capsys):
 def test_foreign_folder_in_place_of_a_mini_set(tmp_path):
     (tmp_path / "mini_digits").mkdir()
     (tmp_path / "mini_digits/mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="move it away"):
+    with pytest.raises(ProblemError, match="move it away"):
         datasets.load("MiniDigits", tmp_path)
     assert (tmp_path / "mini_digits/mine.txt").read_text() == "mine"
 
@@ -400,7 +401,7 @@ def test_every_set_is_registered_under_its_name():
         assert DATASET_REGISTRY.get(name).__name__ == name
         assert row.template.count("{}") == 1
     assert datasets.spec("OxfordFlowers").template == "a photo of a {}, a type of flower."
-    with pytest.raises(UserError, match="did you mean 'Caltech101'"):
+    with pytest.raises(ProblemError, match="did you mean 'Caltech101'"):
         datasets.spec("Caltech-101")
 
 
@@ -410,11 +411,11 @@ def test_match_prefers_the_exact_spelling():
     assert datasets.match("SCOTCH_terrier", names) == "Scotch terrier"
     assert datasets.match("lotus", names) == "lotus"
     assert datasets.match("c/v van", names) == "C/V Van"
-    with pytest.raises(UserError, match="ambiguous: write one of 'Lotus', 'lotus'"):
+    with pytest.raises(ProblemError, match="ambiguous: write one of 'Lotus', 'lotus'"):
         datasets.match("LOTUS", names)
-    with pytest.raises(UserError, match="the name of a class is empty"):
+    with pytest.raises(ProblemError, match="the name of a class is empty"):
         datasets.match(" _", ["cat"], "Toys")
-    with pytest.raises(UserError, match="'Toys' has no class 'sea hose'; nearest: 'sea_horse'"):
+    with pytest.raises(ProblemError, match="'Toys' has no class 'sea hose'; nearest: 'sea_horse'"):
         datasets.match("sea hose", names, "Toys")
 
 
@@ -456,10 +457,10 @@ def test_vocabulary_format(tmp_path, monkeypatch, request):
     }
     file.write_text("owl\nduck bill =\n")
     vocabulary._read.cache_clear()
-    with pytest.raises(UserError, match=r"Caltech101\.txt, line 2"):
+    with pytest.raises(ProblemError, match=r"Caltech101\.txt, line 2"):
         datasets.retain_vocabulary("Caltech101")
     file.write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"Caltech101\.txt cannot be read"):
+    with pytest.raises(ProblemError, match=r"Caltech101\.txt cannot be read"):
         datasets.retain_vocabulary("Caltech101")
     file.unlink()
     assert datasets.retain_vocabulary("Caltech101") == datasets.retain_vocabulary("../x") == []

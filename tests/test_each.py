@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip.bundle import load_bundle
-from forgetting import ForgetProblem, ProblemError
-from forgetting.each import solve_each
-from forgetting.exact import solve_exact, thresholds
+from forgetting import ForgetProblem
+from forgetting.errors import ProblemError
+from forgetting.solvers.batched import solve_each
+from forgetting.solvers.exact import solve_exact, thresholds
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"

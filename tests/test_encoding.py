@@ -17,9 +17,9 @@ from clip import ClipSource, FeatureBundle
 from clip.batches import RANGE, BatchSize, encode
 from clip.cache import FeatureCache
 from clip.features import build_bundle, main
-from engine import UserError
 from engine.cli import run
 from evaluation.audit.run import audit_folder
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -103,7 +103,7 @@ def test_where_memory_ends_batches_are_halved_and_nothing_is_lost(room: int, mos
     rows = torch.cat(list(encode(source, chunks, 300, size)))
     assert torch.equal(rows, pictures.float().mean(dim=(2, 3)))
     assert max(source.done) <= most
-    with pytest.raises(UserError, match="not even one image"):
+    with pytest.raises(ProblemError, match="not even one image"):
         list(encode(Small(0), iter(pictures.split(16)), 300, size))
 
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import engine
-from engine import UserError
 from engine.config import declared, settings, value_of
 from engine.dassl import choose
 from engine.determinism import one_thread, seeded, set_random_seed
 from engine.log import environment, logged
+from forgetting.errors import ProblemError
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_DASSL = find_spec("dassl") is not None
@@ -62,12 +62,12 @@ def python(code: str, path: Path = ROOT, **environment: str) -> subprocess.Compl
 REPORT = """
 import sys
 HIDE
-from engine.errors import UserError
+from forgetting.errors import ProblemError
 try:
     import engine
     print(engine.SimpleTrainer.__module__, engine.engine_description(), sep="|")
-except UserError as error:
-    print("UserError", error, sep="|")
+except ProblemError as error:
+    print("ProblemError", error, sep="|")
 """
 VISIBLE, HIDDEN = REPORT.replace("HIDE", ""), REPORT.replace("HIDE", "sys.modules['dassl'] = None")
 
@@ -75,7 +75,7 @@ VISIBLE, HIDDEN = REPORT.replace("HIDE", ""), REPORT.replace("HIDE", "sys.module
 def test_a_wrong_engine_is_one_line():
     told = python(VISIBLE, CLIP_FORGET_ENGINE="dasl").stdout
     assert told.startswith(
-        "UserError|CLIP_FORGET_ENGINE: unknown engine 'dasl'; did you mean 'dassl'"
+        "ProblemError|CLIP_FORGET_ENGINE: unknown engine 'dasl'; did you mean 'dassl'"
     )
     assert told.count("\n") == 1
 
@@ -85,13 +85,13 @@ def test_a_wrong_engine_that_nobody_catches_is_one_line_too():
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: CLIP_FORGET_ENGINE: unknown engine 'dasl'; did you")
     assert ended.stderr.count("\n") == 1
-    crash = "import engine\ntry: engine.SimpleTrainer\nexcept engine.UserError: 1 / 0"
+    crash = "import engine\ntry: engine.SimpleTrainer\nexcept engine.ProblemError: 1 / 0"
     assert "Traceback" in python(crash, CLIP_FORGET_ENGINE="dasl").stderr  # the control
 
 
 def test_a_forced_dassl_that_is_missing_is_one_line():
     told = python(HIDDEN, CLIP_FORGET_ENGINE="dassl").stdout
-    assert told.startswith("UserError|CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put")
+    assert told.startswith("ProblemError|CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put")
     assert told.count("\n") == 1
 
 
@@ -105,7 +105,7 @@ def test_a_broken_dassl_says_what_is_broken(tmp_path):
     (tmp_path / "dassl" / "__init__.py").write_text("import no_such_requirement\n")
     told = python(VISIBLE, tmp_path, CLIP_FORGET_ENGINE="dassl").stdout
     assert "but Dassl does not import (ModuleNotFoundError: No module named 'no_such_req" in told
-    assert told.startswith("UserError|") and told.count("\n") == 1
+    assert told.startswith("ProblemError|") and told.count("\n") == 1
 
 
 def test_a_bare_folder_of_that_name_is_no_dassl(tmp_path):
@@ -163,7 +163,7 @@ def test_settings_stand_among_dassls_own():
     added += ("DATASET.IMAGES", "DATASET.TEMPLATE", "MODEL.PRECISION")
     for key in (key for key in declared() if not key.startswith(added)):
         value_of(theirs, key)  # KeyError: not spelled as Dassl's
-    with pytest.raises(UserError, match=r"INPUT.SIZE must be of type tuple, got 3"):
+    with pytest.raises(ProblemError, match=r"INPUT.SIZE must be of type tuple, got 3"):
         settings(opts=["INPUT.SIZE", "3"])
 
 
@@ -183,7 +183,7 @@ def test_registry(kit):
     registry.register(Second)
     registry.register(Second, force=True)  # one of that name is there
     assert registry.get("First") is First and registry.get("Second") is Second
-    with pytest.raises((UserError, KeyError), match="Frist"):
+    with pytest.raises((ProblemError, KeyError), match="Frist"):
         registry.get("Frist")
 
 
@@ -235,7 +235,7 @@ def test_a_log_is_written_line_by_line_and_not_before_it_has_a_place(tmp_path):
         assert not list(tmp_path.iterdir())
         keep(tmp_path / "a")
         assert (tmp_path / "a" / "log.txt").read_text() == "here\n"  # before any flush or exit
-        with pytest.raises(UserError, match="cannot write the log"):
+        with pytest.raises(ProblemError, match="cannot write the log"):
             keep(tmp_path / "a" / "log.txt" / "b")
     with pytest.raises(ZeroDivisionError), logged():
         print(1 / 0)

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import UserError, nearest, unknown
 from engine.files import (
     atomic_path,
     escape,
@@ -23,6 +22,7 @@ from engine.files import (
     sha256_file,
     write_json_atomic,
 )
+from forgetting.errors import ProblemError, nearest, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,18 +92,18 @@ def test_atomic_path_makes_a_folder_whole_or_not_at_all(tmp_path):
         temporary.mkdir()
         (temporary / "a").write_text("a")
     assert (target / "a").read_text() == "a"
-    with pytest.raises(UserError, match="not empty"), atomic_path(target) as temporary:
+    with pytest.raises(ProblemError, match="not empty"), atomic_path(target) as temporary:
         temporary.mkdir()
     assert (target / "a").read_text() == "a" and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*child"):
+    with pytest.raises(ProblemError, match=r"cannot write .*child"):
         write_json_atomic({}, tmp_path / "file" / "deep" / "child")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(ProblemError, match="cannot write"):
         lock(tmp_path / "file" / "deep" / "child")
-    with pytest.raises(UserError, match="No space left"), atomic_path(tmp_path / "full"):
+    with pytest.raises(ProblemError, match="No space left"), atomic_path(tmp_path / "full"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -124,9 +124,9 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
 def test_lock_keeps_another_process_out(tmp_path):
     path = tmp_path / "sub" / "logs.json"
     code = (
-        "from engine import UserError, lock\n"
+        "from engine import ProblemError, lock\n"
         f"try:\n    with lock({str(path)!r}, timeout=0.2): print('got it')\n"
-        "except UserError as error: print(error)"
+        "except ProblemError as error: print(error)"
     )
     with lock(path):
         told = run(code)
@@ -160,7 +160,7 @@ def test_escape_keeps_plain_names_readable():
 
 @pytest.mark.parametrize("bad", ["..", "../x", "a/../../x", "/etc/passwd", "a\0b"])
 def test_inside_refuses_to_leave(bad, tmp_path):
-    with pytest.raises(UserError, match="leads out of"):
+    with pytest.raises(ProblemError, match="leads out of"):
         inside(tmp_path, bad)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from clip.bundle import load_bundle
 from forgetting import ForgetProblem, LoraSettings, solve_lora
-from forgetting.certificate import certify
-from forgetting.exact import settle, solve_exact, thresholds
-from forgetting.spectrum import Reduced, Spectrum
+from forgetting.solvers.certificate import certify
+from forgetting.solvers.exact import settle, solve_exact, thresholds
+from forgetting.solvers.spectrum import Reduced, Spectrum
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"

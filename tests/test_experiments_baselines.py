@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 import train
-from engine import TRAINER_REGISTRY, UserError
+from engine import TRAINER_REGISTRY
 from engine.config import methods, setup
 from experiments import baselines
+from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 from tests.test_baselines import arguments
 
@@ -37,7 +38,7 @@ def test_the_experiment_runs_every_method_it_names(features, tmp_path):
 
 def test_an_unknown_method_is_refused(features, tmp_path):
     argv = ["--features", str(features), "--dataset", "ToyAnimals", "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="unknown method 'uec'; did you mean 'uce'"):
+    with pytest.raises(ProblemError, match="unknown method 'uec'; did you mean 'uce'"):
         baselines.main([*argv, "--methods", "uec"])
     assert not (tmp_path / "out").exists()
 

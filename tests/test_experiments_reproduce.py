@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import datasets
-from engine import UserError
 from engine.cli import run
 from evaluation.results import read_logs
 from evaluation.rows import Change, Row
 from experiments import reproduce
 from experiments.reproduce import Counts, compare, markdown, results_folder, whole_set
 from forget_cls import all_ds, forget_classes_all
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import reduce_depth, save_openai
 from tests.conftest import REPOSITORY
 
@@ -267,7 +267,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_sets_are_read(tmp_path, c
 
 def test_a_torn_log_is_not_taken_for_no_results(tmp_path):
     (tmp_path / "logs.json").write_text("{")
-    with pytest.raises(UserError, match="is torn"):
+    with pytest.raises(ProblemError, match="is torn"):
         compare("RN50", tmp_path, {"Caltech101": Counts(1, Counter(), True)})
 
 

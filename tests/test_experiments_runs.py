@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from clip.bundle import bundle_path
 from engine.config import paper_weights
-from engine.errors import UserError
 from experiments import studies
 from experiments.__main__ import cli
 from experiments.rows_file import KEY, RowsFile
@@ -26,6 +25,7 @@ from experiments.studies import main
 from experiments.study_report import plot
 from experiments.varied import STUDIES
 from experiments.world import World
+from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, REPOSITORY, toy_bundle
 from tests.test_experiments_studies import EXACT, command, quick, rows_of, with_audit
 
@@ -126,7 +126,7 @@ def test_a_damaged_table_is_refused(whole, damage, tmp_path):
     assert len(table.read()) == whole
     with table.path.open("a") as file:
         file.write(damage)
-    with pytest.raises(UserError, match="move it aside"):
+    with pytest.raises(ProblemError, match="move it aside"):
         table.read()
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from engine import UserError
 from engine.cli import run
 from engine.launch import launch
 from experiments import sweep
+from forgetting.errors import ProblemError
 from tests.test_bad_input import caltech
 from utils import compute_avg_gain, create_results
 
@@ -119,7 +119,7 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, monkey
 
     monkeypatch.setattr(sweep, "launch", some)
     with pytest.raises(
-        UserError, match="failed: ToyTools, ViT-B/32, ForgetExact, strong, alone, s"
+        ProblemError, match="failed: ToyTools, ViT-B/32, ForgetExact, strong, alone, s"
     ):
         sweep.main(command)
 

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetting import ProblemError, save_adapter
-from forgetting.cached import patch_file
-from forgetting.checkpoints import find, read_projection, read_tensors
-from forgetting.export import FORMATS, _open_clip_config, add_export, export, run_export
+from forgetting import save_adapter
+from forgetting.deploy.export import FORMATS, _open_clip_config, add_export, export, run_export
+from forgetting.deploy.stores import patch_file
+from forgetting.errors import ProblemError
+from forgetting.models.checkpoint import find, read_projection, read_tensors
 from tests.export_fixtures import (
     D,
     W,
@@ -352,7 +353,7 @@ def test_onnx_tower_of_open_clip_and_a_patch_of_it(tmp_path, bias):
         wanted = open_clip_reference(model, adapter, ids)
     assert apart(run_onnx(out, input_ids=ids), wanted) < EXACT
     # Two ways to one model: the unchanged tower in ONNX, patched.
-    from forgetting.graphs import export_tower
+    from forgetting.deploy.onnx import export_tower
 
     export_tower(model, tmp_path / "unchanged.onnx")
     export(adapter, tmp_path / "unchanged.onnx", "onnx", tmp_path / "patched.onnx")
@@ -494,7 +495,7 @@ def test_a_graph_that_other_tools_made(tmp_path):
     pytest.importorskip("transformers")
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    from forgetting.graphs import export_tower
+    from forgetting.deploy.onnx import export_tower
 
     model, ids = hf_model(), tokens()
     adapter = make_adapter(hf_linear(model).weight.detach().T)
@@ -639,7 +640,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("forgetting.export._save", full)
+    monkeypatch.setattr("forgetting.deploy.export._save", full)
     refused("cannot write.*No space", make_adapter(weight), base, "hf", tmp_path / "out")
     assert [x.name for x in tmp_path.iterdir()] == ["base"]
 
@@ -690,7 +691,7 @@ def test_nothing_is_imported_before_it_is_needed():
     import sys
 
     code = (
-        "import sys, forgetting.export, forgetting.cached, forgetting.graphs;"
+        "import sys, forgetting.deploy.export, forgetting.deploy.stores, forgetting.deploy.onnx;"
         "print({'transformers', 'open_clip', 'peft', 'onnx', 'onnxruntime', 'pyarrow'}"
         " & sys.modules.keys())"
     )

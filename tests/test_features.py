@@ -17,8 +17,8 @@ from torch import Tensor
 import clip.cache
 from clip import ClipSource, FeatureBundle
 from clip.features import build_bundle, main
-from engine import UserError
 from engine.cli import run
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, random_model, tiny
 
 SET, IMAGES, BATCH = "Caltech101", 120, 16
@@ -248,7 +248,7 @@ def test_a_broken_image_is_named_in_one_line(place: Path, encode: Callable, work
     whole = image.read_bytes()
     for content in (whole[: len(whole) // 2], b"no image", b"", b"\x89PNG\r\n\x1a\n\0\0"):
         image.write_bytes(content)
-        with pytest.raises(UserError, match="image_0003") as error:
+        with pytest.raises(ProblemError, match="image_0003") as error:
             encode(workers=workers)
         assert "python -m datasets.check" in str(error.value) and "\n" not in str(error.value)
         if workers:
@@ -269,7 +269,7 @@ def test_a_broken_image_is_named_in_one_line(place: Path, encode: Callable, work
     ],
 )
 def test_bad_settings_are_one_line(encode: Callable, settings: dict, message: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ProblemError) as error:
         encode(**settings)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -284,7 +284,7 @@ def test_the_command_writes_an_exchangeable_bundle(
     assert len(bundle.labels) == IMAGES
     log = capsys.readouterr().out
     assert str(out / "mini") in log and str(place / "cache" / "features" / "mini") in log
-    with pytest.raises(UserError, match="not overwritten"):
+    with pytest.raises(ProblemError, match="not overwritten"):
         main([SET, "mini", *options, "--out", str(out)])
     main([SET, "mini", *options])
 

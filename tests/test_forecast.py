@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import train
 from clip.bundle import bundle_path
-from forgetting import Group, ProblemError, RetainSet
-from forgetting.forecast import Watch, follow, shares_each
+from forgetting import Group, RetainSet
+from forgetting.displacement import Watch, follow, shares_each
+from forgetting.errors import ProblemError
 from forgetting.problem import Change
 from forgetting.ridge import MOST, RIDGES, SLACK, best_ridge
 from tests.conftest import toy_bundle

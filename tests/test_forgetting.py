@@ -14,7 +14,6 @@ from forgetting import (
     Adapter,
     ForgetProblem,
     LoraSettings,
-    ProblemError,
     empty_target,
     load_adapter,
     projection_sha256,
@@ -22,6 +21,7 @@ from forgetting import (
     solve_lora,
     solve_lora_each,
 )
+from forgetting.errors import ProblemError
 
 SHORT = LoraSettings(steps=300, max_trials=3)
 

@@ -21,7 +21,6 @@ from forgetting import (
     ForgetProblem,
     Group,
     LoraSettings,
-    ProblemError,
     RetainSet,
     RetainStatistics,
     Ridge,
@@ -42,8 +41,9 @@ from forgetting import (
     thresholds,
 )
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
-from forgetting.each import solve_requests
-from forgetting.patch import condition, patch
+from forgetting.deploy.embeddings import condition, patch
+from forgetting.errors import ProblemError
+from forgetting.solvers.batched import solve_requests
 from tests.tower_fixtures import OUT, tiny
 
 W, D, K, M, R = 6, 4, 3, 8, 2

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from forgetting.words import generic, names
+from forgetting.models.words import generic, names
 
 # Latin letters (with accents), digits, and what stands within names: O'Neill, AT&T, C-3PO, St. Paul
 FORM = re.compile(r"[^\W_](?:[^\W_]|[ &.'-])*")
@@ -73,7 +73,9 @@ def test_vocabulary_has_no_fault() -> None:
 
 
 def test_every_file_is_a_kind() -> None:
-    texts = [file for file in files("forgetting.words").iterdir() if file.name.endswith(".txt")]
+    texts = [
+        file for file in files("forgetting.models.words").iterdir() if file.name.endswith(".txt")
+    ]
     assert sorted(generic()) == sorted(file.name.removesuffix(".txt") for file in texts)
     for file in texts:
         text = file.read_text(encoding="utf-8")

@@ -36,13 +36,13 @@ from clip import apply, features, train_mini
 from clip.bundle import bundle_path
 from clip.source import ClipSource
 from engine.cli import run
-from engine.errors import UserError
 from engine.files import _sweep, atomic_path
 from evaluation.results import join_label
 from evaluation.results import place as place_of
 from forgetting import Adapter, projection_sha256
 from forgetting.adapter import save_adapter
-from forgetting.files import write_bytes
+from forgetting.errors import ProblemError
+from forgetting.io import write_bytes
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 from tests.test_bad_input import caltech, tree
 
@@ -471,13 +471,13 @@ def test_pictures_of_ours_are_drawn_again(place, capsys):
         for _ in range(2):
             assert utils.plot_results(df, f"new{suffix}").is_file()
     for path in ("new.badext", "new", "taken.jpg"):
-        with pytest.raises(UserError, match="its name must end in"):
+        with pytest.raises(ProblemError, match="its name must end in"):
             utils.plot_results(df, path)
     for wrong in (None, 3, [], b"out"):
-        with pytest.raises(UserError, match="given by its path"):
+        with pytest.raises(ProblemError, match="given by its path"):
             utils.create_results(wrong)
     for wrong in ({}, None, ["out"]):
-        with pytest.raises(UserError, match="must map names"):
+        with pytest.raises(ProblemError, match="must map names"):
             utils.compare_results(wrong)
 
 

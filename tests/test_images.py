@@ -16,10 +16,10 @@ import train
 from clip.bundle import FeatureBundle
 from datasets import check, download
 from datasets.mini import draw
-from engine import UserError
 from engine.cli import run
 from evaluation.audit.run import audit_folder
-from forgetting.generic import generic_names
+from forgetting.errors import ProblemError
+from forgetting.models.vocabulary import generic_names
 from tests.conftest import REPOSITORY
 from tests.test_datasets import picture, publish, run_check
 from utils import create_results
@@ -161,7 +161,7 @@ def test_a_table_of_ones_own(tmp_path, capsys):
     (tmp_path / "a/2.png").unlink()
     status, out, _ = run_check(capsys, "--images", table)
     assert status == 1 and "missing: " in out and "unreadable: " in out and "split:" not in out
-    with pytest.raises(UserError, match=r"1 of 3 images .*a/2\.png"):
+    with pytest.raises(ProblemError, match=r"1 of 3 images .*a/2\.png"):
         datasets.load("", "none", str(table))
 
 
@@ -182,7 +182,7 @@ BROKEN = {
 @pytest.mark.parametrize(("text", "message"), BROKEN.items(), ids=range(len(BROKEN)))
 def test_a_broken_table_is_one_line(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ProblemError, match=message) as caught:
         datasets.load("", "none", str(tmp_path / "t.csv"))
     assert "\n" not in str(caught.value) and "t.csv" in str(caught.value)
 
@@ -305,10 +305,10 @@ def test_official_lists_in_both_layouts(tmp_path, name, layout, capsys):
     last = tmp_path / places[layout] / next(iter(files))
     last.write_text("?\n")
     (tmp_path / row.folder / row.made_split).unlink(missing_ok=True)
-    with pytest.raises(UserError, match="line 1: not in the known form"):
+    with pytest.raises(ProblemError, match="line 1: not in the known form"):
         datasets.load(name, tmp_path)
     last.unlink()
-    with pytest.raises(UserError, match=rf"no {last.name} at .*; see DATASETS\.md"):
+    with pytest.raises(ProblemError, match=rf"no {last.name} at .*; see DATASETS\.md"):
         datasets.load(name, tmp_path)
 
 
@@ -347,7 +347,7 @@ def test_imagenet_and_its_kin(tmp_path, name):
     numbers = name == "ImageNetV2"
     for place in ("1", "10", "2") if numbers else ("n02", "n01"):
         picture(folder / row.image_folder / place / "x.JPEG")
-    with pytest.raises(UserError, match=r"no classnames\.txt at .*; see DATASETS\.md"):
+    with pytest.raises(ProblemError, match=r"no classnames\.txt at .*; see DATASETS\.md"):
         datasets.load(name, tmp_path)
     lines = ["n01 tench", "n02 goldfish", *(f"n{n:02} fish {n}" for n in range(3, 12))]
     (folder / "classnames.txt").write_text("\n".join(lines))
@@ -356,7 +356,7 @@ def test_imagenet_and_its_kin(tmp_path, name):
     assert data.classnames == expected and data.comparable
     assert not list(tmp_path.rglob("split_made*"))
     picture(folder / row.image_folder / "n99/x.JPEG")
-    with pytest.raises(UserError, match=r"no line for the folder .*n99"):
+    with pytest.raises(ProblemError, match=r"no line for the folder .*n99"):
         datasets.load(name, tmp_path)
 
 
@@ -366,10 +366,10 @@ def test_imagenet_and_its_kin(tmp_path, name):
 def test_torchvision_names_are_names(tmp_path):
     assert datasets.spec("DTD").name == "DescribableTextures"
     assert datasets.spec("OxfordIIITPet").name == "OxfordPets"
-    with pytest.raises(UserError, match="did you mean 'CIFAR10"):
+    with pytest.raises(ProblemError, match="did you mean 'CIFAR10"):
         datasets.spec("cifar-10")
     with pytest.raises(
-        UserError, match=r"see DATASETS\.md, or try `python -m datasets\.download CIFAR10`"
+        ProblemError, match=r"see DATASETS\.md, or try `python -m datasets\.download CIFAR10`"
     ):
         datasets.load("CIFAR10", tmp_path)
 

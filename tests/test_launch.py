@@ -22,7 +22,6 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from clip.statistics import statistics
-from engine import UserError
 from engine.cli import Parser
 from engine.config import settings
 from engine.files import sha256_file
@@ -30,6 +29,7 @@ from engine.launch import Run, add_launcher, launch, launcher, tree
 from evaluation.report import read_runs
 from evaluation.results import read_logs
 from forgetting import load_adapter
+from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 from tests.test_kills import no_leftovers, without_seconds
 from utils import create_results
@@ -129,7 +129,7 @@ def test_without_ray_one_line_says_what_to_install(command, tmp_path, monkeypatc
     assert "pip install -r requirements-ray.txt" in line and not (tmp_path / "out").exists()
     parser = Parser()
     add_launcher(parser)  # as `clip.features`, `clip.statistics` and `experiments sweep` do
-    with pytest.raises(UserError, match=r"requirements-ray\.txt"):
+    with pytest.raises(ProblemError, match=r"requirements-ray\.txt"):
         launcher(parser.parse_args(["--launcher", "ray"]))
 
 
@@ -205,7 +205,7 @@ def test_several_methods_and_backbones_have_a_folder_each(features, tmp_path, ca
     for backbone in ("RN50", "ViT-B-32"):
         utils.main([str(root / place) for place in both if place.startswith(backbone)])
     assert capsys.readouterr().out.count(" over 2") == 4, "seeds of a method are one"
-    with pytest.raises(UserError, match=r"did you mean .*/both/RN50/ForgetExact/seed_0 or"):
+    with pytest.raises(ProblemError, match=r"did you mean .*/both/RN50/ForgetExact/seed_0 or"):
         create_results(root)
 
 
@@ -355,7 +355,7 @@ def test_images_by_ray_are_those_of_one_process_and_a_lost_shard_is_done_again(
         assert torch.equal(bundle("ray", *RAY).image_features, ray.image_features)
     broken = sorted((tmp_path / "data").rglob("test/*/*.png"))[0]
     broken.write_bytes(b"no image")
-    with pytest.raises(UserError, match=f"image {broken} cannot be read"):
+    with pytest.raises(ProblemError, match=f"image {broken} cannot be read"):
         bundle("broken", *RAY)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from forgetting import (
     Adapter,
     Forgotten,
-    ProblemError,
     compose,
     forget,
     load_adapter,
@@ -25,11 +24,12 @@ from forgetting import (
     save_adapter,
 )
 from forgetting.adapter import read_parts
-from forgetting.complete import JOIN
-from forgetting.generic import generic_hidden
-from forgetting.modules import tensor_sha256, tensors
-from forgetting.reading import cut
-from forgetting.towers import read_tower
+from forgetting.context import JOIN
+from forgetting.errors import ProblemError
+from forgetting.models.encoder import read_tower
+from forgetting.models.modules import tensor_sha256, tensors
+from forgetting.models.reading import cut
+from forgetting.models.vocabulary import generic_hidden
 from tests.conftest import REPOSITORY
 from tests.tower_fixtures import (
     ALL,
@@ -43,7 +43,7 @@ from tests.tower_fixtures import (
 )
 
 NAME = "text_projection"
-LIBRARY = sys.modules["forgetting.forget"]
+LIBRARY = sys.modules["forgetting.api"]
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
 ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
 PLAIN = {"retain": RETAIN, "generic": False, "progress": False, "cache": None}
@@ -397,7 +397,9 @@ def test_arguments_that_are_refused(row):
 
 
 def test_the_generic_vocabulary_is_encoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("forgetting.generic.generic", lambda: {"a": [f"w{i}" for i in range(40)]})
+    monkeypatch.setattr(
+        "forgetting.models.vocabulary.generic", lambda: {"a": [f"w{i}" for i in range(40)]}
+    )
     model, words = tiny("open_clip ViT")
     tower = read_tower(model, words)
     names, rows = generic_hidden(tower, tmp_path, progress=False)
@@ -497,7 +499,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert roots == {"forgetting"} and "forgetting/py.typed" in names
-    assert "forgetting/words/birds.txt" in names
+    assert "forgetting/models/words/birds.txt" in names
     venv.create(tmp_path / "bare", with_pip=True)
     python = tmp_path / "bare/bin/python"
     install = [str(python), "-m", "pip", "install", "-q", str(wheel)]
@@ -507,7 +509,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     program = (
         "import torch, forgetting, sys, importlib.util as u\n"
         "from forgetting import Forgotten, forget\n"
-        "from forgetting.generic import generic_names\n"
+        "from forgetting.models.vocabulary import generic_names\n"
         "assert len(generic_names()) > 5000\n"
         "assert not [n for n in ('clip', 'datasets', 'utils', 'yaml') if u.find_spec(n)]\n"
         "class M(torch.nn.Module):\n"
@@ -568,7 +570,7 @@ def test_three_wordings_of_a_class_may_join(monkeypatch):
     def follow(world, answer, number, hidden):
         return torch.full((len(hidden),), float(number))
 
-    monkeypatch.setattr("forgetting.complete._follow", follow)
+    monkeypatch.setattr("forgetting.context._follow", follow)
     model, words = tiny("own")
     forms = ["{}", *(f"{{}} {i}" for i in range(9))]
     answer = forget(model, words, ["Acme Cola", "Zeta Tea"], templates=forms, **PLAIN)

@@ -13,13 +13,13 @@ from PIL import Image
 
 import app
 from clip.source import named
-from engine import UserError
 from engine.cli import run
 from evaluation.live import Live
 from evaluation.live.look import View
 from evaluation.live.uploads import MEGABYTES, read_upload
-from forgetting import ProblemError, load_adapter
+from forgetting import load_adapter
 from forgetting.compose import main as compose
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import one_line
 from tests.test_models import images, open_clip_folder
 
@@ -56,7 +56,7 @@ def test_names_that_differ_in_case_alone_are_two(live, monkeypatch):
 
 
 def test_a_model_that_is_none_is_told_all_that_could_be():
-    with pytest.raises(UserError, match=r"mini; or open_clip:.*hf:DIR, openai:FILE or a folder"):
+    with pytest.raises(ProblemError, match=r"mini; or open_clip:.*hf:DIR, openai:FILE or a folder"):
         named("nope")
 
 
@@ -136,7 +136,7 @@ def test_uploads_are_looked_at_before_they_are_decoded(live, tmp_path):
     assert [line.partition(":")[0] for line in view.refused] == [path.name for path in bad]
     reasons = ["no image"] * 3 + ["larger than", "", "no image", "million", "million"]
     for path, why in zip(bad, reasons, strict=True):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             read_upload(path)
         one_line(error, path.name, why)
     many = live.look([], [], uploads=[tmp_path / "good.jpg"] * 20)
@@ -171,7 +171,7 @@ def test_models_by_name(tmp_path):
         "hf:nowhere": "no folder",
         "miny": "did you mean 'mini'",
     }.items():
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             named(text)
         one_line(error, why)
 

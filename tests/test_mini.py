@@ -17,7 +17,7 @@ import datasets
 from clip import ClipSource, train_mini
 from clip.architectures import architecture
 from datasets import mini
-from engine import UserError
+from forgetting.errors import ProblemError
 
 WEIGHTS = architecture("mini").weights
 NAMES = list(mini.MINI)
@@ -199,19 +199,19 @@ def test_vocabularies(name: str) -> None:
 
 def test_what_cannot_be_drawn_is_named() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(UserError, match="red sprout"):
+    with pytest.raises(ProblemError, match="red sprout"):
         mini.draw("red sprout", rng)
-    with pytest.raises(UserError, match="cuneiform sign a"):
+    with pytest.raises(ProblemError, match="cuneiform sign a"):
         mini.draw("cuneiform sign a", rng)
     assert np.ptp(mini.draw("", rng), axis=(0, 1)).max() < 150  # nothing stands out
 
 
 def test_render_answers_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="MiniDigits"):
+    with pytest.raises(ProblemError, match="MiniDigits"):
         mini.render("MiniDigit", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="full"):
+    with pytest.raises(ProblemError, match="full"):
         mini.render("MiniShapes", tmp_path / "full")
     assert _files(tmp_path) == {"full/mine.txt": b"keep"}
 
@@ -255,7 +255,7 @@ def test_training_is_repeatable(
     assert not torch.equal(first["text_projection"], other.text_projection.detach().half())
     assert "MiniShapes: zero-shot 0." in capsys.readouterr().out
     architecture("mini").build().load_state_dict(first, strict=True)
-    with pytest.raises(UserError, match="not overwritten"):
+    with pytest.raises(ProblemError, match="not overwritten"):
         train_mini.main(["--out", str(tmp_path / "a.safetensors")])
-    with pytest.raises(UserError, match="--steps: must be a whole number from 1"):
+    with pytest.raises(ProblemError, match="--steps: must be a whole number from 1"):
         train_mini.main(["--out", str(tmp_path / "d.safetensors"), "--steps", "0"])

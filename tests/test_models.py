@@ -22,10 +22,10 @@ from clip import ClipSource, architecture
 from clip import apply as apply_command
 from clip.architectures import ARCHITECTURES, OPENAI_FILES
 from clip.bundle import bundle_path, load_bundles
-from engine import UserError
 from engine.config import paper_weights, settings
 from evaluation.results import read_logs
-from forgetting import ProblemError, load_adapter
+from forgetting import load_adapter
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import one_line, random_model, save_openai
 from tests.conftest import BACKBONE, toy_bundle
 from tests.test_datasets import picture
@@ -143,11 +143,11 @@ def test_the_driver_takes_a_folder(tmp_path, kind, trainer):
         config = json.loads((folder / "open_clip_config.json").read_text())
         config["model_cfg"]["quick_gelu"] = False
         (folder / "open_clip_config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match="other activation, preprocessing or tokenizer"):
+        with pytest.raises(ProblemError, match="other activation, preprocessing or tokenizer"):
             apply_command.main(
                 [argv[0], str(tmp_path / "b.pt"), "--cache", str(tmp_path / "cache")]
             )
-        with pytest.raises(UserError, match="with model '"):
+        with pytest.raises(ProblemError, match="with model '"):
             forget(tmp_path, f"hf:{folder}", "--trainer", trainer, *steps)
 
 
@@ -176,7 +176,7 @@ def test_a_folder_of_hugging_face(tmp_path, kind):
     df, _ = create_results(out)
     assert df.name.tolist() == ["crab"]
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"no .*preprocessor_config\.json, so how"):
+    with pytest.raises(ProblemError, match=r"no .*preprocessor_config\.json, so how"):
         architecture(f"hf:{folder}")
 
 
@@ -187,18 +187,18 @@ def test_broken_folders_of_hugging_face_are_one_line(tmp_path):
     good = json.loads(path.read_text())
     for change in ({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": 3}):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match="not known here") as error:
+        with pytest.raises(ProblemError, match="not known here") as error:
             architecture(f"hf:{folder}")
         one_line(error)
     path.write_text(json.dumps(good))
     weights = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be loaded") as error:
+    with pytest.raises(ProblemError, match="cannot be loaded") as error:
         _ = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu").model
     one_line(error)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(UserError):
+    with pytest.raises(ProblemError):
         _ = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu").model
 
 
@@ -225,7 +225,7 @@ def test_what_is_no_model_folder_is_one_line(tmp_path):
         "ViT-B/33": "did you mean 'ViT-B/32'",
         "mini-gelu": "unknown architecture",
     }.items():
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(ProblemError, match=message) as error:
             architecture(name)
         one_line(error)
 
@@ -251,7 +251,7 @@ def test_the_gelu_twin_is_not_taken_for_quick_gelu(twin, tmp_path, monkeypatch):
         return ClipSource(arch, twin, tmp_path / "cache", "cpu")
 
     for arch in ("ViT-B/32", "open_clip:ViT-B-32"):
-        with pytest.raises(UserError, match="how they compute is not known") as error:
+        with pytest.raises(ProblemError, match="how they compute is not known") as error:
             _ = source(arch).fingerprint
         one_line(error, twin, f"{arch}-quickgelu", f"{arch}-gelu")
     quick, plain = source("ViT-B/32-quickgelu"), source("open_clip:ViT-B-32-gelu")
@@ -264,13 +264,13 @@ def test_the_gelu_twin_is_not_taken_for_quick_gelu(twin, tmp_path, monkeypatch):
     beside = tmp_path / "laion.json"
     beside.write_text(json.dumps({"model_cfg": plain.architecture.model_config()}))
     for arch in ("ViT-B/32", "ViT-B/32-quickgelu"):
-        with pytest.raises(UserError, match="quick_gelu is None, not True"):
+        with pytest.raises(ProblemError, match="quick_gelu is None, not True"):
             _ = source(arch).fingerprint
     assert source("open_clip:ViT-B-32").fingerprint
     images = {"mean": [0.5, 0.5, 0.5]}
     content = {"model_cfg": plain.architecture.model_config(), "preprocess_cfg": images}
     beside.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"whose preprocessing is .*mean is \[0\.5"):
+    with pytest.raises(ProblemError, match=r"whose preprocessing is .*mean is \[0\.5"):
         _ = source("open_clip:ViT-B-32").fingerprint
     beside.unlink()
     # A file that OpenAI published is known; it is no GELU model, whoever says so.
@@ -278,7 +278,7 @@ def test_the_gelu_twin_is_not_taken_for_quick_gelu(twin, tmp_path, monkeypatch):
         OPENAI_FILES, "ViT-B-32.pt", source("open_clip:ViT-B-32-gelu").weights_sha256
     )
     assert source("ViT-B/32").fingerprint
-    with pytest.raises(UserError, match="compute with QuickGELU"):
+    with pytest.raises(ProblemError, match="compute with QuickGELU"):
         _ = source("ViT-B/32-gelu").fingerprint
 
 
@@ -294,7 +294,7 @@ def test_weights_of_another_name_of_openais(tmp_path, monkeypatch):
     save_openai("RN50", tmp_path / "w.pt")
     source = ClipSource("RN101", tmp_path / "w.pt", tmp_path / "cache", "cpu")
     monkeypatch.setitem(OPENAI_FILES, "RN50.pt", source._sha256(tmp_path / "w.pt"))
-    with pytest.raises(UserError, match=r"are OpenAI's RN50\.pt, not those of RN101"):
+    with pytest.raises(ProblemError, match=r"are OpenAI's RN50\.pt, not those of RN101"):
         _ = source.fingerprint
 
 
@@ -327,13 +327,13 @@ def test_pretrained_tags_say_how_they_compute():
     assert architecture("open_clip:ViT-B-32/openai").model_config()["quick_gelu"]
     siglip = architecture("open_clip:ViT-B-16-SigLIP/webli")
     assert siglip.preprocessing()["mean"] == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="were trained with QuickGELU") as error:
+    with pytest.raises(ProblemError, match="were trained with QuickGELU") as error:
         architecture("open_clip:ViT-L-14-gelu/openai")
     one_line(error)
 
 
 def test_weights_that_cannot_be_had_are_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has no weights: pass --weights PATH") as error:
+    with pytest.raises(ProblemError, match="has no weights: pass --weights PATH") as error:
         _ = ClipSource("open_clip:ViT-B-32-gelu", cache=tmp_path).weights_path
     one_line(error)
 
@@ -341,7 +341,7 @@ def test_weights_that_cannot_be_had_are_one_line(tmp_path, monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr("open_clip.download_pretrained", fail)
-    with pytest.raises(UserError, match="cannot fetch open_clip:ViT-B-32/laion2b") as error:
+    with pytest.raises(ProblemError, match="cannot fetch open_clip:ViT-B-32/laion2b") as error:
         _ = ClipSource("open_clip:ViT-B-32/laion2b_s34b_b79k", cache=tmp_path).weights_path
     one_line(error, "--weights PATH")
 
@@ -372,5 +372,5 @@ def test_bundles_of_two_ways_to_compute_are_not_one_run(tmp_path):
     for name, model in (("ToyAnimals", "gelu"), ("ToyTools", "quick")):
         bundle = replace(toy_bundle(name), extra={"model": model})
         bundle.save(bundle_path(tmp_path, BACKBONE, name))
-    with pytest.raises(UserError, match="different model configs"):
+    with pytest.raises(ProblemError, match="different model configs"):
         load_bundles(tmp_path, BACKBONE)

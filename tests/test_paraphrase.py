@@ -21,11 +21,11 @@ from clip.audit_texts import audit_rows, other_words, with_audit
 from clip.bundle import AUDIT_HIDDEN as HIDDEN
 from clip.features import build_bundle, main
 from datasets.words.paraphrases import paraphrases
-from engine import UserError
 from evaluation.audit.case import Case, Common, Model, Prompt
 from evaluation.audit.paraphrase import measure
 from evaluation.audit.prompts import prompts_for
 from evaluation.zero_shot import Factors
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, one_line, tiny
 from tests.conftest import toy_bundle
 from tests.paraphrase_fixtures import OTHER_WAY, forget_first, hide_wordnet, unit, world
@@ -306,7 +306,7 @@ def test_broken_rows_are_refused_in_one_line(
     if value is not None:
         where[key] = value
     save_file(tensors, path, metadata)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(ProblemError, match=message) as error:
         FeatureBundle.load(path)
     one_line(error, key, path)
 
@@ -379,7 +379,7 @@ def test_rows_hold_what_the_model_says(
 def test_rows_of_another_model_are_refused(place: Path, bundle_of: Callable) -> None:
     bundle, source = bundle_of()
     for key, other in (("weights", "0" * 64), ("backbone", "RN50")):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ProblemError) as error:
             with_audit(replace(bundle, **{key: other}), source, place / "cache")
         one_line(error, key, other)
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting import ProblemError, save_adapter
-from forgetting.cached import add_patch, patch_file, run_patch
-from forgetting.patch import Patch, condition, patch, rounding
+from forgetting import save_adapter
+from forgetting.deploy.embeddings import Patch, condition, patch, rounding
+from forgetting.deploy.stores import add_patch, patch_file, run_patch
+from forgetting.errors import ProblemError
 from tests.export_fixtures import make_adapter
 
 W, D, N = 24, 32, 40

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetting.__main__ import cli
+from forgetting.cli import cli
 from tests.conftest import REPOSITORY
 from tests.tower_fixtures import needs_transformers, tiny
 

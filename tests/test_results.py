@@ -12,7 +12,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from engine.errors import UserError
 from engine.files import sha256_file
 from evaluation.results import (
     check_folder,
@@ -24,6 +23,7 @@ from evaluation.results import (
     read_logs,
     split_label,
 )
+from forgetting.errors import ProblemError
 from tests.results_fixtures import finished, store
 from utils import (
     compare_results,
@@ -92,9 +92,9 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 def test_results_of_another_kind_are_refused(tmp_path, key):
     store(tmp_path, "A", SETTINGS, "cat", entry())
     for dataset in ("A", "B"):
-        with pytest.raises(UserError, match="another ATTEMPT"):
+        with pytest.raises(ProblemError, match="another ATTEMPT"):
             check_folder(tmp_path, dataset, SETTINGS | {key: "other"})
-        with pytest.raises(UserError, match="another ATTEMPT"):
+        with pytest.raises(ProblemError, match="another ATTEMPT"):
             store(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
     assert set(read_logs(tmp_path)) == {"A"}
     check_folder(tmp_path, "A", SETTINGS)
@@ -102,13 +102,13 @@ def test_results_of_another_kind_are_refused(tmp_path, key):
 
 @pytest.mark.parametrize("name", ["logs.json", "args.txt", "audit.csv", "logs.json.lock"])
 def test_no_set_is_called_as_a_file_of_the_folder(tmp_path, name):
-    with pytest.raises(UserError, match=f"has a file {name}; call the data set otherwise"):
+    with pytest.raises(ProblemError, match=f"has a file {name}; call the data set otherwise"):
         check_folder(tmp_path, name, SETTINGS)
 
 
 def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
     store(tmp_path, "A", SETTINGS, "cat", entry())
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(ProblemError, match="weights"):
         check_folder(tmp_path, "A", SETTINGS | {"weights": "def"})
 
 
@@ -117,7 +117,7 @@ def test_done_means_the_same_solver_settings_and_the_adapter_of_the_logs(tmp_pat
     logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
     assert is_done(tmp_path, logs, "A", "cat", same)
     assert not is_done(tmp_path, logs, "A", "dog", same)
-    with pytest.raises(UserError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
+    with pytest.raises(ProblemError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
         is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.1})
     path = tmp_path / "A" / "cat.safetensors"
     path.write_bytes(finished("A", "cat", entry(), scale=2.0).data)  # killed before the logs
@@ -131,7 +131,7 @@ def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
     before = read_logs(tmp_path)
     other = entry(after=0.5, settings={"lamb_forget": 1.1})
     late = [finished("A", "cat", other, scale=2.0), finished("A", "dog", other, scale=3.0)]
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(ProblemError, match="--overwrite"):
         merge_results(tmp_path, "A", SETTINGS, late)
     logs = read_logs(tmp_path)
     assert logs["A"]["cat"] == before["A"]["cat"] and "dog" in logs["A"]
@@ -143,10 +143,10 @@ def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
 @pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
 def test_torn_logs_are_kept_aside(tmp_path, text):
     (tmp_path / "logs.json").write_text(text)
-    with pytest.raises(UserError, match="is torn"):
+    with pytest.raises(ProblemError, match="is torn"):
         read_logs(tmp_path)
     assert (tmp_path / "logs.json").read_text() == text  # reading moves nothing
-    with pytest.raises(UserError, match=r"kept as logs\.torn"):
+    with pytest.raises(ProblemError, match=r"kept as logs\.torn"):
         store(tmp_path, "A", SETTINGS, "cat", entry())
     (aside,) = tmp_path.glob("logs.torn-*.json")
     assert aside.read_text() == text
@@ -186,7 +186,7 @@ def test_a_class_with_a_bar_and_two_classes_at_once(tmp_path):
     assert create_results(tmp_path)[0].name.tolist() == [one]
     assert create_results(tmp_path, multiclass=True)[0].name.tolist() == [two]
     logs["A"][two] = logs["A"][one]  # as it was written before names with a bar were told apart
-    with pytest.raises(UserError, match=r"classes \['a|b'\] -> \['a', 'b'\]"):
+    with pytest.raises(ProblemError, match=r"classes \['a|b'\] -> \['a', 'b'\]"):
         is_done(tmp_path, logs, "A", two, same)
 
 
@@ -278,13 +278,13 @@ def test_logs_of_the_papers_public_code(tmp_path, multiclass):
 def test_a_folder_without_such_results_is_one_line(tmp_path, content, multiclass, message):
     if content is not None:
         (tmp_path / "logs.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ProblemError, match=message):
         create_results(tmp_path, multiclass=multiclass)
 
 
 def test_args_are_read_and_never_run(folder):
     (folder / "args.txt").write_text("Namespace(a=__import__('os').system('touch owned'))")
-    with pytest.raises(UserError, match=r"args\.txt"):
+    with pytest.raises(ProblemError, match=r"args\.txt"):
         create_results(folder)
     assert not (folder / "owned").exists()
 
@@ -422,5 +422,5 @@ def test_one_folder_holds_one_precision(tmp_path):
     kept = {"backbone": "mini", "trainer": "ForgetExact", "precision": "bf16"}
     (tmp_path / "logs.json").write_text(json.dumps({"MiniDigits": {"settings": kept}}))
     check_folder(tmp_path, "MiniShapes", kept)
-    with pytest.raises(UserError, match="precision 'bf16', this run has 'fp32'"):
+    with pytest.raises(ProblemError, match="precision 'bf16', this run has 'fp32'"):
         check_folder(tmp_path, "MiniShapes", kept | {"precision": "fp32"})

@@ -11,11 +11,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from engine.errors import UserError
 from engine.schema import MEASURES, check_audits, check_logs
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_class
 from evaluation.results import LOGS, read_logs
+from forgetting.errors import ProblemError
 from tests.audit_fixtures import EDGES, edge
 from tests.report_fixtures import acc, audit_of, log_entry, sparse_audits
 
@@ -93,7 +93,7 @@ def test_logs_of_another_shape_are_refused(tmp_path, path, new, told):
     wrong = logs()
     put(wrong, path, new)
     (tmp_path / LOGS).write_text(json.dumps(wrong))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         read_logs(tmp_path)
     line = str(caught.value)
     assert told in line and str(tmp_path / LOGS) in line and "\n" not in line
@@ -116,7 +116,7 @@ def test_audits_of_another_shape_are_refused(tmp_path, path, new, told):
     put(wrong, path, new)
     text = json.dumps({"format": "clip-forget-audit/1", "audits": wrong})
     (tmp_path / "audit.json").write_text(text)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         read_audits(tmp_path)
     line = str(caught.value)
     assert told in line and str(tmp_path / "audit.json") in line and "\n" not in line
@@ -142,7 +142,7 @@ def test_audits_of_another_shape_are_refused(tmp_path, path, new, told):
 def test_every_measure_is_looked_into(path, new, told):
     wrong = audits()
     put(wrong["A"]["cat"]["classes"]["cat"], path, new)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         check_audits(wrong, "audit.json")
     assert "audit.json: A / cat / classes / cat / " in str(caught.value)
     assert told in str(caught.value)
@@ -157,7 +157,7 @@ def test_what_is_no_number_counts_as_not_measured(tmp_path):
 
 
 def test_a_name_cannot_break_the_line():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ProblemError) as caught:
         check_logs({"A\nB": {"x\u2028": 3}}, LOGS)
     assert "'A\\nB' / 'x\\u2028' must be an object" in str(caught.value)
 
@@ -167,5 +167,5 @@ def test_any_json_is_accepted_or_refused(value):
     for check in (check_logs, check_audits):
         try:
             check(value, "here")
-        except UserError as error:
+        except ProblemError as error:
             assert str(error).startswith("here: ") and len(str(error).splitlines()) == 1

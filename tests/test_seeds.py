@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import utils
-from engine import UserError
 from engine.cli import run
+from forgetting.errors import ProblemError
 from tests.test_results import SETTINGS, entry
 from utils import compare_results, compute_avg_gain, create_results, summarise
 
@@ -75,16 +75,16 @@ def test_a_class_that_one_seed_lacks_is_counted(seeds, tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("trainer", "ForgetExact"), ("weights", "other")])
 def test_what_is_no_seed_is_refused(seeds, tmp_path, key, value):
     other = results(tmp_path / "other", 0.3, **{key: value})
-    with pytest.raises(UserError, match=f"are not runs of one kind: {key} is"):
+    with pytest.raises(ProblemError, match=f"are not runs of one kind: {key} is"):
         create_results([seeds[0], other])
     path = seeds[1] / "logs.json"
     path.write_text(path.read_text().replace('"lamb_forget": 1.3', '"lamb_forget": 1.4'))
-    with pytest.raises(UserError, match=r"of one kind: lamb_forget is 1\.3 and 1\.4"):
+    with pytest.raises(ProblemError, match=r"of one kind: lamb_forget is 1\.3 and 1\.4"):
         create_results(seeds)
-    with pytest.raises(UserError, match="is given twice"):
+    with pytest.raises(ProblemError, match="is given twice"):
         create_results([seeds[0], f"{seeds[0]}/"])
     for wrong in ([], [3], ()):
-        with pytest.raises(UserError, match="given by its path"):
+        with pytest.raises(ProblemError, match="given by its path"):
             create_results(wrong)
 
 
@@ -152,7 +152,7 @@ def public(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.*holds no accuracies from before")
 def test_an_average_gain_without_before_says_why_and_takes_it(public, tmp_path, capsys):
     df, _ = create_results(public)
-    with pytest.raises(UserError, match="these results hold none") as caught:
+    with pytest.raises(ProblemError, match="these results hold none") as caught:
         compute_avg_gain(df)
     assert "\n" not in str(caught.value)
     expected = (0.2 / 0.9 + (0.8 - 0.7) / 0.8 + (0.6 - 0.5) / 0.6) / 3
@@ -167,7 +167,7 @@ def test_an_average_gain_without_before_says_why_and_takes_it(public, tmp_path, 
         (3, "before must be a frame"),
         (pd.DataFrame({"x": [1]}), "before must be a frame"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ProblemError, match=message):
             compute_avg_gain(df, wrong)
     status, out, _ = command(capsys, public)
     assert status == 0 and "public: no average gain: it is relative" in out and "20.0" in out
@@ -193,7 +193,7 @@ def test_before_fills_what_is_missing_and_nothing_else(public, tmp_path, capsys)
     csv = tmp_path / "t.csv"
     assert command(capsys, f"a={public}", f"b={public}", "--before", ours, "--csv", csv)[0] == 0
     assert pd.read_csv(csv)["class before"].tolist() == [90, 50]
-    with pytest.raises(UserError, match="before holds 90: accuracies are fractions"):
+    with pytest.raises(ProblemError, match="before holds 90: accuracies are fractions"):
         compute_avg_gain(create_results(public)[0], {"cat": {"cls_Noforget": 90}})
 
 
@@ -204,12 +204,12 @@ def test_methods_of_two_models_are_not_compared(seeds, public, tmp_path, key, ca
     one, two = (results(tmp_path / n, 0.3, trainer=n, template="t") for n in ("one", "two"))
     assert len(compare_results({"one": one, "two": two})) == 2
     mixed = one if key == "template" else seeds[0]
-    with pytest.raises(UserError, match=f"are not runs of one model: {key} is"):
+    with pytest.raises(ProblemError, match=f"are not runs of one model: {key} is"):
         compare_results({"a": mixed, "b": other})
     status, out, err = command(capsys, mixed, "--before", other)
     assert (status, out) == (2, "") and f"one model: {key} is" in err
     (public / "args.txt").write_text("Namespace(backbone_arch='RN50')")
-    with pytest.raises(UserError, match="one model: backbone is 'RN50' and 'mini'"):
+    with pytest.raises(ProblemError, match="one model: backbone is 'RN50' and 'mini'"):
         create_results(public, before=seeds[0])
 
 
@@ -222,7 +222,7 @@ def test_before_is_of_the_first_method_that_has_it(public, seeds):
 @pytest.mark.parametrize("name", ["before", "± seeds"])
 def test_no_method_has_the_name_of_another_column(seeds, tmp_path, name):
     other = results(tmp_path / "other", 0.3)
-    with pytest.raises(UserError, match="no method can be called"):
+    with pytest.raises(ProblemError, match="no method can be called"):
         compare_results({"seeds": seeds, name: other})
 
 
@@ -234,7 +234,7 @@ def test_the_average_gain_of_seeds_is_one_number(seeds, tmp_path, capsys):
     df, _ = create_results(seeds)
     assert compute_avg_gain(df) == pytest.approx(gains.mean()) and len(df.gain) == 2
     assert f"{gains.mean():.4f} ± {gains.std():.4f} over 3" in command(capsys, *seeds)[1]
-    with pytest.raises(UserError, match="create_results"):
+    with pytest.raises(ProblemError, match="create_results"):
         compute_avg_gain(df, create_results(seeds[0])[0])
 
 
@@ -242,11 +242,11 @@ def test_other_frames_are_refused(seeds, tmp_path):
     table = compare_results({"a": seeds})
     for wrong in (pd.DataFrame({"x": [1]}), table, 3):
         for take in (summarise, compute_avg_gain):
-            with pytest.raises(UserError, match="not a frame of create_results"):
+            with pytest.raises(ProblemError, match="not a frame of create_results"):
                 take(wrong)
-    with pytest.raises(UserError, match="not a frame of compare_results"):
+    with pytest.raises(ProblemError, match="not a frame of compare_results"):
         utils.plot_comparison(create_results(seeds)[0], tmp_path / "p.png")
-    with pytest.raises(UserError, match="given by its path"):
+    with pytest.raises(ProblemError, match="given by its path"):
         create_results([seeds[:1]])
 
 

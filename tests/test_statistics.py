@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from forgetting import ForgetProblem, ProblemError
-from forgetting.certificate import certify
-from forgetting.exact import solve_exact
+from forgetting import ForgetProblem
+from forgetting.errors import ProblemError
+from forgetting.solvers.certificate import certify
+from forgetting.solvers.exact import solve_exact
 from forgetting.statistics import RetainStatistics, square_root
 from tests.conftest import REPOSITORY
 

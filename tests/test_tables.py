@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import UserError
 from evaluation.tables import method_table
 from evaluation.zero_shot import ZeroShot, evaluate_classes
+from forgetting.errors import ProblemError
 from tests.conftest import toy_bundle, whole_set
 from utils import compute_avg_gain, create_results
 
@@ -35,9 +35,9 @@ def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
 
 
 def test_removing_what_is_not_there_or_everything_is_refused():
-    with pytest.raises(UserError, match=r"unknown class to remove.*did you mean 'owl'"):
+    with pytest.raises(ProblemError, match=r"unknown class to remove.*did you mean 'owl'"):
         ZeroShot(BUNDLE).predict(removed=["owls"])
-    with pytest.raises(UserError, match="none is left"):
+    with pytest.raises(ProblemError, match="none is left"):
         ZeroShot(BUNDLE).predict(removed=BUNDLE.classnames)
 
 
@@ -73,5 +73,5 @@ def test_the_table_counts_by_hand(tmp_path):
     gains = ((0.2 / 0.8 + 0.1 / 0.9 + 0.1 / 0.5 + 0) / 4, (0 + 0 + 0.3 / 0.5 + 0.1 / 0.6) / 4)
     assert row["avg_gain"] == pytest.approx(sum(gains) / 2)
     assert row["avg_gain"] == pytest.approx(compute_avg_gain(create_results(tmp_path)[0]))
-    with pytest.raises(UserError, match="no multiclass results"):
+    with pytest.raises(ProblemError, match="no multiclass results"):
         method_table({"m": tmp_path}, multiclass=True)

@@ -13,19 +13,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from forgetting import (
-    Adapter,
-    ProblemError,
-    RetainStatistics,
-    load_adapter,
-    projection_sha256,
-    save_adapter,
-)
+from forgetting import Adapter, RetainStatistics, load_adapter, projection_sha256, save_adapter
 from forgetting.adapter import FIELDS, read_parts, recipe_fields, recipe_parts
-from forgetting.checks import check, is_json, line, shown
+from forgetting.checks import check, is_json
 from forgetting.compose import cli, compose
-from forgetting.constrained import Ridge
-from forgetting.files import digest, write_bytes
+from forgetting.errors import ProblemError, line, shown
+from forgetting.io import digest, write_bytes
+from forgetting.solvers.constrained import Ridge
 
 W, D = 6, 4
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -11,11 +11,11 @@ import torch
 
 import train
 from clip.bundle import bundle_path
-from engine import UserError
 from engine.config import paper_weights, setup
 from evaluation import zero_shot
 from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
+from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, toy_bundle
 from trainers.paper import ForgetLoRA
 from utils import create_results
@@ -76,7 +76,7 @@ def test_done_classes_are_skipped_and_named_and_overwrite_does_them_again(toy_ar
 
 def test_other_settings_need_overwrite(toy_args):
     train.main([*toy_args, "--forget", "cat"])
-    with pytest.raises(UserError, match=r"max_trials 2 -> 3.*--overwrite"):
+    with pytest.raises(ProblemError, match=r"max_trials 2 -> 3.*--overwrite"):
         train.main([*toy_args[:-1], "3", "--forget", "cat"])
 
 

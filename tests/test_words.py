@@ -22,7 +22,7 @@ from datasets.words.forms import cases, misspellings, plural
 from datasets.words.halves import halves
 from datasets.words.lexicon import Words, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
-from engine import UserError
+from forgetting.errors import ProblemError
 from tests.paraphrase_fixtures import hide_wordnet
 
 COUNTS = {"Caltech101": 100, "OxfordFlowers": 102, "StanfordDogs": 120, "StanfordCars": 14}
@@ -132,7 +132,7 @@ def test_a_word_means_one_class(dataset: str) -> None:
 def test_a_broken_list_is_one_line(folder: Path, text, message) -> None:
     file = folder / "Caltech101.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(ProblemError, match=message) as error:
         words_of("newt", "Caltech101")
     assert "Caltech101.txt" in str(error.value) and "\n" not in str(error.value)
 

@@ -25,7 +25,7 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
-from engine import SimpleTrainer, UserError
+from engine import SimpleTrainer
 from engine.config import check, declared
 from engine.determinism import one_thread, seeded
 from engine.files import Batch, sweep
@@ -46,6 +46,7 @@ from evaluation.zero_shot import accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.checks import finite
+from forgetting.errors import ProblemError
 from forgetting.requests import Request, Requests
 from trainers.plan import Plan, make_plan
 from trainers.requests import Texts, check_prompts, check_target, read_prompts
@@ -118,9 +119,11 @@ class ForgetTrainer(SimpleTrainer):
         cls.check_settings(cfg)
         plan = make_plan(cfg)
         if plan.keep and not cls.weighs:
-            raise UserError(f"{cls.__name__} weighs no names: FORGET.KEEP is for ForgetExact")
+            raise ProblemError(f"{cls.__name__} weighs no names: FORGET.KEEP is for ForgetExact")
         if not cls.terms and set(cfg.FORGET.TERMS) != set(declared()["FORGET.TERMS"].default):
-            raise UserError(f"FORGET.TERMS is for the paper's loss, which {cls.__name__} has not")
+            raise ProblemError(
+                f"FORGET.TERMS is for the paper's loss, which {cls.__name__} has not"
+            )
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
         if not cfg.FEATURES.DIR:  # a bundle says its own, once it is read
             identity["precision"] = cfg.MODEL.PRECISION
@@ -129,18 +132,20 @@ class ForgetTrainer(SimpleTrainer):
 
     @classmethod
     def check_settings(cls, cfg) -> None:
-        """What no range of a single key says; raises UserError for impossible settings."""
+        """What no range of a single key says; raises ProblemError for impossible settings."""
 
     @classmethod
     def check_target(cls, cfg) -> None:
         """Refuse a target that is none, or that the method has no use for."""
         kind, name = cfg.FORGET.TARGET, cls.__name__
         if not cls.sends and kind:
-            raise UserError(f"{name} sends texts nowhere: leave FORGET.TARGET empty, not {kind!r}")
+            raise ProblemError(
+                f"{name} sends texts nowhere: leave FORGET.TARGET empty, not {kind!r}"
+            )
         if cls.sends:
             check_target(kind, cfg.FORGET.BETA)
         if kind == "specific" and not cls.specific:
-            raise UserError(
+            raise ProblemError(
                 f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; for {name} "
                 "choose empty, opposite, orthogonal, text:TEXT or vector:FILE"
             )
@@ -280,7 +285,7 @@ class ForgetTrainer(SimpleTrainer):
         """The requests that are not done yet.
 
         Raises:
-            UserError: the output folder holds results of another kind; before anything is written.
+            ProblemError: the output folder holds results of another kind; before anything is written.
         """
         folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
         logs, settings = check_folder(folder, dataset, self.run_settings()), self.solver_settings()
@@ -346,7 +351,7 @@ class ForgetTrainer(SimpleTrainer):
         seconds = (time.perf_counter() - started) / len(block)
         for label, answer in zip(labels, solved, strict=True):
             if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
-                raise UserError(
+                raise ProblemError(
                     f"the change for {label!r} of {dataset} is not finite: a weight, ridge or beta "
                     "is out of range; nothing was saved for it"
                 )

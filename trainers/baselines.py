@@ -13,10 +13,11 @@ from torch import Tensor
 
 import datasets
 from clip.retain import GROUPS
-from engine import TRAINER_REGISTRY, UserError
+from engine import TRAINER_REGISTRY
 from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
-from forgetting.complete import left_notes
+from forgetting.context import left_notes
+from forgetting.errors import ProblemError
 from forgetting.requests import Request, Requests
 from trainers.base import ForgetTrainer, Solved
 from trainers.exact import ForgetExact
@@ -92,7 +93,9 @@ class ForgetAscent(ForgetTrainer):
         node = self.cfg.TRAINER.FORGETASCENT
         names = class_embeddings(self.bundle).double().to(self.device)
         if len(names) < 2:
-            raise UserError(f"{self.plan.dataset} has one class: no text can be taken for another")
+            raise ProblemError(
+                f"{self.plan.dataset} has one class: no text can be taken for another"
+            )
         own = [self.texts.label[request.classes[index]] for index in request.owner]
         own, hidden = torch.tensor(own, device=self.device), request.hidden.double()
         limit, w = node.BELOW / len(names), self.model.projection.double()
@@ -147,7 +150,7 @@ class RetainingTrainer(ForgetTrainer):
         left = self.texts.leaving(self.retain, Requests([request])).any(dim=0)
         rows = self.retain.rows[~left]
         if not len(rows):
-            raise UserError(
+            raise ProblemError(
                 f"no name is left to retain beside {', '.join(request.classes)} of "
                 f"{self.plan.dataset}: {type(self).__name__} needs some"
             )
@@ -240,7 +243,7 @@ class ForgetLEACE(RetainingTrainer):
     @classmethod
     def check_settings(cls, cfg) -> None:
         if importlib.util.find_spec("concept_erasure") is None:
-            raise UserError(
+            raise ProblemError(
                 "ForgetLEACE needs the package concept-erasure: pip install -r requirements.txt"
             )
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 import datasets
 from clip.retain import GENERIC, KEEP, Names, Retained, exact_weights, retained
-from engine import TRAINER_REGISTRY, UserError
+from engine import TRAINER_REGISTRY
 from engine.determinism import one_thread
 from engine.log import say
 from forgetting import RetainSet, opposite_target
-from forgetting.complete import SpecificTargets, World, forget_completely
-from forgetting.forecast import Watch
-from forgetting.generic import generic_names
+from forgetting.context import SpecificTargets, World, forget_completely
+from forgetting.displacement import Watch
+from forgetting.errors import ProblemError
+from forgetting.models.vocabulary import generic_names
 from forgetting.requests import Requests
 from forgetting.targets import FURTHER
 from trainers.base import ForgetTrainer, Solved
@@ -40,7 +41,9 @@ class ForgetExact(ForgetTrainer):
     def check_settings(cls, cfg) -> None:
         node = cfg.TRAINER.FORGETEXACT
         if not any(exact_weights(cfg, bool(node.OTHERS)).values()):
-            raise UserError("TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0")
+            raise ProblemError(
+                "TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0"
+            )
 
     def group_weights(self) -> dict[str, float | None]:
         own = bool(self.bundle.retain_names)
@@ -79,7 +82,7 @@ class ForgetExact(ForgetTrainer):
         self.texts.wordings(requests.classes)
 
     def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
-        """Forget them completely; see `forgetting.complete`."""
+        """Forget them completely; see `forgetting.context`."""
         forget, world = self.cfg.FORGET, self.world(generators)
         beta = float(forget.BETA) if forget.TARGET in FURTHER else 0.0
         wordings = self.texts.wordings(requests.classes)

@@ -21,7 +21,7 @@ from forgetting import (
     solve_requests,
 )
 from forgetting.adapter import Part, recipe_parts
-from forgetting.complete import proof
+from forgetting.context import proof
 from forgetting.requests import Requests
 from trainers.base import ForgetTrainer, Solved
 

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import datasets
 from clip.bundle import list_bundles, load_bundle
-from engine import UserError
 from engine.schema import Lists, fault
 from evaluation.results import SETTINGS
+from forgetting.errors import ProblemError
 
 ALL = "all"
 LISTS = "forget_cls.py"
@@ -41,17 +41,17 @@ def make_plan(cfg) -> Plan:
     """Check the names of a config and list the work.
 
     Raises:
-        UserError: an architecture, data set, folder or class that is not there, with the nearest.
+        ProblemError: an architecture, data set, folder or class that is not there, with the nearest.
     """
     dataset, backbone = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME
     lists = user_lists()
     if cfg.FEATURES.DIR:
         if cfg.DATASET.IMAGES:
-            raise UserError(
+            raise ProblemError(
                 "--images needs a model, and --features runs without one; leave one out"
             )
         if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS or cfg.MODEL.PRECISION != "fp32":
-            raise UserError(
+            raise ProblemError(
                 "--save-model, --weights and --precision need a model, and --features runs without "
                 "one (a bundle has its precision); "
                 "use `python -m clip.apply ADAPTER OUT` afterwards"
@@ -75,9 +75,11 @@ def make_plan(cfg) -> Plan:
     asked = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
     for name in keep:
         if datasets.key(name) in asked:
-            raise UserError(f"{name!r} is to be forgotten and to be kept (FORGET.KEEP); choose one")
+            raise ProblemError(
+                f"{name!r} is to be forgotten and to be kept (FORGET.KEEP); choose one"
+            )
         if not name.strip():
-            raise UserError("a name to keep (FORGET.KEEP) is empty")
+            raise ProblemError("a name to keep (FORGET.KEEP) is empty")
     return Plan(dataset, requests, others, absent, keep)
 
 
@@ -87,7 +89,7 @@ def _part(requests: list[list[str]], part: str) -> list[list[str]]:
         return requests
     number, count = map(int, part.split("/")) if re.fullmatch(r"\d{1,6}/\d{1,6}", part) else (0, 0)
     if not 1 <= number <= count:
-        raise UserError(
+        raise ProblemError(
             f"FORGET.PART must be i/n with i from 1 to n, such as 2/4, got {part!r:.80}"
         )
     return requests[number - 1 :: count]
@@ -97,7 +99,7 @@ def user_lists() -> ModuleType:
     """The lists of forget_cls.py, which users edit by hand.
 
     Raises:
-        UserError: whatever is wrong with it, and in which line.
+        ProblemError: whatever is wrong with it, and in which line.
     """
     try:
         import forget_cls
@@ -126,8 +128,8 @@ def user_lists() -> ModuleType:
     return forget_cls
 
 
-def _wrong(line: int | None, problem: str) -> UserError:
-    return UserError(f"{LISTS}{f', line {line}' if line else ''}: {problem}")
+def _wrong(line: int | None, problem: str) -> ProblemError:
+    return ProblemError(f"{LISTS}{f', line {line}' if line else ''}: {problem}")
 
 
 def _line_of(error: BaseException) -> int | None:
@@ -168,17 +170,19 @@ def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[s
     dataset = cfg.DATASET.NAME
     asked = list(cfg.FORGET.CLASSES) or listed.get(dataset, [])
     if not asked:
-        raise UserError(
+        raise ProblemError(
             f"no class of {dataset} to forget: add it to forget_cls.py or use --forget NAME"
         )
     if ALL in asked and ALL not in classnames:
         if len(asked) > 1:
-            raise UserError(f"--forget {ALL} stands for every class of {dataset}; name no other")
+            raise ProblemError(f"--forget {ALL} stands for every class of {dataset}; name no other")
         asked = classnames
     classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in asked))
     if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):
-        raise UserError(f"all {len(classnames)} classes of {dataset} at once leave none to retain")
+        raise ProblemError(
+            f"all {len(classnames)} classes of {dataset} at once leave none to retain"
+        )
     for name in classes:
         if name == SETTINGS:
-            raise UserError(f"a class called {SETTINGS!r} has no place in logs.json; rename it")
+            raise ProblemError(f"a class called {SETTINGS!r} has no place in logs.json; rename it")
     return classes

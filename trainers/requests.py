@@ -17,18 +17,11 @@ import datasets
 from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
 from datasets.words.lexicon import listed_words
-from engine import UserError, unknown
 from engine.files import read_json, readable
 from engine.schema import Prompts, fault
 from evaluation.zero_shot import class_embeddings
-from forgetting import (
-    TARGETS,
-    ProblemError,
-    RetainSet,
-    empty_target,
-    opposite_target,
-    orthogonal_target,
-)
+from forgetting import TARGETS, RetainSet, empty_target, opposite_target, orthogonal_target
+from forgetting.errors import ProblemError, unknown
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import check_beta
 from trainers.plan import user_lists
@@ -45,7 +38,7 @@ def read_prompts(cfg) -> dict[str, list[str]]:
     `forget_prompts` in forget_cls.py; a class without an entry is forgotten by its bare name.
 
     Raises:
-        UserError: not a dictionary from class names to lists of texts.
+        ProblemError: not a dictionary from class names to lists of texts.
     """
     path = cfg.FORGET.PROMPTS
     if not path:
@@ -53,7 +46,7 @@ def read_prompts(cfg) -> dict[str, list[str]]:
     table = read_json(path, "file of prompts")
     if found := fault(Prompts, table):
         where = " / ".join(map(str, found.path))
-        raise UserError(
+        raise ProblemError(
             f"{path} must map class names to lists of texts, such as {{'cat': ['{{}}']}}; "
             f"{where or 'all of it'} must be {found.wanted}"
         )
@@ -61,30 +54,30 @@ def read_prompts(cfg) -> dict[str, list[str]]:
 
 
 def check_prompts(prompts: dict[str, list[str]], bundle: FeatureBundle) -> None:
-    """UserError if a key names no class of the set, or two name the same, or a text is empty."""
+    """ProblemError if a key names no class of the set, or two name the same, or a text is empty."""
     seen: dict[str, str] = {}
     for key, texts in prompts.items():
         name = datasets.match(key, bundle.classnames, f"{bundle.dataset} (prompts)")
         if name in seen:
-            raise UserError(
+            raise ProblemError(
                 f"prompts: {seen[name]!r} and {key!r} name one class of {bundle.dataset}"
             )
         if not all(text.strip() for text in texts):
-            raise UserError(f"prompts: a text of {key!r} is empty")
+            raise ProblemError(f"prompts: a text of {key!r} is empty")
         seen[name] = key
 
 
 def check_target(kind: str, beta: float) -> None:
-    """UserError if `kind` is no target (FORGET.TARGET), or `beta` no number for it."""
+    """ProblemError if `kind` is no target (FORGET.TARGET), or `beta` no number for it."""
     name, _, value = kind.partition(":")
     if kind not in TARGETS and not (name in ("text", "vector") and value):
         raise unknown("target (FORGET.TARGET)", kind, OPTIONS)
     if name == "vector" and not Path(value).is_file():
-        raise UserError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
+        raise ProblemError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
     try:
         check_beta(kind, beta)
     except ProblemError as error:
-        raise UserError(f"FORGET.BETA: {error}") from error
+        raise ProblemError(f"FORGET.BETA: {error}") from error
 
 
 class Texts:
@@ -112,7 +105,7 @@ class Texts:
         """The texts of `classes` and their hidden states.
 
         Raises:
-            UserError: without a model, a text whose hidden state the bundle does not hold.
+            ProblemError: without a model, a text whose hidden state the bundle does not hold.
         """
         bundle, texts, owner, rows = self.bundle, [], [], []
         for index, name in enumerate(classes):
@@ -126,7 +119,7 @@ class Texts:
                 if text in texts:
                     continue
                 if text not in held and self.encode is None:
-                    raise UserError(
+                    raise ProblemError(
                         f"no hidden state of {text!r} in the bundle of {bundle.dataset}, and no "
                         f"model to make one: with --features a class is forgotten by "
                         f"{' or '.join(map(repr, held))}"
@@ -181,7 +174,7 @@ class Texts:
         evaluation prompt, of any other name that name.
 
         Raises:
-            UserError: without a model, a name that no bundle holds.
+            ProblemError: without a model, a name that no bundle holds.
         """
         found: list[tuple[str, Tensor]] = []
         for name in names:
@@ -221,7 +214,7 @@ class Texts:
         `empty`). For `specific`, which needs a retain set, see `SpecificTargets`.
 
         Raises:
-            UserError: a text or file that cannot be had.
+            ProblemError: a text or file that cannot be had.
         """
         w = self.bundle.text_projection
         name, _, value = kind.partition(":")
@@ -261,7 +254,7 @@ class Texts:
             if text in names:
                 return rows[names.index(text)][None]
         if self.encode is None:
-            raise UserError(
+            raise ProblemError(
                 f"target text {text!r} is no class and no retained name of the bundle of "
                 f"{bundle.dataset}, and --features has no model to encode it"
             )
@@ -274,11 +267,11 @@ def _vector(path: Path, d: int) -> Tensor:
         with readable(path) as name:
             vector = load_file(name)["target"].float().reshape(1, -1)
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(
+        raise ProblemError(
             f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
         ) from error
     if vector.shape[1] != d or not torch.isfinite(vector).all():
-        raise UserError(
+        raise ProblemError(
             f"target vector {path}: {vector.shape[1]} numbers, expected {d} finite ones"
         )
     return vector

@@ -14,7 +14,7 @@ from datasets.words.lexicon import committed
 def halves(name: str, dataset: str) -> tuple[list[str], list[str]]:
     """The synonyms of a class's committed list, halved: (trained, held out), without WordNet's.
 
-    A list of odd length trains the one more. Raises UserError as `words_of` does.
+    A list of odd length trains the one more. Raises ProblemError as `words_of` does.
     """
     words = sorted(
         committed(name, dataset).synonyms,

@@ -20,7 +20,7 @@ from datasets.names import entries, key, plain
 from datasets.table import SETS
 from datasets.words.cars import car_words
 from datasets.words.wordnet import wordnet_words
-from engine import UserError
+from forgetting.errors import ProblemError
 
 FOLDER = Path(__file__).parent
 CELLS = 4
@@ -45,7 +45,7 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
         others: names that belong to other classes and are never given.
 
     Raises:
-        UserError: a list that cannot be read or is not in the form above.
+        ProblemError: a list that cannot be read or is not in the form above.
     """
     synonyms, hypernyms, descriptions = listed_words(name, dataset, others)
     taken = {key(name), *map(key, others)}
@@ -92,13 +92,13 @@ def _read(dataset: str) -> dict[str, Words]:
             [plain(word) for word in cell.split(";") if word.strip()] for cell in text.split("|")
         ]
         if not names or not any(cells) or len(cells) >= CELLS:
-            raise UserError(
+            raise ProblemError(
                 f"{where}: {text!r} must be "
                 "'class | synonym; synonym | hypernym; hypernym | description'"
             )
         cells += [[]] * (CELLS - 1 - len(cells))
         for name in map(key, names):
             if name in found:
-                raise UserError(f"{where}: {name!r} was there before")
+                raise ProblemError(f"{where}: {name!r} was there before")
             found[name] = Words(*cells)
     return found

@@ -74,7 +74,7 @@ def paraphrases(
         classnames: the set's classes; a word that is the name of another class is left out.
 
     Raises:
-        UserError: a list of words that cannot be read (see `datasets.words.lexicon`).
+        ProblemError: a list of words that cannot be read (see `datasets.words.lexicon`).
     """
     name = plain(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)

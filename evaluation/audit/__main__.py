@@ -14,7 +14,6 @@ from engine.cli import SEED, Parser, run
 from evaluation.audit.run import MEASURES, audit_folder
 from evaluation.results import PLACES
 from evaluation.tables import report_audit
-from forgetting import ProblemError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """`main` for the shell."""
-    return run(main, argv, refusals=(ProblemError,))
+    return run(main, argv)
 
 
 if __name__ == "__main__":

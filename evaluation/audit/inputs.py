@@ -13,8 +13,8 @@ from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine.errors import UserError, unknown
 from evaluation.results import ARGS, PLACES, SETTINGS, Logs, no_results, run_places
+from forgetting.errors import ProblemError, unknown
 
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
@@ -46,12 +46,12 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
             have moved since.
 
     Raises:
-        UserError: no record of how the results were made, or what they were made from is gone or
+        ProblemError: no record of how the results were made, or what they were made from is gone or
             has changed.
     """
     settings = logs[dataset].get(SETTINGS, {})
     if not {"backbone", "weights", "template", "split"} <= settings.keys():
-        raise UserError(
+        raise ProblemError(
             f"the results of {dataset} in {folder} do not say what model made them; an audit needs "
             "results of this repository's trainers"
         )
@@ -61,8 +61,8 @@ def recover(folder: Path, logs: Logs, dataset: str, given: Mapping[str, str | No
     if places["features"]:
         try:
             bundles = load_bundles(places["features"], settings["backbone"], names)
-        except UserError as error:
-            raise UserError(f"{error} (--features DIR says where bundles are now)") from error
+        except ProblemError as error:
+            raise ProblemError(f"{error} (--features DIR says where bundles are now)") from error
     else:
         precision = settings.get("precision", "fp32")
         model = settings["backbone"], places["weights"] or None, places["cache"]
@@ -87,7 +87,7 @@ def _places(folder: Path, dataset: str, given: Mapping[str, str | None]) -> dict
     if given.get("root") is not None and given.get("features") is None:
         places["features"] = ""  # images instead of the bundles of the run
     if run is None and not (places["features"] or places["root"]):
-        raise UserError(
+        raise ProblemError(
             f"{folder / ARGS} has no command line of {dataset}; say where its features or images "
             "are: --features DIR, or --root DIR"
         )
@@ -100,7 +100,7 @@ def _same(bundle: FeatureBundle, settings: dict[str, Any], folder: Path) -> None
     for key in ("weights", "template", "split", "model", "precision"):
         now = getattr(bundle, key)
         if settings.get(key, now) != now:
-            raise UserError(
+            raise ProblemError(
                 f"the results in {folder} were made with {key} {settings[key]!r}, what is there "
                 f"now for {bundle.dataset} has {now!r}; say where the former is: "
                 "--features DIR, or --root DIR and --weights PATH"
@@ -113,7 +113,7 @@ def select(
     """Data set -> labels to audit: those asked for, all where nothing is asked for.
 
     Raises:
-        UserError: no results there, or none of a data set or label that was asked for.
+        ProblemError: no results there, or none of a data set or label that was asked for.
     """
     if not logs:
         raise no_results(folder)

@@ -38,7 +38,7 @@ def prompts_for(
         The prompts, and a line for each kind of words that could not be had.
 
     Raises:
-        UserError: broken audit rows in the bundle (see `clip.audit_texts`).
+        ProblemError: broken audit rows in the bundle (see `clip.audit_texts`).
     """
     bundle = common.bundle
     label, bare = common.columns[name], plain(name)

@@ -15,9 +15,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
 from engine.files import Growing, lock, read_json
 from engine.schema import check_audits
+from forgetting.errors import ProblemError
 
 AUDIT = "audit.json"
 CSV = "audit.csv"  # its numbers as a table
@@ -29,7 +29,7 @@ def read_audits(folder: str | Path) -> Audits:
     """Data set -> label -> audit; empty if the folder has none.
 
     Raises:
-        UserError: a file that is torn, no audit, or of another shape (see `engine.schema`). It
+        ProblemError: a file that is torn, no audit, or of another shape (see `engine.schema`). It
             is left as it is.
     """
     path = Path(folder) / AUDIT
@@ -37,7 +37,7 @@ def read_audits(folder: str | Path) -> Audits:
         return {}
     record = read_json(path, "the audit")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
+        raise ProblemError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")
     check_audits(record.get("audits"), path)
     return record["audits"]
 
@@ -51,7 +51,7 @@ def merge_audits(folder: str | Path, entries: Iterable[tuple[str, str, dict[str,
     """Add or replace audits (data set, label, entry); everything else in the file stays.
 
     Raises:
-        UserError: as `read_audits`, or a file that cannot be written.
+        ProblemError: as `read_audits`, or a file that cannot be written.
     """
     path = Path(folder).absolute() / AUDIT
     with lock(path):

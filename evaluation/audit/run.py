@@ -15,7 +15,6 @@ import torch
 
 from datasets import plain
 from engine.determinism import one_thread
-from engine.errors import UserError, unknown
 from engine.files import Batch, inside, sha256_file
 from engine.log import Progress
 from evaluation.audit import (
@@ -36,6 +35,7 @@ from evaluation.audit.record import Audits, merge_audits, read_audits
 from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, Logs, join_label, read_logs
 from forgetting import Adapter, load_adapter, projection_sha256
+from forgetting.errors import ProblemError, unknown
 
 ORDER = (examples, paraphrase, neighbours, destinations, confusion, residue, retrieval, undo)
 ORDER += (relearning,)
@@ -61,7 +61,7 @@ def audit_folder(
         What the folder's audit.json now holds of these data sets and labels.
 
     Raises:
-        UserError: names that are not there, or inputs of the run that are gone or have changed.
+        ProblemError: names that are not there, or inputs of the run that are gone or have changed.
     """
     for name in without:
         if name not in MEASURES:
@@ -93,7 +93,7 @@ def audit_dataset(
     What an audit of the same adapter, seed and texts has measured is kept, and not measured again.
 
     Raises:
-        UserError: an adapter that is gone or belongs to another projection.
+        ProblemError: an adapter that is gone or belongs to another projection.
     """
     done = read_audits(folder).get(dataset, {})
     results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
@@ -245,13 +245,13 @@ class _Results:
         where = f"{self.common.bundle.dataset} / {label}"
         name = self.solver(label).get("adapter")
         if name is None:
-            raise UserError(
+            raise ProblemError(
                 f"{self.folder}: the results of {where} name no adapter; an audit needs results of "
                 "this repository's trainers"
             )
         path = inside(self.folder, name)
         if not path.is_file():
-            raise UserError(f"the adapter of {where} is gone: {path}; run forget_clip.sh")
+            raise ProblemError(f"the adapter of {where} is gone: {path}; run forget_clip.sh")
         return path
 
     def adapter(self, label: str) -> Adapter:
@@ -259,9 +259,9 @@ class _Results:
         path = self.path(label)
         adapter = load_adapter(path)
         if adapter.classes != self.classes(label):
-            raise UserError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
+            raise ProblemError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
         if adapter.projection_sha256 != self.projection:
-            raise UserError(
+            raise ProblemError(
                 f"{path} was made for another text projection than that of "
                 f"{self.common.bundle.dataset}; audit with what it was made from"
             )

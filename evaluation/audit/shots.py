@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle
 from evaluation.audit.attacker import attacker
 from evaluation.audit.case import Common, Model
-from forgetting.constrained import downdate
+from forgetting.solvers.constrained import downdate
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged

@@ -2,7 +2,7 @@
 
 Three attackers, by what they hold beside the method and a list of names: the public original, a
 second adapter of the same run, or nothing. The change that they look for is
-`Delta = K^-1 H_f^T Z` (`forgetting.constrained`; the paper's objective at its optimum and other
+`Delta = K^-1 H_f^T Z` (`forgetting.solvers.constrained`; the paper's objective at its optimum and other
 closed forms are the same with another K), so the column space of `Delta` betrays the forgotten
 hidden states: they lie in `K` times it.
 """

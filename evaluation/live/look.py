@@ -22,14 +22,13 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import named
 from datasets.reader import read_image
-from engine import UserError
-from engine.errors import nearest
 from evaluation.live.uploads import FILES, read_upload, thumbnail
 from evaluation.results import join_label, place
 from evaluation.zero_shot import accuracy
-from forgetting.forecast import Forecast
-from forgetting.forget import TEMPLATES, Forgotten, forget
-from forgetting.generic import generic_names
+from forgetting.api import TEMPLATES, Forgotten, forget
+from forgetting.displacement import Forecast
+from forgetting.errors import ProblemError, nearest
+from forgetting.models.vocabulary import generic_names
 
 TOP = 5  # names shown of an image, and neighbours of a name
 PICTURES = 12  # of the set, shown at once
@@ -104,7 +103,7 @@ class Live:
         items: the images; features: (N, d), unit norm; labels: (N,), numbers of names.
 
     Raises:
-        UserError: a model or images that cannot be read.
+        ProblemError: a model or images that cannot be read.
     """
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
@@ -146,7 +145,7 @@ class Live:
         """What there is to see while some names are forgotten and others are about to be.
 
         Args:
-            keep, target, beta: see `forgetting.forget`; uploads: image files to show as well.
+            keep, target, beta: see `forgetting.api`; uploads: image files to show as well.
 
         Raises:
             ProblemError: names, a target or a beta that cannot be solved for.
@@ -181,7 +180,7 @@ class Live:
             try:
                 data, features = self._upload(path)
                 pictures.append(Picture(Path(path).name, True, data, *tops(features)))
-            except UserError as error:
+            except ProblemError as error:
                 refused.append(str(error))
         if more := len(uploads[FILES:]):
             refused.append(f"{more} files beyond the first {FILES} are not shown")

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from datasets.reader import read_image
-from engine import UserError
+from forgetting.errors import ProblemError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them starts a program
 FILES, MEGABYTES, MEGAPIXELS = 12, 20, 50  # at most: at once, of a file, of what it unpacks to
@@ -20,24 +20,24 @@ def read_upload(path: str | Path) -> Image.Image:
     """A file as RGB, upright.
 
     Raises:
-        UserError: no image of `FORMATS`, one that is too large, or torn; with the file's name.
+        ProblemError: no image of `FORMATS`, one that is too large, or torn; with the file's name.
     """
     path = Path(path)
     try:
         if path.is_file() and path.stat().st_size > MEGABYTES * 1e6:
-            raise UserError(f"larger than {MEGABYTES} MB")
+            raise ProblemError(f"larger than {MEGABYTES} MB")
         try:
             with Image.open(path, formats=FORMATS) as image:  # reads the header alone
                 width, height = image.size
         except Image.DecompressionBombError:
             width = height = 10**6
         except Exception as error:  # Pillow raises whatever broken bytes lead it to
-            raise UserError(f"no image that is read here ({', '.join(FORMATS)})") from error
+            raise ProblemError(f"no image that is read here ({', '.join(FORMATS)})") from error
         if width * height > MEGAPIXELS * 1e6:
-            raise UserError(f"more than {MEGAPIXELS} million pixels")
+            raise ProblemError(f"more than {MEGAPIXELS} million pixels")
         return ImageOps.exif_transpose(read_image(path))
-    except UserError as error:
-        raise UserError(f"{path.name[-60:]}: {error}") from error
+    except ProblemError as error:
+        raise ProblemError(f"{path.name[-60:]}: {error}") from error
 
 
 def thumbnail(image: Image.Image) -> str:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from engine.errors import UserError
 from evaluation.report.runs import Method, Run, methods
+from forgetting.errors import ProblemError
 
 WIDTH = 310  # pixels; the page gives a chart as much room as there is
 STEP = 46  # of a method
@@ -145,12 +145,12 @@ def drawing(spec: dict[str, Any]) -> Markup:
     """A Vega-Lite drawing as SVG that stands in a page: no script, no address, no fixed size.
 
     Raises:
-        UserError: vl-convert-python is not installed.
+        ProblemError: vl-convert-python is not installed.
     """
     try:
         import vl_convert  # not above: it brings an engine of 30 MB, and who reads rows needs none
     except ImportError as error:
-        raise UserError("the report's charts need vl-convert-python; pip install it") from error
+        raise ProblemError("the report's charts need vl-convert-python; pip install it") from error
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     head, body = svg.split(">", 1)
     box = next(part for part in head.split('" ') if part.startswith("viewBox="))

@@ -17,11 +17,11 @@ from PIL import Image
 import datasets
 from datasets import mini
 from datasets.reader import read_image
-from engine.errors import UserError
 from engine.log import warn
 from evaluation.report.runs import Method, Run, bad_news_first, methods
 from evaluation.results import run_places
 from evaluation.rows import Row
+from forgetting.errors import ProblemError
 
 SIDES = (112, 56)  # pixels of a thumbnail's longer side
 BUDGET = 40_000  # characters of all thumbnails of a class
@@ -152,7 +152,7 @@ class Forgotten:
             return ""
         try:
             return thumbnail(images[row][1](), room)
-        except UserError:
+        except ProblemError:
             return ""
 
 
@@ -178,7 +178,7 @@ def images_of(folder: Path, dataset: str, split: str) -> list[tuple[str, Opener]
     the run had none (feature bundles), or they are no longer there, which is said."""
     try:
         places = run_places(folder, dataset)
-    except UserError as error:
+    except ProblemError as error:
         return _missing(dataset, error)
     if places is None or places["features"] or split not in SPLITS:
         return []
@@ -193,12 +193,12 @@ def _read(dataset: str, split: str, root: str, images: str) -> list[tuple[str, O
     try:
         with redirect_stdout(io.StringIO()):
             items = getattr(datasets.load(dataset, root, images), split)
-    except UserError as error:
+    except ProblemError as error:
         return _missing(dataset, error)
     return [(item.classname, partial(read_image, item.impath)) for item in items]
 
 
-def _missing(dataset: str, error: UserError) -> list[tuple[str, Opener]]:
+def _missing(dataset: str, error: ProblemError) -> list[tuple[str, Opener]]:
     warn(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
     return []
 

@@ -42,7 +42,7 @@ TEACHERS = {
 
 
 def check_report(path: str | Path) -> Path:
-    """`path`; UserError if it cannot be written, or holds something that is no report."""
+    """`path`; ProblemError if it cannot be written, or holds something that is no report."""
     refuse_foreign(path, GENERATOR)
     return Path(path)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from engine.errors import UserError, unknown
 from engine.log import warn
 from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_logs, same_kind
 from evaluation.rows import Row, current_audits, rows_of
 from evaluation.tables import over_folders
+from forgetting.errors import ProblemError, unknown
 
 SEED = "seed_"  # the beginning of a folder's name
 QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # of a class, that seeds have means of
@@ -156,7 +156,7 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
             equal ones the first by name (numbers in names count as numbers).
 
     Raises:
-        UserError: no results there, torn logs, a torn audit, either of another shape, or no run
+        ProblemError: no results there, torn logs, a torn audit, either of another shape, or no run
             called `primary`.
     """
     folder = Path(folder)
@@ -164,7 +164,7 @@ def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
     runs = [_read_run(path, each) for path, each in logs.items()]
     runs = [run for run in runs if run.rows]
     if not runs:
-        raise UserError(f"the logs in {folder} hold no results; run forget_clip.sh")
+        raise ProblemError(f"the logs in {folder} hold no results; run forget_clip.sh")
     groups = _by_seed(runs, logs)
     places = [group[0].folder.parent if len(group) > 1 else group[0].folder for group in groups]
     folders = [run.folder for run in runs]
@@ -194,7 +194,7 @@ def _by_seed(runs: Sequence[Run], logs: Mapping[Path, Logs]) -> list[list[Run]]:
         try:
             same_kind(folders, [logs[path] for path in folders])
             groups.append(group)
-        except UserError:
+        except ProblemError:
             groups += [[run] for run in group]
     return groups
 
@@ -207,12 +207,12 @@ def shared(sources: Iterable[dict[str, Any]], key: str, before: str = "") -> str
 
 def _results_folders(folder: Path) -> list[Path]:
     if not folder.exists():
-        raise UserError(f"no results in {folder}: there is no such folder")
+        raise ProblemError(f"no results in {folder}: there is no such folder")
     if (folder / LOGS).is_file():
         return [folder]
     found = [Path(place) for place, _, files in os.walk(folder, onerror=_closed) if LOGS in files]
     if not found:
-        raise UserError(f"no results in {folder}: no {LOGS} there or below; run forget_clip.sh")
+        raise ProblemError(f"no results in {folder}: no {LOGS} there or below; run forget_clip.sh")
     return sorted(found, key=lambda path: _natural(str(path.relative_to(folder))))
 
 

@@ -1,0 +1,214 @@
+"""Cached text embeddings, changed as the projection was, without the model.
+
+An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. After the change it is
+`x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
+
+**When x determines it.** x determines `h Delta` for every h exactly if whatever W sends to 0, Delta
+sends to 0 (`h W = g W` must imply `h Delta = g Delta`; take the difference): the left null space
+of W must lie in that of Delta. For *every* Delta that holds exactly if W (w, d) has no left null
+space, which is full ROW rank, `rank W = w`, and needs `w <= d`. (Full column rank does not help:
+with w > d every W has a left null space.) Then `W W^+ = I`, so `h = x W^+` and
+
+    x' = x + h Delta = x (I + W^+ Delta) =: x M
+
+A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. Of a
+W without full row rank the condition may still hold for a particular Delta; in the float32 in
+which changes are stored that cannot be told from nearly holding, so such a W is refused.
+
+**With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so that
+`x - b` is not known: such embeddings can only be patched before they are normalised.
+
+**How exact.** Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at
+most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from forgetting.checks import FLOATS, matrix, tensor
+from forgetting.errors import ProblemError, line
+
+CHUNK = 65536  # rows that are in float64 at one time
+UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
+INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
+UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
+
+
+def condition(projection: Tensor) -> float:
+    """Largest over smallest singular value of W (w, d); infinite without full row rank.
+
+    The rank is judged in float32, in which projections are stored: a singular value below four
+    machine epsilons of the largest one counts as 0 (rounding a matrix that lacks a rank leaves
+    1e-8). numpy's rule, `max(w, d)` epsilons, comes near to refusing real models: the condition
+    of OpenAI's ViT-B/16 is 6,391.
+    """
+    w, d = matrix("projection", projection).shape
+    if not 0 < w <= d:
+        return math.inf
+    values = torch.linalg.svdvals(projection.detach().double())
+    least, most = float(values[-1]), float(values[0])
+    return most / least if least > 4 * torch.finfo(torch.float32).eps * most else math.inf
+
+
+def rounding(dtype: torch.dtype, d: int) -> float:
+    """How far rounding to `dtype` moves a vector (d,) of length 1, at most."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * (1 + info.smallest_normal * math.sqrt(d))
+
+
+class Patch:
+    """The map from embeddings to embeddings that a change of one projection means.
+
+    Args:
+        projection: W (w, d), the original one, of full row rank.
+        left, right: (w, r) and (r, d), `Delta = left @ right`.
+        bias: (d,) of a projection that has one.
+
+    Attributes:
+        condition: of W; norm: the largest singular value of M, by which errors grow at most.
+
+    Raises:
+        ProblemError: shapes that do not fit, values that are not finite, a W without full row rank.
+    """
+
+    def __init__(
+        self, projection: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
+    ) -> None:
+        w, d = matrix("projection", projection).shape
+        left = matrix("left", left, count=w).detach().double().cpu()
+        right = matrix("right", right, d, left.shape[1]).detach().double().cpu()
+        self.condition = condition(projection)
+        if math.isinf(self.condition):
+            why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
+            raise ProblemError(
+                f"the projection has no full row rank ({why}), so embeddings do not determine how "
+                "they change: encode the texts again with the changed model"
+            )
+        weight = projection.detach().double().cpu()
+        self._rows = torch.linalg.qr(weight.T)[0]  # (d, w), an orthonormal basis of W's rows
+        self._left, self._right = torch.linalg.pinv(weight) @ left, right  # (d, r), (r, d)
+        eye = torch.eye(d, dtype=torch.float64)
+        self.norm = float(torch.linalg.matrix_norm(eye + self._left @ self._right, 2))
+        self._bias = None
+        if bias is not None:
+            self._bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
+
+    def apply(self, embeddings: Tensor, normalised: bool = True) -> tuple[Tensor, float]:
+        """Patch a matrix of embeddings.
+
+        Args:
+            embeddings: (n, d), of unit norm if `normalised`; else as the projection gave them.
+
+        Returns:
+            The patched ones, likewise, in the same dtype and on the same device; and by how much
+            any of them may be wrong, relative to its length, since the cached ones were rounded.
+
+        Raises:
+            ProblemError: another shape; not of unit norm; not within the rows of W, where w < d
+                (image embeddings, or another model's); unit norm and a bias; a text of which so
+                little is left that rounding decides its direction.
+        """
+        d = self._right.shape[1]
+        if isinstance(embeddings, Tensor) and embeddings.ndim == 2 and len(embeddings) == d:
+            rows = embeddings.shape[1] == d and _unit(embeddings)
+            if not rows and _unit(embeddings.T):
+                raise ProblemError(
+                    f"the embeddings {tuple(embeddings.shape)} stand in columns, as in a "
+                    "zero-shot head: pass their transpose, one embedding a row"
+                )
+        embeddings = tensor("embeddings", embeddings, FLOATS, ("n", d))
+        if self._bias is not None and (normalised or (len(embeddings) and _unit(embeddings))):
+            raise ProblemError(
+                "this projection has a bias, and a unit-norm embedding does not tell how much of "
+                "it the bias is: patch embeddings that are not normalised, or encode again"
+            )
+        done, worst = torch.empty_like(embeddings), 0.0
+        for start in range(0, len(embeddings), CHUNK):
+            rows = embeddings[start : start + CHUNK].double().cpu()
+            patched, error = self._chunk(rows, normalised, start, embeddings.dtype)
+            done[start : start + CHUNK] = patched.to(done)
+            worst = max(worst, error)
+        return done, worst
+
+    def _chunk(
+        self, rows: Tensor, normalised: bool, start: int, dtype: torch.dtype
+    ) -> tuple[Tensor, float]:
+        """`apply` for some rows (n, d) float64, the first of which is row `start`."""
+        sizes = rows.norm(dim=1)
+        far = (sizes - 1).abs() > UNIT
+        if normalised and far.any():
+            i = int(far.nonzero()[0])
+            raise ProblemError(
+                f"row {start + i} has the length {float(sizes[i]):.3g}, not 1: these embeddings "
+                "are not normalised; say so (normalised=False, --unnormalised) and they are "
+                "patched as they are"
+            )
+        x = rows if self._bias is None else rows - self._bias
+        outside = (x - x @ self._rows @ self._rows.T).norm(dim=1) > INSIDE * sizes
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise ProblemError(
+                f"row {start + i} is no text embedding of this projection: it lies outside of "
+                "what the projection can give (an image's, another model's, or patched already)"
+            )
+        x = x + (x @ self._left) @ self._right  # (n, d) @ (d, r) @ (r, d) -> (n, d)
+        x = x if self._bias is None else x + self._bias
+        unit = rounding(dtype, rows.shape[1])
+        moved, left = unit * self.norm * sizes, x.norm(dim=1)
+        # |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|), with |b| >= |a| - |a - b|
+        error = torch.where(2 * left > moved, 2 * moved / (2 * left - moved), math.inf) + unit
+        error = error.where(sizes > 0, unit)  # nothing stays nothing
+        if normalised and (error > UNCERTAIN).any():
+            i = int(error.argmax())
+            raise ProblemError(
+                f"row {start + i} keeps only {float(left[i]):.1e} of its length, so rounding to "
+                f"{str(dtype).removeprefix('torch.')} would decide its direction: take this text "
+                "out of the cache, or encode it again"
+            )
+        worst = float(error.max()) if len(error) else 0.0
+        return (normalize(x, dim=1) if normalised else x), worst
+
+
+def _unit(rows: Tensor) -> bool:
+    """Whether all rows have length 1."""
+    return bool(((rows.detach().double().norm(dim=1) - 1).abs() <= UNIT).all())
+
+
+def patch(
+    embeddings: Any,
+    projection: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    normalised: bool = True,
+) -> Any:
+    """Text embeddings as they are after `W' = W + left @ right`: `normalise(e (I + W^+ Delta))`.
+
+    Args:
+        embeddings: (..., d), a torch tensor or a numpy array, of unit norm if `normalised`.
+        projection: the original W (w, d); bias: (d,) if the projection has one.
+        left, right: (w, r) and (r, d).
+
+    Returns:
+        The same kind of thing, shape and dtype; the arithmetic is float64.
+
+    Raises:
+        ProblemError: see `Patch` and `Patch.apply`.
+    """
+    given = isinstance(embeddings, Tensor) or not hasattr(embeddings, "__array__")
+    try:
+        rows = embeddings if given else torch.tensor(embeddings)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array of texts, say
+        raise ProblemError(f"embeddings hold no numbers ({line(error)})") from error
+    shape = rows.shape if isinstance(rows, Tensor) else ()
+    if len(shape) != 2 and shape:
+        rows = rows.reshape(math.prod(shape[:-1]), shape[-1])  # -1 is ambiguous for none
+    done, _ = Patch(projection, left, right, bias).apply(rows, normalised)
+    done = done.reshape(shape)
+    return done if given else done.numpy()

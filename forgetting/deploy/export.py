@@ -1,0 +1,364 @@
+"""A changed model in the format of the tool that is to run it.
+
+    clip-forget export ADAPTER --base PATH --to FORMAT --out PATH
+
+| format | `base` | what is written |
+|---|---|---|
+| `openai` | a state dict in OpenAI's layout | such a state dict, a `.pt` file |
+| `open_clip` | open_clip's folder, or a file with `config` | a folder: weights, config, tokenizer |
+| `hf` | a folder of transformers | the same folder with changed weights |
+| `peft` | a folder of transformers, or its weights | a folder: a LoRA of the projection alone |
+| `onnx` | an `.onnx` file, or a folder | the file with its projection changed, or the text tower |
+
+In each the projection is the one tensor that the adapter was made for, whatever it is called and
+whichever way it lies; `W + Delta` is rounded once, to the dtype that W has there, and every other
+tensor is what it was, to the bit. Nothing that exists is replaced, and what is written appears
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from forgetting.adapter import Adapter, load_adapter
+from forgetting.errors import ProblemError, line
+from forgetting.io import container, naming, need, new_place, refuse_taken
+from forgetting.models.checkpoint import (
+    HF_CONFIG,
+    HF_WEIGHTS,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    Found,
+    find,
+    read_json,
+    read_projection,
+    read_tensors,
+    weight_files,
+)
+
+# What is copied of a folder beside its weights: never other weights, which would be unchanged.
+COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
+
+
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # what open_clip says of weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an export is made from; see `export`."""
+
+    adapter: Adapter
+    base: Path
+    original: Tensor | None
+    config: str | None
+
+    def change(self, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Found, list[Path]]:
+        """All tensors of the base with the projection changed, where it is, and the files."""
+        files, tensors = weight_files(self.base, names), {}
+        for file in files:
+            tensors |= read_tensors(file)
+        with naming(self.base):
+            found = find(tensors, self.adapter, self.original)
+        tensors[found.name] = found.changed(self.adapter, tensors[found.name].dtype)
+        return tensors, found, files
+
+
+def export(
+    adapter: Adapter,
+    base: str | Path,
+    to: str,
+    out: str | Path,
+    original: str | Path | None = None,
+    config: str | None = None,
+) -> Path:
+    """Write the changed model for another tool.
+
+    Args:
+        base: the original model, a local file or folder; to: one of `FORMATS`.
+        out: the file (`openai`, `onnx`) or folder to write; must not exist.
+        original: the checkpoint that the adapter was made from, where `base` holds a copy of its
+            projection in another dtype.
+        config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it: a name
+            of its configurations, NAME/TAG where their weights differ, or a JSON file.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ProblemError: an unknown format; `out` exists or cannot be written; a base that cannot be
+            read, is not of the format, or does not hold the projection of the adapter exactly
+            once (another model's, or changed already); a package that is missing.
+    """
+    if to not in FORMATS:
+        raise ProblemError(f"no format {line(to)!r}; there are {', '.join(FORMATS)}")
+    out, base = Path(out), Path(base)
+    refuse_taken(out)
+    if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
+        raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
+    exact = None if original is None else read_projection(original, adapter)[0]
+    FORMATS[to](Job(adapter, base, exact, config), out)
+    return out
+
+
+def _openai(job: Job, out: Path) -> None:
+    tensors, found, files = job.change(OPEN_CLIP_WEIGHTS)
+    with naming(job.base):
+        if found.name != "text_projection" or "visual.conv1.weight" not in tensors:
+            raise ProblemError(
+                f"not in OpenAI's layout (its projection is {line(found.name)}); "
+                "choose the format of the tool that it is of"
+            )
+        _require_openai(files[0].with_name(OPEN_CLIP_CONFIG))
+    with new_place(out) as temporary:
+        _save_pt(tensors, temporary)
+
+
+def _require_openai(config: Path) -> None:
+    """Refuse what OpenAI's code would run as another model than its config says."""
+    if not config.is_file():
+        return
+    model = _model_config(read_json(config))
+    if not model.get("quick_gelu"):
+        raise ProblemError(
+            f"{config.name} says GELU, and OpenAI's code always computes QuickGELU: export it "
+            "to open_clip"
+        )
+    heads = (model.get("vision_cfg") or {}).get("head_width", 64)
+    text = model.get("text_cfg") or {}
+    if heads != 64 or text.get("width", 512) != 64 * text.get("heads", 8):
+        raise ProblemError(
+            f"{config.name} has attention heads that are not 64 wide, as OpenAI's code takes "
+            "them to be: export it to open_clip"
+        )
+
+
+def _model_config(config: Any) -> dict[str, Any]:
+    """The part of open_clip's config that describes the model."""
+    model = config.get("model_cfg", config) if isinstance(config, dict) else None
+    if not isinstance(model, dict) or "embed_dim" not in model:
+        raise ProblemError("is no config of open_clip: it names no embed_dim")
+    return model
+
+
+def _open_clip(job: Job, out: Path) -> None:
+    tensors, _, files = job.change(OPEN_CLIP_WEIGHTS)
+    config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
+    d = job.adapter.right.shape[1]
+    if config["model_cfg"]["embed_dim"] != d:
+        raise ProblemError(
+            f"the config says embed_dim {config['model_cfg']['embed_dim']}, the projection has {d}"
+        )
+    with new_place(out) as folder:
+        folder.mkdir()
+        if job.base.is_dir():
+            _copy(job.base, folder)
+        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _save(tensors, folder / OPEN_CLIP_WEIGHTS[0])
+
+
+def _open_clip_config(named: str | None, beside: Path) -> dict[str, Any]:
+    """`model_cfg` and `preprocess_cfg` (empty means OpenAI's) of a name, a file or the base."""
+    if named is None and not beside.is_file():
+        raise ProblemError(
+            f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name the architecture (--config), "
+            "with its activation: ViT-B-32-quickgelu for OpenAI's weights, ViT-B-32 for GELU"
+        )
+    file = beside if named is None else Path(named)
+    config = read_json(file) if file.is_file() else _named_config(named)
+    with naming(file):
+        model = _model_config(config)
+    return {"model_cfg": model, "preprocess_cfg": config.get("preprocess_cfg", {})}
+
+
+def _named_config(named: str) -> dict[str, Any]:
+    """The configuration NAME or NAME/TAG of open_clip, and the preprocessing of its weights."""
+    library = need("open_clip", "clip-forgetting[open-clip]")
+    name, _, tag = named.partition("/")
+    config, tags = library.get_model_config(name), library.list_pretrained_tags_by_model(name)
+    if config is None or (tag and tag not in tags):
+        raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
+    found = []
+    for each in [tag] if tag else tags:
+        known = library.get_pretrained_cfg(name, each)
+        own = {key: known[key] for key in PREPROCESSING if key in known}
+        found += [own] if own not in found else []
+    if len(found) > 1:
+        raise ProblemError(
+            f"weights of {line(name)} differ in how images are prepared: name yours "
+            f"({line(name)}/TAG, one of {', '.join(tags)}), or a file of a configuration"
+        )
+    return {"model_cfg": config, "preprocess_cfg": found[0] if found else {}}
+
+
+def _hf(job: Job, out: Path) -> None:
+    _require_hf(job.base)
+    tensors, found, files = job.change(HF_WEIGHTS)
+    with new_place(out) as folder:
+        folder.mkdir()
+        _copy(job.base, folder)
+        if files[0].suffix != ".safetensors":  # transformers reads one file of any size
+            _save(tensors, folder / HF_WEIGHTS[0])
+            return
+        index = f"{HF_WEIGHTS[0]}.index.json"
+        if not (job.base / HF_WEIGHTS[0]).is_file():  # they are parts
+            shutil.copyfile(job.base / index, folder / index)
+        for file in files:  # only one of them changes
+            with safe_open(file, framework="pt") as held:
+                names, metadata = list(held.keys()), held.metadata()
+            if found.name in names:
+                _save({name: tensors[name] for name in names}, folder / file.name, metadata)
+            else:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _require_hf(base: Path) -> None:
+    with naming(base):
+        if not (base / HF_CONFIG).is_file():
+            raise ProblemError(f"no folder of transformers: it has no {HF_CONFIG}")
+
+
+def _peft(job: Job, out: Path) -> None:
+    """A LoRA as `peft` saves it: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T."""
+    _, found, _ = job.change(HF_WEIGHTS)
+    module, _, last = found.name.rpartition(".")
+    if last != "weight" or not found.transposed:
+        raise ProblemError(
+            f"{line(job.base)}: the projection {line(found.name)} is no torch.nn.Linear, which is "
+            "what PEFT adapts: use a folder of transformers"
+        )
+    left, right = (x.detach().cpu().float() for x in (job.adapter.left, job.adapter.right))
+    rank = left.shape[1]
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": [module],
+        "r": rank,
+        "lora_alpha": rank,  # a factor of 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+    stem = f"base_model.model.{module}"
+    tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
+    with new_place(out) as folder:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _save(tensors, folder / "adapter_model.safetensors")
+
+
+def _onnx(job: Job, out: Path) -> None:
+    from forgetting.deploy.onnx import export_tower, patch_graph
+
+    if job.base.suffix == ".onnx":
+        return patch_graph(job.adapter, job.base, out, job.original)
+    if job.config is None and job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
+        _require_hf(job.base)
+        tensors, _, _ = job.change(HF_WEIGHTS)
+        return export_tower(hf_model(job.base, tensors), out)
+    tensors, _, files = job.change(OPEN_CLIP_WEIGHTS)
+    config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
+    return export_tower(open_clip_model(config["model_cfg"], tensors), out)
+
+
+def hf_model(folder: Path, tensors: dict[str, Tensor]) -> torch.nn.Module:
+    """The model of a local folder of transformers with these weights; no code of it is run."""
+    library = need("transformers", "clip-forgetting[transformers]")
+    with naming(folder):
+        try:
+            config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+            names = config.architectures or ["CLIPModel"]
+            kind = getattr(library, str(names[0]))
+            if not issubclass(kind, library.PreTrainedModel):
+                raise ValueError(f"{names[0]} is no model of it")
+            model, told = kind.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True
+            )
+        except (OSError, ValueError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+            reason = line(str(error).strip().partition("\n")[0])
+            raise ProblemError(f"transformers cannot load it ({reason})") from error
+        if missing := sorted(told["missing_keys"]):
+            raise ProblemError(f"its weights lack {line(missing[0])}")
+    return model
+
+
+def open_clip_model(config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
+    """The model that a config of open_clip describes, with these weights."""
+    library = need("open_clip", "clip-forgetting[open-clip]")
+    config = {key: value for key, value in config.items() if key != "custom_text"}
+    custom = any(name.startswith("text.") for name in tensors)
+    try:
+        model = (library.CustomTextCLIP if custom else library.CLIP)(**config)
+        model.load_state_dict({name: x.float() for name, x in tensors.items()})
+    except (TypeError, RuntimeError, KeyError) as error:
+        reason = line(" ".join(str(error).split())[:200])
+        raise ProblemError(f"open_clip cannot load it ({reason})") from error
+    return model
+
+
+FORMATS: dict[str, Callable[[Job, Path], None]] = {
+    "openai": _openai,
+    "open_clip": _open_clip,
+    "hf": _hf,
+    "peft": _peft,
+    "onnx": _onnx,
+}
+
+
+def _copy(base: Path, folder: Path) -> None:
+    """Copy config, tokenizer and card of a folder, and nothing that could hold weights."""
+    for file in sorted(base.iterdir()):
+        copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
+        if file.is_file() and (copied or file.name.startswith("LICENSE")):
+            shutil.copyfile(file, folder / file.name)  # links are followed
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, which transformers wants to say that they are of torch."""
+    path.write_bytes(container(tensors, {"format": "pt"} | (metadata or {})))
+
+
+def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        with open(path, "wb") as file:  # given a path, torch would write its name into the file
+            torch.save(tensors, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `clip-forget export`."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of what was forgotten")
+    parser.add_argument("--base", required=True, help="the original model, a local file or folder")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the tool to export for")
+    parser.add_argument("--out", required=True, help="file or folder to write; must not exist")
+    parser.add_argument(
+        "--original",
+        help="the checkpoint that the adapter was made from, if the base is a rounded copy of it",
+    )
+    parser.add_argument(
+        "--config",
+        help="name (NAME or NAME/TAG) or file of open_clip's configuration, if the base has none",
+    )
+
+
+def run_export(args: argparse.Namespace) -> str:
+    """`clip-forget export`: what to say of it, in one line."""
+    refuse_taken(args.out)
+    adapter = load_adapter(args.adapter)
+    out = export(adapter, args.base, args.to, args.out, args.original, args.config)
+    return f"{line(out)}: {args.to}, without {line(', '.join(adapter.classes))}"

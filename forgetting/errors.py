@@ -1,0 +1,64 @@
+"""One-line errors for the user, and the names that a mistyped one was closest to."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from typing import Any
+
+CUTOFF = 0.4  # below this similarity a suggestion puzzles more than it helps
+SHOWN = 60  # characters of a wrong value in a message
+LISTED = 20  # known names written out in a message; a set of cars has 196
+
+
+class ProblemError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and what would be right."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The at most `n` names of `known` that resemble `name`, closest first, case ignored.
+
+    A name that contains `name` counts as near ("ranger" finds "2011 Ford Ranger SuperCab").
+    """
+    wanted = name.casefold()
+
+    def similarity(candidate: str) -> float:
+        folded = candidate.casefold()
+        ratio = SequenceMatcher(None, wanted, folded).ratio()
+        return max(ratio, 0.6) if len(wanted) > 2 and wanted in folded else ratio
+
+    scored = [(similarity(candidate), candidate) for candidate in dict.fromkeys(known)]
+    close = [pair for pair in scored if pair[0] >= CUTOFF]
+    close.sort(key=lambda pair: -pair[0])
+    return [candidate for _, candidate in close[:n]]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ProblemError:
+    """The error for a `name` that is none of `known`; `kind` says of what ("data set")."""
+    known = list(dict.fromkeys(known))
+    close = nearest(name, known)
+    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ";"
+    listed = ", ".join(known[:LISTED]) or "none"
+    if len(known) > LISTED:
+        listed += f", ... ({len(known)} in all)"
+    return ProblemError(f"unknown {kind} {name!r}{meant} known: {listed}")
+
+
+def line(text: Any) -> str:
+    """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's code raised, in a message."""
+    return line(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ..."))
+
+
+def shown(value: Any) -> str:
+    """A value in a message, in a few words."""
+    try:
+        text = line(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, or of levels
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
