@@ -21,7 +21,7 @@ from clip.download import download
 from engine.files import sha256_file
 from engine.log import Progress, say, warn
 from forgetting.errors import ProblemError, reason, unknown
-from forgetting.models.encoder import Tower, read_tower
+from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.reading import cut, warning_of
 
 # Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
@@ -245,10 +245,10 @@ class ClipSource:
         return images.contiguous(memory_format=torch.channels_last)
 
     @cached_property
-    def tower(self) -> Tower:
+    def tower(self) -> Encoder:
         """The text side of the model, which ends in one linear map; ProblemError if it does not."""
         try:
-            return read_tower(self.model, self.tokenizer)
+            return read_encoder(self.model, self.tokenizer)
         except ProblemError as error:
             raise ProblemError(f"{self.arch}: {error}") from error
 

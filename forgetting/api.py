@@ -25,7 +25,7 @@ from forgetting.context import Answer, SpecificTargets, World, forget_completely
 from forgetting.displacement import Watch
 from forgetting.errors import ProblemError, line, shown
 from forgetting.forgotten import APPLIED, Forgotten
-from forgetting.models.encoder import Tower, read_tower
+from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.identity import changed_sha256, describe
 from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize, warning_of
@@ -70,7 +70,7 @@ def forget(
     """Forget names in a CLIP from text alone. The model is read, and not changed until `apply`.
 
     Args:
-        model, tokenize: see `forgetting.models.encoder.read_tower`.
+        model, tokenize: see `forgetting.models.encoder.read_encoder`.
         names: what to forget, at once; also: name -> other words for it, forgotten as well.
         retain: names that stay what they are, as the other classes of a list do.
         templates: texts with {} for a name. By the first one names are forgotten; the others are
@@ -93,7 +93,7 @@ def forget(
         ProblemError: one line: names that are none, a model that does not end in one linear map,
             settings out of range.
     """
-    tower = read_tower(model, tokenize)
+    tower = read_encoder(model, tokenize)
     if known := APPLIED.get(tensor_sha256(tower.weight)):
         raise ProblemError(
             f"the model has forgotten {line(', '.join(known))} already, and changes do not add up: "
@@ -201,7 +201,7 @@ def forget(
 
 
 def _forgotten(
-    tower: Tower, answer: Answer, settings: dict[str, Any], notes: Sequence[str]
+    tower: Encoder, answer: Answer, settings: dict[str, Any], notes: Sequence[str]
 ) -> Forgotten:
     """The answer with what it belongs to; `notes`: beside its own."""
     own = {text.casefold() for text in answer.request.classes}

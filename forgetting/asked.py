@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from forgetting.checks import FLOATS, NUMBER, check, matrix, tensor
 from forgetting.displacement import Watch
 from forgetting.errors import ProblemError, shown
-from forgetting.models.encoder import Tower
+from forgetting.models.encoder import Encoder
 from forgetting.models.reading import cut
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.targets import (
@@ -83,7 +83,7 @@ class Book:
         cut: those of which the tokenizer does not read the end.
     """
 
-    def __init__(self, tower: Tower, asked: Asked, target: str | Tensor) -> None:
+    def __init__(self, tower: Encoder, asked: Asked, target: str | Tensor) -> None:
         self.tower, self.asked, self.target = tower, asked, target
         self.cut: list[str] = []
         self._known: dict[str, Tensor] = {}

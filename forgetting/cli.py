@@ -169,13 +169,13 @@ def _audit(args: argparse.Namespace) -> None:
     from forgetting.adapter import load_adapter, read_parts
     from forgetting.api import Forgotten
     from forgetting.displacement import follow
-    from forgetting.models.encoder import read_tower
+    from forgetting.models.encoder import read_encoder
     from forgetting.models.loading import load_model
 
     adapter = load_adapter(args.adapter)
     model, tokenize = load_model(args.model)
     found = Forgotten.load(args.adapter, model)
-    tower = read_tower(model, tokenize)
+    tower = read_encoder(model, tokenize)
     known = {tower.tokens_sha256([text]) for text in found.texts}
     parts = read_parts(adapter, args.adapter) if adapter.recipe else []
     own = {part.name: part.tensors["forget_hidden"][0] for part in reversed(parts)}

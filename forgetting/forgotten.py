@@ -20,9 +20,9 @@ from forgetting.checks import matrix
 from forgetting.deploy.embeddings import patch
 from forgetting.displacement import Felt, Forecast
 from forgetting.errors import ProblemError, line
-from forgetting.models.encoder import Tower
+from forgetting.models.encoder import Encoder
 from forgetting.models.identity import changed_sha256, description, find, verify
-from forgetting.models.modules import tensor_sha256, tensors, turned
+from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
 from forgetting.solvers.certificate import Certificate
 
 APPLIED: dict[str, list[str]] = {}  # SHA-256 of projections that were changed here -> by what
@@ -40,7 +40,7 @@ class Forgotten:
     """
 
     adapter: Adapter
-    tower: Tower | None = None
+    tower: Encoder | None = None
     original: Tensor | None = None
     notes: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ class Forgotten:
                 "the original projection is not known: load the adapter with the original model, "
                 "or give it (original=)"
             )
-        tower.write(turned(self.original, tower.transposed))
+        tower.write(maybe_transpose(self.original, tower.transposed))
 
     def verify(self, model: nn.Module | None = None) -> bool:
         """True if a model is the original with exactly this change and nothing else.
@@ -137,7 +137,7 @@ class Forgotten:
             raise ProblemError(
                 "the projection has a bias, which is in the model: load it with that"
             )
-        w = turned(self.original, self._transposed)
+        w = maybe_transpose(self.original, self._transposed)
         left, right = self.adapter.left, self.adapter.right
         return patch(embeddings, w, left, right, bias, normalised)
 
@@ -172,14 +172,14 @@ class Forgotten:
         tower = None if model is None else find(model, adapter, original)
         found = cls(adapter, tower, None, notes)
         if original is not None:
-            held = turned(original, found._transposed).clone()
+            held = maybe_transpose(original, found._transposed).clone()
             held = held if tower is None else held.to(tower.weight)
             return cls(adapter, tower, held.contiguous(), notes)
         if tower is not None and found._state(tower) == "original":
             return cls(adapter, tower, tower.weight.detach().clone(), notes)
         return found
 
-    def _model(self, what: str) -> Tower:
+    def _model(self, what: str) -> Encoder:
         if self.tower is None:
             raise ProblemError(f"no model to {what}: Forgotten.load(path, model) gives one")
         # By name: load_state_dict(assign=True), say, puts another tensor in its place.
@@ -199,12 +199,12 @@ class Forgotten:
         """What the changed projection's tensor may be, see `changed_sha256`; empty if it cannot be
         known."""
         if self.original is not None:
-            w = turned(self.original, self._transposed)
+            w = maybe_transpose(self.original, self._transposed)
             return changed_sha256(self.adapter, w, self._transposed)
         said = self.adapter.settings.get("changed_sha256")
         return said if isinstance(said, list) else [said] if said else []  # one, in older files
 
-    def _state(self, tower: Tower) -> str:
+    def _state(self, tower: Encoder) -> str:
         """Whether the model's projection is the original or the changed one."""
         if projection_sha256(tower.projection) == self.adapter.projection_sha256:
             return "original"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from forgetting import load_adapter, save_adapter
 from forgetting.cli import OTHER_TEMPLATES, cli
 from forgetting.displacement import follow
-from forgetting.models.encoder import read_tower
+from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from forgetting.models.modules import tensor_sha256, tensors
-from tests.tower_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
+from tests.encoder_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]
 QUICK = [*(word for name in RETAIN for word in ("--retain", name)), "--no-generic"]
@@ -113,7 +113,7 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, run):
     """Also where its name is part of another's; what the model reads as the same text is none."""
     adapter = tmp_path / "a.safetensors"
     assert run("forget", folder, "Acme Cola", "Cola", *QUICK, "--out", adapter)[0] == 0
-    found, tower = load_adapter(adapter), read_tower(*load_model(str(folder)))
+    found, tower = load_adapter(adapter), read_encoder(*load_model(str(folder)))
     others = [form.replace("{}", "Cola") for form in OTHER_TEMPLATES]
     others = [text for text in others if text not in found.texts]
     hidden = tower.hidden(["Cola", *others]).double()  # "COLA" and "cola" are the same tokens

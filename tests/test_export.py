@@ -122,7 +122,7 @@ def test_openais_code_would_run_gelu_as_quickgelu(tmp_path):
 
 
 def test_a_torchscript_archive_is_read_and_not_run(tmp_path):
-    class Tower(nn.Module):
+    class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
             self.text_projection = nn.Parameter(torch.randn(W, D).half())
@@ -133,7 +133,7 @@ def test_a_torchscript_archive_is_read_and_not_run(tmp_path):
         def forward(self, x):
             return (self.visual(x) * self.mask.sum()) @ self.text_projection.float()
 
-    tower = Tower()
+    tower = Encoder()
     import warnings
 
     with warnings.catch_warnings():

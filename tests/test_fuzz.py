@@ -44,7 +44,7 @@ from forgetting.baselines import ascend, noise, null_space, uce, zeroing
 from forgetting.deploy.embeddings import condition, patch
 from forgetting.errors import ProblemError
 from forgetting.solvers.batched import solve_requests
-from tests.tower_fixtures import OUT, tiny
+from tests.encoder_fixtures import OUT, tiny
 
 W, D, K, M, R = 6, 4, 3, 8, 2
 

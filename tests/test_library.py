@@ -26,17 +26,17 @@ from forgetting import (
 from forgetting.adapter import read_parts
 from forgetting.context import JOIN
 from forgetting.errors import ProblemError
-from forgetting.models.encoder import read_tower
+from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
 from forgetting.models.reading import cut
 from forgetting.models.vocabulary import generic_hidden
 from tests.conftest import REPOSITORY
-from tests.tower_fixtures import (
+from tests.encoder_fixtures import (
     ALL,
     FAMILIES,
     OUT,
     WIDTH,
-    OwnTower,
+    OwnEncoder,
     needs_transformers,
     tiny,
     tokenize,
@@ -62,7 +62,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
 @pytest.mark.parametrize("family", ALL)
 def test_a_round_trip_of_every_family(family, tmp_path):
     model, words = tiny(family)
-    before, tower = state(model), read_tower(model, words)
+    before, tower = state(model), read_encoder(model, words)
     texts = ["Acme Cola", "acme soda", "Pepsi"]
     was = tower.embeddings(texts).double()
     answer = forget(model, words, ["Acme Cola"], ALSO, target="opposite", beta=0.1, **PLAIN)
@@ -95,7 +95,7 @@ def test_a_round_trip_of_every_family(family, tmp_path):
 def test_other_precisions(family, dtype):
     model, words = tiny(family)
     model = model.to(dtype)
-    before, tower = state(model), read_tower(model, words)
+    before, tower = state(model), read_encoder(model, words)
     was = tower.embeddings(["Acme Cola"])
     answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
     answer.apply()
@@ -111,7 +111,7 @@ def test_other_precisions(family, dtype):
 @pytest.mark.parametrize("family", ["own", "own with bias"])
 def test_targets(family, target):
     model, words = tiny(family)
-    tower = read_tower(model, words)
+    tower = read_encoder(model, words)
     was, dog = tower.embeddings(["Acme Cola"])[0], tower.embeddings(["a dog"])[0]
     vector = torch.randn(OUT, generator=torch.Generator().manual_seed(0))
     goal = vector if target == "vector" else target
@@ -134,7 +134,7 @@ def test_a_bias_counts():
     model, words = tiny("own with bias")
     shift = model.shift.detach().clone()
     forget(model, words, ["Acme Cola"], target="opposite", **PLAIN).apply()
-    assert float(read_tower(model, words).embeddings(["Acme Cola"]).norm()) < 1e-3
+    assert float(read_encoder(model, words).embeddings(["Acme Cola"]).norm()) < 1e-3
     assert torch.equal(shift, model.shift) and float(shift.norm()) > 1
 
 
@@ -232,9 +232,9 @@ def test_two_answers_compose(tmp_path):
 def test_cached_embeddings_are_patched():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = OwnTower()
+        model = OwnEncoder()
         model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
-    tower = read_tower(model.eval(), tokenize)
+    tower = read_encoder(model.eval(), tokenize)
     texts = ["Acme Cola", *RETAIN]
     cached = nn.functional.normalize(tower.embeddings(texts), dim=1)
     answer = forget(model, tokenize, ["Acme Cola"], target="opposite", beta=0.3, **PLAIN)
@@ -248,10 +248,10 @@ def test_cached_embeddings_are_patched():
 def test_a_bias_is_found_again_when_embeddings_are_patched(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = OwnTower(bias=True).eval()
+        model = OwnEncoder(bias=True).eval()
         model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
         model.shift = nn.Parameter(torch.randn(WIDTH))
-    tower, file = read_tower(model, tokenize), tmp_path / "a.safetensors"
+    tower, file = read_encoder(model, tokenize), tmp_path / "a.safetensors"
     cached = tower.embeddings(["Acme Cola", *RETAIN])
     forget(model, tokenize, ["Acme Cola"], target="opposite", **PLAIN).save(file)
     loaded = Forgotten.load(file, model)
@@ -268,11 +268,11 @@ def test_training_mode_comes_back():
     model, words = tiny("own")
     model.train()
     model.layer.eval()
-    read_tower(model, words)
+    read_encoder(model, words)
     assert model.training and not model.layer.training
 
 
-class Odd(OwnTower):
+class Odd(OwnEncoder):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
@@ -316,22 +316,22 @@ REFUSED = {
 @pytest.mark.parametrize("how", REFUSED)
 def test_models_that_are_refused(how):
     with pytest.raises(ProblemError, match=REFUSED[how]) as refused:
-        read_tower(Odd(how).eval(), tokenize)
+        read_encoder(Odd(how).eval(), tokenize)
     assert "\n" not in str(refused.value)
 
 
 def test_quantised_scripted_and_absent_weights_are_refused():
-    model = OwnTower().eval()
+    model = OwnEncoder().eval()
     model.layer.weight.requires_grad_(False)
     with pytest.raises(ProblemError, match="TorchScript"):
-        read_tower(torch.jit.trace(model, tokenize(["a"])), tokenize)
+        read_encoder(torch.jit.trace(model, tokenize(["a"])), tokenize)
     with pytest.raises(ProblemError, match="meta"):
-        read_tower(OwnTower().to("meta"), tokenize)
+        read_encoder(OwnEncoder().to("meta"), tokenize)
     model.register_buffer("packed_weight", torch.zeros(3, dtype=torch.int8))
     with pytest.raises(ProblemError, match="quantised"):
-        read_tower(model, tokenize)
+        read_encoder(model, tokenize)
     with pytest.raises(ProblemError, match="must be a torch module"):
-        read_tower("ViT-B/32", tokenize)
+        read_encoder("ViT-B/32", tokenize)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_quantised_scripted_and_absent_weights_are_refused():
 )
 def test_tokenizers_that_are_refused(words, message):
     with pytest.raises(ProblemError, match=message):
-        read_tower(OwnTower().eval(), words)
+        read_encoder(OwnEncoder().eval(), words)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_the_generic_vocabulary_is_encoded_once(tmp_path, monkeypatch):
         "forgetting.models.vocabulary.generic", lambda: {"a": [f"w{i}" for i in range(40)]}
     )
     model, words = tiny("open_clip ViT")
-    tower = read_tower(model, words)
+    tower = read_encoder(model, words)
     names, rows = generic_hidden(tower, tmp_path, progress=False)
     assert len(names) == len(rows) == 40 and len(list(tmp_path.iterdir())) == 1
     read = []
@@ -416,18 +416,18 @@ def test_the_generic_vocabulary_is_encoded_once(tmp_path, monkeypatch):
     assert torch.equal(rows, again) and len(read) <= 8
     answer = forget(model, words, ["Acme Cola"], cache=tmp_path, progress=False)
     answer.apply()  # the projection is no part of what a hidden state depends on
-    generic_hidden(read_tower(model, words), tmp_path)
+    generic_hidden(read_encoder(model, words), tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     assert set(answer.forecast.unlisted) == {"generic"}
     with torch.no_grad():  # another text tower, or tokenizer: another file
         model.positional_embedding[0] += 1
-    generic_hidden(read_tower(model, words), tmp_path, progress=False)
+    generic_hidden(read_encoder(model, words), tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 2
-    generic_hidden(read_tower(model, lambda t: words([x.upper() for x in t])), tmp_path)
+    generic_hidden(read_encoder(model, lambda t: words([x.upper() for x in t])), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     (file, *_) = tmp_path.iterdir()
     file.write_bytes(b"damaged")
-    generic_hidden(read_tower(model, words), tmp_path)  # is made anew
+    generic_hidden(read_encoder(model, words), tmp_path)  # is made anew
 
 
 @needs_transformers
@@ -444,7 +444,7 @@ def test_tokenizers_of_transformers(how):
     with torch.no_grad():
         given = model.get_text_features(**bare(texts, padding=True, return_tensors="pt"))
     given = getattr(given, "pooler_output", given)
-    assert torch.allclose(read_tower(model, ways[how]).embeddings(texts), given, atol=1e-5)
+    assert torch.allclose(read_encoder(model, ways[how]).embeddings(texts), given, atol=1e-5)
 
 
 @needs_transformers
@@ -454,7 +454,7 @@ def test_siglip_is_filled_up():
     with torch.no_grad():
         given = model.get_text_features(input_ids=full["input_ids"])
     given = getattr(given, "pooler_output", given)
-    assert torch.allclose(read_tower(model, bare).embeddings(["a dog"]), given, atol=1e-5)
+    assert torch.allclose(read_encoder(model, bare).embeddings(["a dog"]), given, atol=1e-5)
 
 
 def test_the_defaults_are_those_of_the_trainer():
@@ -473,7 +473,7 @@ def test_the_defaults_are_those_of_the_trainer():
 
 
 def test_the_families_are_told_apart():
-    fingerprints = {read_tower(*tiny(family)).fingerprint for family in FAMILIES}
+    fingerprints = {read_encoder(*tiny(family)).fingerprint for family in FAMILIES}
     assert len(fingerprints) >= len(FAMILIES) - 1  # RN and ViT may share a text tower
 
 

@@ -28,8 +28,8 @@ from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import one_line, random_model, save_openai
 from tests.conftest import BACKBONE, toy_bundle
+from tests.encoder_fixtures import SIZE, _scaled, needs_transformers, tiny, transformers_tokenizer
 from tests.test_datasets import picture
-from tests.tower_fixtures import SIZE, _scaled, needs_transformers, tiny, transformers_tokenizer
 from utils import create_results
 
 TEXTS = ["", "sea horse", "a photo of a crab."]

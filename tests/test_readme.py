@@ -13,7 +13,7 @@ import pytest
 
 from forgetting.cli import cli
 from tests.conftest import REPOSITORY
-from tests.tower_fixtures import needs_transformers, tiny
+from tests.encoder_fixtures import needs_transformers, tiny
 
 README = (REPOSITORY / "README.md").read_text()
 

@@ -24,13 +24,13 @@ from forgetting.checks import FLOATS
 from forgetting.errors import ProblemError, line
 from forgetting.io import raw
 from forgetting.models.modules import (
-    plain,
+    maybe_transpose,
     quantised,
     share_memory,
     tensor_sha256,
     tensors,
     text_sha256,
-    turned,
+    unwrap_compiled,
 )
 from forgetting.models.reading import BATCH, Tokenize, run, tokens
 
@@ -38,8 +38,8 @@ PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of differe
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A model that ends, for texts, in `hidden @ W (+ b)`. `read_tower` makes one.
+class Encoder:
+    """A model that ends, for texts, in `hidden @ W (+ b)`. `read_encoder` makes one.
 
     Attributes:
         model: the model itself; tokenize: texts -> what it reads; name: of the projection's
@@ -58,7 +58,7 @@ class Tower:
     @property
     def projection(self) -> Tensor:
         """`W` (w, d) as a view of the model's own tensor: what is written there is in the model."""
-        return turned(self.weight, self.transposed)
+        return maybe_transpose(self.weight, self.transposed)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +165,7 @@ class Tower:
         }
 
 
-def read_tower(model: Any, tokenize: Tokenize) -> Tower:
+def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
     """Find the last linear map of a model's text side.
 
     Args:
@@ -180,7 +180,7 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
         ProblemError: one line with the reason: no single last linear map, tied or quantised
             weights, a projection that two modules share, weights that are not there.
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -198,7 +198,7 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
-    projection = turned(weight, product.transposed)
+    projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
         if bias is None and not normalised:
@@ -214,7 +214,7 @@ def read_tower(model: Any, tokenize: Tokenize) -> Tower:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
     if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise ProblemError(f"the projection {names[0]} is quantised or wrapped: {weight.dtype}")
-    return Tower(model, tokenize, names[0], weight, product.transposed, bias, normalised)
+    return Encoder(model, tokenize, names[0], weight, product.transposed, bias, normalised)
 
 
 def _is_linear(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.checks import FLAG, HASH, TEXT, check, either
 from forgetting.errors import ProblemError
-from forgetting.models.encoder import Tower
-from forgetting.models.modules import plain, tensor_sha256, tensors, turned
+from forgetting.models.encoder import Encoder
+from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors, unwrap_compiled
 
 SHORT = 16  # hex digits of a tensor's hash that are kept
 MODEL = {  # what an adapter says of its model, as `model` of its settings
@@ -25,7 +25,7 @@ MODEL = {  # what an adapter says of its model, as `model` of its settings
 }
 
 
-def describe(tower: Tower) -> dict[str, Any]:
+def describe(tower: Encoder) -> dict[str, Any]:
     """A model in values of `MODEL`: its projection by name, names and hashes of the rest."""
     others = tower.hashes()
     return {
@@ -51,7 +51,7 @@ def description(adapter: Adapter) -> dict[str, Any]:
 
 def upright(held: Tensor, adapter: Adapter) -> Tensor:
     """(w, d) of the projection's tensor as an adapter's model holds it."""
-    return turned(held, description(adapter).get("transposed", False))
+    return maybe_transpose(held, description(adapter).get("transposed", False))
 
 
 def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> list[str]:
@@ -62,7 +62,7 @@ def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> li
         rounded = projection.detach().to(half)
         if torch.equal(rounded.to(projection), projection):
             made.append(adapter.changed(rounded).to(projection))
-    return list(dict.fromkeys(tensor_sha256(turned(x, transposed)) for x in made))
+    return list(dict.fromkeys(tensor_sha256(maybe_transpose(x, transposed)) for x in made))
 
 
 def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
             "this adapter does not say what its change makes of the projection: load it with "
             "the original model first"
         )
-    there, name, kept = tensors(plain(model)), known["projection"], known["hashes"]
+    there, name, kept = tensors(unwrap_compiled(model)), known["projection"], known["hashes"]
     others = sorted(key for key in there if key != name)
     if name not in there or _names_sha256(others) != known["names_sha256"]:
         raise ProblemError(
@@ -104,7 +104,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
         raise ProblemError(f"{wrong[0]}{more}: not what it was")
 
 
-def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Tower:
+def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Encoder:
     """The projection of an adapter within a model, as a tower that reads no text: by name, else by
     what it holds.
 
@@ -114,23 +114,23 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
     Raises:
         ProblemError: a model without it.
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     there, known = tensors(model), description(adapter)
     name, shape = known.get("projection"), (adapter.left.shape[0], adapter.right.shape[1])
     if name in there and upright(there[name], adapter).shape == shape:
         bias = there.get(known.get("bias"))
         bias = None if bias is None else bias.detach()
-        return Tower(model, _unread, name, there[name], known["transposed"], bias, False)
+        return Encoder(model, _unread, name, there[name], known["transposed"], bias, False)
     for name, x in there.items():
         for transposed in (False, True):
             if not x.is_floating_point() or x.shape != (shape[::-1] if transposed else shape):
                 continue
-            known = projection_sha256(turned(x, transposed)) == adapter.projection_sha256
+            known = projection_sha256(maybe_transpose(x, transposed)) == adapter.projection_sha256
             if not known and original is not None:
                 made = changed_sha256(adapter, original.to(x), transposed)
                 known = tensor_sha256(x) in made
             if known:
-                return Tower(model, _unread, name, x, transposed, None, False)
+                return Encoder(model, _unread, name, x, transposed, None, False)
     raise ProblemError(
         f"{type(model).__name__} does not hold the projection that the adapter was made for "
         f"({adapter.backbone})"

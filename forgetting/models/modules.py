@@ -20,7 +20,7 @@ NOT_TEXT = (
 QUANTISED = ("quantized", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "quanto")
 
 
-def plain(model: Any) -> nn.Module:
+def unwrap_compiled(model: Any) -> nn.Module:
     """A model itself, where torch.compile has wrapped it; ProblemError if it is no module."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
@@ -42,7 +42,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def turned(matrix: Tensor, transposed: bool) -> Tensor:
+def maybe_transpose(matrix: Tensor, transposed: bool) -> Tensor:
     """`W` (w, d) of a tensor that holds it, or a tensor that holds it of `W`; `transposed`: as
     `W^T`."""
     return matrix.detach().T if transposed and matrix.ndim == 2 else matrix.detach()

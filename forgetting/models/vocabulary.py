@@ -17,7 +17,7 @@ from torch import Tensor
 from forgetting.checks import HASH, whole
 from forgetting.errors import ProblemError
 from forgetting.io import pack, unpack, write_bytes
-from forgetting.models.encoder import Tower
+from forgetting.models.encoder import Encoder
 from forgetting.models.words import generic
 
 FORMAT = "clip-forget-hidden/1"
@@ -34,7 +34,7 @@ def generic_names() -> list[str]:
 
 
 def generic_hidden(
-    tower: Tower, cache: str | Path | None = CACHE, progress: bool = True
+    tower: Encoder, cache: str | Path | None = CACHE, progress: bool = True
 ) -> tuple[list[str], Tensor]:
     """The names, and their hidden states (n, w); encoded once a tower.
 
@@ -43,7 +43,7 @@ def generic_hidden(
         progress: whether to show a bar where they are encoded.
 
     Raises:
-        ProblemError: as `Tower.hidden`. A file that is damaged, or of another tower, is made anew,
+        ProblemError: as `Encoder.hidden`. A file that is damaged, or of another tower, is made anew,
             and a folder that cannot be written keeps nothing.
     """
     names = generic_names()
@@ -61,7 +61,7 @@ def generic_hidden(
     return names, rows
 
 
-def _kept(path: Path, key: str, names: list[str], tower: Tower) -> Tensor | None:
+def _kept(path: Path, key: str, names: list[str], tower: Encoder) -> Tensor | None:
     """The rows of a file, if they are what the tower says."""
     try:
         _, fields, held = unpack(path, FORMAT, FIELDS)

@@ -30,7 +30,7 @@ def tokenize(texts: list[str]) -> Tensor:
     return rows
 
 
-class OwnTower(nn.Module):
+class OwnEncoder(nn.Module):
     """Somebody's own model: a bag of letters, a layer, and `hidden @ W (+ b)`."""
 
     def __init__(self, bias: bool = False, normalised: bool = False) -> None:
@@ -132,9 +132,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "open_clip CustomTextCLIP": lambda: _open_clip("Custom"),
     "open_clip CustomTextCLIP with bias": lambda: _open_clip("Custom", proj_bias=True),
     "open_clip CoCa": lambda: _open_clip("CoCa"),
-    "own": OwnTower,
-    "own with bias": lambda: OwnTower(bias=True),
-    "own normalised": lambda: OwnTower(normalised=True),
+    "own": OwnEncoder,
+    "own with bias": lambda: OwnEncoder(bias=True),
+    "own normalised": lambda: OwnEncoder(normalised=True),
 }
 HUGGING_FACE = (
     *("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "Siglip2Model"),
