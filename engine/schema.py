@@ -135,17 +135,19 @@ Solver = some(  # what a method adds of its own is only shown, whatever it is
     adapter_sha256=Text,
     model=Text,
     removed_names=list[Text],
-    left_retain_set=list[Text],
+    excluded=list[Text],
     trials=list,
     reduction=Number,
     certificate=some(gap=Number),
     forecast=some(
         unlisted=dict[Text, shape(rms=FiniteFloat, max=FiniteFloat)],
-        felt=list[shape(name=Text, share=FiniteFloat, lost=FiniteFloat, lead=FiniteFloat)],
+        affected=list[
+            shape(name=Text, displacement=FiniteFloat, cosine_loss=FiniteFloat, margin=FiniteFloat)
+        ],
         margin=Number,
-        lead=Number,
+        gap=Number,
     ),
-    wordings=some(looked_at=int, joined=list[Text], behind=dict[Text, FiniteFloat]),
+    paraphrases=some(checked=int, added=list[Text], lagging=dict[Text, FiniteFloat]),
 )
 Entry = shape(
     final_results=dict[Any, dict],

@@ -102,13 +102,13 @@ class Row:
     def falling(self) -> list[str]:
         """Names that by text alone are likely to fall with the class: they lose more cosine than
         they lay ahead of their nearest neighbour."""
-        felt = self.solver.get("forecast", {}).get("felt", [])
-        return [one["name"] for one in felt if one["lost"] > one["lead"]]
+        felt = self.solver.get("forecast", {}).get("affected", [])
+        return [one["name"] for one in felt if one["cosine_loss"] > one["margin"]]
 
     @property
     def behind(self) -> list[str]:
         """Wordings of the class that hardly follow it, by text alone."""
-        return list(self.solver.get("wordings", {}).get("behind", {}))
+        return list(self.solver.get("paraphrases", {}).get("lagging", {}))
 
     def found(self, *path: str) -> Any:
         """A value of the audit by the keys that lead to it; None where it was not measured."""

@@ -200,13 +200,13 @@ def _audit(args: argparse.Namespace) -> None:
         _say("no forecast: a union of adapters", sys.stdout)
         return
     if forecast.margin is not None:
-        words = f"margin {forecast.margin:.3f} of cosine, lead before {forecast.lead:.3f}"
+        words = f"margin {forecast.margin:.3f} of cosine, {forecast.gap:.3f} before"
         _say(words, sys.stdout)
     for group, (rms, most) in forecast.unlisted.items():
         _say(f"names like {group} that nobody listed feel {rms:.3f} (most {most:.3f})", sys.stdout)
-    for one in forecast.felt:
-        falls = ", likely to fall" if one.falls else ""
-        _say(f"  {one.name}: -{one.lost:.3f} of cosine{falls}", sys.stdout)
+    for one in forecast.affected:
+        falls = ", likely to be misclassified" if one.likely_misclassified else ""
+        _say(f"  {one.name}: -{one.cosine_loss:.3f} of cosine{falls}", sys.stdout)
 
 
 def _undo(args: argparse.Namespace) -> None:

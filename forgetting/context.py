@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import Part, recipe_parts
-from forgetting.displacement import Felt, Mark, Watch, follow, shares_each, worst
+from forgetting.displacement import AffectedName, Margin, Watch, follow, shares_each, worst
 from forgetting.requests import Request, Requests, Wordings
 from forgetting.retain import RetainSet
 from forgetting.solvers.certificate import POOR
@@ -90,8 +90,8 @@ class Answer:
     draws: int
     mu: float
     betas: list[float]
-    felt: list[Felt]
-    marks: list[Mark]
+    felt: list[AffectedName]
+    marks: list[Margin]
     parts: list[Part]
     recipe: dict[str, Any]
     limit: float
@@ -113,22 +113,22 @@ class Answer:
     def report(self) -> dict[str, Any]:
         """All of it in JSON values, for logs and adapters."""
         behind, mark = self.behind, worst(self.marks)
-        found = {"looked_at": len(self.shares), "joined": self.joined, "behind": behind}
+        found = {"checked": len(self.shares), "added": self.joined, "lagging": behind}
         return {
             "certificate": asdict(self.solution.certificate),
             "residual": self.solution.residual,
             "texts": self.request.texts,
-            "left_retain_set": self.left_retain_set,
+            "excluded": self.left_retain_set,
             "target_draws": self.draws,
             "mu": self.mu,
             "beta": max(self.betas),
             "forecast": {
                 "unlisted": self.unlisted,
-                "felt": [one._asdict() for one in self.felt],
+                "affected": [one._asdict() for one in self.felt],
                 "margin": mark.margin,
-                "lead": mark.lead,
+                "gap": mark.gap,
             },
-            "wordings": found,
+            "paraphrases": found,
         }
 
     def notes(self, own: Sequence[str]) -> list[str]:
@@ -152,10 +152,10 @@ class Answer:
             )
         if self.felt:
             shown = ", ".join(
-                f"{one.name} (-{one.lost:.3f} of cosine)" for one in self.felt[:SHOWN]
+                f"{one.name} (-{one.cosine_loss:.3f} of cosine)" for one in self.felt[:SHOWN]
             )
             notes.append(f"by text alone these feel it most: {shown}")
-        if falling := [one.name for one in self.felt if one.falls]:
+        if falling := [one.name for one in self.felt if one.likely_misclassified]:
             names = ", ".join(falling)
             notes.append(
                 f"warning: likely to fall with it: {names} ({self.option} holds a name still)"
@@ -276,7 +276,7 @@ def _further(world: World, answer: Answer) -> list[float] | None:
         return None
     found = [
         next((step for step in BETAS if step > beta), beta)
-        if mark.margin is not None and mark.margin < world.margin * mark.lead
+        if mark.margin is not None and mark.margin < world.margin * mark.gap
         else beta
         for mark, beta in zip(answer.marks, answer.betas, strict=True)
     ]

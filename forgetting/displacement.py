@@ -32,37 +32,36 @@ SHORTEST = 1e-300
 GONE = 1e-5  # of its length: a text of which less is left points where rounding says
 
 
-class Felt(NamedTuple):
-    """A name that a change moves.
+class AffectedName(NamedTuple):
+    """A name whose text an edit moves.
 
     Attributes:
-        share: the part of the forgotten text's way that its text goes.
-        lost: by how much the cosine between its text before and after is less than 1; lead: by how
-            much that with the nearest other name was. A name that loses more than its lead is
-            likely to fall with the class.
+        displacement: how far its text moves, in units of the forgotten texts' displacement.
+        cosine_loss: 1 minus the cosine between its text before and after.
+        margin: 1 minus the cosine of its text with that of the nearest other name, before.
     """
 
     name: str
-    share: float
-    lost: float
-    lead: float
+    displacement: float
+    cosine_loss: float
+    margin: float
 
     @property
-    def falls(self) -> bool:
-        return self.lost > self.lead
+    def likely_misclassified(self) -> bool:
+        return self.cosine_loss > self.margin
 
 
-class Mark(NamedTuple):
-    """How a forgotten text fares: its margin and its lead, see `Forecast`."""
+class Margin(NamedTuple):
+    """The margin and the gap of a forgotten text, see `Forecast`."""
 
     margin: float | None
-    lead: float | None
+    gap: float | None
 
 
-def worst(marks: Sequence[Mark]) -> Mark:
+def worst(marks: Sequence[Margin]) -> Margin:
     """That of the text which fares worst."""
     known = [mark for mark in marks if mark.margin is not None]
-    return min(known, key=lambda mark: mark.margin - mark.lead, default=Mark(None, None))
+    return min(known, key=lambda mark: mark.margin - mark.gap, default=Margin(None, None))
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,16 @@ class Forecast:
     Attributes:
         unlisted: group of retained names -> root mean square and largest share of names like
             them that nobody listed.
-        felt: the names that lose most cosine, most first.
-        lead: by how much of cosine the forgotten class's own text, as it was, lay nearer to itself
+        affected: the names that lose most cosine, most first.
+        gap: by how much of cosine the forgotten class's own text, as it was, lay nearer to itself
             than to any other class; margin: by how much another lies nearer to it now. Of several
             classes those of the one that fares worst.
     """
 
     unlisted: dict[str, tuple[float, float]]
-    felt: list[Felt]
-    lead: float | None
+    affected: list[AffectedName]
     margin: float | None
+    gap: float | None
 
 
 def shares_each(
@@ -196,7 +195,7 @@ class Watch:
 
     def each(
         self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[Felt], list[Mark]]]:
+    ) -> list[tuple[list[AffectedName], list[Margin]]]:
         """For each change the names that lose most cosine, and of each text that it forgets the
         margin and the lead of `Forecast`: None where there is no other name, or nothing is left
         of the text.
@@ -204,7 +203,7 @@ class Watch:
         Args:
             forgotten: the texts (rows) of what each change forgets.
         """
-        found: dict[int, tuple[list[Felt], list[Mark]]] = {}
+        found: dict[int, tuple[list[AffectedName], list[Margin]]] = {}
         ranks = torch.tensor([change.left.shape[1] for change in changes])
         for rank in ranks.unique().tolist():
             size = max(1, BATCH_NUMBERS // (len(self.names) * rank))
@@ -216,7 +215,7 @@ class Watch:
 
     def _block(
         self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[Felt], list[Mark]]]:
+    ) -> list[tuple[list[AffectedName], list[Margin]]]:
         """`each` of B changes of one rank k."""
         hidden, before, length = self._double
         left, right = (
@@ -244,7 +243,7 @@ class Watch:
         ]
         felt = [
             [
-                Felt(self.names[i], way / unit, *rest)
+                AffectedName(self.names[i], way / unit, *rest)
                 for i, way, *rest, stay in zip(*row, strict=True)
                 if stay
             ]
@@ -265,9 +264,9 @@ class Watch:
         leads = 1 - nearest(was / length[near]) / length[rows]
         margins = (nearest(now) - now[torch.arange(len(rows)), rows]) / length[rows]
         there = others.any(dim=1) & (after[which, rows] > GONE * length[rows])
-        marks: list[list[Mark]] = [[] for _ in changes]
+        marks: list[list[Margin]] = [[] for _ in changes]
         for change, *mark, some in zip(
             *(x.tolist() for x in (which, margins, leads, there)), strict=True
         ):
-            marks[change].append(Mark(*mark) if some else Mark(None, None))
+            marks[change].append(Margin(*mark) if some else Margin(None, None))
         return list(zip(felt, marks, strict=True))

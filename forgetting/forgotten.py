@@ -18,7 +18,7 @@ from forgetting.adapter import (
 )
 from forgetting.checks import matrix
 from forgetting.deploy.embeddings import patch
-from forgetting.displacement import Felt, Forecast
+from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import changed_sha256, description, find, verify
@@ -74,8 +74,8 @@ class Forgotten:
         if found is None:
             return None
         unlisted = {name: (part["rms"], part["max"]) for name, part in found["unlisted"].items()}
-        felt = [Felt(**one) for one in found["felt"]]
-        return Forecast(unlisted, felt, found["lead"], found["margin"])
+        affected = [AffectedName(**one) for one in found["affected"]]
+        return Forecast(unlisted, affected, found["margin"], found["gap"])
 
     def apply(self) -> None:
         """Change the model in place; nothing happens if it is changed already.

@@ -130,7 +130,7 @@ def log_entry(
         "certificate": {"primal": 0.0117, "bound": 0.0117, "gap": 3.5e-15, "radius": None},
         "residual": 3.6e-17,
         "texts": classes,
-        "left_retain_set": [*classes, "panther"],
+        "excluded": [*classes, "panther"],
         "mu": 4.6e-4,
         "branch": "generic",
         "seconds": rng.uniform(0.001, 0.01),

@@ -165,7 +165,7 @@ def test_edits_land_on_their_target_and_spare_what_is_retained(name, method):
     adapter, h = load_adapter(folder / "ToyAnimals/owl.safetensors"), BUNDLE.forget_hidden[4]
     solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
     assert solver["residual"] < 0.01 and solver["settings"]["target"] == "opposite"
-    assert solver["retained"] == 30 + 6 + 4 - 1 and solver["left_retain_set"] == ["owl"]
+    assert solver["retained"] == 30 + 6 + 4 - 1 and solver["excluded"] == ["owl"]
     end = -0.3 * h @ BUNDLE.text_projection
     assert float((landed(adapter, h) - end).norm() / end.norm()) < 0.05
     # By the way that the text goes: the least change that knows no retained text moves them more.

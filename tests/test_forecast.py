@@ -92,26 +92,26 @@ def test_who_loses_most_against_plain_arithmetic():
         torch.randn(W, 2, generator=generator).double(),
         0.2 * torch.randn(2, D, generator=generator).double(),
     )
-    felt, [(margin, lead)] = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
+    felt, [(margin, gap)] = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
     before = hidden @ w
     after = before + hidden @ answer.delta
     lost = 1 - torch.cosine_similarity(before, after, dim=1)
     lost[1] = -1
     assert [one.name for one in felt] == ["abcdefg"[i] for i in lost.argsort(descending=True)[:5]]
-    assert felt[0].lost == pytest.approx(float(lost.max()))
+    assert felt[0].cosine_loss == pytest.approx(float(lost.max()))
     row = "abcdefg".index(felt[0].name)
     near = torch.cosine_similarity(before[row : row + 1], before, dim=1)
     near[row] = -1
-    assert felt[0].lead == pytest.approx(float(1 - near.max()))
-    assert felt[0].falls == (felt[0].lost > felt[0].lead)
+    assert felt[0].margin == pytest.approx(float(1 - near.max()))
+    assert felt[0].likely_misclassified == (felt[0].cosine_loss > felt[0].margin)
     own = torch.cosine_similarity(before[1:2], after[:5], dim=1)
     rivals = torch.tensor([0, 2, 3, 4])
     assert margin == pytest.approx(float(own[rivals].max() - own[1]))
     was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
-    assert lead == pytest.approx(float(1 - was[rivals].max()))
+    assert gap == pytest.approx(float(1 - was[rivals].max()))
     nothing = Change(answer.left, torch.zeros_like(answer.right))
-    _, [(margin, lead)] = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
-    assert margin == pytest.approx(-lead)
+    _, [(margin, gap)] = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
+    assert margin == pytest.approx(-gap)
 
 
 def test_the_ridge_keeps_its_limit_and_grows_with_it():
@@ -179,25 +179,27 @@ def test_the_forecast_is_in_the_logs(exact):
     forecast = exact("owl")["forecast"]
     assert set(forecast["unlisted"]) == {"own", "vocabulary", "others"}
     assert all(0 < part["rms"] <= part["max"] for part in forecast["unlisted"].values())
-    lost = [one["lost"] for one in forecast["felt"]]
-    assert lost == sorted(lost, reverse=True) and "owl" not in [n["name"] for n in forecast["felt"]]
-    assert forecast["margin"] >= forecast["lead"] > 0
+    lost = [one["cosine_loss"] for one in forecast["affected"]]
+    assert lost == sorted(lost, reverse=True) and "owl" not in [
+        n["name"] for n in forecast["affected"]
+    ]
+    assert forecast["margin"] >= forecast["gap"] > 0
 
 
 def test_a_small_margin_sends_the_class_further(exact):
     low, high = (exact("owl", "TRAINER.FORGETEXACT.MARGIN", value) for value in ("0", "1.2"))
     assert low["beta"] == 0 < high["beta"]
     assert low["forecast"]["margin"] < high["forecast"]["margin"]
-    assert high["forecast"]["margin"] >= 1.2 * high["forecast"]["lead"] or high["beta"] == 0.4
+    assert high["forecast"]["margin"] >= 1.2 * high["forecast"]["gap"] or high["beta"] == 0.4
 
 
 def test_a_name_to_keep_feels_less(exact):
-    felt = {one["name"]: one["lost"] for one in exact("owl")["forecast"]["felt"]}
+    felt = {one["name"]: one["cosine_loss"] for one in exact("owl")["forecast"]["affected"]}
     name = max(felt, key=felt.__getitem__)
     kept = {
-        one["name"]: one["lost"]
+        one["name"]: one["cosine_loss"]
         for one in exact("owl", "--keep", name, "TRAINER.FORGETEXACT.KEEP", "10")["forecast"][
-            "felt"
+            "affected"
         ]
     }
     assert kept.get(name, 0) < felt[name]
@@ -240,7 +242,7 @@ def test_a_wording_that_stays_behind_joins(features, tmp_path):
         keys = ["TRAINER.FORGETEXACT.FOLLOW", limit, "TRAINER.FORGETEXACT.MARGIN", "0"]
         folder = train.main([*argv, "--output-dir", str(tmp_path / limit), *keys])
         solver = json.loads((folder / "logs.json").read_text())["ToyAnimals"]["owl"]["solver"]
-        texts[limit] = solver["texts"], solver["wordings"]
-    assert texts["0"][0] == ["owl"] and texts["0"][1]["joined"] == []
+        texts[limit] = solver["texts"], solver["paraphrases"]
+    assert texts["0"][0] == ["owl"] and texts["0"][1]["added"] == []
     assert texts["0.5"][0] == ["owl", "a photo of a owl."]
-    assert texts["0.5"][1] == {"looked_at": 1, "joined": ["a photo of a owl."], "behind": {}}
+    assert texts["0.5"][1] == {"checked": 1, "added": ["a photo of a owl."], "lagging": {}}

@@ -80,11 +80,11 @@ def test_generic_names_do_not_decide_on_the_ridge():
 
 def test_what_means_the_same_leaves_the_retain_set(exact_args):
     folder = train.main([*exact_args, "--forget", "sea_horse"])
-    assert solver_of(folder, "sea_horse")["left_retain_set"] == ["sea horse"]
+    assert solver_of(folder, "sea_horse")["excluded"] == ["sea horse"]
     # Negative control: kept in the retain set, by a threshold that nothing passes, others stay too.
     options = ["FORGET.SIMILARITY", "0.2", "--overwrite"]
     folder = train.main([*exact_args, "--forget", "sea_horse", *options])
-    left = solver_of(folder, "sea_horse")["left_retain_set"]
+    left = solver_of(folder, "sea_horse")["excluded"]
     assert "sea horse" in left and len(left) > 3 and "cat" not in left
 
 

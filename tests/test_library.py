@@ -68,7 +68,7 @@ def test_a_round_trip_of_every_family(family, tmp_path):
     answer = forget(model, words, ["Acme Cola"], ALSO, target="opposite", beta=0.1, **PLAIN)
     assert not same(before, state(model))  # reading changes nothing
     assert answer.certificate.gap < 1e-6 and answer.texts[:3] == [*ALSO, *ALSO["Acme Cola"]]
-    assert set(answer.forecast.unlisted) == {"own"} and answer.forecast.felt
+    assert set(answer.forecast.unlisted) == {"own"} and answer.forecast.affected
     answer.apply()
     answer.apply()  # once is enough
     assert same(before, state(model)) == [tower.name]
@@ -691,7 +691,7 @@ def test_what_is_forgotten_is_not_retained():
     plain = {**PLAIN, "retain": [*PLAIN["retain"], "ACME cola", "acme soda"]}
     alone = forget(model, words, ["Acme Cola"], also=also, **PLAIN)
     both = forget(model, words, ["Acme Cola"], also=also, **plain)
-    assert not {one.name for one in both.forecast.felt} & {"ACME cola", "acme soda"}
+    assert not {one.name for one in both.forecast.affected} & {"ACME cola", "acme soda"}
     assert any("not retained" in note and "ACME cola" in note for note in both.notes)
     assert not any("not retained" in note for note in alone.notes)
     only = {**PLAIN, "retain": ["Acme Cola"]}

@@ -77,10 +77,10 @@ def test_the_forecast_comes_first_and_keeping_a_name_helps(live):
     far = {"target": "opposite", "beta": 1.0}
     ahead = live.look([], [STAR], **far)
     assert ahead.found is None and taken_for(ahead, STAR) == [STAR, STAR]
-    assert next(one.name for one in ahead.forecast.felt if one.falls) == CROSS
+    assert next(one.name for one in ahead.forecast.affected if one.likely_misclassified) == CROSS
     assert "Likely to fall" in ahead.html("forecast") and CROSS in ahead.html("forecast")
     calm = live.look([], [STAR])
-    assert not any(one.falls for one in calm.forecast.felt)
+    assert not any(one.likely_misclassified for one in calm.forecast.affected)
     assert "No other name" in calm.html("forecast")
     left = [
         {images.name: images.now for _, images in live.look([STAR], **far, **keep).neighbours[STAR]}

@@ -256,12 +256,12 @@ def test_findings_count_attacks_and_what_was_not_tried(tmp_path):
 def test_who_is_likely_to_fall_with_a_class_is_said(tmp_path):
     folder = plant(tmp_path, 3)
     logs = json.loads((folder / LOGS).read_text())
-    felt = {"name": "puma", "share": 0.6, "lost": 0.04, "lead": 0.01}
+    felt = {"name": "puma", "displacement": 0.6, "cosine_loss": 0.04, "margin": 0.01}
     for place, (name, lost) in enumerate(zip(ANIMALS[:3], (0.04, 0.005, 0.0), strict=True)):
         solver = logs["ToyAnimals"][name]["solver"]
-        solver["forecast"] = {"felt": [felt | {"lost": lost}], "margin": 0.3, "lead": 0.2}
+        solver["forecast"] = {"affected": [felt | {"cosine_loss": lost}], "margin": 0.3, "gap": 0.2}
         behind = {f"a kind of {name}": 0.2} if place == 1 else {}
-        solver["wordings"] = {"looked_at": 3, "joined": [], "behind": behind}
+        solver["paraphrases"] = {"checked": 3, "added": [], "lagging": behind}
     (folder / LOGS).write_text(json.dumps(logs))
     text = " ".join(findings(read_runs(folder)[0]))
     assert f"likely to fall with it: puma (with {ANIMALS[0]})." in text

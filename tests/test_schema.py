@@ -85,7 +85,7 @@ def test_what_the_papers_code_wrote_is_accepted():
         ("A/cat/zero_shot", None, "A / cat / zero_shot must be an object, and is null"),
         ("A/cat/solver/seconds", None, "A / cat / solver / seconds must be a number, and is"),
         ("A/cat/solver/adapter", 7, "A / cat / solver / adapter must be a text, and is 7"),
-        ("A/cat/solver/left_retain_set/0", 7, "left_retain_set / 0 must be a text, and is 7"),
+        ("A/cat/solver/excluded/0", 7, "excluded / 0 must be a text, and is 7"),
         ("A/cat/solver/certificate/gap", "small", "certificate / gap must be a number, and is"),
     ],
 )

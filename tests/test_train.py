@@ -55,7 +55,7 @@ def test_the_adapter_gives_the_logged_accuracies(toy_args, features):
 def test_forgotten_names_and_their_spellings_leave_the_retain_set(toy_args):
     folder = train.main([*toy_args, "--forget", "sea_horse"])
     solver = logs_of(folder)["ToyAnimals"]["sea_horse"]["solver"]
-    assert solver["left_retain_set"] == ["sea horse"] and solver["retained"] == 29
+    assert solver["excluded"] == ["sea horse"] and solver["retained"] == 29
 
 
 def test_done_classes_are_skipped_and_named_and_overwrite_does_them_again(toy_args, capsys):

@@ -175,7 +175,7 @@ class EditTrainer(RetainingTrainer):
         residual = float(torch.linalg.matrix_norm(missed) / size) if size > 0 else 0.0
         notes = [*notes, f"the texts go {1 - residual:.1%} of their way to the target"]
         report |= {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
-        report |= {"retained": len(staying), "left_retain_set": names}
+        report |= {"retained": len(staying), "excluded": names}
         notes += left_notes(names, [*map(datasets.plain, request.classes)])
         return Solved(left.float(), displacement.float(), report, notes)
 
@@ -264,7 +264,7 @@ class ForgetLEACE(RetainingTrainer):
             "apart": apart,
             "texts": list(dict.fromkeys([*request.texts, *prompts])),
             "retained": len(staying),
-            "left_retain_set": names,
+            "excluded": names,
         }
         notes += left_notes(names, [*map(datasets.plain, request.classes)])
         return Solved(left.float(), right.float(), report, notes)

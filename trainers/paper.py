@@ -65,7 +65,7 @@ class PaperTrainer(ForgetTrainer):
                 "texts": request.texts,
                 "target_draws": drawn,
                 "retained": len(left) - int(left.sum()),
-                "left_retain_set": self.retain.named(left),
+                "excluded": self.retain.named(left),
             }
             for request, drawn, left in zip(requests, draws, gone, strict=True)
         ]
