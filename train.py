@@ -26,7 +26,7 @@ from engine.config import OPTIONS, declared, setup, value_of
 from engine.determinism import set_random_seed
 from engine.files import escape
 from engine.launch import Run, launch
-from engine.log import environment, logged, note, say
+from engine.log import environment, logger, run_log
 from evaluation.results import merge_args, place
 from forgetting.errors import ProblemError, unknown
 from trainers.base import SINK
@@ -106,22 +106,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse(argv)
     if any(getattr(args, many) for many in LISTS):
         return _several(args, sys.argv[1:] if argv is None else argv)
-    with logged() as keep:  # input that only encoding finds broken must leave no file either
+    with run_log() as keep:  # input that only encoding finds broken must leave no file either
         cfg, _ = prepare(args)
         set_random_seed(cfg.SEED)
         folder = Path(cfg.OUTPUT_DIR)
         for what in (f"arguments: {args}", f"config:\n{cfg}", f"environment:\n{environment()}"):
-            note(what)
-        note(engine_description())
+            logger.debug(what)
+        logger.debug(engine_description())
         trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
         keep(folder / place(cfg.DATASET.NAME))
         merge_args(folder, str(args))
         trainer.train()
         if args.audit:
             trainer.audit()
-        say(f"results: {folder / 'logs.json'}")
+        logger.info(f"results: {folder / 'logs.json'}")
         if cfg.LOG:
-            say(f"numbers for {cfg.LOG}: {folder / place(cfg.DATASET.NAME) / SINK}")
+            logger.info(f"numbers for {cfg.LOG}: {folder / place(cfg.DATASET.NAME) / SINK}")
     return folder
 
 
@@ -181,8 +181,8 @@ def _several(args: argparse.Namespace, argv: Sequence[str]) -> Path:
         backbones |= dict.fromkeys((one.folder for one in own), backbone)
     failed = launch(COMMAND, runs, cfg.LAUNCHER)
     for done in dict.fromkeys(one.folder for one in runs if one not in failed):
-        say(f"results: {done}")
-        say(
+        logger.info(f"results: {done}")
+        logger.info(
             f"load them in {HERE}: from utils import create_results; df, args = create_results("
             f"{json.dumps(f'{done}/')}, rn={backbones[done].startswith('RN')}, "
             f"multiclass={multiclass})"

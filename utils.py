@@ -19,7 +19,7 @@ import pandas as pd
 
 from engine.cli import Parser, run
 from engine.files import atomic_path, refuse_foreign
-from engine.log import say
+from engine.log import logger
 from evaluation.plots import AFTER, COLOURS, check_picture, drawing
 from evaluation.results import (
     ARGS,
@@ -454,13 +454,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print(table)
     if args.csv:
         write_table(table, args.csv)
-        say(f"table: {args.csv}")
+        logger.info(f"table: {args.csv}")
     if args.latex:
         _write_latex(table, Path(args.latex))
-        say(f"table: {args.latex}")
+        logger.info(f"table: {args.latex}")
     if args.draw:
         draw = plot_comparison(table, args.draw) if len(groups) > 1 else plot_results(df, args.draw)
-        say(f"picture: {draw}")
+        logger.info(f"picture: {draw}")
 
 
 def _told_gain(folders: str | Sequence[str], how: Mapping[str, Any]) -> str:

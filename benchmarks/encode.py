@@ -33,7 +33,7 @@ from clip.features import loaders
 from clip.source import ClipSource
 from engine import write_json_atomic
 from engine.cli import COUNT, Parser
-from engine.log import Progress
+from engine.log import progress
 from forgetting.errors import ProblemError
 
 ARCHITECTURES = ("RN50", "ViT-B/16")
@@ -105,7 +105,7 @@ def compare(
     ways |= {f"ours, {p}": partial(ours, source, p, paths, workers) for p in precisions}
     clocks = time.perf_counter, time.process_time
     seconds, found = {name: [float("inf")] * 2 for name in ways}, {}
-    for _ in Progress(range(rounds), f"{source.arch}, round"):
+    for _ in progress(range(rounds), f"{source.arch}, round"):
         for name, encode in ways.items():
             started = [clock() for clock in clocks]
             found[name] = encode()

@@ -19,7 +19,7 @@ from engine import atomic_path, write_json_atomic
 from engine.cli import Parser, run
 from engine.config import settings
 from engine.files import refuse_existing
-from engine.log import say
+from engine.log import logger
 from forgetting.adapter import Adapter, load_adapter, projection_sha256
 from forgetting.errors import ProblemError
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             f"tokenizer than {source.arch} has now"
         )
     save_full_model(source, adapter, out)
-    say(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
+    logger.info(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 
 
 def cli(argv: list[str] | None = None) -> int:

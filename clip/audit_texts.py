@@ -20,7 +20,7 @@ from clip.cache import FeatureCache
 from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
 from datasets.words.wordnet import ABSENT, installed
-from engine.log import Progress, say
+from engine.log import logger, progress
 from forgetting.errors import ProblemError
 
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
@@ -49,12 +49,12 @@ def with_audit(bundle: FeatureBundle, source: ClipSource, cache: str | Path) -> 
             )
     package = installed()
     joined = f"WordNet ({package})" if package else f"no WordNet: {ABSENT}"
-    say(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
+    logger.info(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
     words = {name: other_words(bundle, name) for name in bundle.classnames}
     stored = FeatureCache(source, cache)
     rows, entries = [], []
     title, total = f"clip: {bundle.dataset} in other words, text", sum(map(len, words.values()))
-    with Progress(what=title, total=total, rate="texts a second") as bar:
+    with progress(desc=title, total=total, unit="texts") as bar:
         for name, found in words.items():
             rows.append(stored.texts([text for text, _ in found]))
             entries += [(text, name, kind) for text, kind in found]

@@ -30,7 +30,7 @@ from clip.source import ClipSource
 from datasets.reader import read_image
 from engine import atomic_path, lock
 from engine.files import readable
-from engine.log import Progress, say
+from engine.log import logger, progress
 from forgetting.errors import ProblemError
 
 SHARD = 512  # images; what a killed run loses at most
@@ -107,7 +107,7 @@ class FeatureCache:
         total = sum(map(len, shards.values()))
         done = total - sum(map(len, missing.values()))
         if missing and done:
-            say(f"clip: {name}: {done} of {total} images were encoded before, going on")
+            logger.info(f"clip: {name}: {done} of {total} images were encoded before, going on")
         chunk, size = batch_size or CHUNK, BatchSize(batch_size, self.source.device)
         chunks = self._chunks(
             [  # no chunk belongs to two shards
@@ -122,13 +122,13 @@ class FeatureCache:
             self._compare(name, first[:CHUNK])
             chunks = chain([first], chunks)
         what = f"clip: {name}, image"
-        with Progress(what=what, total=total, done=done, rate="a second") as bar:
+        with progress(desc=what, total=total, initial=done, unit="images") as bar:
             for part, paths in missing.items():
                 rows: list[Tensor] = []
                 for found in encode(self.source, chunks, len(paths), size):  # (b, d)
                     rows.append(found)
                     bar.update(len(found))
-                    bar.at(f"{size.now} at once")
+                    bar.set_postfix_str(f"{size.now} at once")
                 parts[part] = torch.cat(rows)
                 _write(part, parts[part])
         return torch.cat(list(parts.values()))
@@ -137,7 +137,7 @@ class FeatureCache:
         """Say how far the embeddings of a few pictures are from those of float32."""
         here, exact = (self.source.encode_images(pictures, x).double() for x in (False, True))
         cosine = float((here * exact).sum(dim=1).min())
-        say(
+        logger.info(
             f"clip: {name}: embeddings in {self.source.precision} differ from those in float32 by "
             f"at most {float((here - exact).abs().max()):.1g} in a component and "
             f"{max(0.0, 1 - cosine):.1g} in cosine (first {len(pictures)} images)"
@@ -207,7 +207,7 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         guard.acquire()
     except ProblemError:
-        say(f"clip: another process is encoding {path.stem}; waiting for it")
+        logger.info(f"clip: another process is encoding {path.stem}; waiting for it")
         guard.acquire(timeout=-1)
     try:
         yield
@@ -223,7 +223,7 @@ def _read(path: Path) -> Tensor | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError):
-        say(f"clip: {path} is damaged and is made again")
+        logger.info(f"clip: {path} is damaged and is made again")
         return None
 
 

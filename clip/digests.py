@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import lock, read_json, sha256_file, write_json_atomic
-from engine.log import Progress, say
+from engine.log import logger, progress
 from engine.schema import Register, fault
 from forgetting.errors import ProblemError
 
@@ -26,7 +26,7 @@ def digests(paths: Sequence[str | Path], register: Path | None) -> list[str]:
     known = _read(register)
     found: dict[str, list[Any]] = {}
     places = [os.path.abspath(path) for path in paths]
-    for path in Progress(places, "reading files"):
+    for path in progress(places, "reading files"):
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = known.get(path, [])
@@ -45,9 +45,9 @@ def _read(register: Path) -> dict[str, list[Any]]:
     try:
         content = read_json(register, "the register of files")
     except ProblemError as error:
-        say(f"clip: {error}; it is made again")
+        logger.info(f"clip: {error}; it is made again")
         return {}
     if fault(Register, content):
-        say(f"clip: {register} is no register of files; it is made again")
+        logger.info(f"clip: {register} is no register of files; it is made again")
         return {}
     return content

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from engine.files import lock, sha256_file
-from engine.log import Progress
+from engine.log import progress
 from forgetting.errors import ProblemError
 
 CHUNK = 1 << 20  # bytes
@@ -65,7 +65,7 @@ def _fetch(url: str, part: Path) -> None:
         total = start + int(length) if length else None
         with (
             open(part, "ab" if resumed else "wb") as file,
-            Progress(None, f"{part.stem}, MB", total and total / MB, start / MB) as bar,
+            progress(None, part.stem, total and total / MB, start / MB, "MB") as bar,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)

@@ -24,7 +24,7 @@ from engine.cli import Parser, run
 from engine.config import declared, settings
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher
-from engine.log import say
+from engine.log import logger
 from forgetting.errors import ProblemError, unknown
 
 SPLITS = ("train_x", "val", "test")
@@ -140,14 +140,16 @@ def main(argv: list[str] | None = None) -> None:
     bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
     count, classes = len(bundle.labels), len(bundle.classnames)
     place = FeatureCache(source, args.cache).folder
-    say(f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}")
+    logger.info(
+        f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}"
+    )
     if args.audit:
         bundle = with_audit(bundle, source, args.cache)
         texts = len(bundle.extra_tensors[AUDIT_HIDDEN])
-        say(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
+        logger.info(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
     if out:
         bundle.save(out)
-        say(f"clip: bundle written to {out}")
+        logger.info(f"clip: bundle written to {out}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from clip.checkpoint import check_fit, load_into, read_state_dict, require_file
 from clip.digests import digests
 from clip.download import download
 from engine.files import sha256_file
-from engine.log import Progress, say, warn
+from engine.log import logger, progress
 from forgetting.errors import ProblemError, reason, unknown
 from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.reading import cut, warning_of
@@ -160,7 +160,9 @@ class ClipSource:
             torch.backends.cudnn.allow_tf32 = False
         digest = self.weights_sha256[:16]
         images = "" if self.precision == "fp32" else f", images in {self.precision}"
-        say(f"clip: {self.arch} on {self.device}, float32{images}, weights {digest} from {path}")
+        logger.info(
+            f"clip: {self.arch} on {self.device}, float32{images}, weights {digest} from {path}"
+        )
         model = model.float().eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)  # faster convolutions
 
@@ -267,7 +269,7 @@ class ClipSource:
         """Hidden states of `texts`, (n, w) float32 on the CPU: times `projection` they are the
         model's text embeddings."""
         if long := cut(self.model, self.tokenizer, texts):
-            warn(f"clip: {warning_of(long)}")
+            logger.warning(f"clip: {warning_of(long)}")
         if not _is_plain(self.model):
             try:
                 hidden = self.tower.hidden(texts, batch=batch_size)
@@ -276,7 +278,7 @@ class ClipSource:
             ones = torch.ones(len(hidden), 0 if self.tower.bias is None else 1)
             return torch.cat([hidden.float(), ones], dim=1)
         rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
-        for start in Progress(range(0, len(texts), batch_size), f"texts, {batch_size} at once"):
+        for start in progress(range(0, len(texts), batch_size), f"texts, {batch_size} at once"):
             tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)
             rows.append(hidden_states(self.model, tokens).cpu())
         return torch.cat(rows)

@@ -13,7 +13,7 @@ import numpy as np
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine.cluster import cluster, go_to, load, reason, share
-from engine.log import Progress
+from engine.log import progress
 from forgetting.errors import ProblemError
 
 
@@ -81,7 +81,7 @@ def encode_by_ray(
             **asked,
         )
         done = total - rest
-        with Progress(what=f"ray: {name}, image", total=total, done=done, rate="a second") as bar:
+        with progress(desc=f"ray: {name}", total=total, initial=done, unit="images") as bar:
             try:
                 for row in encoded.iter_rows():
                     if row["error"]:

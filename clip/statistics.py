@@ -23,7 +23,7 @@ from engine.config import settings
 from engine.determinism import one_thread
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher, tree
-from engine.log import say
+from engine.log import logger
 from forgetting import RetainStatistics
 from forgetting.errors import ProblemError
 
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     names, how = read_names(args.names), launcher(args)
     found = statistics(names, ClipSource(args.arch, args.weights, args.cache), args.group, how)
     found.save(args.out)
-    say(f"clip: statistics of {len(names):,} names, width {found.width}, in {args.out}")
-    say(f"clip: they are known by {found.sha256}")
+    logger.info(f"clip: statistics of {len(names):,} names, width {found.width}, in {args.out}")
+    logger.info(f"clip: they are known by {found.sha256}")
 
 
 if __name__ == "__main__":

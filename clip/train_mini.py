@@ -57,7 +57,7 @@ from datasets.words.halves import halves
 from datasets.words.paraphrases import TEMPLATES as UNSEEN_TEMPLATES
 from engine.cli import SEED, Parser, run, whole
 from engine.files import atomic_path, read_json, refuse_existing
-from engine.log import Progress, say
+from engine.log import logger, progress
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -251,7 +251,7 @@ def train(seed: int, steps: int) -> nn.Module:
         optimiser,
         lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
-    bar = Progress(range(steps), "mini, step")
+    bar = progress(range(steps), "mini", unit="steps")
     for _ in bar:
         others = len(always) + rng.permutation(len(names) - len(always))
         chosen = np.concatenate([always, repeated, others])[:BATCH]
@@ -274,7 +274,7 @@ def train(seed: int, steps: int) -> nn.Module:
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-        bar.at(f"loss {loss.item():.3f}, scale {model.logit_scale.exp().item():.0f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}, scale {model.logit_scale.exp().item():.0f}")
 
     with torch.no_grad():
         table.weight[used] = model.token_embedding.weight
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scratch.write_bytes(save(state, metadata))
     for dataset, found in accuracies.items():
         print(f"{dataset}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in found.items()))
-    say(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
+    logger.info(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
 
 
 if __name__ == "__main__":

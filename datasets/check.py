@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.cli import Parser, run
-from engine.log import Progress
+from engine.log import progress
 from forgetting.errors import ProblemError
 
 from .reader import absent, find, read_image
@@ -43,7 +43,7 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(_unreadable, files)
         pairs = zip(files, reasons, strict=True)
-        bar = Progress(pairs, f"{row.name}, image", len(files), rate="a second")
+        bar = progress(pairs, row.name, len(files), unit="images")
         problems += [f"unreadable: {file} ({reason})" for file, reason in bar if reason]
     source = found.source.name if found.source else "no split file (one is made at the first run)"
     count = len(found.split.classnames)

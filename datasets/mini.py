@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import atomic_path
-from engine.log import say
+from engine.log import logger
 from forgetting.errors import ProblemError, unknown
 
 from .table import spec
@@ -289,7 +289,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
             f"data set {name}: {folder} exists, but holds no {split.name}; "
             "move it away, and the set is drawn anew"
         )
-    say(f"{name}: drawing the images into {folder}")
+    logger.info(f"{name}: drawing the images into {folder}")
     try:
         with atomic_path(folder) as whole:
             whole.mkdir()

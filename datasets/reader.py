@@ -6,6 +6,7 @@ Every set of the table, photographs and rendered ones alike, goes through `Image
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine import write_json_atomic
-from engine.log import once, say, warn
+from engine.log import logger, once
 from forgetting.errors import ProblemError
 
 from .mini import render
@@ -148,16 +149,16 @@ def _report(row: SetSpec, found: Found, root: Path) -> None:
             saved = f"saved as {file}"
         except ProblemError as error:  # data roots are often read-only; the next run makes the same
             saved = f"not saved ({error})"
-        say(f"{row.name}: made a split from the raw download, {saved}")
+        logger.info(f"{row.name}: made a split from the raw download, {saved}")
     counts = ", ".join(f"{len(items)} {part}" for part, items in parts.items())
     of = "" if file == Path("/") else f"{file.name}, "  # images of a table may lie anywhere
-    once(say, f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}", root)
+    once(logging.INFO, f"{row.name}: {of}{len(found.split.classnames)} classes, {counts}")
     if not found.comparable:
         text = (
             f"{row.name}: this is not the published split {row.split_file}: "
             "numbers are not comparable with published ones (DATASETS.md says where to get it)"
         )
-        once(warn, text, root)
+        once(logging.WARNING, text)
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.

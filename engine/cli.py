@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from engine.log import hush, hushed_within
+from engine.log import quiet, screen
 from forgetting.errors import ProblemError, unknown
 
 
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"the argument {text!r:.80} holds a NUL character")
         found = self.parse_intermixed_args(args, namespace)
         if vars(found).pop("quiet"):  # it changes nothing that a command does
-            hush()
+            screen.setLevel(logging.WARNING)
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -81,27 +82,39 @@ def run(
 
     `refusals` are exceptions beside ProblemError whose text is such a line.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with hushed_within():
+        with quiet(False):  # restores the level that `--quiet` sets
             status = main(argv)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ProblemError, *refusals) as error:
         return _refuse(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: Python would report it once more at its end
+            _drop_output()
         return _refuse(f"{where}{error.strerror or error}")
     except MemoryError:
         return _refuse("out of memory")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """Send what is left for stdout nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(line: str) -> int:

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from engine.cli import one_line
 from engine.launch import Part, Run, Say, T, call, tree
-from engine.log import say as tell
+from engine.log import logger
 from forgetting.errors import ProblemError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ def launch_by_ray(command: str, runs: Sequence[Run], how: CfgNode, say: Say) -> 
     failed = []
     with cluster() as ray:
         asked, room = share(ray, how)
-        tell(f"ray: {len(runs)} runs, {min(room, len(runs))} at once")
+        logger.info(f"ray: {len(runs)} runs, {min(room, len(runs))} at once")
         task = ray.remote(max_retries=how.TRIES, **asked)(_captured)
         waiting = {task.remote(os.getcwd(), command, run.argv): run for run in runs}
         while waiting:
@@ -150,7 +150,7 @@ def tree_by_ray(
     """
     with cluster() as ray:
         asked, room = share(ray, how)
-        tell(f"ray: {len(parts)} parts, {min(room, len(parts))} at once")
+        logger.info(f"ray: {len(parts)} parts, {min(room, len(parts))} at once")
         makes = ray.remote(max_retries=how.TRIES, **asked)(_from)
         merges = ray.remote(max_retries=how.TRIES, num_cpus=1)(merge)
         place = os.getcwd()

@@ -17,7 +17,7 @@ from typing import TypeVar
 from yacs.config import CfgNode
 
 from engine.config import declared, settings
-from engine.log import say as tell
+from engine.log import logger
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
 Part, T = TypeVar("Part"), TypeVar("T")
@@ -54,7 +54,7 @@ def launch(command: str, runs: Sequence[Run], how: CfgNode) -> list[Run]:
         if done and done < len(runs):
             left = round((time.monotonic() - started) / done * (len(runs) - done))
             progress += f", {left // 60}:{left % 60:02} left"
-        tell(f"== {run.title}{progress and progress + ')'}")
+        logger.info(f"== {run.title}{progress and progress + ')'}")
 
     if how.NAME == "ray":
         from engine.cluster import launch_by_ray

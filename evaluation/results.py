@@ -37,7 +37,7 @@ from engine.files import (
     sha256_file,
     sweep,
 )
-from engine.log import say
+from engine.log import logger
 from engine.schema import SETTINGS, Args, check, check_logs
 from evaluation.audit.record import AUDIT, CSV
 from forgetting.errors import ProblemError
@@ -298,7 +298,7 @@ def merge_results(
             if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
                 model.unlink()
                 model.with_suffix(".json").unlink(missing_ok=True)  # its config
-                say(f"  removed {model}: it belonged to the adapter that was replaced")
+                logger.info(f"  removed {model}: it belonged to the adapter that was replaced")
             sweep((folder / one.place).parent)
             # Not waited for: after a power cut the digest tells that the file is not the adapter.
             write_bytes(one.data, folder / one.place, durable=False)

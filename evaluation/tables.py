@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from engine.files import atomic_path, refuse_foreign
-from engine.log import say
+from engine.log import logger
 from evaluation.audit.record import AUDIT, CSV
 from evaluation.results import LOGS
 from evaluation.rows import Row, mean, read_rows
@@ -252,6 +252,6 @@ def report_audit(folder: Path, datasets: Sequence[str]) -> None:
             # One line a class where there are many; the report shows all of them.
             lines = row.audit["verdict"] if len(chosen) <= FEW else row.audit["verdict"][:1]
             print("\n  ".join([f"{row.dataset} / {row.name}:", *lines]))
-    say(f"audit: {folder / AUDIT}")
-    say(f"table: {folder / CSV}")
-    say(f"to look at it: python -m evaluation.report {folder}")
+    logger.info(f"audit: {folder / AUDIT}")
+    logger.info(f"table: {folder / CSV}")
+    logger.info(f"to look at it: python -m evaluation.report {folder}")

@@ -19,7 +19,7 @@ import pandas as pd
 
 import train
 from engine.cli import SEED, Parser
-from engine.log import Progress, say
+from engine.log import logger, progress
 from evaluation.results import LOGS
 from evaluation.tables import CSV, method_table
 from forgetting.errors import unknown
@@ -66,9 +66,9 @@ def run_methods(
         ProblemError, ProblemError: train.py refuses; methods that came before it are done.
     """
     folders = {}
-    bar = Progress(methods, "methods")
+    bar = progress(methods, "methods")
     for method in bar:
-        bar.at(method)
+        bar.set_postfix_str(method)
         trainer, keys = METHODS[method]
         folder = out / method / f"seed_{seed}"
         places = ["--trainer", trainer, "--output-dir", str(folder), "--seed", str(seed)]
@@ -110,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     digits = {"classes": 0, "words back": 0, "bytes": 0, "seconds": 3, "avg_gain": 4}
     print(shown.to_string(formatters={c: f"{{:.{digits.get(c, 2)}f}}".format for c in shown}))
     if table["classes"].nunique() > 1:
-        say("note: the methods ran on different numbers of classes; means are not of one set")
+        logger.info(
+            "note: the methods ran on different numbers of classes; means are not of one set"
+        )
     where = args.out / "METHOD" / f"seed_{args.seed}"
-    say(f"results: {where / LOGS}")
+    logger.info(f"results: {where / LOGS}")
     if args.audit:
-        say(f"audits: {where / CSV}")
+        logger.info(f"audits: {where / CSV}")
     return table

@@ -30,7 +30,7 @@ from clip.source import ClipSource
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
 from engine.files import refuse_foreign
-from engine.log import Progress, say
+from engine.log import logger, progress
 from evaluation.results import join_label
 from evaluation.tables import write_table
 from experiments.measure import judged, sides
@@ -97,9 +97,9 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
         for dataset, names in lists.items()
         for classes in [*([name] for name in names[:count]), names[:TOGETHER]]
     ]
-    bar = Progress(work, "problems")
+    bar = progress(work, "problems")
     for dataset, classes in bar:
-        bar.at(f"{dataset} / {', '.join(classes)}")
+        bar.set_postfix_str(f"{dataset} / {', '.join(classes)}")
         world = worlds[dataset]
         frame = run_variants(problem_of(world, classes), world.descent)
         scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
@@ -290,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         write_table(table, args.csv)
-        say(f"\nwritten: {args.csv}")
-    say(f"\n{time.perf_counter() - started:.0f} s in all")
+        logger.info(f"\nwritten: {args.csv}")
+    logger.info(f"\n{time.perf_counter() - started:.0f} s in all")
     return table
 
 

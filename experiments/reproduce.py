@@ -30,7 +30,7 @@ from engine.cli import Parser
 from engine.config import OPTIONS, settings
 from engine.files import atomic_path, refuse_foreign
 from engine.launch import launch
-from engine.log import say
+from engine.log import logger
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
 from evaluation.tables import check_table, write_table
@@ -228,8 +228,8 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
     write_table(table, paths["csv"])
-    say(f"results: {', '.join(map(str, folders.values()))}")
-    say(f"written: {paths['md']} and {paths['csv']}")
+    logger.info(f"results: {', '.join(map(str, folders.values()))}")
+    logger.info(f"written: {paths['md']} and {paths['csv']}")
     return table
 
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     sets = read_sets(args.data, args.datasets)
     for backbone in args.backbones:  # downloaded here, if need be
         path = ClipSource(backbone, weights.get(backbone), args.cache).weights_path
-        say(f"{backbone}: weights {path}")
+        logger.info(f"{backbone}: weights {path}")
     failed = run_all(args, weights)
     table = write(args, sets)
     if failed:

@@ -28,7 +28,7 @@ from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, l
 from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
 from engine.files import Batch, escape, sha256_file
-from engine.log import Progress, say
+from engine.log import logger, progress
 from evaluation.results import join_label
 from experiments.measure import cells
 from experiments.rows_file import KEY, Key, RowsFile
@@ -125,7 +125,7 @@ def perform(
     done = table.keys()
     pending = [task for key, task in keyed.items() if key not in done]
     where = f"{name} on {world.bundle.dataset}"
-    bar = Progress(what=f"{turn}{where}, rows", total=len(pending))
+    bar = progress(desc=f"{turn}{where}, rows", total=len(pending))
     with Batch(table.add) as batch, bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
@@ -140,7 +140,7 @@ def perform(
     plot(where, study, frame, picture)
     print(f"\n{where}: {study.about}")
     report(frame, len(world.bundle.text_projection) if study.cells else None)
-    say(f"{len(pending)} of {len(keyed)} rows are new: {table.path}, {picture}")
+    logger.info(f"{len(pending)} of {len(keyed)} rows are new: {table.path}, {picture}")
     return frame
 
 

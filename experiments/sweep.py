@@ -38,7 +38,7 @@ from clip.architectures import architecture
 from engine.cli import Parser
 from engine.config import OPTIONS, declared, methods, read_yaml
 from engine.launch import Run, add_launcher, launch, launcher
-from engine.log import hush, hushed_within, say
+from engine.log import logger, quiet
 from engine.schema import Text, check, some
 from evaluation.report import REPORT, check_report, read_runs, write_report
 from evaluation.results import join_label
@@ -135,8 +135,7 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
         for mode in varied["modes"]:
             argv = [*common, *MODES[mode]]
             for run in train.attempt(case.folder, varied["datasets"], seeds[:1], argv):
-                with hushed_within():
-                    hush()  # what is there is said by the runs
+                with quiet():  # the runs log what they find
                     _, plan = train.prepare(train.parse(run.argv))
                 case.labels[mode, plan.dataset] = list(map(join_label, plan.requests))
             about = list(filter(None, [backbone, trainer, setting, mode]))
@@ -236,10 +235,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         )
     )
     write_table(table, root / TABLE)
-    say(f"table: {root / TABLE}")
+    logger.info(f"table: {root / TABLE}")
     there = {Path(run.folder).resolve() for run in runs}
     shown = [run for run in read_runs(root) if run.folder.resolve() in there]
-    say(f"report: {write_report(shown, root / REPORT)}")
+    logger.info(f"report: {write_report(shown, root / REPORT)}")
     if failed:
         titles = "; ".join(run.title for run in failed)
         raise ProblemError(f"failed: {titles}; see the messages above")

@@ -21,7 +21,7 @@ import engine
 from engine.config import declared, settings, value_of
 from engine.dassl import choose
 from engine.determinism import one_thread, seeded, set_random_seed
-from engine.log import environment, logged
+from engine.log import environment, logger, run_log
 from forgetting.errors import ProblemError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,35 +211,25 @@ def test_a_trainer_is_built_in_dassls_order(kit):
 # The log
 
 
-def test_log_is_kept_and_the_console_comes_back(tmp_path, capsys):
-    console = sys.stdout
-    for text in ("first run", "second run", "third run"):
-        with logged() as keep:
-            print(text)
-            keep(tmp_path)
-            print("more")
-            assert sys.stdout.isatty() is False
-        assert sys.stdout is console
-    logs = sorted(tmp_path.iterdir())
-    assert [log.read_text() for log in logs] == [
-        f"{text} run\nmore\n" for text in ("first", "second", "third")
-    ]
-    assert logs[0].name == "log.txt" and all(log.name.startswith("log.txt") for log in logs)
-    print("console works")
-    assert capsys.readouterr().out.endswith("third run\nmore\nconsole works\n")
-
-
-def test_a_log_is_written_line_by_line_and_not_before_it_has_a_place(tmp_path):
-    with logged() as keep:
-        print("here")
-        assert not list(tmp_path.iterdir())
-        keep(tmp_path / "a")
-        assert (tmp_path / "a" / "log.txt").read_text() == "here\n"  # before any flush or exit
-        with pytest.raises(ProblemError, match="cannot write the log"):
-            keep(tmp_path / "a" / "log.txt" / "b")
-    with pytest.raises(ZeroDivisionError), logged():
-        print(1 / 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+def test_a_log_goes_on_and_is_not_made_before_it_has_a_place(tmp_path):
+    for text in ("first", "second"):
+        with run_log() as keep:
+            logger.debug(text)
+            assert not (tmp_path / text).exists()
+            keep(tmp_path / "a")
+            logger.info("more")
+            lines = (tmp_path / "a" / "log.txt").read_text().splitlines()  # before any exit
+            assert [line.split(" ", 2)[2] for line in lines[-2:]] == [text, "more"]
+            with pytest.raises(ProblemError, match="cannot write the log"):
+                keep(tmp_path / "a" / "log.txt" / "b")
+    assert len(lines) == 4
+    with pytest.raises(ZeroDivisionError), run_log() as keep:
+        keep(tmp_path / "b")
+        raise ZeroDivisionError
+    assert "ZeroDivisionError" in (tmp_path / "b" / "log.txt").read_text()
+    with pytest.raises(ZeroDivisionError), run_log():
+        logger.info(1 / 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_environment_is_named():

@@ -160,7 +160,7 @@ def test_a_split_that_is_not_the_published_one_is_told_on_the_screen_and_in_each
     options[1::2] = [str(tmp_path / name) for name in options[1::2]]
     assert run(sweep.main, [str(tmp_path / "mine.yaml"), *options, "--quiet"]) == 0
     out, told = capsys.readouterr().out, "Caltech101: this is not the published split"
-    assert out.count(told) == 1 and "table:" not in out
+    assert told in out and "table:" not in out
     logs = [path.read_text() for path in (tmp_path / "out").rglob("log.txt")]
     assert [log.count(told) for log in logs] == [1, 1]
     assert all("classes, " in log for log in logs)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experiments.alone import Alone
 from safetensors.torch import save_file
 
 import train
 from clip.retain import exact_names, retained
-from experiments.alone import Alone
 from forgetting import compose, load_adapter
 from tests.conftest import BACKBONE, toy_bundle
 from trainers.requests import Texts

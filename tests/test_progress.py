@@ -1,56 +1,37 @@
-"""What a long loop and a run say: on a terminal, in a log, under --quiet, and to TensorBoard."""
+"""Messages, progress bars and the log of a run: on a terminal, in a file, and under --quiet."""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tqdm
 import tqdm.std
 
 import train
 from engine.cli import Parser, run
-from engine.log import EVERY, Progress, logged, note, say, warn
+from engine.log import INTERVAL, logger, once, progress, run_log
 from engine.sink import Sink
 from evaluation.audit.__main__ import main as audit
 
 
-class Screen(io.StringIO):
+class Stderr(io.StringIO):
     """A stderr that is a terminal, or a file."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    @property
-    def lines(self) -> list[str]:
-        """All that a terminal showed in one place, one after the other."""
-        return [line.strip() for line in self.getvalue().split("\r") if line.strip()]
-
-
-@pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Screen]:
-    """Puts a screen in the place of stderr; called in a test, for pytest has its own until then."""
-
-    def show(terminal: bool = True) -> Screen:
-        found = Screen(terminal)
-        monkeypatch.setattr(sys, "stderr", found)
-        return found
-
-    return show
+        self.isatty = lambda: terminal
 
 
 @pytest.fixture
 def wait(monkeypatch: pytest.MonkeyPatch):
-    """Lets time pass, as loops see it."""
+    """Lets time pass for progress bars."""
     now = [1000.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
 
@@ -60,75 +41,56 @@ def wait(monkeypatch: pytest.MonkeyPatch):
     return wait
 
 
-def test_a_terminal_shows_one_line_with_the_time_left(show, wait) -> None:
-    screen = show()
-    for number in Progress(range(4), "sets"):
+def test_a_terminal_shows_the_time_left(monkeypatch, wait) -> None:
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=True))
+    for number in progress(range(4), "sets"):
         wait(60)
-        say(f"set {number}")
-    assert screen.lines == [f"sets {n} of 4, {4 - n:02}:00 left" for n in (1, 2, 3, 4)]
-    assert "\n" not in screen.getvalue() and screen.getvalue().endswith("\r"), "it goes away"
+        logger.info(f"set {number}")
+    shown = sys.stderr.getvalue()
+    assert "sets" in shown and "01:00<03:00" in shown and "\n" not in shown
+    assert shown.endswith("\r"), "the bar goes away"
 
 
-def test_what_was_done_before_says_nothing_of_the_pace(show, wait) -> None:
-    screen = show()
-    with Progress(what="images", total=2000, done=1000, rate="a second") as bar:
-        bar.skip(500)
-        wait(10)
-        bar.update(100)
-    assert screen.lines[-1] == "images 1,600 of 2,000, 10 a second, 00:40 left"
-
-
-def test_a_part_of_what_is_in_hand_counts(show, wait) -> None:
-    """Half of 64 descents after 100 s, of 128: 300 s to go; a second trial makes it longer."""
-    screen = show()
-    with Progress(what="Cars", total=128) as bar:
-        wait(100)
-        bar.at("trial 1 of at most 100", 32)
-        assert screen.lines[-1] == "Cars 0 of 128, trial 1 of at most 100, 05:00 left"
-        wait(100)
-        bar.at("trial 2 of at most 100", 32)
-        assert screen.lines[-1] == "Cars 0 of 128, trial 2 of at most 100, 10:00 left"
-        wait(1)
-        bar.update(64)
-        assert screen.lines[-1].startswith("Cars 64 of 128, trial 2")
-
-
-def test_a_log_is_not_flooded(show, wait) -> None:
-    screen = show(terminal=False)
-    for _ in Progress(range(100), "short"):
-        wait(0.9 * EVERY / 100)
-    assert screen.getvalue() == ""
-    for _ in Progress(range(10**5), "ten hours"):
+def test_a_file_gets_few_states(monkeypatch, wait) -> None:
+    monkeypatch.setattr(sys, "stderr", Stderr(terminal=False))
+    bar = progress(range(100), "short")
+    for _ in bar:
+        bar.set_postfix_str("note")
+        logger.info("message")
+        wait(0.9 * INTERVAL / 100)
+    assert sys.stderr.getvalue() == ""
+    for _ in progress(range(10**4), "an hour"):
         wait(0.36)
-    lines = screen.getvalue().splitlines()
-    assert 20 < len(lines) < 150 and "\r" not in screen.getvalue()
-    assert lines[0].startswith("ten hours 84 of 100,000, ") and lines[0].endswith(" left")
+    assert 20 < sys.stderr.getvalue().count("an hour") < 150
 
 
 def test_quiet_hides_messages_and_loops_and_leaves_the_rest(
-    show, wait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch, wait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = show()
+    stderr = Stderr(terminal=True)
 
     def main(argv: list[str]) -> None:
         Parser().parse_args(argv)
-        with logged() as keep:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with run_log() as keep:
+            logger.debug("for the log")
             keep(tmp_path / str(len(argv)))
-            note("for the log")
-            for _ in Progress(range(2), "loop"):
-                say("a message")
+            for _ in progress(range(2), "loop"):
+                once(logging.INFO, "a message")
                 wait(60)
-            warn("a warning")
+            logger.warning("a warning")
             print("a table")
 
     texts = {}
     for argv in (["--quiet"], []):  # the second is not quiet: it ends with its command
         assert run(main, argv) == 0
-        texts[len(argv)] = capsys.readouterr().out, bool(screen.getvalue())
+        texts[len(argv)] = capsys.readouterr().out, "loop" in stderr.getvalue()
     assert texts[1] == ("a warning\na table\n", False)
-    assert texts[0] == ("a message\na message\na warning\na table\n", True)
+    assert texts[0] == ("a message\na warning\na table\n", True)
     logs = [(tmp_path / name / "log.txt").read_text() for name in "01"]
-    assert logs[0] == logs[1] == f"for the log\n{texts[0][0]}"
+    for log in logs:  # each line has its time in front
+        lines = [line.split(" ", 2)[2] for line in log.splitlines()]
+        assert lines == ["for the log", "a message", "a warning"]
 
 
 def test_a_quiet_run_and_audit_print_nothing_but_the_table(toy_args, tmp_path, capsys) -> None:
@@ -141,14 +103,6 @@ def test_a_quiet_run_and_audit_print_nothing_but_the_table(toy_args, tmp_path, c
     assert out.split()[:2] == ["data", "set"] and "to look at it" not in out and err == ""
     assert train.cli([*toy_args, "--forget", "nothing", "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_a_descent_says_which_trial_of_how_many(toy_args, monkeypatch) -> None:
-    monkeypatch.setattr(Progress, "update", lambda bar, n=1: texts.append(str(bar)))
-    texts: list[str] = []
-    keys = ["FORGET.LAMB_FORGET", "0.001", "--forget", "cat", "--forget", "owl"]
-    train.main([*toy_args, *keys])
-    assert any("ToyAnimals 0 of 2, 2 at once, trial 2 of at most 2, " in text for text in texts)
 
 
 # Numbers for others
@@ -202,11 +156,11 @@ def test_a_killed_process_stops_no_other():
     ready, write = os.pipe()
     pid = os.fork()
     if not pid:
-        Progress.get_lock().acquire()
+        tqdm.tqdm.get_lock().acquire()
         os.write(write, b".")
         signal.pause()
     os.read(ready, 1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert Progress.get_lock().acquire(False)
-    Progress.get_lock().release()
+    assert tqdm.tqdm.get_lock().acquire(False)
+    tqdm.tqdm.get_lock().release()

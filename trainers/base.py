@@ -29,7 +29,7 @@ from engine import SimpleTrainer
 from engine.config import check, declared
 from engine.determinism import one_thread, seeded
 from engine.files import Batch, sweep
-from engine.log import Progress, say
+from engine.log import logger, progress
 from engine.sink import Sink, require
 from evaluation.judge import Judge, outcomes
 from evaluation.results import (
@@ -181,7 +181,7 @@ class ForgetTrainer(SimpleTrainer):
                 for name in names
             }
         for name, reason in self.plan.absent.items():
-            say(f"not evaluated: {name} ({reason})")
+            logger.info(f"not evaluated: {name} ({reason})")
         self.bundle = bundles.pop(self.plan.dataset)
         self.others = bundles
         check_prompts(self.prompts, self.bundle)
@@ -196,7 +196,7 @@ class ForgetTrainer(SimpleTrainer):
         self.model = AdaptedProjection(self.bundle.text_projection.to(self.device))
         self.register_model("text_projection", self.model)
         bundle = self.bundle
-        say(
+        logger.info(
             f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
             f"{len(bundle.retain_names)} retained names, projection "
             f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
@@ -215,7 +215,7 @@ class ForgetTrainer(SimpleTrainer):
             f"{count} {group} (each text weighs {retain.weights[group] / count:.3g})"
             for group, count in retain.counts.items()
         ]
-        say(f"retained: {', '.join(shown) or 'nothing'}")
+        logger.info(f"retained: {', '.join(shown) or 'nothing'}")
         return retain
 
     def retained_names(self) -> RetainSet:
@@ -299,7 +299,7 @@ class ForgetTrainer(SimpleTrainer):
         if done:
             names = shorten(", ".join(done), NAMED, placeholder=" ...")
             total = len(self.plan.requests)
-            say(f"done before, skipped: {dataset}, {len(done)} of {total} ({names})")
+            logger.info(f"done before, skipped: {dataset}, {len(done)} of {total} ({names})")
         return pending
 
     def train(self) -> None:
@@ -323,7 +323,7 @@ class ForgetTrainer(SimpleTrainer):
                     place_of_it = folder / one.entry["solver"]["model"]
                     save_full_model(self.source, one.adapter, place_of_it)
 
-        self.bar = Progress(what=dataset, total=len(pending))
+        self.bar = progress(desc=dataset, total=len(pending))
         self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
         with self.sink, self.bar, Batch(write) as batch:
             for start in range(0, len(pending), self.block):
@@ -398,7 +398,7 @@ class ForgetTrainer(SimpleTrainer):
         seconds = entry["solver"]["seconds"]
         before, after = (entry[side][dataset] for side in ("zero_shot", "final_results"))
         lines = [f"  {line}" for line in [*answer.notes, *outcomes(before, after)]]
-        say("\n".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
+        logger.info("\n".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
         if self.cfg.LOG:
             self.pass_on(label, entry, answer.curves)
 

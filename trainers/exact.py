@@ -13,7 +13,7 @@ import datasets
 from clip.retain import GENERIC, KEEP, Names, Retained, exact_weights, retained
 from engine import TRAINER_REGISTRY
 from engine.determinism import one_thread
-from engine.log import say
+from engine.log import logger
 from forgetting import RetainSet, opposite_target
 from forgetting.context import SpecificTargets, World, forget_completely
 from forgetting.displacement import Watch
@@ -75,7 +75,7 @@ class ForgetExact(ForgetTrainer):
             return retained(self.cfg, self.bundle, others, self.device, self.more)
 
     def retained_names(self) -> RetainSet:
-        say(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
+        logger.info(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
         return self.retained.names
 
     def read(self, requests: Requests) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine import TRAINER_REGISTRY
 from engine.config import paper_weights
-from engine.log import say
+from engine.log import logger
 from evaluation.results import place
 from forgetting import (
     ForgetProblem,
@@ -89,10 +89,8 @@ class ForgetLoRA(PaperTrainer):
         together = f"{len(requests)} at once, " if len(requests) > 1 else ""
 
         def advance(trial: int, step: int) -> None:
-            """As if no further trial were needed, here and in what comes later."""
-            done = (trial + step / settings.steps) / (trial + 1)
-            note = f"{together}trial {trial + 1} of at most {settings.max_trials}"
-            self.bar.at(note, done * len(requests))
+            trials = f"trial {trial + 1} of at most {settings.max_trials}"
+            self.bar.set_postfix_str(f"{together}{trials}, step {step} of {settings.steps}")
 
         solutions = solve_lora_each(
             problem, requests.of_text, requests.any_of(leaving), generators, settings, advance
@@ -158,4 +156,4 @@ class ForgetOptimum(PaperTrainer):
         path = folder / place(self.plan.dataset) / name
         if not path.exists():
             self.retain.statistics.save(path)
-            say(f"statistics of the vocabulary, for composing: {path}")
+            logger.info(f"statistics of the vocabulary, for composing: {path}")

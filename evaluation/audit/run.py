@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from datasets import plain
 from engine.determinism import one_thread
 from engine.files import Batch, inside, sha256_file
-from engine.log import Progress
+from engine.log import progress
 from evaluation.audit import (
     confusion,
     destinations,
@@ -98,13 +99,13 @@ def audit_dataset(
     done = read_audits(folder).get(dataset, {})
     results = _Results(folder, logs[dataset], Common(inputs.bundle, inputs.others, seed))
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
-    bar = Progress(what=f"audit: {dataset}", total=len(labels))
+    bar = progress(desc=f"audit: {dataset}", total=len(labels))
     with bar, Batch(partial(merge_audits, folder)) as batch:
         for block in results.blocks(labels, inputs.encode, measures, done, bar):
             with one_thread():
                 while block:  # a case that is done is gone, with its scores of all images
                     one = block.popleft()
-                    bar.at(one.label[:40])
+                    bar.set_postfix_str(one.label[:40])
                     classes = {
                         name: audit_class(one.cases.pop(name), measures, one.kept[name])
                         for name in list(one.cases)
@@ -165,7 +166,7 @@ class _Results:
         encode: Encode | None,
         measures: Collection[str],
         done: dict[str, Any],
-        bar: Progress,
+        bar: tqdm,
     ) -> Iterator[deque[_Asked]]:
         """Labels that are audited together, less those of which all is known.
 
@@ -174,7 +175,7 @@ class _Results:
         """
         block, asked = Block(), deque[_Asked]()
         for label in labels:
-            bar.at(label[:40])
+            bar.set_postfix_str(label[:40])
             cases = self.cases(label, encode, block)
             texts = {name: len(case.prompts) for name, case in cases.items()}
             settings = {"seed": self.common.seed, "texts": texts}
@@ -183,7 +184,7 @@ class _Results:
             same = all(there.get(key) == value for key, value in stamp.items())
             kept = there["classes"] if same else {name: {} for name in cases}
             if all(set(measures) <= set(kept[name]) for name in cases):
-                bar.skip()
+                bar.update()
                 continue
             cases = {name: self.with_stranger(label, case) for name, case in cases.items()}
             asked.append(_Asked(label, stamp, cases, kept))

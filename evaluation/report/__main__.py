@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, run
-from engine.log import say
+from engine.log import logger
 from evaluation.report import REPORT, read_runs, write_report
 
 
@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = write_report(runs, args.out or Path(args.folder) / REPORT)
     classes = sum(len(one.rows) for one in runs)
     audited = sum(bool(row.audit) for one in runs for row in one.rows)
-    say(f"report: {path} ({len(runs)} folders, {classes} rows, {audited} of them audited)")
+    logger.info(f"report: {path} ({len(runs)} folders, {classes} rows, {audited} of them audited)")
     for one in runs:
         if not any(row.audit for row in one.rows):
-            say(f"no audit in {one.folder}; to make it: {one.audit_command}")
+            logger.info(f"no audit in {one.folder}; to make it: {one.audit_command}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 import datasets
 from datasets import mini
 from datasets.reader import read_image
-from engine.log import warn
+from engine.log import logger
 from evaluation.report.runs import Method, Run, bad_news_first, methods
 from evaluation.results import run_places
 from evaluation.rows import Row
@@ -199,7 +199,7 @@ def _read(dataset: str, split: str, root: str, images: str) -> list[tuple[str, O
 
 
 def _missing(dataset: str, error: ProblemError) -> list[tuple[str, Opener]]:
-    warn(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
+    logger.warning(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
     return []
 
 

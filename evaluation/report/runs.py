@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from engine.log import warn
+from engine.log import logger
 from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_logs, same_kind
 from evaluation.rows import Row, current_audits, rows_of
 from evaluation.tables import over_folders
@@ -217,7 +217,7 @@ def _results_folders(folder: Path) -> list[Path]:
 
 
 def _closed(error: OSError) -> None:
-    warn(f"report: {error.filename} is left out: {error.strerror}")
+    logger.warning(f"report: {error.filename} is left out: {error.strerror}")
 
 
 def _natural(text: str) -> list[tuple[int, int | str]]:
