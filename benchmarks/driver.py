@@ -45,7 +45,7 @@ PARTS = {
         "forgetting.solvers.constrained.certify_constrained",
         "forgetting.solvers.batched.certify_each",
     ),
-    "evaluating": ("evaluation.judge.Judge.before", "evaluation.judge.Judge.after"),
+    "evaluating": ("evaluation.zero_shot.Evaluator.before", "evaluation.zero_shot.Evaluator.after"),
     "writing": ("trainers.base.merge_results",),
 }
 

@@ -15,7 +15,7 @@ import time
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.cli import COUNT, Parser
-from evaluation.zero_shot import evaluate_classes
+from evaluation.zero_shot import Evaluator
 
 
 def bundle_and_seconds(args: argparse.Namespace, source: ClipSource, cache: str):
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             bundle, seconds = bundle_and_seconds(args, source, shared)
             name = bundle.classnames[number % len(bundle.classnames)]
             started = time.perf_counter()
-            evaluate_classes(bundle, [name])
+            Evaluator(bundle, {}).before([name])
             evaluating = time.perf_counter() - started
             once += seconds + evaluating
             with tempfile.TemporaryDirectory() as fresh:

@@ -1,14 +1,17 @@
-"""Zero-shot classification of a bundle's images, before and after the projection changed.
+"""Zero-shot classification of a bundle's images, before and after edits of the text projection.
 
-A change of low rank moves every class text h by `(h left) right`, so the products of images and
-classes afterwards are those from before plus a product of rank k: thousands of changes are judged
-without embedding or multiplying anything again (`ZeroShot`).
+An edit `left @ right` moves the embedding of a text with hidden state h by `(h left) right`. The
+embeddings of all texts, and the products of images with them, follow from those of the untouched
+model and r numbers per text, so that thousands of edits are evaluated by two matrix products.
+Accuracies are computed in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,111 +20,181 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle
 from forgetting.errors import ProblemError, unknown
 
+if TYPE_CHECKING:
+    from forgetting.problem import LowRankEdit
+
 Factors = tuple[Tensor, Tensor]  # left (w, r), right (r, d) of Delta = left @ right
-BLOCK = 1024  # images at once; always the same ones together, so that rounding is always the same
-# Where a text keeps less than this of its length, the sum would be rounding: it is embedded anew.
-CANCELS = 0.1
-TIE = 5e-7  # where cosines are nearer than that, rounding decides: that of `predict`, always
+BLOCK = 256  # images at once: their scores stay in the processor's cache
+SHORTEST = 1e-12  # of an embedding; no text is divided by a smaller length
 
 
-def class_embeddings(bundle: FeatureBundle, factors: Factors | None = None) -> Tensor:
-    """Unit-norm text embeddings (C, d) of the evaluation prompts.
+def embed(bundle: FeatureBundle, hidden: Tensor) -> Tensor:
+    """Embeddings (n, d), float64, of hidden states (n, w) in the untouched model of a bundle."""
+    return hidden.double() @ bundle.text_projection.double()  # (n, w) @ (w, d)
 
-    Args:
-        bundle: hidden states (C, w) and projection (w, d).
-        factors: the change of the projection; None for the untouched model.
+
+def class_embeddings(bundle: FeatureBundle) -> Tensor:
+    """Unit-norm embeddings (C, d), float32, of the evaluation prompts in the untouched model."""
+    return normalize(bundle.class_hidden @ bundle.text_projection, dim=-1)
+
+
+class EmbeddedTexts:
+    """T texts in the untouched model.
+
+    Attributes:
+        hidden: (T, w), float64; embeddings: (T, d), float64, not normalised.
     """
-    embeddings = bundle.class_hidden @ bundle.text_projection  # (C, w) @ (w, d) -> (C, d)
-    if factors is not None:
-        left, right = factors
-        embeddings = embeddings + (bundle.class_hidden @ left) @ right  # (C, r) @ (r, d)
-    return normalize(embeddings, dim=-1)
+
+    def __init__(self, bundle: FeatureBundle, hidden: Tensor) -> None:
+        self.hidden = hidden.double()
+        self.embeddings = embed(bundle, hidden)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Lengths of the embeddings, (T,)."""
+        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)
+
+    @property
+    def unedited(self) -> EditedTexts:
+        """The texts as they are: after an edit of rank 0."""
+        (count, d) = self.embeddings.shape
+        none = self.embeddings.new_zeros
+        return EditedTexts(self, none(count, 0), none(0, d))
+
+    def edited(self, edits: Sequence[LowRankEdit]) -> list[EditedTexts]:
+        """The texts after each of several edits of the projection."""
+        ranks = [len(edit.right) for edit in edits]
+        lefts = [edit.left.detach().to(self.hidden) for edit in edits]  # (w, r) each
+        ratios = self.hidden @ torch.cat(
+            [self.hidden.new_zeros(self.hidden.shape[1], 0), *lefts], 1
+        )
+        return [
+            EditedTexts(self, ratio.contiguous(), edit.right.detach().to(self.embeddings))
+            for ratio, edit in zip(ratios.split(ranks, dim=1), edits, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class EditedTexts:
+    """T texts after one edit of rank r.
+
+    Attributes:
+        texts: as they were; ratios: `H left`, (T, r), how far each text goes along each row of
+            `right`, (r, d).
+    """
+
+    texts: EmbeddedTexts
+    ratios: Tensor
+    right: Tensor
+
+    def embeddings(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Embeddings (n, d) of the texts `rows`, not normalised."""
+        return torch.addmm(self.texts.embeddings[rows], self.ratios[rows], self.right)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Lengths of the embeddings, (T,)."""
+        return self.embeddings().norm(dim=1).clamp_min(SHORTEST)
+
+    @cached_property
+    def along(self) -> Tensor:
+        """Products of the embeddings before the edit with the rows of `right`, (T, r)."""
+        return self.texts.embeddings @ self.right.T
+
+    @cached_property
+    def cosines_with_before(self) -> Tensor:
+        """Cosine of each text with itself before the edit, (T,)."""
+        products = self.texts.lengths.square() + (self.ratios * self.along).sum(dim=1)
+        return products / (self.texts.lengths * self.lengths)
+
+    def cosines(
+        self,
+        before: Tensor,
+        rows: Tensor | slice = slice(None),
+        columns: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """Cosines (n, m) of the texts `rows` with the texts `columns`.
+
+        Args:
+            before: (n, m), products of their embeddings in the untouched model.
+        """
+        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T / 2
+        moved = self.along + self.ratios @ (self.right @ self.right.T) / 2  # (T, r)
+        mine = torch.cat([self.ratios[rows], moved[rows]], dim=1)  # (n, 2 r)
+        theirs = torch.cat([moved[columns], self.ratios[columns]], dim=1)  # (m, 2 r)
+        products = torch.addmm(before, mine, theirs.T)
+        return products / self.lengths[rows, None] / self.lengths[columns]
+
+    def image_cosines(self, products: Tensor, pulls: Tensor) -> Tensor:
+        """Cosines (N, T) of N unit-norm images with the texts.
+
+        Args:
+            products: (N, T), of the images with the embeddings in the untouched model.
+            pulls: (N, r), of the images with the rows of `right`.
+        """
+        inverse = self.lengths.reciprocal()
+        return (products * inverse).addmm_(pulls, (self.ratios * inverse[:, None]).T)
 
 
 class ZeroShot:
-    """The images of one bundle, classified by its own classes, under any number of changes.
+    """The images of one bundle, classified by the evaluation prompts, under any number of edits.
 
     Attributes:
-        bundle; embeddings: (C, d) of the evaluation prompts, at their own lengths.
+        bundle; texts: the evaluation prompts of its C classes.
     """
 
     def __init__(self, bundle: FeatureBundle) -> None:
         self.bundle = bundle
-        self.embeddings = bundle.class_hidden @ bundle.text_projection  # (C, w) @ (w, d)
+        self.texts = EmbeddedTexts(bundle, bundle.class_hidden)
 
     @cached_property
-    def before(self) -> Tensor:
-        """(N,) bool, whether each image is recognised by the untouched model."""
-        return self.predict() == self.bundle.labels
+    def images(self) -> Tensor:
+        """Unit-norm embeddings (N, d), float64."""
+        return self.bundle.image_features.double()
 
-    def predict(self, factors: Factors | None = None, removed: Sequence[str] = ()) -> Tensor:
-        """The class of highest cosine similarity for every image, (N,) int64, in float32.
+    @cached_property
+    def correct_before(self) -> Tensor:
+        """(N,) bool: whether the untouched model recognises each image."""
+        return self._predict([self.texts.unedited], [()])[0] == self.bundle.labels
+
+    def correct(
+        self, edits: Sequence[LowRankEdit], removed: Sequence[Sequence[str]] | None = None
+    ) -> Tensor:
+        """Whether each image is recognised under each of R edits, (R, N) bool; see `predict`."""
+        return self.predict(edits, removed) == self.bundle.labels
+
+    def predict(
+        self, edits: Sequence[LowRankEdit], removed: Sequence[Sequence[str]] | None = None
+    ) -> Tensor:
+        """The class of highest cosine similarity for every image under each of R edits, (R, N).
 
         Args:
-            removed: class names that are on the list no longer: no image is given one of them.
+            removed: for each edit, class names that are no longer on the list; no image is given
+                one of them.
 
         Raises:
             ProblemError: a removed name is no class, or none is left.
         """
-        gone = _columns(self.bundle, removed)
-        classes = class_embeddings(self.bundle, factors).T  # (d, C)
-        found = torch.empty_like(self.bundle.labels)
-        for rows in self._blocks:
-            found[rows] = self._nearest(rows, classes, gone)
-        return found
+        return self._predict(self.texts.edited(edits), removed or [()] * len(edits))
 
-    def _nearest(self, rows: slice, classes: Tensor, gone: Sequence[int] = ()) -> Tensor:
-        """The nearest class (b,) of each image of a block; `classes` (d, C), unit norm."""
-        similarity = self.bundle.image_features[rows] @ classes  # (b, d) @ (d, C)
-        similarity[:, gone] = -torch.inf
-        return similarity.argmax(dim=1)
-
-    @property
-    def _blocks(self) -> list[slice]:
-        count = len(self.bundle.labels)
-        return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-
-    def correct(self, changes: Sequence[Factors]) -> Tensor:
-        """Whether each image is recognised under each of R changes, (R, N) bool; see `predict`."""
-        bundle = self.bundle
-        images, labels = bundle.image_features, bundle.labels
-        found = torch.empty(len(changes), len(labels), dtype=torch.bool)
-        if not len(labels):
-            return found
-        shares, rights, lengths, anew = [], [], [], []
-        own = self.embeddings.norm(dim=1)  # (C,)
-        for number, (left, right) in enumerate(changes):
-            share = bundle.class_hidden @ left  # (C, w) @ (w, r) -> (C, r)
-            embedded = torch.addmm(self.embeddings, share, right)  # (C, d)
-            length = embedded.norm(dim=1)
-            low = (length < CANCELS * own).nonzero()[:, 0]
-            anew += [(number, int(column), embedded[column]) for column in low]
-            shares.append(share.T.contiguous())
-            rights.append(right)
-            lengths.append(length.clamp_min(1e-12).reciprocal())
-        fresh = torch.stack([row for _, _, row in anew]).T if anew else None  # (d, n)
-        rank = [len(right) for right in rights]
-        every = torch.cat(rights).T  # (d, sum of ranks)
-        scores = images.new_empty(min(BLOCK, len(labels)), len(own))
-        for rows in self._blocks:
-            block, truth = images[rows], labels[rows, None]
-            products = block @ self.embeddings.T  # (b, d) @ (d, C)
-            pulls = (block @ every).split(rank, dim=1)  # R times (b, r)
-            special = block @ fresh if anew else None  # (b, n)
-            out, place = scores[: len(block)], 0
-            for number, (share, length) in enumerate(zip(shares, lengths, strict=True)):
-                torch.addmm(products, pulls[number], share, out=out)
-                while place < len(anew) and anew[place][0] == number:
-                    out[:, anew[place][1]] = special[:, place]
-                    place += 1
-                mine = out.mul_(length).gather(1, truth)[:, 0]  # (b,)
-                lead = mine - out.scatter_(1, truth, -torch.inf).amax(dim=1)
-                if (lead.abs() < TIE).any():
-                    classes = class_embeddings(bundle, changes[number]).T
-                    found[number, rows] = self._nearest(rows, classes) == truth[:, 0]
-                else:
-                    found[number, rows] = lead > 0
-        return found
+    def _predict(self, edited: list[EditedTexts], removed: Sequence[Sequence[str]]) -> Tensor:
+        off_list = [_columns(self.bundle, names) for names in removed]
+        predicted = torch.empty(len(edited), len(self.bundle.labels), dtype=torch.int64)
+        if not predicted.numel():
+            return predicted
+        rights, ranks = torch.cat([each.right for each in edited]), [len(e.right) for e in edited]
+        for start in range(0, len(self.images), BLOCK):
+            images = self.images[start : start + BLOCK]  # (b, d)
+            products = images @ self.texts.embeddings.T  # (b, d) @ (d, C)
+            pulls = (images @ rights.T).split(ranks, dim=1)  # R times (b, r)
+            for row, (each, pull, columns) in enumerate(zip(edited, pulls, off_list, strict=True)):
+                cosines = each.image_cosines(products, pull)  # (b, C)
+                if columns:
+                    cosines[:, columns] = -torch.inf
+                # numpy's argmax takes half the time of torch's.
+                nearest = torch.from_numpy(cosines.numpy().argmax(axis=1))
+                predicted[row, start : start + BLOCK] = nearest
+        return predicted
 
 
 def own_accuracies(
@@ -137,48 +210,68 @@ def own_accuracies(
         `no_cls_acc`, the accuracy over the images of all classes not in `classes`; both between 0
         and 1, None where there is no such image. `acc_train` is None, kept for the format.
     """
-    labels = {name: bundle.classnames.index(name) for name in classes}
-    mine = {name: bundle.labels == label for name, label in labels.items()}
-    others = ~torch.stack(list(mine.values())).any(dim=0)
-    rest = accuracy(correct, others)
+    own = {name: bundle.labels == bundle.classnames.index(name) for name in classes}
+    rest = accuracy(correct, ~torch.stack(list(own.values())).any(dim=0))
     return {
-        name: {
-            "cls_acc_test": accuracy(correct, chosen),
-            "no_cls_acc": rest,
-            "acc_train": None,
-        }
-        for name, chosen in mine.items()
+        name: {"cls_acc_test": accuracy(correct, mine), "no_cls_acc": rest, "acc_train": None}
+        for name, mine in own.items()
     }
 
 
-def evaluate_classes(
-    bundle: FeatureBundle,
-    classes: Sequence[str],
-    factors: Factors | None = None,
-    removed: Sequence[str] = (),
-) -> dict[str, dict[str, float | None]]:
-    """`own_accuracies` of one change; the images of `removed` classes stay, and count as not
-    recognised."""
-    return own_accuracies(
-        bundle, classes, ZeroShot(bundle).predict(factors, removed) == bundle.labels
-    )
-
-
 def accuracy(correct: Tensor, chosen: Tensor | None = None) -> float | None:
-    """The share of the (chosen) images that are recognised; None of no image."""
+    """The fraction of the (chosen) images that are recognised; None of no image."""
     count = len(correct) if chosen is None else int(chosen.sum())
     if not count:
         return None
     return int((correct if chosen is None else correct & chosen).sum()) / count
 
 
+class Evaluator:
+    """Accuracies for log entries: of the classes of one set, and of every other set as a whole."""
+
+    def __init__(self, bundle: FeatureBundle, others: dict[str, FeatureBundle]) -> None:
+        self.own = ZeroShot(bundle)
+        self.others = {name: ZeroShot(other) for name, other in others.items()}
+
+    def before(self, classes: list[str]) -> dict[str, Any]:
+        """The accuracies of the untouched model, as `zero_shot` of a log entry."""
+        bundle = self.own.bundle
+        own = own_accuracies(bundle, classes, self.own.correct_before)
+        return {bundle.dataset: own} | self._others_before
+
+    @cached_property
+    def _others_before(self) -> dict[str, Any]:
+        return {name: _whole(other.correct_before) for name, other in self.others.items()}
+
+    def after(
+        self,
+        requests: Sequence[list[str]],
+        edits: Sequence[LowRankEdit],
+        removed: Sequence[Sequence[str]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The accuracies after each request's edit, as `final_results` of a log entry."""
+        bundle = self.own.bundle
+        correct = self.own.correct(edits, removed)  # (R, N)
+        entries = [
+            {bundle.dataset: own_accuracies(bundle, classes, row)}
+            for classes, row in zip(requests, correct, strict=True)
+        ]
+        for name, other in self.others.items():
+            for entry, row in zip(entries, other.correct(edits), strict=True):
+                entry[name] = _whole(row)
+        return entries
+
+
+def _whole(correct: Tensor) -> dict[str, dict[str, float | None]]:
+    return {"all": {"all_ds": accuracy(correct)}}
+
+
 def _columns(bundle: FeatureBundle, removed: Sequence[str]) -> list[int]:
     """The columns of classes that leave the list."""
     for name in removed:
         if name not in bundle.classnames:
-            raise unknown(
-                f"class to remove from the list of {bundle.dataset}", name, bundle.classnames
-            )
+            what = f"class to remove from the list of {bundle.dataset}"
+            raise unknown(what, name, bundle.classnames)
     if set(bundle.classnames) <= set(removed):
         raise ProblemError(f"every class of {bundle.dataset} is removed: none is left to choose")
     return [bundle.classnames.index(name) for name in removed]

@@ -40,6 +40,7 @@ from experiments.variants import VARIANTS, run_variants
 from experiments.world import World
 from forgetting import AUTO, solve_exact, thresholds
 from forgetting.errors import ProblemError
+from forgetting.problem import Change as LowRankEdit
 from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
@@ -79,9 +80,9 @@ def accuracies(
     if not len(world.bundle.labels):
         names = [*ACCURACIES, *(f"{name} before" for name in ACCURACIES)]
         return [dict.fromkeys(names, math.nan)] * len(answers)
-    changes = [(answer, torch.eye(answer.shape[1])) for answer in answers]
+    edits = [LowRankEdit(answer, torch.eye(answer.shape[1])) for answer in answers]
     found = []
-    for rows in judged(world, [classes] * len(changes), changes):
+    for rows in judged(world, [classes] * len(edits), edits):
         shares = pd.DataFrame(sides(rows), index=["before", "after"], dtype=float)
         after, before = 100 * shares.loc["after"], 100 * shares.loc["before"].add_suffix(" before")
         found.append(after.to_dict() | before.to_dict())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from evaluation.results import join_label
 from evaluation.rows import Change, Row, mean, rows_of
-from evaluation.zero_shot import Factors
 from experiments.solvers import Answer
 from experiments.world import Task, World
+from forgetting.problem import Change as LowRankEdit
 
 PARTS = 10
 SIDES = {
@@ -24,12 +24,12 @@ ALIKE = 1e-6  # singular values within this fraction of each other have no order
 
 
 def judged(
-    world: World, requests: Sequence[list[str]], changes: Sequence[Factors]
+    world: World, requests: Sequence[list[str]], edits: Sequence[LowRankEdit]
 ) -> Iterator[list[Row]]:
     """The accuracies of each request's classes, before and after its change."""
-    after = world.judge.after(list(requests), list(changes), [()] * len(changes))
+    after = world.evaluator.after(requests, edits)
     for classes, accuracies in zip(requests, after, strict=True):
-        entry = {"zero_shot": world.judge.before(classes), "final_results": accuracies}
+        entry = {"zero_shot": world.evaluator.before(classes), "final_results": accuracies}
         yield rows_of({world.bundle.dataset: {join_label(classes): entry}})
 
 
@@ -45,9 +45,8 @@ def cells(world: World, tasks: Sequence[Task], answers: Sequence[Answer]) -> lis
     Accuracies are from 0 to 1; `others_worst` is the change of the set that lost most.
     """
     requests = [task.request.classes for task in tasks]
-    changes = [(answer.left.float(), answer.right.float()) for answer in answers]
     found = []
-    for task, answer, rows in zip(tasks, answers, judged(world, requests, changes), strict=True):
+    for task, answer, rows in zip(tasks, answers, judged(world, requests, answers), strict=True):
         accuracies = sides(rows)
         losses = [x.points for x in rows[0].others.values() if x.points is not None]
         found.append(

@@ -13,8 +13,8 @@ from clip.bundle import FeatureBundle
 from clip.retain import exact_names, retained
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
-from evaluation.judge import Judge
 from evaluation.results import join_label
+from evaluation.zero_shot import Evaluator
 from forgetting import Group, LoraSettings, RetainSet
 from forgetting.context import SpecificTargets
 from forgetting.requests import Request, Requests
@@ -52,7 +52,7 @@ class World:
         exact: config of a run of ForgetExact; paper: that of one of ForgetLoRA, for one class
             (False) and for several at once (True).
         descent: the constants of the paper's descent.
-        texts: of the classes; judge: of the images of all sets.
+        texts: of the classes; evaluator: of the images of all sets.
         retain: what ForgetExact retains; vocabulary: what the paper's objective retains.
         mu: ridge of the constrained form; lam: that of the target specific. Both come from all
             groups together, so that they do not move with what a study retains.
@@ -78,7 +78,7 @@ class World:
             paper_weights(cfg)  # refuses missing ones
         descent = self.paper[False].TRAINER.FORGETLORA
         self.descent = LoraSettings(**{key.lower(): value for key, value in descent.items()})
-        self.texts, self.judge = Texts(bundle), Judge(bundle, others)
+        self.texts, self.evaluator = Texts(bundle), Evaluator(bundle, others)
         found = retained(self.exact, bundle, list(others.values()))
         self.retain, self.mu, self.lam = found.names, found.ridge.mu, found.lam
         self.vocabulary = self.names_alone(self.paper[False].FORGET.SIMILARITY)

@@ -15,7 +15,7 @@ import train
 from clip.bundle import FeatureBundle, bundle_path
 from datasets import mini
 from evaluation.live import Live
-from evaluation.zero_shot import ZeroShot, accuracy
+from evaluation.zero_shot import Evaluator, ZeroShot, accuracy
 
 # The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -66,9 +66,18 @@ def toy_bundle(dataset: str, images_per_class: int = 12) -> FeatureBundle:
     )
 
 
-def whole_set(bundle: FeatureBundle, *change: object) -> float | None:
-    """The accuracy over all images of a set, under a change and without removed names."""
-    return accuracy(ZeroShot(bundle).predict(*change) == bundle.labels)
+def accuracies(bundle: FeatureBundle, classes: list[str], edit=None, removed=()) -> dict:
+    """The accuracies of `classes` of a set as logs have them, under an edit if there is one."""
+    evaluator = Evaluator(bundle, {})
+    if edit is None:
+        return evaluator.before(classes)[bundle.dataset]
+    return evaluator.after([classes], [edit], [removed])[0][bundle.dataset]
+
+
+def whole_set(bundle: FeatureBundle, edit=None) -> float | None:
+    """The accuracy over all images of a set, under an edit if there is one."""
+    zero_shot = ZeroShot(bundle)
+    return accuracy(zero_shot.correct_before if edit is None else zero_shot.correct([edit])[0])
 
 
 @pytest.fixture

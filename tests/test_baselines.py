@@ -14,9 +14,9 @@ from clip.retain import GROUPS, retain_set
 from engine import TRAINER_REGISTRY
 from engine.config import methods
 from evaluation.results import read_logs
-from evaluation.zero_shot import ZeroShot, evaluate_classes
+from evaluation.zero_shot import ZeroShot
 from forgetting import load_adapter
-from tests.conftest import BACKBONE, toy_bundle, whole_set
+from tests.conftest import BACKBONE, accuracies, toy_bundle, whole_set
 from utils import create_results
 
 BASELINES = [
@@ -72,10 +72,9 @@ def test_the_adapter_gives_the_logged_accuracies(name, method, capsys):
         )
         assert adapter.classes == label.split("|") and solver["texts"][: len(adapter.classes)]
         removed = solver.get("removed_names", [])
-        factors = (adapter.left, adapter.right)
-        expected = evaluate_classes(BUNDLE, adapter.classes, factors, removed)
+        expected = accuracies(BUNDLE, adapter.classes, adapter, removed)
         assert logs[label]["final_results"]["ToyAnimals"] == expected
-        tools = whole_set(toy_bundle("ToyTools"), factors)
+        tools = whole_set(toy_bundle("ToyTools"), adapter)
         assert logs[label]["final_results"]["ToyTools"]["all"]["all_ds"] == tools
         again = method(name, *single, "--forget", "cat", "--multiclass", out="again")
         same = load_adapter(again / "ToyAnimals/owl%7Ccat.safetensors")
@@ -111,9 +110,8 @@ def test_nothing_changes_nothing(method):
     adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
     assert adapter.left.shape == (24, 0) and adapter.right.shape == (0, 16)
     assert torch.equal(adapter.apply(BUNDLE.text_projection), BUNDLE.text_projection)
-    assert torch.equal(
-        ZeroShot(BUNDLE).predict((adapter.left, adapter.right)), ZeroShot(BUNDLE).predict()
-    )
+    zero_shot = ZeroShot(BUNDLE)
+    assert torch.equal(zero_shot.correct([adapter])[0], zero_shot.correct_before)
 
 
 def test_a_name_that_left_the_list_is_still_known_in_other_words(method):
@@ -128,7 +126,7 @@ def test_a_name_that_left_the_list_is_still_known_in_other_words(method):
     assert adapter.solver["removed_names"] == ["owl"] and adapter.left.shape[1] == 0
     names = ["Strix" if name == "owl" else name for name in BUNDLE.classnames]
     renamed = replace(BUNDLE, classnames=names)
-    found = evaluate_classes(renamed, ["Strix"], (adapter.left, adapter.right))
+    found = accuracies(renamed, ["Strix"], adapter)
     assert found["Strix"] == before
     solver = read_logs(method("ForgetNothing", "--forget", "owl"))["ToyAnimals"]["owl"]["solver"]
     assert "removed_names" not in solver

@@ -1,44 +1,14 @@
-"""Methods side by side: names off the list, and the table of methods."""
+"""The table of methods."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
-import torch
 
 from evaluation.tables import method_table
-from evaluation.zero_shot import ZeroShot, evaluate_classes
 from forgetting.errors import ProblemError
-from tests.conftest import toy_bundle, whole_set
 from utils import compute_avg_gain, create_results
-
-BUNDLE = toy_bundle("ToyAnimals")
-
-
-def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
-    before = ZeroShot(BUNDLE).predict()
-    after = ZeroShot(BUNDLE).predict(removed=["owl", "cat"])
-    assert set(after.tolist()) == {1, 2, 3, 5}
-    kept = ~torch.isin(before, torch.tensor([0, 4]))
-    assert torch.equal(before[kept], after[kept])
-    # Far from every text a removed name is no better than the others.
-    opposite = replace(BUNDLE, image_features=-BUNDLE.image_features)
-    assert (
-        4 in ZeroShot(opposite).predict().tolist()
-        and 4 not in ZeroShot(opposite).predict(removed=["owl"]).tolist()
-    )
-    found = evaluate_classes(BUNDLE, ["owl", "newt"], removed=["owl"])
-    assert found["owl"]["cls_acc_test"] == 0.0 and found["newt"]["cls_acc_test"] > 0.9
-    assert whole_set(BUNDLE, None, ["owl"]) <= 5 / 6 < whole_set(BUNDLE)
-
-
-def test_removing_what_is_not_there_or_everything_is_refused():
-    with pytest.raises(ProblemError, match=r"unknown class to remove.*did you mean 'owl'"):
-        ZeroShot(BUNDLE).predict(removed=["owls"])
-    with pytest.raises(ProblemError, match="none is left"):
-        ZeroShot(BUNDLE).predict(removed=BUNDLE.classnames)
 
 
 def test_the_table_counts_by_hand(tmp_path):

@@ -12,11 +12,10 @@ import torch
 import train
 from clip.bundle import bundle_path
 from engine.config import paper_weights, setup
-from evaluation import zero_shot
 from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
-from tests.conftest import BACKBONE, toy_bundle
+from tests.conftest import BACKBONE, accuracies, toy_bundle
 from trainers.paper import ForgetLoRA
 from utils import create_results
 
@@ -45,7 +44,7 @@ def test_the_adapter_gives_the_logged_accuracies(toy_args, features):
     entry = logs_of(folder)["ToyAnimals"]["owl"]
     adapter = load_adapter(folder / entry["solver"]["adapter"])
     bundle = toy_bundle("ToyAnimals")
-    found = zero_shot.evaluate_classes(bundle, ["owl"], (adapter.left, adapter.right))
+    found = accuracies(bundle, ["owl"], adapter)
     assert found == entry["final_results"]["ToyAnimals"]
     merged = adapter.apply(bundle.text_projection)  # refuses another projection
     assert torch.allclose(merged, bundle.text_projection + adapter.delta())

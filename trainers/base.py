@@ -7,7 +7,7 @@ depends on, and `solve` from requests to low-rank changes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,6 @@ from engine.determinism import one_thread, seeded
 from engine.files import Batch, sweep
 from engine.log import logger, progress
 from engine.sink import Sink, require
-from evaluation.judge import Judge, outcomes
 from evaluation.results import (
     Finished,
     check_folder,
@@ -42,7 +41,8 @@ from evaluation.results import (
     read_logs,
 )
 from evaluation.rows import mean, rows_of
-from evaluation.zero_shot import accuracy
+from evaluation.rules import Fate, fate
+from evaluation.zero_shot import Evaluator, accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.checks import finite
@@ -358,7 +358,7 @@ class ForgetTrainer(SimpleTrainer):
         self.model.left, self.model.right = solved[-1].left, solved[-1].right
         factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
         with one_thread():
-            accuracies = self.judge.after(block, factors, [answer.removed for answer in solved])
+            accuracies = self.evaluator.after(block, solved, [answer.removed for answer in solved])
         finished = []
         for classes, label, answer, change, after in zip(
             block, labels, solved, factors, accuracies, strict=True
@@ -385,7 +385,7 @@ class ForgetTrainer(SimpleTrainer):
                 report["model"] = f"{path}.pt"
             # Not in the adapter: the same run makes the same file.
             report = report | {"seconds": seconds}
-            before = self.judge.before(classes)
+            before = self.evaluator.before(classes)
             entry = {"final_results": after, "zero_shot": before, "solver": report}
             stored = adapter_bytes(adapter), f"{path}.safetensors"
             finished.append(Finished(label, entry, adapter, *stored))
@@ -425,13 +425,12 @@ class ForgetTrainer(SimpleTrainer):
         return projection_sha256(self.bundle.text_projection)
 
     @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.bundle, self.others)
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.bundle, self.others)
 
     def test(self, split: str | None = None) -> float | None:
         """Zero-shot accuracy of the set as the projection stands; Dassl's entry point."""
-        factors = (self.model.left.cpu(), self.model.right.cpu())
-        return accuracy(self.judge.own.predict(factors) == self.bundle.labels)
+        return accuracy(self.evaluator.own.correct([self.model])[0])
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
@@ -444,3 +443,20 @@ class ForgetTrainer(SimpleTrainer):
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
         report_audit(folder, [dataset])
+
+
+def outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """What became of each class of a request, and of the rest of its set."""
+    for name, was in before.items():
+        now = after[name]
+        shown = ", ".join(
+            f"{what} {_percent(was[key])} -> {_percent(now[key])}"
+            for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
+        )
+        yield f"{name}: {shown}"
+        if fate(was["cls_acc_test"], now["cls_acc_test"]) == Fate.STAYS:
+            yield f"{name}: half of its accuracy or more is left: not forgotten"
+
+
+def _percent(fraction: float | None) -> str:
+    return "no images" if fraction is None else f"{fraction:.1%}"

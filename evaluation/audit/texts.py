@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from evaluation.zero_shot import CANCELS, Factors
+from evaluation.zero_shot import Factors
 
+CANCELS = 0.1  # below this part of its length a text is embedded anew
 SHORTEST = 1e-12  # length of a text: nothing is divided by less
 AT_ONCE = 2**22  # numbers that are gathered
 BOXES = 64  # of texts, which a bound holds for
