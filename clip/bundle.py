@@ -39,6 +39,7 @@ TEXT_KEYS = ("backbone", "weights", "dataset", "split", "template")
 LIST_KEYS = ("classnames", "retain_names")
 # Other words for an audit: all four or none, a row and an entry for each text (see audit_texts).
 AUDIT_HIDDEN = "audit_hidden"
+TEXT_BIAS = "text_bias"  # optional, (d,): what the model adds to `hidden @ text_projection`
 AUDIT_LISTS = ("audit_texts", "audit_classes", "audit_kinds")
 TOLERANCE = 1e-2  # float16 rounding moves a unit norm by less than 1e-3
 
@@ -65,8 +66,14 @@ class FeatureBundle:
     template: str
     classnames: list[str]
     retain_names: list[str]
+    text_bias: Tensor | None = None  # (d,), added to hidden @ text_projection
     extra: dict[str, str] = field(default_factory=dict)
     extra_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """Text embeddings (n, d) of hidden states (n, w), in their dtype, not normalised."""
+        embedded = hidden @ self.text_projection.to(hidden.dtype)  # (n, w) @ (w, d)
+        return embedded if self.text_bias is None else embedded + self.text_bias.to(embedded.dtype)
 
     @property
     def model(self) -> str:
@@ -100,12 +107,14 @@ class FeatureBundle:
             **{key: tensors.pop(key) for key in SHAPES},
             **{key: metadata.pop(key) for key in TEXT_KEYS},
             **{key: _strings(path, key, metadata.pop(key)) for key in LIST_KEYS},
+            text_bias=tensors.pop(TEXT_BIAS, None),
             extra=metadata,
             extra_tensors=tensors,
         )
         bundle.check(path)
         floats = {key: getattr(bundle, key).float() for key in SHAPES if key != "labels"}
-        return replace(bundle, labels=bundle.labels.long(), **floats)
+        bias = None if bundle.text_bias is None else bundle.text_bias.float()
+        return replace(bundle, labels=bundle.labels.long(), text_bias=bias, **floats)
 
     def save(self, path: str | Path) -> None:
         """Check the bundle and write it to `path`, whole or not at all.
@@ -120,6 +129,7 @@ class FeatureBundle:
         metadata |= {key: json.dumps(getattr(self, key), ensure_ascii=False) for key in LIST_KEYS}
         # safetensors refuses tensors that share memory, so each gets its own.
         tensors = {key: getattr(self, key) for key in SHAPES} | self.extra_tensors
+        tensors |= {} if self.text_bias is None else {TEXT_BIAS: self.text_bias}
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         with atomic_path(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=metadata))
@@ -139,6 +149,8 @@ class FeatureBundle:
         rows = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
         sizes = {"1": 1} | {letter: len(lists[key]) for letter, key in rows.items() if key in lists}
         tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
+        if self.text_bias is not None:
+            tensors[TEXT_BIAS] = self.text_bias, "d"
         if "A" in sizes:
             tensors[AUDIT_HIDDEN] = (self.extra_tensors[AUDIT_HIDDEN], "Aw")
         for key, (tensor, letters) in tensors.items():
@@ -247,8 +259,8 @@ def load_bundles(
     bundles = {name: load_bundle(folder, backbone, name) for name in names}
     for name, bundle in bundles.items():
         first = next(iter(bundles.values()))
-        w, other = first.text_projection, bundle.text_projection
-        close = w.shape == other.shape and (w - other).abs().max() <= TOLERANCE * w.abs().max()
+        close = _close(first.text_projection, bundle.text_projection)
+        close = close and _close(first.text_bias, bundle.text_bias)
         differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
         if first.model and bundle.model and first.model != bundle.model:
             differ = "model configs (activation, preprocessing or tokenizer)"
@@ -261,6 +273,13 @@ def load_bundles(
                 "the bundles of a run must come from one model"
             )
     return bundles
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same but for rounding to float16."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
 
 
 def _error(where: str | Path, key: str, problem: str) -> ProblemError:

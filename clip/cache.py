@@ -53,6 +53,13 @@ class FeatureCache:
         path = self._path("projection", [])
         return self._cached(path, lambda: self.source.projection)
 
+    def bias(self) -> Tensor | None:
+        """`text_bias` (d,), or None."""
+        path = self._path("bias", [])
+        none = torch.empty(0)  # a model without is remembered too
+        found = self._cached(path, lambda: none if self.source.bias is None else self.source.bias)
+        return found if len(found) else None
+
     def texts(self, texts: list[str]) -> Tensor:
         """Hidden states (n, w) of `texts`."""
         return self._cached(self._path("texts", texts), lambda: self.source.encode_hidden(texts))

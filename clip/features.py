@@ -86,6 +86,7 @@ def build_bundle(
         retain_hidden=stored.texts(retain_names),
         neutral_hidden=stored.texts([EMPTY_PROMPT]),
         text_projection=stored.projection(),
+        text_bias=stored.bias(),
         backbone=source.arch,
         weights=source.weights_sha256,
         dataset=dataset,

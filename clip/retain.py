@@ -152,13 +152,13 @@ def retained(
 def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool) -> Retained:
     """The ridges of names that a run retains; `others`: whether there are other sets."""
     node = cfg.TRAINER.FORGETEXACT
-    w, mu = bundle.text_projection, node.MU
+    w, b, mu = bundle.text_projection, bundle.text_bias, node.MU
     if mu is None:
         listed = _listed(names)
         leaving = leaving_alone(bundle, listed)
         limit = profile(cfg, others).PUSH if node.PUSH is None else node.PUSH
-        mu = best_ridge(listed, w, bundle.forget_hidden, leaving, float(limit))
-    lam = float(node.SHARED) * names.squared_embedding(w)
+        mu = best_ridge(listed, w, bundle.forget_hidden, leaving, float(limit), b)
+    lam = float(node.SHARED) * names.squared_embedding(w, b)
     return Retained(names, mu, names.ridge(mu), lam)
 
 

@@ -27,7 +27,7 @@ from forgetting.models.reading import cut, warning_of
 # Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # To be changed with `preprocess` or `encode_hidden`: what was cached before is then not used.
-ENCODING = "open_clip's preprocessing of the model's own config; state before the projection; 2"
+ENCODING = "open_clip's preprocessing of the model's own config; state before the projection; 3"
 
 
 class ClipSource:
@@ -256,27 +256,29 @@ class ClipSource:
 
     @cached_property
     def projection(self) -> Tensor:
-        """The last linear map of texts, (w, d), float32 on the CPU. A bias is one more row, for a
-        hidden state that ends in 1."""
+        """The last linear map of texts, (w, d), float32 on the CPU."""
         if _is_plain(self.model):
             return self.model.text_projection.detach().cpu().clone()
-        rows = [self.tower.projection]
-        rows += [self.tower.bias[None]] if self.tower.bias is not None else []
-        return torch.cat(rows).detach().cpu().float().clone()
+        return self.tower.projection.cpu().float().clone()
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """What the model adds to `hidden @ projection`, (d,) float32 on the CPU; None: nothing."""
+        if _is_plain(self.model) or self.tower.bias is None:
+            return None
+        return self.tower.bias.detach().cpu().float().clone()
 
     @torch.no_grad()
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        """Hidden states of `texts`, (n, w) float32 on the CPU: times `projection` they are the
-        model's text embeddings."""
+        """Hidden states of `texts`, (n, w) float32 on the CPU: the model's text embeddings are
+        `hidden @ projection + bias`."""
         if long := cut(self.model, self.tokenizer, texts):
             logger.warning(f"clip: {warning_of(long)}")
         if not _is_plain(self.model):
             try:
-                hidden = self.tower.hidden(texts, batch=batch_size)
+                return self.tower.hidden(texts, batch=batch_size).float()
             except ProblemError as error:
                 raise ProblemError(f"{self.arch}: {error}") from error
-            ones = torch.ones(len(hidden), 0 if self.tower.bias is None else 1)
-            return torch.cat([hidden.float(), ones], dim=1)
         rows = [torch.empty(0, self.model.ln_final.weight.shape[0])]
         for start in progress(range(0, len(texts), batch_size), f"texts, {batch_size} at once"):
             tokens = self.tokenizer(texts[start : start + batch_size]).to(self.device)

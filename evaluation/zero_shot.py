@@ -28,14 +28,9 @@ BLOCK = 256  # images at once: their scores stay in the processor's cache
 SHORTEST = 1e-12  # of an embedding; no text is divided by a smaller length
 
 
-def embed(bundle: FeatureBundle, hidden: Tensor) -> Tensor:
-    """Embeddings (n, d), float64, of hidden states (n, w) in the untouched model of a bundle."""
-    return hidden.double() @ bundle.text_projection.double()  # (n, w) @ (w, d)
-
-
 def class_embeddings(bundle: FeatureBundle) -> Tensor:
     """Unit-norm embeddings (C, d), float32, of the evaluation prompts in the untouched model."""
-    return normalize(bundle.class_hidden @ bundle.text_projection, dim=-1)
+    return normalize(bundle.embed(bundle.class_hidden), dim=-1)
 
 
 class EmbeddedTexts:
@@ -47,7 +42,7 @@ class EmbeddedTexts:
 
     def __init__(self, bundle: FeatureBundle, hidden: Tensor) -> None:
         self.hidden = hidden.double()
-        self.embeddings = embed(bundle, hidden)
+        self.embeddings = bundle.embed(self.hidden)
 
     @cached_property
     def lengths(self) -> Tensor:

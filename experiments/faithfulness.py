@@ -222,6 +222,7 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
                 retain_hidden=source.encode_hidden(vocabulary),
                 neutral_hidden=source.encode_hidden([""]),
                 text_projection=source.projection,
+                text_bias=source.bias,
                 backbone=ENCODER,
                 weights=source.weights_sha256,
                 dataset=dataset,

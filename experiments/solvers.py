@@ -205,7 +205,7 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     retain, leaving = world.retained(tasks, requests)
     target = world.target(tasks[0], requests, _draws(world, tasks), retain, leaving)
     hidden, gone = requests.hidden.double(), requests.any_of(leaving)
-    displacement = target.double() - hidden @ world.bundle.text_projection.double()  # (K, d)
+    displacement = target.double() - world.bundle.embed(hidden)  # (K, d)
     started = time.process_time()
     solutions = solve_constrained_each(
         *(Ridge(retain.gram, world.mu), hidden, displacement, requests.of_text),

@@ -136,7 +136,9 @@ class World:
         if first.solver != "constrained":
             retain, leaving = self.retain, self.texts.leaving(self.retain, requests)
         w = self.bundle.text_projection
-        return SpecificTargets(w, retain, self.lam)(requests, leaving, first.beta)
+        return SpecificTargets(w, retain, self.lam, self.bundle.text_bias)(
+            requests, leaving, first.beta
+        )
 
     def gram(self, task: Task) -> Tensor:
         """`G` (w, w) float64 of what the solver of a task retains by default."""

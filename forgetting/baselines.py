@@ -157,6 +157,7 @@ def ascend(
     lr: float,
     steps: int,
     limit: float,
+    bias: Tensor | None = None,
 ) -> Ascent:
     """Gradient steps on the projection until every text's own class is below `limit`.
 
@@ -174,6 +175,7 @@ def ascend(
             among; own: (k,) int64, each text's class. float64.
         lr: of mean squared embedding length over mean squared hidden length, so that one number
             means the same for every backbone.
+        bias: (d,), what the model adds to `hidden @ projection`; None: nothing.
 
     Returns:
         See `Ascent`.
@@ -186,6 +188,7 @@ def ascend(
     if not len(hidden) or len(names) < 2:
         raise ProblemError("ascent needs a text, and two classes to take it for")
     start = hidden @ projection  # (k, d)
+    start = start if bias is None else start + bias.to(start)
     gram = hidden @ hidden.T  # (k, k)
     rate = lr * float(start.square().sum() / gram.trace())
     mine = torch.nn.functional.one_hot(own, len(names)).to(start)  # (k, C)

@@ -80,16 +80,18 @@ class Solved:
 class AdaptedProjection(nn.Module):
     """CLIP's text projection, frozen, with the low-rank adapter of the class in hand beside it."""
 
-    def __init__(self, projection: Tensor) -> None:
+    def __init__(self, projection: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         w, d = projection.shape
         self.register_buffer("projection", projection)  # (w, d), never written to
+        self.register_buffer("bias", bias)  # (d,), or None
         self.register_buffer("left", projection.new_zeros(w, 0))
         self.register_buffer("right", projection.new_zeros(0, d))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, w) to text embeddings (n, d)."""
-        return hidden @ self.projection + (hidden @ self.left) @ self.right
+        embedded = hidden @ self.projection + (hidden @ self.left) @ self.right
+        return embedded if self.bias is None else embedded + self.bias
 
 
 class ForgetTrainer(SimpleTrainer):
@@ -193,7 +195,8 @@ class ForgetTrainer(SimpleTrainer):
 
     def build_model(self) -> None:
         """The text projection with an adapter: all of CLIP that forgetting changes."""
-        self.model = AdaptedProjection(self.bundle.text_projection.to(self.device))
+        self.model = AdaptedProjection(self.bundle.text_projection, self.bundle.text_bias)
+        self.model.to(self.device)
         self.register_model("text_projection", self.model)
         bundle = self.bundle
         logger.info(
@@ -262,7 +265,16 @@ class ForgetTrainer(SimpleTrainer):
     def targets(
         self, requests: Requests, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
-        """Where the texts are sent: (K, d), and how often noise was drawn for each request."""
+        """Where the texts are sent: (K, d), and how often noise was drawn for each request. Less
+        the model's bias, which nothing moves, so that `target - hidden @ projection` is the way."""
+        target, draws = self.embedded_targets(requests, generators)
+        bias = self.bundle.text_bias
+        return target if bias is None else target - bias.to(target), draws
+
+    def embedded_targets(
+        self, requests: Requests, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[int]]:
+        """The same as embeddings."""
         forget = self.cfg.FORGET
         return self.texts.targets(
             forget.TARGET, float(forget.BETA), float(forget.NOISE_STD), requests, generators

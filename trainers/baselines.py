@@ -99,7 +99,8 @@ class ForgetAscent(ForgetTrainer):
         own = [self.texts.label[request.classes[index]] for index in request.owner]
         own, hidden = torch.tensor(own, device=self.device), request.hidden.double()
         limit, w = node.BELOW / len(names), self.model.projection.double()
-        found = ascend(hidden.to(self.device), w, names, own, node.LR, node.STEPS, limit)
+        hidden, bias = hidden.to(self.device), self.model.bias
+        found = ascend(hidden, w, names, own, node.LR, node.STEPS, limit, bias)
         before, after = float(found.before.max()), float(found.after.max())
         notes = [
             f"{found.steps} steps: probability {before:.3g} -> {after:.3g} (largest of its texts)"

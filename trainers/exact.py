@@ -123,6 +123,7 @@ class ForgetExact(ForgetTrainer):
             margin=node.MARGIN,
             further=self.cfg.FORGET.TARGET in FURTHER,
             option="FORGET.KEEP",
+            bias=self.model.bias,
             solved=self.retained.solved,
         )
 
@@ -134,7 +135,7 @@ class ForgetExact(ForgetTrainer):
         names = [datasets.plain(name) for bundle in bundles for name in bundle.classnames]
         hidden = torch.cat([bundle.class_hidden for bundle in bundles])
         rivals = len(self.bundle.classnames)
-        return Watch(names, hidden.to(self.device), self.model.projection, rivals)
+        return Watch(names, hidden.to(self.device), self.model.projection, rivals, self.model.bias)
 
     def _targets(
         self,
@@ -145,14 +146,16 @@ class ForgetExact(ForgetTrainer):
     ) -> tuple[Tensor, list[int]]:
         """`P` (K, d), and the draws of noise for each request; `betas`: (K,)."""
         if self.cfg.FORGET.TARGET not in FURTHER:
-            return self.targets(requests, generators)
+            return self.embedded_targets(requests, generators)
         if self.cfg.FORGET.TARGET == "opposite":
-            w = self.model.projection.double()
-            target = opposite_target(requests.hidden.to(w), w, betas)
+            embedded = self.bundle.embed(requests.hidden.double()).to(self.device)  # (K, d)
+            target = opposite_target(embedded, torch.eye(embedded.shape[1]).to(embedded), betas)
         else:
             target = self.specific_targets(requests, leaving, betas)
         return target, [0] * len(requests)
 
     @cached_property
     def specific_targets(self) -> SpecificTargets:
-        return SpecificTargets(self.model.projection, self.retain, self.retained.lam)
+        return SpecificTargets(
+            self.model.projection, self.retain, self.retained.lam, self.model.bias
+        )

@@ -151,7 +151,7 @@ class Texts:
         read = [
             torch.stack([*held.values(), *islice(rows, len(new))]) for held, new in found.values()
         ]
-        embedded = torch.cat([*read, bundle.class_hidden[:0]]) @ bundle.text_projection
+        embedded = bundle.embed(torch.cat([*read, bundle.class_hidden[:0]]))
         means = (embedded @ self._classes.T).argmax(dim=1).split(list(map(len, read)))
         for (name, (held, new)), hidden, mean in zip(found.items(), read, means, strict=True):
             texts, known = [*held, *new], (mean == self.label[name]).nonzero()[:, 0]
@@ -216,23 +216,24 @@ class Texts:
         Raises:
             ProblemError: a text or file that cannot be had.
         """
-        w = self.bundle.text_projection
+        embed, d = self.bundle.embed, self.bundle.text_projection.shape[1]
         name, _, value = kind.partition(":")
         count, none = len(requests.hidden), [0] * len(requests)
         if kind == "empty":
-            prompts = self.bundle.neutral_hidden, w, self._classes
+            prompts = embed(self.bundle.neutral_hidden), torch.eye(d), self._classes
             found = []
             for request, generator in zip(requests, generators, strict=True):
                 labels = [self.label[request.classes[index]] for index in request.owner]
                 found.append(empty_target(*prompts, labels, generator, noise_std))
             return torch.cat([target for target, _ in found]), [draws for _, draws in found]
         if kind == "opposite":
-            return opposite_target(requests.hidden.double(), w.double(), beta), none
+            eye = torch.eye(d, dtype=torch.float64)
+            return opposite_target(embed(requests.hidden.double()), eye, beta), none
         if kind == "orthogonal":
-            return orthogonal_target(self._names @ w, count), none
+            return orthogonal_target(embed(self._names), count), none
         if name == "text":
-            return normalize(self._hidden_of(value) @ w, dim=-1).expand(count, -1), none
-        return _vector(Path(value), w.shape[1]).expand(count, -1), none
+            return normalize(embed(self._hidden_of(value)), dim=-1).expand(count, -1), none
+        return _vector(Path(value), d).expand(count, -1), none
 
     @cached_property
     def _classes(self) -> Tensor:

@@ -101,7 +101,7 @@ class Attacker:
         ridge: `G + mu I` of all names by ForgetExact's defaults.
         own_share: what one class of the set weighs in `G`.
         vocabulary: `H_r`, (m, w), the paper's retain set; ratio: `lw / lp` of its constants.
-        projection: `W`, (w, d), which is published.
+        projection: `W`, (w, d), which is published; bias: (d,), or None.
     """
 
     names: list[str]
@@ -111,6 +111,7 @@ class Attacker:
     vocabulary: Tensor
     ratio: float
     projection: Tensor
+    bias: Tensor | None = None
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -139,7 +140,8 @@ class Attacker:
     def unexplained(self) -> Texts:
         """What the other names do not explain of each, and where the original sends that."""
         x = self.alike.directions()
-        return Texts(x, x @ self.projection)  # (n, w), (n, d)
+        embedded = x @ self.projection  # (n, d)
+        return Texts(x, embedded if self.bias is None else embedded + self.bias)
 
     @cached_property
     def unexplained_lengths(self) -> Tensor:
@@ -225,4 +227,5 @@ def attacker(common: Common) -> Attacker:
         vocabulary=bundle.retain_hidden.double(),
         ratio=paper.LAMB_WEIGHT * paper.RANK / paper.ALPHA / modes["SINGLE"][0],
         projection=bundle.text_projection.double(),
+        bias=None if bundle.text_bias is None else bundle.text_bias.double(),
     )

@@ -83,7 +83,7 @@ class Common:
         bundle, others = self.bundle, self.others.values()
         parts = bundle.class_hidden, bundle.retain_hidden, *(each.class_hidden for each in others)
         hidden = torch.cat(parts)
-        return Texts(hidden, hidden @ bundle.text_projection)  # (T, w) @ (w, d)
+        return Texts(hidden, bundle.embed(hidden))  # (T, w), (T, d)
 
     @cached_property
     def products(self) -> Tensor:
@@ -179,7 +179,7 @@ class Model:
     def embed(self, hidden: Tensor) -> Tensor:
         """Text embeddings (n, d) of hidden states (n, w), not normalised."""
         left, right = self.change
-        return hidden @ self.bundle.text_projection + (hidden @ left) @ right  # (n, r) @ (r, d)
+        return self.bundle.embed(hidden) + (hidden @ left) @ right  # (n, r) @ (r, d)
 
     @cached_property
     def texts(self) -> Tensor:

@@ -181,7 +181,7 @@ def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
         texts[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
     )  # (d,)
     if start.named:
-        length = (bundle.class_hidden[label] @ bundle.text_projection).norm()
+        length = bundle.embed(bundle.class_hidden[label]).norm()
         way = length * target - start.model.texts[label]  # (d,)
         texts = normalize(start.model.texts + start.pulls * way, dim=1)  # (C, d)
     else:

@@ -225,9 +225,11 @@ class Live:
         new = self.source.encode_hidden(self._prompts(names[len(self.names) :]))
         hidden = torch.cat([self.hidden, new])
         before = now = hidden @ self.source.projection
+        if self.source.bias is not None:
+            before = now = before + self.source.bias
         if found is not None:
             left, right = found.adapter.left, found.adapter.right
-            now = before + (hidden[:, : len(left)] @ left) @ right  # a bias, a row more, stays
+            now = before + (hidden @ left) @ right
         return [normalize(x, dim=1) for x in (before, now)]
 
     def _prompts(self, names: Sequence[str]) -> list[str]:

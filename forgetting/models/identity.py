@@ -130,7 +130,10 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
                 made = changed_sha256(adapter, original.to(x), transposed)
                 known = tensor_sha256(x) in made
             if known:
-                return Encoder(model, _unread, name, x, transposed, None, False)
+                stem, _, last = name.rpartition(".")  # of a torch.nn.Linear
+                bias = there.get(f"{stem}.bias") if last == "weight" else None
+                bias = None if bias is None else bias.detach()
+                return Encoder(model, _unread, name, x, transposed, bias, False)
     raise ProblemError(
         f"{type(model).__name__} does not hold the projection that the adapter was made for "
         f"({adapter.backbone})"
