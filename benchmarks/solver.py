@@ -36,7 +36,7 @@ from forgetting import (
     solve_exact,
     solve_lora_each,
 )
-from forgetting.solvers.exact import settle
+from forgetting.solvers.exact import resolve_auto_weight
 
 NAMES = (10**2, 10**3, 10**4, 10**5, 10**6)
 CLASSES = (10, 30, 100, 300, 1000)
@@ -158,7 +158,9 @@ def descents(work: Workload) -> pd.DataFrame:
     trial = LoraSettings(max_trials=1)
     rows = []
     started = time.perf_counter()
-    objective = plain_descent(settle(work.first(1).problem.part(torch.arange(1), ~work.leaving[0])))
+    objective = plain_descent(
+        resolve_auto_weight(work.first(1).problem.part(torch.arange(1), ~work.leaving[0]))
+    )
     alone = time.perf_counter() - started
     optimum = solve_each(work.problem, work.leaving)
     rows.append(("autograd, one by one", 1, alone, 1.0, objective / float(optimum.primal[0]) - 1))

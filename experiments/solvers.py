@@ -32,7 +32,7 @@ from forgetting import (
     solve_lora_each,
     solve_requests,
 )
-from forgetting.requests import Requests
+from forgetting.problem import Batch
 
 DEFAULT_TARGETS = {"lora": "empty", "optimum": "empty", "constrained": "specific"}
 MAX_TRIALS = 3  # of the descent's retry: a weight below c* is raised beforehand, so one is enough
@@ -137,7 +137,7 @@ def problem_of(world: World, classes: list[str]) -> ForgetProblem:
 
 def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Generator]) -> Paper:
     """The paper's problem of tasks of one setting; `draws`: random numbers of their targets."""
-    first, requests = tasks[0], Requests([task.request for task in tasks])
+    first, requests = tasks[0], Batch([task.request for task in tasks])
     cfg, w = world.paper[len(first.request.classes) > 1], world.bundle.text_projection
     retain, leaving = world.retained(tasks, requests)
     problem = ForgetProblem(
@@ -149,7 +149,7 @@ def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Gen
         alpha=cfg.FORGET.ALPHA,
         **paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {}),
     )
-    return Paper(problem, requests.of_text, requests.any_of(leaving))
+    return Paper(problem, requests.of_text, requests.of_requests(leaving))
 
 
 def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
@@ -201,10 +201,10 @@ def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
 
 def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
-    requests = Requests([task.request for task in tasks])
+    requests = Batch([task.request for task in tasks])
     retain, leaving = world.retained(tasks, requests)
     target = world.target(tasks[0], requests, _draws(world, tasks), retain, leaving)
-    hidden, gone = requests.hidden.double(), requests.any_of(leaving)
+    hidden, gone = requests.hidden.double(), requests.of_requests(leaving)
     displacement = target.double() - world.bundle.embed(hidden)  # (K, d)
     started = time.process_time()
     solutions = solve_constrained_each(

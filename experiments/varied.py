@@ -14,7 +14,7 @@ from clip.audit_texts import audit_rows
 from experiments.measure import spectrum_cells
 from experiments.solvers import SOLVERS, Answer, task
 from experiments.world import Task, World
-from forgetting.requests import Request
+from forgetting.problem import Request
 
 NEAR = 100  # retained names of the study `retained`
 COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10000)

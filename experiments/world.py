@@ -17,7 +17,7 @@ from evaluation.results import join_label
 from evaluation.zero_shot import Evaluator
 from forgetting import Group, LoraSettings, RetainSet
 from forgetting.context import SpecificTargets
-from forgetting.requests import Request, Requests
+from forgetting.problem import Batch, Request
 from trainers.requests import Texts
 
 
@@ -100,9 +100,9 @@ class World:
         """(n,) rows of the vocabulary that a study of retained names may pick from: those that
         neither mean the class nor are more similar to it than the limit."""
         names = self.names_alone(self.exact.FORGET.SIMILARITY)
-        return torch.nonzero(~self.texts.leaving(names, Requests([request]))[0])[:, 0]
+        return torch.nonzero(~self.texts.leaving(names, Batch([request]))[0])[:, 0]
 
-    def retained(self, tasks: Sequence[Task], requests: Requests) -> tuple[RetainSet, Tensor]:
+    def retained(self, tasks: Sequence[Task], requests: Batch) -> tuple[RetainSet, Tensor]:
         """What tasks of one setting retain, and which names leave with each class, (C, n) bool.
 
         Tasks that pick their names retain all that any of them picks; from each of them the others
@@ -123,7 +123,7 @@ class World:
     def target(
         self,
         first: Task,
-        requests: Requests,
+        requests: Batch,
         generators: Sequence[torch.Generator],
         retain: RetainSet,
         leaving: Tensor,
@@ -142,9 +142,9 @@ class World:
 
     def gram(self, task: Task) -> Tensor:
         """`G` (w, w) float64 of what the solver of a task retains by default."""
-        requests = Requests([task.request])
+        requests = Batch([task.request])
         retain, leaving = self.retained([replace(task, pick=None, off="")], requests)
-        stay = ~requests.any_of(leaving)[0]
+        stay = ~requests.of_requests(leaving)[0]
         rows = retain.rows[stay].double()
         return (rows.T * retain.shares[stay]) @ rows  # (w, m) @ (m, w) -> (w, w)
 

@@ -17,7 +17,7 @@ _MODULES = {
     "problem": ("AUTO", "ForgetProblem"),
     "solvers.certificate": ("Certificate",),
     "solvers.spectrum": ("Spectrum",),
-    "solvers.exact": ("settle", "solve_exact", "thresholds"),
+    "solvers.exact": ("resolve_auto_weight", "solve_exact", "thresholds"),
     "solvers.batched": ("solve_each", "solve_requests"),
     "solvers.lora": ("LoraSettings", "LoraSolution", "solve_lora", "solve_lora_each"),
     "solvers.constrained": ("Ridge", "solve_constrained", "solve_constrained_each"),

@@ -30,7 +30,7 @@ from forgetting.models.identity import changed_sha256, describe
 from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize, warning_of
 from forgetting.models.vocabulary import ALIKE, CACHE, generic_hidden
-from forgetting.requests import Requests
+from forgetting.problem import Batch
 from forgetting.retain import Group, RetainSet
 from forgetting.ridge import best_ridge
 from forgetting.targets import FURTHER
@@ -135,7 +135,7 @@ def forget(
     request, wordings = book.request(), book.wordings()
     names_kept = RetainSet(groups, check(similarity, WEIGHT, "similarity"), here, ALIKE)
 
-    def leaving(requests: Requests) -> Tensor:
+    def leaving(requests: Batch) -> Tensor:
         return names_kept.leaving(words.same(requests.classes), requests.hidden, requests.owner)
 
     mu = ridge
@@ -147,7 +147,7 @@ def forget(
     mu = check(mu, POSITIVE, "ridge")
     lam = check(shared, POSITIVE, "shared") * names_kept.squared_embedding(w, b)
 
-    gone = leaving(Requests([request])).any(dim=0)
+    gone = leaving(Batch([request])).any(dim=0)
     last = book.rows([fill(words.templates[-1], name) for name in (*words.names, *words.retain)])
     stay = [i for i, n in enumerate(common) if not gone[_start(names_kept, "generic") + i]]
     rivals = [i for i, name in enumerate(words.retain) if name not in words.gone]
@@ -159,7 +159,7 @@ def forget(
     specific = SpecificTargets(w, names_kept, lam, b)
 
     def send(
-        requests: Requests, gone: Tensor, numbers: Sequence[int], betas: Tensor
+        requests: Batch, gone: Tensor, numbers: Sequence[int], betas: Tensor
     ) -> tuple[Tensor, list[int]]:
         if isinstance(target, str) and target == "specific":
             return specific(requests, gone, betas), [0]

@@ -16,7 +16,7 @@ from forgetting.displacement import Watch
 from forgetting.errors import ProblemError, shown
 from forgetting.models.encoder import Encoder
 from forgetting.models.reading import cut
-from forgetting.requests import Request, Requests, Wordings
+from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.targets import (
     FURTHER,
     TARGETS,
@@ -109,18 +109,18 @@ class Book:
                     owner.append(number)
         return Request(list(self.asked.names), texts, self.rows(texts), owner)
 
-    def wordings(self) -> dict[str, Wordings]:
+    def wordings(self) -> dict[str, Paraphrases]:
         """The same in the other templates."""
         found = {}
         for name in self.asked.names:
             words = (name, *self.asked.also.get(name, ()))
             texts = [fill(form, word) for form in self.asked.templates[1:] for word in words]
             texts = list(dict.fromkeys(texts))
-            found[name] = Wordings(texts, self.rows(texts))
+            found[name] = Paraphrases(texts, self.rows(texts))
         return found
 
     def targets(
-        self, requests: Requests, watch: Watch, rows: Tensor, betas: Tensor
+        self, requests: Batch, watch: Watch, rows: Tensor, betas: Tensor
     ) -> tuple[Tensor, list[int]]:
         """`P` (k, d) for every target but `specific`, and the draws of noise; `betas`: (k,)."""
         kind, here = self.target, watch.hidden.device

@@ -33,7 +33,7 @@ from forgetting.checks import (
     whole,
 )
 from forgetting.errors import ProblemError
-from forgetting.problem import Change
+from forgetting.problem import LowRankEdit
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
@@ -139,7 +139,7 @@ def noise(
 
 
 @dataclass(frozen=True)
-class Ascent(Change):
+class Ascent(LowRankEdit):
     """`Delta = left @ right`, left (w, k) and right (k, d); how many steps it took and whether all
     texts got below the limit; each text's probability of its own class (k,) before and after."""
 

@@ -5,7 +5,7 @@
 
 Adding two changes is wrong: each moves the other's texts. In the constrained form `K_0 = G + mu I`
 is the same for every request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again
-with any other, without G and without W (`forgetting.solvers.constrained.land`). The paper's objective has
+with any other, without G and without W (`forgetting.solvers.constrained.solve_constraints`). The paper's objective has
 a mu that depends on the request; it is solved again from the retain statistics (`--statistics`).
 """
 
@@ -38,10 +38,10 @@ from forgetting.adapter import (
 )
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import refuse_taken
-from forgetting.problem import NUMBERS, Change, ForgetProblem
+from forgetting.problem import NUMBERS, ForgetProblem, LowRankEdit
 from forgetting.solvers.certificate import POOR, certify_constrained
-from forgetting.solvers.constrained import land
-from forgetting.solvers.exact import settle, solve_exact
+from forgetting.solvers.constrained import solve_constraints
+from forgetting.solvers.exact import resolve_auto_weight, solve_exact
 from forgetting.statistics import RetainStatistics, square_root
 
 ROWS = {name: dims[0] for name, (_, dims) in columns("constrained").items()}  # forget or leaving
@@ -54,7 +54,7 @@ CHUNK = 1024  # rows that are compared with all others at one time
 
 
 @dataclass(frozen=True)
-class Composed(Change):
+class Composed(LowRankEdit):
     """An answer, left (w, p) orthonormal, right (p, d), float64, and a report."""
 
     report: dict[str, Any]
@@ -117,7 +117,7 @@ def _solve_constrained(
     inner = torch.cat([h_f, gone], dim=1) @ torch.cat([base, gone_base], dim=1).mT
     if norm(inner - inner.mT) > POOR * norm(inner):  # of K_0^-1, which is symmetric
         raise ProblemError("the adapters' columns are not of their texts and of one K_0")
-    left, right = land(h_f, base, gone, gone_base, shares, d)
+    left, right = solve_constraints(h_f, base, gone, gone_base, shares, d)
     size, missed = float(norm(d)), float(norm((h_f @ left) @ right - d))
     # tr Delta^T K Delta at the optimum, where K Delta = H_f^T right
     report = {"objective": float((right * d).sum()), "residual": missed / size if size else missed}
@@ -146,7 +146,7 @@ def _solve_paper(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a poor gap, which is refused
-        problem = settle(problem)
+        problem = resolve_auto_weight(problem)
         solution = solve_exact(problem)
     report = {
         "lamb_forget": problem.lamb_forget,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forgetting.adapter import Part, recipe_parts
 from forgetting.displacement import AffectedName, Margin, Watch, follow, shares_each, worst
-from forgetting.requests import Request, Requests, Wordings
+from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import RetainSet
 from forgetting.solvers.certificate import POOR
 from forgetting.solvers.constrained import ConstrainedSolution, Ridge, solve_constrained_each
@@ -53,8 +53,8 @@ class World:
     projection: Tensor
     watch: Watch
     label: Mapping[str, int]
-    leaving: Callable[[Requests], Tensor]
-    send: Callable[[Requests, Tensor, Sequence[int], Tensor], tuple[Tensor, list[int]]]
+    leaving: Callable[[Batch], Tensor]
+    send: Callable[[Batch, Tensor, Sequence[int], Tensor], tuple[Tensor, list[int]]]
     dataset: str
     follow: float
     margin: float
@@ -179,7 +179,7 @@ def proof(gap: float) -> str:
 def forget_completely(
     world: World,
     requests: Sequence[Request],
-    wordings: Mapping[str, Wordings],
+    wordings: Mapping[str, Paraphrases],
     beta: float = 0.0,
 ) -> list[Answer]:
     """Forget each request from the original model.
@@ -198,7 +198,7 @@ def forget_completely(
         again = []
         for i, answer in enumerate(answers):
             if behind := _behind(world, answer, wordings):
-                current[i] = current[i].joined(behind)
+                current[i] = current[i].with_texts(behind)
             elif further := _further(world, answer):
                 betas[i] = further
             else:
@@ -224,7 +224,7 @@ def _solve(
     betas: Sequence[list[float]],
 ) -> list[Answer]:
     """One solve of each request; `numbers`: their places among all; `betas`: of their classes."""
-    retain, ridge, requests = world.retain, world.ridge, Requests(current)
+    retain, ridge, requests = world.retain, world.ridge, Batch(current)
     leaving = world.leaving(requests)  # (C, n)
     each_class = torch.tensor([beta for part in betas for beta in part], dtype=torch.float64)
     target, draws = world.send(requests, leaving, numbers, each_class[requests.owner])
@@ -234,7 +234,7 @@ def _solve(
         here = here + world.bias.to(here)
     displacement = target.double().to(world.device) - here  # D = P - (H W + b)
     # A name that leaves with two classes of one request leaves once.
-    gone = requests.any_of(leaving)
+    gone = requests.of_requests(leaving)
     solutions = solve_constrained_each(
         ridge, hidden, displacement, requests.of_text, retain.rows, retain.shares, gone
     )
@@ -284,7 +284,7 @@ def _further(world: World, answer: Answer) -> list[float] | None:
 
 
 def _behind(
-    world: World, answer: Answer, wordings: Mapping[str, Wordings]
+    world: World, answer: Answer, wordings: Mapping[str, Paraphrases]
 ) -> list[tuple[int, str, Tensor]]:
     """Of each class (by number) that may be joined by more the wording that follows its texts
     least, if it hardly does."""
@@ -308,7 +308,7 @@ def _follow(world: World, answer: Answer, number: int, hidden: Tensor) -> Tensor
     return follow(left, right, text.to(world.device), hidden.to(world.device))
 
 
-def _shares(world: World, answer: Answer, wordings: Mapping[str, Wordings]) -> dict[str, float]:
+def _shares(world: World, answer: Answer, wordings: Mapping[str, Paraphrases]) -> dict[str, float]:
     """How far each wording of the classes follows."""
     return {
         text: share
@@ -323,9 +323,9 @@ def _shares(world: World, answer: Answer, wordings: Mapping[str, Wordings]) -> d
 
 def _unlisted(world: World, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Group -> what names like those of the group would feel that nobody listed."""
-    retain, requests = world.retain, Requests([answer.request for answer in answers])
+    retain, requests = world.retain, Batch([answer.request for answer in answers])
     rows = requests.hidden.double().to(world.device)
-    gone = requests.any_of(world.leaving(requests))
+    gone = requests.of_requests(world.leaving(requests))
     moved = torch.cat(
         [
             (part @ answer.solution.left.float().to(part)) @ answer.solution.right.float().to(part)
@@ -374,7 +374,7 @@ class SpecificTargets:
         w, bias = self._embed
         return hidden.to(w) @ w + bias
 
-    def __call__(self, requests: Requests, leaving: Tensor, beta: float | Tensor) -> Tensor:
+    def __call__(self, requests: Batch, leaving: Tensor, beta: float | Tensor) -> Tensor:
         """Args:
         leaving: (C, n) bool, the names that leave with each class.
         """

@@ -23,9 +23,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting.checks import matrix
-from forgetting.problem import Change
-from forgetting.solvers.batches import BATCH_NUMBERS, padded
-from forgetting.solvers.constrained import Ridge, downdate, inner_root, inverse, requests
+from forgetting.problem import LowRankEdit, pad_indices
+from forgetting.solvers.constrained import (
+    BATCH_NUMBERS,
+    Ridge,
+    downdate,
+    pinv_psd,
+    request_batches,
+    woodbury_cholesky,
+)
 
 SHOWN = 5  # names that feel most
 SHORTEST = 1e-300
@@ -117,16 +123,16 @@ def shares_each(
     pairs = bool(two.any())
     alone, across = (solved * r).sum(dim=1), (solved * r[twin]).sum(dim=1)  # r K_0^-1 r^T, (n,)
     left_out = leaving.to(h.device) & (shares.to(h) > 0)
-    for numbers, texts, base, gone in requests(ridge, h, owner, rows, shares, leaving):
+    for numbers, texts, base, gone in request_batches(ridge, h, owner, rows, shares, leaving):
         columns = downdate(h[texts], base, *gone)  # (B, k, w)
         a = columns @ r.T  # H_f K^-1 r^T, (B, k, n)
-        s = inverse(h[texts] @ columns.mT) @ a  # (B, k, n)
+        s = pinv_psd(h[texts] @ columns.mT) @ a  # (B, k, n)
         own, cross = alone.expand(len(numbers), -1), across.expand(len(numbers), -1)
         if gone[0].shape[1]:
             # Many requests lose the same names: a product for each name, not for each request.
-            few, which = padded(left_out[numbers], shares)[0].unique(return_inverse=True)
+            few, which = pad_indices(left_out[numbers], shares)[0].unique(return_inverse=True)
             met = (solved[few] @ r.T)[which] * (gone[2] > 0)[..., None]  # (B, n', n)
-            pulled = torch.linalg.solve_triangular(inner_root(*gone), met, upper=False)
+            pulled = torch.linalg.solve_triangular(woodbury_cholesky(*gone), met, upper=False)
             own = own + pulled.square().sum(dim=1)  # (B, n)
             if pairs:
                 cross = cross + (pulled * pulled[:, :, twin]).sum(dim=1)
@@ -194,7 +200,7 @@ class Watch:
         return 1 - torch.cat(parts)
 
     def each(
-        self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
+        self, changes: Sequence[LowRankEdit], forgotten: Sequence[Sequence[int]]
     ) -> list[tuple[list[AffectedName], list[Margin]]]:
         """For each change the names that lose most cosine, and of each text that it forgets the
         margin and the lead of `Forecast`: None where there is no other name, or nothing is left
@@ -214,7 +220,7 @@ class Watch:
         return [found[number] for number in range(len(changes))]
 
     def _block(
-        self, changes: Sequence[Change], forgotten: Sequence[Sequence[int]]
+        self, changes: Sequence[LowRankEdit], forgotten: Sequence[Sequence[int]]
     ) -> list[tuple[list[AffectedName], list[Margin]]]:
         """`each` of B changes of one rank k."""
         hidden, before, length = self._double

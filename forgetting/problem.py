@@ -1,9 +1,11 @@
-"""The paper's problem: which texts to move where, which to leave, and at what price."""
+"""The paper's problem, requests to forget classes, and the low-rank edit that answers them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +25,8 @@ TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
 
 @dataclass(frozen=True)
-class Change:
-    """An answer of low rank: `Delta = left @ right` with left (w, r), right (r, d)."""
+class LowRankEdit:
+    """A low-rank change of a text projection: `Delta = left @ right`, left (w, r), right (r, d)."""
 
     left: Tensor
     right: Tensor
@@ -55,7 +57,7 @@ class ForgetProblem:
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
             `lamb_forget` may be "auto": each solver then takes a value just above the threshold c*
-            (`forgetting.solvers.exact.settle`), which is where the paper's retry loop ends.
+            (`forgetting.solvers.exact.resolve_auto_weight`), which is where the paper's retry loop ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
     Raises:
@@ -149,3 +151,119 @@ class ForgetProblem:
         if before == 0:
             return 1.0 if after == 0 else 0.0
         return float((before - after).abs() / before)
+
+
+class Paraphrases(NamedTuple):
+    """Other texts that mean a class, and their hidden states (n, w)."""
+
+    texts: list[str]
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """Classes to forget at once, and all that a solve needs to know of them.
+
+    Attributes:
+        classes: C names.
+        texts: k texts by which they are forgotten; hidden: (k, w), their hidden states.
+        owner: k indices into `classes`, the class of each text.
+        same: for each class the names, in small letters, that mean the same as it. They are not
+            retained while it is forgotten.
+        paraphrases: for each class other texts that mean it; empty if there are none to check.
+        seed: of the noise that a target may draw.
+    """
+
+    classes: list[str]
+    texts: list[str]
+    hidden: Tensor
+    owner: list[int]
+    same: Sequence[Collection[str]] = ()
+    paraphrases: Sequence[Paraphrases] = field(default=(), repr=False)
+    seed: int = 0
+
+    def with_texts(self, more: Sequence[tuple[int, str, Tensor]]) -> Request:
+        """The request with more texts: for each its class (an index), text and hidden state."""
+        owners, texts, rows = zip(*more, strict=True)
+        return replace(
+            self,
+            texts=[*self.texts, *texts],
+            hidden=torch.cat([self.hidden, torch.stack(rows)]),
+            owner=[*self.owner, *owners],
+        )
+
+
+class Batch(Sequence[Request]):
+    """Requests that are solved together, each from the original model, their tensors stacked.
+
+    Attributes:
+        classes: C names, request by request; same: what means the same as each of them.
+        hidden: (K, w), the hidden states of all texts; sizes: the number of texts of each request.
+        of_class: (C,) int64, the request of each class; of_text: (K,) int64, that of each text.
+        owner: (K,) int64, the class (0 .. C - 1) of each text.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = list(requests)
+        self.classes = [name for request in requests for name in request.classes]
+        self.same = [names for request in requests for names in request.same]
+        self.hidden = torch.cat([request.hidden for request in requests])
+        sizes = torch.tensor([len(request.classes) for request in requests])
+        first = sizes.cumsum(0) - sizes
+        number = torch.arange(len(requests))
+        self.of_class = number.repeat_interleave(sizes)
+        self.sizes = [len(request.texts) for request in requests]
+        self.of_text = number.repeat_interleave(torch.tensor(self.sizes))
+        owner = [index for request in requests for index in request.owner]
+        self.owner = torch.tensor(owner) + first[self.of_text]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Request:
+        return self._requests[index]
+
+    def of_requests(self, of_classes: Tensor) -> Tensor:
+        """From masks of the classes (C, n) those of the requests (R, n): the union of each."""
+        found = torch.zeros(len(self), of_classes.shape[1], dtype=torch.bool)
+        found = found.to(of_classes.device)
+        for row, request in zip(of_classes, self.of_class.tolist(), strict=True):
+            found[request] |= row
+        return found
+
+
+def texts_per_request(owner: Tensor, requests: int) -> Tensor:
+    """The number of texts of each request, (R,), from the request (K,) of each text.
+
+    Raises:
+        ProblemError: a request without a text.
+    """
+    count = torch.bincount(owner, minlength=requests)
+    if len(count) != requests or not count.all():
+        raise ProblemError("each request needs at least one text, and each text one request")
+    return count
+
+
+def pad_indices(mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that each row of a mask marks, as lists of equal length.
+
+    Args:
+        mask: (B, n) bool; weights: (n,), of the columns.
+
+    Returns:
+        indices (B, n') of columns, and their weights (B, n'), which are 0 where a list is padded.
+    """
+    row, column = mask.nonzero(as_tuple=True)  # row by row
+    count = torch.bincount(row, minlength=len(mask))  # (B,)
+    slot = torch.arange(len(column), device=column.device) - (count.cumsum(0) - count)[row]
+    indices = column.new_zeros(len(mask), int(count.max()) if len(count) else 0)
+    padded = weights.new_zeros(indices.shape)
+    indices[row, slot], padded[row, slot] = column, weights[column]
+    return indices, padded
+
+
+def pad_rows(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (B, n', w) of (n, w) that each row of a mask (B, n) marks, zero where a list is
+    padded, and 1 for those that are not padding, (B, n', 1)."""
+    indices, present = pad_indices(mask, rows.new_ones(len(rows)))
+    return rows[indices] * present[..., None], present[..., None]

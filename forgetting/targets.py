@@ -27,7 +27,7 @@ from forgetting.checks import (
     whole,
 )
 from forgetting.errors import ProblemError
-from forgetting.solvers.constrained import Ridge, downdate, requests
+from forgetting.solvers.constrained import Ridge, downdate, request_batches
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
 FURTHER = ("specific", "opposite")  # those that can go further, by beta
@@ -163,7 +163,7 @@ class Specific:
             leaving = mask("leaving", leaving, len(rows), len(e)).to(w.device)
             some, alone = leaving.any(dim=0), torch.arange(len(e))
             away = rows[some] @ w, vector("shares", shares, len(rows))[some], leaving[:, some]
-            for _, numbers, base, gone in requests(self._ridge, e, alone, *away):
+            for _, numbers, base, gone in request_batches(self._ridge, e, alone, *away):
                 r[numbers] = downdate(e[numbers], base, *gone)
         length = (r * r).sum(1, keepdim=True)
         share = (e * r).sum(1, keepdim=True) / length

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from clip.bundle import load_bundle
 from forgetting import ForgetProblem, LoraSettings, solve_lora
 from forgetting.solvers.certificate import certify
-from forgetting.solvers.exact import settle, solve_exact, thresholds
+from forgetting.solvers.exact import resolve_auto_weight, solve_exact, thresholds
 from forgetting.solvers.spectrum import Reduced, Spectrum
 from tests.conftest import REPOSITORY
 
@@ -195,7 +195,7 @@ def test_a_wrong_mu_shows_a_gap(solved, factor):
         pytest.skip("mu is 0 there")
     reduced = Reduced(problem, Spectrum(problem.retain_hidden, precise=True))
     mu = factor * solution.mu
-    left = reduced.change(mu)
+    left = reduced.left_factor(mu)
     a = reduced.a(mu) + solution.rho * mu * torch.eye(len(left.T), dtype=torch.float64)
     z = torch.linalg.solve(a, reduced.d)
     y = reduced.rotation @ z * (reduced.lw / torch.linalg.matrix_norm(left @ z))
@@ -249,7 +249,7 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed):
         assert at(1.001 * limits.reach).rho == 0
         if k > 1 and limits.reach > 1.01 * limits.start:
             assert at(0.999 * limits.reach).rho > 0
-        auto = settle(replace(problem, lamb_forget="auto")).lamb_forget
+        auto = resolve_auto_weight(replace(problem, lamb_forget="auto")).lamb_forget
         assert limits.reach < auto < 1.01 * limits.reach
         assert problem.reduction(at(auto).delta) == pytest.approx(1, abs=1e-6)
 

@@ -23,7 +23,7 @@ from experiments.studies import main
 from experiments.varied import NEAR, STUDIES
 from experiments.world import Task, World
 from forgetting import load_adapter, thresholds
-from forgetting.requests import Requests
+from forgetting.problem import Batch
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 
 SHORT = ["TRAINER.FORGETLORA.STEPS", "200", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
@@ -159,7 +159,7 @@ def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
     alone = [task(world, [n], "constrained") for n in (0, 2)]
 
     def targets(tasks: list[Task]) -> torch.Tensor:
-        requests = Requests([each.request for each in tasks])
+        requests = Batch([each.request for each in tasks])
         return world.target(tasks[0], requests, [], *world.retained(tasks, requests))
 
     expected = torch.cat([targets([each]) for each in alone])
@@ -283,7 +283,7 @@ def test_a_name_that_means_the_class_is_in_no_pool():
     alike = again.bundle.forget_hidden.clone()
     alike[5] = 1.01 * alike[4]
     twins = changed(again, forget_hidden=alike)
-    requests = Requests([twins.texts.request(["owl"])])
+    requests = Batch([twins.texts.request(["owl"])])
     leaving = twins.texts.leaving(twins.retain, requests)[0]
     assert twins.retain.named(leaving) == ["owl", "thing 5"]
 

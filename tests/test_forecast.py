@@ -15,7 +15,7 @@ from clip.bundle import bundle_path
 from forgetting import Group, RetainSet
 from forgetting.displacement import Watch, follow, shares_each
 from forgetting.errors import ProblemError
-from forgetting.problem import Change
+from forgetting.problem import LowRankEdit
 from forgetting.ridge import MOST, RIDGES, SLACK, best_ridge
 from tests.conftest import toy_bundle
 
@@ -88,7 +88,7 @@ def test_a_text_follows_itself_and_nothing_else_fully():
 def test_who_loses_most_against_plain_arithmetic():
     generator = torch.Generator().manual_seed(1)
     hidden, w = (torch.randn(*size, generator=generator).double() for size in ((7, W), (W, D)))
-    answer = Change(
+    answer = LowRankEdit(
         torch.randn(W, 2, generator=generator).double(),
         0.2 * torch.randn(2, D, generator=generator).double(),
     )
@@ -109,7 +109,7 @@ def test_who_loses_most_against_plain_arithmetic():
     assert margin == pytest.approx(float(own[rivals].max() - own[1]))
     was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
     assert gap == pytest.approx(float(1 - was[rivals].max()))
-    nothing = Change(answer.left, torch.zeros_like(answer.right))
+    nothing = LowRankEdit(answer.left, torch.zeros_like(answer.right))
     _, [(margin, gap)] = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
     assert margin == pytest.approx(-gap)
 

@@ -30,7 +30,7 @@ from forgetting import (
     opposite_target,
     orthogonal_target,
     projection_sha256,
-    settle,
+    resolve_auto_weight,
     solve_constrained,
     solve_constrained_each,
     solve_each,
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         lambda **k: LoraSettings(**k),
         {"steps": 3, "lr": 0.1, "reduction": 0.5, "lamb_forget_step": 0.1, "max_trials": 2},
     ),
-    "settle": (lambda **k: settle(problem(lamb_forget="auto", **k)), {"target": normal(K, D)}),
+    "resolve_auto_weight": (lambda **k: resolve_auto_weight(problem(lamb_forget="auto", **k)), {"target": normal(K, D)}),
     "ridge": (
         lambda gram, mu, rows: Ridge(gram, mu).solve(rows), {"gram": GRAM, "mu": 0.1, "rows": H}
     ),

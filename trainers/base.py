@@ -28,7 +28,8 @@ from clip.source import ClipSource
 from engine import SimpleTrainer
 from engine.config import check, declared
 from engine.determinism import one_thread, seeded
-from engine.files import Batch, sweep
+from engine.files import Batch as FileBatch
+from engine.files import sweep
 from engine.log import logger, progress
 from engine.sink import Sink, require
 from evaluation.results import (
@@ -47,7 +48,7 @@ from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.checks import finite
 from forgetting.errors import ProblemError
-from forgetting.requests import Request, Requests
+from forgetting.problem import Batch, Request
 from trainers.plan import Plan, make_plan
 from trainers.requests import Texts, check_prompts, check_target, read_prompts
 
@@ -248,11 +249,11 @@ class ForgetTrainer(SimpleTrainer):
         node = self.cfg.TRAINER.get(type(self).__name__.upper(), {})
         return {key.lower(): value for key, value in node.items()}
 
-    def read(self, requests: Requests) -> None:
+    def read(self, requests: Batch) -> None:
         """Have the model read what a solve looks at beside its texts, so that encoding is not timed
         as solving; nothing by default."""
 
-    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget each request from the original model; a method that has nothing to share between
         them says `solve_one` instead."""
         pairs = zip(requests, generators, strict=True)
@@ -263,7 +264,7 @@ class ForgetTrainer(SimpleTrainer):
         raise NotImplementedError(f"{type(self).__name__} must solve")
 
     def targets(
-        self, requests: Requests, generators: Sequence[torch.Generator]
+        self, requests: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
         """Where the texts are sent: (K, d), and how often noise was drawn for each request. Less
         the model's bias, which nothing moves, so that `target - hidden @ projection` is the way."""
@@ -337,7 +338,7 @@ class ForgetTrainer(SimpleTrainer):
 
         self.bar = progress(desc=dataset, total=len(pending))
         self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
-        with self.sink, self.bar, Batch(write) as batch:
+        with self.sink, self.bar, FileBatch(write) as batch:
             for start in range(0, len(pending), self.block):
                 block = pending[start : start + self.block]
                 for finished in self.forget(block, settings, solver_settings):
@@ -352,7 +353,7 @@ class ForgetTrainer(SimpleTrainer):
     ) -> list[Finished]:
         """Solve a block of requests and evaluate each answer, before and after."""
         dataset = self.plan.dataset
-        requests = Requests([self.texts.request(classes) for classes in block])
+        requests = Batch([self.texts.request(classes) for classes in block])
         labels = [join_label(classes) for classes in block]
         # Random numbers of one request: the same in a resumed run, whatever ran before.
         generators = [seeded(self.cfg.SEED, dataset, label) for label in labels]

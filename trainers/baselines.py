@@ -18,7 +18,7 @@ from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
 from forgetting.context import left_notes
 from forgetting.errors import ProblemError
-from forgetting.requests import Request, Requests
+from forgetting.problem import Batch, Request
 from trainers.base import ForgetTrainer, Solved
 from trainers.exact import ForgetExact
 from trainers.requests import BARE
@@ -128,7 +128,7 @@ class ForgetNoise(ForgetExact):
 
     name = "noise"
 
-    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         answers = []
         for exact, generator in zip(super().solve(requests, generators), generators, strict=True):
             size = float(torch.linalg.matrix_norm(exact.left @ exact.right))
@@ -148,7 +148,7 @@ class RetainingTrainer(ForgetTrainer):
 
     def staying(self, request: Request) -> tuple[Tensor, list[str]]:
         """Hidden states (m, w), float64, of the names that stay, and the names that left."""
-        left = self.texts.leaving(self.retain, Requests([request])).any(dim=0)
+        left = self.texts.leaving(self.retain, Batch([request])).any(dim=0)
         rows = self.retain.rows[~left]
         if not len(rows):
             raise ProblemError(
@@ -166,7 +166,7 @@ class EditTrainer(RetainingTrainer):
     """
 
     def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
-        target, draws = self.targets(Requests([request]), [generator])
+        target, draws = self.targets(Batch([request]), [generator])
         staying, names = self.staying(request)
         hidden = request.hidden.double().to(self.device)
         displacement = target.to(hidden) - hidden @ self.model.projection.double()  # (k, d)

@@ -19,7 +19,7 @@ from forgetting.context import SpecificTargets, World, forget_completely
 from forgetting.displacement import Watch
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
-from forgetting.requests import Requests
+from forgetting.problem import Batch
 from forgetting.targets import FURTHER
 from trainers.base import ForgetTrainer, Solved
 
@@ -78,10 +78,10 @@ class ForgetExact(ForgetTrainer):
         logger.info(f"ridge {self.retained.mu:.2g} of a hidden state's mean squared length")
         return self.retained.names
 
-    def read(self, requests: Requests) -> None:
+    def read(self, requests: Batch) -> None:
         self.texts.wordings(requests.classes)
 
-    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget them completely; see `forgetting.context`."""
         forget, world = self.cfg.FORGET, self.world(generators)
         beta = float(forget.BETA) if forget.TARGET in FURTHER else 0.0
@@ -103,7 +103,7 @@ class ForgetExact(ForgetTrainer):
         node, retain = self.cfg.TRAINER.FORGETEXACT, self.retain
 
         def send(
-            requests: Requests, leaving: Tensor, numbers: Sequence[int], betas: Tensor
+            requests: Batch, leaving: Tensor, numbers: Sequence[int], betas: Tensor
         ) -> tuple[Tensor, list[int]]:
             noise = [generators[number] for number in numbers]
             for generator in noise:  # one that is solved again meets its noise again
@@ -139,7 +139,7 @@ class ForgetExact(ForgetTrainer):
 
     def _targets(
         self,
-        requests: Requests,
+        requests: Batch,
         leaving: Tensor,
         generators: Sequence[torch.Generator],
         betas: Tensor,

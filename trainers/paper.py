@@ -22,7 +22,7 @@ from forgetting import (
 )
 from forgetting.adapter import Part, recipe_parts
 from forgetting.context import proof
-from forgetting.requests import Requests
+from forgetting.problem import Batch
 from trainers.base import ForgetTrainer, Solved
 
 
@@ -43,7 +43,7 @@ class PaperTrainer(ForgetTrainer):
         return paper_weights(self.cfg) | shape | super().constants()
 
     def problem(
-        self, requests: Requests, generators: Sequence[torch.Generator]
+        self, requests: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[ForgetProblem, Tensor, list[dict[str, Any]]]:
         """The problem of all requests together, which names leave with each class, (C, n) bool, and
         what to report of each request beside its solution."""
@@ -59,7 +59,7 @@ class PaperTrainer(ForgetTrainer):
             **paper_weights(self.cfg),
         )
         leaving = self.texts.leaving(self.retain, requests)
-        gone = requests.any_of(leaving)
+        gone = requests.of_requests(leaving)
         reports = [
             {
                 "texts": request.texts,
@@ -82,7 +82,7 @@ class ForgetLoRA(PaperTrainer):
     name = "lora"
     block = 64
 
-    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
         node = self.cfg.TRAINER.FORGETLORA
         settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
@@ -93,7 +93,7 @@ class ForgetLoRA(PaperTrainer):
             self.bar.set_postfix_str(f"{together}{trials}, step {step} of {settings.steps}")
 
         solutions = solve_lora_each(
-            problem, requests.of_text, requests.any_of(leaving), generators, settings, advance
+            problem, requests.of_text, requests.of_requests(leaving), generators, settings, advance
         )
         answers = []
         for solution, report in zip(solutions, reports, strict=True):
@@ -121,13 +121,13 @@ class ForgetOptimum(PaperTrainer):
     name = "optimum"
     block = 256
 
-    def solve(self, requests: Requests, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         problem, leaving, reports = self.problem(requests, generators)
         parts = self.parts(requests, problem.double.displacement, leaving)
         recipe = {"objective": "paper", "statistics": self.retain.statistics.sha256}
         recipe |= {"weights": None} | self.constants()
         answers = []
-        solved = solve_requests(problem, requests.of_text, requests.any_of(leaving))
+        solved = solve_requests(problem, requests.of_text, requests.of_requests(leaving))
         for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
             hidden = requests.hidden[requests.of_text == i].double().to(left)
             d = problem.double.displacement[requests.of_text == i]
@@ -142,7 +142,7 @@ class ForgetOptimum(PaperTrainer):
             answers.append(Solved(*factors, found | report, [note], recipe=recipe, parts=parts[i]))
         return answers
 
-    def parts(self, requests: Requests, displacement: Tensor, leaving: Tensor) -> list[list[Part]]:
+    def parts(self, requests: Batch, displacement: Tensor, leaving: Tensor) -> list[list[Part]]:
         """What composing needs of each request's classes, see `recipe_parts`."""
         names = [(self.plan.dataset, name) for name in requests.classes]
         texts, retain = (requests.hidden, displacement, requests.owner), self.retain

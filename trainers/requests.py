@@ -22,7 +22,7 @@ from engine.schema import Prompts, fault
 from evaluation.zero_shot import class_embeddings
 from forgetting import TARGETS, RetainSet, empty_target, opposite_target, orthogonal_target
 from forgetting.errors import ProblemError, unknown
-from forgetting.requests import Request, Requests, Wordings
+from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.targets import check_beta
 from trainers.plan import user_lists
 
@@ -99,7 +99,7 @@ class Texts:
         self.bundle, self.encode = bundle, encode
         self.prompts = {datasets.key(name): texts for name, texts in (prompts or {}).items()}
         self.label = {name: label for label, name in enumerate(bundle.classnames)}
-        self._known: dict[str, Wordings] = {}
+        self._known: dict[str, Paraphrases] = {}
 
     def request(self, classes: list[str]) -> Request:
         """The texts of `classes` and their hidden states.
@@ -129,7 +129,7 @@ class Texts:
                 owner.append(index)
         return Request(classes, texts, torch.stack(rows), owner)
 
-    def wordings(self, names: Sequence[str]) -> dict[str, Wordings]:
+    def wordings(self, names: Sequence[str]) -> dict[str, Paraphrases]:
         """Other wordings of classes, of each text once: the evaluation prompt; with a model, a few
         templates and the class's aliases (names of the vocabulary that mean the same, and the
         synonyms that `datasets` lists); without one, what the bundle brought for an audit. A text
@@ -155,7 +155,7 @@ class Texts:
         means = (embedded @ self._classes.T).argmax(dim=1).split(list(map(len, read)))
         for (name, (held, new)), hidden, mean in zip(found.items(), read, means, strict=True):
             texts, known = [*held, *new], (mean == self.label[name]).nonzero()[:, 0]
-            self._known[name] = Wordings([texts[i] for i in known.tolist()], hidden[known])
+            self._known[name] = Paraphrases([texts[i] for i in known.tolist()], hidden[known])
         return {name: self._known[name] for name in names}
 
     def _aliases(self, name: str) -> list[str]:
@@ -197,7 +197,7 @@ class Texts:
         texts, rows = zip(*found, strict=True)
         return list(texts), torch.stack(rows)
 
-    def leaving(self, retain: RetainSet, requests: Requests) -> Tensor:
+    def leaving(self, retain: RetainSet, requests: Batch) -> Tensor:
         """Which retained names leave with each class, (C, n) bool."""
         same = [datasets.same_meaning([name], self.bundle.dataset) for name in requests.classes]
         return retain.leaving(same, requests.hidden, requests.owner)
@@ -207,7 +207,7 @@ class Texts:
         kind: str,
         beta: float,
         noise_std: float,
-        requests: Requests,
+        requests: Batch,
         generators: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[int]]:
         """`P` (K, d) of all texts, and how often noise was drawn for each request (0 but for

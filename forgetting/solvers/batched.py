@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from forgetting.checks import indices, mask
-from forgetting.problem import AUTO, ForgetProblem
-from forgetting.solvers.batches import padded_rows, texts_each
+from forgetting.problem import AUTO, ForgetProblem, pad_rows, texts_per_request
 from forgetting.solvers.certificate import certify_each
 from forgetting.solvers.exact import (
     AUTO_MARGIN,
     GOOD_GAP,
     ExactSolution,
     Thresholds,
-    above,
+    auto_weight,
     solve_exact,
     thresholds,
 )
@@ -157,7 +156,7 @@ def solve_requests(
     """
     leaving = mask("leaving", leaving, len(problem.retain_hidden))
     owner = indices("owner", owner, len(problem.forget_hidden), len(leaving))
-    count, order = texts_each(owner, len(leaving)), owner.argsort(stable=True)
+    count, order = texts_per_request(owner, len(leaving)), owner.argsort(stable=True)
     single = (count == 1).nonzero()[:, 0]
     texts = order[(count.cumsum(0) - count)[single]]
     each = solve_each(problem.part(texts), leaving[single]) if len(single) else None
@@ -185,7 +184,7 @@ def _alone(
     part = problem.part(texts, ~gone)
     limits = thresholds(part)
     if part.lamb_forget == AUTO:
-        part = replace(part, lamb_forget=above(limits.reach))
+        part = replace(part, lamb_forget=auto_weight(limits.reach))
     return part.lamb_forget, limits, solve_exact(part)
 
 
@@ -216,7 +215,7 @@ def _roots(
         noise = torch.linalg.vector_norm(kernel, dim=-1) <= 8 * spectrum.noise * length
         return x, kernel.masked_fill(noise[..., None], 0.0)
 
-    gone, there = padded_rows(leaving, problem.retain_hidden)  # (B, n, w)
+    gone, there = pad_rows(leaving, problem.retain_hidden)  # (B, n, w)
     # The text h itself, and the rows L that leave with it: (B, 1 + n, q), (B, 1 + n, w)
     rows, kernels = split(torch.cat([forget[texts, None], gone.double()], dim=1))
     x, kernel2 = rows[:, 0], kernels[:, 0].square().sum(dim=1)  # (B, q), (B,)
@@ -255,7 +254,7 @@ def _roots(
     y, a, b, _ = parts(mu)
     reach = ((lp**2 * mu + lw**2) / a).sqrt()
     if problem.lamb_forget == AUTO:
-        above(float(reach.max()))  # refuses an infinite one
+        auto_weight(float(reach.max()))  # refuses an infinite one
         lamb_forget = (1 + AUTO_MARGIN) * reach
     else:
         lamb_forget = torch.full_like(reach, problem.lamb_forget)

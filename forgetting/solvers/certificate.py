@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.problem import ForgetProblem
-from forgetting.solvers.batches import padded_rows
+from forgetting.problem import ForgetProblem, pad_rows
 
 # Without a weight term the objective says nothing about changes that no text sees, and a bound
 # needs V = 0 exactly. In floating point it holds for all changes up to this many times the norm of
@@ -227,7 +226,7 @@ def _seen(
             return norm(image, dim=0), image.T @ h_r, v.new_zeros(len(v))
 
         return masked
-    rows, _ = padded_rows(leaving, retain_hidden)
+    rows, _ = pad_rows(leaving, retain_hidden)
     rows = rows.double()  # (B, n, w)
 
     def taken_off(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ With the retain statistics `G = sum over groups of (w_g / m_g) H_g^T H_g` and a 
 has the solution `Delta = K^-1 H_f^T Z` with `(H_f K^-1 H_f^T) Z = D` (stationarity of the
 Lagrangian). Unlike in the paper's objective K does not depend on what is forgotten, so solutions
 compose: from the columns `K_0^-1 h` of each forgotten text, and of each retained text that left the
-statistics with it, any union is solved again without G (`land`). For the same reason thousands of
+statistics with it, any union is solved again without G (`solve_constraints`). For the same reason thousands of
 requests share one factorisation and are solved in batches (`solve_constrained_each`).
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from forgetting.checks import POSITIVE, check, indices, mask, matrix, vector
 from forgetting.errors import ProblemError
-from forgetting.problem import Change
-from forgetting.solvers.batches import batches, padded
+from forgetting.problem import LowRankEdit, pad_indices, texts_per_request
 from forgetting.solvers.certificate import Certificate, certify_constrained
 
+BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
 
 
@@ -59,7 +59,7 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class ConstrainedSolution(Change):
+class ConstrainedSolution(LowRankEdit):
     """The optimum, left (w, k), right (k, d), float64, and its proof.
 
     Attributes:
@@ -116,9 +116,9 @@ def solve_constrained_each(
     h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
     found: dict[int, ConstrainedSolution] = {}
-    for numbers, texts, base, gone in requests(ridge, h, owner, rows, shares, leaving):
+    for numbers, texts, base, gone in request_batches(ridge, h, owner, rows, shares, leaving):
         h_f, d = h[texts], all_d[texts]
-        left, right = land(h_f, base, *gone, d)
+        left, right = solve_constraints(h_f, base, *gone, d)
         proofs = certify_constrained(ridge.gram, ridge.mu, gone[0], gone[2], h_f, d, left, right)
         missed, size = (torch.linalg.matrix_norm(x) for x in ((h_f @ left) @ right - d, d))  # (B,)
         residual = torch.where(size > 0, missed / size, 0.0).tolist()
@@ -127,7 +127,7 @@ def solve_constrained_each(
     return [found[request] for request in range(len(found))]
 
 
-def requests(
+def request_batches(
     ridge: Ridge, h: Tensor, owner: Tensor, rows: Tensor, shares: Tensor, leaving: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
     """R requests over the same statistics, in batches, with what `downdate` needs of each.
@@ -151,8 +151,8 @@ def requests(
     part = leaving.any(dim=0) & (shares > 0)
     rows, shares, leaving = rows[part], shares[part], leaving[:, part]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
-    for numbers, texts in batches(owner, leaving, h.shape[1]):
-        places, weights = padded(leaving[numbers], shares)  # (B, n')
+    for numbers, texts in _equal_sizes(owner, leaving, h.shape[1]):
+        places, weights = pad_indices(leaving[numbers], shares)  # (B, n')
         there = (weights > 0)[..., None]
         yield (
             numbers,
@@ -160,6 +160,27 @@ def requests(
             base[texts],
             (rows[places] * there, base_rows[places] * there, weights),
         )
+
+
+def _equal_sizes(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of requests with the same number of texts, sorted by how many names they exclude.
+
+    Args:
+        owner: (K,), the request of each text; leaving: (R, n) bool; width: w.
+
+    Yields:
+        The requests (B,), and the rows (B, k) of their texts.
+    """
+    count = texts_per_request(owner, len(leaving))
+    order = owner.argsort(stable=True)  # the texts, request by request
+    first = count.cumsum(0) - count
+    many = leaving.sum(dim=1)
+    for k in count.unique().tolist():
+        requests = torch.nonzero(count == k)[:, 0]
+        requests = requests[many[requests].argsort(stable=True)]
+        size = max(1, BATCH_NUMBERS // (width * (int(many[requests].max()) + k)))
+        for batch in requests.split(size):
+            yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
 
 
 def downdate(
@@ -179,11 +200,11 @@ def downdate(
     """
     if not leaving.shape[1]:
         return base
-    root = inner_root(leaving, base_leaving, shares)
+    root = woodbury_cholesky(leaving, base_leaving, shares)
     return base + (torch.cholesky_solve(base_leaving @ h.mT, root)).mT @ base_leaving
 
 
-def inner_root(leaving: Tensor, base_leaving: Tensor, shares: Tensor) -> Tensor:
+def woodbury_cholesky(leaving: Tensor, base_leaving: Tensor, shares: Tensor) -> Tensor:
     """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`; arguments and errors as in `downdate`."""
     diagonal = torch.where(shares > 0, 1 / shares, 1.0)
     inner = torch.diag_embed(diagonal) - leaving @ base_leaving.mT  # (B, n, n)
@@ -193,14 +214,14 @@ def inner_root(leaving: Tensor, base_leaving: Tensor, shares: Tensor) -> Tensor:
     return root
 
 
-def inverse(m: Tensor) -> Tensor:
+def pinv_psd(m: Tensor) -> Tensor:
     """Pseudo-inverse of M (B, k, k): texts that repeat each other share one constraint."""
     values, vectors = torch.linalg.eigh((m + m.mT) / 2)
     keep = values > DEPENDENT * values.amax(dim=1, keepdim=True)
     return (vectors * torch.where(keep, 1 / values, 0.0)[:, None]) @ vectors.mT
 
 
-def land(
+def solve_constraints(
     h: Tensor, base: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor, d: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The solutions' factors left (B, w, k), right (B, k, d) from rows of `K_0^-1` alone.
@@ -210,7 +231,7 @@ def land(
     """
     rows = downdate(h, base, leaving, base_leaving, shares)  # (B, k, w)
     m = h @ rows.mT  # (B, k, k)
-    against = inverse(m)
+    against = pinv_psd(m)
     z = against @ d
     # One step of refinement: with nearly equal texts M is ill conditioned.
     return rows.mT, z + against @ (d - m @ z)

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from forgetting.errors import ProblemError
-from forgetting.problem import AUTO, Change, ForgetProblem
+from forgetting.problem import AUTO, ForgetProblem, LowRankEdit
 from forgetting.solvers.certificate import Certificate, certify
 from forgetting.solvers.spectrum import Reduced, Spectrum, best_r
-from forgetting.solvers.weightless import Weightless
+from forgetting.solvers.weightless import NoWeightTerm
 
 GOOD_GAP = 1e-10  # a larger one from the fast factorisation asks for the precise one
 WARN_GAP = 1e-6
@@ -44,7 +44,7 @@ AUTO_MARGIN = 1e-3  # `auto` goes this fraction above c*
 
 
 @dataclass(frozen=True)
-class ExactSolution(Change):
+class ExactSolution(LowRankEdit):
     """The optimum of a `ForgetProblem`, `Delta = left @ right`, with its proof.
 
     Attributes:
@@ -119,7 +119,7 @@ def solve_exact(problem: ForgetProblem, spectrum: Spectrum | None = None) -> Exa
         there is no weight term, the answer carries its true gap, with a warning above 1e-6.
     """
     reduced = _reduced(problem, spectrum)
-    dtype, problem = problem.projection.dtype, settle(problem, reduced.spectrum)
+    dtype, problem = problem.projection.dtype, resolve_auto_weight(problem, reduced.spectrum)
     exact = _on(problem, reduced.spectrum.rows)
     solution = _solve(exact, reduced)
     if not solution.certificate.gap <= GOOD_GAP:
@@ -158,7 +158,7 @@ def _reduced(problem: ForgetProblem, spectrum: Spectrum | None) -> Reduced:
     return Reduced(_on(problem, spectrum.rows[:0]), spectrum)
 
 
-def settle(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetProblem:
+def resolve_auto_weight(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetProblem:
     """The problem with a number in place of "auto": just above c*, so that the texts reach P.
 
     The paper's retry loop in one step. A problem that has a number comes back as it is.
@@ -168,10 +168,10 @@ def settle(problem: ForgetProblem, spectrum: Spectrum | None = None) -> ForgetPr
     """
     if problem.lamb_forget != AUTO:
         return problem
-    return replace(problem, lamb_forget=above(thresholds(problem, spectrum).reach))
+    return replace(problem, lamb_forget=auto_weight(thresholds(problem, spectrum).reach))
 
 
-def above(reach: float) -> float:
+def auto_weight(reach: float) -> float:
     """The `lamb_forget` that "auto" stands for where c* is `reach`; ProblemError if infinite."""
     if reach == math.inf:
         raise ProblemError(
@@ -190,20 +190,20 @@ def _start(reduced: Reduced) -> tuple[float, float]:
     if not len(reduced.d):
         return math.inf, 0.0
     if reduced.lw == 0:
-        return Weightless(reduced).start, 0.0
+        return NoWeightTerm(reduced).start, 0.0
     mu = reduced.minimise_ratio(lambda mu: reduced.slope(mu, reduced.d))
     strength = float((reduced.c * reduced.a(mu)).sum())
     if strength <= 0:
         return math.inf, mu
-    return (reduced.price(mu) / strength) ** 0.5 * reduced.length, mu
+    return (reduced.r_free_cost(mu) / strength) ** 0.5 * reduced.length, mu
 
 
 def _reach(reduced: Reduced) -> float:
     """c*: the length of Y at r = 0, where the texts land on P; infinite if they cannot."""
-    if reduced.spread > 0:
+    if reduced.unreachable_sq > 0:
         return math.inf
     if reduced.lw == 0:
-        return Weightless(reduced).reach
+        return NoWeightTerm(reduced).reach
 
     def landing(mu: float) -> Tensor | None:
         """Z (p, d) at r = 0; None where A is singular and P out of reach."""
@@ -216,7 +216,7 @@ def _reach(reduced: Reduced) -> float:
 
     mu = reduced.minimise_ratio(slope)
     z = landing(mu)
-    return (reduced.price(mu) * float(z.square().sum()) / float((z * reduced.d).sum())) ** 0.5
+    return (reduced.r_free_cost(mu) * float(z.square().sum()) / float((z * reduced.d).sum())) ** 0.5
 
 
 def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
@@ -225,7 +225,7 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
     if reduced.length == 0 or lf == 0:
         return _still(problem, reduced, 0.0, 0.0)
     if reduced.lw == 0:
-        branch, rho, found = Weightless(reduced).solve(lf, problem.double.retain_hidden)
+        branch, rho, found = NoWeightTerm(reduced).solve(lf, problem.double.retain_hidden)
         return _proved(problem, branch, 0.0, rho, *found)
     start, mu_start = _start(reduced)
     if lf <= start:
@@ -236,7 +236,9 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
         a, rotation = torch.linalg.eigh(reduced.a(mu))  # (p,), (p, p)
         a = a.clamp(min=0)
         turned = rotation.T @ reduced.d  # (p, d)
-        r = best_r(a, turned.square().sum(dim=1), reduced.spread, reduced.price(mu), lf)
+        r = best_r(
+            a, turned.square().sum(dim=1), reduced.unreachable_sq, reduced.r_free_cost(mu), lf
+        )
         return r, rotation @ (turned / (a + r)[:, None]) if r < math.inf else None
 
     def slope(mu: float) -> float:
@@ -246,11 +248,11 @@ def _solve(problem: ForgetProblem, reduced: Reduced) -> ExactSolution:
 
     mu = reduced.minimise_ratio(slope)
     r, z = best(mu)
-    left = reduced.change(mu)
+    left = reduced.left_factor(mu)
     size = 0.0 if z is None else float(torch.linalg.matrix_norm(left @ z))
     if size == 0:  # a hair above the threshold: nothing moves yet, to rounding
         return _still(problem, reduced, mu_start)
-    y = (reduced.lw / size) * reduced.lift(z, r)
+    y = (reduced.lw / size) * reduced.multiplier(z, r)
     branch = "generic" if mu > 0 or reduced.lp == 0 else "kernel"
     rho = r / mu if mu > 0 else r
     return _proved(problem, branch, mu, rho, left, z, y, *_multiplier(reduced, mu, y))
@@ -263,7 +265,7 @@ def _still(
     w, d = problem.projection.shape
     left, right = reduced.rows.new_zeros(w, 0), reduced.rows.new_zeros(0, d)
     scale = problem.lamb_forget / reduced.length if reduced.length > 0 else 0.0
-    y = scale * reduced.lift(reduced.d, 1.0)  # along D
+    y = scale * reduced.multiplier(reduced.d, 1.0)  # along D
     return _proved(problem, "none", mu, rho, left, right, y, *_multiplier(reduced, mu, y))
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from forgetting.checks import POSITIVE, WEIGHT, check, indices, mask, whole
 from forgetting.errors import ProblemError
-from forgetting.problem import AUTO, Change, ForgetProblem
+from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows, texts_per_request
 from forgetting.solvers.batched import solve_each
-from forgetting.solvers.batches import padded_rows, texts_each
-from forgetting.solvers.exact import settle
+from forgetting.solvers.exact import resolve_auto_weight
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
 GENERATOR = (lambda x: isinstance(x, torch.Generator), "a torch.Generator")
@@ -69,7 +68,7 @@ class LoraTrial:
 
 
 @dataclass(frozen=True)
-class LoraSolution(Change):
+class LoraSolution(LowRankEdit):
     """The change of the trial that was kept, and how it came about.
 
     Attributes:
@@ -153,14 +152,14 @@ def solve_lora_each(
 
 def _lamb_forget(problem: ForgetProblem, owner: Tensor, leaving: Tensor) -> Tensor:
     """The weight (R,) that each request starts with."""
-    count = texts_each(owner, len(leaving))
+    count = texts_per_request(owner, len(leaving))
     if problem.lamb_forget != AUTO:
         found = [problem.lamb_forget] * len(leaving)
     elif (count == 1).all():
         found = solve_each(problem.part(owner.argsort()), leaving).lamb_forget.tolist()
     else:
         found = [
-            settle(problem.part(owner == request, ~gone)).lamb_forget
+            resolve_auto_weight(problem.part(owner == request, ~gone)).lamb_forget
             for request, gone in enumerate(leaving)
         ]
     return torch.tensor(found, dtype=torch.float64)
@@ -182,9 +181,9 @@ class _Descent:
         self.problem, self.settings = problem, settings
         self.generators, self.on_step = generators, on_step
         mine = (owner[:, None] == requests).T  # (B, k)
-        self.hidden, _ = padded_rows(mine, problem.forget_hidden)  # (B, k', w)
-        self.displacement, _ = padded_rows(mine, problem.displacement)  # (B, k', d)
-        self.gone, _ = padded_rows(leaving[requests], problem.retain_hidden)  # (B, n, w)
+        self.hidden, _ = pad_rows(mine, problem.forget_hidden)  # (B, k', w)
+        self.displacement, _ = pad_rows(mine, problem.displacement)  # (B, k', d)
+        self.gone, _ = pad_rows(leaving[requests], problem.retain_hidden)  # (B, n, w)
         retained = problem.double.retain_hidden
         self.gram = (retained.T @ retained).to(self.hidden)  # (w, w)
 

@@ -78,7 +78,7 @@ class Reduced:
     """A problem in coordinates in which only p x p matrices are left, p the rank of `H_f`.
 
     The rows of `H_f` and D are rotated together, so that dependent rows vanish; what of D no change
-    can reach is kept as one squared length, `spread`.
+    can reach is kept as one squared length, `unreachable_sq`.
     """
 
     def __init__(self, problem: ForgetProblem, spectrum: Spectrum) -> None:
@@ -96,7 +96,7 @@ class Reduced:
         self.length = float(torch.linalg.matrix_norm(d))
         if float(torch.linalg.matrix_norm(self.unreachable)) <= 1e-13 * self.length:
             self.unreachable = torch.zeros_like(d)
-        self.spread = float(self.unreachable.square().sum())
+        self.unreachable_sq = float(self.unreachable.square().sum())
         self.c = self.d @ self.d.T  # (p, p)
         self.inside = self.rows @ spectrum.vectors  # (p, q)
         kernel = self.rows - self.inside @ spectrum.vectors.T  # (p, w)
@@ -132,16 +132,16 @@ class Reduced:
         rise, fall = float(self.lp**2 * size), float(self.lw**2 * moved)
         return (rise - fall) / (rise + fall) if rise + fall > 0 else 0.0
 
-    def price(self, mu: float) -> float:
+    def r_free_cost(self, mu: float) -> float:
         """`lp^2 mu + lw^2`, the part of F2's first factor that r leaves alone."""
         return self.lp**2 * mu + self.lw**2
 
-    def lift(self, z: Tensor, r: float) -> Tensor:
+    def multiplier(self, z: Tensor, r: float) -> Tensor:
         """Y (k, d), but for a factor, from Z (p, d): what no change can reach is pulled at too."""
         y = self.rotation @ z
         return y + self.unreachable / r if r > 0 else y
 
-    def change(self, mu: float) -> Tensor:
+    def left_factor(self, mu: float) -> Tensor:
         """Left factor (w, p) of `Delta = (I + G / mu)^-1 H_f^T Z`."""
         return self.spectrum.vectors @ (self.shrink(mu)[:, None] * self.inside.T) + self.kernel.T
 
@@ -166,10 +166,10 @@ class Reduced:
         return float(find_roots(at, ends[:1], ends[1:]).exp())
 
 
-def best_r(a: Tensor, c: Tensor, spread: float, price: float, lf: float) -> float:
-    """The r >= 0 that minimises `(lf^2 r + price) (sum c_i / (a_i + r) + spread / r)`.
+def best_r(a: Tensor, c: Tensor, unreachable_sq: float, r_free_cost: float, lf: float) -> float:
+    """The r >= 0 that minimises `(lf^2 r + r_free_cost) (sum c_i / (a_i + r) + unreachable_sq / r)`.
 
-    Its derivative is `sum c_i (lf^2 a_i - price) / (a_i + r)^2 - price spread / r^2`, which changes
+    Its derivative is `sum c_i (lf^2 a_i - r_free_cost) / (a_i + r)^2 - r_free_cost unreachable_sq / r^2`, which changes
     sign once. Returns 0 or infinity if the minimum is at an end.
     """
     top = float(a.max())
@@ -178,8 +178,8 @@ def best_r(a: Tensor, c: Tensor, spread: float, price: float, lf: float) -> floa
 
     def slope(log_r: Tensor) -> Tensor:
         r = log_r.exp()[:, None]
-        value = (c * (lf**2 * a - price) * ((r + top) / (a + r)).square()).sum(dim=1)
-        return value - price * spread * ((r[:, 0] + top) / r[:, 0]).square()
+        value = (c * (lf**2 * a - r_free_cost) * ((r + top) / (a + r)).square()).sum(dim=1)
+        return value - r_free_cost * unreachable_sq * ((r[:, 0] + top) / r[:, 0]).square()
 
     ends = torch.tensor([1e-18, 1e18], dtype=a.dtype, device=a.device).mul(top).log()
     low, high = slope(ends)

@@ -15,7 +15,7 @@ from torch import Tensor
 from forgetting.solvers.spectrum import DEPENDENT, Reduced, best_r
 
 
-class Weightless:
+class NoWeightTerm:
     """A reduced problem, held and free combinations apart."""
 
     def __init__(self, reduced: Reduced) -> None:
@@ -26,7 +26,7 @@ class Weightless:
         inside = self.held.T @ reduced.inside  # (p - t, q)
         self.left = vectors @ (inside / reduced.e).T  # (w, p - t)
         self.d = self.held.T @ reduced.d  # (p - t, d)
-        self.length = (float(self.d.square().sum()) + reduced.spread) ** 0.5
+        self.length = (float(self.d.square().sum()) + reduced.unreachable_sq) ** 0.5
         self.a, self.basis = torch.linalg.eigh((inside / reduced.e) @ inside.T)
         self.c = (self.basis.T @ self.d).square().sum(dim=1)
         # Delta through the kernel that takes the free combinations to their target; what the small
@@ -45,7 +45,7 @@ class Weightless:
     @property
     def reach(self) -> float:
         """The `lamb_forget` at which they reach their target."""
-        if self.reduced.spread > 0:
+        if self.reduced.unreachable_sq > 0:
             return math.inf
         q = float((self.c / self.a).sum()) if len(self.d) else 0.0
         rise = float((self.c / self.a.square()).sum())
@@ -60,17 +60,19 @@ class Weightless:
         """
         reduced, vectors = self.reduced, self.reduced.spectrum.vectors
         if len(self.d):
-            rho = best_r(self.a, self.c, reduced.spread, reduced.lp**2, lf)
+            rho = best_r(self.a, self.c, reduced.unreachable_sq, reduced.lp**2, lf)
         else:
-            rho = 0.0 if reduced.spread == 0 else math.inf
+            rho = 0.0 if reduced.unreachable_sq == 0 else math.inf
         moved = rho < math.inf and len(self.d) > 0
         z = torch.zeros_like(self.d)  # (p - t, d)
         if moved:
             z = self.basis @ ((self.basis.T @ self.d) / (self.a + rho)[:, None])
             pull = float(torch.linalg.matrix_norm(h_r @ self.left @ z))
-            y = reduced.lift(self.held @ z, rho) * (reduced.lp / pull if pull > 0 else 0.0)
+            y = reduced.multiplier(self.held @ z, rho) * (reduced.lp / pull if pull > 0 else 0.0)
         else:  # what is left stays where it is
-            y = reduced.lift(self.held @ self.d, 1.0) * (lf / self.length if self.length else 0.0)
+            y = reduced.multiplier(self.held @ self.d, 1.0) * (
+                lf / self.length if self.length else 0.0
+            )
         shift = self.free.T @ reduced.inside @ (vectors.T @ self.left) @ z  # (t, d)
         left = torch.cat([self.left, self.free_left], dim=1)  # (w, p)
         right = torch.cat([z, self.free.T @ reduced.d - shift])  # (p, d)
