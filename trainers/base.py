@@ -273,7 +273,7 @@ class ForgetTrainer(SimpleTrainer):
         return target if bias is None else target - bias.to(target), draws
 
     def embedded_targets(
-        self, requests: Requests, generators: Sequence[torch.Generator]
+        self, requests: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
         """The same as embeddings."""
         forget = self.cfg.FORGET
