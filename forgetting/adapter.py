@@ -35,7 +35,6 @@ from forgetting.problem import NUMBERS
 from forgetting.solvers.constrained import Ridge
 
 FORMAT = "clip-forget-adapter/2"
-UNSEALED = "clip-forget-adapter/1"  # had no digest: its recipe is not to be relied on
 
 # Everything but the tensors.
 FIELDS = {
@@ -59,7 +58,7 @@ SHARED = {
     "paper": {
         "statistics": HASH,
         "weights": either(None, _GROUPS),
-        **NUMBERS,
+        **dict.fromkeys(NUMBERS, (lambda x: True, "")),
     },
 }
 PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
@@ -182,7 +181,7 @@ def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> 
     Raises:
         ProblemError: the place cannot be written, or is taken and `overwrite` is False.
     """
-    write_bytes(adapter_bytes(adapter), path, replace=overwrite)
+    write_bytes(adapter_bytes(adapter), path, overwrite)
 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
@@ -195,18 +194,12 @@ def adapter_bytes(adapter: Adapter) -> bytes:
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter, which is as it was written.
 
-    Of an adapter without a digest (of format 1) only the change is read: its recipe, from which
-    something would be proved, is left out, so that `forgetting.compose` refuses it.
-
     Raises:
         ProblemError: no such file, no adapter, or one that is damaged or was changed; the message
             names the file and what is wrong.
     """
-    form, fields, tensors = unpack(path, FORMAT, FIELDS, unsealed=UNSEALED)
+    fields, tensors = unpack(path, FORMAT)
     factors = {name: tensors.pop(name, None) for name in FACTORS}
-    if form == UNSEALED:
-        fields["recipe"] = {}
-        tensors = {name: x for name, x in tensors.items() if not name.startswith(_PREFIX)}
     kept = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
     with naming(path):  # an older file may lack fields, which is said as what they must be
         return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=kept)

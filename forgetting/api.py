@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256, recipe_fields
 from forgetting.asked import Asked, Book, check_target, fill
-from forgetting.checks import FLAG, POSITIVE, WEIGHT, check, either, finite
 from forgetting.context import Answer, SpecificTargets, World, forget_completely
 from forgetting.displacement import Watch
-from forgetting.errors import ProblemError, line, shown
+from forgetting.errors import ProblemError, line, number, shown
 from forgetting.forgotten import APPLIED, Forgotten
+from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.identity import changed_sha256, describe
 from forgetting.models.modules import tensor_sha256
@@ -39,7 +39,6 @@ TEMPLATES = ("{}", "a photo of a {}.")
 # The defaults of ForgetExact where no other set is listed (configs/trainers/ForgetExact.yaml).
 WEIGHTS = {"own": 1.0, "generic": 0.5, "keep": 0.1}
 SIMILARITY, SHARED, PUSH, MARGIN, FOLLOW = 0.95, 0.5, 0.1, 1.0, 0.5
-PLACE = (lambda x: isinstance(x, str | Path), "a folder")
 LOOKED_AT = 32  # of them, for the ridge
 ENOUGH = 16  # names of a caller's list for which the ridge is looked for by that list alone
 TRAINER, DATASET = "forget", "names"
@@ -102,8 +101,10 @@ def forget(
     words = Asked.of(names, also, retain, templates, keep)
     check_target(target, beta, tower.projection.shape[1])
     for name, value in (("generic", generic), ("progress", progress)):
-        check(value, FLAG, name)
-    check(cache, either(None, PLACE), "cache")
+        if not isinstance(value, bool):
+            raise ProblemError(f"{name} must be true or false, not {shown(value)}")
+    if cache is not None and not isinstance(cache, str | Path):
+        raise ProblemError(f"cache must be a folder or None, not {shown(cache)}")
     if not (generic or words.retain or words.keep):
         raise ProblemError("nothing to retain: name some, or retain the generic vocabulary")
     chosen = _weights(weights)
@@ -133,7 +134,7 @@ def forget(
     if not groups:
         raise ProblemError("nothing to retain: every group that holds names has weight 0")
     request, wordings = book.request(), book.wordings()
-    names_kept = RetainSet(groups, check(similarity, WEIGHT, "similarity"), here, ALIKE)
+    names_kept = RetainSet(groups, number("similarity", similarity, low=0), here, ALIKE)
 
     def leaving(requests: Batch) -> Tensor:
         return names_kept.leaving(words.same(requests.classes), requests.hidden, requests.owner)
@@ -142,10 +143,10 @@ def forget(
     if mu is None:
         like, same = _like(groups)
         gone = names_kept.leaving([{n} for n in same], like, torch.arange(len(like)))
-        limit = check(push, POSITIVE, "push")
+        limit = number("push", push, above=0)
         mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b)
-    mu = check(mu, POSITIVE, "ridge")
-    lam = check(shared, POSITIVE, "shared") * names_kept.squared_embedding(w, b)
+    mu = number("ridge", mu, above=0)
+    lam = number("shared", shared, above=0) * names_kept.squared_embedding(w, b)
 
     gone = leaving(Batch([request])).any(dim=0)
     last = book.rows([fill(words.templates[-1], name) for name in (*words.names, *words.retain)])
@@ -174,8 +175,8 @@ def forget(
         leaving=leaving,
         send=send,
         dataset=DATASET,
-        follow=check(follow, WEIGHT, "follow"),
-        margin=check(margin, WEIGHT, "margin"),
+        follow=number("follow", follow, low=0),
+        margin=number("margin", margin, low=0),
         further=isinstance(target, str) and target in FURTHER,
         option="keep or --keep",
         bias=b,
@@ -235,7 +236,7 @@ def _weights(given: Mapping[str, float] | None) -> dict[str, float]:
     for name, weight in (given or {}).items():
         if name not in found:
             raise ProblemError(f"no group {shown(name)} to weigh; there are {', '.join(found)}")
-        found[name] = float(check(weight, WEIGHT, f"the weight of {name}"))
+        found[name] = float(number(f"the weight of {name}", weight, low=0))
     return found
 
 

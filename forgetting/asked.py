@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import FLOATS, NUMBER, check, matrix, tensor
 from forgetting.displacement import Watch
-from forgetting.errors import ProblemError, shown
+from forgetting.errors import ProblemError, number, shown
+from forgetting.io import FLOATS, matrix, tensor
 from forgetting.models.encoder import Encoder
 from forgetting.models.reading import cut
 from forgetting.problem import Batch, Paraphrases, Request
@@ -101,12 +101,12 @@ class Book:
     def request(self) -> Request:
         """The names and their other words in the first template."""
         texts, owner = [], []
-        for number, name in enumerate(self.asked.names):
+        for index, name in enumerate(self.asked.names):
             for word in (name, *self.asked.also.get(name, ())):
                 text = fill(self.asked.templates[0], word)
                 if text not in texts:
                     texts.append(text)
-                    owner.append(number)
+                    owner.append(index)
         return Request(list(self.asked.names), texts, self.rows(texts), owner)
 
     def wordings(self) -> dict[str, Paraphrases]:
@@ -157,7 +157,7 @@ def check_target(target: str | Tensor, beta: float, d: int) -> None:
         raise ProblemError(f"no target {shown(target)}; there are {options}, or a vector (d,)")
     if isinstance(target, str) and target in FURTHER:
         check_beta(target, beta)
-    elif check(beta, NUMBER, "beta"):
+    elif number("beta", beta):
         raise ProblemError(f"beta is a number for {' and '.join(FURTHER)}, not for other targets")
 
 

@@ -21,18 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import (
-    NUMBER,
-    POSITIVE,
-    WEIGHT,
-    check,
-    indices,
-    matrices,
-    matrix,
-    texts,
-    whole,
-)
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number
+from forgetting.io import indices, matrices, matrix, texts
 from forgetting.problem import LowRankEdit
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
@@ -53,8 +43,8 @@ def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
         left (w, k).
     """
     h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
-    check(erase, POSITIVE, "erase")
-    ridged = gram + check(lam, POSITIVE, "lam") * torch.eye(len(gram)).to(gram)
+    number("erase", erase, above=0)
+    ridged = gram + number("lam", lam, above=0) * torch.eye(len(gram)).to(gram)
     base = torch.cholesky_solve(h_f.T, _root(ridged))  # (w, k)
     inner = h_f @ base  # (k, k)
     eye = torch.eye(len(h_f), dtype=gram.dtype, device=gram.device)
@@ -75,8 +65,9 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
         left (w, k), zero if no direction lies below the threshold.
     """
     h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
-    check(threshold, NUMBER, "threshold"), check(damping, WEIGHT, "damping")
-    values, vectors = torch.linalg.eigh(gram / check(count, whole(1), "count"))
+    number("threshold", threshold)
+    number("damping", damping, low=0)
+    values, vectors = torch.linalg.eigh(gram / number("count", count, low=1, whole=True))
     free = vectors[:, values < threshold]  # (w, q)
     inside = h_f @ free  # (k, q)
     inner = inside @ inside.T + damping * torch.eye(len(h_f)).to(gram)  # (k, k)
@@ -129,9 +120,9 @@ def noise(
         left (width, rank), right (rank, d), float64.
     """
     for name, size in (("width", width), ("d", d), ("rank", rank)):
-        if check(size, whole(0), name) > 2**20:
+        if number(name, size, low=0, whole=True) > 2**20:
             raise ProblemError(f"{name} is {size}: too large for a projection")
-    check(norm, WEIGHT, "norm")
+    number("norm", norm, low=0)
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     size = torch.linalg.matrix_norm(left @ right)
@@ -184,7 +175,9 @@ def ascend(
     hidden = matrix("hidden", hidden, len(projection))
     names = matrix("names", names, projection.shape[1])
     own = indices("own", own, len(hidden), len(names))
-    check(lr, POSITIVE, "lr"), check(limit, NUMBER, "limit"), check(steps, whole(0), "steps")
+    number("lr", lr, above=0)
+    number("limit", limit)
+    number("steps", steps, low=0, whole=True)
     if not len(hidden) or len(names) < 2:
         raise ProblemError("ascent needs a text, and two classes to take it for")
     start = hidden @ projection  # (k, d)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from forgetting.compose import _Parser, _say
 from forgetting.compose import cli as compose_cli
 from forgetting.errors import ProblemError, line
-from forgetting.io import refuse_taken
+from forgetting.io import refuse_existing
 
 OTHER_TEMPLATES = (  # by which an audit asks whether other wordings follow
     *("a {}", "the {}", "a picture of a {}.", "a photo of the {}.", "a good photo of a {}."),
@@ -133,7 +133,7 @@ def _forget(args: argparse.Namespace) -> None:
     from forgetting.models.loading import load_model
 
     out, also = Path(args.out), {}
-    refuse_taken(out)
+    refuse_existing(out)
     for text in args.also:
         name, equals, word = text.partition("=")
         if not equals or not word.strip():
@@ -215,7 +215,7 @@ def _undo(args: argparse.Namespace) -> None:
     from forgetting.models.loading import load_model
 
     out = Path(args.out)
-    refuse_taken(out)
+    refuse_existing(out)
     base = Forgotten.load(args.adapter, load_model(args.base)[0])
     if base.original is None:
         raise ProblemError("--base is the changed model: name the original one")
@@ -223,7 +223,7 @@ def _undo(args: argparse.Namespace) -> None:
     changed = Forgotten.load(args.adapter, model, original=base.original)
     changed.undo()
     held = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
-    write_bytes(container(held, {"format": "pt"}), out, replace=False)
+    write_bytes(container(held, {"format": "pt"}), out, overwrite=False)
     _say(f"{out}: as it was, with {', '.join(changed.names)}", sys.stdout)
 
 

@@ -37,7 +37,7 @@ from forgetting.adapter import (
     save_adapter,
 )
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import refuse_taken
+from forgetting.io import refuse_existing
 from forgetting.problem import NUMBERS, ForgetProblem, LowRankEdit
 from forgetting.solvers.certificate import POOR, certify_constrained
 from forgetting.solvers.constrained import solve_constraints
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--statistics", help=needed)
     args = parser.parse_intermixed_args(argv)
     out = Path(args.out)
-    refuse_taken(out)
+    refuse_existing(out)
     if len(args.adapters) < 2 and not args.without:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
     adapters: dict[str, Adapter] = {}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import matrix
+from forgetting.io import matrix
 from forgetting.problem import LowRankEdit, pad_indices
 from forgetting.solvers.constrained import (
     BATCH_NUMBERS,

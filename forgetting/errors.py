@@ -1,4 +1,7 @@
-"""One-line errors for the user, and the names that a mistyped one was closest to."""
+"""One error class, its one-line messages, and checks of names and numbers.
+
+Nothing is imported but the standard library, so that a command answers `--help` at once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 CUTOFF = 0.4  # below this similarity a suggestion puzzles more than it helps
 SHOWN = 60  # characters of a wrong value in a message
 LISTED = 20  # known names written out in a message; a set of cars has 196
+LARGEST = 1e40  # of any number: products of four of them stay in the range of float64
+MOST = 2**31  # of anything that is counted
 
 
 class ProblemError(ValueError):
@@ -42,7 +47,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ProblemError:
     listed = ", ".join(known[:LISTED]) or "none"
     if len(known) > LISTED:
         listed += f", ... ({len(known)} in all)"
-    return ProblemError(f"unknown {kind} {name!r}{meant} known: {listed}")
+    return ProblemError(f"unknown {kind} {shown(name)}{meant} known: {listed}")
 
 
 def line(text: Any) -> str:
@@ -62,3 +67,60 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # thousands of digits, or of levels
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def in_range(
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    whole: bool = False,
+) -> bool:
+    """Whether `value` is a number that can be computed with, from `low` to `high`, above `above`.
+
+    True, NaN and infinity are no numbers; nor is one nearer to 0 than 1e-40 that is not 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    size = abs(value)
+    if not (size <= MOST if whole else size <= LARGEST and not 0 < size < 1 / LARGEST):
+        return False
+    return (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    )
+
+
+def range_in_words(
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    whole: bool = False,
+) -> str:
+    """The range of `in_range` in words, such as "a number above 0"."""
+    words = "a whole number" if whole else "a number"
+    if above is not None:
+        words += f" above {above:g}"
+    if low is not None and high is not None:
+        return f"{words} from {low:g} to {high:g}"
+    if low is not None:
+        words += f" of at least {low:g}"
+    return words if high is None else f"{words} of at most {high:g}"
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """`value` itself; ProblemError if it is not `in_range`."""
+    if not in_range(value, low, high, above, whole):
+        words = range_in_words(low, high, above, whole)
+        if not whole:
+            words += " (1e-40 to 1e40 in size)"
+        raise ProblemError(f"{name} must be {words}, not {shown(value)}")
+    return value

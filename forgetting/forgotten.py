@@ -16,10 +16,10 @@ from forgetting.adapter import (
     projection_sha256,
     save_adapter,
 )
-from forgetting.checks import matrix
 from forgetting.deploy.embeddings import patch
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
+from forgetting.io import matrix
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import changed_sha256, description, find, verify
 from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors

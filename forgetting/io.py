@@ -1,67 +1,43 @@
-"""Files that cannot lie unnoticed: how this library stores tensors, and what it reads back.
+"""Files that cannot lie unnoticed, and checks of tensors.
 
-A file is safetensors. Its metadata holds a `format`, fields as JSON (of shapes as in
-`forgetting.checks`), and the SHA-256 of all of that together with every tensor.
+A file of this library is safetensors. Its metadata holds a `format`, fields as JSON, and the
+SHA-256 of all of that together with every tensor.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from forgetting.checks import check
-from forgetting.errors import ProblemError, line, shown
+from forgetting.errors import LARGEST, ProblemError, line, reason
 
-DTYPES = {  # as safetensors calls and orders them
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
-UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+STALE = 3600.0  # seconds after which nobody is writing a temporary file any more
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's numbers, row by row and little-endian; numpy is not needed."""
-    tensor = tensor.detach().cpu().contiguous().reshape(-1)
-    size = tensor.element_size()
-    if sys.byteorder == "big" and size > 1:
-        tensor = tensor.view(torch.uint8).reshape(-1, size).flip(1).contiguous().reshape(-1)
-    count = tensor.numel() * tensor.element_size()
-    if not count:
-        return memoryview(b"")
-    held = (ctypes.c_ubyte * count).from_address(tensor.data_ptr())
-    held.tensor = tensor  # lives as long as the view of its memory
-    return memoryview(held).cast("B")
+    """The bytes of a tensor's numbers, row by row."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
-def digest(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
+def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of metadata and of all tensors: their names, dtypes, shapes and bytes."""
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -71,88 +47,77 @@ def digest(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a file; the same fields and tensors give the same bytes."""
+    """The content of a file; the same fields and tensors give the same bytes.
+
+    Raises:
+        ProblemError: a field that JSON cannot hold.
+    """
     metadata = {"format": kind}
-    metadata |= {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    for name, value in fields.items():
+        try:
+            metadata[name] = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ProblemError(f"{name} holds what JSON cannot ({line(error)})") from error
     return container(tensors, metadata | {"sha256": digest(metadata, tensors)})
 
 
 def container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A file of safetensors. The library's own writer needs numpy, and orders its header by chance;
-    this one orders all as that one orders the data, and the header by name.
+    """A file of safetensors, with its header in the order of names: the library's own is random.
 
     Raises:
-        ProblemError: a tensor of a dtype that such files do not hold.
+        ProblemError: a tensor that such files do not hold.
     """
-    for name, x in tensors.items():
-        if x.dtype not in DTYPES:
-            raise ProblemError(f"{shown(name)} is {x.dtype}, which safetensors does not hold")
-    order = sorted(tensors, key=lambda name: (-list(DTYPES).index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name in order:
-        end = start + tensors[name].numel() * tensors[name].element_size()
-        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-        start = end
+    try:
+        data = save({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, dict(metadata))
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise ProblemError(f"safetensors cannot hold these tensors ({reason(error)})") from error
+    header, start = _header(data)
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
-    data = [bytes(raw(tensors[name])) for name in order]
-    return b"".join([len(text).to_bytes(8, "little"), text, *data])
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[start:]])
 
 
-def unpack(
-    path: str | Path,
-    kind: str,
-    shape: dict[str, Any],
-    older: str | None = None,
-    unsealed: str | None = None,
-) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Read what `pack` made: format, fields and tensors, which are as they were packed.
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The header of a file of safetensors, and where its data start."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), end
 
-    Args:
-        kind: the format; shape: that of its fields.
-        older: a format with the same fields and other tensors; unsealed: one whose files say no
-            digest and may lack fields.
+
+def unpack(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `pack` made: fields and tensors, which are as they were packed.
 
     Raises:
-        ProblemError: no such file, another format, damaged or changed since it was written, fields
-            of another shape; one line that names the file.
+        ProblemError: no such file, another format, damaged or changed since it was written; one
+            line that names the file.
     """
     with naming(path):
+        data = read_bytes(path)
         try:
-            if not Path(path).is_file():  # nor a pipe, which would be waited for
-                raise FileNotFoundError("no such file")
-            # safetensors reads no name that is not UTF-8, and calls what may not be read absent.
-            with open(path, "rb") as raw, safe_open(_name(raw), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except UNREADABLE as error:
+            tensors = load(data)
+            metadata = _header(data)[0].get("__metadata__", {})
+            form, sealed = metadata.get("format"), metadata.pop("sha256", None)
+            stem = kind.rpartition("/")[0]
+            if form != kind:
+                older = str(form).startswith(f"{stem}/")
+                what = f"of another format ({line(form)})" if older else f"not a {stem} file"
+                raise ProblemError(f"{what}; make it anew" if older else what)
+            if sealed != digest(metadata, tensors):
+                raise ProblemError("damaged, or changed since it was written (its SHA-256 differs)")
+            return {k: json.loads(text) for k, text in metadata.items() if k != "format"}, tensors
+        except ProblemError:
+            raise
+        except (SafetensorError, ValueError, TypeError, RecursionError, AttributeError) as error:
             raise ProblemError(f"not a readable {kind} file ({line(error)})") from error
-        form = metadata.get("format")
-        if form is None or form not in (kind, older, unsealed):
-            raise ProblemError(f"not a {kind} file (its format is {shown(form)})")
-        sealed = metadata.pop("sha256", None)
-        if sealed != (None if form == unsealed else digest(metadata, tensors)):
-            raise ProblemError(
-                "damaged, or changed since it was written: its content has another SHA-256 than "
-                "it says"
-            )
-        del metadata["format"]
-        fields = {}
-        for name, text in metadata.items():
-            try:
-                fields[name] = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ProblemError(f"{shown(name)} is no JSON ({error})") from error
-        here = {name: shape[name] for name in shape if name in fields or form != unsealed}
-        return form, check(fields, here, "metadata"), tensors
 
 
-def _name(file: IO) -> str:
-    """A name of an open file in plain letters."""
-    return f"/dev/fd/{file.fileno()}" if os.name == "posix" else file.name
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; ProblemError if it cannot be read."""
+    try:
+        if not Path(path).is_file():  # nor a pipe, which would be waited for
+            raise FileNotFoundError("no such file")
+        return Path(path).read_bytes()
+    except (OSError, TypeError, ValueError) as error:
+        raise ProblemError(f"cannot be read ({line(error)})") from error
 
 
 @contextmanager
@@ -164,102 +129,78 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ProblemError(f"{line(path)}: {error}") from None
 
 
-def write_bytes(data: bytes, path: str | Path, durable: bool = True, replace: bool = True) -> None:
-    """Write a file, which appears whole or not at all; missing folders are made.
-
-    Args:
-        durable: wait until the disk has it, and remove what killed processes left beside it.
-            Without that a power cut may leave an empty file, which whoever keeps its digest
-            elsewhere will notice.
-        replace: whether a file that is there may be replaced.
-
-    Raises:
-        ProblemError: the place cannot be written, or is taken.
-    """
-    try:
-        path = Path(path)
-        # Made neither by tempfile nor by safetensors' save_file: their files are private (0600).
-        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}.safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".tmp-{16 * '[0-9a-f]'}.safetensors") if durable else ():
-            with suppress(OSError), open(left) as file:
-                if _lock(file, wait=False):  # whoever was writing it is gone
-                    left.unlink()
-        try:
-            with open(temporary, "wb") as file:
-                _lock(file)
-                file.write(data)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-                (os.replace if replace else _settle)(temporary, path)
-        finally:
-            with suppress(OSError):  # gone already
-                temporary.unlink()
-    except (OSError, ValueError) as error:
-        raise ProblemError(f"cannot write {line(path)} ({error})") from error
-
-
-def _lock(file: IO, wait: bool = True) -> bool:
-    """Lock a file until it is closed; whether that could be done."""
-    try:
-        import fcntl  # not on every system; without it nothing is removed
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _settle(temporary: Path, path: Path) -> None:
-    """Put a file where none is, whoever else is about to."""
-    try:
-        try:
-            os.link(temporary, path)  # unlike a rename it fails where something is already
-        except FileExistsError:
-            raise
-        except OSError:  # a disk without links
-            open(path, "xb").close()
-            os.replace(temporary, path)
-    except FileExistsError:
-        raise ProblemError(f"{line(path)} exists and is not overwritten") from None
-
-
-def refuse_taken(path: str | Path) -> None:
+def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
     """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
-    if os.path.lexists(path):
+    if not overwrite and os.path.lexists(path):
         raise ProblemError(f"{line(path)} exists and is not overwritten; choose another name")
 
 
 @contextmanager
-def new_place(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, overwrite: bool = True, durable: bool = True) -> Iterator[Path]:
     """A path beside `path` at which to write a file or make a folder; it becomes `path` when all
     is written, and is removed if that fails. Missing folders above are made.
 
+    Args:
+        overwrite: whether a file that is there may be replaced. Of a folder that is there the
+            files are replaced one by one, and others stay.
+        durable: whether to wait until the disk has it.
+
     Raises:
-        ProblemError: something is at `path` already, or the place cannot be written.
+        ProblemError: something is at `path` already, or it cannot be written.
     """
-    path = Path(path)
-    refuse_taken(path)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
     try:
+        path = Path(path)
+        refuse_existing(path, overwrite)
+        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            if temporary.is_dir():
-                refuse_taken(path)
-                os.rename(temporary, path)
-            else:
-                _settle(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):  # gone already
-                temporary.unlink()
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # refuses a name that no file can have
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, ProblemError):
+            raise
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        files = [x for x in temporary.rglob("*") if x.is_file()]
+        for file in (files or [temporary]) if durable else ():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        refuse_existing(path, overwrite)
+        if temporary.is_dir() and path.is_dir():
+            for file in files:
+                os.replace(file, path / file.relative_to(temporary))
+        else:
+            os.replace(temporary, path)
     except OSError as error:
-        raise ProblemError(f"cannot write {line(path)} ({error})") from error
+        if error.filename not in (None, str(temporary)) and temporary.name not in str(error):
+            raise  # something else could not be read
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # gone already
+            temporary.unlink()
+
+
+def _cannot_write(path: Any, error: Exception) -> ProblemError:
+    return ProblemError(
+        f"cannot write {line(path)} ({line(getattr(error, 'strerror', None) or error)})"
+    )
+
+
+def write_bytes(
+    data: bytes, path: str | Path, overwrite: bool = True, durable: bool = True
+) -> None:
+    """Write a file by `atomic_path`."""
+    with atomic_path(path, overwrite, durable) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_stale(folder: str | Path) -> None:
+    """Remove what killed processes left of `atomic_path` anywhere below a folder."""
+    for path in Path(folder).rglob(f".tmp-{16 * '[0-9a-f]'}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def need(module: str, install: str | None = None) -> ModuleType:
@@ -276,3 +217,110 @@ def need(module: str, install: str | None = None) -> ModuleType:
             f"this needs the package {package}, which cannot be imported ({line(error)}): "
             f"pip install '{install or package}'"
         ) from error
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for (an unreachable threshold)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def tensor(
+    name: str, value: Any, dtypes: Iterable[torch.dtype], dims: Sequence[int | None]
+) -> Tensor:
+    """`value`, a dense and finite tensor with data, cut off from gradients and inference mode.
+
+    Args:
+        name: what to call it in a message; dims: the shape, None for any size.
+
+    Raises:
+        ProblemError: something else.
+    """
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ProblemError(f"{name} must be a torch tensor, not {kind}; torch.as_tensor makes one")
+    dense = value.layout is torch.strided and not value.is_nested and not value.is_meta
+    if not dense or value.dtype not in dtypes:
+        words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        kind = f"{value.dtype}, {value.layout} on {value.device}"
+        raise ProblemError(f"{name} must be a dense tensor of {words}, not {kind}")
+    sizes = tuple(value.shape)
+    fits = len(sizes) == len(dims) and all(
+        wanted in (None, size) for wanted, size in zip(dims, sizes, strict=True)
+    )
+    if not fits:
+        words = ", ".join("any" if dim is None else str(dim) for dim in dims)
+        kind = "matrix" if len(dims) == 2 else "vector"
+        raise ProblemError(f"{name} must be a {kind} of shape ({words}), its shape is {sizes}")
+    if not math.isfinite(largest(value)):
+        raise ProblemError(f"{name} holds NaN or infinite values")
+    value = value.detach()
+    inference = value.is_inference() and not torch.is_inference_mode_enabled()
+    return value.clone() if inference else value
+
+
+def largest(value: Tensor) -> float:
+    """The largest absolute value; 0 of nothing, NaN where one is."""
+    if not value.numel():
+        return 0.0
+    low, high = (float(end) for end in value.detach().aminmax())  # copies nothing, as abs would
+    return max(-low, high)
+
+
+def matrix(name: str, value: Any, width: int | None = None, count: int | None = None) -> Tensor:
+    """`value` as a matrix of numbers that can be multiplied, of `width` columns, `count` rows."""
+    value = tensor(name, value, FLOATS, (count, width))
+    size = largest(value)
+    if size > LARGEST or 0 < size < 1 / LARGEST:
+        raise ProblemError(
+            f"{name} holds numbers up to {size:.1e}, whose squares are out of range; "
+            f"scale it to between {1 / LARGEST:.0e} and {LARGEST:.0e}"
+        )
+    return value
+
+
+def matrices(**values: Any) -> list[Tensor]:
+    """Several matrices that are multiplied with one another: of one dtype, on one device."""
+    found = [matrix(name, value) for name, value in values.items()]
+    if len({(x.dtype, x.device) for x in found}) != 1:
+        kinds = [f"{n}: {x.dtype} on {x.device}" for n, x in zip(values, found, strict=True)]
+        raise ProblemError(f"all tensors must share one dtype and device, got {', '.join(kinds)}")
+    return found
+
+
+def texts(
+    name: str, hidden: Any, other: str, value: Any, square: bool = False, least: int = 1
+) -> list[Tensor]:
+    """Hidden states (k, w), k >= `least`, and what they are multiplied with: (w, d), or (w, w)."""
+    hidden, value = matrices(**{name: hidden, other: value})
+    if len(hidden) < least:
+        raise ProblemError(f"{name} is empty: name at least one text to forget")
+    if 0 in value.shape:
+        raise ProblemError(f"a {other} of shape {tuple(value.shape)} has nothing to change")
+    width = hidden.shape[1]
+    return [hidden, matrix(other, value, width if square else None, width)]
+
+
+def vector(name: str, value: Any, count: int) -> Tensor:
+    """`value` as (count,) numbers of 0 or more, float64."""
+    value = tensor(name, value, FLOATS, (count,))
+    value = matrix(name, value[None])[0].double()
+    if len(value) and value.min() < 0:
+        raise ProblemError(f"{name} must be 0 or more, the least is {float(value.min())}")
+    return value
+
+
+def indices(name: str, value: Any, count: int, below: int) -> Tensor:
+    """`value` as (count,) int64 from 0 to `below` - 1."""
+    value = tensor(name, value, (torch.int64,), (count,))
+    if count and (value.min() < 0 or value.max() >= below):
+        raise ProblemError(f"{name} must lie from 0 to {below - 1}")
+    return value
+
+
+def mask(name: str, value: Any, columns: int, rows: int | None = None) -> Tensor:
+    """`value` as a matrix of truth values."""
+    return tensor(name, value, (torch.bool,), (rows, columns))

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, WEIGHT, check, either, matrices, whole
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number
+from forgetting.io import matrices
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
 NUMBERS = {
-    "lamb_forget": either(AUTO, WEIGHT),
-    "lamb_preserve": WEIGHT,
-    "lamb_weight": WEIGHT,
-    "rank": whole(1),
-    "alpha": POSITIVE,
+    "lamb_forget": {"low": 0},
+    "lamb_preserve": {"low": 0},
+    "lamb_weight": {"low": 0},
+    "rank": {"low": 1, "whole": True},
+    "alpha": {"above": 0},
 }
 TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
@@ -90,8 +90,9 @@ class ForgetProblem:
                     f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        for name, rule in NUMBERS.items():
-            check(getattr(self, name), rule, name)
+        for name, limits in NUMBERS.items():
+            if name != "lamb_forget" or self.lamb_forget != AUTO:
+                number(name, getattr(self, name), **limits)
 
     @cached_property
     def double(self) -> ForgetProblem:

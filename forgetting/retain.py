@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import NUMBER, WEIGHT, check, indices, matrix, whole
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number
+from forgetting.io import indices, matrix
 from forgetting.solvers.constrained import Ridge
 from forgetting.solvers.spectrum import CHUNK
 from forgetting.statistics import RetainStatistics
@@ -72,13 +72,13 @@ class RetainSet:
         """
         if not groups:
             raise ProblemError("a retain set needs at least one group, which may be empty")
-        self.similarity = check(similarity, NUMBER, "similarity")
-        self.most = None if most is None else check(most, whole(1), "most")
+        self.similarity = number("similarity", similarity)
+        self.most = None if most is None else number("most", most, low=1, whole=True)
         width = matrix("hidden states", next(iter(groups.values())).rows).shape[1]
         self.statistics = RetainStatistics(width)
         for name, group in groups.items():
             if group.weight is not None:
-                check(group.weight, WEIGHT, f"the weight of group {name!r}")
+                number(f"the weight of group {name!r}", group.weight, low=0)
             if len(group.names) != len(matrix(f"group {name!r}", group.rows, width)):
                 raise ProblemError(
                     f"group {name!r}: {len(group.names)} names, {len(group.rows)} hidden states"

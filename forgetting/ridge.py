@@ -23,9 +23,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, check, mask, matrix
 from forgetting.displacement import shares_each
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number
+from forgetting.io import mask, matrix
 from forgetting.retain import RetainSet
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
@@ -74,8 +74,8 @@ def best_ridge(
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
     """
-    check(limit, POSITIVE, "limit")
-    check(retain.squared_length, POSITIVE, "the mean squared length of a retained text")
+    number("limit", limit, above=0)
+    number("the mean squared length of a retained text", retain.squared_length, above=0)
     like = matrix("like", like, retain.rows.shape[1])
     if not len(like):
         raise ProblemError("like is empty: the ridge is found from texts such as may be forgotten")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
 from typing import Any
 
-from forgetting.errors import ProblemError, shown
+from forgetting.errors import ProblemError, in_range, range_in_words, shown
+
+RANGE = ("low", "high", "above")
 
 
 def setting(
@@ -35,22 +36,14 @@ def setting(
 def allowed(spec: Field) -> str:
     """The values of a setting in words, such as "a number from 0 to 1, or auto"."""
     meta, kind = spec.metadata, type(spec.default)
-    words = {bool: "true or false", str: "a text", int: "a whole number"}.get(kind, "a number")
-    if kind is str and meta["choices"]:
-        return " or ".join(meta["choices"])
-    if meta["above"] is not None:
-        words += f" above {meta['above']:g}"
-    if meta["low"] is not None:
-        words += (
-            f" from {meta['low']:g}"
-            if meta["high"] is not None
-            else f" of at least {meta['low']:g}"
-        )
-    if meta["high"] is not None:
-        words += (
-            f" to {meta['high']:g}" if meta["low"] is not None else f" of at most {meta['high']:g}"
-        )
-    return ", or ".join([words, *meta["choices"], *(["none"] if meta["optional"] else [])])
+    choices = list(meta["choices"])
+    if kind is str and choices:
+        return " or ".join(choices)
+    if kind in (bool, str):
+        words = "true or false" if kind is bool else "a text"
+    else:
+        words = range_in_words(**{key: meta[key] for key in RANGE}, whole=kind is int)
+    return ", or ".join([words, *choices, *(["none"] if meta["optional"] else [])])
 
 
 def validate(settings: Any, prefix: str = "") -> None:
@@ -72,14 +65,6 @@ def _fits(value: Any, spec: Field) -> bool:
         return meta["optional"]
     if isinstance(value, str) and value in meta["choices"]:
         return True
-    if kind is bool or kind is str:
+    if kind in (bool, str):
         return type(value) is kind and not (kind is str and meta["choices"])
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        return False
-    low, high, above = meta["low"], meta["high"], meta["above"]
-    return (
-        math.isfinite(value)
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-    )
+    return in_range(value, **{key: meta[key] for key in RANGE}, whole=kind is int)

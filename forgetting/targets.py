@@ -14,19 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import (
-    POSITIVE,
-    WEIGHT,
-    above,
-    check,
-    mask,
-    matrices,
-    matrix,
-    texts,
-    vector,
-    whole,
-)
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number, shown
+from forgetting.io import mask, matrices, matrix, texts, vector
 from forgetting.solvers.constrained import Ridge, downdate, request_batches
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
@@ -70,8 +59,10 @@ def empty_target(
     classes = matrix("class_embeddings", class_embeddings, projection.shape[1])
     classes = normalize(classes.to(projection), dim=-1)
     empty = neutral_hidden @ projection  # (1, w) @ (w, d) -> (1, d)
-    check(noise_std, WEIGHT, "noise_std")
-    forgotten = set(check(forget_labels, [whole(0), ...], "forget_labels"))
+    number("noise_std", noise_std, low=0)
+    if not isinstance(forget_labels, list | tuple) or not forget_labels:
+        raise ProblemError(f"forget_labels must be a list of labels, not {shown(forget_labels)}")
+    forgotten = {number("forget_labels", label, low=0, whole=True) for label in forget_labels}
     if max(forgotten) >= len(classes):
         raise ProblemError(f"label {max(forgotten)} to forget, of {len(classes)} classes")
     if forgotten >= set(range(len(classes))):
@@ -143,7 +134,7 @@ class Specific:
     def __init__(self, projection: Tensor, gram: Tensor, lam: float) -> None:
         self._w = w = matrix("projection", projection).double()
         g = matrix("gram", gram, len(w), len(w)).double()
-        self._ridge = Ridge(w.T @ g @ w, check(lam, POSITIVE, "lam"))  # (d, d)
+        self._ridge = Ridge(w.T @ g @ w, number("lam", lam, above=0))  # (d, d)
 
     def __call__(
         self,
@@ -180,7 +171,7 @@ def orthogonal_target(texts: Tensor, count: int) -> Tensor:
     Args:
         texts: (n, d), text embeddings of all that is named: classes and retained names.
     """
-    texts, count = matrix("texts", texts), check(count, whole(0), "count")
+    texts, count = matrix("texts", texts), number("count", count, low=0, whole=True)
     if texts.shape[1] == 0:
         raise ProblemError("texts have at least one dimension")
     _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
@@ -202,6 +193,6 @@ def check_beta(kind: str, beta: float) -> None:
     """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
     `specific` (-1 would be no change at all)."""
     if kind == "opposite":
-        check(beta, WEIGHT, "beta of opposite")
+        number("beta of opposite", beta, low=0)
     if kind == "specific":
-        check(beta, above(-1), "beta of specific")
+        number("beta of specific", beta, above=-1)

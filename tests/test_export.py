@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from forgetting import save_adapter
 from forgetting.deploy.export import FORMATS, _open_clip_config, add_export, export, run_export
-from forgetting.deploy.stores import patch_file
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import find, read_projection, read_tensors
 from tests.export_fixtures import (
@@ -657,24 +656,6 @@ def test_a_named_config_brings_the_preprocessing_of_its_weights():
     assert one["preprocess_cfg"]["mean"] == (0.5, 0.5, 0.5)
     with pytest.raises(ProblemError, match="knows no configuration 'ViT-L-14/x'"):
         _open_clip_config("ViT-L-14/x", Path("nowhere"))
-
-
-def test_without_numpy(tmp_path, monkeypatch):
-    """The writer of safetensors needs it, and is not used."""
-    import sys
-
-    weight = torch.randn(W, D)
-    adapter, base = make_adapter(weight), small(tmp_path / "base", "hf", weight)
-    square = torch.randn(D, D)
-    save_file({"texts": nn.functional.normalize(square)}, tmp_path / "texts.safetensors")
-    monkeypatch.setitem(sys.modules, "numpy", None)
-    for to in ("hf", "peft"):
-        export(adapter, base, to, tmp_path / to)
-    changed = load_file(tmp_path / "hf/model.safetensors")["text_projection.weight"]
-    assert torch.equal(changed.T, adapter.apply(weight))
-    out = tmp_path / "patched.safetensors"
-    patch_file(tmp_path / "texts.safetensors", out, square, make_adapter(square))
-    assert not torch.equal(*(load_file(x)["texts"] for x in (out, tmp_path / "texts.safetensors")))
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -379,7 +379,7 @@ ARGUMENTS = {
     "push": ({"push": 0.0}, "push must be"),
     "beta of none": ({"target": "empty", "beta": 0.1}, "beta is a number for specific and oppo"),
     "weights of a list": ({"weights": [1]}, "weights must map groups to numbers"),
-    "cache": ({"cache": 3}, "cache must be null or a folder"),
+    "cache": ({"cache": 3}, "cache must be a folder or None"),
     "list as target": ({"target": [1.0]}, "no target"),
     "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target must be a dense"),
     "same name": ({"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "keep": ["cat"]}, "kept"),

@@ -46,8 +46,8 @@ from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Evaluator, accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
-from forgetting.checks import finite
 from forgetting.errors import ProblemError
+from forgetting.io import finite
 from forgetting.problem import Batch, Request
 from trainers.plan import Plan, make_plan
 from trainers.requests import Texts, check_prompts, check_target, read_prompts

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.checks import FLOATS, matrix, tensor
 from forgetting.errors import ProblemError, line
+from forgetting.io import FLOATS, matrix, tensor
 
 CHUNK = 65536  # rows that are in float64 at one time
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
@@ -122,7 +122,7 @@ class Patch:
                     f"the embeddings {tuple(embeddings.shape)} stand in columns, as in a "
                     "zero-shot head: pass their transpose, one embedding a row"
                 )
-        embeddings = tensor("embeddings", embeddings, FLOATS, ("n", d))
+        embeddings = tensor("embeddings", embeddings, FLOATS, (None, d))
         if self._bias is not None and (normalised or (len(embeddings) and _unit(embeddings))):
             raise ProblemError(
                 "this projection has a bias, and a unit-norm embedding does not tell how much of "

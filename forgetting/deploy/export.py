@@ -32,7 +32,7 @@ from torch import Tensor
 
 from forgetting.adapter import Adapter, load_adapter
 from forgetting.errors import ProblemError, line
-from forgetting.io import container, naming, need, new_place, refuse_taken
+from forgetting.io import atomic_path, container, naming, need, refuse_existing
 from forgetting.models.checkpoint import (
     HF_CONFIG,
     HF_WEIGHTS,
@@ -102,7 +102,7 @@ def export(
     if to not in FORMATS:
         raise ProblemError(f"no format {line(to)!r}; there are {', '.join(FORMATS)}")
     out, base = Path(out), Path(base)
-    refuse_taken(out)
+    refuse_existing(out)
     if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
         raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
@@ -119,7 +119,7 @@ def _openai(job: Job, out: Path) -> None:
                 "choose the format of the tool that it is of"
             )
         _require_openai(files[0].with_name(OPEN_CLIP_CONFIG))
-    with new_place(out) as temporary:
+    with atomic_path(out, overwrite=False) as temporary:
         _save_pt(tensors, temporary)
 
 
@@ -158,7 +158,7 @@ def _open_clip(job: Job, out: Path) -> None:
         raise ProblemError(
             f"the config says embed_dim {config['model_cfg']['embed_dim']}, the projection has {d}"
         )
-    with new_place(out) as folder:
+    with atomic_path(out, overwrite=False) as folder:
         folder.mkdir()
         if job.base.is_dir():
             _copy(job.base, folder)
@@ -203,7 +203,7 @@ def _named_config(named: str) -> dict[str, Any]:
 def _hf(job: Job, out: Path) -> None:
     _require_hf(job.base)
     tensors, found, files = job.change(HF_WEIGHTS)
-    with new_place(out) as folder:
+    with atomic_path(out, overwrite=False) as folder:
         folder.mkdir()
         _copy(job.base, folder)
         if files[0].suffix != ".safetensors":  # transformers reads one file of any size
@@ -255,7 +255,7 @@ def _peft(job: Job, out: Path) -> None:
     }
     stem = f"base_model.model.{module}"
     tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
-    with new_place(out) as folder:
+    with atomic_path(out, overwrite=False) as folder:
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         _save(tensors, folder / "adapter_model.safetensors")
@@ -358,7 +358,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> str:
     """`clip-forget export`: what to say of it, in one line."""
-    refuse_taken(args.out)
+    refuse_existing(args.out)
     adapter = load_adapter(args.adapter)
     out = export(adapter, args.base, args.to, args.out, args.original, args.config)
     return f"{line(out)}: {args.to}, without {line(', '.join(adapter.classes))}"

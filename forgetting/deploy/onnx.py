@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line
-from forgetting.io import naming, need, new_place
+from forgetting.io import atomic_path, naming, need
 from forgetting.models.checkpoint import find
 
 EXTRA = "clip-forgetting[onnx]"
@@ -54,7 +54,7 @@ def patch_graph(adapter: Adapter, path: Path, out: Path, original: Tensor | None
             proto.ClearField(field)
         if model.ByteSize() > LARGEST:
             raise ProblemError("larger than 2 GiB, which one ONNX file cannot hold")
-        with new_place(out) as temporary:
+        with atomic_path(out, overwrite=False) as temporary:
             temporary.write_bytes(model.SerializeToString())
 
 
@@ -163,7 +163,7 @@ def export_tower(model: nn.Module, out: Path) -> None:
         ids = torch.full((2, length), last, dtype=torch.int64)
         tower, args = _Hf(model), (ids, torch.ones_like(ids))
         shapes = {"input_ids": {0: batch}, "attention_mask": {0: batch}}
-    with new_place(out) as temporary:
+    with atomic_path(out, overwrite=False) as temporary:
         try:
             with _quiet(), torch.no_grad():
                 torch.onnx.export(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from forgetting.adapter import Adapter, load_adapter
@@ -21,16 +22,17 @@ from forgetting.checks import HASH, check
 from forgetting.deploy.embeddings import Patch
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import (
-    UNREADABLE,
+    atomic_path,
     container,
     digest,
     naming,
     need,
-    new_place,
-    refuse_taken,
+    refuse_existing,
     write_bytes,
 )
 from forgetting.models.checkpoint import read_projection
+
+UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError)
 
 PATCHED = "clip-forget-patched"  # the key, in files that can say so, of what was done to them
 
@@ -63,7 +65,7 @@ def patch_file(
             file beside it says; another projection; see also `Patch` and `Patch.apply`.
     """
     path, out = Path(path), Path(out)
-    refuse_taken(out)
+    refuse_existing(out)
     kind = path.suffix.lower()
     if kind not in KINDS or out.suffix.lower() != kind:
         wanted = f"{line(out)} must end in {kind} too" if kind in KINDS else line(path)
@@ -79,7 +81,7 @@ def patch_file(
 
     silent, mark = kind in SILENT, _mark(change)
     if silent:
-        refuse_taken(_beside(out))
+        refuse_existing(_beside(out))
     with naming(path):
         if not path.is_file():
             raise ProblemError("no such file")
@@ -88,7 +90,7 @@ def patch_file(
         KINDS[kind](path, out, key, work, mark)
     if silent:
         said = json.dumps({"sha256": _file_sha256(out), PATCHED: mark})
-        write_bytes(said.encode(), _beside(out), replace=False)
+        write_bytes(said.encode(), _beside(out), overwrite=False)
     return report
 
 
@@ -110,7 +112,7 @@ def _npy(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
     except (*UNREADABLE, EOFError) as error:
         raise ProblemError(f"not a readable .npy file of numbers ({line(error)})") from error
     done = work(rows).numpy()
-    with new_place(out) as temporary, open(temporary, "wb") as file:
+    with atomic_path(out, overwrite=False) as temporary, open(temporary, "wb") as file:
         numpy.save(file, done, allow_pickle=False)
 
 
@@ -126,7 +128,7 @@ def _safetensors(path: Path, out: Path, key: str | None, work: Work, mark: str) 
     marks = _unmarked(metadata.get(PATCHED, ""), mark)
     name = _one_of(tensors, key)
     tensors[name] = work(tensors[name])
-    with new_place(out) as temporary:
+    with atomic_path(out, overwrite=False) as temporary:
         temporary.write_bytes(container(tensors, metadata | {PATCHED: marks}))
 
 
@@ -146,7 +148,7 @@ def _pt(path: Path, out: Path, key: str | None, work: Work, mark: str) -> None:
         held = dict(held) if isinstance(held, dict) else {}
         name = _one_of({k: v for k, v in held.items() if isinstance(v, Tensor)}, key)
         held[name] = work(held[name])
-    with new_place(out) as temporary, open(temporary, "wb") as file:
+    with atomic_path(out, overwrite=False) as temporary, open(temporary, "wb") as file:
         torch.save(held, file)
 
 
@@ -190,7 +192,7 @@ def _parquet(path: Path, out: Path, key: str | None, work: Work, mark: str) -> N
         column = form.from_arrays(offsets, values, type=field.type)
     table = table.set_column(place, field, column)
     table = table.replace_schema_metadata(metadata | {PATCHED.encode(): marks.encode()})
-    with new_place(out) as temporary:
+    with atomic_path(out, overwrite=False) as temporary:
         parquet.write_table(table, temporary)
 
 
@@ -265,7 +267,7 @@ def add_patch(parser: argparse.ArgumentParser) -> None:
 
 def run_patch(args: argparse.Namespace) -> str:
     """`clip-forget patch`: what to say of it, in one line."""
-    refuse_taken(args.out)
+    refuse_existing(args.out)
     adapter = load_adapter(args.adapter)
     projection, bias = read_projection(args.base, adapter)
     report = patch_file(

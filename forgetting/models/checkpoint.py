@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forgetting.adapter import Adapter, projection_sha256
-from forgetting.checks import FLOATS
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import naming
+from forgetting.io import FLOATS, naming
 from forgetting.models.identity import description
 from forgetting.models.torchscript import is_torchscript, read_torchscript
 

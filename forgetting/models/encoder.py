@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from forgetting.checks import FLOATS
 from forgetting.errors import ProblemError, line
-from forgetting.io import raw
+from forgetting.io import FLOATS, raw
 from forgetting.models.modules import (
     maybe_transpose,
     quantised,

@@ -14,14 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forgetting.checks import HASH, whole
 from forgetting.errors import ProblemError
 from forgetting.io import pack, unpack, write_bytes
 from forgetting.models.encoder import Encoder
 from forgetting.models.words import generic
 
 FORMAT = "clip-forget-hidden/1"
-FIELDS = {"key": HASH, "texts": whole(0)}
 ALIKE = 16  # names that leave with a text for being similar, at most
 CACHE = Path("~/.cache/clip-forget")
 LOOKED_AT = 8  # texts of a file that are encoded again, to see that it is of this tower
@@ -64,7 +62,7 @@ def generic_hidden(
 def _kept(path: Path, key: str, names: list[str], tower: Encoder) -> Tensor | None:
     """The rows of a file, if they are what the tower says."""
     try:
-        _, fields, held = unpack(path, FORMAT, FIELDS)
+        fields, held = unpack(path, FORMAT)
     except ProblemError:
         return None
     rows = held.get("hidden")

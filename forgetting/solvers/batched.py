@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetting.checks import indices, mask
+from forgetting.io import indices, mask
 from forgetting.problem import AUTO, ForgetProblem, pad_rows, texts_per_request
 from forgetting.solvers.certificate import certify_each
 from forgetting.solvers.exact import (

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, check, indices, mask, matrix, vector
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number
+from forgetting.io import indices, mask, matrix, vector
 from forgetting.problem import LowRankEdit, pad_indices, texts_per_request
 from forgetting.solvers.certificate import Certificate, certify_constrained
 
@@ -41,7 +41,7 @@ class Ridge:
     mu: float
 
     def __post_init__(self) -> None:
-        check(self.mu, POSITIVE, "the ridge mu")
+        number("the ridge mu", self.mu, above=0)
         gram = matrix("the retain statistics", self.gram).double()
         if gram.shape[0] != gram.shape[1] or not len(gram):
             raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")

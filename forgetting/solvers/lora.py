@@ -15,14 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.checks import POSITIVE, WEIGHT, check, indices, mask, whole
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, number, shown
+from forgetting.io import indices, mask
 from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows, texts_per_request
 from forgetting.solvers.batched import solve_each
 from forgetting.solvers.exact import resolve_auto_weight
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
-GENERATOR = (lambda x: isinstance(x, torch.Generator), "a torch.Generator")
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class LoraSettings:
     max_trials: int = 100
 
     def __post_init__(self) -> None:
-        check(self.steps, whole(1), "steps")
-        check(self.max_trials, whole(1), "max_trials")
-        check(self.lr, POSITIVE, "lr")
-        check(self.lamb_forget_step, WEIGHT, "lamb_forget_step")
-        if check(self.reduction, WEIGHT, "reduction") > 1:
+        number("steps", self.steps, low=1, whole=True)
+        number("max_trials", self.max_trials, low=1, whole=True)
+        number("lr", self.lr, above=0)
+        number("lamb_forget_step", self.lamb_forget_step, low=0)
+        if number("reduction", self.reduction, low=0) > 1:
             raise ProblemError(f"reduction must lie from 0 to 1, got {self.reduction}")
 
 
@@ -137,7 +136,10 @@ def solve_lora_each(
     device, (w, d) = problem.projection.device, problem.projection.shape
     leaving = mask("leaving", leaving, len(problem.retain_hidden)).to(device)
     owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
-    check(generators, [GENERATOR], "generators")
+    if not isinstance(generators, Sequence) or not all(
+        isinstance(one, torch.Generator) for one in generators
+    ):
+        raise ProblemError(f"generators must be torch.Generator objects, not {shown(generators)}")
     if len(generators) != len(leaving):
         raise ProblemError(f"{len(generators)} generators for {len(leaving)} requests")
     lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from forgetting.checks import matrix
 from forgetting.errors import ProblemError
+from forgetting.io import matrix
 from forgetting.problem import ForgetProblem
 
 EPS = torch.finfo(torch.float64).eps
