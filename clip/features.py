@@ -69,8 +69,8 @@ def build_bundle(
     if not items:
         raise ProblemError(f"data set {dataset} in {root} has no images in its split {split!r}")
     classnames = list(images.classnames)
-    names = [datasets.plain(name) for name in classnames]
-    retain_names = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
+    names = [datasets.clean_name(name) for name in classnames]
+    retain_names = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
 
     stored = FeatureCache(source, cache, how)
     workers = loaders(source.device) if workers is None else workers

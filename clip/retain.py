@@ -43,7 +43,7 @@ def retain_set(
     """
 
     def classes(*bundles: FeatureBundle) -> Names:
-        names = [datasets.plain(name) for each in bundles for name in each.classnames]
+        names = [datasets.clean_name(name) for each in bundles for name in each.classnames]
         rows = [each.forget_hidden for each in bundles]
         if prompts:
             names, rows = 2 * names, rows + [each.class_hidden for each in bundles]

@@ -31,7 +31,7 @@ PART = 8192  # names of a part: a factorisation costs as much as some thousand o
 
 
 def read_names(path: str | Path) -> list[str]:
-    """The names of a file, a line each, plain, each once, in the order of the file.
+    """The names of a file, a line each, cleaned, each once, in the order of the file.
 
     Raises:
         ProblemError: no such file, not in UTF-8, or no names in it.
@@ -40,7 +40,7 @@ def read_names(path: str | Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"names {path} cannot be read: {error}") from error
-    names = list(dict.fromkeys(datasets.plain(line.strip()) for line in lines if line.strip()))
+    names = list(dict.fromkeys(datasets.clean_name(line.strip()) for line in lines if line.strip()))
     if not names:
         raise ProblemError(f"names {path}: no name in it; it must hold one a line")
     return names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine import DATASET_REGISTRY
 
-from .names import key, match, plain
+from .names import clean_name, key, match
 from .reader import CLASSES, ImageSet, available, load
 from .table import NAMES, SETS, SetSpec, spec
 from .vocabulary import retain_vocabulary, same_meaning, synonyms
@@ -22,10 +22,10 @@ __all__ = [
     "ImageSet",
     "SetSpec",
     "available",
+    "clean_name",
     "key",
     "load",
     "match",
-    "plain",
     "retain_vocabulary",
     "same_meaning",
     "spec",

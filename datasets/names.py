@@ -1,7 +1,7 @@
 """Class names: how one spelling is found among others, and the committed text files of names.
 
 A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse`, cars are called
-`2012 Ram C/V Cargo Van Minivan`); a text made for CLIP uses `plain(name)`.
+`2012 Ram C/V Cargo Van Minivan`); a text made for CLIP uses `clean_name(name)`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from forgetting.errors import ProblemError, nearest
 
 
-def plain(name: str) -> str:
+def clean_name(name: str) -> str:
     """The name as words: underscores to spaces, single spaces, spelling and case kept."""
     return " ".join(name.replace("_", " ").split())
 
@@ -24,8 +24,8 @@ def is_text(value: object) -> bool:
 
 
 def key(name: str) -> str:
-    """What two spellings of one name have in common: `plain`, in lower case."""
-    return plain(name).casefold()
+    """What two spellings of one name have in common: `clean_name`, in lower case."""
+    return clean_name(name).casefold()
 
 
 def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
@@ -38,7 +38,7 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
     """
     if name in classnames:
         return name
-    if not plain(name):
+    if not clean_name(name):
         raise ProblemError("the name of a class is empty")
     same = [known for known in classnames if key(known) == key(name)]
     if len(same) == 1:
@@ -62,9 +62,9 @@ def flaw(classnames: Sequence[str]) -> str:
     for label, name in enumerate(classnames):
         if not is_text(name):
             return f"label {label} has a name that is no text: {name!r:.80}"
-        if not plain(name):
+        if not clean_name(name):
             return f"label {label} has an empty name"
-        if (other := labels.setdefault(plain(name), label)) != label:
+        if (other := labels.setdefault(clean_name(name), label)) != label:
             return f"labels {other} and {label} are both called {name!r}"
     return ""
 

@@ -23,7 +23,7 @@ import numpy as np
 from engine.files import read_json
 from forgetting.errors import ProblemError
 
-from .names import plain
+from .names import clean_name
 from .split import PARTS, Item, Split, check_split
 
 SEED = 1  # part of every shuffle below: changing it changes the images of all made splits
@@ -270,7 +270,7 @@ def from_dogs(folder: Path, images: Path) -> Split:
         paths = map(str, _column(folder, f"lists/{file}", "file_list"))
         labels = _column(folder, f"lists/{file}", "labels")
         return [
-            (path, int(label) - 1, plain(path.split("/")[0].partition("-")[2]))
+            (path, int(label) - 1, clean_name(path.split("/")[0].partition("-")[2]))
             for path, label in zip(paths, labels, strict=True)
         ]
 

@@ -206,10 +206,11 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
         source = ClipSource(ENCODER, path, temporary, "cpu")
         users = user_lists()
         lists = {
-            name: [*map(datasets.plain, users.forget_classes_all[name])] for name in users.all_ds
+            name: [*map(datasets.clean_name, users.forget_classes_all[name])]
+            for name in users.all_ds
         }
         for dataset, forgotten in lists.items():
-            vocabulary = [datasets.plain(name) for name in datasets.retain_vocabulary(dataset)]
+            vocabulary = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
             same = set().union(*synonyms_of(dataset, forgotten).values())
             free = [name for name in vocabulary if name not in same]
             classnames = [*forgotten, *free[:OTHER_NAMES]]

@@ -177,7 +177,7 @@ class EditTrainer(RetainingTrainer):
         notes = [*notes, f"the texts go {1 - residual:.1%} of their way to the target"]
         report |= {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
         report |= {"retained": len(staying), "excluded": names}
-        notes += left_notes(names, [*map(datasets.plain, request.classes)])
+        notes += left_notes(names, [*map(datasets.clean_name, request.classes)])
         return Solved(left.float(), displacement.float(), report, notes)
 
     def left(
@@ -260,14 +260,14 @@ class ForgetLEACE(RetainingTrainer):
         if apart > ERASED:
             notes.append("warning: little was erased: the class's texts hardly correlate with it")
         template = self.bundle.template
-        prompts = [template.replace(BARE, datasets.plain(name)) for name in request.classes]
+        prompts = [template.replace(BARE, datasets.clean_name(name)) for name in request.classes]
         report = {
             "apart": apart,
             "texts": list(dict.fromkeys([*request.texts, *prompts])),
             "retained": len(staying),
             "excluded": names,
         }
-        notes += left_notes(names, [*map(datasets.plain, request.classes)])
+        notes += left_notes(names, [*map(datasets.clean_name, request.classes)])
         return Solved(left.float(), right.float(), report, notes)
 
 

@@ -91,7 +91,7 @@ class ForgetExact(ForgetTrainer):
                 answer.solution.left.float(),
                 answer.solution.right.float(),
                 answer.report(),
-                answer.notes([datasets.plain(name) for name in answer.request.classes]),
+                answer.notes([datasets.clean_name(name) for name in answer.request.classes]),
                 recipe=answer.recipe,
                 parts=answer.parts,
             )
@@ -132,7 +132,7 @@ class ForgetExact(ForgetTrainer):
         """The evaluation prompts of the set, then those of the other sets that are listed."""
         listed = self.cfg.TRAINER.FORGETEXACT.OTHERS > 0
         bundles = [self.bundle, *(self.others.values() if listed else ())]
-        names = [datasets.plain(name) for bundle in bundles for name in bundle.classnames]
+        names = [datasets.clean_name(name) for bundle in bundles for name in bundle.classnames]
         hidden = torch.cat([bundle.class_hidden for bundle in bundles])
         rivals = len(self.bundle.classnames)
         return Watch(names, hidden.to(self.device), self.model.projection, rivals, self.model.bias)

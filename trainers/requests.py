@@ -109,7 +109,7 @@ class Texts:
         """
         bundle, texts, owner, rows = self.bundle, [], [], []
         for index, name in enumerate(classes):
-            plain, label = datasets.plain(name), self.label[name]
+            plain, label = datasets.clean_name(name), self.label[name]
             held = {
                 plain: bundle.forget_hidden[label],
                 bundle.template.replace(BARE, plain): bundle.class_hidden[label],
@@ -140,7 +140,7 @@ class Texts:
         for name in names:
             if name in self._known:
                 continue
-            plain, label = datasets.plain(name), self.label[name]
+            plain, label = datasets.clean_name(name), self.label[name]
             texts = {bundle.template.replace(BARE, plain): bundle.class_hidden[label]}
             kinds = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
             texts |= {text: hidden for text, _, hidden in kinds}
@@ -160,7 +160,7 @@ class Texts:
 
     def _aliases(self, name: str) -> list[str]:
         """A class in a few templates, and under other names."""
-        plain, bundle = datasets.plain(name), self.bundle
+        plain, bundle = datasets.clean_name(name), self.bundle
         own = {datasets.key(other) for other in bundle.classnames}
         same = sorted(datasets.same_meaning([name], bundle.dataset) - own)
         others = [other for other in bundle.classnames if other != name]
@@ -178,7 +178,7 @@ class Texts:
         """
         found: list[tuple[str, Tensor]] = []
         for name in names:
-            plain, known = datasets.plain(name), len(found)
+            plain, known = datasets.clean_name(name), len(found)
             for bundle in (self.bundle, *others.values()):
                 for label, classname in enumerate(bundle.classnames):
                     if datasets.key(classname) == datasets.key(name):

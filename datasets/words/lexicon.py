@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.names import entries, key, plain
+from datasets.names import clean_name, entries, key
 from datasets.table import SETS
 from datasets.words.cars import car_words
 from datasets.words.wordnet import wordnet_words
@@ -49,7 +49,7 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
     """
     synonyms, hypernyms, descriptions = listed_words(name, dataset, others)
     taken = {key(name), *map(key, others)}
-    same, above = wordnet_words(plain(name), synonyms, hypernyms)
+    same, above = wordnet_words(clean_name(name), synonyms, hypernyms)
     listed = taken | set(map(key, [*synonyms, *hypernyms]))
     synonyms += _new(same, listed)
     hypernyms += _new(above, listed | set(map(key, same)))
@@ -59,7 +59,7 @@ def words_of(name: str, dataset: str | None, others: Iterable[str] = ()) -> Word
 def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
     """The same from the committed lists and rules alone, whatever is installed."""
     own = committed(name, dataset)
-    ruled = car_words(plain(name)) if dataset == "StanfordCars" else NONE
+    ruled = car_words(clean_name(name)) if dataset == "StanfordCars" else NONE
     known = Words(*(listed + more for listed, more in zip(own, ruled, strict=True)))
     taken = {key(name), *map(key, others)}
     # The list decides what is a hypernym, over the rule and over WordNet.
@@ -89,7 +89,8 @@ def _read(dataset: str) -> dict[str, Words]:
     found: dict[str, Words] = {}
     for where, text in entries(path, f"other words for {dataset}") if path.exists() else ():
         names, *cells = [
-            [plain(word) for word in cell.split(";") if word.strip()] for cell in text.split("|")
+            [clean_name(word) for word in cell.split(";") if word.strip()]
+            for cell in text.split("|")
         ]
         if not names or not any(cells) or len(cells) >= CELLS:
             raise ProblemError(

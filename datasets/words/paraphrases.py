@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from datasets.names import key, plain
+from datasets.names import clean_name, key
 from datasets.table import SETS, SetSpec
 from datasets.words.forms import cases, misspellings, plural
 from datasets.words.lexicon import words_of
@@ -76,7 +76,7 @@ def paraphrases(
     Raises:
         ProblemError: a list of words that cannot be read (see `datasets.words.lexicon`).
     """
-    name = plain(name)
+    name = clean_name(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
     words = words_of(name, dataset, [other for other in classnames if key(other) != key(name)])
     many = plural(name)

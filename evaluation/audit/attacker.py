@@ -220,7 +220,7 @@ def attacker(common: Common) -> Attacker:
     paper = settings("ForgetLoRA", bundle.dataset, bundle.backbone).FORGET
     modes = paper.WEIGHTS.get(bundle.backbone) or next(iter(paper.WEIGHTS.values()))
     return Attacker(
-        names=[datasets.plain(retain.names[row]) for row in rows],
+        names=[datasets.clean_name(retain.names[row]) for row in rows],
         hidden=retain.rows[rows].double(),
         ridge=kept.ridge,
         own_share=float(retain.shares[0]),

@@ -9,7 +9,7 @@ import torch
 
 import datasets
 from clip.audit_texts import Row, audit_rows, other_words
-from datasets.names import key, plain
+from datasets.names import clean_name, key
 from datasets.words.lexicon import words_of
 from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import Common, Prompt
@@ -41,7 +41,7 @@ def prompts_for(
         ProblemError: broken audit rows in the bundle (see `clip.audit_texts`).
     """
     bundle = common.bundle
-    label, bare = common.columns[name], plain(name)
+    label, bare = common.columns[name], clean_name(name)
     found = [
         (bare, "bare", bundle.forget_hidden[label]),
         (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),
@@ -87,7 +87,7 @@ def _other_words(common: Common, name: str, encode: Encode | None) -> tuple[list
         return rows, []
     hint = "" if installed() else f", and {ABSENT}"
     return rows, [
-        f"no {' and no '.join(absent)} of {plain(name)!r} is known: datasets/words has none for "
+        f"no {' and no '.join(absent)} of {clean_name(name)!r} is known: datasets/words has none for "
         f"{bundle.dataset}{hint}"
     ]
 

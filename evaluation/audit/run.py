@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from datasets import plain
+from datasets import clean_name
 from engine.determinism import one_thread
 from engine.files import Batch, inside, sha256_file
 from engine.log import progress
@@ -202,7 +202,7 @@ class _Results:
         removed = tuple(solver.get("removed_names", ()))
         change = adapter.left, adapter.right
         after = Model(self.common, change, removed, block or Block())
-        seen = set(solver.get("texts") or map(plain, adapter.classes))
+        seen = set(solver.get("texts") or map(clean_name, adapter.classes))
         return {
             name: Case(name, adapter.classes, after, *prompts_for(self.common, name, seen, encode))
             for name in adapter.classes

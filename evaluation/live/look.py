@@ -115,12 +115,12 @@ class Live:
         bundles = [build_bundle(name, self.source, root, folder, own=images) for name in sets]
         self.items = [item for name in sets for item in datasets.load(name, root, images).test]
         self.template = bundles[0].template if sets else TEMPLATES[-1]
-        self.names = [datasets.plain(name) for bundle in bundles for name in bundle.classnames]
+        self.names = [datasets.clean_name(name) for bundle in bundles for name in bundle.classnames]
         self.names = self.names or generic_names()
         self.hidden = FeatureCache(self.source, folder).texts(self._prompts(self.names))
         none = torch.empty(0, self.source.projection.shape[1])
         self.features = torch.cat([none, *(bundle.image_features for bundle in bundles)])
-        labels = [self.names.index(datasets.plain(item.classname)) for item in self.items]
+        labels = [self.names.index(datasets.clean_name(item.classname)) for item in self.items]
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self._ridges: dict[tuple[str, ...], float] = {}
         self.solve = lru_cache(KEPT)(self._solve)
