@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help=f"default: RUN_FOLDER/{REPORT}")
     parser.add_argument(
         "--primary",
-        metavar="NAME",
-        help="of several folders the one that is shown first; default: the one with most audits",
+        metavar="FOLDER",
+        help="of several folders the one that comes first; default: the one with most audits",
     )
     args = parser.parse_args(argv)
     runs = read_runs(args.folder, args.primary)

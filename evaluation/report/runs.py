@@ -1,27 +1,24 @@
-"""Results folders of a report: each with its rows, the worst news first, and its settings; and
-methods, which are folders that differ in their seed alone."""
+"""The results folders of a report, the methods that they belong to, and the classes of all."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from engine.log import logger
 from evaluation.results import ARGS, LOGS, SETTINGS, Logs, read_logs, same_kind
-from evaluation.rows import Row, current_audits, rows_of
-from evaluation.tables import over_folders
+from evaluation.rows import Row, current_audits, mean, rows_of
 from forgetting.errors import ProblemError, unknown
 
 SEED = "seed_"  # the beginning of a folder's name
-QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # of a class, that seeds have means of
+WORDS = {"ForgetLoRA": "paper", "ForgetOptimum": "paper, at its optimum", "ForgetExact": "exact"}
+QUANTITIES: dict[str, Callable[[Row], float | None]] = {
     "before": lambda row: row.own.before,
     "after": lambda row: row.own.after,
     "worst": lambda row: row.worst,
@@ -29,7 +26,7 @@ QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # of a class, that see
     "others": lambda row: row.others_mean.points,
     "seconds": lambda row: row.solver.get("seconds"),
 }
-WORDS = {"ForgetLoRA": "paper", "ForgetOptimum": "paper, at its optimum", "ForgetExact": "exact"}
+Spread = tuple[float | None, float | None]  # a mean, and the standard deviation over seeds
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,12 @@ class Run:
     """One results folder.
 
     Attributes:
-        name: the folder, short: what tells it from the others; label: the method in a word or
-            two, with what else tells its folders from others of the same method; seed: such as
-            "seed 0", where other folders differ from this one in their seed alone.
-        settings: data set -> what all its results share; audited: data set -> the audit's settings.
+        label: the method in a word or two; it tells methods apart. seed: such as "seed 0", where
+            other folders differ from this one in their seed alone.
+        settings: data set -> what all its results share; audited: the same of its audit.
         args: the text of args.txt, the command lines of the run.
         rows: the worst news first.
-        outdated: labels whose audit is of another adapter than the one that is there now, and is
-            not shown.
+        outdated: labels whose audit is of an adapter that has been replaced.
     """
 
     folder: Path
@@ -53,18 +48,16 @@ class Run:
     args: str
     rows: list[Row]
     outdated: list[str]
-    name: str = ""
     label: str = ""
     seed: str = ""
 
     @property
     def title(self) -> str:
-        """Method and seed."""
         return ", ".join(filter(None, [self.label, self.seed]))
 
     @cached_property
     def trainer(self) -> str:
-        """What the method is called, in a word; "" if the results do not say."""
+        """The method in a word; "" if the results do not say."""
         name = shared(self.settings.values(), "trainer")
         return WORDS.get(name, name.removeprefix("Forget").lower())
 
@@ -83,120 +76,127 @@ class Method:
     def label(self) -> str:
         return self.runs[0].label
 
-    @cached_property
+    @property
     def about(self) -> str:
         """Trainer, target, backbone and seeds in a line, as far as the results agree."""
         settings = [each for run in self.runs for each in run.settings.values()]
         solvers = [row.solver.get(SETTINGS, {}) for run in self.runs for row in run.rows]
-        found = [shared(settings, "trainer"), shared(solvers, "objective")]
-        found += [shared(solvers, key, f"{key} ") for key in ("target", "beta")]
-        found += [shared(settings, "backbone"), shared(settings, "seed", "seed ")]
-        place = self.runs[0].name
+        parts = [shared(settings, "trainer"), shared(solvers, "objective")]
+        parts += [shared(solvers, key, f"{key} ") for key in ("target", "beta")]
+        parts += [shared(settings, "backbone"), shared(settings, "seed", "seed ")]
+        folder = self.runs[0].folder
         if len(self.runs) > 1:
-            found.append(f"mean of {len(self.runs)} seeds, ± is their standard deviation")
-            place = str(self.runs[0].folder.parent)
-        return f"{', '.join(filter(None, found)) or 'method not recorded'}; folder {place}"
+            parts.append(f"mean of {len(self.runs)} seeds, ± is their standard deviation")
+            folder = folder.parent
+        return f"{', '.join(filter(None, parts)) or 'method not recorded'}; folder {folder}"
 
-    @cached_property
-    def places(self) -> dict[tuple[str, str, str], int]:
-        """Of every class by data set, label and name: names may hold what no pandas index can."""
-        rows = [row for run in self.runs for row in run.rows]
-        return {key: place for place, key in enumerate(dict.fromkeys(map(_key, rows)))}
+    def mean(self, quantity: str) -> Spread:
+        """A quantity, averaged over the classes of each seed and then over seeds."""
+        value = QUANTITIES[quantity]
+        return _spread([mean(map(value, run.rows)) for run in self.runs])
 
-    @cached_property
-    def classes(self) -> pd.DataFrame:
-        """The QUANTITIES of every class: means over seeds and `std_*`, by its place."""
-        return over_folders(self._frames, ["place"]).set_index("place")
+    def of_class(self, row: Row, quantity: str) -> Spread:
+        """A quantity of one class, averaged over seeds."""
+        same = [other for run in self.runs for other in run.rows if _key(other) == _key(row)]
+        return _spread(list(map(QUANTITIES[quantity], same)))
 
-    @cached_property
-    def means(self) -> dict[str, float | None]:
-        """The QUANTITIES, means over classes, then over seeds, and `std_*` of the seeds."""
-        lines = [frame.mean().to_frame().T.assign(place=0) for frame in self._frames]
-        (line,) = over_folders(lines, ["place"]).to_dict("records")
-        return _measured(line)
-
-    def of(self, row: Row) -> dict[str, float | None]:
-        """The means over seeds of the class of a row, and `std_*`."""
-        return _measured(self.classes.loc[self.places[_key(row)]].to_dict())
-
-    @cached_property
-    def _frames(self) -> list[pd.DataFrame]:
-        """The QUANTITIES of every class by seed."""
-        return [
-            pd.DataFrame(
-                {key: list(map(value, run.rows)) for key, value in QUANTITIES.items()}, dtype=float
-            ).assign(place=[self.places[_key(row)] for row in run.rows])
-            for run in self.runs
-        ]
+    def of_classes(self, quantity: str) -> list[float]:
+        """The mean over seeds of every class in which it was measured."""
+        values: dict[tuple[str, str, str], list[float]] = {}
+        for run in self.runs:
+            for row in run.rows:
+                if (value := QUANTITIES[quantity](row)) is not None:
+                    values.setdefault(_key(row), []).append(value)
+        return list(map(statistics.mean, values.values()))
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row.dataset, row.label, row.name
+@dataclass(frozen=True)
+class ForgottenClass:
+    """A class with its rows of every folder that forgot it, by method and request."""
+
+    dataset: str
+    name: str
+    results: list[tuple[Method, list[tuple[Run, Row]]]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[tuple[Run, Row]]:
+        return [pair for _, rows in self.results for pair in rows]
+
+    @property
+    def comes_back(self) -> bool:
+        return any(row.comes_back for _, row in self.rows)
+
+    @property
+    def left(self) -> float:
+        """The most that a method leaves of it, for sorting."""
+        return max(row.own.after or 0 for _, row in self.rows)
+
+    @property
+    def harm(self) -> float:
+        """The most that all else loses by a method, for sorting."""
+        return max(row.harm or 0 for _, row in self.rows)
 
 
-def _measured(line: dict[str, Any]) -> dict[str, float | None]:
-    return {key: None if value != value else value for key, value in line.items()}  # NaN
+def tags(rows: Sequence[tuple[Run, Row]]) -> list[str]:
+    """What is wrong with a class, and in how many of the seeds."""
+    labels = [row.tag for _, row in rows if row.tag]
+    return [
+        tag if labels.count(tag) == len(rows) else f"{tag} in {labels.count(tag)} of {len(rows)}"
+        for tag in dict.fromkeys(labels)
+    ]
 
 
 def methods(runs: Iterable[Run]) -> list[Method]:
     """Runs by their labels, in the order of the first of each."""
-    found: dict[str, list[Run]] = {}
+    by_label: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.label, []).append(run)
-    return list(map(Method, found.values()))
+        by_label.setdefault(run.label, []).append(run)
+    return list(map(Method, by_label.values()))
+
+
+def forgotten_classes(runs: list[Run]) -> list[ForgottenClass]:
+    """Every class once, the worst news first, whichever method they are of."""
+    classes: dict[tuple[str, str], ForgottenClass] = {}
+    for method in methods(runs):
+        requests: dict[tuple[str, str, str], list[tuple[Run, Row]]] = {}
+        for run in method.runs:
+            for row in run.rows:
+                if _key(row) not in requests:
+                    name = row.dataset, row.name
+                    rows = requests[_key(row)] = []
+                    classes.setdefault(name, ForgottenClass(*name)).results.append((method, rows))
+                requests[_key(row)].append((run, row))
+    return sorted(classes.values(), key=lambda one: min(bad_news_first(r) for _, r in one.rows))
 
 
 def read_runs(folder: str | Path, primary: str | None = None) -> list[Run]:
     """The results of a folder, or of every results folder below it; the primary one first.
 
-    Folders `seed_*` of one folder whose settings differ in the seed alone get one label.
-
     Args:
-        primary: name of the run that stands first; None: the one with most audited classes, of
-            equal ones the first by name (numbers in names count as numbers).
+        primary: the folder that comes first, as a path or below `folder`; None: the one with most
+            audited classes.
 
     Raises:
-        ProblemError: no results there, torn logs, a torn audit, either of another shape, or no run
-            called `primary`.
+        ProblemError: no results there, torn files, or no such primary folder.
     """
     folder = Path(folder)
     logs = {path: read_logs(path) for path in _results_folders(folder)}
-    runs = [_read_run(path, each) for path, each in logs.items()]
-    runs = [run for run in runs if run.rows]
+    runs = [run for path, each in logs.items() if (run := _read_run(path, each)).rows]
     if not runs:
         raise ProblemError(f"the logs in {folder} hold no results; run forget_clip.sh")
-    groups = _by_seed(runs, logs)
-    places = [group[0].folder.parent if len(group) > 1 else group[0].folder for group in groups]
-    folders = [run.folder for run in runs]
-    names = dict(zip(folders, _names(folder, folders), strict=True))
-    runs = [
-        replace(run, name=names[run.folder], label=label, seed=_seed(run) * (len(group) > 1))
-        for group, label in zip(groups, _labels(folder, groups, places), strict=True)
-        for run in group
-    ]
+    runs = _labelled(folder, _by_seed(runs, logs))
     if primary is None:
         return sorted(runs, key=lambda run: -sum(bool(row.audit) for row in run.rows))
-    names = [run.name for run in runs]
-    if primary not in names:
+    names = {str(run.folder.relative_to(folder)): run for run in runs}
+    first = names.get(primary) or {str(run.folder): run for run in runs}.get(primary)
+    if first is None:
         raise unknown(f"results folder below {folder}", primary, names)
-    return sorted(runs, key=lambda run: run.name != primary)
+    return sorted(runs, key=lambda run: run is not first)
 
 
-def _by_seed(runs: Sequence[Run], logs: Mapping[Path, Logs]) -> list[list[Run]]:
-    """Runs that differ in their seed alone together, the others alone; in their order."""
-    found: dict[tuple[bool, Path], list[Run]] = {}
-    for run in runs:
-        seed = run.folder.name.startswith(SEED)
-        found.setdefault((seed, run.folder.parent if seed else run.folder), []).append(run)
-    groups = []
-    for group in found.values():
-        folders = [run.folder for run in group]
-        try:
-            same_kind(folders, [logs[path] for path in folders])
-            groups.append(group)
-        except ProblemError:
-            groups += [[run] for run in group]
-    return groups
+def bad_news_first(row: Row) -> tuple:
+    """Classes that come back, then by what is left of them, then by harm."""
+    return (not row.comes_back, -(row.own.after or 0), -(row.worst or 0), -(row.harm or 0))
 
 
 def shared(sources: Iterable[dict[str, Any]], key: str, before: str = "") -> str:
@@ -205,19 +205,24 @@ def shared(sources: Iterable[dict[str, Any]], key: str, before: str = "") -> str
     return before + values.pop() if len(values) == 1 else ""
 
 
+def _key(row: Row) -> tuple[str, str, str]:
+    return row.dataset, row.label, row.name
+
+
+def _spread(values: Sequence[float | None]) -> Spread:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
 def _results_folders(folder: Path) -> list[Path]:
     if not folder.exists():
         raise ProblemError(f"no results in {folder}: there is no such folder")
-    if (folder / LOGS).is_file():
-        return [folder]
-    found = [Path(place) for place, _, files in os.walk(folder, onerror=_closed) if LOGS in files]
+    found = [Path(path) for path, _, files in os.walk(folder) if LOGS in files]
     if not found:
         raise ProblemError(f"no results in {folder}: no {LOGS} there or below; run forget_clip.sh")
     return sorted(found, key=lambda path: _natural(str(path.relative_to(folder))))
-
-
-def _closed(error: OSError) -> None:
-    logger.warning(f"report: {error.filename} is left out: {error.strerror}")
 
 
 def _natural(text: str) -> list[tuple[int, int | str]]:
@@ -226,40 +231,38 @@ def _natural(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
-def _labels(root: Path, groups: Sequence[list[Run]], places: Sequence[Path]) -> list[str]:
-    """What each group of runs is called: the method, and where several are of one, what tells its
-    folder from theirs. No two are called the same."""
+def _by_seed(runs: Sequence[Run], logs: dict[Path, Logs]) -> list[list[Run]]:
+    """Runs that differ in their seed alone together, the others alone; in their order."""
+    groups: dict[Path, list[Run]] = {}
+    for run in runs:
+        seed = run.folder.name.startswith(SEED)
+        groups.setdefault(run.folder.parent / SEED if seed else run.folder, []).append(run)
+    split = []
+    for group in groups.values():
+        try:
+            same_kind([run.folder for run in group], [logs[run.folder] for run in group])
+            split.append(group)
+        except ProblemError:
+            split += [[run] for run in group]
+    return split
+
+
+def _labelled(root: Path, groups: Sequence[list[Run]]) -> list[Run]:
+    """Each run with its method's label: the trainer, and its folder where several have one
+    trainer."""
     trainers = [group[0].trainer for group in groups]
-    labels = trainers[:]
-    for trainer in dict.fromkeys(trainers):
-        own = [number for number, other in enumerate(trainers) if other == trainer]
-        if len(own) == 1 and trainer:
-            continue
-        names = _names(root, [places[n] for n in own], ", ")
-        for number, name in zip(own, names, strict=True):
-            labels[number] = f"{trainer} ({name})" if trainer else name
-    return [
-        label if labels.count(label) == 1 else f"{label} ({place})"
-        for label, place in zip(labels, places, strict=True)
-    ]
-
-
-def _names(root: Path, folders: Sequence[Path], between: str = "/") -> list[str]:
-    """Paths below the root, without the parts that all share, as far as the rest tells them
-    apart."""
-    if len(folders) == 1:
-        parts = folders[0].resolve().parts
-        return [between.join(parts[-2 if parts[-1].startswith(SEED) else -1 :])]
-    paths = [path.relative_to(root).parts for path in folders]
-    common = set.intersection(*map(set, paths))
-    short = [tuple(part for part in path if part not in common) for path in paths]
-    if () in short or len({*short}) < len(short):
-        short = [path or (root.resolve().name,) for path in paths]
-    return [between.join(path) for path in short]
-
-
-def _seed(run: Run) -> str:
-    return run.folder.name.replace(SEED, "seed ", 1)
+    labelled = []
+    for group, trainer in zip(groups, trainers, strict=True):
+        several = len(group) > 1
+        folder = group[0].folder.parent if several else group[0].folder
+        path = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+        label = trainer
+        if trainers.count(trainer) > 1 or not trainer:
+            label = f"{trainer} ({path})" if trainer else path
+        for run in group:
+            seed = run.folder.name.replace(SEED, "seed ", 1) if several else ""
+            labelled.append(replace(run, label=label, seed=seed))
+    return labelled
 
 
 def _read_run(folder: Path, logs: Logs) -> Run:
@@ -277,8 +280,3 @@ def _read_run(folder: Path, logs: Logs) -> Run:
         rows=sorted(rows_of(logs, audits), key=bad_news_first),
         outdated=outdated,
     )
-
-
-def bad_news_first(row: Row) -> tuple:
-    """Classes that come back, then by what is left of them, then by harm."""
-    return (not row.comes_back, -(row.own.after or 0), -(row.worst or 0), -(row.harm or 0))
