@@ -88,14 +88,16 @@ def _chart(methods: list[Method], title: str, axis_text: str, quantity: str, sca
         axis.patch.set_visible(False)
         written = BytesIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    return Chart(title, f"{title}, {axis_text}. On average: {'; '.join(texts)}.", _inline(written))
+    return Chart(title, f"{title}, {axis_text}. On average: {'; '.join(texts)}.", _inline(written, f"{quantity}-"))
 
 
-def _inline(written: BytesIO) -> Markup:
+def _inline(written: BytesIO, prefix: str) -> Markup:
     """A drawing as an element of the page: its colours, no fixed size, no address."""
     svg = written.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)  # no id twice in the page
     box = re.search(r'viewBox="[^"]*"', svg)[0]
     for colour, name in PAGE.items():
         svg = svg.replace(colour, name)
