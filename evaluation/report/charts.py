@@ -88,7 +88,11 @@ def _chart(methods: list[Method], title: str, axis_text: str, quantity: str, sca
         axis.patch.set_visible(False)
         written = BytesIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    return Chart(title, f"{title}, {axis_text}. On average: {'; '.join(texts)}.", _inline(written, f"{quantity}-"))
+    return Chart(
+        title,
+        f"{title}, {axis_text}. On average: {'; '.join(texts)}.",
+        _inline(written, f"{quantity}-"),
+    )
 
 
 def _inline(written: BytesIO, prefix: str) -> Markup:

@@ -15,7 +15,7 @@ from PIL import Image
 import datasets
 from datasets import mini
 from datasets.reader import read_image
-from engine.log import warn
+from engine.log import logger
 from evaluation.report.runs import ForgottenClass, Run
 from evaluation.results import run_places
 from forgetting.errors import ProblemError
@@ -119,7 +119,7 @@ def images_of(folder: Path, dataset: str, split: str) -> list[tuple[str, Opener]
         with redirect_stdout(io.StringIO()):
             items = getattr(datasets.load(dataset, places["root"], places["images"]), split)
     except ProblemError as error:
-        warn(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
+        logger.warning(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
         return []
     return [(item.classname, partial(read_image, item.impath)) for item in items]
 
