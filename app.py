@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cli import Parser, run, whole
-from engine.config import declared, settings
+from engine.cli import Parser, add_setting, run, whole
+from engine.config import DatasetSettings, FeatureSettings, settings
 from evaluation.live import Live
 from evaluation.live.uploads import MEGABYTES
 from forgetting.errors import ProblemError
@@ -187,12 +187,12 @@ def _free(port: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read a model, and serve the page until it is interrupted."""
     parser = Parser(prog="app.py", description=__doc__)
-    add, defaults = parser.add_argument, settings()
+    add = parser.add_argument
     add("--model", default="mini", help="mini, an architecture of OpenAI's, hf:DIR or a folder, "
         "open_clip:NAME/PRETRAINED or /FILE, openai:FILE (default: mini)")  # fmt: skip
-    add("--images", default="", metavar="PATH", help=declared()["DATASET.IMAGES"].about)
-    add("--root", default=defaults.DATASET.ROOT, help="root of the image sets")
-    add("--cache", default=defaults.FEATURES.CACHE, help="folder for what was encoded")
+    add_setting(parser, "--images", DatasetSettings, "images", metavar="PATH")
+    add_setting(parser, "--root", DatasetSettings, "root")
+    add_setting(parser, "--cache", FeatureSettings, "cache")
     add("--port", type=whole(1, 65535), help="of the address (default: from 7860 the first free)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too

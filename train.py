@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from yacs.config import CfgNode
@@ -22,13 +23,14 @@ from clip.architectures import architecture
 from clip.bundle import list_bundles
 from engine import TRAINER_REGISTRY, engine_description
 from engine.cli import Parser, run
-from engine.config import OPTIONS, declared, setup, value_of
+from engine.config import OPTIONS, declared, load, value_of
 from engine.determinism import set_random_seed
 from engine.files import escape
 from engine.launch import Run, launch
 from engine.log import environment, logger, run_log
 from evaluation.results import merge_args, place
 from forgetting.errors import ProblemError, unknown
+from forgetting.settings import kind_of
 from trainers.base import SINK
 from trainers.plan import Plan
 
@@ -49,17 +51,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; CoOp's flags and trailing KEY VALUE pairs. None stands for not given."""
     parser = Parser(prog="train.py", description=__doc__)
     for name, key in OPTIONS.items():
-        setting = declared()[key]
-        kinds = {
-            "bool": {"action": "store_true"},
-            "list": {"action": "append", "metavar": "NAME"},
-        }
-        text = setting.about.replace("%", "%%")
-        if setting.type in ("str", "int", "float"):
-            kinds[setting.type] = {"metavar": "TEXT" if setting.type == "str" else "NUMBER"}
-            text += f" (default: {setting.default})" if setting.default != "" else ""
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, default=None, help=text, **kinds[setting.type])
+        spec, flags = declared()[key], [f"--{name.replace('_', '-')}"]
+        if name == "protect":
+            flags.append("--keep")
+        kind: dict[str, Any] = {"metavar": "TEXT" if kind_of(spec) is str else "NUMBER"}
+        if kind_of(spec) is bool:
+            kind = {"action": "store_true"}
+        elif kind_of(spec) is tuple:
+            kind = {"action": "append", "metavar": "NAME"}
+        text = spec.metadata["help"].replace("%", "%%")
+        if spec.default not in ("", (), False):
+            text += f" (default: {spec.default})"
+        parser.add_argument(*flags, default=None, help=text, **kind)
     parser.add_argument(
         "--audit", action="store_true", help="measure what is left of each class: audit.json"
     )
@@ -75,6 +78,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def setup_cfg(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a command line."""
+    given = {key: getattr(args, name) for name, key in OPTIONS.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    cfg = load(given, args.opts, args.config_file, args.dataset_config_file)
+    name = cfg.DATASET.NAME
+    if not name:
+        raise ProblemError("no data set: pass --dataset NAME, or --images PATH")
+    if name in (".", "..") or "/" in name:
+        raise ProblemError(f"a data set's results go to a folder of its name; {name!r} is none")
+    return cfg
+
+
 def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
     """The settings of one run, which also complete `args`, and what it will do.
 
@@ -83,7 +99,7 @@ def prepare(args: argparse.Namespace) -> tuple[CfgNode, Plan]:
     """
     if args.images or args.dataset in datasets.NAMES:
         args.dataset = datasets.spec(args.dataset or "", args.images or "").name
-    cfg = setup(args)
+    cfg = setup_cfg(args)
     for name, key in OPTIONS.items():
         setattr(args, name, value_of(cfg, key))  # args.txt says what the run took
     return cfg, TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
@@ -208,10 +224,10 @@ def _varied(args: argparse.Namespace) -> tuple[CfgNode, dict[str, list[str]]]:
         words = named.split(",") if named else [only or ""]
         varied[one] = list(dict.fromkeys(filter(None, map(str.strip, words))))
     first = {one: next(iter(values), None) for one, values in varied.items()}
-    cfg = setup(argparse.Namespace(**vars(args) | first))
+    cfg = setup_cfg(argparse.Namespace(**vars(args) | first))
     for one, values in varied.items():
         for value in values:
-            setup(argparse.Namespace(**vars(args) | first | {one: value}))
+            setup_cfg(argparse.Namespace(**vars(args) | first | {one: value}))
     if len(varied["backbone"]) > 1 and cfg.MODEL.INIT_WEIGHTS:
         raise ProblemError(
             "--weights is of one backbone, and --backbones names several; "

@@ -16,8 +16,8 @@ import torch
 from clip.checkpoint import read_state_dict
 from clip.source import ClipSource
 from engine import atomic_path, write_json_atomic
-from engine.cli import Parser, run
-from engine.config import settings
+from engine.cli import Parser, add_setting, run
+from engine.config import FeatureSettings
 from engine.files import refuse_existing
 from engine.log import logger
 from forgetting.adapter import Adapter, load_adapter, projection_sha256
@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of a forgotten class")
     parser.add_argument("out", metavar="OUT", help="checkpoint to write; must not exist")
     parser.add_argument("--weights", help="the original checkpoint; default: the published one")
-    cache = settings().FEATURES.CACHE
-    parser.add_argument("--cache", default=cache, help="folder of downloaded weights")
+    add_setting(parser, "--cache", FeatureSettings, "cache")
     args = parser.parse_args(argv)
 
     out = Path(args.out)

@@ -20,8 +20,8 @@ from clip.audit_texts import with_audit
 from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
-from engine.cli import Parser, run
-from engine.config import declared, settings
+from engine.cli import Parser, add_setting, run
+from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher
 from engine.log import logger
@@ -112,17 +112,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")
     parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")
-    defaults = settings()
-    parser.add_argument("--root", default=defaults.DATASET.ROOT, help="root of the image sets")
-    parser.add_argument(
-        "--images", default="", metavar="PATH", help=declared()["DATASET.IMAGES"].about
-    )
+    add_setting(parser, "--root", DatasetSettings, "root")
+    add_setting(parser, "--images", DatasetSettings, "images", metavar="PATH")
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
-    cache = defaults.FEATURES.CACHE
-    parser.add_argument("--cache", default=cache, help="folder for what was encoded")
-    precision = declared()["MODEL.PRECISION"]
-    about = f"{precision.about} (default: {precision.default})"
-    parser.add_argument("--precision", default=precision.default, help=about)
+    add_setting(parser, "--cache", FeatureSettings, "cache")
+    add_setting(parser, "--precision", ModelSettings, "precision")
     parser.add_argument("--out", help="also write the bundle into this folder")
     parser.add_argument(
         "--audit",

@@ -17,7 +17,7 @@ from forgetting.models.vocabulary import ALIKE
 from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")
-KEEP = "keep"
+PROTECT = "protect"
 GENERIC = "generic"  # common names, whatever the set is of
 COMMON = ("vocabulary", GENERIC)  # they stand for the many names that nobody lists
 Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
@@ -50,7 +50,7 @@ def retain_set(
         return names, torch.cat([bundle.forget_hidden[:0], *rows])
 
     more = dict(more or {})
-    kept = more.pop(KEEP, None)
+    kept = more.pop(PROTECT, None)
     groups = {
         "own": classes(bundle),
         "vocabulary": (bundle.retain_names, bundle.retain_hidden),
@@ -70,7 +70,7 @@ def retain_set(
         if group in weights
     }
     if kept is not None:
-        chosen[KEEP] = Group(*kept, weights[KEEP], alike=False)
+        chosen[PROTECT] = Group(*kept, weights[PROTECT], alike=False)
     return RetainSet(chosen, similarity, device, ALIKE if GENERIC in chosen else None)
 
 
@@ -105,18 +105,19 @@ def exact_weights(
             all of it where there is none.
     """
     node = cfg.TRAINER.FORGETEXACT
-    common = profile(cfg, others).VOCABULARY if node.VOCABULARY is None else node.VOCABULARY
+    common = profile(cfg, others, "VOCABULARY")
     part = (node.GENERIC if vocabulary else float(node.GENERIC > 0)) * (GENERIC in more)
     weights = {"own": node.OWN, "vocabulary": (1 - part) * common, "others": node.OTHERS}
-    further = {KEEP: node.KEEP, GENERIC: part * common}
+    further = {PROTECT: node.PROTECT, GENERIC: part * common}
     weights |= {name: further[name] for name in more}
     return {group: float(weight) for group, weight in weights.items()}
 
 
-def profile(cfg: CfgNode, others: bool) -> CfgNode:
-    """The settings that depend on whether the names of other sets are retained."""
+def profile(cfg: CfgNode, others: bool, key: str) -> float:
+    """A setting whose default depends on whether the names of other sets are retained."""
     node = cfg.TRAINER.FORGETEXACT
-    return node.LISTED if others and node.OTHERS > 0 else node.ALONE
+    default = node[f"{key}_{'LISTED' if others and node.OTHERS > 0 else 'ALONE'}"]
+    return default if node[key] is None else node[key]
 
 
 def exact_names(
@@ -156,9 +157,9 @@ def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool)
     if mu is None:
         listed = _listed(names)
         leaving = leaving_alone(bundle, listed)
-        limit = profile(cfg, others).PUSH if node.PUSH is None else node.PUSH
+        limit = profile(cfg, others, "MAX_DISPLACEMENT")
         mu = best_ridge(listed, w, bundle.forget_hidden, leaving, float(limit), b)
-    lam = float(node.SHARED) * names.squared_embedding(w, b)
+    lam = float(node.SPECIFIC_RIDGE) * names.squared_embedding(w, b)
     return Retained(names, mu, names.ridge(mu), lam)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import datasets
 from clip.source import ClipSource
-from engine.cli import Parser, run
-from engine.config import settings
+from engine.cli import Parser, add_setting, run
+from engine.config import FeatureSettings
 from engine.determinism import one_thread
 from engine.files import refuse_existing
 from engine.launch import add_launcher, launcher, tree
@@ -94,8 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="where they are written")
     parser.add_argument("--group", default="vocabulary", help="what to call the names")
     parser.add_argument("--weights", help="a checkpoint of ARCH; default: the published one")
-    cache = settings().FEATURES.CACHE
-    parser.add_argument("--cache", default=cache, help="folder for weights")
+    add_setting(parser, "--cache", FeatureSettings, "cache")
     add_launcher(parser)
     args = parser.parse_args(argv)
     refuse_existing(args.out, "choose another --out")

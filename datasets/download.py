@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import atomic_path
-from engine.cli import Parser, run
-from engine.config import settings
+from engine.cli import Parser, add_setting, run
+from engine.config import DatasetSettings
 from forgetting.errors import ProblemError
 
 from .check import check
@@ -67,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m datasets.download", description=__doc__.splitlines()[0])
     fetched = [row.name for row in SETS.values() if row.torchvision]
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join([*fetched, *NAMES]))
-    root = settings().DATASET.ROOT
-    parser.add_argument(
-        "--root", default=root, help="root of the image sets (default: %(default)s)"
-    )
+    add_setting(parser, "--root", DatasetSettings, "root")
     options = parser.parse_args(arguments)
     rows = [spec(name) for name in options.names]
     for row in rows:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from yacs.config import CfgNode
+
 from engine.files import atomic_path, inside, lock, write_json_atomic
 
 OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
@@ -16,11 +18,19 @@ OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_de
 __all__ = [
     "atomic_path",
     "engine_description",
+    "extend_cfg",
     "inside",
     "lock",
     "write_json_atomic",
     *OF_DASSL,
 ]
+
+
+def extend_cfg(cfg: CfgNode) -> None:
+    """Add this project's keys to a config, as CoOp's `train.py` does to Dassl's."""
+    from engine.config import extend_cfg
+
+    extend_cfg(cfg)
 
 
 def engine_description() -> str:

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import Any, NoReturn
 
 from engine.log import quiet, screen
 from forgetting.errors import ProblemError, unknown
+from forgetting.settings import check_value, kind_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +49,30 @@ class Parser(argparse.ArgumentParser):
                 raise unknown("option", strange[0], options)
             message = f"unexpected argument {rest.split()[0]!r}"
         raise ProblemError(f"{message} (see {self.prog} --help)")
+
+
+def add_setting(
+    parser: argparse.ArgumentParser, option: str, owner: type, name: str, **more: Any
+) -> None:
+    """Add an option for one field of a settings dataclass; the field says default and range."""
+    spec = {one.name: one for one in fields(owner)}[name]
+
+    def take(text: str) -> Any:
+        kind = kind_of(spec)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        try:
+            check_value(value, spec, option)
+        except ProblemError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    about = spec.metadata["help"].replace("%", "%%")
+    if spec.default not in ("", None):
+        about += f" (default: {spec.default})"
+    parser.add_argument(option, type=take, default=spec.default, help=about, **more)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

@@ -1,25 +1,21 @@
-"""Settings: YAML is the only place of a default, of a range, and of what a setting means.
+"""The config of a run: settings dataclasses declare its keys, YAML and the command line fill it.
 
-`configs/defaults.yaml` declares what all methods share, `configs/trainers/METHOD.yaml` what one
-method has of its own. A declaration is a mapping:
+A key is a field's name in capitals behind the name of its section: `FORGET.RANK`. The dataclasses
+below declare what all methods share; a method's own constants stand beside its code and are listed
+in `trainers.SETTINGS` (`TRAINER.FORGETLORA.LR`).
 
-    RANK: {default: 5, low: 1, high: 1024, about: "rank of the adapter"}
-
-`low` and `high` belong to the range, `above` and `below` do not; of a text or a list they bound
-the length. `choices` are the words that are allowed, of a number beside its range. The type is
-that of the default; where that is null, `type` names it. A method's file may also give plain
-values to shared keys, as a data set's file does.
-
-A run's settings are merged in CoOp's order: declarations, the data set's file, the method's file,
-a file of the user's, the command line. Audits and experiments ask for the same by `settings`.
+Layers, each over the one before, in CoOp's order: the defaults, `configs/datasets/DATASET.yaml`, a
+`--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY VALUE
+pairs of the command line. `python -m engine.config` prints docs/settings.md.
 """
 
 from __future__ import annotations
 
 import ast
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,20 +23,197 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from forgetting.errors import ProblemError, unknown
+from engine.files import read_text
+from engine.log import logger
+from forgetting.errors import ProblemError, nearest, shown, unknown
+from forgetting.settings import allowed, check_value, kind_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be had: faster
 ANY_DATASET = "other"  # the config of a data set that has none of its own
-TYPES = {
-    "bool": (bool, "True or False"),
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "str": (str, "text"),
-    "list": (tuple, "a list of texts, written as \"('a', 'b')\" or \"('a',)\""),
-    "dict": (dict, "a section"),  # of keys that nobody declares
+WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
+MODES = ("SINGLE", "MULTICLASS")
+AUTO = ("auto",)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The top level."""
+
+    output_dir: str = setting("output", "folder of the results", low=1)
+    seed: int = setting(
+        0,
+        "seed of all random numbers; there is no run without one (Dassl's -1)",
+        low=0,
+        high=2**32 - 1,
+    )
+    log: str = setting(
+        "",
+        "also send the numbers of logs.json, and a descent's objective, to tensorboard or wandb",
+        choices=("", "tensorboard", "wandb"),
+    )
+    use_cuda: bool = setting(True, "use a GPU where there is one")
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    name: str = setting("", "name of the data set")
+    root: str = setting("data", "folder that holds the image sets", low=1)
+    images: str = setting(
+        "", "images of your own: a folder with a folder per class, or a CSV of path and class"
+    )
+    template: str = setting("", "evaluation prompt, {} for the class; empty: the data set's own")
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    num_workers: int | None = setting(
+        None, "processes that load images; none: by the cores", low=0, high=128, optional=True
+    )
+
+
+@dataclass(frozen=True)
+class TestLoaderSettings:
+    batch_size: int | None = setting(
+        None,
+        "images that are encoded at once; none: 32 on a CPU, on a GPU what is found to be fastest",
+        low=1,
+        high=65536,
+        optional=True,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    precision: str = setting(
+        "fp32",
+        "arithmetic of the image encoder; bf16 and fp16 are faster where the hardware has them, "
+        "and change embeddings a little",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    init_weights: str = setting("", "checkpoint of the backbone; empty: download")
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    name: str = setting(
+        "RN50",
+        "RN50, ViT-B/16, ViT-L/14, ..., mini, open_clip:NAME[/PRETRAINED] or hf:DIR",
+        low=1,
+    )
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    name: str = setting("ForgetLoRA", "name of the method")
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    dir: str = setting("", "folder of feature bundles: no model, no images")
+    cache: str = setting("cache", "folder for weights and encoded features", low=1)
+
+
+@dataclass(frozen=True)
+class ForgetSettings:
+    """What is forgotten, from which inputs, and the constants that methods share."""
+
+    classes: tuple[str, ...] = setting(
+        (), "class to forget (repeatable), or all; without one: the list of forget_cls.py"
+    )
+    multiclass: bool = setting(False, "forget all classes at once")
+    part: str = setting("", "i/n: of the requests every n-th from the i-th on; empty: all")
+    overwrite: bool = setting(False, "do classes again that are done")
+    save_model: bool = setting(False, "write the full state dict beside each adapter")
+    protect: tuple[str, ...] = setting(
+        (), "name that must not be harmed (repeatable); beside those of protect in forget_cls.py"
+    )
+    prompts: str = setting(
+        "", "JSON file, class name -> texts; empty: forget_prompts of forget_cls.py"
+    )
+    retain_names: str = setting(
+        "", "file of names to retain, one per line; empty: the data set's vocabulary"
+    )
+    target: str = setting(
+        "",
+        "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE",
+    )
+    beta: float = setting(
+        0.1,
+        "how far beyond zero opposite and specific go: margin for the class against harm",
+        above=-1,
+        high=1e6,
+    )
+    similarity: float = setting(
+        0.95,
+        "cosine with a forgotten text from which on a name is not retained; 1: all are",
+        above=0,
+        high=1,
+    )
+    terms: tuple[str, ...] = setting(
+        ("forget", "preserve", "weight"),
+        "terms of the paper's loss; leave one out to switch it off",
+        low=1,
+        choices=("forget", "preserve", "weight"),
+    )
+    lamb_preserve: float | None = setting(
+        None, "weight of the retained texts; none: that of WEIGHTS", 0, 1e6, optional=True
+    )
+    lamb_forget: float | str | None = setting(
+        None,
+        "weight of the forgotten texts, auto: just above the one from which texts reach their "
+        "target; none: that of WEIGHTS",
+        low=0,
+        high=1e6,
+        choices=AUTO,
+        optional=True,
+    )
+    lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
+    rank: int = setting(5, "rank of the adapter", 1, 1024)
+    alpha: float = setting(1.0, "scale of the adapter: times alpha / rank", 1e-6, 1e6)
+    noise_std: float = setting(
+        0.5, "noise on the empty prompt while it lies nearest to a class to forget", 0, 1e6
+    )
+
+
+@dataclass(frozen=True)
+class UnlistedSettings:
+    """The paper's weights for a backbone that `FORGET.WEIGHTS` does not name."""
+
+    lamb_preserve: float = setting(0.3, "weight of the retained texts there", 0, 1e6)
+    lamb_forget: float | str = setting(
+        "auto", "weight of the forgotten texts there", 0, 1e6, choices=AUTO
+    )
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """Where many runs take place."""
+
+    name: str = setting("local", "local or ray", choices=("local", "ray"))
+    parts: int = setting(1, "parts of a set's requests, a run each", 1, 4096)
+    cpus: float = setting(1.0, "cores that a run asks Ray for", 0, 1024)
+    gpus: float = setting(1.0, "GPUs that a run asks Ray for where there are any", 0, 64)
+    tries: int = setting(3, "how often a run is begun again whose worker died", 0, 100)
+
+
+SECTIONS = {
+    "": RunSettings,
+    "DATASET": DatasetSettings,
+    "DATALOADER": LoaderSettings,
+    "DATALOADER.TEST": TestLoaderSettings,
+    "MODEL": ModelSettings,
+    "MODEL.BACKBONE": BackboneSettings,
+    "TRAINER": TrainerSettings,
+    "FEATURES": FeatureSettings,
+    "FORGET": ForgetSettings,
+    "FORGET.UNLISTED": UnlistedSettings,
+    "LAUNCHER": LauncherSettings,
 }
-# Options of the command line and the keys that they set.
+PATHS = {  # where ~ is the user's home
+    *("OUTPUT_DIR", "DATASET.ROOT", "DATASET.IMAGES", "MODEL.INIT_WEIGHTS", "FEATURES.DIR"),
+    *("FEATURES.CACHE", "FORGET.PROMPTS", "FORGET.RETAIN_NAMES"),
+}
+# Options of train.py and the keys that they set.
 OPTIONS = {
     "dataset": "DATASET.NAME",
     "root": "DATASET.ROOT",
@@ -55,311 +228,268 @@ OPTIONS = {
     "weights": "MODEL.INIT_WEIGHTS",
     "precision": "MODEL.PRECISION",
     "forget": "FORGET.CLASSES",
-    "keep": "FORGET.KEEP",
+    "protect": "FORGET.PROTECT",
+    "retain_names": "FORGET.RETAIN_NAMES",
     "target": "FORGET.TARGET",
     "beta": "FORGET.BETA",
     "multiclass": "FORGET.MULTICLASS",
     "overwrite": "FORGET.OVERWRITE",
     "save_model": "FORGET.SAVE_MODEL",
 }
-Parts = tuple[str, ...]  # of a key
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A declared key; the parts of a declaration are explained above."""
-
-    key: str
-    default: Any
-    type: str
-    about: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def take(self, value: Any) -> Any:
-        """`value` as the config holds it: text that stands for something else is read as Python
-        writes it, a whole number is a number too.
-
-        Raises:
-            ProblemError: of another type, or out of range; with the nearest word if few are allowed.
-        """
-        kind, _ = TYPES[self.type]
-        value = _literal(value, kind)
-        missing = value is None and self.default is None
-        if missing or (isinstance(value, str) and value in self.choices and kind is not tuple):
-            return value
-        words = {str: [value], tuple: value}.get(kind, ())
-        if self.choices and isinstance(value, kind):
-            for word in words:
-                if word not in self.choices:
-                    raise unknown(self.key, str(word), list(filter(None, self.choices)))
-        size = len(value) if isinstance(value, str | tuple) else value
-        good = (
-            isinstance(value, kind)
-            and isinstance(value, bool) == (kind is bool)
-            and all(isinstance(word, str) and "\0" not in word for word in words)
-            and (self.low is None or size >= self.low)
-            and (self.high is None or size <= self.high)
-            and (self.above is None or size > self.above)
-            and (self.below is None or size < self.below)
-        )
-        if not good:
-            raise ProblemError(
-                f"{self.key} must be {self.wanted} ({self.about}), got {value!r:.80}"
-            )
-        return value
-
-    @property
-    def wanted(self) -> str:
-        """What a value must be, in words."""
-        kind, words = TYPES[self.type]
-        if kind in (str, tuple):
-            if self.choices:
-                some = "one of" if kind is str else "one or more of"
-                return f"{some} {', '.join(filter(None, self.choices))}"
-            return f"{words}, not empty" if self.low else words
-        low, high, above, below = (
-            None if x is None else f"{x:,.12g}"
-            for x in (self.low, self.high, self.above, self.below)
-        )
-        ends = [f"above {above}" if above else f"{low} or more" if low else ""]
-        ends += [f"below {below}" if below else f"at most {high}" if high else ""]
-        bounds = f"from {low} to {high}" if low and high else " and ".join(filter(None, ends))
-        return " or ".join([f"{words} {bounds}".strip(), *self.choices])
-
-
-def _literal(value: Any, kind: type) -> Any:
-    """`value` as `kind` has it: texts of a command line, and 1e-6, which YAML takes for text."""
-    if isinstance(value, str):
-        try:
-            read = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            read = value
-        value = read if kind is not str or isinstance(read, str) else value
-    if isinstance(value, list) and kind is tuple:
-        return tuple(value)
-    if type(value) is int and kind is float:
-        return float(value) if abs(value) < 1e300 else float("inf")
-    return value
-
-
-# Reading
+# Keys of Dassl and CoOp that have no effect here, whether Dassl is installed or not: no image trains
+# anything, and a backbone brings its own preprocessing. A name with a dot at its end is a section.
+OF_DASSL = (
+    *("VERSION", "RESUME", "VERBOSE", "INPUT.", "OPTIM.", "TRAIN.", "TEST."),
+    *("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),
+    *("DATASET.NUM_SHOTS", "DATASET.VAL_PERCENT", "DATASET.STL10_FOLD", "DATASET.CIFAR_C_TYPE"),
+    *("DATASET.CIFAR_C_LEVEL", "DATASET.ALL_AS_UNLABELED", "DATASET.SUBSAMPLE_CLASSES"),
+    *("DATALOADER.K_TRANSFORMS", "DATALOADER.RETURN_IMG0", "DATALOADER.TRAIN_X."),
+    *("DATALOADER.TRAIN_U.", "DATALOADER.TEST.SAMPLER", "MODEL.BACKBONE.PRETRAINED", "MODEL.HEAD."),
+)
+INSTEAD = {
+    "OPTIM.LR": "TRAINER.FORGETLORA.LR",
+    "OPTIM.MAX_EPOCH": "TRAINER.FORGETLORA.STEPS",
+    "DATASET.SUBSAMPLE_CLASSES": "--forget NAME",
+}
 
 
 @cache
-def declared() -> dict[str, Setting]:
-    """Every declared key: those that all methods share, and each method's own."""
-    found = {}
-    for file in (CONFIGS / "defaults.yaml", *sorted((CONFIGS / "trainers").glob("*.yaml"))):
-        for path, value in _flat(read_yaml(file)):
-            if isinstance(value, Mapping):
-                key, parts = ".".join(path), dict(value)
-                kind = parts.pop("type", None) or _type_name(parts["default"])
-                parts["choices"] = tuple(parts.get("choices", ()))
-                found[key] = Setting(key=key, type=kind, **parts)
-    return found
+def declared() -> dict[str, Field]:
+    """Every key of the config, and the dataclass field that declares it."""
+    from trainers import SETTINGS  # above this package: each method declares its own constants
+
+    own = {f"TRAINER.{name.upper()}": cls for name, cls in SETTINGS.items() if cls is not None}
+    return {
+        ".".join(filter(None, (section, spec.name.upper()))): spec
+        for section, cls in (SECTIONS | own).items()
+        for spec in fields(cls)
+    }
 
 
 def methods() -> list[str]:
-    """The names of the methods that have a file."""
-    return sorted(path.stem for path in (CONFIGS / "trainers").glob("*.yaml"))
+    """The names of all methods."""
+    from trainers import SETTINGS
+
+    return sorted(SETTINGS)
 
 
-def _type_name(value: Any) -> str:
-    return "list" if isinstance(value, list) else type(value).__name__
-
-
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """What a YAML file holds; {} if nothing but comments.
-
-    Raises:
-        ProblemError: no YAML file by its name (yacs would execute a .py), none that can be read, or a
-            key that stands twice in one mapping, of which YAML would drop the first silently.
-    """
-    if path.suffix not in (".yaml", ".yml"):
-        raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
-    try:
-        loader = LOADER(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        twice = _twice(loader, node)
-        tree = None if node is None or twice else loader.construct_document(node)
-    except OSError as error:
-        raise ProblemError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ProblemError(f"config file {path}: {' '.join(str(error).split())}") from error
-    if twice:
-        raise ProblemError(f"config file {path}: {twice}")
-    if tree is not None and not isinstance(tree, Mapping):
-        raise ProblemError(f"config file {path}: must hold keys and values, such as FORGET: ...")
-    return tree or {}
-
-
-def _twice(loader: yaml.SafeLoader, node: yaml.Node | None) -> str:
-    """The first key that a mapping of a YAML tree holds twice, in words; "" if there is none."""
-    found, nodes, seen = {}, [node], set()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen:  # an alias
-            continue
-        seen.add(id(node))
-        lines: dict[Any, int] = {}
-        for pair in node.value if isinstance(node, yaml.MappingNode) else ():
-            nodes += pair
-            key, line = pair[0], pair[0].start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                merge = key.tag == "tag:yaml.org,2002:merge"  # <<, which stands for no value
-                key = key.value if merge else loader.construct_object(key)
-                if key in lines:
-                    found[line] = f"line {line}: the key {key} stands in line {lines[key]} too"
-                lines[key] = line
-        nodes += node.value if isinstance(node, yaml.SequenceNode) else ()
-    return found[min(found)] if found else ""
-
-
-def _flat(tree: Mapping[str, Any], above: Parts = ()) -> Iterator[tuple[Parts, Any]]:
-    """The keys of a YAML tree as parts, with their values; a declaration is a value."""
-    for name, value in tree.items():
-        path = (*above, str(name))
-        if isinstance(value, Mapping) and "default" not in value:
-            yield from _flat(value, path)
-        else:
-            yield path, value
-
-
-def _values(file: Path) -> Iterator[tuple[Parts, Any]]:
-    """The keys of a file with their values: of a declaration its default."""
-    for path, value in _flat(read_yaml(file)):
-        yield path, value["default"] if isinstance(value, Mapping) else value
-
-
-# Merging
+def extend_cfg(cfg: CfgNode) -> None:
+    """Add every key of this project to a config, such as Dassl's `get_cfg_default()`, with its
+    default; of keys that are Dassl's too (SEED, OUTPUT_DIR, DATASET.ROOT, ...) the default becomes
+    ours."""
+    for key, spec in declared().items():
+        _set(cfg, key.split("."), spec.default)
+    cfg.FORGET.WEIGHTS = CfgNode(new_allowed=True)
 
 
 def settings(
     trainer: str = "", dataset: str = "", backbone: str = "", opts: Sequence[str] = ()
 ) -> CfgNode:
-    """The frozen config of a run of train.py with these names and KEY VALUE pairs.
-
-    A name that is left empty is the default's; without a data set the config is that of one that
-    has no file of its own.
-
-    Raises:
-        ProblemError: a name, key or value that does not fit.
-    """
+    """The frozen config of a run with these names and KEY VALUE pairs; an empty name is the
+    default's. Raises ProblemError for a name, key or value that does not fit."""
     names = {"TRAINER.NAME": trainer, "DATASET.NAME": dataset, "MODEL.BACKBONE.NAME": backbone}
-    return _merged({key: name for key, name in names.items() if name}, opts)
+    return load({key: name for key, name in names.items() if name}, opts)
 
 
-def setup(args: Namespace) -> CfgNode:
-    """The frozen config of a command line: `OPTIONS` (None: not given), `opts` (KEY VALUE pairs),
-    `config_file` and `dataset_config_file` (paths, or "").
+def load(
+    given: Mapping[str, Any],
+    opts: Sequence[str] = (),
+    config_file: str = "",
+    dataset_config_file: str = "",
+) -> CfgNode:
+    """The frozen config of a run.
+
+    Args:
+        given: key -> value of the options.
+        opts: KEY VALUE pairs.
+        config_file, dataset_config_file: YAML files of the user's, or "".
 
     Raises:
         ProblemError: a file, key or value that does not fit, with the nearest known key.
     """
-    options = {key: getattr(args, name) for name, key in OPTIONS.items()}
-    given = {key: value for key, value in options.items() if value is not None}
-    cfg = _merged(given, args.opts, args.config_file, args.dataset_config_file)
-    name = cfg.DATASET.NAME
-    if not name:
-        raise ProblemError("no data set: pass --dataset NAME, or --images PATH")
-    if name in (".", "..") or "/" in name:
-        raise ProblemError(f"a data set's results go to a folder of its name; {name!r} is none")
+    from engine import get_cfg_default  # Dassl's where it is installed
+
+    if len(opts) % 2:
+        raise ProblemError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
+    line = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
+    of_user = _read(config_file)
+    of_set = _read(dataset_config_file)
+    # These two names decide which files of ours are read first.
+    named = dict([*of_set, *of_user, *line])
+    trainer = str(named.get("TRAINER.NAME", TrainerSettings().name))
+    if trainer not in methods():
+        raise unknown("trainer", trainer, methods())
+    dataset = str(named.get("DATASET.NAME", ""))
+    known = {path.stem: path for path in (CONFIGS / "datasets").glob("*.yaml")}
+    our_set = known.get(dataset, known[ANY_DATASET])
+    our_method = CONFIGS / "trainers" / f"{trainer}.yaml"  # where it departs from the defaults
+
+    cfg = get_cfg_default()
+    extend_cfg(cfg)
+    _merge(cfg, _read(our_set), f" (in {our_set})")
+    _merge_file(cfg, of_set, dataset_config_file)
+    _merge(cfg, _read(our_method) if our_method.exists() else [], f" (in {our_method})")
+    _merge_file(cfg, of_user, config_file)
+    _merge(cfg, line, "")
+    if dataset:
+        cfg.DATASET.NAME = dataset
+    cfg.freeze()
     return cfg
 
 
 def check(cfg: CfgNode) -> None:
-    """ProblemError unless every declared key of `cfg` has a value of its type and range."""
-    for key, setting in declared().items():
-        setting.take(value_of(cfg, key))
+    """Raise ProblemError unless every key of `cfg` has a value of its type and range."""
+    for key, spec in declared().items():
+        check_value(value_of(cfg, key), spec, key)
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
-    """What `cfg` holds at a dotted key."""
+    """The value of `cfg` at a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
-def _merged(
-    given: Mapping[str, Any], opts: Sequence[str], config_file: str = "", dataset_file: str = ""
-) -> CfgNode:
-    """The frozen config of options and pairs, which go before a user's file, and so on."""
-    from engine import get_cfg_default  # the choice of an engine, which settings do not depend on
+def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
+    *above, leaf = path
+    for part in above:
+        cfg = cfg.setdefault(part, CfgNode())
+    cfg[leaf] = value
 
-    if len(opts) % 2:
-        raise ProblemError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
-    pairs = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
-    line = [(tuple(key.split(".")), value) for key, value in pairs]
-    own = list(_values(Path(config_file))) if config_file else []
-    named = dict([*own, *line])  # which decides what is read before it
-    trainer = named.get(("TRAINER", "NAME"), declared()["TRAINER.NAME"].default)
-    if trainer not in methods():
-        raise unknown("trainer", str(trainer), methods())
-    folder, dataset = CONFIGS / "datasets", named.get(("DATASET", "NAME"))
-    known = [path.stem for path in folder.glob("*.yaml")]
-    of_set = Path(dataset_file or folder / f"{dataset if dataset in known else ANY_DATASET}.yaml")
-    of_method = CONFIGS / "trainers" / f"{trainer}.yaml"
 
-    flat = dict(_flat(get_cfg_default()))
-    for key, setting in declared().items():
-        flat[tuple(key.split("."))] = setting.take(setting.default)
-    for source, values in (
-        (f" (in {of_set})", _values(of_set)),
-        (f" (in {of_method})", _values(of_method)),
-        (f" (in {config_file})", own),
-        ("", line),
-    ):
-        for parts, value in values:
-            if value is None and any(parts == key[: len(parts)] != key for key in flat):
-                continue  # a section of which everything is commented out
+def _merge_file(cfg: CfgNode, pairs: Sequence[tuple[str, Any]], file: str) -> None:
+    """Merge a file of the user's, and log what it sets and what has no effect."""
+    idle = [key for key, _ in pairs if _of_dassl(key)]
+    pairs = [(key, value) for key, value in pairs if key not in idle]
+    _merge(cfg, pairs, f" (in {file})")
+    if pairs:
+        logger.info(f"{file} sets {', '.join(dict.fromkeys(key for key, _ in pairs))}")
+    if idle:
+        logger.warning(
+            f"{file}: without effect here, where no image trains anything: {', '.join(idle)}"
+        )
+
+
+def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> None:
+    """Set keys of `cfg`; `source` is named in refusals."""
+    keys = declared()
+    for key, value in pairs:
+        if key in keys:
+            value = _coerce(value, keys[key])
+            if key in PATHS and isinstance(value, str):
+                value = os.path.expanduser(value)
             try:
-                flat[parts] = _taken(flat, parts, value)
+                check_value(value, keys[key], key)
             except ProblemError as error:
                 raise ProblemError(f"{error}{source}") from error
-    return _nested(flat)
-
-
-def _nested(flat: Mapping[Parts, Any]) -> CfgNode:
-    cfg = CfgNode()
-    for (*path, leaf), value in flat.items():
-        node = cfg
-        for part in path:
-            if not isinstance(node.get(part), CfgNode):
-                node[part] = CfgNode()
-            node = node[part]
-        node[leaf] = CfgNode() if isinstance(value, dict) else value
-    cfg.freeze()
-    return cfg
-
-
-def _taken(known: Mapping[Parts, Any], parts: Parts, value: Any) -> Any:
-    """`value` as the config holds it; ProblemError for an unknown key, or a value that it refuses."""
-    key = ".".join(parts)
-    if key in declared():
-        value = declared()[key].take(value)
-        if isinstance(value, dict) and value:  # of a command line: a file's is taken apart before
-            below, inner = next(_flat(value), ((), value))
+            _set(cfg, key.split("."), value)
+        elif key.startswith(f"{WEIGHTS}."):
+            backbone, _, mode = key.removeprefix(f"{WEIGHTS}.").rpartition(".")
+            if not backbone or mode not in MODES:
+                raise ProblemError(
+                    f"{key}: must be {WEIGHTS}.BACKBONE.SINGLE or .MULTICLASS{source}"
+                )
+            _set(cfg.FORGET.WEIGHTS, [backbone, mode], _literal(value))
+        elif _of_dassl(key):
+            instead = f"; instead: {INSTEAD[key]}" if key in INSTEAD else ""
             raise ProblemError(
-                f"{key} is a section: set what stands in it by its dotted name, such as "
-                f"{'.'.join((key, *below))} {inner!r:.80}"
+                f"{key} is a key of Dassl's or CoOp's without effect here, where no image trains "
+                f"anything{instead}{source}"
             )
+        elif value is not None or not any(one.startswith(f"{key}.") for one in (*keys, WEIGHTS)):
+            close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
+            meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""
+            raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){source}")
+
+
+def _of_dassl(key: str) -> bool:
+    """Whether a key is Dassl's or CoOp's, or a constant of a method of theirs."""
+    section, _, rest = key.removeprefix("TRAINER.").partition(".")
+    if key.startswith("TRAINER.") and rest and not section.startswith("FORGET"):
+        return True
+    return any(key.startswith(one) if one.endswith(".") else key == one for one in OF_DASSL)
+
+
+def _literal(value: Any) -> Any:
+    """A text of the command line as Python reads it; YAML's lists as tuples."""
+    if isinstance(value, str):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _coerce(value: Any, spec: Field) -> Any:
+    """`value` as the setting holds it: 1e-6, which YAML takes for text, and texts of the line."""
+    kind = kind_of(spec)
+    if kind is str and isinstance(value, str):
         return value
-    if parts in known:  # one of Dassl's own
-        kind = type(known[parts])
-        value = _literal(value, kind)
-        if type(value) is not kind:
-            raise ProblemError(f"{key} must be of type {kind.__name__}, got {value!r:.80}")
-        return value
-    above = (declared().get(".".join(parts[:end])) for end in range(1, len(parts)))
-    if any(setting is not None and setting.type == "dict" for setting in above):
-        return _literal(value, object)
-    # This repository's keys first: they are asked for most.
-    keys = sorted(map(".".join, known), key=lambda k: not k.startswith(("FORGET", "TRAINER")))
-    raise unknown("config key", key, keys)
+    value = _literal(value)
+    if kind is tuple and isinstance(value, str):
+        return (value,)
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 1e300 else float("inf")
+    return value
+
+
+# YAML
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Refuses a key that stands twice in one mapping, of which YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=True)
+        if len(found) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {twice} stands twice in the mapping of line {line}")
+        return found
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; {} if there is nothing but comments.
+
+    Raises:
+        ProblemError: no YAML file by its name (yacs would execute a .py), none that can be read, a
+            key that stands twice in one mapping, or an alias, by which a small file may be huge.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.suffix not in (".yaml", ".yml"):
+        raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else CONFIGS
+        there = {str(one): one.stem for one in folder.rglob("*.y*ml")}
+        close = nearest(path.stem, there.values(), n=1)
+        meant = [one for one, stem in there.items() if stem in close][:1]
+        raise ProblemError(
+            f"no config file {path}" + (f"; did you mean {meant[0]}?" if meant else "")
+        )
+    text = read_text(path, "config file")
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases are not read")
+        tree = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ProblemError(f"config file {path}: {' '.join(str(error).split())}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ProblemError(f"config file {path}: must hold keys and values, such as FORGET: ...")
+    return tree or {}
+
+
+def _read(file: str | Path) -> list[tuple[str, Any]]:
+    """The keys and values of a file; none if it is ""."""
+    return list(_flat(read_yaml(file))) if file else []
+
+
+def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{above}{name}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
 
 
 # The paper's weights
@@ -373,21 +503,69 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     Raises:
         ProblemError: an impossible weight.
     """
-    mode = "MULTICLASS" if cfg.FORGET.MULTICLASS else "SINGLE"
+    mode = MODES[cfg.FORGET.MULTICLASS]
     backbone = cfg.MODEL.BACKBONE.NAME
-    unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
     same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
-    pair = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, CfgNode()))
-    pair = pair.get(mode, unlisted) if isinstance(pair, CfgNode) else pair
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
+    listed = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, {}))
+    unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
+    pair = listed.get(mode, unlisted)
+    if not isinstance(pair, tuple) or len(pair) != 2:
         raise ProblemError(
-            f"FORGET.WEIGHTS.{backbone}.{mode} must be [lamb_preserve, lamb_forget], got {pair!r}"
+            f"{WEIGHTS}.{backbone}.{mode} must be [lamb_preserve, lamb_forget], not {shown(pair)}"
         )
-    weights = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}
-    weights |= {key: cfg.FORGET[key] for key in weights if cfg.FORGET[key] is not None}
-    found = {}
-    for term in declared()["FORGET.TERMS"].choices:
+    values = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}
+    values |= {key: cfg.FORGET[key] for key in values if cfg.FORGET[key] is not None}
+    weights = {}
+    for term in ForgetSettings().terms:
         key = f"LAMB_{term.upper()}"
-        weight = declared()[f"FORGET.{key}"].take(weights[key])
-        found[key.lower()] = weight if term in cfg.FORGET.TERMS else 0.0
-    return found
+        spec = declared()[f"FORGET.{key}"]
+        value = _coerce(values[key], spec)
+        check_value(value, spec, f"FORGET.{key}")
+        weights[key.lower()] = value if term in cfg.FORGET.TERMS else 0.0
+    return weights
+
+
+# docs/settings.md
+
+
+def page() -> str:
+    """docs/settings.md: every key with its default, its values and its meaning."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key of a run, as its code declares it (`python -m engine.config > docs/settings.md`"
+        " makes this page).",
+        "Set one by its option, by `KEY VALUE` behind the options, or in a YAML file"
+        " (`--config-file`).",
+        "`configs/datasets/` holds the loss weights of each data set (`FORGET.WEIGHTS`: backbone,"
+        " then `SINGLE` or `MULTICLASS`, then `[lamb_preserve, lamb_forget]`),"
+        " `configs/trainers/` where a method's default differs from the one below.",
+    ]
+    options = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items()}
+    section = None
+    for key, spec in declared().items():
+        above = key.rpartition(".")[0]
+        if above != section:
+            section = above
+            lines += ["", f"## {section or 'Run'}", ""]
+            lines += ["| key | option | default | values | meaning |", "| --- " * 5 + "|"]
+        default = "none" if spec.default is None else spec.default
+        default = ", ".join(default) if isinstance(default, tuple) else default
+        cells = (f"`{key}`", options.get(key, ""), default, allowed(spec), spec.metadata["help"])
+        lines.append(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |")
+    departures = [
+        (file.stem, *pair)
+        for file in sorted((CONFIGS / "trainers").glob("*.yaml"))
+        for pair in _read(file)
+        if pair[0] != "TRAINER.NAME"
+    ]
+    lines += ["", "## Defaults that differ by method", "", "| method | key | default |"]
+    lines += ["| --- " * 3 + "|"]
+    lines += [f"| {method} | `{key}` | {value} |" for method, key, value in departures]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    from engine.config import page  # the module under its own name
+
+    print(page(), end="")

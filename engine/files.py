@@ -162,6 +162,23 @@ def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
         )
 
 
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a regular file in UTF-8; `what` says what kind of file it is.
+
+    Raises:
+        ProblemError: no such file, one that would be waited for (a pipe, a device), or no UTF-8.
+    """
+    where = f"{what} {os.fspath(path)}".strip()
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ProblemError(f"{where} is not a regular file")
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ProblemError(f"{where} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ProblemError(f"{where} is not UTF-8 text ({error})") from error
+
+
 class NoJSON(ProblemError):
     """A file that is there and can be read, and is no JSON."""
 
@@ -193,13 +210,11 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
     Raises:
         NoJSON: no JSON, or not in UTF-8; ProblemError: a file that cannot be read.
     """
-    where = f"{what} {os.fspath(path)}".strip()
+    text = read_text(path, what)
     try:
-        return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ProblemError(f"{where} cannot be read: {error.strerror}") from error
+        return parse_json(text)
     except ValueError as error:
-        raise NoJSON(f"{where} is not JSON ({error})") from error
+        raise NoJSON(f"{what} {os.fspath(path)} is not JSON ({error})".strip()) from error
 
 
 def json_bytes(obj: Any, indent: int | None = None) -> bytes:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from yacs.config import CfgNode
 
-from engine.config import declared, settings
+from engine.config import settings
 from engine.log import logger
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
@@ -82,8 +82,7 @@ def call(command: str, argv: list[str]) -> int:
 def add_launcher(parser: ArgumentParser) -> None:
     """Give a command line the option that says where its work takes place, and KEY VALUE pairs for
     the rest of `LAUNCHER`."""
-    key = "LAUNCHER.NAME"
-    parser.add_argument("--launcher", metavar="NAME", help=declared()[key].about)
+    parser.add_argument("--launcher", metavar="NAME", help="local or ray")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
 
 

@@ -243,7 +243,7 @@ Lists = shape(
     mini_ds=list[Text],
     forget_classes_all=dict[Text, list[Text]],
     forget_prompts=NotRequired[dict[Text, Prompts]],
-    keep=NotRequired[list[Text]],
+    protect=NotRequired[list[Text]],
 )
 # Files that were hashed: path -> size, times and inode, then the SHA-256.
 Register = dict[Text, Annotated[list[int | Text], Field(min_length=5, max_length=5)]]

@@ -35,8 +35,15 @@ from pydantic import Field
 import datasets
 import train
 from clip.architectures import architecture
-from engine.cli import Parser
-from engine.config import OPTIONS, declared, methods, read_yaml
+from engine.cli import Parser, add_setting
+from engine.config import (
+    OPTIONS,
+    DatasetSettings,
+    FeatureSettings,
+    declared,
+    methods,
+    read_yaml,
+)
 from engine.launch import Run, add_launcher, launch, launcher
 from engine.log import logger, quiet
 from engine.schema import Text, check, some
@@ -45,6 +52,7 @@ from evaluation.results import join_label
 from evaluation.tables import average_gains, check_table, write_table
 from experiments.reproduce import MODES, OWN_KEYS, weights_by_name
 from forgetting.errors import ProblemError, unknown
+from forgetting.settings import check_value
 from utils import create_results, summarise
 
 TABLE = "sweep.csv"
@@ -101,7 +109,7 @@ def read_sweep(path: str | Path, bundles: bool) -> dict[str, Any]:
         if name not in methods():
             raise unknown(f"trainer in {path}", name, methods())
     for seed in varied["seeds"]:
-        declared()["SEED"].take(seed)
+        check_value(seed, declared()["SEED"], "SEED")
     if not bundles:
         varied["datasets"] = [datasets.spec(name).name for name in varied["datasets"]]
         varied["backbones"] = [architecture(name).name for name in varied["backbones"]]
@@ -204,10 +212,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser = Parser(prog="python -m experiments sweep", description=__doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE.yaml", help="what is varied")
     parser.add_argument("--out", default="results", help="folder of the results")
-    for option, key in (("data", "DATASET.ROOT"), ("cache", "FEATURES.CACHE")):
-        setting = declared()[key]
-        parser.add_argument(f"--{option}", default=setting.default, help=setting.about)
-    parser.add_argument("--features", default="", help=declared()["FEATURES.DIR"].about)
+    add_setting(parser, "--data", DatasetSettings, "root")
+    add_setting(parser, "--cache", FeatureSettings, "cache")
+    add_setting(parser, "--features", FeatureSettings, "dir")
     parser.add_argument(
         "--weights", action="append", default=[], metavar="ARCH=PATH", help="a local checkpoint"
     )

@@ -20,6 +20,7 @@ from forgetting.adapter import Part, recipe_parts
 from forgetting.displacement import AffectedName, Margin, Watch, follow, shares_each, worst
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import RetainSet
+from forgetting.settings import setting
 from forgetting.solvers.certificate import POOR
 from forgetting.solvers.constrained import ConstrainedSolution, Ridge, solve_constrained_each
 from forgetting.targets import Specific
@@ -28,6 +29,75 @@ JOIN = 3  # wordings of a class that may join its texts: each harms the others a
 ROUNDS = 8  # times that a request is solved again, at most
 SHOWN = 3  # names that are said to feel it
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further
+
+
+@dataclass(frozen=True)
+class ExactSettings:
+    """Constants of complete forgetting: one default for every data set and backbone, found on real
+    CLIP features (docs/exact.md). A weight is that of a whole group of retained names."""
+
+    own: float = setting(1.0, "weight of the other classes of the set", 0, 1e6)
+    vocabulary: float | None = setting(
+        None,
+        "weight of the retain vocabulary; none: VOCABULARY_LISTED or VOCABULARY_ALONE",
+        low=0,
+        high=1e6,
+        optional=True,
+    )
+    vocabulary_listed: float = setting(
+        0.03, "weight of the vocabulary where other sets' names are retained", 0, 1e6
+    )
+    vocabulary_alone: float = setting(0.5, "weight of the vocabulary where none are", 0, 1e6)
+    generic: float = setting(
+        0.5,
+        "part of that weight for generic names, if there is a model to encode them (all of it where "
+        "a set has no vocabulary); 0: they are not retained",
+        low=0,
+        high=1,
+    )
+    others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
+    protect: float = setting(
+        0.1, "weight of the names of FORGET.PROTECT, beside that of their own", above=0, high=1e6
+    )
+    mu: float | None = setting(
+        None,
+        "ridge, in mean squared lengths of a retained hidden state; none: found from the names",
+        above=0,
+        high=1e6,
+        optional=True,
+    )
+    max_displacement: float | None = setting(
+        None,
+        "how far the ridge lets retained names move, in distances to their nearest neighbour; none: "
+        "MAX_DISPLACEMENT_LISTED or MAX_DISPLACEMENT_ALONE",
+        above=0,
+        high=1e6,
+        optional=True,
+    )
+    max_displacement_listed: float = setting(
+        0.045, "that limit where other sets' names are retained", above=0, high=1e6
+    )
+    max_displacement_alone: float = setting(0.1, "that limit where none are", above=0, high=1e6)
+    specific_ridge: float = setting(
+        0.5,
+        "ridge of the target specific, in mean squared lengths of a retained embedding",
+        above=0,
+        high=1e6,
+    )
+    min_margin: float = setting(
+        1.0,
+        "BETA is raised for a class until another class lies nearer to the class's text by this "
+        "part of the margin that the class had; 0: never",
+        low=0,
+        high=10,
+    )
+    min_displacement: float = setting(
+        0.5,
+        "a paraphrase of the class that moves less than this part of the way of its texts is "
+        "forgotten as well; 0: none",
+        low=0,
+        high=1,
+    )
 
 
 @dataclass(frozen=True)

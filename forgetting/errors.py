@@ -100,13 +100,11 @@ def range_in_words(
 ) -> str:
     """The range of `in_range` in words, such as "a number above 0"."""
     words = "a whole number" if whole else "a number"
-    if above is not None:
-        words += f" above {above:g}"
-    if low is not None and high is not None:
-        return f"{words} from {low:g} to {high:g}"
-    if low is not None:
-        words += f" of at least {low:g}"
-    return words if high is None else f"{words} of at most {high:g}"
+    low, high, above = (None if end is None else f"{end:,.12g}" for end in (low, high, above))
+    if low and high:
+        return f"{words} from {low} to {high}"
+    ends = [above and f"above {above}", low and f"of at least {low}", high and f"at most {high}"]
+    return f"{words} {' and '.join(filter(None, ends))}".strip()
 
 
 def number(

@@ -228,37 +228,6 @@ ROWS = {
     "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
     "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
     "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be a number above 0"),
-    "key": (
-        "ForgetUCE",
-        ["TRAINER.FORGETUCE.ERAZE", "1"],
-        "did you mean 'TRAINER.FORGETUCE.ERASE'",
-    ),
-    "threshold": (
-        "ForgetNullSpace",
-        ["TRAINER.FORGETNULLSPACE.THRESHOLD", "0"],
-        "THRESHOLD must be .*share of the mean eigenvalue",
-    ),
-    "damping": (
-        "ForgetNullSpace",
-        ["TRAINER.FORGETNULLSPACE.DAMPING", "1e9"],
-        "DAMPING must be a number from 0 to 1,000,000",
-    ),
-    "rate": ("ForgetAscent", ["TRAINER.FORGETASCENT.LR", "0"], "LR must be a number above 0"),
-    "steps": (
-        "ForgetAscent",
-        ["TRAINER.FORGETASCENT.STEPS", "0"],
-        "STEPS must be a whole number from 1",
-    ),
-    "chance": (
-        "ForgetAscent",
-        ["TRAINER.FORGETASCENT.BELOW", "2"],
-        "BELOW must be .*share of chance",
-    ),
-    "similarity": (
-        "ForgetLEACE",
-        ["FORGET.SIMILARITY", "2"],
-        "SIMILARITY must be .*cosine",
-    ),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from engine import TRAINER_REGISTRY
-from engine.config import methods, setup
+from engine.config import methods
 from experiments import baselines
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
@@ -32,7 +32,7 @@ def test_the_experiment_runs_every_method_it_names(features, tmp_path):
     assert {trainer for trainer, _ in baselines.METHODS.values()} == set(methods())
     for name, (trainer, keys) in baselines.METHODS.items():
         argv = arguments(features, tmp_path / name, trainer, "--forget", "owl")
-        cfg = setup(train.parse([*argv, *keys]))
+        cfg = train.setup_cfg(train.parse([*argv, *keys]))
         TRAINER_REGISTRY.get(trainer).preflight(cfg)
 
 

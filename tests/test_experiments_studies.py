@@ -189,7 +189,7 @@ def test_a_group_ends_as_each_task_of_it_would_alone(name):
                 assert torch.allclose(answer.delta, alone.delta, atol=close), here.setting
 
 
-AS_GIVEN = ["TRAINER.FORGETEXACT.MARGIN", "0", "TRAINER.FORGETEXACT.FOLLOW", "0"]
+AS_GIVEN = ["TRAINER.FORGETEXACT.MIN_MARGIN", "0", "TRAINER.FORGETEXACT.MIN_DISPLACEMENT", "0"]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_the_forecast_is_in_the_logs(exact):
 
 
 def test_a_small_margin_sends_the_class_further(exact):
-    low, high = (exact("owl", "TRAINER.FORGETEXACT.MARGIN", value) for value in ("0", "1.2"))
+    low, high = (exact("owl", "TRAINER.FORGETEXACT.MIN_MARGIN", value) for value in ("0", "1.2"))
     assert low["beta"] == 0 < high["beta"]
     assert low["forecast"]["margin"] < high["forecast"]["margin"]
     assert high["forecast"]["margin"] >= 1.2 * high["forecast"]["gap"] or high["beta"] == 0.4
@@ -198,7 +198,7 @@ def test_a_name_to_keep_feels_less(exact):
     name = max(felt, key=felt.__getitem__)
     kept = {
         one["name"]: one["cosine_loss"]
-        for one in exact("owl", "--keep", name, "TRAINER.FORGETEXACT.KEEP", "10")["forecast"][
+        for one in exact("owl", "--protect", name, "TRAINER.FORGETEXACT.PROTECT", "10")["forecast"][
             "affected"
         ]
     }
@@ -208,10 +208,10 @@ def test_a_name_to_keep_feels_less(exact):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--keep", "unicorn"], "unknown name to keep (FORGET.KEEP) 'unicorn'"),
-        (["--keep", "OWL"], "'OWL' is to be forgotten and to be kept"),
-        (["--keep", " "], "is empty"),
-        (["--keep", "cat", "--trainer", "ForgetLoRA"], "ForgetLoRA weighs no names"),
+        (["--protect", "unicorn"], "unknown name to protect (FORGET.PROTECT) 'unicorn'"),
+        (["--protect", "OWL"], "'OWL' is to be forgotten and to be protected"),
+        (["--protect", " "], "is empty"),
+        (["--protect", "cat", "--trainer", "ForgetLoRA"], "ForgetLoRA weighs no names"),
     ],
 )
 def test_names_to_keep_are_checked(exact_refused, options, said):
@@ -239,7 +239,12 @@ def test_a_wording_that_stays_behind_joins(features, tmp_path):
     argv += ["--backbone", "ViT-B/32", "--trainer", "ForgetExact"]
     texts = {}
     for limit in ("0", "0.5"):
-        keys = ["TRAINER.FORGETEXACT.FOLLOW", limit, "TRAINER.FORGETEXACT.MARGIN", "0"]
+        keys = [
+            "TRAINER.FORGETEXACT.MIN_DISPLACEMENT",
+            limit,
+            "TRAINER.FORGETEXACT.MIN_MARGIN",
+            "0",
+        ]
         folder = train.main([*argv, "--output-dir", str(tmp_path / limit), *keys])
         solver = json.loads((folder / "logs.json").read_text())["ToyAnimals"]["owl"]["solver"]
         texts[limit] = solver["texts"], solver["paraphrases"]

@@ -69,7 +69,7 @@ def test_generic_names_do_not_decide_on_the_ridge():
     rows = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
     names = {"generic": ([f"name {i}" for i in range(200)], rows)}
 
-    cfg = Alone(animals, [], ["TRAINER.FORGETEXACT.PUSH", "0.001"]).cfg
+    cfg = Alone(animals, [], ["TRAINER.FORGETEXACT.MAX_DISPLACEMENT", "0.001"]).cfg
     without, beside, alone = (
         retained(cfg, bundle, [], more=more)
         for bundle, more in ((animals, {}), (animals, names), (bare, names))

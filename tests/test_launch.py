@@ -136,7 +136,7 @@ def test_without_ray_one_line_says_what_to_install(command, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (["LAUNCHER.NAME", "slurm"], "unknown LAUNCHER.NAME 'slurm'"),
+        (["LAUNCHER.NAME", "slurm"], "LAUNCHER.NAME 'slurm'"),
         (["LAUNCHER.PARTS", "0"], "LAUNCHER.PARTS must be a whole number from 1"),
     ],
 )

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
+from engine.config import ForgetSettings
 from forgetting import (
     Adapter,
     Forgotten,
@@ -24,7 +24,7 @@ from forgetting import (
     save_adapter,
 )
 from forgetting.adapter import read_parts
-from forgetting.context import JOIN
+from forgetting.context import JOIN, ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
@@ -458,18 +458,15 @@ def test_siglip_is_filled_up():
 
 
 def test_the_defaults_are_those_of_the_trainer():
-    file = REPOSITORY / "configs/trainers/ForgetExact.yaml"
-    node = yaml.safe_load(file.read_text())["TRAINER"]["FORGETEXACT"]
-    assert node["OWN"]["default"] == LIBRARY.WEIGHTS["own"]
-    assert node["ALONE"]["VOCABULARY"]["default"] == LIBRARY.WEIGHTS["generic"]
-    assert node["KEEP"]["default"] == LIBRARY.WEIGHTS["keep"]
-    assert node["ALONE"]["PUSH"]["default"] == LIBRARY.PUSH
-    assert node["SHARED"]["default"] == LIBRARY.SHARED
-    assert node["MARGIN"]["default"] == LIBRARY.MARGIN
-    assert node["FOLLOW"]["default"] == LIBRARY.FOLLOW
-    file = REPOSITORY / "configs/defaults.yaml"
-    forget_node = yaml.safe_load(file.read_text())["FORGET"]
-    assert forget_node["SIMILARITY"]["default"] == LIBRARY.SIMILARITY
+    exact = ExactSettings()
+    assert exact.own == LIBRARY.WEIGHTS["own"]
+    assert exact.vocabulary_alone == LIBRARY.WEIGHTS["generic"]
+    assert exact.protect == LIBRARY.WEIGHTS["keep"]
+    assert exact.max_displacement_alone == LIBRARY.PUSH
+    assert exact.specific_ridge == LIBRARY.SHARED
+    assert exact.min_margin == LIBRARY.MARGIN
+    assert exact.min_displacement == LIBRARY.FOLLOW
+    assert ForgetSettings().similarity == LIBRARY.SIMILARITY
 
 
 def test_the_families_are_told_apart():

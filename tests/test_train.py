@@ -11,7 +11,7 @@ import torch
 
 import train
 from clip.bundle import bundle_path
-from engine.config import paper_weights, setup
+from engine.config import paper_weights
 from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
@@ -163,7 +163,7 @@ def test_the_papers_ablation(toy_args):
 
 def test_config_order_and_the_papers_constants():
     def config(*argv):
-        return setup(train.parse(["--dataset", "StanfordCars", *argv]))
+        return train.setup_cfg(train.parse(["--dataset", "StanfordCars", *argv]))
 
     from forgetting import LoraSettings
 
@@ -194,6 +194,6 @@ def test_weights_of_every_set_are_the_papers(dataset):
     for backbone in ("RN50", "ViT-B/16"):
         for mode in ([], ["--multiclass"]):
             argv = ["--dataset", dataset, "--backbone", backbone, *mode]
-            weights = paper_weights(setup(train.parse(argv)))
+            weights = paper_weights(train.setup_cfg(train.parse(argv)))
             found.append((weights["lamb_preserve"], weights["lamb_forget"]))
     assert found == PAPER[dataset]

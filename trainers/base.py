@@ -26,7 +26,7 @@ from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
 from engine import SimpleTrainer
-from engine.config import check, declared
+from engine.config import ForgetSettings, check
 from engine.determinism import one_thread, seeded
 from engine.files import Batch as FileBatch
 from engine.files import sweep
@@ -107,7 +107,7 @@ class ForgetTrainer(SimpleTrainer):
     sends: ClassVar[bool] = True  # whether the method sends texts to a target
     specific: ClassVar[bool] = False  # whether it knows the target of that name
     terms: ClassVar[bool] = False  # whether it minimises the paper's loss (FORGET.TERMS)
-    weighs: ClassVar[bool] = False  # whether names may weigh more than others (FORGET.KEEP)
+    weighs: ClassVar[bool] = False  # whether names may weigh more than others (FORGET.PROTECT)
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
@@ -121,9 +121,9 @@ class ForgetTrainer(SimpleTrainer):
         read_prompts(cfg)
         cls.check_settings(cfg)
         plan = make_plan(cfg)
-        if plan.keep and not cls.weighs:
-            raise ProblemError(f"{cls.__name__} weighs no names: FORGET.KEEP is for ForgetExact")
-        if not cls.terms and set(cfg.FORGET.TERMS) != set(declared()["FORGET.TERMS"].default):
+        if plan.protect and not cls.weighs:
+            raise ProblemError(f"{cls.__name__} weighs no names: FORGET.PROTECT is for ForgetExact")
+        if not cls.terms and set(cfg.FORGET.TERMS) != set(ForgetSettings().terms):
             raise ProblemError(
                 f"FORGET.TERMS is for the paper's loss, which {cls.__name__} has not"
             )
@@ -237,8 +237,8 @@ class ForgetTrainer(SimpleTrainer):
             settings["beta"] = float(self.cfg.FORGET.BETA)
         if self.prompts:
             settings["prompts"] = self.prompts
-        if self.plan.keep:
-            settings["keep"] = self.plan.keep
+        if self.plan.protect:
+            settings["protect"] = self.plan.protect
         if self.group_weights():
             settings["similarity"] = float(self.cfg.FORGET.SIMILARITY)
             settings["statistics"] = self.retain.statistics.sha256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,44 @@ from forgetting.baselines import ascend, noise, null_space, uce, zeroing
 from forgetting.context import left_notes
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Request
+from forgetting.settings import setting
 from trainers.base import ForgetTrainer, Solved
 from trainers.exact import ForgetExact
 from trainers.requests import BARE
 
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 ERASED = 0.5  # of the distance between the means; more than that left is no erasure
+
+
+@dataclass(frozen=True)
+class AscentSettings:
+    lr: float = setting(
+        1e-4, "step; 0.01 of a text's length at 1e-4 on any backbone", above=0, high=1e6
+    )
+    steps: int = setting(1000, "steps at most; a hundred are enough", 1, 10**6)
+    # Images know the class long after its text is at chance.
+    below: float = setting(1.0, "part of chance at which ascent stops", above=0, high=1)
+
+
+@dataclass(frozen=True)
+class NullSpaceSettings:
+    threshold: float = setting(
+        0.5,
+        "part of the mean eigenvalue of H^T H / m; directions below it are free",
+        above=0,
+        high=1e6,
+    )
+    # With the authors' 10, for a language model, a text of CLIP goes a fifth of its way.
+    damping: float = setting(0.0, "damping; the authors' is 10", 0, 1e6)
+
+
+@dataclass(frozen=True)
+class UceSettings:
+    # With the authors' 1 a text goes a quarter of its way; from 100 on it reaches its target.
+    erase: float = setting(
+        1000.0, "weight of a forgotten text beside a retained one's 1", above=0, high=1e6
+    )
+    ridge: float = setting(0.5, "the authors' lambda", above=0, high=1e6)
 
 
 @TRAINER_REGISTRY.register()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import datasets
-from clip.retain import GENERIC, KEEP, Names, Retained, exact_weights, retained
+from clip.retain import GENERIC, PROTECT, Names, Retained, exact_weights, retained
 from engine import TRAINER_REGISTRY
 from engine.determinism import one_thread
 from engine.log import logger
@@ -51,16 +51,16 @@ class ForgetExact(ForgetTrainer):
 
     def constants(self) -> dict[str, Any]:
         node = self.cfg.TRAINER.FORGETEXACT
-        numbers = {"mu": self.retained.mu, "shared": node.SHARED, "follow": node.FOLLOW}
-        numbers["margin"] = node.MARGIN
+        numbers = {"mu": self.retained.mu, "specific_ridge": node.SPECIFIC_RIDGE}
+        numbers |= {"min_displacement": node.MIN_DISPLACEMENT, "min_margin": node.MIN_MARGIN}
         return {"objective": "constrained", "weights": self.retain.weights} | numbers
 
     @cached_property
     def more(self) -> dict[str, Names]:
         """Groups of names that the bundles do not hold."""
         more = {}
-        if self.plan.keep:
-            more[KEEP] = self.texts.held(self.plan.keep, self.others)
+        if self.plan.protect:
+            more[PROTECT] = self.texts.held(self.plan.protect, self.others)
         weights = exact_weights(self.cfg, bool(self.others), [GENERIC])
         if self.texts.encode is not None and weights[GENERIC] > 0:
             names = generic_names()
@@ -119,10 +119,10 @@ class ForgetExact(ForgetTrainer):
             leaving=lambda requests: self.texts.leaving(retain, requests),
             send=send,
             dataset=self.plan.dataset,
-            follow=node.FOLLOW,
-            margin=node.MARGIN,
+            follow=node.MIN_DISPLACEMENT,
+            margin=node.MIN_MARGIN,
             further=self.cfg.FORGET.TARGET in FURTHER,
-            option="FORGET.KEEP",
+            option="FORGET.PROTECT",
             bias=self.model.bias,
             solved=self.retained.solved,
         )

@@ -27,14 +27,14 @@ class Plan:
         requests: lists of class names; each is forgotten at once, from the original model.
         others: the other sets to evaluate on.
         absent: sets of the group that cannot be evaluated, and why.
-        keep: names that must not be harmed.
+        protect: names that must not be harmed.
     """
 
     dataset: str
     requests: list[list[str]]
     others: list[str]
     absent: dict[str, str]
-    keep: list[str]
+    protect: list[str]
 
 
 def make_plan(cfg) -> Plan:
@@ -71,16 +71,16 @@ def make_plan(cfg) -> Plan:
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
     requests = _part(requests, cfg.FORGET.PART)
-    keep = list(dict.fromkeys([*cfg.FORGET.KEEP, *getattr(lists, "keep", [])]))
+    protect = list(dict.fromkeys([*cfg.FORGET.PROTECT, *getattr(lists, "protect", [])]))
     asked = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
-    for name in keep:
+    for name in protect:
         if datasets.key(name) in asked:
             raise ProblemError(
-                f"{name!r} is to be forgotten and to be kept (FORGET.KEEP); choose one"
+                f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
             )
         if not name.strip():
-            raise ProblemError("a name to keep (FORGET.KEEP) is empty")
-    return Plan(dataset, requests, others, absent, keep)
+            raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
+    return Plan(dataset, requests, others, absent, protect)
 
 
 def _part(requests: list[list[str]], part: str) -> list[list[str]]:

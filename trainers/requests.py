@@ -193,7 +193,9 @@ class Texts:
                 found.append((plain, self.encode([plain])[0]))
             else:
                 classes = [name for each in (bundle, *others.values()) for name in each.classnames]
-                raise unknown("name to keep (FORGET.KEEP)", name, [*classes, *bundle.retain_names])
+                raise unknown(
+                    "name to protect (FORGET.PROTECT)", name, [*classes, *bundle.retain_names]
+                )
         texts, rows = zip(*found, strict=True)
         return list(texts), torch.stack(rows)
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetting.errors import ProblemError, number, shown
+from forgetting.errors import ProblemError, shown
 from forgetting.io import indices, mask
 from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows, texts_per_request
+from forgetting.settings import setting, validate
 from forgetting.solvers.batched import solve_each
 from forgetting.solvers.exact import resolve_auto_weight
 
@@ -26,29 +27,20 @@ BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Ad
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The paper's constants of the descent and of its retry.
+    """The paper's constants of the descent and of its retry."""
 
-    Attributes:
-        steps: optimiser steps of one trial, full batch.
-        lr: Adam's learning rate, constant.
-        reduction: the forget norm must fall by this fraction, else another trial follows.
-        lamb_forget_step: added to `lamb_forget` before every further trial.
-        max_trials: after so many trials the best one is kept, whatever it reached.
-    """
-
-    steps: int = 2000
-    lr: float = 0.01
-    reduction: float = 0.7
-    lamb_forget_step: float = 0.05
-    max_trials: int = 100
+    steps: int = setting(2000, "optimiser steps of one trial, full batch", 1, 10**6)
+    lr: float = setting(0.01, "Adam's learning rate, constant", above=0, high=1e6)
+    reduction: float = setting(
+        0.7, "part of the forget norm that must go, else another trial follows", 0, 1
+    )
+    lamb_forget_step: float = setting(
+        0.05, "added to lamb_forget before every further trial", 0, 1e6
+    )
+    max_trials: int = setting(100, "trials at most; then the best is kept", 1, 10**4)
 
     def __post_init__(self) -> None:
-        number("steps", self.steps, low=1, whole=True)
-        number("max_trials", self.max_trials, low=1, whole=True)
-        number("lr", self.lr, above=0)
-        number("lamb_forget_step", self.lamb_forget_step, low=0)
-        if number("reduction", self.reduction, low=0) > 1:
-            raise ProblemError(f"reduction must lie from 0 to 1, got {self.reduction}")
+        validate(self)
 
 
 @dataclass(frozen=True)
