@@ -421,7 +421,7 @@ def test_an_answer_that_is_none_is_not_written(world, files, tmp_path, capsys):
     bend("not of their texts and of one K_0", forget_base=one_row)
     bend("not of their texts and of one K_0", leaving_base=lambda x: x * 0)
     bend("texts and of one K_0", *proof, forget_base=lambda x: x * 2, leaving_base=lambda x: x * 2)
-    bend("was not part of them", leaving_hidden=lambda x: x * 100, leaving_base=lambda x: x * 100)
+    bend("not part of the Gram", leaving_hidden=lambda x: x * 100, leaving_base=lambda x: x * 100)
     nothing = {}
     for name in ("cat", "dog"):
         columns = world.adapter(name).tensors

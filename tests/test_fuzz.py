@@ -179,15 +179,15 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "solve_constrained": (
         lambda **k: solve_constrained(Ridge(GRAM, 0.1), **k),
         {
-            "forget_hidden": H, "displacement": normal(K, D), "leaving": ROWS[:2],
-            "shares": SHARES[:2],
+            "forget_hidden": H, "displacement": normal(K, D), "excluded_rows": ROWS[:2],
+            "weights": SHARES[:2],
         },
     ),
     "solve_constrained_each": (
         lambda **k: solve_constrained_each(Ridge(GRAM, 0.1), **k),
         {
             "hidden": H, "displacement": normal(K, D), "owner": OWNER, "rows": ROWS,
-            "shares": SHARES, "leaving": GONE,
+            "name_weights": SHARES, "excluded": GONE,
         },
     ),
     "retain set": (

@@ -119,9 +119,8 @@ def solve_each(problem: ForgetProblem, leaving: Tensor | None = None) -> EachSol
         direction, mu, y, u_scale, reach, lamb_forget = map(torch.cat, zip(*parts, strict=True))
         left = direction * (reach < lamb_forget)[:, None]
         started = time.perf_counter()
-        triangle = spectrum.rows if len(spectrum.rows) < m else None
         primal, bound, gap = certify_each(
-            problem, leaving, lamb_forget, left, y, u_scale, direction, triangle
+            problem, leaving, lamb_forget, left, y, u_scale, direction
         )
         certifying = time.perf_counter() - started
         # Where almost nothing holds a class but what leaves with it, the downdate cancels.

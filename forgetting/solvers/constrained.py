@@ -1,15 +1,15 @@
-"""Complete forgetting: land exactly on the target, at the least disturbance of what is retained.
+"""Complete forgetting: exactly onto the target, at the least disturbance of what is retained.
 
-With the retain statistics `G = sum over groups of (w_g / m_g) H_g^T H_g` and a fixed ridge,
+With the weighted Gram matrix of the retained texts, `G = sum of weight h^T h`, and a fixed ridge,
 `K = G + mu I`, the problem
 
     minimise tr Delta^T K Delta    subject to    H_f Delta = D        (D = P - H_f W)
 
 has the solution `Delta = K^-1 H_f^T Z` with `(H_f K^-1 H_f^T) Z = D` (stationarity of the
-Lagrangian). Unlike in the paper's objective K does not depend on what is forgotten, so solutions
-compose: from the columns `K_0^-1 h` of each forgotten text, and of each retained text that left the
-statistics with it, any union is solved again without G (`solve_constraints`). For the same reason thousands of
-requests share one factorisation and are solved in batches (`solve_constrained_each`).
+Lagrangian). Unlike in the paper's objective K does not depend on what is forgotten. So thousands of
+requests share one factorisation of `K_0`, of which each excludes a few rows by Woodbury's formula.
+And solutions compose: from the rows of `K_0^-1` of each forgotten and each excluded text any union
+is solved again without G (`solve_constraints`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one 
 
 @dataclass(frozen=True)
 class Ridge:
-    """`K_0 = G + mu I`, factorised once; the statistics of everything that may be retained.
+    """`K_0 = G + mu I` of everything that may be retained, factorised once.
 
     Attributes:
         gram: `G`, (w, w), positive semidefinite; mu: the ridge, > 0.
+
+    Raises:
+        ProblemError: no such matrix, or a ridge that is lost in its rounding.
     """
 
     gram: Tensor
@@ -42,13 +45,16 @@ class Ridge:
 
     def __post_init__(self) -> None:
         number("the ridge mu", self.mu, above=0)
-        gram = matrix("the retain statistics", self.gram).double()
+        gram = matrix("the Gram matrix", self.gram).double()
         if gram.shape[0] != gram.shape[1] or not len(gram):
-            raise ProblemError(f"the retain statistics must be square, not {tuple(gram.shape)}")
+            raise ProblemError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
         ridged = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         root, info = torch.linalg.cholesky_ex(ridged)
         if info:
-            raise ProblemError("the retain statistics are not positive semidefinite")
+            raise ProblemError(
+                f"G + mu I is not positive definite: the ridge mu {self.mu:.1e} is too small beside "
+                f"G (trace {float(gram.trace()):.1e}), or G has negative eigenvalues"
+            )
         object.__setattr__(self, "gram", gram)
         object.__setattr__(self, "_root", root)
 
@@ -60,12 +66,13 @@ class Ridge:
 
 @dataclass(frozen=True)
 class ConstrainedSolution(LowRankEdit):
-    """The optimum, left (w, k), right (k, d), float64, and its proof.
+    """The optimum, left (w, p), right (p, d), float64, p <= min(k, w), and its proof.
 
     Attributes:
         certificate: of `tr Delta^T K Delta`; see `certify_constrained`.
-        residual: `||H_f Delta - D|| / ||D||`; above rounding if texts that repeat each other were
-            given different targets, which no change can serve (then the nearest is served).
+        residual: `||H_f Delta - D|| / ||D||`. It is above rounding if texts that repeat each other
+            were given different targets, or there are more texts than dimensions: no change reaches
+            those. Then the nearest is reached, and nothing is proved.
     """
 
     certificate: Certificate
@@ -76,23 +83,23 @@ def solve_constrained(
     ridge: Ridge,
     forget_hidden: Tensor,
     displacement: Tensor,
-    leaving: Tensor | None = None,
-    shares: Tensor | None = None,
+    excluded_rows: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> ConstrainedSolution:
     """Forget k texts at once.
 
     Args:
         forget_hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
-        leaving: (n, w), texts that are part of the statistics and must not be retained: the
-            forgotten names themselves and their synonyms; shares: (n,), the weight w_g / m_g that
-            each has in `G`. Errors as in `solve_constrained_each`.
+        excluded_rows: (n, w), texts that are part of `G` and must not be retained: the forgotten
+            names themselves and their synonyms; weights: (n,), the weight of each in `G`. Errors as
+            in `solve_constrained_each`.
     """
     h = matrix("forget_hidden", forget_hidden)
-    rows = h[:0] if leaving is None else matrix("leaving", leaving)
-    shares = h.new_zeros(0) if shares is None else shares
+    rows = h[:0] if excluded_rows is None else matrix("excluded_rows", excluded_rows)
+    weights = h.new_zeros(0) if weights is None else weights
     owner = torch.zeros(len(h), dtype=torch.int64)
-    everything = torch.ones(1, len(rows), dtype=torch.bool)
-    return solve_constrained_each(ridge, h, displacement, owner, rows, shares, everything)[0]
+    every = torch.ones(1, len(rows), dtype=torch.bool)
+    return solve_constrained_each(ridge, h, displacement, owner, rows, weights, every)[0]
 
 
 def solve_constrained_each(
@@ -101,116 +108,116 @@ def solve_constrained_each(
     displacement: Tensor,
     owner: Tensor,
     rows: Tensor,
-    shares: Tensor,
-    leaving: Tensor,
+    name_weights: Tensor,
+    excluded: Tensor,
 ) -> list[ConstrainedSolution]:
-    """R requests, each forgotten alone from the same statistics: one factorisation, batches.
+    """R requests, each forgotten alone from the same retain set.
 
     Args:
-        ridge, owner, rows, shares, leaving: see `requests`.
+        ridge: `K_0` of all names.
         hidden: (K, w), the texts of all requests; displacement: (K, d), `D = P - H W` of each.
+        owner: (K,) int64, the request of each text; each of 0 .. R - 1 has at least one.
+        rows: (n, w), the names; name_weights: (n,), the weight of each in `ridge.gram`.
+        excluded: (R, n) bool, the names that are not retained in a request.
 
     Raises:
-        ProblemError: shapes that do not fit, or a text leaves that was not part of the statistics.
+        ProblemError: shapes that do not fit, or an excluded name that was not part of `G`.
     """
     h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
+    rows = matrix("rows", rows, h.shape[1])
+    name_weights = vector("name_weights", name_weights, len(rows))
+    excluded = mask("excluded", excluded, len(rows))
+    owner = indices("owner", owner, len(h), len(excluded))
     found: dict[int, ConstrainedSolution] = {}
-    for numbers, texts, base, gone in request_batches(ridge, h, owner, rows, shares, leaving):
+    norm = torch.linalg.matrix_norm
+    for numbers, texts, base, gone in request_batches(
+        ridge, h, owner, rows, name_weights, excluded
+    ):
         h_f, d = h[texts], all_d[texts]
         left, right = solve_constraints(h_f, base, *gone, d)
         proofs = certify_constrained(ridge.gram, ridge.mu, gone[0], gone[2], h_f, d, left, right)
-        missed, size = (torch.linalg.matrix_norm(x) for x in ((h_f @ left) @ right - d, d))  # (B,)
+        missed, size = norm((h_f @ left) @ right - d), norm(d)  # (B,)
         residual = torch.where(size > 0, missed / size, 0.0).tolist()
+        if left.shape[2] > left.shape[1]:  # k > w: w columns hold the same change
+            left, rotation = torch.linalg.qr(left)
+            right = rotation @ right
         answers = map(ConstrainedSolution, left, right, proofs, residual)
         found |= zip(numbers.tolist(), answers, strict=True)
     return [found[request] for request in range(len(found))]
 
 
 def request_batches(
-    ridge: Ridge, h: Tensor, owner: Tensor, rows: Tensor, shares: Tensor, leaving: Tensor
+    ridge: Ridge, h: Tensor, owner: Tensor, rows: Tensor, name_weights: Tensor, excluded: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """R requests over the same statistics, in batches, with what `downdate` needs of each.
+    """Batches of requests with the same number of texts, with what `downdate` needs of each.
 
-    Args:
-        ridge: the statistics of all retained texts and the ridge.
-        h: (K, w), the texts of all requests; owner: (K,) int64, the request that a text belongs
-            to; each of 0 .. R - 1 has at least one.
-        rows: (n, w), retained texts; shares: (n,), the weight of each in G (0: it is no part).
-        leaving: (R, n) bool, which of them leave the statistics with a request.
+    Args: see `solve_constrained_each`; h: (K, w) float64, the texts.
 
     Yields:
-        The requests (B,), the numbers of their texts (B, k), `base` (B, k, w), and what leaves:
-        `leaving` (B, n', w), `base_leaving` and `shares` (B, n'), the latter 0 where only zeros
-        fill up.
+        The requests (B,); the indices of their texts (B, k); `base`, (B, k, w), the texts' rows of
+        `K_0^-1`; and of the excluded names their rows (B, n', w), their rows of `K_0^-1` and their
+        weights (B, n'). Weights are 0, and rows zeros, where a list is padded.
     """
-    rows = matrix("rows", rows, h.shape[1]).to(h)
-    shares = vector("shares", shares, len(rows)).to(h)
-    leaving = mask("leaving", leaving, len(rows)).to(h.device)
-    owner = indices("owner", owner, len(h), len(leaving)).to(h.device)
-    part = leaving.any(dim=0) & (shares > 0)
-    rows, shares, leaving = rows[part], shares[part], leaving[:, part]
+    device = ridge.gram.device
+    rows, name_weights = rows.to(h), name_weights.to(h)
+    excluded, owner = excluded.to(device), owner.to(device)
+    used = excluded.any(dim=0) & (name_weights > 0)
+    rows, name_weights, excluded = rows[used], name_weights[used], excluded[:, used]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
-    for numbers, texts in _equal_sizes(owner, leaving, h.shape[1]):
-        places, weights = pad_indices(leaving[numbers], shares)  # (B, n')
-        there = (weights > 0)[..., None]
-        yield (
-            numbers,
-            texts,
-            base[texts],
-            (rows[places] * there, base_rows[places] * there, weights),
-        )
+    for numbers, texts in _equal_sizes(owner, excluded, h.shape[1]):
+        index, weights = pad_indices(excluded[numbers], name_weights)  # (B, n')
+        present = (weights > 0)[..., None]
+        gone = rows[index] * present, base_rows[index] * present, weights
+        yield numbers, texts, base[texts], gone
 
 
-def _equal_sizes(owner: Tensor, leaving: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of requests with the same number of texts, sorted by how many names they exclude.
-
-    Args:
-        owner: (K,), the request of each text; leaving: (R, n) bool; width: w.
-
-    Yields:
-        The requests (B,), and the rows (B, k) of their texts.
-    """
-    count = texts_per_request(owner, len(leaving))
+def _equal_sizes(owner: Tensor, excluded: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Requests (B,) with the same number of texts, sorted by how many names they exclude (less
+    padding), and the indices (B, k) of their texts."""
+    count = texts_per_request(owner, len(excluded))
     order = owner.argsort(stable=True)  # the texts, request by request
     first = count.cumsum(0) - count
-    many = leaving.sum(dim=1)
+    names = excluded.sum(dim=1)
     for k in count.unique().tolist():
         requests = torch.nonzero(count == k)[:, 0]
-        requests = requests[many[requests].argsort(stable=True)]
-        size = max(1, BATCH_NUMBERS // (width * (int(many[requests].max()) + k)))
+        requests = requests[names[requests].argsort(stable=True)]
+        size = max(1, BATCH_NUMBERS // (width * (int(names[requests].max()) + k)))
         for batch in requests.split(size):
             yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
 
 
 def downdate(
-    h: Tensor, base: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor
+    h: Tensor, base: Tensor, excluded_rows: Tensor, base_excluded: Tensor, weights: Tensor
 ) -> Tensor:
-    """`h K^-1`, (B, k, w), where rows have left the statistics, from rows of `K_0^-1` alone.
+    """`h K^-1`, (B, k, w), where rows are excluded, from rows of `K_0^-1` alone.
 
-    Woodbury: with R the leaving rows and C their shares, `K = K_0 - R^T C R` and
+    Woodbury: with R the excluded rows and C their weights, `K = K_0 - R^T C R` and
     `K^-1 x = K_0^-1 x + K_0^-1 R^T (C^-1 - R K_0^-1 R^T)^-1 R K_0^-1 x`.
 
     Args:
-        h: (B, k, w), base: `h K_0^-1`; leaving: (B, n, w), base_leaving: `leaving K_0^-1`;
-            shares: (B, n), 0 for rows (of zeros) that only fill up.
+        h: (B, k, w), base: `h K_0^-1`; excluded_rows: (B, n, w), base_excluded: their rows of
+            `K_0^-1`; weights: (B, n), 0 where rows (of zeros) are padding.
 
     Raises:
-        ProblemError: a row leaves that was not part of the statistics.
+        ProblemError: an excluded row was not part of `G`.
     """
-    if not leaving.shape[1]:
+    if not excluded_rows.shape[1]:
         return base
-    root = woodbury_cholesky(leaving, base_leaving, shares)
-    return base + (torch.cholesky_solve(base_leaving @ h.mT, root)).mT @ base_leaving
+    root = woodbury_cholesky(excluded_rows, base_excluded, weights)
+    return base + torch.cholesky_solve(base_excluded @ h.mT, root).mT @ base_excluded
 
 
-def woodbury_cholesky(leaving: Tensor, base_leaving: Tensor, shares: Tensor) -> Tensor:
+def woodbury_cholesky(excluded_rows: Tensor, base_excluded: Tensor, weights: Tensor) -> Tensor:
     """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`; arguments and errors as in `downdate`."""
-    diagonal = torch.where(shares > 0, 1 / shares, 1.0)
-    inner = torch.diag_embed(diagonal) - leaving @ base_leaving.mT  # (B, n, n)
+    diagonal = torch.where(weights > 0, 1 / weights, 1.0)
+    inner = torch.diag_embed(diagonal) - excluded_rows @ base_excluded.mT  # (B, n, n)
     root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
     if info.any():
-        raise ProblemError("a text leaves the retain statistics that was not part of them")
+        raise ProblemError(
+            "names cannot be excluded: they were not part of the Gram matrix with these weights, "
+            "or the ridge is too small beside them"
+        )
     return root
 
 
@@ -222,16 +229,20 @@ def pinv_psd(m: Tensor) -> Tensor:
 
 
 def solve_constraints(
-    h: Tensor, base: Tensor, leaving: Tensor, base_leaving: Tensor, shares: Tensor, d: Tensor
+    h: Tensor,
+    base: Tensor,
+    excluded_rows: Tensor,
+    base_excluded: Tensor,
+    weights: Tensor,
+    d: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The solutions' factors left (B, w, k), right (B, k, d) from rows of `K_0^-1` alone.
 
-    Args:
-        h: (B, k, w), base: `h K_0^-1`; leaving, base_leaving, shares: see `downdate`; d: (B, k, d).
+    Args: see `downdate`; d: (B, k, d), the displacements.
     """
-    rows = downdate(h, base, leaving, base_leaving, shares)  # (B, k, w)
+    rows = downdate(h, base, excluded_rows, base_excluded, weights)  # (B, k, w)
     m = h @ rows.mT  # (B, k, k)
-    against = pinv_psd(m)
-    z = against @ d
+    inverse = pinv_psd(m)
+    z = inverse @ d
     # One step of refinement: with nearly equal texts M is ill conditioned.
-    return rows.mT, z + against @ (d - m @ z)
+    return rows.mT, z + inverse @ (d - m @ z)
