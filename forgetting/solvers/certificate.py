@@ -228,28 +228,25 @@ def certify_constrained(
         h_f: (B, k, w); d: (B, k, d); left: (B, w, k); right: (B, k, d); all float64.
     """
     norm = torch.linalg.matrix_norm
-    # One product of two matrices; gram @ left would be B products of a matrix and k columns.
-    image = (left.mT @ gram.T).mT + mu * left  # (B, w, k)
-    image = image - excluded_rows.mT @ (weights[..., None] * (excluded_rows @ left))  # K left
-    rest = h_f.mT - image  # E = rest @ right
-    reached = h_f @ left  # (B, k, k)
-    # tr Delta^T K Delta = <H_f Delta, Y> - <Delta, E>
-    square = right @ right.mT  # (B, k, k)
-    primal = ((reached - rest.mT @ left) * square).sum(dim=(1, 2))
-    missed = norm(reached @ right - d)  # (B,)
-    # ||rest right||, by a triangle of k numbers in the place of w x d.
-    error = norm(rest @ torch.linalg.qr(right.mT, mode="r").R.mT)
+    # In an orthonormal basis of right's rows, which changes no product: Y and Delta of k columns.
+    y = torch.linalg.qr(right.mT, mode="r").R.mT  # (B, k, k)
+    delta = left @ y  # (B, w, k)
+    # One product of two matrices; gram @ delta would be B products of a matrix and k columns.
+    image = (delta.mT @ gram.T).mT + mu * delta
+    image = image - excluded_rows.mT @ (weights[..., None] * (excluded_rows @ delta))  # K Delta
+    primal = (delta * image).sum(dim=(1, 2))
+    error = norm(h_f.mT @ y - image)  # ||E||, (B,)
+    missed = norm((h_f @ left) @ right - d)
 
-    y, length, length_f = norm(right), norm(left), norm(h_f)
+    y_norm, length_f = norm(y), norm(h_f)
+    summed = norm(left) * y_norm  # the lengths that are summed up in `delta`
     # At least ||K||; K itself is a rounded sum, whose least eigenvalue may be below mu by as much.
     weight = gram.trace() + mu + (weights * excluded_rows.square().sum(dim=2)).sum(dim=1)
-    of_rest = weight * length + length_f  # what enters `rest`, (B,)
-    error = error + ROUNDING * y * of_rest
+    error = error + ROUNDING * (weight * summed + length_f * y_norm)
     least = mu - ROUNDING * weight
-    rounding = y.square() * length * (of_rest + length_f) + 2 * y * (
-        length_f * length * y + norm(d)
-    )
+    rounding = weight * norm(delta).square() + 2 * norm(image) * summed
+    rounding = rounding + 2 * y_norm * (length_f * summed + norm(d))
     loss = torch.where(least > 0, error.square() / least, torch.inf)
-    bound = primal - 2 * missed * y - loss
+    bound = primal - 2 * missed * y_norm - loss
     numbers = (x.tolist() for x in (primal, bound, ROUNDING * rounding))
     return [Certificate.of(*one) for one in zip(*numbers, strict=True)]
