@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 import datasets
 from clip.bundle import FeatureBundle
 from forgetting import Group, RetainSet, Ridge
-from forgetting.models.vocabulary import ALIKE
+from forgetting.models.vocabulary import MAX_SIMILAR
 from forgetting.ridge import best_ridge
 
 GROUPS = ("own", "vocabulary", "others")
@@ -71,7 +71,7 @@ def retain_set(
     }
     if kept is not None:
         chosen[PROTECT] = Group(*kept, weights[PROTECT], alike=False)
-    return RetainSet(chosen, similarity, device, ALIKE if GENERIC in chosen else None)
+    return RetainSet(chosen, similarity, device, MAX_SIMILAR if GENERIC in chosen else None)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from clip.download import download
 from engine.files import sha256_file
 from engine.log import logger, progress
 from forgetting.errors import ProblemError, reason, unknown
-from forgetting.models.encoder import Encoder, read_encoder
-from forgetting.models.reading import cut, warning_of
+from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
 
 # Arithmetic of the image encoder. Texts are always read in float32: forgetting starts from them.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -272,8 +271,8 @@ class ClipSource:
     def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
         """Hidden states of `texts`, (n, w) float32 on the CPU: the model's text embeddings are
         `hidden @ projection + bias`."""
-        if long := cut(self.model, self.tokenizer, texts):
-            logger.warning(f"clip: {warning_of(long)}")
+        if truncated := self.tower.truncated(texts):
+            logger.warning(f"clip: {truncation_warning(truncated)}")
         if not _is_plain(self.model):
             try:
                 return self.tower.hidden(texts, batch=batch_size).float()

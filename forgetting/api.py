@@ -25,11 +25,11 @@ from forgetting.displacement import Watch
 from forgetting.errors import ProblemError, line, number, shown
 from forgetting.forgotten import APPLIED, Forgotten
 from forgetting.io import finite
-from forgetting.models.encoder import Encoder, read_encoder
+from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import changed_sha256, describe
 from forgetting.models.modules import tensor_sha256
-from forgetting.models.reading import Tokenize, warning_of
-from forgetting.models.vocabulary import ALIKE, CACHE, generic_hidden
+from forgetting.models.reading import Tokenize
+from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
 from forgetting.problem import Batch
 from forgetting.retain import Group, RetainSet
 from forgetting.ridge import best_ridge
@@ -134,7 +134,7 @@ def forget(
     if not groups:
         raise ProblemError("nothing to retain: every group that holds names has weight 0")
     request, wordings = book.request(), book.wordings()
-    names_kept = RetainSet(groups, number("similarity", similarity, low=0), here, ALIKE)
+    names_kept = RetainSet(groups, number("similarity", similarity, low=0), here, MAX_SIMILAR)
 
     def leaving(requests: Batch) -> Tensor:
         return names_kept.leaving(words.same(requests.classes), requests.hidden, requests.owner)
@@ -197,7 +197,7 @@ def forget(
     if words.gone:
         notes.append(f"not retained, since forgotten: {', '.join(words.gone)}")
     if book.cut:
-        notes.append(warning_of(book.cut))
+        notes.append(truncation_warning(book.cut))
     return _forgotten(tower, answer, settings, notes)
 
 

@@ -15,7 +15,6 @@ from forgetting.displacement import Watch
 from forgetting.errors import ProblemError, number, shown
 from forgetting.io import FLOATS, matrix, tensor
 from forgetting.models.encoder import Encoder
-from forgetting.models.reading import cut
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.targets import (
     FURTHER,
@@ -93,7 +92,7 @@ class Book:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             self._known |= zip(new, self.tower.hidden(new), strict=True)
-            self.cut += cut(self.tower.model, self.tower.tokenize, new)
+            self.cut += self.tower.truncated(new)
         if not texts:
             return self.tower.hidden([])
         return torch.stack([self._known[text] for text in texts])

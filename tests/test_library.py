@@ -28,7 +28,6 @@ from forgetting.context import JOIN, ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
-from forgetting.models.reading import cut
 from forgetting.models.vocabulary import generic_hidden
 from tests.conftest import REPOSITORY
 from tests.encoder_fixtures import (
@@ -355,7 +354,7 @@ def test_of_long_texts_it_is_said_that_they_are_cut(family):
     """24 tokens, of which two are the start and the end; one that just fits is no long one."""
     model, words = tiny(family)
     fits, long = "a" * 22, "a" * 23
-    assert cut(model, words, ["", "dog", "!?", fits, long, f"{long}!?", "x" * 300]) == [
+    assert read_encoder(model, words).truncated(["", "dog", "!?", fits, long, f"{long}!?", "x" * 300]) == [
         long, f"{long}!?", "x" * 300
     ]  # fmt: skip
     notes = forget(model, words, ["Acme Cola", fits], templates=["{}"], **PLAIN).notes

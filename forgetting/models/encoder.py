@@ -1,26 +1,29 @@
-"""Anybody's text tower: where it ends in one linear map, and what enters that.
+"""Any model's text side: where it ends in one linear map, and what enters that.
 
 A model is run on a few texts, every matrix product with one of its own parameters is noted, and the
 last one is taken for the text projection: whether it is a parameter (OpenAI, open_clip) or an
 `nn.Linear`, with a bias or without. It is believed only where `hidden @ W + b` is what the model
-itself says, whenever texts are read.
+itself gives, whenever texts are read.
+
+Texts are sorted by length and read without the padding behind their end, where a few texts show
+that this changes no hidden state: in a model with a causal mask, or with a mask over the padding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from forgetting.errors import ProblemError, line
+from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, raw
 from forgetting.models.modules import (
     maybe_transpose,
@@ -31,19 +34,39 @@ from forgetting.models.modules import (
     text_sha256,
     unwrap_compiled,
 )
-from forgetting.models.reading import BATCH, Tokenize, run, tokens
+from forgetting.models.reading import (
+    Padding,
+    Product,
+    Tokenize,
+    Tokens,
+    memory_of,
+    run,
+    same_rows,
+    select,
+    token_ids,
+    tokens,
+)
 
+BATCH = 256  # texts of similar lengths that are read together
+CHUNK = 2**14  # texts whose tokens are held at once
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
+PROBED = (0, 3)  # of them, read again without their padding
+ROUNDING = 64  # units in the last place by which that may change a hidden state
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model that ends, for texts, in `hidden @ W (+ b)`. `read_encoder` makes one.
+    """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one.
 
     Attributes:
-        model: the model itself; tokenize: texts -> what it reads; name: of the projection's
-            tensor within the model; weight: that tensor; transposed: whether it holds `W^T`.
+        model: the model itself; tokenize: from texts to what it reads.
+        name: of the projection's tensor within the model; weight: that tensor; transposed: whether
+            it holds `W^T`.
         bias: (d,), or None; normalised: whether the model gives unit-norm embeddings.
+        padding: what may be left out behind the end of a text; None: nothing.
+        stamp: tells the state of the model, for `remembered`; None: nothing is remembered.
     """
 
     model: nn.Module
@@ -53,6 +76,8 @@ class Encoder:
     transposed: bool
     bias: Tensor | None
     normalised: bool
+    padding: Padding | None = None
+    stamp: Any = None
 
     @property
     def projection(self) -> Tensor:
@@ -69,7 +94,7 @@ class Encoder:
 
     @property
     def kind(self) -> str:
-        """The model in words: its class, and the projection's shape."""
+        """The model in words: its package and class, and the projection's shape."""
         w, d = self.projection.shape
         return f"{type(self.model).__module__.split('.')[0]} {type(self.model).__name__} {w}x{d}"
 
@@ -78,8 +103,8 @@ class Encoder:
         """Name of the bias's tensor within the model; None: there is no bias."""
         if self.bias is None:
             return None
-        found = (name for name, x in tensors(self.model).items() if share_memory(x, self.bias))
-        return next(found, None)
+        names = (name for name, x in tensors(self.model).items() if share_memory(x, self.bias))
+        return next(names, None)
 
     def write(self, projection: Tensor) -> None:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
@@ -106,6 +131,7 @@ class Encoder:
 
         Args:
             progress: the words beside a progress bar; none without.
+            batch: texts that are read together.
 
         Raises:
             ProblemError: texts that the model cannot read, or embeddings that are not
@@ -118,50 +144,113 @@ class Encoder:
         return self._read(texts, "", BATCH)[1]
 
     def _read(self, texts: Sequence[str], progress: str, batch: int) -> tuple[Tensor, Tensor]:
-        keep = torch.float64 if self.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         w, d = self.projection.shape
-        rows, found = [torch.empty(0, w, dtype=keep)], [torch.empty(0, d, dtype=keep)]
-        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=not progress)
-        with bar:
-            for start in range(0, len(texts), batch):
-                part = list(texts[start : start + batch])
-                features, product = run(self.model, self.tokenize, part, self.weight)
-                linear = product is not None and _is_linear(
-                    features, product.entered, self.projection, self.bias, self.normalised
-                )
-                if not linear:
+        hidden = torch.empty(len(texts), w, dtype=dtype)
+        embeddings = torch.empty(len(texts), d, dtype=dtype)
+        with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
+            for rows, inputs, context in self._batches(texts, batch):
+                features, product = run(self.model, inputs, self.weight, context)
+                if product is None or not self._is_linear(features, product.entered):
                     raise ProblemError(
                         f"the model's text features are not its hidden states times {self.name}"
                     )
-                rows.append(product.entered.to("cpu", keep))
-                found.append(features.to("cpu", keep))
-                bar.update(len(part))
-        return torch.cat(rows), torch.cat(found)
+                hidden[rows] = product.entered.to("cpu", dtype)
+                embeddings[rows] = features.to("cpu", dtype)
+                bar.update(len(rows))
+        return hidden, embeddings
+
+    def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tokens, int]]:
+        """The rows of texts that are read together, their tokens, and the number of tokens before
+        padding was left out."""
+        for start in range(0, len(texts), CHUNK):
+            inputs = tokens(self.model, self.tokenize, texts[start : start + CHUNK])
+            ids = token_ids(inputs)
+            width = ids.shape[-1]
+            lengths = torch.full((len(ids),), width)
+            if self.padding is not None:
+                lengths = self.padding.lengths(ids)
+            for rows in lengths.argsort(stable=True).split(size):
+                yield start + rows, select(inputs, rows, int(lengths[rows].max())), width
+
+    def _is_linear(self, features: Tensor, hidden: Tensor) -> bool:
+        return _is_linear(features, hidden, self.projection, self.bias, self.normalised)
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """The texts of which the tokenizer does not read the end: without their last letter or
+        digit they are the same tokens. Of a text without letters that cannot be known."""
+        found = []
+        for start in range(0, len(texts), CHUNK):
+            part = [t for t in texts[start : start + CHUNK] if any(map(str.isalnum, t))]
+            if not part:
+                continue
+            inputs = tokens(self.model, self.tokenize, part)
+            if self.padding is not None:  # a text that ends in padding was read to its end
+                ids = token_ids(inputs)
+                full = self.padding.lengths(ids) == ids.shape[-1]
+                part = [text for text, is_full in zip(part, full.tolist(), strict=True) if is_full]
+                inputs = tokens(self.model, self.tokenize, part) if part else inputs
+            if part:
+                shorter = tokens(self.model, self.tokenize, [_shortened(text) for text in part])
+                same = same_rows(inputs, shorter).tolist()
+                found += [text for text, is_same in zip(part, same, strict=True) if is_same]
+        return found
+
+    def remembered(self, key: Any, compute: Callable[[], T]) -> T:
+        """What `compute` gives, once in a process for the model as it is now.
+
+        A change of the projection changes nothing that is remembered; a change of any other tensor
+        discards all of it.
+        """
+        if self.stamp is None:
+            return compute()
+        memory = memory_of(self.model)
+        with memory.lock:
+            if memory.stamp != self.stamp:
+                memory.stamp, memory.values = self.stamp, {}
+            if key not in memory.values:
+                memory.values[key] = compute()
+            return memory.values[key]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a hidden state depends on: the text tower's tensors but the projection,
-        and how it is built. Not of the tokenizer, which `tokens_sha256` stands for."""
-        return text_sha256(self.model, self.weight)
+        """SHA-256 of what a hidden state depends on: the text side's tensors but the projection,
+        and how it is built. Not of the tokenizer, for which `tokens_sha256` stands."""
+        return self.remembered("fingerprint", lambda: text_sha256(self.model, self.weight))
 
     def tokens_sha256(self, texts: Sequence[str]) -> str:
         """SHA-256 of what the tokenizer makes of texts."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for start in range(0, len(texts), BATCH):
-            inputs = tokens(self.model, self.tokenize, list(texts[start : start + BATCH]))
+            inputs = tokens(self.model, self.tokenize, texts[start : start + BATCH])
             parts = inputs if isinstance(inputs, dict) else {"": inputs}
             for name, tensor in parts.items():
-                found.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-                found.update(raw(tensor))
-        return found.hexdigest()
+                digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+                digest.update(raw(tensor))
+        return digest.hexdigest()
 
     def hashes(self) -> dict[str, str]:
         """Name -> SHA-256 of every tensor of the model but the projection."""
-        return {
-            name: tensor_sha256(tensor)
-            for name, tensor in tensors(self.model).items()
-            if tensor is not self.weight
-        }
+        return self.remembered(
+            "hashes",
+            lambda: {
+                name: tensor_sha256(tensor)
+                for name, tensor in tensors(self.model).items()
+                if tensor is not self.weight
+            },
+        )
+
+
+def truncation_warning(truncated: Sequence[str]) -> str:
+    """What to say of texts that `Encoder.truncated` gave, of which there is at least one."""
+    more = f" and of {len(truncated) - 1} more" if len(truncated) > 1 else ""
+    return f"warning: the model reads only the beginning of {shown(truncated[0])}{more}"
+
+
+def _shortened(text: str) -> str:
+    """A text up to its last letter or digit, without that."""
+    last = max(i for i, letter in enumerate(text) if letter.isalnum())
+    return text[:last]
 
 
 def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
@@ -177,7 +266,8 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
 
     Raises:
         ProblemError: one line with the reason: no single last linear map, tied or quantised
-            weights, a projection that two modules share, weights that are not there.
+            weights, a projection that two modules share, weights that are not there, a model or
+            tokenizer that answers differently every time.
     """
     model = unwrap_compiled(model)
     if not callable(tokenize):
@@ -189,14 +279,22 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
         )
     if found := quantised(model):
         raise ProblemError(f"quantised weights cannot be changed exactly: {found}")
-    features, product = run(model, tokenize, list(PROBES))
-    if product is None or product.entered.ndim != 2 or product.left.shape != features.shape:
+    inputs = tokens(model, tokenize, PROBES)
+    if not same_rows(inputs, tokens(model, tokenize, PROBES)).all():
+        raise ProblemError("the tokenizer gives other tokens for the same texts every time")
+    features, product = run(model, inputs)
+    if product is None or product.entered.ndim != 2 or product.result.shape != features.shape:
         raise ProblemError(
             f"no single last linear map: the text features {tuple(features.shape)} of "
             f"{type(model).__name__} are not made by one product with a weight"
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor or not weight.numel():
+        raise ProblemError(
+            f"the projection {names[0]} is empty, quantised or wrapped: {tuple(weight.shape)} of "
+            f"{weight.dtype}"
+        )
     projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
@@ -211,9 +309,54 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
         )
     if len(names) > 1:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
-    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
-        raise ProblemError(f"the projection {names[0]} is quantised or wrapped: {weight.dtype}")
-    return Encoder(model, tokenize, names[0], weight, product.transposed, bias, normalised)
+    return Encoder(
+        model,
+        tokenize,
+        names[0],
+        weight,
+        product.transposed,
+        bias,
+        normalised,
+        _padding(model, inputs, product),
+        _stamp(model, tokenize, product),
+    )
+
+
+def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
+    """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
+    None: nothing. ProblemError for a model that answers differently every time."""
+    hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED)
+    width = ids.shape[-1]
+
+    def unchanged(inputs: Tokens, expected: Tensor) -> bool:
+        try:
+            again = run(model, inputs, product.parameter, width)[1].entered
+        except (ProblemError, AttributeError):  # it reads texts of one length alone
+            return False
+        limit = min(ROUNDING * torch.finfo(hidden.dtype).eps, 0.02) * expected.norm(dim=1)
+        same = again.shape == expected.shape
+        return same and bool(((again - expected).norm(dim=1) <= limit).all())
+
+    if ids.ndim == 2:
+        for kept in (0, 1):
+            padding = Padding(int(ids[0, -1]), kept)  # the first text is the shortest
+            length = int(padding.lengths(ids)[rows].max())
+            if length < width and unchanged(select(inputs, rows, length), hidden[rows]):
+                return padding
+    if not unchanged(inputs, hidden):
+        raise ProblemError(f"{type(model).__name__} reads the same texts differently every time")
+    return None
+
+
+def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
+    """What changes whenever a tensor of the model other than the projection does: where each lies
+    and how often it was written to; and what the model reads in PROBES, for writing to `.data`."""
+    places = [
+        (name, x.data_ptr(), None if x.is_inference() else x._version)
+        for name, x in tensors(model).items()
+        if x is not product.parameter
+    ]
+    return tokenize, places, tensor_sha256(product.entered)
 
 
 def _is_linear(
@@ -227,18 +370,18 @@ def _is_linear(
     to rounding of the sums where little is left of them."""
     if hidden.ndim != 2 or not torch.isfinite(features).all():
         return False
-    h, w, found = hidden.double(), projection.double(), features.double()
+    h, w, given = hidden.double(), projection.double(), features.double()
     made = h @ w
     size = made.norm(dim=1)
     if bias is not None:
         made, size = made + bias.double(), size + bias.double().norm()
     if normalised:
-        found = normalize(found, dim=1) * made.norm(dim=1, keepdim=True)
+        given = normalize(given, dim=1) * made.norm(dim=1, keepdim=True)
         if not torch.allclose(features.double().norm(dim=1), h.new_ones(()), atol=0.02):
             return False
     eps = torch.finfo(features.dtype).eps
     limit = eps**0.5 * size + 4 * eps * (h.abs() @ w.abs()).norm(dim=1)
-    return bool(((found - made).norm(dim=1) <= limit).all())
+    return bool(((given - made).norm(dim=1) <= limit).all())
 
 
 def _constant(

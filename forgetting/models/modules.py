@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from forgetting.errors import ProblemError, shown
 from forgetting.io import raw
 
-# Names of what a text never meets; whatever else a model holds counts as its text tower.
+# First parts of the names of what no text meets; whatever else a model holds is its text side.
 NOT_TEXT = (
     *("visual", "vision", "image", "logit_scale", "logit_bias", "text_decoder", "input_resolution"),
     *("trunk", "context_length", "vocab_size"),
@@ -21,7 +21,7 @@ QUANTISED = ("quantized", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "quan
 
 
 def unwrap_compiled(model: Any) -> nn.Module:
-    """A model itself, where torch.compile has wrapped it; ProblemError if it is no module."""
+    """The module that torch.compile wraps, or the module itself; ProblemError for anything else."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
     return getattr(model, "_orig_mod", model)
@@ -36,44 +36,40 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, row by row."""
     tensor = tensor.detach()
-    head = json.dumps([str(tensor.dtype), list(tensor.shape)]).encode()
-    found = hashlib.sha256(head)
-    found.update(raw(tensor))
-    return found.hexdigest()
+    digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(raw(tensor))
+    return digest.hexdigest()
 
 
 def maybe_transpose(matrix: Tensor, transposed: bool) -> Tensor:
-    """`W` (w, d) of a tensor that holds it, or a tensor that holds it of `W`; `transposed`: as
-    `W^T`."""
+    """`W` (w, d) of a tensor that holds `W` or `W^T`, or the other way round."""
     return matrix.detach().T if transposed and matrix.ndim == 2 else matrix.detach()
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in memory, or some of them."""
+    """Whether two tensors overlap in memory."""
     if a is b:
         return True
     try:
-        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel():
+        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
             return False
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # no storage, as of a sparse tensor
         return False
-    spans = [
-        (x.data_ptr(), x.data_ptr() + (x.element_size() * _extent(x) if x.numel() else 0))
-        for x in (a, b)
-    ]
+    spans = [(x.data_ptr(), x.data_ptr() + x.element_size() * _extent(x)) for x in (a, b)]
     return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
 def _extent(x: Tensor) -> int:
-    return 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    """From the first to the last element in memory, in elements."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return 1 + last if x.numel() else 0
 
 
 def quantised(model: nn.Module) -> str:
     """The first module whose weights are quantised, in words; empty: none."""
     for name, module in model.named_modules():
-        where = type(module).__module__.lower()
-        packed = hasattr(module, "_packed_params")
-        if packed or any(word in where for word in QUANTISED):
+        package = type(module).__module__.lower()
+        if hasattr(module, "_packed_params") or any(word in package for word in QUANTISED):
             return f"{name or 'the model'} is a {type(module).__name__}"
     for name, x in tensors(model).items():
         if x.is_quantized or (name.endswith("weight") and x.dtype in (torch.int8, torch.uint8)):
@@ -82,28 +78,28 @@ def quantised(model: nn.Module) -> str:
 
 
 def text_sha256(model: nn.Module, projection: Tensor) -> str:
-    """SHA-256 of what a text's hidden state depends on: the tensors that a text meets but the
+    """SHA-256 of what a text's hidden state depends on: the tensors of the text side but the
     projection, and how the model is built."""
-    found = hashlib.sha256(json.dumps(_described(model)).encode())
+    digest = hashlib.sha256(json.dumps(_description(model)).encode())
     for name, tensor in tensors(model).items():
         if tensor is not projection and _of_text(name):
-            found.update(json.dumps([name, tensor_sha256(tensor)]).encode())
-    return found.hexdigest()
+            digest.update(json.dumps([name, tensor_sha256(tensor)]).encode())
+    return digest.hexdigest()
 
 
 def _of_text(name: str) -> bool:
     return not name.split(".")[0].startswith(NOT_TEXT)
 
 
-def _described(model: nn.Module) -> list[Any]:
+def _description(model: nn.Module) -> list[Any]:
     """How a model is built, as far as its numbers do not say: classes, activations, settings."""
-    parts = [
+    modules = [
         [name, type(module).__qualname__, module.extra_repr()]
         for name, module in model.named_modules()
         if _of_text(name)
     ]
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    text = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
     drop = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    return [parts, {k: str(v) for k, v in sorted(text.items()) if k not in drop}]
+    return [modules, {k: str(v) for k, v in sorted(settings.items()) if k not in drop}]

@@ -1,7 +1,7 @@
 """The generic vocabulary: common names that are retained whatever somebody forgets.
 
-The lists come with the package (`forgetting.models.words`). They are encoded once for a text tower and
-tokenizer, and kept in a folder of files that say what they are of.
+The lists come with the package (`forgetting.models.words`). They are encoded once for a model and
+tokenizer, and their hidden states are kept in a folder of files and in this process.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from forgetting.models.encoder import Encoder
 from forgetting.models.words import generic
 
 FORMAT = "clip-forget-hidden/1"
-ALIKE = 16  # names that leave with a text for being similar, at most
+MAX_SIMILAR = 16  # generic names that are excluded for being similar to a forgotten text, at most
 CACHE = Path("~/.cache/clip-forget")
-LOOKED_AT = 8  # texts of a file that are encoded again, to see that it is of this tower
-SAME = 0.05  # relative distance of a hidden state in half precision from itself in another batch
+SAMPLED = 8  # texts of a file that are encoded again, to see that it is of this model
+TOLERANCE = 0.05  # relative distance of a hidden state in half precision between two batches
 
 
 def generic_names() -> list[str]:
@@ -32,46 +32,61 @@ def generic_names() -> list[str]:
 
 
 def generic_hidden(
-    tower: Encoder, cache: str | Path | None = CACHE, progress: bool = True
+    encoder: Encoder, cache: str | Path | None = CACHE, progress: bool = True
 ) -> tuple[list[str], Tensor]:
-    """The names, and their hidden states (n, w); encoded once a tower.
+    """The names, and their hidden states (n, w), encoded once for a model and tokenizer.
 
     Args:
-        cache: the folder of files; None: nothing is kept, nor read.
+        cache: the folder of files; None: no file is read or written.
         progress: whether to show a bar where they are encoded.
 
     Raises:
-        ProblemError: as `Encoder.hidden`. A file that is damaged, or of another tower, is made anew,
+        ProblemError: as `Encoder.hidden`. A file that is damaged, or of another model, is replaced,
             and a folder that cannot be written keeps nothing.
     """
     names = generic_names()
-    path = key = None
-    if cache is not None:
-        parts = [tower.fingerprint, tower.tokens_sha256(names), names]
+    folder = None if cache is None else expand(cache)
+
+    def read_or_encode() -> Tensor:
+        title = "generic vocabulary" if progress else ""
+        if folder is None:
+            return encoder.hidden(names, progress=title)
+        parts = [encoder.fingerprint, encoder.tokens_sha256(names), names]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        path = Path(cache).expanduser() / f"generic-{key[:32]}.safetensors"
-        if path.is_file() and (rows := _kept(path, key, names, tower)) is not None:
-            return names, rows
-    rows = tower.hidden(names, progress="generic vocabulary" if progress else "")
-    if path is not None:
-        with suppress(ProblemError):  # a disk that is full, or not ours
-            write_bytes(pack(FORMAT, {"key": key, "texts": len(names)}, {"hidden": rows}), path)
-    return names, rows
+        path = folder / f"generic-{key[:32]}.safetensors"
+        hidden = _stored(path, key, names, encoder)
+        if hidden is None:
+            hidden = encoder.hidden(names, progress=title)
+            with suppress(ProblemError):  # a disk that is full, or not ours
+                fields = {"key": key, "texts": len(names)}
+                write_bytes(pack(FORMAT, fields, {"hidden": hidden}), path)
+        return hidden
+
+    return names, encoder.remembered(("generic", str(folder)), read_or_encode)
 
 
-def _kept(path: Path, key: str, names: list[str], tower: Encoder) -> Tensor | None:
-    """The rows of a file, if they are what the tower says."""
+def expand(path: str | Path) -> Path:
+    """A path with `~` and `~user` replaced by the home folder; ProblemError for an unknown user."""
     try:
-        fields, held = unpack(path, FORMAT)
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ProblemError(f"{path}: there is no such user ({error})") from error
+
+
+def _stored(path: Path, key: str, names: list[str], encoder: Encoder) -> Tensor | None:
+    """The hidden states in a file, if they are what the model gives."""
+    if not path.is_file():
+        return None
+    try:
+        fields, tensors = unpack(path, FORMAT)
     except ProblemError:
         return None
-    rows = held.get("hidden")
-    if fields != {"key": key, "texts": len(names)} or rows is None or len(rows) != len(names):
+    hidden = tensors.get("hidden")
+    if fields != {"key": key, "texts": len(names)} or hidden is None or len(hidden) != len(names):
         return None
-    every = max(1, len(names) // LOOKED_AT)
-    fresh = tower.hidden(names[::every])
-    if fresh.shape[1] != rows.shape[1]:
+    step = max(1, len(names) // SAMPLED)
+    fresh = encoder.hidden(names[::step])
+    if fresh.shape[1:] != hidden.shape[1:] or not torch.isfinite(hidden).all():
         return None
-    apart = (rows[::every] - fresh).norm(dim=1)
-    same = bool((apart <= SAME * fresh.norm(dim=1)).all()) and bool(torch.isfinite(rows).all())
-    return rows if same else None
+    distances = (hidden[::step] - fresh).norm(dim=1)
+    return hidden if bool((distances <= TOLERANCE * fresh.norm(dim=1)).all()) else None
