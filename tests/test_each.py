@@ -79,7 +79,7 @@ def test_the_answers_are_those_of_class_by_class(
 @pytest.mark.parametrize("mask", [torch.zeros(3, 9).bool(), torch.zeros(4, 8)])
 def test_a_mask_of_another_kind_is_refused(mask):
     problem, _ = a_set(4, 5, 8, 6, 0)
-    with pytest.raises(ProblemError, match="leaving must be a"):
+    with pytest.raises(ProblemError, match="excluded must be a"):
         solve_each(problem, mask)
 
 
@@ -118,7 +118,7 @@ def test_a_thousand_classes_of_real_clip(lamb_forget):
     )
     leaving = torch.eye(1000, dtype=torch.bool)
     together = solve_each(problem, leaving)
-    assert float(together.gap.max()) <= 1e-12 and together.alone == 0
+    assert float(together.gap.max()) <= 1e-12 and together.fallbacks == 0
     moved = int((together.left.abs().sum(dim=1) > 0).sum())
     assert {0.4: moved == 0, 0.8: 100 < moved < 900, 1.3: moved == 1000}[lamb_forget]
     for i in (0, 333, 999):

@@ -240,9 +240,11 @@ def test_more_retained_names_than_dimensions_give_the_same_descent():
 def test_progress_is_reported():
     seen = []
     solve_lora(
-        make_problem(), LoraSettings(steps=5, max_trials=1), on_step=lambda *at: seen.append(at)
+        make_problem(),
+        LoraSettings(steps=5, max_trials=1),
+        on_step=lambda *at: seen.append((*at[:2], at[2].shape)),
     )
-    assert seen == [(0, step) for step in range(1, 6)]
+    assert seen == [(0, step, (3, 1)) for step in range(1, 6)]
 
 
 def target_inputs(nearest_class: int):

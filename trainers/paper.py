@@ -88,7 +88,7 @@ class ForgetLoRA(PaperTrainer):
         settings = LoraSettings(**{key.lower(): value for key, value in node.items()})
         together = f"{len(requests)} at once, " if len(requests) > 1 else ""
 
-        def advance(trial: int, step: int) -> None:
+        def advance(trial: int, step: int, norms: Tensor) -> None:
             trials = f"trial {trial + 1} of at most {settings.max_trials}"
             self.bar.set_postfix_str(f"{together}{trials}, step {step} of {settings.steps}")
 

@@ -1,4 +1,4 @@
-"""The paper's solver: gradient descent on LoRA adapters of the text projection, many at once.
+"""The paper's solver: gradient descent on LoRA factors of the text projection, many at once.
 
 With `Delta = s A^T B^T` and `s = alpha / r`, the two norms that do not see the target are numbers
 of size r x r: `||H_r Delta||^2 = s^2 <A G A^T, B^T B>` and `||B A||^2 = <A A^T, B^T B>`, where
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,8 +48,10 @@ class LoraSettings:
 class LoraTrial:
     """One descent from a fresh adapter.
 
-    `step` is the number of updates after which the objective was lowest; `history` (steps + 1,)
-    holds the objective before every update and after the last.
+    Attributes:
+        lamb_forget: of this trial; objective: the lowest; reduction: of the forget norm there.
+        step: number of updates after which the objective was lowest.
+        history: (steps + 1,), the objective before every update and after the last.
     """
 
     lamb_forget: float
@@ -64,7 +67,7 @@ class LoraSolution(LowRankEdit):
 
     Attributes:
         lamb_forget, objective, reduction: of the trial that was kept.
-        reached: whether its reduction reached the threshold (True if none was asked for).
+        reached: whether its reduction reached the threshold (True if there was nothing to reach).
         trials: all trials in the order in which they ran.
     """
 
@@ -75,17 +78,22 @@ class LoraSolution(LowRankEdit):
     trials: list[LoraTrial]
 
 
+# Called after every step with the trial, the step, and the norms (3, B) of the B requests that are
+# still descended: `||P - H_f (W + Delta)||`, `||H_r Delta||` and `||B A||` before that step.
+OnStep = Callable[[int, int, Tensor], None]
+
+
 def solve_lora(
     problem: ForgetProblem,
     settings: LoraSettings = LoraSettings(),
     generator: torch.Generator | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> LoraSolution:
     """Descend the paper's objective by Adam on LoRA factors, and retry until it forgets.
 
     A trial starts from `A` (r, w) Kaiming-uniform with a = sqrt(5) and `B` (d, r) zero. Within a
     trial the adapter of lowest objective is kept. While the forget norm falls by less than
-    `settings.reduction`, `lamb_forget` grows and a fresh adapter is trained; if no trial reaches
+    `settings.reduction`, `lamb_forget` grows and a fresh adapter is trained. If no trial reaches
     the threshold, the one of highest reduction is kept. With `lamb_forget = 0` the forget term is
     switched off, so there is nothing to retry for and one trial runs. The base projection is only
     ever read.
@@ -94,23 +102,23 @@ def solve_lora(
         problem: what to forget and to retain; the descent has its tensors' dtype and device.
         generator: draws the adapters, on the CPU so that every device starts from the same numbers;
             None takes a generator seeded with 0. With the same state it gives the same factors.
-        on_step: called with (trial, step) after every step, for a progress bar.
+        on_step: for a progress bar, see `OnStep`.
 
     Source: Kravets and Namboodiri, TMLR 2025 (objective, LoRA, Adam, retry).
     """
     owner = torch.zeros(len(problem.forget_hidden), dtype=torch.int64)
-    leaving = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
+    excluded = torch.zeros(1, len(problem.retain_hidden), dtype=torch.bool)
     generators = [generator or torch.Generator().manual_seed(0)]
-    return solve_lora_each(problem, owner, leaving, generators, settings, on_step)[0]
+    return solve_lora_each(problem, owner, excluded, generators, settings, on_step)[0]
 
 
 def solve_lora_each(
     problem: ForgetProblem,
     owner: Tensor,
-    leaving: Tensor,
+    excluded: Tensor,
     generators: Sequence[torch.Generator],
     settings: LoraSettings = LoraSettings(),
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[LoraSolution]:
     """`solve_lora` for R requests together; each ends as it would alone, to rounding.
 
@@ -118,171 +126,193 @@ def solve_lora_each(
         problem: the texts of all requests, and everything that may be retained beside them. A
             `lamb_forget` of "auto" is each request's own.
         owner: (k,) int64, the request of each text; each of 0 .. R - 1 has at least one.
-        leaving: (R, m) bool, which rows of `retain_hidden` leave with a request.
+        excluded: (R, m) bool, which rows of `retain_hidden` are not retained in a request.
         generators: R of them; each draws the adapters of its request's trials.
-        settings, on_step: as in `solve_lora`; the step is that of all requests in descent.
+        settings, on_step: as in `solve_lora`.
 
     Raises:
-        ProblemError: an owner, a mask or a number of generators that does not fit.
+        ProblemError: an owner, a mask or a number of generators that does not fit; numbers that
+            leave the range of the dtype.
     """
     device, (w, d) = problem.projection.device, problem.projection.shape
-    leaving = mask("leaving", leaving, len(problem.retain_hidden)).to(device)
-    owner = indices("owner", owner, len(problem.forget_hidden), len(leaving)).to(device)
+    excluded = mask("excluded", excluded, len(problem.retain_hidden)).to(device)
+    owner = indices("owner", owner, len(problem.forget_hidden), len(excluded)).to(device)
     if not isinstance(generators, Sequence) or not all(
         isinstance(one, torch.Generator) for one in generators
     ):
         raise ProblemError(f"generators must be torch.Generator objects, not {shown(generators)}")
-    if len(generators) != len(leaving):
-        raise ProblemError(f"{len(generators)} generators for {len(leaving)} requests")
-    lamb_forget = _lamb_forget(problem, owner, leaving)  # (R,)
+    if len(generators) != len(excluded):
+        raise ProblemError(f"{len(generators)} generators for {len(excluded)} requests")
+    lamb_forget = _first_weights(problem, owner, excluded)
+    gram = problem.retain_hidden.double().T @ problem.retain_hidden.double()  # (w, w)
     found: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
-    for requests in torch.arange(len(leaving), device=device).split(size):
-        chosen = [generators[i] for i in requests.tolist()]
-        descent = _Descent(problem, owner, leaving, requests, chosen, settings, on_step)
-        found += descent.solve(lamb_forget[requests.cpu()].tolist())
+    for requests in torch.arange(len(excluded), device=device).split(size):
+        of_batch = (owner[:, None] == requests).T  # (B, k)
+        objective = _Objective(
+            problem,
+            pad_rows(of_batch, problem.forget_hidden)[0],
+            pad_rows(of_batch, problem.displacement)[0],
+            pad_rows(excluded[requests], problem.retain_hidden)[0],
+            gram.to(problem.projection),
+        )
+        chosen = requests.tolist()
+        draws = [generators[i] for i in chosen]
+        found += _descend(objective, [lamb_forget[i] for i in chosen], draws, settings, on_step)
     return found
 
 
-def _lamb_forget(problem: ForgetProblem, owner: Tensor, leaving: Tensor) -> Tensor:
-    """The weight (R,) that each request starts with."""
-    count = texts_per_request(owner, len(leaving))
+def _first_weights(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> list[float]:
+    """The `lamb_forget` that each request starts with."""
+    count = texts_per_request(owner, len(excluded))
     if problem.lamb_forget != AUTO:
-        found = [problem.lamb_forget] * len(leaving)
-    elif (count == 1).all():
-        found = solve_each(problem.part(owner.argsort()), leaving).lamb_forget.tolist()
-    else:
-        found = [
-            resolve_auto_weight(problem.part(owner == request, ~gone)).lamb_forget
-            for request, gone in enumerate(leaving)
-        ]
-    return torch.tensor(found, dtype=torch.float64)
+        return [problem.lamb_forget] * len(excluded)
+    if (count == 1).all():
+        return solve_each(problem.part(owner.argsort()), excluded).lamb_forget.tolist()
+    return [
+        resolve_auto_weight(problem.part(owner == request, ~names)).lamb_forget
+        for request, names in enumerate(excluded)
+    ]
 
 
-class _Descent:
-    """A batch of B requests, laid out for descents: texts padded to the longest request."""
+def _descend(
+    objective: _Objective,
+    lamb_forget: list[float],
+    generators: Sequence[torch.Generator],
+    settings: LoraSettings,
+    on_step: OnStep | None,
+) -> list[LoraSolution]:
+    """Trials of B requests until each has forgotten or had its last."""
+    trials: list[list[LoraTrial]] = [[] for _ in lamb_forget]
+    kept: dict[int, tuple[LoraTrial, Tensor, Tensor]] = {}
+    active = list(range(len(lamb_forget)))
+    for turn in range(settings.max_trials):
+        weights = [lamb_forget[i] + turn * settings.lamb_forget_step for i in active]
+        draws = [generators[i] for i in active]
+        report = None if on_step is None else partial(on_step, turn)
+        answers = _trial(objective.part(active), weights, draws, settings, report)
+        for i, answer in zip(active, answers, strict=True):
+            trials[i].append(answer[0])
+            if i not in kept or answer[0].reduction > kept[i][0].reduction:
+                kept[i] = answer
+        active = [i for i in active if trials[i][-1].reduction < settings.reduction]
+        active = [i for i in active if lamb_forget[i] > 0]
+        if not active:
+            break
+    found = []
+    for i, of_request in enumerate(trials):
+        best, left, right = kept[i]
+        reached = lamb_forget[i] == 0 or best.reduction >= settings.reduction
+        numbers = best.lamb_forget, best.objective, best.reduction
+        found.append(LoraSolution(left, right, *numbers, reached, of_request))
+    return found
 
-    def __init__(
-        self,
-        problem: ForgetProblem,
-        owner: Tensor,
-        leaving: Tensor,
-        requests: Tensor,
-        generators: Sequence[torch.Generator],
-        settings: LoraSettings,
-        on_step: Callable[[int, int], None] | None,
-    ) -> None:
-        self.problem, self.settings = problem, settings
-        self.generators, self.on_step = generators, on_step
-        mine = (owner[:, None] == requests).T  # (B, k)
-        self.hidden, _ = pad_rows(mine, problem.forget_hidden)  # (B, k', w)
-        self.displacement, _ = pad_rows(mine, problem.displacement)  # (B, k', d)
-        self.gone, _ = pad_rows(leaving[requests], problem.retain_hidden)  # (B, n, w)
-        retained = problem.double.retain_hidden
-        self.gram = (retained.T @ retained).to(self.hidden)  # (w, w)
 
-    def solve(self, lamb_forget: list[float]) -> list[LoraSolution]:
-        """Trials until each request has forgotten or had its last."""
-        settings, active = self.settings, list(range(len(lamb_forget)))
-        trials: list[list[LoraTrial]] = [[] for _ in lamb_forget]
-        kept: dict[int, tuple[LoraTrial, Tensor, Tensor]] = {}
-        for turn in range(settings.max_trials):
-            weights = [lamb_forget[i] + turn * settings.lamb_forget_step for i in active]
-            for i, one in zip(active, self.trial(active, weights, turn), strict=True):
-                trials[i].append(one[0])
-                if i not in kept or one[0].reduction > kept[i][0].reduction:
-                    kept[i] = one
-            active = [
-                i
-                for i in active
-                if lamb_forget[i] > 0 and trials[i][-1].reduction < settings.reduction
-            ]
-            if not active:
-                break
-        found = []
-        for i, of in enumerate(trials):
-            best, left, right = kept[i]
-            reached = not lamb_forget[i] > 0 or best.reduction >= settings.reduction
-            numbers = best.lamb_forget, best.objective, best.reduction
-            found.append(LoraSolution(left, right, *numbers, reached, of))
-        return found
-
-    def trial(
-        self, active: list[int], lamb_forget: list[float], turn: int
-    ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
-        """One trial of each active request: the summary, and its factors of lowest objective."""
-        problem, (w, d), r = self.problem, self.problem.projection.shape, self.problem.rank
-        settings, scale = self.settings, problem.alpha / r
-        hidden, target, gone = (x[active] for x in (self.hidden, self.displacement, self.gone))
-        lf = torch.tensor(lamb_forget).to(target)  # (B,)
-        lp, lw = problem.lamb_preserve, problem.lamb_weight
-        bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
-        draws = [self.generators[i] for i in active]
-        start = [(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in draws]
-        # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
-        factors = torch.cat([torch.stack(start), torch.zeros(len(active), r, d)], dim=2).to(target)
-        factors.grad = torch.empty_like(factors)
-        a, b = factors[..., :w], factors[..., w:]
-        grad_a, grad_b = factors.grad[..., :w], factors.grad[..., w:]
-        optimizer = torch.optim.Adam([factors], lr=settings.lr, fused=True)
-        history = target.new_empty(settings.steps + 1, len(active))
-        best, best_factors = torch.full_like(lf, torch.inf), factors.clone()
-        for step in range(settings.steps + 1):
-            states = hidden @ a.mT  # (B, k, w) @ (B, w, r) -> (B, k, r)
-            missing = torch.baddbmm(target, states, b, alpha=-scale)  # (B, k, d)
-            seen = (a.reshape(-1, w) @ self.gram).view_as(a)  # A G, (B, r, w)
-            if gone.shape[1]:
-                seen = torch.baddbmm(seen, a @ gone.mT, gone, alpha=-1)
-            outer, size, moved = b @ b.mT, a @ a.mT, seen @ a.mT  # (B, r, r)
-            forget = torch.linalg.vector_norm(missing, dim=(1, 2))  # (B,)
-            preserve = scale * _root((moved * outer).sum(dim=(1, 2)))
-            weight = _root((size * outer).sum(dim=(1, 2)))
-            loss = lf * forget + lp * preserve + lw * weight
-            history[step] = loss
-            # torch.where instead of a Python branch: no synchronisation with the device per step.
-            better = loss < best
-            best = torch.where(better, loss, best)
-            best_factors = torch.where(better[:, None, None], factors, best_factors)
-            if step == settings.steps:
-                break
-            # Slopes of the norms; a norm that is zero (B starts there) has none.
-            by_forget, by_preserve, by_weight = (
-                torch.where(norm > 0, factor / norm, 0.0)[:, None, None]
-                for norm, factor in (
-                    (forget, scale * lf),
-                    (preserve, scale**2 * lp),
-                    (weight, lw),
-                )
-            )
-            grad_a.copy_(outer @ (by_preserve * seen + by_weight * a))
-            grad_a.sub_((by_forget * (b @ missing.mT)) @ hidden)
-            grad_b.copy_((by_preserve * moved + by_weight * size) @ b)
-            grad_b.sub_((by_forget * states.mT) @ missing)
+def _trial(
+    objective: _Objective,
+    lamb_forget: list[float],
+    generators: Sequence[torch.Generator],
+    settings: LoraSettings,
+    on_step: Callable[[int, Tensor], None] | None,
+) -> list[tuple[LoraTrial, Tensor, Tensor]]:
+    """One trial of B requests: for each its summary, and left (w, r) and right (r, d) of lowest
+    objective."""
+    problem, (w, d), r = objective.problem, objective.problem.projection.shape, objective.rank
+    like = objective.displacement
+    bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
+    a = torch.stack([(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators])
+    # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
+    factors = torch.cat([a, torch.zeros(len(a), r, d)], dim=2).to(like)
+    factors.grad = torch.empty_like(factors)
+    optimizer = torch.optim.Adam([factors], lr=settings.lr, fused=True)
+    constant = [problem.lamb_preserve] * len(a), [problem.lamb_weight] * len(a)
+    weights = torch.tensor([lamb_forget, *constant]).to(like)  # (3, B)
+    history = like.new_empty(settings.steps + 1, len(a))
+    best, best_factors = torch.full_like(history[0], torch.inf), factors.clone()
+    for step in range(settings.steps + 1):
+        norms = objective.norms_and_gradient(factors, weights, factors.grad)
+        history[step] = loss = (weights * norms).sum(dim=0)
+        # torch.where instead of a Python branch: no synchronisation with the device per step.
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_factors = torch.where(better[:, None, None], factors, best_factors)
+        if step < settings.steps:
             optimizer.step()
-            if self.on_step:
-                self.on_step(turn, step + 1)
-        if not torch.isfinite(history).all():
-            raise ProblemError(
-                "the descent left the range of numbers (NaN): lower the learning rate"
-            )
-        left = best_factors[..., :w].mT.contiguous()  # (B, w, r)
-        right = best_factors[..., w:] * scale  # (B, r, d)
-        before = torch.linalg.vector_norm(target, dim=(1, 2))
-        after = torch.linalg.vector_norm(target - (hidden @ left) @ right, dim=(1, 2))
-        reduction = torch.where(
-            before > 0, (before - after).abs() / before, (after == 0).to(before)
-        ).tolist()
-        steps, history = history.argmin(dim=0).tolist(), history.T.cpu()
-        return [
-            (
-                LoraTrial(lamb_forget[i], float(best[i]), reduction[i], steps[i], history[i]),
-                left[i],
-                right[i],
-            )
-            for i in range(len(active))
+            if on_step:
+                on_step(step + 1, norms)
+    if not torch.isfinite(history).all():
+        raise ProblemError("the descent left the range of numbers (NaN): lower the learning rate")
+    left = best_factors[..., :w].mT.contiguous()  # (B, w, r)
+    right = best_factors[..., w:] * objective.scale  # (B, r, d)
+    reduction, steps = objective.reduction(left, right).tolist(), history.argmin(dim=0).tolist()
+    rows = zip(lamb_forget, best.tolist(), reduction, steps, history.T.cpu(), strict=True)
+    return list(zip((LoraTrial(*row) for row in rows), left, right, strict=True))
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The paper's objective of B requests, as a function of their LoRA factors.
+
+    Attributes:
+        hidden: (B, k, w), displacement: (B, k, d), the texts of each; excluded: (B, n, w), retained
+            rows that are not retained in a request. Each is padded with rows of zeros.
+        gram: `H_r^T H_r`, (w, w), of all names.
+    """
+
+    problem: ForgetProblem
+    hidden: Tensor
+    displacement: Tensor
+    excluded: Tensor
+    gram: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.problem.rank
+
+    @property
+    def scale(self) -> float:
+        """`s = alpha / r`."""
+        return self.problem.alpha / self.problem.rank
+
+    def part(self, requests: list[int]) -> _Objective:
+        """The objective of some of the requests."""
+        rows = (x[requests] for x in (self.hidden, self.displacement, self.excluded))
+        return _Objective(self.problem, *rows, self.gram)
+
+    def norms_and_gradient(self, factors: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
+        """The three norms (3, B), see `OnStep`.
+
+        Args:
+            factors: (B, r, w + d), A and the transpose of B side by side.
+            weights: (3, B), of the norms in the objective.
+            gradient: (B, r, w + d), overwritten by the objective's gradient in `factors`. A norm
+                that is zero (B starts there) has none.
+        """
+        w, scale = self.gram.shape[0], self.scale
+        a, b = factors[..., :w], factors[..., w:]
+        states = self.hidden @ a.mT  # (B, k, w) @ (B, w, r) -> (B, k, r)
+        missing = torch.baddbmm(self.displacement, states, b, alpha=-scale)  # (B, k, d)
+        seen = (a.reshape(-1, w) @ self.gram).view_as(a)  # A G, (B, r, w)
+        if self.excluded.shape[1]:
+            seen = torch.baddbmm(seen, a @ self.excluded.mT, self.excluded, alpha=-1)
+        outer, size, moved = b @ b.mT, a @ a.mT, seen @ a.mT  # (B, r, r)
+        squares = torch.stack([moved, size]).mul(outer).sum(dim=(2, 3))  # (2, B)
+        preserve, weight = squares.clamp(min=0).sqrt()  # squares but for rounding
+        forget = torch.linalg.vector_norm(missing, dim=(1, 2))
+        norms = torch.stack([forget, scale * preserve, weight])
+        by_forget, by_preserve, by_weight = torch.where(norms > 0, weights / norms, 0.0)[
+            ..., None, None
         ]
+        by_forget, by_preserve = scale * by_forget, scale**2 * by_preserve
+        gradient[..., :w] = outer @ (by_preserve * seen + by_weight * a)
+        gradient[..., :w] -= (by_forget * (b @ missing.mT)) @ self.hidden
+        gradient[..., w:] = (by_preserve * moved + by_weight * size) @ b
+        gradient[..., w:] -= (by_forget * states.mT) @ missing
+        return norms
 
-
-def _root(square: Tensor) -> Tensor:
-    """The root of what is a square but for rounding."""
-    return square.clamp(min=0).sqrt()
+    def reduction(self, left: Tensor, right: Tensor) -> Tensor:
+        """`ForgetProblem.reduction` of each request, (B,), for left (B, w, r), right (B, r, d)."""
+        target = self.displacement
+        before = torch.linalg.vector_norm(target, dim=(1, 2))
+        after = torch.linalg.vector_norm(target - (self.hidden @ left) @ right, dim=(1, 2))
+        return torch.where(before > 0, (before - after).abs() / before, (after == 0).to(before))
