@@ -158,14 +158,14 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         lambda **k: solve_lora_each(
             problem(), generators=[torch.Generator()] * R, settings=QUICK, **k
         ),
-        {"owner": OWNER, "leaving": GONE},
+        {"owner": OWNER, "excluded": GONE},
     ),
     "generators": (
         lambda generators: solve_lora_each(problem(), OWNER, GONE, generators, QUICK),
         {"generators": [torch.Generator()] * R},
     ),
     "solve_requests": (
-        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "leaving": GONE}
+        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "excluded": GONE}
     ),
     "settings": (
         lambda **k: LoraSettings(**k),

@@ -25,6 +25,8 @@ from forgetting.context import proof
 from forgetting.problem import Batch
 from trainers.base import ForgetTrainer, Solved
 
+SHOWN_STEPS = 50  # steps of a descent between two lines of its norms
+
 
 class PaperTrainer(ForgetTrainer):
     """The paper's objective, with its retain set: the vocabulary, every name alike."""
@@ -89,8 +91,14 @@ class ForgetLoRA(PaperTrainer):
         together = f"{len(requests)} at once, " if len(requests) > 1 else ""
 
         def advance(trial: int, step: int, norms: Tensor) -> None:
+            if step % SHOWN_STEPS:
+                return
             trials = f"trial {trial + 1} of at most {settings.max_trials}"
-            self.bar.set_postfix_str(f"{together}{trials}, step {step} of {settings.steps}")
+            forget, preserve, weight = norms.mean(dim=1).tolist()
+            self.bar.set_postfix_str(
+                f"{together}{trials}, step {step} of {settings.steps}, forget {forget:.3g}, "
+                f"preserve {preserve:.3g}, weight {weight:.3g}"
+            )
 
         solutions = solve_lora_each(
             problem, requests.of_text, requests.of_requests(leaving), generators, settings, advance
