@@ -33,6 +33,7 @@ from clip.bundle import FeatureBundle, bundle_path, load_bundle
 from engine import TRAINER_REGISTRY
 from engine.cli import Parser, whole
 from engine.files import Batch
+from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 
 DISPLACED = 0.05  # of a text's length
@@ -151,7 +152,7 @@ def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict
         train.main(argv)
         total = time.perf_counter() - started
         audited = time.perf_counter()
-        audit_folder(out, without=["relearning"])
+        audit_folder(out, without=["relearning"], places=Places(features=str(features)))
         audit = time.perf_counter() - audited
     seconds["solving"] -= seconds["certifying"]
     row: dict[str, Any] = {"classes": len(bundle.classnames), "how": "slowly" if slowly else ""}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     FiniteFloat,
@@ -84,41 +83,9 @@ def adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def square(confusion: dict[str, Any]) -> dict[str, Any]:
-    """Counts have a row for every name, and one column more for all other classes."""
-    size = len(confusion["names"])
-    for side in ("before", "after"):
-        if [len(row) for row in confusion[side]] != [size + 1] * size:
-            raise ValueError(f"an object whose {side!r} has {size} rows of {size + 1}")
-    return confusion
-
-
-def all_kinds(paraphrase: dict[str, Any]) -> dict[str, Any]:
-    """Every kind of prompts has its means."""
-    for prompt in paraphrase["prompts"]:
-        if prompt["kind"] not in paraphrase["by_kind"]:
-            raise ValueError(f"an object whose 'by_kind' has {prompt['kind']!r}")
-    return paraphrase
-
-
-def even(relearning: dict[str, Any]) -> dict[str, Any]:
-    """Every curve has a point for every number of images, or of words."""
-    words = relearning["words"]
-    curves = [(relearning["shots"], method) for method in relearning["methods"].values()]
-    for steps, part in [*curves, (words["counts"], words)]:
-        for name in part.keys() & {"forgotten", "before", "no_text", "control"}:
-            if len(part[name]) != len(steps):
-                raise ValueError(f"an object whose {name!r} has {len(steps)} points")
-    return relearning
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Fraction | None  # None: no image to tell by
 Number = FiniteFloat | None
-Accuracy = shape(value=Share, low=Share, high=Share, n=int)
-CHANGE = {"before": Accuracy, "after": Accuracy}
-MEANS = {"mean_before": Share, "mean_after": Share}
-REASONS = {"not_measured": list[Text]}
 
 # The paper's public code may have several classes under one name, with an object by class.
 ByClass = BeforeValidator(lambda value: value if isinstance(value, dict) else {"": value})
@@ -155,82 +122,6 @@ Entry = shape(
     solver=NotRequired[Solver],
 )
 
-Moved = shape(text=Text, group=Text, cosine=FiniteFloat, nearest_before=Text, rank_after=int)
-Taken = shape(name=Text, share=Fraction)
-Leak = shape(name=Text, images=int, auc_before=Fraction, auc_after=Fraction)
-Recall = shape(**dict.fromkeys(("1", "5", "10"), Accuracy))
-Recalls = shape(**dict.fromkeys(("forgotten", "retained"), shape(before=Recall, after=Recall)))
-Attack = shape(
-    rank=int | None,
-    rank_expected=int | None,
-    text_cosine=Number,
-    place=int | None,
-    places=list[int],
-    top=list[Text],
-)
-CURVES = {"forgotten": list[Accuracy], "before": list[Accuracy], "needed": int | None}
-Paraphrase = shape(
-    prompts=list[shape(text=Text, kind=Text, seen=bool, **CHANGE)],
-    worst=shape(text=Text, kind=Text, **CHANGE) | None,
-    back=list[Text],
-    by_kind=dict[Any, shape(**MEANS)],
-    **MEANS,
-    **REASONS,
-)
-Relearning = shape(
-    shots=list[int],
-    methods=dict[Any, shape(no_text=list[Accuracy], control=list[Accuracy], **CURVES)],
-    control_class=Text | None,
-    words=shape(counts=list[int], **CURVES),
-    **REASONS,
-)
-Confusion = shape(names=list[Text], before=list[list[int]], after=list[list[int]])
-Picture = shape(row=int, before=list[Text], after=list[Text])
-MEASURES = {
-    "examples": shape(
-        classes=list[shape(name=Text, pictures=list[Picture], **CHANGE)],
-        **REASONS,
-    ),
-    "paraphrase": Annotated[Paraphrase, AfterValidator(all_kinds)],
-    "neighbours": shape(
-        classes=list[shape(name=Text, **CHANGE)],
-        moved=shape(
-            count=int,
-            mean_cosine=Number,
-            nearest_kept=Share,
-            top10_overlap=Share,
-            worst=list[Moved],
-        ),
-        **MEANS,
-        **REASONS,
-    ),
-    "destinations": shape(
-        images=int,
-        before=list[Taken],
-        after=list[Taken],
-        entropy_bits_before=Number,
-        entropy_bits_after=Number,
-        leak=list[Leak],
-        worst_auc=Share,
-        **REASONS,
-    ),
-    "confusion": Annotated[Confusion, AfterValidator(square)],
-    "residue": shape(
-        linear_probe=shape(auc=Share, **CHANGE),
-        nearest_neighbours=shape(k=int, **CHANGE),
-        zero_shot=shape(**CHANGE),
-        **REASONS,
-    ),
-    "retrieval": shape(image_to_text=Recalls, text_to_image=Recalls, **REASONS),
-    "undo": shape(names=int, attacks=dict[Any, Attack], **REASONS),
-    "relearning": Annotated[Relearning, AfterValidator(even)],
-}
-Found = shape(
-    verdict=list[Text],
-    seconds=dict[Any, FiniteFloat],
-    **{name: NotRequired[measure] for name, measure in MEASURES.items()},
-)
-Audit = shape(adapter_sha256=Text, settings=dict, classes=dict[Any, Found])
 # What is read again of a run's command line.
 Args = some(
     **dict.fromkeys(("dataset", "features", "root", "images", "cache", "weights"), Text | None)
@@ -273,11 +164,6 @@ def check_logs(logs: Any, where: str | Path) -> None:
             for side in ("final_results", "zero_shot"):
                 others = {k: v for k, v in entry.get(side, {}).items() if k != dataset}
                 check(dict[Any, OtherSet], others, *place, side)
-
-
-def check_audits(audits: Any, where: str | Path) -> None:
-    """Refuse audits of another shape; see `check_logs`."""
-    check(dict[Any, dict[Any, Audit]], audits, where)
 
 
 def check(kind: Any, value: Any, where: str | Path, *path: str) -> None:

@@ -39,7 +39,6 @@ from engine.files import (
 )
 from engine.log import logger
 from engine.schema import SETTINGS, Args, check, check_logs
-from evaluation.audit.record import AUDIT, CSV
 from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ LOGS = "logs.json"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # of a set: what its accuracies before are of
 ARGS = "args.txt"
+AUDIT = "audit.json"
+CSV = "audit.csv"  # its numbers as a table
 REPORT = "report.html"
 FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
 SEPARATOR = "|"

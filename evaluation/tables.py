@@ -11,8 +11,7 @@ import pandas as pd
 
 from engine.files import atomic_path, refuse_foreign
 from engine.log import logger
-from evaluation.audit.record import AUDIT, CSV
-from evaluation.results import LOGS
+from evaluation.results import AUDIT, CSV, LOGS
 from evaluation.rows import Row, mean, read_rows
 from forgetting.errors import ProblemError
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.audit.case import Case, Common, Model
-from evaluation.zero_shot import Factors
+from evaluation.audit.case import AuditData, Case, Model
+from forgetting.problem import LowRankEdit
 
 WIDTH = 64  # w = d: every text has a direction of its own, and some are left over
 LENGTH = 10.0  # of a hidden state, as in CLIP
@@ -71,7 +71,7 @@ def world(
     )
 
 
-def move(bundle: FeatureBundle, targets: dict[str, Tensor]) -> Factors:
+def move(bundle: FeatureBundle, targets: dict[str, Tensor]) -> LowRankEdit:
     """The change that sends the named texts, classes or words, exactly to their targets (d,) and
     leaves every other text of the bundle exactly where it is."""
     names = [*bundle.classnames, *bundle.retain_names]
@@ -80,7 +80,7 @@ def move(bundle: FeatureBundle, targets: dict[str, Tensor]) -> Factors:
     moved = torch.stack(list(targets.values())).double()
     displacement = moved - hidden[rows] @ bundle.text_projection.double()
     left = torch.linalg.pinv(hidden)[:, rows]  # hidden @ left is 1 at the text itself, 0 elsewhere
-    return left.float(), displacement.float()
+    return LowRankEdit(left.float(), displacement.float())
 
 
 def text(bundle: FeatureBundle, name: str) -> Tensor:
@@ -90,7 +90,7 @@ def text(bundle: FeatureBundle, name: str) -> Tensor:
     return hidden[names.index(name)] @ bundle.text_projection
 
 
-def opposite(bundle: FeatureBundle, *names: str) -> Factors:
+def opposite(bundle: FeatureBundle, *names: str) -> LowRankEdit:
     """The change that turns these texts round: no image is near them any more."""
     return move(bundle, {name: -text(bundle, name) for name in names})
 
@@ -98,15 +98,16 @@ def opposite(bundle: FeatureBundle, *names: str) -> Factors:
 def case(
     bundle: FeatureBundle,
     name: str = "class 0",
-    factors: Factors | None = None,
+    edit: LowRankEdit | None = None,
     forgotten: list[str] | None = None,
     removed: tuple[str, ...] = (),
     others: dict[str, FeatureBundle] | None = None,
     seed: int = 0,
 ) -> Case:
-    """A case of the class `name`; the untouched model on both sides unless `factors` are given."""
-    common = Common(bundle, others or {}, seed)
-    return Case(name, forgotten or [name], Model(common, factors, removed))
+    """A case of the class `name`; the untouched model on both sides unless there is an `edit`."""
+    data = AuditData(bundle, others or {}, seed)
+    after = Model(data, edit or data.before.edit, removed)
+    return Case(name, forgotten or [name], after)
 
 
 def gone(bundle: FeatureBundle | None = None, name: str = "class 0", **options) -> Case:
@@ -156,7 +157,7 @@ def edge(name: str) -> Case:
         "a set of one class": lambda: gone(world(classes=1, words=0)),
         "fewer than ten classes": lambda: gone(small),
         "the whole set": lambda: case(
-            small, factors=opposite(small, *small.classnames), forgotten=small.classnames
+            small, edit=opposite(small, *small.classnames), forgotten=small.classnames
         ),
         "several, removed": lambda: case(bundle, "class 3", turned, some, tuple(some)),
     }

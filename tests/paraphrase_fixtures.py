@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.zero_shot import Factors
+from forgetting.problem import LowRankEdit
 
 CLASSES = ["newt", "owl", "hare", "elk"]
 W = D = 16
@@ -78,6 +78,6 @@ def with_rows(bundle: FeatureBundle, rows: list[tuple[str, str, str, Tensor]]) -
     )
 
 
-def forget_first() -> Factors:
+def forget_first() -> LowRankEdit:
     """A change of the projection that sends hidden direction 0 to a little of its opposite."""
-    return unit(0)[:, None], -1.2 * unit(0, size=D)[None]  # (w, 1), (1, d)
+    return LowRankEdit(unit(0)[:, None], -1.2 * unit(0, size=D)[None])

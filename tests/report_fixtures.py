@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from engine.schema import Found
-from evaluation.audit.record import AUDIT, FORMAT
-from evaluation.results import ARGS, LOGS
+from evaluation.audit.names import MEASURES
+from evaluation.audit.record import FORMAT
+from evaluation.audit.run import audit_class
+from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import holds, is_other_word
+from tests.audit_fixtures import EDGES, edge
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -38,16 +38,6 @@ KINDS = {
     "misspelling": ["{}x", "teh {}"],
 }
 SHOTS = [1, 2, 4, 8, 16]
-MEASURES = [
-    "examples",
-    "paraphrase",
-    "neighbours",
-    "destinations",
-    "confusion",
-    "residue",
-    "retrieval",
-]
-MEASURES += ["relearning", "undo"]
 
 
 def acc(value: float | None, n: int = 40) -> dict[str, Any]:
@@ -371,41 +361,14 @@ def riddle(value: Any, rng: random.Random, chance: float = 0.08) -> Any:
     return value
 
 
-def example(schema: dict[str, Any], items: int, names: dict[str, Any]) -> Any:
-    """A value of a JSON schema: null where it may be null, lists and objects of any keys with
-    `items` items; keys that may be absent are, unless there are items.
-
-    Args:
-        names: what the schema refers to by name.
-    """
-    if "$ref" in schema:
-        return example(names[schema["$ref"].removeprefix("#/$defs/")], items, names)
-    if "anyOf" in schema:
-        return None
-    if "additionalProperties" in schema and "properties" not in schema:
-        values = schema["additionalProperties"]
-        return {"": example(values, items, names)} if items and values is not True else {}
-    match schema["type"]:
-        case "array":
-            return [example(schema["items"], items, names)] * items
-        case "object":
-            keys = schema["properties"] if items else schema["required"]
-            return {key: example(schema["properties"][key], items, names) for key in keys}
-    return {"string": "", "integer": 0, "number": 0.0, "boolean": False}[schema["type"]]
-
-
 def sparse_audits(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Audits of a class, each at an edge of what may stand there, by a name that says which."""
-    schema = TypeAdapter(Found).json_schema()
-    schema["required"] = [*schema["properties"]]  # every measure
-    empty, nothing = (example(schema, items, schema["$defs"]) for items in (0, 1))  # of every list
-    nothing["confusion"] = {"names": ["a"], "before": [[0, 0]], "after": [[0, 0]]}
+    """Audits of a class where little could be measured, by a name that says why."""
+    edges = {name: audit_class(edge(name)) for name in EDGES}
     without = {
         f"without {measure}": {key: part for key, part in found.items() if key != measure}
         for measure in MEASURES
     }
-    logs_only = {"verdict": [], "seconds": {}}
-    return {"empty": empty, "nothing": nothing, "no measure": logs_only, **without}
+    return {"no measure": {"verdict": [], "seconds": {}}, **without, **edges}
 
 
 def plant_sparse(folder: Path) -> list[str]:

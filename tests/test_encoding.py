@@ -18,6 +18,7 @@ from clip.batches import RANGE, BatchSize, encode
 from clip.cache import FeatureCache
 from clip.features import build_bundle, main
 from engine.cli import run
+from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, tiny
@@ -139,13 +140,17 @@ def arguments(place: Path, *more: str) -> list[str]:
     ]
 
 
+def places_of(place: Path) -> Places:
+    return Places(root=str(place / "data"), cache=str(place / "cache"))
+
+
 def test_results_and_audits_keep_to_their_precision(place: Path, refused) -> None:
     folder = train.main(arguments(place, "--precision", "bf16"))
     logs = json.loads((folder / "logs.json").read_text())["Caltech101"]
     assert logs["settings"]["precision"] == "bf16"
     assert "with precision 'bf16', this run has 'fp32'" in refused(arguments(place))
     before = {path: path.stat().st_mtime_ns for path in (place / "cache/features").rglob("*test*")}
-    audit_folder(folder, without=["relearning"])
+    audit_folder(folder, without=["relearning"], places=places_of(place))
     assert before == {
         path: path.stat().st_mtime_ns for path in (place / "cache/features").rglob("*test*")
     }, "the audit takes the embeddings of the run"
@@ -159,7 +164,7 @@ def test_results_from_before_there_was_a_choice_are_float32(place: Path, refused
     train.main(arguments(place))
     line = refused(arguments(place, "--precision", "bf16"))
     assert "with precision 'fp32', this run has 'bf16'" in line
-    audit_folder(folder, without=["relearning"])
+    audit_folder(folder, without=["relearning"], places=places_of(place))
 
 
 @pytest.mark.parametrize(

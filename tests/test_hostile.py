@@ -165,8 +165,9 @@ GOOD = [("args", "empty"), ("args", "a key twice"), ("args", "two in one")]
 ARGS = ["train", *arguments(Path())]
 JSON = {
     "logs": ("out/logs.json", [["utils", "out"], ["audit", "out"], ["report", "out"]]),
-    "audit": ("out/audit.json", [["audit", "out"], ["report", "out"]]),
-    "args": ("out/args.txt", [["utils", "out"], ["audit", "out"]]),
+    "audits": ("out/audit.json", [["report", "out"]]),
+    "audit": ("out/ToyAnimals/cat.audit.json", [["audit", "out", "--features=features"]]),
+    "args": ("out/args.txt", [["utils", "out"]]),
     "prompts": (
         "prompts.json",
         [[*ARGS, "--forget", "cat", "--overwrite", "FORGET.PROMPTS", "prompts.json"]],
@@ -310,7 +311,10 @@ def test_damaged_adapters_of_a_run(damage, place, refusal):
     path = place / "out/ToyAnimals/cat.safetensors"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     both = ["out/ToyAnimals/cat.safetensors", "out/ToyAnimals/owl.safetensors"]
-    for name, argv in (("compose", [*both, "--out", "new.safetensors"]), ("audit", ["out"])):
+    for name, argv in (
+        ("compose", [*both, "--out", "new.safetensors"]),
+        ("audit", ["out", "--features=features"]),
+    ):
         assert path.name in refusal(name, argv)
 
 
@@ -318,7 +322,7 @@ def test_damaged_adapters_of_a_run(damage, place, refusal):
 
 WHOLE = {  # command -> what makes it run, were it not for one more option
     "train": ["train", *arguments(Path()), "--forget", "Dog"],
-    "audit": ["audit", "out"],
+    "audit": ["audit", "out", "--features=features"],
     "report": ["report", "out"],
     "check": ["check", "data"],
     "features": ["features", "Caltech101", "mini", "--root", "data"],
@@ -368,7 +372,7 @@ PLACES = {  # of files that must be there
         *("train", "audit", "studies", "frontier", "faithfulness", "baselines", "figures"),
         *("forecast", "shares", "driver", "solver"),
     ],
-    "--root": ["audit", "features"],
+    "--root": ["features"],
     "--data": ["reproduce"],
     "--weights": ["features", "apply", "reproduce", "pipeline"],
     "--statistics": ["compose"],
@@ -580,7 +584,11 @@ def test_any_name_end_to_end(encoding, odd, place, monkeypatch):
     argv = ["--dataset", "Ödd", "--backbone", BACKBONE, "--features", str(odd)]
     argv += ["--trainer", "ForgetExact", "--forget", "all", "--output-dir", out]
     assert CLI["train"](argv) == 0
-    for name, *argv in (["audit", out, "--without=relearning"], ["utils", out], ["report", out]):
+    for name, *argv in (
+        ["audit", out, "--without=relearning", f"--features={odd}"],
+        ["utils", out],
+        ["report", out],
+    ):
         assert CLI[name](argv) == 0
     assert "\\udcff" in Path(out, place_of("Ödd"), "log.txt").read_text(encoding="utf-8")
     assert set(utils.create_results(out)[0]["name"]) >= {join_label([name]) for name in ODD[:6]}

@@ -17,6 +17,7 @@ from clip.bundle import FeatureBundle
 from datasets import check, download
 from datasets.mini import draw
 from engine.cli import run
+from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
@@ -64,7 +65,11 @@ def test_a_folder_of_ones_own_is_forgotten_from_and_audited(tmp_path, capsys, tr
     assert df.cls_forget[0] < 0.2 and df.full_forget[0] > 0.8
     assert args.images == str(images)
     assert tree(images) == before, "nothing is written among the user's images"
-    found = audit_folder(folder, without=["relearning"])
+    found = audit_folder(
+        folder,
+        without=["relearning"],
+        places=Places(images=str(images), cache=str(tmp_path / "cache")),
+    )
     assert found["my shapes"]["green_triangle"]["classes"]
     out = capsys.readouterr().out
     assert "not evaluated" not in out

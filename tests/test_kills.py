@@ -20,6 +20,7 @@ import train
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.files import sha256_file
+from evaluation.audit.inputs import Places
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
@@ -115,12 +116,14 @@ def test_a_run_that_overwrites(command, tmp_path, rounds):
 def test_an_audit(command, tmp_path, rounds):
     train.main(command)
     folder = tmp_path / "out"
-    audit_folder(folder, without=["relearning"])
+    places = Places(features=str(tmp_path / "features"))
+    audit_folder(folder, without=["relearning"], places=places)
     expected = without_seconds(read_audits(folder))
 
     def call() -> None:
-        (folder / "audit.json").unlink(missing_ok=True)
-        audit_folder(folder, without=["relearning"])
+        for path in [folder / "audit.json", *folder.glob("*/*.audit.json")]:
+            path.unlink(missing_ok=True)
+        audit_folder(folder, without=["relearning"], places=places)
 
     def check() -> None:
         no_leftovers(folder)

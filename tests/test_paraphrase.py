@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +20,16 @@ from clip.audit_texts import audit_rows, other_words, with_audit
 from clip.bundle import AUDIT_HIDDEN as HIDDEN
 from clip.features import build_bundle, main
 from datasets.words.paraphrases import paraphrases
-from evaluation.audit.case import Case, Common, Model, Prompt
+from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.paraphrase import measure
 from evaluation.audit.prompts import prompts_for
-from evaluation.zero_shot import Factors
 from forgetting.errors import ProblemError
+from forgetting.problem import LowRankEdit
 from tests.clip_fixtures import caltech, one_line, tiny
 from tests.conftest import toy_bundle
 from tests.paraphrase_fixtures import OTHER_WAY, forget_first, hide_wordnet, unit, world
 
-# All that can be said of the newt here is moved by `forget_first`, but for what "eft" means.
+# All words for the newt here are moved by `forget_first`, but for what "eft" means.
 GONE = [
     ("newt", "template", "a sketch of a newt", unit(0, 9)),
     ("newt", "hypernym", "salamander", unit(0, 10)),
@@ -38,7 +37,7 @@ GONE = [
 ]
 EFT = ("newt", "synonym", "eft", unit(OTHER_WAY))
 NONSENSE = ("newt", "description", "a wet thing", unit(1) - unit(OTHER_WAY))  # found nothing ever
-SAME = (torch.zeros(16, 1), torch.zeros(1, 16))  # factors that change nothing
+NO_CHANGE = LowRankEdit(torch.zeros(16, 1), torch.zeros(1, 16))
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +45,18 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     hide_wordnet(monkeypatch)
 
 
-def audited(rows: list, factors: Factors | None = None, **settings: object) -> dict:
-    bundle = world(rows=rows)
-    prompts, unmeasured = prompts_for(Common(bundle), "newt", set(), None)
-    after = Model(Common(bundle), factors or forget_first(), **settings)
-    case = Case("newt", ["newt"], after, prompts=prompts, unmeasured=unmeasured)
-    return measure(case)
+def audited(
+    rows: list,
+    edit: LowRankEdit | None = None,
+    removed: tuple[str, ...] = (),
+    bundle: FeatureBundle | None = None,
+) -> dict:
+    data = AuditData(bundle or world(rows=rows))
+    prompts, missing = prompts_for(data, "newt", set())
+    after = Model(data, edit or forget_first(), removed)
+    found = measure(Case("newt", ["newt"], after, prompts, missing))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
 
 
 def values(found: dict, key: str) -> dict[str, float]:
@@ -68,16 +73,14 @@ def test_a_class_that_is_gone_under_every_prompt() -> None:
     assert values(found, "after") == dict.fromkeys(texts, 0.0)
     assert found["mean_before"] == 1.0 and found["mean_after"] == 0.0
     assert found["back"] == [] and found["worst"]["after"]["value"] == 0.0
-    assert found["by_kind"]["template"] == {
-        **{"count": 1, "mean_before": 1.0, "mean_after": 0.0, "worst_after": 0.0}
-    }
+    summary = {"count": 1, "mean_before": 1.0, "mean_after": 0.0, "worst_after": 0.0}
+    assert found["by_kind"]["template"] == summary
     assert found["prompts"][0]["after"]["n"] == 10 and found["prompts"][0]["after"]["high"] > 0
 
 
 def test_a_class_that_comes_back_under_a_synonym() -> None:
     found = audited([*GONE, EFT, NONSENSE])
-    assert values(found, "after")["eft"] == 1.0
-    assert found["back"] == ["eft"]
+    assert values(found, "after")["eft"] == 1.0 and found["back"] == ["eft"]
     worst = found["worst"]
     assert (worst["text"], worst["kind"], worst["after"]["value"]) == ("eft", "synonym", 1.0)
     # Unseen: two of GONE ("nwet" is read as "newt"), eft, the nonsense; not the evaluation prompt.
@@ -87,61 +90,48 @@ def test_a_class_that_comes_back_under_a_synonym() -> None:
     assert values(found, "before")["a wet thing"] == 0.0
 
 
-def test_an_unchanged_model_has_forgotten_nothing() -> None:
-    found = audited([*GONE, EFT, NONSENSE], SAME)
-    assert values(found, "before") == values(found, "after")
-    assert found["mean_before"] == found["mean_after"] > 0
-    assert found["back"] == ["a sketch of a newt", "salamander", "eft"]
-
-
-def test_a_removed_name_is_looked_for_by_its_words() -> None:
-    found = audited([*GONE, NONSENSE], SAME, removed=("newt",))
-    assert values(found, "after") == values(found, "before")
-    assert "salamander" in found["back"]
+def test_an_unchanged_model_has_forgotten_nothing_and_a_removed_name_has_other_words() -> None:
+    for removed in ((), ("newt",)):
+        found = audited([*GONE, EFT, NONSENSE], NO_CHANGE, removed)
+        assert values(found, "before") == values(found, "after")
+        assert found["mean_before"] == found["mean_after"] > 0
+        assert found["back"] == ["a sketch of a newt", "salamander", "eft"]
 
 
 def test_another_removed_class_is_no_rival() -> None:
     bundle = world()
     images = normalize(unit(1) + 0.2 * unit(0), dim=0).repeat(len(bundle.labels), 1)
-    bundle = replace(bundle, image_features=images)  # all look like owls
+    data = AuditData(replace(bundle, image_features=images))  # all look like owls
     prompt = Prompt("a bird", "hypernym", False, unit(1) + 0.5 * unit(2))  # theirs looks more so
-    after = Model(Common(bundle), None, ("owl",))
+    after = Model(data, NO_CHANGE, ("owl",))
     found = measure(Case("newt", ["newt", "owl"], after, prompts=[prompt]))
     assert values(found, "before") == {"a bird": 0.0}
     assert values(found, "after") == {"a bird": 1.0}
 
 
-def test_what_could_not_be_measured_is_said() -> None:
+def test_what_could_not_be_measured_is_reported() -> None:
     found = audited([])
     assert [entry["kind"] for entry in found["prompts"]] == ["bare", "evaluation"]
     (line,) = found["not_measured"]
     assert line.startswith("no hidden states of other templates, synonyms") and "Planted" in line
-    (line,) = prompts_for(Common(replace(world(), dataset="MiniDigits")), "newt", set())[1]
-    assert "`python -m clip.features MiniDigits mini --out DIR --audit` makes them" in line
+    (line,) = prompts_for(AuditData(replace(world(), dataset="MiniDigits")), "newt", set())[1]
+    assert "python -m clip.features MiniDigits mini" in line
     assert audited([*GONE, EFT, NONSENSE])["not_measured"] == []
-    # Only forgotten texts: nothing says how far forgetting carries.
-    bundle = world()
+    # Only forgotten texts: nothing shows how far forgetting carries.
+    after = Model(AuditData(world()), forget_first())
     seen = Prompt("newt", "bare", True, unit(0))
-    found = measure(Case("newt", ["newt"], Model(Common(bundle), forget_first()), prompts=[seen]))
+    found = measure(Case("newt", ["newt"], after, prompts=[seen]))
     assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
     assert "than its own prompt" in found["not_measured"][0]
-    empty = measure(Case("newt", ["newt"], Model(Common(bundle))))
+    empty = measure(Case("newt", ["newt"], after))
     assert empty["prompts"] == [] and empty["worst"] is None and empty["by_kind"] == {}
-    json.dumps([found, empty], allow_nan=False)
-
-
-def test_a_class_without_images_or_never_recognised() -> None:
     bundle = world(rows=[*GONE, EFT])
-    for changed, message in (
-        (replace(bundle, image_features=torch.empty(0, 16), labels=torch.empty(0).long()), "no im"),
-        (replace(bundle, class_hidden=bundle.class_hidden[[3, 0, 2, 3]]), "never recognised"),
-    ):
-        prompts, _ = prompts_for(Common(changed), "newt", set(), None)
-        after = Model(Common(changed), forget_first())
-        found = measure(Case("newt", ["newt"], after, prompts=prompts))
-        assert found["back"] == [] and message in found["not_measured"][0]
-        assert (found["worst"] is None) == (message == "no im")
-        json.dumps(found, allow_nan=False)
+    none = replace(bundle, image_features=torch.empty(0, 16), labels=torch.empty(0).long())
+    never = replace(bundle, class_hidden=bundle.class_hidden[[3, 0, 2, 3]])
+    for changed, message in ((none, "no images"), (never, "never recognised")):
+        found = audited([], bundle=changed)
+        assert found["back"] == [] and message in " ".join(found["not_measured"])
+        assert (found["worst"] is None) == (changed is none)
 
 
 @settings(max_examples=30)
@@ -149,24 +139,22 @@ def test_a_class_without_images_or_never_recognised() -> None:
 def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove: bool) -> None:
     bundle = toy_bundle("ToyAnimals")
     generator = torch.Generator().manual_seed(seed)
-    width, d = bundle.text_projection.shape
-    factors = (
-        torch.randn(width, 2, generator=generator),
-        torch.randn(2, d, generator=generator),
+    w, d = bundle.text_projection.shape
+    edit = LowRankEdit(
+        torch.randn(w, 2, generator=generator), torch.randn(2, d, generator=generator)
     )
-    own = bundle.class_hidden[label]
-    noise = torch.randn(5, width, generator=generator)
+    own, noise = bundle.class_hidden[label], torch.randn(5, w, generator=generator)
     hidden = torch.cat([own[None], own + 4 * noise, noise])
     prompts = [Prompt(str(i), "template", False, row) for i, row in enumerate(hidden)]
     name = bundle.classnames[label]
     removed = (bundle.classnames[(label + 1) % 6],) if remove else ()
-    case = Case(name, [name], Model(Common(bundle), factors, removed), prompts=prompts)
+    case = Case(name, [name], Model(AuditData(bundle), edit, removed), prompts=prompts)
     found = measure(case)
     for key, model in (("before", case.before), ("after", case.after)):
         for prompt, entry in zip(prompts, found["prompts"], strict=True):
             rows = model.classes.clone()
             rows[label] = normalize(prompt.hidden @ model.projection, dim=0)
-            scores = bundle.image_features[case.mine] @ rows.T
+            scores = case.data.images[case.own_images] @ rows.T
             if model.removed:
                 scores[:, (label + 1) % 6] = -torch.inf
             expected = (scores.argmax(dim=1) == label).double().mean()
@@ -177,10 +165,10 @@ def test_among_equals_the_first_class_wins() -> None:
     bundle = world()
     for name, wins in (("newt", 1.0), ("owl", 0.0)):
         other = bundle.class_hidden[1 - bundle.classnames.index(name)]
-        twin = Prompt("twin", "synonym", False, other)
         images = normalize(other, dim=0)[None].repeat(len(bundle.labels), 1)
-        alike = replace(bundle, image_features=images)
-        found = measure(Case(name, [name], Model(Common(alike)), prompts=[twin]))
+        model = Model(AuditData(replace(bundle, image_features=images)), NO_CHANGE)
+        prompts = [Prompt("the other's", "synonym", False, other)]
+        found = measure(Case(name, [name], model, prompts=prompts))
         assert found["prompts"][0]["after"]["value"] == wins
 
 
@@ -190,7 +178,7 @@ def test_among_equals_the_first_class_wins() -> None:
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
     rows = [*GONE, ("newt", "template", "NEWT", unit(0)), ("newt", "case", "NEWT", unit(0)), EFT]
     bundle = world(rows=[*rows, ("owl", "synonym", "o", unit(1))])
-    prompts, missing = prompts_for(Common(bundle), "newt", set())
+    prompts, missing = prompts_for(AuditData(bundle), "newt", set())
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
         ("newt", "bare"),
         ("a photo of a newt.", "evaluation"),
@@ -212,11 +200,10 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     )
     # The words of the set know the one, marks in its vocabulary the other.
     for name, word in (("desert-rose", "Desert rose"), ("trumpet_creeper", "campsis")):
-        prompts, _ = prompts_for(Common(bundle), name, set())
-        retained = [prompt for prompt in prompts if prompt.kind == "retained"]
-        assert [prompt.text for prompt in retained] == [word]
+        prompts, _ = prompts_for(AuditData(bundle), name, set())
+        (retained,) = [prompt for prompt in prompts if prompt.kind == "retained"]
         row = bundle.retain_hidden[bundle.retain_names.index(word)]
-        assert torch.equal(retained[0].hidden, row)
+        assert retained.text == word and torch.equal(retained.hidden, row)
     texts = [prompt.text for prompt in prompts]
     assert texts[:2] == ["trumpet creeper", "a photo of a trumpet creeper."]
 
@@ -232,28 +219,33 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     ],
 )
 def test_which_prompts_forgetting_saw(texts: set[str], seen: set[str]) -> None:
-    prompts, _ = prompts_for(Common(world(rows=[*GONE, EFT])), "newt", texts, None)
+    prompts, _ = prompts_for(AuditData(world(rows=[*GONE, EFT])), "newt", texts)
     assert {prompt.text for prompt in prompts if prompt.seen} == seen
 
 
 def test_a_model_stands_in_for_rows() -> None:
-    asked = []
+    encoded = []
 
     def encode(texts: list[str]) -> Tensor:
-        asked.extend(texts)
+        encoded.extend(texts)
         return torch.arange(len(texts) * 16.0).reshape(-1, 16)
 
-    prompts, missing = prompts_for(Common(world()), "newt", set(), encode)
+    prompts, missing = prompts_for(AuditData(world()), "newt", set(), encode)
     words = paraphrases("newt", None, "a photo of a {}.")
-    assert asked == [entry.text for entry in words]
+    assert encoded == [entry.text for entry in words]
     assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
     assert torch.equal(prompts[2].hidden, torch.arange(16.0))
     assert "no synonym and no hypernym and no description of 'newt'" in missing[0]
+    encoded.clear()
+    prompts_for(AuditData(world(rows=GONE)), "newt", set(), encode)
+    assert not encoded, "rows in the bundle come first"
 
-    def never(texts: list[str]) -> Tensor:
-        raise AssertionError("rows in the bundle come first")
 
-    prompts_for(Common(world(rows=GONE)), "newt", set(), never)
+def test_a_bundle_may_call_its_template_anything() -> None:
+    bundle = replace(world(), template="ensemble")
+    texts = [entry.text for entry in other_words(bundle, "newt")]
+    assert "a photo of newts." in texts and "a photo of a NEWT." not in texts
+    assert prompts_for(AuditData(bundle), "newt", set())[0][1].text == "ensemble"
 
 
 # Rows in a bundle
@@ -271,30 +263,23 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
     assert audit_rows(half)["owl"][0][2].dtype == torch.float32
 
 
-NAN = torch.full((3, 16), torch.nan)
-
-
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value"),
     [
-        ("audit_texts", None, "is missing, but there is audit_classes"),
-        (HIDDEN, None, "is missing, but there is audit_texts"),
-        ("audit_texts", "[", "is not valid JSON"),
-        ("audit_texts", '{"a": 1}', "is not a JSON list of texts"),
-        ("audit_kinds", '["template", 1, "case"]', "is not a JSON list of texts"),
-        ("audit_kinds", '["template"]', "has 1 entries, but audit_texts has 3"),
-        ("audit_classes", '["newt", "newt"]', "has 2 entries, but audit_texts has 3"),
-        ("audit_classes", '["newt", "newt", "nwet"]', "names 'nwet', which is no class"),
-        (HIDDEN, torch.zeros(2, 16), r"has shape \(2, 16\), expected \(3, 16\)"),
-        (HIDDEN, torch.zeros(3, 15), r"has shape \(3, 15\), expected \(3, 16\)"),
-        (HIDDEN, torch.zeros(48), r"has shape \(48,\), expected \(3, 16\)"),
-        (HIDDEN, NAN, "holds NaN or infinite"),
-        (HIDDEN, torch.zeros(3, 16).long(), "is torch.int64, not floating point"),
+        ("audit_texts", None),
+        (HIDDEN, None),
+        ("audit_texts", "["),
+        ("audit_texts", '{"a": 1}'),
+        ("audit_kinds", '["template", 1, "case"]'),
+        ("audit_kinds", '["template"]'),
+        ("audit_classes", '["newt", "newt", "nwet"]'),
+        (HIDDEN, torch.zeros(2, 16)),
+        (HIDDEN, torch.zeros(3, 15)),
+        (HIDDEN, torch.full((3, 16), torch.nan)),
+        (HIDDEN, torch.zeros(3, 16).long()),
     ],
 )
-def test_broken_rows_are_refused_in_one_line(
-    tmp_path: Path, key: str, value: object, message: str
-) -> None:
+def test_broken_rows_are_refused_in_one_line(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "mine.safetensors"
     world(rows=GONE).save(path)
     assert len(audit_rows(FeatureBundle.load(path))["newt"]) == 3, "whole before it is broken"
@@ -306,16 +291,9 @@ def test_broken_rows_are_refused_in_one_line(
     if value is not None:
         where[key] = value
     save_file(tensors, path, metadata)
-    with pytest.raises(ProblemError, match=message) as error:
+    with pytest.raises(ProblemError) as error:
         FeatureBundle.load(path)
     one_line(error, key, path)
-
-
-def test_a_bundle_may_call_its_template_anything() -> None:
-    bundle = replace(world(), template="ensemble")
-    assert "a photo of a NEWT." not in [entry.text for entry in other_words(bundle, "newt")]
-    assert "a photo of newts." in [entry.text for entry in other_words(bundle, "newt")]
-    assert prompts_for(Common(bundle), "newt", set())[0][1].text == "ensemble"
 
 
 # Rows from a model
@@ -338,23 +316,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def bundle_of(place: Path) -> Callable[[], tuple[FeatureBundle, Counting]]:
-    def make() -> tuple[FeatureBundle, Counting]:
-        source = Counting("mini", cache=place / "cache", device="cpu")
-        bundle = build_bundle("Caltech101", source, place / "data", place / "cache", workers=0)
-        source.texts = 0
-        return bundle, source
-
-    return make
+def bundle_of(place: Path) -> tuple[FeatureBundle, Counting]:
+    source = Counting("mini", cache=place / "cache", device="cpu")
+    bundle = build_bundle("Caltech101", source, place / "data", place / "cache", workers=0)
+    source.texts = 0
+    return bundle, source
 
 
-def test_rows_hold_what_the_model_says(
-    place: Path, bundle_of: Callable, capsys: pytest.CaptureFixture[str], monkeypatch
-) -> None:
-    bundle, source = bundle_of()
+def test_rows_hold_what_the_model_says(place: Path, monkeypatch) -> None:
+    bundle, source = bundle_of(place)
     audited = with_audit(bundle, source, place / "cache")
-    assert "other words from datasets/words" in capsys.readouterr().out
     count = 0
     for name in bundle.classnames:
         words = paraphrases(name, "Caltech101", bundle.template, bundle.classnames)
@@ -366,18 +337,14 @@ def test_rows_hold_what_the_model_says(
     assert audited.extra_tensors[HIDDEN].shape == (count, bundle.text_projection.shape[0])
     assert HIDDEN not in bundle.extra_tensors and audited.extra["forget_template"] == "{}"
     # Nothing is encoded twice; one class's other words encode that class alone.
-    _, again = bundle_of()
+    _, again = bundle_of(place)
     with_audit(bundle, again, place / "cache")
     assert again.texts == 0 and "model" not in vars(again)
     monkeypatch.setattr(
         "datasets.words.paraphrases.cases", lambda name: ["CRAB"] * (name == "crab")
     )
-    with_audit(replace(bundle, classnames=bundle.classnames), again, place / "cache")
+    with_audit(replace(bundle), again, place / "cache")
     assert 0 < again.texts < count
-
-
-def test_rows_of_another_model_are_refused(place: Path, bundle_of: Callable) -> None:
-    bundle, source = bundle_of()
     for key, other in (("weights", "0" * 64), ("backbone", "RN50")):
         with pytest.raises(ProblemError) as error:
             with_audit(replace(bundle, **{key: other}), source, place / "cache")
@@ -387,13 +354,11 @@ def test_rows_of_another_model_are_refused(place: Path, bundle_of: Callable) -> 
 def test_the_command_writes_the_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
     main(["Caltech101", "mini", *options, "--out", str(place / "out"), "--audit"])
-    captured = capsys.readouterr()
+    assert capsys.readouterr().err == "", "a log that is no terminal is not flooded"
     bundle = FeatureBundle.load(place / "out" / "mini" / "Caltech101.safetensors")
     rows = audit_rows(bundle)["sea_horse"]
     assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows]
-    assert f"in other words: {len(bundle.extra_tensors[HIDDEN])} texts" in captured.out
-    assert captured.err == "", "a log that is no terminal is not flooded"
-    prompts, missing = prompts_for(Common(bundle), "sea_horse", set())
+    prompts, missing = prompts_for(AuditData(bundle), "sea_horse", set())
     assert missing == [] and len(prompts) == 2 + len(rows)
     upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
     assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"

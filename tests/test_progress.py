@@ -98,7 +98,20 @@ def test_a_quiet_run_and_audit_print_nothing_but_the_table(toy_args, tmp_path, c
     assert capsys.readouterr() == ("", "")
     log = (tmp_path / "out/ToyAnimals/log.txt").read_text()
     assert "ToyAnimals / owl" in log and "quiet=" not in (tmp_path / "out/args.txt").read_text()
-    assert run(audit, [str(tmp_path / "out"), "--without", "relearning", "--quiet"]) == 0
+    assert (
+        run(
+            audit,
+            [
+                str(tmp_path / "out"),
+                "--without",
+                "relearning",
+                "--features",
+                str(tmp_path / "features"),
+                "--quiet",
+            ],
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out.split()[:2] == ["data", "set"] and "to look at it" not in out and err == ""
     assert train.cli([*toy_args, "--forget", "nothing", "--quiet"]) == 2

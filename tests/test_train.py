@@ -12,6 +12,7 @@ import torch
 import train
 from clip.bundle import bundle_path
 from engine.config import paper_weights
+from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
@@ -137,7 +138,9 @@ def test_names_of_data_sets_are_escaped_too(toy_args, features):
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["my set%3A 50 %25"]
     adapter = logs_of(folder)[name]["cat"]["solver"]["adapter"]
     assert (folder / adapter).parent.joinpath("log.txt").is_file()
-    assert audit_folder(folder)[name]["cat"]["classes"]["cat"]["verdict"]
+    assert audit_folder(folder, places=Places(features=str(features)))[name]["cat"]["classes"][
+        "cat"
+    ]["verdict"]
 
 
 def test_a_class_with_a_bar_stands_beside_both_classes_at_once(toy_args, features):
@@ -148,7 +151,7 @@ def test_a_class_with_a_bar_stands_beside_both_classes_at_once(toy_args, feature
     arguments = ["--dataset", "Bars", "--forget", "cat", "--forget", "owl", "--multiclass"]
     train.main([*toy_args, *arguments])
     assert set(logs_of(folder)["Bars"]) == {"settings", "cat|owl", r"cat\|owl"}
-    audits = audit_folder(folder)["Bars"]
+    audits = audit_folder(folder, places=Places(features=str(features)))["Bars"]
     assert {label: set(audit["classes"]) for label, audit in audits.items()} == {
         "cat|owl": {"cat", "owl"},
         r"cat\|owl": {"cat|owl"},

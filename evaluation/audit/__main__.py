@@ -1,18 +1,19 @@
-"""python -m evaluation.audit RUN_FOLDER ...: is it gone?
+"""python -m evaluation.audit RUN_FOLDER ...: measure what is left of the forgotten classes.
 
-Writes audit.json and audit.csv beside the logs of a results folder and prints the table. The
-features or images of the run are found where the run had them (args.txt), or where an option says.
+Writes DATASET/LABEL.audit.json beside each adapter, audit.json and audit.csv of all, and prints the
+table. An audit that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from engine.cli import SEED, Parser, run
-from evaluation.audit.run import MEASURES, audit_folder
-from evaluation.results import PLACES
+from evaluation.audit.inputs import Places
+from evaluation.audit.names import MEASURES
 from evaluation.tables import report_audit
 
 
@@ -24,19 +25,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for option, metavar, about in (
         ("dataset", "NAME", "only this set (repeatable)"),
-        ("forget", "LABEL", "only this label of the logs"),
+        ("forget", "LABEL", "only this label of the logs (repeatable)"),
         ("without", "MEASURE", f"leave one out: {', '.join(MEASURES)}"),
     ):
-        several = {"action": "append", "default": []}
-        parser.add_argument(f"--{option}", metavar=metavar, help=about, **several)
+        parser.add_argument(f"--{option}", metavar=metavar, help=about, action="append", default=[])
     parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
-    for key, text in PLACES.items():
-        parser.add_argument(f"--{key}", help=f"{text}; default: the run's own")
+    for place in fields(Places):
+        default = f" (default: {place.default})" if place.default else ""
+        about = place.metadata["help"] + default
+        parser.add_argument(f"--{place.name}", default=place.default, help=about)
     args = parser.parse_args(argv)
-    places = {key: getattr(args, key) for key in PLACES}
+    from evaluation.audit.run import audit_folder  # scikit-learn: not for --help
+
+    places = Places(**{place.name: getattr(args, place.name) for place in fields(Places)})
     for folder in map(Path, args.folders):
-        found = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, **places)
-        report_audit(folder, list(found))
+        audits = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, places)
+        report_audit(folder, list(audits))
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

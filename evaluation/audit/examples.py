@@ -1,4 +1,4 @@
-"""What the model says to single pictures: the names it gives them first, before and after."""
+"""The first names that the model gives to single pictures, before and after."""
 
 from __future__ import annotations
 
@@ -7,38 +7,37 @@ from typing import Any
 from torch import Tensor
 
 from evaluation.audit.case import Case, Model
-from evaluation.audit.order import highest
+from evaluation.audit.statistics import highest
 
-SHOWN = 4  # pictures of the forgotten class
-NAMES = 5  # names that a picture is given
+PICTURES = 4  # of the forgotten class
+NAMES = 5  # that a picture is given
 HARMED = 2  # classes that lost most
-OF_HARMED = 2  # pictures of each of them
+PICTURES_OF_HARMED = 2  # of each of them
 
 
 def measure(case: Case) -> dict[str, Any]:
     """The first names of a few pictures of the class, and of the classes that lost most by it.
 
-    Pictures of the class are evenly spaced among its own, the same ones for every method; those of
-    a class that lost are the first that the model named rightly before and no longer does.
+    Pictures of the class are evenly spaced among its images, the same ones for every method. Those
+    of a harmed class are the first that the model named rightly before and no longer does.
 
     Returns:
-        classes: the class itself, then the at most two retained ones that lost the largest share
-            of their images, each with `name`, accuracy `before` and `after`, and `pictures`: the
-            `row` of a picture among all of the split, and up to five names, most similar first,
-            `before` and `after`.
+        classes: the class itself, then at most two retained ones that lost the largest share of
+            their images, each with `name`, accuracy `before` and `after`, and `pictures`: the
+            `row` of a picture in the split, and up to five names, most similar first, `before` and
+            `after`.
         not_measured: what could not be measured, and why.
     """
-    own = case.mine.nonzero()[:, 0]
-    spaced = own[[i * len(own) // SHOWN for i in range(min(SHOWN, len(own)))]]
-    lost = (case.before.right - case.after.right) / case.common.images.clamp_min(1)  # (C,)
+    own = case.own_images.nonzero()[:, 0]
+    spaced = own[[i * len(own) // PICTURES for i in range(min(PICTURES, len(own)))]]
+    lost = (case.before.recognised - case.after.recognised) / case.data.counts.clamp_min(1)  # (C,)
     lost[~case.retained] = 0
-    some = (lost > 0).nonzero()[:, 0]
-    worst = some[highest(lost[some], HARMED)]
     labels = case.bundle.labels
-    turned = (case.before.predicted == labels) & (case.after.predicted != labels)  # (N,)
+    misnamed = (case.before.predicted == labels) & (case.after.predicted != labels)  # (N,)
     chosen = [(case.label, spaced)]
-    for column in worst.tolist():
-        chosen.append((column, (turned & (labels == column)).nonzero()[:OF_HARMED, 0]))
+    for column in highest(lost, int((lost > 0).sum()))[:HARMED].tolist():
+        rows = (misnamed & (labels == column)).nonzero()[:PICTURES_OF_HARMED, 0]
+        chosen.append((column, rows))
     return {
         "classes": [
             {
@@ -56,7 +55,7 @@ def _pictures(case: Case, rows: Tensor) -> list[dict[str, Any]]:
     """The entry of each of the pictures `rows` (n,)."""
 
     def names(model: Model) -> list[list[str]]:
-        return [  # a name that was taken off the list has no score
+        return [  # a removed class has no score
             [
                 case.bundle.classnames[column]
                 for column in highest(scores, NAMES).tolist()

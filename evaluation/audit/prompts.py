@@ -1,4 +1,4 @@
-"""Everything that an audit can say to the model about one class."""
+"""All texts that stand for a class in an audit."""
 
 from __future__ import annotations
 
@@ -12,77 +12,72 @@ from clip.audit_texts import Row, audit_rows, other_words
 from datasets.names import clean_name, key
 from datasets.words.lexicon import words_of
 from datasets.words.wordnet import ABSENT, installed
-from evaluation.audit.case import Common, Prompt
+from evaluation.audit.case import AuditData, Prompt
 from evaluation.audit.inputs import Encode
 
-FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list; the rest needs a name
+FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list of words
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
 def prompts_for(
-    common: Common, name: str, seen_texts: Collection[str], encode: Encode | None = None
+    data: AuditData, name: str, seen_texts: Collection[str], encode: Encode | None = None
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
     retain vocabulary that mean the same, then other words.
 
-    A prompt counts as seen if its text was forgotten, or if the model reads it as such a text
+    A prompt counts as seen if its text was forgotten, or if the model encodes it as such a text
     (CLIP's tokenizer knows no capitals): what is moved itself says nothing about other words.
 
     Args:
         name: class of the bundle, in its spelling.
         seen_texts: the texts that the class was forgotten by; empty for its bare name.
-        encode: n texts -> hidden states (n, w), for a bundle that brought no other words; None
-            without a model.
+        encode: encodes other words for a bundle that brought none; None without a model.
 
     Returns:
-        The prompts, and a line for each kind of words that could not be had.
-
-    Raises:
-        ProblemError: broken audit rows in the bundle (see `clip.audit_texts`).
+        The prompts, and a line for each kind of words that is not available.
     """
-    bundle = common.bundle
-    label, bare = common.columns[name], clean_name(name)
-    found = [
+    bundle, label, bare = data.bundle, data.columns[name], clean_name(name)
+    rows: list[Row] = [
         (bare, "bare", bundle.forget_hidden[label]),
         (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),
     ]
     same = datasets.same_meaning([name], bundle.dataset)
     same |= {key(word) for word in words_of(name, bundle.dataset).synonyms}
-    spelled = common.once(_vocabulary)
-    found += [
+    vocabulary = data.once(_vocabulary)
+    rows += [
         (bundle.retain_names[row], "retained", bundle.retain_hidden[row])
-        for row in sorted(row for word in same for row in spelled.get(word, []))
+        for row in sorted(row for word in same for row in vocabulary.get(word, []))
     ]
-    rows, missing = _other_words(common, name, encode)
+    others, missing = _other_words(data, name, encode)
     unique: dict[str, Row] = {}
-    for row in found + rows:
+    for row in rows + others:
         text, kind, _ = row
         unique.setdefault(text if kind == "case" else text.casefold(), row)
     seen_texts = set(seen_texts) or {bare}
     moved = [hidden for text, _, hidden in unique.values() if text in seen_texts]
     prompts = []
     for text, kind, hidden in unique.values():
-        read_as = any(torch.dist(hidden, other) <= SAME * other.norm() for other in moved)
-        prompts.append(Prompt(text, kind, text in seen_texts or read_as, hidden))
+        equal = any(torch.dist(hidden, other) <= SAME * other.norm() for other in moved)
+        prompts.append(Prompt(text, kind, text in seen_texts or equal, hidden))
     return prompts, missing
 
 
-def _other_words(common: Common, name: str, encode: Encode | None) -> tuple[list[Row], list[str]]:
+def _other_words(data: AuditData, name: str, encode: Encode | None) -> tuple[list[Row], list[str]]:
     """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
-    bundle = common.bundle
-    rows = common.once(_rows).get(name, [])
+    bundle = data.bundle
+    rows = data.once(_rows).get(name, [])
     if not rows and encode is None:
-        makes = f"python -m clip.features {bundle.dataset} {bundle.backbone} --out DIR --audit"
-        hint = f": `{makes}` makes them" if bundle.dataset in datasets.SETS else ""
+        command = f"python -m clip.features {bundle.dataset} {bundle.backbone} --out DIR --audit"
+        hint = f": `{command}` makes them" if bundle.dataset in datasets.SETS else ""
         return [], [
             "no hidden states of other templates, synonyms, hypernyms, descriptions, plurals or "
             f"misspellings in the bundle of {bundle.dataset} and no model to make them{hint}"
         ]
     if not rows:
         words = other_words(bundle, name)
-        states = encode([entry.text for entry in words])
-        rows = [(word.text, word.kind, row) for word, row in zip(words, states, strict=True)]
-    absent = [kind for kind in FROM_LISTS if all(kind != there for _, there, _ in rows)]
+        hidden = encode([word.text for word in words])
+        rows = [(word.text, word.kind, row) for word, row in zip(words, hidden, strict=True)]
+    absent = [kind for kind in FROM_LISTS if all(kind != other for _, other, _ in rows)]
     if not absent:
         return rows, []
     hint = "" if installed() else f", and {ABSENT}"
@@ -92,13 +87,13 @@ def _other_words(common: Common, name: str, encode: Encode | None) -> tuple[list
     ]
 
 
-def _vocabulary(common: Common) -> dict[str, list[int]]:
-    """Key of a name to retain -> its rows."""
+def _vocabulary(data: AuditData) -> dict[str, list[int]]:
+    """Key of a retained name -> its rows."""
     rows = defaultdict(list)
-    for row, name in enumerate(common.bundle.retain_names):
+    for row, name in enumerate(data.bundle.retain_names):
         rows[key(name)].append(row)
     return rows
 
 
-def _rows(common: Common) -> dict[str, list[Row]]:
-    return audit_rows(common.bundle)
+def _rows(data: AuditData) -> dict[str, list[Row]]:
+    return audit_rows(data.bundle)

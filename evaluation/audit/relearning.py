@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.audit.case import Case, Model
-from evaluation.audit.interval import Accuracy, accuracy
-from evaluation.audit.shots import REPEATS, SHOTS, Start, cache, probe, refit
+from evaluation.audit.shots import METHODS, REPEATS, SHOTS, Method, Start
+from evaluation.audit.statistics import Accuracy, accuracy
 from evaluation.rules import holds, is_other_word
-
-Method = Callable[[Start, int, int, Tensor], Tensor]
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -22,13 +20,13 @@ def measure(case: Case) -> dict[str, Any]:
 
     Returns:
         shots: numbers of images; methods: `cache`, `probe`, `refit` (see `evaluation.audit.shots`),
-        each with a list of accuracies, one a number of images, for each of
+        each with a list of accuracies, one per number of images, for each of
 
         - forgotten: the class, learnt on top of the changed model;
         - before: the same on the untouched model;
         - no_text: the same where the class has no text at all, as if it had never been known: what
           images alone give. Whoever drops the changed text has as much, so where `forgotten` lies
-          below it (a text turned round speaks against its class) that protects from nobody;
+          below it (a text sent to its opposite speaks against its class) that protects nobody;
         - control: the nearest retained class with as many images, under the changed model;
 
         and `needed`, the least number that reaches half of what the class had before forgetting.
@@ -36,11 +34,11 @@ def measure(case: Case) -> dict[str, Any]:
         `counts` of them, under the changed model and the untouched one; needed.
 
         An accuracy is the mean over `REPEATS` draws of images (or prompts); its n counts every
-        image once, however often it was asked. None where nothing is left to test.
+        image once, however often it was tested. None where nothing is left to test.
     """
-    images = int(case.mine.sum())
+    images = int(case.own_images.sum())
     missing: list[str] = []
-    comparable = images < len(case.mine)
+    comparable = images < len(case.own_images)
     if images == 0:
         missing.append(f"relearning: no image of {case.name!r}")
     elif not comparable:
@@ -54,7 +52,6 @@ def measure(case: Case) -> dict[str, Any]:
     control = _control(case)
     if control is None:
         missing.append("relearning: no retained class has images to compare with")
-
     starts = {
         "forgotten": Start(case.after, case.label),
         "before": Start(case.before, case.label),
@@ -62,9 +59,9 @@ def measure(case: Case) -> dict[str, Any]:
         "control": None if control is None else Start(case.after, control),
     }
     methods: dict[str, dict[str, Any]] = {}
-    for name, way in {"cache": cache, "probe": probe, "refit": refit}.items():
+    for name, method in METHODS.items():
         curves = {
-            curve: [_learnt(way, start if comparable else None, k) for k in SHOTS]
+            curve: [_learnt(method, start if comparable else None, k) for k in SHOTS]
             for curve, start in starts.items()
         }
         methods[name] = curves | {"needed": _needed(SHOTS, curves["forgotten"], own)}
@@ -95,18 +92,18 @@ def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
     counts = [n for n in SHOTS if n <= len(unseen)]
     generator = case.generator("words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
-    images = case.mine.nonzero()[:, 0]  # (n,)
+    images = case.own_images.nonzero()[:, 0]  # (n,)
 
-    def found(model: Model, order: Tensor) -> Tensor:
+    def correct(model: Model, order: Tensor) -> Tensor:
         """Which of the class's images (n,) the mean of these prompts finds as its column."""
         texts = normalize(model.embed(torch.stack([unseen[i] for i in order])), dim=1)
         scores = model.scores[images]  # (n, C), a copy
-        scores[:, case.label] = case.bundle.image_features[images] @ normalize(texts.mean(0), dim=0)
+        scores[:, case.label] = case.data.images[images] @ normalize(texts.mean(0), dim=0)
         return scores.argmax(dim=1) == case.label
 
     curves = {
         curve: [
-            _pooled([images] * REPEATS, [found(model, order[:n]) for order in orders])
+            _pooled([images] * REPEATS, [correct(model, order[:n]) for order in orders])
             for n in counts
         ]
         for curve, model in (("forgotten", case.after), ("before", case.before))
@@ -127,20 +124,20 @@ def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
         return accuracy(torch.zeros(0, dtype=torch.bool))
     value = float(torch.cat(correct).double().mean())
     n = len(torch.cat(tested).unique())
-    found = accuracy(torch.arange(n) < round(value * n)) | {"value": value}
-    return found | {"low": min(found["low"], value), "high": max(found["high"], value)}
+    pooled = accuracy(torch.arange(n) < round(value * n)) | {"value": value}
+    return pooled | {"low": min(pooled["low"], value), "high": max(pooled["high"], value)}
 
 
 def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> int | None:
     """The least count with which the class is back; None if it is with none."""
-    back = (n for n, found in zip(counts, curve, strict=True) if holds(found["value"], own))
+    back = (n for n, point in zip(counts, curve, strict=True) if holds(point["value"], own))
     return next(back, None)
 
 
 def _control(case: Case) -> int | None:
     """Column of the nearest retained class with as many images as the class has, or enough for
     every number of shots; if there is none, of the one with most images."""
-    counts = case.common.images
+    counts = case.data.counts
     retained = (case.retained & (counts > 1)).nonzero()[:, 0]
     if not len(retained):
         return None

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from evaluation.audit.case import Case, Common
-from evaluation.audit.interval import accuracy
+from evaluation.audit.case import AuditData, Case
+from evaluation.audit.statistics import accuracy, auc
 
 FOLDS = 5
 NEIGHBOURS = 5
@@ -33,8 +32,8 @@ def measure(case: Case) -> dict[str, Any]:
             `k` neighbours; zero_shot: accuracy of the model itself; not_measured. None where a
             class has too few images.
     """
-    images = int(case.mine.sum())
-    others = len(case.mine) - images
+    images = int(case.own_images.sum())
+    others = len(case.own_images) - images
     missing = []
     if images < FEWEST:
         missing.append(f"probes: {case.name} has {images} of at least {FEWEST} images")
@@ -42,13 +41,14 @@ def measure(case: Case) -> dict[str, Any]:
         missing.append(f"zero-shot: no image of {case.name}")
     if others == 0:
         missing.append("probes: no image of another class to tell it from")
-    probes = case.common.once(probes_of)
+    probes = case.data.once(probes_of)
     probed = images >= FEWEST and others > 0
-    chosen = case.mine if probed else torch.zeros_like(case.mine)
-    linear, nearest = (accuracy(c[chosen]) for c in (probes.linear, probes.nearest))
-    auc = float(probes.auc[case.label]) if probed else None
+    chosen = case.own_images if probed else torch.zeros_like(case.own_images)
+    linear, nearest = accuracy(probes.linear[chosen]), accuracy(probes.nearest[chosen])
+    column = probes.scores[:, case.label]
+    area = auc(column[case.own_images], column[~case.own_images]) if probed else None
     return {
-        "linear_probe": {"before": linear, "after": dict(linear), "auc": auc},
+        "linear_probe": {"before": linear, "after": dict(linear), "auc": area},
         "nearest_neighbours": {"k": probes.k, "before": nearest, "after": dict(nearest)},
         "zero_shot": case.sides(lambda model: model.accuracy(case.label)),
         "not_measured": missing,
@@ -60,30 +60,30 @@ class Probes:
     """What both probes say of every image of a bundle.
 
     Attributes:
+        scores: (N, C), see `probe`.
         linear, nearest: (N,) bool, the image is put in its class.
-        auc: (C,) float64 of each class against the others; NaN where it cannot be had.
         k: neighbours that vote.
     """
 
+    scores: Tensor
     linear: Tensor
     nearest: Tensor
-    auc: Tensor
     k: int
 
 
-def probes_of(common: Common) -> Probes:
+def probes_of(data: AuditData) -> Probes:
     """Both probes: they do not depend on what is forgotten."""
-    x, labels = common.bundle.image_features, common.bundle.labels
-    scores = probe(x, labels, len(common.bundle.classnames), common.seed)
+    x, labels = data.bundle.image_features, data.bundle.labels
+    scores = probe(x, labels, len(data.bundle.classnames), data.seed)
     nearest, k = vote(x, labels)
-    return Probes(scores.argmax(dim=1) == labels, nearest == labels, _auc(scores, labels), k)
+    return Probes(scores, scores.argmax(dim=1) == labels, nearest == labels, k)
 
 
 def probe(x: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:
     """Cross-validated log-probabilities (N, C) of a linear classifier with a closed form.
 
     Linear discriminant analysis (Fisher, 1936) with a ridge on the pooled within-class covariance
-    and equal weight for every class: one solve a fold. Ridge regression on one-hot targets costs
+    and equal weight for every class: one solve per fold. Ridge regression on one-hot targets costs
     the same, but finds fewer images of real cars (the tests compare them), and an audit must not
     understate what is left.
 
@@ -116,7 +116,7 @@ def vote(x: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     classifier = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distances: 2 - distances
     )
-    # None: every image that was learnt from, by its neighbours without itself.
+    # None: every training image, by its neighbours without itself.
     return torch.from_numpy(classifier.fit(x.numpy(), labels.numpy()).predict(None)), k
 
 
@@ -145,12 +145,3 @@ def _discriminants(x: Tensor, labels: Tensor, classes: int, new: Tensor) -> Tens
     scores = (new - means[present].mean(dim=0)) @ directions - offsets  # (n, d) @ (d, C)
     scores[:, ~present] = -torch.inf
     return scores.log_softmax(dim=1)
-
-
-def _auc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Area under the ROC curve (C,) of each column of scores (N, C) for its class, by ranks: the
-    scores may hold -inf, which scikit-learn refuses. NaN without images on both sides."""
-    ranks = torch.from_numpy(rankdata(scores.numpy(), axis=0)).gather(1, labels[:, None])[:, 0]
-    mine = torch.bincount(labels, minlength=scores.shape[1]).double()  # (C,)
-    sums = torch.zeros_like(mine).index_add_(0, labels, ranks)
-    return (sums - mine * (mine + 1) / 2) / (mine * (len(labels) - mine))

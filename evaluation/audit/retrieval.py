@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.audit.case import Case, Common, Model
-from evaluation.audit.interval import Accuracy, share
+from evaluation.audit.case import AuditData, Case, Model
+from evaluation.audit.statistics import Accuracy, proportion
 
 CUTOFFS = (1, 5, 10)
-BLOCK = 64  # images at once: their cosines with all classes then stay in the cache
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -30,11 +29,11 @@ def measure(case: Case) -> dict[str, Any]:
         image_to_text, text_to_image: {"forgotten" | "retained": {"before" | "after": {"1", "5",
         "10": Accuracy}}}; not_measured.
     """
-    labels, depicted = case.bundle.labels, case.common.images > 0
+    labels, depicted = case.bundle.labels, case.data.counts > 0
     groups = {"forgotten": torch.arange(len(depicted)) == case.label, "retained": case.retained}
-    ranks = {"before": case.common.once(_ranks_before), "after": _ranks(case.after)}
+    ranks = {"before": case.data.once(_ranks_before), "after": _ranks(case.after)}
     missing = []
-    if not case.mine.any():
+    if not case.own_images.any():
         missing.append(f"retrieval: no image of {case.name}")
     if not case.retained[labels].any():
         missing.append("retrieval: no image of a class that is retained")
@@ -47,7 +46,7 @@ def measure(case: Case) -> dict[str, Any]:
         for name, group in groups.items():
             queries = group[labels] if answers == "texts" else group & depicted
             report[direction][name] = {
-                when: _recalls(found[direction][queries], count) for when, found in ranks.items()
+                when: _recalls(rank[direction][queries], count) for when, rank in ranks.items()
             }
         missing += [
             f"{direction.replace('_', ' ')}: K = {k} of {count} {answers}"
@@ -57,48 +56,30 @@ def measure(case: Case) -> dict[str, Any]:
     return report | {"not_measured": missing}
 
 
-def _ranks_before(common: Common) -> dict[str, Tensor]:
-    return _ranks(common.before)
+def _ranks_before(data: AuditData) -> dict[str, Tensor]:
+    return _ranks(data.before)
 
 
 def _ranks(model: Model) -> dict[str, Tensor]:
-    """Direction -> how many answers come before the right one, for every query; equal cosines rank
-    in the order of the classes, as argmax has it, or of the images."""
-    return {"image_to_text": _ranks_of_texts(model), "text_to_image": _ranks_of_images(model)}
+    """Direction -> how many answers come before the right one: (N,) per image, (C,) per class.
 
-
-def _ranks_of_texts(model: Model) -> Tensor:
-    """How many classes come before the right one, (N,) for every image."""
-    scores, labels = model.scores, model.bundle.labels[:, None]  # (N, C), (N, 1)
+    Equal cosines rank in the order of the classes or images. A class without images comes last.
+    """
+    labels, scores, cosines = model.bundle.labels[:, None], model.scores, model.cosines
+    n, classes = scores.shape
     own = scores.gather(1, labels)  # (N, 1)
-    blocks = list(zip(scores.split(BLOCK), own.split(BLOCK), strict=True))
-    ranks = torch.cat([(block > o).sum(dim=1) for block, o in blocks])
-    tied = torch.cat([(block == o).sum(dim=1) for block, o in blocks]) > 1
-    columns = torch.arange(scores.shape[1])
-    ranks[tied] += ((scores[tied] == own[tied]) & (columns < labels[tied])).sum(dim=1)
-    return ranks
-
-
-def _ranks_of_images(model: Model) -> Tensor:
-    """How many images come before the first right one, (C,) for every class; a class without images
-    comes after all of them."""
-    labels, scores = model.bundle.labels, model.cosines  # (N,), (N, C) with removed names too
-    count, classes = scores.shape
-    own = scores.gather(1, labels[:, None])[:, 0]  # (N,)
-    best = own.new_full((classes,), -torch.inf).scatter_reduce(0, labels, own, "amax")
-    order = torch.arange(count)
-    winners = torch.where(own == best[labels], order, count)
-    first = winners.new_full((classes,), count).scatter_reduce(0, labels, winners, "amin")
-    ranks = sum((block > best).sum(dim=0) for block in scores.split(BLOCK))
-    tied = sum((block == best).sum(dim=0) for block in scores.split(BLOCK)) > 1
-    earlier = order[:, None] < first[tied]
-    ranks[tied] += ((scores[:, tied] == best[tied]) & earlier).sum(dim=0)
-    return ranks
+    ahead = (scores > own) | ((scores == own) & (torch.arange(classes) < labels))  # (N, C)
+    # Of its own images the best, and of equally good ones the first.
+    own = cosines.masked_fill(torch.arange(classes) != labels, -torch.inf)  # (N, C)
+    best, first = own.max(dim=0) if n else (own.new_zeros(classes), torch.zeros(classes).long())
+    earlier = torch.arange(n)[:, None] < first
+    images = (cosines > best) | ((cosines == best) & earlier)  # (N, C)
+    return {"image_to_text": ahead.sum(dim=1), "text_to_image": images.sum(dim=0)}
 
 
 def _recalls(ranks: Tensor, answers: int) -> dict[str, Accuracy]:
     """Recall of the queries with these ranks (n,); None at a K that takes in all answers."""
     return {
-        str(k): share(int((ranks < k).sum()), len(ranks)) if k < answers else share(0, 0)
+        str(k): proportion(int((ranks < k).sum()), len(ranks)) if k < answers else proportion(0, 0)
         for k in CUTOFFS
     }

@@ -7,20 +7,19 @@ he wants and tunes nothing on the images that he is judged on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-import numpy as np
 import torch
 from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
-from clip.bundle import FeatureBundle
 from evaluation.audit.attacker import attacker
-from evaluation.audit.case import Common, Model
-from forgetting.solvers.constrained import downdate
+from evaluation.audit.case import AuditData, Model
+from forgetting import solve_constrained
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
@@ -37,10 +36,13 @@ class Shots:
     `REPEATS` times, the larger k containing the smaller.
 
     Attributes:
+        images: (N, d) of the set; labels: (N,); classes: how many there are.
         orders: draw -> class -> its images, (n,) indices in drawn order.
     """
 
-    bundle: FeatureBundle
+    images: Tensor
+    labels: Tensor
+    classes: int
     orders: list[list[Tensor]]
 
     @cached_property
@@ -54,16 +56,15 @@ class Shots:
         return self.orders[draw][label][k:]
 
     def sums(self, rows: Tensor, held: Tensor) -> Tensor:
-        """Sums over classes, (C, x), of rows (m, x) that belong to the images `held` (m,)."""
-        total = rows.new_zeros(len(self.bundle.classnames), rows.shape[1])
-        return total.index_add_(0, self.bundle.labels[held], rows)
+        """Sums per class, (C, x), of rows (m, x) that belong to the images `held` (m,)."""
+        return rows.new_zeros(self.classes, rows.shape[1]).index_add_(0, self.labels[held], rows)
 
     @cached_property
     def means(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> mean (C, d) of the images of each class; NaN for a class without."""
-        x, ones = self.bundle.image_features, self.bundle.image_features.new_ones
+        ones = self.images.new_ones(len(self.images), 1)
         return {
-            key: self.sums(x[held], held) / self.sums(ones(len(held), 1), held)
+            key: self.sums(self.images[held], held) / self.sums(ones[held], held)
             for key, held in self.held.items()
         }
 
@@ -71,27 +72,26 @@ class Shots:
     def probed(self) -> dict[tuple[int, int], Tensor]:
         """(draw, k) -> the class (N,) that a linear probe learnt from k images of every class
         sees in each image: ridge regression on one-hot targets, which has a closed form."""
-        found = {}
-        images = self.bundle.image_features.numpy()
-        one_hot = np.eye(len(self.bundle.classnames), dtype=np.float32)[
-            self.bundle.labels
-        ]  # (N, C)
+        images, targets = self.images.float(), one_hot(self.labels, self.classes).float()
+        predicted = {}
         for key, held in self.held.items():
-            fit = RidgeRegression(alpha=PROBE_RIDGE).fit(images[held], one_hot[held])
-            scores = fit.predict(images)  # (N, d) -> (N, C)
-            found[key] = torch.from_numpy(scores.argmax(axis=1))
-        return found
+            fit = RidgeRegression(alpha=PROBE_RIDGE)
+            fit.fit(images[held].numpy(), targets[held].numpy())  # (m, d), (m, C)
+            scores = torch.from_numpy(fit.predict(images.numpy())).reshape(len(images), -1)
+            predicted[key] = scores.argmax(dim=1)
+        return predicted
 
 
-def shots_of(common: Common) -> Shots:
+def shots_of(data: AuditData) -> Shots:
     """The draws of a data set, the same for all of its classes."""
-    bundle, generator = common.bundle, common.generator("shots")
-    images = [(bundle.labels == label).nonzero()[:, 0] for label in range(len(bundle.classnames))]
+    labels, generator = data.bundle.labels, data.generator("shots")
+    classes = len(data.bundle.classnames)
+    images = [(labels == label).nonzero()[:, 0] for label in range(classes)]
     orders = [
-        [mine[torch.randperm(len(mine), generator=generator)] for mine in images]
+        [own[torch.randperm(len(own), generator=generator)] for own in images]
         for _ in range(REPEATS)
     ]
-    return Shots(bundle, orders)
+    return Shots(data.images, labels, classes, orders)
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,13 @@ class Start:
     """What the attacker starts from: a model and the class that he wants it to know.
 
     Attributes:
-        label: column of the class; named: the model has a text for it. Otherwise it never knew it.
+        label: column of the class.
+        named: whether the model has a text for it; otherwise it never knew the class.
     """
 
     model: Model
     label: int
     named: bool = True
-
-    @cached_property
-    def away(self) -> list[int]:
-        """Columns of other classes that the deployed list no longer holds."""
-        columns = self.model.common.columns
-        return [columns[name] for name in self.model.removed if name != self.name]
 
     @property
     def name(self) -> str:
@@ -118,19 +113,20 @@ class Start:
 
     @property
     def shots(self) -> Shots:
-        return self.model.common.once(shots_of)
+        return self.model.data.once(shots_of)
 
     @cached_property
-    def pulls(self) -> Tensor:
-        """How far each class's text goes when the class's own is moved by the exact change, as a
-        share of its way, (C, 1); the class's own name has left what is retained."""
-        bundle, known = self.model.bundle, self.model.common.once(attacker)
-        texts = bundle.class_hidden[[self.label]], bundle.forget_hidden[[self.label]]
-        text, own = (rows.double() for rows in texts)  # (1, w) each
-        solved = [(x[None], known.ridge.solve(x)[None]) for x in (text, own)]
-        row = downdate(*solved[0], *solved[1], text.new_full((1, 1), known.own_share))
-        pulls = bundle.class_hidden.double() @ row[0].T  # (C, w) @ (w, 1)
-        return (pulls / pulls[self.label]).float()
+    def ratios(self) -> Tensor:
+        """How far each class's text goes when the exact method moves the class's own, as a ratio
+        to its displacement, (C, 1). The class's own name is not retained."""
+        bundle, known = self.model.bundle, self.model.data.once(attacker)
+        text, name = bundle.class_hidden[[self.label]], bundle.forget_hidden[[self.label]]
+        weight, one = torch.tensor([known.own_weight]).double(), torch.ones(1, 1).double()
+        edit = solve_constrained(known.ridge, text.double(), one, name.double(), weight)
+        return bundle.class_hidden.double() @ edit.left @ edit.right  # (C, w) @ (w, 1) @ (1, 1)
+
+
+Method = Callable[[Start, int, int, Tensor], Tensor]
 
 
 def cache(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
@@ -145,15 +141,13 @@ def cache(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     Args:
         images: indices (n,).
     """
-    features, held = start.model.bundle.image_features, start.shots.held[draw, k]
+    features, held = start.model.data.images, start.shots.held[draw, k]
     similarity = features[images] @ features[held].T  # (n, d) @ (d, m)
     affinity = (-SHARPNESS * (1 - similarity)).exp()
     cosines = start.model.scores[images]  # (n, C), a copy
     if not start.named or start.name in start.model.removed:
-        others = cosines.isfinite()
-        others[:, start.label] = False
-        total = cosines.masked_fill(~others, 0).sum(dim=1)
-        cosines[:, start.label] = total / others.sum(dim=1)
+        cosines[:, start.label] = torch.nan
+        cosines[:, start.label] = cosines.masked_fill(cosines.isinf(), torch.nan).nanmean(dim=1)
     return (SCALE * (cosines + start.shots.sums(affinity.T, held).T)).argmax(dim=1)
 
 
@@ -173,19 +167,24 @@ def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     Args:
         images: indices (n,).
     """
-    bundle, label, means = start.model.bundle, start.label, start.shots.means[draw, k]
+    model, label, means = start.model, start.label, start.shots.means[draw, k]
     others = means[:, 0].isfinite()
     others[label] = False
-    texts = start.model.classes.clone()
+    classes = model.classes
     target = normalize(
-        texts[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
+        classes[others].mean(dim=0) + means[label] - means[others].mean(dim=0), dim=0
     )  # (d,)
     if start.named:
-        length = bundle.embed(bundle.class_hidden[label]).norm()
-        way = length * target - start.model.texts[label]  # (d,)
-        texts = normalize(start.model.texts + start.pulls * way, dim=1)  # (C, d)
+        texts = model.class_texts.embeddings()  # (C, d)
+        way = model.data.class_texts.lengths[label] * target - texts[label]  # (d,)
+        classes = normalize(texts + start.ratios * way, dim=1)  # (C, d)
     else:
-        texts[label] = target
-    scores = bundle.image_features[images] @ texts.T  # (n, d) @ (d, C)
-    scores[:, start.away] = -torch.inf
+        classes = classes.clone()
+        classes[label] = target
+    scores = model.data.images[images] @ classes.T  # (n, d) @ (d, C)
+    removed = [name for name in model.removed if name != start.name]
+    scores[:, [model.data.columns[name] for name in removed]] = -torch.inf
     return scores.argmax(dim=1)
+
+
+METHODS: dict[str, Method] = {"cache": cache, "probe": probe, "refit": refit}

@@ -1,10 +1,10 @@
-"""Which class was it, and what was its text? What the changed weights say to who reads them.
+"""Which class was forgotten, and what was its text? What the changed weights give away.
 
-Three attackers, by what they hold beside the method and a list of names: the public original, a
-second adapter of the same run, or nothing. The change that they look for is
-`Delta = K^-1 H_f^T Z` (`forgetting.solvers.constrained`; the paper's objective at its optimum and other
-closed forms are the same with another K), so the column space of `Delta` betrays the forgotten
-hidden states: they lie in `K` times it.
+Three attackers hold the method, a list of names, and beside the changed weights: the public
+original, a second adapter of the same run, or nothing. The change that they look for is
+`Delta = K^-1 H_f^T Z` (`forgetting.solvers.constrained`; the paper's objective at its optimum and
+other closed forms have another K), so the column space of `Delta` betrays the forgotten hidden
+states: they lie in `K` times it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from evaluation.audit.attacker import TINY, Attacker, attacker
-from evaluation.audit.case import Case, Common, Model
-from evaluation.audit.order import highest
+from evaluation.audit.case import AuditData, Case, Model
+from evaluation.audit.names import ATTACKERS
+from evaluation.audit.statistics import highest
 
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
 NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
 NOTHING: dict[str, Any] = dict.fromkeys(("rank", "rank_expected", "text_cosine", "place"))
 NOTHING |= {"places": [], "top": []}
-Difference = tuple[int, Tensor, Tensor]  # rank expected, left singular vectors, singular values
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -35,32 +35,31 @@ def measure(case: Case) -> dict[str, Any]:
 
         - original_known: `D = W' - W`; its numerical rank, the cosine of the forgotten hidden text
           with its projection on the recovered directions, and its place when the names are ranked
-          by how well they fit, see `Recovered`.
+          by how well they fit, see `recover`.
         - two_adapters: the same for the difference of this model and one with another adapter of
           the same run; both adapters' names should come first.
-        - alone: `W'` only; names are ranked by `_oddness`.
+        - alone: `W'` only; names are ranked by `oddness`.
 
         A place is 1 plus the names before it that nobody forgot and that mean something else; ties
         count half. `places` are those of all that is forgotten together, in two_adapters followed
         by those that the other adapter forgets.
     """
-    known, found = case.common.once(attacker), case.together(_recovered)
+    known = case.data.once(attacker)
     reasons: list[str] = []
-    # No direction is recovered from the changed weights alone, so there is no cosine.
-    alone = _ranking(case, known, case.after.block.once(_oddness, case.after), case.forgotten)
-    attacks = {
-        "original_known": _entry(case, known, found["original_known"], case.forgotten),
-        "two_adapters": dict(NOTHING),
-        "alone": NOTHING | alone,
-    }
-    if attacks["original_known"]["rank"] == 0:
+    attacks = dict.fromkeys(ATTACKERS, NOTHING)
+    difference = recover(known, case.after, case.before)
+    attacks["original_known"] = _entry(case, known, difference, case.forgotten)
+    if difference.rank == 0:
         reasons.append("original_known: the projection is the original's to rounding")
     if case.stranger is not None:
-        named = [*case.forgotten, *case.stranger[0]]
-        attacks["two_adapters"] = _entry(case, known, found["two_adapters"], named)
+        classes, edit = case.stranger
+        difference = recover(known, case.after, Model(case.data, edit))
+        attacks["two_adapters"] = _entry(case, known, difference, [*case.forgotten, *classes])
     else:
         reasons.append("two_adapters: no second adapter of the same run")
-    if case.common.once(_folded):
+    # No direction is recovered from the changed weights alone, so there is no cosine.
+    attacks["alone"] = NOTHING | _ranking(case, known, oddness(known, case.after), case.forgotten)
+    if case.data.once(_folded):
         reasons.append(
             "alone, beside a trained projection: the bundle's is the identity (folded into its "
             "hidden states), beside which a change stands out more"
@@ -68,22 +67,15 @@ def measure(case: Case) -> dict[str, Any]:
     return {"names": len(known.names), "attacks": attacks, "not_measured": reasons}
 
 
-def _folded(common: Common) -> bool:
+def _folded(data: AuditData) -> bool:
     """Whether the projection is the identity."""
-    w = common.bundle.text_projection
+    w = data.bundle.text_projection
     return torch.equal(w, torch.eye(*w.shape))
 
 
 @dataclass(frozen=True)
 class Recovered:
     """What the difference of two projections gives away.
-
-    A change that forgets the text h has `K^-1 h` in its column space, spanned by its left singular
-    vectors U. A name's score is the cosine of `K^-1 h` with that span: 1, the most that there is,
-    for a forgotten text and the right K; about `sqrt(r / w)`, the same for all names, where U is
-    chance. Of the known methods' K that one counts under which some name scores highest. (How far
-    names move, `||h D|| / ||h W||`, puts the same name first on real features, but of no distance
-    is it known that it is the most that there is.)
 
     Attributes:
         expected: rank that the adapters have together; rank: of the difference, beyond rounding.
@@ -97,54 +89,40 @@ class Recovered:
     scores: Tensor | None = None
 
 
-def _recovered(cases: list[Case]) -> list[dict[str, Recovered]]:
-    """Attack -> what it recovers of each case's change: of its difference from the original, and
-    from a stranger's."""
-    common = cases[0].common
-    seen: dict[Model | Case, Difference] = {}
-    for case in cases:
-        if case.after not in seen:
-            seen[case.after] = _difference(case.after, common.before)
-        if case.stranger is not None:
-            seen[case] = _difference(case.after, Model(common, case.stranger[1]))
-    told = [(span, values) for _, span, values in seen.values() if len(values)]
-    named = iter(common.once(attacker).recognise(*zip(*told, strict=True)) if told else ())
-    found = {
-        key: Recovered(expected, len(values), *(next(named) if len(values) else ()))
-        for key, (expected, _, values) in seen.items()
-    }
-    attacks = ({"original_known": case.after, "two_adapters": case} for case in cases)
-    return [{name: found[key] for name, key in of.items() if key in found} for of in attacks]
+def recover(known: Attacker, model: Model, other: Model) -> Recovered:
+    """What the difference of two published projections, both rounded to float32, gives away.
 
-
-def _difference(one: Model, other: Model) -> Difference:
-    """The rank that the difference of two projections should have, and its left singular vectors
-    (w, r) and singular values (r,) that are more than rounding; both came in float32."""
+    A change that forgets the text h has `K^-1 h` in its column space, spanned by its left singular
+    vectors U. A name's score is the cosine of `K^-1 h` with that span: 1, the maximum, for a
+    forgotten text and the right K; about `sqrt(r / w)`, the same for all names, where U is random.
+    Of the known methods' K the one is taken under which some name scores highest. (How far names
+    move, `||h D|| / ||h W||`, puts the same name first on real features, but no distance is known
+    to be the maximum.)
+    """
     # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
-    noise = EPSILON * (one.size + other.size)
-    rows = torch.cat([one.change[1], other.change[1]]).double()  # (q, d)
+    noise = EPSILON * float(model.projection.double().norm() + other.projection.double().norm())
+    rows = torch.cat([model.edit.right, other.edit.right]).double()  # (q, d)
     # All that is not rounding lies in the span of these rows: q columns instead of d.
     span = torch.linalg.qr(rows.T)[0]
-    difference = (one.projection - other.projection).double() @ span  # (w, d) @ (d, q)
+    difference = (model.projection.double() - other.projection.double()) @ span  # (w, d) @ (d, q)
     u, values, _ = torch.linalg.svd(difference, full_matrices=False)
     rank = int((values > noise).sum())
-    return len(rows), u[:, :rank], values[:rank]
+    if rank == 0:
+        return Recovered(len(rows), 0)
+    return Recovered(len(rows), rank, *known.recognise(u[:, :rank], values[:rank]))
 
 
-def _oddness(models: list[Model]) -> list[Tensor]:
-    """How unlike the others each model treats a name, (n,), from its `W'` alone.
+def oddness(known: Attacker, model: Model) -> Tensor:
+    """How unlike the others the model treats a name, (n,), from its `W'` alone.
 
     The least change of all else that moves a text is along what the other texts do not explain of
     it, so there `W'` must be unlike an untouched projection. The score of a name is its gain along
-    that direction x, `log ||x W'|| / ||x||`, as distance from the median of all names. Unlike the
+    that unit direction x, `log ||x W'||`, as distance from the median of all names. Unlike the
     length of `h W'` it also betrays a text that was sent elsewhere at its own length.
     """
-    known = models[0].common.once(attacker)
-    found = []
-    for moved in known.unexplained.moved([model.change for model in models]):
-        gain = (moved.lengths / known.unexplained_lengths).clamp_min(TINY).log()
-        found.append((gain - gain.median()).abs())
-    return found
+    moved = known.unexplained @ model.projection.double()  # (n, w) @ (w, d)
+    gain = moved.norm(dim=1).clamp_min(TINY).log()
+    return (gain - gain.median()).abs()
 
 
 def _entry(case: Case, known: Attacker, found: Recovered, named: list[str]) -> dict[str, Any]:
@@ -174,9 +152,9 @@ def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
 def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> dict[str, Any]:
     """Places of the names that were forgotten, and the names of highest score."""
     same = [prompt.text for prompt in case.prompts if prompt.kind in NAMING]
-    rows = [known.find(name) for name in named]
+    rows = [known.row(name) for name in named]
     innocent = torch.ones(len(scores), dtype=torch.bool)
-    innocent[[row for row in (*rows, *map(known.find, same)) if row is not None]] = False
+    innocent[[row for row in (*rows, *map(known.row, same)) if row is not None]] = False
     rivals = scores[innocent]
     places = [
         1 + int((rivals > scores[row]).sum()) + int((rivals == scores[row]).sum()) // 2

@@ -4,49 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from evaluation.audit.names import ATTACKERS, RELEARNING
 from evaluation.rules import Fate, fate, is_other_word
 
 HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
 LEAK = 0.8  # area under the curve from which two classes count as told apart
 PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
-METHODS = {
-    "cache": "kept beside it",
-    "probe": "a classifier on top",
-    "refit": "its name learnt anew",
-}
-ATTACKERS = {  # what each has
-    "original_known": "the changed weights and the original",
-    "two_adapters": "two changed models",
-    "alone": "the changed weights alone",
-}
 NAMED = 5  # places within which an attack counts as having named the class
 
 BAD, GOOD, LIMIT = "bad", "good", "limit"
+Lines = list[tuple[str, str]]  # (tier, line)
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """One line a finding: first what speaks against this forgetting, then what speaks for it, then
-    what no change of the text projection can mend (`limit`), then what was not measured.
+    """One line per finding: first what speaks against this forgetting, then what speaks for it,
+    then what no change of the text projection can mend (`limit`), then what was not measured.
 
     Args:
         found: measure -> its values, see each measure; absent measures are passed over.
     """
-    tiers: dict[str, list[str]] = {BAD: [], GOOD: [], LIMIT: []}
-    for judge in (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone):
-        for tier, line in judge(found):
-            tiers[tier].append(line)
+    judges = (_own_prompt, _words, _neighbours, _relearned, _logits, _images, _undone)
+    lines = [entry for judge in judges for entry in judge(found)]
     parts = [measure for measure in found.values() if isinstance(measure, dict)]
-    unmeasured = [line for measure in parts for line in measure.get("not_measured", [])]
+    missing = dict.fromkeys(line for part in parts for line in part.get("not_measured", []))
     return [
-        *tiers[BAD],
-        *tiers[GOOD],
-        *(f"limit: {line}" for line in tiers[LIMIT]),
-        *(f"not measured: {line}" for line in dict.fromkeys(unmeasured)),
+        *(line for tier, line in lines if tier == BAD),
+        *(line for tier, line in lines if tier == GOOD),
+        *(f"limit: {line}" for tier, line in lines if tier == LIMIT),
+        *(f"not measured: {line}" for line in missing),
     ]
-
-
-Lines = list[tuple[str, str]]  # (tier, line)
 
 
 def _fate(found: dict[str, Any]) -> Fate | None:
@@ -143,7 +130,7 @@ def _relearned(found: dict[str, Any]) -> Lines:
         return [(GOOD, "no number of images that was tried brings half of it back")]
     method = min(few, key=few.get)
     plural = "image brings" if few[method] == 1 else "images bring"
-    return [(LIMIT, f"{few[method]} {plural} half of it back ({METHODS[method]})")]
+    return [(LIMIT, f"{few[method]} {plural} half of it back ({RELEARNING[method]})")]
 
 
 def _undone(found: dict[str, Any]) -> Lines:
