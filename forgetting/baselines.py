@@ -1,25 +1,27 @@
-"""Methods to compare with, written anew in the notation of this project.
+"""Methods to compare with, in the notation of this project: move `h_f` by `D`, leave `H_r` alone.
 
-Two were published for other matrices (cross-attention of a diffusion model, the MLPs of a language
-model); here they edit the text projection: move `h_f` by `D`, leave `H_r` alone. Their constants
-are those of their authors' code, in the authors' units.
+Their constants are those of their authors' code, in the authors' units.
 
-- UCE: Gandikota, Orgad, Belinkov, Materzynska and Bau, "Unified Concept Editing in Diffusion
-  Models", WACV 2024, equation 7: ridge regression towards the new values of all texts.
-- AlphaEdit: Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models",
-  ICLR 2025: a change within the directions that what is retained hardly uses.
-
-Three more are the least that can be compared with: zeroing what is forgotten, noise, and gradient
-ascent on the texts' own classification. (LEACE, which a library brings, is called in trainers/.)
+- `uce`: Gandikota, Orgad, Belinkov, Materzynska and Bau, "Unified Concept Editing in Diffusion
+  Models", WACV 2024, equation 7: ridge regression towards the new values of all texts. Published for
+  cross-attention matrices.
+- `null_space`: Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language
+  Models", ICLR 2025: a change within the directions that what is retained hardly uses. Published
+  for the MLPs of language models.
+- `leace`: Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, by
+  the authors' package.
+- `zeroing`, `noise`, `ascend`: the least that can be compared with.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from forgetting.errors import ProblemError, number
 from forgetting.io import indices, matrices, matrix, texts
@@ -33,30 +35,29 @@ def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
 
     `erase ||H_f Delta - D||^2 + ||H_r Delta||^2 + lam ||Delta||^2` is smallest at
     `left = K^-1 H_f^T (H_f K^-1 H_f^T + I / erase)^-1` with `K = G + lam I`. The larger `erase`,
-    the nearer the texts come to their targets; texts that repeat each other share what they can.
+    the nearer the texts come to their targets. Texts that repeat each other share what they can.
 
     Args:
-        h_f: (k, w); gram: `G = H_r^T H_r`, (w, w), of the retained texts alone; erase, lam:
-            > 0; the authors' are 1 and 0.5.
+        h_f: (k, w); gram: `G = H_r^T H_r`, (w, w), of the retained texts alone.
+        erase, lam: > 0; the authors' are 1 and 0.5.
 
     Returns:
         left (w, k).
     """
     h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
     number("erase", erase, above=0)
-    ridged = gram + number("lam", lam, above=0) * torch.eye(len(gram)).to(gram)
-    base = torch.cholesky_solve(h_f.T, _root(ridged))  # (w, k)
-    inner = h_f @ base  # (k, k)
-    eye = torch.eye(len(h_f), dtype=gram.dtype, device=gram.device)
-    inner = (inner + inner.T) / 2 + eye / erase
-    return torch.cholesky_solve(base.T, _root(inner)).T  # (w, k)
+    number("lam", lam, above=0)
+    base = torch.cholesky_solve(h_f.T, _cholesky(gram + lam * torch.eye(len(gram)).to(gram)))
+    inner = h_f @ base  # (k, w) @ (w, k)
+    inner = (inner + inner.T) / 2 + torch.eye(len(h_f)).to(gram) / erase
+    return torch.cholesky_solve(base.T, _cholesky(inner)).T  # (w, k)
 
 
 def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold: float) -> Tensor:
     """A change in N only, the eigenvectors of `G / m` below `threshold`: `Delta = left @ D`.
 
     `left = N N^T H_f^T (H_f N N^T H_f^T + damping I)^-1` minimises
-    `||H_f Delta - D||^2 + damping ||Delta||^2` there. `damping` 0 lands on the target.
+    `||H_f Delta - D||^2 + damping ||Delta||^2` there. Without damping the texts reach their target.
 
     Args:
         h_f: (k, w); gram: `G`, (w, w); count: m, the number of texts in `gram`.
@@ -75,32 +76,75 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
     return free @ (inside.T @ torch.linalg.pinv(inner, hermitian=True))  # (w, k)
 
 
-def _root(square: Tensor) -> Tensor:
-    """The Cholesky factor of a positive definite matrix."""
+def _cholesky(square: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(square)
     if info:
-        raise ProblemError("the statistics are not positive semidefinite")
+        raise ProblemError("gram is not positive semidefinite")
     return root
 
 
-def zeroing(h_f: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    """The least change that leaves nothing of the texts: `Delta = -H_f^+ H_f W`.
+def leace(
+    texts: Sequence[Tensor], retained: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Erase k classes of texts at once: factors of the change, and what is left of the concept.
 
-    `H_f (W + Delta) = 0`, and no smaller `||Delta||_F` does that. The factors are `-V` and `V^T W`
-    with V an orthonormal basis of the texts' span, not `-H_f^+` and `H_f W`: texts that nearly
-    repeat each other have a huge pseudo-inverse, which float32 would not hold.
+    The eraser is fitted without its bias (`affine=False`). Then it is a linear map of the hidden
+    state and folds into the projection as a change of rank k.
+
+    A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
+    singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an
+    indicator of 0 and 1 has one of at most sqrt(2 / n): from 20,000 names on nothing would be
+    erased, without a word. Standardised, the tolerance is one of a correlation. The covariance is
+    shrunk as the package does by default. Its `constrain_cov_trace` is off: it exists for erasing
+    layer after layer, and where it acts the eraser has full rank and folds into no small adapter.
 
     Args:
-        h_f: (k, w); projection: `W`, (w, d).
+        texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d); all
+            float64.
+
+    Returns:
+        left (w, k), right (k, d), and the largest part, over the classes, of the distance between
+        the class's mean and the mean of all other texts that is left after erasing.
+    """
+    with warnings.catch_warnings():
+        # torch 2.14 says so of the package's own use of it, on import.
+        warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
+        from concept_erasure import LeaceFitter
+
+    x = torch.cat([*texts, retained])  # (n, w)
+    sizes = torch.tensor([*map(len, texts), len(retained)], device=x.device)
+    owner = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes)
+    members = owner[:, None] == torch.arange(len(texts), device=x.device)  # (n, k)
+    z = members.double()
+    eraser = LeaceFitter.fit(x, z / z.std(dim=0), affine=False, constrain_cov_trace=False).eraser
+    left, right = -eraser.proj_right.T, eraser.proj_left.T  # (w, k), (k, w)
+    means = torch.stack([x[m].mean(dim=0) - x[~m].mean(dim=0) for m in members.T])  # (k, w)
+    after = means + (means @ left) @ right
+    remains = torch.linalg.vector_norm(after, dim=1) / torch.linalg.vector_norm(means, dim=1)
+    return left, right @ projection, float(remains.max())
+
+
+def zeroing(h_f: Tensor, projection: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The least change that leaves nothing of the texts: `Delta = -H_f^+ (H_f W + b)`.
+
+    `H_f (W + Delta) + b = 0`, and no smaller `||Delta||_F` does that. The factors are `-V` and
+    `V^T W` with V an orthonormal basis of the texts' span, not `-H_f^+` and `H_f W`: texts that
+    nearly repeat each other have a huge pseudo-inverse, which float32 would not hold.
+
+    Args:
+        h_f: (k, w); projection: `W`, (w, d); bias: `b`, (d,), or None.
 
     Returns:
         left (w, r), right (r, d) with r the rank of `h_f`.
     """
     h_f, projection = texts("h_f", h_f, "projection", projection)
-    _, values, basis = torch.linalg.svd(h_f, full_matrices=False)
-    small = torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
-    basis = basis[values > small]  # (r, w)
-    return -basis.T, basis @ projection
+    u, values, basis = torch.linalg.svd(h_f, full_matrices=False)
+    keep = values > torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
+    basis = basis[keep]  # (r, w)
+    right = basis @ projection
+    if bias is not None:
+        right = right + (u[:, keep].sum(dim=0) / values[keep])[:, None] * bias.to(right)
+    return -basis.T, right
 
 
 def noise(
@@ -110,8 +154,8 @@ def noise(
 
     A text h is moved by `h left right`. Whatever the rank, the direction of `left`'s rows is
     uniform, so the mean of `||h Delta||^2` over draws is `||h||^2 norm^2 / width`: that of full
-    Gaussian noise of the same Frobenius norm. Low rank only makes one text's share vary more from
-    draw to draw, and takes `rank (width + d)` numbers to store instead of `width d`.
+    Gaussian noise of the same Frobenius norm. Low rank only makes one text's displacement vary more
+    from draw to draw, and takes `rank (width + d)` numbers to store instead of `width d`.
 
     Args:
         generator: on the CPU, so that every device gets the same numbers.
@@ -120,8 +164,7 @@ def noise(
         left (width, rank), right (rank, d), float64.
     """
     for name, size in (("width", width), ("d", d), ("rank", rank)):
-        if number(name, size, low=0, whole=True) > 2**20:
-            raise ProblemError(f"{name} is {size}: too large for a projection")
+        number(name, size, low=0, high=2**20, whole=True)
     number("norm", norm, low=0)
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
@@ -131,8 +174,12 @@ def noise(
 
 @dataclass(frozen=True)
 class Ascent(LowRankEdit):
-    """`Delta = left @ right`, left (w, k) and right (k, d); how many steps it took and whether all
-    texts got below the limit; each text's probability of its own class (k,) before and after."""
+    """`Delta = left @ right`, left (w, k), right (k, d).
+
+    Attributes:
+        steps: number of steps taken; reached: whether all texts got below the limit.
+        before, after: (k,), each text's probability of its own class.
+    """
 
     steps: int
     reached: bool
@@ -167,9 +214,6 @@ def ascend(
         lr: of mean squared embedding length over mean squared hidden length, so that one number
             means the same for every backbone.
         bias: (d,), what the model adds to `hidden @ projection`; None: nothing.
-
-    Returns:
-        See `Ascent`.
     """
     hidden, projection, names = matrices(hidden=hidden, projection=projection, names=names)
     hidden = matrix("hidden", hidden, len(projection))
@@ -184,7 +228,7 @@ def ascend(
     start = start if bias is None else start + bias.to(start)
     gram = hidden @ hidden.T  # (k, k)
     rate = lr * float(start.square().sum() / gram.trace())
-    mine = torch.nn.functional.one_hot(own, len(names)).to(start)  # (k, C)
+    own = one_hot(own, len(names)).to(start)  # (k, C)
     total = torch.zeros_like(start)  # B, (k, d)
     before = None
     for step in range(steps + 1):
@@ -192,14 +236,14 @@ def ascend(
         length = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
         unit = normalize(embedding, dim=1)
         p = (LOGIT_SCALE * unit @ names.T).softmax(dim=1)  # (k, C)
-        probability = (p * mine).sum(dim=1)
+        probability = (p * own).sum(dim=1)
         before = probability if before is None else before
-        above = probability >= limit
-        if step == steps or not above.any():
+        moving = probability >= limit
+        if step == steps or not moving.any():
             break
-        rivals = p * (1 - mine)
-        rivals = rivals / rivals.sum(dim=1, keepdim=True)
-        slope = LOGIT_SCALE * (rivals - mine) @ names  # of the log odds in `unit`, (k, d)
+        others = p * (1 - own)
+        others = others / others.sum(dim=1, keepdim=True)
+        slope = LOGIT_SCALE * (others - own) @ names  # of the log odds in `unit`, (k, d)
         slope = slope - (slope * unit).sum(dim=1, keepdim=True) * unit
-        total = total + rate * above[:, None] * slope / length
-    return Ascent(hidden.T, total, step, not bool(above.any()), before, probability)
+        total = total + rate * moving[:, None] * slope / length
+    return Ascent(hidden.T, total, step, not bool(moving.any()), before, probability)

@@ -145,8 +145,6 @@ def attack(problem: ForgetProblem, thorough: bool) -> None:
     for one in tries:
         if float(one.norm()) <= proof.radius:
             assert judge(one) >= claimed * (1 - 1e-15), (judge(one), proof)
-    if proof.gap == 1:
-        assert not proof.proved
 
 
 @settings(max_examples=900, **QUIET)

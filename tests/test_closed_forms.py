@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetting.baselines import LOGIT_SCALE, ascend, noise, null_space, uce, zeroing
-from trainers.baselines import leace
+from forgetting.baselines import LOGIT_SCALE, ascend, leace, noise, null_space, uce, zeroing
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,6 +38,9 @@ def test_zeroing_is_the_least_change_that_zeroes(k, seed):
     h_f, w = normal(k, 8, seed=seed), normal(8, 5, seed=seed + 1)
     left, right = zeroing(h_f, w)
     assert left.shape[1] == k and float((h_f @ (w + left @ right)).norm()) < 1e-10
+    b = normal(5, seed=seed + 3)
+    biased = torch.mm(*zeroing(h_f, w, b))
+    assert torch.allclose(biased, -torch.linalg.pinv(h_f) @ (h_f @ w + b), atol=1e-9)
     assert torch.allclose(left @ right, -torch.linalg.pinv(h_f) @ h_f @ w, atol=1e-9)
     apart = normal(1, 8, seed=seed + 2)
     apart = apart - apart @ torch.linalg.pinv(h_f) @ h_f
@@ -109,11 +111,12 @@ def test_ascent_is_gradient_ascent_on_the_projection():
     h, w, own = normal(3, 8), normal(8, 6, seed=1), torch.tensor([0, 0, 2])
     names = torch.nn.functional.normalize(torch.cat([h @ w, normal(2, 6, seed=2)]), dim=1)
     names = names[[0, 3, 2, 4]]
-    found = ascend(h, w, names, own, lr=1e-3, steps=4, limit=1e-12)
-    rate = 1e-3 * float((h @ w).square().sum() / h.square().sum())
+    b = 0.1 * normal(6, seed=3)
+    found = ascend(h, w, names, own, lr=1e-3, steps=4, limit=1e-12, bias=b)
+    rate = 1e-3 * float((h @ w + b).square().sum() / h.square().sum())
     matrix = w.clone().requires_grad_()
     for _ in range(4):
-        logits = LOGIT_SCALE * torch.nn.functional.normalize(h @ matrix, dim=1) @ names.T
+        logits = LOGIT_SCALE * torch.nn.functional.normalize(h @ matrix + b, dim=1) @ names.T
         mine = torch.nn.functional.one_hot(own, 4).bool()
         odds = logits.masked_fill(mine, -torch.inf).logsumexp(dim=1) - logits[mine]
         (odds,) = torch.autograd.grad(odds.sum(), matrix)

@@ -269,19 +269,6 @@ def test_the_descent_agrees_on_both_sides_of_the_threshold(k):
         assert (descent.reduction > 0.7) == moves == (problem.reduction(exact.delta.float()) > 0.7)
 
 
-def test_truncation_costs_what_it_says():
-    problem = random_problem(4, 30, 12, 10, 3, lamb_forget=1e3)
-    solution = solve_exact(problem)
-    costs = []
-    for rank in (1, 2, 3, 4):
-        left, right, cost = solution.truncated(rank)
-        assert left.shape == (12, rank) and right.shape == (rank, 10)
-        value = float(problem.objective(left @ right))
-        assert cost == pytest.approx(value / solution.certificate.primal - 1, abs=1e-9)
-        costs.append(cost)
-    assert costs[0] > costs[1] > costs[2] > costs[3] == pytest.approx(0, abs=1e-10)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float32_problems_are_solved_in_float64(dtype):
     problem = random_problem(2, 20, 12, 8, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ import datasets
 from clip.retain import GROUPS
 from engine import TRAINER_REGISTRY
 from evaluation.zero_shot import class_embeddings
-from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.baselines import ascend, leace, noise, null_space, uce, zeroing
 from forgetting.context import left_notes
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Request
@@ -105,7 +104,7 @@ class ForgetZero(ForgetTrainer):
 
     def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
         hidden = request.hidden.double().to(self.device)
-        left, right = zeroing(hidden, self.model.projection.double())
+        left, right = zeroing(hidden, self.model.projection.double(), self.model.bias)
         return Solved(left.float(), (1 + BEYOND) * right.float(), {"texts": request.texts})
 
 
@@ -301,44 +300,3 @@ class ForgetLEACE(RetainingTrainer):
         }
         notes += left_notes(names, [*map(datasets.clean_name, request.classes)])
         return Solved(left.float(), right.float(), report, notes)
-
-
-def leace(
-    texts: list[Tensor], retained: Tensor, projection: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Erase k classes of texts at once: factors of the change, and what is left of the concept.
-
-    The eraser is fitted without its bias (`affine=False`): then it is a linear map of the hidden
-    state and folds into the projection as a change of rank k.
-
-    A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
-    singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an
-    indicator of 0 and 1 has one of at most sqrt(2 / n): from 20,000 names on nothing would be
-    erased, without a word. Standardised, the tolerance is one of a correlation. The covariance is
-    shrunk as the package does by default. Its `constrain_cov_trace` is off: it exists for erasing
-    layer after layer, and where it acts the eraser has full rank and folds into no small adapter.
-
-    Args:
-        texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d); all
-            float64.
-
-    Returns:
-        left (w, k), right (k, d), and the largest share, over the classes, of the distance between
-        the class's mean and the mean of all other texts that is left after erasing.
-    """
-    with warnings.catch_warnings():
-        # torch 2.14 says so of the package's own use of it, on import.
-        warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
-        from concept_erasure import LeaceFitter
-
-    x = torch.cat([*texts, retained])  # (n, w)
-    sizes = torch.tensor([*map(len, texts), len(retained)], device=x.device)
-    owner = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes)
-    mine = torch.stack([owner == index for index in range(len(texts))], dim=1)  # (n, k)
-    z = mine.double()
-    eraser = LeaceFitter.fit(x, z / z.std(dim=0), affine=False, constrain_cov_trace=False).eraser
-    left, right = -eraser.proj_right.T, eraser.proj_left.T  # (w, k), (k, w)
-    means = torch.stack([x[m].mean(dim=0) - x[~m].mean(dim=0) for m in mine.T])  # (k, w)
-    after = means + (means @ left) @ right
-    apart = torch.linalg.vector_norm(after, dim=1) / torch.linalg.vector_norm(means, dim=1)
-    return left, right @ projection, float(apart.max())

@@ -47,11 +47,6 @@ class Certificate:
     rounding: float = 0.0
     radius: float = math.inf
 
-    @property
-    def proved(self) -> bool:
-        """Whether anything is proved."""
-        return self.gap < 1
-
     @classmethod
     def of(
         cls, primal: float, bound: float, rounding: float, radius: float = math.inf

@@ -67,22 +67,6 @@ class ExactSolution(LowRankEdit):
     u_right: Tensor
     problem: ForgetProblem
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """The best approximation of rank at most `rank`, and what it costs.
-
-        Returns:
-            left (w, r), right (r, d), and the objective's relative rise over the exact optimum.
-
-        Source: Eckart and Young, 1936.
-        """
-        q_left, r_left = torch.linalg.qr(self.left)
-        q_right, r_right = torch.linalg.qr(self.right.T)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-        left, right = q_left @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_right.T
-        cut = certify(self.problem, left, right, self.y, self.u_left, self.u_right)
-        exact = self.certificate.primal
-        return left, right, (cut.primal - exact) / exact if exact > 0 else 0.0
-
 
 @dataclass(frozen=True)
 class Thresholds:

@@ -217,7 +217,11 @@ def _trial(
 ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
     """One trial of B requests: for each its summary, and left (w, r) and right (r, d) of lowest
     objective."""
-    problem, (w, d), r = objective.problem, objective.problem.projection.shape, objective.rank
+    problem, (w, d), r = (
+        objective.problem,
+        objective.problem.projection.shape,
+        objective.problem.rank,
+    )
     like = objective.displacement
     bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
     a = torch.stack([(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators])
@@ -264,10 +268,6 @@ class _Objective:
     displacement: Tensor
     excluded: Tensor
     gram: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.problem.rank
 
     @property
     def scale(self) -> float:
