@@ -53,7 +53,7 @@ from torch.nn.functional import cross_entropy, normalize
 from clip.architectures import architecture
 from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
-from datasets.words.halves import halves
+from datasets.words.lexicon import halves
 from datasets.words.paraphrases import TEMPLATES as UNSEEN_TEMPLATES
 from engine.cli import SEED, Parser, run, whole
 from engine.files import atomic_path, read_json, refuse_existing

@@ -19,8 +19,7 @@ from datasets.names import key
 from datasets.words import lexicon, wordnet
 from datasets.words.cars import car_words
 from datasets.words.forms import cases, misspellings, plural
-from datasets.words.halves import halves
-from datasets.words.lexicon import Words, words_of
+from datasets.words.lexicon import Words, halves, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from forgetting.errors import ProblemError
 from tests.paraphrase_fixtures import hide_wordnet
@@ -59,17 +58,12 @@ def classes(dataset: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dataset", mini.MINI)
-def test_lists_of_the_mini_sets_name_their_classes(dataset: str) -> None:
+def test_half_of_the_words_of_the_mini_sets_are_held_out(dataset: str) -> None:
     assert list(lexicon._read(dataset)) == mini.MINI[dataset]
-
-
-@pytest.mark.parametrize("dataset", mini.MINI)
-def test_half_of_the_words_are_held_out(dataset: str) -> None:
     for name in mini.MINI[dataset]:
         trained, held_out = halves(name, dataset)
         listed = lexicon.committed(name, dataset).synonyms
         assert len(trained) == len(held_out) >= 4 and sorted(trained + held_out) == sorted(listed)
-        assert halves(name, dataset) == (trained, held_out)
     assert halves("anchor", "Elsewhere") == ([], [])
 
 
@@ -82,25 +76,23 @@ def test_no_hand_chose_the_half(folder: Path) -> None:
     assert len(trained) == 3 and len(held_out) == 2
 
 
-def test_list_of_flowers_names_the_classes_of_the_set() -> None:
-    from torchvision.datasets import Flowers102
-
-    assert set(lexicon._read("OxfordFlowers")) - {"pink-yellow dahlia"} == set(Flowers102.classes)
-
-
 @pytest.mark.parametrize("dataset", COUNTS)
 def test_lists_hold_every_class_that_is_known_of(dataset: str) -> None:
     lines = (lexicon.FOLDER / f"{dataset}.txt").read_text(encoding="utf-8").splitlines()
     assert sum(not line.startswith("#") for line in lines) == COUNTS[dataset]
+    names = set(lexicon._read(dataset))
+    if dataset == "OxfordFlowers":
+        from torchvision.datasets import Flowers102
+
+        assert names - {"pink-yellow dahlia"} == set(Flowers102.classes)
     if dataset != "StanfordCars":
-        names = set(lexicon._read(dataset))
         assert set(map(key, forget_cls.forget_classes_all[dataset])) <= names
         assert set(datasets.synonyms(dataset)) <= names
         assert dataset != "StanfordDogs" or names >= CUT
 
 
 @pytest.mark.parametrize("dataset", datasets.SETS)
-def test_a_word_means_one_class(dataset: str) -> None:
+def test_a_word_means_one_class_and_every_class_has_paraphrases(dataset: str) -> None:
     names = classes(dataset)
     own = {key(name) for name in names}
     owner: dict[str, Words] = {}
@@ -115,29 +107,37 @@ def test_a_word_means_one_class(dataset: str) -> None:
         marked = datasets.synonyms(dataset).get(key(name), set())
         if dataset != "StanfordCars":  # there the vocabulary calls a whole model a synonym
             assert not marked & set(map(key, words.hypernyms)), name
+        found = paraphrases(name, dataset, classnames=names)
+        texts, kinds = [entry.text for entry in found], [entry.kind for entry in found]
+        assert len(set(texts)) == len(texts) and all(text == text.strip() for text in texts)
+        assert kinds == sorted(kinds, key=KINDS.index)
+        assert kinds.count("template") >= 24 and {"hypernym", "description", "case"} <= set(kinds)
+        bare = datasets.clean_name(name)
+        assert not {bare, datasets.spec(dataset).template.format(bare)} & set(texts)
+        assert not (own - {key(name)}) & set(map(key, texts)), "no form is another class"
     assert without <= 0.03 * len(names)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "where"),
     [
-        ("newt | eft\nowl\n", "line 2: 'owl' must be 'class | synonym"),
-        ("newt | | |\n", "line 1: .* must be"),
-        ("| eft\n", "line 1: .* must be"),
-        ("a | b | c | d | e\n", "line 1: .* must be"),
-        ("newt | eft\nNewt | tadpole\n", "line 2: 'newt' was there before"),
-        (b"\xff\xfe", r"Caltech101\.txt cannot be read"),
+        ("newt | eft\nowl\n", "line 2"),
+        ("newt | | |\n", "line 1"),
+        ("| eft\n", "line 1"),
+        ("a | b | c | d | e\n", "line 1"),
+        ("newt | eft\nNewt | tadpole\n", "line 2"),
+        (b"\xff\xfe", "cannot be read"),
     ],
 )
-def test_a_broken_list_is_one_line(folder: Path, text, message) -> None:
+def test_a_broken_list_is_one_line(folder: Path, text, where) -> None:
     file = folder / "Caltech101.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ProblemError, match=message) as error:
+    with pytest.raises(ProblemError, match=where) as error:
         words_of("newt", "Caltech101")
     assert "Caltech101.txt" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_list_is_read_as_it_is_written(folder: Path) -> None:
+def test_a_list_is_read_as_it_is_written(folder: Path, monkeypatch) -> None:
     (folder / "Caltech101.txt").write_text(
         "# note\nsea_horse; sea pony | Hippo  campus;  | fish # why\n\nowl | | bird | big eyes\n"
     )
@@ -146,18 +146,16 @@ def test_a_list_is_read_as_it_is_written(folder: Path) -> None:
     assert words_of("owl", "Caltech101") == Words([], ["bird"], ["big eyes"])
     assert words_of("owl", "Caltech101", ["bird"]).hypernyms == []
     assert words_of("newt", "Caltech101") == words_of("owl", "OxfordFlowers") == Words([], [], [])
-
-
-def test_a_set_outside_the_table_reads_no_file(folder: Path, monkeypatch) -> None:
+    # A set outside the table reads no file.
+    (folder / "words").mkdir()
     for file in ("secret", "words/Elsewhere"):
-        (folder / "words").mkdir(exist_ok=True)
         (folder / f"{file}.txt").write_text("owl | spy | bird\n")
     monkeypatch.setattr(lexicon, "FOLDER", folder / "words")
     for dataset in ("../secret", "Elsewhere", None):
         assert words_of("owl", dataset) == Words([], [], [])
 
 
-# Cars
+# Rules
 
 
 def test_words_of_a_car() -> None:
@@ -169,25 +167,19 @@ def test_words_of_a_car() -> None:
     assert {"Volkswagen Golf", "Volkswagen car", "car"} <= set(golf.hypernyms)
     spyker = words_of("2009 Spyker C8 Coupe", "StanfordCars")
     assert "Spyker C8 Coupe" in spyker.synonyms and "Spyker C8" in spyker.hypernyms
-    assert words_of("2000 AM General Hummer SUV", "StanfordCars").hypernyms[0] == (
-        "AM General Hummer"
-    )
+    hummer = words_of("2000 AM General Hummer SUV", "StanfordCars")
+    assert hummer.hypernyms[0] == "AM General Hummer"
     assert "car" not in words_of("2011 Ford Ranger SuperCab", "StanfordCars").hypernyms
     assert car_words("Golf") == ([], [], [])
     assert words_of("1991 Volkswagen Golf Hatchback", "StanfordDogs") == Words([], [], [])
-
-
-# Spellings
 
 
 @pytest.mark.parametrize(
     ("name", "many"),
     [
         ("toy poodle", "toy poodles"),
-        ("soccer ball", "soccer balls"),
         ("watch", "watches"),
         ("phlox", "phloxes"),
-        ("platypus", "platypuses"),
         ("tiger lily", "tiger lilies"),
         ("kidney", "kidneys"),
         ("snowman", "snowmen"),
@@ -198,12 +190,10 @@ def test_words_of_a_car() -> None:
         ("fleur-de-lis", "fleurs-de-lis"),
         ("latin capital letter s", "latin capital letter s's"),
         ("2012 Buick Regal GS", "2012 Buick Regal GSs"),
-        ("2008 Acura TL Type-S", "2008 Acura TL Type-Ss"),
         ("cheese", "cheeses"),
         ("starfish", None),
         ("Pekinese", None),
         ("scissors", None),
-        ("prince of wales feathers", None),
         ("pink-yellow dahlia?", None),
         ("", None),
     ],
@@ -212,12 +202,9 @@ def test_plural(name: str, many: str | None) -> None:
     assert plural(name) == many
 
 
-def test_cases() -> None:
+def test_other_spellings() -> None:
     assert cases("red circle") == ["RED CIRCLE", "Red Circle"]
     assert cases("Shih-Tzu") == ["SHIH-TZU", "shih-tzu"]
-
-
-def test_misspellings() -> None:
     assert misspellings("euphonium") == ["eupohnium", "euphnium"]
     assert misspellings("toy poodle") == ["toy podole", "toy poole"]
     assert misspellings("ant") == ["annt", "at"]
@@ -233,23 +220,10 @@ def test_a_misspelling_is_one_mistake_inside_a_word(first: str, more: list[str])
     forms = misspellings(name)
     assert 1 <= len(forms) <= 2 and forms == misspellings(name)
     for form in forms:
-        assert form != name and len(form.split(" ")) == len(name.split(" "))
-        (wrong, right), *more = [
-            pair
-            for pair in zip(form.split(" "), name.split(" "), strict=True)
-            if len(set(pair)) > 1
-        ]
-        assert not more and wrong[0] == right[0] and wrong[-1] == right[-1]
-        swapped = sorted(wrong) == sorted(right)
-        assert swapped or abs(len(wrong) - len(right)) == 1
-
-
-@pytest.mark.parametrize("dataset", datasets.SETS)
-def test_no_form_is_another_class(dataset: str) -> None:
-    names = classes(dataset)
-    for name in names:
-        others = {key(other) for other in names} - {key(name)}
-        assert not others & set(map(key, [*misspellings(name), plural(name) or ""])), name
+        pairs = list(zip(form.split(" "), name.split(" "), strict=True))
+        ((wrong, right),) = [pair for pair in pairs if len(set(pair)) > 1]
+        assert wrong[0] == right[0] and wrong[-1] == right[-1]
+        assert sorted(wrong) == sorted(right) or abs(len(wrong) - len(right)) == 1
 
 
 # All together
@@ -262,25 +236,6 @@ def test_templates_are_many_and_none_is_known_to_forgetting_or_training() -> Non
     assert not {text.rstrip(".") for text in known} & {text.rstrip(".") for text in TEMPLATES}
 
 
-@pytest.mark.parametrize("dataset", datasets.SETS)
-def test_paraphrases_of_every_class(dataset: str) -> None:
-    names = classes(dataset)
-    for name in names:
-        found = paraphrases(name, dataset, classnames=names)
-        texts = [entry.text for entry in found]
-        assert len(set(texts)) == len(texts) and all(text == text.strip() for text in texts)
-        kinds = [entry.kind for entry in found]
-        assert kinds == sorted(kinds, key=KINDS.index)
-        assert kinds.count("template") >= 24 and {"hypernym", "description", "case"} <= set(kinds)
-        own = {
-            datasets.clean_name(name),
-            datasets.spec(dataset).template.format(datasets.clean_name(name)),
-        }
-        assert not own & set(texts)
-        others = {key(other) for other in names} - {key(name)}
-        assert not others & set(map(key, texts))
-
-
 def test_words_stand_alone_and_in_the_prompt() -> None:
     found = paraphrases("Pekinese", "StanfordDogs")
     assert Paraphrase("Pekingese", "synonym") in found
@@ -290,10 +245,9 @@ def test_words_stand_alone_and_in_the_prompt() -> None:
     assert [entry for entry in found if "toy dog" not in entry.text] == taken
     mine = paraphrases("Pekinese", "StanfordDogs", "this is my {}!")
     assert Paraphrase("this is my Pekingese!", "synonym") in mine
-    assert Paraphrase("a photo of toy poodles.", "plural") in paraphrases("toy poodle")
-    assert {entry.kind for entry in paraphrases("toy_poodle")} == {
-        *("template", "case", "plural", "misspelling")
-    }
+    poodle = paraphrases("toy_poodle")
+    assert Paraphrase("a photo of toy poodles.", "plural") in poodle
+    assert {entry.kind for entry in poodle} == {"template", "case", "plural", "misspelling"}
 
 
 # WordNet
@@ -344,27 +298,20 @@ def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def test_wordnet_joins_the_lists(stub: str) -> None:
+def test_wordnet_joins_the_lists_by_the_sense_that_agrees(stub: str, monkeypatch) -> None:
     assert wordnet.installed() == stub
     words = words_of("toy poodle", "StanfordDogs")
     assert words.synonyms[-1] == "lap curl" and words.hypernyms[-1] == "house dog"
     assert Paraphrase("lap curl", "synonym") in paraphrases("toy poodle", "StanfordDogs")
     assert "lap curl" not in words_of("toy poodle", None, ["Lap_Curl"]).synonyms
     assert words_of("toy poodle", None).synonyms == ["lap curl"], "a set without a list"
+    crane = wordnet.wordnet_words
+    assert crane("crane", [], ["animal"]) == (["crane", "long necked wader"], ["bird"])
+    assert crane("crane", ["stephen crane"], ["animal"])[0][1] == "Stephen Crane"
+    assert crane("crane", [], ["Machine"])[1] == ["lifting device"]
+    assert crane("crane", [], ["plant"]) == ([], []), "none agrees"
+    assert crane("crane") == ([], []), "which one is meant is not known"
 
-
-def test_the_sense_that_agrees_with_the_list_is_taken(stub: str) -> None:
-    assert wordnet.wordnet_words("crane", [], ["animal"]) == (
-        ["crane", "long necked wader"],
-        ["bird"],
-    )
-    assert wordnet.wordnet_words("crane", ["stephen crane"], ["animal"])[0][1] == "Stephen Crane"
-    assert wordnet.wordnet_words("crane", [], ["Machine"])[1] == ["lifting device"]
-    assert wordnet.wordnet_words("crane", [], ["plant"]) == ([], []), "none agrees"
-    assert wordnet.wordnet_words("crane") == ([], []), "which one is meant is not known"
-
-
-def test_a_package_without_its_data_is_no_wordnet(stub: str, monkeypatch) -> None:
     def absent(name: str, pos: str, lang: str = "eng") -> list[Sense]:
         raise error("no data")
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 import re
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")  # makes; all others are one word
-SHORT = {  # how people say a make
-    "Chevrolet": "Chevy",
-    "Mercedes-Benz": "Mercedes",
-    "Volkswagen": "VW",
-}
+SHORT = {"Chevrolet": "Chevy", "Mercedes-Benz": "Mercedes", "Volkswagen": "VW"}
 # Last words of a name -> (other words for that body, what it is a kind of, what it looks like).
 BODIES = {
     "Sedan": ("saloon", "car", "four doors and a separate boot"),
@@ -37,16 +33,14 @@ def car_words(name: str) -> tuple[list[str], list[str], list[str]]:
     The name without its year counts as a synonym, which it is where no other class of the set
     differs in the year alone; `StanfordCars.txt` names those that do.
     """
-    found = re.fullmatch(r"(\d{4}) (.+)", name)
-    if not found:
+    parts = re.fullmatch(rf"(\d{{4}}) (({'|'.join(TWO_WORDS)}|\S+)(.*))", name)
+    if not parts:
         return [], [], []
-    year, car = found.groups()
-    make = next((make for make in TWO_WORDS if car.startswith(make)), car.split()[0])
-    model = car[len(make) :].strip()
+    year, car, make, model = (part.strip() for part in parts.groups())
     synonyms = [car, f"{car} {year}"]
     if make in SHORT:
         synonyms.append(f"{year} {SHORT[make]} {model}")
-    body = next((body for body in sorted(BODIES, key=len)[::-1] if model.endswith(f" {body}")), "")
+    body = max((body for body in BODIES if model.endswith(f" {body}")), key=len, default="")
     if not body:
         return synonyms, [f"{make} car", "car"], [f"a car that {make} built in {year}"]
     other, kind, looks = BODIES[body]

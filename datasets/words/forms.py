@@ -1,4 +1,4 @@
-"""Other spellings of a name: another case, the plural, mistakes of the keyboard."""
+"""Other spellings of a name: another case, the plural, typing mistakes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ SAME = {"bison", "bonsai", "chassis", "deer", "hairless", "malinois", "moose", "
 # Endings whose plural is the word itself: fish, peoples and breeds, and what is plural already.
 SAME_ENDING = re.compile(r"(fish|[^e]ese|es|[bcdfgklmnprtwy]s)$")
 HEAD = re.compile(r"(\S+)( of | in the |-de-)(.+)")  # "bird of paradise": its head comes first
+RULES = (  # ending -> what replaces it; the first that fits
+    (r"(?<=[aeiouy]s)is$", "es"),
+    (r"(?<=[sxz])$|(?<=[cs]h)$", "es"),
+    (r"(?<=[^aeiou])y$", "ies"),
+    (r"$", "s"),
+)
 SHORTEST = 3  # letters of a word that a mistake leaves readable
 
 
@@ -45,20 +51,14 @@ def _is_plural(word: str) -> bool:
 
 
 def _plural(word: str) -> str:
-    lower = word.lower()
-    if lower in IRREGULAR:
-        return word[0] + IRREGULAR[lower][1:]
+    if word.lower() in IRREGULAR:
+        return word[0] + IRREGULAR[word.lower()][1:]
     if len(word) == 1 and word.islower():
         return f"{word}'s"
     if word[-1:].isupper():
         return word + "s"
-    if re.search(r"[aeiouy]sis$", lower):
-        return word[:-2] + "es"
-    if re.search(r"([sxz]|[cs]h)$", lower):
-        return word + "es"
-    if re.search(r"[^aeiou]y$", lower):
-        return word[:-1] + "ies"
-    return word + "s"
+    rule, ending = next(pair for pair in RULES if re.search(pair[0], word, re.IGNORECASE))
+    return re.sub(rule, ending, word, count=1, flags=re.IGNORECASE)
 
 
 def misspellings(name: str) -> list[str]:
@@ -70,9 +70,10 @@ def misspellings(name: str) -> list[str]:
     if not words:
         return []
     longest = max(words, key=lambda match: len(match[0]))
+    middle = len(words[-1][0]) // 2
     forms = [
-        name[: match.start()] + change(match[0]) + name[match.end() :]
-        for match, change in ((longest, _swap), (words[-1], _drop))
+        name[: longest.start()] + _swap(longest[0]) + name[longest.end() :],
+        name[: words[-1].start() + middle] + name[words[-1].start() + middle + 1 :],
     ]
     return [form for form in dict.fromkeys(forms) if form != name]
 
@@ -85,8 +86,3 @@ def _swap(word: str) -> str:
         return word[:2] + word[1:]  # too short to swap: the second letter twice
     i = min(places, key=lambda i: (abs(i + 0.5 - middle), i))
     return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-
-def _drop(word: str) -> str:
-    middle = len(word) // 2
-    return word[:middle] + word[middle + 1 :]

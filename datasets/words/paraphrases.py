@@ -49,7 +49,7 @@ KINDS = ("template", "synonym", "hypernym", "description", "case", "plural", "mi
 
 
 class Paraphrase(NamedTuple):
-    """A text that says what a class is, and in which way it differs from the name: see `KINDS`."""
+    """A text that names or describes a class, and how it differs from the name: see `KINDS`."""
 
     text: str
     kind: str
@@ -68,8 +68,8 @@ def paraphrases(
     letters only: under it another case is no other text.
 
     Args:
-        dataset: the set of the class, for its words and its prompt; None or one that the table does
-            not have: only what follows from the name, and from WordNet where it is installed.
+        dataset: the set of the class, for its words and its prompt; None or one that is not in the
+            table: only what follows from the name, and from WordNet where it is installed.
         template: the evaluation prompt with one `{}`; None for the set's own.
         classnames: the set's classes; a word that is the name of another class is left out.
 
@@ -80,22 +80,21 @@ def paraphrases(
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
     words = words_of(name, dataset, [other for other in classnames if key(other) != key(name)])
     many = plural(name)
+
+    def bare_and_in_prompt(words: list[str]) -> list[str]:
+        return [text for word in words for text in (word, template.replace("{}", word))]
+
     texts = {
         "template": [form.replace("{}", name) for form in TEMPLATES],
-        "synonym": _both(words.synonyms, template),
-        "hypernym": _both(words.hypernyms, template),
+        "synonym": bare_and_in_prompt(words.synonyms),
+        "hypernym": bare_and_in_prompt(words.hypernyms),
         "description": words.descriptions,
         "case": cases(name),
         "plural": [many, template.replace("a {}", "{}").replace("{}", many)] if many else [],
-        "misspelling": _both(misspellings(name), template),
+        "misspelling": bare_and_in_prompt(misspellings(name)),
     }
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for kind in KINDS:
         for text in texts[kind]:
-            found.setdefault(text, kind)
-    return [Paraphrase(*item) for item in found.items()]
-
-
-def _both(words: list[str], template: str) -> list[str]:
-    """Every word bare, then in the prompt."""
-    return [text for word in words for text in (word, template.replace("{}", word))]
+            kinds.setdefault(text, kind)
+    return [Paraphrase(text, kind) for text, kind in kinds.items()]

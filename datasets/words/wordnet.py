@@ -1,7 +1,4 @@
-"""WordNet, where it is installed: `nltk` with its wordnet data, or `wn` with an English lexicon.
-
-Neither is among the requirements. Where both are absent the committed lists stand alone.
-"""
+"""WordNet, where it is installed: `nltk` with its wordnet data, or `wn` with an English lexicon."""
 
 from __future__ import annotations
 
@@ -12,9 +9,8 @@ ABSENT = "neither nltk with its wordnet data nor wn with an English lexicon is i
 
 
 def installed() -> str | None:
-    """The package that answers for WordNet here, None if there is none."""
-    found = _lookup("dog")
-    return found[0] if found else None
+    """The package that provides WordNet here; None if there is none."""
+    return _look_up("dog")[0]
 
 
 def wordnet_words(
@@ -22,19 +18,14 @@ def wordnet_words(
 ) -> tuple[list[str], list[str]]:
     """Synonyms and direct hypernyms of a noun; two empty lists where WordNet has none.
 
-    A word has several senses (a crane lifts loads or flies). The one that agrees with what is known
-    of the name already is taken: with most of `synonyms`, then with most of `hypernyms`, then the
-    most frequent. Where nothing is known, only a name of a single sense is answered for.
+    A word has several senses (a crane lifts loads or flies). The sense that agrees with most of
+    `synonyms`, then with most of `hypernyms`, then the most frequent one is taken. Where nothing is
+    known of the name, only a name of a single sense has words.
     """
-    found = _lookup(name)
-    senses = found[1] if found else []
+    senses = _look_up(name)[1]
     if synonyms or hypernyms:
-        same = {word.casefold() for word in synonyms}
-        above = {word.casefold() for word in hypernyms}
-        agreed = [
-            (len(same & set(map(str.casefold, _words(sense)))), len(above & _above(sense)))
-            for sense in senses
-        ]
+        same, above = ({word.casefold() for word in words} for words in (synonyms, hypernyms))
+        agreed = [(len(same & _folded(sense)), len(above & _above(sense))) for sense in senses]
         best = max(agreed, default=(0, 0))
         senses = [senses[agreed.index(best)]] if best > (0, 0) else []
     if len(senses) != 1:
@@ -42,22 +33,22 @@ def wordnet_words(
     return _words(senses[0]), [word for sense in senses[0].hypernyms() for word in _words(sense)]
 
 
-def _lookup(name: str) -> tuple[str, list[Any]] | None:
-    """The package and its noun senses of a name, most frequent first; None without WordNet."""
+def _look_up(name: str) -> tuple[str | None, list[Any]]:
+    """The package and its noun senses of a name, most frequent first."""
     try:
         from nltk.corpus import wordnet
 
         return "nltk", wordnet.synsets(name.replace(" ", "_"), pos="n")
-    except (ImportError, LookupError, OSError):  # no package, or its data absent or not whole
+    except (ImportError, LookupError, OSError):  # no package, or its data absent or incomplete
         pass
     try:
         import wn
     except ImportError:
-        return None
+        return None, []
     try:
         return "wn", wn.synsets(name, pos="n", lang="en")
     except wn.Error:  # no English lexicon
-        return None
+        return None, []
 
 
 def _words(sense: Any) -> list[str]:
@@ -65,14 +56,10 @@ def _words(sense: Any) -> list[str]:
     return [name.replace("_", " ") for name in names]
 
 
+def _folded(sense: Any) -> set[str]:
+    return {word.casefold() for word in _words(sense)}
+
+
 def _above(sense: Any) -> set[str]:
     """The words of a sense and of everything that it is a kind of, in lower case."""
-    words, waiting, seen = set(), [sense], set()
-    while waiting:
-        sense = waiting.pop()
-        if sense in seen:
-            continue
-        seen.add(sense)
-        words.update(word.casefold() for word in _words(sense))
-        waiting.extend(sense.hypernyms())
-    return words
+    return _folded(sense).union(*map(_above, sense.hypernyms()))
