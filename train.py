@@ -28,7 +28,7 @@ from engine.determinism import set_random_seed
 from engine.files import escape
 from engine.launch import Run, launch
 from engine.log import environment, logger, run_log
-from evaluation.results import merge_args, place
+from evaluation.results import add_args, place
 from forgetting.errors import ProblemError, unknown
 from forgetting.settings import kind_of
 from trainers.base import SINK
@@ -131,11 +131,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         logger.debug(engine_description())
         trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
         keep(folder / place(cfg.DATASET.NAME))
-        merge_args(folder, str(args))
+        add_args(folder, str(args))
         trainer.train()
         if args.audit:
             trainer.audit()
-        logger.info(f"results: {folder / 'logs.json'}")
         if cfg.LOG:
             logger.info(f"numbers for {cfg.LOG}: {folder / place(cfg.DATASET.NAME) / SINK}")
     return folder

@@ -1,15 +1,16 @@
-"""logs.json: the results of all runs into one folder, merged under a lock, never overwritten.
+"""Results on disk: one adapter per request, and the logs.json that is compiled from the adapters.
 
-    {dataset: {"settings": {...},
-               label: {"final_results": {dataset: {class: {"cls_acc_test", "no_cls_acc",
-                                                           "acc_train"}},
-                                         other_dataset: {"all": {"all_ds": accuracy}}},
-                       "zero_shot": {same shape, before forgetting},
-                       "solver": {...}}}}
+    FOLDER/DATASET/LABEL.safetensors    adapter; its metadata holds the settings and the log entry
+    FOLDER/logs.json                    {dataset: {"settings": {...},
+        label: {"final_results": {dataset: {class: {"cls_acc_test", "no_cls_acc", "acc_train"}},
+                                  other_dataset: {"all": {"all_ds": accuracy}}},
+                "zero_shot": {same shape, before forgetting},
+                "solver": {...}}}}
+    FOLDER/args.txt                     command lines of the runs, the latest last
 
-A label is a class name, or several with "|" between that were forgotten at once (see `join_label`).
+A label is a class name, or several with "|" between that were forgotten at once (`join_label`).
 Accuracies are fractions at full precision. Logs of the paper's public code have no "zero_shot" and
-no "solver".
+no "solver"; their reader knows "settings" by its key "kwargs".
 """
 
 from __future__ import annotations
@@ -17,42 +18,29 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import json
 import re
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.files import (
-    Growing,
-    NoJSON,
-    atomic_path,
-    escape,
-    inside,
-    lock,
-    read_json,
-    refuse_foreign,
-    sha256_file,
-    sweep,
-)
+from engine.files import escape, parse_json, write_json_atomic
 from engine.log import logger
 from engine.schema import SETTINGS, Args, check, check_logs
-from forgetting.errors import ProblemError
-
-if TYPE_CHECKING:
-    from forgetting.adapter import Adapter
+from forgetting.errors import ProblemError, reason, shown
 
 LOGS = "logs.json"
-SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
-MODEL = {"backbone", "weights", "template"}  # of a set: what its accuracies before are of
 ARGS = "args.txt"
 AUDIT = "audit.json"
 CSV = "audit.csv"  # its numbers as a table
 REPORT = "report.html"
 FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
-SEPARATOR = "|"
+SUFFIX = ".safetensors"
+SHARED = {"backbone", "trainer", "precision", "seed"}  # settings that all sets of a folder share
+MODEL = {"backbone", "weights", "template"}  # what accuracies before forgetting depend on
 PLACES = {  # of a run's files
     "features": "folder of feature bundles",
     "root": "folder of the image sets",
@@ -60,13 +48,12 @@ PLACES = {  # of a run's files
     "cache": "folder of what was encoded",
     "weights": "a checkpoint of the backbone",
 }
+SEPARATOR = "|"
 LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
+INTERVAL = 3.0  # seconds between two versions of logs.json, at least
+PATIENCE = 20  # and at least so many times as long as it takes to write one
 
 Logs = dict[str, dict[str, Any]]
-
-
-class TornLogs(ProblemError):
-    """A logs.json that is no logs: cut off, or written by something else."""
 
 
 def join_label(classes: Sequence[str]) -> str:
@@ -82,9 +69,9 @@ def split_label(label: str) -> list[str]:
 
 
 def place(*names: str) -> str:
-    """Where results lie below their folder, by data set, or by data set and label.
+    """The path below a results folder of a data set, or of a data set and label.
 
-    Names are escaped, so that none leads elsewhere; a long one keeps its beginning and a checksum.
+    Names are escaped, so that none leads elsewhere. A long one keeps its beginning and a checksum.
     """
 
     def short(name: str) -> str:
@@ -97,6 +84,230 @@ def place(*names: str) -> str:
     return "/".join(map(short, names))
 
 
+# Written by a run
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an adapter of a run says of itself.
+
+    Attributes:
+        indices: of the classes in their data set, by which logs are sorted.
+        settings: of the run (model, trainer, seed); entry: of the logs.
+    """
+
+    dataset: str
+    label: str
+    indices: list[int]
+    settings: dict[str, Any]
+    entry: dict[str, Any]
+
+
+def read_record(folder: Path, path: Path) -> Record | None:
+    """The record of an adapter in a results folder; None of a file that no run wrote there."""
+    try:
+        data = path.read_bytes()
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        dataset, classes, settings, solver, record = (
+            json.loads(metadata[key])
+            for key in ("dataset", "classes", "settings", "solver", "record")
+        )
+        label = join_label(classes)
+        where = place(dataset, label) + SUFFIX
+        if folder / where != path:
+            return None
+        solver |= {"adapter": where, "adapter_sha256": hashlib.sha256(data).hexdigest()}
+        entry = {key: record[key] for key in ("final_results", "zero_shot")} | {"solver": solver}
+        return Record(dataset, label, record["indices"], settings, entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+class Results:
+    """A results folder that runs write to, several at once if need be.
+
+    Each run writes adapters of its own and compiles logs.json from all that are there, so that no
+    run changes what another one wrote. Adapters are read again only where they changed.
+
+    Raises:
+        ProblemError: logs.json is no file, or was not compiled from adapters.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[Path, tuple[tuple[int, ...], Record | None]] = {}
+        self._due = 0.0
+        self.refresh()
+        self._written = self._present_logs()
+
+    def _present_logs(self) -> Any:
+        """The content of logs.json; None if there is none, or a torn one beside adapters."""
+        path = self.folder / LOGS
+        if not path.exists():
+            return None
+        if path.is_file():
+            try:
+                logs = parse_json(path.read_text(encoding="utf-8"))
+                adapters = [
+                    self.folder / entry["solver"]["adapter"]
+                    for entries in logs.values()
+                    for label, entry in entries.items()
+                    if label != SETTINGS
+                ]
+                # One that is gone is done anew; one that holds no record is of an older program.
+                recorded = {path for path, (_, record) in self._files.items() if record}
+                if not any(path.exists() for path in adapters if path not in recorded):
+                    return logs
+            except (KeyError, TypeError, AttributeError):
+                pass
+            except (OSError, ValueError):
+                if self.records:
+                    return None
+        raise ProblemError(
+            f"{path} was not made from adapters by this program; choose another ATTEMPT (or output "
+            "folder)"
+        )
+
+    @property
+    def records(self) -> list[Record]:
+        """Of all adapters, in the order of logs.json."""
+        records = [record for _, record in self._files.values() if record is not None]
+        return sorted(records, key=lambda r: (r.dataset, len(r.indices) > 1, r.indices, r.label))
+
+    def path(self, dataset: str, label: str) -> Path:
+        """Where the adapter of a label is."""
+        return self.folder / (place(dataset, label) + SUFFIX)
+
+    def refresh(self) -> bool:
+        """Read the adapters that are new or were replaced; whether anything changed."""
+        before, self._files = self._files, {}
+        for path in self.folder.glob(f"*/[!.]*{SUFFIX}"):
+            try:
+                found = path.stat()
+            except OSError:  # replaced at this moment, or a link to nowhere
+                continue
+            if stat.S_ISREG(found.st_mode):
+                stamp = found.st_mtime_ns, found.st_size, found.st_ino
+                known = before.get(path)
+                same = known is not None and known[0] == stamp
+                self._files[path] = known if same else (stamp, read_record(self.folder, path))
+        return self._files != before
+
+    def check(self, dataset: str, settings: Mapping[str, Any]) -> None:
+        """Refuse a run whose results cannot stand beside those that are there.
+
+        One folder holds one backbone, one trainer, one seed: `create_results` reads it as a whole.
+        Compared are those of `settings` that are `SHARED`, and all of them for the same data set.
+
+        Raises:
+            ProblemError: other results are there; the message names what differs.
+        """
+        if place(dataset) in FILES:
+            raise ProblemError(f"a results folder has a file {dataset}; rename the data set")
+        for record in self.records:
+            for key in settings if record.dataset == dataset else settings.keys() & SHARED:
+                if key in record.settings and record.settings[key] != settings[key]:
+                    raise ProblemError(
+                        f"{self.folder} holds results of {record.dataset} with {key} "
+                        f"{shown(record.settings[key])}, this run has {shown(settings[key])}; "
+                        "choose another ATTEMPT (or output folder)"
+                    )
+
+    def is_done(
+        self, dataset: str, label: str, settings: Mapping[str, Any], model: bool = False
+    ) -> bool:
+        """Whether the adapter of a label is there, made with the same settings of its method.
+
+        Args:
+            model: whether the full model beside it is wanted, too.
+
+        Raises:
+            ProblemError: it was made with other settings, which only `--overwrite` may replace.
+        """
+        path = self.path(dataset, label)
+        _, record = self._files.get(path, (None, None))
+        if record is None:
+            return False
+        refuse_other_settings(record, settings)
+        return not model or all(file.is_file() for file in model_files(path))
+
+    def add(self, data: bytes, dataset: str, label: str, overwrite: bool) -> None:
+        """Write an adapter, and logs.json if it is time.
+
+        Raises:
+            ProblemError: another run has meanwhile made it with other settings.
+        """
+        from forgetting.io import write_bytes  # who only reads results does not wait for torch
+
+        path = self.path(dataset, label)
+        before = read_record(self.folder, path)
+        if before is not None and not overwrite:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            refuse_other_settings(before, json.loads(header["solver"])["settings"])
+        # Not waited for: after a power cut an empty file is no adapter, and the class is done anew.
+        write_bytes(data, path, durable=False)
+        if time.monotonic() >= self._due:
+            self.compile()
+
+    def compile(self) -> None:
+        """Write logs.json from all adapters, until none has come while it was written."""
+        started = time.monotonic()
+        self.refresh()
+        while (logs := compiled(self.records)) != (self._written or {}):
+            write_json_atomic(logs, self.folder / LOGS)
+            if lost := _labels(self._written or {}) - _labels(logs):
+                logger.warning(
+                    f"{len(lost)} entries left {LOGS}, since their adapters are gone: "
+                    f"{', '.join(sorted(lost))[:200]}"
+                )
+            self._written = logs
+            self.refresh()
+        ended = time.monotonic()
+        self._due = ended + max(INTERVAL, PATIENCE * (ended - started))
+
+
+def compiled(records: Iterable[Record]) -> Logs:
+    """The content of logs.json."""
+    logs: Logs = {}
+    for record in records:
+        entries = logs.setdefault(record.dataset, {SETTINGS: record.settings | {"kwargs": {}}})
+        entries[record.label] = record.entry
+    return logs
+
+
+def refuse_other_settings(record: Record, settings: Mapping[str, Any]) -> None:
+    """ProblemError unless a record was made with these settings of its method."""
+    before = record.entry["solver"].get("settings", {})
+    changed = [
+        f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
+        for key in sorted({*before, *settings})
+        if before.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise ProblemError(
+            f"{record.label!r} of {record.dataset} has results with other settings "
+            f"({', '.join(changed)}); use --overwrite to replace them, or another ATTEMPT"
+        )
+
+
+def model_files(adapter_path: Path) -> list[Path]:
+    """The full model of `--save-model` beside an adapter, and its config."""
+    return [adapter_path.with_name(adapter_path.stem + suffix) for suffix in (".pt", ".json")]
+
+
+def add_args(folder: str | Path, line: str) -> None:
+    """Keep the command line of a run in args.txt, one argparse Namespace per line."""
+    path = Path(folder) / ARGS
+    if path.exists() and not path.is_file():
+        raise ProblemError(f"{path} is no regular file")
+    if _lines(path)[-1:] != [line]:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{line}\n")
+
+
+# Read again
+
+
 def no_results(folder: Path) -> ProblemError:
     """What to say of a folder without results: where some are, or how to make some."""
     if not folder.is_dir():
@@ -107,218 +318,60 @@ def no_results(folder: Path) -> ProblemError:
     return ProblemError(f"no results in {folder}: {LOGS} is missing; {hint}")
 
 
-def read_logs(folder: str | Path) -> Logs:
-    """The logs of a results folder; empty if it has none.
+def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
+    """The logs of a results folder, those of the paper's public code too; empty if it has none.
 
     Raises:
-        TornLogs: no JSON object of objects.
-        ProblemError: results of another shape, see `engine.schema`. The file is left as it is.
+        ProblemError: no JSON, or results of another shape (see `engine.schema`).
     """
-    path = Path(folder) / LOGS
-    problem = "it is not an object of data sets"
+    path = Path(folder) / name
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise ProblemError(f"{path} is no regular file")
     try:
-        logs = read_json(path)
-        if isinstance(logs, dict) and all(isinstance(entries, dict) for entries in logs.values()):
-            check_logs(logs, path)
-            return logs
-    except NoJSON as error:
-        problem = str(error)
-    raise TornLogs(f"{path} is torn ({problem}); mend it, or move it away to start new logs")
+        logs = parse_json(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ProblemError(f"{path} holds no logs ({reason(error)})") from error
+    check_logs(logs, path)
+    return logs
 
 
 def same_kind(
     folders: Sequence[str | Path], logs: Sequence[Logs], model_alone: bool = False
 ) -> None:
-    """ProblemError unless folders are different, and hold results that differ by chance alone; or,
-    with `model_alone`, unless they are of one model, whatever forgot: then what was measured before
-    forgetting is the same for all."""
-    places = [] if model_alone else [Path(folder).resolve() for folder in folders]
-    for place, given in zip(places, folders, strict=False):
-        if places.count(place) > 1:
-            raise ProblemError(f"the results folder {given} is given twice")
-    found: dict[tuple[str, str], tuple[str | Path, object]] = {}
+    """ProblemError unless folders differ by chance alone, such as seeds.
+
+    Args:
+        model_alone: whether it is enough that they are of one model, whatever forgot: then what was
+            measured before forgetting is the same for all.
+    """
+    resolved = [Path(folder).resolve() for folder in folders]
+    for path, folder in zip(resolved, folders, strict=True):
+        if resolved.count(path) > 1 and not model_alone:
+            raise ProblemError(f"the results folder {folder} is given twice")
+    known: dict[tuple[str, str], tuple[str | Path, Any]] = {}
     for folder, sets in zip(folders, logs, strict=True):
-        settings = [  # whose, what, value: the template is a data set's, a solver's a label's
-            ("" if key != "template" and not model_alone else dataset, key, value)
-            for dataset, entries in sets.items()
-            for key, value in entries.get(SETTINGS, {}).items()
-            if key != "seed" and (key in MODEL or not model_alone)
-        ]
-        if not model_alone:
-            settings += [
-                (f"{dataset} / {label}", key, value)
-                for dataset, entries in sets.items()
-                for label, entry in entries.items()
-                for key, value in entry.get("solver", {}).get("settings", {}).items()
-            ]
-        for whose, key, value in settings:
-            where, other = found.setdefault((whose, key), (folder, value))
+        for whose, key, value in _settings(sets, model_alone):
+            other_folder, other = known.setdefault((whose, key), (folder, value))
             if other != value:
                 kind = "model" if model_alone else "kind"
                 hint = "" if model_alone else f"; give each a name: NAME={folder}"
                 raise ProblemError(
-                    f"{where} and {folder} are not runs of one {kind}: {key} is {other!r:.80} and "
-                    f"{value!r:.80}{hint}"
+                    f"{other_folder} and {folder} are not runs of one {kind}: {key} is "
+                    f"{shown(other)} and {shown(value)}{hint}"
                 )
 
 
-def check_folder(folder: str | Path, dataset: str, settings: dict[str, Any]) -> Logs:
-    """The folder's logs, if results made with `settings` may join them.
-
-    One folder holds one backbone, one trainer, one set of weights: `create_results` reads it as a
-    whole. Compared are those of `settings` that are SHARED with every data set there, and all of
-    them for `dataset`. Torn logs are set aside, so that no later run can overwrite them.
-
-    Raises:
-        ProblemError: other results are there; the message names what differs and another ATTEMPT. Or
-            the data set is called as one of the folder's files is.
-    """
-    if place(dataset).removesuffix(".lock") in FILES:
-        raise ProblemError(f"a results folder has a file {dataset}; call the data set otherwise")
-    return _fitting(_whole_logs(Path(folder) / LOGS), Path(folder) / LOGS, dataset, settings)
-
-
-def _whole_logs(path: Path) -> Logs:
-    """The logs of a file; torn ones are set aside."""
-    try:
-        return read_logs(path.parent)
-    except TornLogs as error:
-        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000000}"
-        aside = path.rename(path.with_name(f"logs.torn-{stamp}.json"))
-        raise ProblemError(
-            f"{error} (it was kept as {aside.name}; run again to start new ones)"
-        ) from error
-
-
-@lru_cache(maxsize=4)
-def _growing(path: Path) -> Growing:
-    return Growing(path, partial(_whole_logs, path))
-
-
-def _fitting(logs: Logs, path: Path, dataset: str, settings: dict[str, Any]) -> Logs:
-    """The logs, if results made with `settings` may join them; see `check_folder`."""
-    for name, entry in logs.items():
-        there = {"precision": "fp32"} | entry.get(SETTINGS, {})
-        for key in settings if name == dataset else settings.keys() & SHARED:
-            if key in there and there[key] != settings[key]:
-                raise ProblemError(
-                    f"{path} holds results of {name} with {key} {there[key]!r}, this run has "
-                    f"{settings[key]!r}; choose another ATTEMPT (or output folder)"
-                )
-    return logs
-
-
-def is_done(
-    folder: str | Path, logs: Logs, dataset: str, label: str, solver_settings: dict[str, Any]
-) -> bool:
-    """Whether a label has results with the same solver settings and the adapter that they are of.
-
-    An adapter that is gone, or is not the one that the logs name by its SHA-256 (a run was killed
-    between the two, or somebody changed it), means that the label is not done.
-
-    Raises:
-        ProblemError: it has results with other settings, which only `--overwrite` may replace.
-    """
-    entry = logs.get(dataset, {}).get(label)
-    if entry is None:
-        return False
-    solver = entry.get("solver", {})
-    # The label of a class "a|b" was once that of the classes "a" and "b" at once.
-    there = {"classes": list(entry["final_results"][dataset]), **solver.get(SETTINGS, {})}
-    asked = {"classes": split_label(label), **solver_settings}
-    changed = [
-        f"{key} {there.get(key)!r} -> {asked.get(key)!r}"
-        for key in sorted({*there, *asked})
-        if there.get(key) != asked.get(key)
-    ]
-    if changed:
-        raise ProblemError(
-            f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
-            "use --overwrite to replace them, or another ATTEMPT"
-        )
-    path = inside(folder, solver.get("adapter", ""))
-    return path.is_file() and sha256_file(path) == solver.get("adapter_sha256")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One request that is done and not yet on disk.
-
-    Attributes:
-        entry: of the logs; adapter: its change; data: that as the bytes of its file; place: where
-            they go, below the results folder.
-    """
-
-    label: str
-    entry: dict[str, Any]
-    adapter: Adapter
-    data: bytes
-    place: str
-
-
-def merge_results(
-    folder: str | Path,
-    dataset: str,
-    settings: dict[str, Any],
-    finished: Sequence[Finished],
-    overwrite: bool = False,
-) -> None:
-    """Write adapters, and add their entries to the logs; everything else in the folder stays.
-
-    All of it happens under the lock of the logs, and an entry names its adapter by SHA-256: the two
-    cannot contradict each other, whatever else writes there and whenever the run is killed. Two
-    runs may have started at once, so that what is there is checked again: a label that another run
-    has finished meanwhile with the same settings keeps its results.
-
-    Raises:
-        ProblemError: results with other settings are there now; those that fit are written first.
-    """
-    # Not above: torch, and who only reads results waits for none.
-    from forgetting.adapter import FORMAT
-    from forgetting.io import write_bytes
-
-    folder, path = Path(folder), Path(folder).absolute() / LOGS
-    refused: ProblemError | None = None
-    with lock(path):
-        file = _growing(path)
-        logs = _fitting(file.load(), folder / LOGS, dataset, settings)
-        entries = logs.setdefault(dataset, {})
-        entries[SETTINGS] = settings
-        for one in finished:
-            solver = one.entry["solver"]
-            try:
-                if not overwrite and is_done(folder, logs, dataset, one.label, solver[SETTINGS]):
-                    continue
-                refuse_foreign(folder / one.place, FORMAT.rpartition("/")[0])
-            except ProblemError as error:
-                refused = error
-                continue
-            replaced = entries.get(one.label, {}).get("solver", {})
-            if "model" in replaced and (model := inside(folder, replaced["model"])).is_file():
-                model.unlink()
-                model.with_suffix(".json").unlink(missing_ok=True)  # its config
-                logger.info(f"  removed {model}: it belonged to the adapter that was replaced")
-            sweep((folder / one.place).parent)
-            # Not waited for: after a power cut the digest tells that the file is not the adapter.
-            write_bytes(one.data, folder / one.place, durable=False)
-            digest = hashlib.sha256(one.data).hexdigest()
-            named = {"adapter": one.place, "adapter_sha256": digest}
-            entries[one.label] = one.entry | {"solver": solver | named}
-        file.save()
-    if refused is not None:
-        raise refused
-
-
-def merge_args(folder: str | Path, line: str) -> None:
-    """Keep the command line of every run in args.txt, one argparse Namespace a line."""
-    path = Path(folder) / ARGS
-    with lock(path):
-        # The last line is the latest run.
-        lines = [*(other for other in _lines(path) if other != line), line]
-        with atomic_path(path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _settings(logs: Logs, model_alone: bool) -> Iterable[tuple[str, str, Any]]:
+    """Whose setting, which, and its value: the template is a data set's, a solver's a label's."""
+    for dataset, entries in logs.items():
+        for key, value in entries.get(SETTINGS, {}).items():
+            if key in MODEL if model_alone else key != "seed":
+                yield dataset if key == "template" or model_alone else "", key, value
+        for label, entry in entries.items() if not model_alone else ():
+            for key, value in entry.get("solver", {}).get("settings", {}).items():
+                yield f"{dataset} / {label}", key, value
 
 
 def read_args(path: str | Path) -> list[argparse.Namespace]:
@@ -346,11 +399,14 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
 def run_places(folder: str | Path, dataset: str) -> dict[str, str] | None:
     """Where the latest run of a data set into a results folder found its files, by the keys of
     `PLACES`, "" for nowhere; None if args.txt tells of no such run."""
-    runs = read_args(Path(folder) / ARGS)
-    for run in reversed(runs):
+    for run in reversed(read_args(Path(folder) / ARGS)):
         if getattr(run, "dataset", None) == dataset:
             return {key: getattr(run, key, None) or "" for key in PLACES}
     return None
+
+
+def _labels(logs: Logs) -> set[str]:
+    return {f"{dataset} / {label}" for dataset in logs for label in logs[dataset]}
 
 
 def _lines(path: Path) -> list[str]:

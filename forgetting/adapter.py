@@ -46,6 +46,7 @@ FIELDS = {
     "trainer": TEXT,
     "settings": OBJECT,
     "solver": OBJECT,
+    "record": OBJECT,
     "recipe": OBJECT,
 }
 _GROUPS: Rule = (
@@ -95,6 +96,7 @@ class Adapter:
         backbone, weights: architecture and SHA-256 (or origin) of the checkpoint that holds `W`.
         dataset, classes: what was forgotten.
         trainer: the method; settings and solver: its constants and its report, JSON values only.
+        record: what a run measured of it, see `evaluation.results`; empty of an adapter of no run.
         recipe, tensors: what `forgetting.compose` needs to solve again together with other
             adapters (`SHARED`, `PARTS`; `COLUMNS`, `BASE_COLUMNS`); empty if the method cannot.
 
@@ -112,6 +114,7 @@ class Adapter:
     trainer: str
     settings: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from evaluation.results import Finished, merge_results, place, split_label
+from evaluation.results import Results, split_label
 from forgetting import Adapter
 from forgetting.adapter import adapter_bytes
 
+SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
 
-def finished(dataset: str, label: str, entry: dict[str, Any], scale: float = 1.0) -> Finished:
-    """A request that is done, with an adapter of its own."""
-    adapter = Adapter(
-        left=scale * torch.ones(4, 1),
-        right=torch.ones(1, 3),
-        projection_sha256="0" * 64,
-        backbone="mini",
-        weights="abc",
-        dataset=dataset,
-        classes=split_label(label),
-        trainer="ForgetLoRA",
+
+def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), settings=None):
+    """The log entry of one class."""
+
+    def side(own, rest, other):
+        own_results = {"cls_acc_test": own, "no_cls_acc": rest, "acc_train": None}
+        return {dataset: {name: own_results}} | {o: {"all": {"all_ds": other}} for o in others}
+
+    return {
+        "final_results": side(after, 0.7, 0.5),
+        "zero_shot": side(before, 0.8, 0.6),
+        "solver": {"settings": settings or {"lamb_forget": 1.3}},
+    }
+
+
+def adapter(dataset: str, label: str, entry: dict[str, Any], settings=None, scale=1.0) -> bytes:
+    """The file of a finished request."""
+    record = {key: entry.get(key, {}) for key in ("final_results", "zero_shot")}
+    classes = split_label(label)
+    return adapter_bytes(
+        Adapter(
+            left=scale * torch.ones(4, 1),
+            right=torch.ones(1, 3),
+            projection_sha256="0" * 64,
+            backbone="mini",
+            weights="abc",
+            dataset=dataset,
+            classes=classes,
+            trainer="ForgetLoRA",
+            settings=settings or SETTINGS,
+            solver={"settings": {}} | entry.get("solver", {}),
+            record=record | {"indices": [ord(name[0]) for name in classes]},
+        )
     )
-    path = f"{place(dataset, label)}.safetensors"
-    return Finished(label, entry, adapter, adapter_bytes(adapter), path)
 
 
-def store(folder, dataset: str, settings: dict, label: str, entry: dict[str, Any], **more) -> None:
+def store(folder: str | Path, dataset: str, label: str, entry: dict, settings=None, **more) -> None:
     """Add one label's results to a folder."""
-    entry = {"solver": {"settings": {}}} | entry
-    merge_results(folder, dataset, settings, [finished(dataset, label, entry)], **more)
+    results = Results(folder)
+    data = adapter(dataset, label, entry, settings)
+    results.add(data, dataset, label, **{"overwrite": False} | more)
+    results.compile()

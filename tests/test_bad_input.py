@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from clip.bundle import bundle_path
 from tests.conftest import BACKBONE, REPOSITORY
+from tests.results_fixtures import entry, store
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -76,9 +77,8 @@ def broken_image(world: World) -> list[str]:
 
 
 def other_results(world: World) -> list[str]:
-    world.out.mkdir()
     settings = {"trainer": "ForgetLoRA", "backbone": "RN50"}
-    (world.out / "logs.json").write_text(json.dumps({"Caltech101": {"settings": settings}}))
+    store(world.out, "Caltech101", "minaret", entry("Caltech101", "minaret"), settings)
     return [*world.toy, "--forget", "cat"]
 
 
@@ -139,7 +139,7 @@ ROWS = {
     ),
     "architecture of bundles": (toy("--backbone", "RN50"), "backbones there: ViT-B-32"),
     "class": (toy("--forget", "sea_hors"), "no class 'sea_hors'.*nearest: 'sea_horse'"),
-    "no class listed": (toy(), "forget_cls.py or use --forget NAME"),
+    "no class listed": (toy(), "forget_cls.py or use --forget"),
     "all beside another": (toy("--forget", "all", "--forget", "cat"), "stands for every class"),
     "all classes at once": (toy("--forget", "all", "--multiclass"), "leave none to retain"),
     "trainer": (toy("--trainer", "ForgetLora"), "unknown trainer.*did you mean 'ForgetLoRA'"),
@@ -237,20 +237,13 @@ def test_the_toy_command_line_itself_is_good(toy_args):
     assert train.cli([*toy_args, "--forget", "cat"]) == 0
 
 
-def test_torn_logs_are_refused_and_kept_aside(tmp_path, toy_args, refused):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "logs.json").write_text('{"ToyAnimals": {"ca')
-    assert "logs.torn-" in refused([*toy_args, "--forget", "cat"])
-    (aside,) = (tmp_path / "out").glob("logs.torn-*.json")
-    assert aside.read_text() == '{"ToyAnimals": {"ca'
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("all_ds = [", r"forget_cls\.py, line 1: '\[' was never closed"),
-        ("all_ds = [Dogs]", r"forget_cls\.py, line 1: name 'Dogs' is not defined"),
-        ("all_ds = []; mini_ds = []", r"forget_cls\.py: it must define forget_classes_all"),
+        ("all_ds = [", r"forget_cls\.py: SyntaxError"),
+        ("all_ds = [Dogs]", r"forget_cls\.py: NameError: .*Dogs.* need quotes"),
+        ("all_ds = []; mini_ds = []", r"forget_cls\.py: .*forget_classes_all"),
+        ("all_ds = mini_ds = []; forget_classes_all = {'A': 'cat'}", r"forget_cls\.py: .*a list"),
     ],
 )
 def test_a_mistake_in_forget_cls_is_one_line(

@@ -222,9 +222,9 @@ def test_ascent_reports_what_it_reached(method, capsys):
 
 
 ROWS = {
-    "target of none": ("ForgetZero", ["--target", "empty"], "sends texts nowhere.*not 'empty'"),
+    "target of none": ("ForgetZero", ["--target", "empty"], "FORGET.TARGET"),
     "specific": ("ForgetUCE", ["--target", "specific"], "specific needs the weighted retain set"),
-    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "for ForgetLoRA choose empty"),
+    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "ForgetLoRA takes empty"),
     "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
     "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
     "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be a number above 0"),

@@ -267,7 +267,7 @@ def test_a_file_of_somebody_else_is_refused_before_the_sets_are_read(tmp_path, c
 
 def test_a_torn_log_is_not_taken_for_no_results(tmp_path):
     (tmp_path / "logs.json").write_text("{")
-    with pytest.raises(ProblemError, match="is torn"):
+    with pytest.raises(ProblemError, match="holds no logs"):
         compare("RN50", tmp_path, {"Caltech101": Counts(1, Counter(), True)})
 
 

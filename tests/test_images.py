@@ -209,7 +209,7 @@ def test_what_are_no_images_is_one_line(tmp_path, refused, capsys):
         argv = ["--images", str(tmp_path / images), "--backbone", "mini", "--forget", "x"]
         assert message in refused([*argv, "--output-dir", str(tmp_path / "out")])
     argv = ["--images", str(tmp_path / "Food101"), "--dataset", "pies", "--features", str(tmp_path)]
-    assert "leave one out" in refused([*argv, "--output-dir", str(tmp_path / "out")])
+    assert "leave them out" in refused([*argv, "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     assert run(check.main, []) == 2 and "give ROOT, or --images" in capsys.readouterr().err
 

@@ -1,9 +1,10 @@
-"""logs.json and args.txt: merged, atomic, guarded, and read by create_results."""
+"""Adapters as records, logs.json compiled from them, and create_results on top."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -13,18 +14,9 @@ import pytest
 from hypothesis import given
 
 from engine.files import sha256_file
-from evaluation.results import (
-    check_folder,
-    is_done,
-    join_label,
-    merge_args,
-    merge_results,
-    place,
-    read_logs,
-    split_label,
-)
+from evaluation.results import Results, add_args, join_label, place, read_logs, split_label
 from forgetting.errors import ProblemError
-from tests.results_fixtures import finished, store
+from tests.results_fixtures import SETTINGS, adapter, entry, store
 from utils import (
     compare_results,
     compute_avg_gain,
@@ -34,124 +26,146 @@ from utils import (
     summarise,
 )
 
-SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
+CHOSEN = {"lamb_forget": 1.3}
 
 
-def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), settings=None):
-    def side(own, rest, other):
-        own_results = {"cls_acc_test": own, "no_cls_acc": rest, "acc_train": None}
-        return {dataset: {name: own_results}} | {o: {"all": {"all_ds": other}} for o in others}
-
-    return {
-        "final_results": side(after, 0.7, 0.5),
-        "zero_shot": side(before, 0.8, 0.6),
-        "solver": {"settings": settings or {"lamb_forget": 1.3}},
-    }
-
-
-def test_merging_keeps_what_is_there(tmp_path):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    store(tmp_path, "A", SETTINGS, "cat|dog", entry(name="dog"))
-    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", others=("A",)))
-    logs = read_logs(tmp_path)
-    assert set(logs) == {"A", "B"} and set(logs["A"]) == {"settings", "cat", "cat|dog"}
-    named = {
-        "adapter": "A/cat.safetensors",
-        "adapter_sha256": sha256_file(tmp_path / "A/cat.safetensors"),
-    }
-    assert logs["A"]["cat"] == entry() | {"solver": entry()["solver"] | named}
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
-
-
-def test_numbers_keep_full_precision(tmp_path):
+def test_logs_are_the_entries_of_the_adapters_in_the_order_of_the_classes(tmp_path):
     third = 1 / 3
-    store(tmp_path, "A", SETTINGS, "cat", entry(before=third))
-    assert read_logs(tmp_path)["A"]["cat"]["zero_shot"]["A"]["cat"]["cls_acc_test"] == third
+    store(tmp_path, "B", "x", entry("B", "x", others=("A",)))
+    store(tmp_path, "A", "dog", entry(name="dog"))
+    store(tmp_path, "A", "cat|dog", entry(name="dog"))
+    store(tmp_path, "A", "cat", entry(before=third))
+    logs = read_logs(tmp_path)
+    assert list(logs) == ["A", "B"] and list(logs["A"]) == ["settings", "cat", "dog", "cat|dog"]
+    path = tmp_path / "A/cat.safetensors"
+    named = {"adapter": "A/cat.safetensors", "adapter_sha256": sha256_file(path)}
+    expected = entry(before=third)
+    assert logs["A"]["cat"] == expected | {"solver": expected["solver"] | named}
+    assert logs["A"]["settings"] == SETTINGS | {"kwargs": {}}
+    assert not list(tmp_path.rglob(".tmp*"))
+    # The adapters are the record: logs.json can be lost, or torn, and nothing else is.
+    for text in (None, "", '{"A": {"ca'):
+        (tmp_path / "logs.json").unlink() if text is None else (tmp_path / "logs.json").write_text(
+            text
+        )
+        Results(tmp_path).compile()
+        assert read_logs(tmp_path) == logs
+    written = (tmp_path / "logs.json").stat()
+    Results(tmp_path).compile()  # nothing is new
+    assert (tmp_path / "logs.json").stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_what_no_run_wrote_is_no_result(tmp_path):
+    """Copies, damaged files, files of others and pipes lie beside the adapters."""
+    store(tmp_path, "A", "cat", entry())
+    good = (tmp_path / "A/cat.safetensors").read_bytes()
+    (tmp_path / "A/copy.safetensors").write_bytes(good)
+    (tmp_path / "A/torn.safetensors").write_bytes(good[:200])
+    (tmp_path / "A/empty.safetensors").write_bytes(b"")
+    (tmp_path / "A/zeros.safetensors").write_bytes(bytes(500))
+    (tmp_path / "A/link.safetensors").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "A/pipe.safetensors")
+    Results(tmp_path).compile()
+    assert set(read_logs(tmp_path)["A"]) == {"settings", "cat"}
 
 
 WRITER = """
 import sys
-from tests.results_fixtures import store
-folder, dataset = sys.argv[1:]
-for number in range(25):
-    entry = {"final_results": {dataset: {f"c{number}": {"cls_acc_test": 0.0, "no_cls_acc": 1.0}}}}
-    store(folder, dataset, {"trainer": "T", "backbone": "b"}, f"c{number}", entry)
+from evaluation.results import Results
+from tests.results_fixtures import adapter, entry
+folder, dataset, start = sys.argv[1:]
+results = Results(folder)
+for number in range(int(start), int(start) + 25):
+    name = f"c{number}"
+    results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, overwrite=False)
+results.compile()
 """
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
     processes = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in "AAB"
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, start])
+        for name, start in (("A", "0"), ("A", "20"), ("B", "0"))
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     logs = read_logs(tmp_path)
-    assert all(len(logs[name]) == 26 for name in "AB")
+    assert len(logs["A"]) == 46 and len(logs["B"]) == 26
 
 
-@pytest.mark.parametrize("key", ["trainer", "backbone"])
+@pytest.mark.parametrize("key", ["trainer", "backbone", "precision", "weights"])
 def test_results_of_another_kind_are_refused(tmp_path, key):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    for dataset in ("A", "B"):
+    kept = SETTINGS | {"precision": "fp32"}
+    store(tmp_path, "A", "cat", entry(), kept)
+    results = Results(tmp_path)
+    results.check("A", kept)
+    with pytest.raises(ProblemError, match=f"{key}.*another ATTEMPT"):
+        results.check("A", kept | {key: "other"})
+    if key == "weights":  # a set of its own may be of others
+        results.check("B", kept | {key: "other"})
+    else:
         with pytest.raises(ProblemError, match="another ATTEMPT"):
-            check_folder(tmp_path, dataset, SETTINGS | {key: "other"})
-        with pytest.raises(ProblemError, match="another ATTEMPT"):
-            store(tmp_path, dataset, SETTINGS | {key: "other"}, "dog", entry())
-    assert set(read_logs(tmp_path)) == {"A"}
-    check_folder(tmp_path, "A", SETTINGS)
+            results.check("B", kept | {key: "other"})
+    for name in ("logs.json", "args.txt", "audit.csv"):
+        with pytest.raises(ProblemError, match="rename the data set"):
+            results.check(name, kept)
 
 
-@pytest.mark.parametrize("name", ["logs.json", "args.txt", "audit.csv", "logs.json.lock"])
-def test_no_set_is_called_as_a_file_of_the_folder(tmp_path, name):
-    with pytest.raises(ProblemError, match=f"has a file {name}; call the data set otherwise"):
-        check_folder(tmp_path, name, SETTINGS)
-
-
-def test_other_weights_are_refused_for_the_same_data_set(tmp_path):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    with pytest.raises(ProblemError, match="weights"):
-        check_folder(tmp_path, "A", SETTINGS | {"weights": "def"})
-
-
-def test_done_means_the_same_solver_settings_and_the_adapter_of_the_logs(tmp_path):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
-    assert is_done(tmp_path, logs, "A", "cat", same)
-    assert not is_done(tmp_path, logs, "A", "dog", same)
+def test_done_means_an_adapter_with_the_same_settings(tmp_path):
+    store(tmp_path, "A", "cat", entry())
+    results = Results(tmp_path)
+    assert results.is_done("A", "cat", CHOSEN) and not results.is_done("A", "dog", CHOSEN)
     with pytest.raises(ProblemError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
-        is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.1})
-    path = tmp_path / "A" / "cat.safetensors"
-    path.write_bytes(finished("A", "cat", entry(), scale=2.0).data)  # killed before the logs
-    assert not is_done(tmp_path, logs, "A", "cat", same)
-    path.unlink()
-    assert not is_done(tmp_path, logs, "A", "cat", same)
+        results.is_done("A", "cat", {"lamb_forget": 1.1})
+    # With --save-model the model and its config are part of what is done.
+    assert not results.is_done("A", "cat", CHOSEN, model=True)
+    (tmp_path / "A/cat.pt").write_text("model")
+    assert not results.is_done("A", "cat", CHOSEN, model=True)
+    (tmp_path / "A/cat.json").write_text("config")
+    assert results.is_done("A", "cat", CHOSEN, model=True)
+    (tmp_path / "A/cat.safetensors").unlink()
+    assert not Results(tmp_path).is_done("A", "cat", CHOSEN)
 
 
 def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    before = read_logs(tmp_path)
-    other = entry(after=0.5, settings={"lamb_forget": 1.1})
-    late = [finished("A", "cat", other, scale=2.0), finished("A", "dog", other, scale=3.0)]
+    late = Results(tmp_path)  # began when the folder was empty
+    store(tmp_path, "A", "cat", entry())
+    before = (tmp_path / "A/cat.safetensors").read_bytes()
+    data = adapter("A", "cat", entry(settings={"lamb_forget": 1.1}), scale=2.0)
     with pytest.raises(ProblemError, match="--overwrite"):
-        merge_results(tmp_path, "A", SETTINGS, late)
-    logs = read_logs(tmp_path)
-    assert logs["A"]["cat"] == before["A"]["cat"] and "dog" in logs["A"]
-    assert is_done(tmp_path, logs, "A", "cat", {"lamb_forget": 1.3})
-    merge_results(tmp_path, "A", SETTINGS, late, overwrite=True)
-    assert is_done(tmp_path, read_logs(tmp_path), "A", "cat", {"lamb_forget": 1.1})
+        late.add(data, "A", "cat", overwrite=False)
+    assert (tmp_path / "A/cat.safetensors").read_bytes() == before
+    late.add(data, "A", "cat", overwrite=True)
+    assert Results(tmp_path).is_done("A", "cat", {"lamb_forget": 1.1})
+
+
+def test_logs_that_were_not_made_from_adapters_are_left_alone(tmp_path):
+    path = tmp_path / "logs.json"
+    theirs = json.dumps({"A": {"cat": {"final_results": entry()["final_results"]}}})
+    for text in (theirs, "[1, 2]", '{"A": 3}', "my notes"):
+        path.write_text(text)
+        with pytest.raises(ProblemError, match="another ATTEMPT"):
+            Results(tmp_path)
+        assert path.read_text() == text
+    # Results of an older program: the adapter is there, and holds no record.
+    path.write_text(json.dumps({"A": {"cat": entry() | {"solver": {"adapter": "A/cat.st"}}}}))
+    Results(tmp_path)
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A/cat.st").write_text("old")
+    with pytest.raises(ProblemError, match="another ATTEMPT"):
+        Results(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    for read in (Results, read_logs, create_results):
+        with pytest.raises(ProblemError):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
-def test_torn_logs_are_kept_aside(tmp_path, text):
+def test_logs_that_cannot_be_read_are_one_line(tmp_path, text):
     (tmp_path / "logs.json").write_text(text)
-    with pytest.raises(ProblemError, match="is torn"):
+    with pytest.raises(ProblemError, match=r"logs\.json"):
         read_logs(tmp_path)
-    assert (tmp_path / "logs.json").read_text() == text  # reading moves nothing
-    with pytest.raises(ProblemError, match=r"kept as logs\.torn"):
-        store(tmp_path, "A", SETTINGS, "cat", entry())
-    (aside,) = tmp_path.glob("logs.torn-*.json")
-    assert aside.read_text() == text
-    store(tmp_path, "A", SETTINGS, "cat", entry())  # the next run starts anew
-    assert aside.read_text() == text
+    assert (tmp_path / "logs.json").read_text() == text  # reading changes nothing
 
 
 def test_places_are_distinct_short_and_inside():
@@ -168,43 +182,36 @@ def test_labels_tell_classes_apart(classes):
     assert split_label(join_label(classes)) == classes
 
 
-def test_a_label_is_the_name_where_there_is_no_bar():
-    assert join_label(["a", "b"]) == "a|b" and split_label("Pekinese|toy poodle")[1] == "toy poodle"
-    assert join_label(["a|b"]) == r"a\|b" and split_label(r"x\y") == [r"x\y"]
-
-
 def test_a_class_with_a_bar_and_two_classes_at_once(tmp_path):
+    assert join_label(["a", "b"]) == "a|b" and join_label(["a|b"]) == r"a\|b"
     one, two = join_label(["a|b"]), join_label(["a", "b"])
     both = entry(name="a")
     for side in ("final_results", "zero_shot"):
         both[side]["A"]["b"] = both[side]["A"]["a"]
-    store(tmp_path, "A", SETTINGS, one, entry(name="a|b"))
-    store(tmp_path, "A", SETTINGS, two, both)
-    logs, same = read_logs(tmp_path), {"lamb_forget": 1.3}
-    assert len({logs["A"][label]["solver"]["adapter"] for label in (one, two)}) == 2
-    assert all(is_done(tmp_path, logs, "A", label, same) for label in (one, two))
+    store(tmp_path, "A", one, entry(name="a|b"))
+    store(tmp_path, "A", two, both)
+    results = Results(tmp_path)
+    assert all(results.is_done("A", label, CHOSEN) for label in (one, two))
     assert create_results(tmp_path)[0].name.tolist() == [one]
     assert create_results(tmp_path, multiclass=True)[0].name.tolist() == [two]
-    logs["A"][two] = logs["A"][one]  # as it was written before names with a bar were told apart
-    with pytest.raises(ProblemError, match=r"classes \['a|b'\] -> \['a', 'b'\]"):
-        is_done(tmp_path, logs, "A", two, same)
 
 
-def test_args_keep_every_command_line_once(tmp_path):
-    for line in ("Namespace(a=1)", "Namespace(a=2)", "Namespace(a=1)"):
-        merge_args(tmp_path, line)
-    assert (tmp_path / "args.txt").read_text().splitlines() == ["Namespace(a=2)", "Namespace(a=1)"]
+def test_args_end_with_the_latest_command_line(tmp_path):
+    for line in ("Namespace(a=1)", "Namespace(a=2)", "Namespace(a=2)", "Namespace(a=1)"):
+        add_args(tmp_path, line)
+    lines = (tmp_path / "args.txt").read_text().splitlines()
+    assert lines == ["Namespace(a=1)", "Namespace(a=2)", "Namespace(a=1)"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    store(tmp_path, "A", SETTINGS, "cat", entry())
-    store(tmp_path, "B", SETTINGS, "x", entry("B", "x", 1.0, 0.0, others=("A",)))
+    store(tmp_path, "A", "cat", entry())
+    store(tmp_path, "B", "x", entry("B", "x", 1.0, 0.0, others=("A",)))
     both = entry()
     for side, value in (("final_results", 0.3), ("zero_shot", 0.5)):
         both[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
-    store(tmp_path, "A", SETTINGS, "cat|dog", both)
-    merge_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
+    store(tmp_path, "A", "cat|dog", both)
+    add_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
     return tmp_path
 
 
@@ -415,12 +422,3 @@ def test_equal_methods_do_not_hide_each_other_and_losses_have_their_own_scale(
         assert low < min(0, points.min()) and max(1, points.max()) < high < 1.1 * max(
             1, points.max()
         )
-
-
-def test_one_folder_holds_one_precision(tmp_path):
-    """Embeddings of two precisions make no table, of whichever data sets."""
-    kept = {"backbone": "mini", "trainer": "ForgetExact", "precision": "bf16"}
-    (tmp_path / "logs.json").write_text(json.dumps({"MiniDigits": {"settings": kept}}))
-    check_folder(tmp_path, "MiniShapes", kept)
-    with pytest.raises(ProblemError, match="precision 'bf16', this run has 'fp32'"):
-        check_folder(tmp_path, "MiniShapes", kept | {"precision": "fp32"})

@@ -12,7 +12,7 @@ import pytest
 import utils
 from engine.cli import run
 from forgetting.errors import ProblemError
-from tests.test_results import SETTINGS, entry
+from tests.results_fixtures import SETTINGS, entry
 from utils import compare_results, compute_avg_gain, create_results, summarise
 
 ODD = r"a_b & 50% {\x} #1 ~^"

@@ -81,7 +81,7 @@ def test_other_settings_need_overwrite(toy_args):
 
 
 def test_a_killed_run_goes_on_at_its_block_with_the_same_results(toy_args, monkeypatch, tmp_path):
-    monkeypatch.setattr(ForgetLoRA, "block", 2)
+    monkeypatch.setattr(ForgetLoRA, "batch_size", 2)
     whole = [*toy_args, "--output-dir", str(tmp_path / "whole"), "--forget", "all"]
     expected = logs_of(train.main(whole))["ToyAnimals"]
     solve, calls = ForgetLoRA.solve, []

@@ -1,18 +1,18 @@
-"""The walk that every forgetting trainer shares: requests in blocks, one solve, evaluation, logs.
+"""What all forgetting trainers share: inputs, the walk over the requests, and what is kept of each.
 
-A method is one small subclass: what it retains and where it sends texts by default, what its solver
-depends on, and `solve` from requests to low-rank changes.
+A method is a subclass of `ForgetTrainer` that says what its settings are, what it retains and which
+targets it takes, and that solves requests: from class texts to low-rank edits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,17 @@ from torch import Tensor, nn
 import datasets
 from clip.apply import save_full_model
 from clip.architectures import architecture
-from clip.bundle import load_bundles
+from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import retain_set
 from clip.source import ClipSource
-from engine import SimpleTrainer
+from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import ForgetSettings, check
 from engine.determinism import one_thread, seeded
-from engine.files import Batch as FileBatch
-from engine.files import sweep
 from engine.log import logger, progress
 from engine.sink import Sink, require
-from evaluation.results import (
-    Finished,
-    check_folder,
-    is_done,
-    join_label,
-    merge_results,
-    place,
-    read_logs,
-)
+from evaluation.results import Results, join_label, model_files, place, read_logs
 from evaluation.rows import mean, rows_of
 from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Evaluator, accuracy
@@ -48,28 +38,38 @@ from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.errors import ProblemError
 from forgetting.io import finite
-from forgetting.problem import Batch, Request
+from forgetting.problem import Batch, LowRankEdit, Request
+from forgetting.targets import FURTHER
 from trainers.plan import Plan, make_plan
 from trainers.requests import Texts, check_prompts, check_target, read_prompts
 
-NAMED = 200  # characters of names that were done before, on the screen
+SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
+TARGETS = ("empty", "opposite", "orthogonal", "text:TEXT", "vector:FILE")
+
+# Each method and the dataclass of its own settings, TRAINER.METHOD.FIELD in capitals; None: it has
+# none. `register` enters them.
+SETTINGS: dict[str, type | None] = {}
+
+
+def register(method: type[ForgetTrainer]) -> type[ForgetTrainer]:
+    """Enter a method in Dassl's registry of trainers, and its settings in `SETTINGS`."""
+    SETTINGS[method.__name__] = vars(method).get("settings_type")
+    return TRAINER_REGISTRY.register()(method)
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What a method found for one request: `Delta = left @ right`.
+class Solved(LowRankEdit):
+    """What a method found for one request.
 
     Attributes:
-        report: of JSON values, for the logs; notes: lines for the reader.
+        report: JSON values for the logs; notes: lines for the reader.
         removed: class names that leave the deployed list (`ZeroShot.predict`).
-        recipe: what composing needs beside the classes' parts; empty if the answer does not
-            compose. parts: one a class of the request.
+        recipe, parts: what composing needs, of the request and of each of its classes; empty if the
+            edit does not compose.
         curves: what changed from step to step of a descent, for `--log`.
     """
 
-    left: Tensor  # (w, r)
-    right: Tensor  # (r, d)
     report: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     removed: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class Solved:
 
 
 class AdaptedProjection(nn.Module):
-    """CLIP's text projection, frozen, with the low-rank adapter of the class in hand beside it."""
+    """CLIP's text projection, frozen, with the low-rank edit of the class in hand beside it."""
 
     def __init__(self, projection: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -96,178 +96,305 @@ class AdaptedProjection(nn.Module):
 
 
 class ForgetTrainer(SimpleTrainer):
-    """Forgets the classes of one data set with one backbone and one seed.
+    """Forgets classes of one data set with one backbone and one seed.
 
-    Images never train anything, so there are no training loaders: `build_data_loader` brings the
-    feature bundles (made by CLIP, cached, or given), and `train` walks over the requests.
+    Images never train anything, so there are no training loaders: the feature bundles (made by
+    CLIP, cached, or given) are read when the first request is solved, and `train` walks over the
+    requests.
+
+    Attributes of a method:
+        name: in logs.
+        settings_type: dataclass of its own settings; None: it has none.
+        targets: where it can send texts; empty: it sends them nowhere.
+        retains: groups of names that it retains, each name with weight 1.
+        options: keys of FORGET that have an effect on some methods alone, and on this one.
+        batch_size: number of requests that are solved together.
     """
 
     name: str
-    block: ClassVar[int] = 1  # requests that are solved together
-    sends: ClassVar[bool] = True  # whether the method sends texts to a target
-    specific: ClassVar[bool] = False  # whether it knows the target of that name
-    terms: ClassVar[bool] = False  # whether it minimises the paper's loss (FORGET.TERMS)
-    weighs: ClassVar[bool] = False  # whether names may weigh more than others (FORGET.PROTECT)
+    settings_type: type | None = None
+    targets: tuple[str, ...] = TARGETS
+    retains: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    batch_size = 1
+
+    # What is refused before anything is read
 
     @classmethod
     def preflight(cls, cfg) -> Plan:
-        """Refuse, from names and settings alone, what cannot run; nothing is written or encoded."""
+        """The plan of a run. Whatever cannot run is refused from names and settings alone; nothing
+        is written or encoded."""
         check(cfg)
         require(cfg.LOG)
-        if not cfg.FEATURES.DIR:  # unknown names, before any file of theirs is looked at
+        if not cfg.FEATURES.DIR:  # unknown names, before any of their files is looked for
             architecture(cfg.MODEL.BACKBONE.NAME)
             datasets.spec(cfg.DATASET.NAME, cfg.DATASET.IMAGES)
-        cls.check_target(cfg)
-        read_prompts(cfg)
+        cls.check_target(cfg.FORGET.TARGET, cfg.FORGET.BETA)
         cls.check_settings(cfg)
-        plan = make_plan(cfg)
-        if plan.protect and not cls.weighs:
-            raise ProblemError(f"{cls.__name__} weighs no names: FORGET.PROTECT is for ForgetExact")
-        if not cls.terms and set(cfg.FORGET.TERMS) != set(ForgetSettings().terms):
-            raise ProblemError(
-                f"FORGET.TERMS is for the paper's loss, which {cls.__name__} has not"
-            )
+        for option, default in (("PROTECT", ()), ("TERMS", ForgetSettings().terms)):
+            if option not in cls.options and set(cfg.FORGET[option]) != set(default):
+                raise ProblemError(f"FORGET.{option} has no effect on {cls.__name__}; leave it out")
+        plan = make_plan(cfg, read_prompts(cfg))
+        if plan.protect and "PROTECT" not in cls.options:
+            raise ProblemError(f"{cls.__name__} cannot protect names, which forget_cls.py lists")
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
-        if not cfg.FEATURES.DIR:  # a bundle says its own, once it is read
+        if not cfg.FEATURES.DIR:  # a bundle says its own
             identity["precision"] = cfg.MODEL.PRECISION
-        check_folder(cfg.OUTPUT_DIR, plan.dataset, identity)
+        Results(cfg.OUTPUT_DIR).check(plan.dataset, identity)
         return plan
 
     @classmethod
-    def check_settings(cls, cfg) -> None:
-        """What no range of a single key says; raises ProblemError for impossible settings."""
+    def check_target(cls, kind: str, beta: float) -> None:
+        """Refuse a target that is none, or that the method cannot use."""
+        if cls.targets:
+            check_target(kind, beta)
+        elif kind:
+            raise ProblemError(f"{cls.__name__} has no target; leave FORGET.TARGET empty")
+        if kind == "specific" and kind not in cls.targets:
+            raise ProblemError(
+                f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; "
+                f"{cls.__name__} takes {', '.join(cls.targets)}"
+            )
 
     @classmethod
-    def check_target(cls, cfg) -> None:
-        """Refuse a target that is none, or that the method has no use for."""
-        kind, name = cfg.FORGET.TARGET, cls.__name__
-        if not cls.sends and kind:
-            raise ProblemError(
-                f"{name} sends texts nowhere: leave FORGET.TARGET empty, not {kind!r}"
-            )
-        if cls.sends:
-            check_target(kind, cfg.FORGET.BETA)
-        if kind == "specific" and not cls.specific:
-            raise ProblemError(
-                f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; for {name} "
-                "choose empty, opposite, orthogonal, text:TEXT or vector:FILE"
-            )
+    def check_settings(cls, cfg) -> None:
+        """Refuse settings that are impossible together."""
+
+    # Dassl's hooks
 
     def check_cfg(self, cfg) -> None:
-        """Dassl's hook, called before anything is built."""
+        """Make the plan; called before anything is built."""
         self.plan = self.preflight(cfg)
-        self.prompts = read_prompts(cfg)
 
     def build_data_loader(self) -> None:
-        """The bundle of the set, those of the other sets, and Dassl's names for the classes."""
-        cfg = self.cfg
-        backbone = cfg.MODEL.BACKBONE.NAME
-        names = [self.plan.dataset, *self.plan.others]
-        if cfg.FEATURES.DIR:
-            self.source = encode = None
-            bundles = load_bundles(cfg.FEATURES.DIR, backbone, names)
-        else:
+        """Find out which requests are not done yet; read features only if there are some."""
+        cfg, plan = self.cfg, self.plan
+        self.source: ClipSource | None = None
+        if not cfg.FEATURES.DIR:
             weights, precision = cfg.MODEL.INIT_WEIGHTS or None, cfg.MODEL.PRECISION
-            self.source = ClipSource(backbone, weights, cfg.FEATURES.CACHE, self.device, precision)
-            encode = FeatureCache(self.source, cfg.FEATURES.CACHE).texts
+            model = cfg.MODEL.BACKBONE.NAME, weights, cfg.FEATURES.CACHE
+            self.source = ClipSource(*model, self.device, precision)
+        for name, reason in plan.absent.items():
+            logger.info(f"not evaluated: {name} ({reason})")
+        self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
+        self.num_classes = len(plan.classnames)
+        self.num_source_domains = 0
+        self.lab2cname = dict(enumerate(plan.classnames))
+        self.results = Results(cfg.OUTPUT_DIR)
+        self.run_settings = self._run_settings()
+        self.results.check(plan.dataset, self.run_settings)
+        self.pending = self._pending()
+
+    def build_model(self) -> None:
+        """The text projection with an edit: all of CLIP that forgetting changes."""
+        self.model = None
+        if not self.pending:
+            return
+        bundle = self.bundle
+        self.model = AdaptedProjection(bundle.text_projection, bundle.text_bias).to(self.device)
+        self.register_model("text_projection", self.model)
+        logger.info(
+            f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
+            f"{len(bundle.retain_names)} retained names, projection "
+            f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
+        )
+
+    def test(self, split: str | None = None) -> float | None:
+        """Zero-shot accuracy of the set with the projection as it is."""
+        own = self.evaluator.own
+        return accuracy(own.correct_before if self.model is None else own.correct([self.model])[0])
+
+    # Inputs, each read or computed when it is first used
+
+    @cached_property
+    def bundles(self) -> dict[str, FeatureBundle]:
+        """Features of the set itself and of the sets beside it, by name."""
+        cfg, plan = self.cfg, self.plan
+        names = [plan.dataset, *plan.others]
+        if self.source is None:
+            bundles = load_bundles(cfg.FEATURES.DIR, cfg.MODEL.BACKBONE.NAME, names)
+        else:
             bundles = {
                 name: build_bundle(
                     name,
                     self.source,
                     cfg.DATASET.ROOT,
                     cfg.FEATURES.CACHE,
-                    template=(cfg.DATASET.TEMPLATE or None) if name == names[0] else None,
+                    template=(cfg.DATASET.TEMPLATE or None) if name == plan.dataset else None,
                     batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
                     workers=cfg.DATALOADER.NUM_WORKERS,
-                    own=cfg.DATASET.IMAGES if name == names[0] else "",
+                    own=cfg.DATASET.IMAGES if name == plan.dataset else "",
                 )
                 for name in names
             }
-        for name, reason in self.plan.absent.items():
-            logger.info(f"not evaluated: {name} ({reason})")
-        self.bundle = bundles.pop(self.plan.dataset)
-        self.others = bundles
-        check_prompts(self.prompts, self.bundle)
-        self.texts = Texts(self.bundle, encode, self.prompts)
-        self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
-        self.num_classes = len(self.bundle.classnames)
-        self.num_source_domains = 0
-        self.lab2cname = dict(enumerate(self.bundle.classnames))
+        check_prompts(plan.prompts, bundles[plan.dataset])
+        return bundles
 
-    def build_model(self) -> None:
-        """The text projection with an adapter: all of CLIP that forgetting changes."""
-        self.model = AdaptedProjection(self.bundle.text_projection, self.bundle.text_bias)
-        self.model.to(self.device)
-        self.register_model("text_projection", self.model)
-        bundle = self.bundle
-        logger.info(
-            f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
-            f"{len(bundle.retain_names)} retained names, projection "
-            f"{tuple(bundle.text_projection.shape)}, solving on {self.device}"
-        )
-        self.pending = self._pending()
+    @property
+    def bundle(self) -> FeatureBundle:
+        return self.bundles[self.plan.dataset]
 
-    def group_weights(self) -> dict[str, float | None]:
-        """Weights of the groups of names that the method retains; none by default."""
-        return {}
+    @property
+    def others(self) -> dict[str, FeatureBundle]:
+        return {name: self.bundles[name] for name in self.plan.others}
+
+    @cached_property
+    def texts(self) -> Texts:
+        encode = self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
+        return Texts(self.bundle, encode, self.plan.prompts)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.bundle, self.others)
+
+    @cached_property
+    def projection_sha256(self) -> str:
+        return projection_sha256(self.bundle.text_projection)
+
+    @cached_property
+    def settings(self) -> Any:
+        """The method's own settings."""
+        node = self.cfg.TRAINER.get(type(self).__name__.upper(), {})
+        return self.settings_type(**{key.lower(): value for key, value in node.items()})
 
     @cached_property
     def retain(self) -> RetainSet:
-        """What may be retained, made once for all requests."""
+        """The names that may be retained, the same for all requests."""
         retain = self.retained_names()
-        shown = [
+        counts = [
             f"{count} {group} (each text weighs {retain.weights[group] / count:.3g})"
             for group, count in retain.counts.items()
         ]
-        logger.info(f"retained: {', '.join(shown) or 'nothing'}")
+        logger.info(f"retained: {', '.join(counts) or 'nothing'}")
         return retain
 
     def retained_names(self) -> RetainSet:
-        """The names by the method's weights."""
+        """The names of the groups that the method retains."""
         others, similarity = list(self.others.values()), float(self.cfg.FORGET.SIMILARITY)
-        return retain_set(self.bundle, others, self.group_weights(), similarity, self.device)
+        weights = dict.fromkeys(self.retains)
+        return retain_set(self.bundle, others, weights, similarity, self.device)
 
-    def solver_settings(self) -> dict[str, Any]:
-        """The constants that make two solves the same, JSON values only; kept in the logs."""
-        kind = self.cfg.FORGET.TARGET
-        settings: dict[str, Any] = {"target": kind} if kind else {}
+    # Settings, by which results are known
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What all results of one data set in one folder have in common."""
+        if self.source is None:
+            b = self.bundle
+            model = b.backbone, b.weights, b.precision, b.template, b.split, b.model
+        else:
+            s, data = self.source, datasets.spec(self.plan.dataset, self.cfg.DATASET.IMAGES)
+            template = self.cfg.DATASET.TEMPLATE or data.template
+            model = s.arch, s.weights_sha256, s.precision, template, "test", s.architecture.sha
+        keys = ("backbone", "weights", "precision", "template", "split", "model")
+        settings = {"trainer": self.cfg.TRAINER.NAME, "seed": self.cfg.SEED}
+        return settings | {key: value for key, value in zip(keys, model, strict=True) if value}
+
+    def chosen_settings(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The settings that were chosen for a request, JSON values, known before anything is
+        encoded. What a method computes from them is in its report."""
+        forget, kind = self.cfg.FORGET, self.cfg.FORGET.TARGET
+        chosen: dict[str, Any] = {"target": kind} if kind else {}
         if kind == "empty":
-            settings["noise_std"] = float(self.cfg.FORGET.NOISE_STD)
-        if kind in ("opposite", "specific"):
-            settings["beta"] = float(self.cfg.FORGET.BETA)
-        if self.prompts:
-            settings["prompts"] = self.prompts
+            chosen["noise_std"] = float(forget.NOISE_STD)
+        if kind in FURTHER:
+            chosen["beta"] = float(forget.BETA)
+        own = {datasets.key(name) for name in classes}
+        prompts = {name: x for name, x in self.plan.prompts.items() if datasets.key(name) in own}
+        if prompts:
+            chosen["prompts"] = prompts
         if self.plan.protect:
-            settings["protect"] = self.plan.protect
-        if self.group_weights():
-            settings["similarity"] = float(self.cfg.FORGET.SIMILARITY)
-            settings["statistics"] = self.retain.statistics.sha256
-        return settings | self.constants()
+            chosen["protect"] = self.plan.protect
+        if self.retains:
+            chosen["similarity"] = float(forget.SIMILARITY)
+            if "vocabulary" in self.retains:
+                chosen["vocabulary_sha256"] = self.plan.vocabulary_sha256
+            if "others" in self.retains:
+                chosen["other_sets"] = self.plan.others
+        return chosen | self.method_settings()
 
-    def constants(self) -> dict[str, Any]:
-        """The method's own: by default those of its node in the config."""
-        node = self.cfg.TRAINER.get(type(self).__name__.upper(), {})
-        return {key.lower(): value for key, value in node.items()}
+    def method_settings(self) -> dict[str, Any]:
+        """The settings of the method alone."""
+        return asdict(self.settings) if self.settings_type else {}
+
+    def _pending(self) -> list[list[str]]:
+        """The requests that are not done yet."""
+        forget, dataset, done, pending = self.cfg.FORGET, self.plan.dataset, [], []
+        for classes in self.plan.requests:
+            label, chosen = join_label(classes), self.chosen_settings(classes)
+            if not forget.OVERWRITE and self.results.is_done(
+                dataset, label, chosen, forget.SAVE_MODEL
+            ):
+                done.append(label)
+            else:
+                pending.append(classes)
+        if done:
+            names = shorten(", ".join(done), SHOWN, placeholder=" ...")
+            total = len(self.plan.requests)
+            logger.info(f"done before, skipped: {dataset}, {len(done)} of {total} ({names})")
+        return pending
+
+    # The walk
+
+    def train(self) -> None:
+        """Forget every request of the plan that is not done yet, each from the original model.
+
+        Each adapter is written as soon as it is evaluated: a killed run loses the requests that
+        are solved together at that moment.
+        """
+        dataset, pending = self.plan.dataset, self.pending
+        self.results.compile()
+        self.bar = progress(desc=dataset, total=len(pending))
+        self.sink = Sink(self.cfg.LOG, self.results.folder / place(dataset) / SINK)
+        try:
+            with self.sink, self.bar:
+                for start in range(0, len(pending), self.batch_size):
+                    self.forget(pending[start : start + self.batch_size])
+        finally:  # also on an error or Ctrl-C
+            if pending:
+                self.results.compile()
+        for line in next_commands(self.results.folder, self.run_settings, self.cfg):
+            logger.info(line)
+
+    def forget(self, block: list[list[str]]) -> None:
+        """Solve a block of requests together, evaluate the answers, and write an adapter of each."""
+        labels = [join_label(classes) for classes in block]
+        requests = Batch([self.texts.request(classes) for classes in block])
+        # Random numbers of one request are the same in a resumed run, whatever ran before.
+        seeds = [seeded(self.cfg.SEED, self.plan.dataset, label) for label in labels]
+        self.read(requests)
+        started = time.perf_counter()
+        with one_thread():
+            answers = self.solve(requests, seeds)
+            seconds = (time.perf_counter() - started) / len(block)
+            self._check(labels, answers)
+            removed = [answer.removed for answer in answers]
+            accuracies = self.evaluator.after(block, answers, removed)
+        self.model.left, self.model.right = answers[-1].left, answers[-1].right
+        for classes, answer, after in zip(block, answers, accuracies, strict=True):
+            entry = self.to_entry(classes, answer, after, seconds)
+            self.write(classes, answer, entry)
+            self.show(join_label(classes), answer, entry)
+            self.bar.update()
 
     def read(self, requests: Batch) -> None:
         """Have the model read what a solve looks at beside its texts, so that encoding is not timed
         as solving; nothing by default."""
 
     def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
-        """Forget each request from the original model; a method that has nothing to share between
-        them says `solve_one` instead."""
+        """Forget each request from the original model. A method that has nothing to share between
+        requests overrides `solve_one` instead."""
         pairs = zip(requests, generators, strict=True)
         return [self.solve_one(request, generator) for request, generator in pairs]
 
     def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
-        """Forget one request, from the original model."""
-        raise NotImplementedError(f"{type(self).__name__} must solve")
+        """Forget one request from the original model."""
+        raise NotImplementedError(f"{type(self).__name__} must override solve or solve_one")
 
-    def targets(
+    def targets_without_bias(
         self, requests: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
-        """Where the texts are sent: (K, d), and how often noise was drawn for each request. Less
-        the model's bias, which nothing moves, so that `target - hidden @ projection` is the way."""
+        """Where the texts are sent, (K, d), less the model's bias, which no edit moves; and how
+        often noise was drawn for each request."""
         target, draws = self.embedded_targets(requests, generators)
         bias = self.bundle.text_bias
         return target if bias is None else target - bias.to(target), draws
@@ -275,175 +402,79 @@ class ForgetTrainer(SimpleTrainer):
     def embedded_targets(
         self, requests: Batch, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
-        """The same as embeddings."""
+        """The same with the bias."""
         forget = self.cfg.FORGET
         return self.texts.targets(
             forget.TARGET, float(forget.BETA), float(forget.NOISE_STD), requests, generators
         )
 
-    def run_settings(self) -> dict[str, Any]:
-        """What all results of one data set in one folder must share."""
-        known = {"model": self.bundle.model} if self.bundle.model else {}
-        return known | {
-            "trainer": self.cfg.TRAINER.NAME,
-            "backbone": self.bundle.backbone,
-            "weights": self.bundle.weights,
-            "precision": self.bundle.precision,
-            "template": self.bundle.template,
-            "split": self.bundle.split,
-            "seed": self.cfg.SEED,
-        }
-
-    def _pending(self) -> list[list[str]]:
-        """The requests that are not done yet.
-
-        Raises:
-            ProblemError: the output folder holds results of another kind; before anything is written.
-        """
-        folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
-        logs, settings = check_folder(folder, dataset, self.run_settings()), self.solver_settings()
-        done, pending = [], []
-        for classes in self.plan.requests:
-            label = join_label(classes)
-            if not self.cfg.FORGET.OVERWRITE and is_done(folder, logs, dataset, label, settings):
-                done.append(label)
-            else:
-                pending.append(classes)
-        if done:
-            names = shorten(", ".join(done), NAMED, placeholder=" ...")
-            total = len(self.plan.requests)
-            logger.info(f"done before, skipped: {dataset}, {len(done)} of {total} ({names})")
-        return pending
-
-    def train(self) -> None:
-        """Forget every request of the plan that is not done yet, each from the original model.
-
-        Requests are taken in blocks; what is done is written about once a second, so that a killed
-        run loses little and never consistency.
-        """
-        dataset = self.plan.dataset
-        folder, overwrite = Path(self.cfg.OUTPUT_DIR), self.cfg.FORGET.OVERWRITE
-        settings, solver_settings = self.run_settings(), self.solver_settings()
-        pending = self.pending
-        sweep(folder, again=True)
-        if pending:
-            self.write_shared(folder)
-
-        def write(finished: list[Finished]) -> None:
-            merge_results(folder, dataset, settings, finished, overwrite)
-            if self.cfg.FORGET.SAVE_MODEL:
-                for one in finished:
-                    place_of_it = folder / one.entry["solver"]["model"]
-                    save_full_model(self.source, one.adapter, place_of_it)
-
-        self.bar = progress(desc=dataset, total=len(pending))
-        self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
-        with self.sink, self.bar, FileBatch(write) as batch:
-            for start in range(0, len(pending), self.block):
-                block = pending[start : start + self.block]
-                for finished in self.forget(block, settings, solver_settings):
-                    batch.add(finished)
-                self.bar.update(len(block))
-
-    def write_shared(self, folder: Path) -> None:
-        """Write what all adapters of a run refer to; nothing by default."""
-
-    def forget(
-        self, block: list[list[str]], settings: dict[str, Any], solver_settings: dict[str, Any]
-    ) -> list[Finished]:
-        """Solve a block of requests and evaluate each answer, before and after."""
-        dataset = self.plan.dataset
-        requests = Batch([self.texts.request(classes) for classes in block])
-        labels = [join_label(classes) for classes in block]
-        # Random numbers of one request: the same in a resumed run, whatever ran before.
-        generators = [seeded(self.cfg.SEED, dataset, label) for label in labels]
-        self.read(requests)
-        started = time.perf_counter()
-        with one_thread():
-            solved = self.solve(requests, generators)
-        seconds = (time.perf_counter() - started) / len(block)
-        for label, answer in zip(labels, solved, strict=True):
+    def _check(self, labels: Sequence[str], answers: Sequence[Solved]) -> None:
+        for label, answer in zip(labels, answers, strict=True):
             if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
                 raise ProblemError(
-                    f"the change for {label!r} of {dataset} is not finite: a weight, ridge or beta "
-                    "is out of range; nothing was saved for it"
+                    f"the change for {label!r} of {self.plan.dataset} is not finite: a weight, "
+                    "ridge or beta is out of range; nothing was saved for it"
                 )
-        self.model.left, self.model.right = solved[-1].left, solved[-1].right
-        factors = [(answer.left.cpu(), answer.right.cpu()) for answer in solved]
-        with one_thread():
-            accuracies = self.evaluator.after(block, solved, [answer.removed for answer in solved])
-        finished = []
-        for classes, label, answer, change, after in zip(
-            block, labels, solved, factors, accuracies, strict=True
-        ):
-            path = place(dataset, label)
-            report = {
-                "name": self.name,
-                "settings": solver_settings,
-                **finite(answer.report),
-                **({"removed_names": list(answer.removed)} if answer.removed else {}),
-                "device": str(self.device),
-            }
-            adapter = Adapter(
-                *change,
-                projection_sha256=self.projection_sha256,
-                classes=classes,
-                dataset=dataset,
-                solver=report,
-                **{key: settings[key] for key in ("backbone", "weights", "trainer")},
-                settings=settings,
-                **(recipe_fields(answer.recipe, answer.parts) if answer.recipe else {}),
-            )
-            if self.cfg.FORGET.SAVE_MODEL:
-                report["model"] = f"{path}.pt"
-            # Not in the adapter: the same run makes the same file.
-            report = report | {"seconds": seconds}
-            before = self.evaluator.before(classes)
-            entry = {"final_results": after, "zero_shot": before, "solver": report}
-            stored = adapter_bytes(adapter), f"{path}.safetensors"
-            finished.append(Finished(label, entry, adapter, *stored))
-            self.show(finished[-1], answer)
-        return finished
 
-    def show(self, finished: Finished, answer: Solved) -> None:
-        """Say what became of a request."""
-        dataset, label, entry = self.plan.dataset, finished.label, finished.entry
-        seconds = entry["solver"]["seconds"]
+    # What is kept of a request
+
+    def to_entry(
+        self, classes: list[str], answer: Solved, after: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """The entry of logs.json, but for the adapter's place."""
+        solver = {
+            "name": self.name,
+            "settings": self.chosen_settings(classes),
+            **finite(answer.report),
+            "device": str(self.device),
+            "seconds": seconds,
+        }
+        if answer.removed:
+            solver["removed_names"] = list(answer.removed)
+        if self.cfg.FORGET.SAVE_MODEL:
+            adapter_path = self.results.path(self.plan.dataset, join_label(classes))
+            solver["model"] = str(model_files(adapter_path)[0].relative_to(self.results.folder))
+        before = self.evaluator.before(classes)
+        return {"final_results": after, "zero_shot": before, "solver": solver}
+
+    def to_adapter(self, classes: list[str], answer: Solved, entry: dict[str, Any]) -> Adapter:
+        """The adapter of a request, with its log entry."""
+        settings, names = self.run_settings, self.plan.classnames
+        record = {key: entry[key] for key in ("final_results", "zero_shot")}
+        return Adapter(
+            answer.left.cpu(),
+            answer.right.cpu(),
+            projection_sha256=self.projection_sha256,
+            classes=classes,
+            dataset=self.plan.dataset,
+            solver=entry["solver"],
+            record=record | {"indices": [names.index(name) for name in classes]},
+            **{key: settings[key] for key in ("backbone", "weights", "trainer")},
+            settings=settings,
+            **(recipe_fields(answer.recipe, answer.parts) if answer.recipe else {}),
+        )
+
+    def write(self, classes: list[str], answer: Solved, entry: dict[str, Any]) -> None:
+        """Write the full model, if it is wanted, and then the adapter, which says that it is done."""
+        forget, dataset, label = self.cfg.FORGET, self.plan.dataset, join_label(classes)
+        adapter, path = self.to_adapter(classes, answer, entry), self.results.path(dataset, label)
+        for file in model_files(path):  # of an adapter that is replaced
+            file.unlink(missing_ok=True)
+        if forget.SAVE_MODEL:
+            save_full_model(self.source, adapter, model_files(path)[0])
+        self.results.add(adapter_bytes(adapter), dataset, label, forget.OVERWRITE)
+
+    def show(self, label: str, answer: Solved, entry: dict[str, Any]) -> None:
+        """Say what became of a request, on the screen and to `--log`."""
+        dataset, seconds = self.plan.dataset, entry["solver"]["seconds"]
         before, after = (entry[side][dataset] for side in ("zero_shot", "final_results"))
         lines = [f"  {line}" for line in [*answer.notes, *outcomes(before, after)]]
         logger.info("\n".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
         if self.cfg.LOG:
-            self.pass_on(label, entry, answer.curves)
-
-    def pass_on(self, label: str, entry: dict[str, Any], curves: dict[str, Tensor]) -> None:
-        """Give the numbers of a request to `--log`, under its place in the plan."""
-        rows = rows_of({self.plan.dataset: {label: entry}})
-        sides = {"forgotten": [row.own for row in rows], "rest": [rows[0].rest]}
-        sides |= {name: [change] for name, change in rows[0].others.items()}
-        numbers = {
-            f"{name}/{when}": mean(getattr(change, when) for change in changes)
-            for name, changes in sides.items()
-            for when in ("before", "after")
-        }
-        found = entry["solver"]
-        numbers |= {f"solver/{k}": v for k, v in found.items() if isinstance(v, int | float)}
-        numbers |= {"solver/gap": found.get("certificate", {}).get("gap")}
-        step = [join_label(classes) for classes in self.plan.requests].index(label)
-        self.sink.row(label, numbers, step)
-        for name, values in curves.items():
-            self.sink.curve(f"{name}/{label}", values)
-
-    @cached_property
-    def projection_sha256(self) -> str:
-        return projection_sha256(self.bundle.text_projection)
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        return Evaluator(self.bundle, self.others)
-
-    def test(self, split: str | None = None) -> float | None:
-        """Zero-shot accuracy of the set as the projection stands; Dassl's entry point."""
-        return accuracy(self.evaluator.own.correct([self.model])[0])
+            step = [join_label(classes) for classes in self.plan.requests].index(label)
+            self.sink.row(label, numbers_of(rows_of({dataset: {label: entry}})), step)
+            for name, values in answer.curves.items():
+                self.sink.curve(f"{name}/{label}", values)
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
@@ -451,7 +482,7 @@ class ForgetTrainer(SimpleTrainer):
         from evaluation.audit.run import audit_dataset  # scikit-learn: only where it is used
         from evaluation.tables import report_audit
 
-        folder, dataset = Path(self.cfg.OUTPUT_DIR), self.plan.dataset
+        folder, dataset = self.results.folder, self.plan.dataset
         inputs = Inputs(self.bundle, self.others, self.texts.encode)
         labels = [join_label(classes) for classes in self.plan.requests]
         audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
@@ -460,16 +491,39 @@ class ForgetTrainer(SimpleTrainer):
 
 def outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     """What became of each class of a request, and of the rest of its set."""
+
+    def percent(fraction: float | None) -> str:
+        return "no images" if fraction is None else f"{fraction:.1%}"
+
     for name, was in before.items():
-        now = after[name]
-        shown = ", ".join(
-            f"{what} {_percent(was[key])} -> {_percent(now[key])}"
+        sides = [
+            f"{what} {percent(was[key])} -> {percent(after[name][key])}"
             for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
-        )
-        yield f"{name}: {shown}"
-        if fate(was["cls_acc_test"], now["cls_acc_test"]) == Fate.STAYS:
+        ]
+        yield f"{name}: {', '.join(sides)}"
+        if fate(was["cls_acc_test"], after[name]["cls_acc_test"]) == Fate.STAYS:
             yield f"{name}: half of its accuracy or more is left: not forgotten"
 
 
-def _percent(fraction: float | None) -> str:
-    return "no images" if fraction is None else f"{fraction:.1%}"
+def numbers_of(rows: Sequence[Any]) -> dict[str, float | None]:
+    """The numbers of a request for `--log`, from its rows (one per class)."""
+    sides = {"forgotten": [row.own for row in rows], "rest": [rows[0].rest]}
+    sides |= {name: [change] for name, change in rows[0].others.items()}
+    numbers = {
+        f"{name}/{when}": mean(getattr(change, when) for change in changes)
+        for name, changes in sides.items()
+        for when in ("before", "after")
+    }
+    solver = rows[0].solver
+    numbers |= {f"solver/{key}": x for key, x in solver.items() if isinstance(x, int | float)}
+    return numbers | {"solver/gap": rows[0].gap}
+
+
+def next_commands(folder: Path, settings: dict[str, Any], cfg) -> Iterable[str]:
+    """Where the results are, and the lines of Python that load them: of the run, of all seeds."""
+    options = f"rn={settings['backbone'].startswith('RN')}, multiclass={cfg.FORGET.MULTICLASS}"
+    yield f"results: {folder / 'logs.json'}"
+    yield f'from utils import create_results; df, args = create_results("{folder}/", {options})'
+    seeds = sorted(str(path.parent) for path in folder.parent.glob("seed_*/logs.json"))
+    if folder.name.startswith("seed_") and len(seeds) > 1:
+        yield f"all seeds: df, args = create_results({seeds}, {options})"

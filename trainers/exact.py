@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 import datasets
-from clip.retain import GENERIC, PROTECT, Names, Retained, exact_weights, retained
-from engine import TRAINER_REGISTRY
+from clip.retain import GENERIC, GROUPS, PROTECT, Names, Retained, exact_weights, retained
 from engine.determinism import one_thread
 from engine.log import logger
 from forgetting import RetainSet, opposite_target
-from forgetting.context import SpecificTargets, World, forget_completely
+from forgetting.context import ExactSettings, SpecificTargets, World, forget_completely
 from forgetting.displacement import Watch
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import Batch
 from forgetting.targets import FURTHER
-from trainers.base import ForgetTrainer, Solved
+from trainers.base import TARGETS, ForgetTrainer, Solved, register
 
 
-@TRAINER_REGISTRY.register()
+@register
 class ForgetExact(ForgetTrainer):
     """Least disturbance of everything that is retained, with the forgotten texts on their target.
 
@@ -33,9 +32,11 @@ class ForgetExact(ForgetTrainer):
     """
 
     name = "exact"
-    block = 256
-    specific = True
-    weighs = True
+    settings_type = ExactSettings
+    targets = ("specific", *TARGETS)
+    retains = GROUPS
+    options = ("PROTECT",)
+    batch_size = 256
 
     @classmethod
     def check_settings(cls, cfg) -> None:
@@ -45,15 +46,10 @@ class ForgetExact(ForgetTrainer):
                 "TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0"
             )
 
-    def group_weights(self) -> dict[str, float | None]:
-        own = bool(self.bundle.retain_names)
-        return dict(exact_weights(self.cfg, bool(self.others), self.more, own))
-
-    def constants(self) -> dict[str, Any]:
-        node = self.cfg.TRAINER.FORGETEXACT
-        numbers = {"mu": self.retained.mu, "specific_ridge": node.SPECIFIC_RIDGE}
-        numbers |= {"min_displacement": node.MIN_DISPLACEMENT, "min_margin": node.MIN_MARGIN}
-        return {"objective": "constrained", "weights": self.retain.weights} | numbers
+    def method_settings(self) -> dict[str, Any]:
+        chosen = {key.lower(): value for key, value in self.cfg.TRAINER.FORGETEXACT.items()}
+        # Generic names are retained where there is a model to encode them.
+        return chosen | {"objective": "constrained", "model": self.source is not None}
 
     @cached_property
     def more(self) -> dict[str, Names]:
@@ -90,7 +86,7 @@ class ForgetExact(ForgetTrainer):
             Solved(
                 answer.solution.left.float(),
                 answer.solution.right.float(),
-                answer.report(),
+                answer.report() | {"weights": self.retain.weights},
                 answer.notes([datasets.clean_name(name) for name in answer.request.classes]),
                 recipe=answer.recipe,
                 parts=answer.parts,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
+import hashlib
+import json
 import re
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import datasets
 from clip.bundle import list_bundles, load_bundle
-from engine.schema import Lists, fault
-from evaluation.results import SETTINGS
-from forgetting.errors import ProblemError
+from engine.schema import SETTINGS, Lists, fault
+from forgetting.errors import ProblemError, reason, shown
 
 ALL = "all"
 LISTS = "forget_cls.py"
@@ -24,63 +22,69 @@ class Plan:
     """One data set's run.
 
     Attributes:
+        classnames: of the data set, by label.
         requests: lists of class names; each is forgotten at once, from the original model.
-        others: the other sets to evaluate on.
-        absent: sets of the group that cannot be evaluated, and why.
+        others: the other sets to evaluate on; absent: sets of the group that cannot be, and why.
         protect: names that must not be harmed.
+        prompts: class name -> texts by which it is forgotten, in place of its bare name.
+        vocabulary: names to retain beside the classes.
     """
 
     dataset: str
+    classnames: list[str]
     requests: list[list[str]]
     others: list[str]
     absent: dict[str, str]
     protect: list[str]
+    prompts: dict[str, list[str]]
+    vocabulary: list[str]
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """A short checksum of the vocabulary."""
+        return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()[:16]
 
 
-def make_plan(cfg) -> Plan:
+def make_plan(cfg, prompts: dict[str, list[str]]) -> Plan:
     """Check the names of a config and list the work.
 
     Raises:
         ProblemError: an architecture, data set, folder or class that is not there, with the nearest.
     """
-    dataset, backbone = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME
-    lists = user_lists()
+    dataset, backbone, lists = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, user_lists()
+    absent: dict[str, str] = {}
     if cfg.FEATURES.DIR:
-        if cfg.DATASET.IMAGES:
+        model_options = cfg.FORGET.SAVE_MODEL, cfg.MODEL.INIT_WEIGHTS, cfg.DATASET.IMAGES
+        if any(model_options) or cfg.MODEL.PRECISION != "fp32":
             raise ProblemError(
-                "--images needs a model, and --features runs without one; leave one out"
+                "--images, --save-model, --weights and --precision need a model, and --features "
+                "runs without one; leave them out, or use `python -m clip.apply` afterwards"
             )
-        if cfg.FORGET.SAVE_MODEL or cfg.MODEL.INIT_WEIGHTS or cfg.MODEL.PRECISION != "fp32":
-            raise ProblemError(
-                "--save-model, --weights and --precision need a model, and --features runs without "
-                "one (a bundle has its precision); "
-                "use `python -m clip.apply ADAPTER OUT` afterwards"
-            )
-        classnames = load_bundle(cfg.FEATURES.DIR, backbone, dataset).classnames
+        bundle = load_bundle(cfg.FEATURES.DIR, backbone, dataset)
+        classnames, vocabulary = bundle.classnames, bundle.retain_names
         others = [name for name in list_bundles(cfg.FEATURES.DIR, backbone) if name != dataset]
-        absent: dict[str, str] = {}
     else:
-        images = datasets.load(dataset, cfg.DATASET.ROOT, cfg.DATASET.IMAGES)
-        classnames = images.classnames
+        classnames = datasets.load(dataset, cfg.DATASET.ROOT, cfg.DATASET.IMAGES).classnames
+        vocabulary = datasets.retain_vocabulary(dataset)
         group = lists.mini_ds if dataset in lists.mini_ds else lists.all_ds
         states = datasets.available(cfg.DATASET.ROOT)
         wanted = [datasets.spec(name).name for name in group if name != dataset]
         others = [name for name in wanted if states[name] is None]
-        listed = wanted if dataset in group else []  # nobody misses them beside a set of one's own
-        absent = {name: states[name] for name in listed if states[name] is not None}
+        if dataset in group:  # nobody misses them beside a set of one's own
+            absent = {name: states[name] for name in wanted if states[name] is not None}
     classes = _classes(cfg, classnames, lists.forget_classes_all)
     requests = [classes] if cfg.FORGET.MULTICLASS else [[name] for name in classes]
-    requests = _part(requests, cfg.FORGET.PART)
     protect = list(dict.fromkeys([*cfg.FORGET.PROTECT, *getattr(lists, "protect", [])]))
-    asked = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
+    forgotten = {datasets.key(name) for name in classes} if ALL not in cfg.FORGET.CLASSES else set()
     for name in protect:
-        if datasets.key(name) in asked:
+        if not name.strip():
+            raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
+        if datasets.key(name) in forgotten:
             raise ProblemError(
                 f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
             )
-        if not name.strip():
-            raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
-    return Plan(dataset, requests, others, absent, protect)
+    requests = _part(requests, cfg.FORGET.PART)
+    return Plan(dataset, classnames, requests, others, absent, protect, prompts, vocabulary)
 
 
 def _part(requests: list[list[str]], part: str) -> list[list[str]]:
@@ -90,99 +94,44 @@ def _part(requests: list[list[str]], part: str) -> list[list[str]]:
     number, count = map(int, part.split("/")) if re.fullmatch(r"\d{1,6}/\d{1,6}", part) else (0, 0)
     if not 1 <= number <= count:
         raise ProblemError(
-            f"FORGET.PART must be i/n with i from 1 to n, such as 2/4, got {part!r:.80}"
+            f"FORGET.PART must be i/n with i from 1 to n, such as 2/4, got {shown(part)}"
         )
     return requests[number - 1 :: count]
+
+
+def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[str]:
+    """The class names to forget, as the data set spells them."""
+    dataset = cfg.DATASET.NAME
+    names = list(cfg.FORGET.CLASSES) or listed.get(dataset, [])
+    if not names:
+        raise ProblemError(f"no class of {dataset} to forget: add it to {LISTS} or use --forget")
+    if ALL in names and ALL not in classnames:
+        if len(names) > 1:
+            raise ProblemError(f"--forget {ALL} stands for every class of {dataset}; name no other")
+        names = classnames
+    classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in names))
+    if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):
+        raise ProblemError(
+            f"all {len(classnames)} classes of {dataset} at once leave none to retain"
+        )
+    if SETTINGS in classes:
+        raise ProblemError(f"a class called {SETTINGS!r} cannot be told in logs.json; rename it")
+    return classes
 
 
 def user_lists() -> ModuleType:
     """The lists of forget_cls.py, which users edit by hand.
 
     Raises:
-        ProblemError: whatever is wrong with it, and in which line.
+        ProblemError: the file cannot be run, or a list has another type.
     """
     try:
         import forget_cls
-    except SyntaxError as error:
-        if error.filename and Path(error.filename).name == LISTS:
-            raise _wrong(error.lineno, error.msg) from error
-        raise _wrong(_line_of(error), repr(error)) from error
-    except NameError as error:
-        raise _wrong(_line_of(error), f"{error}; names of classes stand in quotes") from error
     except (Exception, SystemExit) as error:  # it is a program, and may do anything
-        raise _wrong(_line_of(error), repr(error)) from error
-    found = fault(Lists, vars(forget_cls))
-    if found is not None and not found.path:
-        raise _wrong(None, found.wanted.replace("an object with", "it must define"))
-    tree = ast.parse(Path(forget_cls.__file__).read_bytes())
-    if found is not None:
-        where, is_there = " / ".join(map(str, found.path)), type(found.found).__name__
+        hint = "; names of classes need quotes" if isinstance(error, NameError) else ""
+        raise ProblemError(f"{LISTS}: {reason(error)}{hint}") from error
+    if found := fault(Lists, vars(forget_cls)):
+        where = " / ".join(map(str, found.path)) or "the file"
         wanted = found.wanted.replace("an object", "a dict")
-        raise _wrong(_place(tree, *found.path), f"{where} must be {wanted}, and is {is_there}")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Dict):
-            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-            for place, key in enumerate(keys):
-                if key in keys[:place]:
-                    raise _wrong(node.lineno, f"the key {key!r} stands twice in one dict")
+        raise ProblemError(f"{LISTS}: {where} must be {wanted}, and is {shown(found.found)}")
     return forget_cls
-
-
-def _wrong(line: int | None, problem: str) -> ProblemError:
-    return ProblemError(f"{LISTS}{f', line {line}' if line else ''}: {problem}")
-
-
-def _line_of(error: BaseException) -> int | None:
-    """The line of forget_cls.py that led to an error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).name == LISTS]
-    return lines[-1] if lines else None
-
-
-def _place(tree: ast.Module, name: str, *path: str | int) -> int | None:
-    """The line where an element of a list of the file stands, as near as its text tells; None if
-    it does more with the list than assign it."""
-    nodes: list[ast.expr] = []
-    assigned = 0
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
-            targets = getattr(statement, "targets", None) or [statement.target]
-            if name in [getattr(target, "id", "") for target in targets]:
-                nodes = [statement.value]
-                assigned += 1
-    if assigned < sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree)):
-        return None
-    for key in path if nodes else ():
-        node = nodes[-1]
-        if isinstance(node, ast.Dict):
-            nodes += [
-                value
-                for known, value in zip(node.keys, node.values, strict=True)
-                if isinstance(known, ast.Constant) and known.value == key
-            ]
-        elif isinstance(node, ast.List) and isinstance(key, int) and key < len(node.elts):
-            nodes.append(node.elts[key])
-    return nodes[-1].lineno if nodes else None
-
-
-def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[str]:
-    """The class names to forget, as the data set spells them."""
-    dataset = cfg.DATASET.NAME
-    asked = list(cfg.FORGET.CLASSES) or listed.get(dataset, [])
-    if not asked:
-        raise ProblemError(
-            f"no class of {dataset} to forget: add it to forget_cls.py or use --forget NAME"
-        )
-    if ALL in asked and ALL not in classnames:
-        if len(asked) > 1:
-            raise ProblemError(f"--forget {ALL} stands for every class of {dataset}; name no other")
-        asked = classnames
-    classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in asked))
-    if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):
-        raise ProblemError(
-            f"all {len(classnames)} classes of {dataset} at once leave none to retain"
-        )
-    for name in classes:
-        if name == SETTINGS:
-            raise ProblemError(f"a class called {SETTINGS!r} has no place in logs.json; rename it")
-    return classes
