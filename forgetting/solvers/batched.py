@@ -30,7 +30,9 @@ from forgetting.solvers.exact import (
 )
 from forgetting.solvers.spectrum import Spectrum, find_roots
 
-NEAR_KERNEL = 1e-6  # of the largest mu that there can be
+# Of the largest mu that there can be. Below it hardly anything holds a class but what it excludes,
+# and the downdate cancels.
+NEAR_KERNEL = 1e-6
 BATCH_NUMBERS = 2**17  # float64 numbers that a batch of classes may hold in the eigenbasis
 TINY = 1e-300
 
@@ -53,8 +55,9 @@ class EachSolution:
         mu: (C,); reach: (C,) c*, the `lamb_forget` above which the class moves.
         lamb_forget: (C,), the weight that each was solved with.
         primal, bound, gap: (C,), the certificates.
-        fallbacks: number of classes that were solved one by one by `solve_exact`: those too close
-            to the kernel for the shared factorisation, and all where a weight is zero.
+        fallbacks: number of classes that were solved one by one by `solve_exact`: those in the
+            kernel branch or too near to it for the shared factorisation, and all where the preserve
+            or the weight term is off.
     """
 
     left: Tensor
@@ -124,10 +127,7 @@ def solve_each(problem: ForgetProblem, excluded: Tensor | None = None) -> EachSo
         primal, bound, gap = certify_each(
             problem, excluded, lamb_forget, left, y, u_scale, direction
         )
-        # Where hardly anything holds a class but what it excludes, the downdate cancels.
-        low = NEAR_KERNEL * problem.lw / problem.lamb_preserve * spectrum.values.max()
-        poor = ~(gap <= GOOD_GAP) | (excluded.any(dim=1) & (mu < low))
-        one_by_one = one_by_one[poor]
+        one_by_one = one_by_one[~(gap <= GOOD_GAP) | (mu == 0)]
     for i in one_by_one.tolist():
         lamb_forget[i], limits, solution = _solve_alone(problem, torch.tensor([i]), excluded[i])
         left[i], right[i], reach[i] = 0.0, 0.0, limits.reach
@@ -202,7 +202,7 @@ class _Downdated:
         self.problem, self.spectrum = problem, spectrum
         self.lp, self.lw = problem.lamb_preserve, problem.lw
         self.e = spectrum.values.square()  # (q,)
-        gone, present = pad_rows(excluded, problem.retain_hidden)  # (B, n, w), (B, n, 1)
+        gone = pad_rows(excluded, problem.retain_hidden)[0]  # (B, n, w)
         h = torch.cat([forget[texts, None], gone.double()], dim=1)  # (B, 1 + n, w)
         self.rows, self.kernels = h @ spectrum.vectors, torch.zeros_like(h)
         if len(self.e) < h.shape[2]:
@@ -213,7 +213,6 @@ class _Downdated:
             noise = torch.linalg.vector_norm(kernel, dim=2) <= 8 * spectrum.noise * length
             self.kernels = kernel.masked_fill(noise[..., None], 0.0)
         self.kernel_sq = self.kernels[:, 0].square().sum(dim=1)  # (B,), of h
-        self.excludes = present.any(dim=1)[:, 0]  # (B,)
 
     def forms(self, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`y = h + L^T c` as coefficients (B, 1 + n) of `rows`, and the forms `a = mu h u`,
@@ -237,32 +236,26 @@ class _Downdated:
         return (rise - fall) / (rise + fall.abs()).clamp(min=TINY)
 
     def root(self) -> Tensor:
-        """mu (B,) at the optimum."""
-        zeros = torch.zeros_like(self.kernel_sq)
-        high = (2 * self.lw / self.lp) * self.spectrum.values.max()
-        log_high = (high + zeros).log()
-        log_low = log_high - 12.0
-        if bool((self.slope(log_low.exp()) > 0).any()):  # a class near the kernel: look much lower
-            log_low = log_high - 60.0
-        mu = find_roots(lambda log_mu: self.slope(log_mu.exp()), log_low, log_high).exp()
-        # A retained text has no part in the kernel but what the factorisation takes for zero.
-        kernel = (self.kernel_sq > 0) & ~self.excludes & (self.slope(zeros) >= 0)
-        return torch.where(kernel, zeros, mu)
+        """mu (B,) at the optimum; 0 where it is too near to the kernel for this factorisation."""
+        high = (
+            (2 * self.lw / self.lp) * self.spectrum.values.max() * torch.ones_like(self.kernel_sq)
+        )
+        low = NEAR_KERNEL * high
+        mu = find_roots(lambda log_mu: self.slope(log_mu.exp()), low.log(), high.log()).exp()
+        return mu.masked_fill(self.slope(low) >= 0, 0.0)
 
     def solve(self) -> tuple[Tensor, ...]:
         """direction (B, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
-        `H_r direction`, c* and lamb_forget, all (B,)."""
+        `H_r direction`, c* and lamb_forget, all (B,). They mean nothing where mu is 0."""
         mu = self.root()
         y, a, b, _ = self.forms(mu)
         reach = ((self.lp**2 * mu + self.lw**2) / a).sqrt()
         if self.problem.lamb_forget == AUTO:
-            auto_weight(float(reach.max()))  # refuses an infinite one
             lamb_forget = (1 + AUTO_MARGIN) * reach
         else:
             lamb_forget = torch.full_like(reach, self.problem.lamb_forget)
-        shrink = torch.where(mu[:, None] > 0, mu[:, None] / (self.e + mu[:, None]), 0.0)  # (B, q)
+        shrink = mu[:, None] / (self.e + mu[:, None])  # (B, q)
         inside, outside = ((y[:, None] @ x)[:, 0] for x in (self.rows, self.kernels))
         direction = ((inside * shrink) @ self.spectrum.vectors.T + outside) / a[:, None]
         y_norm = torch.where(reach < lamb_forget, self.lw / b.sqrt(), lamb_forget)
-        u_scale = torch.where(mu > 0, y_norm * a / mu.clamp(min=TINY), 0.0)
-        return direction, mu, y_norm, u_scale, reach, lamb_forget
+        return direction, mu, y_norm, y_norm * a / mu, reach, lamb_forget
