@@ -154,11 +154,14 @@ class Model:
         pulls = self.data.images @ self.class_texts.right.T  # (N, d) @ (d, r)
         return self.class_texts.image_cosines(self.data.products, pulls)
 
+    @property
+    def removed_columns(self) -> list[int]:
+        return [self.data.columns[name] for name in self.removed]
+
     @cached_property
     def scores(self) -> Tensor:
         """`cosines` with -inf for a removed class."""
-        columns = torch.tensor([self.data.columns[name] for name in self.removed]).long()
-        return self.cosines.index_fill(1, columns, -torch.inf)
+        return self.cosines.index_fill(1, torch.tensor(self.removed_columns).long(), -torch.inf)
 
     @cached_property
     def predicted(self) -> Tensor:

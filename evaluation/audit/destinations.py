@@ -82,7 +82,7 @@ def separation(scores: Tensor, first: int, seed: int) -> float:
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth):
         spread, mean = torch.std_mean(scores[train], dim=0, correction=0)
         x = ((scores - mean) / torch.where(spread > CONSTANT, spread, 1)).numpy()
-        fit = LogisticRegression(max_iter=1000).fit(x[train], truth[train])
+        fit = LogisticRegression(max_iter=1000, tol=1e-6).fit(x[train], truth[train])
         decided = torch.from_numpy(fit.decision_function(x[test]))
         areas.append(auc(decided[truth[test]], decided[~truth[test]]))
     return sum(areas) / len(areas)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 import datasets
 from evaluation.audit.case import AuditData, Case
 from evaluation.audit.statistics import highest, mean_value
-from evaluation.zero_shot import EditedTexts
 
 NEAREST = 10  # classes listed, and texts compared for the overlap
 WORST = 10  # texts listed
@@ -65,30 +62,13 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class TextNames:
-    """The names of a set's T texts, see `AuditData.texts`.
-
-    Attributes:
-        names, groups: as they are spelled, and "class", "vocabulary" or a data set.
-        rows: key of a name -> its rows, except those of the set's own classes, which come first.
-    """
-
-    names: list[str]
-    groups: list[str]
-    rows: dict[str, list[int]]
-
-
-def text_names(data: AuditData) -> TextNames:
-    """The names of a set's texts."""
-    bundle = data.bundle
-    parts = [("class", bundle.classnames), ("vocabulary", bundle.retain_names)]
+def text_names(data: AuditData) -> tuple[list[str], list[str], list[str]]:
+    """Names of `AuditData.texts`, their groups ("class", "vocabulary" or a data set) and keys."""
+    parts = [("class", data.bundle.classnames), ("vocabulary", data.bundle.retain_names)]
     parts += [(name, other.classnames) for name, other in data.others.items()]
     names = [name for _, part in parts for name in part]
-    rows = defaultdict(list)
-    for row, name in list(enumerate(names))[len(bundle.classnames) :]:
-        rows[datasets.key(name)].append(row)
-    return TextNames(names, [group for group, part in parts for _ in part], rows)
+    groups = [group for group, part in parts for _ in part]
+    return names, groups, list(map(datasets.key, names))
 
 
 def nearest_classes(case: Case) -> list[int]:
@@ -101,36 +81,19 @@ def nearest_classes(case: Case) -> list[int]:
 
 def retained_texts(case: Case) -> Tensor:
     """Which of the texts should stay as they are, (T,) bool."""
-    known = case.data.once(text_names)
-    stay = torch.ones(len(known.names), dtype=torch.bool)
+    same = datasets.same_meaning(case.forgotten, case.bundle.dataset)
+    stay = torch.tensor([key not in same for key in case.data.once(text_names)[2]])
     stay[: len(case.retained)] = case.retained
-    for key in datasets.same_meaning(case.forgotten, case.bundle.dataset):
-        stay[known.rows.get(key, [])] = False
     return stay
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The texts whose neighbours are compared, in the untouched model.
-
-    Attributes:
-        rows: (W,) of `AuditData.texts`; products: (W, T) of their embeddings with all;
-        cosines: (W, T).
-    """
-
-    rows: Tensor
-    products: Tensor
-    cosines: Tensor
-
-
-def sample_of(data: AuditData) -> Sample:
-    """At most `SAMPLE` texts, drawn once for the set."""
-    count = len(data.texts.hidden)
-    rows = torch.arange(count)
-    if count > SAMPLE:
-        rows = torch.randperm(count, generator=data.generator("watched"))[:SAMPLE].sort().values
-    products = data.texts.embeddings[rows] @ data.texts.embeddings.T  # (W, d) @ (d, T)
-    return Sample(rows, products, data.before.texts.cosines(products, rows))
+def sample_of(data: AuditData) -> tuple[Tensor, Tensor]:
+    """Rows (W,) of the at most 1,000 texts whose neighbours are compared, and the products (W, T)
+    of their embeddings with all."""
+    embeddings = data.texts.embeddings
+    rows = torch.randperm(len(embeddings), generator=data.generator("watched"))
+    rows = rows[:SAMPLE].sort().values
+    return rows, embeddings[rows] @ embeddings.T  # (W, d) @ (d, T)
 
 
 def _moved(case: Case, stay: Tensor) -> dict[str, Any]:
@@ -140,7 +103,7 @@ def _moved(case: Case, stay: Tensor) -> dict[str, Any]:
         nothing = dict.fromkeys(("mean_cosine", "nearest_kept", "top10_overlap"))
         return {"count": count, **nothing, "worst": []}
     before, after = case.before.texts, case.after.texts
-    kept, overlap = neighbours_kept(case.data.once(sample_of), after, stay)
+    kept, overlap = neighbours_kept(case, stay)
     cosines = after.cosines_with_before.clamp(-1, 1)  # (T,)
     worst = highest(-cosines.masked_fill(~stay, torch.inf), min(WORST, count))
     products = case.data.texts.embeddings[worst] @ case.data.texts.embeddings.T  # (10, T)
@@ -148,7 +111,7 @@ def _moved(case: Case, stay: Tensor) -> dict[str, Any]:
     now = _with_others(after.cosines(products, worst), worst, stay)
     nearest = was.argmax(dim=1)
     rank = 1 + (now > now.gather(1, nearest[:, None]) + TIE).sum(dim=1)
-    known = case.data.once(text_names)
+    names, groups, _ = case.data.once(text_names)
     return {
         "count": count,
         "mean_cosine": float(cosines[stay].mean()),
@@ -156,41 +119,34 @@ def _moved(case: Case, stay: Tensor) -> dict[str, Any]:
         "top10_overlap": float(overlap.mean()),
         "worst": [
             {
-                "text": known.names[row],
-                "group": known.groups[row],
-                "cosine": cosine,
-                "nearest_before": known.names[neighbour],
+                "text": names[row],
+                "group": groups[row],
+                "cosine": float(cosines[row]),
+                "nearest_before": names[neighbour],
                 "rank_after": place,
             }
-            for row, cosine, neighbour, place in zip(
-                worst.tolist(),
-                cosines[worst].tolist(),
-                nearest.tolist(),
-                rank.tolist(),
-                strict=True,
+            for row, neighbour, place in zip(
+                worst.tolist(), nearest.tolist(), rank.tolist(), strict=True
             )
         ],
     }
 
 
-def neighbours_kept(sample: Sample, after: EditedTexts, stay: Tensor) -> tuple[Tensor, Tensor]:
-    """What became of the nearest neighbours of the n texts of a sample that stay.
-
-    Args:
-        stay: (T,) bool, the texts that count.
-
-    Returns:
-        Whether the nearest other text before is the nearest after, (n,) bool, and the share of the
-        ten nearest before that are among the ten nearest after, (n,) float64.
-    """
+def neighbours_kept(case: Case, stay: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of the n texts of the sample that stay: whether its nearest other text before is the
+    nearest after, (n,) bool, and the share of its ten nearest before that are among its ten nearest
+    after, (n,) float64."""
+    sample, products = case.data.once(sample_of)
+    count = min(NEAREST, int(stay.sum()) - 1)
     kept, overlap = [], []
-    for places in stay[sample.rows].nonzero()[:, 0].split(BLOCK):
-        rows = sample.rows[places]
-        was = _with_others(sample.cosines[places], rows, stay)  # (b, T)
-        now = _with_others(after.cosines(sample.products[places], rows), rows, stay)
-        old = was.topk(min(NEAREST, int(stay.sum()) - 1)).indices  # (b, k)
-        nearest, new = now.topk(old.shape[1])
-        kept.append(now.gather(1, old[:, :1])[:, 0] >= nearest[:, 0] - TIE)
+    for block in stay[sample].nonzero()[:, 0].split(BLOCK):
+        rows = sample[block]
+        was, now = (
+            _with_others(model.texts.cosines(products[block], rows), rows, stay)  # (b, T)
+            for model in (case.before, case.after)
+        )
+        old, (best, new) = was.topk(count).indices, now.topk(count)  # (b, 10) each
+        kept.append(now.gather(1, old[:, :1])[:, 0] >= best[:, 0] - TIE)
         overlap.append((old[:, :, None] == new[:, None, :]).any(dim=2).double().mean(dim=1))
     return torch.cat(kept), torch.cat(overlap)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,20 +54,13 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Probes:
-    """What both probes say of every image of a bundle.
+class Probes(NamedTuple):
+    """What both probes say of the images of a bundle."""
 
-    Attributes:
-        scores: (N, C), see `probe`.
-        linear, nearest: (N,) bool, the image is put in its class.
-        k: neighbours that vote.
-    """
-
-    scores: Tensor
-    linear: Tensor
-    nearest: Tensor
-    k: int
+    scores: Tensor  # (N, C), see `probe`
+    linear: Tensor  # (N,) bool, the linear probe puts the image in its class
+    nearest: Tensor  # (N,) bool, its nearest images do
+    k: int  # neighbours that vote
 
 
 def probes_of(data: AuditData) -> Probes:

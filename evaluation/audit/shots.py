@@ -108,10 +108,6 @@ class Start:
     named: bool = True
 
     @property
-    def name(self) -> str:
-        return self.model.bundle.classnames[self.label]
-
-    @property
     def shots(self) -> Shots:
         return self.model.data.once(shots_of)
 
@@ -145,7 +141,7 @@ def cache(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     similarity = features[images] @ features[held].T  # (n, d) @ (d, m)
     affinity = (-SHARPNESS * (1 - similarity)).exp()
     cosines = start.model.scores[images]  # (n, C), a copy
-    if not start.named or start.name in start.model.removed:
+    if not start.named or start.label in start.model.removed_columns:
         cosines[:, start.label] = torch.nan
         cosines[:, start.label] = cosines.masked_fill(cosines.isinf(), torch.nan).nanmean(dim=1)
     return (SCALE * (cosines + start.shots.sums(affinity.T, held).T)).argmax(dim=1)
@@ -182,8 +178,7 @@ def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
         classes = classes.clone()
         classes[label] = target
     scores = model.data.images[images] @ classes.T  # (n, d) @ (d, C)
-    removed = [name for name in model.removed if name != start.name]
-    scores[:, [model.data.columns[name] for name in removed]] = -torch.inf
+    scores[:, [column for column in model.removed_columns if column != label]] = -torch.inf
     return scores.argmax(dim=1)
 
 

@@ -9,14 +9,13 @@ states: they lie in `K` times it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluation.audit.attacker import TINY, Attacker, attacker
-from evaluation.audit.case import AuditData, Case, Model
+from evaluation.audit.case import Case, Model
 from evaluation.audit.names import ATTACKERS
 from evaluation.audit.statistics import highest
 
@@ -35,7 +34,7 @@ def measure(case: Case) -> dict[str, Any]:
 
         - original_known: `D = W' - W`; its numerical rank, the cosine of the forgotten hidden text
           with its projection on the recovered directions, and its place when the names are ranked
-          by how well they fit, see `recover`.
+          by how well they fit, see `Attacker.recognise`.
         - two_adapters: the same for the difference of this model and one with another adapter of
           the same run; both adapters' names should come first.
         - alone: `W'` only; names are ranked by `oddness`.
@@ -47,19 +46,19 @@ def measure(case: Case) -> dict[str, Any]:
     known = case.data.once(attacker)
     reasons: list[str] = []
     attacks = dict.fromkeys(ATTACKERS, NOTHING)
-    difference = recover(known, case.after, case.before)
-    attacks["original_known"] = _entry(case, known, difference, case.forgotten)
-    if difference.rank == 0:
+    attacks["original_known"] = _of_difference(case, known, case.before, case.forgotten)
+    if attacks["original_known"]["rank"] == 0:
         reasons.append("original_known: the projection is the original's to rounding")
-    if case.stranger is not None:
-        classes, edit = case.stranger
-        difference = recover(known, case.after, Model(case.data, edit))
-        attacks["two_adapters"] = _entry(case, known, difference, [*case.forgotten, *classes])
-    else:
+    if case.stranger is None:
         reasons.append("two_adapters: no second adapter of the same run")
+    else:
+        classes, edit = case.stranger
+        named = [*case.forgotten, *classes]
+        attacks["two_adapters"] = _of_difference(case, known, Model(case.data, edit), named)
     # No direction is recovered from the changed weights alone, so there is no cosine.
     attacks["alone"] = NOTHING | _ranking(case, known, oddness(known, case.after), case.forgotten)
-    if case.data.once(_folded):
+    w = case.bundle.text_projection
+    if torch.equal(w, torch.eye(*w.shape)):
         reasons.append(
             "alone, beside a trained projection: the bundle's is the identity (folded into its "
             "hidden states), beside which a change stands out more"
@@ -67,49 +66,30 @@ def measure(case: Case) -> dict[str, Any]:
     return {"names": len(known.names), "attacks": attacks, "not_measured": reasons}
 
 
-def _folded(data: AuditData) -> bool:
-    """Whether the projection is the identity."""
-    w = data.bundle.text_projection
-    return torch.equal(w, torch.eye(*w.shape))
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What the difference of two projections gives away.
-
-    Attributes:
-        expected: rank that the adapters have together; rank: of the difference, beyond rounding.
-        basis: (w, r) orthonormal, of `K U`, which the forgotten hidden states span; scores: (n,)
-            of the names. None where all is rounding.
-    """
-
-    expected: int
-    rank: int
-    basis: Tensor | None = None
-    scores: Tensor | None = None
-
-
-def recover(known: Attacker, model: Model, other: Model) -> Recovered:
-    """What the difference of two published projections, both rounded to float32, gives away.
-
-    A change that forgets the text h has `K^-1 h` in its column space, spanned by its left singular
-    vectors U. A name's score is the cosine of `K^-1 h` with that span: 1, the maximum, for a
-    forgotten text and the right K; about `sqrt(r / w)`, the same for all names, where U is random.
-    Of the known methods' K the one is taken under which some name scores highest. (How far names
-    move, `||h D|| / ||h W||`, puts the same name first on real features, but no distance is known
-    to be the maximum.)
-    """
-    # Each entry was rounded once, so the rounding's norm is below that of the entries times eps.
+def difference(model: Model, other: Model) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (w, r) and singular values (r,) of the difference of two published
+    projections that are more than rounding."""
+    # Both were rounded to float32, so the rounding's norm is below that of the entries times eps.
     noise = EPSILON * float(model.projection.double().norm() + other.projection.double().norm())
     rows = torch.cat([model.edit.right, other.edit.right]).double()  # (q, d)
     # All that is not rounding lies in the span of these rows: q columns instead of d.
     span = torch.linalg.qr(rows.T)[0]
-    difference = (model.projection.double() - other.projection.double()) @ span  # (w, d) @ (d, q)
-    u, values, _ = torch.linalg.svd(difference, full_matrices=False)
+    change = (model.projection.double() - other.projection.double()) @ span  # (w, d) @ (d, q)
+    u, values, _ = torch.linalg.svd(change, full_matrices=False)
     rank = int((values > noise).sum())
-    if rank == 0:
-        return Recovered(len(rows), 0)
-    return Recovered(len(rows), rank, *known.recognise(u[:, :rank], values[:rank]))
+    return u[:, :rank], values[:rank]
+
+
+def _of_difference(case: Case, known: Attacker, other: Model, named: list[str]) -> dict[str, Any]:
+    """What the difference from another model gives away, in which these names were forgotten."""
+    span, values = difference(case.after, other)
+    expected = len(case.after.edit.right) + len(other.edit.right)
+    entry = NOTHING | {"rank": len(values), "rank_expected": expected}
+    if not len(values):
+        return entry
+    basis, scores = known.recognise(span, values)
+    cosine = _text_cosine(case, known, basis)
+    return entry | {"text_cosine": cosine} | _ranking(case, known, scores, named)
 
 
 def oddness(known: Attacker, model: Model) -> Tensor:
@@ -123,15 +103,6 @@ def oddness(known: Attacker, model: Model) -> Tensor:
     moved = known.unexplained @ model.projection.double()  # (n, w) @ (w, d)
     gain = moved.norm(dim=1).clamp_min(TINY).log()
     return (gain - gain.median()).abs()
-
-
-def _entry(case: Case, known: Attacker, found: Recovered, named: list[str]) -> dict[str, Any]:
-    """The entry of an attack on a difference, in which these names were forgotten."""
-    entry = NOTHING | {"rank": found.rank, "rank_expected": found.expected}
-    if found.basis is None or found.scores is None:
-        return entry
-    cosine = _text_cosine(case, known, found.basis)
-    return entry | {"text_cosine": cosine} | _ranking(case, known, found.scores, named)
 
 
 def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
