@@ -1,8 +1,8 @@
 """`python -m datasets.download NAME`: an image set from its public address, by torchvision.
 
-torchvision knows the addresses and checksums. The images come to lie where the table looks for
-them, beside CoOp's layout; its split files must still be fetched by hand (DATASETS.md). What is
-there already is kept.
+torchvision knows the addresses and checksums. The images end up where the table looks for them,
+beside CoOp's layout; its split files must still be fetched by hand (DATASETS.md). What is there
+already is kept.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import atomic_path
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path
 
-from .check import check
+from .check import report
 from .mini import render
 from .table import NAMES, SETS, SetSpec, spec
 
@@ -33,29 +33,27 @@ def download(row: SetSpec, root: Path) -> Path:
 
     folder = root / row.folder
     folder.mkdir(parents=True, exist_ok=True)
-    kind = getattr(torchvision.datasets, row.torchvision)
+    is_cifar = row.torchvision.startswith("CIFAR")
     # ImageNet's archives must be put there by hand: torchvision only unpacks them.
     how = {"split": "val"} if row.torchvision == "ImageNet" else {"download": True}
-    if row.torchvision.startswith("CIFAR"):
+    if is_cifar:
         how["train"] = False
     try:
-        images = kind(folder, **how)
+        images = getattr(torchvision.datasets, row.torchvision)(folder, **how)
     except Exception as error:  # of the network, of archives, of Google Drive
         reason = " ".join((str(error) or type(error).__name__).split())
         raise ProblemError(
             f"{row.name} cannot be fetched ({reason:.300}); get it by hand from {row.address}, and "
             f"put it into {folder} as DATASETS.md says"
         ) from error
-    if row.torchvision.startswith("CIFAR"):
+    if is_cifar and not row.images(folder).is_dir():
         _save(images, row.images(folder))
     return folder
 
 
 def _save(images: Any, folder: Path) -> None:
-    """Write the images of a set that has none as files, a folder a class, whole or not at all."""
-    if folder.is_dir():
-        return
-    with atomic_path(folder) as whole:
+    """Write images that are no files yet, one folder per class; all of them or none."""
+    with atomic_path(folder, durable=False) as whole:
         for number, (image, label) in enumerate(images):
             place = whole / images.classes[label]
             place.mkdir(parents=True, exist_ok=True)
@@ -76,17 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row.name} cannot be fetched: get it by hand from {row.address}, as "
                 f"DATASETS.md says; fetched are {', '.join(fetched)}"
             )
-    broken = False
+    root, states = Path(os.path.expanduser(options.root)), []
     for row in rows:
-        root = Path(os.path.expanduser(options.root))
-        if row.rendered:
-            render(row.name, root / row.folder)
-        else:
-            download(row, root)
-        state, (summary, *lines) = check(row, root)
-        broken |= state != "present"
-        print("\n    ".join([f"{row.name}: {state}, {summary}", *lines]), flush=True)
-    return int(broken)
+        render(row.name, root / row.folder) if row.rendered else download(row, root)
+        states.append(report(row, root))
+    return int(any(state != "present" for state in states))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.files import atomic_path
 from engine.log import logger
 from forgetting.errors import ProblemError, unknown
+from forgetting.io import atomic_path
 
 from .table import spec
 
@@ -235,9 +235,9 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
         a, b = zoom * math.cos(turn), zoom * math.sin(turn)
         reach = (SIDE - longer) / 2
         x, y = CANVAS / 2 + 2 * rng.uniform(-reach, reach, 2)
-        turned = (a, b, CANVAS / 2 - a * x - b * y, -b, a, CANVAS / 2 + b * x - a * y)
+        affine = (a, b, CANVAS / 2 - a * x - b * y, -b, a, CANVAS / 2 + b * x - a * y)
         mask = _master(name, test, rng).transform(
-            (CANVAS, CANVAS), Image.Transform.AFFINE, turned, Image.Resampling.BILINEAR
+            (CANVAS, CANVAS), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
         )
         cover = np.asarray(mask.reduce(2), dtype=np.float32)[:, :, None] / 255  # (s, s, 1)
         picture = picture + cover * (ink - picture)
@@ -259,41 +259,37 @@ def pictures(name: str, part: str) -> Iterator[tuple[str, int, np.ndarray]]:
             yield class_name, label, draw(class_name, rng, test=part == "test")
 
 
-def _write(name: str, folder: Path) -> None:
-    split: dict[str, list] = {"train": [], "val": [], "test": []}
-    for part in ("train", "test"):
-        for number, (class_name, label, picture) in enumerate(pictures(name, part)):
-            path = f"{part}/{class_name.replace(' ', '_')}/{number:04d}.png"
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(folder / path, compress_level=1)  # noise hardly packs
-            split[part].append([path, label, class_name])
-    (folder / spec(name).split_file).write_text(json.dumps(split), encoding="utf-8")
-
-
 def render(name: str, folder: str | os.PathLike[str]) -> None:
     """Draw a Mini set into `folder` unless it is there: PNG files of 32 x 32 pixels and the split
     file, the same on every call.
 
-    The folder appears whole or not at all, also when two processes draw it at once. Raises
-    ProblemError for an unknown set, if the disk refuses, or if the folder holds something else.
+    The folder appears with all of its files or not at all, also when two processes draw it at
+    once. Raises ProblemError for an unknown set, if the disk refuses, or if the folder holds
+    something else.
     """
     if name not in MINI:
         raise unknown("Mini set", name, MINI)
     folder = Path(folder)
-    split = folder / spec(name).split_file
-    if split.is_file():
+    split_file = folder / spec(name).split_file
+    if split_file.is_file():
         return
-    # Looked at again, after the folder: another process may have put the whole set there just now.
-    if folder.is_dir() and any(folder.iterdir()) and not split.is_file():
+    # The file is checked again, after the folder: another process may have finished just now.
+    if folder.is_dir() and any(folder.iterdir()) and not split_file.is_file():
         raise ProblemError(
-            f"data set {name}: {folder} exists, but holds no {split.name}; "
+            f"data set {name}: {folder} exists, but holds no {split_file.name}; "
             "move it away, and the set is drawn anew"
         )
     logger.info(f"{name}: drawing the images into {folder}")
+    split: dict[str, list] = {"train": [], "val": [], "test": []}
     try:
-        with atomic_path(folder) as whole:
-            whole.mkdir()
-            _write(name, whole)
+        with atomic_path(folder, durable=False) as whole:
+            for part in ("train", "test"):
+                for number, (class_name, label, picture) in enumerate(pictures(name, part)):
+                    path = f"{part}/{class_name.replace(' ', '_')}/{number:04d}.png"
+                    (whole / path).parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(whole / path, compress_level=1)
+                    split[part].append([path, label, class_name])
+            (whole / split_file.name).write_text(json.dumps(split), encoding="utf-8")
     except ProblemError:
-        if not split.is_file():  # else another process was first
+        if not split_file.is_file():  # otherwise another process was first
             raise

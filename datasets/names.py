@@ -1,6 +1,6 @@
-"""Class names: how one spelling is found among others, and the committed text files of names.
+"""Class names: how one spelling is found among others, and text files of names.
 
-A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse`, cars are called
+A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse`, a car is called
 `2012 Ram C/V Cargo Van Minivan`); a text made for CLIP uses `clean_name(name)`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engine.files import read_text
 from forgetting.errors import ProblemError, nearest
 
 
@@ -17,21 +18,21 @@ def clean_name(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a text that Unicode can spell: JSON, and bytes of a file name that are no
-    UTF-8, make some that it cannot."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
 def key(name: str) -> str:
     """What two spellings of one name have in common: `clean_name`, in lower case."""
     return clean_name(name).casefold()
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a text that Unicode can spell. JSON, and file names whose bytes are no
+    UTF-8, contain some that it cannot."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
     """The class of `classnames` that `name` means, in the data set's own spelling.
 
-    Exact spelling wins; otherwise case and underscores are ignored, if that leaves one class.
+    An exact spelling wins; otherwise case and underscores are ignored, if that leaves one class.
 
     Raises:
         ProblemError: no class, or several, fit; names the data set and the nearest classes.
@@ -40,7 +41,7 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
         return name
     if not clean_name(name):
         raise ProblemError("the name of a class is empty")
-    same = [known for known in classnames if key(known) == key(name)]
+    same = [classname for classname in classnames if key(classname) == key(name)]
     if len(same) == 1:
         return same[0]
     where = f"data set {dataset!r}" if dataset else "the data set"
@@ -54,9 +55,9 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
 
 
 def flaw(classnames: Sequence[str]) -> str:
-    """What is wrong with a set's class names, by label; empty if each means one class.
+    """What is wrong with a set's class names, in label order; empty if each means one class.
 
-    Two that differ in case alone are let pass: ImageNet has a dog "Cardigan" and a "cardigan".
+    Two names may differ in case alone: ImageNet has a dog "Cardigan" and a garment "cardigan".
     """
     labels: dict[str, int] = {}
     for label, name in enumerate(classnames):
@@ -70,18 +71,12 @@ def flaw(classnames: Sequence[str]) -> str:
 
 
 def entries(path: Path, what: str) -> Iterator[tuple[str, str]]:
-    """The entries of a text file, a line each, `#` begins a comment: where each stands, as
-    messages begin, and its text.
+    """The entries of a text file, one per line, `#` begins a comment: where each stands, for
+    messages, and its text.
 
     Raises:
         ProblemError: a file that cannot be read; the message names it and `what` it holds.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProblemError(
-            f"{what}: {path} cannot be read ({error}); it must be a text file with an entry a line"
-        ) from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, f"{what}:").splitlines(), start=1):
         if text := line.split("#", 1)[0].strip():
             yield f"{what}: {path}, line {number}", text

@@ -1,7 +1,8 @@
-"""Split files: CoOp's `{"train": [[path, label, class name], ...], "val": ..., "test": ...}`.
+"""Splits of a data set into train, val and test, and the files that hold them.
 
-Source of the format: github.com/KaiyangZhou/CoOp, DATASETS.md. The files are read as they are;
-what is wrong in one is told as file, list and entry, before any image is opened.
+The format is CoOp's (github.com/KaiyangZhou/CoOp, DATASETS.md):
+`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`. Every split passes
+`check_split` once, whether it was read from a file or made by `datasets.layouts`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import inside
-from engine.files import read_json
+from engine.files import inside, read_json
 from forgetting.errors import ProblemError
 
 from .names import flaw
@@ -40,6 +40,11 @@ class Split:
         """The images that are named and that `folder` lacks, in file order."""
         return [path for path in self.paths() if not (folder / path).is_file()]
 
+    def sizes(self, omit_empty: bool = False) -> str:
+        """How many images each part has, in words."""
+        counts = {part: len(items) for part, items in self.parts.items()}
+        return ", ".join(f"{n} {part}" for part, n in counts.items() if n or not omit_empty)
+
 
 def read_split(path: Path) -> Split:
     """Read and check a split file.
@@ -58,15 +63,16 @@ def check_split(content: Any, where: str) -> Split:
     """
     where = f"split file {where}:"
     if not isinstance(content, dict) or any(part not in content for part in PARTS):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ProblemError(f"{where} must hold 'train', 'val' and 'test'; found {found}")
-    names: dict[int, str] = {}
-    labels: dict[Path, int] = {}
+        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ProblemError(f"{where} must hold 'train', 'val' and 'test'; it holds {keys}")
+    names: dict[int, str] = {}  # label -> class name
+    labels: dict[Path, int] = {}  # image -> label
     for part in PARTS:
         if not isinstance(content[part], list):
             raise ProblemError(f"{where} {part!r} must be a list of triples")
         for index, entry in enumerate(content[part]):
-            _check_item(entry, names, labels, f"{where} {part}[{index}]:")
+            if problem := _problem(entry, names, labels):
+                raise ProblemError(f"{where} {part}[{index}]: {problem}")
     if not content["test"]:
         raise ProblemError(f"{where} 'test' is empty, so nothing can be evaluated")
     for expected, label in enumerate(sorted(names)):
@@ -81,23 +87,24 @@ def check_split(content: Any, where: str) -> Split:
     return Split({part: [tuple(entry) for entry in content[part]] for part in PARTS}, classnames)
 
 
-def _check_item(entry: Any, names: dict[int, str], labels: dict[Path, int], where: str) -> None:
-    """Refuse an entry that is no triple, or contradicts the `names` by label and the `labels` by
-    image that those before it left behind."""
+def _problem(entry: Any, names: dict[int, str], labels: dict[Path, int]) -> str:
+    """What is wrong with an entry, by itself or beside the `names` by label and the `labels` by
+    image of those before it; empty if nothing is."""
     if not isinstance(entry, list | tuple) or len(entry) != 3:
-        raise ProblemError(f"{where} must be [path, label, class name], is {entry!r:.80}")
+        return f"must be [path, label, class name], is {entry!r:.80}"
     path, label, name = entry
     if not isinstance(path, str) or not path:
-        raise ProblemError(f"{where} the path must be a non-empty string, is {path!r:.80}")
+        return f"the path must be a non-empty string, is {path!r:.80}"
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        return f"the label must be a whole number from 0, is {label!r:.80}"
+    if not isinstance(name, str) or not name.strip():
+        return f"the class name must be a non-empty string, is {name!r:.80}"
+    if (other := names.setdefault(label, name)) != name:
+        return f"label {label} is called {name!r}, but {other!r} before"
     try:
         image = inside("the image folder", path)
     except ProblemError as error:
-        raise ProblemError(f"{where} {error}") from error
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        raise ProblemError(f"{where} the label must be a whole number from 0, is {label!r:.80}")
-    if not isinstance(name, str) or not name.strip():
-        raise ProblemError(f"{where} the class name must be a non-empty string, is {name!r:.80}")
-    if names.setdefault(label, name) != name:
-        raise ProblemError(f"{where} label {label} is called {name!r}, but {names[label]!r} before")
-    if labels.setdefault(image, label) != label:
-        raise ProblemError(f"{where} {path!r} has label {label}, but {labels[image]} before")
+        return str(error)
+    if (other := labels.setdefault(image, label)) != label:
+        return f"{path!r} has label {label}, but {other} before"
+    return ""

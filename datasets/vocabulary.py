@@ -1,8 +1,8 @@
-"""Retain vocabularies: names of the same kind as a set's classes, one text file a set.
+"""Retain vocabularies: names of the same kind as a set's classes, one text file per set.
 
-`vocabularies/NAME.txt` has a name a line, `#` begins a comment. `name = Class; Other class` says
-that `name` means the same as those classes, so it must leave the retain set when one of them is
-forgotten: a synonym that is retained keeps the forgotten class alive.
+`vocabularies/NAME.txt` has one name per line, `#` begins a comment. `name = Class; Other class`
+says that `name` means the same as those classes. It is not retained when one of them is forgotten:
+a synonym that is retained keeps the forgotten class alive.
 """
 
 from __future__ import annotations
@@ -21,24 +21,15 @@ FOLDER = Path(__file__).parent / "vocabularies"
 
 def retain_vocabulary(name: str) -> list[str]:
     """The names of a set's vocabulary, lower case, in file order, without repeats, synonyms
-    included (the caller removes what `synonyms` names for the classes it forgets). A set without a
-    file has none.
-
-    Raises:
-        ProblemError: an unreadable vocabulary file (named).
-    """
+    included. A set without a file has none. Raises ProblemError for a broken file (named)."""
     return list(_read(name))
 
 
 def synonyms(name: str) -> dict[str, set[str]]:
-    """Class name, as `key` spells it -> the vocabulary names that mean the same.
-
-    Raises:
-        ProblemError: as `retain_vocabulary`.
-    """
-    words = _read(name)
-    marked = set().union(*words.values())
-    return {known: {word for word, means in words.items() if known in means} for known in marked}
+    """Class name, as `key` spells it -> the vocabulary names that mean the same."""
+    classes_of = _read(name)
+    classes = set().union(*classes_of.values())
+    return {c: {word for word, means in classes_of.items() if c in means} for c in classes}
 
 
 def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
@@ -53,11 +44,11 @@ def _read(name: str) -> dict[str, set[str]]:
     """Vocabulary name -> the classes that it is a synonym of (mostly none)."""
     words: dict[str, set[str]] = {}
     path = FOLDER / f"{name}.txt"
-    known = name in SETS and path.exists()  # any other name may lead anywhere
-    for where, text in entries(path, f"retain vocabulary of {name}") if known else ():
-        word, marked, classes = text.partition("=")
+    is_known = name in SETS and path.exists()  # any other name may lead anywhere
+    for where, text in entries(path, f"retain vocabulary of {name}") if is_known else ():
+        word, has_classes, classes = text.partition("=")
         means = {key(part) for part in classes.split(";") if part.strip()}
-        if not word.strip() or (marked and not means):
+        if not word.strip() or (has_classes and not means):
             raise ProblemError(f"{where}: {text!r} must be 'name' or 'name = Class; Other class'")
         words.setdefault(key(word), set()).update(means)
     return words

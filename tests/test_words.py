@@ -126,7 +126,7 @@ def test_a_word_means_one_class_and_every_class_has_paraphrases(dataset: str) ->
         ("| eft\n", "line 1"),
         ("a | b | c | d | e\n", "line 1"),
         ("newt | eft\nNewt | tadpole\n", "line 2"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_a_broken_list_is_one_line(folder: Path, text, where) -> None:

@@ -1,0 +1,343 @@
+"""Splits made from what lies on disk: a folder per class, official lists, or a table.
+
+Official lists are used where a set has them, otherwise a fixed 50/20/30 shuffle of each class. Of
+images of one's own all are test images, unless they say otherwise. Every function takes the set's
+folder and its image folder and returns a checked `Split`. Where a set has a published split file
+none of these gives its images, so numbers on them are not comparable with published ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.files import read_json, read_text
+from forgetting.errors import ProblemError
+
+from .names import clean_name, flaw
+from .split import PARTS, Split, check_split
+
+SEED = 1  # part of every shuffle: changing it changes the images of all made splits
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+TABLES = (".csv", ".tsv")
+PART_NAMES = {  # of folders and cells that divide a set -> the part that their images are
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+CLASSNAMES = "classnames.txt"
+# Two names stand twice in CoOp's list of ImageNet's; these are WordNet's.
+IMAGENET_NAMES = {"n04008634": "projectile", "n04355933": "sunglass"}
+Row = tuple[str, str, str]  # part, path relative to the image folder, class name
+
+
+def _split(folder: Path, rows: Sequence[Row], classnames: Iterable[str] = ()) -> Split:
+    """The split of some rows, checked. Labels are places in `classnames`, or if there are none in
+    the order of the rows."""
+    names = list(classnames) or dict.fromkeys(name for _, _, name in rows)
+    label = {name: number for number, name in enumerate(names)}
+    parts: dict[str, list] = {part: [] for part in PARTS}
+    for part, path, name in rows:
+        parts[part].append((path, label[name], name))
+    return check_split(parts, f"made from {folder}")
+
+
+def divide(rows: Iterable[Row], fraction: float, part: str) -> list[Row]:
+    """Move a fraction of each class's train images to another part, at least one image where a
+    class has two or more; the order stays.
+
+    The shuffle depends on the class name and `SEED` only: never on other classes, the folder's
+    order on disk, or Python's hash seed.
+    """
+    rows = list(rows)
+    by_class: defaultdict[str, list[int]] = defaultdict(list)
+    for index, (now, _, name) in enumerate(rows):
+        if now == "train":
+            by_class[name].append(index)
+    for name, indices in by_class.items():
+        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+        for chosen in random.Random(f"{SEED}/{name}").sample(range(len(indices)), count):
+            rows[indices[chosen]] = (part, *rows[indices[chosen]][1:])
+    return rows
+
+
+# A folder per class
+
+
+def top_folder(path: str) -> str:
+    """The class folder of an image: the first on its path."""
+    return path.partition("/")[0]
+
+
+def sun_class(path: str) -> str:
+    """SUN397's class as CoOp writes it: `a/apartment_building/outdoor/x.jpg` is of the class
+    `outdoor apartment_building`."""
+    return " ".join(reversed(path.split("/")[1:-1]))
+
+
+def from_folders(
+    folder: Path,
+    images: Path,
+    rename: Callable[[str], str | None] = str,
+    group: Callable[[str], str] = top_folder,
+    divided: bool = True,
+) -> Split:
+    """A folder for each class under the image folder: 50% train, 20% val, 30% test of each, by a
+    fixed shuffle; all test if not `divided`.
+
+    Args:
+        rename: the class of a folder; None leaves the folder out.
+        group: the class folder of an image by its path.
+    """
+    classes = _by_folder(images, rename, group)
+    rows = [("train" if divided else "test", path, name) for name, path in classes]
+    if divided:
+        rows = divide(divide(rows, 0.3, "test"), 0.2 / 0.7, "val")
+    return _split(folder, rows)
+
+
+def from_imagenet(folder: Path, images: Path) -> Split:
+    """ImageNet and its kin: a folder per class, called by its WordNet number or by its place in
+    CoOp's `classnames.txt`, which gives the names. All images are test images."""
+    names = _classnames(folder)
+    if not names:
+        raise ProblemError(f"no {CLASSNAMES} at {folder / CLASSNAMES}; see DATASETS.md")
+    names |= {number: name for number, name in IMAGENET_NAMES.items() if number in names}
+    names |= {str(place): name for place, name in enumerate(list(names.values()))}
+
+    def rename(number: str) -> str:
+        if number not in names:
+            raise ProblemError(
+                f"{folder / CLASSNAMES} has no line for the folder {images}/{number}"
+            )
+        return names[number]
+
+    return from_folders(folder, images, rename, divided=False)
+
+
+def from_own_folders(folder: Path, images: Path) -> Split:
+    """A folder per class, or folders `train`, `val`, `test` with a folder per class in each. The
+    test images are those of `test`, else of `val`; all where nothing divides them. A
+    `classnames.txt` may rename folders, one per line: the folder's name, a space, the class."""
+    below = [path for path in images.iterdir() if path.is_dir() and path.name[0] != "."]
+    parts = {path.name: PART_NAMES.get(path.name.lower()) for path in below}
+    names = _classnames(images)
+
+    def rename(name: str) -> str:
+        return names.get(name, name)
+
+    holds_images = any(
+        path.suffix.lower() in IMAGE_SUFFIXES for place in below for path in place.iterdir()
+    )
+    if not parts or None in parts.values() or holds_images:
+        return from_folders(images, images, rename, divided=False)
+    rows = [
+        (part, f"{name}/{path}", classname)
+        for name, part in sorted(parts.items())
+        for classname, path in _by_folder(images / name, rename)
+    ]
+    last = next(part for part in reversed(PARTS) if part in parts.values())
+    rows = [("test" if part == last else part, path, name) for part, path, name in rows]
+    return _split(images, rows)
+
+
+def _by_folder(
+    images: Path,
+    rename: Callable[[str], str | None],
+    group: Callable[[str], str] = top_folder,
+) -> list[tuple[str, str]]:
+    """The images below `images`: class and path, by the folder of the class. Folders that are
+    numbers are in numerical order. ProblemError if two folders have one class."""
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for path in _image_files(images):
+        if "/" in path:
+            files[group(path)].append(path)
+    order = sorted(files, key=lambda name: name.zfill(9) if name.isdecimal() else name)
+    classes = {name: classname for name in order if (classname := rename(name)) is not None}
+    if not classes:
+        raise ProblemError(f"no folder with images under {images}; see DATASETS.md")
+    if problem := flaw(list(classes.values())):
+        raise ProblemError(f"split made from {images}: {problem}")
+    return [(classname, path) for name, classname in classes.items() for path in files[name]]
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The paths of all images below a folder, sorted; links are followed, hidden names are not."""
+
+    def refuse(error: OSError) -> None:
+        raise ProblemError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+    paths, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(place))  # a link may lead back up
+        folders[:] = [
+            name
+            for name in folders
+            if name[0] != "." and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
+        paths += [
+            os.path.relpath(os.path.join(place, file), folder)
+            for file in files
+            if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(paths)
+
+
+def _classnames(folder: Path) -> dict[str, str]:
+    """Folder -> class of a `classnames.txt`, in its order; empty if there is none."""
+    path = folder / CLASSNAMES
+    pairs = [line.split(maxsplit=1) for line in _lines(path)] if path.exists() else []
+    for number, pair in enumerate(pairs, start=1):
+        if len(pair) != 2:
+            raise ProblemError(f"{path}, line {number}: must be a folder and a class")
+    return dict(pairs)
+
+
+# Lists
+
+
+def from_lists(folder: Path, images: Path, files: Mapping[str, str], line: str) -> Split:
+    """Official lists beside the image folder, one JPEG file per line.
+
+    Args:
+        files: the part -> its list; line: a pattern of its lines, with the groups `path` (without
+            ".jpg") and `name` (of the class).
+    """
+    rows: list[Row] = []
+    for part, file in files.items():
+        path = images.parent / file
+        for number, text in enumerate(_lines(path), start=1):
+            if not (entry := re.match(line, text)):
+                raise ProblemError(f"{path}, line {number}: not in the known form")
+            rows.append((part, f"{entry['path']}.jpg", entry["name"]))
+    return _split(folder, rows, sorted({name for _, _, name in rows}))
+
+
+def from_cub(folder: Path, images: Path) -> Split:
+    """CUB-200-2011's `images.txt` (`1 001.Black_footed_Albatross/x.jpg`) and
+    `train_test_split.txt` (`1 0`: a test image), by the number of the image."""
+    paths = dict(text.split(maxsplit=1) for text in _lines(folder / "images.txt"))
+    parts = dict(text.split() for text in _lines(folder / "train_test_split.txt"))
+    rows = [
+        ({"0": "test", "1": "train"}[parts[number]], path, clean_name(top_folder(path)[4:]))
+        for number, path in paths.items()
+    ]
+    return _split(folder, rows)
+
+
+def from_table(folder: Path, images: Path, table: Path) -> Split:
+    """A CSV file of one's own: columns `path` and `class`, and perhaps `split` (train, val, test),
+    named in its first line, in any order, among others. Commas, semicolons or tabs divide them.
+    Paths are absolute or relative to the file's folder; without `split` all are test images."""
+    text = read_text(table, "images")
+    first = text.partition("\n")[0].strip()
+    mark = max("\t;,", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    try:
+        header = [title.strip().lower() for title in next(reader, [])]
+        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise ProblemError(f"images {table} cannot be read as CSV ({error})") from error
+    if "path" not in header or "class" not in header:
+        raise ProblemError(
+            f"images {table}: its first line must name the columns path and class (and split, if "
+            f"it has one), and is {first!r:.80}"
+        )
+    rows: list[Row] = []
+    for number, cells in lines:
+        where = f"images {table}, line {number}:"
+        if len(cells) != len(header):
+            raise ProblemError(f"{where} {len(cells)} cells, not {len(header)}")
+        cell = {title: value.strip() for title, value in zip(header, cells, strict=True)}
+        part = PART_NAMES.get(cell.get("split", "test").lower())
+        if part is None or not cell["class"]:
+            what = "the class is empty" if part else "split must be train, val or test"
+            raise ProblemError(f"{where} {what}")
+        rows.append((part, os.path.abspath(table.parent / cell["path"]).lstrip("/"), cell["class"]))
+    return _split(table, rows)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are neither empty nor comments."""
+    if not path.exists():
+        raise ProblemError(f"no {path.name} at {path}; see DATASETS.md")
+    lines = read_text(path, "").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+# Lists in MATLAB's format
+
+
+def from_cars(folder: Path, images: Path) -> Split:
+    """StanfordCars' devkit: `cars_train_annos.mat`, `cars_test_annos_withlabels.mat`,
+    `cars_meta.mat`. A fifth of the official training images becomes val; names have the year first
+    (`Spyker C8 Coupe 2009` -> `2009 Spyker C8 Coupe`)."""
+    names = [
+        re.sub(r"^(.+) (\d{4})$", r"\2 \1", str(name).strip())
+        for name in _column(folder, "devkit/cars_meta.mat", "class_names")
+    ]
+    rows = [
+        (part, f"cars_{part}/{image['fname']}", names[int(image["class"]) - 1])
+        for part, file in (("train", "train_annos"), ("test", "test_annos_withlabels"))
+        for image in _column(folder, f"devkit/cars_{file}.mat", "annotations")
+    ]
+    return _split(folder, divide(rows, 0.2, "val"), names)
+
+
+def from_dogs(folder: Path, images: Path) -> Split:
+    """StanfordDogs' `train_list.mat` and `test_list.mat`. A fifth of the official training images
+    becomes val; names come from folders (`n02086240-Shih-Tzu` -> `Shih-Tzu`)."""
+    rows: list[Row] = []
+    names: dict[int, str] = {}
+    for part in ("train", "test"):
+        paths, labels = (
+            _column(folder, f"lists/{part}_list.mat", name) for name in ("file_list", "labels")
+        )
+        for path, label in zip(map(str, paths), map(int, labels), strict=True):
+            names[label] = clean_name(top_folder(path).partition("-")[2])
+            rows.append((part, path, names[label]))
+    return _split(folder, divide(rows, 0.2, "val"), [names[label] for label in sorted(names)])
+
+
+def from_flowers(folder: Path, images: Path) -> Split:
+    """OxfordFlowers' `imagelabels.mat` and `setid.mat` (the official parts); class names from
+    `cat_to_name.json`, or from torchvision's list where that file is absent."""
+    if (path := folder / "cat_to_name.json").is_file():
+        by_number = read_json(path)
+        names = [by_number[str(number)] for number in range(1, len(by_number) + 1)]
+    else:
+        from torchvision.datasets import Flowers102
+
+        names = Flowers102.classes
+    beside = images.parent  # in torchvision's layout not the set's folder
+    labels = _column(beside, "imagelabels.mat", "labels")
+    rows = [
+        (part, f"image_{number:05d}.jpg", names[int(labels[number - 1]) - 1])
+        for part, column in zip(PARTS, ("trnid", "valid", "tstid"), strict=True)
+        for number in map(int, _column(beside, "setid.mat", column))
+    ]
+    return _split(folder, rows, names)
+
+
+def _column(folder: Path, file: str, name: str) -> list[Any]:
+    """One array of a .mat file of the raw download, flat. The file lies where `file` says or in
+    the set's folder itself: the archives have been published both ways."""
+    from scipy.io import loadmat  # half a second, for a rare path
+
+    path = next((p for p in (folder / file, folder / Path(file).name) if p.is_file()), None)
+    if path is None:
+        raise ProblemError(f"no {Path(file).name} at {folder / file}; see DATASETS.md")
+    try:
+        content = loadmat(path, simplify_cells=True)
+    except Exception as error:  # scipy raises many kinds on a torn or foreign file
+        raise ProblemError(f"{path}: is not a readable .mat file ({error})") from error
+    return np.ravel(np.array(content[name], dtype=object)).tolist()
