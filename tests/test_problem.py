@@ -1,0 +1,129 @@
+"""The paper's objective, and requests stacked in a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgetting import ProblemError
+from forgetting.problem import Batch, LowRankEdit, Request, pad_indices, pad_rows
+from tests.solver_fixtures import normal, random_problem
+
+
+@settings(max_examples=30)
+@given(
+    k=st.integers(1, 4),
+    m=st.integers(0, 6),
+    seed=st.integers(0, 2**16),
+    rank=st.integers(1, 6),
+    alpha=st.sampled_from([0.5, 1.0, 4.0]),
+)
+def test_objective_is_the_papers_formula(k, m, seed, rank, alpha):
+    """Against an entry-by-entry recomputation in B and A, as the paper writes it."""
+    problem = replace(random_problem(k, m, 7, 5, seed), rank=rank, alpha=alpha)
+    a, b = normal(rank, 7, seed=seed + 1), normal(5, rank, seed=seed + 2)
+    delta = (alpha / rank) * (b @ a).T
+    adapted = problem.projection + delta
+
+    def norm(rows):
+        return math.sqrt(sum(float(x) ** 2 for row in rows for x in row))
+
+    expected = (
+        problem.lamb_forget * norm(problem.target - problem.forget_hidden @ adapted)
+        + problem.lamb_preserve * norm(problem.retain_hidden @ delta)
+        + problem.lamb_weight * norm(b @ a)
+    )
+    assert float(problem.objective(delta)) == pytest.approx(expected, rel=1e-12)
+    # Negative control: without the factor r / alpha the weight term would be another one.
+    if rank != alpha:
+        other = expected + problem.lamb_weight * (norm(delta) - norm(b @ a))
+        assert float(problem.objective(delta)) != pytest.approx(other, rel=1e-6)
+
+
+def test_reduction_rule():
+    problem = random_problem(2, 9, 8, 6, 0)
+    exact = torch.linalg.pinv(problem.forget_hidden) @ problem.displacement
+    # The paper takes the absolute value: moving away by half counts like moving nearer by half.
+    for part, reduction in ((0.0, 0), (1.0, 1), (0.4, 0.4), (-0.5, 0.5)):
+        assert problem.reduction(part * exact) == pytest.approx(reduction, abs=1e-9)
+    still = replace(problem, target=problem.forget_hidden @ problem.projection)
+    assert still.reduction(torch.zeros_like(exact)) == 1
+    assert still.reduction(torch.ones_like(exact)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"forget_hidden": torch.ones(0, 12), "target": torch.ones(0, 8)}, "forget_hidden"),
+        ({"forget_hidden": torch.ones(1, 11)}, "forget_hidden"),
+        ({"retain_hidden": torch.ones(3, 5)}, "retain_hidden"),
+        ({"target": torch.ones(2, 8)}, "target"),
+        ({"target": torch.full((1, 8), math.nan)}, "target"),
+        ({"target": torch.ones(1, 8).half()}, "dtype"),
+        ({"projection": torch.ones(12, 8, dtype=torch.int64)}, "projection"),
+        ({"projection": torch.ones(12)}, "projection"),
+        ({"projection": torch.ones(12, 0), "target": torch.ones(1, 0)}, "projection"),
+        ({"lamb_forget": -1.0}, "lamb_forget"),
+        ({"lamb_forget": "much"}, "lamb_forget"),
+        ({"lamb_weight": math.inf}, "lamb_weight"),
+        ({"rank": 0}, "rank"),
+        ({"alpha": 0.0}, "alpha"),
+    ],
+)
+def test_what_makes_no_problem_is_refused(change, word):
+    problem = random_problem(1, 20, 12, 8, 0)
+    tensors = {
+        name: x.to(problem.projection) if x.is_floating_point() and x.dtype != torch.half else x
+        for name, x in change.items()
+        if isinstance(x, torch.Tensor)
+    }
+    with pytest.raises(ProblemError, match=word):
+        replace(problem, **change | tensors)
+
+
+def test_a_low_rank_edit_is_its_product():
+    left, right = normal(5, 2), normal(2, 3, seed=1)
+    assert torch.equal(LowRankEdit(left, right).delta, left @ right)
+
+
+def request(*owner: int, seed: int = 0) -> Request:
+    """Of as many texts as owners; classes are numbered."""
+    classes = [f"class {i}" for i in range(max(owner) + 1)]
+    texts = [f"text {seed}.{i}" for i in range(len(owner))]
+    same = [{name} for name in classes]
+    return Request(classes, texts, normal(len(owner), 4, seed=seed), list(owner), same)
+
+
+def test_a_batch_stacks_its_requests():
+    one, two = request(0, 1, 1), request(0, seed=1)
+    batch = Batch([one, two])
+    assert len(batch) == 2 and list(batch) == [one, two] and batch.sizes == [3, 1]
+    assert batch.classes == ["class 0", "class 1", "class 0"] and len(batch.same) == 3
+    assert torch.equal(batch.hidden, torch.cat([one.hidden, two.hidden]))
+    assert batch.of_class.tolist() == [0, 0, 1] and batch.of_text.tolist() == [0, 0, 0, 1]
+    assert batch.owner.tolist() == [0, 1, 1, 2]  # of all classes, not of the request's
+    masks = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
+    assert batch.of_requests(masks).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_a_request_takes_more_texts():
+    one, row = request(0, 1), normal(4, seed=9)
+    more = one.with_texts([(1, "other", row)])
+    assert more.texts == [*one.texts, "other"] and more.owner == [0, 1, 1]
+    assert torch.equal(more.hidden[-1], row) and torch.equal(more.hidden[:2], one.hidden)
+    assert more.classes == one.classes and len(one.texts) == 2
+
+
+def test_padded_rows_are_those_of_the_mask():
+    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    rows, weights = normal(4, 3), torch.tensor([0.5, 0.25, 2.0, 3.0])
+    indices, padded = pad_indices(mask, weights)
+    assert indices.shape == (3, 2) and padded.tolist() == [[0.25, 3.0], [0, 0], [0.5, 0]]
+    found, present = pad_rows(mask, rows)
+    assert torch.equal(found[0], rows[[1, 3]]) and torch.equal(found[2, 0], rows[0])
+    assert present[..., 0].tolist() == [[1, 1], [0, 0], [1, 0]] and found[1].eq(0).all()
