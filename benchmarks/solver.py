@@ -87,11 +87,10 @@ def from_bundle(path: str) -> Workload:
     known = {name.casefold() for name in bundle.classnames}
     free = [i for i, name in enumerate(bundle.retain_names) if name.casefold() not in known]
     w = bundle.text_projection
-    embeddings = bundle.class_hidden @ w  # (C, d)
+    embeddings, empty = bundle.class_hidden @ w, bundle.neutral_hidden @ w  # (C, d), (1, d)
     generator = torch.Generator().manual_seed(0)
     targets = [
-        empty_target(bundle.neutral_hidden, w, embeddings, [i], generator)[0]
-        for i in range(len(bundle.classnames))
+        empty_target(empty, embeddings, [i], generator)[0] for i in range(len(bundle.classnames))
     ]
     more = bundle.retain_hidden[free]
     name = f"{bundle.dataset}, {bundle.backbone}"

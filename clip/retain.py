@@ -1,25 +1,26 @@
-"""What is retained beside a set's classes, from bundles: names and hidden states, in groups."""
+"""What is retained while classes of a set are forgotten, from feature bundles."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from yacs.config import CfgNode
 
 import datasets
 from clip.bundle import FeatureBundle
-from forgetting import Group, RetainSet, Ridge
+from forgetting.context import ExactSettings, ForgetContext
+from forgetting.displacement import ClassifierTexts
 from forgetting.models.vocabulary import MAX_SIMILAR
-from forgetting.ridge import best_ridge
+from forgetting.retain import Group, RetainSet
+from forgetting.ridge import choose_ridge
+from forgetting.targets import TargetInputs
 
 GROUPS = ("own", "vocabulary", "others")
 PROTECT = "protect"
 GENERIC = "generic"  # common names, whatever the set is of
-COMMON = ("vocabulary", GENERIC)  # they stand for the many names that nobody lists
+COMMON = ("vocabulary", GENERIC)  # groups that stand for the many names that nobody lists
 Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
 
 
@@ -35,9 +36,10 @@ def retain_set(
     """The retained names of a set: its own classes, its vocabulary, the other sets' classes.
 
     Args:
-        weights: of the groups that are retained; None: every name weighs 1.
-        similarity: cosine of hidden states beyond which a name leaves with a forgotten text.
-        more: names that no bundle holds: `keep`, which weigh more than their group, and `generic`.
+        weights: of the groups that are retained; None: each name weighs 1.
+        similarity: cosine of hidden states above which a name is excluded with a forgotten text.
+        more: names that no bundle holds: `protect`, which weigh more than their group, and
+            `generic`.
         prompts: whether a class is retained by its evaluation prompt, by which images find it, as
             well as by its bare name.
     """
@@ -49,135 +51,116 @@ def retain_set(
             names, rows = 2 * names, rows + [each.class_hidden for each in bundles]
         return names, torch.cat([bundle.forget_hidden[:0], *rows])
 
-    more = dict(more or {})
-    kept = more.pop(PROTECT, None)
     groups = {
         "own": classes(bundle),
         "vocabulary": (bundle.retain_names, bundle.retain_hidden),
         "others": classes(*others),
-        **more,
+        **(more or {}),
     }
     chosen = {
         group: Group(
             names,
             rows,
             weights[group],
-            alike=group != "own",
-            safe=group not in COMMON,
-            twice=prompts and group not in COMMON,
+            exclude_similar=group not in ("own", PROTECT),
+            limit_displacement=group not in COMMON,
+            prompt_variants=prompts and group in ("own", "others"),
         )
         for group, (names, rows) in groups.items()
         if group in weights
     }
-    if kept is not None:
-        chosen[PROTECT] = Group(*kept, weights[PROTECT], alike=False)
     return RetainSet(chosen, similarity, device, MAX_SIMILAR if GENERIC in chosen else None)
 
 
-@dataclass(frozen=True)
-class Retained:
-    """What a run of ForgetExact retains.
-
-    Attributes:
-        names: all of them; mu: the ridge, in mean squared lengths of a hidden state.
-        ridge: `G + mu I`; lam: ridge of the target `specific`.
-    """
-
-    names: RetainSet
-    mu: float
-    ridge: Ridge
-    lam: float
-
-    @cached_property
-    def solved(self) -> Tensor:
-        """The names' rows of `K_0^-1`, (n, w)."""
-        return self.ridge.solve(self.names.rows)
-
-
-def exact_weights(
-    cfg: CfgNode, others: bool, more: Collection[str] = (), vocabulary: bool = True
-) -> dict[str, float]:
-    """Weights of the groups by the settings.
-
-    Args:
-        others: whether there are other sets; more: names of groups as in `retain_set`.
-        vocabulary: whether the set has one of its own. Generic names take part of its weight, and
-            all of it where there is none.
-    """
-    node = cfg.TRAINER.FORGETEXACT
-    common = profile(cfg, others, "VOCABULARY")
-    part = (node.GENERIC if vocabulary else float(node.GENERIC > 0)) * (GENERIC in more)
-    weights = {"own": node.OWN, "vocabulary": (1 - part) * common, "others": node.OTHERS}
-    further = {PROTECT: node.PROTECT, GENERIC: part * common}
-    weights |= {name: further[name] for name in more}
-    return {group: float(weight) for group, weight in weights.items()}
-
-
-def profile(cfg: CfgNode, others: bool, key: str) -> float:
-    """A setting whose default depends on whether the names of other sets are retained."""
-    node = cfg.TRAINER.FORGETEXACT
-    default = node[f"{key}_{'LISTED' if others and node.OTHERS > 0 else 'ALONE'}"]
-    return default if node[key] is None else node[key]
-
-
-def exact_names(
-    cfg: CfgNode,
+def exact_retain_set(
+    settings: ExactSettings,
     bundle: FeatureBundle,
-    others: Sequence[FeatureBundle],
+    others: Sequence[FeatureBundle] = (),
     device: torch.device | str = "cpu",
     more: Mapping[str, Names] | None = None,
-    off: str = "",
+    without: str = "",
 ) -> RetainSet:
-    """The names that a run of ForgetExact retains: the groups that have weight, less `off`.
+    """The names that complete forgetting retains: the groups that have weight, but for `without`.
 
     Classes are retained by name and prompt: on real features the rest of the set and other sets
     lose less by it, under templates that nobody listed as well (docs/exact.md).
     """
-    weights = exact_weights(cfg, bool(others), more or (), bool(bundle.retain_names))
-    weights = {name: weight for name, weight in weights.items() if weight > 0 and name != off}
-    similarity = float(cfg.FORGET.SIMILARITY)
-    return retain_set(bundle, others, weights, similarity, device, more, prompts=True)
+    more = more or {}
+    weights = settings.group_weights(bool(others), bool(bundle.retain_names), GENERIC in more)
+    known = {*GROUPS, *more} - {without}
+    weights = {name: weight for name, weight in weights.items() if name in known and weight > 0}
+    return retain_set(bundle, others, weights, settings.similarity, device, more, prompts=True)
 
 
-def retained(
-    cfg: CfgNode,
+def exact_context(
+    settings: ExactSettings,
     bundle: FeatureBundle,
-    others: Sequence[FeatureBundle],
+    others: Sequence[FeatureBundle] = (),
     device: torch.device | str = "cpu",
     more: Mapping[str, Names] | None = None,
-) -> Retained:
-    """What a run of ForgetExact with these settings retains, and its ridges."""
-    return settled(cfg, bundle, exact_names(cfg, bundle, others, device, more), bool(others))
+    text: Tensor | None = None,
+) -> ForgetContext:
+    """What classes of a bundle are forgotten in.
 
-
-def settled(cfg: CfgNode, bundle: FeatureBundle, names: RetainSet, others: bool) -> Retained:
-    """The ridges of names that a run retains; `others`: whether there are other sets."""
-    node = cfg.TRAINER.FORGETEXACT
-    w, b, mu = bundle.text_projection, bundle.text_bias, node.MU
-    if mu is None:
-        listed = _listed(names)
-        leaving = leaving_alone(bundle, listed)
-        limit = profile(cfg, others, "MAX_DISPLACEMENT")
-        mu = best_ridge(listed, w, bundle.forget_hidden, leaving, float(limit), b)
-    lam = float(node.SPECIFIC_RIDGE) * names.squared_embedding(w, b)
-    return Retained(names, mu, names.ridge(mu), lam)
-
-
-def _listed(names: RetainSet) -> RetainSet:
-    """The names by which the ridge is found: without generic ones, where there is a vocabulary.
-
-    What is held still for their sake leaves listed names less room, so that by the same limit the
-    ridge would be smaller, which costs unlisted names more than the generic ones save them.
+    Args:
+        others: bundles of other sets, whose names are listed; more: see `retain_set`.
+        text: (1, w), hidden state of the TEXT of a target `text:TEXT`.
     """
-    groups = dict(names.groups)
-    if not groups.keys() >= set(COMMON):
-        return names
-    weight = groups.pop(GENERIC).weight + groups["vocabulary"].weight
-    groups["vocabulary"] = replace(groups["vocabulary"], weight=weight)
-    return RetainSet(groups, names.similarity, names.rows.device, names.most)
+    settings = settings.chosen(bool(others))
+    retain = exact_retain_set(settings, bundle, others, device, more)
+    if settings.ridge is None:
+        settings = replace(settings, ridge=_choose_ridge(settings, bundle, retain))
+    inputs = target_inputs(bundle, device, settings.noise_std, text)
+    inputs = replace(inputs, retain=retain, specific_ridge=settings.specific_ridge)
+    bundles = [bundle, *(others if settings.others > 0 else ())]
+    hidden = torch.cat([each.class_hidden for each in bundles]).to(device)
+    classifier = ClassifierTexts(
+        [datasets.clean_name(name) for each in bundles for name in each.classnames],
+        hidden,
+        inputs.embed(hidden),
+        inputs.label,
+        len(bundle.classnames),
+    )
+    return ForgetContext(retain, retain.ridge(settings.ridge), inputs, classifier, settings)
 
 
-def leaving_alone(bundle: FeatureBundle, names: RetainSet) -> Tensor:
-    """(C, n) bool, which names leave with each class of a set, forgotten by its bare name."""
+def target_inputs(
+    bundle: FeatureBundle,
+    device: torch.device | str = "cpu",
+    noise_std: float = 0.5,
+    text: Tensor | None = None,
+) -> TargetInputs:
+    """What targets of a bundle's classes are computed from."""
+    return TargetInputs(
+        projection=bundle.text_projection.to(device),
+        bias=None if bundle.text_bias is None else bundle.text_bias.to(device),
+        classes=bundle.class_hidden,
+        label={name: label for label, name in enumerate(bundle.classnames)},
+        empty=bundle.neutral_hidden,
+        text=text,
+        named=torch.cat([bundle.class_hidden, bundle.forget_hidden, bundle.retain_hidden]),
+        noise_std=noise_std,
+    )
+
+
+def _choose_ridge(settings: ExactSettings, bundle: FeatureBundle, retain: RetainSet) -> float:
+    """By the listed names alone: generic ones are left out where there is a vocabulary.
+
+    What moves little for their sake leaves the listed names less room under the same limit, and a
+    smaller ridge costs unlisted names more than the generic ones save them.
+    """
+    groups = dict(retain.groups)
+    if groups.keys() >= set(COMMON):
+        weight = groups.pop(GENERIC).weight + groups["vocabulary"].weight
+        groups["vocabulary"] = replace(groups["vocabulary"], weight=weight)
+        retain = RetainSet(groups, retain.similarity, retain.rows.device, retain.max_similar)
     same = [datasets.same_meaning([name], bundle.dataset) for name in bundle.classnames]
-    return names.leaving(same, bundle.forget_hidden, torch.arange(len(same)))
+    excluded = retain.excluded(same, bundle.forget_hidden, torch.arange(len(same)))
+    return choose_ridge(
+        retain,
+        bundle.text_projection,
+        bundle.forget_hidden,
+        excluded,
+        settings.max_displacement,
+        bundle.text_bias,
+    )

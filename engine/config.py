@@ -263,6 +263,7 @@ def declared() -> dict[str, Field]:
         ".".join(filter(None, (section, spec.name.upper()))): spec
         for section, cls in (SECTIONS | own).items()
         for spec in fields(cls)
+        if "help" in spec.metadata
     }
 
 

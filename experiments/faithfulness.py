@@ -40,7 +40,7 @@ from experiments.variants import VARIANTS, run_variants
 from experiments.world import World
 from forgetting import AUTO, solve_exact, thresholds
 from forgetting.errors import ProblemError
-from forgetting.problem import Change as LowRankEdit
+from forgetting.problem import LowRankEdit
 from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes

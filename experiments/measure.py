@@ -12,7 +12,7 @@ from evaluation.results import join_label
 from evaluation.rows import Change, Row, mean, rows_of
 from experiments.solvers import Answer
 from experiments.world import Task, World
-from forgetting.problem import Change as LowRankEdit
+from forgetting.problem import LowRankEdit
 
 PARTS = 10
 SIDES = {

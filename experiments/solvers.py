@@ -132,11 +132,11 @@ def task(world: World, solver: str, setting: str = "", **more: Any) -> Task:
 def problem_of(world: World, classes: list[str]) -> ForgetProblem:
     """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
     here = task(world, "lora", request=world.texts.request(classes))
-    return paper_problem(world, [here], [torch.Generator().manual_seed(0)]).alone(0)
+    return paper_problem(world, [here]).alone(0)
 
 
-def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Generator]) -> Paper:
-    """The paper's problem of tasks of one setting; `draws`: random numbers of their targets."""
+def paper_problem(world: World, tasks: Sequence[Task]) -> Paper:
+    """The paper's problem of tasks of one setting."""
     first, requests = tasks[0], Batch([task.request for task in tasks])
     cfg, w = world.paper[len(first.request.classes) > 1], world.bundle.text_projection
     retain, leaving = world.retained(tasks, requests)
@@ -144,7 +144,7 @@ def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Gen
         projection=w,
         forget_hidden=requests.hidden,
         retain_hidden=retain.rows,
-        target=world.target(first, requests, draws, retain, leaving).to(w),
+        target=world.target(first, requests, retain, leaving).to(w),
         rank=first.rank,
         alpha=cfg.FORGET.ALPHA,
         **paper_weights(cfg) | ({f"lamb_{first.off}": 0.0} if first.off else {}),
@@ -154,8 +154,8 @@ def paper_problem(world: World, tasks: Sequence[Task], draws: Sequence[torch.Gen
 
 def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's descent. `gap` is measured against the bound that the exact solver proves."""
-    draws = _draws(world, tasks)
-    paper = paper_problem(world, tasks, draws)
+    draws = [world.generator(task.request.classes) for task in tasks]
+    paper = paper_problem(world, tasks)
     found, raised = paper.settled()
     settings = replace(world.descent, max_trials=min(MAX_TRIALS, world.descent.max_trials))
     rest = [number for number in range(len(tasks)) if number not in raised]
@@ -186,7 +186,7 @@ def by_lora(world: World, tasks: Sequence[Task]) -> list[Answer]:
 
 def by_optimum(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The paper's objective at its optimum, with its certificate."""
-    paper = paper_problem(world, tasks, _draws(world, tasks))
+    paper = paper_problem(world, tasks)
     started = time.process_time()
     found, raised = paper.settled()
     seconds = (time.process_time() - started) / len(tasks)
@@ -203,13 +203,13 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
     """The constrained form; its objective is `tr Delta^T (G + mu I) Delta`."""
     requests = Batch([task.request for task in tasks])
     retain, leaving = world.retained(tasks, requests)
-    target = world.target(tasks[0], requests, _draws(world, tasks), retain, leaving)
+    target = world.target(tasks[0], requests, retain, leaving)
     hidden, gone = requests.hidden.double(), requests.of_requests(leaving)
     displacement = target.double() - world.bundle.embed(hidden)  # (K, d)
     started = time.process_time()
     solutions = solve_constrained_each(
         *(Ridge(retain.gram, world.mu), hidden, displacement, requests.of_text),
-        *(retain.rows, retain.shares, gone),
+        *(retain.rows, retain.name_weights, gone),
     )
     seconds = (time.process_time() - started) / len(tasks)
     answers = []
@@ -219,10 +219,6 @@ def by_constrained(world: World, tasks: Sequence[Task]) -> list[Answer]:
         mine = displacement[requests.of_text == number]
         answers.append(Answer(solution.left, solution.right, mine, seconds, facts))
     return answers
-
-
-def _draws(world: World, tasks: Sequence[Task]) -> list[torch.Generator]:
-    return [world.generator(task.request.classes) for task in tasks]
 
 
 SOLVERS: dict[str, Callable[[World, Sequence[Task]], list[Answer]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def templates(world: World, request: Request, solver: str) -> Settings:
     for kind in dict.fromkeys(kind for _, kind, _ in rows if kind not in OTHER_THINGS):
         more = torch.stack([hidden for _, k, hidden in rows if k == kind]).to(own)
         found[f"name + {kind}"] = torch.cat([own, more])
-    return {setting: {"request": _of(name, setting, rows)} for setting, rows in found.items()}
+    return {setting: {"request": _of(request, setting, rows)} for setting, rows in found.items()}
 
 
 def spectrum(world: World, request: Request, solver: str) -> Settings:
@@ -145,11 +145,11 @@ def _shuffled(world: World, request: Request) -> Tensor:
     return pool[torch.randperm(len(pool), generator=world.generator(request.classes, "/names"))]
 
 
-def _of(name: str, setting: str, rows: Tensor) -> Request:
-    """A class by the hidden states `rows` (k, w), those that repeat an earlier one left out."""
+def _of(request: Request, setting: str, rows: Tensor) -> Request:
+    """The class of a request by the hidden states `rows` (k, w), those that repeat an earlier one left out."""
     kept: list[int] = []
     for index, row in enumerate(rows):
         if not any((row - rows[other]).norm() <= SAME * row.norm() for other in kept):
             kept.append(index)
     texts = [f"{setting} {index}" for index in kept]
-    return Request([name], texts, rows[kept], [0] * len(kept))
+    return replace(request, texts=texts, hidden=rows[kept], owner=[0] * len(kept))

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from clip.bundle import FeatureBundle
-from clip.retain import exact_names, retained
+from clip.retain import exact_context, exact_retain_set
 from engine.config import paper_weights, settings
 from engine.determinism import seeded
 from evaluation.results import join_label
 from evaluation.zero_shot import Evaluator
 from forgetting import Group, LoraSettings, RetainSet
-from forgetting.context import SpecificTargets
 from forgetting.problem import Batch, Request
-from trainers.requests import Texts
+from forgetting.targets import specific_target, targets
+from trainers.exact import exact_settings
+from trainers.requests import Texts, read_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,10 @@ class World:
             paper_weights(cfg)  # refuses missing ones
         descent = self.paper[False].TRAINER.FORGETLORA
         self.descent = LoraSettings(**{key.lower(): value for key, value in descent.items()})
-        self.texts, self.evaluator = Texts(bundle), Evaluator(bundle, others)
-        found = retained(self.exact, bundle, list(others.values()))
-        self.retain, self.mu, self.lam = found.names, found.ridge.mu, found.lam
+        self.texts, self.evaluator = Texts(bundle, seed=seed), Evaluator(bundle, others)
+        self.context = exact_context(exact_settings(self.exact), bundle, list(others.values()))
+        self.retain, self.mu = self.context.retain, self.context.ridge.mu
+        self.lam = self.context.inputs.specific_lam
         self.vocabulary = self.names_alone(self.paper[False].FORGET.SIMILARITY)
 
     def names_alone(
@@ -100,7 +102,8 @@ class World:
         """(n,) rows of the vocabulary that a study of retained names may pick from: those that
         neither mean the class nor are more similar to it than the limit."""
         names = self.names_alone(self.exact.FORGET.SIMILARITY)
-        return torch.nonzero(~self.texts.leaving(names, Batch([request]))[0])[:, 0]
+        excluded = names.excluded(request.same, request.hidden, torch.tensor(request.owner))
+        return torch.nonzero(~excluded[0])[:, 0]
 
     def retained(self, tasks: Sequence[Task], requests: Batch) -> tuple[RetainSet, Tensor]:
         """What tasks of one setting retain, and which names leave with each class, (C, n) bool.
@@ -117,27 +120,35 @@ class World:
         retain = self.retain if constrained else self.vocabulary
         if constrained and first.off:
             others = list(self.others.values())
-            retain = exact_names(self.exact, self.bundle, others, off=first.off)
-        return retain, self.texts.leaving(retain, requests)
+            settings = exact_settings(self.exact)
+            retain = exact_retain_set(settings, self.bundle, others, without=first.off)
+        return retain, retain.excluded(requests.same, requests.hidden, requests.owner)
 
     def target(
         self,
         first: Task,
         requests: Batch,
-        generators: Sequence[torch.Generator],
         retain: RetainSet,
-        leaving: Tensor,
+        excluded: Tensor,
     ) -> Tensor:
-        """`P` (K, d) of requests of one setting; `specific` turns round what the names that the
+        """`P` (K, d) of requests of one setting; `specific` removes what the names that the
         constrained form retains do not explain, whatever the solver."""
-        std = self.paper[False].FORGET.NOISE_STD
+        inputs = self.context.inputs
         if first.target != "specific":
-            return self.texts.targets(first.target, first.beta, std, requests, generators)[0]
+            kind = read_target(first.target, inputs.projection.shape[1])
+            inputs = replace(inputs, text=self.texts.target_text(kind))
+            return targets(kind, requests, inputs, first.beta)[0]
         if first.solver != "constrained":
-            retain, leaving = self.retain, self.texts.leaving(self.retain, requests)
-        w = self.bundle.text_projection
-        return SpecificTargets(w, retain, self.lam, self.bundle.text_bias)(
-            requests, leaving, first.beta
+            retain = self.retain
+            excluded = retain.excluded(requests.same, requests.hidden, requests.owner)
+        return specific_target(
+            inputs.embed(requests.hidden),
+            retain.embedding_gram(inputs.projection, inputs.bias),
+            self.lam,
+            first.beta,
+            inputs.embed(retain.rows),
+            retain.name_weights,
+            excluded[requests.owner],
         )
 
     def gram(self, task: Task) -> Tensor:
@@ -146,7 +157,7 @@ class World:
         retain, leaving = self.retained([replace(task, pick=None, off="")], requests)
         stay = ~requests.of_requests(leaving)[0]
         rows = retain.rows[stay].double()
-        return (rows.T * retain.shares[stay]) @ rows  # (w, m) @ (m, w) -> (w, w)
+        return (rows.T * retain.name_weights[stay]) @ rows  # (w, m) @ (m, w) -> (w, w)
 
     @cached_property
     def singular(self) -> tuple[Tensor, Tensor, Tensor]:

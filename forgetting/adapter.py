@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from forgetting.errors import ProblemError, line
 from forgetting.io import naming, pack, raw, unpack, write_bytes
 from forgetting.problem import NUMBERS
 from forgetting.solvers.constrained import Ridge
+
+if TYPE_CHECKING:
+    from forgetting.context import Answer, ForgetContext
 
 FORMAT = "clip-forget-adapter/2"
 
@@ -292,6 +295,31 @@ def recipe_fields(shared: dict[str, Any], parts: Sequence[Part]) -> dict[str, An
     ]
     recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
     return {"recipe": recipe | {"parts": index}, "tensors": joined(parts)}
+
+
+def constrained_recipe(
+    context: ForgetContext, answer: Answer, dataset: str
+) -> tuple[dict[str, Any], list[Part]]:
+    """What composing needs of one answer: what all adapters of its retain set share, and a part for
+    each class."""
+    retain, request = context.retain, answer.request
+    shared = {
+        "objective": "constrained",
+        "statistics": retain.sha256,
+        "weights": retain.weights,
+        "mu": answer.mu,
+    }
+    parts = recipe_parts(
+        context.ridge,
+        request.hidden,
+        answer.displacement,
+        torch.tensor(request.owner),
+        [(dataset, name) for name in request.classes],
+        retain.rows,
+        retain.name_weights,
+        answer.excluded,
+    )
+    return shared, parts
 
 
 def joined(parts: Sequence[Part]) -> dict[str, Tensor]:

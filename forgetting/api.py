@@ -1,46 +1,43 @@
-"""One call: forget names in anybody's CLIP, from text alone.
+"""One call: forget names in any CLIP, from text alone.
 
     answer = forget(model, tokenize, ["Acme Cola"], also={"Acme Cola": ["acme soda"]})
     answer.apply()                  # the model changes in place
     answer.save("acme.safetensors")
 
-It is the same mechanism as the trainer `ForgetExact` (`forgetting.context`): the name and its
-other words land on their target, and what is retained, a generic vocabulary and the names that a
-caller lists, moves as little as can be.
+It is the same method as the trainer ForgetExact (`forgetting.context`): a name and its other words
+are moved exactly to their target, while a generic vocabulary and the names that a caller lists move
+as little as possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import Adapter, projection_sha256, recipe_fields
-from forgetting.asked import Asked, Book, check_target, fill
-from forgetting.context import Answer, SpecificTargets, World, forget_completely
-from forgetting.displacement import Watch
-from forgetting.errors import ProblemError, line, number, shown
-from forgetting.forgotten import APPLIED, Forgotten
+from forgetting.adapter import Adapter, constrained_recipe, projection_sha256, recipe_fields
+from forgetting.context import Answer, ExactSettings, ForgetContext
+from forgetting.displacement import ClassifierTexts
+from forgetting.errors import ProblemError, nearest, shown, unknown
+from forgetting.forgotten import Forgotten
 from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import changed_sha256, describe
-from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
-from forgetting.problem import Batch
-from forgetting.retain import Group, RetainSet
-from forgetting.ridge import best_ridge
-from forgetting.targets import FURTHER
+from forgetting.problem import Paraphrases, Request
+from forgetting.retain import Group, RetainSet, key
+from forgetting.ridge import choose_ridge
+from forgetting.targets import TargetInputs, check_target
 
 TEMPLATES = ("{}", "a photo of a {}.")
-# The defaults of ForgetExact where no other set is listed (configs/trainers/ForgetExact.yaml).
-WEIGHTS = {"own": 1.0, "generic": 0.5, "keep": 0.1}
-SIMILARITY, SHARED, PUSH, MARGIN, FOLLOW = 0.95, 0.5, 0.1, 1.0, 0.5
-LOOKED_AT = 32  # of them, for the ridge
-ENOUGH = 16  # names of a caller's list for which the ridge is looked for by that list alone
+LIKELY = 32  # names that stand for what may be forgotten, for the ridge
+ENOUGH = 16  # names of a caller's list that are enough to choose the ridge by
 TRAINER, DATASET = "forget", "names"
 
 
@@ -51,212 +48,314 @@ def forget(
     also: Mapping[str, Sequence[str]] | None = None,
     retain: Sequence[str] | None = None,
     templates: Sequence[str] = TEMPLATES,
-    keep: Sequence[str] = (),
+    protect: Sequence[str] = (),
     *,
-    target: str | Tensor = "specific",
-    beta: float = 0.0,
-    weights: Mapping[str, float] | None = None,
-    ridge: float | None = None,
-    push: float = PUSH,
-    shared: float = SHARED,
-    margin: float = MARGIN,
-    follow: float = FOLLOW,
-    similarity: float = SIMILARITY,
+    settings: ExactSettings | None = None,
     generic: bool = True,
     cache: str | Path | None = CACHE,
     progress: bool = True,
+    **changes: Any,
 ) -> Forgotten:
     """Forget names in a CLIP from text alone. The model is read, and not changed until `apply`.
 
     Args:
         model, tokenize: see `forgetting.models.encoder.read_encoder`.
-        names: what to forget, at once; also: name -> other words for it, forgotten as well.
-        retain: names that stay what they are, as the other classes of a list do.
-        templates: texts with {} for a name. By the first one names are forgotten; the others are
-            looked at, and one that hardly follows is forgotten too. The last one stands for how
-            images are classified.
-        keep: names that must not be harmed, beside their place in `retain` or the vocabulary.
-        target: `specific`, `opposite`, `orthogonal`, `empty`, `text:TEXT`, or a vector (d,).
-        beta: how far beyond nothing the target goes; `specific` and `opposite` go further by
-            themselves, but for an `opposite` at 0, which leaves nothing that could be looked at.
-        weights: of the groups `own` (`retain`), `generic` and `keep`, where not the default.
-        ridge: in mean squared lengths of a hidden state; None: found from text alone, with names
-            pushed no further than `push` of the way to their nearest neighbour.
-        shared: ridge of the target `specific`; margin, follow: see `forgetting.context.World`.
-        similarity: cosine from which a name of the generic vocabulary leaves with a forgotten text.
+        names: what to forget, at once; also: name -> other words for it, forgotten too.
+        retain: names that are retained, such as the other classes of a list.
+        templates: texts with {} for a name. Names are forgotten by the first one; the others are
+            paraphrases to check. The last one stands for how images are classified.
+        protect: names that must not be harmed; they weigh more.
+        settings: all numbers of the method; changes: some of them by name, such as
+            `target="opposite", beta=0.2, ridge=1e-3`; see `ExactSettings`.
         generic: whether the generic vocabulary is retained; without it `retain` has to name all.
-        cache: folder where the vocabulary's hidden states are kept, one file a model; None: none.
-        progress: whether to show a bar where the vocabulary is encoded.
+        cache: folder where the vocabulary's hidden states are kept, one file for each model; None:
+            they are not kept.
+        progress: whether to show a bar while the vocabulary is encoded.
 
     Raises:
-        ProblemError: one line: names that are none, a model that does not end in one linear map,
-            settings out of range.
+        ProblemError: names that are no names, a model that does not end in one linear map, settings
+            out of range.
     """
-    tower = read_encoder(model, tokenize)
-    if known := APPLIED.get(tensor_sha256(tower.weight)):
-        raise ProblemError(
-            f"the model has forgotten {line(', '.join(known))} already, and changes do not add up: "
-            "undo that, and forget all names at once or join the adapters (forgetting.compose)"
-        )
-    words = Asked.of(names, also, retain, templates, keep)
-    check_target(target, beta, tower.projection.shape[1])
-    for name, value in (("generic", generic), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise ProblemError(f"{name} must be true or false, not {shown(value)}")
-    if cache is not None and not isinstance(cache, str | Path):
+    encoder = read_encoder(model, tokenize)
+    settings = _settings(settings, generic, changes, encoder.projection.shape[1])
+    wanted = _Names.checked(names, also, retain, templates, protect)
+    if not isinstance(progress, bool):
+        raise ProblemError(f"progress must be true or false, not {shown(progress)}")
+    if not isinstance(cache, str | Path | None):
         raise ProblemError(f"cache must be a folder or None, not {shown(cache)}")
-    if not (generic or words.retain or words.keep):
-        raise ProblemError("nothing to retain: name some, or retain the generic vocabulary")
-    chosen = _weights(weights)
-    here = tower.device if tower.device.type == "cuda" else torch.device("cpu")
-    w = tower.projection.to(here)
-    b = None if tower.bias is None else tower.bias.to(here)
-    common, common_hidden = [], torch.empty(0, len(w))
-    if generic and chosen["generic"] > 0:
-        common, common_hidden = generic_hidden(tower, cache, progress)
-    book = Book(tower, words, target)
+    common = _generic_group(encoder, cache, progress) if settings.generic > 0 else None
+    with _one_thread():
+        texts = _Texts(encoder)
+        context, request = _context(encoder, wanted, texts, settings, common)
+        answer = context.forget([request])[0]
+        return _forgotten(encoder, wanted, texts, context, answer)
 
-    # Before the request is read: a text differs in its last digits by what it is read with, and
-    # what is retained must be the same for every request, so that they compose.
-    forms, groups = words.templates[:2], {}
 
-    def named(names: Sequence[str], weight: float, twice: bool = False) -> Group:
-        rows = torch.cat([book.rows([fill(form, name) for name in names]) for form in forms])
-        return Group(list(names) * len(forms), rows, weight, alike=False, twice=twice)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Work on one CPU thread: the matrices are small, and a second thread mostly waits for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    if words.retain and chosen["own"] > 0:
-        groups["own"] = named(words.retain, chosen["own"], twice=len(forms) == 2)
-    if common:
-        safe = not groups
-        groups["generic"] = Group(common, common_hidden, chosen["generic"], safe=safe)
-    if words.keep and chosen["keep"] > 0:
-        groups["keep"] = named(words.keep, chosen["keep"])
-    if not groups:
-        raise ProblemError("nothing to retain: every group that holds names has weight 0")
-    request, wordings = book.request(), book.wordings()
-    names_kept = RetainSet(groups, number("similarity", similarity, low=0), here, MAX_SIMILAR)
 
-    def leaving(requests: Batch) -> Tensor:
-        return names_kept.leaving(words.same(requests.classes), requests.hidden, requests.owner)
+def _settings(
+    settings: ExactSettings | None, generic: bool, changes: Mapping[str, Any], d: int
+) -> ExactSettings:
+    settings = ExactSettings() if settings is None else settings
+    if not isinstance(settings, ExactSettings):
+        raise ProblemError(f"settings must be ExactSettings, not {shown(settings)}")
+    if not isinstance(generic, bool):
+        raise ProblemError(f"generic must be true or false, not {shown(generic)}")
+    for name in changes:
+        if name not in vars(settings):
+            raise unknown("setting of forget()", name, vars(settings))
+    settings = replace(settings, **changes)
+    check_target(settings.target, settings.beta, d)
+    settings = settings.chosen(listed=False)
+    return settings if generic else replace(settings, generic=0.0)
 
-    mu = ridge
-    if mu is None:
-        like, same = _like(groups)
-        gone = names_kept.leaving([{n} for n in same], like, torch.arange(len(like)))
-        limit = number("push", push, above=0)
-        mu = best_ridge(names_kept, w.double(), like.to(here), gone, limit, b)
-    mu = number("ridge", mu, above=0)
-    lam = number("shared", shared, above=0) * names_kept.squared_embedding(w, b)
 
-    gone = leaving(Batch([request])).any(dim=0)
-    last = book.rows([fill(words.templates[-1], name) for name in (*words.names, *words.retain)])
-    stay = [i for i, n in enumerate(common) if not gone[_start(names_kept, "generic") + i]]
-    rivals = [i for i, name in enumerate(words.retain) if name not in words.gone]
-    place = torch.tensor([*range(len(words.names)), *(len(words.names) + i for i in rivals)])
-    watched = [*words.names, *(words.retain[i] for i in rivals), *(common[i] for i in stay)]
-    seen = torch.cat([last[place], common_hidden[stay].to(last)]).to(here)
-    count = len(place) if rivals else len(watched)
-    watch = Watch(watched, seen, w, count, b)
-    specific = SpecificTargets(w, names_kept, lam, b)
+@dataclass(frozen=True)
+class _Names:
+    """What a caller named, checked: every name once, none of them empty."""
 
-    def send(
-        requests: Batch, gone: Tensor, numbers: Sequence[int], betas: Tensor
-    ) -> tuple[Tensor, list[int]]:
-        if isinstance(target, str) and target == "specific":
-            return specific(requests, gone, betas), [0]
-        return book.targets(requests, watch, names_kept.rows, betas)
+    names: tuple[str, ...]
+    also: dict[str, tuple[str, ...]]
+    retain: tuple[str, ...]  # those that are forgotten among them, unless all of them are
+    templates: tuple[str, ...]
+    protect: tuple[str, ...]
+    not_retained: tuple[str, ...]  # those of `retain` that are forgotten
 
-    world = World(
-        names_kept,
-        names_kept.ridge(mu),
-        w,
-        watch,
-        {name: i for i, name in enumerate(words.names)},
-        leaving=leaving,
-        send=send,
-        dataset=DATASET,
-        follow=number("follow", follow, low=0),
-        margin=number("margin", margin, low=0),
-        further=isinstance(target, str) and target in FURTHER,
-        option="keep or --keep",
-        bias=b,
+    @classmethod
+    def checked(cls, names: Any, also: Any, retain: Any, templates: Any, protect: Any) -> _Names:
+        names = _texts("names", names)
+        if not names:
+            raise ProblemError("names is empty: name at least one thing to forget")
+        templates = _texts("templates", templates)
+        if not templates or not all("{}" in template for template in templates):
+            raise ProblemError("templates must be texts with {} for the name, at least one")
+        if also is not None and not isinstance(also, Mapping):
+            raise ProblemError(f"also must map names to lists of words, not {shown(also)}")
+        words: dict[str, tuple[str, ...]] = {}
+        for name, more in (also or {}).items():
+            name = name.strip() if isinstance(name, str) else name
+            if name not in names:
+                close = nearest(str(name), names, 1)
+                meant = f"; did you mean {close[0]!r}?" if close else ""
+                raise ProblemError(f"also: {shown(name)} is not among the names to forget{meant}")
+            words[name] = (*words.get(name, ()), *_texts(f"also of {shown(name)}", more))
+        owners: dict[str, str] = {}
+        for name in names:
+            for text in (name, *words.get(name, ())):
+                if (other := owners.setdefault(key(text), name)) != name:
+                    raise ProblemError(f"{text!r} stands for both {other!r} and {name!r}")
+        protect = _texts("protect", protect)
+        for name in protect:
+            if key(name) in owners:
+                raise ProblemError(f"{name!r} is to be forgotten and to be protected; choose one")
+        retain = _texts("retain", () if retain is None else retain)
+        forgotten = tuple(name for name in retain if key(name) in owners)
+        if len(forgotten) == len(retain):
+            retain = ()
+        return cls(names, words, retain, templates, protect, forgotten)
+
+
+def _texts(what: str, value: Any) -> tuple[str, ...]:
+    """A list of texts without the spaces around them, each once, none empty."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ProblemError(f"{what} must be a list of texts, not {shown(value)}")
+    for text in value:
+        if not isinstance(text, str) or not text.strip():
+            raise ProblemError(f"{what} must be texts that are not empty, not {shown(text)}")
+    return tuple(dict.fromkeys(text.strip() for text in value))
+
+
+def _generic_group(encoder: Encoder, cache: str | Path | None, progress: bool) -> Group:
+    """The generic vocabulary, still without a weight."""
+    names, rows = generic_hidden(encoder, cache, progress)
+    return Group(names, rows)
+
+
+class _Texts:
+    """Texts and their hidden states, each encoded once.
+
+    Attributes:
+        too_long: those of which the tokenizer drops the end.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.device = encoder.device if encoder.device.type == "cuda" else torch.device("cpu")
+        self.too_long: list[str] = []
+        self._known: dict[str, Tensor] = {}
+
+    def rows(self, texts: Sequence[str]) -> Tensor:
+        """Hidden states (n, w), on the CPU."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known |= zip(new, self.encoder.hidden(new), strict=True)
+            self.too_long += self.encoder.truncated(new)
+        return torch.stack([self._known[t] for t in texts]) if texts else self.encoder.hidden([])
+
+
+def _fill(template: str, names: Sequence[str]) -> list[str]:
+    return [template.replace("{}", name) for name in names]
+
+
+def _request(wanted: _Names, texts: _Texts) -> Request:
+    """The names and their other words in the first template; in the others as paraphrases."""
+    first, *others = wanted.templates
+    owner: dict[str, int] = {}  # text -> index of its name
+    more: list[list[str]] = []
+    for index, name in enumerate(wanted.names):
+        words = [name, *wanted.also.get(name, ())]
+        for text in _fill(first, words):
+            owner.setdefault(text, index)
+        more.append(list(dict.fromkeys(t for form in others for t in _fill(form, words))))
+    rows = texts.rows(list(owner))
+    return Request(
+        classes=list(wanted.names),
+        texts=list(owner),
+        hidden=rows,
+        owner=list(owner.values()),
+        same=[{name, *wanted.also.get(name, ())} for name in wanted.names],
+        paraphrases=[Paraphrases(some, texts.rows(some)) for some in more],
     )
-    answer = forget_completely(world, [request], wordings, beta)[0]
-    settings = {
-        "target": target if isinstance(target, str) else "vector",
-        "templates": list(words.templates),
-        "retain": list(words.retain),
-        "keep": list(words.keep),
-        "similarity": similarity,
-        "ridge": mu,
-        "shared": shared,
-        "margin": margin,
-        "follow": follow,
-    }
-    notes = []
-    if words.gone:
-        notes.append(f"not retained, since forgotten: {', '.join(words.gone)}")
-    if book.cut:
-        notes.append(truncation_warning(book.cut))
-    return _forgotten(tower, answer, settings, notes)
+
+
+def _retain_set(
+    wanted: _Names, settings: ExactSettings, texts: _Texts, common: Group | None
+) -> RetainSet:
+    """The caller's names in the first two templates, and the generic vocabulary."""
+    weights = settings.group_weights(listed=False, vocabulary=False, generic=common is not None)
+    forms, groups = wanted.templates[:2], {}
+
+    def group(name: str, names: Sequence[str], **options: Any) -> None:
+        if names and weights[name] > 0:
+            rows = texts.rows([text for form in forms for text in _fill(form, names)])
+            groups[name] = Group(
+                [*names] * len(forms), rows, weights[name], exclude_similar=False, **options
+            )
+
+    group("own", wanted.retain, prompt_variants=len(forms) == 2)
+    if common is not None and weights["generic"] > 0:
+        limit = not groups
+        groups["generic"] = replace(common, weight=weights["generic"], limit_displacement=limit)
+    group("protect", wanted.protect)
+    if not groups:
+        raise ProblemError("nothing to retain: name some, or retain the generic vocabulary")
+    return RetainSet(groups, settings.similarity, texts.device, MAX_SIMILAR)
+
+
+def _choose_ridge(
+    retain: RetainSet, settings: ExactSettings, projection: Tensor, bias: Tensor | None
+) -> float:
+    """By names of the caller's list, or by common ones where it is short: never by those of the
+    request, so that requests compose."""
+    if settings.ridge is not None:
+        return settings.ridge
+    own, common = retain.groups.get("own"), retain.groups.get("generic")
+    if own is not None and (common is None or len(set(own.names)) >= ENOUGH):
+        common = own
+    group = common or retain.groups["protect"]
+    count = len(set(group.names))
+    some = list(range(0, count, max(1, count // LIKELY)))
+    likely, same = group.rows[some].to(retain.rows), [{group.names[i]} for i in some]
+    excluded = retain.excluded(same, likely, torch.arange(len(some)))
+    limit = settings.max_displacement
+    return choose_ridge(retain, projection.double(), likely, excluded, limit, bias)
+
+
+def _context(
+    encoder: Encoder,
+    wanted: _Names,
+    texts: _Texts,
+    settings: ExactSettings,
+    common: Group | None,
+) -> tuple[ForgetContext, Request]:
+    retain = _retain_set(wanted, settings, texts, common)
+    # The request is encoded after what is retained: a text differs in its last digits by what it is
+    # encoded with, and what is retained must be the same for every request, so that they compose.
+    request = _request(wanted, texts)
+    w = encoder.projection.to(texts.device)
+    b = None if encoder.bias is None else encoder.bias.to(texts.device)
+    ridge = _choose_ridge(retain, settings, w, b)
+
+    # Images are classified among the caller's names; what is retained beside them may be affected.
+    forgotten = {key(name) for names in request.same for name in names}
+    others = [name for name in wanted.retain if key(name) not in forgotten]
+    names = [*wanted.names, *others]
+    hidden = texts.rows(_fill(wanted.templates[-1], names)).to(texts.device)
+    n_classes = len(names)
+    if common is not None:
+        excluded = retain.excluded(request.same, request.hidden, torch.tensor(request.owner))
+        known = {key(name) for name in (*names, *retain.named(excluded.any(dim=0)))}
+        some = [i for i, name in enumerate(common.names) if key(name) not in known]
+        names += [common.names[i] for i in some]
+        hidden = torch.cat([hidden, common.rows[some].to(hidden)])
+    label = {name: row for row, name in enumerate(wanted.names)}
+    inputs = TargetInputs(
+        projection=w,
+        bias=b,
+        classes=hidden,
+        label=label,
+        named=torch.cat([request.hidden.to(retain.rows), retain.rows]),
+        noise_std=settings.noise_std,
+        retain=retain,
+        specific_ridge=settings.specific_ridge,
+        **_prompts(settings.target, texts),
+    )
+    among = n_classes if others else len(names)
+    classifier = ClassifierTexts(names, hidden, inputs.embed(hidden), label, among)
+    settings = replace(settings, ridge=ridge)
+    return ForgetContext(retain, retain.ridge(ridge), inputs, classifier, settings), request
+
+
+def _prompts(target: str | Tensor, texts: _Texts) -> dict[str, Tensor]:
+    """The hidden states of a target's own text."""
+    if isinstance(target, str) and target == "empty":
+        return {"empty": texts.rows([""])}
+    if isinstance(target, str) and target.startswith("text:"):
+        return {"text": texts.rows([target[5:]])}
+    return {}
 
 
 def _forgotten(
-    tower: Encoder, answer: Answer, settings: dict[str, Any], notes: Sequence[str]
+    encoder: Encoder, wanted: _Names, texts: _Texts, context: ForgetContext, answer: Answer
 ) -> Forgotten:
-    """The answer with what it belongs to; `notes`: beside its own."""
-    own = {text.casefold() for text in answer.request.classes}
-    retained = [name for name in answer.left_retain_set if name.casefold() in own]
-    notes = [*answer.notes(retained), *notes]
-    solver = finite({"name": "exact", **answer.report(), "notes": notes})
+    """The answer with the model that it belongs to."""
+    notes = answer.notes()
+    if wanted.not_retained:
+        notes.append(f"not retained, since forgotten: {', '.join(wanted.not_retained)}")
+    if texts.too_long:
+        notes.append(truncation_warning(texts.too_long))
+    settings = asdict(context.settings) | {
+        "templates": list(wanted.templates),
+        "retain": list(wanted.retain),
+        "protect_names": list(wanted.protect),
+    }
+    if isinstance(settings["target"], Tensor):
+        settings["target"] = "vector"
+    recipe, parts = constrained_recipe(context, answer, DATASET)
     adapter = Adapter(
-        answer.solution.left.float().cpu(),
-        answer.solution.right.float().cpu(),
-        projection_sha256=projection_sha256(tower.projection),
-        backbone=tower.kind,
-        weights=tower.fingerprint,
+        answer.edit.left.float().cpu(),
+        answer.edit.right.float().cpu(),
+        projection_sha256=projection_sha256(encoder.projection),
+        backbone=encoder.kind,
+        weights=encoder.fingerprint,
         dataset=DATASET,
         classes=answer.request.classes,
         trainer=TRAINER,
         settings=settings,
-        solver=solver,
-        **recipe_fields(answer.recipe, answer.parts),
+        solver=finite({"name": "exact", **answer.report(), "notes": notes}),
+        **recipe_fields(recipe, parts),
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):
         raise ProblemError("the change is not finite: a weight, ridge or beta is out of range")
-    made = changed_sha256(adapter, tower.projection, tower.transposed)
-    adapter.settings.update({"model": describe(tower), "changed_sha256": made})
-    return Forgotten(adapter, tower, tower.weight.detach().clone(), tuple(notes))
-
-
-def _weights(given: Mapping[str, float] | None) -> dict[str, float]:
-    found = dict(WEIGHTS)
-    if given is not None and not isinstance(given, Mapping):
-        raise ProblemError(f"weights must map groups to numbers, not {shown(given)}")
-    for name, weight in (given or {}).items():
-        if name not in found:
-            raise ProblemError(f"no group {shown(name)} to weigh; there are {', '.join(found)}")
-        found[name] = float(number(f"the weight of {name}", weight, low=0))
-    return found
-
-
-def _start(names: RetainSet, group: str) -> int:
-    """The number of a group's first name."""
-    start = 0
-    for name, count in names.counts.items():
-        if name == group:
-            break
-        start += count
-    return start
-
-
-def _like(groups: Mapping[str, Group]) -> tuple[Tensor, list[str]]:
-    """Texts such as may be forgotten, by which the ridge is looked for: those of a caller's list,
-    or common ones where it is short. Never a request's own, so that requests compose."""
-    own, common = groups.get("own"), groups.get("generic")
-    if own is not None and (common is None or len(set(own.names)) >= ENOUGH):
-        common = own
-    chosen = common if common is not None else groups["keep"]
-    count = len(dict.fromkeys(chosen.names))
-    some = range(0, count, max(1, count // LOOKED_AT))
-    return chosen.rows[list(some)], [chosen.names[i].casefold() for i in some]
+    made = changed_sha256(adapter, encoder.projection, encoder.transposed)
+    adapter.settings.update({"model": describe(encoder), "changed_sha256": made})
+    return Forgotten(adapter, encoder, encoder.weight.detach().clone(), tuple(notes))

@@ -140,7 +140,7 @@ def _forget(args: argparse.Namespace) -> None:
             raise ProblemError(f"--also {line(text)!r}: write NAME=WORD")
         also.setdefault(name.strip(), []).append(word)
     retain, options = _names(args.retain), {}
-    options |= {"push": args.push} if args.push is not None else {}
+    options |= {"max_displacement": args.push} if args.push is not None else {}
     options |= {"cache": args.cache} if args.cache else {}
     model, tokenize = load_model(args.model)
     answer = forget(
@@ -168,9 +168,10 @@ def _forget(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from forgetting.adapter import load_adapter, read_parts
     from forgetting.api import Forgotten
-    from forgetting.displacement import follow
+    from forgetting.displacement import displacement_along
     from forgetting.models.encoder import read_encoder
     from forgetting.models.loading import load_model
+    from forgetting.problem import LowRankEdit
 
     adapter = load_adapter(args.adapter)
     model, tokenize = load_model(args.model)
@@ -189,8 +190,8 @@ def _audit(args: argparse.Namespace) -> None:
             _say(f"{name}: no other wording that the model reads as another text", sys.stdout)
             continue
         hidden = tower.hidden([name, *texts]).double()
-        left, right = adapter.left.double(), adapter.right.double()
-        shares = follow(left, right, own.get(name, hidden[0]).double(), hidden[1:]).tolist()
+        edit = LowRankEdit(adapter.left.double(), adapter.right.double())
+        shares = displacement_along(edit, own.get(name, hidden[0]).double(), hidden[1:]).tolist()
         mean = sum(shares) / len(shares)
         _say(f"{name}: {len(texts)} other wordings go {mean:.2f} of the way on average", sys.stdout)
         for text, share in sorted(zip(texts, shares, strict=True), key=lambda pair: pair[1])[:5]:

@@ -1,141 +1,153 @@
-"""Forget completely: solve, look at what text alone says of the answer, and solve again.
+"""Forget completely: solve, check what text alone says of the answer, and solve again.
 
-One solve puts the texts of a class on their target. Then its other wordings are looked at, and
-whether another name lies clearly nearer to the class's text than the class does now. Where a
-wording hardly follows, the one that follows least becomes a forgotten text too; where the margin is
-small, the target goes further; and those requests are solved again. No image is seen.
+One solve puts the texts of a class on their target. Then two things are checked: whether other
+texts for the class (paraphrases) move with it, and whether another class lies clearly nearer to its
+text than it does itself. Where a paraphrase hardly moves, the one that moves least is forgotten
+too. Where the margin is small, the target goes further. Those requests are solved again. No image
+is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgetting.adapter import Part, recipe_parts
-from forgetting.displacement import AffectedName, Margin, Watch, follow, shares_each, worst
+from forgetting.displacement import (
+    AffectedName,
+    ClassifierTexts,
+    Margin,
+    RetainedNames,
+    displacement_along,
+    leave_one_out_ratios,
+    worst,
+)
+from forgetting.errors import number
 from forgetting.problem import Batch, Paraphrases, Request
-from forgetting.retain import RetainSet
-from forgetting.settings import setting
+from forgetting.retain import RetainSet, key
+from forgetting.settings import setting, validate
 from forgetting.solvers.certificate import POOR
 from forgetting.solvers.constrained import ConstrainedSolution, Ridge, solve_constrained_each
-from forgetting.targets import Specific
+from forgetting.targets import WITH_BETA, TargetInputs, check_target, targets
 
-JOIN = 3  # wordings of a class that may join its texts: each harms the others a little more
+MAX_ADDED = 3  # paraphrases of a class that are forgotten too: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
-SHOWN = 3  # names that are said to feel it
-BETAS = (0.05, 0.1, 0.2, 0.4)  # steps of a target that goes further
+NOTED = 3  # affected names in a note
+BETAS = (0.05, 0.1, 0.2, 0.4)  # steps by which a target goes further
+LISTED = {"vocabulary": 0.03, "max_displacement": 0.045}  # where other sets' names are retained
+ALONE = {"vocabulary": 0.5, "max_displacement": 0.1}  # where they are not
 
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """Constants of complete forgetting: one default for every data set and backbone, found on real
-    CLIP features (docs/exact.md). A weight is that of a whole group of retained names."""
+    """Settings of complete forgetting, the same for `forget()` and the trainer ForgetExact.
 
-    own: float = setting(1.0, "weight of the other classes of the set", 0, 1e6)
+    They were chosen on real CLIP features and hold for every data set and backbone (docs/exact.md).
+    The weights are of whole groups of names, see `forgetting.retain.Group`.
+
+    Attributes:
+        target: one of `forgetting.targets.TARGETS`, `text:TEXT`, or a vector (d,).
+        beta: how far beyond zero the targets `opposite` and `specific` go.
+        noise_std: noise on the empty prompt while it lies nearest to a class to forget.
+        similarity: cosine with a forgotten text above which a retained name is excluded; 1: none.
+    """
+
+    target: str | Tensor = "specific"
+    beta: float = 0.0
+    noise_std: float = 0.5
+    similarity: float = 0.95
+    own: float = setting(1.0, "weight of the other classes of the set, as a group", 0.0, 1e6)
     vocabulary: float | None = setting(
         None,
-        "weight of the retain vocabulary; none: VOCABULARY_LISTED or VOCABULARY_ALONE",
-        low=0,
-        high=1e6,
+        f"weight of the retain vocabulary, as a group; none: {LISTED['vocabulary']} where the names "
+        f"of other sets are retained, {ALONE['vocabulary']} where they are not",
+        0.0,
+        1e6,
         optional=True,
     )
-    vocabulary_listed: float = setting(
-        0.03, "weight of the vocabulary where other sets' names are retained", 0, 1e6
-    )
-    vocabulary_alone: float = setting(0.5, "weight of the vocabulary where none are", 0, 1e6)
     generic: float = setting(
         0.5,
-        "part of that weight for generic names, if there is a model to encode them (all of it where "
-        "a set has no vocabulary); 0: they are not retained",
-        low=0,
-        high=1,
+        "part of the vocabulary's weight that a generic vocabulary takes over where there is a "
+        "model to encode it (all of it where the set has none)",
+        0.0,
+        1.0,
     )
-    others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
+    others: float = setting(0.1, "weight of the other sets' classes, as a group", 0.0, 1e6)
     protect: float = setting(
-        0.1, "weight of the names of FORGET.PROTECT, beside that of their own", above=0, high=1e6
-    )
-    mu: float | None = setting(
-        None,
-        "ridge, in mean squared lengths of a retained hidden state; none: found from the names",
+        0.1,
+        "weight of the protected names, as a group, beside that of their own",
         above=0,
         high=1e6,
+    )
+    ridge: float | None = setting(
+        None,
+        "ridge, in mean squared lengths of a retained hidden state; none: chosen from the names "
+        "(forgetting/ridge.py)",
+        1e-12,
+        1e6,
         optional=True,
     )
     max_displacement: float | None = setting(
         None,
         "how far the ridge lets retained names move, in distances to their nearest neighbour; none: "
-        "MAX_DISPLACEMENT_LISTED or MAX_DISPLACEMENT_ALONE",
-        above=0,
-        high=1e6,
+        f"{LISTED['max_displacement']} where the names of other sets are retained, "
+        f"{ALONE['max_displacement']} where they are not",
+        1e-12,
+        1e6,
         optional=True,
     )
-    max_displacement_listed: float = setting(
-        0.045, "that limit where other sets' names are retained", above=0, high=1e6
-    )
-    max_displacement_alone: float = setting(0.1, "that limit where none are", above=0, high=1e6)
     specific_ridge: float = setting(
         0.5,
         "ridge of the target specific, in mean squared lengths of a retained embedding",
-        above=0,
-        high=1e6,
+        1e-12,
+        1e6,
     )
     min_margin: float = setting(
         1.0,
-        "BETA is raised for a class until another class lies nearer to the class's text by this "
-        "part of the margin that the class had; 0: never",
-        low=0,
-        high=10,
+        "beta is raised for a class until another class lies this much nearer to its text, in units "
+        "of the gap before; 0: never",
+        0.0,
+        1e3,
     )
     min_displacement: float = setting(
         0.5,
-        "a paraphrase of the class that moves less than this part of the way of its texts is "
-        "forgotten as well; 0: none",
-        low=0,
-        high=1,
+        "a paraphrase that moves a smaller part of its class's way is forgotten too; 0: none is",
+        0.0,
+        1.0,
     )
 
+    def __post_init__(self) -> None:
+        validate(self)
+        number("noise_std", self.noise_std, low=0, high=1e6)
+        number("similarity", self.similarity, above=0, high=1)
+        number("beta", self.beta, above=-1, high=1e6)
+        check_target(self.target, self.beta)
 
-@dataclass(frozen=True)
-class World:
-    """What requests are solved in, the same for all of them.
+    def chosen(self, listed: bool) -> ExactSettings:
+        """With the values that depend on whether the names of other sets are retained."""
+        defaults = LISTED if listed and self.others > 0 else ALONE
+        missing = {name: x for name, x in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
-    Attributes:
-        retain: the names; ridge: `G + mu I` of them.
-        projection: `W`, (w, d); bias: (d,), what the model adds to `h W`; None: nothing.
-        watch: texts by which images are classified; label: class -> its row there.
-        leaving: which retained names leave with each of C classes, (C, n) bool.
-        send: the targets `P` (K, d) of requests, and the draws of noise for each: of the requests,
-            what leaves, their numbers among all, and the beta of each text, (K,) float64.
-        dataset: what the classes belong to, in adapters.
-        follow: a wording that goes less of the way joins; margin: wanted, in units of the lead.
-        further: whether the target can go further by beta.
-        option: how a reader keeps a name from falling, for the notes.
-        solved: (n, w), the names' rows of `K_0^-1`, if they serve many requests.
-    """
+    def group_weights(self, listed: bool, vocabulary: bool, generic: bool) -> dict[str, float]:
+        """The weight of every group, some of them 0.
 
-    retain: RetainSet
-    ridge: Ridge
-    projection: Tensor
-    watch: Watch
-    label: Mapping[str, int]
-    leaving: Callable[[Batch], Tensor]
-    send: Callable[[Batch, Tensor, Sequence[int], Tensor], tuple[Tensor, list[int]]]
-    dataset: str
-    follow: float
-    margin: float
-    further: bool
-    option: str
-    bias: Tensor | None = None
-    solved: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.projection.device
+        Args:
+            listed: whether the names of other sets can be retained; vocabulary, generic: whether
+                there is a vocabulary of the set, and a generic one.
+        """
+        common = self.chosen(listed).vocabulary
+        part = (self.generic if vocabulary else float(self.generic > 0)) if generic else 0.0
+        return {
+            "own": self.own,
+            "vocabulary": (1 - part) * common if vocabulary else 0.0,
+            "others": self.others if listed else 0.0,
+            "protect": self.protect,
+            "generic": part * common,
+        }
 
 
 @dataclass(frozen=True)
@@ -143,100 +155,88 @@ class Answer:
     """One request, completely forgotten.
 
     Attributes:
-        first: the request as it was asked; request: with the wordings that joined.
-        solution: the change and its proof; betas: how far each class's target went in the end.
-        left_retain_set: names that were not retained; draws: of noise, for the target.
-        felt: see `forgetting.displacement.Forecast`; marks: of each class; unlisted: group -> rms and
-            max.
-        parts, recipe: what composing needs.
-        shares: of each wording that was looked at, how far it follows; limit: of them.
-        option: how a reader keeps a name from falling.
+        request: with the paraphrases that were added to its texts; added: those texts.
+        edit: the optimum and its certificate; displacement: `D = P - (H_f W + b)`, (k, d) float64.
+        excluded: (C, n) bool, the retained names that are excluded with each class;
+            excluded_names: of any class.
+        target_draws: of noise; mu: the ridge in absolute units; betas: of each class.
+        margins: of each class; affected, unlisted: see `forgetting.displacement.Forecast`.
+        paraphrases: text -> how far it moves along its class; lagging: those that move less than
+            `min_displacement` and were not added.
     """
 
-    first: Request
     request: Request
-    solution: ConstrainedSolution
-    left_retain_set: list[str]
-    draws: int
+    added: list[str]
+    edit: ConstrainedSolution
+    displacement: Tensor
+    excluded: Tensor
+    excluded_names: list[str]
+    target_draws: int
     mu: float
     betas: list[float]
-    felt: list[AffectedName]
-    marks: list[Margin]
-    parts: list[Part]
-    recipe: dict[str, Any]
-    limit: float
-    option: str
+    margins: list[Margin]
+    affected: list[AffectedName] = field(default_factory=list)
     unlisted: dict[str, dict[str, float]] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def joined(self) -> list[str]:
-        """Wordings that became forgotten texts."""
-        return self.request.texts[len(self.first.texts) :]
-
-    @property
-    def behind(self) -> dict[str, float]:
-        """Wordings that hardly follow and did not join, with their shares."""
-        free = {t: share for t, share in self.shares.items() if t not in self.request.texts}
-        return {text: share for text, share in free.items() if share < self.limit}
+    paraphrases: dict[str, float] = field(default_factory=dict)
+    lagging: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
-        """All of it in JSON values, for logs and adapters."""
-        behind, mark = self.behind, worst(self.marks)
-        found = {"checked": len(self.shares), "added": self.joined, "lagging": behind}
+        """JSON values for logs and adapters."""
+        margin = worst(self.margins)
         return {
-            "certificate": asdict(self.solution.certificate),
-            "residual": self.solution.residual,
+            "certificate": asdict(self.edit.certificate),
+            "residual": self.edit.residual,
             "texts": self.request.texts,
-            "excluded": self.left_retain_set,
-            "target_draws": self.draws,
+            "excluded": self.excluded_names,
+            "target_draws": self.target_draws,
             "mu": self.mu,
             "beta": max(self.betas),
             "forecast": {
                 "unlisted": self.unlisted,
-                "affected": [one._asdict() for one in self.felt],
-                "margin": mark.margin,
-                "gap": mark.gap,
+                "affected": [name._asdict() for name in self.affected],
+                **margin._asdict(),
             },
-            "paraphrases": found,
+            "paraphrases": {
+                "checked": len(self.paraphrases),
+                "added": self.added,
+                "lagging": self.lagging,
+            },
+            "notes": self.notes(),
         }
 
-    def notes(self, own: Sequence[str]) -> list[str]:
-        """What a reader should know, a line each; `own`: the classes' names as they are retained,
-        which leave with them as a matter of course."""
-        notes, gap = [proof(self.solution.certificate.gap)], self.solution.residual
-        notes += left_notes(self.left_retain_set, own)
-        if gap > POOR:
+    def notes(self) -> list[str]:
+        """What a reader should know, in short lines."""
+        notes = [proof(self.edit.certificate.gap)]
+        notes += excluded_note(self.excluded_names, self.request.classes)
+        if self.edit.residual > POOR:
             notes.append(
-                f"warning: texts end {gap:.1e} of their way beside their targets; texts that "
-                "repeat each other have different ones"
+                f"warning: the texts miss their targets by {self.edit.residual:.1e} of the way; "
+                "texts that repeat each other have different targets"
             )
-        if self.joined:
-            words = ", ".join(self.joined)
-            notes.append(f"forgotten as well, since they hardly followed: {words}")
-        if behind := self.behind:
-            least = min(behind, key=behind.__getitem__)
+        if self.added:
+            notes.append(f"forgotten too, since they hardly moved: {', '.join(self.added)}")
+        if self.lagging:
+            least = min(self.lagging, key=self.lagging.__getitem__)
             notes.append(
-                f"warning: {len(behind)} of {len(self.shares)} wordings hardly follow, least "
-                f"{least!r} ({behind[least]:.2f} of the way)"
+                f"warning: {len(self.lagging)} of {len(self.paraphrases)} paraphrases hardly move, "
+                f"least {least!r} ({self.lagging[least]:.2f} of the way)"
             )
-        if self.felt:
-            shown = ", ".join(
-                f"{one.name} (-{one.cosine_loss:.3f} of cosine)" for one in self.felt[:SHOWN]
-            )
-            notes.append(f"by text alone these feel it most: {shown}")
-        if falling := [one.name for one in self.felt if one.likely_misclassified]:
-            names = ", ".join(falling)
+        if most := self.affected[:NOTED]:
+            names = ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in most)
+            notes.append(f"most affected by text alone: {names}")
+        if names := [one.name for one in self.affected if one.likely_misclassified]:
             notes.append(
-                f"warning: likely to fall with it: {names} ({self.option} holds a name still)"
+                f"warning: likely to be misclassified: {', '.join(names)} (protect them to prevent "
+                "it: --protect NAME)"
             )
         return notes
 
 
-def left_notes(names: Sequence[str], own: Sequence[str]) -> list[str]:
-    """Which names left the retain set, beside those of the forgotten classes themselves."""
-    similar = [name for name in names if name not in own]
-    return [f"left the retain set: {', '.join(similar)}"] if similar else []
+def excluded_note(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Which names are not retained, but for the forgotten classes themselves; at most one line."""
+    own = {key(name) for name in classes}
+    others = [name for name in names if key(name) not in own]
+    return [f"excluded from the retain set: {', '.join(others)}"] if others else []
 
 
 def proof(gap: float) -> str:
@@ -246,208 +246,166 @@ def proof(gap: float) -> str:
     return f"warning: not proved optimal (relative gap {gap:.1e}): weights or ridge badly scaled"
 
 
-def forget_completely(
-    world: World,
-    requests: Sequence[Request],
-    wordings: Mapping[str, Paraphrases],
-    beta: float = 0.0,
-) -> list[Answer]:
-    """Forget each request from the original model.
+@dataclass(frozen=True)
+class ForgetContext:
+    """What requests are solved in, the same for all of them.
 
-    Args:
-        wordings: other texts of each class, of which `JOIN` may join if they hardly follow.
-        beta: where the target starts.
-
-    Raises:
-        ProblemError: whatever the solver and the targets refuse.
+    Attributes:
+        retain: the retained names; ridge: `G + mu I` of them, see `RetainSet.ridge`.
+        inputs: what targets are computed from; it holds W and b.
+        classifier: the texts by which images are classified.
+        settings: their ridge is not used: it was decided on with `ridge`.
     """
-    first, current = list(requests), list(requests)
-    betas = [[float(beta)] * len(request.classes) for request in first]
-    answers = _solve(world, first, current, range(len(first)), betas)
-    for _ in range(ROUNDS):
-        again = []
-        for i, answer in enumerate(answers):
-            if behind := _behind(world, answer, wordings):
-                current[i] = current[i].with_texts(behind)
-            elif further := _further(world, answer):
-                betas[i] = further
-            else:
-                continue
-            again.append(i)
-        if not again:
-            break
-        some = [[part[i] for i in again] for part in (first, current, betas)]
-        for i, answer in zip(again, _solve(world, *some[:2], again, some[2]), strict=True):
-            answers[i] = answer
-    unlisted = _unlisted(world, answers)
-    return [
-        replace(answer, unlisted=felt, shares=_shares(world, answer, wordings))
-        for answer, felt in zip(answers, unlisted, strict=True)
-    ]
 
+    retain: RetainSet
+    ridge: Ridge
+    inputs: TargetInputs
+    classifier: ClassifierTexts
+    settings: ExactSettings = ExactSettings()
 
-def _solve(
-    world: World,
-    first: Sequence[Request],
-    current: Sequence[Request],
-    numbers: Sequence[int],
-    betas: Sequence[list[float]],
-) -> list[Answer]:
-    """One solve of each request; `numbers`: their places among all; `betas`: of their classes."""
-    retain, ridge, requests = world.retain, world.ridge, Batch(current)
-    leaving = world.leaving(requests)  # (C, n)
-    each_class = torch.tensor([beta for part in betas for beta in part], dtype=torch.float64)
-    target, draws = world.send(requests, leaving, numbers, each_class[requests.owner])
-    hidden = requests.hidden.double().to(world.device)
-    here = hidden @ world.projection.double()
-    if world.bias is not None:
-        here = here + world.bias.to(here)
-    displacement = target.double().to(world.device) - here  # D = P - (H W + b)
-    # A name that leaves with two classes of one request leaves once.
-    gone = requests.of_requests(leaving)
-    solutions = solve_constrained_each(
-        ridge, hidden, displacement, requests.of_text, retain.rows, retain.shares, gone
-    )
-    rows = [[world.label[name] for name in request.classes] for request in requests]
-    felt = world.watch.each(solutions, rows)
-    names = [(world.dataset, name) for name in requests.classes]
-    texts = requests.hidden, displacement, requests.owner, names
-    each = iter(recipe_parts(ridge, *texts, retain.rows, retain.shares, leaving))
-    recipe = {
-        "objective": "constrained",
-        "statistics": retain.statistics.sha256,
-        "weights": retain.weights,
-        "mu": ridge.mu,
-    }
-    return [
-        Answer(
-            first[i],
-            request,
-            solution,
-            left_retain_set=retain.named(gone[i]),
-            draws=draws[i],
-            mu=ridge.mu,
-            betas=betas[i],
-            felt=felt[i][0],
-            marks=felt[i][1],
-            parts=list(islice(each, len(request.classes))),
-            recipe=recipe,
-            limit=world.follow,
-            option=world.option,
+    def forget(self, requests: Sequence[Request]) -> list[Answer]:
+        """Forget each request from the original model.
+
+        Raises:
+            ProblemError: a target that cannot be had; names that were not part of the Gram matrix.
+        """
+        current = list(requests)
+        betas = [[float(self.settings.beta)] * len(request.classes) for request in requests]
+        answers = self._solve(current, requests, betas)
+        for _ in range(ROUNDS):
+            again = []
+            for i, answer in enumerate(answers):
+                if lagging := self._lagging_most(answer):
+                    current[i] = current[i].with_texts(lagging)
+                elif (raised := self._raised(answer)) != betas[i]:
+                    betas[i] = raised
+                else:
+                    continue
+                again.append(i)
+            if not again:
+                break
+            some = ([part[i] for i in again] for part in (current, requests, betas))
+            for i, answer in zip(again, self._solve(*some), strict=True):
+                answers[i] = answer
+        return self._with_forecast(answers)
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """`h W + b`, (n, d) float64, of hidden states (n, w)."""
+        return self.inputs.embed(hidden)
+
+    def _solve(
+        self, current: Sequence[Request], first: Sequence[Request], betas: Sequence[list[float]]
+    ) -> list[Answer]:
+        """Solve requests once; `first`: as they came; `betas`: of their classes."""
+        batch, retain = Batch(current), self.retain
+        excluded = retain.excluded(batch.same, batch.hidden, batch.owner)  # (C, n)
+        beta = torch.tensor([x for row in betas for x in row], dtype=torch.float64)[batch.owner]
+        target, draws = targets(self.settings.target, batch, self.inputs, beta, excluded)
+        hidden = batch.hidden.double().to(target.device)
+        displacement = target - self.embed(hidden)  # D = P - (H W + b)
+        any_class = batch.of_requests(excluded)  # a name that two classes exclude counts once
+        edits = solve_constrained_each(
+            self.ridge,
+            hidden,
+            displacement,
+            batch.of_text,
+            retain.rows,
+            retain.name_weights,
+            any_class,
         )
-        for i, (request, solution) in enumerate(zip(requests, solutions, strict=True))
-    ]
-
-
-def _further(world: World, answer: Answer) -> list[float] | None:
-    """The betas, that of each class whose text shows too small a margin a step further; None: all
-    are good, or there is no step."""
-    if not world.further or not world.margin:
-        return None
-    found = [
-        next((step for step in BETAS if step > beta), beta)
-        if mark.margin is not None and mark.margin < world.margin * mark.gap
-        else beta
-        for mark, beta in zip(answer.marks, answer.betas, strict=True)
-    ]
-    return None if found == answer.betas else found
-
-
-def _behind(
-    world: World, answer: Answer, wordings: Mapping[str, Paraphrases]
-) -> list[tuple[int, str, Tensor]]:
-    """Of each class (by number) that may be joined by more the wording that follows its texts
-    least, if it hardly does."""
-    found, request = [], answer.request
-    for number, name in enumerate(request.classes):
-        if request.owner.count(number) - answer.first.owner.count(number) >= JOIN:
-            continue
-        texts, hidden = wordings[name]
-        shares = _follow(world, answer, number, hidden).tolist()
-        free = [i for i, text in enumerate(texts) if text not in request.texts]
-        least = min(free, key=shares.__getitem__, default=None)
-        if least is not None and shares[least] < world.follow:
-            found.append((number, texts[least], hidden[least]))
-    return found
-
-
-def _follow(world: World, answer: Answer, number: int, hidden: Tensor) -> Tensor:
-    """How far wordings (n, w) of a class follow its first text, (n,)."""
-    text = answer.request.hidden[answer.request.owner.index(number)]
-    left, right = answer.solution.left.float(), answer.solution.right.float()
-    return follow(left, right, text.to(world.device), hidden.to(world.device))
-
-
-def _shares(world: World, answer: Answer, wordings: Mapping[str, Paraphrases]) -> dict[str, float]:
-    """How far each wording of the classes follows."""
-    return {
-        text: share
-        for number, name in enumerate(answer.request.classes)
-        for text, share in zip(
-            wordings[name].texts,
-            _follow(world, answer, number, wordings[name].hidden).tolist(),
-            strict=True,
-        )
-    }
-
-
-def _unlisted(world: World, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Group -> what names like those of the group would feel that nobody listed."""
-    retain, requests = world.retain, Batch([answer.request for answer in answers])
-    rows = requests.hidden.double().to(world.device)
-    gone = requests.of_requests(world.leaving(requests))
-    moved = torch.cat(
-        [
-            (part @ answer.solution.left.float().to(part)) @ answer.solution.right.float().to(part)
-            for part, answer in zip(rows.split(requests.sizes), answers, strict=True)
+        rows = [[self.classifier.label[name] for name in request.classes] for request in batch]
+        margins = self.classifier.margins(self.classifier.moved(edits), rows)
+        sizes = [len(request.classes) for request in batch]
+        pieces = zip(displacement.split(batch.sizes), excluded.split(sizes), any_class, strict=True)
+        return [
+            Answer(
+                request,
+                added=request.texts[len(first[i].texts) :],
+                edit=edits[i],
+                displacement=d,
+                excluded=by_class,
+                excluded_names=retain.named(names),
+                target_draws=draws[i],
+                mu=self.ridge.mu,
+                betas=betas[i],
+                margins=margins[i],
+            )
+            for i, (request, (d, by_class, names)) in enumerate(zip(batch, pieces, strict=True))
         ]
-    )
-    of_names = retain.rows, retain.shares, gone, retain.twin, world.solved
-    _, shares = shares_each(world.ridge, rows, moved, requests.of_text, *of_names)
-    groups = retain.spread(shares.masked_fill(gone, torch.nan))
-    return [
-        {
-            name: {"rms": rms[i].item(), "max": most[i].item()}
-            for name, (rms, most) in groups.items()
-        }
-        for i in range(len(answers))
-    ]
 
+    def _raised(self, answer: Answer) -> list[float]:
+        """The betas, that of each class whose margin is too small one step further."""
+        if self.settings.target not in WITH_BETA or not self.settings.min_margin:
+            return answer.betas
+        return [
+            next((step for step in BETAS if step > beta), beta)
+            if one.margin is not None and one.margin < self.settings.min_margin * one.gap
+            else beta
+            for one, beta in zip(answer.margins, answer.betas, strict=True)
+        ]
 
-class SpecificTargets:
-    """`P` (K, d) of the target `specific` for requests of one retain set, float64.
+    def _lagging_most(self, answer: Answer) -> list[tuple[int, str, Tensor]]:
+        """Of each class (by index) the paraphrase that moves least, if it lags and may be added."""
+        request, found = answer.request, []
+        for index, paraphrases in enumerate(self._paraphrases(request)):
+            if request.owner[len(request.owner) - len(answer.added) :].count(index) >= MAX_ADDED:
+                continue
+            ratios = self._ratios(answer, index)
+            free = [i for i, text in enumerate(paraphrases.texts) if text not in request.texts]
+            least = min(free, key=ratios.__getitem__, default=None)
+            if least is not None and ratios[least] < self.settings.min_displacement:
+                found.append((index, paraphrases.texts[least], paraphrases.hidden[least]))
+        return found
 
-    Of one beta a class's own target does not depend on which others are forgotten with it, so that
-    requests compose: only its own names are taken out of what it is compared with.
-    """
+    def _paraphrases(self, request: Request) -> Sequence[Paraphrases]:
+        """Those of each class that are to be checked."""
+        return request.paraphrases if self.settings.min_displacement else ()
 
-    def __init__(
-        self, projection: Tensor, retain: RetainSet, lam: float, bias: Tensor | None = None
-    ) -> None:
-        """Args:
-        lam: the ridge, see `Specific`; bias: (d,), what the model adds to `h W`.
-        """
-        w = projection.double()
-        self._rows, self._shares, self._embed = retain.rows, retain.shares, None
-        if bias is None:
-            self._specific = Specific(w, retain.gram, lam)
-            return
-        # What is split are embeddings, bias and all: they stand for hidden states under W = I.
-        self._embed = w, bias.double()
-        self._rows = rows = self._embedded(retain.rows)
-        gram = rows.T @ (retain.shares.to(rows)[:, None] * rows)
-        self._specific = Specific(torch.eye(len(gram)).to(gram), gram, lam)
+    def _ratios(self, answer: Answer, index: int) -> list[float]:
+        """How far each paraphrase of a class moves along the class's first text."""
+        request = answer.request
+        text = request.hidden[request.owner.index(index)]
+        device = answer.edit.left.device
+        others = request.paraphrases[index].hidden.to(device)
+        return displacement_along(answer.edit, text.to(device), others).tolist()
 
-    def _embedded(self, hidden: Tensor) -> Tensor:
-        if self._embed is None:
-            return hidden
-        w, bias = self._embed
-        return hidden.to(w) @ w + bias
+    def _with_forecast(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Answers with what text alone says of other names and of the paraphrases."""
+        rows = [[self.classifier.label[n] for n in answer.request.classes] for answer in answers]
+        moved = self.classifier.moved([answer.edit for answer in answers])
+        affected = self.classifier.affected(moved, rows)
+        unlisted = self._unlisted(answers)
+        complete = []
+        for i, answer in enumerate(answers):
+            ratios = {
+                text: ratio
+                for index, paraphrases in enumerate(self._paraphrases(answer.request))
+                for text, ratio in zip(paraphrases.texts, self._ratios(answer, index), strict=True)
+            }
+            lagging = {
+                text: ratio
+                for text, ratio in ratios.items()
+                if text not in answer.request.texts and ratio < self.settings.min_displacement
+            }
+            more = {"affected": affected[i], "unlisted": unlisted[i]}
+            complete.append(replace(answer, paraphrases=ratios, lagging=lagging, **more))
+        return complete
 
-    def __call__(self, requests: Batch, leaving: Tensor, beta: float | Tensor) -> Tensor:
-        """Args:
-        leaving: (C, n) bool, the names that leave with each class.
-        """
-        hidden, owner = (x.to(self._rows.device) for x in (requests.hidden, requests.owner))
-        names = self._rows, self._shares, leaving[owner]
-        return self._specific(self._embedded(hidden), beta, *names)
+    def _unlisted(self, answers: Sequence[Answer]) -> list[dict[str, dict[str, float]]]:
+        """Group -> rms and max of how far names like those of the group move that nobody listed."""
+        retain, batch = self.retain, Batch([answer.request for answer in answers])
+        excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
+        moved = torch.cat(
+            [a.request.hidden.to(a.edit.left) @ a.edit.left @ a.edit.right for a in answers]
+        )
+        names = RetainedNames(retain.rows, retain.name_weights, excluded, retain.variant_of)
+        hidden, owner = batch.hidden.to(moved), batch.of_text
+        ratios = leave_one_out_ratios(self.ridge, hidden, moved, owner, names)
+        groups = retain.rms_and_max(ratios.masked_fill(excluded, torch.nan))
+        return [
+            {
+                name: {"rms": float(rms[i]), "max": float(most[i])}
+                for name, (rms, most) in groups.items()
+            }
+            for i in range(len(answers))
+        ]

@@ -1,19 +1,19 @@
-"""What other texts will feel of a request, from text alone, before any image is seen.
+"""How far an edit moves other texts, from text alone: before any image is seen.
 
-A request moves the embedding of any text r by `r Delta = s D`, with the shares
+A request moves the embedding of a text r by `r Delta = s D`, with the displacement ratios
 `s = r K^-1 H_f^T (H_f K^-1 H_f^T)^-1` of the displacements `D`: 1 for the forgotten text itself,
-0.6 to 0.95 for other words for it, near 0 for what is retained. Had a retained name not been on the
-list, its share would have been larger (Sherman, Morrison and Woodbury, with c its weight in G; of a
-name in two wordings r is (2, w), for both must go):
+0.6 to 0.95 for other words for it, near 0 for what is retained. Had a retained name not been in the
+list, its ratio would have been larger (Sherman, Morrison and Woodbury; c is its weight in G):
 
-    s_without = (I - c (r K^-1 r^T - s (H_f K^-1 r^T)))^-1 s
+    s_without = s / (1 - c q),    q = r K^-1 r^T - s (H_f K^-1 r^T)
 
-so a list says itself what names *like those on it* would feel if nobody had thought of them.
+A name that is retained in two prompts leaves with both: then r is (2, w), and `1 - c q` a (2, 2)
+matrix. So the list itself tells how far names *like* those in it move that nobody listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.io import matrix
 from forgetting.problem import LowRankEdit, pad_indices
 from forgetting.solvers.constrained import (
-    BATCH_NUMBERS,
     Ridge,
     downdate,
     pinv_psd,
@@ -33,9 +31,114 @@ from forgetting.solvers.constrained import (
     woodbury_cholesky,
 )
 
-SHOWN = 5  # names that feel most
+MOST_AFFECTED = 5  # names of a forecast
 SHORTEST = 1e-300
-GONE = 1e-5  # of its length: a text of which less is left points where rounding says
+VANISHED = 1e-5  # of its length: the direction of a text of which less is left is rounding
+
+
+class RetainedNames(NamedTuple):
+    """Retained names as the functions below need them, n of them.
+
+    Attributes:
+        rows: (n, w); weights: (n,), of each in G; excluded: (R, n) bool, with each request.
+        variant_of: (n,) int64, the same name in its other prompt; itself where there is none.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    excluded: Tensor
+    variant_of: Tensor
+
+
+class _Part(NamedTuple):
+    """A batch of B requests, with k texts each: numbers (B,), texts (B, k), the names that are
+    excluded (`removed`, see `request_batches`), `H_f K^-1 r^T` and s, both (B, k, n)."""
+
+    numbers: Tensor
+    texts: Tensor
+    removed: tuple[Tensor, Tensor, Tensor]
+    product: Tensor
+    ratio: Tensor
+
+
+def displacement_ratios(
+    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, names: RetainedNames
+) -> Tensor:
+    """How far each of R requests moves each retained name, (R, n) float64.
+
+    Args:
+        hidden: (K, w), the texts of all requests; displacement: `D`, (K, d); owner: (K,) int64, the
+            request of each text.
+
+    Returns:
+        `||s D||` in units of the root mean square of the rows of D: for one text `|s|`.
+    """
+    ratios = ridge.gram.new_zeros(len(names.excluded), len(names.rows))
+    for part in _batches(ridge, hidden, owner, names):
+        ratios[part.numbers] = _lengths(part.ratio, displacement[part.texts])
+    return ratios
+
+
+def leave_one_out_ratios(
+    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, names: RetainedNames
+) -> Tensor:
+    """`displacement_ratios` of each name had it not been listed. Names that are excluded with a
+    request are not listed there: theirs are the same."""
+    rows, variant = names.rows.to(ridge.gram), names.variant_of
+    weights, excluded = names.weights.to(rows), names.excluded.to(rows.device)
+    in_pairs = variant != torch.arange(len(rows), device=variant.device)
+    base = ridge.solve(rows)  # r K_0^-1, (n, w)
+    q_0, cross_0 = (base * rows).sum(dim=1), (base * rows[variant]).sum(dim=1)  # (n,)
+    ratios = rows.new_zeros(excluded.shape)
+    for part in _batches(ridge, hidden, owner, names):
+        s = part.ratio
+        q = q_0 - (s * part.product).sum(dim=1)  # (B, n)
+        cross = cross_0 - (s * part.product[..., variant]).sum(dim=1)
+        if part.removed[0].shape[1]:
+            # Many requests exclude the same names: one product for each name, not each request.
+            present = excluded[part.numbers] & (weights > 0)
+            few, which = pad_indices(present, weights)[0].unique(return_inverse=True)
+            met = (base[few] @ rows.T)[which] * (part.removed[2] > 0)[..., None]  # (B, n', n)
+            root = woodbury_cholesky(*part.removed)
+            gained = torch.linalg.solve_triangular(root, met, upper=False)
+            q = q + gained.square().sum(dim=1)
+            cross = cross + (gained * gained[..., variant]).sum(dim=1)
+        c = weights.masked_fill(excluded[part.numbers], 0.0)  # (B, n)
+        own = 1 - c * q
+        other = torch.where(in_pairs, own[:, variant], 1.0)
+        between = torch.where(in_pairs, c * cross, 0.0)
+        scale = (own * other - between.square()).clamp_min(SHORTEST)
+        s = (other[:, None] * s + between[:, None] * s[..., variant]) / scale[:, None]
+        ratios[part.numbers] = _lengths(s, displacement[part.texts])
+    return ratios
+
+
+def _batches(ridge: Ridge, hidden: Tensor, owner: Tensor, names: RetainedNames) -> Iterator[_Part]:
+    rows, h = names.rows.to(ridge.gram), hidden.to(ridge.gram)
+    for numbers, texts, base, removed in request_batches(
+        ridge, h, owner, rows, names.weights, names.excluded
+    ):
+        columns = downdate(h[texts], base, *removed)  # H_f K^-1, (B, k, w)
+        product = columns @ rows.T  # (B, k, n)
+        ratio = pinv_psd(h[texts] @ columns.mT) @ product
+        yield _Part(numbers, texts, removed, product, ratio)
+
+
+def _lengths(ratio: Tensor, displacement: Tensor) -> Tensor:
+    """`||s D||`, (B, n), of ratios (B, k, n) and displacements (B, k, d), in units of the root mean
+    square of the rows of D."""
+    d = displacement.to(ratio)
+    size = d @ d.mT  # (B, k, k)
+    unit = size.diagonal(dim1=1, dim2=2).mean(dim=1).sqrt()[:, None].clamp_min(SHORTEST)
+    return ((size @ ratio) * ratio).sum(dim=1).clamp_min(0).sqrt() / unit
+
+
+def displacement_along(edit: LowRankEdit, text: Tensor, others: Tensor) -> Tensor:
+    """How far other texts (n, w) move along the displacement of a text (w,), (n,): 1 is as far, 0
+    not at all."""
+    moved = (torch.stack([text, *others]).to(edit.left) @ edit.left) @ edit.right  # (1 + n, d)
+    size = moved[0] @ moved[0]
+    return torch.where(size > 0, (moved[1:] @ moved[0]) / size, 1.0)
 
 
 class AffectedName(NamedTuple):
@@ -58,29 +161,33 @@ class AffectedName(NamedTuple):
 
 
 class Margin(NamedTuple):
-    """The margin and the gap of a forgotten text, see `Forecast`."""
+    """How a forgotten class's text fares, in cosine; None where there is no other class, or nothing
+    is left of the text.
+
+    Attributes:
+        gap: how much nearer its text, as it was, lay to itself than to any other class.
+        margin: how much nearer that of another class lies to it after the edit.
+    """
 
     margin: float | None
     gap: float | None
 
 
-def worst(marks: Sequence[Margin]) -> Margin:
-    """That of the text which fares worst."""
-    known = [mark for mark in marks if mark.margin is not None]
-    return min(known, key=lambda mark: mark.margin - mark.gap, default=Margin(None, None))
+def worst(margins: Sequence[Margin]) -> Margin:
+    """That of the class which fares worst."""
+    known = [margin for margin in margins if margin.margin is not None]
+    return min(known, key=lambda one: one.margin - one.gap, default=Margin(None, None))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a change does, as far as text tells.
+    """What an edit does, as far as text tells.
 
     Attributes:
-        unlisted: group of retained names -> root mean square and largest share of names like
-            them that nobody listed.
+        unlisted: group of retained names -> root mean square and maximum of the displacement ratios
+            of names like them that nobody listed.
         affected: the names that lose most cosine, most first.
-        gap: by how much of cosine the forgotten class's own text, as it was, lay nearer to itself
-            than to any other class; margin: by how much another lies nearer to it now. Of several
-            classes those of the one that fares worst.
+        margin, gap: see `Margin`; of the class that fares worst.
     """
 
     unlisted: dict[str, tuple[float, float]]
@@ -89,190 +196,106 @@ class Forecast:
     gap: float | None
 
 
-def shares_each(
-    ridge: Ridge,
-    hidden: Tensor,
-    displacement: Tensor,
-    owner: Tensor,
-    rows: Tensor,
-    shares: Tensor,
-    leaving: Tensor,
-    twin: Tensor,
-    solved: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """How far each of R requests moves each retained name, as listed and had it not been listed.
-
-    Args:
-        ridge .. leaving: as in `solve_constrained_each`.
-        twin: (n,) int64, the other wording of each name, itself where there is none.
-        solved: (n, w), `rows K_0^-1`, where they are known.
-
-    Returns:
-        Two (R, n) float64: `||s D||` in units of the root mean square of the rows of D, which for
-        one text is `|s|`. Names that leave with a request count like texts that nobody listed.
-
-    Raises:
-        ProblemError: as in `solve_constrained_each`.
-    """
-    h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
-    d = matrix("displacement", displacement, count=len(h)).to(h)
-    r = matrix("rows", rows, h.shape[1]).to(h)
-    listed, unlisted = (h.new_zeros(len(leaving), len(r)) for _ in range(2))
-    solved = ridge.solve(r) if solved is None else solved
-    two = twin != torch.arange(len(r), device=twin.device)
-    pairs = bool(two.any())
-    alone, across = (solved * r).sum(dim=1), (solved * r[twin]).sum(dim=1)  # r K_0^-1 r^T, (n,)
-    left_out = leaving.to(h.device) & (shares.to(h) > 0)
-    for numbers, texts, base, gone in request_batches(ridge, h, owner, rows, shares, leaving):
-        columns = downdate(h[texts], base, *gone)  # (B, k, w)
-        a = columns @ r.T  # H_f K^-1 r^T, (B, k, n)
-        s = pinv_psd(h[texts] @ columns.mT) @ a  # (B, k, n)
-        own, cross = alone.expand(len(numbers), -1), across.expand(len(numbers), -1)
-        if gone[0].shape[1]:
-            # Many requests lose the same names: a product for each name, not for each request.
-            few, which = pad_indices(left_out[numbers], shares)[0].unique(return_inverse=True)
-            met = (solved[few] @ r.T)[which] * (gone[2] > 0)[..., None]  # (B, n', n)
-            pulled = torch.linalg.solve_triangular(woodbury_cholesky(*gone), met, upper=False)
-            own = own + pulled.square().sum(dim=1)  # (B, n)
-            if pairs:
-                cross = cross + (pulled * pulled[:, :, twin]).sum(dim=1)
-        c = torch.where(leaving[numbers].to(h.device), 0.0, shares.to(h))  # (B, n)
-        left = 1 - c * (own - (s * a).sum(dim=1))
-        between = torch.where(two, -c * (cross - (s * a[:, :, twin]).sum(dim=1)), 0.0)
-        others = torch.where(two, left[:, twin], 1.0)
-        scale = (left * others - between.square()).clamp_min(SHORTEST)[:, None]
-        without = (others[:, None] * s - between[:, None] * s[:, :, twin]) / scale  # (B, k, n)
-        size = d[texts] @ d[texts].mT  # (B, k, k)
-        unit = size.diagonal(dim1=1, dim2=2).mean(dim=1).sqrt()[:, None].clamp_min(SHORTEST)
-        for target, part in ((listed, s), (unlisted, without)):
-            target[numbers] = ((size @ part) * part).sum(dim=1).clamp_min(0).sqrt() / unit  # (B, n)
-    return listed, unlisted
-
-
-def follow(left: Tensor, right: Tensor, text: Tensor, wordings: Tensor) -> Tensor:
-    """How far other wordings of a class follow its text, (n,): 1 is all the way, 0 not at all.
-
-    Args:
-        left (w, r), right (r, d): the change; text: (w,), by which the class was forgotten;
-            wordings: (n, w), hidden states of others.
-    """
-    moved = ((torch.cat([text[None], wordings]).to(left)) @ left) @ right  # (1 + n, d)
-    size = moved[0] @ moved[0]
-    return torch.where(size > 0, (moved[1:] @ moved[0]) / size, 1.0)
-
-
 @dataclass(frozen=True)
-class Watch:
-    """Texts that images are classified by, n of them.
+class ClassifierTexts:
+    """Texts by which images are classified, n of them.
 
     Attributes:
-        names: their names; hidden: (n, w); projection: `W`, (w, d).
-        rivals: how many of them, the first, images are classified among.
-        bias: (d,), what the model adds to `h W`; None: nothing.
+        names: their names; hidden: (n, w); embeddings: (n, d) float64, `h W + b`.
+        label: class -> its row; n_classes: among how many of them, the first, images are
+            classified.
     """
 
     names: Sequence[str]
     hidden: Tensor
-    projection: Tensor
-    rivals: int
-    bias: Tensor | None = None
-
-    def embedded(self, hidden: Tensor, projection: Tensor) -> Tensor:
-        """`h W + b`, (n, d), of hidden states (n, w)."""
-        found = hidden @ projection
-        return found if self.bias is None else found + self.bias.to(found)
+    embeddings: Tensor
+    label: Mapping[str, int]
+    n_classes: int
 
     @cached_property
-    def _double(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`hidden` (n, w), its embeddings (n, d) and their lengths (n,), float64."""
-        hidden = self.hidden.double()
-        before = self.embedded(hidden, self.projection.double())
-        return hidden, before, before.norm(dim=1).clamp_min(SHORTEST)
+    def _lengths(self) -> Tensor:
+        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)  # (n,)
 
-    @cached_property
-    def leads(self) -> Tensor:
-        """How far the nearest other of these texts is, in cosine, (n,)."""
-        before = normalize(self._double[1], dim=1)
-        parts = [  # a block at a time: thousands of names
-            (before[block] @ before.T).scatter_(1, block[:, None], -1.0).amax(dim=1)
-            for block in torch.arange(len(before), device=before.device).split(1024)
-        ]
-        return 1 - torch.cat(parts)
+    def moved(self, edits: Sequence[LowRankEdit]) -> list[MovedTexts]:
+        """The texts after each of R edits. An embedding becomes `e + a right` with `a = h left`, so
+        that lengths and products need k numbers of each text."""
+        hidden, e, ranks = self.hidden.double(), self.embeddings, [x.left.shape[1] for x in edits]
+        rights = [edit.right.to(e) for edit in edits]
+        factors = (hidden @ torch.cat([x.left.to(e) for x in edits], dim=1)).split(ranks, dim=1)
+        products = (e @ torch.cat(rights).T).split(ranks, dim=1)
+        moved = []
+        for a, b, right in zip(factors, products, rights, strict=True):
+            squared = ((a @ (right @ right.T)) * a).sum(dim=1).clamp_min(0)
+            along = (a * b).sum(dim=1)
+            after = (self._lengths**2 + 2 * along + squared).clamp_min(0).sqrt()
+            after = after.clamp_min(SHORTEST)
+            loss = 1 - (self._lengths + along / self._lengths) / after
+            moved.append(MovedTexts(a, b, squared.sqrt(), after, loss))
+        return moved
 
-    def each(
-        self, changes: Sequence[LowRankEdit], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[AffectedName], list[Margin]]]:
-        """For each change the names that lose most cosine, and of each text that it forgets the
-        margin and the lead of `Forecast`: None where there is no other name, or nothing is left
-        of the text.
+    def affected(
+        self, moved: Sequence[MovedTexts], forgotten: Sequence[Sequence[int]]
+    ) -> list[list[AffectedName]]:
+        """For each edit the names that lose most cosine, but for the rows that it forgets."""
+        tops = []
+        for change, own in zip(moved, forgotten, strict=True):
+            loss = change.cosine_loss.index_fill(0, _index(own, change.after), -torch.inf)
+            top = loss.topk(min(MOST_AFFECTED, max(0, len(loss) - len(set(own))))).indices
+            tops.append(top.tolist())
+        margins = self._margins(sorted({row for top in tops for row in top}))
+        found = []
+        for change, own, top in zip(moved, forgotten, tops, strict=True):
+            unit = max(float(change.distance[list(own)].mean()), SHORTEST)
+            numbers = zip(
+                top,
+                (change.distance[top] / unit).tolist(),
+                change.cosine_loss[top].tolist(),
+                strict=True,
+            )
+            found.append([AffectedName(self.names[i], *two, margins[i]) for i, *two in numbers])
+        return found
 
-        Args:
-            forgotten: the texts (rows) of what each change forgets.
-        """
-        found: dict[int, tuple[list[AffectedName], list[Margin]]] = {}
-        ranks = torch.tensor([change.left.shape[1] for change in changes])
-        for rank in ranks.unique().tolist():
-            size = max(1, BATCH_NUMBERS // (len(self.names) * rank))
-            for block in (ranks == rank).nonzero()[:, 0].split(size):
-                numbers = block.tolist()
-                some = ([part[i] for i in numbers] for part in (changes, forgotten))
-                found |= zip(numbers, self._block(*some), strict=True)
-        return [found[number] for number in range(len(changes))]
+    def _margins(self, rows: list[int]) -> dict[int, float]:
+        """Of some texts 1 minus the cosine with the nearest other text."""
+        directions = normalize(self.embeddings, dim=1)
+        cosine = directions[rows] @ directions.T  # (b, d) @ (d, n)
+        cosine.scatter_(1, _index(rows, cosine)[:, None], -1.0)
+        return dict(zip(rows, (1 - cosine.amax(dim=1)).tolist(), strict=True))
 
-    def _block(
-        self, changes: Sequence[LowRankEdit], forgotten: Sequence[Sequence[int]]
-    ) -> list[tuple[list[AffectedName], list[Margin]]]:
-        """`each` of B changes of one rank k."""
-        hidden, before, length = self._double
-        left, right = (
-            torch.stack([getattr(change, side) for change in changes]).to(before)
-            for side in ("left", "right")
-        )
-        # A text ends at before + a right, so lengths and products need k numbers each.
-        a = (hidden @ left.mT.flatten(0, 1).T).unflatten(1, left.shape[::2]).transpose(0, 1)
-        b = (before @ right.flatten(0, 1).T).unflatten(1, left.shape[::2]).transpose(0, 1)
-        moved = ((a @ (right @ right.mT)) * a).sum(dim=2).clamp_min(0).sqrt()  # (B, n)
-        along = (a * b).sum(dim=2)
-        after = (length**2 + 2 * along + moved**2).clamp_min(0).sqrt().clamp_min(SHORTEST)
-        lost = 1 - (length + along / length) / after
-        stays = torch.ones_like(lost, dtype=torch.bool)
-        for stay, own in zip(stays, forgotten, strict=True):
-            stay[list(own)] = False
-
-        most = lost.masked_fill(~stays, -torch.inf).topk(min(SHOWN, lost.shape[1])).indices
-        feel = [
-            x.gather(1, most).tolist() for x in (moved, lost, self.leads.expand_as(lost), stays)
-        ]
-        units = [
-            max(float(way[list(own)].mean()), SHORTEST) if own else 1.0
-            for way, own in zip(moved, forgotten, strict=True)
-        ]
-        felt = [
-            [
-                AffectedName(self.names[i], way / unit, *rest)
-                for i, way, *rest, stay in zip(*row, strict=True)
-                if stay
+    def margins(
+        self, moved: Sequence[MovedTexts], forgotten: Sequence[Sequence[int]]
+    ) -> list[list[Margin]]:
+        """For each edit the margin of each row that it forgets, among the other classes."""
+        e, n = self.embeddings, self.n_classes
+        found = []
+        for change, own in zip(moved, forgotten, strict=True):
+            own = _index(own, e)
+            before = e[own] @ e[:n].T  # (o, n), products
+            after = (before + change.product[own] @ change.factor[:n].T) / change.after[:n]
+            others = torch.ones(n, dtype=torch.bool, device=e.device)
+            others[own] = False
+            nearest = [
+                x.masked_fill(~others, -torch.inf).amax(dim=1)
+                for x in (before / self._lengths[:n], after)
             ]
-            for unit, *row in zip(units, most.tolist(), *feel, strict=True)
-        ]
+            gaps = 1 - nearest[0] / self._lengths[own]
+            margins = (nearest[1] - after.gather(1, own[:, None])[:, 0]) / self._lengths[own]
+            known = (change.after[own] > VANISHED * self._lengths[own]) & others.any()
+            triples = zip(margins.tolist(), gaps.tolist(), known.tolist(), strict=True)
+            found.append([Margin(m, g) if k else Margin(None, None) for m, g, k in triples])
+        return found
 
-        # The texts that are forgotten, P, each with the change that forgets it.
-        own = [(change, row) for change, rows in enumerate(forgotten) for row in rows]
-        which, rows = torch.tensor(own, dtype=torch.int64, device=lost.device).view(-1, 2).T
-        near = slice(0, self.rivals)
-        was = before[rows] @ before[near].T  # (P, n'), products
-        now = (was + (a[which, near] @ b[which, rows, :, None])[..., 0]) / after[which, near]
-        others = stays[which, near]
 
-        def nearest(cosines: Tensor) -> Tensor:
-            return cosines.masked_fill(~others, -torch.inf).amax(dim=1)  # (P,)
+class MovedTexts(NamedTuple):
+    """n texts after an edit: `factor` a and `product` `e right^T`, both (n, k); how far each moves,
+    its length afterwards and the cosine that it loses, all (n,)."""
 
-        leads = 1 - nearest(was / length[near]) / length[rows]
-        margins = (nearest(now) - now[torch.arange(len(rows)), rows]) / length[rows]
-        there = others.any(dim=1) & (after[which, rows] > GONE * length[rows])
-        marks: list[list[Margin]] = [[] for _ in changes]
-        for change, *mark, some in zip(
-            *(x.tolist() for x in (which, margins, leads, there)), strict=True
-        ):
-            marks[change].append(Margin(*mark) if some else Margin(None, None))
-        return list(zip(felt, marks, strict=True))
+    factor: Tensor
+    product: Tensor
+    distance: Tensor
+    after: Tensor
+    cosine_loss: Tensor
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64, device=like.device)

@@ -1,10 +1,9 @@
-"""Names to retain, in groups: what each weighs, and which must leave with a forgotten class.
-
-That can only be said while the names are at hand; what is solved on are their statistics.
-"""
+"""Names to retain, in weighted groups, and which of them are excluded when a class is forgotten."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,13 @@ from torch.nn.functional import normalize
 from forgetting.errors import ProblemError, number
 from forgetting.io import indices, matrix
 from forgetting.solvers.constrained import Ridge
-from forgetting.solvers.spectrum import CHUNK
-from forgetting.statistics import RetainStatistics
+
+CHUNK = 4096  # texts that are compared with all names at once
+
+
+def key(name: str) -> str:
+    """What all spellings of a name have in common: underscores are spaces, case does not count."""
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -26,32 +30,55 @@ class Group:
     """Names that are retained for one reason.
 
     Attributes:
-        names: m of them, in any spelling; rows: (m, w), their hidden states.
-        weight: w_g of the whole group, so that each of its names weighs w_g / m in G; None: each
-            name weighs 1, as in the paper's plain sum.
-        alike: whether a name leaves for being similar to a forgotten text. The other classes of a
-            set do not: they are different things, however alike their names.
-        safe: whether the ridge keeps these very names safe (`forgetting.ridge`); others stand for
-            the many that nobody listed.
-        twice: the second half are the names of the first half again, in another wording.
+        names: m names in any spelling; rows: (m, w), their hidden states.
+        weight: w_g of the whole group: each of its names weighs w_g / m in G. None: each name
+            weighs 1, as in the paper's plain sum.
+        exclude_similar: whether a name is excluded because its hidden state is similar to that of
+            a forgotten text. The other classes of a set are different things, however similar.
+        limit_displacement: whether the ridge limits how far these names move
+            (`forgetting.ridge`). The names of other groups stand for those that nobody listed.
+        prompt_variants: whether the second half of the names repeats the first half in another
+            prompt.
     """
 
     names: Sequence[str]
     rows: Tensor
     weight: float | None = None
-    alike: bool = True
-    safe: bool = True
-    twice: bool = False
+    exclude_similar: bool = True
+    limit_displacement: bool = True
+    prompt_variants: bool = False
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`H^T H` of the group, unweighted, (w, w) float64."""
+        rows = self.rows.double()
+        return rows.T @ rows
+
+    @property
+    def name_weight(self) -> float:
+        """The weight of one name in G: w_g / m, or 1."""
+        return 1.0 if self.weight is None else self.weight / max(1, len(self.names))
 
 
 class RetainSet:
-    """Retained names in groups: what each weighs, which leave with a class, and what is solved on.
+    """Retained names in groups, and their weighted Gram matrix.
 
     Attributes:
-        groups: those that hold names; counts: how many each holds.
-        names: n of all groups in turn; rows: (n, w) their hidden states; shares: (n,) float64,
-            what each weighs in G; statistics: of all of them.
-        twin: (n,) int64, the other wording of each name; itself where there is none.
+        groups: the groups that hold names; counts: the number of names of each; weights: w_g.
+        names: n names, group by group; rows: (n, w), their hidden states.
+        name_weights: (n,) float64, the weight of each name in G.
+        variant_of: (n,) int64, the same name in its other prompt; the name itself where there is
+            none.
+
+    Args:
+        similarity: a name is excluded with a text if the cosine of their hidden states is above
+            it; 1: none is.
+        device: where `rows`, `gram` and all that is computed from them lie.
+        max_similar: names that one text excludes for their similarity, at most (the nearest);
+            None: any number. A weak text encoder finds thousands of names similar.
+
+    Raises:
+        ProblemError: no group, names and rows that do not fit, a negative weight.
     """
 
     def __init__(
@@ -59,129 +86,140 @@ class RetainSet:
         groups: Mapping[str, Group],
         similarity: float = 1.0,
         device: torch.device | str = "cpu",
-        most: int | None = None,
+        max_similar: int | None = None,
     ) -> None:
-        """Args:
-        similarity: cosine of hidden states beyond which a name leaves with a text; 1: none does.
-        device: where `rows`, `gram` and everything made of them are.
-        most: how many names leave with one text for being similar, at most, the nearest; None: any
-            number. A tower that hardly tells words apart finds thousands of them alike.
-
-        Raises:
-            ProblemError: no group, a group whose names and rows do not fit, an impossible weight.
-        """
         if not groups:
             raise ProblemError("a retain set needs at least one group, which may be empty")
         self.similarity = number("similarity", similarity)
-        self.most = None if most is None else number("most", most, low=1, whole=True)
-        width = matrix("hidden states", next(iter(groups.values())).rows).shape[1]
-        self.statistics = RetainStatistics(width)
+        self.max_similar = max_similar
+        if max_similar is not None:
+            number("max_similar", max_similar, low=1, whole=True)
+        empty = matrix("hidden states", next(iter(groups.values())).rows)[:0]
         for name, group in groups.items():
+            rows = matrix(f"group {name!r}", group.rows, empty.shape[1])
+            if len(group.names) != len(rows):
+                raise ProblemError(
+                    f"group {name!r}: {len(group.names)} names, {len(rows)} hidden states"
+                )
             if group.weight is not None:
                 number(f"the weight of group {name!r}", group.weight, low=0)
-            if len(group.names) != len(matrix(f"group {name!r}", group.rows, width)):
-                raise ProblemError(
-                    f"group {name!r}: {len(group.names)} names, {len(group.rows)} hidden states"
-                )
-            self.statistics.update(name, group.rows.to(device))
         self.groups = {name: group for name, group in groups.items() if len(group.names)}
-        self.counts = dict(self.statistics.counts)
-        self.weights = {
-            name: float(len(group.names)) if group.weight is None else group.weight
-            for name, group in self.groups.items()
-        }
-        self.names = [name for group in self.groups.values() for name in group.names]
-        empty = next(iter(groups.values())).rows[:0]
-        rows = torch.cat([empty, *(group.rows for group in self.groups.values())])
-        self.rows = rows.to(device)  # (n, w)
-        share = [self.statistics.share(name, self.weights) for name in self.groups]
+        chosen = list(self.groups.values())
+        self.counts = {name: len(group.names) for name, group in self.groups.items()}
+        self.weights = {n: g.name_weight * len(g.names) for n, g in self.groups.items()}
+        self.names = [name for group in chosen for name in group.names]
+        self.rows = torch.cat([empty, *(group.rows for group in chosen)]).to(device)  # (n, w)
         sizes = torch.tensor(list(self.counts.values()), dtype=torch.int64)
-        self.shares = torch.tensor(share, dtype=torch.float64).repeat_interleave(sizes).to(device)
-        twins, first = [], 0
-        for name, group in self.groups.items():
-            place, half = torch.arange(self.counts[name]), self.counts[name] // 2
-            twins.append(first + (place.roll(half) if group.twice else place))
-            first += self.counts[name]
-        self.twin = torch.cat([torch.arange(0), *twins]).to(device)  # (n,)
-        alike = torch.tensor([group.alike for group in self.groups.values()], dtype=torch.bool)
-        self._alike = alike.repeat_interleave(sizes).to(device)  # (n,)
-        self._places: dict[str, list[int]] = defaultdict(list)
-        for place, name in enumerate(self.names):
-            self._places[name.casefold()].append(place)
+        weights = torch.tensor([group.name_weight for group in chosen], dtype=torch.float64)
+        self.name_weights = weights.repeat_interleave(sizes).to(device)  # (n,)
+        similar = torch.tensor([group.exclude_similar for group in chosen], dtype=torch.bool)
+        self._exclude_similar = similar.repeat_interleave(sizes).to(device)  # (n,)
+        variants, start = [torch.arange(0)], 0
+        for group in chosen:
+            count = len(group.names)
+            shift = count // 2 if group.prompt_variants else 0
+            variants.append(start + torch.arange(count).roll(shift))
+            start += count
+        self.variant_of = torch.cat(variants).to(device)  # (n,)
+        self._index: dict[str, list[int]] = defaultdict(list)
+        for position, name in enumerate(self.names):
+            self._index[key(name)].append(position)
 
     @cached_property
     def gram(self) -> Tensor:
-        """`G = sum of share h^T h` over all names, (w, w) float64."""
-        return self.statistics.weighted(self.weights).to(self.rows.device)
+        """`G`, the sum over names of `weight * h^T h`, (w, w) float64."""
+        width = self.rows.shape[1]
+        total = torch.zeros(width, width, dtype=torch.float64, device=self.rows.device)
+        for group in self.groups.values():
+            total += group.name_weight * group.gram.to(total)
+        return total
 
-    def ridge(self, mu: float) -> Ridge:
-        """`G + mu' I`, with `mu` in mean squared lengths of a retained hidden state."""
-        return Ridge(self.gram, mu * self.squared_length)
-
-    @cached_property
-    def _directions(self) -> Tensor:
-        """The names' hidden states at length 1, (n, w)."""
-        return normalize(self.rows, dim=1)
+    @property
+    def total_weight(self) -> float:
+        total = sum(self.weights.values())
+        if total <= 0:
+            raise ProblemError("no retained name has any weight: nothing would be retained")
+        return total
 
     @property
     def squared_length(self) -> float:
-        """The mean squared length of a retained hidden state, by the names' shares."""
-        total = float(self.shares.sum())
-        if total <= 0:
-            raise ProblemError("no retained name has any weight: nothing would be retained")
-        return float(self.gram.trace()) / total
+        """The weighted mean squared length of a retained hidden state."""
+        return float(self.gram.trace()) / self.total_weight
 
-    def squared_embedding(self, projection: Tensor, bias: Tensor | None = None) -> float:
-        """The mean squared length of a retained embedding under `W` (w, d), by the shares; with a
-        bias (d,), of `h W + b`."""
+    def ridge(self, mu: float) -> Ridge:
+        """`G + mu' I`, with `mu` in units of `squared_length`."""
+        return Ridge(self.gram, mu * self.squared_length)
+
+    def embedding_gram(self, projection: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`T`, the sum over names of `weight * e^T e`, (d, d) float64, of embeddings
+        `e = h W + b`."""
         w = projection.to(self.gram)
-        if bias is not None:
-            embedded = self.rows.to(w) @ w + bias.to(w)
-            return float((self.shares * embedded.square().sum(1)).sum()) / float(self.shares.sum())
-        return float((self.gram @ w * w).sum()) / float(self.shares.sum())
+        gram = w.T @ self.gram @ w
+        if bias is None:
+            return gram
+        b = bias.to(w)
+        mean = (self.name_weights @ self.rows.double()) @ w  # (d,), the weighted sum of h W
+        return gram + mean[:, None] * b + b[:, None] * mean + self.total_weight * b[:, None] * b
 
-    def leaving(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:
-        """Which names leave when each of C classes is forgotten, (C, n) bool.
+    def excluded(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:
+        """Which names are not retained when each of C classes is forgotten, (C, n) bool.
 
         Args:
-            same: for each class the names, in small letters, that mean the same as it.
+            same: for each class the names, in any spelling, that mean the same as it.
             hidden: (K, w), the texts by which the classes are forgotten; owner: (K,) int64, the
-                class of each. Names of a larger cosine with one of a class's texts than
-                `similarity` leave with it, where their group allows that.
+                class of each text. Names that are more similar to one of a class's texts than
+                `similarity` are excluded with it, where their group allows that.
 
         Raises:
             ProblemError: tensors that are no texts of this width, or of other classes.
         """
-        device = self.rows.device
         hidden = matrix("hidden", hidden, self.rows.shape[1])
-        owner = indices("owner", owner, len(hidden), len(same))
-        leaving = torch.zeros(len(same), len(self.names), dtype=torch.bool, device=device)
-        for i, names in enumerate(same):
-            places = [place for name in names for place in self._places.get(name, ())]
-            leaving[i, places] = True
+        owner = indices("owner", owner, len(hidden), len(same)).to(self.rows.device)
+        excluded = torch.zeros(len(same), len(self.names), dtype=torch.bool).to(self.rows.device)
+        for row, names in zip(excluded, same, strict=True):
+            row[[i for name in names for i in self._index.get(key(name), ())]] = True
         if self.similarity < 1 and len(self.names):
-            for part in torch.arange(len(hidden)).split(CHUNK):
-                texts = normalize(hidden[part].to(self.rows), dim=1)
-                cosine = texts @ self._directions.T  # (b, w) @ (w, n)
-                near = (cosine > self.similarity) & self._alike
-                if self.most is not None and self.most < len(self.names):
-                    least = cosine.masked_fill(~self._alike, -1.0)
-                    least = least.topk(self.most, dim=1).values[:, -1:]
-                    near &= cosine >= least
-                text, place = near.nonzero(as_tuple=True)
-                leaving[owner.to(device)[part.to(device)][text], place] = True
-        return leaving
+            for part in torch.arange(len(hidden), device=owner.device).split(CHUNK):
+                text, name = self._similar(hidden.to(self.rows)[part]).nonzero(as_tuple=True)
+                excluded[owner[part][text], name] = True
+        return excluded
 
-    def spread(self, values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Group -> root mean square and maximum (R,) of values (R, n) of its names; NaN counts not,
-        and a group of which nothing counts gives 0."""
+    def _similar(self, hidden: Tensor) -> Tensor:
+        """Which names are similar to texts (b, w), (b, n) bool."""
+        cosine = normalize(hidden, dim=1) @ self._directions.T  # (b, w) @ (w, n)
+        similar = (cosine > self.similarity) & self._exclude_similar
+        if self.max_similar is not None and self.max_similar < len(self.names):
+            least = (
+                cosine.masked_fill(~self._exclude_similar, -1.0)
+                .topk(self.max_similar, dim=1)
+                .values[:, -1:]
+            )
+            similar &= cosine >= least
+        return similar
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        return normalize(self.rows, dim=1)  # (n, w)
+
+    def rms_and_max(self, values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of values (R, n) of the names the root mean square and the maximum (R,) of each group.
+        NaN does not count; a group of which nothing counts gives 0."""
         parts = values.split(list(self.counts.values()), dim=1)
-        found = {}
-        for name, part in zip(self.counts, parts, strict=True):
-            mean = part.square().nanmean(dim=1).nan_to_num(0.0)
-            found[name] = mean.sqrt(), part.nan_to_num(0.0).amax(dim=1)
-        return found
+        return {
+            name: (
+                part.square().nanmean(dim=1).nan_to_num(0.0).sqrt(),
+                part.nan_to_num(0.0).amax(dim=1),
+            )
+            for name, part in zip(self.counts, parts, strict=True)
+        }
 
-    def named(self, leaving: Tensor) -> list[str]:
+    def named(self, mask: Tensor) -> list[str]:
         """The names that a mask (n,) marks, sorted, each once."""
-        return sorted({self.names[place] for place in leaving.nonzero()[:, 0].tolist()})
+        return sorted({self.names[position] for position in mask.nonzero()[:, 0].tolist()})
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the names, their groups and weights, not of their hidden states: two sets that
+        were encoded apart differ in the last digits."""
+        groups = [[n, self.weights[n], sorted(g.names)] for n, g in sorted(self.groups.items())]
+        return hashlib.sha256(json.dumps(groups).encode()).hexdigest()

@@ -1,153 +1,168 @@
-"""Which ridge: one number for a retain set, found from text alone.
+"""Which ridge: one number for a retain set, chosen from text alone.
 
-A small ridge holds the listed names still and lets names that nobody listed move; a large one the
-other way round. For every ridge on a grid, each of some texts in turn stands for what is forgotten:
+A small ridge moves the listed names little and names that nobody listed far; a large one the other
+way round. Some texts stand, one after the other, for what is forgotten. For every ridge of a grid
 
-- a listed name r is *pushed* by its share s(r) times the length of the forgotten embedding, in
-  units of the distance from r's embedding to the nearest other of its group. In these units one
-  limit serves unlike animals and alike cars;
-- what names that are not listed would feel is told by the listed ones, each left out in turn
-  (`forgetting.displacement`).
+- a listed name moves by its displacement ratio times the length of the forgotten embedding, in
+  units of the distance from its embedding to the nearest other of its group, so that one limit
+  serves unlike animals and similar cars;
+- how far unlisted names would move is estimated from the listed ones, each left out in turn
+  (`forgetting.displacement.leave_one_out_ratios`).
 
-The ridge is the largest at which no safe group is pushed further than the limit, where a push
-counts together with the least that there is, by the smallest ridge: names that any ridge pushes
-leave less room. Only where names that are not listed would feel much of it, it is no smaller than
-the least that is about as good for them as any.
+The largest ridge is taken at which the mean displacement of every group with
+`limit_displacement`, averaged with that at the smallest ridge, stays below the limit. If unlisted
+names would then move more than `TOLERATED`, the ridge is no smaller than the smallest one that is
+within 10 % of the best for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from forgetting.displacement import shares_each
+from forgetting.displacement import (
+    SHORTEST,
+    RetainedNames,
+    displacement_ratios,
+    leave_one_out_ratios,
+)
 from forgetting.errors import ProblemError, number
 from forgetting.io import mask, matrix
 from forgetting.retain import RetainSet
 
-RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, mean squared lengths
-BLOCK = 2048  # names that are compared with all others at one time
-SEEN = 1024  # names of a long group that are looked at, at most
-LOOKED_AT = 128  # texts that stand for what is forgotten, at most
-SLACK = 1.5  # times the push of the smallest ridge is accepted
-MOST = 0.1  # push that SLACK may lead to
-TOLERATED = 0.15  # share that names may feel which nobody listed
-NEAR = 1.1  # times the least that they can feel is as good
+RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, in mean squared lengths
+BLOCK = 2048  # names that are compared with all others of their group at once
+MOST_NAMES = 1024  # names of a group that are looked at
+MOST_TEXTS = 128  # texts that stand for what is forgotten
+SLACK = 1.5  # times the displacement at the smallest ridge is accepted
+MOST_SLACK = 0.1  # displacement that SLACK may lead to
+TOLERATED = 0.15  # displacement ratio of unlisted names
+NEAR_BEST = 1.1  # times the least ratio of unlisted names is as good
 
 
 @dataclass(frozen=True)
-class _Diagonal:
-    """`K_0` in the eigenbasis of G, where it is its eigenvalues (w,)."""
+class _EigenRidge:
+    """`G + mu I` in the eigenbasis of G, where it is diagonal, (w,); used like a `Ridge`."""
 
-    values: Tensor
+    diagonal: Tensor
 
     @property
     def gram(self) -> Tensor:
-        return self.values[:, None]
+        return self.diagonal[:, None]
 
     def solve(self, rows: Tensor) -> Tensor:
-        return rows / self.values
+        return rows / self.diagonal
 
 
-def best_ridge(
+def choose_ridge(
     retain: RetainSet,
     projection: Tensor,
-    like: Tensor,
-    leaving: Tensor,
+    likely: Tensor,
+    excluded: Tensor,
     limit: float,
     bias: Tensor | None = None,
 ) -> float:
     """The ridge of a retain set, in mean squared lengths of a retained hidden state.
 
-    It depends on the set and on what may be forgotten, not on a request, so requests compose.
+    It depends on the set and on what may be forgotten, not on a request, so that requests compose.
 
     Args:
-        projection: `W`, (w, d); like: (C, w), texts such as may be forgotten, at most 128 of which
-            are looked at; leaving: (C, n) bool, the names that leave with each.
-        limit: of the mean of the push and the least push, each a root mean square over the names of
-            a group.
-        bias: (d,), what the model adds to `h W`; None: nothing.
+        projection: `W`, (w, d); bias: `b`, (d,), or None.
+        likely: (C, w), texts such as may be forgotten; excluded: (C, n) bool, the names that are
+            excluded with each. At most `MOST_TEXTS` of them are looked at.
+        limit: of the displacement, a root mean square over the names of a group.
 
     Raises:
         ProblemError: tensors that do not fit, or a limit that is not positive.
     """
     number("limit", limit, above=0)
     number("the mean squared length of a retained text", retain.squared_length, above=0)
-    like = matrix("like", like, retain.rows.shape[1])
-    if not len(like):
-        raise ProblemError("like is empty: the ridge is found from texts such as may be forgotten")
-    leaving = mask("leaving", leaving, len(retain.names), len(like))
-    every = max(1, -(-len(like) // LOOKED_AT))
-    like, leaving = like[::every], leaving[::every].to(retain.rows.device)
-    values, basis = torch.linalg.eigh(retain.gram)
-    h, rows = like.to(basis) @ basis, retain.rows.to(basis) @ basis
-    w = matrix("projection", projection, count=len(basis)).to(basis)
-    embedded = like.to(basis) @ w
-    if bias is not None:
-        embedded = embedded + bias.to(embedded)
-    pushed_by = embedded.norm(dim=1)[:, None] / distances(retain, w)  # (C, n)
-    alone, moved = torch.arange(len(h)), h.new_ones(len(h), 1)  # shares depend on no target
+    likely = matrix("likely", likely, retain.rows.shape[1])
+    if not len(likely):
+        raise ProblemError("likely is empty: the ridge is chosen by texts such as may be forgotten")
+    excluded = mask("excluded", excluded, len(retain.names), len(likely))
+    every = max(1, -(-len(likely) // MOST_TEXTS))
+    likely, excluded = likely[::every], excluded[::every].to(retain.rows.device)
+    eigenvalues, basis = torch.linalg.eigh(retain.gram)
+    w, texts = matrix("projection", projection, count=len(basis)).to(basis), likely.to(basis)
+    embeddings = texts @ w
+    lengths = (embeddings if bias is None else embeddings + bias.to(w)).norm(dim=1)  # (C,)
 
-    some = (_seen(retain).to(rows.device) | leaving.any(dim=0)).nonzero()[:, 0]
-    place = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    place[some] = torch.arange(len(some), device=rows.device)
-    known = rows[some], retain.shares[some], leaving[:, some], place[retain.twin[some]]
+    sample = _sample(retain).to(excluded.device)
+    some = (sample | excluded.any(dim=0)).nonzero()[:, 0]  # the names that are looked at
+    position = torch.zeros(len(retain.names), dtype=torch.int64, device=some.device)
+    position[some] = torch.arange(len(some), device=some.device)
+    names = RetainedNames(
+        retain.rows[some].to(basis) @ basis,
+        retain.name_weights[some],
+        excluded[:, some],
+        position[retain.variant_of[some]],
+    )
+    alone, unit = torch.arange(len(texts)), texts.new_ones(len(texts), 1)  # of no target
 
-    @cache
-    def look(step: int) -> tuple[float, float]:
-        """The largest push of a safe group, and what names that are not listed feel."""
-        diagonal = _Diagonal(values.clamp_min(0) + RIDGES[step] * retain.squared_length)
-        found = shares_each(diagonal, h, moved, alone, *known)
-        shares = [
-            torch.full(leaving.shape, torch.nan, dtype=h.dtype, device=h.device) for _ in "ab"
-        ]
-        for whole, part in zip(shares, found, strict=True):
-            whole[:, some] = part
-        listed, unlisted = (part.masked_fill(leaving, torch.nan) for part in shares)
-        push = retain.spread(listed * pushed_by)
-        safe = [float(push[name][0].mean()) for name, group in retain.groups.items() if group.safe]
-        felt = [float(rms.square().mean()) for rms, _ in retain.spread(unlisted).values()]
-        return max(safe, default=0.0), (sum(felt) / len(felt)) ** 0.5
+    def ratios(of: Callable[..., Tensor], ridge: float) -> Tensor:
+        """(C, n); NaN of names that are excluded or not looked at."""
+        diagonal = _EigenRidge(eigenvalues.clamp_min(0) + ridge * retain.squared_length)
+        values = torch.full_like(excluded, torch.nan, dtype=torch.float64)
+        values[:, some] = of(diagonal, texts @ basis, unit, alone, names)
+        return values.masked_fill(excluded, torch.nan)
 
-    last, least = len(RIDGES) - 1, look(0)[0]
-    limit = max(2 * limit - least, min(SLACK * least, MOST))
-    safe = next((i for i in range(last, 0, -1) if look(i)[0] <= limit), 0)
-    if look(safe)[1] <= TOLERATED:
-        return RIDGES[safe]
-    felt = [look(i)[1] for i in range(last + 1)]
-    enough = max(TOLERATED, NEAR * min(felt))
-    return RIDGES[max(safe, next(i for i, feel in enumerate(felt) if feel <= enough))]
+    units = lengths[:, None] / _nearest_distances(retain, w, some)  # (C, n)
+    limited = [name for name, group in retain.groups.items() if group.limit_displacement]
+
+    def displacement(ridge: float) -> float:
+        """That of the group that moves most of those that are limited."""
+        groups = retain.rms_and_max(ratios(displacement_ratios, ridge) * units)
+        return max((float(groups[name][0].mean()) for name in limited), default=0.0)
+
+    def unlisted(ridge: float) -> float:
+        groups = retain.rms_and_max(ratios(leave_one_out_ratios, ridge)).values()
+        return (sum(float(rms.square().mean()) for rms, _ in groups) / len(groups)) ** 0.5
+
+    displacements = [displacement(ridge) for ridge in RIDGES]
+    least = displacements[0]
+    limit = max(2 * limit - least, min(SLACK * least, MOST_SLACK))
+    largest = max((i for i, moved in enumerate(displacements) if moved <= limit), default=0)
+    if unlisted(RIDGES[largest]) <= TOLERATED:
+        return RIDGES[largest]
+    estimates = [unlisted(ridge) for ridge in RIDGES]
+    good = max(TOLERATED, NEAR_BEST * min(estimates))
+    smallest = next(i for i, estimate in enumerate(estimates) if estimate <= good)
+    return RIDGES[max(largest, smallest)]
 
 
-def _seen(retain: RetainSet) -> Tensor:
-    """The names whose shares are looked at, (n,) bool: of a long group every so many."""
+def _sample(retain: RetainSet) -> Tensor:
+    """The names that are looked at, (n,) bool: of a long group evenly spaced ones."""
     parts = [torch.arange(0)]
     for group in retain.groups.values():
-        wordings = 1 + group.twice
-        count = len(group.names) // wordings
-        parts.append((torch.arange(count) % max(1, -(-count // SEEN)) == 0).repeat(wordings))
+        prompts = 1 + group.prompt_variants
+        count = len(group.names) // prompts
+        parts.append((torch.arange(count) % max(1, -(-count // MOST_NAMES)) == 0).repeat(prompts))
     return torch.cat(parts).bool()
 
 
-def distances(retain: RetainSet, projection: Tensor) -> Tensor:
-    """From each retained name's embedding to the nearest other of its group, (n,); a quarter of
-    the group's median at least, for names that repeat each other. A twin is no other name."""
-    found, sizes = [], list(retain.counts.values())
-    places = torch.arange(len(retain.names), device=projection.device)
-    for rows, place, twin in zip(
-        *(part.split(sizes) for part in (retain.rows.to(projection), places, retain.twin)),
-        strict=True,
-    ):
-        embedded, parts = rows @ projection, []
-        for block in torch.arange(len(rows), device=rows.device).split(BLOCK):
-            between = torch.cdist(embedded[block], embedded)  # (b, m)
-            between[block - block[0], block] = torch.inf
-            between[block - block[0], twin[block] - place[0]] = torch.inf
-            parts.append(between.amin(dim=1))
-        nearest = torch.cat([embedded[:0, 0], *parts])
-        nearest = torch.where(nearest.isfinite(), nearest, embedded.norm(dim=1))  # no other name
-        found.append(nearest.clamp_min(max(float(nearest.median()) / 4, 1e-300)))
-    return torch.cat(found)
+def _nearest_distances(retain: RetainSet, projection: Tensor, some: Tensor) -> Tensor:
+    """From the embeddings of some names, in groups with `limit_displacement`, to the nearest other
+    name of their group, (n,); NaN of all others. It is at least a quarter of the group's median,
+    for names that repeat each other. The same name in its other prompt is no other name."""
+    distances = projection.new_full((len(retain.names),), torch.nan)
+    start = 0
+    for group in retain.groups.values():
+        stop = start + len(group.names)
+        mine = some[(some >= start) & (some < stop)]
+        if group.limit_displacement and len(mine):
+            embeddings = group.rows.to(projection) @ projection
+            for block in mine.split(BLOCK):
+                between = torch.cdist(embeddings[block - start], embeddings)  # (b, m)
+                between.scatter_(1, (block - start)[:, None], torch.inf)
+                between.scatter_(1, (retain.variant_of[block] - start)[:, None], torch.inf)
+                distances[block] = between.amin(dim=1)
+            lengths = embeddings[mine - start].norm(dim=1)
+            nearest = distances[mine]
+            nearest = torch.where(nearest.isfinite(), nearest, lengths)  # there is no other name
+            distances[mine] = nearest.clamp_min(max(float(nearest.median()) / 4, SHORTEST))
+        start = stop
+    return distances

@@ -1,77 +1,194 @@
-"""Where forgotten texts are sent: every target, as a function of tensors.
+"""Where forgotten texts are sent: the only place that turns the name of a target into `P`.
 
     empty       the paper's: the embedding of the empty prompt, of norm 1
-    opposite    nothing of the text's own direction, or a little of its opposite
-    specific    the same for that part of the text only that retained names do not explain
-    orthogonal  the direction that texts use least
+    opposite    -beta times the text's own embedding
+    specific    the same for the part of the embedding that retained names do not explain
+    orthogonal  the direction that texts use least, of norm 1
+    text:TEXT   the embedding of a text, of norm 1
+    a vector    any embedding
 
-What decides whether a class is gone under other words is the target (docs/exact.md).
+All of them are functions of embeddings `e = h W + b`. The target decides whether other words for
+a forgotten class keep it recognised (docs/exact.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.errors import ProblemError, number, shown
-from forgetting.io import mask, matrices, matrix, texts, vector
+from forgetting.errors import ProblemError, number, shown, unknown
+from forgetting.io import FLOATS, mask, matrix, tensor, vector
+from forgetting.problem import Batch
+from forgetting.retain import RetainSet
 from forgetting.solvers.constrained import Ridge, downdate, request_batches
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
-FURTHER = ("specific", "opposite")  # those that can go further, by beta
-# The noise is far larger than an embedding's differences between classes, so a redraw rarely
-# repeats; ten thousand of them mean that no draw can help (one class, for example).
+WITH_BETA = ("specific", "opposite")
+OPTIONS = (*TARGETS, "text:TEXT", "a vector (d,)")
+# The noise is far larger than the differences between classes, so a draw rarely repeats. Ten
+# thousand of them mean that no draw can help: one class, for example.
 MAX_DRAWS = 10_000
 
 
+@dataclass(frozen=True)
+class TargetInputs:
+    """Hidden states (n, w) that targets are computed from; a target needs some of them only.
+
+    Attributes:
+        projection: `W`, (w, d); bias: `b`, (d,), or None.
+        classes: (C, w), the texts among which images are classified; label: class -> its row.
+        empty: (1, w), the empty prompt; text: (1, w), the TEXT of `text:TEXT`.
+        named: (n, w), all texts that are named anywhere, for `orthogonal`.
+        noise_std: standard deviation of the noise that `empty` may draw.
+        retain: what `specific` compares with; specific_ridge: in units of the weighted mean squared
+            length of a retained embedding.
+    """
+
+    projection: Tensor
+    bias: Tensor | None = None
+    classes: Tensor | None = None
+    label: Mapping[str, int] = field(default_factory=dict)
+    empty: Tensor | None = None
+    text: Tensor | None = None
+    named: Tensor | None = None
+    noise_std: float = 0.5
+    retain: RetainSet | None = None
+    specific_ridge: float = 0.5
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """`h W + b`, (n, d) float64, of hidden states (n, w)."""
+        w = self.projection.double()
+        embeddings = hidden.to(w) @ w  # (n, w) @ (w, d)
+        return embeddings if self.bias is None else embeddings + self.bias.to(w)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        return self.retain.embedding_gram(self.projection, self.bias)
+
+    @property
+    def specific_lam(self) -> float:
+        """`lam` of `specific_target`, in absolute units."""
+        return self.specific_ridge * float(self._gram.trace()) / self.retain.total_weight
+
+    def specific(self, e: Tensor, beta: float | Tensor, excluded: Tensor) -> Tensor:
+        """`specific_target` of embeddings (k, d), with the names (k, n) that are excluded for
+        each."""
+        any_text = excluded.any(dim=0)
+        rows, weights = self.embed(self.retain.rows[any_text]), self.retain.name_weights[any_text]
+        return specific_target(
+            e, self._gram, self.specific_lam, beta, rows, weights, excluded[:, any_text]
+        )
+
+
+def check_target(kind: str | Tensor, beta: float = 0.0, d: int | None = None) -> None:
+    """Raise ProblemError if `kind` is no target for embeddings (d,), or `beta` no number for it."""
+    if isinstance(kind, Tensor):
+        matrix("target", tensor("target", kind, FLOATS, (d or kind.numel(),))[None])
+    elif not isinstance(kind, str):
+        raise ProblemError(f"no target {shown(kind)}; there are {', '.join(OPTIONS)}")
+    elif kind not in TARGETS and not (kind.startswith("text:") and kind[5:].strip()):
+        raise unknown("target", kind, OPTIONS)
+    check_beta(kind, beta)
+
+
+def check_beta(kind: str | Tensor, beta: float) -> None:
+    """Raise ProblemError unless `beta` is 0 or more for `opposite`, above -1 for `specific` (-1
+    changes nothing), and 0 for the targets that have none."""
+    if kind in ("opposite", "specific"):
+        least = {"low": 0} if kind == "opposite" else {"above": -1}
+        number(f"beta of {kind}", beta, **least)
+    elif number("beta", beta):
+        raise ProblemError(f"beta is for {' and '.join(WITH_BETA)}, not for other targets")
+
+
+def targets(
+    kind: str | Tensor,
+    batch: Batch,
+    inputs: TargetInputs,
+    beta: float | Tensor = 0.0,
+    excluded: Tensor | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Where the texts of requests are sent.
+
+    Args:
+        kind: one of `TARGETS`, `text:TEXT`, or a vector (d,).
+        beta: of `opposite` and `specific`; one number, or one for each text, (K,).
+        excluded: (C, n) bool, which retained names are excluded with each class; for `specific`.
+
+    Returns:
+        `P` (K, d) float64, and for each request how often noise was drawn (0 but for `empty`).
+
+    Raises:
+        ProblemError: an unknown target, or a beta that is no number for it.
+    """
+    e, no_draws = inputs.embed(batch.hidden), [0] * len(batch)  # (K, d)
+    if isinstance(kind, Tensor):
+        return kind.detach().to(e).reshape(1, -1).expand(len(e), -1), no_draws
+    if kind == "empty":
+        classes, empty = inputs.embed(inputs.classes), inputs.embed(inputs.empty)
+        drawn = []
+        for request in batch:
+            labels = [inputs.label[name] for name in request.classes]
+            generator = torch.Generator().manual_seed(request.seed)
+            drawn.append(empty_target(empty, classes, labels, generator, inputs.noise_std))
+        rows = [
+            target.expand(len(r.texts), -1) for (target, _), r in zip(drawn, batch, strict=True)
+        ]
+        return torch.cat(rows), [draws for _, draws in drawn]
+    if kind == "opposite":
+        return opposite_target(e, beta), no_draws
+    if kind == "specific":
+        return inputs.specific(e, beta, excluded[batch.owner.to(excluded.device)]), no_draws
+    if kind == "orthogonal":
+        return orthogonal_target(inputs.embed(inputs.named)).expand(len(e), -1), no_draws
+    if kind.startswith("text:"):
+        return normalize(inputs.embed(inputs.text), dim=1).expand(len(e), -1), no_draws
+    raise unknown("target", kind, OPTIONS)
+
+
 def empty_target(
-    neutral_hidden: Tensor,
-    projection: Tensor,
-    class_embeddings: Tensor,
-    forget_labels: list[int],
+    empty: Tensor,
+    classes: Tensor,
+    labels: list[int],
     generator: torch.Generator,
     noise_std: float = 0.5,
 ) -> tuple[Tensor, int]:
-    """The unit-norm embedding of the empty prompt, repeated for every forgotten text.
+    """The unit-norm embedding of the empty prompt.
 
-    If the class nearest to the empty prompt is itself to be forgotten, sending texts there would
-    leave it recognised. Then Gaussian noise is added to the unnormalised embedding, which is
-    normalised again, until the nearest class is none of those to forget (the paper's
-    regeneration).
+    If the class nearest to it is itself to be forgotten, Gaussian noise is added to the embedding,
+    which is normalised again, until the nearest class is none of those (the paper's regeneration).
 
     Args:
-        neutral_hidden: (1, w), hidden state of the empty prompt.
-        projection: `W`, (w, d).
-        class_embeddings: (C, d), text embeddings of all classes of the data set, any norm.
-        forget_labels: the k rows of `class_embeddings` that are to be forgotten.
-        generator: draws the noise, on the CPU so that every device gets the same numbers.
-        noise_std: standard deviation of the noise, in units of the embedding's coordinates.
+        empty: (1, d), the embedding of the empty prompt, not normalised.
+        classes: (C, d), embeddings of all classes, of any norm; labels: the rows that are to be
+            forgotten.
+        generator: draws the noise, on the CPU, so that every device gets the same numbers.
+        noise_std: in units of the embedding's coordinates.
 
     Returns:
-        `P` (k, d), all rows equal, and the number of times that noise was drawn.
+        (1, d), and the number of times that noise was drawn.
 
     Raises:
         ProblemError: no draw leads away from the forgotten classes.
     """
-    neutral_hidden, projection = matrices(neutral_hidden=neutral_hidden, projection=projection)
-    neutral_hidden = matrix("neutral_hidden", neutral_hidden, len(projection), 1)
-    classes = matrix("class_embeddings", class_embeddings, projection.shape[1])
-    classes = normalize(classes.to(projection), dim=-1)
-    empty = neutral_hidden @ projection  # (1, w) @ (w, d) -> (1, d)
+    empty = matrix("empty", empty, count=1)
+    classes = normalize(matrix("classes", classes, empty.shape[1]).to(empty), dim=1)
     number("noise_std", noise_std, low=0)
-    if not isinstance(forget_labels, list | tuple) or not forget_labels:
-        raise ProblemError(f"forget_labels must be a list of labels, not {shown(forget_labels)}")
-    forgotten = {number("forget_labels", label, low=0, whole=True) for label in forget_labels}
-    if max(forgotten) >= len(classes):
-        raise ProblemError(f"label {max(forgotten)} to forget, of {len(classes)} classes")
+    if not isinstance(labels, list | tuple):
+        raise ProblemError(f"labels must be a list of rows, not {shown(labels)}")
+    forgotten = {number("a label", label, 0, len(classes) - 1, whole=True) for label in labels}
     if forgotten >= set(range(len(classes))):
         raise ProblemError("every class is to be forgotten: no class is left to send the texts to")
     candidate = empty
     for draws in range(MAX_DRAWS):
-        unit = normalize(candidate, dim=-1)
+        unit = normalize(candidate, dim=1)
         if int((unit @ classes.T).argmax()) not in forgotten:
-            return unit.expand(len(forget_labels), -1).clone(), draws  # (1, d) -> (k, d)
+            return unit, draws
         noise = torch.randn(empty.shape, generator=generator, dtype=torch.float32)
         candidate = empty + noise_std * noise.to(empty)
     raise ProblemError(
@@ -80,119 +197,81 @@ def empty_target(
     )
 
 
-def opposite_target(forget_hidden: Tensor, projection: Tensor, beta: float | Tensor) -> Tensor:
-    """`P = -beta H_f W`, (k, d): nothing of a text's own direction is left, or a little opposite.
+def opposite_target(embeddings: Tensor, beta: float | Tensor) -> Tensor:
+    """`P = -beta e`, (k, d), for embeddings (k, d).
 
-    beta = 0 removes the text's embedding, 0.1 to 0.3 also carries over to other words for it (which
-    keep their direction with the paper's target, of norm 1 beside embeddings of norm 10); near 1
+    beta = 0 removes the embedding. 0.1 to 0.3 also carries over to other words for the text, which
+    keep their direction under the paper's target (of norm 1 beside embeddings of norm 10). Near 1
     the larger change harms others two to four times as much.
 
     Raises:
-        ProblemError: beta is not a number of 0 or more.
+        ProblemError: beta is not 0 or more.
     """
-    forget_hidden, projection = texts(
-        "forget_hidden", forget_hidden, "projection", projection, least=0
-    )
-    beta = betas("opposite", beta, forget_hidden)
-    return -beta * (forget_hidden @ projection)  # (k, w) @ (w, d) -> (k, d)
+    e = matrix("embeddings", embeddings)
+    return -_betas("opposite", beta, e) * e
 
 
 def specific_target(
-    forget_hidden: Tensor,
-    projection: Tensor,
+    embeddings: Tensor,
     gram: Tensor,
     lam: float,
     beta: float | Tensor,
     rows: Tensor | None = None,
-    shares: Tensor | None = None,
-    leaving: Tensor | None = None,
+    weights: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
-    """Turn round only what is specific to a text: `P = e - (1 + beta) (e r / r r) r`, (k, d).
+    """`P = e - (1 + beta) (e r / r r) r`, (k, d): remove only what is specific to a text.
 
-    `e = h_f W` is split by ridge regression on what is retained: with `T = W^T G W`, the statistics
-    of the retained embeddings, `r = lam (T + lam I)^-1 e` is what they do not explain. Only that
-    direction goes, and a little of its opposite comes (beta; negative, down to -1, which is no
-    change: some of the text's own direction stays). What the text shares with others, as all CLIP
-    texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares the two.
+    With `T` the weighted Gram matrix of the retained embeddings, `r = lam (T + lam I)^-1 e` is the
+    part of e that ridge regression on them does not explain. Only that direction is removed, and
+    -beta times it is left (beta may be negative, down to -1). What the text shares with others, as
+    all CLIP texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares them.
 
     Args:
-        gram: `G`, (w, w), the weighted statistics of what is retained.
-        beta: one number, or one a text, (k,).
-        lam: in units of the squared length of an embedding times the weights' sum.
-        rows: (n, w), retained texts, and shares: (n,), the weight of each in `gram`, of which
-            `leaving` (k, n) bool says what leaves it for each forgotten text; None: nothing does.
+        embeddings: (k, d); gram: `T`, (d, d).
+        lam: in units of the squared length of an embedding times the sum of the weights.
+        beta: one number, or one for each text, (k,).
+        rows: (n, d), retained embeddings; weights: (n,), of each in `T`; excluded: (k, n) bool,
+            which of them T loses for each text. None: none.
 
     Raises:
-        ProblemError: `lam` is not positive, or beta is no number above -1.
+        ProblemError: `lam` is not positive, or beta not above -1.
     """
-    return Specific(projection, gram, lam)(forget_hidden, beta, rows, shares, leaving)
+    e = matrix("embeddings", embeddings).double()
+    if rows is None:
+        rows, weights = e[:0], e.new_zeros(0)
+        excluded = torch.zeros(len(e), 0, dtype=torch.bool)
+    rows = matrix("rows", rows, e.shape[1]).to(e)
+    weights = vector("weights", weights, len(rows)).to(e)
+    excluded = mask("excluded", excluded, len(rows), len(e)).to(e.device)
+    beyond = _betas("specific", beta, e)
+    ridge, alone = Ridge(gram, number("lam", lam, above=0)), torch.arange(len(e))
+    r = torch.empty_like(e)
+    for _, texts, base, removed in request_batches(ridge, e, alone, rows, weights, excluded):
+        r[texts] = downdate(e[texts], base, *removed)
+    squared = (r * r).sum(dim=1, keepdim=True)
+    ratio = (e * r).sum(dim=1, keepdim=True) / squared
+    return e - (1 + beyond) * ratio.where(squared > 0, 0.0) * r  # of a zero text: zero
 
 
-class Specific:
-    """`specific_target` of one retain set, of which T is factorised once for all texts."""
+def orthogonal_target(embeddings: Tensor) -> Tensor:
+    """The direction that embeddings (n, d) use least, at norm 1, (1, d).
 
-    def __init__(self, projection: Tensor, gram: Tensor, lam: float) -> None:
-        self._w = w = matrix("projection", projection).double()
-        g = matrix("gram", gram, len(w), len(w)).double()
-        self._ridge = Ridge(w.T @ g @ w, number("lam", lam, above=0))  # (d, d)
-
-    def __call__(
-        self,
-        forget_hidden: Tensor,
-        beta: float | Tensor,
-        rows: Tensor | None = None,
-        shares: Tensor | None = None,
-        leaving: Tensor | None = None,
-    ) -> Tensor:
-        hidden = matrix("forget_hidden", forget_hidden).to(self._w)
-        beyond = betas("specific", beta, hidden)
-        hidden, w = texts("forget_hidden", hidden, "projection", self._w, least=0)
-        e = hidden @ w  # (k, d)
-        r = self._ridge.solve(e)
-        if rows is not None:
-            rows = matrix("rows", rows, len(w)).to(w)
-            leaving = mask("leaving", leaving, len(rows), len(e)).to(w.device)
-            some, alone = leaving.any(dim=0), torch.arange(len(e))
-            away = rows[some] @ w, vector("shares", shares, len(rows))[some], leaving[:, some]
-            for _, numbers, base, gone in request_batches(self._ridge, e, alone, *away):
-                r[numbers] = downdate(e[numbers], base, *gone)
-        length = (r * r).sum(1, keepdim=True)
-        share = (e * r).sum(1, keepdim=True) / length
-        share = share.where(length > 0, 0.0)  # of a zero text
-        return e - (1 + beyond) * share * r
-
-
-def orthogonal_target(texts: Tensor, count: int) -> Tensor:
-    """The direction that texts use least, at unit norm, repeated `count` times: (count, d).
-
-    It is orthogonal to the span of `texts` where that leaves a dimension over. Other words for a
-    forgotten class that move only part of the way keep part of their direction.
-
-    Args:
-        texts: (n, d), text embeddings of all that is named: classes and retained names.
+    It is orthogonal to their span where that leaves a dimension over. Other words for a forgotten
+    class that move only part of the way keep part of their direction.
     """
-    texts, count = matrix("texts", texts), number("count", count, low=0, whole=True)
-    if texts.shape[1] == 0:
-        raise ProblemError("texts have at least one dimension")
-    _, _, directions = torch.linalg.svd(texts.double(), full_matrices=True)
-    return directions[-1:].to(texts).expand(count, -1).clone()  # (1, d) -> (count, d)
+    e = matrix("embeddings", embeddings)
+    if e.shape[1] == 0:
+        raise ProblemError("embeddings have at least one dimension")
+    _, _, directions = torch.linalg.svd(e.double(), full_matrices=True)
+    return directions[-1:].to(e)
 
 
-def betas(kind: str, beta: float | Tensor, rows: Tensor) -> Tensor:
-    """One beta, or one for each of the rows (k, w), checked, as (k, 1)."""
+def _betas(kind: str, beta: float | Tensor, rows: Tensor) -> Tensor:
+    """One beta, or one for each of k rows, as (k, 1)."""
     if not isinstance(beta, Tensor):
-        check_beta(kind, beta)
-        beta = rows.new_full((len(rows),), beta)
-    beta = matrix("beta", beta[None], len(rows))[0].to(rows)  # (k,), of either sign
+        beta = torch.full((len(rows),), float(number("beta", beta)), dtype=torch.float64)
+    beta = matrix("beta", beta[None], len(rows))[0].to(rows)
     if len(beta):
         check_beta(kind, float(beta.min()))
     return beta[:, None]
-
-
-def check_beta(kind: str, beta: float) -> None:
-    """ProblemError if `beta` is no number for a target: 0 or more for `opposite`, above -1 for
-    `specific` (-1 would be no change at all)."""
-    if kind == "opposite":
-        number("beta of opposite", beta, low=0)
-    if kind == "specific":
-        number("beta of specific", beta, above=-1)

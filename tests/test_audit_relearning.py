@@ -260,7 +260,7 @@ def test_a_few_photographs_bring_a_class_back():
     h, w = bundle.forget_hidden[[column]].double(), bundle.text_projection.double()
     gram = bundle.forget_hidden.double().T @ bundle.forget_hidden.double() / 26
     ridge, weight = Ridge(gram, 5e-6 * float(gram.trace())), torch.tensor([1 / 26]).double()
-    solution = solve_constrained(ridge, h, opposite_target(h, w, 0.2) - h @ w, h, weight)
+    solution = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, h, weight)
     subject = case(bundle, "dolphin", LowRankEdit(solution.left, solution.right))
     assert not (subject.after.predicted[subject.own_images] == column).any()
     found = relearning.measure(subject)

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle, load_bundle
-from clip.retain import retained
-from engine.config import settings
+from clip.retain import exact_context
 from evaluation.audit import attacker as knowledge
 from evaluation.audit import undo
 from evaluation.audit.attacker import attacker
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from forgetting import ForgetProblem, Ridge, opposite_target, solve_constrained, solve_exact
+from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
 from tests.conftest import REPOSITORY
 
@@ -54,14 +54,13 @@ def names(classes: int = 8, words: int = 60, seed: int = 0, dataset: str = "Name
 
 def exact(bundle: FeatureBundle, columns: list[int], beta: float = 0.2) -> LowRankEdit:
     """The constrained form at its defaults."""
-    kept = retained(settings("ForgetExact"), bundle, [])
-    h = bundle.forget_hidden.double()[columns]
-    target = opposite_target(h, bundle.text_projection.double(), beta)
+    context = exact_context(ExactSettings(), bundle)
+    retain, h = context.retain, bundle.forget_hidden.double()[columns]
+    e = context.embed(h)
     classes = [bundle.classnames[column] for column in columns]
-    excluded = [row for row, name in enumerate(kept.names.names) if name in classes]
-    rows, weights = kept.names.rows[excluded], kept.names.shares[excluded]
-    displacement = target - h @ bundle.text_projection.double()
-    return solve_constrained(kept.ridge, h, displacement, rows, weights)
+    excluded = [row for row, name in enumerate(retain.names) if name in classes]
+    rows, weights = retain.rows[excluded], retain.name_weights[excluded]
+    return solve_constrained(context.ridge, h, opposite_target(e, beta) - e, rows, weights)
 
 
 def paper(bundle: FeatureBundle, column: int) -> LowRankEdit:
@@ -253,7 +252,7 @@ def test_a_long_list_is_drawn_the_same_way_for_a_seed(monkeypatch):
 
 def test_the_constants_are_the_published_ones():
     bundle = names()
-    known, kept = attacker(AuditData(bundle)), retained(settings("ForgetExact"), bundle, [])
+    known, kept = attacker(AuditData(bundle)), exact_context(ExactSettings(), bundle)
     assert torch.equal(known.ridge.gram, kept.ridge.gram) and known.ridge.mu == kept.ridge.mu
     assert known.own_weight == pytest.approx(1 / (2 * len(bundle.classnames)))  # name and prompt
     # Of a set and a backbone that the paper does not have, and of one that it has.
@@ -277,7 +276,7 @@ def test_a_trained_projection():
     w = bundle.text_projection.double()
     for column in (7, 500):
         h = bundle.forget_hidden[[column]].double()
-        edit = solve_constrained(ridge, h, opposite_target(h, w, 0.2) - h @ w, h, weight)
+        edit = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, h, weight)
         found = undo.measure(subject(bundle, [column], edit))["attacks"]
         assert found["original_known"]["place"] == found["alone"]["place"] == 1
         assert found["original_known"]["text_cosine"] > 0.99

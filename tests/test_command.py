@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from forgetting import load_adapter, save_adapter
 from forgetting.cli import OTHER_TEMPLATES, cli
-from forgetting.displacement import follow
+from forgetting.displacement import displacement_along
 from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from forgetting.models.modules import tensor_sha256, tensors
+from forgetting.problem import LowRankEdit
 from tests.encoder_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]
@@ -117,7 +118,8 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, run):
     others = [form.replace("{}", "Cola") for form in OTHER_TEMPLATES]
     others = [text for text in others if text not in found.texts]
     hidden = tower.hidden(["Cola", *others]).double()  # "COLA" and "cola" are the same tokens
-    shares = follow(found.left.double(), found.right.double(), hidden[0], hidden[1:])
+    edit = LowRankEdit(found.left.double(), found.right.double())
+    shares = displacement_along(edit, hidden[0], hidden[1:])
     status, out, err = run("audit", adapter, "--model", folder)
     said = f"Cola: {len(others)} other wordings go {float(shares.mean()):.2f} of the way"
     assert status == 0 and said in out.splitlines()[6], (said, out, err)
@@ -169,7 +171,7 @@ def test_names_of_a_file_and_a_quiet_command(folder, tmp_path, run):
     found = load_adapter(adapter)
     assert found.classes == ["Acme Cola"] and found.texts[:2] == ["Acme Cola", "acme soda"]
     assert found.settings["retain"] == ["Pepsi", "lemonade", "Oslo"]
-    assert found.settings["keep"] == ["seven"]
+    assert found.settings["protect_names"] == ["seven"]
     assert run("audit", adapter, "--model", folder, "--quiet")[0] == 0
 
 
@@ -263,7 +265,7 @@ def test_command_lines_that_are_refused(folder, tmp_path, refused):
     out = ["--out", tmp_path / "b.safetensors"]
     assert "write NAME=WORD" in refused("forget", folder, "x", "--also", "y", *out)
     assert "cannot be read" in refused("forget", folder, "x", "--retain", "@nowhere", *out)
-    assert "no target 'oposite'" in refused("forget", folder, "x", "--target", "oposite", *out)
+    assert "did you mean 'opposite'" in refused("forget", folder, "x", "--target", "oposite", *out)
     assert "unknown option '--targett'" in refused("forget", folder, "x", "--targett", "y", *out)
     assert "invalid choice" in refused("forgett")
     assert "required" in refused()

@@ -137,12 +137,12 @@ def test_later_layers_win(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "FORGET: {RANK: 7, ALPHA: 2, BETA: 3e-1}\nMODEL: {BACKBONE: {NAME: RN50}}\n"
-        "TRAINER: {NAME: ForgetExact, FORGETEXACT: {MU: 1.0e-3}}\n"
+        "TRAINER: {NAME: ForgetExact, FORGETEXACT: {RIDGE: 1.0e-3}}\n"
     )
     cfg = config("--dataset", "A", "--config-file", str(file), "--beta", "0.5", "FORGET.RANK", "9")
     assert (cfg.FORGET.RANK, cfg.FORGET.ALPHA, cfg.FORGET.BETA) == (9, 2.0, 0.5)
     assert cfg.TRAINER.NAME == "ForgetExact" and cfg.FORGET.SIMILARITY == 0.95
-    assert cfg.TRAINER.FORGETEXACT.MU == 1e-3 and cfg.TRAINER.FORGETEXACT.OWN == 1.0
+    assert cfg.TRAINER.FORGETEXACT.RIDGE == 1e-3 and cfg.TRAINER.FORGETEXACT.OWN == 1.0
     assert config("--dataset", "A", "TRAINER.NAME", "ForgetUCE").FORGET.TARGET == "opposite"
 
 

@@ -92,18 +92,17 @@ def test_many_requests_are_solved_as_each_alone(seed, requests):
 
 def test_specific_targets_of_many_classes_are_those_of_each_alone():
     hidden, rows, _ = world(6, 14, 8, 5, 0)
-    projection = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).double()
     shares = torch.linspace(0.2, 1.0, 14, dtype=torch.float64)
     leaving = torch.rand(6, 14, generator=torch.Generator().manual_seed(2)) < 0.3
     leaving[0] = False
     gram = (rows.T * shares) @ rows
-    together = specific_target(hidden, projection, gram, 0.3, 0.1, rows, shares, leaving)
+    together = specific_target(hidden, gram, 0.3, 0.1, rows, shares, leaving)
     for i, gone in enumerate(leaving):
         fewer = gram - (rows[gone].T * shares[gone]) @ rows[gone]
-        alone = specific_target(hidden[i : i + 1], projection, fewer, 0.3, 0.1)
+        alone = specific_target(hidden[i : i + 1], fewer, 0.3, 0.1)
         assert torch.allclose(together[i], alone[0], rtol=1e-9, atol=1e-9)
         if gone.any():  # negative control
-            kept = specific_target(hidden[i : i + 1], projection, gram, 0.3, 0.1)
+            kept = specific_target(hidden[i : i + 1], gram, 0.3, 0.1)
             assert not torch.allclose(together[i], kept[0], rtol=1e-3)
 
 
@@ -169,14 +168,13 @@ def test_refused():
 
 def test_targets():
     hidden, texts, _ = world(3, 20, 8, 8, 0)
-    projection = torch.eye(8, dtype=torch.float64)
-    assert torch.equal(opposite_target(hidden, projection, 0.0), torch.zeros(3, 8))
-    assert torch.allclose(opposite_target(hidden, projection, 0.3), -0.3 * hidden)
+    assert torch.equal(opposite_target(hidden, 0.0), torch.zeros(3, 8))
+    assert torch.allclose(opposite_target(hidden, 0.3), -0.3 * hidden)
     with pytest.raises(ProblemError, match="beta"):
-        opposite_target(hidden, projection, -0.1)
+        opposite_target(hidden, -0.1)
     flat = texts.clone()
     flat[:, 5] = 0  # nothing uses this direction
-    found = orthogonal_target(flat, 2)
-    assert found.shape == (2, 8)
+    found = orthogonal_target(flat)
+    assert found.shape == (1, 8)
     assert found[0].abs().argmax() == 5 and found.norm(dim=1) == pytest.approx(1)
     assert (flat @ found.T).abs().max() < 1e-12

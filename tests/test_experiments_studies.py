@@ -160,7 +160,7 @@ def test_a_target_does_not_depend_on_what_is_forgotten_with_it():
 
     def targets(tasks: list[Task]) -> torch.Tensor:
         requests = Batch([each.request for each in tasks])
-        return world.target(tasks[0], requests, [], *world.retained(tasks, requests))
+        return world.target(tasks[0], requests, *world.retained(tasks, requests))
 
     expected = torch.cat([targets([each]) for each in alone])
     assert torch.allclose(targets([task(world, [0, 2], "constrained")]), expected)
@@ -236,7 +236,7 @@ def test_carry_over_is_the_share_that_the_prompt_makes():
 
 def test_a_weight_below_the_threshold_is_raised_and_said():
     world = world_of("ToyAnimals")
-    paper = paper_problem(world, [task(world, [0], "optimum")], [torch.Generator()])
+    paper = paper_problem(world, [task(world, [0], "optimum")])
     reach = thresholds(paper.alone(0)).reach
     for lamb_forget, raised in ((0.9 * reach, True), (1.5 * reach, False)):
         weights = ("FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", repr(lamb_forget))
@@ -284,7 +284,7 @@ def test_a_name_that_means_the_class_is_in_no_pool():
     alike[5] = 1.01 * alike[4]
     twins = changed(again, forget_hidden=alike)
     requests = Batch([twins.texts.request(["owl"])])
-    leaving = twins.texts.leaving(twins.retain, requests)[0]
+    leaving = twins.retain.excluded(requests.same, requests.hidden, requests.owner)[0]
     assert twins.retain.named(leaving) == ["owl", "thing 5"]
 
 

@@ -13,10 +13,16 @@ from hypothesis import strategies as st
 import train
 from clip.bundle import bundle_path
 from forgetting import Group, RetainSet
-from forgetting.displacement import Watch, follow, shares_each
+from forgetting.displacement import (
+    ClassifierTexts,
+    RetainedNames,
+    displacement_along,
+    displacement_ratios,
+    leave_one_out_ratios,
+)
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
-from forgetting.ridge import MOST, RIDGES, SLACK, best_ridge
+from forgetting.ridge import MOST_SLACK, RIDGES, SLACK, choose_ridge
 from tests.conftest import toy_bundle
 
 W, D = 8, 6
@@ -33,8 +39,10 @@ def retain_set(generator: torch.Generator) -> RetainSet:
     names = ["a", "b", "c", "d"]
     return RetainSet(
         {
-            "own": Group(names * 2, torch.cat([first, second]), 1.0, twice=True),
-            "vocabulary": Group([f"v{i}" for i in range(10)], rows(10), 0.3, safe=False),
+            "own": Group(names * 2, torch.cat([first, second]), 1.0, prompt_variants=True),
+            "vocabulary": Group(
+                [f"v{i}" for i in range(10)], rows(10), 0.3, limit_displacement=False
+            ),
         }
     )
 
@@ -56,20 +64,22 @@ def test_shares_against_brute_force(seed, texts, place):
     leaving = torch.zeros(1, 18, dtype=torch.bool)
     leaving[0, [1, 5, 12]] = True  # one name in both wordings, and a single one
     owner = torch.zeros(texts, dtype=torch.int64)
-    listed, unlisted = shares_each(
-        ridge, h, d, owner, retain.rows, retain.shares, leaving, retain.twin
+    names = RetainedNames(retain.rows, retain.name_weights, leaving, retain.variant_of)
+    listed, unlisted = (
+        function(ridge, h, d, owner, names)
+        for function in (displacement_ratios, leave_one_out_ratios)
     )
     stay = ~leaving[0]
     unit = d.square().sum(dim=1).mean().sqrt()
 
     def moved(stay: torch.Tensor) -> float:
         kept = retain.rows[stay]
-        gram = kept.T @ (retain.shares[stay, None] * kept)
+        gram = kept.T @ (retain.name_weights[stay, None] * kept)
         return float((retain.rows[place] @ change(gram, ridge.mu, h, d)).norm() / unit)
 
     assert float(listed[0, place]) == pytest.approx(moved(stay), rel=1e-8)
     without = stay.clone()
-    without[[place, int(retain.twin[place])]] = False
+    without[[place, int(retain.variant_of[place])]] = False
     if stay[place]:
         assert float(unlisted[0, place]) == pytest.approx(moved(without), rel=1e-8)
         assert moved(without) != pytest.approx(moved(stay), rel=1e-6)  # it could have failed
@@ -81,7 +91,7 @@ def test_a_text_follows_itself_and_nothing_else_fully():
     right, text = torch.randn(1, D, generator=generator), torch.randn(W, generator=generator)
     away = torch.randn(W, generator=generator)
     away -= (away @ left[:, 0]) / (left[:, 0] @ left[:, 0]) * left[:, 0]
-    shares = follow(left, right, text, torch.stack([text, text / 2, away]))
+    shares = displacement_along(LowRankEdit(left, right), text, torch.stack([text, text / 2, away]))
     assert shares.tolist() == pytest.approx([1, 0.5, 0], abs=1e-5)
 
 
@@ -92,7 +102,9 @@ def test_who_loses_most_against_plain_arithmetic():
         torch.randn(W, 2, generator=generator).double(),
         0.2 * torch.randn(2, D, generator=generator).double(),
     )
-    felt, [(margin, gap)] = Watch([*"abcdefg"], hidden, w, 5).each([answer], [[1]])[0]
+    texts = ClassifierTexts([*"abcdefg"], hidden, hidden @ w, {"b": 1}, 5)
+    moved = texts.moved([answer])
+    [felt], [[(margin, gap)]] = texts.affected(moved, [[1]]), texts.margins(moved, [[1]])
     before = hidden @ w
     after = before + hidden @ answer.delta
     lost = 1 - torch.cosine_similarity(before, after, dim=1)
@@ -110,7 +122,7 @@ def test_who_loses_most_against_plain_arithmetic():
     was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
     assert gap == pytest.approx(float(1 - was[rivals].max()))
     nothing = LowRankEdit(answer.left, torch.zeros_like(answer.right))
-    _, [(margin, gap)] = Watch([*"abcdefg"], hidden, w, 5).each([nothing], [[1]])[0]
+    [[(margin, gap)]] = texts.margins(texts.moved([nothing]), [[1]])
     assert margin == pytest.approx(-gap)
 
 
@@ -122,12 +134,12 @@ def test_the_ridge_keeps_its_limit_and_grows_with_it():
     leaving = torch.zeros(4, 18, dtype=torch.bool)
     for i in range(4):
         leaving[i, [i, i + 4]] = True
-    found = [best_ridge(retain, w, like, leaving, limit) for limit in (1e-3, 0.3, 1e3)]
+    found = [choose_ridge(retain, w, like, leaving, limit) for limit in (1e-3, 0.3, 1e3)]
     assert found == sorted(found) and found[0] < found[-1] == pytest.approx(0.1)
     with pytest.raises(ProblemError, match="limit"):
-        best_ridge(retain, w, like, leaving, 0.0)
-    with pytest.raises(ProblemError, match="like is empty"):
-        best_ridge(retain, w, like[:0], leaving[:0], 0.1)
+        choose_ridge(retain, w, like, leaving, 0.0)
+    with pytest.raises(ProblemError, match="likely is empty"):
+        choose_ridge(retain, w, like[:0], leaving[:0], 0.1)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.15, 0.19, 1.0])
@@ -148,7 +160,7 @@ def test_the_ridge_by_plain_arithmetic(limit, monkeypatch):
         pushed = []
         for h, gone in zip(like, leaving, strict=True):
             away = retain.rows[gone]
-            gram = retain.gram - away.T @ (retain.shares[gone, None] * away)
+            gram = retain.gram - away.T @ (retain.name_weights[gone, None] * away)
             column = change(gram, mu * retain.squared_length, h[None], torch.eye(1).double())
             share = (retain.rows @ column)[:8, 0] * float((h @ w).norm()) / apart
             pushed.append(float(share[~gone[:8]].square().mean().sqrt()))
@@ -156,9 +168,9 @@ def test_the_ridge_by_plain_arithmetic(limit, monkeypatch):
 
     pushes = [push(mu) for mu in RIDGES]
     least = pushes[0]
-    fits = [(x + least) / 2 <= limit or x <= min(SLACK * least, MOST) for x in pushes]
+    fits = [(x + least) / 2 <= limit or x <= min(SLACK * least, MOST_SLACK) for x in pushes]
     wanted = max((mu for mu, fit in zip(RIDGES, fits, strict=True) if fit), default=RIDGES[0])
-    assert best_ridge(retain, w, like, leaving, limit) == wanted
+    assert choose_ridge(retain, w, like, leaving, limit) == wanted
 
 
 @pytest.fixture
@@ -211,7 +223,7 @@ def test_a_name_to_keep_feels_less(exact):
         (["--protect", "unicorn"], "unknown name to protect (FORGET.PROTECT) 'unicorn'"),
         (["--protect", "OWL"], "'OWL' is to be forgotten and to be protected"),
         (["--protect", " "], "is empty"),
-        (["--protect", "cat", "--trainer", "ForgetLoRA"], "ForgetLoRA weighs no names"),
+        (["--protect", "cat", "--trainer", "ForgetLoRA"], "FORGET.PROTECT"),
     ],
 )
 def test_names_to_keep_are_checked(exact_refused, options, said):

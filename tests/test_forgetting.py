@@ -13,22 +13,22 @@ def target_inputs(nearest_class: int):
     """Three classes in 4 dimensions; the empty prompt points at `nearest_class`."""
     classes = torch.eye(4)[:3]
     neutral = 0.1 * torch.ones(1, 4) + torch.eye(4)[nearest_class]
-    return neutral, torch.eye(4), classes
+    return neutral, classes
 
 
 def test_target_is_the_unit_norm_empty_prompt():
-    neutral, projection, classes = target_inputs(nearest_class=2)
-    target, draws = empty_target(neutral, projection, classes, [0, 1], torch.Generator())
-    assert draws == 0 and target.shape == (2, 4)
-    assert torch.allclose(target, (neutral / neutral.norm()).expand(2, -1))
+    neutral, classes = target_inputs(nearest_class=2)
+    target, draws = empty_target(neutral, classes, [0, 1], torch.Generator())
+    assert draws == 0 and target.shape == (1, 4)
+    assert torch.allclose(target, neutral / neutral.norm())
 
 
 def test_target_is_drawn_again_while_it_is_a_class_to_forget():
-    neutral, projection, classes = target_inputs(nearest_class=1)
+    neutral, classes = target_inputs(nearest_class=1)
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return empty_target(neutral, projection, classes, [1], generator)
+        return empty_target(neutral, classes, [1], generator)
 
     target, draws = draw(0)
     assert draws > 0
@@ -38,9 +38,9 @@ def test_target_is_drawn_again_while_it_is_a_class_to_forget():
 
 
 def test_target_without_a_class_left_is_refused():
-    neutral, projection, classes = target_inputs(nearest_class=1)
+    neutral, classes = target_inputs(nearest_class=1)
     with pytest.raises(ProblemError, match="every class is to be forgotten"):
-        empty_target(neutral, projection, classes, [0, 1, 2], torch.Generator())
+        empty_target(neutral, classes, [0, 1, 2], torch.Generator())
 
 
 def make_adapter(projection) -> Adapter:

@@ -41,6 +41,7 @@ from forgetting import (
     thresholds,
 )
 from forgetting.baselines import ascend, noise, null_space, uce, zeroing
+from forgetting.context import ExactSettings
 from forgetting.deploy.embeddings import condition, patch
 from forgetting.errors import ProblemError
 from forgetting.solvers.batched import solve_requests
@@ -193,32 +194,27 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "retain set": (
         lambda rows, weight, similarity, hidden, owner: RetainSet(
             {"a": Group([str(i) for i in range(M)], rows, weight)}, similarity
-        ).leaving([{"0"}, {"1"}], hidden, owner),
+        ).excluded([{"0"}, {"1"}], hidden, owner),
         {"rows": ROWS, "weight": 1.0, "similarity": 0.9, "hidden": H, "owner": OWNER},
     ),
     "statistics": (statistics, {"rows": ROWS, "removed": ROWS[:2], "weight": 1.0}),
     "empty_target": (
-        lambda **k: empty_target(
-            forget_labels=[0], generator=torch.Generator().manual_seed(0), **k
-        ),
-        {
-            "neutral_hidden": H[:1], "projection": E, "class_embeddings": normal(3, D),
-            "noise_std": 0.5,
-        },
+        lambda **k: empty_target(labels=[0], generator=torch.Generator().manual_seed(0), **k),
+        {"empty": normal(1, D), "classes": normal(3, D, seed=2), "noise_std": 0.5},
     ),
     "labels": (
-        lambda labels: empty_target(H[:1], E, normal(3, D), labels, torch.Generator()),
+        lambda labels: empty_target(normal(1, D), normal(3, D, seed=2), labels, torch.Generator()),
         {"labels": [0, 7]},
     ),
-    "opposite_target": (opposite_target, {"forget_hidden": H, "projection": E, "beta": 0.1}),
-    "orthogonal_target": (orthogonal_target, {"texts": normal(5, D), "count": 2}),
+    "opposite_target": (opposite_target, {"embeddings": H, "beta": 0.1}),
+    "orthogonal_target": (orthogonal_target, {"embeddings": normal(5, D)}),
     "specific_target": (
         specific_target,
-        {"forget_hidden": H, "projection": E, "gram": GRAM, "lam": 0.5, "beta": 0.1},
+        {"embeddings": H, "gram": GRAM, "lam": 0.5, "beta": 0.1},
     ),
     "specific_target, leaving": (
-        lambda **k: specific_target(H, E, GRAM, 0.5, 0.1, **k),
-        {"rows": ROWS, "shares": SHARES, "leaving": torch.zeros(K, M).bool()},
+        lambda **k: specific_target(H, GRAM, 0.5, 0.1, **k),
+        {"rows": ROWS, "weights": SHARES, "excluded": torch.zeros(K, M).bool()},
     ),
     "uce": (uce, {"h_f": H, "gram": GRAM.float(), "erase": 1.0, "lam": 0.5}),
     "null_space": (
@@ -241,9 +237,10 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         lambda **k: forget(MODEL, WORDS, **k, progress=False),
         {
             "names": ["Acme Cola"], "also": {"Acme Cola": ["acme soda"]}, "retain": ["dog", "cat"],
-            "templates": ["{}", "a {}."], "keep": ["Oslo"], "target": "specific", "beta": 0.1,
-            "weights": {"own": 1.0}, "ridge": 1e-3, "shared": 0.5, "margin": 1.0, "follow": 0.5,
-            "similarity": 0.9, "generic": False, "cache": None,
+            "templates": ["{}", "a {}."], "protect": ["Oslo"], "target": "specific", "beta": 0.1,
+            "own": 1.0, "vocabulary": 0.5, "ridge": 1e-3, "specific_ridge": 0.5, "min_margin": 1.0,
+            "min_displacement": 0.5, "similarity": 0.9, "generic": False, "cache": None,
+            "settings": ExactSettings(),
         },
     ),
     "forget, to a vector": (
@@ -253,8 +250,10 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         {"target": normal(OUT)},
     ),
     "forget, its ridge": (
-        lambda push: forget(MODEL, WORDS, ["Acme"], retain=["dog"], push=push, generic=False),
-        {"push": 0.1},
+        lambda limit: forget(
+            MODEL, WORDS, ["Acme"], retain=["dog"], max_displacement=limit, generic=False
+        ),
+        {"limit": 0.1},
     ),
     "apply": (ADAPTER.apply, {"projection": E}),
     "sha256": (projection_sha256, {"projection": E}),

@@ -23,7 +23,7 @@ from clip.architectures import architecture
 from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
-from clip.retain import retain_set
+from clip.retain import retain_set, target_inputs
 from clip.source import ClipSource
 from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import ForgetSettings, check
@@ -39,9 +39,9 @@ from forgetting.adapter import Part, adapter_bytes, recipe_fields
 from forgetting.errors import ProblemError
 from forgetting.io import finite
 from forgetting.problem import Batch, LowRankEdit, Request
-from forgetting.targets import FURTHER
+from forgetting.targets import WITH_BETA, targets
 from trainers.plan import Plan, make_plan
-from trainers.requests import Texts, check_prompts, check_target, read_prompts
+from trainers.requests import Texts, check_prompts, check_target, read_prompts, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
@@ -241,7 +241,7 @@ class ForgetTrainer(SimpleTrainer):
     @cached_property
     def texts(self) -> Texts:
         encode = self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
-        return Texts(self.bundle, encode, self.plan.prompts)
+        return Texts(self.bundle, encode, self.plan.prompts, self.cfg.SEED)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -296,7 +296,7 @@ class ForgetTrainer(SimpleTrainer):
         chosen: dict[str, Any] = {"target": kind} if kind else {}
         if kind == "empty":
             chosen["noise_std"] = float(forget.NOISE_STD)
-        if kind in FURTHER:
+        if kind in WITH_BETA:
             chosen["beta"] = float(forget.BETA)
         own = {datasets.key(name) for name in classes}
         prompts = {name: x for name, x in self.plan.prompts.items() if datasets.key(name) in own}
@@ -361,7 +361,7 @@ class ForgetTrainer(SimpleTrainer):
         requests = Batch([self.texts.request(classes) for classes in block])
         # Random numbers of one request are the same in a resumed run, whatever ran before.
         seeds = [seeded(self.cfg.SEED, self.plan.dataset, label) for label in labels]
-        self.read(requests)
+        requests = self.read(requests)
         started = time.perf_counter()
         with one_thread():
             answers = self.solve(requests, seeds)
@@ -376,9 +376,10 @@ class ForgetTrainer(SimpleTrainer):
             self.show(join_label(classes), answer, entry)
             self.bar.update()
 
-    def read(self, requests: Batch) -> None:
-        """Have the model read what a solve looks at beside its texts, so that encoding is not timed
-        as solving; nothing by default."""
+    def read(self, requests: Batch) -> Batch:
+        """The requests with what a solve needs beside their texts, so that encoding is not timed as
+        solving; nothing by default."""
+        return requests
 
     def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
         """Forget each request from the original model. A method that has nothing to share between
@@ -390,23 +391,15 @@ class ForgetTrainer(SimpleTrainer):
         """Forget one request from the original model."""
         raise NotImplementedError(f"{type(self).__name__} must override solve or solve_one")
 
-    def targets_without_bias(
-        self, requests: Batch, generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, list[int]]:
+    def targets_without_bias(self, requests: Batch) -> tuple[Tensor, list[int]]:
         """Where the texts are sent, (K, d), less the model's bias, which no edit moves; and how
         often noise was drawn for each request."""
-        target, draws = self.embedded_targets(requests, generators)
-        bias = self.bundle.text_bias
+        forget, bias = self.cfg.FORGET, self.bundle.text_bias
+        kind = read_target(forget.TARGET, self.bundle.text_projection.shape[1])
+        text, noise_std = self.texts.target_text(kind), float(forget.NOISE_STD)
+        inputs = target_inputs(self.bundle, noise_std=noise_std, text=text)
+        target, draws = targets(kind, requests, inputs, float(forget.BETA))
         return target if bias is None else target - bias.to(target), draws
-
-    def embedded_targets(
-        self, requests: Batch, generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, list[int]]:
-        """The same with the bias."""
-        forget = self.cfg.FORGET
-        return self.texts.targets(
-            forget.TARGET, float(forget.BETA), float(forget.NOISE_STD), requests, generators
-        )
 
     def _check(self, labels: Sequence[str], answers: Sequence[Solved]) -> None:
         for label, answer in zip(labels, answers, strict=True):

@@ -14,7 +14,7 @@ import datasets
 from clip.retain import GROUPS
 from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, leace, noise, null_space, uce, zeroing
-from forgetting.context import left_notes
+from forgetting.context import excluded_note
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Request
 from forgetting.settings import setting
@@ -147,14 +147,15 @@ class RetainingTrainer(ForgetTrainer):
     def retained_beside(self, request: Request) -> tuple[Tensor, dict[str, Any], list[str]]:
         """Hidden states (m, w), float64, of the names that are retained while a request is
         forgotten; what to report of them, and lines for the reader."""
-        excluded = self.texts.leaving(self.retain, Batch([request])).any(dim=0)
+        owner = torch.tensor(request.owner)
+        excluded = self.retain.excluded(request.same, request.hidden, owner).any(dim=0)
         rows, names = self.retain.rows[~excluded].double(), self.retain.named(excluded)
         if not len(rows):
             raise ProblemError(
                 f"no name is left to retain beside {', '.join(request.classes)} of "
                 f"{self.plan.dataset}: {type(self).__name__} needs some"
             )
-        notes = left_notes(names, [*map(datasets.clean_name, request.classes)])
+        notes = excluded_note(names, request.classes)
         return rows, {"retained": len(rows), "excluded": names}, notes
 
 
@@ -166,7 +167,7 @@ class EditTrainer(RetainingTrainer):
     """
 
     def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
-        target, draws = self.targets_without_bias(Batch([request]), [generator])
+        target, draws = self.targets_without_bias(Batch([request]))
         retained, report, excluded_notes = self.retained_beside(request)
         hidden = request.hidden.double().to(self.device)
         displacement = target.to(hidden) - hidden @ self.model.projection.double()  # (k, d)

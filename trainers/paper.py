@@ -32,12 +32,10 @@ class PaperTrainer(ForgetTrainer):
         shape = {"rank": self.cfg.FORGET.RANK, "alpha": float(self.cfg.FORGET.ALPHA)}
         return paper_weights(self.cfg) | shape | super().method_settings()
 
-    def problem(
-        self, requests: Batch, generators: Sequence[torch.Generator]
-    ) -> tuple[ForgetProblem, Tensor, list[dict[str, Any]]]:
+    def problem(self, requests: Batch) -> tuple[ForgetProblem, Tensor, list[dict[str, Any]]]:
         """The problem of all requests together, the retained names that are excluded with each
         request, (R, n) bool, and what to report of each request beside its solution."""
-        target, draws = self.targets_without_bias(requests, generators)
+        target, draws = self.targets_without_bias(requests)
         w = self.model.projection
         problem = ForgetProblem(
             projection=w,
@@ -48,7 +46,8 @@ class PaperTrainer(ForgetTrainer):
             alpha=float(self.cfg.FORGET.ALPHA),
             **paper_weights(self.cfg),
         )
-        excluded = requests.of_requests(self.texts.leaving(self.retain, requests))
+        by_class = self.retain.excluded(requests.same, requests.hidden, requests.owner)
+        excluded = requests.of_requests(by_class)
         reports = [
             {
                 "texts": request.texts,
@@ -73,7 +72,7 @@ class ForgetLoRA(PaperTrainer):
     batch_size = 64
 
     def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
-        problem, excluded, reports = self.problem(requests, generators)
+        problem, excluded, reports = self.problem(requests)
         settings = self.settings
         solutions = solve_lora_each(
             problem, requests.of_text, excluded, generators, settings, self.show_step
@@ -120,7 +119,7 @@ class ForgetOptimum(PaperTrainer):
     batch_size = 256
 
     def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
-        problem, excluded, reports = self.problem(requests, generators)
+        problem, excluded, reports = self.problem(requests)
         answers = []
         solved = solve_requests(problem, requests.of_text, excluded)
         for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):

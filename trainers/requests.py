@@ -1,8 +1,10 @@
-"""From class names to tensors: what is forgotten, what stays, and where the texts are sent."""
+"""From class names to requests: the texts of a set's classes and their hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -11,25 +13,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import datasets
 from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
 from datasets.words.lexicon import listed_words
+from engine.determinism import seeded
 from engine.files import read_json, readable
+from engine.log import logger
 from engine.schema import Prompts, fault
+from evaluation.results import join_label
 from evaluation.zero_shot import class_embeddings
-from forgetting import TARGETS, RetainSet, empty_target, opposite_target, orthogonal_target
-from forgetting.errors import ProblemError, unknown
-from forgetting.problem import Batch, Paraphrases, Request
-from forgetting.targets import check_beta
+from forgetting.errors import ProblemError, nearest, unknown
+from forgetting.problem import Paraphrases, Request
+from forgetting.targets import TARGETS, WITH_BETA, check_beta
 from trainers.plan import user_lists
 
 BARE = "{}"
 TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
 SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
 OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
+MISTYPED = 0.85  # similarity to a class from which an unknown name to protect is a likely typo
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
@@ -70,24 +74,42 @@ def check_prompts(prompts: dict[str, list[str]], bundle: FeatureBundle) -> None:
 def check_target(kind: str, beta: float) -> None:
     """ProblemError if `kind` is no target (FORGET.TARGET), or `beta` no number for it."""
     name, _, value = kind.partition(":")
-    if kind not in TARGETS and not (name in ("text", "vector") and value):
+    if name == "vector":
+        if not Path(value).is_file():
+            raise ProblemError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
+    elif kind not in TARGETS and not (name == "text" and value.strip()):
         raise unknown("target (FORGET.TARGET)", kind, OPTIONS)
-    if name == "vector" and not Path(value).is_file():
-        raise ProblemError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
-    try:
+    if kind in WITH_BETA:
         check_beta(kind, beta)
-    except ProblemError as error:
-        raise ProblemError(f"FORGET.BETA: {error}") from error
+
+
+def read_target(kind: str, d: int) -> str | Tensor:
+    """A target as the library takes it: `vector:FILE` is read, the tensor `target`, (d,) or (1, d),
+    of a safetensors file; any other stays what it is."""
+    name, _, path = kind.partition(":")
+    if name != "vector":
+        return kind
+    try:
+        with readable(Path(path)) as file:
+            vector = load_file(file)["target"].float().flatten()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ProblemError(
+            f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
+        ) from error
+    if len(vector) != d or not torch.isfinite(vector).all():
+        raise ProblemError(f"target vector {path}: {len(vector)} numbers, expected {d} finite ones")
+    return vector
 
 
 class Texts:
-    """What a class is forgotten by and sent to, from a bundle and, where there is one, a model.
+    """The texts of a set's classes, from its bundle and, where there is one, a model.
 
     Args:
-        bundle: of the set that is forgotten from; encode: reads texts that it does not hold; None
-            without a model.
+        bundle: of the set that classes are forgotten from.
+        encode: encodes texts that no bundle holds; None without a model.
         prompts: class name -> texts, with {} for its name; a class without an entry is forgotten by
             its bare name.
+        seed: of a run, from which each request gets its own.
     """
 
     def __init__(
@@ -95,27 +117,25 @@ class Texts:
         bundle: FeatureBundle,
         encode: Encode | None = None,
         prompts: Mapping[str, list[str]] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.bundle, self.encode = bundle, encode
+        self.bundle, self.encode, self.seed = bundle, encode, seed
         self.prompts = {datasets.key(name): texts for name, texts in (prompts or {}).items()}
         self.label = {name: label for label, name in enumerate(bundle.classnames)}
-        self._known: dict[str, Paraphrases] = {}
+        self._paraphrases: dict[str, Paraphrases] = {}
 
     def request(self, classes: list[str]) -> Request:
-        """The texts of `classes` and their hidden states.
+        """The texts by which `classes` are forgotten, and what means the same as each.
 
         Raises:
             ProblemError: without a model, a text whose hidden state the bundle does not hold.
         """
-        bundle, texts, owner, rows = self.bundle, [], [], []
+        bundle = self.bundle
+        texts: dict[str, tuple[int, Tensor]] = {}  # text -> its class and hidden state
         for index, name in enumerate(classes):
-            plain, label = datasets.clean_name(name), self.label[name]
-            held = {
-                plain: bundle.forget_hidden[label],
-                bundle.template.replace(BARE, plain): bundle.class_hidden[label],
-            }
-            for text in self.prompts.get(datasets.key(name), [BARE]):
-                text = text.replace(BARE, plain)
+            held = self._held(name)
+            for template in self.prompts.get(datasets.key(name), [BARE]):
+                text = template.replace(BARE, datasets.clean_name(name))
                 if text in texts:
                     continue
                 if text not in held and self.encode is None:
@@ -124,41 +144,64 @@ class Texts:
                         f"model to make one: with --features a class is forgotten by "
                         f"{' or '.join(map(repr, held))}"
                     )
-                rows.append(held[text] if text in held else self.encode([text])[0])
-                texts.append(text)
-                owner.append(index)
-        return Request(classes, texts, torch.stack(rows), owner)
+                texts[text] = index, held[text] if text in held else self.encode([text])[0]
+        return Request(
+            classes,
+            list(texts),
+            torch.stack([hidden for _, hidden in texts.values()]),
+            [owner for owner, _ in texts.values()],
+            same=[datasets.same_meaning([name], bundle.dataset) for name in classes],
+            seed=seeded(self.seed, bundle.dataset, join_label(classes)).initial_seed(),
+        )
 
-    def wordings(self, names: Sequence[str]) -> dict[str, Paraphrases]:
-        """Other wordings of classes, of each text once: the evaluation prompt; with a model, a few
-        templates and the class's aliases (names of the vocabulary that mean the same, and the
-        synonyms that `datasets` lists); without one, what the bundle brought for an audit. A text
-        that the model reads as another class of the set, or as nothing, is none. Each class is read
-        once."""
-        bundle, found = self.bundle, {}
-        brought = audit_rows(bundle) if self.encode is None else {}
-        for name in names:
-            if name in self._known:
-                continue
-            plain, label = datasets.clean_name(name), self.label[name]
-            texts = {bundle.template.replace(BARE, plain): bundle.class_hidden[label]}
-            kinds = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
-            texts |= {text: hidden for text, _, hidden in kinds}
-            more = [] if self.encode is None else self._aliases(name)
-            found[name] = texts, [text for text in more if text not in texts]
-        more = [text for _, texts in found.values() for text in texts]
-        rows = iter(self.encode(more) if more else ())
-        read = [
-            torch.stack([*held.values(), *islice(rows, len(new))]) for held, new in found.values()
+    def _held(self, name: str) -> dict[str, Tensor]:
+        """The hidden states (w,) of a class that the bundle holds, by their texts."""
+        label, plain = self.label[name], datasets.clean_name(name)
+        return {
+            plain: self.bundle.forget_hidden[label],
+            self.bundle.template.replace(BARE, plain): self.bundle.class_hidden[label],
+        }
+
+    def with_paraphrases(self, requests: Sequence[Request]) -> list[Request]:
+        """Requests with other texts for each of their classes; new ones are encoded at once.
+
+        They are the evaluation prompt; with a model a few templates and the class's other names
+        (names of the vocabulary that mean the same, and the synonyms that `datasets` lists);
+        without one what the bundle brought for an audit. A text that the model takes for another
+        class of the set is left out.
+        """
+        names = [name for request in requests for name in request.classes]
+        self._encode_paraphrases([n for n in dict.fromkeys(names) if n not in self._paraphrases])
+        return [
+            replace(request, paraphrases=[self._paraphrases[name] for name in request.classes])
+            for request in requests
         ]
-        embedded = bundle.embed(torch.cat([*read, bundle.class_hidden[:0]]))
-        means = (embedded @ self._classes.T).argmax(dim=1).split(list(map(len, read)))
-        for (name, (held, new)), hidden, mean in zip(found.items(), read, means, strict=True):
-            texts, known = [*held, *new], (mean == self.label[name]).nonzero()[:, 0]
-            self._known[name] = Paraphrases([texts[i] for i in known.tolist()], hidden[known])
-        return {name: self._known[name] for name in names}
 
-    def _aliases(self, name: str) -> list[str]:
+    def _encode_paraphrases(self, names: Sequence[str]) -> None:
+        bundle = self.bundle
+        brought = audit_rows(bundle) if self.encode is None else {}
+        held, new = [], []  # of each class: text -> hidden state; texts to encode
+        for name in names:
+            _, prompt = self._held(name).items()
+            rows = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
+            held.append(dict([prompt]) | {text: hidden for text, _, hidden in rows})
+            others = [] if self.encode is None else self._other_texts(name)
+            new.append([text for text in others if text not in held[-1]])
+        every = [text for some in new for text in some]
+        rows = iter(self.encode(every) if every else ())
+        for name, known, some in zip(names, held, new, strict=True):
+            known |= zip(some, islice(rows, len(some)), strict=True)
+            hidden = torch.stack(list(known.values()))
+            classes = (bundle.embed(hidden) @ self._classes.T).argmax(dim=1)
+            mine = (classes == self.label[name]).nonzero()[:, 0]
+            texts = list(known)
+            self._paraphrases[name] = Paraphrases([texts[i] for i in mine.tolist()], hidden[mine])
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        return class_embeddings(self.bundle)
+
+    def _other_texts(self, name: str) -> list[str]:
         """A class in a few templates, and under other names."""
         plain, bundle = datasets.clean_name(name), self.bundle
         own = {datasets.key(other) for other in bundle.classnames}
@@ -167,89 +210,44 @@ class Texts:
         same += listed_words(name, bundle.dataset, others).synonyms
         return [*dict.fromkeys([*(form.replace(BARE, plain) for form in TEMPLATES), *same])]
 
-    def held(
+    def protected(
         self, names: Sequence[str], others: Mapping[str, FeatureBundle]
     ) -> tuple[list[str], Tensor]:
-        """Texts of names, and their hidden states (n, w): of a class the bare name and the
-        evaluation prompt, of any other name that name.
+        """Texts of names to protect, and their hidden states (n, w): of a class the bare name and
+        the evaluation prompt, of any other name that name.
 
         Raises:
             ProblemError: without a model, a name that no bundle holds.
         """
+        bundles = [self.bundle, *others.values()]
+        classes = [name for bundle in bundles for name in bundle.classnames]
+        known = [*classes, *self.bundle.retain_names]
         found: list[tuple[str, Tensor]] = []
         for name in names:
-            plain, known = datasets.clean_name(name), len(found)
-            for bundle in (self.bundle, *others.values()):
-                for label, classname in enumerate(bundle.classnames):
-                    if datasets.key(classname) == datasets.key(name):
-                        rows = bundle.forget_hidden[label], bundle.class_hidden[label]
-                        found += [(plain, row) for row in rows]
-            if len(found) > known:
-                continue
-            bundle, words = self.bundle, list(map(datasets.key, self.bundle.retain_names))
-            if datasets.key(name) in words:
-                found.append((plain, bundle.retain_hidden[words.index(datasets.key(name))]))
-            elif self.encode is not None:
-                found.append((plain, self.encode([plain])[0]))
-            else:
-                classes = [name for each in (bundle, *others.values()) for name in each.classnames]
-                raise unknown(
-                    "name to protect (FORGET.PROTECT)", name, [*classes, *bundle.retain_names]
-                )
+            plain, key = datasets.clean_name(name), datasets.key(name)
+            rows = [
+                row
+                for bundle in bundles
+                for label, classname in enumerate(bundle.classnames)
+                if datasets.key(classname) == key
+                for row in (bundle.forget_hidden[label], bundle.class_hidden[label])
+            ]
+            words = list(map(datasets.key, self.bundle.retain_names))
+            if not rows and key in words:
+                rows = [self.bundle.retain_hidden[words.index(key)]]
+            if not rows and self.encode is None:
+                raise unknown("name to protect (FORGET.PROTECT)", name, known)
+            if not rows and (close := mistyped(name, known)):
+                logger.warning(f"protected as it is written: {name!r}; did you mean {close!r}?")
+            found += [(plain, row) for row in rows or [self.encode([plain])[0]]]
         texts, rows = zip(*found, strict=True)
         return list(texts), torch.stack(rows)
 
-    def leaving(self, retain: RetainSet, requests: Batch) -> Tensor:
-        """Which retained names leave with each class, (C, n) bool."""
-        same = [datasets.same_meaning([name], self.bundle.dataset) for name in requests.classes]
-        return retain.leaving(same, requests.hidden, requests.owner)
-
-    def targets(
-        self,
-        kind: str,
-        beta: float,
-        noise_std: float,
-        requests: Batch,
-        generators: Sequence[torch.Generator],
-    ) -> tuple[Tensor, list[int]]:
-        """`P` (K, d) of all texts, and how often noise was drawn for each request (0 but for
-        `empty`). For `specific`, which needs a retain set, see `SpecificTargets`.
-
-        Raises:
-            ProblemError: a text or file that cannot be had.
-        """
-        embed, d = self.bundle.embed, self.bundle.text_projection.shape[1]
-        name, _, value = kind.partition(":")
-        count, none = len(requests.hidden), [0] * len(requests)
-        if kind == "empty":
-            prompts = embed(self.bundle.neutral_hidden), torch.eye(d), self._classes
-            found = []
-            for request, generator in zip(requests, generators, strict=True):
-                labels = [self.label[request.classes[index]] for index in request.owner]
-                found.append(empty_target(*prompts, labels, generator, noise_std))
-            return torch.cat([target for target, _ in found]), [draws for _, draws in found]
-        if kind == "opposite":
-            eye = torch.eye(d, dtype=torch.float64)
-            return opposite_target(embed(requests.hidden.double()), eye, beta), none
-        if kind == "orthogonal":
-            return orthogonal_target(embed(self._names), count), none
-        if name == "text":
-            return normalize(embed(self._hidden_of(value)), dim=-1).expand(count, -1), none
-        return _vector(Path(value), d).expand(count, -1), none
-
-    @cached_property
-    def _classes(self) -> Tensor:
-        return class_embeddings(self.bundle)
-
-    @cached_property
-    def _names(self) -> Tensor:
-        """Hidden states (n, w) of all that the bundle names."""
-        bundle = self.bundle
-        return torch.cat([bundle.class_hidden, bundle.forget_hidden, bundle.retain_hidden])
-
-    def _hidden_of(self, text: str) -> Tensor:
-        """Hidden state (1, w) of a text: a name that the bundle holds, else encoded."""
-        bundle = self.bundle
+    def target_text(self, kind: str | Tensor) -> Tensor | None:
+        """Hidden state (1, w) of the TEXT of a target `text:TEXT`; None for other targets."""
+        if not isinstance(kind, str) or not kind.startswith("text:"):
+            return None
+        text, bundle = kind.partition(":")[2], self.bundle
         for names, rows in (
             (bundle.classnames, bundle.forget_hidden),
             (bundle.retain_names, bundle.retain_hidden),
@@ -264,17 +262,10 @@ class Texts:
         return self.encode([text])
 
 
-def _vector(path: Path, d: int) -> Tensor:
-    """The tensor `target`, (d,) or (1, d), of a safetensors file, as (1, d)."""
-    try:
-        with readable(path) as name:
-            vector = load_file(name)["target"].float().reshape(1, -1)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ProblemError(
-            f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
-        ) from error
-    if vector.shape[1] != d or not torch.isfinite(vector).all():
-        raise ProblemError(
-            f"target vector {path}: {vector.shape[1]} numbers, expected {d} finite ones"
-        )
-    return vector
+def mistyped(name: str, known: Sequence[str]) -> str | None:
+    """The one of `known` that a name is probably mistyped for: all but a letter or two of it."""
+    wanted = datasets.key(name)
+    for other in nearest(name, known, 1):
+        if SequenceMatcher(None, wanted, datasets.key(other)).ratio() >= MISTYPED:
+            return other
+    return None

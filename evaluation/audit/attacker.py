@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip.retain import retained
+from clip.retain import exact_context
 from engine.config import paper_weights, settings
 from evaluation.audit.case import AuditData
 from forgetting import ForgetProblem, Ridge
+from forgetting.context import ExactSettings
 
 LIMIT = 1000  # names that a class is looked for among
 # Ridge of the statistics of all listed names, in mean eigenvalues, see `Attacker.uniform`. On real
@@ -168,8 +169,8 @@ class Attacker:
 def attacker(data: AuditData) -> Attacker:
     """The set's classes always stay on the list; the rest is drawn if there are too many."""
     bundle = data.bundle
-    exact = retained(settings("ForgetExact"), bundle, list(data.others.values()))
-    retain = exact.names
+    exact = exact_context(ExactSettings(), bundle, list(data.others.values()))
+    retain = exact.retain
     first: dict[str, int] = {}
     for row, name in enumerate(retain.names):
         first.setdefault(datasets.key(name), row)
@@ -193,7 +194,7 @@ def attacker(data: AuditData) -> Attacker:
         names=[datasets.clean_name(retain.names[row]) for row in rows],
         hidden=retain.rows[rows].double(),
         ridge=exact.ridge,
-        own_weight=float(retain.shares[0]),
+        own_weight=float(retain.name_weights[0]),
         vocabulary=problem.retain_hidden,
         ratio=problem.lw / problem.lamb_preserve,
     )

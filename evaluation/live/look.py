@@ -209,7 +209,7 @@ class Live:
             names,
             retain=self.names if self.items else None,  # common names are retained anyhow
             templates=(TEMPLATES[0], self.template),
-            keep=keep,
+            protect=keep,
             target=target,
             beta=beta,
             ridge=self._ridges.get(keep),
