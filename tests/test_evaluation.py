@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle
 from evaluation.zero_shot import EmbeddedTexts, Evaluator, ZeroShot
 from forgetting.errors import ProblemError
-from forgetting.problem import Change as LowRankEdit
+from forgetting.problem import LowRankEdit
 from tests.conftest import accuracies, toy_bundle, whole_set
 
 BUNDLE = toy_bundle("ToyAnimals")
