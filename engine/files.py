@@ -162,6 +162,16 @@ def refuse_foreign(path: str | os.PathLike[str], mark: str) -> None:
         )
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """ProblemError unless a file can be written at `path`: nothing is there, or a regular file (no
+    device or pipe, in whose place a file would be put), in a folder that can be written to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ProblemError(f"{os.fspath(path)} is not a regular file; choose another name")
+    folder = next(above for above in Path(path).absolute().parents if above.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ProblemError(f"cannot write {os.fspath(path)}: no file can be made in {folder}")
+
+
 def read_text(path: str | os.PathLike[str], what: str) -> str:
     """The text of a regular file in UTF-8; `what` says what kind of file it is.
 

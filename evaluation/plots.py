@@ -1,10 +1,10 @@
-"""Pictures: the one style that all drawings of this repository share, and the audit of a class.
+"""Pictures: the common style of all drawings, and results as three panels.
 
     with drawing("picture.png", 11, 4) as figure:
         axis = figure.subplots()
         axis.plot([1, 2, 3], color=COLOURS[0])
 
-Matplotlib is imported when the first picture is drawn: most commands draw none.
+Matplotlib is imported when the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.files import atomic_path, refuse_foreign
+from engine.files import atomic_path, require_writable
+from evaluation.results import split_label
 from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-# Dots of an accuracy before and after forgetting: hollow and filled, so grey print tells them too.
-BEFORE = {"facecolors": "white", "edgecolors": COLOURS[0]}
-AFTER = {"color": COLOURS[1]}
 STYLE = {  # sizes that can be read where a picture is shown at half of its own
     "font.size": 13,
     "axes.titlesize": 14,
@@ -45,156 +43,120 @@ STYLE = {  # sizes that can be read where a picture is shown at half of its own
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
     "savefig.dpi": 110,
 }
-GENERATOR = "clip-forget picture"  # in every picture, so that nothing else is drawn over
-# The formats that hold such a text, and where.
-MARKS = {
-    ".png": {"Software": GENERATOR},
-    ".svg": {"Creator": GENERATOR},
-    ".pdf": {"Creator": GENERATOR},
-}
+SUFFIXES = (".png", ".svg", ".pdf")
 FEW = 160  # colours of a PNG: no eye sees the difference, and the file is a third as large
+DRAWN = 60  # rows of a picture: more would be thousands of pixels high
+PANELS = {
+    "class": "left of the\nforgotten class, %",
+    "rest": "lost by the rest\nof its set, points",
+    "others": "lost by the\nother sets, points",
+}
 
 
 @contextmanager
-def drawing(path: str | Path, width: float, height: float, small: bool = True) -> Iterator[Figure]:
+def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure in the common style; what the body drew on it is saved, whole or not at all.
 
     Args:
-        path: of the picture; its suffix says the format.
-        width, height: inches.
-        small: a PNG is reduced to a few colours, which takes a third of a second.
+        path: of the picture; its suffix says the format. width, height: inches.
     """
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
     path = check_picture(path)
-    marks = MARKS[path.suffix.lower()]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with atomic_path(path) as temporary:
-            if small and path.suffix.lower() == ".png":
-                _save_small(figure, temporary, marks)
+            if path.suffix.lower() == ".png":
+                _save_small(figure, temporary)
             else:
-                figure.savefig(temporary, metadata=marks)
+                figure.savefig(temporary)
 
 
 def check_picture(path: str | Path) -> Path:
-    """`path`, if a picture may be drawn there.
-
-    Raises:
-        ProblemError: a suffix of another format, or a file that is no picture of ours.
-    """
+    """`path`; ProblemError if its suffix is of another format, or no file can be written there."""
     path = Path(path)
-    if path.suffix.lower() not in MARKS:
-        raise ProblemError(f"picture {path}: its name must end in {', '.join(MARKS)}")
-    refuse_foreign(path, GENERATOR)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
+    require_writable(path)
     return path
 
 
-def _save_small(figure: Figure, path: Path, marks: dict[str, str]) -> None:
+def _save_small(figure: Figure, path: Path) -> None:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
-    drawn, written = BytesIO(), PngInfo()
-    for key, text in marks.items():
-        written.add_text(key, text)
+    drawn = BytesIO()
     figure.savefig(drawn, format="png")
     with Image.open(drawn) as picture:
-        few = picture.convert("RGB").quantize(FEW)
-        few.save(path, format="PNG", optimize=True, pnginfo=written)
+        picture.convert("RGB").quantize(FEW).save(path, format="PNG", optimize=True)
 
 
-LETTERS = 44  # of a text
-PROMPTS = 14  # rows of the panel of other words: the worst ones
-CURVES = {
-    "before": (COLOURS[0], "never forgotten"),
-    "forgotten": (COLOURS[1], "forgotten"),
-    "no_text": ("0.55", "no text at all"),
-}
-
-
-def plot_audit(name: str, found: dict[str, Any], path: str | Path) -> Path:
-    """Draw the audit of one class and save it; the suffix of `path` says the format.
-
-    Panels: its accuracy under other words, its nearest classes, the classes that its images are
-    now taken for, and how many images bring it back.
+def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path) -> Path:
+    """Draw what is left of each forgotten class, and what the rest of its set and the other data
+    sets lost. Of more than `DRAWN` rows the worst are drawn, and the title says so.
 
     Args:
-        name: the class; found: its entry under `classes` in audit.json.
+        table: of `summarise` or `compare_results`; colours: by the names in its columns `STEM NAME`,
+            for the stems of `PANELS`. A row has a line for each.
     """
-    panels = {"paraphrase": _words, "neighbours": _neighbours}
-    panels |= {"destinations": _destinations, "relearning": _relearning}
-    with drawing(path, 14, 11) as figure:
-        for axis, (measure, draw) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            if not draw(axis, found.get(measure, {})):
-                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-                axis.set_xticks([])
-                axis.set_yticks([])
-        figure.suptitle(name, parse_math=False)  # a class may be called $x$
+    shown = _worst(table, list(colours))
+    row_height = 0.16 + 0.17 * len(colours)  # inches
+    with drawing(path, 13, 2.0 + row_height * len(shown)) as figure:
+        axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.2, 1, 1))
+        for axis, stem in zip(axes, PANELS, strict=True):
+            _panel(axis, shown, stem, colours, row_height)
+        names = shown["forgotten"].map(lambda label: ", ".join(split_label(label)))
+        rows = range(len(shown))
+        axes[0].set_yticks(rows, shown["data set"] + ": " + names, parse_math=False)
+        axes[0].set_ylim(len(shown) - 0.45, -0.55)  # the first row on top
+        axes[2].scatter([], [], s=120, marker="|", color="0.25", label="before")
+        for name, colour in colours.items():
+            axes[2].scatter([], [], s=48, color=colour, label=name)
+        figure.legend(loc="outside upper right", ncols=len(colours) + 1)
+        if len(shown) < len(table):
+            figure.suptitle(
+                f"the {len(shown)} of {len(table):,} rows with most left of the class, then with "
+                "most lost by the rest"
+            )
     return Path(path)
 
 
-# A panel each; it returns whether there was anything to draw.
+def _panel(
+    axis: Axes, shown: pd.DataFrame, stem: str, colours: dict[str, str], row_height: float
+) -> None:
+    """One quantity of all rows: a dot for each name, and a line to it from before."""
+    before, low, high = shown[f"{stem} before"], 0.0, 0.2
+    for row in range(0, len(shown), 2):
+        axis.axhspan(row - 0.5, row + 0.5, color="0.965", linewidth=0)
+    for number, (name, colour) in enumerate(colours.items()):
+        offset = 0.66 * ((number + 0.5) / len(colours) - 0.5)
+        lines = [row + offset for row in range(len(shown))]
+        after = shown[f"{stem} {name}"]
+        values, start = (after, before) if stem == "class" else (before - after, 0 * before)
+        axis.hlines(lines, start, values, linewidth=2, alpha=0.35, color=colour)
+        axis.scatter(values, lines, s=48, zorder=3, clip_on=False, color=colour)
+        low, high = min(low, values.min()), max(high, values.max())
+    axis.set_title(PANELS[stem])
+    if stem == "class":
+        rows = range(len(shown))
+        axis.scatter(before, rows, s=220 * row_height, marker="|", color="0.25", zorder=2)
+        axis.set_xlim(-3, 103)
+    else:  # losses have a scale of their own
+        margin = 0.04 * (high - low)
+        axis.set_xlim(low - margin, high + margin)
+        axis.axvline(0, color="0.25", linewidth=1)
+    axis.grid(visible=False, axis="y")
+    axis.spines["left"].set_visible(False)
+    axis.tick_params(left=False)
 
 
-def _words(axis: Axes, words: dict[str, Any]) -> bool:
-    rows = [row for row in words.get("prompts", []) if row["after"]["value"] is not None]
-    rows.sort(key=lambda row: (-row["after"]["value"], -row["before"]["value"]))
-    more = f" (worst of {len(rows)})" if len(rows) > PROMPTS else ""
-    axis.set_title(f"found under other words, %{more}")
-    rows = rows[:PROMPTS]
-    return _dumbbells(axis, [shorten(row["text"], LETTERS, placeholder="…") for row in rows], rows)
-
-
-def _neighbours(axis: Axes, near: dict[str, Any]) -> bool:
-    axis.set_title("found of its nearest classes, %")
-    rows = [row for row in near.get("classes", []) if row["before"]["value"] is not None]
-    return _dumbbells(axis, [row["name"] for row in rows], rows)
-
-
-def _dumbbells(axis: Axes, names: list[str], rows: list[dict[str, Any]]) -> bool:
-    """One line a row, from before to after, with the 95 % interval of after."""
-    if not rows:
-        return False
-    places = range(len(rows))
-    sides = {side: [100 * row[side]["value"] for row in rows] for side in ("before", "after")}
-    low, high = ([100 * row["after"][end] for row in rows] for end in ("low", "high"))
-    axis.hlines(places, sides["before"], sides["after"], color="0.8", zorder=1)
-    axis.hlines(places, low, high, alpha=0.35, linewidth=5, zorder=2, **AFTER)
-    for order, (side, dot) in enumerate({"before": BEFORE, "after": AFTER}.items(), start=3):
-        axis.scatter(sides[side], places, s=34, zorder=order, label=side, **dot)
-    axis.set_yticks(places, names, parse_math=False)
-    axis.invert_yaxis()
-    axis.set_xlim(-4, 104)
-    axis.legend()
-    return True
-
-
-def _destinations(axis: Axes, destinations: dict[str, Any]) -> bool:
-    axis.set_title("what its images are taken for, %")
-    rows = destinations.get("after", [])
-    places = range(len(rows))
-    axis.barh(places, [100 * row["share"] for row in rows], color=COLOURS[5])
-    axis.set_yticks(places, [row["name"] for row in rows], parse_math=False)
-    axis.invert_yaxis()
-    return bool(rows)
-
-
-def _relearning(axis: Axes, relearned: dict[str, Any]) -> bool:
-    axis.set_title("found once n images were shown, %")
-    curves = relearned.get("methods", {}).get("cache")
-    if not curves:
-        return False
-    shots = relearned["shots"]
-    for key, (colour, label) in CURVES.items():
-        values = [point["value"] for point in curves[key]]
-        heights = [float("nan") if value is None else 100 * value for value in values]
-        if any(value is not None for value in values):
-            axis.plot(shots, heights, "o-", color=colour, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(shots, shots)
-    axis.set_xlabel("images")
-    axis.set_ylim(-4, 104)
-    axis.legend()
-    return True
+def _worst(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """The rows to draw, in their order: those where some method leaves most of the class, or where
+    as much is left, loses most of the rest of its set."""
+    if len(table) <= DRAWN:
+        return table
+    left = table[[f"class {name}" for name in names]].max(axis=1)
+    kept = table[[f"rest {name}" for name in names]].min(axis=1)
+    rank = table.assign(left=-left, lost=kept - table["rest before"])
+    return table.loc[rank.sort_values(["left", "lost"], kind="stable").index[:DRAWN].sort_values()]

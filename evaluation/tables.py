@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from engine.files import atomic_path, refuse_foreign
+from engine.files import atomic_path, require_writable
 from engine.log import logger
 from evaluation.results import AUDIT, CSV, LOGS
 from evaluation.rows import Row, mean, read_rows
@@ -17,6 +17,8 @@ from forgetting.errors import ProblemError
 
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains
+FRAME = ("ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget")
+QUANTITIES = ("class", "rest", "others")
 # Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.
 FRACTIONS = {
     "before": ("residue", "zero_shot", "before", "value"),
@@ -52,7 +54,7 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
         multiclass: True for the requests of several classes at once, False for the others.
 
     Raises:
-        ProblemError: there is no request of the asked kind.
+        ProblemError: there is no request of that kind.
     """
     lines = []
     for (dataset, label), group in groupby(rows, key=lambda row: (row.dataset, row.label)):
@@ -129,6 +131,57 @@ def average_gains(df: pd.DataFrame) -> pd.Series:
     return pd.concat(parts, axis=1).mean(axis=1)
 
 
+def check_columns(df: Any, columns: Sequence[str], source: str) -> None:
+    """ProblemError unless `df` is a frame with these columns, as those that `source` makes have."""
+    lacking = [c for c in columns if c not in df] if isinstance(df, pd.DataFrame) else columns
+    if lacking:
+        raise ProblemError(f"not a frame of {source}: it lacks {', '.join(lacking)}")
+
+
+def summarise(df: pd.DataFrame) -> pd.DataFrame:
+    """A frame of `utils.create_results` for reading, in percent: before and after forgetting.
+
+    `class` is the forgotten class, `rest` the other classes of its set, `others` the mean over the
+    other data sets. Of several folders, `±` is the standard deviation of what was measured after
+    (of `others` the mean of the sets' own).
+    """
+    check_columns(df, FRAME, "create_results")
+    sets = other_sets(df)
+    columns = {
+        "class": (["cls_Noforget"], ["cls_forget"]),
+        "rest": (["full_Noforget"], ["full_forget"]),
+        "others": ([f"full_{name}" for name in sets], [f"res_{name}" for name in sets]),
+    }
+    table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
+    for title, (before, after) in columns.items():
+        table[f"{title} before"] = 100 * df[before].mean(axis=1)
+        table[f"{title} after"] = 100 * df[after].mean(axis=1)
+        if "folders" in df:
+            table[f"{title} ±"] = 100 * df[[f"std_{column}" for column in after]].mean(axis=1)
+    return table
+
+
+def side_by_side(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of `summarise` with a column `seconds`, joined: the rows that all of them have.
+
+    Returns:
+        `data set`, `forgotten`, and for `class`, `rest` and `others` a column `before` and one for
+        each method, then its `seconds`. A method with deviations has `± METHOD` behind its means.
+    """
+    keys = ["data set", "forgotten"]
+    joined = pd.concat({n: t.set_index(keys) for n, t in tables.items()}, axis=1, join="inner")
+    columns = {}
+    for quantity in QUANTITIES:
+        before = joined.xs(f"{quantity} before", axis=1, level=1)
+        columns[f"{quantity} before"] = before.bfill(axis=1).iloc[:, 0]  # of the first that has it
+        for name in tables:
+            columns[f"{quantity} {name}"] = joined[name, f"{quantity} after"]
+            if (name, f"{quantity} ±") in joined:
+                columns[f"{quantity} ± {name}"] = joined[name, f"{quantity} ±"]
+    columns |= {f"seconds {name}": joined[name, "seconds"] for name in tables}
+    return pd.DataFrame(columns).reset_index()
+
+
 def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataFrame:
     """A row for every method, from the logs of its results folder; accuracies in percent.
 
@@ -149,7 +202,7 @@ def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataF
         measured.
 
     Raises:
-        ProblemError: a folder holds no results of the asked kind.
+        ProblemError: a folder holds no results of the wanted kind.
     """
     lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
@@ -172,26 +225,22 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
         line[f"{group} worst"] = pd.Series((before - after).ravel()).max()
     line["forgotten worst"] = 100 * df["cls_forget"].max()
     solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
+    files = [folder / solver.get("adapter", "") for solver in solvers]
+    sizes = [file.stat().st_size if file.is_file() else None for file in files]
     line["seconds"] = pd.Series([s.get("seconds") for s in solvers], dtype=float).mean()
-    line["bytes"] = pd.Series([_size(folder, s) for s in solvers], dtype=float).mean()
+    line["bytes"] = pd.Series(sizes, dtype=float).mean()
     line["avg_gain"] = average_gains(df).mean()
     audits = audit_table(rows)
     if audits.empty:
         return line
-    worded = audits[audits["words worst"].notna()]
+    measured = audits[audits["words worst"].notna()]
     return line | {
         "words worst": audits["words worst"].mean(),
-        "words back": worded["words back"].gt(0).sum() if len(worded) else float("nan"),
+        "words back": measured["words back"].gt(0).sum() if len(measured) else float("nan"),
         "neighbours": (audits["neighbours after"] - audits["neighbours before"]).mean(),
         "retrieval forgotten": audits["retrieval forgotten"].mean(),
         "retrieval": (audits["retrieval after"] - audits["retrieval before"]).mean(),
     }
-
-
-def _size(folder: Path, solver: dict[str, Any]) -> float | None:
-    """Bytes of the adapter that a solver's report names; None if it is not there."""
-    path = folder / solver["adapter"] if "adapter" in solver else None
-    return path.stat().st_size if path and path.is_file() else None
 
 
 def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -224,15 +273,9 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def check_table(path: str | Path, columns: Sequence[str]) -> None:
-    """ProblemError unless a table of these columns may be written there: the place can be written, and
-    holds nothing but a table that begins alike."""
-    refuse_foreign(path, ",".join([*columns[:3], ""]))  # audit.csv begins with two of others
-
-
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV, whole or not at all, see `check_table`."""
-    check_table(path, table.columns)
+    """Write a table as CSV, whole or not at all; a table that is there is replaced."""
+    require_writable(path)
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 

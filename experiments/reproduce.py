@@ -161,7 +161,10 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
             rows.append(("before", dataset, name, known.get(datasets.key(name)), before))
     for mode, frame in frames_of(folder, sets).items():
         parts = [*frame.groupby("ds", sort=False), ("all of them", frame)]
-        rows += [(mode, name, "average gain", None, compute_avg_gain(part)) for name, part in parts]
+        rows += [
+            (mode, name, "average gain", None, compute_avg_gain(part).mean())
+            for name, part in parts
+        ]
     table = pd.DataFrame([(backbone, *row) for row in rows], columns=COLUMNS)
     table = table.astype({"paper": float, "ours": float})
     return table.assign(difference=table["ours"] - table["paper"])
