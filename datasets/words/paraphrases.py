@@ -1,4 +1,4 @@
-"""The same class in other words: what an audit asks for after the class was forgotten.
+"""The same class in other words, for an audit after the class was forgotten.
 
 Texts are made from names alone, so no data set need be there. A set's evaluation prompt is never
 among them, nor the bare name: both are in its bundle.

@@ -15,7 +15,7 @@ from evaluation.audit.case import Case, Model
 from evaluation.audit.statistics import auc
 
 LISTED = 10  # classes written out
-COMPARED = 5  # new classes that the class is told apart from
+COMPARED = 5  # new classes that the class is compared with
 FOLDS = 5
 CONSTANT = 1e-9  # the standard deviation of a score below which it says nothing
 FEWEST = 4  # images of either class: with fewer an AUC has hardly any values to take

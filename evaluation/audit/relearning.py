@@ -42,7 +42,7 @@ def measure(case: Case) -> dict[str, Any]:
     if images == 0:
         missing.append(f"relearning: no image of {case.name!r}")
     elif not comparable:
-        missing.append("relearning: no image of another class to tell it from")
+        missing.append("relearning: no image of another class to compare with")
     elif images <= SHOTS[-1]:
         few = [k for k in SHOTS if k >= images]
         missing.append(f"relearning from {few[0]} or more images: {case.name!r} has {images}")

@@ -39,7 +39,7 @@ def measure(case: Case) -> dict[str, Any]:
     if images == 0:
         missing.append(f"zero-shot: no image of {case.name}")
     if others == 0:
-        missing.append("probes: no image of another class to tell it from")
+        missing.append("probes: no image of another class to compare with")
     probes = case.data.once(probes_of)
     probed = images >= FEWEST and others > 0
     chosen = case.own_images if probed else torch.zeros_like(case.own_images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -105,105 +105,85 @@ def audit_dataset(
 ) -> None:
     """Audit labels of one data set, each into its own file, and compile audit.json.
 
-    What an audit of the same adapter, seed and texts has measured is not measured again.
+    A label that was audited with the same adapter, seed, texts and measures is not audited again.
 
     Raises:
         ProblemError: an adapter that is missing or belongs to another projection.
     """
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
-    results = Results(
-        folder, labels_of(logs, dataset), AuditData(inputs.bundle, inputs.others, seed)
-    )
-    bar = progress(desc=f"audit: {dataset}", total=len(labels))
+    data = AuditData(inputs.bundle, inputs.others, seed)
+    results = Results(folder, labels_of(logs, dataset), data, inputs.encode)
     try:
-        with bar, one_thread():
+        with progress(desc=f"audit: {dataset}", total=len(labels)) as bar, one_thread():
             for label in labels:
                 bar.set_postfix_str(label[:40])
-                audit_label(results, label, inputs.encode, measures)
+                cases = results.cases(label)
+                stamp = {
+                    "adapter_sha256": sha256_file(results.path(label)),
+                    "settings": {
+                        "seed": seed,
+                        "texts": {name: len(case.prompts) for name, case in cases.items()},
+                    },
+                }
+                known = read_audit(folder, dataset, label)
+                done = all(known.get(key) == value for key, value in stamp.items())
+                if not done or any(measures.keys() - known["classes"][name] for name in cases):
+                    classes = {name: audit_class(case, measures) for name, case in cases.items()}
+                    write_audit(folder, dataset, label, stamp | {"classes": classes})
                 bar.update()
     finally:  # also on an error or Ctrl-C: what is done counts
         compile_audits(folder)
 
 
-def audit_label(
-    results: Results, label: str, encode: Encode | None, measures: dict[str, Measure]
-) -> None:
-    """Measure what is lacking of one label, and write its file."""
-    folder, dataset = results.folder, results.data.bundle.dataset
-    cases = results.cases(label, encode)
-    texts = {name: len(case.prompts) for name, case in cases.items()}
-    stamp = {
-        "adapter_sha256": sha256_file(results.path(label)),
-        "settings": {"seed": results.data.seed, "texts": texts},
-    }
-    earlier = read_audit(folder, dataset, label)
-    same = all(earlier.get(key) == value for key, value in stamp.items())
-    known = earlier["classes"] if same else {name: {} for name in cases}
-    if all(known[name].keys() >= measures.keys() for name in cases):
-        return
-    classes = {
-        name: audit_class(
-            replace(case, stranger=results.stranger(label, name)), measures, known[name]
-        )
-        for name, case in cases.items()
-    }
-    write_audit(folder, dataset, label, stamp | {"classes": classes})
-
-
-def audit_class(
-    case: Case, measures: dict[str, Measure] = MEASURES, known: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def audit_class(case: Case, measures: dict[str, Measure] = MEASURES) -> dict[str, Any]:
     """What the measures find for one class.
-
-    Args:
-        known: an earlier answer for the same case; its measures are taken from there.
 
     Returns:
         Measure -> its JSON values, `seconds` (measure -> wall-clock seconds; what classes share
         counts for the first of them), `verdict` (the findings in words).
     """
-    known = known or {}
-    found = {name: known[name] for name in MEASURES if name in known}
-    seconds = dict(known.get("seconds", {}))
+    found, seconds = {}, {}
     for name, measure in measures.items():
-        if name not in found:
-            started = time.perf_counter()
-            found[name] = measure(case)
-            seconds[name] = time.perf_counter() - started
+        started = time.perf_counter()
+        found[name] = measure(case)
+        seconds[name] = time.perf_counter() - started
     return found | {"seconds": seconds, "verdict": verdict(found)}
 
 
 @dataclass(frozen=True)
 class Results:
-    """The adapters of one data set in a results folder.
-
-    Attributes:
-        labels: of the data set's results.
-    """
+    """The adapters of one data set in a results folder; `labels` are those of its results."""
 
     folder: Path
     labels: list[str]
     data: AuditData
+    encode: Encode | None = None
 
-    def cases(self, label: str, encode: Encode | None) -> dict[str, Case]:
+    def cases(self, label: str) -> dict[str, Case]:
         """Class -> its case, for every class of a label."""
         adapter = self.adapter(label)
         removed = tuple(adapter.solver.get("removed_names", ()))
         after = Model(self.data, LowRankEdit(adapter.left, adapter.right), removed)
         seen = {*adapter.texts, *map(clean_name, adapter.texts)}
         return {
-            name: Case(name, adapter.classes, after, *prompts_for(self.data, name, seen, encode))
+            name: Case(
+                name,
+                adapter.classes,
+                after,
+                *prompts_for(self.data, name, seen, self.encode),
+                self.stranger(label, name),
+            )
             for name in adapter.classes
         }
 
     def stranger(self, label: str, name: str) -> tuple[list[str], LowRankEdit] | None:
         """For a class of a label one of a few other adapters that forget none of its classes,
         always the same one; None if there is none."""
-        dataset, classes = self.data.bundle.dataset, split_label(label)
-        draw = random.Random(f"{self.data.seed}/{dataset}/{label}")
-        ordered = sorted(other for other in self.labels if other != label)
-        drawn = sorted(draw.sample(range(len(ordered)), min(STRANGERS, len(ordered))))
-        few = [ordered[i] for i in drawn if not set(split_label(ordered[i])) & set(classes)]
+        draw = random.Random(f"{self.data.seed}/{self.data.bundle.dataset}/{label}")
+        others = sorted(other for other in self.labels if other != label)
+        drawn = sorted(draw.sample(range(len(others)), min(STRANGERS, len(others))))
+        classes = set(split_label(label))
+        few = [others[i] for i in drawn if not classes & set(split_label(others[i]))]
         if not few:
             return None
         generator = self.data.generator(name, "undo")
@@ -227,10 +207,7 @@ class Results:
         """
         path, dataset = self.path(label), self.data.bundle.dataset
         if not path.is_file():
-            raise ProblemError(
-                f"the adapter of {dataset} / {label} is missing: {path}; an audit needs results of "
-                "this repository's trainers (forget_clip.sh)"
-            )
+            raise ProblemError(f"the adapter of {dataset} / {label} is missing: {path}")
         adapter = load_adapter(path)
         if join_label(adapter.classes) != label:
             raise ProblemError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")

@@ -8,7 +8,7 @@ from evaluation.audit.names import ATTACKERS, RELEARNING
 from evaluation.rules import Fate, fate, is_other_word
 
 HARM = 0.02  # loss of the neighbours' mean accuracy that is worth a line
-LEAK = 0.8  # area under the curve from which two classes count as told apart
+LEAK = 0.8  # area under the curve from which two classes count as distinguished
 PROBED = 0.5  # of its images: above that a probe counts as finding the class
 DROP = 0.2  # loss of one neighbour that is worth a line, whatever the mean
 NAMED = 5  # places within which an attack counts as having named the class
