@@ -178,6 +178,10 @@ class Results:
         """Where the adapter of a label is."""
         return self.folder / (place(dataset, label) + SUFFIX)
 
+    def record(self, dataset: str, label: str) -> Record | None:
+        """What the adapter of a label says of itself; None if there is none."""
+        return self._files.get(self.path(dataset, label), ((), None))[1]
+
     def refresh(self) -> bool:
         """Read the adapters that are new or were replaced; whether anything changed."""
         before, self._files = self._files, {}
@@ -224,12 +228,12 @@ class Results:
         Raises:
             ProblemError: it was made with other settings, which only `--overwrite` may replace.
         """
-        path = self.path(dataset, label)
-        _, record = self._files.get(path, (None, None))
+        record = self.record(dataset, label)
         if record is None:
             return False
         refuse_other_settings(record, settings)
-        return not model or all(file.is_file() for file in model_files(path))
+        files = model_files(self.path(dataset, label))
+        return not model or all(file.is_file() for file in files)
 
     def add(self, data: bytes, dataset: str, label: str, overwrite: bool) -> None:
         """Write an adapter, and logs.json if it is time.

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from clip import ClipSource
 from clip.architectures import ARCHITECTURES
 from forgetting import load_adapter
+from forgetting.errors import ProblemError
 from tests.clip_fixtures import save_openai
 from tests.conftest import BACKBONE, REPOSITORY, whole_set
 from tests.test_bad_input import caltech
+from trainers import base
 from utils import create_results
 
 TOY_KEYS = [
@@ -153,3 +156,75 @@ def test_real_features_have_their_published_accuracies():
     for dataset, accuracy in known.items():
         found = whole_set(load_bundle(REAL_CLIP, "ViT-B/32", dataset))
         assert round(found, 4) == accuracy
+
+
+@pytest.fixture(scope="module")
+def mini_args(tmp_path_factory) -> list[str]:
+    """A quick command line on MiniDigits, whose images are encoded once; it lacks --output-dir."""
+    folder = tmp_path_factory.mktemp("mini")
+    places = ["--root", str(folder / "data"), "--cache", str(folder / "cache")]
+    return ["--dataset", "MiniDigits", "--backbone", "mini", "--forget", "digit two", *places]
+
+
+def test_a_full_model_is_part_of_what_is_done(mini_args, tmp_path, monkeypatch):
+    """Asked for later, lost, or never written: the next run has it. Nothing else is deleted."""
+    argv = [*mini_args, "--trainer", "ForgetZero", "--output-dir", str(tmp_path)]
+    path = tmp_path / "MiniDigits/digit two.safetensors"
+    model, config, mine = path.with_suffix(".pt"), path.with_suffix(".json"), tmp_path / "mine.txt"
+    mine.write_text("mine")
+    full = base.save_full_model
+
+    def full_disk(*_):
+        raise ProblemError("no space left")
+
+    monkeypatch.setattr(base, "save_full_model", full_disk)
+    assert train.cli([*argv, "--save-model"]) == 2 and not path.exists()
+    assert train.cli(argv) == 0 and path.exists() and not model.exists()
+    monkeypatch.setattr(base, "save_full_model", full)
+    for lost in (None, model, config):
+        if lost:
+            lost.unlink()
+        assert train.cli([*argv, "--save-model"]) == 0 and model.exists() and config.exists()
+    written = model.stat().st_mtime_ns
+    assert train.cli([*argv, "--save-model"]) == 0 and model.stat().st_mtime_ns == written
+    logs = json.loads((tmp_path / "logs.json").read_text())
+    solver = logs["MiniDigits"]["digit two"]["solver"]
+    assert solver["model"] == "MiniDigits/digit two.pt"
+    solver["model"] = "mine.txt"  # whatever logs.json says, a run deletes files of its own alone
+    (tmp_path / "logs.json").write_text(json.dumps(logs))
+    assert train.cli([*argv, "--overwrite"]) == 0
+    assert mine.read_text() == "mine" and not model.exists() and not config.exists()
+
+
+def test_a_finished_run_encodes_nothing_and_reads_no_features(mini_args, tmp_path, monkeypatch):
+    argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path)]
+    assert train.cli(argv) == 0
+    for name in ("build_bundle", "FeatureCache"):
+        monkeypatch.setattr(base, name, None)
+    assert train.cli(argv) == 0
+    with pytest.raises(TypeError):  # negative control: a run that has work to do
+        train.main([*argv, "--overwrite"])
+
+
+def test_names_of_ones_own_are_retained_instead_of_the_vocabulary(mini_args, tmp_path, features):
+    names = tmp_path / "names.txt"
+    names.write_text("# mine\nsecond hand of a clock\nhouse\nhouse\ndigit_two\n")
+    argv = [*mini_args, "--trainer", "ForgetOptimum", "FORGET.RETAIN_NAMES", str(names)]
+    folder = train.main([*argv, "--output-dir", str(tmp_path / "out")])
+    solver = json.loads((folder / "logs.json").read_text())["MiniDigits"]["digit two"]["solver"]
+    assert solver["retained"] == 2 and solver["excluded"] == ["digit two"]
+    names.write_text("house\n")
+    with pytest.raises(ProblemError, match="vocabulary_sha256"):
+        train.main([*argv, "--output-dir", str(tmp_path / "out")])
+    # Without a model the bundle's names can be chosen from.
+    toy = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE]
+    toy += ["--trainer", "ForgetOptimum", "--forget", "owl", "--output-dir", str(tmp_path / "toy")]
+    with pytest.raises(ProblemError, match="house"):
+        train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
+    names.write_text("Thing 3\nsea horse\nowl\n")
+    folder = train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
+    solver = json.loads((folder / "logs.json").read_text())["ToyAnimals"]["owl"]["solver"]
+    assert solver["retained"] == 2 and solver["excluded"] == ["owl"]
+    names.write_text("# nothing\n")
+    with pytest.raises(ProblemError, match="holds no name"):
+        train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -36,8 +36,8 @@ from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Evaluator, accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import Part, adapter_bytes, recipe_fields
-from forgetting.errors import ProblemError
-from forgetting.io import finite
+from forgetting.errors import ProblemError, unknown
+from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.targets import WITH_BETA, targets
 from trainers.plan import Plan, make_plan
@@ -227,8 +227,24 @@ class ForgetTrainer(SimpleTrainer):
                 )
                 for name in names
             }
-        check_prompts(plan.prompts, bundles[plan.dataset])
-        return bundles
+        own = bundles[plan.dataset]
+        check_prompts(plan.prompts, own)
+        if cfg.FORGET.RETAIN_NAMES:
+            hidden = self._hidden_of_names(own, plan.vocabulary)
+            own = replace(own, retain_names=plan.vocabulary, retain_hidden=hidden)
+        return bundles | {plan.dataset: own}
+
+    def _hidden_of_names(self, bundle: FeatureBundle, names: list[str]) -> Tensor:
+        """Hidden states (n, w) of names: encoded, or without a model those of the bundle."""
+        if self.source is not None:
+            return FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts(names)
+        known = [*bundle.classnames, *bundle.retain_names]
+        rows = torch.cat([bundle.forget_hidden, bundle.retain_hidden])
+        row_of = {datasets.key(name): row for name, row in zip(known, rows, strict=True)}
+        for name in names:
+            if datasets.key(name) not in row_of:
+                raise unknown("name to retain (--features has no model to encode it)", name, known)
+        return torch.stack([row_of[datasets.key(name)] for name in names])
 
     @property
     def bundle(self) -> FeatureBundle:
@@ -342,6 +358,7 @@ class ForgetTrainer(SimpleTrainer):
         are solved together at that moment.
         """
         dataset, pending = self.plan.dataset, self.pending
+        remove_stale(self.results.folder)
         self.results.compile()
         self.bar = progress(desc=dataset, total=len(pending))
         self.sink = Sink(self.cfg.LOG, self.results.folder / place(dataset) / SINK)
@@ -451,8 +468,10 @@ class ForgetTrainer(SimpleTrainer):
         """Write the full model, if it is wanted, and then the adapter, which says that it is done."""
         forget, dataset, label = self.cfg.FORGET, self.plan.dataset, join_label(classes)
         adapter, path = self.to_adapter(classes, answer, entry), self.results.path(dataset, label)
-        for file in model_files(path):  # of an adapter that is replaced
-            file.unlink(missing_ok=True)
+        replaced = self.results.record(dataset, label)
+        if forget.SAVE_MODEL or (replaced and "model" in replaced.entry["solver"]):
+            for file in model_files(path):  # of the adapter that is replaced
+                file.unlink(missing_ok=True)
         if forget.SAVE_MODEL:
             save_full_model(self.source, adapter, model_files(path)[0])
         self.results.add(adapter_bytes(adapter), dataset, label, forget.OVERWRITE)

@@ -6,10 +6,12 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import datasets
 from clip.bundle import list_bundles, load_bundle
+from datasets.names import entries
 from engine.schema import SETTINGS, Lists, fault
 from forgetting.errors import ProblemError, reason, shown
 
@@ -84,6 +86,8 @@ def make_plan(cfg, prompts: dict[str, list[str]]) -> Plan:
                 f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
             )
     requests = _part(requests, cfg.FORGET.PART)
+    if cfg.FORGET.RETAIN_NAMES:
+        vocabulary = _names_of(Path(cfg.FORGET.RETAIN_NAMES))
     return Plan(dataset, classnames, requests, others, absent, protect, prompts, vocabulary)
 
 
@@ -97,6 +101,15 @@ def _part(requests: list[list[str]], part: str) -> list[list[str]]:
             f"FORGET.PART must be i/n with i from 1 to n, such as 2/4, got {shown(part)}"
         )
     return requests[number - 1 :: count]
+
+
+def _names_of(path: Path) -> list[str]:
+    """The names in a file, one per line, each once."""
+    lines = entries(path, "names to retain (FORGET.RETAIN_NAMES)")
+    names = {datasets.key(text): datasets.clean_name(text) for _, text in lines}
+    if not names:
+        raise ProblemError(f"names to retain (FORGET.RETAIN_NAMES): {path} holds no name")
+    return list(names.values())
 
 
 def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[str]:
