@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.data import DataLoader, Dataset
 
-from clip.architectures import architecture
+from clip.architectures import architecture, preprocessing
 from clip.cache import FeatureCache
 from clip.features import loaders
 from clip.source import ClipSource
@@ -72,7 +72,7 @@ class Plain:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         arch, self.device, self.batch = source.architecture, source.device, batch
-        self.transform = image_transform_v2(PreprocessCfg(**arch.preprocessing()), is_train=False)
+        self.transform = image_transform_v2(PreprocessCfg(**preprocessing(arch)), is_train=False)
         self.model = arch.build().eval().to(self.device)
         self.model.load_state_dict(source.model.state_dict())
 

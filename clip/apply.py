@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from clip.checkpoint import read_state_dict
+from clip.architectures import identity_sha256, preprocessing
 from clip.source import ClipSource
 from engine import atomic_path, write_json_atomic
 from engine.cli import Parser, add_setting, run
@@ -44,7 +44,7 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
             f"the change is {shape}, but {source.arch} has a projection of "
             f"{tuple(projection.shape)}"
         )
-    state = {} if arch.transformers else read_state_dict(source.weights_path)
+    state = {} if arch.is_transformers else source.architecture.read()[0]
     if getattr(state.get("text_projection"), "shape", None) != projection.shape:
         raise ProblemError(f"{source.arch} has no text_projection in OpenAI's layout to be changed")
     state["text_projection"] = adapter.changed(projection)
@@ -54,7 +54,7 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
         except RuntimeError as error:  # what torch makes of a full disk
             raise ProblemError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     if len(places) > 1:
-        config = {"model_cfg": arch.model_config(), "preprocess_cfg": arch.preprocessing()}
+        config = {"model_cfg": arch.model_config(), "preprocess_cfg": preprocessing(arch)}
         write_json_atomic(config, beside, indent=1)
 
 
@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     if projection_sha256(source.projection) != adapter.projection_sha256:
         raise ProblemError(
             f"adapter {args.adapter} was made for other weights (sha256 {adapter.weights[:16]}) "
-            f"than {source.weights_path}; give the original ones by --weights"
+            f"than {source.weights_files[0]}; give the original ones by --weights"
         )
-    own = adapter.settings.get("model", source.architecture.sha)
-    if own != source.architecture.sha:
+    own = identity_sha256(source.architecture)
+    if adapter.settings.get("model", own) != own:
         raise ProblemError(
             f"adapter {args.adapter} was made for a model of other activation, preprocessing or "
             f"tokenizer than {source.arch} has now"

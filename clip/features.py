@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 import datasets
-from clip.architectures import architecture
+from clip.architectures import architecture, identity
 from clip.audit_texts import with_audit
 from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
@@ -75,7 +75,7 @@ def build_bundle(
     stored = FeatureCache(source, cache, how)
     workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
-    extra = {"forget_template": BARE, "model": source.architecture.identity()}
+    extra = {"forget_template": BARE, "model": identity(source.architecture)}
     if source.precision != "fp32":
         extra["precision"] = source.precision
     bundle = FeatureBundle(
@@ -96,7 +96,7 @@ def build_bundle(
         retain_names=retain_names,
         extra=extra,
     )
-    bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_path}")
+    bundle.check(f"of {dataset} under {source.arch}, weights {source.weights_files[0]}")
     return bundle
 
 

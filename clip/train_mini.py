@@ -51,7 +51,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from clip.architectures import architecture
-from clip.source import hidden_states
 from datasets import mini, retain_vocabulary, spec
 from datasets.words.lexicon import halves
 from datasets.words.paraphrases import TEMPLATES as UNSEEN_TEMPLATES
@@ -167,6 +166,15 @@ def crowding(hidden: Tensor, same: Tensor) -> Tensor:
     """
     directions = normalize(hidden, dim=1)
     return (directions @ directions.T)[~same].square().mean()
+
+
+def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Hidden states (n, w) at the end of each text, of tokens (n, context); with gradients."""
+    ends = tokens.argmax(dim=1)  # (n,)
+    length = int(ends.max()) + 1  # the mask is causal: nothing behind it is seen
+    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]  # (n, l, w)
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    return model.ln_final(x)[torch.arange(len(x)), ends]
 
 
 def _optimiser(model: nn.Module) -> torch.optim.Optimizer:

@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     args, weights = parse(argv)
     sets = read_sets(args.data, args.datasets)
     for backbone in args.backbones:  # downloaded here, if need be
-        path = ClipSource(backbone, weights.get(backbone), args.cache).weights_path
+        path = ClipSource(backbone, weights.get(backbone), args.cache).weights_files[0]
         logger.info(f"{backbone}: weights {path}")
     failed = run_all(args, weights)
     table = write(args, sets)

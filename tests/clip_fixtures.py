@@ -11,10 +11,13 @@ import pytest
 import torch
 from open_clip.model import convert_weights_to_fp16
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip.architectures import ARCHITECTURES
+from clip.architectures import ARCHITECTURES, architecture
 from forgetting.errors import ProblemError
+from tests import encoder_fixtures
+from tests.encoder_fixtures import SIZE, transformers_tokenizer
 
 OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
 
@@ -98,6 +101,53 @@ def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, width: int = 8) -> Path:
     monkeypatch.setitem(ARCHITECTURES, "mini", small)
     torch.save(random_model("mini").state_dict(), weights)
     return weights
+
+
+IMAGE = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
+TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+CONFIGS = {
+    "ResNet": {"vision_cfg": IMAGE | {"layers": [1, 1, 1, 1], "patch_size": None}},
+    "ViT": {"quick_gelu": True},
+    "custom": {"custom_text": True},
+    "custom with bias": {"custom_text": True, "text_cfg": TEXT | {"proj_bias": True}},
+    "no mask": {"text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last"}},
+}
+READING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3], "interpolation": "bilinear"}
+READING |= {"resize_mode": "squash"}
+
+
+def open_clip_folder(folder: Path, kind: str, **images: object) -> Path:
+    """A tiny random model as open_clip saves it for the hub."""
+    config = {"embed_dim": 12, "vision_cfg": IMAGE, "text_cfg": TEXT} | CONFIGS[kind]
+    folder.mkdir()
+    content = {"model_cfg": config, "preprocess_cfg": images or READING}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    (folder / "open_clip_model.safetensors").touch()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = architecture(f"hf:{folder}").build().state_dict()
+        if (bias := state.get("text.text_projection.bias")) is not None:
+            bias.normal_()
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def hugging_face(folder: Path, kind: str) -> Path:
+    """A tiny random model as transformers saves it."""
+    model, _ = encoder_fixtures.tiny(f"transformers {kind}")
+    if kind == "SiglipModel":  # texts as wide as images
+        model.config.text_config.projection_size = 32
+        model = encoder_fixtures._scaled(type(model)(model.config)).eval()
+        torch.nn.init.normal_(model.text_model.head.bias)
+    model.save_pretrained(folder, max_shard_size="20KB" if kind == "CLIPModel" else "1GB")
+    transformers_tokenizer().save_pretrained(folder)
+    size = {"size": {"height": SIZE, "width": SIZE}, "do_center_crop": False, "resample": 2}
+    if kind == "CLIPModel":
+        size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+        size |= {"do_center_crop": True, "resample": 3}
+    content = size | {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    return folder
 
 
 def caltech(root: Path, images_per_class: int = 30) -> Path:

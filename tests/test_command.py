@@ -233,14 +233,14 @@ MODELS = {
     "nowhere": ("nowhere", "no model 'nowhere'; a model is hf:DIR_OR_ID"),
     "empty": ("hf:", "hf: names nothing"),
     "folder": ("{tmp}", "holds neither config.json"),
-    "hf folder": ("hf:{tmp}", "holds no config.json"),
+    "hf folder": ("hf:{tmp}", "holds neither config.json"),
     "hf absent": ("hf:./nowhere", "no such folder"),
     "openai": ("openai:{tmp}/w.pt", "none of the files that OpenAI published"),
     "openai absent": ("openai:{tmp}/v.pt", "no such file"),
     "plain file": ("{tmp}/w.pt", "does not say its activation"),
-    "name": ("open_clip:ViT-B-33/x", "open_clip has no configuration 'ViT-B-33'"),
-    "no weights": ("open_clip:ViT-B-32", "has no weights: name some"),
-    "tag": ("open_clip:ViT-B-32/laion9b", "is no tag and no file"),
+    "name": ("open_clip:ViT-B-33/x", "unknown open_clip model 'ViT-B-33'"),
+    "no weights": ("open_clip:ViT-B-32", "has no weights"),
+    "tag": ("open_clip:ViT-B-32/laion9b", "pretrained tag"),
 }
 
 

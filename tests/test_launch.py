@@ -21,7 +21,6 @@ from clip.bundle import bundle_path
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
-from clip.statistics import statistics
 from engine.cli import Parser
 from engine.config import settings
 from engine.files import sha256_file
@@ -128,7 +127,7 @@ def test_without_ray_one_line_says_what_to_install(command, tmp_path, monkeypatc
     line = refused([*command, "--output-dir", str(tmp_path / "out"), *RAY])
     assert "pip install -r requirements-ray.txt" in line and not (tmp_path / "out").exists()
     parser = Parser()
-    add_launcher(parser)  # as `clip.features`, `clip.statistics` and `experiments sweep` do
+    add_launcher(parser)  # as `clip.features` and `experiments sweep` do
     with pytest.raises(ProblemError, match=r"requirements-ray\.txt"):
         launcher(parser.parse_args(["--launcher", "ray"]))
 
@@ -357,15 +356,3 @@ def test_images_by_ray_are_those_of_one_process_and_a_lost_shard_is_done_again(
     broken.write_bytes(b"no image")
     with pytest.raises(ProblemError, match=f"image {broken} cannot be read"):
         bundle("broken", *RAY)
-
-
-@pytest.mark.slow
-def test_statistics_by_ray_are_those_of_one_process(workers):
-    names = [f"thing number {number}" for number in range(200)]
-    source = ClipSource("mini")
-    here = statistics(names, source, "vocabulary", how(), part=30)
-    ray = statistics(names, source, "vocabulary", how(*RAY), part=30)
-    whole = statistics(names, source, "vocabulary")
-    assert here.sha256 == ray.sha256 and here.counts == {"vocabulary": 200}
-    assert torch.equal(here.weighted(None), ray.weighted(None))
-    assert torch.allclose(here.weighted(None), whole.weighted(None), rtol=1e-4)

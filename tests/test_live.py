@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import app
-from clip.source import named
+from clip.source import ClipSource
 from engine.cli import run
 from evaluation.live import Live
 from evaluation.live.look import View
@@ -56,8 +56,8 @@ def test_names_that_differ_in_case_alone_are_two(live, monkeypatch):
 
 
 def test_a_model_that_is_none_is_told_all_that_could_be():
-    with pytest.raises(ProblemError, match=r"mini; or open_clip:.*hf:DIR, openai:FILE or a folder"):
-        named("nope")
+    with pytest.raises(ProblemError, match=r"mini; or open_clip:.*openai:FILE, or a folder"):
+        ClipSource("nope")
 
 
 def test_one_of_several_is_given_back_as_if_it_had_never_gone(live, tmp_path):
@@ -153,26 +153,25 @@ def test_a_model_and_images_of_ones_own(tmp_path, kind):
     assert live.names == ["crab", "owl", "sea horse"] and len(view.pictures) == 3
     text = live.source.encode_hidden(["crab"]) @ live.source.projection
     view.found.apply()
-    changed = live.source.tower.embeddings(["crab"])
+    changed = live.source.encoder.embeddings(["crab"])
     assert not torch.allclose(changed, text, atol=1e-3)
     assert float(view.neighbours["crab"][0][0].now) != float(view.neighbours["crab"][0][0].before)
 
 
 def test_models_by_name(tmp_path):
     folder = open_clip_folder(tmp_path / "m", "ViT")
-    assert named(str(folder)).arch == named(f"hf:{folder}").arch == f"hf:{folder}"
     file = folder / "open_clip_model.safetensors"
-    assert named(f"open_clip:ViT-B-32/{file}").arch == "open_clip:ViT-B-32"
-    assert named("mini").arch == "mini"
+    for name in (str(folder), f"hf:{folder}", f"open_clip:ViT-B-32/{file}", "mini"):
+        assert ClipSource(name).arch == name
     for text, why in {
         f"openai:{file}": "none of the files that OpenAI published",
-        f"openai:{tmp_path / 'no.pt'}": "does not exist",
-        "open_clip:ViT-B-32/nobody": "unknown pretrained tag",
-        "hf:nowhere": "no folder",
+        f"openai:{tmp_path / 'no.pt'}": "no such file",
+        "open_clip:ViT-B-32/nobody": "pretrained tag of open_clip",
+        "hf:nowhere": "cannot be fetched",
         "miny": "did you mean 'mini'",
     }.items():
         with pytest.raises(ProblemError) as error:
-            named(text)
+            ClipSource(text)
         one_line(error, why)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
-from clip.architectures import architecture
+from clip.architectures import architecture, identity_sha256
 from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
@@ -300,7 +300,14 @@ class ForgetTrainer(SimpleTrainer):
         else:
             s, data = self.source, datasets.spec(self.plan.dataset, self.cfg.DATASET.IMAGES)
             template = self.cfg.DATASET.TEMPLATE or data.template
-            model = s.arch, s.weights_sha256, s.precision, template, "test", s.architecture.sha
+            model = (
+                s.arch,
+                s.weights_sha256,
+                s.precision,
+                template,
+                "test",
+                identity_sha256(s.architecture),
+            )
         keys = ("backbone", "weights", "precision", "template", "split", "model")
         settings = {"trainer": self.cfg.TRAINER.NAME, "seed": self.cfg.SEED}
         return settings | {key: value for key, value in zip(keys, model, strict=True) if value}

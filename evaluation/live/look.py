@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 import datasets
 from clip.cache import FeatureCache
 from clip.features import build_bundle
-from clip.source import named
+from clip.source import ClipSource
 from datasets.reader import read_image
 from evaluation.live.uploads import FILES, read_upload, thumbnail
 from evaluation.results import join_label, place
@@ -94,7 +94,7 @@ class Live:
     """One CLIP, names by which images are told apart, and images.
 
     Args:
-        model: see `clip.source.named`. images: of one's own, a folder or a CSV file; without,
+        model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV file; without,
             `mini` has its four sets, and any other model no image and the common names.
         root: of the image sets; folder: for what is encoded once.
 
@@ -107,7 +107,7 @@ class Live:
     """
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
-        self.source, self.folder = named(model, folder), Path(folder)
+        self.source, self.folder = ClipSource(model, cache=folder), Path(folder)
         sets = [datasets.spec("", images).name] if images else []
         self.generic = self.source.arch != "mini"  # it was taught few names
         if not images and not self.generic:

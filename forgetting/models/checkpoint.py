@@ -7,20 +7,24 @@ What it is called does not matter here: an adapter knows the SHA-256 of its numb
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import pickle
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import FLOATS, naming
+from forgetting.io import FLOATS, naming, read_bytes
 from forgetting.models.identity import description
 from forgetting.models.torchscript import is_torchscript, read_torchscript
 
@@ -32,7 +36,9 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 CLAMPED = 2e-7  # what converters to float16 put in the place of smaller numbers, and some more
 
 
-def weight_files(base: str | Path, names: tuple[str, ...] = HF_WEIGHTS + OPEN_CLIP_WEIGHTS) -> list:
+def weight_files(
+    base: str | Path, names: Sequence[str] = HF_WEIGHTS + OPEN_CLIP_WEIGHTS
+) -> list[Path]:
     """The files that hold the weights of a checkpoint: itself, or those of its folder.
 
     Args:
@@ -53,64 +59,103 @@ def weight_files(base: str | Path, names: tuple[str, ...] = HF_WEIGHTS + OPEN_CL
             if (base / name).is_file():
                 return [base / name]
             if index.is_file():
-                parts = sorted(set(_map(read_json(index), "weight_map").values()))
-                if any(Path(str(part)).name != part for part in parts):
-                    raise ProblemError(f"{index.name} names files outside of the folder")
-                return [base / part for part in parts]
+                content = read_json(index)
+                parts = content.get("weight_map") if isinstance(content, dict) else None
+                parts = list(parts.values()) if isinstance(parts, dict) else [None]
+                if not all(isinstance(part, str) and Path(part).name == part for part in parts):
+                    raise ProblemError(f"{index.name} does not map weights to files of its folder")
+                return [base / part for part in sorted(set(parts))]
         raise ProblemError(f"no weights in this folder: none of {', '.join(names)}")
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; ProblemError if it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ProblemError(f"{line(path)} is no readable JSON ({line(error)})") from error
+    with naming(path):
+        try:
+            return json.loads(read_bytes(path).decode("utf-8"))
+        except ProblemError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ProblemError(f"is not JSON ({line(error)})") from error
 
 
-def _map(value: Any, key: str) -> dict:
-    inner = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(inner, dict):
-        raise ProblemError(f"has no object {key!r} in its index")
-    return inner
+def read_checkpoint(files: Sequence[Path]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a checkpoint's files, and the SHA-256 of the very bytes that they were read
+    from: that of the file, or of those of several (`combined_sha256`)."""
+    tensors: dict[str, Tensor] = {}
+    digests = []
+    for file in files:
+        with naming(file):
+            data = read_bytes(file)
+            digests.append(hashlib.sha256(data).hexdigest())
+            tensors |= parse_tensors(data)
+    return tensors, combined_sha256(digests)
+
+
+def combined_sha256(digests: Sequence[str]) -> str:
+    """One SHA-256 for the files of a checkpoint."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of one checkpoint file on the CPU, in the dtypes of the file.
 
+    Raises:
+        ProblemError: no such file, or what `parse_tensors` refuses.
+    """
+    with naming(path):
+        return parse_tensors(read_bytes(path))
+
+
+def parse_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file with this content.
+
     Reads safetensors, what `torch.save` wrote (a state dict, plain or under "state_dict", with or
     without a "module." prefix), and TorchScript archives. Nothing in them is run.
 
     Raises:
-        ProblemError: no such file, or none that can be read as tensors.
+        ProblemError: empty, truncated, or something else than tensors of plain numbers.
     """
-    path = Path(path)
-    with naming(path):
-        if not path.is_file():
-            raise ProblemError("no such file")
-        try:
-            with open(path, "rb") as file:
-                start = file.read(9)
-            if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-                return load_file(path)
-            if zipfile.is_zipfile(path) and is_torchscript(path):
-                state = read_torchscript(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except ProblemError:
-            raise
-        except Exception as error:  # the readers raise whatever foreign bytes lead them to
-            reason = line(str(error).partition("\n")[0])
-            raise ProblemError(
-                f"cannot be read as tensors without running code from it ({reason})"
-            ) from error
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-            raise ProblemError("is no state dict: it holds other things than tensors")
-        if state and all(str(name).startswith("module.") for name in state):
-            state = {name.removeprefix("module."): x for name, x in state.items()}
-        return {name: x for name, x in state.items() if name not in NOT_WEIGHTS}
+    if not data:
+        raise ProblemError("is empty")
+    try:
+        state = _parsed(data)
+    except Exception as error:  # the readers raise whatever foreign bytes lead them to
+        objects = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        known = data[:2] == b"PK" or data[8:9] == b"{"
+        why = "it is truncated or damaged" if known and not objects else "give a state dict"
+        raise ProblemError(
+            f"cannot be read as tensors without running code from it; {why} "
+            f"({line(str(error).partition(chr(10))[0])})"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state:
+        raise ProblemError(f"is no state dict: it holds a {type(state).__name__} or nothing")
+    for name, x in state.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            raise ProblemError(f"is no state dict: {shown(name)} is a {type(x).__name__}")
+        odd = x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_complex()
+        # A tensor with a stride of 0 may say that it has more numbers than any memory.
+        if odd or x.is_meta or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ProblemError(f"{shown(name)} holds no plain numbers, or not all of them")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): x for name, x in state.items()}
+    return {name: x for name, x in state.items() if name not in NOT_WEIGHTS}
+
+
+def _parsed(data: bytes) -> Any:
+    if data[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+        return safetensors.torch.load(data)
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if is_torchscript(archive):
+                return read_torchscript(archive)
+    with warnings.catch_warnings():  # on odd pickle protocols: it is read or it is refused
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
@@ -190,9 +235,7 @@ def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor 
     Raises:
         ProblemError: it cannot be read, or holds no such projection, or not its bias.
     """
-    tensors = {}
-    for file in weight_files(base):
-        tensors |= read_tensors(file)
+    tensors, _ = read_checkpoint(weight_files(base))
     with naming(base):
         found, named = find(tensors, adapter), description(adapter).get("bias")
         stem, dot, last = found.name.rpartition(".")

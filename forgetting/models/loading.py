@@ -1,25 +1,44 @@
-"""Models by name, for the command: strictly, and offline where the files are local.
+"""The door for models: found by name, read strictly, and never run code of their own.
 
 hf:DIR_OR_ID                  transformers; configuration and tokenizer of the checkpoint
-open_clip:NAME[/PRETRAINED]   a configuration of open_clip with its weights, or a file of them
+open_clip:NAME/PRETRAINED     a configuration of open_clip with its weights, or a file of them
 openai:FILE                   a file that OpenAI published, known by its SHA-256
-DIR                           a folder that says itself what it holds
+DIR                           a folder that holds either configuration
+
+A local folder is read without a network: what its configuration would fetch is refused. Weights are
+read by `forgetting.models.checkpoint` alone, and only what a configuration may say of a model's
+shape reaches the library that builds it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
+import sys
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from forgetting.errors import ProblemError, line, reason
-from forgetting.io import need
+from forgetting.errors import ProblemError, line, reason, shown, unknown
+from forgetting.io import naming, need, read_bytes
+from forgetting.models.checkpoint import (
+    HF_CONFIG,
+    HF_WEIGHTS,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    read_checkpoint,
+    read_json,
+    weight_files,
+)
 from forgetting.models.reading import Tokenize
 
 # Every file that OpenAI published (openai/CLIP, clip/clip.py): SHA-256 -> name. All are QuickGELU.
@@ -35,135 +54,467 @@ OPENAI = {
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L-14-336",
 }
 KINDS = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
-BLOCK = 2**22
+ACTIVATIONS = {"-quickgelu": True, "-gelu": False}  # the end of a name -> open_clip's quick_gelu
+IMAGE_KEYS = (
+    "size",
+    "mean",
+    "std",
+    "interpolation",
+    "resize_mode",
+)  # of open_clip's preprocess_cfg
+# What a configuration of open_clip may say of its tokenizer, whoever wrote it.
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "reduction_mask")
+LARGEST, MOST_LAYERS = 2**20, 1024  # of any number in a configuration; of layers and heads
+# Fields of a transformers configuration that name code or say nothing of the model.
+NOT_SHAPE = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
 
 
-def load_model(text: str) -> tuple[nn.Module, Tokenize]:
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model is: how it is built, and where its weights are. Nothing is loaded yet.
+
+    Attributes:
+        name: what it was asked for by.
+        config: open_clip's `model_cfg`, or a file of it; or what transformers' config.json holds.
+        weights: a file or folder; None: none yet. tag: open_clip's, of weights to be fetched.
+        images: open_clip's `preprocess_cfg`, as far as the configuration says it.
+        explicit: whether the name, or a configuration beside the weights, says the activation.
+        folder: of a local model, with its configuration and tokenizer.
+        sha256: what the weights must have, where the name was chosen by it; else empty.
+    """
+
+    name: str
+    config: dict[str, Any] | str | Path
+    weights: Path | None = None
+    images: dict[str, Any] = field(default_factory=dict)
+    explicit: bool = True
+    tag: str = ""
+    folder: Path | None = None
+    sha256: str = ""
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether transformers builds it, and not open_clip."""
+        return isinstance(self.config, dict) and "model_type" in self.config
+
+    def model_config(self) -> dict[str, Any]:
+        """What the model is built from; a copy."""
+        if isinstance(self.config, Path):
+            return read_json(self.config)
+        if isinstance(self.config, str):
+            return read_json(open_clip_configs()[self.config])
+        return deepcopy(self.config)
+
+    def files(self) -> list[Path]:
+        """The files of its weights; ProblemError if there are none."""
+        if self.weights is None:
+            raise ProblemError(f"{line(self.name)} has no weights: name a tag or a file of them")
+        names = HF_WEIGHTS if self.is_transformers else OPEN_CLIP_WEIGHTS + HF_WEIGHTS
+        return weight_files(self.weights, names)
+
+    def read(self) -> tuple[dict[str, Tensor], str]:
+        """The tensors of its weights, and the SHA-256 of the bytes that they were read from.
+
+        Raises:
+            ProblemError: what `read_checkpoint` refuses, or another SHA-256 than is expected.
+        """
+        state, sha256 = read_checkpoint(self.files())
+        if self.sha256 not in ("", sha256):
+            raise ProblemError(f"{line(self.weights)} has changed since its SHA-256 was computed")
+        return state, sha256
+
+    def check_activation(self, weights: Path, sha256: str) -> None:
+        """Refuse weights of which it is not known how they compute: models with QuickGELU and with
+        GELU have tensors of the same names and shapes.
+
+        Raises:
+            ProblemError: weights that OpenAI published under a name that says GELU; a configuration
+                beside the weights that differs from this one; or neither, and a name that fits
+                both.
+        """
+        if self.is_transformers:
+            return
+        if sha256 in OPENAI:
+            if not self.model_config().get("quick_gelu"):
+                raise ProblemError(
+                    f"weights {line(weights)} are OpenAI's {OPENAI[sha256]}, which compute with "
+                    f"QuickGELU, and {line(self.name)} computes with GELU; name them "
+                    f"openai:{line(weights)}"
+                )
+        elif beside := config_beside(weights):
+            theirs, ours = _said(read_open_clip(beside)[0]), _said(self.model_config())
+            for key in sorted({*theirs, *ours}):
+                if theirs.get(key) != ours.get(key):
+                    raise ProblemError(
+                        f"weights {line(weights)} have a config beside them, {beside.name}, whose "
+                        f"model is another than {line(self.name)}: {key} is "
+                        f"{shown(theirs.get(key))}, not {shown(ours.get(key))}"
+                    )
+        elif not self.explicit:
+            raise ProblemError(
+                f"weights {line(weights)} (SHA-256 {sha256[:16]}) are none that OpenAI published "
+                f"and have no config beside them ({OPEN_CLIP_CONFIG}), so how they compute is not "
+                f"known: add the activation to the name, {line(self.name)}-quickgelu (OpenAI's, and "
+                f"most that were trained from it) or {line(self.name)}-gelu (open_clip's, LAION's)"
+            )
+
+    def build(self) -> nn.Module:
+        """A randomly initialised model of open_clip; no weights, no network for a local folder."""
+        open_clip = need("open_clip", "clip-forgetting[open-clip]")
+        config = self.model_config()
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        config["vision_cfg"]["timm_model_pretrained"] = False
+        config["text_cfg"]["hf_model_pretrained"] = False
+        kind = open_clip.CLIP
+        if custom:
+            kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+        try:
+            return kind(**config).eval()
+        except Exception as error:  # of a config that somebody wrote, or another library's tower
+            raise ProblemError(f"{line(self.name)} cannot be built ({reason(error)})") from error
+
+    def make(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The model with these weights, in evaluation mode: of open_clip in float32, of
+        transformers in the dtype of its weights.
+
+        Raises:
+            ProblemError: weights that are not finite, or not those of this model.
+        """
+        for name, x in state.items():
+            if x.is_floating_point() and not torch.isfinite(x).all():
+                raise ProblemError(f"{shown(name)} holds NaN or infinite values")
+        # Random initialisation must not move the caller's random numbers.
+        with torch.random.fork_rng(devices=[]), _quiet():
+            if self.is_transformers:
+                return self._make_transformers(dict(state))
+            with torch.device("meta"):  # names and shapes, without memory
+                shapes = self.build()
+            state = _current_form(shapes, state)
+            if difference := _difference(shapes.state_dict(), state):
+                raise ProblemError(
+                    f"the weights are not those of {line(self.name)}: {difference}; they look like "
+                    f"{_described(state)}"
+                )
+            model = self.build()
+        model.load_state_dict({name: x.float() for name, x in state.items()})
+        return model
+
+    def _make_transformers(self, state: dict[str, Tensor]) -> nn.Module:
+        transformers = need("transformers", "clip-forgetting[transformers]")
+        config = _without(self.model_config(), NOT_SHAPE)
+        kind, named = config.pop("model_type"), config.pop("architectures", None) or [None]
+        try:
+            config = transformers.AutoConfig.for_model(kind, **config)
+            builder = getattr(transformers, str(named[0]), None)
+            if not (
+                isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
+            ):
+                builder = transformers.AutoModel
+            model, report = builder.from_pretrained(
+                None, config=config, state_dict=state, output_loading_info=True
+            )
+        except Exception as error:  # of a config or weights that somebody wrote
+            raise ProblemError(f"{line(self.name)} cannot be loaded ({reason(error)})") from error
+        for what in ("missing_keys", "mismatched_keys"):
+            if report.get(what):
+                first = shown(next(iter(report[what])))
+                raise ProblemError(f"{line(self.name)}: its weights do not fit ({what}: {first})")
+        return model.eval()
+
+    def tokenizer(self) -> Tokenize:
+        """The model's own: that of its folder, or the byte-pair tokenizer that open_clip brings."""
+        with _quiet():
+            try:
+                if self.is_transformers:
+                    transformers = need("transformers", "clip-forgetting[transformers]")
+                    return transformers.AutoTokenizer.from_pretrained(
+                        self.folder, local_files_only=True, trust_remote_code=False
+                    )
+                open_clip = need("open_clip", "clip-forgetting[open-clip]")
+                text = self.model_config()["text_cfg"]
+                options = dict(text.get("tokenizer_kwargs") or {})
+                options["context_length"] = text.get("context_length", 77)
+                if "hf_tokenizer_name" not in text:
+                    return open_clip.SimpleTokenizer(**options)
+                need("transformers", "clip-forgetting[transformers]")
+                return open_clip.HFTokenizer(
+                    str(self.folder or text["hf_tokenizer_name"]),
+                    tokenizer_mode=text.get("tokenizer_mode"),
+                    trust_remote_code=False,
+                    local_files_only=self.folder is not None,
+                    **options,
+                )
+            except ProblemError:
+                raise
+            except Exception as error:  # of files that somebody wrote
+                raise ProblemError(
+                    f"{line(self.name)}: its tokenizer cannot be loaded ({reason(error)})"
+                ) from error
+
+
+def load_model(name: str) -> tuple[nn.Module, Tokenize]:
     """A model in evaluation mode, and its tokenizer.
 
     Raises:
         ProblemError: one line: an unknown kind, a missing file or package, or a checkpoint that
             does not say how it is to be read.
     """
-    kind, colon, rest = text.partition(":")
-    loaders = {"hf": _hf, "open_clip": _open_clip, "openai": _openai}
-    with _quiet():
-        if colon and kind in loaders:
-            if not rest:
-                raise ProblemError(f"{kind}: names nothing; a model is {KINDS}")
-            return loaders[kind](rest)
-        if Path(text).is_dir():
-            return _folder(Path(text))
-    if Path(text).is_file():
-        file = line(text)
+    spec = find_model(name)
+    spec = fetch(spec) if spec.tag else spec
+    state, sha256 = spec.read()
+    spec.check_activation(spec.files()[0], sha256)
+    return spec.make(state), spec.tokenizer()
+
+
+def find_model(name: str) -> ModelSpec:
+    """The model of a name, see above; ProblemError if there is none."""
+    kind, colon, rest = name.partition(":")
+    finders = {"hf": _hf, "open_clip": _open_clip, "openai": _openai}
+    if colon and kind in finders:
+        if not rest:
+            raise ProblemError(f"{kind}: names nothing; a model is {KINDS}")
+        return finders[kind](name, rest)
+    if Path(name).is_dir():
+        return _folder(name, Path(name))
+    if Path(name).is_file():
+        file = line(name)
         raise ProblemError(
             f"{file} is a file of weights, which does not say its activation (QuickGELU and GELU "
             f"have the same shapes): name what it is, open_clip:ViT-B-32-quickgelu/{file} or "
-            f"open_clip:ViT-B-32/{file}, or openai:{file} if OpenAI published it"
+            f"open_clip:ViT-B-32-gelu/{file}, or openai:{file} if OpenAI published it"
         )
-    raise ProblemError(f"no model {line(text)!r}; a model is {KINDS}")
+    raise ProblemError(f"no model {line(name)!r}; a model is {KINDS}")
 
 
-def _folder(path: Path) -> tuple[nn.Module, Tokenize]:
-    if (path / "open_clip_config.json").is_file():
-        return _local_open_clip(path)
-    if (path / "config.json").is_file():
-        return _hf(str(path))
+def _hf(name: str, text: str) -> ModelSpec:
+    if Path(text).is_dir():
+        return _folder(name, Path(text))
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ProblemError(f"{line(text)}: no such folder")
+    hub = need("huggingface_hub", "clip-forgetting[transformers]")
+    try:
+        folder = hub.snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.model"])
+        weights = ("*.safetensors", "*.bin")
+        for pattern in weights:
+            if not any(Path(folder).glob("*model*.safetensors")):
+                hub.snapshot_download(text, allow_patterns=[pattern])
+    except Exception as error:  # of the network, or of the hub
+        raise ProblemError(f"{line(name)} cannot be fetched ({reason(error)})") from error
+    return _folder(name, Path(folder))
+
+
+def _open_clip(name: str, text: str) -> ModelSpec:
+    model, _, weights = text.partition("/")
+    base, quick = split_activation(model)
+    configs = open_clip_configs()
+    known = model if model in configs else base
+    if known not in configs:
+        raise unknown("open_clip model", model, configs)
+    config = read_json(configs[known])
+    if quick is not None:
+        config["quick_gelu"] = quick
+    ambiguous = {base, f"{base}-quickgelu"} <= configs.keys()
+    spec = ModelSpec(name, config, explicit=quick is not None or not ambiguous)
+    if not weights or Path(weights).exists():
+        return replace(spec, weights=Path(weights) if weights else None)
+    open_clip = need("open_clip", "clip-forgetting[open-clip]")  # it takes seconds
+    tags = open_clip.list_pretrained_tags_by_model(known)
+    if weights not in tags:
+        raise unknown(f"file, or pretrained tag of open_clip's {known}", weights, tags)
+    trained = open_clip.get_pretrained_cfg(known, weights)
+    theirs = bool(trained.get("quick_gelu"))
+    if quick not in (None, theirs):
+        says = "QuickGELU" if theirs else "GELU"
+        raise ProblemError(f"{name}: its weights were trained with {says}; name the model so")
+    images = {key: trained[key] for key in IMAGE_KEYS if key in trained}
+    config["quick_gelu"] = theirs
+    return replace(spec, images=images, explicit=True, tag=f"{known}/{weights}")
+
+
+def fetch(spec: ModelSpec, cache: Path | None = None) -> ModelSpec:
+    """A model with a tag of open_clip, with the weights that open_clip fetches for it."""
+    open_clip = need("open_clip", "clip-forgetting[open-clip]")
+    known = open_clip.get_pretrained_cfg(*spec.tag.split("/", 1))
+    try:
+        path = open_clip.download_pretrained(known, cache_dir=cache and str(cache))
+    except Exception as error:  # of the network, or of the hub
+        raise ProblemError(
+            f"{line(spec.name)} cannot be fetched ({reason(error)}); name a file of its weights"
+        ) from error
+    return replace(spec, weights=Path(path), tag="")
+
+
+def _openai(name: str, text: str) -> ModelSpec:
+    with naming(text):
+        sha256 = hashlib.sha256(read_bytes(text)).hexdigest()
+    if sha256 not in OPENAI:
+        raise ProblemError(
+            f"{line(text)} is none of the files that OpenAI published (SHA-256 {sha256[:16]}); "
+            f"name what it is, with its activation: open_clip:ViT-B-32-quickgelu/{line(text)}, say"
+        )
+    return ModelSpec(name, f"{OPENAI[sha256]}-quickgelu", Path(text), sha256=sha256)
+
+
+def _folder(name: str, folder: Path) -> ModelSpec:
+    files = [OPEN_CLIP_CONFIG, HF_CONFIG]
+    for file in reversed(files) if name.startswith("hf:") else files:
+        path = folder / file
+        if path.is_file() and file == OPEN_CLIP_CONFIG:
+            config, images = read_open_clip(path)
+            return ModelSpec(name, config, folder, images, folder=folder)
+        if path.is_file():
+            config = read_json(path)
+            if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+                with naming(path):
+                    check_numbers(config)
+                return ModelSpec(name, config, folder, folder=folder)
     raise ProblemError(
-        f"{line(path)} holds neither config.json (transformers) nor open_clip_config.json, so how "
-        "its weights are to be read is not known; name it, as open_clip:ViT-B-32-quickgelu/FILE"
+        f"{line(folder)} holds neither {HF_CONFIG} with a model_type (transformers) nor "
+        f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known; name it, as "
+        "open_clip:ViT-B-32-quickgelu/FILE"
     )
 
 
-def _hf(text: str) -> tuple[nn.Module, Tokenize]:
-    path = Path(text)
-    local = path.is_dir()
-    if local and not (path / "config.json").is_file():
-        raise ProblemError(f"{line(text)} holds no config.json, which says what its weights are")
-    if not local and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise ProblemError(f"{line(text)}: no such folder")
-    transformers = need("transformers", "clip-forgetting[transformers]")
-    options: dict[str, Any] = {"local_files_only": True} if local else {}
-    try:
-        config = transformers.AutoConfig.from_pretrained(text, **options)
-        named = (getattr(config, "architectures", None) or [None])[0]
-        builder = getattr(transformers, named or "", transformers.AutoModel)
-        model = builder.from_pretrained(text, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(text, **options)
-    except Exception as error:  # whatever a foreign folder leads to
-        raise ProblemError(f"hf:{line(text)} cannot be loaded ({reason(error)})") from error
-    return model.eval(), tokenizer
+def split_activation(name: str) -> tuple[str, bool | None]:
+    """A name without the activation at its end, and open_clip's quick_gelu; None: it names none."""
+    for end, quick in ACTIVATIONS.items():
+        if name.endswith(end):
+            return name.removesuffix(end), quick
+    return name, None
 
 
-def _open_clip(text: str) -> tuple[nn.Module, Tokenize]:
-    open_clip = need("open_clip", "clip-forgetting[open-clip]")
-    name, _, weights = text.partition("/")
-    if name not in open_clip.list_models():
-        raise ProblemError(f"open_clip has no configuration {line(name)!r}")
-    known = open_clip.list_pretrained_tags_by_model(name)
-    if not weights:
-        shown = ", ".join(known[:6]) or "none published"
-        raise ProblemError(
-            f"open_clip:{line(name)} has no weights: name some, open_clip:{line(name)}/TAG ({shown}"
-            ") or /FILE"
-        )
-    if weights not in known and not Path(weights).is_file():
-        raise ProblemError(f"open_clip:{line(name)}: {line(weights)!r} is no tag and no file")
-    if Path(weights).is_file() and _sha256(Path(weights)) in OPENAI and "quickgelu" not in name:
-        raise ProblemError(
-            f"{line(weights)} is OpenAI's, whose activation is QuickGELU: name it "
-            f"openai:{line(weights)} or open_clip:{line(name)}-quickgelu/{line(weights)}"
-        )
-    try:
-        model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:
-        raise ProblemError(f"open_clip:{line(text)} cannot be loaded ({reason(error)})") from error
-    return model.eval(), tokenizer
+def open_clip_configs() -> dict[str, Path]:
+    """Name -> file of every configuration that open_clip brings. It is not imported for that."""
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        need("open_clip", "clip-forgetting[open-clip]")
+    return {p.stem: p for p in sorted(Path(package.origin).parent.glob("model_configs/*.json"))}
 
 
-def _local_open_clip(path: Path) -> tuple[nn.Module, Tokenize]:
-    open_clip = need("open_clip", "clip-forgetting[open-clip]")
-    try:
-        json.loads((path / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
-        model = open_clip.create_model(f"local-dir:{path}", require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
-    except Exception as error:
-        raise ProblemError(f"{line(path)} cannot be loaded ({reason(error)})") from error
-    return model.eval(), tokenizer
+def config_beside(weights: Path) -> Path | None:
+    """The config beside a file of weights, in open_clip's form; None if there is none."""
+    if (path := weights.with_name(OPEN_CLIP_CONFIG)).is_file():
+        return path
+    path = weights.with_suffix(".json")  # may be anything
+    if path == weights or not path.is_file():
+        return None
+    content = read_json(path)
+    return path if isinstance(content, dict) and "model_cfg" in content else None
 
 
-def _openai(text: str) -> tuple[nn.Module, Tokenize]:
-    path = Path(text)
-    if not path.is_file():
-        raise ProblemError(f"{line(text)}: no such file")
-    digest = _sha256(path)
-    if digest not in OPENAI:
-        raise ProblemError(
-            f"{line(text)} is none of the files that OpenAI published (SHA-256 {digest[:16]}); "
-            f"name what it is, with its activation: open_clip:ViT-B-32-quickgelu/{line(text)}, say"
-        )
-    open_clip = need("open_clip", "clip-forgetting[open-clip]")
-    try:
-        model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
-    except Exception as error:
-        raise ProblemError(f"openai:{line(text)} cannot be loaded ({reason(error)})") from error
-    return model.eval(), open_clip.get_tokenizer(OPENAI[digest])
+def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody wrote.
+
+    Raises:
+        ProblemError: another form, a number that no model has, or a part that would be fetched or
+            run.
+    """
+    content = read_json(path)
+    with naming(path):
+        model = content.get("model_cfg") if isinstance(content, dict) else None
+        images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+        parts = model if isinstance(model, dict) else {}
+        text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
+        if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
+            raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
+        if not isinstance(images, dict):
+            raise ProblemError("preprocess_cfg is no object")
+        check_numbers(model)
+        if text.get("hf_model_name"):
+            raise ProblemError(
+                f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a "
+                "local folder is read without a network: give a folder in the form of transformers"
+            )
+        if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
+            raise ProblemError(
+                f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
+            )
+        options = text.get("tokenizer_kwargs") or {}
+        for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
+            if key not in TOKENIZER_OPTIONS or not isinstance(value, str | bool):
+                raise ProblemError(
+                    f"text_cfg.tokenizer_kwargs: {shown(key)} is none of "
+                    f"{', '.join(TOKENIZER_OPTIONS)}, or of another type"
+                )
+    return model, images
 
 
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
+def check_numbers(value: Any, key: str = "") -> None:
+    """Refuse a configuration that holds a number which no model has: it would be computed for
+    ever, or take all memory."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_numbers(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            check_numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        limit = MOST_LAYERS if re.search("layers|heads|depth", key) else LARGEST
+        if not abs(value) <= limit:
+            raise ProblemError(f"{line(key)} is {shown(value)}: at most {limit}")
+
+
+def _without(config: Any, keys: Sequence[str]) -> Any:
+    """A configuration without these fields, and without those that choose code ("attn_..."),
+    nested ones too."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _without(value, keys)
+        for key, value in config.items()
+        if key not in keys and not key.endswith("_implementation")
+    }
+
+
+def _said(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what stands for nothing."""
+    return {key: value for key, value in config.items() if value not in (False, None)}
+
+
+def _current_form(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state, own = convert_state_dict(model, dict(state)), model.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in own and name in state and state[name].numel() == 1:
+            state[name] = state[name].reshape(own[name].shape)
+    old = "text.transformer.embeddings.position_ids"  # transformers stores them no more
+    return {name: x for name, x in state.items() if name != old or old in own}
+
+
+def _difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The first way in which a state dict does not fit a model; empty if it fits."""
+    for name, x in expected.items():  # counters of batch normalisation play no part in inference
+        if name not in state and not name.endswith("num_batches_tracked"):
+            return f"{name} is missing"
+        if name in state and state[name].shape != x.shape:
+            return f"{name} is {tuple(state[name].shape)}, not {tuple(x.shape)}"
+    more = next((name for name in state if name not in expected), None)
+    return f"{shown(more)} is no part of it" if more else ""
+
+
+def _described(state: Mapping[str, Tensor]) -> str:
+    """What a state dict looks like, judged by the names and shapes of its tensors."""
+    kernel = state.get("visual.conv1.weight")
+    if kernel is None or kernel.ndim != 4 or "text_projection" not in state:
+        return "no CLIP of OpenAI's layout"
+    if "visual.proj" in state:
+        return f"a CLIP with a ViT of width {kernel.shape[0]}, patch {kernel.shape[-1]}"
+    return f"a CLIP with a ResNet of width {2 * kernel.shape[0]}"
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Without the warnings and bars of the libraries that load."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if (transformers := sys.modules.get("transformers")) is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

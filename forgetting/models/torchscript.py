@@ -1,18 +1,17 @@
 """The tensors of a TorchScript archive, as OpenAI publishes its models, without running it.
 
 Such an archive is a program. Its weights are a pickle in which modules are named by their class and
-tensors by where their numbers are; both are read here as data: a module becomes an empty holder,
-and no other name is looked up. Which of its tensors are weights, the text of the program says.
+tensors by where their numbers are. Both are read here as data: a module becomes an empty object,
+and no other name is looked up. Which of its tensors are weights is stated in the program's text.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -29,13 +28,14 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+DEEPEST = 100  # of modules within modules
 
 
 class _Module:
     """What a module of the archive becomes: its attributes.
 
     Attributes:
-        weights: the names of those that are parameters and buffers, not plain tensors.
+        weights: the names of those that are parameters and buffers, not other tensors.
     """
 
     weights: frozenset[str] = frozenset()
@@ -56,24 +56,16 @@ def _list(values: Any, *_: Any) -> list:
     return list(values)
 
 
+_LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
 _KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("collections", "OrderedDict"): OrderedDict,
-    **{
-        ("torch.jit._pickle", name): _list
-        for name in (
-            "build_intlist",
-            "build_tensorlist",
-            "build_doublelist",
-            "build_boollist",
-            "restore_type_tag",
-        )
-    },
+    **{("torch.jit._pickle", name): _list for name in (*_LISTS, "restore_type_tag")},
 }
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+    def __init__(self, file: Any, archive: ZipFile, folder: str) -> None:
         super().__init__(file)
         self._archive, self._folder, self._storages, self._classes = archive, folder, {}, {}
         for path in archive.namelist():
@@ -101,29 +93,28 @@ class _Reader(pickle.Unpickler):
         return self._storages[key]
 
 
-def is_torchscript(path: str | Path) -> bool:
+def is_torchscript(archive: ZipFile) -> bool:
     """Whether a zip file is a TorchScript archive."""
-    names = zipfile.ZipFile(path).namelist()
+    names = archive.namelist()
     return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
 
 
-def read_torchscript(path: str | Path) -> dict[str, Tensor]:
+def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
     """Parameters and buffers of the archived model by their names, on the CPU.
 
     Raises:
         pickle.UnpicklingError, KeyError, RuntimeError, ...: whatever a foreign file leads to.
     """
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(name) as file:
-            model = _Reader(file, archive, name.rpartition("/")[0]).load()
+    (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    with archive.open(name) as file:
+        model = _Reader(file, archive, name.rpartition("/")[0]).load()
     state: dict[str, Tensor] = {}
     _collect(model, "", state, 0)
     return state
 
 
 def _collect(module: _Module, prefix: str, state: dict[str, Tensor], depth: int) -> None:
-    if depth > 100:
+    if depth > DEEPEST:
         raise RecursionError("modules within modules without end")
     for name, value in vars(module).items():
         if isinstance(value, Tensor) and name in module.weights:

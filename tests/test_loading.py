@@ -1,0 +1,589 @@
+"""The one door for models: every form is read, nothing foreign is run or fetched, and what cannot
+be read is one line."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from clip import ARCHITECTURES, ClipSource, architecture
+from clip.architectures import preprocessing
+from forgetting.errors import ProblemError
+from forgetting.models import loading
+from forgetting.models.checkpoint import parse_tensors, read_tensors
+from forgetting.models.loading import load_model
+from tests.clip_fixtures import (
+    TEXT,
+    hugging_face,
+    one_line,
+    open_clip_folder,
+    openai_state_dict,
+    random_model,
+    tiny,
+)
+from tests.conftest import REPOSITORY
+from tests.encoder_fixtures import needs_transformers
+
+TEXTS = ["", "sea horse", "a photo of a crab."]
+
+
+@pytest.fixture
+def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return tiny(monkeypatch, tmp_path / "mini")
+
+
+# --- Files of weights --------------------------------------------------------------------------
+
+
+def test_every_form_of_a_checkpoint_is_read(mini: Path, tmp_path: Path) -> None:
+    state = random_model("mini").state_dict()
+    half = {key: value.half() for key, value in state.items()}
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    forms = {
+        "plain.pt": lambda path: torch.save(state, path),
+        "legacy.pt": lambda path: torch.save(state, path, _use_new_zipfile_serialization=False),
+        "trained.pt": lambda path: torch.save({"epoch": 3, "state_dict": wrapped}, path),
+        "w.safetensors": lambda path: save_file(state, path),
+        "safetensors under another name.bin": lambda path: save_file(state, path),
+        "half.pt": lambda path: torch.save(half, path),
+        "openai.pt": lambda path: torch.save(state | {"context_length": torch.tensor(24)}, path),
+    }
+    for name, write in forms.items():
+        write(tmp_path / name)
+        source = ClipSource("mini", tmp_path / name, tmp_path / "cache", "cpu")
+        expected = (half if "half" in name else state)["text_projection"].float()
+        assert torch.equal(source.projection, expected), name
+        assert {x.dtype for x in source.model.state_dict().values()} == {torch.float32}
+
+
+class Trap:
+    """A pickle that would make a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_pickle_with_code_is_not_run(tmp_path: Path, form: str) -> None:
+    trap, path = tmp_path / "trap", tmp_path / "evil.pt"
+    content = {"text_projection": torch.ones(2, 2), "x": Trap(trap)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content["x"]))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(ProblemError, match="without running code") as error:
+        read_tensors(path)
+    one_line(error, path)
+    assert not trap.exists()
+    if form != "pickle":  # negative control: the trap works
+        torch.load(path, weights_only=False)
+        assert trap.exists()
+
+
+def program(path: Path, model: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """A model as OpenAI publishes them."""
+    with warnings.catch_warnings():  # deprecated, but the form of OpenAI's files
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, inputs, check_trace=False).save(path)
+
+
+def test_a_published_archive_is_read_and_not_run(mini: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its SHA-256 says that it computes with QuickGELU; the program itself is never loaded."""
+    model, path = random_model("mini"), tmp_path / "published.pt"
+    mask = model.attn_mask
+    del model.attn_mask  # a buffer that a state dict leaves out
+    model.attn_mask = mask
+    program(path, model, torch.zeros(1, 3, 16, 16), torch.zeros(1, 24, dtype=torch.int64))
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the program was loaded"))
+    with pytest.raises(ProblemError, match="none of the files that OpenAI published"):
+        load_model(f"openai:{path}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(loading.OPENAI, sha256, "published")
+    configs = {"published-quickgelu": mini.with_suffix(".json")}
+    monkeypatch.setattr(loading, "open_clip_configs", lambda: configs)
+    loaded, tokenizer = load_model(f"openai:{path}")
+    assert torch.equal(loaded.encode_text(tokenizer(TEXTS)), model.encode_text(tokenizer(TEXTS)))
+    with pytest.raises(ProblemError, match="no such file"):
+        load_model(f"openai:{tmp_path}/none.pt")
+
+
+def torn(content: bytes, part: float) -> bytes:
+    return content[: int(part * len(content))]
+
+
+@settings(max_examples=60)
+@given(part=st.floats(0, 0.999), form=st.sampled_from(["zip", "legacy", "safetensors", "jit"]))
+def test_a_torn_file_is_one_line(tmp_path_factory, part: float, form: str) -> None:
+    path = tmp_path_factory.mktemp("torn") / "w"
+    state = {"text_projection": torch.randn(8, 4), "x": torch.randn(5)}
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "jit":
+        program(path, torch.nn.Linear(2, 2), torch.ones(1, 2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    whole = path.read_bytes()
+    assert parse_tensors(whole)
+    with pytest.raises(ProblemError) as error:
+        parse_tensors(torn(whole, part))
+    one_line(error)
+
+
+@settings(max_examples=100)
+@given(
+    start=st.sampled_from(
+        [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"\x10" + 7 * b"\0"]
+    ),
+    noise=st.binary(max_size=60),
+)
+def test_random_bytes_are_one_line(start: bytes, noise: bytes) -> None:
+    with pytest.raises(ProblemError) as error:
+        parse_tensors(start + noise)
+    one_line(error)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested and quantised tensors are announced so
+def test_odd_tensors_are_one_line(tmp_path: Path) -> None:
+    plain = torch.eye(3)
+    odd = {
+        "sparse": plain.to_sparse(),
+        "complex": plain * 1j,
+        "meta": plain.to("meta"),
+        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([plain, plain[:2]]),
+        "endless": torch.zeros(1).expand(10**6, 10**6),  # a stride of 0: 4 TB in a small file
+        "number": 3,
+    }
+    path = tmp_path / "w.pt"
+    for name, tensor in odd.items():
+        torch.save({"ln_final.weight": tensor}, path)
+        with pytest.raises(ProblemError, match=r"ln_final|cannot be read") as error:
+            read_tensors(path)
+        one_line(error, path)
+        assert path.stat().st_size < 10_000, name
+    for content in ([1], {}, {"a": 1}, {1: plain}, {"state_dict": {"a": "b"}}):
+        torch.save(content, path)
+        with pytest.raises(ProblemError, match="no state dict"):
+            read_tensors(path)
+    torch.save({"a": plain, "b": plain.to(torch.float8_e4m3fn), "c": plain.long()}, path)
+    assert read_tensors(path).keys() == {"a", "b", "c"}
+
+
+def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    folder = open_clip_folder(tmp_path / "m", "ViT")
+    (folder / "open_clip_model.safetensors").unlink()
+    os.mkfifo(folder / "open_clip_model.safetensors")
+    for open_it in (
+        lambda: read_tensors(tmp_path / "pipe"),
+        lambda: read_tensors(tmp_path),
+        lambda: ClipSource("mini", tmp_path / "pipe", tmp_path / "cache"),
+        lambda: load_model(str(folder)),
+        lambda: load_model(f"openai:{tmp_path / 'pipe'}"),
+    ):
+        with pytest.raises(ProblemError) as error:
+            open_it()
+        one_line(error)
+
+
+def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path, monkeypatch) -> None:
+    torch.save(openai_state_dict("mini"), tmp_path / "w.pt")
+    (tmp_path / "w.json").write_text(json.dumps({"model_cfg": architecture("RN50").model_config()}))
+    with pytest.raises(ProblemError, match="not those of RN50") as error:
+        _ = ClipSource("RN50", tmp_path / "w.pt", tmp_path / "cache", "cpu").model
+    one_line(error, tmp_path / "w.pt", "ViT of width 8, patch 8")
+    torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
+    with pytest.raises(ProblemError, match="no CLIP"):
+        _ = ClipSource("mini", tmp_path / "fc.pt", tmp_path / "cache", "cpu").model
+    state = random_model("mini").state_dict()
+    state["ln_final.weight"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(ProblemError, match=r"ln_final\.weight' holds NaN") as error:
+        _ = ClipSource("mini", tmp_path / "nan.pt", tmp_path / "cache", "cpu").model
+    one_line(error)
+
+
+def test_what_is_hashed_is_what_is_loaded(mini: Path, tmp_path: Path, monkeypatch) -> None:
+    """A file that is exchanged between the two is refused."""
+    source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
+    assert source.weights_sha256
+    torch.save(random_model("mini", seed=1).state_dict(), mini)
+    with pytest.raises(ProblemError, match="has changed since"):
+        _ = source.model
+    fresh = ClipSource("mini", mini, tmp_path / "cache", "cpu")
+    assert fresh.weights_sha256 != source.weights_sha256 and fresh.model is not None
+    (tmp_path / "cache/weights/sha256.json").write_text("torn {")
+    again = ClipSource("mini", mini, tmp_path / "cache", "cpu")
+    assert again.weights_sha256 == fresh.weights_sha256
+
+
+# --- Names -------------------------------------------------------------------------------------
+
+
+def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/open_clip_config.json").write_text("{")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 3}}')
+    open_clip_folder(tmp_path / "bare", "ViT")
+    (tmp_path / "bare/open_clip_model.safetensors").unlink()
+    (tmp_path / "w.pt").touch()
+    both = {
+        f"hf:{tmp_path / 'nowhere'}": "no such folder",
+        "hf:": "names nothing",
+        f"hf:{tmp_path / 'empty'}": "holds neither config.json",
+        str(tmp_path / "torn"): "is not JSON",
+        f"hf:{tmp_path / 'none'}": "no model_cfg",
+        "open_clip:ViT-B-33": "did you mean 'ViT-B-32'",
+        "open_clip:ViT-B-32/laion2b_s34b": "did you mean 'laion2b_s34b_b79k'",
+        "open_clip:ViT-L-14-gelu/openai": "trained with QuickGELU",
+        str(tmp_path / "w.pt"): "which does not say its activation",
+    }
+    for name, message in both.items():
+        for find in (architecture, load_model):
+            with pytest.raises(ProblemError, match=message) as error:
+                find(name)
+            one_line(error)
+    for name, message in {
+        "ViT-B/33": "did you mean 'ViT-B/32'",
+        "vit-b16": "ViT-B/16",
+        "mini-gelu": "unknown architecture",
+    }.items():
+        with pytest.raises(ProblemError, match=message):
+            architecture(name)
+    for name, message in {
+        "nothing": "a model is hf:",
+        "open_clip:ViT-B-32": "has no weights",
+        str(tmp_path / "bare"): "none of open_clip_model",
+    }.items():
+        with pytest.raises(ProblemError, match=message):
+            load_model(name)
+
+
+def test_pretrained_tags_say_how_they_compute(tmp_path: Path, monkeypatch) -> None:
+    laion = architecture("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    assert laion.explicit and not laion.model_config()["quick_gelu"]
+    assert architecture("open_clip:ViT-B-32/openai").model_config()["quick_gelu"]
+    siglip = architecture("open_clip:ViT-B-16-SigLIP/webli")
+    assert preprocessing(siglip)["mean"] == [0.5, 0.5, 0.5]
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr("open_clip.download_pretrained", fail)
+    for find in (
+        load_model,
+        lambda name: ClipSource(name, cache=tmp_path).weights_files,
+    ):
+        with pytest.raises(ProblemError, match="cannot be fetched") as error:
+            find("open_clip:ViT-B-32/laion2b_s34b_b79k")
+        one_line(error)
+
+
+def test_no_model_library_is_imported_for_a_name() -> None:
+    """It takes seconds, and a run that finds all encoded needs none."""
+    code = (
+        "import sys, clip.features\n"
+        "from clip import ClipSource\n"
+        "source = ClipSource('mini')\n"
+        "source.fingerprint\n"
+        "ClipSource('ViT-B/16')\n"
+        "print([m for m in ('open_clip', 'torchvision', 'transformers') if m in sys.modules])\n"
+    )
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.fixture
+def two_activations(mini: Path, tmp_path: Path, monkeypatch) -> Path:
+    """Weights in the shapes of a small ViT-B/32, of which nobody knows the activation."""
+    config = json.loads(mini.with_suffix(".json").read_text())
+    del config["quick_gelu"]
+    files = {}
+    for name, more in (("ViT-B-32", {}), ("ViT-B-32-quickgelu", {"quick_gelu": True})):
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(config | more))
+    monkeypatch.setattr(loading, "open_clip_configs", lambda: files)
+    path = tmp_path / "laion.pt"
+    torch.save(random_model("ViT-B/32").state_dict(), path)
+    return path
+
+
+def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, monkeypatch) -> None:
+    path = two_activations
+
+    def source(arch: str) -> ClipSource:
+        return ClipSource(arch, path, tmp_path / "cache", "cpu")
+
+    def features(name: str) -> torch.Tensor:
+        model, tokenizer = load_model(f"{name}/{path}")
+        return model.encode_text(tokenizer(TEXTS))
+
+    for arch in ("ViT-B/32", "open_clip:ViT-B-32"):
+        with pytest.raises(ProblemError, match="how they compute is not known") as error:
+            _ = source(arch).fingerprint
+        one_line(error, path, f"{arch}-quickgelu", f"{arch}-gelu")
+    with pytest.raises(ProblemError, match="how they compute is not known"):
+        load_model(f"open_clip:ViT-B-32/{path}")
+    quick, gelu = source("ViT-B/32-quickgelu"), source("open_clip:ViT-B-32-gelu")
+    apart = quick.encode_hidden(TEXTS) - gelu.encode_hidden(TEXTS)
+    assert apart.abs().max() > 1e-3, "the two are different models"
+    assert quick.fingerprint != gelu.fingerprint
+    for name, same in (("open_clip:ViT-B-32-quickgelu", quick), ("open_clip:ViT-B-32-gelu", gelu)):
+        found = features(name)
+        assert torch.allclose(found, same.encode_hidden(TEXTS) @ same.projection, atol=1e-5)
+    # A config beside the weights says it; the other name is refused.
+    beside = tmp_path / "laion.json"
+    beside.write_text(json.dumps({"model_cfg": gelu.architecture.model_config()}))
+    for arch in ("ViT-B/32", "ViT-B/32-quickgelu"):
+        with pytest.raises(ProblemError, match="quick_gelu is None, not True"):
+            _ = source(arch).fingerprint
+    assert source("open_clip:ViT-B-32").fingerprint
+    assert torch.equal(features("open_clip:ViT-B-32"), features("open_clip:ViT-B-32-gelu"))
+    beside.unlink()
+    # A file that OpenAI published is known; it is no GELU model, whoever says so.
+    sha256 = gelu.weights_sha256
+    monkeypatch.setitem(loading.OPENAI, sha256, "ViT-B-32")
+    monkeypatch.setitem(
+        ARCHITECTURES, "ViT-B/32", replace(ARCHITECTURES["ViT-B/32"], sha256=sha256)
+    )
+    assert source("ViT-B/32").fingerprint
+    assert torch.equal(features("open_clip:ViT-B-32-quickgelu"), load_features(f"openai:{path}"))
+    for arch in ("ViT-B/32-gelu", "open_clip:ViT-B-32"):
+        with pytest.raises(ProblemError, match="compute with QuickGELU"):
+            _ = source(arch).fingerprint
+    with pytest.raises(ProblemError, match="compute with QuickGELU"):
+        features("open_clip:ViT-B-32-gelu")
+
+
+def load_features(name: str) -> torch.Tensor:
+    model, tokenizer = load_model(name)
+    return model.encode_text(tokenizer(TEXTS))
+
+
+# --- Folders that somebody wrote ---------------------------------------------------------------
+
+EVIL = """
+from pathlib import Path
+Path({trap!r}).mkdir()
+from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerFast
+class EvilTok(PreTrainedTokenizerFast): pass
+class EvilConfig(PreTrainedConfig): model_type = "evil"
+"""
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change a JSON file; `a__b` is the key b within a."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        place = content
+        for name in above:
+            place = place[name]
+        place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def evil(folder: Path, trap: Path) -> None:
+    """A folder whose tokenizer and config name code that lies beside them."""
+    (folder / "evil.py").write_text(EVIL.format(trap=str(trap)))
+    auto = {"AutoTokenizer": ["evil.EvilTok", None]}
+    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTok", auto_map=auto)
+
+
+ATTACKS = {
+    "open_clip tokenizer": (
+        "ViT",
+        {
+            "model_cfg__text_cfg__hf_tokenizer_name": "x",
+            "model_cfg__text_cfg__tokenizer_kwargs": {"trust_remote_code": True},
+        },
+    ),
+    "open_clip tokenizer, unasked": ("ViT", {"model_cfg__text_cfg__hf_tokenizer_name": "x"}),
+    "open_clip text tower": ("ViT", {"model_cfg__text_cfg__hf_model_name": "{folder}"}),
+    "open_clip image tower": (
+        "ViT",
+        {"model_cfg__vision_cfg__timm_model_name": "local-dir:{folder}"},
+    ),
+    "hub text tower": ("ViT", {"model_cfg__text_cfg__hf_model_name": "org/x"}),
+    "hub image tower": ("ViT", {"model_cfg__vision_cfg__timm_model_name": "hf-hub:org/x"}),
+    "bpe file": ("ViT", {"model_cfg__text_cfg__tokenizer_kwargs": {"bpe_path": "{folder}/pipe"}}),
+    "hf unknown model": ("CLIPModel", {"model_type": "evil"}),
+    "hf known model": ("CLIPModel", {}),
+    "hf kernels": ("CLIPModel", {"attn_implementation": "org/evil-kernel"}),
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkeypatch) -> None:
+    """Refused, or loaded without it; and nobody is asked whether it may run."""
+    kind, changes = ATTACKS[attack]
+    folder, trap = tmp_path / "m", tmp_path / "trap"
+    make = open_clip_folder if kind == "ViT" else hugging_face
+    make(folder, kind)
+    evil(folder, trap)
+    os.mkfifo(folder / "pipe")
+    config = folder / ("open_clip_config.json" if kind == "ViT" else "config.json")
+    if kind != "ViT":
+        auto = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
+        changes = {"auto_map": auto} | changes
+    edit(config, **json.loads(json.dumps(changes).replace("{folder}", str(folder))))
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("somebody was asked, or a network was used")
+
+    monkeypatch.setattr(builtins, "input", fail)
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    loaded = []
+    for load in (
+        lambda: load_model(str(folder)),
+        lambda: load_model(f"hf:{folder}"),
+        lambda: ClipSource(f"hf:{folder}", cache=tmp_path / "cache").encode_hidden(TEXTS),
+    ):
+        try:
+            loaded.append(load())
+        except ProblemError as error:
+            assert "\n" not in str(error)
+        assert not trap.exists()
+    assert not loaded or attack in ("hf known model", "hf kernels")
+    if attack == "open_clip tokenizer":  # negative control: the trap works
+        import transformers
+
+        with contextlib.suppress(Exception):  # whatever such a tokenizer leads to
+            transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert trap.exists()
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    good = open_clip_folder(tmp_path / "good", "ViT")
+    for path in ("../good/open_clip_model.safetensors", f"{good}/open_clip_model.safetensors", [1]):
+        folder = tmp_path / "m"
+        folder.mkdir(exist_ok=True)
+        (folder / "open_clip_config.json").write_text((good / "open_clip_config.json").read_text())
+        index = {"weight_map": {"text_projection": path}}
+        (folder / "open_clip_model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ProblemError, match="files of its folder") as error:
+            load_model(str(folder))
+        one_line(error)
+
+
+ODD = (None, -1, "x", 0, 1.5, float("nan"), [], {}, True, 10**8, 10**30)
+
+
+@needs_transformers
+@pytest.mark.parametrize("form", ["open_clip", "hf"])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_odd_numbers_in_a_config_are_one_line(form, tmp_path_factory, data) -> None:
+    """Whatever number stands in a config, it is refused in one line and in no time, or it is what
+    the model computes with."""
+    folder = tmp_path_factory.mktemp("odd") / "m"
+    if form == "open_clip":
+        config = open_clip_folder(folder, "ViT") / "open_clip_config.json"
+        keys = ["model_cfg__embed_dim", "model_cfg__text_cfg", "model_cfg__vision_cfg"]
+        keys += [f"model_cfg__text_cfg__{key}" for key in TEXT]
+        keys += ["model_cfg__vision_cfg__layers", "model_cfg__vision_cfg__image_size"]
+        images = [f"preprocess_cfg__{key}" for key in ("size", "mean", "std", "resize_mode")]
+    else:
+        config = hugging_face(folder, "CLIPModel") / "config.json"
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        keys = ["projection_dim", "text_config", "architectures", "model_type"]
+        keys += [f"{side}__{n}" for side in ("text_config", "vision_config") for n in names[:3]]
+        images = []
+    odd = st.sampled_from([*ODD, ["CLIPTokenizer"], [0.5]])
+    key, value = data.draw(st.sampled_from([*keys, *images])), data.draw(odd)
+    edit(config, **{key: value})
+    for load in (
+        lambda: load_model(str(folder)),
+        lambda: ClipSource(f"hf:{folder}", cache=folder.parent / "cache").encode_hidden(["a"]),
+    ):
+        try:
+            load()
+        except ProblemError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": -32}, "image size"),
+        ({"size": [32, 32.5]}, "image size"),
+        ({"size": 0}, "image size"),
+        ({"mean": [0.5]}, "three numbers"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "three numbers"),
+        ({"std": [0.5, 0, 0.5]}, "not above 0"),
+        ({"interpolation": "random"}, "interpolation"),
+        ({"resize_mode": 3}, "resize_mode"),
+    ],
+)
+def test_impossible_preprocessing_is_one_line(change, message, tmp_path) -> None:
+    folder = open_clip_folder(tmp_path / "m", "ViT", **change)
+    with pytest.raises(ProblemError, match=message) as error:
+        ClipSource(f"hf:{folder}", cache=tmp_path / "cache")
+    one_line(error)
+
+
+@needs_transformers
+def test_broken_folders_of_hugging_face_are_one_line(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m", "CLIPModel")
+    path = folder / "preprocessor_config.json"
+    good = path.read_text()
+
+    def source() -> ClipSource:
+        return ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+
+    for change in (
+        *({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": 3}),
+        *({"image_mean": [0.5]}, {"size": {"height": -32, "width": 32.5}, "do_center_crop": False}),
+    ):
+        path.write_text(good)
+        edit(path, **change)
+        with pytest.raises(ProblemError) as error:
+            source()
+        one_line(error)
+    path.unlink()
+    with pytest.raises(ProblemError, match=r"no .*preprocessor_config\.json"):
+        source()
+    path.write_text(good)
+    weights = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ProblemError, match="truncated") as error:
+        _ = source().model
+    one_line(error)
+    weights.write_bytes(whole)
+    edit(folder / "config.json", model_type="bert", architectures=["BertModel"])
+    with pytest.raises(ProblemError) as error:
+        _ = source().model
+    one_line(error)
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ClipSource("mini", cache="~/cache").cache == tmp_path / "cache"
+    with pytest.raises(ProblemError, match="no such user") as error:
+        ClipSource("mini", cache="~nobody-of-that-name/x")
+    one_line(error)
