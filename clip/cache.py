@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from yacs.config import CfgNode
 
 from clip.batches import BatchSize, encode
 from clip.digests import digests
@@ -31,6 +30,7 @@ from datasets.reader import read_image
 from engine import atomic_path, lock
 from engine.files import readable
 from engine.log import logger, progress
+from engine.ray import LauncherSettings
 from forgetting.errors import ProblemError
 
 SHARD = 512  # images; what a killed run loses at most
@@ -41,10 +41,12 @@ class FeatureCache:
     """Tensors of one ClipSource under `folder`; the model is loaded only for what is not there.
 
     Args:
-        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
+        how: where images are encoded; None: here.
     """
 
-    def __init__(self, source: ClipSource, folder: str | Path, how: CfgNode | None = None) -> None:
+    def __init__(
+        self, source: ClipSource, folder: str | Path, how: LauncherSettings | None = None
+    ) -> None:
         self.source, self.how, self.root = source, how, Path(folder)
         self.folder = self.root / "features" / source.arch.replace("/", "-")
 
@@ -89,7 +91,7 @@ class FeatureCache:
             for i in range(0, len(paths), SHARD)
         }
         with _alone(entry):
-            if self.how is not None and self.how.NAME == "ray" and not entry.exists():
+            if self.how is not None and self.how.launcher == "ray" and not entry.exists():
                 from clip.spread import encode_by_ray
 
                 encode_by_ray(self, name, shards, batch_size)

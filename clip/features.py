@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from yacs.config import CfgNode
 
 import datasets
 from clip.architectures import architecture, identity
@@ -23,8 +22,8 @@ from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.files import refuse_existing
-from engine.launch import add_launcher, launcher
 from engine.log import logger
+from engine.ray import LauncherSettings, add_launcher, launcher
 from forgetting.errors import ProblemError, unknown
 
 SPLITS = ("train_x", "val", "test")
@@ -42,7 +41,7 @@ def build_bundle(
     batch_size: int | None = None,
     workers: int | None = None,
     own: str = "",
-    how: CfgNode | None = None,
+    how: LauncherSettings | None = None,
 ) -> FeatureBundle:
     """Encode a split of a data set, or read from `cache` what was encoded before.
 
@@ -53,7 +52,7 @@ def build_bundle(
         split: "train_x", "val" or "test".
         batch_size: images that are encoded at once; None: what is found to be fastest.
         workers: processes that load images; None: see `loaders`.
-        how: the section `LAUNCHER` of the settings, by which images are encoded; None: here.
+        how: where images are encoded; None: here.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises ProblemError for an unknown name, missing or broken images, or weights that do not fit.

@@ -185,17 +185,6 @@ class UnlistedSettings:
     )
 
 
-@dataclass(frozen=True)
-class LauncherSettings:
-    """Where many runs take place."""
-
-    name: str = setting("local", "local or ray", choices=("local", "ray"))
-    parts: int = setting(1, "parts of a set's requests, a run each", 1, 4096)
-    cpus: float = setting(1.0, "cores that a run asks Ray for", 0, 1024)
-    gpus: float = setting(1.0, "GPUs that a run asks Ray for where there are any", 0, 64)
-    tries: int = setting(3, "how often a run is begun again whose worker died", 0, 100)
-
-
 SECTIONS = {
     "": RunSettings,
     "DATASET": DatasetSettings,
@@ -207,7 +196,6 @@ SECTIONS = {
     "FEATURES": FeatureSettings,
     "FORGET": ForgetSettings,
     "FORGET.UNLISTED": UnlistedSettings,
-    "LAUNCHER": LauncherSettings,
 }
 PATHS = {  # where ~ is the user's home
     *("OUTPUT_DIR", "DATASET.ROOT", "DATASET.IMAGES", "MODEL.INIT_WEIGHTS", "FEATURES.DIR"),

@@ -23,6 +23,7 @@ printed and written to OUT/FILE/sweep.csv, and a report of everything to OUT/FIL
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -35,26 +36,31 @@ from pydantic import Field
 import datasets
 import train
 from clip.architectures import architecture
-from engine.cli import Parser, add_setting
+from engine import TRAINER_REGISTRY
+from engine.cli import COUNT, Parser, add_setting
 from engine.config import (
     OPTIONS,
+    BackboneSettings,
     DatasetSettings,
     FeatureSettings,
+    TrainerSettings,
     declared,
     methods,
     read_yaml,
 )
-from engine.launch import Run, add_launcher, launch, launcher
 from engine.log import logger, quiet
+from engine.ray import add_launcher, launcher
 from engine.schema import Text, check, some
-from evaluation.report import REPORT, check_report, read_runs, write_report
+from evaluation.report import REPORT, read_runs, write_report
 from evaluation.results import join_label
-from evaluation.tables import average_gains, check_table, write_table
+from evaluation.tables import average_gains, write_table
 from experiments.reproduce import MODES, OWN_KEYS, weights_by_name
+from experiments.runs import Run, folder_of, launch, refuse_keys, runs_of
 from forgetting.errors import ProblemError, unknown
 from forgetting.settings import check_value
 from utils import create_results, summarise
 
+PARTS = "parts of a set's requests, a run each"
 TABLE = "sweep.csv"
 PLAIN = ""  # the name of the settings as they are
 ALL_SETS = "all of them"
@@ -123,9 +129,9 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
         ProblemError: a run that would be refused; nothing has been written.
     """
     own = {*OWN_KEYS, OPTIONS["trainer"], *([OPTIONS["forget"]] if varied["classes"] else [])}
-    train.refuse_keys(args.opts[::2], own)
+    refuse_keys(args.opts[::2], own)
     for setting, keys in varied["settings"].items():
-        train.refuse_keys(keys, own, f" (settings / {setting} in {args.file})")
+        refuse_keys(keys, own, f" (settings / {setting} in {args.file})")
     weights = weights_by_name(args.weights, varied["backbones"])
     root = Path(args.out) / Path(args.file).stem
     seeds = list(map(str, varied["seeds"]))
@@ -133,7 +139,7 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
     for backbone, trainer, (setting, keys) in product(
         varied["backbones"], varied["trainers"], varied["settings"].items()
     ):
-        case = Case(backbone, trainer, setting, train.place_below(root, backbone, trainer, setting))
+        case = Case(backbone, trainer, setting, folder_of(root, backbone, trainer, setting))
         common = ["--backbone", backbone, "--trainer", trainer, "--root", args.data]
         common += ["--cache", args.cache, "--features", args.features]
         common += ["--weights", weights.get(backbone, "")]
@@ -142,13 +148,14 @@ def cases_of(varied: Mapping[str, Any], args: argparse.Namespace, parts: int) ->
             common += [key, str(tuple(value) if isinstance(value, list) else value)]
         for mode in varied["modes"]:
             argv = [*common, *MODES[mode]]
-            for run in train.attempt(case.folder, varied["datasets"], seeds[:1], argv):
+            for run in runs_of(case.folder, varied["datasets"], seeds[:1], argv):
                 with quiet():  # the runs log what they find
-                    _, plan = train.prepare(train.parse(run.argv))
+                    cfg = train.setup_cfg(train.parse(run.argv))
+                    plan = TRAINER_REGISTRY.get(cfg.TRAINER.NAME).preflight(cfg)
                 case.labels[mode, plan.dataset] = list(map(join_label, plan.requests))
             about = list(filter(None, [backbone, trainer, setting, mode]))
             split = parts if mode == "alone" else 1
-            case.runs += train.attempt(case.folder, varied["datasets"], seeds, argv, split, about)
+            case.runs += runs_of(case.folder, varied["datasets"], seeds, argv, split, about)
         cases.append(case)
     return cases
 
@@ -202,13 +209,64 @@ def _rows(case: Case, mode: str, seeds: Sequence[int]) -> pd.DataFrame:
     return pd.concat([rows, rows.assign(**whole)])
 
 
-def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+def run_lists(argv: Sequence[str]) -> None:
+    """The loops of `LAUNCHER=ray sh forget_clip.sh`: lists between commas, and options of train.py
+    for every run.
+
+    Raises:
+        ProblemError: before any work, a setting that does not fit; after it, runs that failed.
+    """
+    parser = Parser(prog="python -m experiments sweep")
+    for name in ("datasets", "seeds", "backbones", "trainers"):
+        parser.add_argument(f"--{name}", default="", metavar="LIST", help="with commas between")
+    parser.add_argument("--out", default="results", help="folder of the results")
+    parser.add_argument("--parts", type=COUNT, default=1, help=PARTS)
+    add_launcher(parser)
+    args, common = parser.parse_known_args(argv)
+    how, common = launcher(args), [*common, *(["--quiet"] if args.quiet else [])]
+    default = {"backbones": BackboneSettings().name, "trainers": TrainerSettings().name}
+    lists = {
+        name: list(filter(None, map(str.strip, getattr(args, name).split(","))))
+        for name in ("datasets", "seeds", "backbones", "trainers")
+    }
+    runs = []
+    for backbone, trainer in product(
+        lists["backbones"] or [default["backbones"]], lists["trainers"] or [default["trainers"]]
+    ):
+        own = (
+            backbone if len(lists["backbones"]) > 1 else "",
+            trainer if len(lists["trainers"]) > 1 else "",
+        )
+        line = ["--backbone", backbone, "--trainer", trainer, *common]
+        runs += runs_of(
+            folder_of(args.out, *own),
+            lists["datasets"],
+            lists["seeds"] or ["0"],
+            line,
+            args.parts,
+            [backbone, trainer],
+        )
+    with quiet():
+        for run in runs:
+            train.setup_cfg(train.parse(run.argv))
+    failed = launch(runs, how)
+    for folder in dict.fromkeys(run.folder for run in runs if run not in failed):
+        logger.info(f"results: {folder}")
+    if failed:
+        titles = "; ".join(run.title for run in failed)
+        raise ProblemError(f"failed: {titles}; see the messages above")
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:
     """Run what is not done yet, then print and write the table of all of it; returns the table.
 
     Raises:
         ProblemError: before any work, a run that cannot be; after it, runs that failed (the table
             holds the others).
     """
+    argv = sys.argv[2:] if argv is None else argv
+    if any(word.partition("=")[0] == "--datasets" for word in argv):
+        return run_lists(argv)
     parser = Parser(prog="python -m experiments sweep", description=__doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE.yaml", help="what is varied")
     parser.add_argument("--out", default="results", help="folder of the results")
@@ -219,15 +277,15 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         "--weights", action="append", default=[], metavar="ARCH=PATH", help="a local checkpoint"
     )
     add_launcher(parser)
+    parser.add_argument("--parts", type=COUNT, default=1, help=PARTS)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     how = launcher(args)
     varied = read_sweep(args.file, bool(args.features))
-    cases = cases_of(varied, args, how.PARTS)
+    cases = cases_of(varied, args, args.parts)
     runs = [run for case in cases for run in case.runs]
     root = Path(args.out) / Path(args.file).stem
-    check_table(root / TABLE, KEYS)
-    check_report(root / REPORT)
-    failed = launch(train.COMMAND, runs, how)
+    failed = launch(runs, how)
     table = table_of(cases, varied["seeds"])
     if table.empty:
         why = "every run failed, see the messages above"

@@ -280,36 +280,3 @@ def test_read_only_disk(toy_args, tmp_path, refused):
         place.mkdir(mode=0o555)
     line = refused([*toy_args, "--forget", "cat", "--output-dir", str(place / "seed_0")])
     assert str(place) in line
-
-
-DRIVER_ROWS = {
-    "missing arguments": (["1", "0", "ToyAnimals"], "five arguments are needed.*got 3"),
-    "attempt": (["../x", "0", "A", "mini", "0"], "ATTEMPT must be.*'../x'"),
-    "seed": (["1", "0,x", "A", "mini", "0"], "SEED must be an integer of 0 or more, got 'x'"),
-    "multiclass": (["1", "0", "A", "mini", "2"], "MULTICLASS must be 0 or 1, got '2'"),
-    "blank seed": (["1", " ", "A", "mini", "0"], "SEED must be integers.*' '"),
-    "blank data sets": (["1", "0", " ", "mini", "0"], "DATASETS must be names.*' '"),
-    "data sets": (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
-    "backbones": (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
-    "python": (["1", "0", "A", "mini", "0"], "no Python at '/nowhere/python'"),
-}
-
-
-@pytest.mark.parametrize("row", DRIVER_ROWS)
-def test_the_driver_refuses_before_python_starts(row, tmp_path):
-
-    arguments, message = DRIVER_ROWS[row]
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": "/nowhere/python"}
-    command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
-
-
-def test_the_driver_takes_each_seed_and_data_set_once(tmp_path):
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": "echo"}
-    arguments = ["1", "00, 0,10,010", "007,*,A A,007", "mini, RN50", "0"]
-    command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lists = "--datasets 007,*,A --seeds 0,10 --backbones mini, RN50 --trainers ForgetLoRA "
-    assert lists in done.stdout

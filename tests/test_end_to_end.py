@@ -55,9 +55,9 @@ def test_mini_from_the_shell_to_a_data_frame(tmp_path, monkeypatch):
     arguments = ["7", "0", "MiniDigits, MiniShapes", "mini", "0"]
     done = run_driver(tmp_path / "out", *arguments)
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("load them in "))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("from utils"))
     namespace: dict = {}
-    exec(line.split(": ", 1)[1], namespace)
+    exec(line, namespace)
     df, args = namespace["df"], namespace["args"]
     assert set(df.ds) == {"MiniDigits", "MiniShapes"} and len(df) >= 6
     assert args.backbone == "mini" and args.multiclass is False
@@ -137,7 +137,8 @@ def test_one_set_that_fails_does_not_stop_the_others(tmp_path, features):
     arguments = ["1", "0,1", "ToyAnimals,ToyTools", BACKBONE, "0", "--forget", "saw", *TOY_KEYS]
     done = run_driver(tmp_path / "out", *arguments, FEATURES=str(features))
     assert done.returncode != 0
-    named = f"failed: ToyAnimals, {BACKBONE}, seed 0; ToyAnimals, {BACKBONE}, seed 1;"
+    title = f"ToyAnimals, {BACKBONE}, ForgetLoRA, seed"
+    named = f"failed: {title} 0; {title} 1;"
     for message in (named, "no class 'saw'"):
         assert message in done.stderr
     for seed in (0, 1):

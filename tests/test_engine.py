@@ -159,7 +159,7 @@ def test_settings_stand_among_dassls_own():
     ours = settings(opts=["FORGET.RANK", "3"])
     assert ours.FORGET.RANK == 3 and ours.INPUT == theirs.INPUT
     assert set(theirs) < set(ours)
-    added = ("FORGET", "FEATURES", "LAUNCHER", "LOG", "TRAINER.FORGET")
+    added = ("FORGET", "FEATURES", "LOG", "TRAINER.FORGET")
     added += ("DATASET.IMAGES", "DATASET.TEMPLATE", "MODEL.PRECISION")
     for key in (key for key in declared() if not key.startswith(added)):
         value_of(theirs, key)  # KeyError: not spelled as Dassl's

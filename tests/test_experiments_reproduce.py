@@ -107,7 +107,7 @@ def test_one_backbone_on_tiny_images(tmp_path, checkpoint, monkeypatch, capsys):
     table = reproduce.main(command(tmp_path, *asked))
     check_outcome(table, tmp_path / "out", ["RN50"], names)
     printed = capsys.readouterr().out
-    assert "== OxfordFlowers, RN50, at once, seed 0 (run 4 of 4" in printed
+    assert "== OxfordFlowers, RN50, at once, seed 0: done (4 of 4" in printed
     assert "| 0.6606 |" in printed
     pd.testing.assert_frame_equal(reproduce.main(command(tmp_path, *asked)), table)
     printed = capsys.readouterr().out
@@ -246,7 +246,7 @@ def test_missing_sets_are_all_named(tmp_path, capsys):
         (["--weights", "ViT-B/32=x.pt"], "did you mean 'ViT-B/16'"),
         (["--datasets", "Caltech101", "--weights", "RN50=none.pt"], "none.pt does not exist"),
         (["--dataset", "Caltech101"], "did you mean '--datasets'"),
-        (["FORGET.RNK", "3"], "did you mean 'FORGET.RANK'"),  # before sets that are missing
+        (["FORGET.RNK", "3"], "did you mean FORGET.RANK"),  # before sets that are missing
         (["SEED", "3"], "SEED is set for each run"),
         (["--datasets", ","], "it names none"),
         (["--datasets", "Caltech101,", "--weights", "RN50=none.pt"], "none.pt does not exist"),

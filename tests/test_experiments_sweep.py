@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from engine.cli import run
-from engine.launch import launch
 from experiments import sweep
+from experiments.runs import launch
 from forgetting.errors import ProblemError
 from tests.test_bad_input import caltech
 from utils import compute_avg_gain, create_results
@@ -44,7 +44,7 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     written = pd.read_csv(root / "sweep.csv")
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     out = capsys.readouterr().out
-    assert "== ToyTools, ViT-B/32, ForgetExact, strong, alone, seed 1 (run 16 of 16" in out
+    assert "== ToyTools, ViT-B/32, ForgetExact, strong, alone, seed 1: done (16 of 16" in out
     row = table[(table["trainer"] == "ForgetNoise") & (table["setting"] == "mild")]
     row = row.set_index("data set")
     folders = [root / f"ViT-B-32/ForgetNoise/mild/seed_{seed}" for seed in (0, 1)]
@@ -113,8 +113,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is(row, command, tmp_path
 
 
 def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, monkeypatch):
-    def some(name, runs, how):
-        launch(name, runs[:-1], how)
+    def some(runs, how):
+        launch(runs[:-1], how)
         return runs[-1:]
 
     monkeypatch.setattr(sweep, "launch", some)
@@ -139,15 +139,6 @@ def test_no_pair_sets_what_the_file_varies(key, command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["sweep.csv", "report.html"])
-def test_a_file_of_somebody_else_is_refused_before_any_run(file, command, tmp_path, capsys):
-    (tmp_path / "out/mine").mkdir(parents=True)
-    (tmp_path / "out/mine" / file).write_text("mine")
-    assert run(sweep.main, command) == 2
-    assert f"{file} is there and was not written by" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out/mine").iterdir()] == [file]
-
-
 def test_a_split_that_is_not_the_published_one_is_told_on_the_screen_and_in_each_log(
     tmp_path, capsys
 ):
@@ -169,7 +160,7 @@ def test_a_split_that_is_not_the_published_one_is_told_on_the_screen_and_in_each
 @pytest.mark.slow
 def test_a_sweep_by_ray_is_that_of_one_process(command, tmp_path):
     pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
-    from engine.cluster import cluster
+    from engine.ray import cluster
 
     here = sweep.main([*command, "--out", str(tmp_path / "here")])
     with cluster(cores=2):

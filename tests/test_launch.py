@@ -1,147 +1,206 @@
-"""Many runs: in order or by Ray, in parts, with a worker killed; everywhere the same results."""
+"""Many runs: the loops of forget_clip.sh, and a map over Ray with workers that die."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-import utils
-from clip import spread
-from clip.bundle import bundle_path
+from clip import spread as encoding
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine.cli import Parser
-from engine.config import settings
-from engine.files import sha256_file
-from engine.launch import Run, add_launcher, launch, launcher, tree
-from evaluation.report import read_runs
+from engine.cli import Parser, run
+from engine.ray import LauncherSettings, add_launcher, launcher, spread
 from evaluation.results import read_logs
+from experiments import sweep
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
-from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
+from tests.conftest import BACKBONE, REPOSITORY
 from tests.test_kills import no_leftovers, without_seconds
-from utils import create_results
 
-RAY = ["LAUNCHER.NAME", "ray"]
-CLASSES = {"ToyAnimals": 6, "ToyTools": 4}
-SLOW = ["TRAINER.FORGETASCENT.STEPS", "1500", "TRAINER.FORGETASCENT.LR", "1e-12"]
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[object]:
-    """A Ray of two workers, started as the launcher does it."""
-    pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
-    from engine.cluster import cluster
-
-    with cluster(cores=2) as ray:
-        yield ray
+RAY = LauncherSettings("ray", tries=1)
+HERE = LauncherSettings()
+ECHO = '#!/bin/sh\nshift\nprintf \'<%s>\' "$@"\necho\n[ "$2" != fails ]\n'  # its script aside
 
 
 @pytest.fixture
-def command(features: Path, tmp_path: Path) -> list[str]:
-    """Every class of a set of six and of one of four; append a method and an output folder."""
-    return [
-        *("--datasets", "ToyAnimals,ToyTools", "--features", str(features)),
-        *("--backbone", BACKBONE, "--cache", str(tmp_path / "cache"), "--forget", "all"),
-    ]
+def driver(tmp_path):
+    """Run forget_clip.sh with a Python that prints its arguments; `python` names another."""
+    echo = tmp_path / "echo"
+    echo.write_text(ECHO)
+    echo.chmod(0o755)
+
+    def call(*arguments: str, python: str = str(echo), **variables: str):
+        names = ("DATA", "IMAGES", "FEATURES", "CACHE", "TRAINER", "LAUNCHER")
+        environment = {key: value for key, value in os.environ.items() if key not in names}
+        environment |= {"OUT": str(tmp_path / "out"), "PYTHON": python} | variables
+        command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    return call
 
 
-def how(*pairs: str):
-    return settings(opts=pairs).LAUNCHER
+# The loops of the driver
 
 
-def adapters(folder: Path) -> dict[str, str]:
-    """Every adapter below a folder, and its SHA-256."""
-    files = sorted(folder.rglob("*.safetensors"))
-    assert files
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
+def test_the_driver_loops_over_each_name_once(driver, tmp_path):
+    done = driver(
+        *("1", "00, 0,10,010", "007,*,A A,007", "mini, hf:a b", "1", "--forget", "x y"),
+        TRAINER="ForgetExact, ForgetLoRA",
+        IMAGES="",
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [re.findall("<(.*?)>", line) for line in done.stdout.splitlines() if "<" in line]
+    assert len(runs) == 2 * 2 * 2 * 3
+    values = [dict(zip(run[:10:2], run[1:10:2], strict=True)) for run in runs]
+    for option, names in {
+        "--dataset": ["007", "*", "A A"],
+        "--seed": ["0", "10"],
+        "--backbone": ["mini", "hf:a b"],
+        "--trainer": ["ForgetExact", "ForgetLoRA"],
+    }.items():
+        assert list(dict.fromkeys(one[option] for one in values)) == names
+    assert values[-1]["--output-dir"] == f"{tmp_path}/out/results1/hf:a b/ForgetLoRA/seed_10"
+    assert all(run[-3:] == ["--multiclass", "--forget", "x y"] for run in runs)
+    quiet = driver("1", "0", "A", "RN50", "0", "--quiet").stdout
+    assert quiet.count("\n") == 1 and "<--quiet>" in quiet
 
 
-def accuracies(folder: Path) -> dict:
-    return {
-        dataset: {label: entry.get("final_results", entry) for label, entry in entries.items()}
-        for dataset, entries in read_logs(folder).items()
-    }
-
-
-# One after the other
-
-
-def told(argv: list[str]) -> int:
-    print(f"ran {argv[0]}")
-    return int(argv[1])
-
-
-TOLD = f"{__name__}:told"
-
-
-def runs(*statuses: int) -> list[Run]:
-    return [Run(f"run-{i}", [f"{i}", f"{status}"], "") for i, status in enumerate(statuses)]
-
-
-def test_runs_are_shown_and_those_that_fail_named(capsys, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "monotonic", iter([0.0, 61.0, 90.0]).__next__)
-        failed = launch(TOLD, runs(0, 2, 0), how())
-    assert [run.title for run in failed] == ["run-1"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0::2] == [
-        "== run-0 (run 1 of 3)",
-        "== run-1 (run 2 of 3, 2:02 left)",
-        "== run-2 (run 3 of 3, 0:45 left)",
-    ]
-    assert lines[1::2] == ["ran 0", "ran 1", "ran 2"]
-    launch(TOLD, runs(0), how())
-    assert capsys.readouterr().out.splitlines()[0] == "== run-0"
-
-
-def mistaken(argv: list[str]) -> int:
-    return told(argv) if argv[0] == "1" else {}["nothing"]
-
-
-def test_a_mistake_of_ours_is_shown_whole_and_stops_no_other(capsys):
-    assert [run.title for run in launch(f"{__name__}:mistaken", runs(0, 0), how())] == ["run-0"]
-    captured = capsys.readouterr()
-    assert "KeyError: 'nothing'" in captured.err and "ran 1" in captured.out
-
-
-def test_an_interrupted_run_is_the_last(capsys):
-    with pytest.raises(SystemExit) as left:
-        launch(TOLD, runs(0, 130, 0), how())
-    assert left.value.code == 130 and "ran 2" not in capsys.readouterr().out
-
-
-def test_without_ray_one_line_says_what_to_install(command, tmp_path, monkeypatch, refused):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    line = refused([*command, "--output-dir", str(tmp_path / "out"), *RAY])
-    assert "pip install -r requirements-ray.txt" in line and not (tmp_path / "out").exists()
-    parser = Parser()
-    add_launcher(parser)  # as `clip.features` and `experiments sweep` do
-    with pytest.raises(ProblemError, match=r"requirements-ray\.txt"):
-        launcher(parser.parse_args(["--launcher", "ray"]))
+def test_a_run_that_fails_stops_no_other_and_an_interrupted_one_is_the_last(driver, tmp_path):
+    done = driver("1", "0", "fails,A", "mini", "0")
+    assert done.returncode == 2 and "<A>" in done.stdout
+    assert "failed: fails, mini, ForgetLoRA, seed 0;" in done.stderr
+    stopped = tmp_path / "stopped"
+    stopped.write_text("#!/bin/sh\necho once\nexit 130\n")
+    stopped.chmod(0o755)
+    done = driver("1", "0,1", "A", "mini", "0", python=str(stopped))
+    assert done.returncode == 130 and done.stdout.count("once") == 1
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("arguments", "message"),
     [
-        (["LAUNCHER.NAME", "slurm"], "LAUNCHER.NAME 'slurm'"),
-        (["LAUNCHER.PARTS", "0"], "LAUNCHER.PARTS must be a whole number from 1"),
+        (["1", "0", "A"], "five arguments are needed.*got 3"),
+        (["../x", "0", "A", "mini", "0"], "ATTEMPT must be.*'../x'"),
+        (["1", "0,x", "A", "mini", "0"], "SEED must be an integer of 0 or more.*'0,x'"),
+        (["1", " ", "A", "mini", "0"], "SEED must be integers.*' '"),
+        (["1", "0", "A", "mini", "2"], "MULTICLASS must be 0 or 1, got '2'"),
+        (["1", "0", " ", "mini", "0"], "DATASETS must be names.*' '"),
+        (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
+        (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
+        (["1", "0", "A", "mini", "0", "--trainer", "ForgetUCE"], "--trainer is set for each run"),
+        (["1", "0", "A", "mini", "0", "--seed=5"], "--seed is set for each run"),
+        (["1", "0", "A", "mini", "0", "--dataset", "B"], "--dataset is set for each run"),
+        (["1", "0", "A", "mini", "0", "--backbone", "RN50"], "--backbone is set for each run"),
+        (["1", "0", "A", "mini", "0", "--output-dir", "x"], "--output-dir is set for each run"),
+        (["1", "0", "A", "mini", "0", "--multiclass"], "--multiclass is set for each run"),
+        (["1", "0", "A", "mini", "0", "TRAINER.NAME", "x"], "TRAINER.NAME is set for each run"),
     ],
 )
-def test_a_launcher_that_is_none_is_refused(command, tmp_path, refused, pairs, message):
-    line = refused([*command, "--output-dir", str(tmp_path / "out"), *pairs])
-    assert message in line and not (tmp_path / "out").exists()
+def test_the_driver_refuses_before_python_starts(driver, tmp_path, arguments, message):
+    done = driver(*arguments)
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
+
+
+def test_variables_of_the_driver_are_checked(driver):
+    five = ["1", "0", "A,B", "mini", "0"]
+    for variables, message in (
+        ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
+        ({"LAUNCHER": "slurm"}, "LAUNCHER must be local or ray"),
+        ({"IMAGES": "x"}, "IMAGES is one data set"),
+        ({"TRAINER": "a,,b"}, "TRAINER must be names"),
+    ):
+        python = variables.pop("PYTHON", None)
+        done = driver(*five, **variables, **({"python": python} if python else {}))
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
+    done = driver("1", "0,1", "A,B", "mini", "0", "--cpus", "2", LAUNCHER="ray", TRAINER="X")
+    words = re.findall("<(.*?)>", done.stdout)
+    assert words[:12] == [
+        *("experiments", "sweep", "--datasets", "A,B", "--seeds", "0,1", "--backbones", "mini"),
+        *("--trainers", "X", "--out", f"{tmp_path}/out/results1"),
+    ]
+    assert words[12:14] == ["--launcher", "ray"] and words[-2:] == ["--cpus", "2"]
+
+
+# A sweep of lists, in this process
+
+
+@pytest.fixture
+def lists(features: Path, tmp_path: Path) -> list[str]:
+    """Every class of a set of six and of one of four, by a sweep."""
+    return [
+        *("--datasets", "ToyAnimals,ToyTools", "--features", str(features), "--seeds", "0,1"),
+        *("--backbones", BACKBONE, "--cache", str(tmp_path / "cache"), "--forget", "all"),
+        *("--trainers", "ForgetExact,ForgetNoise"),
+    ]
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    """The change of every adapter below a folder, bit for bit."""
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    loaded = {str(path.relative_to(folder)): load_adapter(path) for path in files}
+    return {name: one.delta().numpy().tobytes() for name, one in loaded.items()}
+
+
+def test_a_sweep_gives_what_single_runs_give(lists, features, tmp_path, capsys):
+    assert run(sweep.main, [*lists, "--out", str(tmp_path / "all")]) == 0
+    out = capsys.readouterr().out
+    assert "(8 of 8, 0:00 left)" in out and f"results: {tmp_path}/all/ForgetNoise/seed_1" in out
+    one = tmp_path / "all/ForgetNoise/seed_1"
+    argv = ["--dataset", "ToyTools", "--features", str(features), "--backbone", BACKBONE]
+    argv += ["--trainer", "ForgetNoise", "--seed", "1", "--forget", "all"]
+    train.main([*argv, "--output-dir", str(tmp_path / "one")])
+    single = adapters(tmp_path / "one")
+    assert len(single) == 4 and single.items() <= adapters(one).items()
+
+
+@pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA"])
+def test_parts_of_a_set_have_the_ridge_and_the_results_of_all_of_it(lists, tmp_path, trainer):
+    """The ridge is part of the solver's settings, which every label of a folder must share."""
+    lists = [*lists[:-1], trainer, "--seeds", "0", "TRAINER.FORGETLORA.STEPS", "50"]
+    folders = [tmp_path / name / "seed_0" for name in ("whole", "parts")]
+    for folder, parts in zip(folders, ("1", "4"), strict=True):
+        assert run(sweep.main, [*lists, "--out", str(folder.parent), "--parts", parts]) == 0
+    whole, parts = map(read_logs, folders)
+    for dataset, entries in whole.items():
+        for label in entries.keys() - {"settings"}:
+            assert entries[label]["final_results"] == parts[dataset][label]["final_results"]
+            own, other = (
+                load_adapter(folder / logs[dataset][label]["solver"]["adapter"])
+                for folder, logs in zip(folders, (whole, parts), strict=True)
+            )
+            assert own.solver["settings"] == other.solver["settings"]
+            assert torch.allclose(own.delta(), other.delta(), rtol=0, atol=1e-6)
+
+
+def test_what_a_sweep_cannot_run_is_refused_first(lists, tmp_path, capsys):
+    for extra, message in (
+        (["--trainers", "ForgetExat"], "did you mean 'ForgetExact'"),
+        (["--seeds", "0,99999999999"], "SEED must be a whole number"),
+        (["--cpus", "a"], "--cpus"),
+        (["--launcher", "slurm"], "--launcher"),
+        (["--eval-only"], "--eval-only"),
+        (["FORGET.RANC", "1"], "did you mean FORGET.RANK"),
+    ):
+        assert run(sweep.main, [*lists, "--out", str(tmp_path / "out"), *extra]) == 2
+        line = capsys.readouterr().err
+        assert message in line and line.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/2/3"])
@@ -150,209 +209,103 @@ def test_a_part_that_is_none_is_refused(toy_args, refused, part):
     assert "FORGET.PART must be i/n" in line
 
 
-@pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA", "ForgetUCE"])
-def test_parts_of_a_set_have_the_ridge_and_the_results_of_all_of_it(command, tmp_path, trainer):
-    """The ridge is part of the solver's settings, which every label of a folder must share."""
-    steps = ["TRAINER.FORGETLORA.STEPS", "50", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
-    command = [*command, "--trainer", trainer, *steps]
-    train.main([*command, "--output-dir", str(tmp_path / "whole")])
-    train.main([*command, "--output-dir", str(tmp_path / "parts"), "LAUNCHER.PARTS", "4"])
-    whole, parts = (tmp_path / name / "seed_0" for name in ("whole", "parts"))
-    assert accuracies(whole) == accuracies(parts)
-    for dataset, entries in read_logs(whole).items():
-        for label in entries.keys() - {"settings"}:
-            own, other = (
-                load_adapter(folder / entry["solver"]["adapter"])
-                for folder, entry in ((f, read_logs(f)[dataset][label]) for f in (whole, parts))
-            )
-            assert own.solver["settings"] == other.solver["settings"]
-            assert torch.allclose(own.delta(), other.delta(), rtol=0, atol=1e-6)
+def test_without_ray_one_line_says_what_to_install(lists, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(sweep.main, [*lists, "--launcher", "ray"]) == 2
+    assert "pip install -r requirements-ray.txt" in capsys.readouterr().err
+    parser = Parser()
+    add_launcher(parser)
+    with pytest.raises(ProblemError, match=r"requirements-ray\.txt"):
+        launcher(parser.parse_args(["--launcher", "ray"]))
 
 
-def test_the_tree_keeps_its_parts_in_order():
-    shown = tree("abcde", str, lambda a, b: f"({a}{b})")
-    assert shown == "((ab)(c(de)))" and tree(["a"], str, str.__add__) == "a"
+def shout(word: str) -> str:
+    if word == "bad":
+        raise ProblemError("refused")
+    return word.upper()
 
 
-def test_several_methods_and_backbones_have_a_folder_each(features, tmp_path, capsys):
-    for name in TOY_CLASSES:
-        other = replace(toy_bundle(name), backbone="RN50")
-        other.save(bundle_path(features, "RN50", name))
-    args = ["--features", str(features), "--dataset", "ToyTools", "--forget", "saw"]
-
-    def run(out: str, *lists: str) -> dict[str, str]:
-        train.main([*args, *lists, "--seeds", "0,1", "--output-dir", str(tmp_path / out)])
-        return {p.rpartition("/ToyTools")[0]: sha for p, sha in adapters(tmp_path / out).items()}
-
-    alone = {
-        f"{backbone.replace('/', '-')}/{method}/{place}": sha
-        for backbone in ("RN50", BACKBONE)
-        for method in ("ForgetNoise", "ForgetExact")
-        for place, sha in run(f"{method}{backbone}", *one(backbone, method)).items()
-    }
-    both = run("both", "--backbones", f"RN50, {BACKBONE}", "--trainers", "ForgetNoise,ForgetExact")
-    assert both == alone and len(both) == 2 * 2 * 2
-    out = capsys.readouterr().out
-    assert f"== ToyTools, {BACKBONE}, ForgetExact, seed 1 (run 8 of 8" in out
-    assert f'create_results("{tmp_path}/both/RN50/ForgetNoise/seed_0/", rn=True, mul' in out
-    assert f'create_results("{tmp_path}/both/ViT-B-32/ForgetNoise/seed_0/", rn=False, mul' in out
-    methods = run("methods", "--trainers", "ForgetNoise,ForgetExact", "--backbone", "RN50")
-    assert methods == {p.removeprefix("RN50/"): s for p, s in both.items() if p.startswith("RN50")}
-    # What reads results takes them for several folders.
-    root = tmp_path / "both"
-    assert {run.name for run in read_runs(root)} == set(both)
-    for backbone in ("RN50", "ViT-B-32"):
-        utils.main([str(root / place) for place in both if place.startswith(backbone)])
-    assert capsys.readouterr().out.count(" over 2") == 4, "seeds of a method are one"
-    with pytest.raises(ProblemError, match=r"did you mean .*/both/RN50/ForgetExact/seed_0 or"):
-        create_results(root)
-
-
-def one(backbone: str, method: str) -> list[str]:
-    return ["--backbones", backbone, "--trainers", method]
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--trainers", "ForgetNoise,ForgetExat"], "did you mean 'ForgetExact'"),
-        (["--trainers", "ForgetNoise", "TRAINER.NAME", "x"], "TRAINER.NAME is set for each run"),
-        (["--seeds", "0", "SEED", "2"], "SEED is set for each run and cannot be set beside that"),
-        (["DATASET.NAME", "ToyTools"], "DATASET.NAME is set for each run"),
-        (["OUTPUT_DIR", "x"], "OUTPUT_DIR is set for each run"),
-        (["LAUNCHER.PARTS", "2", "FORGET.PART", "1/2"], "FORGET.PART is set for each run"),
-        (["--seeds", "0,99999999999"], "SEED must be a whole number"),
-        (["--datasets", "ToyAnimals,ToyTool"], "did you mean 'ToyTools'"),
-        (["--features", "", "--datasets", "MiniDigits,MiniDigit"], "did you mean 'MiniDigits'"),
-        (["--backbones", "RN50,mini", "--weights", "RN50.pt"], "--weights is of one backbone"),
-        (["--features", "", "--backbones", "RN50,minni"], "did you mean 'mini'"),
-    ],
-)
-def test_lists_that_cannot_be_run_are_refused_first(command, tmp_path, refused, extra, message):
-    line = refused([*command, "--output-dir", str(tmp_path / "out"), *extra])
-    assert message in line and not (tmp_path / "out").exists()
+def test_a_map_in_this_process_yields_results_and_refusals_in_order():
+    found = list(spread(shout, ["a", "bad", "b"], HERE))
+    assert [item for item, _ in found] == ["a", "bad", "b"]
+    assert found[0][1] == "A" and isinstance(found[1][1], ProblemError) and found[2][1] == "B"
 
 
 # By Ray
 
 
-def test_ray_gives_the_results_of_one_process_bit_for_bit(workers, command, tmp_path, capsys):
-    command = [*command, "--trainers", "ForgetExact,ForgetNoise", "--seeds", "0,1"]
-    train.main([*command, "--output-dir", str(tmp_path / "here")])
+@pytest.fixture(scope="module")
+def workers() -> Iterator[object]:
+    """A Ray of two workers, started as the launcher does it."""
+    pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
+    from engine.ray import cluster
+
+    token = Path.home() / ".ray" / "auth_token"
+    existed = token.exists()
+    with cluster(cores=2) as ray:
+        assert existed or not token.exists(), "the token of a Ray of our own is in no file"
+        yield ray
+
+
+def test_ray_gives_the_results_of_one_process_bit_for_bit(workers, lists, tmp_path, capsys):
+    assert run(sweep.main, [*lists, "--out", str(tmp_path / "here")]) == 0
     capsys.readouterr()
-    train.main([*command, "--output-dir", str(tmp_path / "ray"), *RAY])
+    argv = [*lists, "--out", str(tmp_path / "ray"), "--launcher", "ray"]
+    assert run(sweep.main, argv) == 0
     assert adapters(tmp_path / "here") == adapters(tmp_path / "ray")
     for place in ("ForgetExact/seed_0", "ForgetNoise/seed_1"):
         here, ray = (without_seconds(read_logs(tmp_path / n / place)) for n in ("here", "ray"))
         assert here and here == ray
     out = capsys.readouterr().out
-    assert "ray: 8 runs, 2 at once" in out and "(run 8 of 8)" in out
-    assert "ToyTools / saw" in out and f"results: {tmp_path}/ray/ForgetExact/seed_1" in out
-
-
-def test_one_run_that_fails_on_a_worker_stops_no_other(workers, command, tmp_path, capsys):
-    argv = [*command, "--trainer", "ForgetUCE", "--output-dir", str(tmp_path / "out"), *RAY]
+    assert "ray: 8 tasks, 2 at once" in out and "ToyTools / saw" in out
     argv[argv.index("--forget") + 1] = "saw"  # which the first set lacks
-    assert train.cli(argv) == 2
-    assert set(read_logs(tmp_path / "out/seed_0")) == {"ToyTools"}
+    assert run(sweep.main, argv) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "no class 'saw'" in errors[0]
-    assert errors[1:] == [f"error: failed: ToyAnimals, {BACKBONE}, seed 0; see the messages above"]
+    assert "no class 'saw'" in errors[0] and errors[-1].startswith("error: failed: ToyAnimals")
+    assert run(sweep.main, [*argv, "--cpus", "512"]) == 2
+    assert "no machine of Ray has 512 CPU" in capsys.readouterr().err
 
 
-def noted(argv: list[str]) -> int:
-    """A run that leaves its process's number in the folder of its results."""
-    folder, dataset = (Path(argv[argv.index(key) + 1]) for key in ("--output-dir", "--dataset"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"process-{dataset}-{os.getpid()}-{time.monotonic_ns()}").touch()
-    return train.cli(argv)
+def dying(marks: str, word: str) -> str:
+    """A task whose worker is killed the first time; the word "always" kills it each time."""
+    mark = Path(marks, word)
+    if not mark.exists() or word == "always":
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return shout(word)
 
 
-def test_a_killed_worker_s_run_goes_on_at_its_class(workers, command, tmp_path, monkeypatch):
-    """SIGKILL once the first class is written, to a run that is not at its end; with another worker
-    at work beside it."""
-    command = [*command, "--trainer", "ForgetAscent", *SLOW]
-    train.main([*command, "--output-dir", str(tmp_path / "whole")])
-    monkeypatch.setattr(train, "COMMAND", f"{__name__}:noted")
-    folder, killed = tmp_path / "ray/seed_0", []
-
-    def kill() -> None:
-        while not killed:
-            time.sleep(0.01)
-            logs = read_logs(folder)
-            begun = [path.name.split("-") for path in folder.glob("process-*")]
-            for _, dataset, process, _ in begun if logs else ():
-                if len(logs.get(dataset, ())) < 1 + CLASSES[dataset]:  # beside its settings
-                    killed.extend(label for entries in logs.values() for label in entries)
-                    return os.kill(int(process), signal.SIGKILL)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    train.main([*command, "--output-dir", str(tmp_path / "ray"), *RAY])
-    thread.join(timeout=1)
-    assert 2 <= len(killed) < 11, "in the middle: settings and some of ten classes"
-    assert len(list(folder.glob("process-*"))) == 3, "two runs, one of them begun again"
-    assert adapters(tmp_path / "ray") == adapters(tmp_path / "whole")
-    no_leftovers(folder)
-
-
-def hopeless(argv: list[str]) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_task_whose_worker_dies_is_begun_again(workers, tmp_path):
+    found = dict(spread(partial(dying, str(tmp_path)), ["a", "bad"], RAY))
+    assert found["a"] == "A" and str(found["bad"]) == "refused"
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_always_dies_is_named(workers, capsys):
-    failed = launch(f"{__name__}:hopeless", runs(0), how(*RAY, "LAUNCHER.TRIES", "1"))
-    assert [run.title for run in failed] == ["run-0"]
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: run-0: ") and captured.err.count("\n") == 1
-
-
-def test_more_than_any_machine_has_is_refused(workers, command, tmp_path, refused):
-    line = refused([*command, "--output-dir", str(tmp_path / "out"), *RAY, "LAUNCHER.CPUS", "512"])
-    assert "no machine of Ray has 512 CPU" in line and not (tmp_path / "out").exists()
-
-
-class Dying(spread.Encoder):
-    """A worker that dies once, after its shard is written and before it says so."""
-
-    def __call__(self, batch):
-        found = super().__call__(batch)
-        mark = self.cache.root / "died"
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
+def test_a_task_whose_worker_always_dies_is_refused(workers, tmp_path):
+    found = dict(spread(partial(dying, str(tmp_path)), ["always", "b"], RAY))
+    assert found["b"] == "B"
+    assert isinstance(found["always"], ProblemError) and "\n" not in str(found["always"])
 
 
 @pytest.mark.slow
-def test_images_by_ray_are_those_of_one_process_and_a_lost_shard_is_done_again(
-    workers, tmp_path, monkeypatch
-):
+def test_images_by_ray_are_those_of_one_process(workers, tmp_path, monkeypatch):
     monkeypatch.setattr("clip.cache.SHARD", 64)
-    monkeypatch.setattr(spread, "Encoder", Dying)
 
-    def bundle(cache: str, *pairs: str):
+    def bundle(cache: str, how: LauncherSettings):
         source = ClipSource("mini", cache=tmp_path / cache)
-        return build_bundle(
-            "MiniShapes",
-            source,
-            tmp_path / "data",
-            tmp_path / cache,
-            batch_size=32,
-            how=how(*pairs),
-        )
+        data, folder = tmp_path / "data", tmp_path / cache
+        return build_bundle("MiniShapes", source, data, folder, batch_size=32, how=how)
 
-    here, ray = bundle("here"), bundle("ray", *RAY)
-    assert (tmp_path / "ray/died").exists()
+    here, ray = bundle("here", HERE), bundle("ray", RAY)
     assert torch.allclose(here.image_features, ray.image_features, rtol=0, atol=1e-6)
     assert torch.equal(here.class_hidden, ray.class_hidden)
     assert not list((tmp_path / "ray").rglob("*.parts"))
     no_leftovers(tmp_path / "ray")
     with monkeypatch.context() as patched:
         patched.setattr(FeatureCache, "encode", None)  # nothing is encoded again
-        assert torch.equal(bundle("ray", *RAY).image_features, ray.image_features)
+        patched.setattr(encoding, "_encode", None)
+        assert torch.equal(bundle("ray", RAY).image_features, ray.image_features)
     broken = sorted((tmp_path / "data").rglob("test/*/*.png"))[0]
     broken.write_bytes(b"no image")
     with pytest.raises(ProblemError, match=f"image {broken} cannot be read"):
-        bundle("broken", *RAY)
+        bundle("broken", RAY)

@@ -1,0 +1,180 @@
+"""Many tasks: one after the other in this process, or spread by Ray over cores and machines.
+
+A task is a function of one item that can be begun again: what it finished before is skipped. So it
+does not matter where a task runs, in which order, or how often it is begun. A Ray is started on this
+machine, or that of `RAY_ADDRESS` is joined; all machines of a cluster see the same files at the same
+places (this repository, its environment, data, cache and results). Only this file knows Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from engine.cli import add_setting
+from engine.log import logger
+from forgetting.errors import ProblemError, reason
+from forgetting.settings import setting
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STORE = 2**27  # bytes of memory for what passes between processes, which is small
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """Where many tasks run; options of `experiments sweep` and `clip.features`."""
+
+    launcher: str = setting(
+        "local",
+        "local: one after the other; ray: spread by Ray over this machine, or over the cluster of "
+        "RAY_ADDRESS",
+        choices=("local", "ray"),
+    )
+    cpus: float = setting(1.0, "cores that a task requests from Ray", 0, 1024)
+    gpus: float = setting(
+        1.0,
+        "GPUs that a task requests from Ray where there are any; 0.25: four tasks share one",
+        low=0,
+        high=64,
+    )
+    tries: int = setting(3, "how often a task is begun again whose worker died", 0, 100)
+
+
+def add_launcher(parser: ArgumentParser) -> None:
+    """Add an option for every field of `LauncherSettings`."""
+    for spec in fields(LauncherSettings):
+        add_setting(parser, f"--{spec.name}", LauncherSettings, spec.name)
+
+
+def launcher(args: Namespace) -> LauncherSettings:
+    """The settings of a command line; ProblemError if Ray is wanted and not installed."""
+    values = {spec.name: getattr(args, spec.name) for spec in fields(LauncherSettings)}
+    if args.launcher == "ray":
+        _import_ray()
+    return LauncherSettings(**values)
+
+
+def spread(
+    task: Callable[[Item], Result], items: Sequence[Item], how: LauncherSettings
+) -> Iterator[tuple[Item, Result | ProblemError]]:
+    """Yield each item with the result of `task(item)` as soon as it is there; a ProblemError that
+    the task raises is its result. In this process tasks run in the order of `items`, by Ray many at
+    once.
+
+    Args:
+        task: what Ray can pickle, such as a function of a module or a `partial` of one.
+
+    Raises:
+        ProblemError: Ray cannot be started or joined, or no machine of it has what a task requests.
+    """
+    if how.launcher == "local":
+        for item in items:
+            try:
+                yield item, task(item)
+            except ProblemError as error:
+                yield item, error
+        return
+    with cluster() as ray:
+        resources, at_once = _resources(ray, how)
+        logger.info(f"ray: {len(items)} tasks, {min(at_once, len(items))} at once")
+        remote = ray.remote(max_retries=how.tries, **resources)(_in_folder)
+        running = {remote.remote(os.getcwd(), task, item): item for item in items}
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            item = running.pop(ended)
+            try:
+                result = ray.get(ended)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, ProblemError):
+                    raise
+                result = error.cause
+            except ray.exceptions.RayError as error:  # the worker died too often
+                result = ProblemError(f"Ray: {reason(error)}")
+            yield item, result
+
+
+@contextmanager
+def cluster(cores: int | None = None) -> Iterator[ModuleType]:
+    """The module `ray`, connected; a Ray that was started here is ended again.
+
+    Args:
+        cores: of a Ray that is started here; None: those of the machine.
+
+    Raises:
+        ProblemError: the package is missing, or the cluster cannot be reached.
+    """
+    ray = _import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    own = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cores}
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    passed = {key: value for key, value in os.environ.items() if key.startswith("CLIP_FORGET_")}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths), **passed}},
+            **({} if address else own),
+        )
+    except Exception as error:  # of a network, or of versions that differ
+        where = f"the cluster {address}" if address else "this machine"
+        raise ProblemError(f"Ray is not available on {where} ({reason(error)})") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _import_ray() -> ModuleType:
+    # Ray reads these when it is imported. Usage is not reported. A Ray of our own listens on all
+    # interfaces; a token of its own, which is in no file, keeps others out.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys():
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise ProblemError(
+            "the launcher ray needs the package ray: pip install -r requirements-ray.txt"
+        ) from error
+
+
+def _resources(ray: ModuleType, how: LauncherSettings) -> tuple[dict[str, float], int]:
+    """What a task requests from Ray, and how many such tasks the cluster runs at once."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": how.cpus}
+    if any(machine.get("GPU") for machine in machines):
+        wanted["GPU"] = how.gpus
+    wanted = {kind: count for kind, count in wanted.items() if count}
+    at_once = sum(
+        min((int(machine.get(kind, 0) / count) for kind, count in wanted.items()), default=1)
+        for machine in machines
+    )
+    if not at_once:
+        words = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items())
+        raise ProblemError(f"no machine of Ray has {words} for a task (--cpus, --gpus)")
+    return {"num_cpus": how.cpus, "num_gpus": wanted.get("GPU", 0.0)}, at_once
+
+
+def _in_folder(folder: str, task: Callable[[Item], Result], item: Item) -> Result:
+    """Run a task on a worker in the folder to which its paths are relative."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ProblemError(
+            f"the machine {os.uname().nodename} has no folder {folder}: all machines of a cluster "
+            "must see the same files (docs/scale.md)"
+        ) from error
+    return task(item)
