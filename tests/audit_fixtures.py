@@ -148,14 +148,10 @@ def edge(name: str) -> Case:
     cases = {
         "no image of the class": lambda: gone(only(bundle, labels != 0)),
         "one image of the class": lambda: gone(only(bundle, (labels != 0) | (number == 2))),
-        "one image in all": lambda: gone(only(bundle, number == 0)),
         "no image at all": lambda: gone(only(bundle, number < 0)),
         "images of the class alone": lambda: gone(only(bundle, labels == 0)),
-        "one image a class": lambda: gone(only(bundle, number % 6 == 0)),
         "two classes": lambda: gone(pair),
-        "two classes, one removed": lambda: gone(pair, removed=("class 0",)),
         "a set of one class": lambda: gone(world(classes=1, words=0)),
-        "fewer than ten classes": lambda: gone(small),
         "the whole set": lambda: case(
             small, edit=opposite(small, *small.classnames), forgotten=small.classnames
         ),
@@ -176,14 +172,6 @@ EDGES = {
         "leak: class 0 has 1 of at least 4 images",
         "probes: class 0 has 1 of at least 2 images",
     },
-    "one image in all": {
-        "neighbours: no image of " + ", ".join(f"class {i}" for i in range(1, 11)),
-        "leak: class 0 has 1 of at least 4 images",
-        "probes: class 0 has 1 of at least 2 images",
-        "probes: no image of another class to compare with",
-        "retrieval: no image of a class that is retained",
-        *(f"text to image: K = {k} of 1 images" for k in (1, 5, 10)),
-    },
     "no image at all": {
         "neighbours: no image of " + ", ".join(f"class {i}" for i in range(1, 11)),
         "destinations: no image of class 0",
@@ -201,17 +189,9 @@ EDGES = {
         "retrieval: no image of a class that is retained",
         "text to image: K = 10 of 6 images",
     },
-    "one image a class": {
-        "leak: class 0 has 1 of at least 4 images",
-        "probes: class 0 has 1 of at least 2 images",
-    },
     "two classes": {
         "moved texts: 1 of at least 2 retained texts",
         *(f"image to text: K = {k} of 2 texts" for k in (5, 10)),
-    },
-    "two classes, one removed": {
-        "moved texts: 1 of at least 2 retained texts",
-        *(f"image to text: K = {k} of 1 texts" for k in (1, 5, 10)),
     },
     "a set of one class": {
         "neighbours: no class is retained",
@@ -221,7 +201,6 @@ EDGES = {
         "retrieval: no image of a class that is retained",
         *(f"image to text: K = {k} of 1 texts" for k in (1, 5, 10)),
     },
-    "fewer than ten classes": {f"image to text: K = {k} of 4 texts" for k in (5, 10)},
     "the whole set": {
         "neighbours: no class is retained",
         "retrieval: no image of a class that is retained",

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle, load_bundle
 from evaluation.audit import relearning, shots
 from evaluation.audit.case import AuditData, Case, Prompt
-from evaluation.audit.shots import METHODS, REPEATS, SHOTS, Start, shots_of
+from evaluation.audit.shots import METHODS, REPEATS, SHOTS, Shots, Start
 from evaluation.audit.statistics import accuracy
 from forgetting import Ridge, opposite_target, solve_constrained
 from forgetting.problem import LowRankEdit
@@ -125,7 +125,7 @@ def test_images_and_texts_lie_apart_in_clip():
 
 def test_the_attacker_has_k_images_of_every_class_and_is_judged_on_others():
     bundle = only(world(), torch.arange(240) % 20 < 12)
-    drawn = shots_of(AuditData(bundle))
+    drawn = Shots(AuditData(bundle))
     for draw in range(REPEATS):
         for k in SHOTS:
             held = drawn.held[draw, k]

@@ -13,7 +13,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from clip.retain import exact_context
 from evaluation.audit import attacker as knowledge
 from evaluation.audit import undo
-from evaluation.audit.attacker import attacker
+from evaluation.audit.attacker import Attacker
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from forgetting import ForgetProblem, Ridge, opposite_target, solve_constrained, solve_exact
 from forgetting.context import ExactSettings
@@ -228,7 +228,7 @@ def test_the_list_of_names():
     bundle, other = names(), names(classes=5, seed=20, dataset="Others")
     bundle = replace(bundle, retain_names=["names_1", *bundle.retain_names[1:]])
     other = replace(other, classnames=["word 1", "WORD  2", *other.classnames[2:]])
-    known = attacker(AuditData(bundle, {"Others": other}))
+    known = Attacker(AuditData(bundle, {"Others": other}))
     assert known.names[:8] == bundle.classnames
     assert known.names[8:11] == ["word 1", "word 2", "word 3"]
     assert known.names[-3:] == ["Others 2", "Others 3", "Others 4"] and len(known.names) == 70
@@ -240,25 +240,25 @@ def test_the_list_of_names():
 def test_a_long_list_is_drawn_the_same_way_for_a_seed(monkeypatch):
     monkeypatch.setattr(knowledge, "LIMIT", 30)
     bundle = names()
-    known = attacker(AuditData(bundle))
+    known = Attacker(AuditData(bundle))
     assert len(set(known.names)) == len(known.names) == 30
     assert known.names[:8] == bundle.classnames
-    assert attacker(AuditData(names())).names == known.names
-    assert attacker(AuditData(bundle, seed=1)).names != known.names
+    assert Attacker(AuditData(names())).names == known.names
+    assert Attacker(AuditData(bundle, seed=1)).names != known.names
     # Every class of the set stays on the list, however many there are.
     monkeypatch.setattr(knowledge, "LIMIT", 4)
-    assert attacker(AuditData(names())).names == bundle.classnames
+    assert Attacker(AuditData(names())).names == bundle.classnames
 
 
 def test_the_constants_are_the_published_ones():
     bundle = names()
-    known, kept = attacker(AuditData(bundle)), exact_context(ExactSettings(), bundle)
+    known, kept = Attacker(AuditData(bundle)), exact_context(ExactSettings(), bundle)
     assert torch.equal(known.ridge.gram, kept.ridge.gram) and known.ridge.mu == kept.ridge.mu
     assert known.own_weight == pytest.approx(1 / (2 * len(bundle.classnames)))  # name and prompt
     # Of a set and a backbone that the paper does not have, and of one that it has.
     assert known.ratio == pytest.approx(1.0 * 5 / 1.0 / 0.3)
     cars = replace(bundle, dataset="StanfordCars", backbone="RN50")
-    assert attacker(AuditData(cars)).ratio == pytest.approx(5 / 0.4)
+    assert Attacker(AuditData(cars)).ratio == pytest.approx(5 / 0.4)
 
 
 def test_without_a_vocabulary():

@@ -6,7 +6,6 @@ which forgetting does not touch. Only which class was forgotten is unknown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,7 +16,7 @@ import datasets
 from clip.retain import exact_context
 from engine.config import paper_weights, settings
 from evaluation.audit.case import AuditData
-from forgetting import ForgetProblem, Ridge
+from forgetting import ForgetProblem
 from forgetting.context import ExactSettings
 
 LIMIT = 1000  # names that a class is looked for among
@@ -30,31 +29,19 @@ DIGITS = 12  # of a score that are more than rounding
 KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 
 
-@dataclass(frozen=True)
 class Statistics:
     """Candidate statistics `G` of a change `Delta = K^-1 H_f^T Z` with `K = G + mu I`.
 
     Whoever forgets the text h changes the projection along `K^-1 h`.
 
-    Attributes:
-        basis: (w, w) eigenvectors of G; values: (w,) eigenvalues of G.
-        names: (n, w), the hidden states of all names in that basis.
+    Args:
+        gram: `G`, (w, w); hidden: (n, w), hidden states of all names.
     """
 
-    basis: Tensor
-    values: Tensor
-    names: Tensor
-
-    @classmethod
-    def of(cls, gram: Tensor, hidden: Tensor) -> Statistics:
-        """From `G` (w, w) and hidden states (n, w)."""
-        values, basis = torch.linalg.eigh(gram)
-        return cls(basis, values, hidden @ basis)  # (n, w) @ (w, w)
-
-    @cached_property
-    def squares(self) -> Tensor:
-        """(n, w)."""
-        return self.names.square()
+    def __init__(self, gram: Tensor, hidden: Tensor) -> None:
+        self.values, self.basis = torch.linalg.eigh(gram)  # (w,), (w, w)
+        self.names = hidden @ self.basis  # (n, w)
+        self.squares = self.names.square()
 
     def cosines(self, span: Tensor, mu: float) -> Tensor:
         """Cosine (n,) of every name's direction with the span of orthonormal columns (w, r)."""
@@ -71,23 +58,44 @@ class Statistics:
         return torch.linalg.qr(columns)[0]
 
 
-@dataclass(frozen=True)
 class Attacker:
     """A data set's names and statistics, float64.
 
     Attributes:
-        names: as words, the set's own classes first, each once; hidden: (n, w).
+        names: as words, the set's own classes first, each once; hidden: (n, w). The classes always
+            stay on the list; the rest is drawn if there are too many.
         ridge: `G + mu I` of all names by ForgetExact's defaults.
         own_weight: weight of one class of the set in `G`.
         vocabulary: `H_r`, (m, w), the paper's retain set; ratio: `lw / lp` of its constants.
     """
 
-    names: list[str]
-    hidden: Tensor
-    ridge: Ridge
-    own_weight: float
-    vocabulary: Tensor
-    ratio: float
+    def __init__(self, data: AuditData) -> None:
+        bundle = data.bundle
+        exact = exact_context(ExactSettings(), bundle, list(data.others.values()))
+        retain, self.ridge = exact.retain, exact.ridge
+        self.own_weight = float(retain.name_weights[0])
+        first: dict[str, int] = {}
+        for row, name in enumerate(retain.names):
+            first.setdefault(datasets.key(name), row)
+        rows = list(first.values())
+        own = sum(row < len(bundle.classnames) for row in rows)
+        if len(rows) > LIMIT:
+            order = torch.randperm(len(rows) - own, generator=data.generator("names"))
+            drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
+            rows = rows[:own] + [rows[own + index] for index in drawn]
+        self.names = [datasets.clean_name(retain.names[row]) for row in rows]
+        self.hidden = retain.rows[rows].double()
+        paper = settings("ForgetLoRA", bundle.dataset, bundle.backbone)
+        problem = ForgetProblem(
+            bundle.text_projection,
+            forget_hidden=bundle.forget_hidden[:1],
+            retain_hidden=bundle.retain_hidden,
+            target=bundle.embed(bundle.neutral_hidden),
+            rank=paper.FORGET.RANK,
+            alpha=float(paper.FORGET.ALPHA),
+            **paper_weights(paper),
+        ).double
+        self.vocabulary, self.ratio = problem.retain_hidden, problem.lw / problem.lamb_preserve
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -110,7 +118,7 @@ class Attacker:
         along `K^-1 h` with `K = H^T H + mu I`: what the other names do not explain of it.
         """
         gram = self.hidden.T @ self.hidden
-        return Statistics.of(gram, self.hidden), EXPLAINED * float(gram.trace()) / len(gram)
+        return Statistics(gram, self.hidden), EXPLAINED * float(gram.trace()) / len(gram)
 
     @cached_property
     def unexplained(self) -> Tensor:
@@ -123,14 +131,14 @@ class Attacker:
     def candidates(self) -> list[tuple[Statistics, float]]:
         """Statistics with their ridges: ForgetExact by its defaults; all names with equal weight;
         and none, where the text itself is the direction, as in zeroing it."""
-        exact = Statistics.of(self.ridge.gram, self.hidden)
-        none = Statistics.of(torch.zeros_like(self.ridge.gram), self.hidden)
+        exact = Statistics(self.ridge.gram, self.hidden)
+        none = Statistics(torch.zeros_like(self.ridge.gram), self.hidden)
         return [(exact, self.ridge.mu), self.uniform, (none, 1.0)]
 
     @cached_property
     def paper(self) -> Statistics:
         """The paper's vocabulary."""
-        return Statistics.of(self.vocabulary.T @ self.vocabulary, self.hidden)
+        return Statistics(self.vocabulary.T @ self.vocabulary, self.hidden)
 
     def paper_ridge(self, span: Tensor, values: Tensor) -> float:
         """The ridge of the paper's objective, which follows from the change itself.
@@ -164,37 +172,3 @@ class Attacker:
         best = max(range(len(scores)), key=lambda i: float(scores[i].max()))
         statistics, mu = candidates[best]
         return statistics.texts(span, mu), scores[best]
-
-
-def attacker(data: AuditData) -> Attacker:
-    """The set's classes always stay on the list; the rest is drawn if there are too many."""
-    bundle = data.bundle
-    exact = exact_context(ExactSettings(), bundle, list(data.others.values()))
-    retain = exact.retain
-    first: dict[str, int] = {}
-    for row, name in enumerate(retain.names):
-        first.setdefault(datasets.key(name), row)
-    rows = list(first.values())
-    own = sum(row < len(bundle.classnames) for row in rows)
-    if len(rows) > LIMIT:
-        order = torch.randperm(len(rows) - own, generator=data.generator("names"))
-        drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
-        rows = rows[:own] + [rows[own + index] for index in drawn]
-    paper = settings("ForgetLoRA", bundle.dataset, bundle.backbone)
-    problem = ForgetProblem(
-        bundle.text_projection,
-        forget_hidden=bundle.forget_hidden[:1],
-        retain_hidden=bundle.retain_hidden,
-        target=bundle.embed(bundle.neutral_hidden),
-        rank=paper.FORGET.RANK,
-        alpha=float(paper.FORGET.ALPHA),
-        **paper_weights(paper),
-    ).double
-    return Attacker(
-        names=[datasets.clean_name(retain.names[row]) for row in rows],
-        hidden=retain.rows[rows].double(),
-        ridge=exact.ridge,
-        own_weight=float(retain.name_weights[0]),
-        vocabulary=problem.retain_hidden,
-        ratio=problem.lw / problem.lamb_preserve,
-    )

@@ -48,13 +48,13 @@ class AuditData:
     bundle: FeatureBundle
     others: dict[str, FeatureBundle] = field(default_factory=dict)
     seed: int = 0
-    _results: dict[Callable, Any] = field(default_factory=dict, init=False)
+    _results: dict[Any, Any] = field(default_factory=dict, init=False)
 
-    def once(self, function: Callable[[AuditData], T]) -> T:
-        """`function(self)`, called the first time only."""
-        if function not in self._results:
-            self._results[function] = function(self)
-        return self._results[function]
+    def once(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(self, *arguments)`, called the first time only."""
+        if (function, arguments) not in self._results:
+            self._results[function, arguments] = function(self, *arguments)
+        return self._results[function, arguments]
 
     def generator(self, *purpose: str) -> torch.Generator:
         """Random numbers for one purpose, independent of what ran before."""

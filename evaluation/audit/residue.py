@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def measure(case: Case) -> dict[str, Any]:
         missing.append(f"zero-shot: no image of {case.name}")
     if others == 0:
         missing.append("probes: no image of another class to compare with")
-    probes = case.data.once(probes_of)
+    probes = case.data.once(Probes)
     probed = images >= FEWEST and others > 0
     chosen = case.own_images if probed else torch.zeros_like(case.own_images)
     linear, nearest = accuracy(probes.linear[chosen]), accuracy(probes.nearest[chosen])
@@ -54,21 +54,21 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-class Probes(NamedTuple):
-    """What both probes say of the images of a bundle."""
+class Probes:
+    """What both probes say of the images of a data set, whatever is forgotten.
 
-    scores: Tensor  # (N, C), see `probe`
-    linear: Tensor  # (N,) bool, the linear probe puts the image in its class
-    nearest: Tensor  # (N,) bool, its nearest images do
-    k: int  # neighbours that vote
+    Attributes:
+        scores: (N, C), see `probe`.
+        linear, nearest: (N,) bool, the probe puts the image in its class.
+        k: neighbours that vote.
+    """
 
-
-def probes_of(data: AuditData) -> Probes:
-    """Both probes: they do not depend on what is forgotten."""
-    x, labels = data.bundle.image_features, data.bundle.labels
-    scores = probe(x, labels, len(data.bundle.classnames), data.seed)
-    nearest, k = vote(x, labels)
-    return Probes(scores, scores.argmax(dim=1) == labels, nearest == labels, k)
+    def __init__(self, data: AuditData) -> None:
+        x, labels = data.bundle.image_features, data.bundle.labels
+        self.scores = probe(x, labels, len(data.bundle.classnames), data.seed)
+        self.linear = self.scores.argmax(dim=1) == labels
+        predicted, self.k = vote(x, labels)
+        self.nearest = predicted == labels
 
 
 def probe(x: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:

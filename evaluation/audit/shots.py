@@ -17,7 +17,7 @@ from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from evaluation.audit.attacker import attacker
+from evaluation.audit.attacker import Attacker
 from evaluation.audit.case import AuditData, Model
 from forgetting import solve_constrained
 
@@ -30,20 +30,23 @@ SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
 PROBE_RIDGE = 0.3
 
 
-@dataclass(frozen=True)
 class Shots:
     """The images that the attacker holds: k of every class (all, if it has fewer), drawn anew
-    `REPEATS` times, the larger k containing the smaller.
+    `REPEATS` times, the larger k containing the smaller. The same for all classes of a data set.
 
     Attributes:
         images: (N, d) of the set; labels: (N,); classes: how many there are.
         orders: draw -> class -> its images, (n,) indices in drawn order.
     """
 
-    images: Tensor
-    labels: Tensor
-    classes: int
-    orders: list[list[Tensor]]
+    def __init__(self, data: AuditData) -> None:
+        self.images, self.labels = data.images, data.bundle.labels
+        self.classes, generator = len(data.bundle.classnames), data.generator("shots")
+        images = [(self.labels == label).nonzero()[:, 0] for label in range(self.classes)]
+        self.orders = [
+            [own[torch.randperm(len(own), generator=generator)] for own in images]
+            for _ in range(REPEATS)
+        ]
 
     @cached_property
     def held(self) -> dict[tuple[int, int], Tensor]:
@@ -82,16 +85,14 @@ class Shots:
         return predicted
 
 
-def shots_of(data: AuditData) -> Shots:
-    """The draws of a data set, the same for all of its classes."""
-    labels, generator = data.bundle.labels, data.generator("shots")
-    classes = len(data.bundle.classnames)
-    images = [(labels == label).nonzero()[:, 0] for label in range(classes)]
-    orders = [
-        [own[torch.randperm(len(own), generator=generator)] for own in images]
-        for _ in range(REPEATS)
-    ]
-    return Shots(data.images, labels, classes, orders)
+def displacement_ratios(data: AuditData, label: int) -> Tensor:
+    """How far each class's text goes when the exact method moves the text of the class `label`, as
+    a ratio to its displacement, (C, 1). The class's own name is not retained."""
+    known, hidden = data.once(Attacker), data.bundle.class_hidden.double()
+    name = data.bundle.forget_hidden[[label]].double()
+    weight, one = torch.tensor([known.own_weight]).double(), torch.ones(1, 1).double()
+    edit = solve_constrained(known.ridge, hidden[[label]], one, name, weight)
+    return hidden @ edit.left @ edit.right  # (C, w) @ (w, 1) @ (1, 1)
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,7 @@ class Start:
 
     @property
     def shots(self) -> Shots:
-        return self.model.data.once(shots_of)
-
-    @cached_property
-    def ratios(self) -> Tensor:
-        """How far each class's text goes when the exact method moves the class's own, as a ratio
-        to its displacement, (C, 1). The class's own name is not retained."""
-        bundle, known = self.model.bundle, self.model.data.once(attacker)
-        text, name = bundle.class_hidden[[self.label]], bundle.forget_hidden[[self.label]]
-        weight, one = torch.tensor([known.own_weight]).double(), torch.ones(1, 1).double()
-        edit = solve_constrained(known.ridge, text.double(), one, name.double(), weight)
-        return bundle.class_hidden.double() @ edit.left @ edit.right  # (C, w) @ (w, 1) @ (1, 1)
+        return self.model.data.once(Shots)
 
 
 Method = Callable[[Start, int, int, Tensor], Tensor]
@@ -173,7 +164,9 @@ def refit(start: Start, draw: int, k: int, images: Tensor) -> Tensor:
     if start.named:
         texts = model.class_texts.embeddings()  # (C, d)
         way = model.data.class_texts.lengths[label] * target - texts[label]  # (d,)
-        classes = normalize(texts + start.ratios * way, dim=1)  # (C, d)
+        classes = normalize(
+            texts + model.data.once(displacement_ratios, label) * way, dim=1
+        )  # (C, d)
     else:
         classes = classes.clone()
         classes[label] = target

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.audit.attacker import TINY, Attacker, attacker
+from evaluation.audit.attacker import TINY, Attacker
 from evaluation.audit.case import Case, Model
 from evaluation.audit.names import ATTACKERS
 from evaluation.audit.statistics import highest
@@ -43,7 +43,7 @@ def measure(case: Case) -> dict[str, Any]:
         count half. `places` are those of all that is forgotten together, in two_adapters followed
         by those that the other adapter forgets.
     """
-    known = case.data.once(attacker)
+    known = case.data.once(Attacker)
     reasons: list[str] = []
     attacks = dict.fromkeys(ATTACKERS, NOTHING)
     attacks["original_known"] = _of_difference(case, known, case.before, case.forgotten)
