@@ -1,6 +1,4 @@
-"""Try it in a browser: forget names, see what images are taken for, give names back.
-
-python app.py [--model MODEL] [--images PATH] [--port PORT]
+"""Try it in a browser: forget names, see what images are taken for, restore names.
 
 Everything stays on this machine: one address, no telemetry, nothing loaded from elsewhere.
 """
@@ -9,128 +7,124 @@ from __future__ import annotations
 
 import html
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from engine.cli import Parser, add_setting, run, whole
-from engine.config import DatasetSettings, FeatureSettings, settings
+from engine.config import DatasetSettings, FeatureSettings
 from evaluation.live import Live
-from evaluation.live.uploads import MEGABYTES
+from evaluation.live.look import MEGABYTES
 from forgetting.errors import ProblemError
-from forgetting.targets import TARGETS
+from forgetting.io import need
 
 HOST = "127.0.0.1"
 STYLE = Path(__file__).with_name("evaluation") / "live" / "style.css"
-# What a page may load, and where it may send: this address alone, whatever Gradio's own page asks.
+# What a page may load, and where it may send: this address alone, whatever Gradio's own page wants.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
+TARGETS = {
+    "Remove what only this name means (recommended)": "specific",
+    "Remove the name's whole direction": "opposite",
+    "Replace it by the empty text (the paper's)": "empty",
+    "Move it to where no text is": "orthogonal",
+}
+CLOSE_LIST = "() => document.activeElement.blur()"  # it would cover what stands below it
+PREFIX = "clip-forget-app-"  # of temporary folders
 
 
 def gradio() -> Any:
     """Gradio with everything off that would speak to somebody else; ProblemError without it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ProblemError(
-            f"the app needs Gradio ({error.name} is missing): make app, or pip install gradio"
-        ) from error
-    return gr
+    return need("gradio")
+
+
+def alert(text: str) -> str:
+    return f'<div class="live"><p class="bad" role="alert">{html.escape(text)}</p></div>'
 
 
 def blocks(live: Live, folder: Path) -> Any:
     """The page; adapters to download are written into `folder`."""
-    gr, node = gradio(), settings("ForgetExact").FORGET
-
-    # `state`: each name that was forgotten at some time, and whether it is. It stays here, since
-    # what a browser sends may be older than what it was just told.
-    def show(state: dict[str, bool], asked: list[str], *rest: Any) -> tuple[Any, ...]:
-        keep, target, beta, files = rest
-        forgotten = [name for name, gone in state.items() if gone]
-        try:
-            view = live.look(forgotten, asked, keep, target, beta, files or ())
-            path = view.save(folder)
-        except ProblemError as error:
-            line = html.escape(str(error))
-            raise gr.Error(line, print_exception=False) from error
-        adapter = gr.DownloadButton(value=path, interactive=path is not None)
-        return view.html("forecast"), view.html("result"), adapter
-
-    def press(state: dict[str, bool], asked: list[str], *rest: Any) -> tuple[Any, ...]:
-        state = state | dict.fromkeys(live.spelled(asked), True)
-        shown = show(state, [], *rest)  # refuses before anything has changed
-        gone = [name for name, gone in state.items() if gone]
-        return state, gr.CheckboxGroup(list(state), value=gone), [], *shown
-
-    def tick(gone: list[str], state: dict[str, bool], *rest: Any) -> tuple[Any, ...]:
-        state = {name: name in gone for name in state}
-        return state, *show(state, *rest)
-
-    title = "Class forgetting"
+    gr = gradio()
+    bare = {"js_on_load": None, "apply_default_css": False, "padding": True}
+    names = {"choices": live.names, "allow_custom_value": True, "multiselect": True, "value": []}
+    title = "Make CLIP forget a name"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f"# {title}\nMake the CLIP `{live.source.arch}` stop recognising what you name, from "
-            "the name alone: no image is used, and only its text projection changes."
+            f"# {title}\nThe model `{live.source.arch}` stops recognising what you name. No image "
+            "is used for that, only the name; everything stays on this machine."
         )
-        state = gr.State({})
-        names = {
-            "choices": live.names,
-            "allow_custom_value": True,
-            "multiselect": True,
-            "value": [],
-        }
-        plain = {"js_on_load": None, "apply_default_css": False, "padding": True}
+        state = gr.State([])  # what is forgotten
         with gr.Row():
-            with gr.Column(scale=2, min_width=300, elem_id="left"):
-                with gr.Column():
-                    asked = gr.Dropdown(**names, label="Forget", info="Pick names, or type any.")
-                    forecast = gr.HTML(**plain)
-                    button = gr.Button("Forget", variant="primary")
-                    forgotten = gr.CheckboxGroup(
-                        [], label="Forgotten", info="Untick a name to give it back."
-                    )
-                    adapter = gr.DownloadButton("Download the adapter", interactive=False)
-                with gr.Column(elem_id="settings"):
-                    keep = gr.Dropdown(**names, label="Keep", info="Names to hold still.")
-                    target = gr.Radio(
-                        list(TARGETS),
-                        value=node.TARGET,
-                        label="Target",
-                        info="Where a text is sent.",
-                    )
-                    beta = gr.Slider(
-                        *(0, 1, node.BETA),
-                        step=0.05,
-                        label="Beta",
-                        info="How far beyond nothing, for the targets opposite and specific.",
-                    )
-                    files = gr.File(
-                        label="Images of your own",
-                        file_count="multiple",
-                        file_types=["image"],
-                        height=140,
-                    )
+            with gr.Column(scale=2, min_width=300):
+                about = "Pick names, or type any and press Enter."
+                chosen = gr.Dropdown(**names, label="Names to forget", info=about)
+                problem, forecast = gr.HTML(**bare | {"padding": False}), gr.HTML(**bare)
+                button = gr.Button("Forget", variant="primary")
+                about = "Untick a name to restore it."
+                forgotten = gr.CheckboxGroup(
+                    [], label="Forgotten", info=about, interactive=True, visible=False
+                )
+                about = "Names that must stay recognised."
+                protect = gr.Dropdown(**names, label="Protect", info=about)
+                with gr.Accordion("Advanced", open=False):
+                    choices = list(TARGETS.items())
+                    target = gr.Radio(choices, value="specific", label="What a name turns into")
+                    about = "Above 0 a name is moved further away, and others suffer more."
+                    beta = gr.Slider(0, 1, 0, step=0.05, label="Strength", info=about)
             with gr.Column(scale=3, min_width=300):
-                result = gr.HTML(**plain)
-        moved, shown = [asked, keep, target, beta, files], [forecast, result, adapter]
-        quiet = {"api_visibility": "private", "show_progress": "minimal"}
+                result = gr.HTML(**bare)
+                about, kinds = "Images of your own", ["image"]
+                files = gr.File(label=about, file_count="multiple", file_types=kinds, height=140)
+                adapter = gr.DownloadButton("Download the adapter", interactive=False)
+        settings = [protect, target, beta, files]
+
+        def show(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
+            """The page while `names` are forgotten and others are picked."""
+            try:
+                view = live.look(names, picked, *rest[:-1], rest[-1] or ())
+                path = view.save(folder)
+            except ProblemError as error:
+                return {problem: alert(str(error))}
+            names = view.answer.names if view.answer else []
+            ticks = gr.CheckboxGroup(names, value=names, visible=bool(names))
+            shown = {problem: "", forecast: view.html("forecast"), result: view.html("result")}
+            shown |= {adapter: gr.DownloadButton(value=path, interactive=path is not None)}
+            shown |= {state: names, forgotten: ticks}
+            return shown if list(view.chosen) == picked else shown | {chosen: list(view.chosen)}
+
+        def forget(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
+            if not picked:
+                return {problem: alert("Pick or type a name first.")}
+            shown = show([*names, *picked], [], *rest)
+            return shown | {chosen: []} if state in shown else shown
+
+        def restore(ticked: list[str], names: list[str], *rest: Any) -> dict[Any, Any]:
+            return show([name for name in names if name in ticked], *rest)
+
+        inputs = [state, chosen, *settings]
+        outputs = [problem, forecast, result, adapter, state, forgotten, chosen]
+        how = {"outputs": outputs, "concurrency_id": "look"}
+        how |= {"api_visibility": "private", "show_progress": "minimal"}
         # Names that are typed are no input to Gradio, but a change.
-        changes = [part.input if part in (target, beta) else part.change for part in moved]
-        gr.on(
-            [page.load, *changes], show, [state, *moved], shown, trigger_mode="always_last", **quiet
-        )
-        button.click(press, [state, *moved], [state, forgotten, asked, *shown], **quiet)
-        forgotten.input(
-            tick, [forgotten, state, *moved], [state, *shown], trigger_mode="always_last", **quiet
-        )
+        changes = [chosen.change, protect.change, target.input, beta.input, files.change]
+        gr.on([page.load, *changes], show, inputs, trigger_mode="always_last", **how)
+        for box in (chosen, protect):
+            box.change(None, js=CLOSE_LIST)
+        button.click(forget, inputs, **how)
+        forgotten.input(restore, [forgotten, *inputs], **how)
     return page
 
 
@@ -140,66 +134,73 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
 
-    async def closed(request: Any, follow: Any) -> Any:
-        response = await follow(request)
+    async def guard(request: Any, respond: Any) -> Any:
+        """Answer no page of elsewhere, and look up no address of elsewhere."""
+        origin = request.headers.get("origin")
+        is_foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+        if is_foreign or "://" in request.url.path:
+            return PlainTextResponse("refused", status_code=403)
+        response = await respond(request)
         response.headers["content-security-policy"] = POLICY
         response.headers["referrer-policy"] = "no-referrer"
         return response
 
     for key in ("NO_PROXY", "no_proxy"):  # Gradio asks its own address whether it is up
         os.environ[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
+    off = ("share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
     page = blocks(live, folder)
     page.launch(
+        **dict.fromkeys(off, False),
         server_name=HOST,
         server_port=port,
-        share=False,
         quiet=True,
         prevent_thread_lock=True,
         footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
         max_file_size=f"{MEGABYTES}mb",
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
             block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
         ),
         css_paths=STYLE,
         app_kwargs={
-            "middleware": [
-                # A page of elsewhere whose name comes to lead here is none of ours.
+            "middleware": [  # a page of elsewhere whose name comes to lead here is none of ours
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
-                Middleware(BaseHTTPMiddleware, dispatch=closed),
+                Middleware(BaseHTTPMiddleware, dispatch=guard),
             ]
         },
     )
     return page
 
 
-def _free(port: int) -> bool:
-    """Whether nobody listens there; asked before a model is read."""
-    with socket.socket() as one:
-        return one.connect_ex((HOST, port)) != 0
+def remove_leftovers() -> None:
+    """Remove the temporary folders of apps that were killed: nobody holds their lock."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(Timeout, OSError), FileLock(folder / "lock", timeout=0):
+            shutil.rmtree(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read a model, and serve the page until it is interrupted."""
     parser = Parser(prog="app.py", description=__doc__)
-    add = parser.add_argument
-    add("--model", default="mini", help="mini, an architecture of OpenAI's, hf:DIR or a folder, "
-        "open_clip:NAME/PRETRAINED or /FILE, openai:FILE (default: mini)")  # fmt: skip
-    add_setting(parser, "--images", DatasetSettings, "images", metavar="PATH")
+    about = (
+        "mini, an architecture of OpenAI's, hf:DIR or a folder, open_clip:NAME/PRETRAINED or "
+        "/FILE, openai:FILE (default: mini)"
+    )
+    parser.add_argument("--model", default="mini", help=about)
+    add_setting(parser, "--images", DatasetSettings, "images")
     add_setting(parser, "--root", DatasetSettings, "root")
     add_setting(parser, "--cache", FeatureSettings, "cache")
-    add("--port", type=whole(1, 65535), help="of the address (default: from 7860 the first free)")
+    about = "of the address (default: from 7860 the first free)"
+    parser.add_argument("--port", type=whole(1, 65535), help=about)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then too
-    if args.port and not _free(args.port):
-        raise ProblemError(f"port {args.port} of {HOST} is in use; give another --port")
-    with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:  # uploads and adapters
-        os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it as it is imported
+    with socket.socket() as probe:
+        if args.port and probe.connect_ex((HOST, args.port)) == 0:
+            raise ProblemError(f"port {args.port} of {HOST} is in use; give another --port")
+    remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, FileLock(f"{folder}/lock"):
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; Gradio reads it as it is imported
         gradio()
         live = Live(args.model, args.images, args.root, args.cache)
         page = start(live, Path(folder), args.port)

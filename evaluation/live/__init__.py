@@ -1,4 +1,4 @@
-"""What somebody sees who forgets names and gives them back: images, guesses, neighbours."""
+"""What somebody sees who forgets names and restores them: images, guesses, other names."""
 
 from evaluation.live.look import Live
 
