@@ -87,8 +87,8 @@ class Live:
     """One CLIP, names by which images are told apart, and images.
 
     Args:
-        model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV
-            file; without, `mini` has its four sets, and any other model no image and the common names.
+        model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV file;
+            without, `mini` has its four sets, and any other model no image and the common names.
         root: of the image sets; folder: for what is encoded once.
 
     Attributes:
