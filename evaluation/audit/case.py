@@ -88,8 +88,8 @@ class AuditData:
 
     @cached_property
     def texts(self) -> EmbeddedTexts:
-        """T texts: the evaluation prompts of the classes, the vocabulary, and the evaluation prompts
-        of the other sets."""
+        """T texts: the evaluation prompts of the classes, the vocabulary, and the evaluation
+        prompts of the other sets."""
         others = [other.class_hidden for other in self.others.values()]
         hidden = torch.cat([self.bundle.class_hidden, self.bundle.retain_hidden, *others])
         return EmbeddedTexts(self.bundle, hidden)

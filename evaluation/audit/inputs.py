@@ -84,12 +84,16 @@ def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places) -> Input
         source = ClipSource(*model, precision=settings["precision"])
         encode = FeatureCache(source, places.cache).texts
         of_set = {key: settings[key] for key in ("template", "split")} | {"own": places.images}
-        bundles = {
-            name: build_bundle(
-                name, source, places.root, places.cache, **(of_set if name == dataset else {})
-            )
-            for name in names
-        }
+        try:
+            bundles = {
+                name: build_bundle(
+                    name, source, places.root, places.cache, **(of_set if name == dataset else {})
+                )
+                for name in names
+            }
+        except ProblemError as error:
+            hint = "--features, --root or --images says where the run had its inputs"
+            raise ProblemError(f"{error} ({hint})") from error
     bundle = bundles.pop(dataset)
     _compare(bundle, settings, folder)
     return Inputs(bundle, bundles, encode)

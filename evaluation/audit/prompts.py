@@ -82,8 +82,8 @@ def _other_words(data: AuditData, name: str, encode: Encode | None) -> tuple[lis
         return rows, []
     hint = "" if installed() else f", and {ABSENT}"
     return rows, [
-        f"no {' and no '.join(absent)} of {clean_name(name)!r} is known: datasets/words has none for "
-        f"{bundle.dataset}{hint}"
+        f"no {' and no '.join(absent)} of {clean_name(name)!r} is known: datasets/words has none "
+        f"for {bundle.dataset}{hint}"
     ]
 
 
