@@ -32,7 +32,6 @@ from benchmarks.solver import random_workload
 from clip.bundle import FeatureBundle, bundle_path, load_bundle
 from engine import TRAINER_REGISTRY
 from engine.cli import Parser, whole
-from engine.files import Batch
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 
@@ -47,7 +46,7 @@ PARTS = {
         "forgetting.solvers.batched.certify_each",
     ),
     "evaluating": ("evaluation.zero_shot.Evaluator.before", "evaluation.zero_shot.Evaluator.after"),
-    "writing": ("trainers.base.merge_results",),
+    "writing": ("trainers.base.ForgetTrainer.write", "evaluation.results.Results.compile"),
 }
 
 
@@ -140,12 +139,10 @@ def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict
     argv += ["--dataset", bundle.dataset, "--forget", "all", "--output-dir", str(out)]
     method = TRAINER_REGISTRY.get(trainer)
     parts = PARTS | {"solving": (f"{method.__module__}.{method.__name__}.solve",)}
-    block, interval, share = (1, 0.0, 0) if slowly else (method.block, Batch.INTERVAL, Batch.SHARE)
     with (
         redirect_stdout(io.StringIO()),
         redirect_stderr(io.StringIO()),
-        patch.object(method, "block", block),
-        patch.multiple(Batch, INTERVAL=interval, SHARE=share),
+        patch.object(method, "batch_size", 1 if slowly else method.batch_size),
         timed(parts) as seconds,
     ):
         started = time.perf_counter()

@@ -31,8 +31,8 @@ from clip.architectures import architecture, preprocessing
 from clip.cache import FeatureCache
 from clip.features import loaders
 from clip.source import ClipSource
-from engine import write_json_atomic
 from engine.cli import COUNT, Parser
+from engine.files import write_json_atomic
 from engine.log import progress
 from forgetting.errors import ProblemError
 

@@ -15,13 +15,13 @@ import torch
 
 from clip.architectures import identity_sha256, preprocessing
 from clip.source import ClipSource
-from engine import atomic_path, write_json_atomic
 from engine.cli import Parser, add_setting, run
 from engine.config import FeatureSettings
-from engine.files import refuse_existing
+from engine.files import write_json_atomic
 from engine.log import logger
 from forgetting.adapter import Adapter, load_adapter, projection_sha256
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path, refuse_existing
 
 
 def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
@@ -36,7 +36,7 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
     arch, beside = source.architecture, path.with_suffix(".json")
     places = [path] if beside == path else [path, beside]
     for place in places:
-        refuse_existing(place, "move it or choose another name")
+        refuse_existing(place)
     projection = source.projection  # loading the model also proves that the file fits it
     shape = (len(adapter.left), adapter.right.shape[1])
     if shape != projection.shape:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out = Path(args.out)
-    refuse_existing(out, "move it or choose another OUT")
+    refuse_existing(out)
     folder = out.absolute().parent
     if not folder.is_dir():  # a typing error must not become a folder
         raise ProblemError(f"no folder {folder} to write {out.name} into; make it first")

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.names import flaw, is_text
-from engine.files import atomic_path, parse_json, readable, refuse_existing
+from engine.files import parse_json, readable
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path, refuse_existing
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
@@ -123,7 +124,7 @@ class FeatureBundle:
         """
         path = Path(path)
         self.check(path)
-        refuse_existing(path, "move it or choose another folder")
+        refuse_existing(path)
         metadata = self.extra | {"format": FORMAT}
         metadata |= {key: getattr(self, key) for key in TEXT_KEYS}
         metadata |= {key: json.dumps(getattr(self, key), ensure_ascii=False) for key in LIST_KEYS}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from clip.batches import BatchSize, encode
 from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
-from engine import atomic_path, lock
-from engine.files import readable
+from engine.files import lock, readable
 from engine.log import logger, progress
 from engine.ray import LauncherSettings
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path
 
 SHARD = 512  # images; what a killed run loses at most
 CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
@@ -90,7 +90,8 @@ class FeatureCache:
             self._path(f"{name}.parts/part", mark + contents[i : i + SHARD]): paths[i : i + SHARD]
             for i in range(0, len(paths), SHARD)
         }
-        with _alone(entry):
+        waiting = f"clip: another process is encoding {name}; waiting for it"
+        with lock(entry, timeout=-1, waiting=waiting):  # encoding may take hours
             if self.how is not None and self.how.launcher == "ray" and not entry.exists():
                 from clip.spread import encode_by_ray
 
@@ -207,21 +208,6 @@ def _broken(path: str, reason: object) -> str:
         f"image {path} cannot be read ({reason}); "
         "`python -m datasets.check ROOT` lists every broken image"
     )
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes. Encoding may take hours, so waiting has no limit."""
-    guard = lock(path, timeout=0)
-    try:
-        guard.acquire()
-    except ProblemError:
-        logger.info(f"clip: another process is encoding {path.stem}; waiting for it")
-        guard.acquire(timeout=-1)
-    try:
-        yield
-    finally:
-        guard.release()
 
 
 def _read(path: Path) -> Tensor | None:

@@ -21,10 +21,10 @@ from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings, FeatureSettings, ModelSettings
-from engine.files import refuse_existing
 from engine.log import logger
 from engine.ray import LauncherSettings, add_launcher, launcher
 from forgetting.errors import ProblemError, unknown
+from forgetting.io import refuse_existing
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = datasets.spec(args.dataset, args.images).name
     out = args.out and bundle_path(args.out, architecture(args.arch).name, dataset)
     if out:
-        refuse_existing(out, "move it or choose another --out")
+        refuse_existing(out)
     source = ClipSource(args.arch, args.weights, args.cache, precision=args.precision)
     bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
     count, classes = len(bundle.labels), len(bundle.classnames)

@@ -55,8 +55,9 @@ from datasets import mini, retain_vocabulary, spec
 from datasets.words.lexicon import halves
 from datasets.words.paraphrases import TEMPLATES as UNSEEN_TEMPLATES
 from engine.cli import SEED, Parser, run, whole
-from engine.files import atomic_path, read_json, refuse_existing
+from engine.files import read_json
 from engine.log import logger, progress
+from forgetting.io import atomic_path, refuse_existing
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--steps", type=whole(1, 10**9), default=STEPS)
     args = parser.parse_args(argv)
-    refuse_existing(args.out, "choose another --out")
+    refuse_existing(args.out)
     torch.set_num_threads(THREADS)
     model = train(args.seed, args.steps)
     state = {

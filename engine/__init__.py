@@ -1,8 +1,7 @@
-"""What every room stands on: settings, command lines, errors, files, the log, and Dassl.
+"""The harness: settings, command lines, files, the log, Ray, and Dassl or the slice of it that is used.
 
-Nobody else imports `dassl`: where it is installed, `SimpleTrainer`, the two registries and
-`get_cfg_default` are its own, else `engine.dassl` has small equivalents. These names are resolved
-when they are first asked for.
+`SimpleTrainer`, the two registries and `get_cfg_default` are Dassl's where Dassl is installed, else
+those of `engine.dassl`. They are resolved on first use.
 """
 
 from __future__ import annotations
@@ -11,17 +10,11 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from engine.files import atomic_path, inside, lock, write_json_atomic
-
 OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
 
 __all__ = [
-    "atomic_path",
     "engine_description",
     "extend_cfg",
-    "inside",
-    "lock",
-    "write_json_atomic",
     *OF_DASSL,
 ]
 

@@ -15,9 +15,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.files import atomic_path, require_writable
+from engine.files import require_writable
 from evaluation.results import split_label
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd

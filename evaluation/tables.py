@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from engine.files import atomic_path, require_writable
+from engine.files import require_writable
 from engine.log import logger
 from evaluation.results import AUDIT, CSV, LOGS
 from evaluation.rows import Row, mean, read_rows
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path
 
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains

@@ -29,7 +29,7 @@ from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
-from engine.files import refuse_foreign
+from engine.files import require_writable
 from engine.log import logger, progress
 from evaluation.results import join_label
 from evaluation.tables import write_table
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if (args.features and args.weights) or (args.backbone and not args.features):
         raise ProblemError("--backbone goes with --features, and --weights without it")
     if args.csv:  # refused before the work, not after it
-        refuse_foreign(args.csv, "set,mode")
+        require_writable(args.csv)
     started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:

@@ -27,7 +27,7 @@ from clip.architectures import architecture
 from clip.source import ClipSource
 from engine.cli import Parser
 from engine.config import OPTIONS, settings
-from engine.files import atomic_path, refuse_foreign
+from engine.files import require_writable
 from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.results import LOGS, read_logs, split_label
@@ -35,6 +35,7 @@ from evaluation.rows import Row, rows_of
 from evaluation.tables import write_table
 from experiments.runs import PART, launch, refuse_keys, runs_of
 from forgetting.errors import ProblemError, unknown
+from forgetting.io import atomic_path
 from trainers.plan import user_lists
 from utils import compute_avg_gain, create_results, summarise
 
@@ -196,7 +197,7 @@ def markdown(table: pd.DataFrame) -> str:
 def check_outputs(out: str | Path) -> dict[str, Path]:
     """The files that are written, by suffix; ProblemError for something else in their place."""
     paths = {suffix: Path(out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
-    refuse_foreign(paths["md"], HEAD)
+    require_writable(paths["md"])
     return paths
 
 

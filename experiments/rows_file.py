@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from engine.files import atomic_path, lock
+from engine.files import lock
 from forgetting.errors import ProblemError
+from forgetting.io import atomic_path
 
 KEY = ["study", "dataset", "classes", "solver", "setting", "seed", "constants"]
 Key = tuple[str, ...]

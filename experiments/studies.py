@@ -27,7 +27,7 @@ import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
 from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
-from engine.files import Batch, escape, sha256_file
+from engine.files import escape, sha256_file
 from engine.log import logger, progress
 from evaluation.results import join_label
 from experiments.measure import cells
@@ -126,14 +126,15 @@ def perform(
     pending = [task for key, task in keyed.items() if key not in done]
     where = f"{name} on {world.bundle.dataset}"
     bar = progress(desc=f"{turn}{where}, rows", total=len(pending))
-    with Batch(table.add) as batch, bar:
+    with bar:
         for group in together(pending):
             answers = SOLVERS[group[0].solver](world, group)
-            rows = cells(world, group, answers)
+            rows, added = cells(world, group, answers), []
             for task, answer, row in zip(group, answers, rows, strict=True):
                 row = {"place": task.place} | row
                 row |= study.cells(world, task, answer) if study.cells else {}
-                batch.add(dict(zip(KEY, key_of(name, job, task), strict=True)) | row)
+                added.append(dict(zip(KEY, key_of(name, job, task), strict=True)) | row)
+            table.add(added)
             bar.update(len(group))
     frame = table.frame(list(keyed))
     picture = table.path.with_suffix(".png")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
+import time
 from urllib.parse import unquote
 
 import pytest
@@ -15,23 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.files import (
-    atomic_path,
     escape,
     inside,
     lock,
+    read_json,
+    readable,
+    require_writable,
     sha256_file,
     write_json_atomic,
 )
 from forgetting.errors import ProblemError, nearest, unknown
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(code: str) -> str:
-    """What `code` prints in a process of its own."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
-
+from forgetting.io import atomic_path
 
 # --- errors ---------------------------------------------------------------------------------
 
@@ -61,13 +53,13 @@ def test_atomic_path_replaces_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "new" / "file.png"
     for content in ("one", "two"):
         with atomic_path(target) as temporary:
-            assert temporary.parent.parent == target.parent and temporary.name == target.name
+            assert temporary.parent == target.parent and temporary.suffix == target.suffix
             temporary.write_text(content)
         assert target.read_text() == content
     assert list(target.parent.iterdir()) == [target]
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    assert target.stat().st_mode == plain.stat().st_mode
+    other = tmp_path / "other"
+    other.write_text("")
+    assert target.stat().st_mode == other.stat().st_mode
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
@@ -77,6 +69,8 @@ def test_atomic_path_keeps_the_old_file_when_the_body_fails(tmp_path, failure):
     with pytest.raises(failure), atomic_path(target) as temporary:
         temporary.write_text("half")
         raise failure
+    with pytest.raises(ProblemError, match="exists"), atomic_path(target, overwrite=False):
+        pass
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -88,50 +82,72 @@ def test_atomic_path_makes_a_folder_whole_or_not_at_all(tmp_path):
         (temporary / "a").write_text("a")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        (temporary / "a").write_text("a")
-    assert (target / "a").read_text() == "a"
-    with pytest.raises(ProblemError, match="not empty"), atomic_path(target) as temporary:
-        temporary.mkdir()
-    assert (target / "a").read_text() == "a" and list(tmp_path.iterdir()) == [target]
+    for name in "ab":
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert {path.name for path in target.iterdir()} == {"a", "b"}
+    assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProblemError, match=r"cannot write .*child"):
-        write_json_atomic({}, tmp_path / "file" / "deep" / "child")
-    with pytest.raises(ProblemError, match="cannot write"):
-        lock(tmp_path / "file" / "deep" / "child")
+    for call in (
+        lambda: write_json_atomic({}, tmp_path / "file" / "deep" / "child"),
+        lambda: lock(tmp_path / "file" / "deep" / "child").__enter__(),
+        lambda: require_writable(tmp_path / "file" / "child"),
+    ):
+        with pytest.raises(ProblemError, match=r"cannot write .*child"):
+            call()
     with pytest.raises(ProblemError, match="No space left"), atomic_path(tmp_path / "full"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_failing_to_read_elsewhere_is_not_failing_to_write(tmp_path):
     with pytest.raises(FileNotFoundError, match="source"), atomic_path(tmp_path / "out"):
-        (tmp_path / "source").read_text()
-    with pytest.raises(OSError, match="unreachable"), atomic_path(tmp_path / "out"):
-        raise OSError("host unreachable")
+        (tmp_path / "source").read_text()  # failing to read elsewhere is not failing to write
 
 
-def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
+def test_pipes_and_devices_are_neither_read_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/null"):
+        for call in (read_json, require_writable, lambda path: readable(path).__enter__()):
+            with pytest.raises((ProblemError, OSError), match="not a regular file"):
+                call(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b'{"a": 1, "a": 2}', b"[" * 100_000])
+def test_json_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ProblemError, match=r"thing .*a\.json"):
+        read_json(tmp_path / "a.json", "thing")
+
+
+def test_json_is_written_whole_or_not(tmp_path):
     write_json_atomic({"name": "Ä", "value": 0.1 + 0.2}, tmp_path / "a.json")
     with pytest.raises(TypeError):
         write_json_atomic({"bad": object()}, tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"name": "Ä", "value": 0.1 + 0.2}
+    assert read_json(tmp_path / "a.json") == {"name": "Ä", "value": 0.1 + 0.2}
+    (tmp_path / "a.json").write_text('\ufeff{"a": NaN}')
+    assert read_json(tmp_path / "a.json") == {"a": None}
 
 
-def test_lock_keeps_another_process_out(tmp_path):
+def test_lock_keeps_another_out_which_says_that_it_waits(tmp_path, capsys):
     path = tmp_path / "sub" / "logs.json"
-    code = (
-        "from engine import ProblemError, lock\n"
-        f"try:\n    with lock({str(path)!r}, timeout=0.2): print('got it')\n"
-        "except ProblemError as error: print(error)"
-    )
-    with lock(path):
-        told = run(code)
-        assert told.startswith(f"another process holds {path}.lock") and told.count("\n") == 1
-    assert run(code) == "got it\n"  # the control: free again
+    held, finished = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock(path):
+            held.set()
+            time.sleep(0.5)
+            finished.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    with pytest.raises(ProblemError, match=f"another process holds {path}.lock"):
+        lock(path, timeout=0.1).__enter__()
+    with lock(path, timeout=-1, waiting="waiting for it"):
+        assert finished.is_set(), "two held it at once"
+    thread.join()
+    assert capsys.readouterr().out == "waiting for it\n"
 
 
 def test_sha256(tmp_path):

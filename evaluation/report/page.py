@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from engine.files import atomic_path
 from evaluation.audit.names import ATTACKERS, RELEARNING
 from evaluation.report import summary
 from evaluation.report.charts import charts
 from evaluation.report.pictures import HARMED, MOST, strips
 from evaluation.report.runs import Run, forgotten_classes, methods, tags
+from forgetting.io import write_bytes
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
@@ -29,9 +29,8 @@ DETAILED = 400  # classes of which everything is written out; a browser must lay
 def write_report(runs: list[Run], path: str | Path) -> Path:
     """Write the report of runs; the file appears whole or not at all."""
     text = render(runs)
-    with atomic_path(path) as temporary:
-        # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
-        temporary.write_bytes(text.encode("utf-8", errors="replace"))
+    # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
+    write_bytes(text.encode("utf-8", errors="replace"), path)
     return Path(path)
 
 
