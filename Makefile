@@ -97,7 +97,6 @@ reproduce:
 benchmark: $(COMPLETE)
 	$(BIN)/python -m benchmarks driver
 	$(BIN)/python -m benchmarks solver
-	$(BIN)/python -m benchmarks pipeline
 	$(BIN)/python -m benchmarks encode
 
 format: $(DEVELOP)

@@ -11,7 +11,6 @@ from forgetting.errors import ProblemError
 BENCHMARKS = {
     "encode": "images to embeddings, against open_clip's plain loop",
     "driver": "a whole run of train.py and its audit, for 100 to 4,000 classes, by part",
-    "pipeline": "features once against encoding every test image anew for every class",
     "solver": "the solvers: many requests together, against descents, in growth",
 }
 

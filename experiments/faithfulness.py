@@ -16,7 +16,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -33,14 +32,11 @@ from engine.files import require_writable
 from engine.log import logger, progress
 from evaluation.results import join_label
 from evaluation.tables import write_table
-from experiments.measure import judged, sides
 from experiments.reproduce import markdown
-from experiments.solvers import problem_of
+from experiments.study_data import StudyData, sides
 from experiments.variants import VARIANTS, run_variants
-from experiments.world import World
-from forgetting import AUTO, solve_exact, thresholds
 from forgetting.errors import ProblemError
-from forgetting.problem import LowRankEdit
+from forgetting.problem import ForgetProblem, LowRankEdit
 from trainers.plan import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
@@ -48,48 +44,40 @@ ENCODER, BUNDLED = "RN50", "ViT-B/32"
 TOGETHER = 3  # classes forgotten at once, as many as the paper's lists hold
 ACCURACIES = ("forgotten", "rest", "others")
 OTHER_NAMES = 20  # classes beside those to forget, where no images say which there are
-# Names of the everyday vocabulary of public bundles that mean the same as a class of theirs.
-SAME = {
-    "CaltechObjects": {
-        "airplane": {"aircraft"},
-        "cup": {"mug", "coffee cup"},
-        "handgun": {"pistol"},
-        "roller skates": {"roller skate", "rollerblade"},
-        "scissors": {"shears"},
-        "umbrella": {"parasol"},
-    }
-}
-
-
-def worlds(
+def read_sets(
     folder: Path, backbone: str, chosen: Iterable[str], opts: Sequence[str] = ()
-) -> dict[str, World]:
+) -> dict[str, StudyData]:
     """The chosen sets of a folder of bundles, with the config keys (KEY VALUE) that are changed."""
     found = load_bundles(folder, backbone)
     return {
-        name: World(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
+        name: StudyData(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
         for name in chosen
     }
 
 
+def problem_of(data: StudyData, classes: list[str]) -> ForgetProblem:
+    """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
+    return data.paper_problem(data.task("lora", request=data.texts.request(classes)))
+
+
 def accuracies(
-    world: World, classes: list[str], answers: Sequence[Tensor]
+    data: StudyData, classes: list[str], answers: Sequence[Tensor]
 ) -> list[dict[str, float]]:
     """In percent, for each change (w, d): the forgotten classes (mean), the rest of their set, the
     other sets (mean), and what each was before; nothing where the set has no images."""
-    if not len(world.bundle.labels):
+    if not len(data.bundle.labels):
         names = [*ACCURACIES, *(f"{name} before" for name in ACCURACIES)]
         return [dict.fromkeys(names, math.nan)] * len(answers)
     edits = [LowRankEdit(answer, torch.eye(answer.shape[1])) for answer in answers]
     found = []
-    for rows in judged(world, [classes] * len(edits), edits):
+    for rows in data.rows([classes] * len(edits), edits):
         shares = pd.DataFrame(sides(rows), index=["before", "after"], dtype=float)
         after, before = 100 * shares.loc["after"], 100 * shares.loc["before"].add_suffix(" before")
         found.append(after.to_dict() | before.to_dict())
     return found
 
 
-def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataFrame:
+def run_problems(sets: dict[str, StudyData], lists: Lists, count: int) -> pd.DataFrame:
     """The first `count` classes of every list alone, then `TOGETHER` at once: a row for every
     problem and variant."""
     frames = []
@@ -101,9 +89,9 @@ def run_problems(worlds: dict[str, World], lists: Lists, count: int) -> pd.DataF
     bar = progress(work, "problems")
     for dataset, classes in bar:
         bar.set_postfix_str(f"{dataset} / {', '.join(classes)}")
-        world = worlds[dataset]
-        frame = run_variants(problem_of(world, classes), world.descent)
-        scores = pd.DataFrame(accuracies(world, classes, list(frame.pop("answer"))))
+        data = sets[dataset]
+        frame = run_variants(problem_of(data, classes), data.descent)
+        scores = pd.DataFrame(accuracies(data, classes, list(frame.pop("answer"))))
         mode = "at once" if len(classes) > 1 else "alone"
         place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
         frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
@@ -155,45 +143,6 @@ def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
     return shown.drop(index=VARIANTS[0].name).reset_index()
 
 
-def synonyms_retained(world: World, same: dict[str, set[str]]) -> pd.DataFrame:
-    """What a retained name that means the same does to the optimum: a row a class of `same`.
-
-    `c*` is where the class starts to move, `trials` what the retry needs to get there from the
-    set's weights; `share` is how far, on average, the names of the same meaning go with the class
-    (1: as far as it). Both with those names out of the retain set and in it, just above c*.
-    """
-    bundle, rows = world.bundle, []
-    names = [datasets.key(name) for name in bundle.retain_names]
-    for own, words in same.items():
-        name = datasets.match(own, bundle.classnames, bundle.dataset)
-        meant = words & set(names)
-        alike = bundle.retain_hidden[[other in meant for other in names]].double()
-        row = {"set": bundle.dataset, "class": name, "same": ", ".join(sorted(meant))}
-        stated = problem_of(world, [name]).double
-        for when, leaving in (("out", {own} | meant), ("in", {own})):
-            stay = [other not in leaving for other in names]
-            problem = replace(stated, retain_hidden=bundle.retain_hidden[stay].double())
-            reach, step = thresholds(problem).reach, problem.displacement[0]
-            solution = solve_exact(replace(problem, lamb_forget=AUTO))
-            follow = (alike @ solution.delta) @ step / (step @ step)
-            missing = (reach - problem.lamb_forget) / world.descent.lamb_forget_step
-            row |= {
-                f"c*, {when}": reach,
-                f"trials, {when}": 1 + max(0, math.ceil(missing)),
-                f"share, {when}": float(follow.mean()),
-            }
-            (scores,) = accuracies(world, [name], [solution.delta.float()])
-            row |= {f"{key}, {when}": scores[key] for key in ACCURACIES}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def synonyms_of(dataset: str, classes: list[str]) -> dict[str, set[str]]:
-    """The marked synonyms of those of `classes` that have any."""
-    known = datasets.synonyms(dataset)
-    return {name: known[name] for name in map(datasets.key, classes) if name in known}
-
-
 def text_bundles(folder: Path, weights: str | None) -> Lists:
     """Bundles without images of the four sets, encoded by an RN50; the classes to forget."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -211,7 +160,7 @@ def text_bundles(folder: Path, weights: str | None) -> Lists:
         }
         for dataset, forgotten in lists.items():
             vocabulary = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
-            same = set().union(*synonyms_of(dataset, forgotten).values())
+            same = set().union(*(datasets.synonyms(dataset).get(key, ()) for key in map(datasets.key, forgotten)))
             free = [name for name in vocabulary if name not in same]
             classnames = [*forgotten, *free[:OTHER_NAMES]]
             template = datasets.spec(dataset).template
@@ -244,18 +193,6 @@ def bundled_classes(folder: Path, backbone: str, count: int) -> Lists:
     return chosen
 
 
-def one_trial_fewer(table: pd.DataFrame) -> pd.DataFrame:
-    """Problems of several trials: the reduction that would be kept without the trial that reached.
-
-    Returns:
-        Columns `set`, `classes`, `trials`, and a reduction in percent for ours and for the last.
-    """
-    names = ["ours", "last trial kept"]
-    several = table[table["short"].notna() & table["variant"].isin(names)]
-    wide = several.pivot(index=["set", "classes", "trials"], columns="variant", values="short")
-    return (100 * wide.reindex(columns=names)).reset_index()
-
-
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every problem and variant."""
     parser = Parser(prog="python -m experiments faithfulness", description=__doc__.splitlines()[0])
@@ -276,21 +213,15 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             folder, backbone, by = Path(args.features), args.backbone or BUNDLED, "set"
             kind = f"bundles of {args.features}"
             lists = bundled_classes(folder, backbone, max(args.classes, TOGETHER))
-            same = {name: SAME[name] for name in lists if name in SAME}
         else:
             folder, backbone, by = Path(temporary), ENCODER, "mode"
             kind = f"weights {args.weights}" if args.weights else "random weights"
             lists = text_bundles(folder, args.weights)
-            same = {name: synonyms_of(name, lists[name]) for name in lists}
-        sets = worlds(folder, backbone, lists, args.opts)
+        sets = read_sets(folder, backbone, lists, args.opts)
         table = run_problems(sets, lists, args.classes)
         print_table(f"{backbone}, {kind}: the descent's variants", by_variant(table, by))
         if table[list(ACCURACIES)].notna().all(axis=1).any():
             print_table("Distance from ours, percentage points", apart_from_ours(table))
-        print_table("Without the trial that reached: reduction, %", one_trial_fewer(table))
-        if same:
-            parts = [synonyms_retained(sets[name], words) for name, words in same.items()]
-            print_table("Names of the same meaning, out of the retain set and in", pd.concat(parts))
     if args.csv:
         write_table(table, args.csv)
         logger.info(f"\nwritten: {args.csv}")

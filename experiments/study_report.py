@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import torch
 
 from evaluation.plots import COLOURS, drawing
 from evaluation.results import split_label
-from experiments.measure import PARTS, SIDES, random_shares
-from experiments.varied import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PARTS = 10
+SIDES = {
+    "left": "left singular directions of W",
+    "right": "right singular directions of W",
+    "gram": "eigen-directions of G",
+}
 MEANS = ("retained", "forgotten", "rest", "others", "carry", "reduction", "gap", "norm", "seconds")
 OF_SOLVER = {"lora": COLOURS[1], "optimum": COLOURS[2], "constrained": COLOURS[0]}
 THICK = {"lora": 4.0}  # what the optimum's line hides without
@@ -23,10 +28,10 @@ PANELS = {
     "forgotten": "left of the forgotten class, %",
     "rest": "change of the rest of its set, points",
     "others": "change of the other sets, points",
-    "carry": "how far its evaluation prompt follows (1: all the way)",
+    "carry": "displacement ratio of its evaluation prompt",
 }
 DOTS = {"s": 16, "alpha": 0.5, "linewidths": 0}  # single classes
-SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
+TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # ticks
 WIDTH = 0.24  # of a solver's column
 APART = 1.6  # the least ratio of two ticks, so that their numbers do not touch
 
@@ -73,31 +78,35 @@ def report(frame: pd.DataFrame, width: int | None = None) -> None:
     """Print the summary; with a width w also where the changes sit."""
     tables = {"": summary(frame)}
     if width:
-        alike = dict.fromkeys(f"{100 * share:.3g}" for share in random_shares(width))
-        random = f"a random change: {', '.join(alike)}"
+        sizes = [len(part) for part in torch.arange(width).tensor_split(PARTS)]
+        parts = dict.fromkeys(f"{100 * size / width:.3g}" for size in sizes)
+        random = f"a random change: {', '.join(parts)}"
         tables[f"per cent of ||Delta||^2 in each tenth ({random})\n"] = tenths(frame)
     for title, table in tables.items():
         print(title + table.to_string(float_format=lambda value: f"{value:.3g}", na_rep=""))
 
 
-def plot(title: str, study: Study, frame: pd.DataFrame, path: Path) -> None:
+def plot(title: str, axis_text: str, spectrum: bool, frame: pd.DataFrame, path: Path) -> None:
     """Draw the rows of one study on one data set as a PNG.
 
     A small dot is one class, a line or a large mark the mean over classes.
+
+    Args:
+        axis_text: label of a numeric axis; "": settings are names.
+        spectrum: whether to draw where the changes sit instead.
     """
-    sides = [side for side in SIDES if study.cells and frame[f"{side}_1"].notna().any()]
-    sides = sides or list(SIDES)  # nothing moved: empty panels
-    with drawing(path, 13, 5.2 if study.cells else 8.6) as figure:
-        if study.cells:
-            _spectrum(figure, frame, sides)
+    bases = [side for side in SIDES if spectrum and frame[f"{side}_1"].notna().any()]
+    with drawing(path, 13, 5.2 if spectrum else 8.6) as figure:
+        if spectrum:
+            _spectrum(figure, frame, bases or list(SIDES))  # nothing moved: empty panels
         else:
             shown = in_points(frame)
             panels = zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)
             for axis, (column, name) in panels:
-                (_along if study.axis else _columns)(axis, shown, column)
-                axis.set(xlabel=study.axis, title=name)
+                (_along if axis_text else _columns)(axis, shown, column)
+                axis.set(xlabel=axis_text, title=name)
             figure.axes[0].set_ylim(-4, 104)
-        figure.suptitle(f"{title}: {study.about}")
+        figure.suptitle(title)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
 
@@ -128,12 +137,12 @@ def _along(axis: Axes, frame: pd.DataFrame, column: str) -> None:
             if part.empty:
                 continue
             label = f"{solver}, several classes at once" if several else solver
-            means = part.groupby("place")[column].mean()
+            means = part.groupby("position")[column].mean()
             marker = "o" if len(means) == 1 or several else None
             axis.plot(means.index, means, style, color=colour, marker=marker, ms=3, label=label)
             if not several:
-                axis.scatter(part["place"], part[column], color=colour, **DOTS)
-    places = sorted(frame["place"].unique())
+                axis.scatter(part["position"], part[column], color=colour, **DOTS)
+    places = sorted(frame["position"].unique())
     low = min((place for place in places if place > 0), default=1.0)
     axis.set_xscale("symlog", linthresh=low)
     ticks: list[float] = []  # from the last one down, each far enough from the one before
@@ -160,7 +169,7 @@ def _spectrum(figure: Figure, frame: pd.DataFrame, sides: list[str]) -> None:
         axis.axhline(1 / PARTS, color="0.5", linewidth=0.8, label="random change")
         axis.set(yscale="log", xticks=numbers, xlabel="tenth, largest values first")
         limits = axis.get_ylim()
-        axis.set_yticks(SHARES, [f"{share:.1%}" for share in SHARES])
+        axis.set_yticks(TICKS, [f"{share:.1%}" for share in TICKS])
         axis.minorticks_off()
         axis.set_ylim(limits)
         axis.set_title(f"share of the change along\n{SIDES[side]}")

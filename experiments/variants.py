@@ -6,7 +6,7 @@ Written from a description of those slips (docs/faithfulness.md), not from anybo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -126,74 +126,52 @@ def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return scale * (a.detach().T @ b.detach().T)  # (w, r) @ (r, d) -> (w, d)
 
 
-class Trials:
-    """A variant's trials in their order, run when somebody first asks for them."""
-
-    def __init__(self, problem: ForgetProblem, settings: LoraSettings, variant: Variant) -> None:
-        self.problem, self.settings = problem, settings
-        self.generator = torch.Generator().manual_seed(variant.seed)
-        merge = variant.merge
-        self.live = None if merge is None else problem.projection.to(merge, copy=True)
-        self.done: list[Trial] = []
-
-    def __iter__(self) -> Iterator[Trial]:
-        for number in range(self.settings.max_trials):
-            if number == len(self.done):
-                raised = self.problem.lamb_forget + number * self.settings.lamb_forget_step
-                attempt = replace(self.problem, lamb_forget=raised)
-                self.done.append(descend(attempt, self.settings, self.generator, self.live))
-            yield self.done[number]
-
-
-def retry(trials: Iterable[Trial], variant: Variant, settings: LoraSettings) -> list[Trial]:
-    """The trials that a variant runs: up to the first that reaches the reduction."""
-    walked = []
-    for trial in trials:
-        walked.append(trial)
-        if trial.reduction(variant) >= settings.reduction:
+def run_variant(problem: ForgetProblem, settings: LoraSettings, variant: Variant) -> list[Trial]:
+    """The trials of a variant, up to the first that reaches the reduction: the paper's retry."""
+    generator = torch.Generator().manual_seed(variant.seed)
+    live = None if variant.merge is None else problem.projection.to(variant.merge, copy=True)
+    trials = []
+    for number in range(settings.max_trials):
+        raised = problem.lamb_forget + number * settings.lamb_forget_step
+        attempt = replace(problem, lamb_forget=raised)
+        trials.append(descend(attempt, settings, generator, live))
+        if trials[-1].reduction(variant) >= settings.reduction:
             break
-    return walked
+    return trials
 
 
-def choose(walked: Sequence[Trial], variant: Variant) -> Trial:
+def choose(trials: Sequence[Trial], variant: Variant) -> Trial:
     """The trial that a variant keeps; of equal ones the first."""
     if variant.last_trial:
-        return walked[-1]
-    return max(walked, key=lambda trial: trial.reduction(variant))
+        return trials[-1]
+    return max(trials, key=lambda trial: trial.reduction(variant))
 
 
 def run_variants(
     problem: ForgetProblem, settings: LoraSettings, variants: Sequence[Variant] = VARIANTS
 ) -> pd.DataFrame:
-    """A row a variant: `trials`, `lamb_forget`, `objective`, `above` (its relative distance to the
-    optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w, d).
+    """One row per variant: `trials`, `lamb_forget`, `objective`, `above` (its relative distance to
+    the optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w, d).
 
-    Variants that differ in what they keep share their descents. Judged in float64 with the original
-    projection. `short` is the reduction that would be kept without the last of several trials.
+    Judged in float64 with the original projection.
     """
-    pool: dict[tuple, Trials] = {}
-    optimum: dict[float, float] = {}
     rows = []
     for variant in variants:
-        run = (variant.merge, variant.seed)
-        walked = retry(pool.setdefault(run, Trials(problem, settings, variant)), variant, settings)
-        trial = choose(walked, variant)
-        answer, weight = trial.kept(variant), trial.problem.lamb_forget
-        if weight not in optimum:
-            optimum[weight] = solve_exact(trial.problem).certificate.primal
+        trials = run_variant(problem, settings, variant)
+        trial = choose(trials, variant)
+        answer = trial.kept(variant)
         objective = float(trial.problem.objective(answer.double()))
         rows.append(
             {
                 "variant": variant.name,
-                "trials": len(walked),
-                "lamb_forget": weight,
+                "trials": len(trials),
+                "lamb_forget": trial.problem.lamb_forget,
                 "objective": objective,
-                "above": objective / optimum[weight] - 1,
+                "above": objective / solve_exact(trial.problem).certificate.primal - 1,
                 "reduction": trial.reduction(variant),
                 "size": float(answer.norm()),
                 "drift": trial.drift,
                 "answer": answer,
-                "short": choose(walked[:-1], variant).reduction(variant) if walked[1:] else None,
             }
         )
     return pd.DataFrame(rows)
