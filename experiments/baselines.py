@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser = Parser(
         prog="python -m experiments baselines",
         description=__doc__.splitlines()[0],
-        allow_abbrev=False,
     )
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--dataset", required=True, help="name of a bundle there")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--methods", metavar="LIST", help=f"with commas between: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", metavar="LIST", help=f"with commas between: {', '.join(METHODS)}"
+    )
     args, options = parser.parse_known_args(argv)
     methods = args.methods.split(",") if args.methods else list(METHODS)
     for method in methods:

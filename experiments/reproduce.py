@@ -26,25 +26,19 @@ import datasets
 from clip.architectures import architecture
 from clip.source import ClipSource
 from engine.cli import Parser
-from engine.config import OPTIONS, settings
-from engine.files import require_writable
+from engine.files import atomic_path
 from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.results import LOGS, read_logs, split_label
 from evaluation.rows import Row, rows_of
-from evaluation.tables import write_table
-from experiments.runs import PART, launch, refuse_keys, runs_of
+from evaluation.tables import average_gains, write_table
+from experiments.runs import launch
+from experiments.sweep import DEFAULTS, MODES, runs_of
 from forgetting.errors import ProblemError, unknown
-from forgetting.io import atomic_path
 from trainers.plan import user_lists
-from utils import compute_avg_gain, create_results, summarise
+from utils import create_results, summarise
 
 BACKBONES = ("RN50", "ViT-B/16")
-MODES = {"alone": [], "at once": ["--multiclass"]}
-OWN_KEYS = [  # that each run is given here
-    *(OPTIONS[one] for one in ("dataset", "seed", "backbone", "multiclass", "output_dir")),
-    PART,
-]
 HEAD = "# The paper's numbers and those measured here"
 COLUMNS = ["backbone", "mode", "data set", "quantity", "paper", "ours"]
 # Kravets and Namboodiri (TMLR 2025): accuracies before forgetting that its authors' files hold.
@@ -105,18 +99,6 @@ def results_folder(out: str | Path, backbone: str) -> Path:
     return Path(out) / f"resultsreproduce_{backbone.replace('/', '-')}" / "seed_0"
 
 
-def run_all(args: argparse.Namespace, weights: dict[str, str]) -> list[str]:
-    """Every backbone, mode and set; returns what the runs that failed are called."""
-    runs = []
-    for backbone in args.backbones:
-        folder = results_folder(args.out, backbone).parent
-        for mode, flags in MODES.items():
-            argv = ["--backbone", backbone, "--root", args.data, *flags, "--cache", args.cache]
-            argv += ["--weights", weights.get(backbone, ""), *args.opts]
-            runs += runs_of(folder, args.datasets, ["0"], argv, about=[backbone, mode])
-    return [run.title for run in launch(runs, launcher(args))]
-
-
 def whole_set(rows: Sequence[Row], test: Counts) -> float:
     """Accuracy over a whole test set before forgetting, from the rows of one request: that of its
     classes, and that over all other images."""
@@ -162,8 +144,7 @@ def compare(backbone: str, folder: Path, sets: dict[str, Counts]) -> pd.DataFram
     for mode, frame in frames_of(folder, sets).items():
         parts = [*frame.groupby("ds", sort=False), ("all of them", frame)]
         rows += [
-            (mode, name, "average gain", None, compute_avg_gain(part).mean())
-            for name, part in parts
+            (mode, name, "average gain", None, average_gains(part).mean()) for name, part in parts
         ]
     table = pd.DataFrame([(backbone, *row) for row in rows], columns=COLUMNS)
     table = table.astype({"paper": float, "ours": float})
@@ -194,13 +175,6 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def check_outputs(out: str | Path) -> dict[str, Path]:
-    """The files that are written, by suffix; ProblemError for something else in their place."""
-    paths = {suffix: Path(out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
-    require_writable(paths["md"])
-    return paths
-
-
 def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     """Derive the tables from the logs, print them, write them beside the results."""
     folders = {name: results_folder(args.out, name) for name in args.backbones}
@@ -214,10 +188,8 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
         for name, test in sets.items()
         if not test.comparable
     ]
-    pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
-    changed = [f"{key} {value}" for key, value in pairs]
-    if changed:
-        notes.append(f"not the paper's settings: {' '.join(changed)}")
+    if args.opts:
+        notes.append(f"not the paper's settings: {' '.join(args.opts)}")
     notes.append(
         'Fractions; "before": nothing is forgotten, "difference": ours less the paper\'s, "-": no '
         "such number is known. Average gain: 0 is perfect, lower is better."
@@ -226,7 +198,7 @@ def write(args: argparse.Namespace, sets: dict[str, Counts]) -> pd.DataFrame:
     parts += ["# Before and after forgetting, in percent", markdown(after)]
     text = "\n\n".join(parts)
     print(f"\n{text}\n")
-    paths = check_outputs(args.out)
+    paths = {suffix: Path(args.out) / f"reproduce.{suffix}" for suffix in ("md", "csv")}
     with atomic_path(paths["md"]) as path:
         path.write_text(text + "\n", encoding="utf-8")
     write_table(table, paths["csv"])
@@ -252,9 +224,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     args = parser.parse_args(argv)
     args.datasets = [datasets.spec(name).name for name in _listed("datasets", args.datasets)]
     args.backbones = [architecture(name).name for name in _listed("backbones", args.backbones)]
-    refuse_keys(args.opts[::2], OWN_KEYS)
-    settings(opts=args.opts)
-    check_outputs(args.out)
     return args, weights_by_name(args.weights, args.backbones)
 
 
@@ -288,11 +257,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """
     args, weights = parse(argv)
     sets = read_sets(args.data, args.datasets)
-    for backbone in args.backbones:  # downloaded here, if need be
-        path = ClipSource(backbone, weights.get(backbone), args.cache).weights_files[0]
-        logger.info(f"{backbone}: weights {path}")
-    failed = run_all(args, weights)
+    runs = []
+    for backbone in args.backbones:
+        ClipSource(backbone, weights.get(backbone), args.cache)  # downloads what is missing
+        options = ["--root", args.data, "--cache", args.cache]
+        options += ["--weights", weights.get(backbone, ""), *args.opts]
+        varied = {"backbones": [backbone], "datasets": args.datasets, "modes": list(MODES)}
+        root = results_folder(args.out, backbone).parent
+        runs += runs_of(DEFAULTS | varied, root, options, always=False)
+    failed = launch(runs, launcher(args))
     table = write(args, sets)
     if failed:
-        raise ProblemError(f"failed: {'; '.join(failed)}; see the messages above")
+        titles = "; ".join(run.title for run in failed)
+        raise ProblemError(f"failed: {titles}; see the messages above")
     return table

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -14,22 +14,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from engine.files import escape
 from engine.log import logger
 from engine.ray import LauncherSettings, spread
 from forgetting.errors import ProblemError
 
-PART = "FORGET.PART"  # which runs of the parts of a set differ in
 INTERRUPTED = 130  # the exit status after Ctrl-C
 
 
 @dataclass(frozen=True)
 class Run:
-    """A command line of train.py, what to call it, and where its results go."""
+    """One run of train.py: `argv`, into `folder`.
 
-    title: str
+    Attributes:
+        keys: backbone, trainer, setting, mode and data set; labels: what the logs call its
+            requests; part: such as "2/4", of the set's requests.
+    """
+
     argv: list[str]
-    folder: str
+    folder: Path
+    keys: tuple[str, str, str, str, str]
+    seed: int
+    labels: list[str]
+    part: str = ""
+
+    @property
+    def title(self) -> str:
+        *keys, dataset = self.keys
+        part = f"part {self.part}" if self.part else ""
+        return ", ".join(filter(None, [dataset, *keys, f"seed {self.seed}", part]))
 
 
 class Ended(NamedTuple):
@@ -38,49 +50,6 @@ class Ended(NamedTuple):
     status: int
     out: str = ""
     err: str = ""
-
-
-def folder_of(root: str | Path, backbone: str, trainer: str, setting: str = "") -> Path:
-    """Where results lie that differ from others of `root` in these; "" for what they share."""
-    names = (backbone.replace("/", "-"), trainer, setting and escape(setting))
-    return Path(root, *filter(None, names))
-
-
-def runs_of(
-    folder: str | Path,
-    names: Sequence[str],
-    seeds: Sequence[str],
-    argv: Sequence[str],
-    parts: int = 1,
-    about: Sequence[str] = (),
-) -> list[Run]:
-    """The runs of one method and backbone: a data set, a seed and a part of the requests each.
-
-    Args:
-        folder: of the results, below which each seed has its own.
-        argv: what all have in common.
-        parts: of a set's requests.
-        about: words for the titles beside data set and seed.
-    """
-    runs = []
-    for seed in seeds:
-        for name in names:
-            for part in range(1, parts + 1):
-                out = f"{folder}/seed_{seed}"
-                own = ["--dataset", name, "--seed", seed, "--output-dir", out]
-                own += [PART, f"{part}/{parts}"] if parts > 1 else []
-                title = [name, *about, f"seed {seed}"]
-                title += [f"part {part} of {parts}"] if parts > 1 else []
-                runs.append(Run(", ".join(title), [*argv, *own], out))
-    return runs
-
-
-def refuse_keys(given: Iterable[str], own: Iterable[str], where: str = "") -> None:
-    """ProblemError for a key of KEY VALUE pairs that each run is given a value of its own for."""
-    own = set(own)
-    for key in given:
-        if key in own:
-            raise ProblemError(f"{key} is set for each run and cannot be set beside that{where}")
 
 
 def launch(runs: Sequence[Run], how: LauncherSettings) -> list[Run]:

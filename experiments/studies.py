@@ -35,7 +35,7 @@ from evaluation.rows import mean
 from experiments.study_data import SOLVERS, StudyAnswer, StudyData, Task, sides
 from experiments.study_report import PARTS, plot, report
 from forgetting.errors import ProblemError, unknown
-from forgetting.problem import Paraphrases, Request
+from forgetting.problem import Request
 
 FORMAT = 3  # of the rows; raise it where the same settings begin to mean another answer
 ALL = "all"  # as NAME: every study; of --forget: every class
@@ -154,9 +154,7 @@ STUDIES: dict[str, Study] = {
     "targets": Study("where the text is sent", targets),
     "rank": Study("LoRA's rank", rank, axis="rank", several=True),
     "templates": Study("which text is forgotten, judged on the evaluation prompt", templates),
-    "spectrum": Study(
-        "where in the spectrum of W and G the change sits", spectrum, spectrum=True
-    ),
+    "spectrum": Study("where in the spectrum of W and G the change sits", spectrum, spectrum=True),
 }
 
 

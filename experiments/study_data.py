@@ -28,7 +28,7 @@ from evaluation.zero_shot import Evaluator
 from forgetting.problem import AUTO, Batch, ForgetProblem, LowRankEdit, Request
 from forgetting.retain import Group, RetainSet
 from forgetting.solvers.constrained import Ridge, solve_constrained_each
-from forgetting.solvers.exact import ExactSolution, solve_exact, thresholds
+from forgetting.solvers.exact import resolve_auto_weight, solve_exact, thresholds
 from forgetting.solvers.lora import LoraSettings, solve_lora
 from forgetting.targets import specific_target, targets
 from trainers.exact import exact_settings
@@ -199,23 +199,21 @@ class StudyData:
         """The answer of a task."""
         if task.solver == "constrained":
             return self._constrained(task)
-        problem, optimum, raised = above_threshold(self.paper_problem(task))
+        problem, raised = above_threshold(self.paper_problem(task))
         facts = {"retained": len(problem.retain_hidden), "auto": raised}
+        descent = replace(self.descent, max_trials=min(MAX_TRIALS, self.descent.max_trials))
         started = time.process_time()
         if task.solver == "optimum":
-            edit, weight = solve_exact(problem), optimum.lamb_forget
-            seconds, bound = time.process_time() - started, optimum.certificate.bound
+            edit = solve_exact(problem)
         else:
-            descent = replace(self.descent, max_trials=min(MAX_TRIALS, self.descent.max_trials))
-            edit = solve_lora(problem, self.generator(task.request.classes), descent)
-            seconds, weight = time.process_time() - started, edit.lamb_forget
+            edit = solve_lora(problem, descent, self.generator(task.request.classes))
+            problem = replace(problem, lamb_forget=edit.lamb_forget)  # of the retry's trial
             facts["trials"] = len(edit.trials)
-            bound = optimum.certificate.bound
-            if weight != optimum.lamb_forget:  # a later trial of the retry
-                bound = solve_exact(replace(problem, lamb_forget=weight)).certificate.bound
-        reached = float(replace(problem, lamb_forget=weight).objective(edit.delta.double()))
-        gap = max(0.0, reached - bound) / reached if reached > 0 else 0.0
-        facts |= {"objective": reached, "gap": gap, "lamb_forget": weight}
+        seconds = time.process_time() - started
+        optimum = edit if task.solver == "optimum" else solve_exact(problem)
+        reached = float(problem.objective(edit.delta.double()))
+        gap = max(0.0, reached - optimum.certificate.bound) / reached if reached > 0 else 0.0
+        facts |= {"objective": reached, "gap": gap, "lamb_forget": problem.lamb_forget}
         return StudyAnswer(edit, problem.double.displacement, seconds, facts)
 
     def _constrained(self, task: Task) -> StudyAnswer:
@@ -242,9 +240,7 @@ class StudyData:
         facts = {"retained": retained, "objective": proof.primal, "gap": proof.gap}
         return StudyAnswer(edit, displacement, seconds, facts)
 
-    def rows(
-        self, requests: Sequence[list[str]], edits: Sequence[LowRankEdit]
-    ) -> list[list[Row]]:
+    def rows(self, requests: Sequence[list[str]], edits: Sequence[LowRankEdit]) -> list[list[Row]]:
         """The accuracies of each request's classes, before and after its edit."""
         judged = []
         after = self.evaluator.after(requests, edits)
@@ -266,15 +262,15 @@ class StudyData:
         return torch.linalg.svd(self.bundle.text_projection.double())
 
 
-def above_threshold(problem: ForgetProblem) -> tuple[ForgetProblem, ExactSolution, bool]:
+def above_threshold(problem: ForgetProblem) -> tuple[ForgetProblem, bool]:
     """A problem whose `lamb_forget` is raised to just above c* where it lies below, as the paper's
-    retry would, its optimum, and whether it was raised. A target that no weight reaches keeps the
-    weight."""
+    retry would, and whether it was. A target that no weight reaches keeps the weight."""
     reach = thresholds(problem).reach
-    raised = problem.lamb_forget != AUTO and 0 < problem.lamb_forget <= reach < float("inf")
+    weight = problem.lamb_forget
+    raised = weight == AUTO or 0 < weight <= reach < float("inf")
     if raised:
-        problem = replace(problem, lamb_forget=AUTO)
-    return problem, solve_exact(problem), raised or problem.lamb_forget == AUTO
+        problem = resolve_auto_weight(replace(problem, lamb_forget=AUTO))
+    return problem, raised
 
 
 def sides(rows: Sequence[Row]) -> dict[str, Change]:

@@ -24,7 +24,7 @@ from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, LoraSettings, solve_lora
 from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
 from tests.test_datasets import FORGOTTEN
-from tests.test_forgetting import make_problem
+from tests.test_lora import make_problem
 from tests.test_train import PAPER
 
 NAMES = {variant.name: variant for variant in VARIANTS}
@@ -139,7 +139,7 @@ def test_the_last_step_is_no_better_than_the_lowest_objective(lr):
         lowest, last = table["above"]["ours"], table["above"]["last step kept"]
         assert 0 <= lowest <= last + 1e-6
         if lr == 0.5:  # a descent that jumps about; otherwise the test above could not fail
-            assert last > 2 * lowest
+            assert last > 1.2 * lowest
 
 
 def test_the_last_step_is_kept_before_its_update():
@@ -162,7 +162,7 @@ def test_merging_drifts_and_more_so_in_float16():
 
 
 def test_a_live_projection_goes_from_trial_to_trial():
-    settings = LoraSettings(steps=60, max_trials=3)
+    settings = LoraSettings(steps=60, max_trials=3, reduction=0.9999)
     merged = NAMES["merged and unmerged, float16"]
     trials = run_variant(make_problem(w=32, d=16), settings, merged)
     drift = [trial.drift for trial in trials]

@@ -1,19 +1,27 @@
-"""Many runs from one file: what is refused first, what is run, and the table of all of it."""
+"""Many runs and their table: sweeps, the methods side by side, and the lists of commands."""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+import train
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import cli as benchmarks
+from engine import TRAINER_REGISTRY
 from engine.cli import run
-from experiments import sweep
-from experiments.runs import launch
+from engine.config import methods
+from evaluation.tables import average_gains
+from experiments import baselines, sweep
+from experiments.__main__ import EXPERIMENTS
+from experiments.__main__ import cli as experiments
 from forgetting.errors import ProblemError
-from tests.test_bad_input import caltech
-from utils import compute_avg_gain, create_results
+from tests.conftest import REPOSITORY
+from utils import create_results
 
 FILE = """
 datasets: [ToyAnimals, ToyTools]
@@ -25,15 +33,15 @@ settings:
   mild: {FORGET.BETA: 0.05}
   strong: {FORGET.BETA: 0.4}
 """
+COMMANDS = {"experiments": (experiments, EXPERIMENTS), "benchmarks": (benchmarks, BENCHMARKS)}
+NAMES = [(package, name) for package, (_, names) in COMMANDS.items() for name in names]
 
 
 @pytest.fixture
 def command(features: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "mine.yaml").write_text(FILE)
-    return [
-        *(str(tmp_path / "mine.yaml"), "--features", str(features)),
-        *("--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
-    ]
+    options = ["--features", str(features), "--cache", str(tmp_path / "cache")]
+    return [str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out"), *options]
 
 
 def test_a_sweep_and_its_table(command, tmp_path, capsys):
@@ -41,28 +49,21 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     root = tmp_path / "out/mine"
     assert len(table) == 2 * 2 * 3 and (table["seeds"] == 2).all()
     assert (root / "report.html").stat().st_size > 10_000
-    written = pd.read_csv(root / "sweep.csv")
-    pd.testing.assert_frame_equal(written, table, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(root / "sweep.csv"), table, check_dtype=False)
     out = capsys.readouterr().out
     assert "== ToyTools, ViT-B/32, ForgetExact, strong, alone, seed 1: done (16 of 16" in out
     row = table[(table["trainer"] == "ForgetNoise") & (table["setting"] == "mild")]
     row = row.set_index("data set")
     folders = [root / f"ViT-B-32/ForgetNoise/mild/seed_{seed}" for seed in (0, 1)]
     frames = [create_results(folder)[0] for folder in folders]
-    gains = pd.Series([compute_avg_gain(frame).mean() for frame in frames])
+    gains = pd.Series([average_gains(frame).mean() for frame in frames])
     assert row.loc["all of them", "average gain"] == pytest.approx(gains.mean())
     assert row.loc["all of them", "± average gain"] == pytest.approx(gains.std())
     assert gains.std() > 0 and row.loc["all of them", "classes"] == 10
-    left = pd.Series([100 * f[f.ds == "ToyTools"].cls_forget.mean() for f in frames])
-    assert row.loc["ToyTools", "class after"] == pytest.approx(left.mean())
-    assert row.loc["ToyTools", "± class after"] == pytest.approx(left.std())
+    tools = pd.Series([100 * f[f.ds == "ToyTools"].cls_forget.mean() for f in frames])
+    assert row.loc["ToyTools", "class after"] == pytest.approx(tools.mean())
     again = sweep.main(command)
     pd.testing.assert_frame_equal(again, table)
-    assert capsys.readouterr().out.count("done before, skipped") == 2 * 2 * 2 * 2  # a line a run
-    (tmp_path / "mine.yaml").write_text(
-        FILE.replace("ToyAnimals, ToyTools", "ToyTools, ToyAnimals")
-    )
-    assert sweep.main(command)["data set"].tolist()[:2] == ["ToyTools", "ToyAnimals"]
 
 
 def test_the_table_is_of_what_the_file_names_now(command, tmp_path):
@@ -76,92 +77,138 @@ def test_the_table_is_of_what_the_file_names_now(command, tmp_path):
     assert counts.to_dict() == {"alone": 2, "at once": 1} and table["± class after"].isna().all()
 
 
+def test_lists_on_the_command_line_have_the_drivers_folders(command, tmp_path):
+    lists = ["--datasets", "ToyTools", "--seeds", "0,1", "--backbones", "ViT-B/32"]
+    options = [*command[1:], "--forget", "saw", "--forget", "axe"]
+    sweep.main([*lists, "--trainers", "ForgetZero", *options])
+    assert (tmp_path / "out/seed_1/ToyTools/saw.safetensors").is_file()
+    sweep.main([*lists, "--trainers", "ForgetZero,ForgetNoise", *options, "--multiclass"])
+    assert (tmp_path / "out/ForgetNoise/seed_0/logs.json").is_file()
+
+
 REFUSED = {
-    "key": ("datasets: [A]\ntrainer: [x]", "unknown key in .* 'trainer'; did you mean 'trainers'"),
-    "trainer": ("datasets: [A]\ntrainers: [ForgetExat]", "did you mean 'ForgetExact'"),
+    "key": ("datasets: [A]\ntrainer: [x]", "'trainers'"),
+    "trainer": ("datasets: [A]\ntrainers: [ForgetExat]", "'ForgetExact'"),
     "kind": ("datasets: ToyAnimals", "datasets must be a list"),
-    "seed": ("datasets: [A]\nseeds: [-1]", "seeds / 0 must be"),
-    "mode": ("datasets: [A]\nmodes: [twice]", "modes / 0 must be"),
+    "seed": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nseeds: [-1]", "SEED"),
+    "mode": ("datasets: [A]\nmodes: [twice]", "unknown mode"),
     "nothing": ("seeds: [0]", "names no data set"),
     "empty": ("datasets: []", "datasets must be"),
-    "no setting": ("datasets: [A]\nsettings: {}", "settings must be an object that is not empty"),
-    "class": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nclasses: [sew]", "nearest: 'saw'"),
+    "no setting": ("datasets: [A]\nsettings: {}", "settings must"),
+    "class": ("datasets: [ToyTools]\nbackbones: [ViT-B/32]\nclasses: [sew]", "'saw'"),
     "setting": (
         "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.RANK: 0}}",
         "FORGET.RANK must be",
     ),
     "own key": (
         "datasets: [ToyTools]\nbackbones: [ViT-B/32]\nsettings: {a: {FORGET.MULTICLASS: True}}",
-        "FORGET.MULTICLASS is set for each run .*settings / a in .*mine.yaml",
+        "FORGET.MULTICLASS is varied",
     ),
-    "huge seed": ("datasets: [A]\nseeds: [0, 99999999999]", "SEED must be a whole number"),
     "yaml": ("datasets: [", "mine.yaml"),
-    "date": ("datasets: [2020-01-01]", "datasets / 0 must be a text, and is 2020-01-01"),
-    "set": ("datasets: !!set {a, b}", "datasets must be a list, and is {'"),
-    "twice": ("datasets: [A]\nseeds: [0]\nseeds: [1]", "stands twice"),
+    "date": ("datasets: [2020-01-01]", "datasets must be"),
 }
 
 
 @pytest.mark.parametrize("row", REFUSED)
 def test_what_cannot_be_run_is_refused_before_anything_is(row, command, tmp_path, capsys):
-    text, message = REFUSED[row]
+    text, key = REFUSED[row]
     (tmp_path / "mine.yaml").write_text(text)
     assert run(sweep.main, command) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and re.search(message, line), line
+    assert line.count("\n") == 1 and re.search(key, line), line
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, monkeypatch):
-    def some(runs, how):
-        launch(runs[:-1], how)
-        return runs[-1:]
+@pytest.mark.parametrize("pair", [["SEED", "5"], ["FORGET.CLASSES", "('saw',)"]])
+def test_no_pair_sets_what_the_file_varies(pair, command, tmp_path, capsys):
+    assert run(sweep.main, [*command, *pair]) == 2
+    assert f"{pair[0]} is varied" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
-    monkeypatch.setattr(sweep, "launch", some)
-    with pytest.raises(
-        ProblemError, match="failed: ToyTools, ViT-B/32, ForgetExact, strong, alone, s"
-    ):
+
+def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, tmp_path, monkeypatch):
+    def lose_one(cfg, build=train.build_trainer):
+        if cfg.SEED == 1 and cfg.FORGET.BETA == 0.4 and cfg.DATASET.NAME == "ToyTools":
+            raise ProblemError("lost")
+        return build(cfg)
+
+    monkeypatch.setattr(train, "build_trainer", lose_one)
+    with pytest.raises(ProblemError, match="failed: ToyTools, ViT-B/32, ForgetNoise, strong"):
         sweep.main(command)
-
-
-def test_runs_without_a_row_are_not_called_failed(command, tmp_path, capsys):
-    text = FILE.replace("[all]", "[saw]").replace("ToyAnimals, ", "") + "modes: [at once]\n"
-    (tmp_path / "mine.yaml").write_text(text)
-    assert run(sweep.main, command) == 2
-    assert "(a set of one class has none at once)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["SEED", "OUTPUT_DIR", "FORGET.PART", "FORGET.CLASSES"])
-def test_no_pair_sets_what_the_file_varies(key, command, tmp_path, capsys):
-    value = {"FORGET.PART": "1/2", "FORGET.CLASSES": "('saw',)"}.get(key, "5")
-    assert run(sweep.main, [*command, key, value]) == 2
-    assert f"{key} is set for each run" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_split_that_is_not_the_published_one_is_told_on_the_screen_and_in_each_log(
-    tmp_path, capsys
-):
-    root = caltech(tmp_path / "data")
-    next(root.glob("*/split_zhou_Caltech101.json")).unlink()
-    (tmp_path / "mine.yaml").write_text(
-        "datasets: [Caltech101]\ntrainers: [ForgetNothing]\nseeds: [0, 1]\nbackbones: [mini]"
-    )
-    options = ["--data", "data", "--cache", "cache", "--out", "out"]
-    options[1::2] = [str(tmp_path / name) for name in options[1::2]]
-    assert run(sweep.main, [str(tmp_path / "mine.yaml"), *options, "--quiet"]) == 0
-    out, told = capsys.readouterr().out, "Caltech101: this is not the published split"
-    assert told in out and "table:" not in out
-    logs = [path.read_text() for path in (tmp_path / "out").rglob("log.txt")]
-    assert [log.count(told) for log in logs] == [1, 1]
-    assert all("classes, " in log for log in logs)
+    table = pd.read_csv(tmp_path / "out/mine/sweep.csv")
+    lost = table[(table["setting"] == "strong") & (table["data set"] == "ToyTools")]
+    assert (lost["seeds"] == 1).all() and table["seeds"].max() == 2
 
 
 @pytest.mark.slow
 def test_a_sweep_by_ray_is_that_of_one_process(command, tmp_path):
     pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
-    from engine.ray import cluster
+    here = sweep.main([command[0], "--out", str(tmp_path / "here"), *command[3:]])
+    pd.testing.assert_frame_equal(sweep.main([*command, "--launcher", "ray"]), here)
 
-    here = sweep.main([*command, "--out", str(tmp_path / "here")])
-    with cluster(cores=2):
-        pd.testing.assert_frame_equal(sweep.main([*command, "--launcher", "ray"]), here)
+
+# The methods side by side
+
+
+def test_methods_side_by_side_resume(features, tmp_path, capsys):
+    argv = ["--features", str(features), "--dataset", "ToyAnimals", "--out", str(tmp_path / "out")]
+    argv += ["--forget", "owl", "--forget", "cat"]
+    table = baselines.main([*argv, "--methods", "name,exact-opposite"])
+    out = capsys.readouterr().out
+    assert "config:" not in out and "exact-opposite" in out
+    assert (table["forgotten after"] == 0).all() and (table["forgotten before"] > 90).all()
+    assert table.loc["name", "bytes"] < table.loc["exact-opposite", "bytes"]
+    more = baselines.main([*argv, "--methods", "name,zero"])
+    assert more.loc["name", "seconds"] == table.loc["name", "seconds"]
+    assert list(more.index) == ["name", "zero"] and (more["classes"] == 2).all()
+    with pytest.raises(ProblemError, match="'uce'"):
+        baselines.main([*argv, "--methods", "uec"])
+
+
+def test_every_method_can_be_run(features, tmp_path):
+    assert {trainer for trainer, _ in baselines.METHODS.values()} == set(methods())
+    for trainer, keys in baselines.METHODS.values():
+        argv = ["--features", str(features), "--dataset", "ToyAnimals", "--backbone", "ViT-B/32"]
+        argv += ["--output-dir", str(tmp_path), "--forget", "owl", "--trainer", trainer, *keys]
+        cfg = train.setup_cfg(train.parse(argv))
+        TRAINER_REGISTRY.get(trainer).preflight(cfg)
+
+
+REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
+def test_methods_on_real_features(tmp_path):
+    """What each does to two classes of CLIP, whose evaluation prompts are the forgotten texts."""
+    argv = ["--features", str(REAL_CLIP), "--dataset", "CaltechNature", "--out", str(tmp_path)]
+    names = ["nothing", "name", "noise", "ascent", "leace", "null-space", "uce", "uce-published"]
+    argv += ["--forget", "leopard", "--forget", "ant", "--methods", ",".join(names)]
+    table = baselines.main(argv)
+    after, rest = table["forgotten after"], table["rest worst"]
+    assert (after[["name", "null-space", "uce"]] == 0).all()
+    assert (after[["nothing", "noise", "ascent", "uce-published"]] > 80).all()
+    assert after["leace"] < 40 and rest["nothing"] == 0 and rest["uce"] < 2
+
+
+# The commands
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_without_a_name_all_are_listed(package, capsys):
+    cli, names = COMMANDS[package]
+    assert cli([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(names)
+    for wrong in ("sulver", "--features"):
+        assert cli([wrong]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES)
+def test_every_name_is_a_module_whose_help_says_how_it_is_called(package, name, capsys):
+    assert f"python -m {package} {name}" in import_module(f"{package}.{name}").__doc__
+    with pytest.raises(SystemExit) as left:
+        COMMANDS[package][0]([name, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {package} {name} ")

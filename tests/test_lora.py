@@ -14,10 +14,10 @@ from tests.solver_fixtures import TENSORS, normal, random_problem
 SHORT = LoraSettings(steps=300, max_trials=3)
 
 
-def make_problem(k=1, m=20, **weights) -> ForgetProblem:
+def make_problem(k=1, m=20, w=12, d=8, seed=0, **weights) -> ForgetProblem:
     """A problem in float32 whose texts all go to one target."""
     defaults = {"lamb_forget": 3.0, "lamb_preserve": 0.05, "lamb_weight": 0.02}
-    problem = random_problem(k, m, 12, 8, 0, "same target", **defaults | weights)
+    problem = random_problem(k, m, w, d, seed, "same target", **defaults | weights)
     return replace(problem, **{name: getattr(problem, name).float() for name in TENSORS})
 
 
