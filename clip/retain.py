@@ -111,7 +111,8 @@ def exact_context(
     if settings.ridge is None:
         settings = replace(settings, ridge=_choose_ridge(settings, bundle, retain))
     inputs = target_inputs(bundle, device, settings.noise_std, text)
-    inputs = replace(inputs, retain=retain, specific_ridge=settings.specific_ridge)
+    length = retain.squared_embedding(inputs.projection, inputs.bias)
+    inputs = replace(inputs, retain=retain, lam=settings.specific_ridge * length)
     bundles = [bundle, *(others if settings.others > 0 else ())]
     hidden = torch.cat([each.class_hidden for each in bundles]).to(device)
     classifier = ClassifierTexts(

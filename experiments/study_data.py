@@ -30,7 +30,7 @@ from forgetting.retain import Group, RetainSet
 from forgetting.solvers.constrained import Ridge, solve_constrained_each
 from forgetting.solvers.exact import resolve_auto_weight, solve_exact, thresholds
 from forgetting.solvers.lora import LoraSettings, solve_lora
-from forgetting.targets import specific_target, targets
+from forgetting.targets import targets
 from trainers.exact import exact_settings
 from trainers.requests import Texts
 
@@ -163,20 +163,11 @@ class StudyData:
         """`P` (k, d) float64. `specific` compares with what the constrained form retains, whatever
         the solver, by the ridge of all groups together."""
         batch, inputs = Batch([task.request]), self.context.inputs
-        if task.target != "specific":
-            return targets(task.target, batch, inputs, task.beta)[0]
-        if task.solver != "constrained":
-            retain = self.context.retain
-            excluded = _excluded(retain, batch)
-        return specific_target(
-            inputs.embed(batch.hidden),
-            retain.embedding_gram(inputs.projection, inputs.bias),
-            inputs.specific_lam,
-            task.beta,
-            inputs.embed(retain.rows),
-            retain.name_weights,
-            excluded[batch.owner],
-        )
+        if task.solver == "constrained":
+            inputs = replace(inputs, retain=retain)
+        else:
+            excluded = _excluded(self.context.retain, batch)
+        return targets(task.target, batch, inputs, task.beta, excluded)[0]
 
     def paper_problem(self, task: Task) -> ForgetProblem:
         """The problem of the trainer ForgetLoRA."""

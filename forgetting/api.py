@@ -28,11 +28,13 @@ from forgetting.forgotten import Forgotten
 from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import changed_sha256, describe
+from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
 from forgetting.problem import Paraphrases, Request
 from forgetting.retain import Group, RetainSet, key
 from forgetting.ridge import choose_ridge
+from forgetting.solvers.constrained import Ridge
 from forgetting.targets import TargetInputs, check_target
 
 TEMPLATES = ("{}", "a photo of a {}.")
@@ -83,12 +85,13 @@ def forget(
         raise ProblemError(f"progress must be true or false, not {shown(progress)}")
     if not isinstance(cache, str | Path | None):
         raise ProblemError(f"cache must be a folder or None, not {shown(cache)}")
-    common = _generic_group(encoder, cache, progress) if settings.generic > 0 else None
+    common = generic_hidden(encoder, cache, progress) if settings.generic > 0 else ([], None)
     with _one_thread():
         texts = _Texts(encoder)
-        context, request = _context(encoder, wanted, texts, settings, common)
-        answer = context.forget([request])[0]
-        return _forgotten(encoder, wanted, texts, context, answer)
+        retained = _retained(texts, wanted, settings, *common)
+        request = _request(texts, wanted)
+        context = _context(texts, wanted, settings, retained, request)
+        return _forgotten(texts, wanted, context, context.forget([request])[0])
 
 
 @contextmanager
@@ -174,65 +177,73 @@ def _texts(what: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in value))
 
 
-def _generic_group(encoder: Encoder, cache: str | Path | None, progress: bool) -> Group:
-    """The generic vocabulary, still without a weight."""
-    names, rows = generic_hidden(encoder, cache, progress)
-    return Group(names, rows)
-
-
 class _Texts:
-    """Texts and their hidden states, each encoded once.
+    """An encoder's texts and their hidden states, each encoded once.
 
     Attributes:
-        too_long: those of which the tokenizer drops the end.
+        known: text -> hidden state (w,); too_long: texts of which the tokenizer drops the end.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.device = encoder.device if encoder.device.type == "cuda" else torch.device("cpu")
+        self.projection = encoder.projection.to(self.device)
+        self.bias = None if encoder.bias is None else encoder.bias.to(self.device)
+        self.known: dict[str, Tensor] = {}
         self.too_long: list[str] = []
-        self._known: dict[str, Tensor] = {}
 
     def rows(self, texts: Sequence[str]) -> Tensor:
         """Hidden states (n, w), on the CPU."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
         if new:
-            self._known |= zip(new, self.encoder.hidden(new), strict=True)
+            self.known |= zip(new, self.encoder.hidden(new), strict=True)
             self.too_long += self.encoder.truncated(new)
-        return torch.stack([self._known[t] for t in texts]) if texts else self.encoder.hidden([])
+        return torch.stack([self.known[t] for t in texts]) if texts else self.encoder.hidden([])
 
 
 def _fill(template: str, names: Sequence[str]) -> list[str]:
     return [template.replace("{}", name) for name in names]
 
 
-def _request(wanted: _Names, texts: _Texts) -> Request:
+def _request(texts: _Texts, wanted: _Names) -> Request:
     """The names and their other words in the first template; in the others as paraphrases."""
     first, *others = wanted.templates
     owner: dict[str, int] = {}  # text -> index of its name
-    more: list[list[str]] = []
+    paraphrases = []
     for index, name in enumerate(wanted.names):
         words = [name, *wanted.also.get(name, ())]
         for text in _fill(first, words):
             owner.setdefault(text, index)
-        more.append(list(dict.fromkeys(t for form in others for t in _fill(form, words))))
-    rows = texts.rows(list(owner))
+        paraphrases.append(list(dict.fromkeys(t for form in others for t in _fill(form, words))))
+    texts.rows([*owner, *(text for some in paraphrases for text in some)])
     return Request(
         classes=list(wanted.names),
         texts=list(owner),
-        hidden=rows,
+        hidden=texts.rows(list(owner)),
         owner=list(owner.values()),
         same=[{name, *wanted.also.get(name, ())} for name in wanted.names],
-        paraphrases=[Paraphrases(some, texts.rows(some)) for some in more],
+        paraphrases=[Paraphrases(some, texts.rows(some)) for some in paraphrases],
     )
 
 
-def _retain_set(
-    wanted: _Names, settings: ExactSettings, texts: _Texts, common: Group | None
-) -> RetainSet:
-    """The caller's names in the first two templates, and the generic vocabulary."""
-    weights = settings.group_weights(listed=False, vocabulary=False, generic=common is not None)
+def _retained(
+    texts: _Texts, wanted: _Names, settings: ExactSettings, names: list[str], hidden: Tensor | None
+) -> tuple[RetainSet, Ridge]:
+    """The caller's names in the first two templates, and the generic `names`; and their ridge.
+
+    What was retained last is remembered for the model. It is encoded before the request is, since a
+    text differs in its last digits by what it is encoded with, and requests must compose.
+    """
     forms, groups = wanted.templates[:2], {}
+    weights = settings.group_weights(listed=False, vocabulary=False, generic=bool(names))
+    numbers = settings.similarity, settings.ridge, settings.max_displacement
+    wanted_names = wanted.retain, wanted.protect, forms, bool(names)
+    last = wanted_names, *weights.values(), *numbers, tensor_sha256(texts.encoder.weight)
+    memory = texts.encoder.remembered("retained", dict)
+    if (known := memory.get(last)) is not None:
+        *retained, rows = known
+        texts.known |= rows
+        return tuple(retained)
 
     def group(name: str, names: Sequence[str], **options: Any) -> None:
         if names and weights[name] > 0:
@@ -242,22 +253,22 @@ def _retain_set(
             )
 
     group("own", wanted.retain, prompt_variants=len(forms) == 2)
-    if common is not None and weights["generic"] > 0:
+    if names and weights["generic"] > 0:
         limit = not groups
-        groups["generic"] = replace(common, weight=weights["generic"], limit_displacement=limit)
+        groups["generic"] = Group(names, hidden, weights["generic"], limit_displacement=limit)
     group("protect", wanted.protect)
     if not groups:
         raise ProblemError("nothing to retain: name some, or retain the generic vocabulary")
-    return RetainSet(groups, settings.similarity, texts.device, MAX_SIMILAR)
+    retain = RetainSet(groups, settings.similarity, texts.device, MAX_SIMILAR)
+    ridge = retain.ridge(settings.ridge or _choose_ridge(texts, settings, retain))
+    memory.clear()
+    memory[last] = retain, ridge, dict(texts.known)
+    return retain, ridge
 
 
-def _choose_ridge(
-    retain: RetainSet, settings: ExactSettings, projection: Tensor, bias: Tensor | None
-) -> float:
+def _choose_ridge(texts: _Texts, settings: ExactSettings, retain: RetainSet) -> float:
     """By names of the caller's list, or by common ones where it is short: never by those of the
     request, so that requests compose."""
-    if settings.ridge is not None:
-        return settings.ridge
     own, common = retain.groups.get("own"), retain.groups.get("generic")
     if own is not None and (common is None or len(set(own.names)) >= ENOUGH):
         common = own
@@ -266,81 +277,68 @@ def _choose_ridge(
     some = list(range(0, count, max(1, count // LIKELY)))
     likely, same = group.rows[some].to(retain.rows), [{group.names[i]} for i in some]
     excluded = retain.excluded(same, likely, torch.arange(len(some)))
-    limit = settings.max_displacement
-    return choose_ridge(retain, projection.double(), likely, excluded, limit, bias)
+    projection, limit = texts.projection.double(), settings.max_displacement
+    return choose_ridge(retain, projection, likely, excluded, limit, texts.bias)
 
 
 def _context(
-    encoder: Encoder,
-    wanted: _Names,
     texts: _Texts,
+    wanted: _Names,
     settings: ExactSettings,
-    common: Group | None,
-) -> tuple[ForgetContext, Request]:
-    retain = _retain_set(wanted, settings, texts, common)
-    # The request is encoded after what is retained: a text differs in its last digits by what it is
-    # encoded with, and what is retained must be the same for every request, so that they compose.
-    request = _request(wanted, texts)
-    w = encoder.projection.to(texts.device)
-    b = None if encoder.bias is None else encoder.bias.to(texts.device)
-    ridge = _choose_ridge(retain, settings, w, b)
-
-    # Images are classified among the caller's names; what is retained beside them may be affected.
+    retained: tuple[RetainSet, Ridge],
+    request: Request,
+) -> ForgetContext:
+    """What a request is solved in. Images are classified among the caller's names; of the generic
+    names those may be affected that are neither among them nor excluded."""
+    (retain, ridge), target = retained, settings.target
     forgotten = {key(name) for names in request.same for name in names}
     others = [name for name in wanted.retain if key(name) not in forgotten]
     names = [*wanted.names, *others]
     hidden = texts.rows(_fill(wanted.templates[-1], names)).to(texts.device)
     n_classes = len(names)
-    if common is not None:
+    if common := retain.groups.get("generic"):
         excluded = retain.excluded(request.same, request.hidden, torch.tensor(request.owner))
         known = {key(name) for name in (*names, *retain.named(excluded.any(dim=0)))}
         some = [i for i, name in enumerate(common.names) if key(name) not in known]
         names += [common.names[i] for i in some]
         hidden = torch.cat([hidden, common.rows[some].to(hidden)])
     label = {name: row for row, name in enumerate(wanted.names)}
+    prompts = {}
+    if isinstance(target, str) and target == "empty":
+        prompts["empty"] = texts.rows([""])
+    if isinstance(target, str) and target.startswith("text:"):
+        prompts["text"] = texts.rows([target.removeprefix("text:")])
     inputs = TargetInputs(
-        projection=w,
-        bias=b,
+        projection=texts.projection,
+        bias=texts.bias,
         classes=hidden,
         label=label,
         named=torch.cat([request.hidden.to(retain.rows), retain.rows]),
         noise_std=settings.noise_std,
         retain=retain,
-        specific_ridge=settings.specific_ridge,
-        **_prompts(settings.target, texts),
+        lam=settings.specific_ridge * retain.squared_embedding(texts.projection, texts.bias),
+        **prompts,
     )
     among = n_classes if others else len(names)
     classifier = ClassifierTexts(names, hidden, inputs.embed(hidden), label, among)
-    settings = replace(settings, ridge=ridge)
-    return ForgetContext(retain, retain.ridge(ridge), inputs, classifier, settings), request
+    return ForgetContext(retain, ridge, inputs, classifier, settings)
 
 
-def _prompts(target: str | Tensor, texts: _Texts) -> dict[str, Tensor]:
-    """The hidden states of a target's own text."""
-    if isinstance(target, str) and target == "empty":
-        return {"empty": texts.rows([""])}
-    if isinstance(target, str) and target.startswith("text:"):
-        return {"text": texts.rows([target[5:]])}
-    return {}
-
-
-def _forgotten(
-    encoder: Encoder, wanted: _Names, texts: _Texts, context: ForgetContext, answer: Answer
-) -> Forgotten:
+def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: Answer) -> Forgotten:
     """The answer with the model that it belongs to."""
-    notes = answer.notes()
+    encoder, notes = texts.encoder, answer.notes()
     if wanted.not_retained:
         notes.append(f"not retained, since forgotten: {', '.join(wanted.not_retained)}")
     if texts.too_long:
         notes.append(truncation_warning(texts.too_long))
     settings = asdict(context.settings) | {
+        "ridge": answer.mu / context.retain.squared_length,
         "templates": list(wanted.templates),
         "retain": list(wanted.retain),
         "protect_names": list(wanted.protect),
     }
     if isinstance(settings["target"], Tensor):
         settings["target"] = "vector"
-    recipe, parts = constrained_recipe(context, answer, DATASET)
     adapter = Adapter(
         answer.edit.left.float().cpu(),
         answer.edit.right.float().cpu(),
@@ -352,10 +350,10 @@ def _forgotten(
         trainer=TRAINER,
         settings=settings,
         solver=finite({"name": "exact", **answer.report(), "notes": notes}),
-        **recipe_fields(recipe, parts),
+        **recipe_fields(*constrained_recipe(context, answer, DATASET)),
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):
         raise ProblemError("the change is not finite: a weight, ridge or beta is out of range")
-    made = changed_sha256(adapter, encoder.projection, encoder.transposed)
-    adapter.settings.update({"model": describe(encoder), "changed_sha256": made})
+    changed = changed_sha256(adapter, encoder.projection, encoder.transposed)
+    adapter.settings.update({"model": describe(encoder), "changed_sha256": changed})
     return Forgotten(adapter, encoder, encoder.weight.detach().clone(), tuple(notes))

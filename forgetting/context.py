@@ -9,7 +9,7 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from forgetting.displacement import (
     worst,
 )
 from forgetting.errors import number
-from forgetting.problem import Batch, Paraphrases, Request
+from forgetting.problem import Batch, Request
 from forgetting.retain import RetainSet, key
 from forgetting.settings import setting, validate
 from forgetting.solvers.certificate import POOR
@@ -59,64 +59,56 @@ class ExactSettings:
     beta: float = 0.0
     noise_std: float = 0.5
     similarity: float = 0.95
-    own: float = setting(1.0, "weight of the other classes of the set, as a group", 0.0, 1e6)
+    own: float = setting(1.0, "weight of the other classes of the set", 0, 1e6)
     vocabulary: float | None = setting(
         None,
-        f"weight of the retain vocabulary, as a group; none: {LISTED['vocabulary']} where the names "
-        f"of other sets are retained, {ALONE['vocabulary']} where they are not",
-        0.0,
-        1e6,
+        "weight of the retain vocabulary; none: 0.03 where the names of other sets are retained, "
+        "0.5 where they are not",
+        low=0,
+        high=1e6,
         optional=True,
     )
     generic: float = setting(
         0.5,
-        "part of the vocabulary's weight that a generic vocabulary takes over where there is a "
-        "model to encode it (all of it where the set has none)",
-        0.0,
-        1.0,
+        "part of that weight for a generic vocabulary, if there is a model to encode it (all of it "
+        "where the set has no vocabulary)",
+        low=0,
+        high=1,
     )
-    others: float = setting(0.1, "weight of the other sets' classes, as a group", 0.0, 1e6)
+    others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
     protect: float = setting(
-        0.1,
-        "weight of the protected names, as a group, beside that of their own",
-        above=0,
-        high=1e6,
+        0.1, "weight of the protected names, beside that of their own group", above=0, high=1e6
     )
     ridge: float | None = setting(
         None,
-        "ridge, in mean squared lengths of a retained hidden state; none: chosen from the names "
-        "(forgetting/ridge.py)",
-        1e-12,
-        1e6,
+        "in mean squared lengths of a retained hidden state; none: chosen from the names",
+        low=1e-12,
+        high=1e6,
         optional=True,
     )
     max_displacement: float | None = setting(
         None,
         "how far the ridge lets retained names move, in distances to their nearest neighbour; none: "
-        f"{LISTED['max_displacement']} where the names of other sets are retained, "
-        f"{ALONE['max_displacement']} where they are not",
-        1e-12,
-        1e6,
+        "0.045 where the names of other sets are retained, 0.1 where they are not",
+        low=1e-12,
+        high=1e6,
         optional=True,
     )
     specific_ridge: float = setting(
-        0.5,
-        "ridge of the target specific, in mean squared lengths of a retained embedding",
-        1e-12,
-        1e6,
+        0.5, "of the target specific, in mean squared lengths of an embedding", 1e-12, 1e6
     )
     min_margin: float = setting(
         1.0,
-        "beta is raised for a class until another class lies this much nearer to its text, in units "
-        "of the gap before; 0: never",
-        0.0,
-        1e3,
+        "beta is raised until another class lies this much nearer to the class's text than it does "
+        "itself, in units of the gap before; 0: never",
+        low=0,
+        high=1e3,
     )
     min_displacement: float = setting(
         0.5,
-        "a paraphrase that moves a smaller part of its class's way is forgotten too; 0: none is",
-        0.0,
-        1.0,
+        "a paraphrase that moves a smaller part of its class's way is forgotten too; 0: none",
+        low=0,
+        high=1,
     )
 
     def __post_init__(self) -> None:
@@ -161,8 +153,8 @@ class Answer:
             excluded_names: of any class.
         target_draws: of noise; mu: the ridge in absolute units; betas: of each class.
         margins: of each class; affected, unlisted: see `forgetting.displacement.Forecast`.
-        paraphrases: text -> how far it moves along its class; lagging: those that move less than
-            `min_displacement` and were not added.
+        ratios: of each class, how far its paraphrases move along its text; empty if none is
+            checked; min_displacement: below which a paraphrase lags.
     """
 
     request: Request
@@ -175,14 +167,23 @@ class Answer:
     mu: float
     betas: list[float]
     margins: list[Margin]
+    ratios: list[list[float]]
+    min_displacement: float
     affected: list[AffectedName] = field(default_factory=list)
     unlisted: dict[str, dict[str, float]] = field(default_factory=dict)
-    paraphrases: dict[str, float] = field(default_factory=dict)
-    lagging: dict[str, float] = field(default_factory=dict)
+
+    def lagging(self) -> Iterator[tuple[int, int, float]]:
+        """Class, index and ratio of each paraphrase that lags and is not forgotten itself."""
+        for owner, (paraphrases, ratios) in enumerate(
+            zip(self.request.paraphrases, self.ratios, strict=False)
+        ):
+            for i, (text, ratio) in enumerate(zip(paraphrases.texts, ratios, strict=True)):
+                if ratio < self.min_displacement and text not in self.request.texts:
+                    yield owner, i, ratio
 
     def report(self) -> dict[str, Any]:
         """JSON values for logs and adapters."""
-        margin = worst(self.margins)
+        texts = [paraphrases.texts for paraphrases in self.request.paraphrases]
         return {
             "certificate": asdict(self.edit.certificate),
             "residual": self.edit.residual,
@@ -194,12 +195,12 @@ class Answer:
             "forecast": {
                 "unlisted": self.unlisted,
                 "affected": [name._asdict() for name in self.affected],
-                **margin._asdict(),
+                **worst(self.margins)._asdict(),
             },
             "paraphrases": {
-                "checked": len(self.paraphrases),
+                "checked": sum(map(len, self.ratios)),
                 "added": self.added,
-                "lagging": self.lagging,
+                "lagging": {texts[owner][i]: ratio for owner, i, ratio in self.lagging()},
             },
             "notes": self.notes(),
         }
@@ -215,11 +216,11 @@ class Answer:
             )
         if self.added:
             notes.append(f"forgotten too, since they hardly moved: {', '.join(self.added)}")
-        if self.lagging:
-            least = min(self.lagging, key=self.lagging.__getitem__)
+        if lagging := list(self.lagging()):
+            owner, i, ratio = min(lagging, key=lambda one: one[2])
             notes.append(
-                f"warning: {len(self.lagging)} of {len(self.paraphrases)} paraphrases hardly move, "
-                f"least {least!r} ({self.lagging[least]:.2f} of the way)"
+                f"warning: {len(lagging)} of {sum(map(len, self.ratios))} paraphrases hardly move, "
+                f"least {self.request.paraphrases[owner].texts[i]!r} ({ratio:.2f} of the way)"
             )
         if most := self.affected[:NOTED]:
             names = ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in most)
@@ -254,7 +255,7 @@ class ForgetContext:
         retain: the retained names; ridge: `G + mu I` of them, see `RetainSet.ridge`.
         inputs: what targets are computed from; it holds W and b.
         classifier: the texts by which images are classified.
-        settings: their ridge is not used: it was decided on with `ridge`.
+        settings: their ridge is not used: `ridge` was made by it.
     """
 
     retain: RetainSet
@@ -269,14 +270,15 @@ class ForgetContext:
         Raises:
             ProblemError: a target that cannot be had; names that were not part of the Gram matrix.
         """
-        current = list(requests)
+        current, added = list(requests), [[] for _ in requests]
         betas = [[float(self.settings.beta)] * len(request.classes) for request in requests]
-        answers = self._solve(current, requests, betas)
+        answers = self._solve(current, added, betas)
         for _ in range(ROUNDS):
             again = []
             for i, answer in enumerate(answers):
-                if lagging := self._lagging_most(answer):
-                    current[i] = current[i].with_texts(lagging)
+                if more := self._to_add(answer):
+                    current[i] = current[i].with_texts(more)
+                    added[i] = current[i].texts[len(requests[i].texts) :]
                 elif (raised := self._raised(answer)) != betas[i]:
                     betas[i] = raised
                 else:
@@ -284,7 +286,7 @@ class ForgetContext:
                 again.append(i)
             if not again:
                 break
-            some = ([part[i] for i in again] for part in (current, requests, betas))
+            some = ([part[i] for i in again] for part in (current, added, betas))
             for i, answer in zip(again, self._solve(*some), strict=True):
                 answers[i] = answer
         return self._with_forecast(answers)
@@ -294,16 +296,19 @@ class ForgetContext:
         return self.inputs.embed(hidden)
 
     def _solve(
-        self, current: Sequence[Request], first: Sequence[Request], betas: Sequence[list[float]]
+        self,
+        requests: Sequence[Request],
+        added: Sequence[list[str]],
+        betas: Sequence[list[float]],
     ) -> list[Answer]:
-        """Solve requests once; `first`: as they came; `betas`: of their classes."""
-        batch, retain = Batch(current), self.retain
+        """Solve requests once. Some of their texts were `added`; `betas` are of their classes."""
+        batch, retain = Batch(requests), self.retain
         excluded = retain.excluded(batch.same, batch.hidden, batch.owner)  # (C, n)
+        any_class = batch.of_requests(excluded)  # a name that two classes exclude counts once
         beta = torch.tensor([x for row in betas for x in row], dtype=torch.float64)[batch.owner]
         target, draws = targets(self.settings.target, batch, self.inputs, beta, excluded)
         hidden = batch.hidden.double().to(target.device)
         displacement = target - self.embed(hidden)  # D = P - (H W + b)
-        any_class = batch.of_requests(excluded)  # a name that two classes exclude counts once
         edits = solve_constrained_each(
             self.ridge,
             hidden,
@@ -313,24 +318,39 @@ class ForgetContext:
             retain.name_weights,
             any_class,
         )
-        rows = [[self.classifier.label[name] for name in request.classes] for request in batch]
-        margins = self.classifier.margins(self.classifier.moved(edits), rows)
-        sizes = [len(request.classes) for request in batch]
-        pieces = zip(displacement.split(batch.sizes), excluded.split(sizes), any_class, strict=True)
+        margins = self.classifier.margins(self.classifier.moved(edits), self._rows(batch))
+        displacements = displacement.split(batch.sizes)
+        by_class = excluded.split([len(request.classes) for request in batch])
         return [
             Answer(
                 request,
-                added=request.texts[len(first[i].texts) :],
-                edit=edits[i],
-                displacement=d,
-                excluded=by_class,
-                excluded_names=retain.named(names),
-                target_draws=draws[i],
-                mu=self.ridge.mu,
-                betas=betas[i],
-                margins=margins[i],
+                added[i],
+                edits[i],
+                displacements[i],
+                by_class[i],
+                retain.named(any_class[i]),
+                draws[i],
+                self.ridge.mu,
+                betas[i],
+                margins[i],
+                self._ratios(request, edits[i]),
+                self.settings.min_displacement,
             )
-            for i, (request, (d, by_class, names)) in enumerate(zip(batch, pieces, strict=True))
+            for i, request in enumerate(batch)
+        ]
+
+    def _rows(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The rows of the requests' classes among the classifier's texts."""
+        return [[self.classifier.label[name] for name in r.classes] for r in requests]
+
+    def _ratios(self, request: Request, edit: ConstrainedSolution) -> list[list[float]]:
+        """Of each class how far its paraphrases move along its first text."""
+        if not self.settings.min_displacement:
+            return []
+        first = [request.hidden[request.owner.index(i)] for i in range(len(request.classes))]
+        return [
+            displacement_along(edit, text, paraphrases.hidden).tolist()
+            for text, paraphrases in zip(first, request.paraphrases, strict=False)
         ]
 
     def _raised(self, answer: Answer) -> list[float]:
@@ -344,68 +364,40 @@ class ForgetContext:
             for one, beta in zip(answer.margins, answer.betas, strict=True)
         ]
 
-    def _lagging_most(self, answer: Answer) -> list[tuple[int, str, Tensor]]:
+    def _to_add(self, answer: Answer) -> list[tuple[int, str, Tensor]]:
         """Of each class (by index) the paraphrase that moves least, if it lags and may be added."""
-        request, found = answer.request, []
-        for index, paraphrases in enumerate(self._paraphrases(request)):
-            if request.owner[len(request.owner) - len(answer.added) :].count(index) >= MAX_ADDED:
-                continue
-            ratios = self._ratios(answer, index)
-            free = [i for i, text in enumerate(paraphrases.texts) if text not in request.texts]
-            least = min(free, key=ratios.__getitem__, default=None)
-            if least is not None and ratios[least] < self.settings.min_displacement:
-                found.append((index, paraphrases.texts[least], paraphrases.hidden[least]))
-        return found
-
-    def _paraphrases(self, request: Request) -> Sequence[Paraphrases]:
-        """Those of each class that are to be checked."""
-        return request.paraphrases if self.settings.min_displacement else ()
-
-    def _ratios(self, answer: Answer, index: int) -> list[float]:
-        """How far each paraphrase of a class moves along the class's first text."""
-        request = answer.request
-        text = request.hidden[request.owner.index(index)]
-        device = answer.edit.left.device
-        others = request.paraphrases[index].hidden.to(device)
-        return displacement_along(answer.edit, text.to(device), others).tolist()
+        request, least = answer.request, {}
+        for owner, i, ratio in answer.lagging():
+            if ratio < least.get(owner, (1.0, 0))[0]:
+                least[owner] = ratio, i
+        owners = request.owner[len(request.owner) - len(answer.added) :]  # of what was added
+        return [
+            (owner, request.paraphrases[owner].texts[i], request.paraphrases[owner].hidden[i])
+            for owner, (_, i) in least.items()
+            if owners.count(owner) < MAX_ADDED
+        ]
 
     def _with_forecast(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Answers with what text alone says of other names and of the paraphrases."""
-        rows = [[self.classifier.label[n] for n in answer.request.classes] for answer in answers]
-        moved = self.classifier.moved([answer.edit for answer in answers])
-        affected = self.classifier.affected(moved, rows)
-        unlisted = self._unlisted(answers)
-        complete = []
-        for i, answer in enumerate(answers):
-            ratios = {
-                text: ratio
-                for index, paraphrases in enumerate(self._paraphrases(answer.request))
-                for text, ratio in zip(paraphrases.texts, self._ratios(answer, index), strict=True)
-            }
-            lagging = {
-                text: ratio
-                for text, ratio in ratios.items()
-                if text not in answer.request.texts and ratio < self.settings.min_displacement
-            }
-            more = {"affected": affected[i], "unlisted": unlisted[i]}
-            complete.append(replace(answer, paraphrases=ratios, lagging=lagging, **more))
-        return complete
-
-    def _unlisted(self, answers: Sequence[Answer]) -> list[dict[str, dict[str, float]]]:
-        """Group -> rms and max of how far names like those of the group move that nobody listed."""
+        """Answers with what text alone says of other names: of those by which images are
+        classified, and of names like the retained ones that nobody listed."""
         retain, batch = self.retain, Batch([answer.request for answer in answers])
+        edits = [answer.edit for answer in answers]
+        affected = self.classifier.affected(self.classifier.moved(edits), self._rows(batch))
         excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
-        moved = torch.cat(
-            [a.request.hidden.to(a.edit.left) @ a.edit.left @ a.edit.right for a in answers]
+        moved = torch.cat([answer.displacement for answer in answers])
+        names = RetainedNames(
+            retain.rows, retain.name_weights, excluded, retain.variant_of, retain.base(self.ridge)
         )
-        names = RetainedNames(retain.rows, retain.name_weights, excluded, retain.variant_of)
-        hidden, owner = batch.hidden.to(moved), batch.of_text
-        ratios = leave_one_out_ratios(self.ridge, hidden, moved, owner, names)
+        ratios = leave_one_out_ratios(self.ridge, batch.hidden, moved, batch.of_text, names)
         groups = retain.rms_and_max(ratios.masked_fill(excluded, torch.nan))
         return [
-            {
-                name: {"rms": float(rms[i]), "max": float(most[i])}
-                for name, (rms, most) in groups.items()
-            }
-            for i in range(len(answers))
+            replace(
+                answer,
+                affected=affected[i],
+                unlisted={
+                    name: {"rms": float(rms[i]), "max": float(most[i])}
+                    for name, (rms, most) in groups.items()
+                },
+            )
+            for i, answer in enumerate(answers)
         ]

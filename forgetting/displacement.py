@@ -42,23 +42,14 @@ class RetainedNames(NamedTuple):
     Attributes:
         rows: (n, w); weights: (n,), of each in G; excluded: (R, n) bool, with each request.
         variant_of: (n,) int64, the same name in its other prompt; itself where there is none.
+        base: (n, w), `rows K_0^-1`.
     """
 
     rows: Tensor
     weights: Tensor
     excluded: Tensor
     variant_of: Tensor
-
-
-class _Part(NamedTuple):
-    """A batch of B requests, with k texts each: numbers (B,), texts (B, k), the names that are
-    excluded (`removed`, see `request_batches`), `H_f K^-1 r^T` and s, both (B, k, n)."""
-
-    numbers: Tensor
-    texts: Tensor
-    removed: tuple[Tensor, Tensor, Tensor]
-    product: Tensor
-    ratio: Tensor
+    base: Tensor
 
 
 def displacement_ratios(
@@ -74,8 +65,8 @@ def displacement_ratios(
         `||s D||` in units of the root mean square of the rows of D: for one text `|s|`.
     """
     ratios = ridge.gram.new_zeros(len(names.excluded), len(names.rows))
-    for part in _batches(ridge, hidden, owner, names):
-        ratios[part.numbers] = _lengths(part.ratio, displacement[part.texts])
+    for numbers, texts, _, _, s in _batches(ridge, hidden, owner, names):
+        ratios[numbers] = _lengths(s, displacement[texts])
     return ratios
 
 
@@ -84,44 +75,43 @@ def leave_one_out_ratios(
 ) -> Tensor:
     """`displacement_ratios` of each name had it not been listed. Names that are excluded with a
     request are not listed there: theirs are the same."""
-    rows, variant = names.rows.to(ridge.gram), names.variant_of
+    rows, variant, base = names.rows.to(ridge.gram), names.variant_of, names.base
     weights, excluded = names.weights.to(rows), names.excluded.to(rows.device)
     in_pairs = variant != torch.arange(len(rows), device=variant.device)
-    base = ridge.solve(rows)  # r K_0^-1, (n, w)
     q_0, cross_0 = (base * rows).sum(dim=1), (base * rows[variant]).sum(dim=1)  # (n,)
     ratios = rows.new_zeros(excluded.shape)
-    for part in _batches(ridge, hidden, owner, names):
-        s = part.ratio
-        q = q_0 - (s * part.product).sum(dim=1)  # (B, n)
-        cross = cross_0 - (s * part.product[..., variant]).sum(dim=1)
-        if part.removed[0].shape[1]:
+    for numbers, texts, removed, product, s in _batches(ridge, hidden, owner, names):
+        q = q_0 - (s * product).sum(dim=1)  # (B, n)
+        cross = cross_0 - (s * product[..., variant]).sum(dim=1)
+        if removed[0].shape[1]:
             # Many requests exclude the same names: one product for each name, not each request.
-            present = excluded[part.numbers] & (weights > 0)
+            present = excluded[numbers] & (weights > 0)
             few, which = pad_indices(present, weights)[0].unique(return_inverse=True)
-            met = (base[few] @ rows.T)[which] * (part.removed[2] > 0)[..., None]  # (B, n', n)
-            root = woodbury_cholesky(*part.removed)
-            gained = torch.linalg.solve_triangular(root, met, upper=False)
+            met = (base[few] @ rows.T)[which] * (removed[2] > 0)[..., None]  # (B, n', n)
+            gained = torch.linalg.solve_triangular(woodbury_cholesky(*removed), met, upper=False)
             q = q + gained.square().sum(dim=1)
             cross = cross + (gained * gained[..., variant]).sum(dim=1)
-        c = weights.masked_fill(excluded[part.numbers], 0.0)  # (B, n)
+        c = weights.masked_fill(excluded[numbers], 0.0)  # (B, n)
         own = 1 - c * q
         other = torch.where(in_pairs, own[:, variant], 1.0)
         between = torch.where(in_pairs, c * cross, 0.0)
         scale = (own * other - between.square()).clamp_min(SHORTEST)
         s = (other[:, None] * s + between[:, None] * s[..., variant]) / scale[:, None]
-        ratios[part.numbers] = _lengths(s, displacement[part.texts])
+        ratios[numbers] = _lengths(s, displacement[texts])
     return ratios
 
 
-def _batches(ridge: Ridge, hidden: Tensor, owner: Tensor, names: RetainedNames) -> Iterator[_Part]:
+def _batches(
+    ridge: Ridge, hidden: Tensor, owner: Tensor, names: RetainedNames
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
+    """Batches of B requests of k texts: their numbers (B,), their texts (B, k), what they exclude
+    (see `request_batches`), and `H_f K^-1 r^T` and s of every name, both (B, k, n)."""
     rows, h = names.rows.to(ridge.gram), hidden.to(ridge.gram)
-    for numbers, texts, base, removed in request_batches(
-        ridge, h, owner, rows, names.weights, names.excluded
-    ):
+    names = rows, names.weights, names.excluded
+    for numbers, texts, base, removed in request_batches(ridge, h, owner, *names):
         columns = downdate(h[texts], base, *removed)  # H_f K^-1, (B, k, w)
-        product = columns @ rows.T  # (B, k, n)
-        ratio = pinv_psd(h[texts] @ columns.mT) @ product
-        yield _Part(numbers, texts, removed, product, ratio)
+        product = columns @ rows.T
+        yield numbers, texts, removed, product, pinv_psd(h[texts] @ columns.mT) @ product
 
 
 def _lengths(ratio: Tensor, displacement: Tensor) -> Tensor:

@@ -95,17 +95,19 @@ def choose_ridge(
     some = (sample | excluded.any(dim=0)).nonzero()[:, 0]  # the names that are looked at
     position = torch.zeros(len(retain.names), dtype=torch.int64, device=some.device)
     position[some] = torch.arange(len(some), device=some.device)
-    names = RetainedNames(
-        retain.rows[some].to(basis) @ basis,
-        retain.name_weights[some],
-        excluded[:, some],
-        position[retain.variant_of[some]],
-    )
+    rows, variant_of = retain.rows[some].to(basis) @ basis, position[retain.variant_of[some]]
     alone, unit = torch.arange(len(texts)), texts.new_ones(len(texts), 1)  # of no target
 
     def ratios(of: Callable[..., Tensor], ridge: float) -> Tensor:
         """(C, n); NaN of names that are excluded or not looked at."""
         diagonal = _EigenRidge(eigenvalues.clamp_min(0) + ridge * retain.squared_length)
+        names = RetainedNames(
+            rows,
+            retain.name_weights[some],
+            excluded[:, some],
+            variant_of,
+            diagonal.solve(rows),
+        )
         values = torch.full_like(excluded, torch.nan, dtype=torch.float64)
         values[:, some] = of(diagonal, texts @ basis, unit, alone, names)
         return values.masked_fill(excluded, torch.nan)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,8 +44,7 @@ class TargetInputs:
         empty: (1, w), the empty prompt; text: (1, w), the TEXT of `text:TEXT`.
         named: (n, w), all texts that are named anywhere, for `orthogonal`.
         noise_std: standard deviation of the noise that `empty` may draw.
-        retain: what `specific` compares with; specific_ridge: in units of the weighted mean squared
-            length of a retained embedding.
+        retain: the names that `specific` compares with; lam: its ridge.
     """
 
     projection: Tensor
@@ -58,31 +56,13 @@ class TargetInputs:
     named: Tensor | None = None
     noise_std: float = 0.5
     retain: RetainSet | None = None
-    specific_ridge: float = 0.5
+    lam: float = 1.0
 
     def embed(self, hidden: Tensor) -> Tensor:
         """`h W + b`, (n, d) float64, of hidden states (n, w)."""
         w = self.projection.double()
         embeddings = hidden.to(w) @ w  # (n, w) @ (w, d)
         return embeddings if self.bias is None else embeddings + self.bias.to(w)
-
-    @cached_property
-    def _gram(self) -> Tensor:
-        return self.retain.embedding_gram(self.projection, self.bias)
-
-    @property
-    def specific_lam(self) -> float:
-        """`lam` of `specific_target`, in absolute units."""
-        return self.specific_ridge * float(self._gram.trace()) / self.retain.total_weight
-
-    def specific(self, e: Tensor, beta: float | Tensor, excluded: Tensor) -> Tensor:
-        """`specific_target` of embeddings (k, d), with the names (k, n) that are excluded for
-        each."""
-        any_text = excluded.any(dim=0)
-        rows, weights = self.embed(self.retain.rows[any_text]), self.retain.name_weights[any_text]
-        return specific_target(
-            e, self._gram, self.specific_lam, beta, rows, weights, excluded[:, any_text]
-        )
 
 
 def check_target(kind: str | Tensor, beta: float = 0.0, d: int | None = None) -> None:
@@ -143,7 +123,11 @@ def targets(
     if kind == "opposite":
         return opposite_target(e, beta), no_draws
     if kind == "specific":
-        return inputs.specific(e, beta, excluded[batch.owner.to(excluded.device)]), no_draws
+        retain, excluded = inputs.retain, excluded[batch.owner.to(excluded.device)]  # (K, n)
+        some = excluded.any(dim=0)
+        names = inputs.embed(retain.rows[some]), retain.name_weights[some], excluded[:, some]
+        gram = retain.embedding_gram(inputs.projection, inputs.bias)
+        return specific_target(e, gram, inputs.lam, beta, *names), no_draws
     if kind == "orthogonal":
         return orthogonal_target(inputs.embed(inputs.named)).expand(len(e), -1), no_draws
     if kind.startswith("text:"):

@@ -64,7 +64,9 @@ def test_shares_against_brute_force(seed, texts, place):
     leaving = torch.zeros(1, 18, dtype=torch.bool)
     leaving[0, [1, 5, 12]] = True  # one name in both wordings, and a single one
     owner = torch.zeros(texts, dtype=torch.int64)
-    names = RetainedNames(retain.rows, retain.name_weights, leaving, retain.variant_of)
+    names = RetainedNames(
+        retain.rows, retain.name_weights, leaving, retain.variant_of, retain.base(ridge)
+    )
     listed, unlisted = (
         function(ridge, h, d, owner, names)
         for function in (displacement_ratios, leave_one_out_ratios)
