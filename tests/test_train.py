@@ -86,11 +86,11 @@ def test_a_killed_run_goes_on_at_its_block_with_the_same_results(toy_args, monke
     expected = logs_of(train.main(whole))["ToyAnimals"]
     solve, calls = ForgetLoRA.solve, []
 
-    def dying(self, requests, generators):
+    def dying(self, requests):
         calls.append(requests.classes)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return solve(self, requests, generators)
+        return solve(self, requests)
 
     monkeypatch.setattr(ForgetLoRA, "solve", dying)
     assert train.cli([*toy_args, "--forget", "all"]) == 130

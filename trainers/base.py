@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
-from clip.architectures import architecture, identity_sha256
+from clip.architectures import identity_sha256
 from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
@@ -27,7 +28,7 @@ from clip.retain import retain_set, target_inputs
 from clip.source import ClipSource
 from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import ForgetSettings, check
-from engine.determinism import one_thread, seeded
+from engine.determinism import one_thread
 from engine.log import logger, progress
 from engine.sink import Sink, require
 from evaluation.results import Results, join_label, model_files, place, read_logs
@@ -45,6 +46,7 @@ from trainers.requests import Texts, check_prompts, check_target, read_prompts, 
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
+ALL_TERMS = ForgetSettings().terms
 TARGETS = ("empty", "opposite", "orthogonal", "text:TEXT", "vector:FILE")
 
 # Each method and the dataclass of its own settings, TRAINER.METHOD.FIELD in capitals; None: it has
@@ -126,21 +128,13 @@ class ForgetTrainer(SimpleTrainer):
         is written or encoded."""
         check(cfg)
         require(cfg.LOG)
-        if not cfg.FEATURES.DIR:  # unknown names, before any of their files is looked for
-            architecture(cfg.MODEL.BACKBONE.NAME)
-            datasets.spec(cfg.DATASET.NAME, cfg.DATASET.IMAGES)
         cls.check_target(cfg.FORGET.TARGET, cfg.FORGET.BETA)
         cls.check_settings(cfg)
-        for option, default in (("PROTECT", ()), ("TERMS", ForgetSettings().terms)):
-            if option not in cls.options and set(cfg.FORGET[option]) != set(default):
-                raise ProblemError(f"FORGET.{option} has no effect on {cls.__name__}; leave it out")
         plan = make_plan(cfg, read_prompts(cfg))
-        if plan.protect and "PROTECT" not in cls.options:
-            raise ProblemError(f"{cls.__name__} cannot protect names, which forget_cls.py lists")
-        identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
-        if not cfg.FEATURES.DIR:  # a bundle says its own
-            identity["precision"] = cfg.MODEL.PRECISION
-        Results(cfg.OUTPUT_DIR).check(plan.dataset, identity)
+        used = {"PROTECT": bool(plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(ALL_TERMS)}
+        for option in used:
+            if used[option] and option not in cls.options:
+                raise ProblemError(f"FORGET.{option} has no effect on {cls.__name__}; leave it out")
         return plan
 
     @classmethod
@@ -181,6 +175,8 @@ class ForgetTrainer(SimpleTrainer):
         self.num_source_domains = 0
         self.lab2cname = dict(enumerate(plan.classnames))
         self.results = Results(cfg.OUTPUT_DIR)
+        identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
+        self.results.check(plan.dataset, identity)  # before weights are looked for
         self.run_settings = self._run_settings()
         self.results.check(plan.dataset, self.run_settings)
         self.pending = self._pending()
@@ -300,14 +296,8 @@ class ForgetTrainer(SimpleTrainer):
         else:
             s, data = self.source, datasets.spec(self.plan.dataset, self.cfg.DATASET.IMAGES)
             template = self.cfg.DATASET.TEMPLATE or data.template
-            model = (
-                s.arch,
-                s.weights_sha256,
-                s.precision,
-                template,
-                "test",
-                identity_sha256(s.architecture),
-            )
+            identity = identity_sha256(s.architecture)
+            model = s.arch, s.weights_sha256, s.precision, template, "test", identity
         keys = ("backbone", "weights", "precision", "template", "split", "model")
         settings = {"trainer": self.cfg.TRAINER.NAME, "seed": self.cfg.SEED}
         return settings | {key: value for key, value in zip(keys, model, strict=True) if value}
@@ -373,30 +363,26 @@ class ForgetTrainer(SimpleTrainer):
             with self.sink, self.bar:
                 for start in range(0, len(pending), self.batch_size):
                     self.forget(pending[start : start + self.batch_size])
-        finally:  # also on an error or Ctrl-C
-            if pending:
+        except BaseException:  # what is done is done, also on Ctrl-C
+            with suppress(Exception):
                 self.results.compile()
+            raise
+        self.results.compile()
         for line in next_commands(self.results.folder, self.run_settings, self.cfg):
             logger.info(line)
 
     def forget(self, block: list[list[str]]) -> None:
         """Solve a block of requests together, evaluate the answers, and write an adapter of each."""
-        labels = [join_label(classes) for classes in block]
-        requests = Batch([self.texts.request(classes) for classes in block])
-        # Random numbers of one request are the same in a resumed run, whatever ran before.
-        seeds = [seeded(self.cfg.SEED, self.plan.dataset, label) for label in labels]
-        requests = self.read(requests)
+        requests = self.read(Batch([self.texts.request(classes) for classes in block]))
         started = time.perf_counter()
         with one_thread():
-            answers = self.solve(requests, seeds)
+            answers = self.solve(requests)
             seconds = (time.perf_counter() - started) / len(block)
-            self._check(labels, answers)
-            removed = [answer.removed for answer in answers]
-            accuracies = self.evaluator.after(block, answers, removed)
+            accuracies = self.evaluate(block, answers)
         self.model.left, self.model.right = answers[-1].left, answers[-1].right
         for classes, answer, after in zip(block, answers, accuracies, strict=True):
             entry = self.to_entry(classes, answer, after, seconds)
-            self.write(classes, answer, entry)
+            self.write(self.to_adapter(classes, answer, entry))
             self.show(join_label(classes), answer, entry)
             self.bar.update()
 
@@ -405,13 +391,12 @@ class ForgetTrainer(SimpleTrainer):
         solving; nothing by default."""
         return requests
 
-    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch) -> list[Solved]:
         """Forget each request from the original model. A method that has nothing to share between
         requests overrides `solve_one` instead."""
-        pairs = zip(requests, generators, strict=True)
-        return [self.solve_one(request, generator) for request, generator in pairs]
+        return [self.solve_one(request) for request in requests]
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         """Forget one request from the original model."""
         raise NotImplementedError(f"{type(self).__name__} must override solve or solve_one")
 
@@ -425,13 +410,15 @@ class ForgetTrainer(SimpleTrainer):
         target, draws = targets(kind, requests, inputs, float(forget.BETA))
         return target if bias is None else target - bias.to(target), draws
 
-    def _check(self, labels: Sequence[str], answers: Sequence[Solved]) -> None:
-        for label, answer in zip(labels, answers, strict=True):
+    def evaluate(self, block: list[list[str]], answers: Sequence[Solved]) -> list[dict[str, Any]]:
+        """The accuracies after each answer; ProblemError for one that is not finite."""
+        for classes, answer in zip(block, answers, strict=True):
             if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
                 raise ProblemError(
-                    f"the change for {label!r} of {self.plan.dataset} is not finite: a weight, "
-                    "ridge or beta is out of range; nothing was saved for it"
+                    f"the change for {join_label(classes)!r} of {self.plan.dataset} is not finite: "
+                    "a weight, ridge or beta is out of range; nothing was saved for it"
                 )
+        return self.evaluator.after(block, answers, [answer.removed for answer in answers])
 
     # What is kept of a request
 
@@ -471,17 +458,17 @@ class ForgetTrainer(SimpleTrainer):
             **(recipe_fields(answer.recipe, answer.parts) if answer.recipe else {}),
         )
 
-    def write(self, classes: list[str], answer: Solved, entry: dict[str, Any]) -> None:
+    def write(self, adapter: Adapter) -> None:
         """Write the full model, if it is wanted, and then the adapter, which says that it is done."""
-        forget, dataset, label = self.cfg.FORGET, self.plan.dataset, join_label(classes)
-        adapter, path = self.to_adapter(classes, answer, entry), self.results.path(dataset, label)
-        replaced = self.results.record(dataset, label)
+        forget, label = self.cfg.FORGET, join_label(adapter.classes)
+        path = self.results.path(adapter.dataset, label)
+        replaced = self.results.record(adapter.dataset, label)
         if forget.SAVE_MODEL or (replaced and "model" in replaced.entry["solver"]):
             for file in model_files(path):  # of the adapter that is replaced
                 file.unlink(missing_ok=True)
         if forget.SAVE_MODEL:
             save_full_model(self.source, adapter, model_files(path)[0])
-        self.results.add(adapter_bytes(adapter), dataset, label, forget.OVERWRITE)
+        self.results.add(adapter_bytes(adapter), adapter.dataset, label, forget.OVERWRITE)
 
     def show(self, label: str, answer: Solved, entry: dict[str, Any]) -> None:
         """Say what became of a request, on the screen and to `--log`."""

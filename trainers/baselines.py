@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +32,7 @@ class ForgetNothing(ForgetTrainer):
     name = "nothing"
     targets = ()
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         w, d = self.model.projection.shape
         return Solved(torch.zeros(w, 0), torch.zeros(0, d), {"texts": request.texts})
 
@@ -48,9 +47,9 @@ class ForgetName(ForgetNothing):
 
     name = "name"
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         note = "the name leaves the list of classes; the projection stays as it was"
-        unchanged = super().solve_one(request, generator)
+        unchanged = super().solve_one(request)
         return replace(unchanged, notes=[note], removed=tuple(request.classes))
 
 
@@ -66,7 +65,7 @@ class ForgetZero(ForgetTrainer):
     name = "zero"
     targets = ()
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         hidden = request.hidden.double().to(self.device)
         left, right = zeroing(hidden, self.model.projection.double(), self.model.bias)
         return Solved(left.float(), (1 + BEYOND) * right.float(), {"texts": request.texts})
@@ -94,7 +93,7 @@ class ForgetAscent(ForgetTrainer):
     settings_type = AscentSettings
     targets = ()
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         lr, steps = self.settings.lr, self.settings.steps
         names = class_embeddings(self.bundle).double().to(self.device)
         if len(names) < 2:
@@ -127,9 +126,10 @@ class ForgetNoise(ForgetExact):
 
     name = "noise"
 
-    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch) -> list[Solved]:
         answers = []
-        for exact, generator in zip(super().solve(requests, generators), generators, strict=True):
+        for request, exact in zip(requests, super().solve(requests), strict=True):
+            generator = torch.Generator().manual_seed(request.seed)
             size = float(torch.linalg.matrix_norm(exact.left @ exact.right))
             (w, rank), d = exact.left.shape, exact.right.shape[1]
             left, right = (x.float() for x in noise(w, d, rank, size, generator))
@@ -166,7 +166,7 @@ class EditTrainer(RetainingTrainer):
     is no reason of its own for other words to keep the class: compare ForgetExact with `opposite`.
     """
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         target, draws = self.targets_without_bias(Batch([request]))
         retained, report, excluded_notes = self.retained_beside(request)
         hidden = request.hidden.double().to(self.device)
@@ -257,7 +257,7 @@ class ForgetLEACE(RetainingTrainer):
                 "ForgetLEACE needs the package concept-erasure: pip install -r requirements.txt"
             )
 
-    def solve_one(self, request: Request, generator: torch.Generator) -> Solved:
+    def solve_one(self, request: Request) -> Solved:
         retained, report, excluded_notes = self.retained_beside(request)
         texts = []
         for index, name in enumerate(request.classes):

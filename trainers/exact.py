@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from clip.retain import GENERIC, GROUPS, PROTECT, Names, exact_context
 from engine.determinism import one_thread
@@ -94,7 +91,7 @@ class ForgetExact(ForgetTrainer):
         _ = self.retain  # once for all requests, and not timed as a solve
         return Batch(self.texts.with_paraphrases(requests))
 
-    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch) -> list[Solved]:
         """Forget them completely; see `forgetting.context`."""
         solved = []
         for answer in self.context.forget(requests):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,9 +70,10 @@ class ForgetLoRA(PaperTrainer):
     settings_type = LoraSettings
     batch_size = 64
 
-    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch) -> list[Solved]:
         problem, excluded, reports = self.problem(requests)
         settings = self.settings
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         solutions = solve_lora_each(
             problem, requests.of_text, excluded, generators, settings, self.show_step
         )
@@ -118,7 +118,7 @@ class ForgetOptimum(PaperTrainer):
     name = "optimum"
     batch_size = 256
 
-    def solve(self, requests: Batch, generators: Sequence[torch.Generator]) -> list[Solved]:
+    def solve(self, requests: Batch) -> list[Solved]:
         problem, excluded, reports = self.problem(requests)
         answers = []
         solved = solve_requests(problem, requests.of_text, excluded)
