@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 
 from engine.log import logger
 from forgetting.errors import ProblemError
-from forgetting.io import write_bytes
 
 LOCK_TIMEOUT = 600.0  # seconds
 EMPTY_NAME = "%"  # no escaped name is a bare percent sign, so it can stand for ""
@@ -85,6 +84,8 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
 def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> None:
     """Write `obj` as JSON in UTF-8, floats at full precision; compact unless indented: files that
     grow with the number of classes take ten times as long to write with an indent."""
+    from forgetting.io import write_bytes  # who only reads files does not wait for torch
+
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     # A byte of a file name that is no UTF-8 is a lone surrogate, which JSON spells like Python.
     write_bytes(text.encode("utf-8", errors="backslashreplace") + b"\n", path)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from engine.files import require_writable
 from evaluation.results import split_label
 from forgetting.errors import ProblemError
-from forgetting.io import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +44,6 @@ STYLE = {  # sizes that can be read where a picture is shown at half of its own
     "savefig.dpi": 110,
 }
 SUFFIXES = (".png", ".svg", ".pdf")
-FEW = 160  # colours of a PNG: no eye sees the difference, and the file is a third as large
 DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 PANELS = {
     "class": "left of the\nforgotten class, %",
@@ -64,15 +62,15 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
+    from forgetting.io import write_bytes
+
     path = check_picture(path)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        with atomic_path(path) as temporary:
-            if path.suffix.lower() == ".png":
-                _save_small(figure, temporary)
-            else:
-                figure.savefig(temporary)
+        drawn = BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:].lower())
+    write_bytes(drawn.getvalue(), path)
 
 
 def check_picture(path: str | Path) -> Path:
@@ -82,15 +80,6 @@ def check_picture(path: str | Path) -> Path:
         raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
     require_writable(path)
     return path
-
-
-def _save_small(figure: Figure, path: Path) -> None:
-    from PIL import Image
-
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png")
-    with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(FEW).save(path, format="PNG", optimize=True)
 
 
 def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path) -> Path:

@@ -22,15 +22,14 @@ import json
 import re
 import stat
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import escape, parse_json, write_json_atomic
-from engine.log import logger
+from engine.files import escape, read_json, read_text
 from engine.schema import SETTINGS, Args, check, check_logs
-from forgetting.errors import ProblemError, reason, shown
+from forgetting.errors import ProblemError, shown
 
 LOGS = "logs.json"
 ARGS = "args.txt"
@@ -39,15 +38,9 @@ CSV = "audit.csv"  # its numbers as a table
 REPORT = "report.html"
 FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
 SUFFIX = ".safetensors"
-SHARED = {"backbone", "trainer", "precision", "seed"}  # settings that all sets of a folder share
+SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # what accuracies before forgetting depend on
-PLACES = {  # of a run's files
-    "features": "folder of feature bundles",
-    "root": "folder of the image sets",
-    "images": "images of one's own, a folder or a CSV file",
-    "cache": "folder of what was encoded",
-    "weights": "a checkpoint of the backbone",
-}
+PLACES = ("features", "root", "images", "cache", "weights")  # files and folders that a run reads
 SEPARATOR = "|"
 LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 INTERVAL = 3.0  # seconds between two versions of logs.json, at least
@@ -102,16 +95,28 @@ class Record:
     settings: dict[str, Any]
     entry: dict[str, Any]
 
+    def refuse_other(self, settings: Mapping[str, Any]) -> None:
+        """ProblemError unless it was made with these settings of its method."""
+        before = self.entry["solver"].get("settings", {})
+        changed = [
+            f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if changed:
+            raise ProblemError(
+                f"{self.label!r} of {self.dataset} has results with other settings "
+                f"({', '.join(changed)}); use --overwrite to replace them, or another ATTEMPT"
+            )
+
 
 def read_record(folder: Path, path: Path) -> Record | None:
     """The record of an adapter in a results folder; None of a file that no run wrote there."""
     try:
         data = path.read_bytes()
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        dataset, classes, settings, solver, record = (
-            json.loads(metadata[key])
-            for key in ("dataset", "classes", "settings", "solver", "record")
-        )
+        names = ("dataset", "classes", "settings", "solver", "record")
+        dataset, classes, settings, solver, record = (json.loads(metadata[name]) for name in names)
         label = join_label(classes)
         where = place(dataset, label) + SUFFIX
         if folder / where != path:
@@ -130,43 +135,19 @@ class Results:
     run changes what another one wrote. Adapters are read again only where they changed.
 
     Raises:
-        ProblemError: logs.json is no file, or was not compiled from adapters.
+        ProblemError: logs.json is no regular file, or is there without an adapter of a run.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder, self.logs_path = Path(folder), Path(folder) / LOGS
         self._files: dict[Path, tuple[tuple[int, ...], Record | None]] = {}
         self._due = 0.0
         self.refresh()
-        self._written = self._present_logs()
-
-    def _present_logs(self) -> Any:
-        """The content of logs.json; None if there is none, or a torn one beside adapters."""
-        path = self.folder / LOGS
-        if not path.exists():
-            return None
-        if path.is_file():
-            try:
-                logs = parse_json(path.read_text(encoding="utf-8"))
-                adapters = [
-                    self.folder / entry["solver"]["adapter"]
-                    for entries in logs.values()
-                    for label, entry in entries.items()
-                    if label != SETTINGS
-                ]
-                # One that is gone is done anew; one that holds no record is of an older program.
-                recorded = {path for path, (_, record) in self._files.items() if record}
-                if not any(path.exists() for path in adapters if path not in recorded):
-                    return logs
-            except (KeyError, TypeError, AttributeError):
-                pass
-            except (OSError, ValueError):
-                if self.records:
-                    return None
-        raise ProblemError(
-            f"{path} was not made from adapters by this program; choose another ATTEMPT (or output "
-            "folder)"
-        )
+        if self.logs_path.exists() and not (self.records and self.logs_path.is_file()):
+            raise ProblemError(
+                f"{self.logs_path} was not made from adapters of this program; choose another "
+                "ATTEMPT (or output folder), or move it away"
+            )
 
     @property
     def records(self) -> list[Record]:
@@ -200,7 +181,7 @@ class Results:
     def check(self, dataset: str, settings: Mapping[str, Any]) -> None:
         """Refuse a run whose results cannot stand beside those that are there.
 
-        One folder holds one backbone, one trainer, one seed: `create_results` reads it as a whole.
+        One folder holds one backbone and one trainer: `create_results` reads it as a whole.
         Compared are those of `settings` that are `SHARED`, and all of them for the same data set.
 
         Raises:
@@ -220,10 +201,8 @@ class Results:
     def is_done(
         self, dataset: str, label: str, settings: Mapping[str, Any], model: bool = False
     ) -> bool:
-        """Whether the adapter of a label is there, made with the same settings of its method.
-
-        Args:
-            model: whether the full model beside it is wanted, too.
+        """Whether the adapter of a label is there, made with the same settings of its method, and
+        the full model beside it, if `model` is wanted.
 
         Raises:
             ProblemError: it was made with other settings, which only `--overwrite` may replace.
@@ -231,67 +210,46 @@ class Results:
         record = self.record(dataset, label)
         if record is None:
             return False
-        refuse_other_settings(record, settings)
+        record.refuse_other(settings)
         files = model_files(self.path(dataset, label))
         return not model or all(file.is_file() for file in files)
 
-    def add(self, data: bytes, dataset: str, label: str, overwrite: bool) -> None:
+    def add(
+        self, data: bytes, dataset: str, label: str, settings: Mapping[str, Any] | None
+    ) -> None:
         """Write an adapter, and logs.json if it is time.
 
-        Raises:
-            ProblemError: another run has meanwhile made it with other settings.
+        Args:
+            settings: of its method, which an adapter that another run has made meanwhile must
+                share; None: any adapter is replaced.
         """
         from forgetting.io import write_bytes  # who only reads results does not wait for torch
 
         path = self.path(dataset, label)
-        before = read_record(self.folder, path)
-        if before is not None and not overwrite:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            refuse_other_settings(before, json.loads(header["solver"])["settings"])
-        # Not waited for: after a power cut an empty file is no adapter, and the class is done anew.
-        write_bytes(data, path, durable=False)
+        if settings is not None and (other := read_record(self.folder, path)):
+            other.refuse_other(settings)
+        write_bytes(data, path, durable=False)  # after a power cut an empty file is no adapter
         if time.monotonic() >= self._due:
             self.compile()
 
     def compile(self) -> None:
-        """Write logs.json from all adapters, until none has come while it was written."""
-        started = time.monotonic()
+        """Write logs.json from all adapters, again if one has come while it was written."""
+        from forgetting.io import write_bytes
+
+        started, changed = time.monotonic(), True
         self.refresh()
-        while (logs := compiled(self.records)) != (self._written or {}):
-            write_json_atomic(logs, self.folder / LOGS)
-            if lost := _labels(self._written or {}) - _labels(logs):
-                logger.warning(
-                    f"{len(lost)} entries left {LOGS}, since their adapters are gone: "
-                    f"{', '.join(sorted(lost))[:200]}"
-                )
-            self._written = logs
-            self.refresh()
+        while changed and self.records:
+            logs: Logs = {}
+            for record in self.records:
+                settings = record.settings | {"kwargs": {}}
+                logs.setdefault(record.dataset, {SETTINGS: settings})[record.label] = record.entry
+            data = f"{json.dumps(logs, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+            if self.logs_path.is_file() and self.logs_path.read_bytes() == data:
+                break
+            write_bytes(data, self.logs_path)
+            changed = self.refresh()
         ended = time.monotonic()
         self._due = ended + max(INTERVAL, PATIENCE * (ended - started))
-
-
-def compiled(records: Iterable[Record]) -> Logs:
-    """The content of logs.json."""
-    logs: Logs = {}
-    for record in records:
-        entries = logs.setdefault(record.dataset, {SETTINGS: record.settings | {"kwargs": {}}})
-        entries[record.label] = record.entry
-    return logs
-
-
-def refuse_other_settings(record: Record, settings: Mapping[str, Any]) -> None:
-    """ProblemError unless a record was made with these settings of its method."""
-    before = record.entry["solver"].get("settings", {})
-    changed = [
-        f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
-        for key in sorted({*before, *settings})
-        if before.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise ProblemError(
-            f"{record.label!r} of {record.dataset} has results with other settings "
-            f"({', '.join(changed)}); use --overwrite to replace them, or another ATTEMPT"
-        )
 
 
 def model_files(adapter_path: Path) -> list[Path]:
@@ -302,8 +260,6 @@ def model_files(adapter_path: Path) -> list[Path]:
 def add_args(folder: str | Path, line: str) -> None:
     """Keep the command line of a run in args.txt, one argparse Namespace per line."""
     path = Path(folder) / ARGS
-    if path.exists() and not path.is_file():
-        raise ProblemError(f"{path} is no regular file")
     if _lines(path)[-1:] != [line]:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
@@ -331,12 +287,7 @@ def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
     path = Path(folder) / name
     if not path.exists():
         return {}
-    if not path.is_file():
-        raise ProblemError(f"{path} is no regular file")
-    try:
-        logs = parse_json(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ProblemError(f"{path} holds no logs ({reason(error)})") from error
+    logs = read_json(path, "the logs")
     check_logs(logs, path)
     return logs
 
@@ -351,11 +302,10 @@ def same_kind(
             measured before forgetting is the same for all.
     """
     resolved = [Path(folder).resolve() for folder in folders]
-    for path, folder in zip(resolved, folders, strict=True):
+    known: dict[tuple[str, str], tuple[str | Path, Any]] = {}
+    for folder, path, sets in zip(folders, resolved, logs, strict=True):
         if resolved.count(path) > 1 and not model_alone:
             raise ProblemError(f"the results folder {folder} is given twice")
-    known: dict[tuple[str, str], tuple[str | Path, Any]] = {}
-    for folder, sets in zip(folders, logs, strict=True):
         for whose, key, value in _settings(sets, model_alone):
             other_folder, other = known.setdefault((whose, key), (folder, value))
             if other != value:
@@ -367,7 +317,7 @@ def same_kind(
                 )
 
 
-def _settings(logs: Logs, model_alone: bool) -> Iterable[tuple[str, str, Any]]:
+def _settings(logs: Logs, model_alone: bool) -> Iterator[tuple[str, str, Any]]:
     """Whose setting, which, and its value: the template is a data set's, a solver's a label's."""
     for dataset, entries in logs.items():
         for key, value in entries.get(SETTINGS, {}).items():
@@ -392,9 +342,8 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
                 raise ValueError("not a call")
             values = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ProblemError(
-                f"{path}: not the text of an argparse Namespace ({error})"
-            ) from error
+            message = f"{path}: not the text of an argparse Namespace ({error})"
+            raise ProblemError(message) from error
         check(Args, values, path)
         namespaces.append(argparse.Namespace(**values))
     return namespaces
@@ -409,12 +358,6 @@ def run_places(folder: str | Path, dataset: str) -> dict[str, str] | None:
     return None
 
 
-def _labels(logs: Logs) -> set[str]:
-    return {f"{dataset} / {label}" for dataset in logs for label in logs[dataset]}
-
-
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path, "command lines") if path.exists() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]

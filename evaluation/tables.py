@@ -14,7 +14,6 @@ from engine.log import logger
 from evaluation.results import AUDIT, CSV, LOGS
 from evaluation.rows import Row, mean, read_rows
 from forgetting.errors import ProblemError
-from forgetting.io import atomic_path
 
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains
@@ -276,9 +275,10 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
     """Write a table as CSV, whole or not at all; a table that is there is replaced."""
+    from forgetting.io import write_bytes  # who only reads results does not wait for torch
+
     require_writable(path)
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+    write_bytes(table.to_csv(index=False).encode(errors="backslashreplace"), path)
 
 
 def report_audit(folder: Path, datasets: Sequence[str]) -> None:

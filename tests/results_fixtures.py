@@ -49,9 +49,8 @@ def adapter(dataset: str, label: str, entry: dict[str, Any], settings=None, scal
     )
 
 
-def store(folder: str | Path, dataset: str, label: str, entry: dict, settings=None, **more) -> None:
+def store(folder: str | Path, dataset: str, label: str, entry: dict, settings=None) -> None:
     """Add one label's results to a folder."""
     results = Results(folder)
-    data = adapter(dataset, label, entry, settings)
-    results.add(data, dataset, label, **{"overwrite": False} | more)
+    results.add(adapter(dataset, label, entry, settings), dataset, label, None)
     results.compile()

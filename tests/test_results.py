@@ -70,7 +70,7 @@ folder, dataset, start = sys.argv[1:]
 results = Results(folder)
 for number in range(int(start), int(start) + 25):
     name = f"c{number}"
-    results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, overwrite=False)
+    results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, None)
 results.compile()
 """
 
@@ -115,8 +115,12 @@ def test_done_means_an_adapter_with_the_same_settings(tmp_path):
     assert not results.is_done("A", "cat", CHOSEN, model=True)
     (tmp_path / "A/cat.json").write_text("config")
     assert results.is_done("A", "cat", CHOSEN, model=True)
+    store(tmp_path, "A", "dog", entry(name="dog"))
     (tmp_path / "A/cat.safetensors").unlink()
-    assert not Results(tmp_path).is_done("A", "cat", CHOSEN)
+    results = Results(tmp_path)
+    results.compile()
+    assert not results.is_done("A", "cat", CHOSEN) and results.is_done("A", "dog", CHOSEN)
+    assert set(read_logs(tmp_path)["A"]) == {"settings", "dog"}
 
 
 def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
@@ -125,9 +129,9 @@ def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
     before = (tmp_path / "A/cat.safetensors").read_bytes()
     data = adapter("A", "cat", entry(settings={"lamb_forget": 1.1}), scale=2.0)
     with pytest.raises(ProblemError, match="--overwrite"):
-        late.add(data, "A", "cat", overwrite=False)
+        late.add(data, "A", "cat", {"lamb_forget": 1.1})
     assert (tmp_path / "A/cat.safetensors").read_bytes() == before
-    late.add(data, "A", "cat", overwrite=True)
+    late.add(data, "A", "cat", None)
     assert Results(tmp_path).is_done("A", "cat", {"lamb_forget": 1.1})
 
 
@@ -139,13 +143,6 @@ def test_logs_that_were_not_made_from_adapters_are_left_alone(tmp_path):
         with pytest.raises(ProblemError, match="another ATTEMPT"):
             Results(tmp_path)
         assert path.read_text() == text
-    # Results of an older program: the adapter is there, and holds no record.
-    path.write_text(json.dumps({"A": {"cat": entry() | {"solver": {"adapter": "A/cat.st"}}}}))
-    Results(tmp_path)
-    (tmp_path / "A").mkdir()
-    (tmp_path / "A/cat.st").write_text("old")
-    with pytest.raises(ProblemError, match="another ATTEMPT"):
-        Results(tmp_path)
     path.unlink()
     os.mkfifo(path)
     for read in (Results, read_logs, create_results):

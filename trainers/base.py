@@ -468,7 +468,8 @@ class ForgetTrainer(SimpleTrainer):
                 file.unlink(missing_ok=True)
         if forget.SAVE_MODEL:
             save_full_model(self.source, adapter, model_files(path)[0])
-        self.results.add(adapter_bytes(adapter), adapter.dataset, label, forget.OVERWRITE)
+        settings = None if forget.OVERWRITE else adapter.solver["settings"]
+        self.results.add(adapter_bytes(adapter), adapter.dataset, label, settings)
 
     def show(self, label: str, answer: Solved, entry: dict[str, Any]) -> None:
         """Say what became of a request, on the screen and to `--log`."""
