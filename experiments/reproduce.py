@@ -26,7 +26,6 @@ import datasets
 from clip.architectures import architecture
 from clip.source import ClipSource
 from engine.cli import Parser
-from engine.files import atomic_path
 from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.results import LOGS, read_logs, split_label
@@ -35,6 +34,7 @@ from evaluation.tables import average_gains, write_table
 from experiments.runs import launch
 from experiments.sweep import DEFAULTS, MODES, runs_of
 from forgetting.errors import ProblemError, unknown
+from forgetting.io import atomic_path
 from trainers.plan import user_lists
 from utils import create_results, summarise
 

@@ -28,13 +28,14 @@ from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
 from engine.cli import COUNT, SEED, Parser
 from engine.determinism import one_thread
-from engine.files import atomic_path, escape, sha256_file
+from engine.files import escape, sha256_file
 from engine.log import logger, progress
 from evaluation.results import join_label
 from evaluation.rows import mean
 from experiments.study_data import SOLVERS, StudyAnswer, StudyData, Task, sides
 from experiments.study_report import PARTS, plot, report
 from forgetting.errors import ProblemError, unknown
+from forgetting.io import atomic_path
 from forgetting.problem import Request
 
 FORMAT = 3  # of the rows; raise it where the same settings begin to mean another answer
