@@ -1,28 +1,22 @@
 """A whole run of train.py, and the audit after it, for growing numbers of classes.
 
     python -m benchmarks driver [--features DIR] [--backbone ViT-B/16] [--dataset ImageNetText]
-                                [--classes 100 250 1000 4000] [--slowly 100] [--trainer ForgetExact]
+                                [--classes 100 250 1000 4000] [--trainer ForgetExact]
 
-Every class of the bundle is forgotten alone (`--forget all`), without DIR of a bundle of random
+Every class of the bundle is forgotten alone (`--forget all`); without DIR of a bundle of random
 texts. A number of classes beyond the bundle's is reached by repeating them under other names, a
-little displaced. `slowly` does the same one class at a time, each written as soon as it is done.
-All numbers are of one run; seconds of a machine that others use waver, ratios less so.
+little displaced. Compare numbers of one run: seconds of a machine that others use waver.
 """
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -30,54 +24,14 @@ import torch
 import train
 from benchmarks.solver import random_workload
 from clip.bundle import FeatureBundle, bundle_path, load_bundle
-from engine import TRAINER_REGISTRY
 from engine.cli import Parser, whole
+from engine.log import quiet
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 
 DISPLACED = 0.05  # of a text's length
 CLASSES = (100, 250, 1000, 4000)
-# Part of a run -> the functions that it is spent in, where the run looks them up.
-PARTS = {
-    "loading": ("trainers.base.load_bundles",),
-    "solving": (),  # less what is certifying, filled in for the method
-    "certifying": (
-        "forgetting.solvers.constrained.certify_constrained",
-        "forgetting.solvers.batched.certify_each",
-    ),
-    "evaluating": ("evaluation.zero_shot.Evaluator.before", "evaluation.zero_shot.Evaluator.after"),
-    "writing": ("trainers.base.ForgetTrainer.write", "evaluation.results.Results.compile"),
-}
-
-
-@contextmanager
-def timed(functions: dict[str, Sequence[str]]) -> Iterator[Counter]:
-    """Seconds spent in functions, by part, while the body runs."""
-    seconds: Counter = Counter()
-
-    def clocked(part: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds[part] += time.perf_counter() - started
-
-        return call
-
-    patches = []
-    for part, names in functions.items():
-        for name in names:
-            found = patch(name, autospec=True)
-            original, _ = found.get_original()
-            patches.append(patch(name, clocked(part, original)))
-    for one in patches:
-        one.start()
-    try:
-        yield seconds
-    finally:
-        for one in patches:
-            one.stop()
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def enlarged(bundle: FeatureBundle, count: int) -> FeatureBundle:
@@ -88,10 +42,10 @@ def enlarged(bundle: FeatureBundle, count: int) -> FeatureBundle:
     generator = torch.Generator().manual_seed(0)
 
     def repeated(hidden: torch.Tensor) -> torch.Tensor:
-        found = hidden[rows]
-        noise = torch.randn(found.shape, generator=generator)
-        noise *= DISPLACED * found.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-        return found + noise * (turn > 0)[:, None]
+        repeats = hidden[rows]
+        noise = torch.randn(repeats.shape, generator=generator)
+        noise *= DISPLACED * repeats.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        return repeats + noise * (turn > 0)[:, None]
 
     kept = bundle.labels < count
     return replace(
@@ -131,34 +85,23 @@ def random_bundle(backbone: str, dataset: str) -> FeatureBundle:
     )
 
 
-def run(bundle: FeatureBundle, trainer: str, folder: Path, slowly: bool) -> dict[str, Any]:
-    """Seconds of a run of train.py over all classes, and of the audit after it, by part."""
+def run(bundle: FeatureBundle, trainer: str, folder: Path) -> dict[str, float]:
+    """Seconds of a run of train.py over all classes, and of the audit after it."""
     out, features = folder / "results", folder / "features"
     bundle.save(bundle_path(features, bundle.backbone, bundle.dataset))
     argv = ["--features", str(features), "--backbone", bundle.backbone, "--trainer", trainer]
     argv += ["--dataset", bundle.dataset, "--forget", "all", "--output-dir", str(out)]
-    method = TRAINER_REGISTRY.get(trainer)
-    parts = PARTS | {"solving": (f"{method.__module__}.{method.__name__}.solve",)}
-    with (
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
-        patch.object(method, "batch_size", 1 if slowly else method.batch_size),
-        timed(parts) as seconds,
-    ):
+    with quiet():
         started = time.perf_counter()
         train.main(argv)
-        total = time.perf_counter() - started
-        audited = time.perf_counter()
+        trained = time.perf_counter()
         audit_folder(out, without=["relearning"], places=Places(features=str(features)))
-        audit = time.perf_counter() - audited
-    seconds["solving"] -= seconds["certifying"]
-    row: dict[str, Any] = {"classes": len(bundle.classnames), "how": "slowly" if slowly else ""}
-    row |= {part: seconds[part] for part in parts}
-    row |= {"rest": total - sum(seconds.values()), "train.py": total, "audit": audit}
-    return row
-
-
-ROOT = Path(__file__).resolve().parents[1]
+    audited = time.perf_counter() - trained
+    return {
+        "classes": len(bundle.classnames),
+        "train.py": trained - started,
+        "audit": audited,
+    }
 
 
 def start_up() -> float:
@@ -177,27 +120,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--trainer", default="ForgetExact", help="name of the method")
     count = whole(2, 10**6)
     parser.add_argument("--classes", type=count, nargs="+", default=list(CLASSES))
-    parser.add_argument(
-        "--slowly", type=count, nargs="*", default=[CLASSES[0]], help="also one class at a time"
-    )
     args = parser.parse_args(argv)
-    TRAINER_REGISTRY.get(args.trainer)
+    bundle = random_bundle(args.backbone, args.dataset)
     if args.features:
         bundle = load_bundle(args.features, args.backbone, args.dataset)
-    else:
-        bundle = random_bundle(args.backbone, args.dataset)
     print(
         f"{bundle.dataset}, {bundle.backbone}, {args.trainer}: {len(bundle.labels)} images, "
         f"{len(bundle.retain_names)} retained names; seconds, start-up {start_up():.1f} apart"
     )
     rows = []
-    for slowly, counts in ((False, args.classes), (True, args.slowly)):
-        for count in counts:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(run(enlarged(bundle, count), args.trainer, Path(folder), slowly))
-            head = len(rows) == 1
-            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=head, **FORMAT), flush=True)
+    for count in args.classes:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(run(enlarged(bundle, count), args.trainer, Path(folder)))
+        print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.2f"), flush=True)
     return pd.DataFrame(rows)
-
-
-FORMAT: dict[str, Any] = {"float_format": "{:10.2f}".format, "col_space": 10}

@@ -347,7 +347,6 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
 NUMBERS = {
     "--seed": ["train", "audit", "train_mini", "studies", "baselines"],
     "--classes": ["studies", "faithfulness", "driver", "pipeline"],
-    "--slowly": ["driver"],
     "--steps": ["train_mini"],
 }
 NAMES = {
