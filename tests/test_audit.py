@@ -139,12 +139,20 @@ def test_the_verdict_has_bad_news_first():
         "mean_before": 0.8,
         "mean_after": 0.55,
     }
+    leak = [("fox", 0.6), ("wolf", 0.9)]
+    back["destinations"] = {
+        "worst_auc": 0.9,
+        "leak": [{"name": name, "auc_before": 0.5, "auc_after": area} for name, area in leak],
+    }
     heads = ["comes back under 1 of 1 other text", "its 2 nearest classes change by -25.0 points"]
     heads += ["'wolf', a neighbour, falls from 90.0 % to 30.0 %", "own prompt: 90.0 % -> 0.0 %"]
     heads += ["limit: 1 image brings half of it back", "limit: whoever has the changed weights and"]
     lines = verdict(back)
     shown = zip([*lines[:4], *lines[-2:]], heads, strict=True)
     assert all(line.startswith(head) for line, head in shown), lines
+    assert any(
+        line.startswith("limit: the full list") and "'wolf' in 90 of" in line for line in lines
+    )
 
 
 def test_a_class_that_was_not_forgotten_neither_comes_back_nor_is_relearnt():

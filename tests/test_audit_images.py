@@ -82,6 +82,7 @@ def test_the_nearest_decide_between_equally_many_votes():
     predicted, k = residue.vote(x, labels)
     assert k == 3 and predicted.tolist()[0] == 1  # two votes against one nearer
     assert residue.vote(x[[0, 1, 2]], labels[[0, 1, 2]])[0].tolist() == [2, 2, 0]
+    assert residue.vote(x[:2], labels[:2])[0].tolist() == [1, 0]
     assert residue.vote(-x[:1], labels[:1]) == (torch.tensor([-1]), 0)
     # Cosines below 0 count for their class, not for a class that nobody voted for.
     x = torch.tensor([[1.0, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]])
