@@ -24,6 +24,7 @@ from engine.cli import Parser, add_setting, run, whole
 from engine.config import DatasetSettings, FeatureSettings
 from evaluation.live import Live
 from evaluation.live.look import MEGABYTES
+from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.io import need
 
@@ -51,10 +52,6 @@ def gradio() -> Any:
     return need("gradio")
 
 
-def alert(text: str) -> str:
-    return f'<div class="live"><p class="bad" role="alert">{html.escape(text)}</p></div>'
-
-
 def blocks(live: Live, folder: Path) -> Any:
     """The page; adapters to download are written into `folder`."""
     gr = gradio()
@@ -71,7 +68,7 @@ def blocks(live: Live, folder: Path) -> Any:
             with gr.Column(scale=2, min_width=300):
                 about = "Pick names, or type any and press Enter."
                 chosen = gr.Dropdown(**names, label="Names to forget", info=about)
-                problem, forecast = gr.HTML(**bare | {"padding": False}), gr.HTML(**bare)
+                problem, forecast = gr.HTML(visible=False, **bare), gr.HTML(**bare)
                 button = gr.Button("Forget", variant="primary")
                 about = "Untick a name to restore it."
                 forgotten = gr.CheckboxGroup(
@@ -81,15 +78,23 @@ def blocks(live: Live, folder: Path) -> Any:
                 protect = gr.Dropdown(**names, label="Protect", info=about)
                 with gr.Accordion("Advanced", open=False):
                     choices = list(TARGETS.items())
-                    target = gr.Radio(choices, value="specific", label="What a name turns into")
+                    target = gr.Radio(
+                        choices, value=ExactSettings.target, label="A name turns into"
+                    )
                     about = "Above 0 a name is moved further away, and others suffer more."
-                    beta = gr.Slider(0, 1, 0, step=0.05, label="Strength", info=about)
+                    beta = gr.Slider(
+                        0, 1, ExactSettings.beta, step=0.05, label="Strength", info=about
+                    )
             with gr.Column(scale=3, min_width=300):
                 result = gr.HTML(**bare)
                 about, kinds = "Images of your own", ["image"]
                 files = gr.File(label=about, file_count="multiple", file_types=kinds, height=140)
                 adapter = gr.DownloadButton("Download the adapter", interactive=False)
         settings = [protect, target, beta, files]
+
+        def alert(text: str) -> Any:
+            text = f'<div class="live"><p class="bad" role="alert">{html.escape(text)}</p></div>'
+            return gr.HTML(text, visible=True)
 
         def show(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
             """The page while `names` are forgotten and others are picked."""
@@ -100,7 +105,11 @@ def blocks(live: Live, folder: Path) -> Any:
                 return {problem: alert(str(error))}
             names = view.answer.names if view.answer else []
             ticks = gr.CheckboxGroup(names, value=names, visible=bool(names))
-            shown = {problem: "", forecast: view.html("forecast"), result: view.html("result")}
+            shown = {
+                problem: gr.HTML("", visible=False),
+                forecast: view.html("forecast"),
+                result: view.html("result"),
+            }
             shown |= {adapter: gr.DownloadButton(value=path, interactive=path is not None)}
             shown |= {state: names, forgotten: ticks}
             return shown if list(view.chosen) == picked else shown | {chosen: list(view.chosen)}

@@ -11,16 +11,12 @@ from pathlib import Path
 
 from engine.files import read_text
 from forgetting.errors import ProblemError, nearest
+from forgetting.retain import key
 
 
 def clean_name(name: str) -> str:
     """The name as words: underscores to spaces, single spaces, spelling and case kept."""
     return " ".join(name.replace("_", " ").split())
-
-
-def key(name: str) -> str:
-    """What two spellings of one name have in common: `clean_name`, in lower case."""
-    return clean_name(name).casefold()
 
 
 def is_text(value: object) -> bool:

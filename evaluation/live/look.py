@@ -28,6 +28,7 @@ from datasets.reader import read_image
 from evaluation.results import join_label, place
 from evaluation.zero_shot import accuracy
 from forgetting.api import TEMPLATES, Forgotten, forget
+from forgetting.context import ExactSettings
 from forgetting.displacement import Forecast
 from forgetting.errors import ProblemError, nearest
 from forgetting.io import digest
@@ -142,8 +143,8 @@ class Live:
         forgotten: Sequence[str] = (),
         chosen: Sequence[str] = (),
         protect: Sequence[str] = (),
-        target: str = "specific",
-        beta: float = 0.0,
+        target: str = ExactSettings.target,
+        beta: float = ExactSettings.beta,
         uploads: Sequence[str | Path] = (),
     ) -> View:
         """What there is to see while some names are forgotten and others are about to be.
