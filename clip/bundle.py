@@ -15,14 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from datasets.names import flaw, is_text
-from engine.files import parse_json, readable
-from forgetting.errors import ProblemError
-from forgetting.io import atomic_path, refuse_existing
+from engine.files import parse_json
+from forgetting.errors import ProblemError, shown
+from forgetting.io import container, naming, read_safetensors, write_bytes
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
@@ -92,112 +90,129 @@ class FeatureBundle:
     def load(cls, path: str | Path) -> FeatureBundle:
         """Read and check the bundle at `path`.
 
-        Raises ProblemError naming the file and the key: a file that is missing, truncated or no
-        bundle, a missing key, or what `check` refuses.
+        Raises:
+            ProblemError: naming the file and the key: a file that is missing, truncated or no
+                bundle, a missing key, or what `check` refuses.
         """
-        path = Path(path)
-        tensors, metadata = _read(path)
-        if (found := metadata.pop("format", None)) != FORMAT:
-            raise _error(path, "format", f"is {found!r}, not {FORMAT!r}")
-        for keys, held in (((*TEXT_KEYS, *LIST_KEYS), metadata), (SHAPES, tensors)):
-            for key in keys:
-                if key not in held:
-                    place = "metadata" if held is metadata else "tensors"
-                    raise _error(path, key, f"is missing from the {place}")
-        bundle = cls(
-            **{key: tensors.pop(key) for key in SHAPES},
-            **{key: metadata.pop(key) for key in TEXT_KEYS},
-            **{key: _strings(path, key, metadata.pop(key)) for key in LIST_KEYS},
-            text_bias=tensors.pop(TEXT_BIAS, None),
-            extra=metadata,
-            extra_tensors=tensors,
-        )
+        with naming(f"feature bundle {path}"):
+            metadata, tensors = read_safetensors(path)
+            if (found := metadata.pop("format", None)) != FORMAT:
+                raise ProblemError(f"its format is {shown(found)}, not {FORMAT!r}")
+            for key in (*TEXT_KEYS, *LIST_KEYS):
+                if key not in metadata:
+                    raise ProblemError(f"{key} is missing from the metadata")
+            for key in SHAPES:
+                if key not in tensors:
+                    raise ProblemError(f"{key} is missing from the tensors")
+            bundle = cls(
+                **{key: tensors.pop(key) for key in SHAPES},
+                **{key: metadata.pop(key) for key in TEXT_KEYS},
+                **{key: _strings(key, metadata.pop(key)) for key in LIST_KEYS},
+                text_bias=tensors.pop(TEXT_BIAS, None),
+                extra=metadata,
+                extra_tensors=tensors,
+            )
         bundle.check(path)
-        floats = {key: getattr(bundle, key).float() for key in SHAPES if key != "labels"}
-        bias = None if bundle.text_bias is None else bundle.text_bias.float()
-        return replace(bundle, labels=bundle.labels.long(), text_bias=bias, **floats)
+        floats = [key for key in SHAPES if key != "labels"]
+        floats += [] if bundle.text_bias is None else [TEXT_BIAS]
+        changes = {key: getattr(bundle, key).float() for key in floats}
+        return replace(bundle, labels=bundle.labels.long(), **changes)
 
     def save(self, path: str | Path) -> None:
         """Check the bundle and write it to `path`, whole or not at all.
 
-        Raises ProblemError if the bundle is not valid or `path` exists: nothing is overwritten.
+        Raises:
+            ProblemError: the bundle is not valid, or `path` exists: nothing is overwritten.
         """
-        path = Path(path)
         self.check(path)
-        refuse_existing(path)
         metadata = self.extra | {"format": FORMAT}
         metadata |= {key: getattr(self, key) for key in TEXT_KEYS}
         metadata |= {key: json.dumps(getattr(self, key), ensure_ascii=False) for key in LIST_KEYS}
-        # safetensors refuses tensors that share memory, so each gets its own.
         tensors = {key: getattr(self, key) for key in SHAPES} | self.extra_tensors
         tensors |= {} if self.text_bias is None else {TEXT_BIAS: self.text_bias}
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata=metadata))
+        # safetensors refuses tensors that share memory, so each gets its own.
+        tensors = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+        write_bytes(container(tensors, metadata), path, overwrite=False)
 
     def check(self, where: str | Path) -> None:
-        """Raise ProblemError naming `where` and the key if the bundle contradicts itself: wrong
-        shapes or dtypes, NaN or inf, a label out of range, image features that are not normalised,
-        a class without a name of its own, a template without the class's place."""
-        if not self.classnames:
-            raise _error(where, "classnames", "is empty")
-        if problem := flaw(self.classnames):
-            raise _error(where, "classnames", f"{problem}; a class has a name of its own")
-        # Prompts may be made by no template: a word says by what ("ensemble").
-        if self.template.count("{}") != 1 and not self.template.isidentifier():
-            raise _error(where, "template", f"is {self.template!r}: it must hold {{}} once")
-        lists = {key: getattr(self, key) for key in LIST_KEYS} | self._audit_lists(where)
-        rows = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
-        sizes = {"1": 1} | {letter: len(lists[key]) for letter, key in rows.items() if key in lists}
+        """Refuse a bundle that contradicts itself.
+
+        Raises:
+            ProblemError: naming `where` and the key: wrong shapes or dtypes, NaN or inf, a label
+                out of range, image features that are not normalised, a class without a name of its
+                own, a template without the class's place.
+        """
+        with naming(f"feature bundle {where}"):
+            if not self.classnames:
+                raise ProblemError("classnames is empty")
+            if problem := flaw(self.classnames):
+                raise ProblemError(f"classnames {problem}; a class has a name of its own")
+            # Prompts may be made by no template: a word says by what ("ensemble").
+            if self.template.count("{}") != 1 and not self.template.isidentifier():
+                raise ProblemError(f"template is {self.template!r}: it must hold {{}} once")
+            self._check_shapes()
+            if not self.text_projection.numel():
+                raise ProblemError("text_projection is empty")
+            if not len(self.labels):
+                return
+            low, high, last = (
+                int(self.labels.min()),
+                int(self.labels.max()),
+                len(self.classnames) - 1,
+            )
+            if low < 0 or high > last:
+                raise ProblemError(f"labels run from {low} to {high}, not within 0 to {last}")
+            worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
+            if worst > TOLERANCE:
+                raise ProblemError(
+                    f"image_features are not L2-normalised (a norm is {worst:.3g} off 1)"
+                )
+
+    def _check_shapes(self) -> None:
+        """Refuse a tensor whose shape does not fit the lists and the other tensors, whose dtype is
+        wrong, or that is not finite."""
+        audit = self._audit_lists()
+        lists = {"C": "classnames", "M": "retain_names"} | ({"A": "audit_texts"} if audit else {})
+        names = {key: getattr(self, key) for key in LIST_KEYS} | audit
+        sizes = {"1": 1} | {letter: len(names[key]) for letter, key in lists.items()}
         tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
         if self.text_bias is not None:
             tensors[TEXT_BIAS] = self.text_bias, "d"
-        if "A" in sizes:
-            tensors[AUDIT_HIDDEN] = (self.extra_tensors[AUDIT_HIDDEN], "Aw")
+        if audit:
+            tensors[AUDIT_HIDDEN] = self.extra_tensors[AUDIT_HIDDEN], "Aw"
         for key, (tensor, letters) in tensors.items():
             expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
             for letter, size in zip(letters, tensor.shape, strict=False):
                 sizes.setdefault(letter, size)
-            shape = tuple(tensor.shape)
-            if shape != tuple(sizes.get(letter) for letter in letters):
-                named = f"; {rows[letters[0]]} holds a name a row" if letters[0] in rows else ""
-                raise _error(where, key, f"has shape {shape}, expected ({expected}){named}")
+            if tuple(tensor.shape) != tuple(sizes.get(letter) for letter in letters):
+                named = f"; {lists[letters[0]]} has a name per row" if letters[0] in lists else ""
+                raise ProblemError(
+                    f"{key} has shape {tuple(tensor.shape)}, expected ({expected}){named}"
+                )
             if key == "labels":
                 if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                    raise _error(where, key, f"are {tensor.dtype}, not integers")
+                    raise ProblemError(f"{key} are {tensor.dtype}, not integers")
             elif not tensor.is_floating_point():
-                raise _error(where, key, f"is {tensor.dtype}, not floating point")
+                raise ProblemError(f"{key} is {tensor.dtype}, not floating point")
             elif not torch.isfinite(tensor.float()).all():
-                raise _error(where, key, "holds NaN or infinite values")
-        if not self.text_projection.numel():
-            raise _error(where, "text_projection", "is empty")
-        if not len(self.labels):
-            return
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= sizes["C"]:
-            problem = f"run from {low} to {high}, not within 0 to {sizes['C'] - 1}"
-            raise _error(where, "labels", problem)
-        worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
-        if worst > TOLERANCE:
-            problem = f"are not L2-normalised (a norm is {worst:.3g} off 1)"
-            raise _error(where, "image_features", problem)
+                raise ProblemError(f"{key} holds NaN or infinite values")
 
-    def _audit_lists(self, where: str | Path) -> dict[str, list[str]]:
-        """The lists of other words, of one length and of classes that there are; none if absent."""
-        held = [key for key in AUDIT_LISTS if key in self.extra]
-        held += [key for key in (AUDIT_HIDDEN,) if key in self.extra_tensors]
-        if not held:
+    def _audit_lists(self) -> dict[str, list[str]]:
+        """The lists of paraphrases, of one length and of classes that there are; none if absent."""
+        present = [key for key in AUDIT_LISTS if key in self.extra]
+        present += [key for key in (AUDIT_HIDDEN,) if key in self.extra_tensors]
+        if not present:
             return {}
         for key in (*AUDIT_LISTS, AUDIT_HIDDEN):
-            if key not in held:
-                raise _error(where, key, f"is missing, but there is {held[0]}")
-        lists = {key: _strings(where, key, self.extra[key]) for key in AUDIT_LISTS}
+            if key not in present:
+                raise ProblemError(f"{key} is missing, but there is {present[0]}")
+        lists = {key: _strings(key, self.extra[key]) for key in AUDIT_LISTS}
+        count = len(lists["audit_texts"])
         for key, values in lists.items():
-            count = len(lists["audit_texts"])
             if len(values) != count:
-                raise _error(where, key, f"has {len(values)} entries, but audit_texts has {count}")
+                raise ProblemError(f"{key} has {len(values)} entries, but audit_texts has {count}")
         for name in set(lists["audit_classes"]) - set(self.classnames):
-            raise _error(where, "audit_classes", f"names {name!r}, which is no class of the bundle")
+            raise ProblemError(f"audit_classes names {name!r}, which is no class of the bundle")
         return lists
 
 
@@ -242,9 +257,12 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
         )
     path = bundles[dataset]
     bundle = FeatureBundle.load(path)
-    for key, asked in (("backbone", backbone), ("dataset", dataset)):
-        if getattr(bundle, key) != asked:
-            raise _error(path, key, f"is {getattr(bundle, key)!r}, but its place says {asked!r}")
+    for key, wanted in (("backbone", backbone), ("dataset", dataset)):
+        if getattr(bundle, key) != wanted:
+            raise ProblemError(
+                f"feature bundle {path}: {key} is {getattr(bundle, key)!r}, but its place says "
+                f"{wanted!r}"
+            )
     return bundle
 
 
@@ -283,33 +301,11 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
 
 
-def _error(where: str | Path, key: str, problem: str) -> ProblemError:
-    return ProblemError(f"feature bundle {where}: {key} {problem}")
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and string metadata of a safetensors file."""
-    if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ProblemError(f"feature bundle {path} {kind}")
-    try:
-        with readable(path) as name, safe_open(name, framework="pt", device="cpu") as file:
-            keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except OSError as error:
-        raise ProblemError(f"feature bundle {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # the reader raises whatever foreign bytes lead it to
-        reason = str(error).splitlines()[0]
-        raise ProblemError(
-            f"feature bundle {path} is truncated or not a safetensors file ({reason})"
-        ) from error
-
-
-def _strings(where: str | Path, key: str, text: str) -> list[str]:
+def _strings(key: str, text: str) -> list[str]:
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise _error(where, key, f"is not valid JSON ({error})") from error
+        raise ProblemError(f"{key} is not valid JSON ({error})") from error
     if not isinstance(values, list) or not all(map(is_text, values)):
-        raise _error(where, key, "is not a JSON list of texts")
+        raise ProblemError(f"{key} is not a JSON list of texts")
     return values

@@ -91,23 +91,28 @@ def unpack(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
             line that names the file.
     """
     with naming(path):
-        data = read_bytes(path)
+        metadata, tensors = read_safetensors(path)
+        form, sealed = metadata.get("format"), metadata.pop("sha256", None)
+        stem = kind.rpartition("/")[0]
+        if form != kind:
+            older = str(form).startswith(f"{stem}/")
+            what = f"of another format ({line(form)})" if older else f"not a {stem} file"
+            raise ProblemError(f"{what}; make it anew" if older else what)
+        if sealed != digest(metadata, tensors):
+            raise ProblemError("damaged, or changed since it was written (its SHA-256 differs)")
         try:
-            tensors = load(data)
-            metadata = _header(data)[0].get("__metadata__", {})
-            form, sealed = metadata.get("format"), metadata.pop("sha256", None)
-            stem = kind.rpartition("/")[0]
-            if form != kind:
-                older = str(form).startswith(f"{stem}/")
-                what = f"of another format ({line(form)})" if older else f"not a {stem} file"
-                raise ProblemError(f"{what}; make it anew" if older else what)
-            if sealed != digest(metadata, tensors):
-                raise ProblemError("damaged, or changed since it was written (its SHA-256 differs)")
             return {k: json.loads(text) for k, text in metadata.items() if k != "format"}, tensors
-        except ProblemError:
-            raise
-        except (SafetensorError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ProblemError(f"not a readable {kind} file ({line(error)})") from error
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of safetensors; ProblemError if it is none."""
+    data = read_bytes(path)
+    try:
+        return _header(data)[0].get("__metadata__", {}), load(data)
+    except (SafetensorError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise ProblemError(f"truncated, or not a safetensors file ({line(error)})") from error
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -175,7 +175,7 @@ def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
 def test_a_truncated_file_is_one_line(tmp_path: Path, keep: int) -> None:
     path = write(tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ProblemError, match="truncated or not a safetensors file") as error:
+    with pytest.raises(ProblemError, match="truncated") as error:
         FeatureBundle.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -185,10 +185,10 @@ def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
     text.write_text("no bundle at all, but long enough to hold a header")
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(2)}, other)
-    for path, message in ((text, "not a safetensors"), (other, "format"), (tmp_path, "folder")):
+    for path, message in ((text, "safetensors"), (other, "format"), (tmp_path, "no such file")):
         with pytest.raises(ProblemError, match=message):
             FeatureBundle.load(path)
-    with pytest.raises(ProblemError, match="does not exist"):
+    with pytest.raises(ProblemError, match="no such file"):
         FeatureBundle.load(tmp_path / "none.safetensors")
 
 
