@@ -3,7 +3,7 @@
 Image embeddings depend on the weights, the preprocessing, the precision and the contents of the
 image files; hidden states on the weights and the list of texts. Labels, templates and vocabularies
 are in neither key, so a change of those never encodes an image again, and never gives a stale
-result.
+result. Two processes that encode the same write the same files.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,14 +26,15 @@ from clip.batches import BatchSize, encode
 from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
-from engine.files import lock, readable
 from engine.log import logger, progress
-from engine.ray import LauncherSettings
+from engine.ray import LauncherSettings, spread
 from forgetting.errors import ProblemError
-from forgetting.io import atomic_path
+from forgetting.io import container, read_safetensors, write_bytes
+from forgetting.models.vocabulary import expand
 
 SHARD = 512  # images; what a killed run loses at most
 CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
+Shards = Mapping[Path, Sequence[str]]  # file of embeddings -> its images
 
 
 class FeatureCache:
@@ -47,19 +47,20 @@ class FeatureCache:
     def __init__(
         self, source: ClipSource, folder: str | Path, how: LauncherSettings | None = None
     ) -> None:
-        self.source, self.how, self.root = source, how, Path(folder)
+        self.source, self.how, self.root = source, how, expand(folder)
         self.folder = self.root / "features" / source.arch.replace("/", "-")
 
     def projection(self) -> Tensor:
         """`text_projection` (w, d)."""
-        path = self._path("projection", [])
-        return self._cached(path, lambda: self.source.projection)
+        return self._cached(self._path("projection", []), lambda: self.source.projection)
 
     def bias(self) -> Tensor | None:
         """`text_bias` (d,), or None."""
-        path = self._path("bias", [])
-        none = torch.empty(0)  # a model without is remembered too
-        found = self._cached(path, lambda: none if self.source.bias is None else self.source.bias)
+
+        def make() -> Tensor:  # that a model has none is remembered too
+            return torch.empty(0) if self.source.bias is None else self.source.bias
+
+        found = self._cached(self._path("bias", []), make)
         return found if len(found) else None
 
     def texts(self, texts: list[str]) -> Tensor:
@@ -73,45 +74,36 @@ class FeatureCache:
 
         `name` says whose they are, for people. Files may move: it is their contents that count.
         Shards are kept until all are there, so a killed run goes on where it was, as does one
-        that stopped at a broken image. A second process waits for the first.
+        that stopped at a broken image.
 
-        Raises ProblemError naming the first image that is missing or cannot be decoded.
+        Raises:
+            ProblemError: naming the first image that is missing or cannot be decoded.
         """
         try:
             contents = digests(paths, self.folder.parent / "images.json")
         except OSError as error:
             raise ProblemError(_broken(error.filename, error.strerror)) from error
-        mark = [self.source.precision] * (self.source.precision != "fp32")
-        entry = self._path(name, mark + contents)
+        precision = [] if self.source.precision == "fp32" else [self.source.precision]
+        entry = self._path(name, precision + contents)
         features = _read(entry)
-        if features is not None:
-            return features
-        shards = {
-            self._path(f"{name}.parts/part", mark + contents[i : i + SHARD]): paths[i : i + SHARD]
-            for i in range(0, len(paths), SHARD)
-        }
-        waiting = f"clip: another process is encoding {name}; waiting for it"
-        with lock(entry, timeout=-1, waiting=waiting):  # encoding may take hours
-            if self.how is not None and self.how.launcher == "ray" and not entry.exists():
-                from clip.spread import encode_by_ray
-
-                encode_by_ray(self, name, shards, batch_size)
-            features = self._cached(entry, lambda: self.encode(name, shards, batch_size, workers))
+        if features is None:
+            shards = {}
+            for i in range(0, len(paths), SHARD):
+                key = precision + contents[i : i + SHARD]
+                shards[self._path(f"{name}.parts/part", key)] = paths[i : i + SHARD]
+            if self.how is not None and self.how.launcher != "local":
+                self._spread(name, shards, batch_size)
+            features = self.encode(name, shards, batch_size, workers)
+            _write(entry, features)
             for part in shards:
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # parts of another run may be there, or no part at all
                 next(iter(shards)).parent.rmdir()
         return features
 
-    def encode(
-        self,
-        name: str,
-        shards: Mapping[Path, Sequence[str]],
-        batch_size: int | None,
-        workers: int,
-    ) -> Tensor:
-        """Embeddings (N, d) of shards, path -> its images; each is written as soon as it is
-        complete, and not encoded if it is there."""
+    def encode(self, name: str, shards: Shards, batch_size: int | None, workers: int) -> Tensor:
+        """Embeddings (N, d) of shards; each is written as soon as it is complete, and not encoded
+        if it is there."""
         parts = {part: _read(part) for part in shards}
         missing = {part: shards[part] for part in shards if parts[part] is None}
         total = sum(map(len, shards.values()))
@@ -131,20 +123,33 @@ class FeatureCache:
             first = next(chunks)
             self._compare(name, first[:CHUNK])
             chunks = chain([first], chunks)
-        what = f"clip: {name}, image"
-        with progress(desc=what, total=total, initial=done, unit="images") as bar:
+        title = f"clip: {name}"
+        with progress(desc=title, total=total, initial=done, unit="images") as bar:
             for part, paths in missing.items():
                 rows: list[Tensor] = []
                 for found in encode(self.source, chunks, len(paths), size):  # (b, d)
                     rows.append(found)
                     bar.update(len(found))
-                    bar.set_postfix_str(f"{size.now} at once")
+                    bar.set_postfix_str(f"{size.now} at once", refresh=False)
                 parts[part] = torch.cat(rows)
                 _write(part, parts[part])
         return torch.cat(list(parts.values()))
 
+    def _spread(self, name: str, shards: Shards, batch_size: int | None) -> None:
+        """Have many workers write the shards that are not there yet. A worker computes on one of
+        the cores that it requests, and loads images on the others."""
+        missing = [(part, list(paths)) for part, paths in shards.items() if not part.exists()]
+        workers = max(0, int(self.how.cpus) - 1)
+        task = partial(_encode, self.source.recipe, str(self.root), name, batch_size, workers)
+        total = sum(len(paths) for _, paths in missing)
+        with progress(desc=f"clip: {name}, by workers", total=total, unit="images") as bar:
+            for (_, paths), result in spread(task, missing, self.how) if missing else ():
+                if isinstance(result, ProblemError):
+                    raise result
+                bar.update(len(paths))
+
     def _compare(self, name: str, pictures: Tensor) -> None:
-        """Say how far the embeddings of a few pictures are from those of float32."""
+        """Log how far the embeddings of a few pictures are from those of float32."""
         here, exact = (self.source.encode_images(pictures, x).double() for x in (False, True))
         cosine = float((here * exact).sum(dim=1).min())
         logger.info(
@@ -203,6 +208,25 @@ class _Chunks(Dataset):
         return torch.stack(images)
 
 
+def _encode(
+    recipe: dict[str, Any],
+    root: str,
+    name: str,
+    batch_size: int | None,
+    workers: int,
+    shard: tuple[Path, list[str]],
+) -> None:
+    """Write one shard, in a worker. One that is begun again, after its worker died, is the same
+    file."""
+    part, paths = shard
+    _cache(root, **recipe).encode(name, {part: paths}, batch_size, workers)
+
+
+@lru_cache(maxsize=1)  # a worker encodes many shards with one model
+def _cache(root: str, **recipe: Any) -> FeatureCache:
+    return FeatureCache(ClipSource(**recipe), root)
+
+
 def _broken(path: str, reason: object) -> str:
     return (
         f"image {path} cannot be read ({reason}); "
@@ -212,16 +236,14 @@ def _broken(path: str, reason: object) -> str:
 
 def _read(path: Path) -> Tensor | None:
     """The tensor at `path`, or None if there is none or the file is damaged."""
-    try:
-        with readable(path) as name:
-            return load_file(name)["features"]
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (SafetensorError, OSError, KeyError):
+    try:
+        return read_safetensors(path)[1]["features"]
+    except (ProblemError, KeyError):
         logger.info(f"clip: {path} is damaged and is made again")
         return None
 
 
 def _write(path: Path, tensor: Tensor) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save({"features": tensor.contiguous()}))
+    write_bytes(container({"features": tensor}, {}), path)

@@ -61,8 +61,8 @@ def _fetch(url: str, part: Path) -> None:
     with response:
         resumed = response.status == 206
         start = have if resumed else 0  # a server without ranges sends all of it again
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        length = response.headers.get("Content-Length", "")  # whatever a server writes there
+        total = start + int(length) if length.isdecimal() else None
         with (
             open(part, "ab" if resumed else "wb") as file,
             progress(None, part.stem, total and total / MB, start / MB, "MB") as bar,

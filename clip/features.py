@@ -2,7 +2,6 @@
 
 python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PATH]
                         [--cache cache] [--precision fp32] [--out DIR] [--audit] [--launcher ray]
-                        [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -133,14 +132,14 @@ def main(argv: list[str] | None = None) -> None:
     source = ClipSource(args.arch, args.weights, args.cache, precision=args.precision)
     bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
     count, classes = len(bundle.labels), len(bundle.classnames)
-    place = FeatureCache(source, args.cache).folder
+    folder = FeatureCache(source, args.cache).folder
     logger.info(
-        f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {place}"
+        f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {folder}"
     )
     if args.audit:
         bundle = with_audit(bundle, source, args.cache)
         texts = len(bundle.extra_tensors[AUDIT_HIDDEN])
-        logger.info(f"clip: {dataset} in other words: {texts} texts, kept in {place}")
+        logger.info(f"clip: {dataset} in other words: {texts} texts, kept in {folder}")
     if out:
         bundle.save(out)
         logger.info(f"clip: bundle written to {out}")
