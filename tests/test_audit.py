@@ -146,13 +146,12 @@ def test_the_verdict_has_bad_news_first():
     }
     heads = ["comes back under 1 of 1 other text", "its 2 nearest classes change by -25.0 points"]
     heads += ["'wolf', a neighbour, falls from 90.0 % to 30.0 %", "own prompt: 90.0 % -> 0.0 %"]
-    heads += ["limit: 1 image brings half of it back", "limit: whoever has the changed weights and"]
+    heads += ["limit: 1 image brings half of it back", "limit: the full list of scores tells its"]
+    heads += ["limit: whoever has the changed weights and the original"]
     lines = verdict(back)
-    shown = zip([*lines[:4], *lines[-2:]], heads, strict=True)
+    shown = zip([*lines[:4], *lines[-3:]], heads, strict=True)
     assert all(line.startswith(head) for line, head in shown), lines
-    assert any(
-        line.startswith("limit: the full list") and "'wolf' in 90 of" in line for line in lines
-    )
+    assert "'wolf' in 90 of 100 pairs" in lines[-2]
 
 
 def test_a_class_that_was_not_forgotten_neither_comes_back_nor_is_relearnt():
