@@ -115,14 +115,15 @@ def read_record(folder: Path, path: Path) -> Record | None:
     try:
         data = path.read_bytes()
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        names = ("dataset", "classes", "settings", "solver", "record")
-        dataset, classes, settings, solver, record = (json.loads(metadata[name]) for name in names)
+        names = ("dataset", "classes", "settings", "record")
+        dataset, classes, settings, record = (json.loads(metadata[name]) for name in names)
         label = join_label(classes)
         where = place(dataset, label) + SUFFIX
         if folder / where != path:
             return None
-        solver |= {"adapter": where, "adapter_sha256": hashlib.sha256(data).hexdigest()}
-        entry = {key: record[key] for key in ("final_results", "zero_shot")} | {"solver": solver}
+        file = {"adapter": where, "adapter_sha256": hashlib.sha256(data).hexdigest()}
+        entry = {key: record[key] for key in ("final_results", "zero_shot")}
+        entry["solver"] = record["solver"] | file
         return Record(dataset, label, record["indices"], settings, entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

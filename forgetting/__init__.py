@@ -12,6 +12,8 @@ Each name is imported from its module when it is first used.
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "errors": ("ProblemError",),
     "problem": ("AUTO", "ForgetProblem"),

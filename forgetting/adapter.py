@@ -1,92 +1,37 @@
-"""What is kept of a forgotten class: a few kilobytes of factors, what they belong to, and a recipe.
-
-The recipe is what `forgetting.compose` needs to solve a class again together with others. What an
-adapter may hold is written down here once, and checked whenever one is made, also from a file.
-"""
+"""What is stored of forgotten classes: one low-rank change, what it belongs to, and its recipe."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgetting.checks import (
-    FLOATS,
-    HASH,
-    OBJECT,
-    POSITIVE,
-    TEXT,
-    WEIGHT,
-    Rule,
-    check,
-    check_tensors,
-    either,
-    matrix,
-    whole,
-)
-from forgetting.errors import ProblemError, line
-from forgetting.io import naming, pack, raw, unpack, write_bytes
-from forgetting.problem import NUMBERS
-from forgetting.solvers.constrained import Ridge
+from forgetting.errors import ProblemError, shown
+from forgetting.io import FLOATS, matrix, naming, pack, raw, tensor, unpack, write_bytes
+from forgetting.recipe import TENSORS, Recipe
 
-if TYPE_CHECKING:
-    from forgetting.context import Answer, ForgetContext
-
-FORMAT = "clip-forget-adapter/2"
-
-# Everything but the tensors.
-FIELDS = {
-    "projection_sha256": HASH,
-    "backbone": TEXT,
-    "weights": TEXT,
-    "dataset": TEXT,
-    "classes": [TEXT, ...],
-    "trainer": TEXT,
-    "settings": OBJECT,
-    "solver": OBJECT,
-    "record": OBJECT,
-    "recipe": OBJECT,
-}
-_GROUPS: Rule = (
-    lambda x: isinstance(x, dict) and all(type(k) is str and WEIGHT[0](v) for k, v in x.items()),
-    "an object with 0 or more for each group",
-)
-# Of each objective what its recipes hold, and must have in common to be joined.
-SHARED = {
-    "constrained": {"statistics": HASH, "weights": _GROUPS, "mu": POSITIVE},
-    "paper": {
-        "statistics": HASH,
-        "weights": either(None, _GROUPS),
-        **dict.fromkeys(NUMBERS, (lambda x: True, "")),
-    },
-}
-PARTS = [{"dataset": TEXT, "class": TEXT, "forget": whole(1), "leaving": whole(0)}, ...]
-
-FACTORS = {"left": (FLOATS, ("w", "r")), "right": (FLOATS, ("r", "d"))}
-# The tensors of a recipe; `forget` and `leaving` are the rows of all its parts.
-COLUMNS = {
-    "forget_hidden": ((torch.float32,), ("forget", "w")),
-    "displacement": ((torch.float64,), ("forget", "d")),
-    "leaving_hidden": ((torch.float32,), ("leaving", "w")),
-    "shares": ((torch.float64,), ("leaving",)),
-}
-BASE_COLUMNS = {
-    "forget_base": ((torch.float64,), ("forget", "w")),
-    "leaving_base": ((torch.float64,), ("leaving", "w")),
-}
-_PREFIX = "recipe."  # of their names in a file
+FORMAT = "clip-forget-adapter/3"
 LARGEST = torch.finfo(torch.float32).max
 
 
-def projection_sha256(projection: Tensor) -> str:
-    """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
-    projection = matrix("projection", projection)
-    return hashlib.sha256(raw(projection.to("cpu", torch.float32))).hexdigest()
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Where a projection is in a model, and what else that model holds.
+
+    Attributes:
+        projection: name of its tensor; transposed: whether it holds `W^T`, as a torch.nn.Linear.
+        bias: name of the bias's tensor, if there is one.
+        others_sha256: of the names and contents of all other tensors.
+    """
+
+    projection: str
+    transposed: bool
+    bias: str | None
+    others_sha256: str
 
 
 @dataclass(frozen=True)
@@ -95,16 +40,18 @@ class Adapter:
 
     Attributes:
         left: (w, r) and right: (r, d), stored in float32.
-        projection_sha256: names the `W` that it was made for, see `projection_sha256`.
+        projection_sha256: of the `W` that it was made for, see `projection_sha256`.
         backbone, weights: architecture and SHA-256 (or origin) of the checkpoint that holds `W`.
-        dataset, classes: what was forgotten.
-        trainer: the method; settings and solver: its constants and its report, JSON values only.
-        record: what a run measured of it, see `evaluation.results`; empty of an adapter of no run.
-        recipe, tensors: what `forgetting.compose` needs to solve again together with other
-            adapters (`SHARED`, `PARTS`; `COLUMNS`, `BASE_COLUMNS`); empty if the method cannot.
+        dataset, classes: what was forgotten; trainer: the method; settings: its constants.
+        record: the entry of logs.json: accuracies (none by the library), and `solver`, the
+            solver's report. JSON values only.
+        recipe: what composing needs; None if the method cannot.
+        model: where it is in a model; None if it was not made from one.
+        changed_sha256: of the tensor that holds `W'` in that model: in the dtype of W, and rounded
+            as a file in half precision rounds it, if W came from one. Empty if that is not known.
 
     Raises:
-        ProblemError: a value that is not what the tables of this module say, or is not finite.
+        ProblemError: a field of another type, or factors that do not fit or are not finite.
     """
 
     left: Tensor
@@ -116,38 +63,36 @@ class Adapter:
     classes: list[str]
     trainer: str
     settings: dict[str, Any] = field(default_factory=dict)
-    solver: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    model: ModelIdentity | None = None
+    changed_sha256: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raise ProblemError unless everything is what the tables of this module say."""
-        for name, shape in FIELDS.items():
-            check(getattr(self, name), shape, name)
-        check_tensors({"left": self.left, "right": self.right}, FACTORS)
-        table, sizes = {}, {"w": self.left.shape[0], "d": self.right.shape[1]}
-        if self.recipe:
-            objective = self.recipe.get("objective")
-            if not isinstance(objective, str) or objective not in SHARED:
-                raise ProblemError(f"recipe.objective must be one of {', '.join(SHARED)}")
-            check(self.recipe, {"objective": TEXT, **SHARED[objective], "parts": PARTS}, "recipe")
-            table, parts = columns(objective), self.recipe["parts"]
-            sizes |= {rows: sum(part[rows] for part in parts) for rows in ("forget", "leaving")}
-        check_tensors(self.tensors, table, sizes)
+        for name, kind in FIELDS.items():
+            if type(value := getattr(self, name)) is not kind:
+                raise ProblemError(f"{name} must be {kind.__name__}, not {shown(value)}")
+        if not self.classes or not all(type(name) is str for name in self.classes):
+            raise ProblemError(f"classes must be names, not {shown(self.classes)}")
+        r = tensor("left", self.left, FLOATS, (None, None)).shape[1]
+        tensor("right", self.right, FLOATS, (r, None))
         # What bounds the numbers of the change, in the precision in which it is stored.
         if not float(self.left.double().norm() * self.right.double().norm()) < LARGEST:
             raise ProblemError("the factors left and right are too large: their product overflows")
-        if self.recipe and not (self.tensors["shares"] > 0).all():
-            raise ProblemError("shares must be positive")
+
+    @property
+    def solver(self) -> dict[str, Any]:
+        """The solver's report."""
+        found = self.record.get("solver")
+        return found if isinstance(found, dict) else {}
 
     @property
     def texts(self) -> list[str]:
-        """By which texts: the names, their other words, and wordings that hardly followed."""
-        return list(check(self.solver.get("texts", self.classes), [TEXT, ...], "solver.texts"))
+        """By which texts: the names, their other words, and paraphrases that were added."""
+        if self.recipe is not None:
+            return list(self.recipe.texts)
+        found = self.solver.get("texts")
+        return [str(text) for text in found] if isinstance(found, list) else list(self.classes)
 
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
@@ -174,11 +119,30 @@ class Adapter:
             )
         return self.changed(projection)
 
-    def changed(self, projection: Tensor) -> Tensor:
-        """`W + Delta` like `projection` (w, d), whatever that is: summed in float64 on the CPU and
-        rounded once, so that it is the same bits everywhere."""
+    def changed(self, projection: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`W + Delta` like `projection` (w, d), whatever that is, or in another `dtype`: summed in
+        float64 on the CPU and rounded once, so that it is the same bits everywhere."""
         delta = self.left.cpu().double() @ self.right.cpu().double()  # (w, r) @ (r, d) -> (w, d)
-        return (projection.detach().cpu().double() + delta).to(projection)
+        changed = projection.detach().cpu().double() + delta
+        return changed.to(projection.device, dtype or projection.dtype)
+
+
+FIELDS = {
+    **dict.fromkeys(("projection_sha256", "backbone", "weights", "dataset", "trainer"), str),
+    **{"changed_sha256": list, "classes": list, "settings": dict, "record": dict},
+}
+
+
+def projection_sha256(projection: Tensor) -> str:
+    """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter.
+
+    One in float64 that float32 cannot hold exactly is hashed as it is: two projections of one name
+    are equal.
+    """
+    projection = matrix("projection", projection).cpu()
+    single = projection.float()
+    exact = projection.dtype != torch.float64 or torch.equal(single.double(), projection)
+    return hashlib.sha256(raw(single if exact else projection)).hexdigest()
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:
@@ -192,167 +156,34 @@ def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
     """An adapter as the content of its file; the same adapter gives the same bytes."""
-    tensors = {name: getattr(adapter, name).float() for name in FACTORS}
-    tensors |= {_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
-    return pack(FORMAT, {name: getattr(adapter, name) for name in FIELDS}, tensors)
+    fields = {name: getattr(adapter, name) for name in FIELDS}
+    fields["model"] = None if adapter.model is None else asdict(adapter.model)
+    fields["recipe"] = None if adapter.recipe is None else adapter.recipe.fields()
+    tensors = {"left": adapter.left.float(), "right": adapter.right.float()}
+    if adapter.recipe is not None:
+        tensors |= {f"recipe.{name}": getattr(adapter.recipe, name) for name in TENSORS}
+    return pack(FORMAT, fields, tensors)
 
 
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter, which is as it was written.
 
     Raises:
-        ProblemError: no such file, no adapter, or one that is damaged or was changed; the message
-            names the file and what is wrong.
+        ProblemError: no such file, no adapter, one of an older format, or one that is damaged or
+            was changed; the message names the file and what is wrong.
     """
     fields, tensors = unpack(path, FORMAT)
-    factors = {name: tensors.pop(name, None) for name in FACTORS}
-    kept = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
-    with naming(path):  # an older file may lack fields, which is said as what they must be
-        return Adapter(**factors, **dict.fromkeys(FIELDS) | fields, tensors=kept)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One class as it was forgotten: the grain in which requests are joined and given back.
-
-    Attributes:
-        dataset, name: of the class; tensors: see `recipe_parts`.
-    """
-
-    dataset: str
-    name: str
-    tensors: dict[str, Tensor]
-
-
-def recipe_parts(
-    ridge: Ridge | None,
-    forget_hidden: Tensor,
-    displacement: Tensor,
-    owner: Tensor,
-    names: Sequence[tuple[str, str]],
-    rows: Tensor,
-    shares: Tensor,
-    leaving: Tensor,
-) -> list[Part]:
-    """What adapters keep of C classes.
-
-    Texts are kept in float32, which is what CLIP made; the rows of `K_0^-1` and the displacements
-    in float64: with several prompts a class `H_f K^-1 H_f^T` is nearly singular, and float32 would
-    change the composed answer by 5e-6 (rows) or 1e-6 (displacements, which should be computed in
-    float64 as well). P is `displacement + H_f W`.
-
-    Args:
-        ridge: the constrained form's `K_0`; None for the paper's objective, which keeps no rows.
-        forget_hidden: (k, w), the classes' texts; displacement: (k, d), `D = P - H_f W`.
-        owner: (k,) int64, the class of each text; names: C pairs of data set and class.
-        rows: (n, w), retained texts; shares: (n,), what each weighs in G; leaving: (C, n) bool,
-            which leave the statistics with a class (also one that another class takes out too).
-    """
-    texts, displacement, owner, rows, shares, leaving = (
-        x.detach().cpu() for x in (forget_hidden, displacement, owner, rows, shares, leaving)
-    )
-    if not len(texts) == len(displacement) == len(owner) or len(rows) != len(shares):
-        raise ProblemError(
-            f"{len(texts)} texts with {len(displacement)} displacements and {len(rows)} "
-            f"leaving texts with {len(shares)} shares make no recipe"
-        )
-    leaving = leaving & (shares > 0)
-    used = leaving.any(dim=0)
-    leaving = leaving[:, used]
-    forget = {"forget_hidden": texts.float(), "displacement": displacement.double()}
-    gone = {"leaving_hidden": rows[used].float(), "shares": shares[used].double()}
-    if ridge is not None:
-        for kept, name in ((forget, "forget"), (gone, "leaving")):
-            base = ridge.solve(kept[f"{name}_hidden"].to(ridge.gram))
-            kept[f"{name}_base"] = base.cpu()
-    return [
-        Part(
-            *name,
-            {key: x[owner == i] for key, x in forget.items()}
-            | {key: x[leaving[i]] for key, x in gone.items()},
-        )
-        for i, name in enumerate(names)
-    ]
-
-
-def recipe_fields(shared: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
-    """The fields `recipe` and `tensors` of an adapter.
-
-    Args:
-        shared: `objective` ("constrained" or "paper") and that objective's keys in `SHARED`:
-            `statistics` is the SHA-256 of the retain statistics, `weights` their group weights
-            (None: the unweighted sum), `lamb_forget` a number or "auto".
-        parts: at least one, a class each; their order is kept.
-    """
-    index = [
-        {
-            "dataset": part.dataset,
-            "class": part.name,
-            "forget": len(part.tensors["forget_hidden"]),
-            "leaving": len(part.tensors["leaving_hidden"]),
-        }
-        for part in parts
-    ]
-    recipe = {key: shared[key] for key in ("objective", *SHARED[shared["objective"]])}
-    return {"recipe": recipe | {"parts": index}, "tensors": joined(parts)}
-
-
-def constrained_recipe(
-    context: ForgetContext, answer: Answer, dataset: str
-) -> tuple[dict[str, Any], list[Part]]:
-    """What composing needs of one answer: what all adapters of its retain set share, and a part for
-    each class."""
-    retain, request = context.retain, answer.request
-    shared = {
-        "objective": "constrained",
-        "statistics": retain.sha256,
-        "weights": retain.weights,
-        "mu": answer.mu,
-    }
-    parts = recipe_parts(
-        context.ridge,
-        request.hidden,
-        answer.displacement,
-        torch.tensor(request.owner),
-        [(dataset, name) for name in request.classes],
-        retain.rows,
-        retain.name_weights,
-        answer.excluded,
-    )
-    return shared, parts
-
-
-def joined(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """The tensors of all parts, one below the other."""
-    return {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
-
-
-def read_parts(adapter: Adapter, where: str) -> list[Part]:
-    """The classes of an adapter's recipe; `where` names the adapter in messages.
-
-    Raises:
-        ProblemError: the adapter has no recipe, or one that does not fit together.
-    """
-    if not adapter.recipe:
-        raise ProblemError(
-            f"{where}: an adapter of {line(adapter.trainer)} without a recipe that can be "
-            "relied on, which cannot be composed; forget its classes again with TRAINER=ForgetExact"
-        )
-    try:
-        adapter.check()  # what is in its dictionaries may have been changed since
-    except ProblemError as error:
-        raise ProblemError(f"{where}: a recipe that does not fit together ({error})") from None
-    index = adapter.recipe["parts"]
-    pieces = {
-        name: adapter.tensors[name].split([part[rows] for part in index])
-        for name, (_, (rows, *_)) in columns(adapter.recipe["objective"]).items()
-    }
-    return [
-        Part(part["dataset"], part["class"], {name: pieces[name][i] for name in pieces})
-        for i, part in enumerate(index)
-    ]
-
-
-def columns(objective: str) -> dict[str, Any]:
-    """The tensors of an objective's recipes."""
-    return COLUMNS | (BASE_COLUMNS if objective == "constrained" else {})
+    with naming(path):
+        model, recipe = fields.pop("model", None), fields.pop("recipe", None)
+        try:
+            factors = {name: tensors.pop(name) for name in ("left", "right")}
+            fields["model"] = None if model is None else ModelIdentity(**model)
+            adapter = Adapter(**factors, **fields)
+        except (TypeError, KeyError) as error:
+            raise ProblemError(f"an adapter that does not fit together ({error})") from error
+        if recipe is None:
+            return adapter
+        rows = {name.removeprefix("recipe."): x for name, x in tensors.items()}
+        w, d = len(adapter.left), adapter.right.shape[1]
+        object.__setattr__(adapter, "recipe", Recipe.read(recipe, rows, w, d))
+        return adapter

@@ -11,6 +11,8 @@ as little as possible.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import Adapter, constrained_recipe, projection_sha256, recipe_fields
+from forgetting.adapter import Adapter, projection_sha256
 from forgetting.context import Answer, ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
 from forgetting.errors import ProblemError, nearest, shown, unknown
 from forgetting.forgotten import Forgotten
 from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
-from forgetting.models.identity import changed_sha256, describe
+from forgetting.models.identity import changed_sha256, identity, refuse_applied
 from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
 from forgetting.problem import Paraphrases, Request
+from forgetting.recipe import Recipe
 from forgetting.retain import Group, RetainSet, key
 from forgetting.ridge import choose_ridge
 from forgetting.solvers.constrained import Ridge
@@ -79,6 +82,7 @@ def forget(
             out of range.
     """
     encoder = read_encoder(model, tokenize)
+    refuse_applied(encoder)
     settings = _settings(settings, generic, changes, encoder.projection.shape[1])
     wanted = _Names.checked(names, also, retain, templates, protect)
     if not isinstance(progress, bool):
@@ -339,6 +343,9 @@ def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: An
     }
     if isinstance(settings["target"], Tensor):
         settings["target"] = "vector"
+    prompts = json.dumps([encoder.fingerprint, wanted.templates[:2]])
+    prompts_sha256 = hashlib.sha256(prompts.encode()).hexdigest()
+    solver = finite({"name": "exact", **answer.report(), "notes": notes})
     adapter = Adapter(
         answer.edit.left.float().cpu(),
         answer.edit.right.float().cpu(),
@@ -349,11 +356,12 @@ def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: An
         classes=answer.request.classes,
         trainer=TRAINER,
         settings=settings,
-        solver=finite({"name": "exact", **answer.report(), "notes": notes}),
-        **recipe_fields(*constrained_recipe(context, answer, DATASET)),
+        record={"solver": solver},
+        recipe=Recipe.of(context, answer, DATASET, prompts_sha256),
+        model=identity(encoder),
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):
         raise ProblemError("the change is not finite: a weight, ridge or beta is out of range")
     changed = changed_sha256(adapter, encoder.projection, encoder.transposed)
-    adapter.settings.update({"model": describe(encoder), "changed_sha256": changed})
+    adapter = replace(adapter, changed_sha256=changed)
     return Forgotten(adapter, encoder, encoder.weight.detach().clone(), tuple(notes))

@@ -229,6 +229,18 @@ class RetainSet:
         return sorted({self.names[position] for position in mask.nonzero()[:, 0].tolist()})
 
     @cached_property
+    def ids(self) -> list[tuple[str, str, int]]:
+        """What each name is known by in adapters: its group, the name, and how many of that name
+        come before it in the group (its other prompts)."""
+        ids = []
+        for group, held in self.groups.items():
+            seen: dict[str, int] = defaultdict(int)
+            for name in held.names:
+                ids.append((group, name, seen[name]))
+                seen[name] += 1
+        return ids
+
+    @cached_property
     def sha256(self) -> str:
         """Digest of the names, their groups and weights, not of their hidden states: two sets that
         were encoded apart differ in the last digits."""

@@ -15,17 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forgetting.checks import HASH, TEXT, check, whole
 from forgetting.errors import ProblemError, number
 from forgetting.io import matrix, naming, pack, raw, unpack, write_bytes
 from forgetting.solvers.spectrum import CHUNK, EPS, triangle
 
 FORMAT = "clip-forget-statistics/3"
 NAMED = "clip-forget-statistics/2"  # a word in `sha256`
-# What a file holds: groups with the rows that they were made of, those that left, and what the
-# rows that are there add up to.
-GROUP = {"name": TEXT, "count": whole(1), "removed": whole(0), "rows": HASH}
-FIELDS = {"width": whole(1), "groups": [GROUP]}
 DIGEST = 2**256
 LARGEST = 1e90  # of a Gram matrix; the squares of float32 are below 1e78
 # A Gram matrix may lose this fraction of its largest eigenvalue, times w, to rounding and stay one.
@@ -63,7 +58,6 @@ class RetainStatistics:
         Raises:
             ProblemError: another width, no floating point numbers, NaN, or numbers beyond float32.
         """
-        check(group, TEXT, "the name of a group")
         rows = self._check(rows)
         if len(rows):
             digest, keys = _names(rows)
@@ -182,7 +176,6 @@ class RetainStatistics:
         """
         fields, held = unpack(path, FORMAT)
         with naming(path):
-            check(fields, FIELDS, "metadata")
             statistics = cls(fields["width"])
             for i, group in enumerate(fields["groups"]):
                 name, digest = group["name"], int(group["rows"], 16)

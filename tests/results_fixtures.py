@@ -31,6 +31,7 @@ def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), setting
 def adapter(dataset: str, label: str, entry: dict[str, Any], settings=None, scale=1.0) -> bytes:
     """The file of a finished request."""
     record = {key: entry.get(key, {}) for key in ("final_results", "zero_shot")}
+    record["solver"] = {"settings": {}} | entry.get("solver", {})
     classes = split_label(label)
     return adapter_bytes(
         Adapter(
@@ -43,7 +44,6 @@ def adapter(dataset: str, label: str, entry: dict[str, Any], settings=None, scal
             classes=classes,
             trainer="ForgetLoRA",
             settings=settings or SETTINGS,
-            solver={"settings": {}} | entry.get("solver", {}),
             record=record | {"indices": [ord(name[0]) for name in classes]},
         )
     )

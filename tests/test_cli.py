@@ -22,7 +22,6 @@ COMMANDS = {
     "datasets.check": "--sett",
     "evaluation.audit": "--prmary",
     "evaluation.report": "--outt",
-    "forgetting.compose": "--withot",
 }
 
 
@@ -37,7 +36,7 @@ def status_of(command: str, monkeypatch, *arguments: str) -> int:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_refused_with_the_nearest(command, monkeypatch, capsys):
     # Those that need arguments are given some, so that the option is what is wrong.
-    known = ["a", "b", *(["--out", "c"] if command == "forgetting.compose" else [])]
+    known = ["a", "b"]
     assert status_of(command, monkeypatch, *known, COMMANDS[command], "x") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: unknown option '") and "did you mean '--" in error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from dataclasses import replace
@@ -13,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetting import save_adapter
-from forgetting.deploy.export import FORMATS, _open_clip_config, add_export, export, run_export
+from forgetting.adapter import ModelIdentity
+from forgetting.deploy.export import FORMATS, _open_clip_config, export
+from forgetting.deploy.onnx import export_text_encoder
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import find, read_projection, read_tensors
 from tests.export_fixtures import (
@@ -70,45 +70,32 @@ def open_clip_reference(model: nn.Module, adapter, ids: Tensor) -> Tensor:
 # --- OpenAI and open_clip
 
 
-def test_openai_state_dict(tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_openai_state_dict(tmp_path, half):
+    """The projection in float32, as it was measured; everything else as it was, to the bit."""
     pytest.importorskip("open_clip")
     from open_clip.model import build_model_from_openai_state_dict
 
-    model = open_clip_model()
-    adapter = make_adapter(open_clip_projection(model))
-    base = tmp_path / "base.pt"
-    torch.save(model.state_dict() | {"context_length": torch.tensor(10)}, base)
+    model, base = open_clip_model(), tmp_path / "base.pt"
+    held = {name: x.half() if half else x for name, x in model.state_dict().items()}
+    model.load_state_dict({name: x.float() for name, x in held.items()})
+    adapter = make_adapter(held["text_projection"])
+    extra = {"context_length": torch.tensor(10)}
+    named = {f"module.{name}": x for name, x in held.items()}
+    torch.save({"state_dict": named} if half else held | extra, base)
     before = base.read_bytes()
-    out = export(adapter, base, "openai", tmp_path / "out.pt")
-    state = torch.load(out, weights_only=True)
+    state = torch.load(export(adapter, base, "openai", tmp_path / "out.pt"), weights_only=True)
     loaded = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32).eval()
     wanted = open_clip_reference(model, adapter, tokens())
     with torch.no_grad():
         assert apart(loaded.encode_text(tokens()), wanted) < HALF  # as OpenAI's code computes
         loaded.float().load_state_dict(state)
         assert apart(loaded.encode_text(tokens()), wanted) < EXACT
-    # Everything else is as it was, to the bit.
-    for name, value in model.state_dict().items():
+    assert state["text_projection"].dtype == torch.float32
+    for name, value in held.items():
         assert torch.equal(state[name], value) == (name != "text_projection")
     assert base.read_bytes() == before
     assert sorted(x.name for x in tmp_path.iterdir()) == ["base.pt", "out.pt"]
-
-
-def test_openai_in_half_precision(tmp_path):
-    pytest.importorskip("open_clip")
-    model = open_clip_model()
-    half = {name: x.half() for name, x in model.state_dict().items()}
-    torch.save({"state_dict": {f"module.{k}": v for k, v in half.items()}}, tmp_path / "half.pt")
-    model.load_state_dict({name: x.float() for name, x in half.items()})
-    adapter = make_adapter(half["text_projection"])
-    state = torch.load(
-        export(adapter, tmp_path / "half.pt", "openai", tmp_path / "out.pt"), weights_only=True
-    )
-    assert state["text_projection"].dtype == torch.float16
-    wanted = open_clip_reference(model, adapter, tokens())
-    model.load_state_dict({name: x.float() for name, x in state.items()})
-    with torch.no_grad():
-        assert EXACT < apart(model.encode_text(tokens()), wanted) < HALF
 
 
 def test_openais_code_would_run_gelu_as_quickgelu(tmp_path):
@@ -352,9 +339,7 @@ def test_onnx_tower_of_open_clip_and_a_patch_of_it(tmp_path, bias):
         wanted = open_clip_reference(model, adapter, ids)
     assert apart(run_onnx(out, input_ids=ids), wanted) < EXACT
     # Two ways to one model: the unchanged tower in ONNX, patched.
-    from forgetting.deploy.onnx import export_tower
-
-    export_tower(model, tmp_path / "unchanged.onnx")
+    export_text_encoder(model, tmp_path / "unchanged.onnx")
     export(adapter, tmp_path / "unchanged.onnx", "onnx", tmp_path / "patched.onnx")
     assert apart(run_onnx(tmp_path / "patched.onnx", input_ids=ids), wanted) < EXACT
     refused("already|no tensor", adapter, out, "onnx", tmp_path / "twice.onnx")
@@ -411,10 +396,10 @@ def graph(path: Path, weight: Tensor, form: str, raw: bool = True, twice: str = 
 
 @pytest.mark.parametrize("form", GRAPHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [(W, D), (W, W)])
-@pytest.mark.parametrize("raw", [True, False])
-def test_patched_graph(tmp_path, form, dtype, size, raw):
+def test_patched_graph(tmp_path, form, dtype):
     pytest.importorskip("onnxruntime")
+    size = (W, W) if "transpose" in form else (W, D)  # a square one, too
+    raw = form in ("gemm", "transpose", "cast")
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(size, generator=generator) / 8
     adapter = make_adapter(weight)
@@ -434,15 +419,13 @@ def test_patched_graph(tmp_path, form, dtype, size, raw):
     refused("no tensor", adapter, out, "onnx", tmp_path / "b.onnx", original=original)
 
 
-def test_a_graph_of_a_float16_checkpoint_needs_no_original(tmp_path):
-    weight = torch.randn(W, D).half()
-    adapter = make_adapter(weight)
-    export(adapter, graph(tmp_path / "a.onnx", weight, "gemm"), "onnx", tmp_path / "out.onnx")
-
-
-def test_a_graph_in_bfloat16(tmp_path):
+def test_graphs_of_checkpoints_in_half_precision(tmp_path):
+    """One that was forgotten in needs no original; numpy knows no bfloat16."""
     onnx = pytest.importorskip("onnx")
     weight = torch.randn(W, D)
+    adapter = make_adapter(weight.half())
+    half = graph(tmp_path / "half.onnx", weight.half(), "gemm")
+    export(adapter, half, "onnx", tmp_path / "half_out.onnx")
     adapter = make_adapter(weight)
     model = onnx.load(graph(tmp_path / "a.onnx", weight, "matmul"))
     held = weight.bfloat16()
@@ -494,12 +477,10 @@ def test_a_graph_that_other_tools_made(tmp_path):
     pytest.importorskip("transformers")
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    from forgetting.deploy.onnx import export_tower
-
     model, ids = hf_model(), tokens()
     adapter = make_adapter(hf_linear(model).weight.detach().T)
     wanted = reference(hf_linear(model), lambda: hf_embed(model, ids), adapter)
-    export_tower(model, tmp_path / "plain.onnx")
+    export_text_encoder(model, tmp_path / "plain.onnx")
     options = runtime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -629,7 +610,55 @@ def test_wrong_changed_and_taken(tmp_path, to):
     refused("exists", adapter, base, to, tmp_path / "link")
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == kept
     assert not [x for x in tmp_path.rglob(".tmp*")]
+    again = make_adapter(weight, seed=9)
+    export(again, base, to, out, overwrite=True)
+    files = [out] if out.is_file() else list(out.iterdir())
+    assert any(x.read_bytes() != kept[x] for x in files) and set(files) <= kept.keys()
     refused("no such|no folder", adapter, tmp_path / "none", to, tmp_path / "out2")
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
+    """But for those of the hub's cache, which keeps files as ../../blobs/HASH."""
+    weight = torch.randn(W, D)
+    adapter = make_adapter(weight)
+    (tmp_path / "secret").write_text("secret")
+    for to in ("hf", "open_clip"):
+        base = small(tmp_path / to, to, weight)
+        (base / "notes.json").symlink_to(tmp_path / "secret")
+        refused("notes.json is a link", adapter, base, to, tmp_path / "out")
+    blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/1"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for file in list((tmp_path / "hf").iterdir()):
+        if not file.is_symlink():
+            file.rename(blobs / f"hash-{file.name}")
+            (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    out = export(adapter, snapshot, "hf", tmp_path / "out")
+    assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["CLIPTokenizer"]},
+        {"architectures": ["AutoModel"], "auto_map": {"AutoModel": "evil.Evil"}},
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}},
+        {"text_config": {"hidden_size": -1}},
+        {"text_config": None, "quantization_config": {"quant_method": "x"}},
+    ],
+)
+def test_odd_configs_are_one_line_and_run_no_code(tmp_path, config, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnx")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to run what it finds
+    model = hf_model()
+    base = hf_folder(tmp_path / "base", model)
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Evil: pass\n")
+    held = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(held | config))
+    adapter = make_adapter(hf_linear(model).weight.detach().T)
+    refused("base: transformers cannot load", adapter, base, "onnx", tmp_path / "out.onnx")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out.onnx").exists()
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -667,19 +696,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     refused(r"clip-forgetting\[onnx\]", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "b.onnx")
 
 
-def test_nothing_is_imported_before_it_is_needed():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, forgetting.deploy.export, forgetting.deploy.stores, forgetting.deploy.onnx;"
-        "print({'transformers', 'open_clip', 'peft', 'onnx', 'onnxruntime', 'pyarrow'}"
-        " & sys.modules.keys())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "set()", run.stderr
-
-
 def test_shared_and_hidden_projections():
     weight = torch.randn(W, W)
     adapter = make_adapter(weight)
@@ -700,44 +716,21 @@ def test_projection_with_its_bias(tmp_path):
     save_file({"text_projection": weight, "bias": bias}, tmp_path / "b.safetensors")
     assert read_projection(tmp_path / "b.safetensors", adapter)[1] is None
     # An adapter that `forget` made says what it is called.
-    known = {"projection": "text_projection", "transposed": False, "names_sha256": "0" * 64}
-    for name in ("bias", "shift"):
-        model = known | {"bias": name, "hashes": ""}
-        named = replace(adapter, settings={"model": model})
-        if name == "bias":
-            assert torch.equal(read_projection(tmp_path / "b.safetensors", named)[1], bias)
-            continue
-        with pytest.raises(ProblemError, match="has a bias, shift, which is not in it"):
-            read_projection(tmp_path / "b.safetensors", named)
+    named = replace(adapter, model=ModelIdentity("text_projection", False, "bias", "0" * 64))
+    assert torch.equal(read_projection(tmp_path / "b.safetensors", named)[1], bias)
+    named = replace(adapter, model=ModelIdentity("text_projection", False, "shift", "0" * 64))
+    with pytest.raises(ProblemError, match="has a bias, shift, which is not in it"):
+        read_projection(tmp_path / "b.safetensors", named)
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     weight = torch.randn(W, D)
     base = small(tmp_path / "base", "hf", weight)
     (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    index = {"weight_map": {"text_projection.weight": "../outside.safetensors"}}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("outside", make_adapter(weight), base, "hf", tmp_path / "out")
-
-
-def test_command(tmp_path):
-    weight = torch.randn(W, D)
-    adapter = make_adapter(weight)
-    save_adapter(adapter, tmp_path / "a.safetensors")
-    base, out = small(tmp_path / "base", "openai", weight), tmp_path / "o.pt"
-    parser = argparse.ArgumentParser()
-    add_export(parser)
-    words = [tmp_path / "a.safetensors", "--base", base, "--to", "openai", "--out", out]
-    said = run_export(parser.parse_args([str(word) for word in words]))
-    assert said == f"{out}: openai, without cat" and out.is_file()
-
-
-def test_a_change_is_float32_whatever_its_factors_are():
-    adapter = make_adapter(torch.randn(W, D))
-    for left, right in ((torch.float64, torch.float64), (torch.float32, torch.float16)):
-        other = replace(adapter, left=adapter.left.to(left), right=adapter.right.to(right))
-        assert other.delta().dtype == torch.float32
-        assert torch.allclose(other.delta(), adapter.delta(), atol=1e-1)
+    for part in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), ["x"], None):
+        index = {"weight_map": {"text_projection.weight": part}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused("base", make_adapter(weight), base, "hf", tmp_path / "out")
 
 
 def test_the_transposed_weight_is_recognised():

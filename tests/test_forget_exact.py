@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import train
 from clip.retain import exact_context, exact_retain_set
-from forgetting import compose, load_adapter
+from forgetting import load_adapter
+from forgetting.cli import cli
 from forgetting.context import ExactSettings
 from tests.conftest import BACKBONE, toy_bundle
 from utils import compare_results, create_results, plot_comparison
@@ -133,7 +134,7 @@ def test_several_texts_a_class(exact_args, tmp_path):
     solver = solver_of(folder, "owl|cat")
     assert solver["texts"] == ["owl", "a photo of a owl.", "cat"]
     adapter = load_adapter(folder / "ToyAnimals" / "owl%7Ccat.safetensors")
-    assert adapter.left.shape[1] == 3 and [p["class"] for p in adapter.recipe["parts"]] == [
+    assert adapter.left.shape[1] == 3 and [part.name for part in adapter.recipe.parts] == [
         "owl",
         "cat",
     ]
@@ -170,13 +171,13 @@ def test_forgetting_now_and_next_week_is_forgetting_both(exact_args, tmp_path):
     train.main([*exact_args, *names, "--multiclass"])
     both = tmp_path / "both.safetensors"
     a, b = str(folder / "cat.safetensors"), str(folder / "owl.safetensors")
-    assert compose.cli([b, a, "--out", str(both)]) == 0
+    assert cli(["compose", b, a, "--out", str(both)]) == 0
     at_once = load_adapter(folder / "cat%7Cowl.safetensors").delta()
     assert torch.allclose(load_adapter(both).delta(), at_once, rtol=1e-5, atol=1e-6)
     added = load_adapter(a).delta() + load_adapter(b).delta()
     assert not torch.allclose(added, at_once, rtol=1e-3, atol=1e-3)
     back = tmp_path / "back.safetensors"
-    assert compose.cli([str(both), "--without", a, "--out", str(back)]) == 0
+    assert cli(["compose", str(both), "--without", a, "--out", str(back)]) == 0
     assert torch.allclose(load_adapter(back).delta(), load_adapter(b).delta(), atol=1e-6)
 
 

@@ -55,7 +55,7 @@ def make_adapter(projection) -> Adapter:
         classes=["C/V", "naïve"],
         trainer="ForgetLoRA",
         settings={"seed": 0},
-        solver={"objective": 0.1, "trials": [1, 2]},
+        record={"solver": {"objective": 0.1, "trials": [1, 2]}},
     )
 
 
@@ -67,7 +67,7 @@ def test_adapter_round_trip(tmp_path):
     assert torch.equal(loaded.delta(), adapter.delta())
     exact = projection.double() + adapter.left.double() @ adapter.right.double()
     assert torch.equal(loaded.apply(projection), exact.float())  # rounded once
-    for name in ("backbone", "weights", "dataset", "classes", "trainer", "settings", "solver"):
+    for name in ("backbone", "weights", "dataset", "classes", "trainer", "settings", "record"):
         assert getattr(loaded, name) == getattr(adapter, name)
     assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "a.safetensors"]
 

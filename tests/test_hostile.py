@@ -28,7 +28,7 @@ import datasets.check
 import evaluation.audit.__main__
 import evaluation.report.__main__
 import experiments.__main__
-import forgetting.compose
+import forgetting.cli
 import train
 import trainers.base as train_base
 import utils
@@ -62,7 +62,7 @@ CLI: dict[str, Cli] = {
     "train_mini": of(train_mini.main),
     "audit": evaluation.audit.__main__.cli,
     "report": of(evaluation.report.__main__.main),
-    "compose": forgetting.compose.cli,
+    "compose": lambda argv: forgetting.cli.cli(["compose", *argv]),
     "experiments": experiments.__main__.cli,
     "benchmarks": benchmarks.__main__.cli,
 }
@@ -242,7 +242,7 @@ KEYS = {
     bundle: ["format", "backbone", "dataset", "template", "classnames", "retain_names"],
     adapter: [
         *("format", "projection_sha256", "backbone", "weights", "dataset", "classes", "trainer"),
-        *("settings", "solver", "recipe"),
+        *("settings", "record", "recipe", "model", "changed_sha256"),
     ],
 }
 

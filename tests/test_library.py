@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-import venv
-import zipfile
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from forgetting import (
-    Adapter,
-    Forgotten,
-    compose,
     forget,
-    load_adapter,
-    projection_sha256,
-    save_adapter,
 )
-from forgetting.adapter import read_parts
 from forgetting.context import MAX_ADDED, ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
 from forgetting.models.vocabulary import generic_hidden
-from tests.conftest import REPOSITORY
 from tests.encoder_fixtures import (
-    ALL,
     FAMILIES,
     OUT,
     WIDTH,
@@ -55,54 +41,6 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """Names of what differs, bit by bit."""
     assert a.keys() == b.keys()
     return [name for name in a if tensor_sha256(a[name]) != tensor_sha256(b[name])]
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_a_round_trip_of_every_family(family, tmp_path):
-    model, words = tiny(family)
-    before, tower = state(model), read_encoder(model, words)
-    texts = ["Acme Cola", "acme soda", "Pepsi"]
-    was = tower.embeddings(texts).double()
-    answer = forget(model, words, ["Acme Cola"], ALSO, target="opposite", beta=0.1, **PLAIN)
-    assert not same(before, state(model))  # reading changes nothing
-    assert answer.certificate.gap < 1e-6 and answer.texts[:3] == [*ALSO, *ALSO["Acme Cola"]]
-    assert set(answer.forecast.unlisted) == {"own"} and answer.forecast.affected
-    answer.apply()
-    answer.apply()  # once is enough
-    assert same(before, state(model)) == [tower.name]
-    now = tower.embeddings(texts).double()
-    if tower.normalised:
-        assert torch.allclose(now[:2], -was[:2], atol=1e-3)
-    else:
-        assert torch.allclose(now[:2], -0.1 * was[:2], atol=1e-3 * float(was.norm(dim=1).max()))
-    assert not torch.allclose(was[:2], now[:2], atol=1e-2)
-    assert answer.verify() and answer.verify(model)
-    file = tmp_path / "acme.safetensors"
-    answer.save(file)
-    answer.undo()
-    assert not same(before, state(model))
-    again = Forgotten.load(file, model)
-    again.apply()
-    assert again.verify(model) and torch.equal(tower.embeddings(texts).double(), now)
-    again.undo()
-    assert not same(before, state(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("family", ["open_clip ViT", "own with bias"])
-def test_other_precisions(family, dtype):
-    model, words = tiny(family)
-    model = model.to(dtype)
-    before, tower = state(model), read_encoder(model, words)
-    was = tower.embeddings(["Acme Cola"])
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
-    answer.apply()
-    assert same(before, state(model)) == [tower.name] and tower.dtype == dtype
-    left = float(tower.embeddings(["Acme Cola"]).norm() / was.norm())
-    assert left < {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
-    assert answer.verify()
-    answer.undo()
-    assert not same(before, state(model))
 
 
 @pytest.mark.parametrize("target", ["specific", "orthogonal", "empty", "text:a dog", "vector"])
@@ -134,134 +72,6 @@ def test_a_bias_counts():
     forget(model, words, ["Acme Cola"], target="opposite", **PLAIN).apply()
     assert float(read_encoder(model, words).embeddings(["Acme Cola"]).norm()) < 1e-3
     assert torch.equal(shift, model.shift) and float(shift.norm()) > 1
-
-
-@pytest.mark.parametrize("change", ["other", "projection", "nothing", "new"])
-def test_verify_sees_what_was_tampered_with(change):
-    model, words = tiny("open_clip CustomTextCLIP")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    answer.apply()
-    assert answer.verify(model)
-    with torch.no_grad():
-        if change == "other":
-            bias = model.visual.ln_post.bias
-            bias.view(torch.int32)[0] ^= 1  # one bit of the image tower
-            message = "visual.ln_post.bias: not what it was"
-        elif change == "projection":
-            model.text.text_projection.view(torch.int32)[0, 0] ^= 1
-            message = "text.text_projection is neither"
-        elif change == "nothing":
-            answer.undo()
-            message = "is the original: nothing was applied"
-        else:
-            model.register_buffer("more", torch.zeros(1))
-            message = "has other tensors"
-    with pytest.raises(ProblemError, match=message):
-        answer.verify(model)
-
-
-def test_what_an_adapter_says_of_its_model_is_checked(tmp_path):
-    model, words = tiny("own with bias")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    known = answer.adapter.settings["model"]
-    for wrong in ({"hashes": 3}, known | {"projection": None}, known | {"transposed": "no"}):
-        settings = answer.adapter.settings | {"model": wrong}
-        save_adapter(replace(answer.adapter, settings=settings), tmp_path / "a", overwrite=True)
-        with pytest.raises(ProblemError, match=r"^model.* must be"):
-            Forgotten.load(tmp_path / "a", model)
-    answer.save(tmp_path / "b")
-    flat = torch.nn.Module()
-    flat.register_parameter(known["projection"], torch.nn.Parameter(torch.zeros(3)))
-    with pytest.raises(ProblemError, match="does not hold the projection"):
-        Forgotten.load(tmp_path / "b", flat)
-
-
-def test_an_adapter_is_refused_by_another_model(tmp_path):
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    answer.save(tmp_path / "a.safetensors")
-    other, _ = tiny("own", seed=1)
-    with pytest.raises(ProblemError, match="neither the projection"):
-        Forgotten.load(tmp_path / "a.safetensors", other)
-    with pytest.raises(ProblemError, match="does not hold the projection"):
-        Forgotten.load(tmp_path / "a.safetensors", nn.Linear(3, 3))
-    alone = Forgotten.load(tmp_path / "a.safetensors")
-    assert alone.texts == answer.texts and alone.certificate == answer.certificate
-    assert alone.forecast == answer.forecast
-    with pytest.raises(ProblemError, match="no model to apply"):
-        alone.apply()
-    answer.apply()
-    changed = Forgotten.load(tmp_path / "a.safetensors", model)
-    assert changed.verify()
-    with pytest.raises(ProblemError, match="original projection is not known"):
-        changed.undo()
-    given = Forgotten.load(tmp_path / "a.safetensors", model, original=answer.original)
-    given.undo()
-    assert torch.equal(model.last, answer.original)
-
-
-def test_two_answers_compose(tmp_path):
-    model, words = tiny("open_clip ViT")
-    paths = []
-    for name in ("Acme Cola", "Zeta Tea"):
-        paths.append(tmp_path / f"{name}.safetensors")
-        forget(model, words, [name], min_margin=0.0, min_displacement=0.0, **PLAIN).save(paths[-1])
-    both = forget(
-        model, words, ["Acme Cola", "Zeta Tea"], min_margin=0.0, min_displacement=0.0, **PLAIN
-    )
-    out = tmp_path / "both.safetensors"
-    assert compose.cli([*map(str, paths), "--out", str(out)]) == 0
-    joined = load_adapter(out).delta()
-    assert torch.allclose(
-        joined, both.adapter.delta(), atol=1e-5 * float(joined.abs().max()) + 1e-6
-    )
-    both.save(tmp_path / "at once.safetensors")
-    argv = [str(tmp_path / "at once.safetensors"), "--without", str(paths[1])]
-    assert compose.cli([*argv, "--out", str(tmp_path / "given back.safetensors")]) == 0
-    given_back = Forgotten.load(tmp_path / "given back.safetensors", model)
-    given_back.apply()
-    assert given_back.verify()
-    given_back.undo()
-    union = Forgotten.load(out, model)
-    assert union.certificate is None and union.forecast is None
-    union.apply()
-    assert union.verify()
-    union.undo()
-
-
-def test_cached_embeddings_are_patched():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = OwnEncoder()
-        model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
-    tower = read_encoder(model.eval(), tokenize)
-    texts = ["Acme Cola", *RETAIN]
-    cached = nn.functional.normalize(tower.embeddings(texts), dim=1)
-    answer = forget(model, tokenize, ["Acme Cola"], target="opposite", beta=0.3, **PLAIN)
-    patched = answer.patch(cached)
-    answer.apply()
-    now = nn.functional.normalize(tower.embeddings(texts), dim=1)
-    assert torch.allclose(patched, now, atol=1e-4)
-    assert not torch.allclose(cached, now, atol=1e-2)
-
-
-def test_a_bias_is_found_again_when_embeddings_are_patched(tmp_path):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = OwnEncoder(bias=True).eval()
-        model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
-        model.shift = nn.Parameter(torch.randn(WIDTH))
-    tower, file = read_encoder(model, tokenize), tmp_path / "a.safetensors"
-    cached = tower.embeddings(["Acme Cola", *RETAIN])
-    forget(model, tokenize, ["Acme Cola"], target="opposite", **PLAIN).save(file)
-    loaded = Forgotten.load(file, model)
-    patched = loaded.patch(cached, normalised=False)
-    loaded.apply()
-    now = tower.embeddings(["Acme Cola", *RETAIN])
-    assert torch.allclose(patched, now, atol=1e-3)
-    alone = Forgotten.load(file, original=loaded.original)
-    with pytest.raises(ProblemError, match="has a bias"):
-        alone.patch(cached, normalised=False)
 
 
 def test_training_mode_comes_back():
@@ -472,91 +282,17 @@ def test_the_families_are_told_apart():
     assert len(fingerprints) >= len(FAMILIES) - 1  # RN and ViT may share a text tower
 
 
-def _wheel(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    for name in ("forgetting", "clip", "datasets", "engine", "trainers"):
-        skip = shutil.ignore_patterns("__pycache__", "*.safetensors")
-        shutil.copytree(REPOSITORY / name, source / name, ignore=skip)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    return wheel
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_library_alone(tmp_path):
-    pytest.importorskip("setuptools")
-    wheel = _wheel(tmp_path)
-    assert wheel.name.startswith("clip_forgetting-")
-    names = zipfile.ZipFile(wheel).namelist()
-    roots = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert roots == {"forgetting"} and "forgetting/py.typed" in names
-    assert "forgetting/models/words/birds.txt" in names
-    venv.create(tmp_path / "bare", with_pip=True)
-    python = tmp_path / "bare/bin/python"
-    install = [str(python), "-m", "pip", "install", "-q", str(wheel)]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no package index: {done.stderr.splitlines()[-1]}")
-    program = (
-        "import torch, forgetting, sys, importlib.util as u\n"
-        "from forgetting import Forgotten, forget\n"
-        "from forgetting.models.vocabulary import generic_names\n"
-        "assert len(generic_names()) > 5000\n"
-        "assert not [n for n in ('clip', 'datasets', 'utils', 'yaml') if u.find_spec(n)]\n"
-        "class M(torch.nn.Module):\n"
-        "    def __init__(s):\n"
-        "        super().__init__()\n"
-        "        s.t = torch.nn.Embedding(256, 8); s.p = torch.nn.Linear(8, 8)\n"
-        "    def forward(s, x): return s.p(torch.tanh(s.t(x).sum(1)))\n"
-        "def tok(t): return torch.tensor([[*x.encode()[:9]] + [0] * (9 - len(x.encode()[:9]))"
-        " for x in t])\n"
-        "m = M(); a = forget(m, tok, ['cat'], cache='cache'); a.apply(); a.verify()\n"
-        "a.save('a.safetensors'); Forgotten.load('a.safetensors', m).verify(); a.undo()\n"
-    )
-    run = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    command = tmp_path / "bare/bin/clip-forget"
-    run = subprocess.run([str(command), "--help"], capture_output=True, text=True)
-    assert run.returncode == 0 and "verify" in run.stdout
-
-
-def test_changes_do_not_add_up(tmp_path):
-    """A second name is not forgotten on top of the first; undone, the model is as it was."""
-    model, words = tiny("open_clip ViT")
-    first = forget(model, words, ["Acme Cola"], **PLAIN)
-    first.apply()
-    on_top = forget(model, words, ["Zeta Tea"], **PLAIN)
-    first.undo()
-    with pytest.raises(ProblemError, match="neither the projection"):
-        on_top.apply()
-    second = forget(model, words, ["Zeta Tea"], **PLAIN)
-    assert second.names == ["Zeta Tea"] and len(repr(second)) < 1000
-    path = tmp_path / "acme.safetensors"
-    first.save(path)
-    first.save(path)
-    with pytest.raises(ProblemError):
-        second.save(path)
-    assert Forgotten.load(path).names == ["Acme Cola"]
-
-
 def test_each_class_goes_as_far_as_it_needs():
     """One beta for a request would send a class elsewhere than where it goes alone."""
     model, words = tiny("own")
     names = ["Acme Cola", "Zeta Tea", "Oslo boat"]
 
-    def parts(names, margin):
+    def displacement(names, margin):
         answer = forget(model, words, names, min_margin=margin, min_displacement=0.0, **PLAIN)
-        return read_parts(answer.adapter, "a"), answer.adapter.solver["beta"]
+        return answer.adapter.recipe.displacement, answer.adapter.solver["beta"]
 
-    (plain, none), (further, beta) = parts(names, 0.0), parts(names, 2.0)
-    moved = [
-        not torch.allclose(a.tensors["displacement"], b.tensors["displacement"])
-        for a, b in zip(plain, further, strict=True)
-    ]
+    (plain, none), (further, beta) = displacement(names, 0.0), displacement(names, 2.0)
+    moved = [not torch.allclose(a, b) for a, b in zip(plain, further, strict=True)]
     assert none == 0 and beta == 0.4 and moved == [True, True, False]
 
 
@@ -587,97 +323,6 @@ def test_names_to_keep_are_something_to_retain():
     alone = PLAIN | {"retain": None}
     answer = forget(model, words, ["Acme Cola"], protect=["dog", "cat"], **alone)
     assert set(answer.forecast.unlisted) == {"protect"}
-
-
-def test_a_change_that_changes_nothing_leaves_the_model_free():
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    none = replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 0))
-    none.apply()
-    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
-
-
-def test_a_projection_that_was_replaced_is_found_by_its_name():
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
-    model.load_state_dict(state(model), assign=True)
-    answer.apply()
-    assert answer.verify() and not torch.equal(model.last, answer.original)
-    model.load_state_dict(state(model), assign=True)
-    answer.undo()
-    assert torch.equal(model.last, answer.original)
-    model.last = None
-    with pytest.raises(ProblemError, match="no such projection any more"):
-        answer.apply()
-
-
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, tmp_path):
-    """Such a checkpoint is computed with in float32, and keeps its precision when exported."""
-    model, words = tiny("open_clip ViT")
-    model.to(half).float()
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
-    answer.save(tmp_path / "a.safetensors")
-    before = state(model)
-    rounded = answer.adapter.apply(model.text_projection.to(half)).float()
-    with torch.no_grad():
-        model.text_projection.copy_(rounded)
-    assert answer.verify(model) and not torch.equal(rounded, answer.adapter.apply(before[NAME]))
-    loaded = Forgotten.load(tmp_path / "a.safetensors", model, original=before[NAME])
-    assert loaded.verify()
-    loaded.undo()
-    assert not same(before, state(model))
-    exact, words = tiny("open_clip ViT")  # has digits that are lost in half precision
-    answer = forget(exact, words, ["Acme Cola"], target="opposite", **PLAIN)
-    with torch.no_grad():
-        exact.text_projection.copy_(answer.adapter.changed(exact.text_projection.to(half)))
-    with pytest.raises(ProblemError, match="neither changed by this"):
-        answer.verify(exact)
-
-
-def test_compiled_models_and_no_models_are_verified():
-    model, words = tiny("own")
-    compiled = torch.compile(model)
-    answer = forget(compiled, words, ["Acme Cola"], **PLAIN)
-    answer.apply()
-    assert answer.verify(compiled)
-    with pytest.raises(ProblemError, match="must be a torch module, not 'x'"):
-        answer.verify("x")
-
-
-def test_the_original_may_lie_either_way(tmp_path):
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
-    projection = model[0].weight.detach().T.clone()
-    settings = {"projection": "0.weight", "transposed": True, "bias": None, "hashes": ""}
-    adapter = Adapter(
-        torch.randn(WIDTH, 1), torch.randn(1, WIDTH), projection_sha256(projection), "b", "w",
-        "d", ["c"], "t", settings={"model": settings | {"names_sha256": "0" * 64}},
-    )  # fmt: skip
-    save_adapter(adapter, tmp_path / "a")
-    with torch.no_grad():
-        model[0].weight.copy_(adapter.changed(projection).T)
-    for given in (projection, projection.T):
-        loaded = Forgotten.load(tmp_path / "a", model, original=given)
-        assert torch.equal(loaded.original, projection.T)
-        assert torch.equal(Forgotten.load(tmp_path / "a", original=given).original, projection.T)
-    with pytest.raises(ProblemError, match="not the one of the adapter"):
-        Forgotten.load(tmp_path / "a", model, original=projection + 1)
-    with pytest.raises(ProblemError, match="original must be a torch tensor"):
-        Forgotten.load(tmp_path / "a", model, original=[1.0])
-
-
-def test_adapters_of_the_driver_say_no_more_of_their_model(tmp_path):
-    """Their settings name a model by a hash: applied, patched and undone, and not verified."""
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
-    settings = {"model": "0" * 64, "template": "{}"}
-    save_adapter(replace(answer.adapter, settings=settings), tmp_path / "a.safetensors")
-    loaded = Forgotten.load(tmp_path / "a.safetensors", model)
-    loaded.apply()
-    with pytest.raises(ProblemError, match="does not say what the rest of its model is"):
-        loaded.verify()
-    loaded.undo()
-    assert torch.equal(model.last, answer.original)
 
 
 def test_what_is_forgotten_is_not_retained():

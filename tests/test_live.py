@@ -15,8 +15,8 @@ from clip.source import ClipSource
 from engine.cli import run
 from evaluation.live import Live
 from evaluation.live.look import MEGABYTES, UPLOADS, View
-from forgetting import load_adapter
-from forgetting.compose import main as compose
+from forgetting import load_adapter, save_adapter
+from forgetting.compose import compose
 from forgetting.errors import ProblemError
 from forgetting.targets import TARGETS
 from tests.clip_fixtures import one_line
@@ -70,7 +70,8 @@ def test_one_of_several_is_restored_as_if_it_had_never_gone(live, tmp_path):
     fixed = {"target": "opposite", "beta": 0.2}  # which no margin moves
     both, first = (live.look(x, **fixed).save(tmp_path) for x in ([TWO, ANCHOR], [TWO]))
     rest = tmp_path / "rest.safetensors"
-    compose([str(both), "--without", str(first), "--out", str(rest)])
+    given_back = {"first": load_adapter(first)}
+    save_adapter(compose({"both": load_adapter(both)}, given_back), rest)
     adapters = [*map(load_adapter, (rest, both)), live.look([ANCHOR], **fixed).answer.adapter]
     composed, union, solved = (x.left @ x.right for x in adapters)
     close = 1e-5 * float(solved.abs().max())

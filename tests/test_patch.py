@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+import os
 
 import numpy
 import pytest
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting import save_adapter
-from forgetting.deploy.embeddings import Patch, condition, patch, rounding
-from forgetting.deploy.stores import add_patch, patch_file, run_patch
+from forgetting.cli import cli
+from forgetting.deploy.embeddings import Patch, condition, patch, patch_file, rounding
 from forgetting.errors import ProblemError
 from tests.export_fixtures import make_adapter
 
@@ -65,7 +65,7 @@ def test_patch_is_recomputation_to_the_reported_error(w, more, seed, dtype):
         assert rounding(dtype, w + more) * (patcher.norm + 1) > 1e-3
         return
     assert done.dtype == dtype and done.shape == before.shape
-    assert farthest(done, after) <= error + 1e-10 * patcher.condition
+    assert farthest(done, after) <= error
     # What the condition number implies, before any embedding is seen.
     delta = torch.linalg.matrix_norm(adapter.delta().double(), 2)
     size = torch.linalg.matrix_norm(weight.double(), 2)
@@ -108,6 +108,19 @@ def test_no_embeddings():
     for shape in ((0, D), (0, 3, D), (3, 0, D)):
         assert patch(torch.empty(shape), weight, adapter.left, adapter.right).shape == shape
     refused("embeddings must be", patch, torch.empty(0), weight, adapter.left, adapter.right)
+
+
+def test_where_nearly_nothing_is_left_the_arithmetic_is_counted():
+    """M nearly 0, in float64: the claimed error is that of W^+ and of the products."""
+    for seed in range(20):
+        weight, _, hidden, before, _ = case(W, W, seed)
+        u, _, v = torch.linalg.svd(weight.double())
+        weight = u @ torch.diag(torch.logspace(0, -4, W).double()) @ v
+        before = normalize(hidden @ weight, dim=1)
+        rest = 1e-6 * random(W, W, seed=seed + 9)
+        done, error = Patch(weight, weight, rest - torch.eye(W).double()).apply(before)
+        exact = normalize(hidden @ weight @ rest, dim=1)
+        assert 1e-10 < farthest(done, exact) <= error < 1e-2
 
 
 def test_the_rank_condition():
@@ -245,11 +258,6 @@ def write(path, rows: Tensor, kind: str = "plain"):
         case ".safetensors":
             save_file({"text": rows, "ids": torch.arange(3)}, path, {"by": "me"})
             return "text"
-        case ".pt" if kind == "plain":
-            torch.save(rows, path)
-        case ".pt":
-            torch.save({"text": rows, "names": ["a", "b"], "ids": torch.arange(3)}, path)
-            return "text"
         case ".parquet":
             arrow = pytest.importorskip("pyarrow")
             parquet = pytest.importorskip("pyarrow.parquet")
@@ -275,10 +283,6 @@ def read(path) -> Tensor:
             with safe_open(path, "pt") as file:
                 assert file.metadata()["by"] == "me"
             return held["text"]
-        case ".pt":
-            held = torch.load(path, weights_only=True)
-            assert isinstance(held, Tensor) or held["names"] == ["a", "b"]
-            return held if isinstance(held, Tensor) else held["text"]
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path)
@@ -288,7 +292,7 @@ def read(path) -> Tensor:
 
 
 FILES = [
-    *[("a.npy", "plain"), ("a.safetensors", "plain"), ("a.pt", "plain"), ("a.pt", "many")],
+    *[("a.npy", "plain"), ("a.safetensors", "plain")],
     *[("a.parquet", "plain"), ("a.parquet", "fixed"), ("a.parquet", "large")],
 ]
 
@@ -317,25 +321,11 @@ def test_files(tmp_path, name, kind, dtype):
     wrong = (weight + 1, weight.T, adapter.apply(weight))  # another, turned, changed already
     for projection in wrong:
         refused("projection", patch_file, path, other, projection, adapter, key=key)
-    refused("patched already, by this", patch_file, out, other, weight, adapter, key=key)
-    second = make_adapter(weight, seed=77)
-    refused("patched already, by another", patch_file, out, other, weight, second, key=key)
-    beside = tmp_path / f"{out.name}.patched.json"  # of those that cannot say it themselves
-    silent = not name.endswith((".safetensors", ".parquet"))
-    there = {name, out.name} | ({beside.name} if silent else set())
-    assert {x.name for x in tmp_path.iterdir()} == there
-    if silent:
-        said = beside.read_bytes()
-        beside.write_bytes(b"[")
-        refused(f"{beside.name} cannot be read", patch_file, out, other, weight, adapter, key=key)
-        beside.write_bytes(b"{}")
-        refused(f"{beside.name} must be", patch_file, out, other, weight, adapter, key=key)
-        beside.write_bytes(said)
-        out.write_bytes(kept)  # what it says is of another content
-        patch_file(out, other, weight, adapter, key=key)
-        out.unlink()
-        refused(f"{beside.name} exists", patch_file, path, out, weight, adapter, key=key)
-        assert beside.read_bytes() == said and not out.exists()
+    if not name.endswith(".npy"):  # which cannot say it
+        refused("patched already", patch_file, out, other, weight, adapter, key=key)
+    assert {x.name for x in tmp_path.iterdir()} == {name, out.name}
+    patch_file(path, out, weight, make_adapter(weight, seed=77), key=key, overwrite=True)
+    assert farthest(read(out), done) > 0.01
 
 
 def test_files_that_are_refused(tmp_path):
@@ -346,32 +336,20 @@ def test_files_that_are_refused(tmp_path):
         refused(words, patch_file, tmp_path / name, out, weight, adapter, **options)
         assert not out.exists()
 
-    for name in ("a.npy", "a.safetensors", "a.pt", "a.parquet"):
+    for name in ("a.npy", "a.safetensors", "a.parquet"):
         attempt("no such file", name)
         (tmp_path / name).write_bytes(b"nonsense")
-        attempt("a readable|as tensors|pip install", name)
-    attempt("embeddings are read from", "a.csv")
-    refused("must end in .npy", patch_file, tmp_path / "a.npy", tmp_path / "b.pt", weight, adapter)
+        attempt("a readable|pip install", name)
+    for name in ("a.csv", "a.pt"):
+        attempt("embeddings are read from", name)
+    refused("must end in .npy", patch_file, tmp_path / "a.npy", tmp_path / "b.st", weight, adapter)
     numpy.save(tmp_path / "o.npy", numpy.array([{}], dtype=object), allow_pickle=True)
     attempt("not a readable", "o.npy")
     save_file({"a": before, "b": before.clone()}, tmp_path / "two.safetensors")
     attempt("name the tensor.*'a', 'b'", "two.safetensors")
     attempt("is called 'c'", "two.safetensors", key="c")
-    torch.save({"names": ["x"]}, tmp_path / "none.pt")
-    attempt("none", "none.pt")
-
-
-class _Trap:
-    def __reduce__(self):
-        return (open, ("sprung", "w"))
-
-
-def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    weight, adapter, *_ = case()
-    torch.save({"text": _Trap()}, tmp_path / "a.pt")
-    refused("without running", patch_file, tmp_path / "a.pt", tmp_path / "b.pt", weight, adapter)
-    assert not (tmp_path / "sprung").exists()
+    os.mkfifo(tmp_path / "pipe.npy")
+    attempt("no such file", "pipe.npy")
 
 
 def test_parquet_rows_without_an_embedding(tmp_path):
@@ -386,18 +364,8 @@ def test_parquet_rows_without_an_embedding(tmp_path):
         refused("column 'e' has rows without", patch_file, path, out, weight, adapter)
 
 
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    weight, adapter, *_ = case()
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"")
-    refused("pip install 'pyarrow'", patch_file, path, tmp_path / "b.parquet", weight, adapter)
-
-
 @pytest.mark.parametrize("bias", [False, True])
-def test_command(tmp_path, bias):
+def test_command(tmp_path, bias, capsys):
     weight, adapter, hidden, before, after = case()
     added = random(D, seed=4).float() if bias else None
     base = {"text_projection.weight": weight.T.contiguous()}
@@ -405,15 +373,14 @@ def test_command(tmp_path, bias):
     save_adapter(adapter, tmp_path / "adapter.safetensors")
     x = hidden @ weight.double() + added if bias else before
     numpy.save(tmp_path / "e.npy", x.float().numpy())
-    parser = argparse.ArgumentParser()
-    add_patch(parser)
-    words = [tmp_path / "adapter.safetensors", tmp_path / "e.npy"]
+    words = ["patch", tmp_path / "adapter.safetensors", tmp_path / "e.npy"]
     words += ["--base", tmp_path / "m.safetensors", "--out", tmp_path / "out.npy"]
     words = [str(word) for word in words]
     if bias:
-        refused("bias", run_patch, parser.parse_args(words))
+        assert cli(words) == 2 and "bias" in capsys.readouterr().err
         words.append("--unnormalised")
-    said = run_patch(parser.parse_args(words))
+    assert cli(words) == 0
+    said = capsys.readouterr().out
     assert f"{N} float32 embeddings patched; condition of the projection" in said
     done = torch.from_numpy(numpy.load(tmp_path / "out.npy"))
     if bias:

@@ -36,10 +36,11 @@ from evaluation.rows import mean, rows_of
 from evaluation.rules import Fate, fate
 from evaluation.zero_shot import Evaluator, accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
-from forgetting.adapter import Part, adapter_bytes, recipe_fields
+from forgetting.adapter import adapter_bytes
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
+from forgetting.recipe import Recipe
 from forgetting.targets import WITH_BETA, targets
 from trainers.plan import Plan, make_plan
 from trainers.requests import Texts, check_prompts, check_target, read_prompts, read_target
@@ -67,16 +68,14 @@ class Solved(LowRankEdit):
     Attributes:
         report: JSON values for the logs; notes: lines for the reader.
         removed: class names that leave the deployed list (`ZeroShot.predict`).
-        recipe, parts: what composing needs, of the request and of each of its classes; empty if the
-            edit does not compose.
+        recipe: what composing needs; None if the edit does not compose.
         curves: what changed from step to step of a descent, for `--log`.
     """
 
     report: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     removed: tuple[str, ...] = ()
-    recipe: dict[str, Any] = field(default_factory=dict)
-    parts: list[Part] = field(default_factory=list)
+    recipe: Recipe | None = None
     curves: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -444,18 +443,16 @@ class ForgetTrainer(SimpleTrainer):
     def to_adapter(self, classes: list[str], answer: Solved, entry: dict[str, Any]) -> Adapter:
         """The adapter of a request, with its log entry."""
         settings, names = self.run_settings, self.plan.classnames
-        record = {key: entry[key] for key in ("final_results", "zero_shot")}
         return Adapter(
             answer.left.cpu(),
             answer.right.cpu(),
             projection_sha256=self.projection_sha256,
             classes=classes,
             dataset=self.plan.dataset,
-            solver=entry["solver"],
-            record=record | {"indices": [names.index(name) for name in classes]},
+            record=entry | {"indices": [names.index(name) for name in classes]},
             **{key: settings[key] for key in ("backbone", "weights", "trainer")},
             settings=settings,
-            **(recipe_fields(answer.recipe, answer.parts) if answer.recipe else {}),
+            recipe=answer.recipe,
         )
 
     def write(self, adapter: Adapter) -> None:

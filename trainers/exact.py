@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
 from clip.retain import GENERIC, GROUPS, PROTECT, Names, exact_context
 from engine.determinism import one_thread
 from engine.log import logger
-from forgetting.adapter import constrained_recipe
 from forgetting.context import ExactSettings, ForgetContext
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import Batch
+from forgetting.recipe import Recipe
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
@@ -71,6 +73,13 @@ class ForgetExact(ForgetTrainer):
         with one_thread():
             return exact_context(settings, self.bundle, others, self.device, self.more, text)
 
+    @property
+    def encoder(self) -> str:
+        """Digest of what a hidden state depends on beside its text."""
+        keys = ("weights", "model", "precision", "template")
+        parts = [self.run_settings.get(key) for key in keys]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     @cached_property
     def more(self) -> dict[str, Names]:
         """Groups of names that the bundles do not hold."""
@@ -96,7 +105,7 @@ class ForgetExact(ForgetTrainer):
         solved = []
         for answer in self.context.forget(requests):
             factors = answer.edit.left.float(), answer.edit.right.float()
-            recipe, parts = constrained_recipe(self.context, answer, self.plan.dataset)
+            recipe = Recipe.of(self.context, answer, self.plan.dataset, self.encoder)
             report = answer.report() | {"weights": self.retain.weights}
-            solved.append(Solved(*factors, report, answer.notes(), recipe=recipe, parts=parts))
+            solved.append(Solved(*factors, report, answer.notes(), recipe=recipe))
         return solved

@@ -4,40 +4,55 @@ An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. Af
 `x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
 
 **When x determines it.** x determines `h Delta` for every h exactly if whatever W sends to 0, Delta
-sends to 0 (`h W = g W` must imply `h Delta = g Delta`; take the difference): the left null space
-of W must lie in that of Delta. For *every* Delta that holds exactly if W (w, d) has no left null
-space, which is full ROW rank, `rank W = w`, and needs `w <= d`. (Full column rank does not help:
-with w > d every W has a left null space.) Then `W W^+ = I`, so `h = x W^+` and
+sends to 0: the left null space of W must lie in that of Delta. For every Delta that holds exactly if
+W (w, d) has full row rank, `rank W = w <= d`. (Full column rank does not help: with w > d every W has
+a left null space.) Then `W W^+ = I`, so `h = x W^+` and
 
     x' = x + h Delta = x (I + W^+ Delta) =: x M
 
 A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. Of a
-W without full row rank the condition may still hold for a particular Delta; in the float32 in
-which changes are stored that cannot be told from nearly holding, so such a W is refused.
+W without full row rank the condition may still hold for a particular Delta; in the float32 in which
+changes are stored that cannot be told from nearly holding, so such a W is refused.
 
-**With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so that
-`x - b` is not known: such embeddings can only be patched before they are normalised.
+**With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so `x - b`
+is not known: such embeddings can only be patched before they are normalised.
 
 **How exact.** Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at
-most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values).
+most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values). The arithmetic
+is float64; its error grows with the condition of W, and is what counts where M is nearly 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting.errors import ProblemError, line
-from forgetting.io import FLOATS, matrix, tensor
+from forgetting.adapter import Adapter
+from forgetting.errors import ProblemError, line, shown
+from forgetting.io import (
+    FLOATS,
+    atomic_path,
+    container,
+    matrix,
+    naming,
+    need,
+    refuse_existing,
+    tensor,
+)
 
 CHUNK = 65536  # rows that are in float64 at one time
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
 INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
+PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
 
 
 def condition(projection: Tensor) -> float:
@@ -71,7 +86,8 @@ class Patch:
         bias: (d,) of a projection that has one.
 
     Attributes:
-        condition: of W; norm: the largest singular value of M, by which errors grow at most.
+        condition: of W; norm: the largest singular value of M, by which errors grow at most;
+            arithmetic: how far float64 may be off, relative to an embedding's length.
 
     Raises:
         ProblemError: shapes that do not fit, values that are not finite, a W without full row rank.
@@ -91,10 +107,14 @@ class Patch:
                 "they change: encode the texts again with the changed model"
             )
         weight = projection.detach().double().cpu()
-        self._rows = torch.linalg.qr(weight.T)[0]  # (d, w), an orthonormal basis of W's rows
-        self._left, self._right = torch.linalg.pinv(weight) @ left, right  # (d, r), (r, d)
-        eye = torch.eye(d, dtype=torch.float64)
+        # W^T = Q R, so W^+ left = Q R^-T left; Q (d, w) is an orthonormal basis of W's rows.
+        self._rows, triangle = torch.linalg.qr(weight.T)
+        inner = torch.linalg.solve_triangular(triangle.T, left, upper=False)
+        self._left, self._right = self._rows @ inner, right  # (d, r), (r, d)
+        eye, eps = torch.eye(d, dtype=torch.float64), torch.finfo(torch.float64).eps
         self.norm = float(torch.linalg.matrix_norm(eye + self._left @ self._right, 2))
+        size = float(self._left.norm() * right.norm())
+        self.arithmetic = 8 * eps * (1 + self.condition * size) * math.sqrt(d)
         self._bias = None
         if bias is not None:
             self._bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
@@ -160,7 +180,7 @@ class Patch:
         x = x + (x @ self._left) @ self._right  # (n, d) @ (d, r) @ (r, d) -> (n, d)
         x = x if self._bias is None else x + self._bias
         unit = rounding(dtype, rows.shape[1])
-        moved, left = unit * self.norm * sizes, x.norm(dim=1)
+        moved, left = (unit * self.norm + self.arithmetic) * sizes, x.norm(dim=1)
         # |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|), with |b| >= |a| - |a - b|
         error = torch.where(2 * left > moved, 2 * moved / (2 * left - moved), math.inf) + unit
         error = error.where(sizes > 0, unit)  # nothing stays nothing
@@ -212,3 +232,133 @@ def patch(
     done, _ = Patch(projection, left, right, bias).apply(rows, normalised)
     done = done.reshape(shape)
     return done if given else done.numpy()
+
+
+def patch_file(
+    path: str | Path,
+    out: str | Path,
+    projection: Tensor,
+    adapter: Adapter,
+    key: str | None = None,
+    bias: Tensor | None = None,
+    normalised: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Patch the embeddings in a file; `out` is a new one of the same kind.
+
+    Args:
+        path: `.npy`; `.safetensors`, of which `key` is a tensor; `.parquet` (needs pyarrow), of
+            which `key` is a column of lists of numbers. Everything else in the file is kept. A
+            `.npy` file has no place to say that it was patched.
+        projection: the original W (w, d), which must be the one that `adapter` was made for.
+        normalised: whether the embeddings are of unit norm.
+        overwrite: whether `out` may be replaced.
+
+    Returns:
+        `rows`, `dtype`, the `condition` of W, and `error`: by how much an embedding may be off.
+
+    Raises:
+        ProblemError: `out` exists; a file that cannot be read, or says that it was patched already;
+            another projection; see also `Patch` and `Patch.apply`.
+    """
+    path, out = Path(path), Path(out)
+    refuse_existing(out, overwrite)
+    kind = path.suffix.lower()
+    if kind not in KINDS or out.suffix.lower() != kind:
+        wanted = f"{line(out)} must end in {kind} too" if kind in KINDS else line(path)
+        raise ProblemError(f"{wanted}: embeddings are read from and written to {', '.join(KINDS)}")
+    adapter.apply(projection)  # refuses another projection
+    patcher = Patch(projection, adapter.left, adapter.right, bias)
+    with naming(path):
+        if not path.is_file():
+            raise ProblemError("no such file")
+        rows, write = KINDS[kind](path, key, ", ".join(adapter.classes))
+        done, error = patcher.apply(rows, normalised)
+        with atomic_path(out, overwrite) as temporary:
+            write(done, temporary)
+    dtype = str(done.dtype).removeprefix("torch.")
+    return {"rows": len(done), "dtype": dtype, "condition": patcher.condition, "error": error}
+
+
+Write = Callable[[Tensor, Path], object]  # of what was patched, to a place
+
+
+def _npy(path: Path, key: str | None, mark: str) -> tuple[Tensor, Write]:
+    if key is not None:
+        raise ProblemError("a .npy file holds one array: leave the key out")
+    try:
+        rows = torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
+        raise ProblemError(f"not a readable .npy file of numbers ({line(error)})") from error
+    return rows, lambda done, out: np.save(out, done.numpy(), allow_pickle=False)
+
+
+def _safetensors(path: Path, key: str | None, mark: str) -> tuple[Tensor, Write]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise ProblemError(f"not a readable safetensors file ({line(error)})") from error
+    _refuse_patched(metadata)
+    name = _one_of(list(tensors), key, "tensor")
+
+    def write(done: Tensor, out: Path) -> None:
+        data = container(tensors | {name: done}, metadata | {PATCHED: mark})
+        out.write_bytes(data)
+
+    return tensors[name], write
+
+
+def _parquet(path: Path, key: str | None, mark: str) -> tuple[Tensor, Write]:
+    arrow, parquet = need("pyarrow"), need("pyarrow.parquet", "pyarrow")
+    compute, types = need("pyarrow.compute", "pyarrow"), arrow.types
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError, TypeError, arrow.ArrowException) as error:
+        raise ProblemError(f"not a readable parquet file ({line(error)})") from error
+    metadata = {k.decode(): v for k, v in (table.schema.metadata or {}).items()}
+    _refuse_patched(metadata)
+    lists = [
+        field.name
+        for field in table.schema
+        if (types.is_list(field.type) or types.is_large_list(field.type)
+            or types.is_fixed_size_list(field.type))
+        and types.is_floating(field.type.value_type)
+    ]  # fmt: skip
+    name = _one_of(lists, key, "column of lists of numbers")
+    place = table.column_names.index(name)
+    column, field = table.column(place).combine_chunks(), table.schema.field(place)
+    flat = column.flatten()
+    lengths = set(compute.list_value_length(column).unique().to_pylist())
+    if column.null_count or flat.null_count or len(lengths) != 1:
+        raise ProblemError(
+            f"column {shown(name)} has rows without an embedding, or of another length"
+        )
+    rows = torch.tensor(flat.to_numpy(zero_copy_only=False)).reshape(len(column), lengths.pop())
+
+    def write(done: Tensor, out: Path) -> None:
+        changed = table.set_column(place, field, arrow.array(list(done.numpy()), type=field.type))
+        parquet.write_table(changed.replace_schema_metadata(metadata | {PATCHED: mark}), out)
+
+    return rows, write
+
+
+KINDS = {".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
+
+
+def _refuse_patched(metadata: dict[str, Any]) -> None:
+    if PATCHED in metadata:
+        raise ProblemError("was patched already: a patch starts from what the original model gave")
+
+
+def _one_of(held: list[str], key: str | None, what: str) -> str:
+    """The name to work on: `key`, or the only one."""
+    names = ", ".join(map(shown, held)) or "none"
+    if key is None and len(held) == 1:
+        return held[0]
+    if key is None:
+        raise ProblemError(f"name the {what} to patch (--key), one of: {names}")
+    if key not in held:
+        raise ProblemError(f"no {what} is called {shown(key)}; there is: {names}")
+    return key

@@ -1,7 +1,5 @@
 """A changed model in the format of the tool that is to run it.
 
-    clip-forget export ADAPTER --base PATH --to FORMAT --out PATH
-
 | format | `base` | what is written |
 |---|---|---|
 | `openai` | a state dict in OpenAI's layout | such a state dict, a `.pt` file |
@@ -11,14 +9,12 @@
 | `onnx` | an `.onnx` file, or a folder | the file with its projection changed, or the text tower |
 
 In each the projection is the one tensor that the adapter was made for, whatever it is called and
-whichever way it lies; `W + Delta` is rounded once, to the dtype that W has there, and every other
-tensor is what it was, to the bit. Nothing that exists is replaced, and what is written appears
-whole or not at all.
+whichever way it lies. `W + Delta` is rounded once, to the dtype that W has there (to float32 for
+`openai`, whose files are in half precision), and every other tensor is what it was, to the bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -30,8 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from forgetting.adapter import Adapter, load_adapter
-from forgetting.errors import ProblemError, line
+from forgetting.adapter import Adapter
+from forgetting.errors import ProblemError, line, reason, unknown
 from forgetting.io import atomic_path, container, naming, need, refuse_existing
 from forgetting.models.checkpoint import (
     HF_CONFIG,
@@ -48,8 +44,6 @@ from forgetting.models.checkpoint import (
 
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
-
-
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # what open_clip says of weights
 
 
@@ -61,15 +55,18 @@ class Job:
     base: Path
     original: Tensor | None
     config: str | None
+    overwrite: bool
 
-    def change(self, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Found, list[Path]]:
+    def changed(
+        self, names: tuple[str, ...], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, Tensor], Found, list[Path]]:
         """All tensors of the base with the projection changed, where it is, and the files."""
         files, tensors = weight_files(self.base, names), {}
         for file in files:
             tensors |= read_tensors(file)
         with naming(self.base):
             found = find(tensors, self.adapter, self.original)
-        tensors[found.name] = found.changed(self.adapter, tensors[found.name].dtype)
+        tensors[found.name] = found.changed(self.adapter, dtype or tensors[found.name].dtype)
         return tensors, found, files
 
 
@@ -80,16 +77,18 @@ def export(
     out: str | Path,
     original: str | Path | None = None,
     config: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write the changed model for another tool.
+    """Write the changed model for another tool; what is written appears whole or not at all.
 
     Args:
         base: the original model, a local file or folder; to: one of `FORMATS`.
-        out: the file (`openai`, `onnx`) or folder to write; must not exist.
+        out: the file (`openai`, `onnx`) or folder to write.
         original: the checkpoint that the adapter was made from, where `base` holds a copy of its
             projection in another dtype.
         config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it: a name
             of its configurations, NAME/TAG where their weights differ, or a JSON file.
+        overwrite: whether a file at `out` may be replaced, or files in a folder there.
 
     Returns:
         `out`.
@@ -100,18 +99,18 @@ def export(
             once (another model's, or changed already); a package that is missing.
     """
     if to not in FORMATS:
-        raise ProblemError(f"no format {line(to)!r}; there are {', '.join(FORMATS)}")
+        raise unknown("format", to, FORMATS)
     out, base = Path(out), Path(base)
-    refuse_existing(out)
+    refuse_existing(out, overwrite)
     if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
         raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
-    FORMATS[to](Job(adapter, base, exact, config), out)
+    FORMATS[to](Job(adapter, base, exact, config, overwrite), out)
     return out
 
 
 def _openai(job: Job, out: Path) -> None:
-    tensors, found, files = job.change(OPEN_CLIP_WEIGHTS)
+    tensors, found, files = job.changed(OPEN_CLIP_WEIGHTS, torch.float32)
     with naming(job.base):
         if found.name != "text_projection" or "visual.conv1.weight" not in tensors:
             raise ProblemError(
@@ -119,8 +118,11 @@ def _openai(job: Job, out: Path) -> None:
                 "choose the format of the tool that it is of"
             )
         _require_openai(files[0].with_name(OPEN_CLIP_CONFIG))
-    with atomic_path(out, overwrite=False) as temporary:
-        _save_pt(tensors, temporary)
+    with atomic_path(out, job.overwrite) as temporary, open(temporary, "wb") as file:
+        try:  # given a path, torch would write its name into the file
+            torch.save(tensors, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def _require_openai(config: Path) -> None:
@@ -151,14 +153,14 @@ def _model_config(config: Any) -> dict[str, Any]:
 
 
 def _open_clip(job: Job, out: Path) -> None:
-    tensors, _, files = job.change(OPEN_CLIP_WEIGHTS)
+    tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
     config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
     d = job.adapter.right.shape[1]
     if config["model_cfg"]["embed_dim"] != d:
         raise ProblemError(
             f"the config says embed_dim {config['model_cfg']['embed_dim']}, the projection has {d}"
         )
-    with atomic_path(out, overwrite=False) as folder:
+    with atomic_path(out, job.overwrite) as folder:
         folder.mkdir()
         if job.base.is_dir():
             _copy(job.base, folder)
@@ -202,8 +204,8 @@ def _named_config(named: str) -> dict[str, Any]:
 
 def _hf(job: Job, out: Path) -> None:
     _require_hf(job.base)
-    tensors, found, files = job.change(HF_WEIGHTS)
-    with atomic_path(out, overwrite=False) as folder:
+    tensors, found, files = job.changed(HF_WEIGHTS)
+    with atomic_path(out, job.overwrite) as folder:
         folder.mkdir()
         _copy(job.base, folder)
         if files[0].suffix != ".safetensors":  # transformers reads one file of any size
@@ -229,7 +231,7 @@ def _require_hf(base: Path) -> None:
 
 def _peft(job: Job, out: Path) -> None:
     """A LoRA as `peft` saves it: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T."""
-    _, found, _ = job.change(HF_WEIGHTS)
+    _, found, _ = job.changed(HF_WEIGHTS)
     module, _, last = found.name.rpartition(".")
     if last != "weight" or not found.transposed:
         raise ProblemError(
@@ -255,58 +257,60 @@ def _peft(job: Job, out: Path) -> None:
     }
     stem = f"base_model.model.{module}"
     tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
-    with atomic_path(out, overwrite=False) as folder:
+    with atomic_path(out, job.overwrite) as folder:
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         _save(tensors, folder / "adapter_model.safetensors")
 
 
 def _onnx(job: Job, out: Path) -> None:
-    from forgetting.deploy.onnx import export_tower, patch_graph
+    from forgetting.deploy.onnx import export_text_encoder, patch_graph
 
     if job.base.suffix == ".onnx":
-        return patch_graph(job.adapter, job.base, out, job.original)
+        return patch_graph(job.adapter, job.base, out, job.original, job.overwrite)
     if job.config is None and job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
         _require_hf(job.base)
-        tensors, _, _ = job.change(HF_WEIGHTS)
-        return export_tower(hf_model(job.base, tensors), out)
-    tensors, _, files = job.change(OPEN_CLIP_WEIGHTS)
+        tensors, _, _ = job.changed(HF_WEIGHTS)
+        return export_text_encoder(_hf_model(job.base, tensors), out, job.overwrite)
+    tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
     config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
-    return export_tower(open_clip_model(config["model_cfg"], tensors), out)
+    model = _open_clip_model(config["model_cfg"], tensors)
+    return export_text_encoder(model, out, job.overwrite)
 
 
-def hf_model(folder: Path, tensors: dict[str, Tensor]) -> torch.nn.Module:
+def _hf_model(folder: Path, tensors: dict[str, Tensor]) -> torch.nn.Module:
     """The model of a local folder of transformers with these weights; no code of it is run."""
     library = need("transformers", "clip-forgetting[transformers]")
+    options = {"local_files_only": True, "trust_remote_code": False}
     with naming(folder):
         try:
-            config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
-            names = config.architectures or ["CLIPModel"]
-            kind = getattr(library, str(names[0]))
+            config = library.AutoConfig.from_pretrained(folder, **options)
+            name = str((config.architectures or ["CLIPModel"])[0])
+            kind = getattr(library, name)
             if not issubclass(kind, library.PreTrainedModel):
-                raise ValueError(f"{names[0]} is no model of it")
-            model, told = kind.from_pretrained(
+                raise ValueError(f"{name} is no model of it")
+            model, loaded = kind.from_pretrained(
                 None, config=config, state_dict=tensors, output_loading_info=True
             )
-        except (OSError, ValueError, AttributeError, LookupError, TypeError, RuntimeError) as error:
-            reason = line(str(error).strip().partition("\n")[0])
-            raise ProblemError(f"transformers cannot load it ({reason})") from error
-        if missing := sorted(told["missing_keys"]):
+        except Exception as error:  # whatever a foreign config leads to
+            raise ProblemError(f"transformers cannot load it ({reason(error)})") from error
+        if missing := sorted(loaded["missing_keys"]):
             raise ProblemError(f"its weights lack {line(missing[0])}")
     return model
 
 
-def open_clip_model(config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
+def _open_clip_model(config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
     """The model that a config of open_clip describes, with these weights."""
     library = need("open_clip", "clip-forgetting[open-clip]")
     config = {key: value for key, value in config.items() if key != "custom_text"}
+    if (config.get("text_cfg") or {}).get("hf_model_name"):
+        raise ProblemError("a text tower of transformers within open_clip cannot be exported")
     custom = any(name.startswith("text.") for name in tensors)
     try:
         model = (library.CustomTextCLIP if custom else library.CLIP)(**config)
         model.load_state_dict({name: x.float() for name, x in tensors.items()})
-    except (TypeError, RuntimeError, KeyError) as error:
-        reason = line(" ".join(str(error).split())[:200])
-        raise ProblemError(f"open_clip cannot load it ({reason})") from error
+    except Exception as error:  # whatever a foreign config leads to
+        raise ProblemError(f"open_clip cannot load it ({reason(error)})") from error
     return model
 
 
@@ -320,45 +324,21 @@ FORMATS: dict[str, Callable[[Job, Path], None]] = {
 
 
 def _copy(base: Path, folder: Path) -> None:
-    """Copy config, tokenizer and card of a folder, and nothing that could hold weights."""
+    """Copy config, tokenizer and card of a folder, and nothing that could hold weights.
+
+    Raises:
+        ProblemError: a link that leads out of the folder, to what may not be meant to be copied.
+    """
+    # The hub's cache keeps the files of a snapshot as links to ../../blobs.
+    allowed = (base.resolve(), (base / "../../blobs").resolve())
     for file in sorted(base.iterdir()):
         copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
         if file.is_file() and (copied or file.name.startswith("LICENSE")):
-            shutil.copyfile(file, folder / file.name)  # links are followed
+            if file.resolve().parent not in allowed:
+                raise ProblemError(f"{line(file)} is a link that leads out of the folder")
+            shutil.copyfile(file, folder / file.name)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors, which transformers wants to say that they are of torch."""
     path.write_bytes(container(tensors, {"format": "pt"} | (metadata or {})))
-
-
-def _save_pt(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        with open(path, "wb") as file:  # given a path, torch would write its name into the file
-            torch.save(tensors, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(str(error).splitlines()[0]) from error
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `clip-forget export`."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of what was forgotten")
-    parser.add_argument("--base", required=True, help="the original model, a local file or folder")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the tool to export for")
-    parser.add_argument("--out", required=True, help="file or folder to write; must not exist")
-    parser.add_argument(
-        "--original",
-        help="the checkpoint that the adapter was made from, if the base is a rounded copy of it",
-    )
-    parser.add_argument(
-        "--config",
-        help="name (NAME or NAME/TAG) or file of open_clip's configuration, if the base has none",
-    )
-
-
-def run_export(args: argparse.Namespace) -> str:
-    """`clip-forget export`: what to say of it, in one line."""
-    refuse_existing(args.out)
-    adapter = load_adapter(args.adapter)
-    out = export(adapter, args.base, args.to, args.out, args.original, args.config)
-    return f"{line(out)}: {args.to}, without {line(', '.join(adapter.classes))}"

@@ -1,4 +1,4 @@
-"""ONNX: the text tower of a changed model, and the projection inside of somebody's `.onnx` file."""
+"""ONNX: the text encoder of a changed model, and the projection inside of somebody's `.onnx` file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetting.adapter import Adapter
-from forgetting.errors import ProblemError, line
+from forgetting.errors import ProblemError, line, reason
 from forgetting.io import atomic_path, naming, need
 from forgetting.models.checkpoint import find
 
@@ -24,7 +24,13 @@ USES = ("MatMul", "Gemm", "FusedMatMul")
 PASSES = ("Transpose", "Cast", "Identity")  # what may stand between a weight and its product
 
 
-def patch_graph(adapter: Adapter, path: Path, out: Path, original: Tensor | None = None) -> None:
+def patch_graph(
+    adapter: Adapter,
+    path: Path,
+    out: Path,
+    original: Tensor | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write an `.onnx` file in which the projection is changed and nothing else.
 
     The projection is found by its numbers, among initialisers and constants, in float16, float32,
@@ -54,7 +60,7 @@ def patch_graph(adapter: Adapter, path: Path, out: Path, original: Tensor | None
             proto.ClearField(field)
         if model.ByteSize() > LARGEST:
             raise ProblemError("larger than 2 GiB, which one ONNX file cannot hold")
-        with atomic_path(out, overwrite=False) as temporary:
+        with atomic_path(out, overwrite) as temporary:
             temporary.write_bytes(model.SerializeToString())
 
 
@@ -112,7 +118,7 @@ def _require_product(graph: Any, name: str) -> None:
 
 
 class _Hf(nn.Module):
-    """The text tower of transformers: tokens to embeddings."""
+    """The text encoder of transformers: tokens to embeddings."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -131,7 +137,7 @@ class _Hf(nn.Module):
 
 
 class _OpenClip(nn.Module):
-    """The text tower of open_clip: tokens to embeddings."""
+    """The text encoder of open_clip: tokens to embeddings."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -141,8 +147,8 @@ class _OpenClip(nn.Module):
         return self.model.encode_text(input_ids)
 
 
-def export_tower(model: nn.Module, out: Path) -> None:
-    """Write the text tower of a model: `input_ids` (n, l) (and `attention_mask` for transformers)
+def export_text_encoder(model: nn.Module, out: Path, overwrite: bool = False) -> None:
+    """Write the text encoder of a model: `input_ids` (n, l) (and `attention_mask` for transformers)
     to `text_embeds` (n, d), not normalised.
 
     Args:
@@ -151,7 +157,8 @@ def export_tower(model: nn.Module, out: Path) -> None:
     Raises:
         ProblemError: torch cannot export it; `onnx` or `onnxscript` is missing.
     """
-    need("onnx", EXTRA), need("onnxscript", EXTRA)
+    need("onnx", EXTRA)
+    need("onnxscript", EXTRA)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     if hasattr(model, "encode_text"):
         length, last = int(model.context_length), int(model.vocab_size) - 1
@@ -163,7 +170,7 @@ def export_tower(model: nn.Module, out: Path) -> None:
         ids = torch.full((2, length), last, dtype=torch.int64)
         tower, args = _Hf(model), (ids, torch.ones_like(ids))
         shapes = {"input_ids": {0: batch}, "attention_mask": {0: batch}}
-    with atomic_path(out, overwrite=False) as temporary:
+    with atomic_path(out, overwrite) as temporary:
         try:
             with _quiet(), torch.no_grad():
                 torch.onnx.export(
@@ -178,8 +185,9 @@ def export_tower(model: nn.Module, out: Path) -> None:
                     verbose=False,
                 )
         except Exception as error:  # the exporter raises what any model leads it to
-            reason = line(str(error).strip().partition("\n")[0])
-            raise ProblemError(f"torch cannot export this text tower ({reason})") from error
+            raise ProblemError(
+                f"torch cannot export this text encoder ({reason(error)})"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from torch import Tensor
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, naming, read_bytes
-from forgetting.models.identity import description
 from forgetting.models.torchscript import is_torchscript, read_torchscript
 
 OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
@@ -173,8 +172,7 @@ class Found:
 
     def changed(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
         """`W + Delta`, summed in float64, rounded once, in the orientation of the tensor."""
-        delta = adapter.left.cpu().double() @ adapter.right.cpu().double()
-        weight = (self.exact.double() + delta).to(dtype)
+        weight = adapter.changed(self.exact, dtype)
         return (weight.T if self.transposed else weight).contiguous()
 
 
@@ -237,7 +235,8 @@ def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor 
     """
     tensors, _ = read_checkpoint(weight_files(base))
     with naming(base):
-        found, named = find(tensors, adapter), description(adapter).get("bias")
+        found = find(tensors, adapter)
+        named = None if adapter.model is None else adapter.model.bias
         stem, dot, last = found.name.rpartition(".")
         beside = f"{stem}.bias" if dot and last == "weight" else None
         bias = tensors.get(named, tensors.get(beside))

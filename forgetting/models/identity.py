@@ -1,57 +1,43 @@
-"""Which model an adapter belongs to: the projection in it, and hashes of everything else."""
+"""Which model an adapter belongs to: the projection in it, the rest of it, and what was applied."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import Adapter, projection_sha256
-from forgetting.checks import FLAG, HASH, TEXT, check, either
-from forgetting.errors import ProblemError
+from forgetting.adapter import Adapter, ModelIdentity, projection_sha256
+from forgetting.errors import ProblemError, line
 from forgetting.models.encoder import Encoder
-from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors, unwrap_compiled
+from forgetting.models.modules import (
+    maybe_transpose,
+    share_memory,
+    tensor_sha256,
+    tensors,
+    unwrap_compiled,
+)
 
-SHORT = 16  # hex digits of a tensor's hash that are kept
-MODEL = {  # what an adapter says of its model, as `model` of its settings
-    "projection": TEXT,
-    "transposed": FLAG,
-    "bias": either(None, TEXT),
-    "names_sha256": HASH,
-    "hashes": TEXT,
-}
-
-
-def describe(tower: Encoder) -> dict[str, Any]:
-    """A model in values of `MODEL`: its projection by name, names and hashes of the rest."""
-    others = tower.hashes()
-    return {
-        "projection": tower.name,
-        "transposed": tower.transposed,
-        "bias": tower.bias_name,
-        "names_sha256": _names_sha256(sorted(others)),
-        "hashes": "".join(others[name][:SHORT] for name in sorted(others)),
-    }
+# On the module that holds a changed projection: by what, and the SHA-256 of the original.
+APPLIED = "_clip_forget_applied"
 
 
-def description(adapter: Adapter) -> dict[str, Any]:
-    """What `describe` said when an adapter was made; {} where that was not by `forget`.
-
-    Raises:
-        ProblemError: something else stands in its place.
-    """
-    known = adapter.settings.get("model")
-    if not isinstance(known, dict) or "hashes" not in known:
-        return {}
-    return check(known, MODEL, "model")
+def identity(encoder: Encoder) -> ModelIdentity:
+    """What an adapter says of the model that it was made for."""
+    others = others_sha256(encoder.model, encoder.name)
+    return ModelIdentity(encoder.name, encoder.transposed, encoder.bias_name, others)
 
 
-def upright(held: Tensor, adapter: Adapter) -> Tensor:
-    """(w, d) of the projection's tensor as an adapter's model holds it."""
-    return maybe_transpose(held, description(adapter).get("transposed", False))
+def others_sha256(model: nn.Module, name: str) -> str:
+    """SHA-256 of the names and contents of all tensors of a model but one."""
+    found = hashlib.sha256()
+    for key, value in sorted(tensors(model).items()):
+        if key != name:
+            found.update(json.dumps([key, tensor_sha256(value)]).encode())
+    return found.hexdigest()
 
 
 def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> list[str]:
@@ -73,76 +59,110 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
             is not known.
 
     Raises:
-        ProblemError: one line, which names the tensor that is wrong.
+        ProblemError: one line, which says what is wrong.
     """
-    known = description(adapter)
-    if not known:
+    known = adapter.model
+    if known is None:
         raise ProblemError("this adapter does not say what the rest of its model is")
     if not changed:
         raise ProblemError(
             "this adapter does not say what its change makes of the projection: load it with "
             "the original model first"
         )
-    there, name, kept = tensors(unwrap_compiled(model)), known["projection"], known["hashes"]
-    others = sorted(key for key in there if key != name)
-    if name not in there or _names_sha256(others) != known["names_sha256"]:
+    model = unwrap_compiled(model)
+    held = tensors(model).get(known.projection)
+    if held is None:
+        raise ProblemError(f"the model has no tensor {line(known.projection)}")
+    if tensor_sha256(held) not in changed:
+        if projection_sha256(_upright(held, adapter)) == adapter.projection_sha256:
+            raise ProblemError(f"{known.projection} is the original: nothing was applied")
+        raise ProblemError(f"{known.projection} is neither changed by this nor the original")
+    if others_sha256(model, known.projection) != known.others_sha256:
         raise ProblemError(
-            f"the model has other tensors than the one that this was made for ({name} and "
-            f"{len(kept) // SHORT} others)"
+            f"another tensor than {known.projection} is not what it was in the model that this "
+            "was made for, is missing, or is new"
         )
-    if tensor_sha256(there[name]) not in changed:
-        if projection_sha256(upright(there[name], adapter)) == adapter.projection_sha256:
-            raise ProblemError(f"{name} is the original: nothing was applied")
-        raise ProblemError(f"{name} is neither changed by this nor the original")
-    wrong = [
-        key
-        for i, key in enumerate(others)
-        if tensor_sha256(there[key])[:SHORT] != kept[i * SHORT : (i + 1) * SHORT]
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-        raise ProblemError(f"{wrong[0]}{more}: not what it was")
 
 
 def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Encoder:
-    """The projection of an adapter within a model, as a tower that reads no text: by name, else by
-    what it holds.
+    """The projection of an adapter within a model, as an encoder that reads no text: by name, else
+    by what it holds.
 
     Args:
         original: `W` (w, d), by which a changed one is known that the adapter does not name.
 
     Raises:
-        ProblemError: a model without it.
+        ProblemError: a model without it, or in which it is tied to another tensor.
     """
     model = unwrap_compiled(model)
-    there, known = tensors(model), description(adapter)
-    name, shape = known.get("projection"), (adapter.left.shape[0], adapter.right.shape[1])
-    if name in there and upright(there[name], adapter).shape == shape:
-        bias = there.get(known.get("bias"))
-        bias = None if bias is None else bias.detach()
-        return Encoder(model, _unread, name, there[name], known["transposed"], bias, False)
+    there, known = tensors(model), adapter.model
+    shape = (adapter.left.shape[0], adapter.right.shape[1])
+    if known is not None and known.projection in there:
+        held = there[known.projection]
+        if _upright(held, adapter).shape == shape:
+            bias = None if known.bias is None else there.get(known.bias)
+            bias = None if bias is None else bias.detach()
+            return _unread(model, known.projection, held, known.transposed, bias)
     for name, x in there.items():
         for transposed in (False, True):
             if not x.is_floating_point() or x.shape != (shape[::-1] if transposed else shape):
                 continue
-            known = projection_sha256(maybe_transpose(x, transposed)) == adapter.projection_sha256
-            if not known and original is not None:
-                made = changed_sha256(adapter, original.to(x), transposed)
-                known = tensor_sha256(x) in made
-            if known:
+            same = projection_sha256(maybe_transpose(x, transposed)) == adapter.projection_sha256
+            if not same and original is not None:
+                same = tensor_sha256(x) in changed_sha256(adapter, original.to(x), transposed)
+            if same:
                 stem, _, last = name.rpartition(".")  # of a torch.nn.Linear
                 bias = there.get(f"{stem}.bias") if last == "weight" else None
                 bias = None if bias is None else bias.detach()
-                return Encoder(model, _unread, name, x, transposed, bias, False)
+                return _unread(model, name, x, transposed, bias)
     raise ProblemError(
         f"{type(model).__name__} does not hold the projection that the adapter was made for "
         f"({adapter.backbone})"
     )
 
 
-def _unread(texts: list[str]) -> Any:
-    raise ProblemError("this model was loaded without a tokenizer")
+def refuse_tied(model: nn.Module, name: str) -> None:
+    """ProblemError if a tensor of a model is another one too, which would change with it."""
+    there = tensors(model)
+    tied = [key for key, x in there.items() if key != name and share_memory(x, there[name])]
+    if tied:
+        raise ProblemError(f"tied weights: the projection {name} is {', '.join(tied)} too")
 
 
-def _names_sha256(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+def set_applied(encoder: Encoder, adapter: Adapter | None) -> None:
+    """Note on a model that its projection is changed by an adapter; None: by none."""
+    module = _holder(encoder)
+    if adapter is not None:
+        setattr(module, APPLIED, (tuple(adapter.classes), adapter.projection_sha256))
+    elif hasattr(module, APPLIED):
+        delattr(module, APPLIED)
+
+
+def refuse_applied(encoder: Encoder) -> None:
+    """ProblemError if a model's projection was changed by an adapter and not given back."""
+    names, original = getattr(_holder(encoder), APPLIED, ((), ""))
+    if names and projection_sha256(encoder.projection) != original:
+        raise ProblemError(
+            f"the model has forgotten {line(', '.join(names))} already, and changes do not add up: "
+            "undo that, and forget all names at once or join the adapters (clip-forget compose)"
+        )
+
+
+def _holder(encoder: Encoder) -> nn.Module:
+    """The module that holds the projection."""
+    return encoder.model.get_submodule(encoder.name.rpartition(".")[0])
+
+
+def _upright(held: Tensor, adapter: Adapter) -> Tensor:
+    """(w, d) of the projection's tensor as an adapter's model holds it."""
+    return maybe_transpose(held, adapter.model is not None and adapter.model.transposed)
+
+
+def _unread(
+    model: nn.Module, name: str, held: Tensor, transposed: bool, bias: Tensor | None
+) -> Encoder:
+    def tokenize(texts: list[str]) -> Any:
+        raise ProblemError("this model was loaded without a tokenizer")
+
+    refuse_tied(model, name)
+    return Encoder(model, tokenize, name, held, transposed, bias, False)

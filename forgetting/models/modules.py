@@ -21,10 +21,14 @@ QUANTISED = ("quantized", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "quan
 
 
 def unwrap_compiled(model: Any) -> nn.Module:
-    """The module that torch.compile wraps, or the module itself; ProblemError for anything else."""
+    """The module that torch.compile or DataParallel wraps, or the module itself; ProblemError for
+    anything else."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
-    return getattr(model, "_orig_mod", model)
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,352 @@
+"""A change that is put into a model, taken out again to the bit, verified and patched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from forgetting import Adapter, Forgotten, forget, projection_sha256, save_adapter
+from forgetting.adapter import ModelIdentity
+from forgetting.compose import compose
+from forgetting.errors import ProblemError
+from forgetting.models.encoder import read_encoder
+from forgetting.models.modules import tensor_sha256, tensors
+from tests.encoder_fixtures import ALL, WIDTH, OwnEncoder, tiny, tokenize
+
+RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
+ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
+PLAIN = {"retain": RETAIN, "generic": False, "progress": False, "cache": None}
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in tensors(model).items()}
+
+
+def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of what differs, bit by bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if tensor_sha256(a[name]) != tensor_sha256(b[name])]
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.view(torch.int32).view(-1)[0] ^= 1
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_round_trip_of_every_family(family, tmp_path):
+    model, words = tiny(family)
+    before, encoder = state(model), read_encoder(model, words)
+    texts = ["Acme Cola", "acme soda", "Pepsi"]
+    was = encoder.embeddings(texts).double()
+    answer = forget(model, words, ["Acme Cola"], ALSO, target="opposite", beta=0.1, **PLAIN)
+    assert not different(before, state(model))  # reading changes nothing
+    assert answer.certificate.gap < 1e-6 and answer.texts[:3] == [*ALSO, *ALSO["Acme Cola"]]
+    assert set(answer.forecast.unlisted) == {"own"} and answer.forecast.affected
+    answer.apply()
+    answer.apply()  # once is enough
+    assert different(before, state(model)) == [encoder.name]
+    now = encoder.embeddings(texts).double()
+    if encoder.normalised:
+        assert torch.allclose(now[:2], -was[:2], atol=1e-3)
+    else:
+        assert torch.allclose(now[:2], -0.1 * was[:2], atol=1e-3 * float(was.norm(dim=1).max()))
+    assert not torch.allclose(was[:2], now[:2], atol=1e-2)
+    assert answer.verify() and answer.verify(model)
+    file = tmp_path / "acme.safetensors"
+    answer.save(file)
+    answer.undo()
+    answer.undo()
+    assert not different(before, state(model))
+    again = Forgotten.load(file, model)
+    assert again.certificate == answer.certificate and again.forecast == answer.forecast
+    assert again.texts == answer.texts and again.notes == answer.notes
+    again.apply()
+    assert again.verify(model) and torch.equal(encoder.embeddings(texts).double(), now)
+    again.undo()
+    assert not different(before, state(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["open_clip ViT", "own with bias"])
+def test_other_precisions(family, dtype):
+    model, words = tiny(family)
+    model = model.to(dtype)
+    before, encoder = state(model), read_encoder(model, words)
+    was = encoder.embeddings(["Acme Cola"])
+    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+    answer.apply()
+    assert different(before, state(model)) == [encoder.name] and encoder.dtype == dtype
+    left = float(encoder.embeddings(["Acme Cola"]).norm() / was.norm())
+    assert left < {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
+    assert answer.verify()
+    answer.undo()
+    assert not different(before, state(model))
+
+
+def test_in_float64_a_change_below_float32_is_a_change():
+    model, words = tiny("own")
+    model = model.double()
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    small = replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 1e-12))
+    before = state(model)
+    small.apply()
+    once = state(model)
+    assert different(before, once) == ["last"] and small.verify()
+    small.apply()
+    assert not different(once, state(model))
+    small.undo()
+    assert not different(before, state(model))
+    single = before["last"].float()  # what float32 holds has one name in all precisions
+    assert projection_sha256(single) == projection_sha256(single.double())
+
+
+@pytest.mark.parametrize("change", ["other", "projection", "nothing", "new", "gone"])
+def test_verify_sees_what_was_tampered_with(change):
+    model, words = tiny("open_clip CustomTextCLIP")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    answer.apply()
+    assert answer.verify(model)
+    message = "is not what it was"
+    if change == "other":
+        flip_bit(model.visual.ln_post.bias)  # one bit of the image tower
+    elif change == "projection":
+        flip_bit(model.text.text_projection)
+        message = "is neither"
+    elif change == "nothing":
+        answer.undo()
+        message = "is the original: nothing was applied"
+    elif change == "new":
+        model.register_buffer("more", torch.zeros(1))
+    else:
+        model.text.text_projection = None
+        message = "has no tensor"
+    with pytest.raises(ProblemError, match=message):
+        answer.verify(model)
+
+
+def test_an_adapter_is_refused_by_another_model(tmp_path):
+    model, words = tiny("own")
+    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
+    answer.save(file)
+    other, _ = tiny("own", seed=1)
+    with pytest.raises(ProblemError, match="neither the projection"):
+        Forgotten.load(file, other)
+    flat = nn.Module()
+    flat.register_parameter("last", nn.Parameter(torch.zeros(3)))
+    for wrong in (nn.Linear(3, 3), flat):
+        with pytest.raises(ProblemError, match="does not hold the projection"):
+            Forgotten.load(file, wrong)
+    with pytest.raises(ProblemError, match="must be a torch module"):
+        answer.verify("x")
+    with pytest.raises(ProblemError, match="no model to apply"):
+        Forgotten.load(file).apply()
+
+
+def test_a_model_that_is_changed_already(tmp_path):
+    """In another process, say: known, not added to, and undone with the original alone."""
+    model, words = tiny("own")
+    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
+    answer.save(file)
+    answer.apply()
+    elsewhere = OwnEncoder().eval()  # no mark of ours on it
+    elsewhere.load_state_dict(model.state_dict())
+    changed = Forgotten.load(file, elsewhere)
+    changed.apply()
+    assert changed.verify() and torch.equal(elsewhere.last, model.last)
+    with pytest.raises(ProblemError, match="has forgotten Acme Cola already"):
+        forget(elsewhere, words, ["Zeta Tea"], **PLAIN)
+    with pytest.raises(ProblemError, match="original projection is not known"):
+        changed.undo()
+    Forgotten.load(file, elsewhere, original=answer.original).undo()
+    assert torch.equal(elsewhere.last, answer.original)
+    assert forget(elsewhere, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+
+
+def test_changes_do_not_add_up(tmp_path):
+    """A second name is not forgotten on top of the first, in whatever precision and copy."""
+    model, words = tiny("open_clip ViT")
+    first = forget(model, words, ["Acme Cola"], **PLAIN)
+    second = forget(model, words, ["Zeta Tea"], **PLAIN)
+    first.apply()
+    with pytest.raises(ProblemError, match="neither the projection"):
+        second.apply()
+    assert first.verify()
+    for changed in (model, copy.deepcopy(model), copy.deepcopy(model).half(), torch.compile(model)):
+        with pytest.raises(ProblemError, match="has forgotten Acme Cola already"):
+            forget(changed, words, ["Zeta Tea"], **PLAIN)
+    first.undo()
+    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+    assert len(repr(second)) < 1000
+    # Another text tower with the same projection is another model.
+    first.apply()
+    other, _ = tiny("open_clip ViT", seed=1)
+    with torch.no_grad():
+        other.text_projection.copy_(model.text_projection)
+    assert forget(other, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+    # What gives the original back gives the model free.
+    model.load_state_dict({"text_projection": first.original}, strict=False)
+    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+
+
+def test_a_change_that_changes_nothing_leaves_the_model_free():
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 0)).apply()
+    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
+
+
+def test_tied_weights_are_refused_where_they_would_change_too(tmp_path):
+    model, words = tiny("own")
+    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
+    answer.save(file)
+    before = state(model)
+    model.again = model.last
+    for act in (answer.apply, lambda: Forgotten.load(file, model)):
+        with pytest.raises(ProblemError, match=r"tied weights: the projection (last|again)"):
+            act()
+    del model.again
+    assert not different(before, state(model))
+    Forgotten.load(file, model).apply()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_adapters_of_wrapped_models_are_those_of_the_plain_ones(wrap, tmp_path):
+    model, words = tiny("own")
+    wrapped = wrap(model)
+    answer, file = forget(wrapped, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
+    answer.save(file)
+    plain = Forgotten.load(file, model)
+    plain.apply()
+    assert plain.verify() and plain.verify(wrapped) and answer.verify()
+    assert (
+        plain.adapter.model
+        == answer.adapter.model
+        == ModelIdentity("last", False, None, answer.adapter.model.others_sha256)
+    )
+
+
+def test_a_projection_that_was_replaced_is_found_by_its_name():
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+    model.load_state_dict(state(model), assign=True)
+    answer.apply()
+    assert answer.verify() and not torch.equal(model.last, answer.original)
+    model.load_state_dict(state(model), assign=True)
+    answer.undo()
+    assert torch.equal(model.last, answer.original)
+    model.last = None
+    with pytest.raises(ProblemError, match="no such projection any more"):
+        answer.apply()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, tmp_path):
+    """Such a checkpoint is computed with in float32, and keeps its precision when exported."""
+    model, words = tiny("open_clip ViT")
+    model.to(half).float()
+    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
+    answer.save(file)
+    before = state(model)
+    rounded = answer.adapter.apply(model.text_projection.to(half)).float()
+    assert not torch.equal(rounded, answer.adapter.apply(before["text_projection"]))
+    with torch.no_grad():
+        model.text_projection.copy_(rounded)
+    assert answer.verify(model) and Forgotten.load(file, model).verify()
+    loaded = Forgotten.load(file, model, original=before["text_projection"])
+    loaded.undo()
+    assert not different(before, state(model))
+    exact, words = tiny("open_clip ViT")  # has digits that are lost in half precision
+    answer = forget(exact, words, ["Acme Cola"], **PLAIN)
+    with torch.no_grad():
+        exact.text_projection.copy_(answer.adapter.changed(exact.text_projection.to(half)))
+    with pytest.raises(ProblemError, match="neither changed by this"):
+        answer.verify(exact)
+
+
+def test_the_original_may_lie_either_way(tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    projection = model[0].weight.detach().T.clone()
+    factors = torch.randn(WIDTH, 1), torch.randn(1, WIDTH)
+    known = ModelIdentity("0.weight", True, None, "0" * 64)
+    sha = projection_sha256(projection)
+    adapter = Adapter(*factors, sha, "b", "w", "d", ["c"], "t", model=known)
+    save_adapter(adapter, tmp_path / "a")
+    with torch.no_grad():
+        model[0].weight.copy_(adapter.changed(projection).T)
+    for given in (projection, projection.T):
+        for loaded in (
+            Forgotten.load(tmp_path / "a", model, original=given),
+            Forgotten.load(tmp_path / "a", original=given),
+        ):
+            assert torch.equal(loaded.original, projection.T)
+    with pytest.raises(ProblemError, match="not the one of the adapter"):
+        Forgotten.load(tmp_path / "a", model, original=projection + 1)
+    with pytest.raises(ProblemError, match="original must be a torch tensor"):
+        Forgotten.load(tmp_path / "a", model, original=[1.0])
+
+
+def test_adapters_of_the_driver_say_no_more_of_their_model(tmp_path):
+    """Found by what it holds, applied and undone, and not verified."""
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+    save_adapter(replace(answer.adapter, model=None), tmp_path / "a.safetensors")
+    loaded = Forgotten.load(tmp_path / "a.safetensors", model)
+    loaded.apply()
+    with pytest.raises(ProblemError, match="does not say what the rest of its model is"):
+        loaded.verify()
+    loaded.undo()
+    assert torch.equal(model.last, answer.original)
+
+
+def test_a_union_is_applied_verified_and_undone(tmp_path):
+    """Of two answers, and the first of it given back."""
+    model, words = tiny("open_clip ViT")
+    options = PLAIN | {"min_margin": 0.0, "min_displacement": 0.0}
+    a, b = (forget(model, words, [name], **options) for name in ("Acme Cola", "Zeta Tea"))
+    both = forget(model, words, ["Acme Cola", "Zeta Tea"], **options)
+    made = compose({"a": a.adapter, "b": b.adapter})
+    for adapter, expected in (
+        (made, both.adapter.delta()),
+        (compose({"both": both.adapter}, {"b": b.adapter}), a.adapter.delta()),
+    ):
+        limit = 1e-5 * float(expected.abs().max()) + 1e-6
+        assert torch.allclose(adapter.delta(), expected, atol=limit)
+        save_adapter(adapter, tmp_path / "made.st")
+        found, before = Forgotten.load(tmp_path / "made.st", model), state(model)
+        assert found.certificate is None and found.forecast is None
+        found.apply()
+        assert found.verify()
+        found.undo()
+        assert not different(before, state(model))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cached_embeddings_are_patched(bias, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OwnEncoder(bias=bias).eval()
+        model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
+        if bias:
+            model.shift = nn.Parameter(torch.randn(WIDTH))
+    encoder, file = read_encoder(model, tokenize), tmp_path / "a.safetensors"
+    texts = ["Acme Cola", *RETAIN]
+    cached = encoder.embeddings(texts)
+    cached = cached if bias else nn.functional.normalize(cached, dim=1)
+    forget(model, tokenize, ["Acme Cola"], target="opposite", beta=0.3, **PLAIN).save(file)
+    loaded = Forgotten.load(file, model)
+    patched = loaded.patch(cached, normalised=not bias)
+    loaded.apply()
+    now = encoder.embeddings(texts)
+    now = now if bias else nn.functional.normalize(now, dim=1)
+    assert torch.allclose(patched, now, atol=1e-3) and not torch.allclose(cached, now, atol=1e-2)
+    if bias:
+        alone = Forgotten.load(file, original=loaded.original)
+        with pytest.raises(ProblemError, match="has a bias"):
+            alone.patch(cached, normalised=False)
+    with pytest.raises(ProblemError, match="not known"):
+        Forgotten.load(file).patch(cached)
