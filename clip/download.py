@@ -8,7 +8,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from engine.files import lock, sha256_file
+from filelock import FileLock
+
+from engine.files import sha256_file
 from engine.log import progress
 from forgetting.errors import ProblemError
 
@@ -25,11 +27,11 @@ def download(url: str, sha256: str, path: Path) -> Path:
     """
     if path.is_file():
         return path
-    with lock(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
         if path.is_file():  # another process fetched it while this one waited
             return path
         part = path.with_name(path.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
         try:
             _fetch(url, part)
         except (OSError, http.client.HTTPException) as error:

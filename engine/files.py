@@ -8,18 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-
-from engine.log import logger
 from forgetting.errors import ProblemError
 
-LOCK_TIMEOUT = 600.0  # seconds
 EMPTY_NAME = "%"  # no escaped name is a bare percent sign, so it can stand for ""
 
 
@@ -89,51 +83,6 @@ def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     # A byte of a file name that is no UTF-8 is a lone surrogate, which JSON spells like Python.
     write_bytes(text.encode("utf-8", errors="backslashreplace") + b"\n", path)
-
-
-@contextmanager
-def readable(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Another name of a regular file, for libraries that read none whose name is no UTF-8, and that
-    say of a file that may not be read that it is not there.
-
-    Raises OSError if the file cannot be opened, which says why.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)} is not a regular file")
-    with open(path, "rb") as file:
-        yield f"/dev/fd/{file.fileno()}" if os.name == "posix" else os.fspath(path)
-
-
-@contextmanager
-def lock(
-    path: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT, waiting: str = ""
-) -> Iterator[None]:
-    """Hold a lock on `path` between processes: the file `path` + ".lock" beside it.
-
-    Waits for at most `timeout` seconds (-1: without limit) with the message `waiting`, then raises
-    ProblemError naming the file. The lock ends with its process, however that ends; the empty lock
-    file stays.
-    """
-    held = FileLock(f"{os.fspath(path)}.lock")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            if waiting:
-                logger.info(waiting)
-            held.acquire(timeout=timeout)
-    except Timeout as error:
-        raise ProblemError(
-            f"another process holds {held.lock_file} since {timeout:.0f} s; wait for it to end and "
-            "start again"
-        ) from error
-    except OSError as error:
-        raise ProblemError(f"cannot write {held.lock_file}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

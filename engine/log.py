@@ -14,7 +14,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -51,6 +51,13 @@ class Bar(tqdm):
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         super().set_postfix_str(s, refresh=False)
         self.update(0)
+
+
+class LogFile(logging.FileHandler):
+    """A log file; one that cannot be written ends the run with one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise ProblemError(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}")
 
 
 logger = logging.getLogger("clip_forget")
@@ -123,7 +130,7 @@ def run_log() -> Iterator[Callable[[Path], None]]:
     def keep(folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace")
+            file = LogFile(folder / LOG, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ProblemError(f"cannot write the log in {folder}: {error.strerror}") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -136,12 +143,14 @@ def run_log() -> Iterator[Callable[[Path], None]]:
     try:
         yield keep
     except BaseException as error:
-        logger.debug(f"ended by {type(error).__name__}: {error}")
+        with suppress(ProblemError):  # a full disk takes no more lines
+            logger.debug(f"ended by {type(error).__name__}: {error}")
         raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
 
 def environment() -> str:

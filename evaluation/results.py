@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import escape, read_json, read_text
-from engine.schema import SETTINGS, Args, check, check_logs
+from engine.schema import FRACTION, NUMBER, NUMBER_OR_NONE, OBJECT, TEXT, Kind, check
 from forgetting.errors import ProblemError, shown
 
+SETTINGS = "settings"  # the key of logs.json beside the labels of a data set
 LOGS = "logs.json"
 ARGS = "args.txt"
 AUDIT = "audit.json"
@@ -210,6 +211,9 @@ class Results:
         """
         record = self.record(dataset, label)
         if record is None:
+            path = self.path(dataset, label)
+            if path.exists() and path.stat().st_size:  # a power cut leaves an empty file
+                raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
             return False
         record.refuse_other(settings)
         files = model_files(self.path(dataset, label))
@@ -283,7 +287,7 @@ def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
     """The logs of a results folder, those of the paper's public code too; empty if it has none.
 
     Raises:
-        ProblemError: no JSON, or results of another shape (see `engine.schema`).
+        ProblemError: no JSON, or results of another shape (see `check_logs`).
     """
     path = Path(folder) / name
     if not path.exists():
@@ -291,6 +295,44 @@ def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
     logs = read_json(path, "the logs")
     check_logs(logs, path)
     return logs
+
+
+# The paper's public code may have several classes under one name, with an accuracy of each.
+ACCURACY = Kind(
+    FRACTION.words,
+    lambda x: all(map(FRACTION.fits, x.values())) if isinstance(x, dict) else FRACTION.fits(x),
+)
+CLASSES = {str: {"cls_acc_test?": ACCURACY, "no_cls_acc?": ACCURACY}}
+OTHERS = {"all": {"all_ds": FRACTION}}
+ENTRY = {
+    "final_results": {str: OBJECT},
+    "zero_shot?": {str: OBJECT},
+    "solver?": {
+        "settings?": OBJECT,
+        "seconds?": NUMBER,
+        "adapter?": TEXT,
+        "excluded?": [TEXT],
+        "certificate?": {"gap?": NUMBER_OR_NONE},
+        "forecast?": {"affected?": [OBJECT]},
+        "paraphrases?": {"added?": [TEXT], "lagging?": {str: NUMBER}},
+    },
+}
+
+
+def check_logs(logs: Any, where: str | Path) -> None:
+    """Raise ProblemError, one line, if the JSON in the file `where` holds no logs."""
+    check(logs, {str: OBJECT}, where)
+    for dataset, entries in logs.items():
+        check(entries.get(SETTINGS, {}), OBJECT, where, dataset, SETTINGS)
+        for label in entries.keys() - {SETTINGS}:
+            entry, path = entries[label], (where, dataset, label)
+            check(entry, ENTRY, *path)
+            if not entry["final_results"].get(dataset):
+                raise ProblemError(f"{where}: {dataset} / {label} has no accuracies of {dataset}")
+            for side in ("final_results", "zero_shot"):
+                for name, accuracies in entry.get(side, {}).items():
+                    shape = CLASSES if name == dataset else OTHERS
+                    check(accuracies, shape, *path, side, name)
 
 
 def same_kind(
@@ -345,7 +387,9 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             message = f"{path}: not the text of an argparse Namespace ({error})"
             raise ProblemError(message) from error
-        check(Args, values, path)
+        for name in ("dataset", *PLACES):
+            if not isinstance(values.get(name), str | None):
+                raise ProblemError(f"{path}: {name} must be a text, not {shown(values[name])}")
         namespaces.append(argparse.Namespace(**values))
     return namespaces
 

@@ -151,11 +151,14 @@ def atomic_path(path: str | Path, overwrite: bool = True, durable: bool = True) 
         durable: whether to wait until the disk has it.
 
     Raises:
-        ProblemError: something is at `path` already, or it cannot be written.
+        ProblemError: something is at `path` already, or it cannot be written, or a device or pipe is
+            there, in whose place a file would be put.
     """
     try:
         path = Path(path)
         refuse_existing(path, overwrite)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ProblemError(f"{line(path)} is not a regular file; choose another name")
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):

@@ -12,11 +12,20 @@ from types import ModuleType
 import datasets
 from clip.bundle import list_bundles, load_bundle
 from datasets.names import entries
-from engine.schema import SETTINGS, Lists, fault
+from engine.schema import TEXT, check
+from evaluation.results import SETTINGS
 from forgetting.errors import ProblemError, reason, shown
 
 ALL = "all"
 LISTS = "forget_cls.py"
+PROMPTS = {str: [TEXT, ...]}  # class name -> its texts
+LISTS_SHAPE = {
+    "all_ds": [TEXT],
+    "mini_ds": [TEXT],
+    "forget_classes_all": {str: [TEXT]},
+    "forget_prompts?": {str: PROMPTS},
+    "protect?": [TEXT],
+}
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,5 @@ def user_lists() -> ModuleType:
     except (Exception, SystemExit) as error:  # it is a program, and may do anything
         hint = "; names of classes need quotes" if isinstance(error, NameError) else ""
         raise ProblemError(f"{LISTS}: {reason(error)}{hint}") from error
-    if found := fault(Lists, vars(forget_cls)):
-        where = " / ".join(map(str, found.path)) or "the file"
-        wanted = found.wanted.replace("an object", "a dict")
-        raise ProblemError(f"{LISTS}: {where} must be {wanted}, and is {shown(found.found)}")
+    check(vars(forget_cls), LISTS_SHAPE, LISTS)
     return forget_cls

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 import datasets
@@ -19,15 +19,16 @@ from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
 from datasets.words.lexicon import listed_words
 from engine.determinism import seeded
-from engine.files import read_json, readable
+from engine.files import read_json
 from engine.log import logger
-from engine.schema import Prompts, fault
+from engine.schema import check
 from evaluation.results import join_label
 from evaluation.zero_shot import class_embeddings
 from forgetting.errors import ProblemError, nearest, unknown
+from forgetting.io import read_bytes
 from forgetting.problem import Paraphrases, Request
 from forgetting.targets import TARGETS, WITH_BETA, check_beta
-from trainers.plan import user_lists
+from trainers.plan import PROMPTS, user_lists
 
 BARE = "{}"
 TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
@@ -48,12 +49,7 @@ def read_prompts(cfg) -> dict[str, list[str]]:
     if not path:
         return getattr(user_lists(), "forget_prompts", {}).get(cfg.DATASET.NAME, {})
     table = read_json(path, "file of prompts")
-    if found := fault(Prompts, table):
-        where = " / ".join(map(str, found.path))
-        raise ProblemError(
-            f"{path} must map class names to lists of texts, such as {{'cat': ['{{}}']}}; "
-            f"{where or 'all of it'} must be {found.wanted}"
-        )
+    check(table, PROMPTS, f"file of prompts {path}")
     return table
 
 
@@ -90,9 +86,8 @@ def read_target(kind: str, d: int) -> str | Tensor:
     if name != "vector":
         return kind
     try:
-        with readable(Path(path)) as file:
-            vector = load_file(file)["target"].float().flatten()
-    except (OSError, KeyError, SafetensorError) as error:
+        vector = load(read_bytes(path))["target"].float().flatten()
+    except (ProblemError, KeyError, SafetensorError) as error:
         raise ProblemError(
             f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
         ) from error
