@@ -87,16 +87,13 @@ def create_results(
         ProblemError: no results there, or none of the wanted kind; folders that do not belong
             together, or `before` of another model.
     """
-    several = isinstance(folder, Sequence) and not isinstance(folder, str | bytes) and folder
-    folders = list(folder) if several else [folder]
-    parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folders]
+    if isinstance(folder, str | PathLike) or not isinstance(folder, Sequence) or not folder:
+        found = _of_folder(folder, rn, log_name, multiclass, before)
+        return found if return_logs else found[:2]
+    parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folder]
     frames, args, logs = map(list, zip(*parts, strict=True))
-    df = frames[0]
-    if several:
-        same_kind(folders, logs)
-        df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
-    else:
-        (args,), (logs,) = args, logs
+    same_kind(folder, logs)
+    df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
     return (df, args, logs) if return_logs else (df, args)
 
 
@@ -119,12 +116,11 @@ def _of_folder(
         logs = read_logs(folder, log_name)
         args = [args, *read_args(folder / ARGS)][-1]
     models = _with_backbone(args, logs)
-    backbones = {str(each.get(SETTINGS, {}).get("backbone", "")) for each in models.values()}
-    resnet = any(name.upper().startswith("RN") for name in backbones)
-    if any(backbones) and rn not in (None, resnet):
-        names = ", ".join(sorted(backbones))
-        message = f"rn={rn}, but {folder} holds results of {names}: rn={resnet} is right"
-        warnings.warn(message, stacklevel=3)
+    names = {str(each.get(SETTINGS, {}).get("backbone", "")) for each in models.values()} - {""}
+    resnet = any(name.upper().startswith("RN") for name in names)
+    if names and rn not in (None, resnet):
+        found = f"{folder} holds results of {', '.join(sorted(names))}"
+        warnings.warn(f"rn={rn}, but {found}: rn={resnet} is right", stacklevel=3)
     df = result_table(folder, rows_of(logs), multiclass)
     if isinstance(before, str | PathLike):
         frame, *other = _of_folder(before, None, LOGS, multiclass, None)
@@ -217,26 +213,22 @@ def compare_results(
     if not isinstance(folders, Mapping) or not folders:
         raise ProblemError(f"folders must map names to results folders, not {shown(folders)}")
     titles = ["before", *folders, *(f"± {name}" for name in folders)]
-    for name in folders:
+    tables, places, models, keys = {}, [], [], ["data set", "forgotten"]
+    for name, each in folders.items():
         if not isinstance(name, str) or titles.count(name) > 1:
             raise ProblemError(f"no method can be called {name!r}: give it another name")
-    tables, places, models = {}, [], []
-    for name, each in folders.items():
         df, args, logs = create_results(each, True, multiclass=multiclass, before=before)
-        several = isinstance(logs, list)
-        places += each if several else [each]
-        models += map(_with_backbone, args, logs) if several else [_with_backbone(args, logs)]
-        rows = [row for one in (logs if several else [logs]) for row in rows_of(one)]
-        seconds = pd.DataFrame(
-            [(row.dataset, row.label, row.solver.get("seconds")) for row in rows],
-            columns=["data set", "forgotten", "seconds"],
-        ).astype({"seconds": float})
-        means = seconds.groupby(["data set", "forgotten"]).mean()
-        tables[name] = summarise(df).join(means, on=["data set", "forgotten"])
+        if not isinstance(logs, list):
+            each, args, logs = [each], [args], [logs]
+        places += each
+        models += map(_with_backbone, args, logs)
+        rows = [(r.dataset, r.label, r.solver.get("seconds")) for x in logs for r in rows_of(x)]
+        seconds = pd.DataFrame(rows, columns=[*keys, "seconds"]).astype({"seconds": float})
+        tables[name] = summarise(df).join(seconds.groupby(keys).mean(), on=keys)
     same_kind(places, models, model_alone=True)
     table = side_by_side(tables)
     if table.empty:
-        raise ProblemError(f"no class is in all of {', '.join(map(str, folders.values()))}")
+        raise ProblemError(f"no class is in all of {', '.join(map(str, places))}")
     return table
 
 

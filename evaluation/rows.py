@@ -1,4 +1,4 @@
-"""Logs and audits as rows, one a forgotten class: the only place that reads numbers out of them.
+"""Logs and audits as rows, one per forgotten class: the only place that reads numbers from them.
 
 Tables, reports and experiments all start from these rows. What the files may hold was checked when
 they were read (`engine.schema`).
@@ -99,18 +99,17 @@ class Row:
         return self.solver.get("certificate", {}).get("gap")
 
     @property
-    def falling(self) -> list[str]:
-        """Names that by text alone are likely to fall with the class: they lose more cosine than
-        they lay ahead of their nearest neighbour."""
-        felt = self.solver.get("forecast", {}).get("affected", [])
-        return [one["name"] for one in felt if one["cosine_loss"] > one["margin"]]
+    def likely_misclassified(self) -> list[str]:
+        """Names that by text alone lose more cosine than their margin over their neighbours."""
+        affected = self.solver.get("forecast", {}).get("affected", [])
+        return [name["name"] for name in affected if name["cosine_loss"] > name["margin"]]
 
     @property
-    def behind(self) -> list[str]:
-        """Wordings of the class that hardly follow it, by text alone."""
+    def lagging(self) -> list[str]:
+        """Paraphrases of the class that hardly move with it, by text alone."""
         return list(self.solver.get("paraphrases", {}).get("lagging", {}))
 
-    def found(self, *path: str) -> Any:
+    def measured(self, *path: str) -> Any:
         """A value of the audit by the keys that lead to it; None where it was not measured."""
         value: Any = self.audit
         for key in path:
@@ -124,23 +123,23 @@ class Row:
 
     @property
     def _prompts(self) -> list[dict[str, Any]]:
-        return self.found("paraphrase", "prompts") or []
+        return self.measured("paraphrase", "prompts") or []
 
     @property
     def back(self) -> list[str]:
         """Other words by which the class comes back."""
-        return self.found("paraphrase", "back") or []
+        return self.measured("paraphrase", "back") or []
 
     @property
     def worst(self) -> float | None:
         """Accuracy after forgetting, by the other words that find most of the class."""
-        return self.found("paraphrase", "worst", "after", "value")
+        return self.measured("paraphrase", "worst", "after", "value")
 
     @property
     def harmed(self) -> list[dict[str, Any]]:
         """The classes that lost most by it, those measured, with `name`, `before`, `after` and a
         few `pictures`."""
-        _, *others = self.found("examples", "classes") or [None]
+        _, *others = self.measured("examples", "classes") or [None]
         return [
             one for one in others if None not in (one["before"]["value"], one["after"]["value"])
         ]
@@ -148,7 +147,7 @@ class Row:
     @property
     def probe(self) -> float | None:
         """Accuracy that a linear probe on image embeddings still has on the class."""
-        return self.found("residue", "linear_probe", "after", "value")
+        return self.measured("residue", "linear_probe", "after", "value")
 
     def interval(self, side: str) -> tuple[float, float] | None:
         """The audit's 95 % interval of the class's accuracy, `side` is before or after.
@@ -156,7 +155,7 @@ class Row:
         None unless it is about the accuracy of the logs: an audit of an earlier adapter is not.
         """
         value = getattr(self.own, side)
-        measured = [self.found("residue", "zero_shot", side)]
+        measured = [self.measured("residue", "zero_shot", side)]
         measured += [prompt[side] for prompt in self._prompts if prompt["kind"] == EVALUATION]
         for accuracy in measured:
             if accuracy and None not in (value, accuracy["low"]):
@@ -166,11 +165,8 @@ class Row:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """The rows of a results folder, with the audits that are about its adapters of today.
-
-    Raises:
-        ProblemError: torn files, or files of another shape.
-    """
+    """The rows of a results folder, with the audits that are of its present adapters. Raises
+    ProblemError for files that cannot be read, or are of another shape."""
     logs = read_logs(folder)
     return rows_of(logs, current_audits(folder, logs)[0])
 
@@ -180,35 +176,26 @@ def rows_of(logs: Logs, audits: Audits | None = None) -> list[Row]:
 
     Args:
         logs: of `evaluation.results.read_logs`, those of the paper's public code too.
-        audits: data set -> label -> audit, of what the logs hold; see `current_audits`.
+        audits: data set -> label -> audit, see `current_audits`.
     """
-    audits = audits or {}
     rows = []
     for dataset, entries in logs.items():
         for label, entry in entries.items():
             if label != SETTINGS:
-                audit = audits.get(dataset, {}).get(label, {})
-                rows += _request(dataset, label, entry, audit.get("classes", {}))
+                audit = (audits or {}).get(dataset, {}).get(label, {})
+                rows += _rows_of_request(dataset, label, entry, audit.get("classes", {}))
     return rows
 
 
 def current_audits(folder: str | Path, logs: Logs) -> tuple[Audits, list[str]]:
-    """The audits of a results folder that are about the adapters of the logs.
-
-    Returns:
-        Data set -> label -> audit, and "DATASET: LABEL" for every audit that is left out, since
-        its adapter was replaced.
-
-    Raises:
-        ProblemError: a torn audit.json, or one of another shape.
-    """
+    """The audits of a results folder that are of the adapters of the logs, and "DATASET: LABEL" for
+    each that is left out, since its adapter was replaced."""
     current: Audits = {}
     outdated = []
     for dataset, labels in read_audits(folder).items():
         for label, audit in labels.items():
-            entry = logs.get(dataset, {}).get(label, {})
-            audited = audit["adapter_sha256"]
-            if entry.get("solver", {}).get("adapter_sha256", audited) == audited:
+            solver = logs.get(dataset, {}).get(label, {}).get("solver", {})
+            if solver.get("adapter_sha256", audit["adapter_sha256"]) == audit["adapter_sha256"]:
                 current.setdefault(dataset, {})[label] = audit
             else:
                 outdated.append(f"{dataset}: {label}")
@@ -221,7 +208,9 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _request(dataset: str, label: str, entry: dict[str, Any], audits: dict[str, Any]) -> list[Row]:
+def _rows_of_request(
+    dataset: str, label: str, entry: dict[str, Any], audits: dict[str, Any]
+) -> list[Row]:
     """The rows of one entry of the logs."""
     after, before = entry["final_results"], entry.get("zero_shot", {})
     own, rest = (
@@ -229,8 +218,8 @@ def _request(dataset: str, label: str, entry: dict[str, Any], audits: dict[str, 
         for key in ("cls_acc_test", "no_cls_acc")
     )
     others = {
-        name: Change(_whole(before.get(name)), _whole(results))
-        for name, results in after.items()
+        name: Change(before[name]["all"]["all_ds"] if name in before else None, x["all"]["all_ds"])
+        for name, x in after.items()
         if name != dataset
     }
     return [
@@ -247,11 +236,6 @@ def _request(dataset: str, label: str, entry: dict[str, Any], audits: dict[str, 
         )
         for name in own[1]
     ]
-
-
-def _whole(results: dict[str, Any] | None) -> float | None:
-    """The accuracy on all classes of another set."""
-    return results["all"]["all_ds"] if results else None
 
 
 def _by_class(results: dict[str, Any], key: str) -> dict[str, float | None]:

@@ -138,6 +138,17 @@ def check_columns(df: Any, columns: Sequence[str], source: str) -> None:
         raise ProblemError(f"not a frame of {source}: it lacks {', '.join(lacking)}")
 
 
+def quantities(df: pd.DataFrame) -> dict[str, tuple[list[str], list[str]]]:
+    """The columns of a `result_table` before and after forgetting, of the forgotten class, of the
+    rest of its set, and of the other data sets."""
+    sets = other_sets(df)
+    return {
+        "class": (["cls_Noforget"], ["cls_forget"]),
+        "rest": (["full_Noforget"], ["full_forget"]),
+        "others": ([f"full_{name}" for name in sets], [f"res_{name}" for name in sets]),
+    }
+
+
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
     """A frame of `utils.create_results` for reading, in percent: before and after forgetting.
 
@@ -146,14 +157,8 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
     (of `others` the mean of the sets' own).
     """
     check_columns(df, FRAME, "create_results")
-    sets = other_sets(df)
-    columns = {
-        "class": (["cls_Noforget"], ["cls_forget"]),
-        "rest": (["full_Noforget"], ["full_forget"]),
-        "others": ([f"full_{name}" for name in sets], [f"res_{name}" for name in sets]),
-    }
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
-    for title, (before, after) in columns.items():
+    for title, (before, after) in quantities(df).items():
         table[f"{title} before"] = 100 * df[before].mean(axis=1)
         table[f"{title} after"] = 100 * df[after].mean(axis=1)
         if "folders" in df:
@@ -189,20 +194,13 @@ def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataF
         folders: what to call a method -> its results folder.
 
     Returns:
-        Indexed by method: `classes`, how many requests the numbers are of; `forgotten before`,
-        `after` (means) and `worst` (the most that is left of a class); `rest before`, `after` and
-        `worst` (the most that forgetting one class cost, in points; negative: none lost) of the
-        other classes of the set; the same for `others`, where a mean is over other data sets too
-        and `worst` is of one class and one set; `seconds` (mean of a solve), `bytes` (mean size of
-        an adapter's file), `avg_gain` (the paper's summary). Where the classes were audited also
-        `words worst` (accuracy under the other words that find a class best, mean over classes),
-        `words back` (classes that come back under other words), `neighbours` (change of the ten
-        nearest classes, points), `retrieval forgotten` (images of the class whose best text it is)
-        and `retrieval` (change of that for retained classes, points). NaN where nothing was
-        measured.
-
-    Raises:
-        ProblemError: a folder holds no results of the wanted kind.
+        Indexed by method: `classes`, how many requests the numbers are of; for `forgotten`, `rest`
+        and `others` the mean `before` and `after`, and `worst` (the most that is left of a class;
+        the most that one class cost the rest, or one other set, in points); the means of `seconds`,
+        `bytes` (of an adapter) and `avg_gain`. Where classes were audited also `words worst` (mean
+        accuracy under the other words that find a class best), `words back` (classes that come back
+        under other words), `neighbours` and `retrieval` (changes in points), and `retrieval
+        forgotten`. NaN where nothing was measured.
     """
     lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
@@ -213,17 +211,13 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
     rows = [row for row in read_rows(folder) if (row.together > 1) == multiclass]
     df = result_table(folder, rows, multiclass)
     line: dict[str, float] = {"classes": len(df)}
-    others = other_sets(df)
-    for group, olds, news in (
-        ("forgotten", ["cls_Noforget"], ["cls_forget"]),
-        ("rest", ["full_Noforget"], ["full_forget"]),
-        ("others", [f"full_{name}" for name in others], [f"res_{name}" for name in others]),
-    ):
+    for quantity, (olds, news) in quantities(df).items():
+        name = "forgotten" if quantity == "class" else quantity
         before, after = (100 * df[columns].to_numpy() for columns in (olds, news))
-        line[f"{group} before"] = pd.Series(before.ravel()).mean()  # over what was measured
-        line[f"{group} after"] = pd.Series(after.ravel()).mean()
-        line[f"{group} worst"] = pd.Series((before - after).ravel()).max()
-    line["forgotten worst"] = 100 * df["cls_forget"].max()
+        lost = after if quantity == "class" else before - after
+        line[f"{name} before"] = pd.Series(before.ravel()).mean()  # over what was measured
+        line[f"{name} after"] = pd.Series(after.ravel()).mean()
+        line[f"{name} worst"] = pd.Series(lost.ravel()).max()
     solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
     files = [folder / solver.get("adapter", "") for solver in solvers]
     sizes = [file.stat().st_size if file.is_file() else None for file in files]
@@ -231,41 +225,29 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
     line["bytes"] = pd.Series(sizes, dtype=float).mean()
     line["avg_gain"] = average_gains(df).mean()
     audits = audit_table(rows)
-    if audits.empty:
-        return line
-    measured = audits[audits["words worst"].notna()]
-    return line | {
-        "words worst": audits["words worst"].mean(),
-        "words back": measured["words back"].gt(0).sum() if len(measured) else float("nan"),
-        "neighbours": (audits["neighbours after"] - audits["neighbours before"]).mean(),
-        "retrieval forgotten": audits["retrieval forgotten"].mean(),
-        "retrieval": (audits["retrieval after"] - audits["retrieval before"]).mean(),
-    }
+    if len(audits):
+        measured = audits[audits["words worst"].notna()]
+        line["words worst"] = audits["words worst"].mean()
+        line["words back"] = measured["words back"].gt(0).sum() if len(measured) else float("nan")
+        for name in ("neighbours", "retrieval"):
+            line[name] = (audits[f"{name} after"] - audits[f"{name} before"]).mean()
+        line["retrieval forgotten"] = audits["retrieval forgotten"].mean()
+    return line
 
 
 def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """A row for every audited class: what audit.csv holds, percent where it is an accuracy.
-
-    `before` and `after` (with its 95 % interval) are the class's accuracy under the evaluation
-    prompt, `words` under prompts that forgetting did not see (mean, worst, which, and under how
-    many of them half of the class is `back`), `neighbours` the mean of the ten nearest retained
-    classes, `retrieval` the images whose best text is the right one, of the class itself
-    (`forgotten`) and of retained classes, `leak auc` how well the new logits tell the class's
-    images from those of the class that they are now taken for, `probe` a linear probe on image
-    embeddings, `images in a cache` how many bring half of the class back by a cache on top,
-    `named` the place of the class among up to 1,000 names in the attacks that know the original
-    projection or only the changed one, `seconds` what the audit took without relearning. NaN where
-    it was not measured.
-    """
+    """A row for every audited class, as audit.csv has it: `FRACTIONS` in percent, `VALUES`, under
+    how many other words half of the class is `words back`, and the `seconds` that the audit took
+    without relearning. NaN where nothing was measured."""
     lines = []
     for row in rows:
         if row.audit:
             line: dict[str, Any] = {"data set": row.dataset, "forgotten": row.label}
             line["class"] = row.name
             for column, path in FRACTIONS.items():
-                value = row.found(*path)
+                value = row.measured(*path)
                 line[column] = float("nan") if value is None else 100 * value
-            line |= {column: row.found(*path) for column, path in VALUES.items()}
+            line |= {column: row.measured(*path) for column, path in VALUES.items()}
             timed = row.audit["seconds"]
             line["words back"] = len(row.back)
             line["seconds"] = sum(s for measure, s in timed.items() if measure != "relearning")

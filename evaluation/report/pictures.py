@@ -56,7 +56,7 @@ def strips(forgotten: ForgottenClass, draw: bool = True) -> list[Strip]:
     """
     examples: dict[str, tuple[Run, dict[str, Any]]] = {}  # of each method, by its first seed
     for run, row in forgotten.rows:
-        if classes := row.found("examples", "classes"):
+        if classes := row.measured("examples", "classes"):
             examples.setdefault(run.label, (run, classes[0]))
     if not examples:
         return []

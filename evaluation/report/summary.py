@@ -114,7 +114,7 @@ def findings(run: Run) -> list[str]:
         lines.append(f"Not forgotten ({half}): {listed(row.name for row in stay)}.")
     if back := [row for row in rows if row.back and row.fate is not Fate.STAYS]:
         texts = [
-            f"{row.name} (“{row.found('paraphrase', 'worst', 'text')}”: {percent(row.worst)}\u00a0%)"
+            f"{row.name} (“{row.measured('paraphrase', 'worst', 'text')}”: {percent(row.worst)}\u00a0%)"
             for row in back
         ]
         lines.append(f"Recognised again under other words: {listed(texts)}.")
@@ -133,9 +133,13 @@ def findings(run: Run) -> list[str]:
         _, other, row = max(falls, key=lambda fall: fall[0])
         change = " → ".join(percent(other[side]["value"]) for side in ("before", "after"))
         lines.append(f"Hit hardest: {other['name']}, {change}\u00a0% with {row.name} forgotten.")
-    if affected := [f"{', '.join(row.falling)} (with {row.name})" for row in rows if row.falling]:
+    if affected := [
+        f"{', '.join(row.likely_misclassified)} (with {row.name})"
+        for row in rows
+        if row.likely_misclassified
+    ]:
         lines.append(f"Likely to be recognised less, by their names alone: {listed(affected)}.")
-    if lagging := [f"“{row.behind[0]}” ({row.name})" for row in rows if row.behind]:
+    if lagging := [f"“{row.lagging[0]}” ({row.name})" for row in rows if row.lagging]:
         lines.append(f"Paraphrases that the change hardly reaches: {listed(lagging)}.")
     lines += _attacks(rows)
     gaps = [(row.gap, row.name) for row in rows if row.gap is not None]
@@ -156,7 +160,7 @@ def _attacks(rows: list[Row]) -> list[str]:
             "Image embeddings do not change: a linear probe trained on images still finds "
             f"{percent(mean(probed))}\u00a0% of a forgotten class’s images."
         )
-    taught = [found for row in rows if (found := row.found("relearning", "methods"))]
+    taught = [found for row in rows if (found := row.measured("relearning", "methods"))]
     if taught:
         back = sum(any(way["needed"] is not None for way in found.values()) for found in taught)
         lines.append(
@@ -164,7 +168,7 @@ def _attacks(rows: list[Row]) -> list[str]:
         )
     guesses = []
     for attack, who in ATTACKERS.items():
-        places = [row.found("undo", "attacks", attack, "place") for row in rows]
+        places = [row.measured("undo", "attacks", attack, "place") for row in rows]
         known = [place for place in places if place is not None]
         if known:
             guesses.append(f"{known.count(1)} of {len(known)} by who has {who}")
@@ -181,7 +185,9 @@ def not_measured(run: Run) -> list[tuple[str, list[str]]]:
         if row.audit:
             reasons = [f"{m}: left out of the audit" for m in MEASURES if m not in row.audit]
             for measure in MEASURES:
-                reasons += [f"{measure}: {why}" for why in row.found(measure, "not_measured") or []]
+                reasons += [
+                    f"{measure}: {why}" for why in row.measured(measure, "not_measured") or []
+                ]
         if row.own.before is None:
             reasons.append("Accuracy before forgetting: not in the logs")
         for reason in reasons:
