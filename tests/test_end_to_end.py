@@ -22,7 +22,7 @@ from forgetting.errors import ProblemError
 from tests.clip_fixtures import save_openai
 from tests.conftest import BACKBONE, REPOSITORY, whole_set
 from tests.test_bad_input import caltech
-from trainers import base
+from trainers import base, inputs
 from utils import create_results
 
 TOY_KEYS = [
@@ -201,7 +201,7 @@ def test_a_finished_run_encodes_nothing_and_reads_no_features(mini_args, tmp_pat
     argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path)]
     assert train.cli(argv) == 0
     for name in ("build_bundle", "FeatureCache"):
-        monkeypatch.setattr(base, name, None)
+        monkeypatch.setattr(inputs, name, None)
     assert train.cli(argv) == 0
     with pytest.raises(TypeError):  # negative control: a run that has work to do
         train.main([*argv, "--overwrite"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 from clip.apply import save_full_model
-from clip.architectures import identity_sha256
-from clip.bundle import FeatureBundle, load_bundles
-from clip.cache import FeatureCache
-from clip.features import build_bundle
 from clip.retain import retain_set, target_inputs
-from clip.source import ClipSource
 from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import ForgetSettings, check
 from engine.determinism import one_thread
@@ -34,16 +29,17 @@ from engine.sink import Sink, require
 from evaluation.results import Results, join_label, model_files, place, read_logs
 from evaluation.rows import mean, rows_of
 from evaluation.rules import Fate, fate
-from evaluation.zero_shot import Evaluator, accuracy
+from evaluation.zero_shot import accuracy
 from forgetting import Adapter, RetainSet, projection_sha256
 from forgetting.adapter import adapter_bytes
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError
 from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.recipe import Recipe
 from forgetting.targets import WITH_BETA, targets
+from trainers.inputs import RunInputs
 from trainers.plan import Plan, make_plan
-from trainers.requests import Texts, check_prompts, check_target, read_prompts, read_target
+from trainers.requests import check_target, read_prompts, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
@@ -96,7 +92,7 @@ class AdaptedProjection(nn.Module):
         return embedded if self.bias is None else embedded + self.bias
 
 
-class ForgetTrainer(SimpleTrainer):
+class ForgetTrainer(RunInputs, SimpleTrainer):
     """Forgets classes of one data set with one backbone and one seed.
 
     Images never train anything, so there are no training loaders: the feature bundles (made by
@@ -162,11 +158,6 @@ class ForgetTrainer(SimpleTrainer):
     def build_data_loader(self) -> None:
         """Find out which requests are not done yet; read features only if there are some."""
         cfg, plan = self.cfg, self.plan
-        self.source: ClipSource | None = None
-        if not cfg.FEATURES.DIR:
-            weights, precision = cfg.MODEL.INIT_WEIGHTS or None, cfg.MODEL.PRECISION
-            model = cfg.MODEL.BACKBONE.NAME, weights, cfg.FEATURES.CACHE
-            self.source = ClipSource(*model, self.device, precision)
         for name, reason in plan.absent.items():
             logger.info(f"not evaluated: {name} ({reason})")
         self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
@@ -176,7 +167,7 @@ class ForgetTrainer(SimpleTrainer):
         self.results = Results(cfg.OUTPUT_DIR)
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
         self.results.check(plan.dataset, identity)  # before weights are looked for
-        self.run_settings = self._run_settings()
+        self.run_settings = {"trainer": cfg.TRAINER.NAME, "seed": cfg.SEED} | self.model_settings()
         self.results.check(plan.dataset, self.run_settings)
         self.pending = self._pending()
 
@@ -198,65 +189,6 @@ class ForgetTrainer(SimpleTrainer):
         """Zero-shot accuracy of the set with the projection as it is."""
         own = self.evaluator.own
         return accuracy(own.correct_before if self.model is None else own.correct([self.model])[0])
-
-    # Inputs, each read or computed when it is first used
-
-    @cached_property
-    def bundles(self) -> dict[str, FeatureBundle]:
-        """Features of the set itself and of the sets beside it, by name."""
-        cfg, plan = self.cfg, self.plan
-        names = [plan.dataset, *plan.others]
-        if self.source is None:
-            bundles = load_bundles(cfg.FEATURES.DIR, cfg.MODEL.BACKBONE.NAME, names)
-        else:
-            bundles = {
-                name: build_bundle(
-                    name,
-                    self.source,
-                    cfg.DATASET.ROOT,
-                    cfg.FEATURES.CACHE,
-                    template=(cfg.DATASET.TEMPLATE or None) if name == plan.dataset else None,
-                    batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-                    workers=cfg.DATALOADER.NUM_WORKERS,
-                    own=cfg.DATASET.IMAGES if name == plan.dataset else "",
-                )
-                for name in names
-            }
-        own = bundles[plan.dataset]
-        check_prompts(plan.prompts, own)
-        if cfg.FORGET.RETAIN_NAMES:
-            hidden = self._hidden_of_names(own, plan.vocabulary)
-            own = replace(own, retain_names=plan.vocabulary, retain_hidden=hidden)
-        return bundles | {plan.dataset: own}
-
-    def _hidden_of_names(self, bundle: FeatureBundle, names: list[str]) -> Tensor:
-        """Hidden states (n, w) of names: encoded, or without a model those of the bundle."""
-        if self.source is not None:
-            return FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts(names)
-        known = [*bundle.classnames, *bundle.retain_names]
-        rows = torch.cat([bundle.forget_hidden, bundle.retain_hidden])
-        row_of = {datasets.key(name): row for name, row in zip(known, rows, strict=True)}
-        for name in names:
-            if datasets.key(name) not in row_of:
-                raise unknown("name to retain (--features has no model to encode it)", name, known)
-        return torch.stack([row_of[datasets.key(name)] for name in names])
-
-    @property
-    def bundle(self) -> FeatureBundle:
-        return self.bundles[self.plan.dataset]
-
-    @property
-    def others(self) -> dict[str, FeatureBundle]:
-        return {name: self.bundles[name] for name in self.plan.others}
-
-    @cached_property
-    def texts(self) -> Texts:
-        encode = self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
-        return Texts(self.bundle, encode, self.plan.prompts, self.cfg.SEED)
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        return Evaluator(self.bundle, self.others)
 
     @cached_property
     def projection_sha256(self) -> str:
@@ -286,20 +218,6 @@ class ForgetTrainer(SimpleTrainer):
         return retain_set(self.bundle, others, weights, similarity, self.device)
 
     # Settings, by which results are known
-
-    def _run_settings(self) -> dict[str, Any]:
-        """What all results of one data set in one folder have in common."""
-        if self.source is None:
-            b = self.bundle
-            model = b.backbone, b.weights, b.precision, b.template, b.split, b.model
-        else:
-            s, data = self.source, datasets.spec(self.plan.dataset, self.cfg.DATASET.IMAGES)
-            template = self.cfg.DATASET.TEMPLATE or data.template
-            identity = identity_sha256(s.architecture)
-            model = s.arch, s.weights_sha256, s.precision, template, "test", identity
-        keys = ("backbone", "weights", "precision", "template", "split", "model")
-        settings = {"trainer": self.cfg.TRAINER.NAME, "seed": self.cfg.SEED}
-        return settings | {key: value for key, value in zip(keys, model, strict=True) if value}
 
     def chosen_settings(self, classes: Sequence[str]) -> dict[str, Any]:
         """The settings that were chosen for a request, JSON values, known before anything is
