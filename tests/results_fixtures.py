@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,24 @@ def store(folder: str | Path, dataset: str, label: str, entry: dict, settings=No
     results = Results(folder)
     results.add(adapter(dataset, label, entry, settings), dataset, label, None)
     results.compile()
+
+
+def fork(call: Callable[[], object]) -> int:
+    """Start `call` in a child; its exit status is what the call gives, or 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        found = call()
+        status = found if isinstance(found, int) else 0
+    finally:
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """Exit status of a child; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -226,8 +226,11 @@ ROWS = {
     "specific": ("ForgetUCE", ["--target", "specific"], "specific needs the weighted retain set"),
     "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "ForgetLoRA takes empty"),
     "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
+    "terms": ("ForgetUCE", ["FORGET.TERMS", "('forget',)"], "TERMS has no effect on ForgetUCE"),
+    "protect": ("ForgetZero", ["--protect", "cat"], "PROTECT has no effect on ForgetZero"),
     "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
-    "ridge": ("ForgetUCE", ["TRAINER.FORGETUCE.RIDGE", "-1"], "RIDGE must be a number above 0"),
+    "key": ("ForgetUCE", ["TRAINER.FORGETUCE.ERAZE", "1"], "did you mean .*FORGETUCE.ERASE"),
+    "steps": ("ForgetAscent", ["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be a whole number"),
 }
 
 

@@ -27,30 +27,10 @@ from evaluation.results import read_logs
 from forgetting import load_adapter
 from forgetting.cli import cli as clip_forget
 from tests.conftest import BACKBONE
+from tests.results_fixtures import ended, fork
 
 FEW = 10
 ROUNDS = [FEW, pytest.param(100, marks=pytest.mark.slow)]
-
-
-def fork(call: Callable[[], object]) -> int:
-    """Start `call` in a child; its exit status is what the call gives, or 1."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        found = call()
-        status = found if isinstance(found, int) else 0
-    finally:
-        os._exit(status)
-
-
-def ended(pid: int) -> int:
-    """Exit status of a child; negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_often(call: Callable[[], object], rounds: int, check: Callable[[], None]) -> None:

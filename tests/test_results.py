@@ -16,7 +16,7 @@ from hypothesis import given
 from engine.files import sha256_file
 from evaluation.results import Results, add_args, join_label, place, read_logs, split_label
 from forgetting.errors import ProblemError
-from tests.results_fixtures import SETTINGS, adapter, entry, store
+from tests.results_fixtures import SETTINGS, adapter, ended, entry, fork, store
 from utils import compute_avg_gain, create_results
 
 CHOSEN = {"lamb_forget": 1.3}
@@ -62,27 +62,23 @@ def test_what_no_run_wrote_is_no_result(tmp_path):
     assert set(read_logs(tmp_path)["A"]) == {"settings", "cat"}
 
 
-WRITER = """
-import sys
-from evaluation.results import Results
-from tests.results_fixtures import adapter, entry
-folder, dataset, start = sys.argv[1:]
-results = Results(folder)
-for number in range(int(start), int(start) + 25):
-    name = f"c{number}"
-    results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, None)
-results.compile()
-"""
+def test_processes_that_write_at_once_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.results.INTERVAL", 0.0)  # each writes logs.json often
+    monkeypatch.setattr("evaluation.results.PATIENCE", 0)
 
+    def write(dataset: str, start: int) -> None:
+        results = Results(tmp_path)
+        for number in range(start, start + 25):
+            name = f"c{number}"
+            results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, None)
+        results.compile()
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    processes = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, start])
-        for name, start in (("A", "0"), ("A", "20"), ("B", "0"))
+    children = [
+        fork(lambda pair=pair: write(*pair)) for pair in (("A", 0), ("A", 20), ("B", 0), ("B", 10))
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert list(map(ended, children)) == [0] * 4
     logs = read_logs(tmp_path)
-    assert len(logs["A"]) == 46 and len(logs["B"]) == 26
+    assert len(logs["A"]) == 46 and len(logs["B"]) == 36
 
 
 @pytest.mark.parametrize("key", ["trainer", "backbone", "precision", "weights"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import re
@@ -10,12 +9,11 @@ import re
 import pytest
 
 from evaluation.audit.verdict import verdict
-from evaluation.report import read_runs
-from evaluation.report.summary import Summary, findings
 from evaluation.results import LOGS
-from evaluation.rows import Change, Row, rows_of
+from evaluation.rows import Change, Row, current_audits, rows_of
 from evaluation.rules import Fate
-from tests.report_fixtures import acc, audit_of, log_entry, plant, write
+from tests.report_fixtures import acc, audit_of, plant
+from trainers.base import outcomes
 
 
 def row_of(before: float | None, after: float | None, audit: dict | None = None) -> Row:
@@ -23,42 +21,19 @@ def row_of(before: float | None, after: float | None, audit: dict | None = None)
     return Row("A", "cat", "cat", 1, own, Change(0.9, 0.9), {}, audit=audit or {})
 
 
-def audit(before: float, after: float) -> dict:
-    """An audit whose verdict is of its own numbers."""
-    found = audit_of(random.Random(0), "cat", ["cat", "dog"], acc(before), acc(after))
-    return found | {"verdict": verdict(found)}
-
-
-def counted(found: dict) -> int:
-    """How many other texts the verdict speaks of."""
-    (count,) = {int(n) for line in verdict(found) for n in re.findall(r"(\d+) other te", line)}
-    return count
-
-
-def test_report_and_verdict_count_the_same_other_words():
-    """The evaluation prompt is no other word, though forgetting may not have seen it."""
-    found = audit(0.9, 0.1)
-    count = counted(found)
-    assert (
-        count == len(row_of(0.9, 0.1, found).other_words) == len(found["paraphrase"]["prompts"]) - 2
-    )
-    for kind, seen, more in (
-        ("evaluation", False, 0),
-        ("evaluation", True, 0),
-        ("synonym", True, 0),
-        ("synonym", False, 1),  # negative control: this one is counted by both
-    ):
-        changed = copy.deepcopy(found)
-        changed["paraphrase"]["prompts"].append(
-            found["paraphrase"]["prompts"][0] | {"kind": kind, "seen": seen}
-        )
-        assert counted(changed) == len(row_of(0.9, 0.1, changed).other_words) == count + more
-
-
-def test_the_report_says_how_many_texts_were_tried(tmp_path):
-    (one,) = read_runs(plant(tmp_path, 2))
-    prompts = one.rows[0].audit["paraphrase"]["prompts"]
-    assert Summary.of(one).tried == [len(prompts) - 2] * 2  # of which one is the evaluation prompt
+@pytest.mark.parametrize(("kind", "seen", "more"), [
+    ("evaluation", False, 0),  # the evaluation prompt is no other word, seen or not
+    ("evaluation", True, 0),
+    ("synonym", True, 0),
+    ("synonym", False, 1),  # negative control: this one is counted by both
+])  # fmt: skip
+def test_rows_and_verdict_count_the_same_other_words(kind, seen, more):
+    audit = audit_of(random.Random(0), "cat", ["cat", "dog"], acc(0.9), acc(0.1))
+    prompts = audit["paraphrase"]["prompts"]
+    before = len(row_of(0.9, 0.1, audit).other_words)
+    prompts.append(prompts[0] | {"kind": kind, "seen": seen})
+    counts = {int(n) for line in verdict(audit) for n in re.findall(r"(\d+) other te", line)}
+    assert counts == {before + more} == {len(row_of(0.9, 0.1, audit).other_words)}
 
 
 @pytest.mark.parametrize(
@@ -73,25 +48,17 @@ def test_the_report_says_how_many_texts_were_tried(tmp_path):
         (None, None, Fate.UNMEASURED),
     ],
 )
-def test_row_report_and_verdict_agree_on_what_became_of_a_class(tmp_path, before, after, fate):
+def test_row_screen_and_verdict_agree_on_what_became_of_a_class(before, after, fate):
     row = row_of(before, after)
     assert row.fate is fate and row.comes_back == (fate is Fate.STAYS)
-    entry = log_entry(random.Random(0), "A", ["cat"], acc(0.9), acc(0.1), 0.0)
-    for side, value in (("zero_shot", before), ("final_results", after)):
-        entry[side]["A"]["cat"]["cls_acc_test"] = value
-    write(tmp_path, {"A": {"settings": {}, "cat": entry}})
-    (one,) = read_runs(tmp_path)
-    text = " ".join([*findings(one), *one.rows[0].verdict])
-    assert ("1 class is not forgotten" in text) == (fate is Fate.STAYS)
-    assert ("never recognised" in text) == (fate is Fate.NEVER)
-    assert Summary.of(one).back == (fate is Fate.STAYS)
+    sides = [{"cat": {"cls_acc_test": x, "no_cls_acc": 0.9}} for x in (before, after)]
+    assert any("not forgotten" in line for line in outcomes(*sides)) == (fate is Fate.STAYS)
     if before is not None:
-        found = audit(0.9, 0.1)
-        found["residue"]["zero_shot"] = {"before": acc(before), "after": acc(after)}
-        lines = verdict(found)
-        assert ("was not forgotten" in " ".join(lines)) == (fate is Fate.STAYS)
-        assert ("never recognised" in " ".join(lines)) == (fate is Fate.NEVER)
-        assert any("half of it back" in line for line in lines) == (fate is Fate.GONE)
+        audit = audit_of(random.Random(0), "cat", ["cat", "dog"], acc(0.9), acc(0.1))
+        audit["residue"]["zero_shot"] = {"before": acc(before), "after": acc(after)}
+        lines = " ".join(verdict(audit))
+        assert ("was not forgotten" in lines) == (fate is Fate.STAYS)
+        assert ("never recognised" in lines) == (fate is Fate.NEVER)
 
 
 def test_several_classes_under_one_name_are_rows_of_their_own():
@@ -104,16 +71,20 @@ def test_several_classes_under_one_name_are_rows_of_their_own():
         ("b", (None, 0.3), (None, 0.5), 2),
     ]
     assert all(row.others == {"B": (None, 0.85)} and row.harm is None for row in rows)
-
-
-def test_a_class_name_may_hold_the_separator():
-    own = {"a|b": {"cls_acc_test": 0.1, "no_cls_acc": 0.5}}
+    own = {"a|b": {"cls_acc_test": 0.1, "no_cls_acc": 0.5}}  # a class name may hold the separator
     (row,) = rows_of({"A": {"a|b": {"final_results": {"A": own}}}})
     assert (row.name, row.together) == ("a|b", 1)
 
 
-def test_rows_keep_the_order_of_the_logs(tmp_path):
+def test_rows_keep_the_order_of_the_logs_and_audits_of_replaced_adapters_are_left_out(tmp_path):
     folder = plant(tmp_path, 6)
     logs = json.loads((folder / LOGS).read_text())
-    names = [label for label in logs["ToyAnimals"] if label != "settings"]
+    entries = logs["ToyAnimals"]
+    names = [label for label in entries if label != "settings"]
     assert [row.label for row in rows_of(logs)] == names
+    audits, outdated = current_audits(folder, logs)
+    assert not outdated and all(row.audit for row in rows_of(logs, audits))
+    entries[names[0]]["solver"]["adapter_sha256"] = "1" * 64
+    audits, outdated = current_audits(folder, logs)
+    assert outdated == [f"ToyAnimals: {names[0]}"]
+    assert [bool(row.audit) for row in rows_of(logs, audits)] == [False] + [True] * 5
