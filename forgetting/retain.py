@@ -94,9 +94,10 @@ class RetainSet:
         self.max_similar = max_similar
         if max_similar is not None:
             number("max_similar", max_similar, low=1, whole=True)
-        empty = matrix("hidden states", next(iter(groups.values())).rows)[:0]
+        width = None
         for name, group in groups.items():
-            rows = matrix(f"group {name!r}", group.rows, empty.shape[1])
+            rows = matrix(f"group {name!r}", group.rows, width)
+            width = rows.shape[1]
             if len(group.names) != len(rows):
                 raise ProblemError(
                     f"group {name!r}: {len(group.names)} names, {len(rows)} hidden states"
@@ -108,7 +109,7 @@ class RetainSet:
         self.counts = {name: len(group.names) for name, group in self.groups.items()}
         self.weights = {n: g.name_weight * len(g.names) for n, g in self.groups.items()}
         self.names = [name for group in chosen for name in group.names]
-        self.rows = torch.cat([empty, *(group.rows for group in chosen)]).to(device)  # (n, w)
+        self.rows = torch.cat([rows[:0], *(group.rows for group in chosen)]).to(device)  # (n, w)
         sizes = torch.tensor(list(self.counts.values()), dtype=torch.int64)
         weights = torch.tensor([group.name_weight for group in chosen], dtype=torch.float64)
         self.name_weights = weights.repeat_interleave(sizes).to(device)  # (n,)

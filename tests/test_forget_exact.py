@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from clip.bundle import bundle_path
 from clip.retain import exact_context, exact_retain_set
 from forgetting import load_adapter
 from forgetting.cli import cli
 from forgetting.context import ExactSettings
 from tests.conftest import BACKBONE, toy_bundle
+from trainers.requests import Texts
 from utils import compare_results, create_results, plot_comparison
 
 
@@ -41,25 +43,6 @@ def test_every_class_is_gone_and_the_rest_stays(exact_args):
         assert proof["gap"] <= 1e-9 and proof["primal"] > 0
 
 
-def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
-    """All of it where the set has none; nothing without a model."""
-    animals = toy_bundle("ToyAnimals")
-    bare = replace(animals, retain_names=[], retain_hidden=animals.retain_hidden[:0])
-    more = {"generic": (["kite", "lamp"], torch.randn(2, 24))}
-
-    def weights(bundle, more=more, **changes):
-        return exact_retain_set(ExactSettings(**changes), bundle, more=more).weights
-
-    assert weights(animals) == {"own": 1, "vocabulary": 0.25, "generic": 0.25}
-    assert weights(animals, generic=0.2)["generic"] == pytest.approx(0.1)
-    assert weights(animals, generic=1) == {"own": 1, "generic": 0.5}
-    assert weights(bare) == {"own": 1, "generic": 0.5}
-    assert weights(animals, generic=0) == {"own": 1, "vocabulary": 0.5}
-    assert weights(animals, more=None) == {"own": 1, "vocabulary": 0.5}
-    assert weights(bare, generic=0) == {"own": 1}
-    assert weights(animals, vocabulary=0) == {"own": 1}
-
-
 def test_generic_names_do_not_decide_on_the_ridge():
     """But where they are the only vocabulary."""
     animals = toy_bundle("ToyAnimals")
@@ -73,6 +56,31 @@ def test_generic_names_do_not_decide_on_the_ridge():
     )
     assert without.settings.ridge == beside.settings.ridge != alone.settings.ridge
     assert "generic" not in without.retain.counts and beside.retain.counts["generic"] == 200
+
+
+def test_what_is_retained_of_bundles():
+    """Own classes are exempt from similarity: they are different things, however similar."""
+    animals, tools = toy_bundle("ToyAnimals"), toy_bundle("ToyTools")
+    hidden = animals.forget_hidden.clone()
+    hidden[1] = 1.001 * hidden[0]  # a dog as like a cat as can be
+    words = torch.cat([hidden[:1], animals.retain_hidden[1:]])
+    animals = replace(animals, forget_hidden=hidden, retain_hidden=words)
+    retain = exact_retain_set(ExactSettings(), animals, [tools])
+    assert retain.counts == {"own": 12, "vocabulary": 30, "others": 8}
+    mask = retain.excluded([()], hidden[:1], torch.zeros(1, dtype=torch.int64))[0]
+    assert retain.named(mask) == ["cat"] and int(mask.nonzero()) == 12  # the vocabulary's first
+    without = exact_retain_set(ExactSettings(), animals, [tools], without="others")
+    assert set(without.counts) == {"own", "vocabulary"}
+    assert "others" not in exact_retain_set(ExactSettings(others=0.0), animals, [tools]).counts
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.0])
+def test_other_sets_may_be_affected_where_they_are_listed(weight):
+    animals, tools = toy_bundle("ToyAnimals"), toy_bundle("ToyTools")
+    settings = ExactSettings(others=weight)
+    texts = exact_context(settings, animals, [tools]).classifier
+    assert ("hammer" in texts.names) == (weight > 0) and texts.n_classes == 6
+    assert texts.label["sea_horse"] == 2 and texts.names[2] == "sea horse"
 
 
 def test_what_means_the_same_leaves_the_retain_set(exact_args):
@@ -188,6 +196,83 @@ def test_two_methods_side_by_side(toy_args, exact_args, tmp_path):
     assert table["forgotten"].tolist() == ["cat", "owl"]
     assert (table["class exact"] == 0).all() and (table["class before"] > 90).all()
     assert plot_comparison(table, tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_the_forecast_is_in_the_logs(exact_args):
+    forecast = solver_of(train.main([*exact_args, "--forget", "owl"]), "owl")["forecast"]
+    assert set(forecast["unlisted"]) == {"own", "vocabulary", "others"}
+    assert all(0 < part["rms"] <= part["max"] for part in forecast["unlisted"].values())
+    loss = [one["cosine_loss"] for one in forecast["affected"]]
+    assert loss == sorted(loss, reverse=True) and forecast["margin"] >= forecast["gap"] > 0
+    assert "owl" not in [one["name"] for one in forecast["affected"]]
+
+
+def test_settings_reach_the_context(exact_args):
+    def beta(*options):
+        folder = train.main([*exact_args, "--forget", "owl", "--overwrite", *options])
+        return solver_of(folder, "owl")["beta"]
+
+    node = "TRAINER.FORGETEXACT."
+    assert beta(node + "MIN_MARGIN", "0") == 0 < beta(node + "MIN_MARGIN", "1.2")
+    assert beta(node + "MIN_MARGIN", "0", "--beta", "0.3") == 0.3
+
+
+def test_a_protected_name_is_affected_less(exact_args):
+    def loss(*options):
+        folder = train.main([*exact_args, "--forget", "owl", "--overwrite", *options])
+        affected = solver_of(folder, "owl")["forecast"]["affected"]
+        return {one["name"]: one["cosine_loss"] for one in affected}
+
+    before = loss()
+    name = max(before, key=before.__getitem__)
+    after = loss("--protect", name, "TRAINER.FORGETEXACT.PROTECT", "10")
+    assert after.get(name, 0) < before[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "token"),
+    [
+        (["--protect", "unicorn"], "unknown name to protect (FORGET.PROTECT) 'unicorn'"),
+        (["--protect", "OWL"], "'OWL' is to be forgotten and to be protected"),
+        (["--protect", " "], "is empty"),
+        (["--protect", "cat", "--trainer", "ForgetLoRA"], "FORGET.PROTECT"),
+    ],
+)
+def test_names_to_protect_are_checked(options, token, exact_args, refused):
+    assert token in refused([*exact_args, "--forget", "owl", *options])
+
+
+@pytest.mark.parametrize(("name", "close"), [("catt", "cat"), ("sea horse", None), ("kiwi", None)])
+def test_a_mistyped_name_to_protect_is_said(name, close, caplog):
+    """With a model any name can be protected, so it is not refused."""
+    texts = Texts(toy_bundle("ToyAnimals"), lambda names: torch.randn(len(names), 24))
+    names, rows = texts.protected([name], {})
+    assert names == [name] * len(rows)
+    said = [record.message for record in caplog.records]
+    assert said == ([] if close is None else [m for m in said if repr(close) in m])
+    assert bool(said) == (close is not None)
+
+
+def test_a_paraphrase_that_lags_is_forgotten_too(features, tmp_path):
+    """The evaluation prompt of a class is made of another name: the bare name moves alone."""
+    bundle = toy_bundle("ToyAnimals")
+    prompts = bundle.class_hidden.clone()
+    prompts[4] = 0.2 * bundle.forget_hidden[4] + bundle.retain_hidden[3]
+    odd = replace(bundle, class_hidden=prompts)
+    odd.save(bundle_path(tmp_path / "odd", BACKBONE, "ToyAnimals"))
+    argv = ["--dataset", "ToyAnimals", "--features", str(tmp_path / "odd"), "--forget", "owl"]
+    argv += [
+        "--backbone",
+        BACKBONE,
+        "--trainer",
+        "ForgetExact",
+        "TRAINER.FORGETEXACT.MIN_MARGIN",
+        "0",
+    ]
+    for limit, added in (("0", []), ("0.5", ["a photo of a owl."])):
+        keys = ["TRAINER.FORGETEXACT.MIN_DISPLACEMENT", limit]
+        solver = solver_of(train.main([*argv, "--output-dir", str(tmp_path / limit), *keys]), "owl")
+        assert solver["texts"] == ["owl", *added] and solver["paraphrases"]["added"] == added
 
 
 ROWS = {
