@@ -1,0 +1,276 @@
+"""`forget()`: one call on any model. What it solves stands in tests/test_context.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forgetting import forget
+from forgetting.adapter import read_parts
+from forgetting.api import ENOUGH
+from forgetting.context import ExactSettings
+from forgetting.errors import ProblemError
+from forgetting.models.encoder import Encoder, read_encoder
+from forgetting.models.vocabulary import generic_hidden
+from tests.encoder_fixtures import OUT, needs_transformers, tiny
+
+RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
+PLAIN = {"retain": RETAIN, "generic": False, "progress": False, "cache": None}
+ONCE = {"min_margin": 0.0, "min_displacement": 0.0}  # no second look
+
+
+@pytest.fixture
+def common(monkeypatch):
+    """A generic vocabulary of forty names, one of them retained by name as well."""
+    names = [f"w{i}" for i in range(39)] + ["PEPSI"]
+    monkeypatch.setattr("forgetting.models.vocabulary.generic", lambda: {"a": names})
+    return names
+
+
+@pytest.mark.parametrize("target", ["specific", "orthogonal", "empty", "text:a dog", "vector"])
+@pytest.mark.parametrize("family", ["own", "own with bias"])
+def test_targets(family, target):
+    model, words = tiny(family)
+    encoder = read_encoder(model, words)
+    was, dog = encoder.embeddings(["Acme Cola"])[0], encoder.embeddings(["a dog"])[0]
+    vector = torch.randn(OUT, generator=torch.Generator().manual_seed(0))
+    goal = vector if target == "vector" else target
+    answer = forget(model, words, ["Acme Cola"], target=goal, **PLAIN)
+    answer.apply()
+    now = encoder.embeddings(["Acme Cola"])[0]
+    assert answer.adapter.settings["target"] == target
+    if target == "vector":
+        assert torch.allclose(now, vector, atol=1e-4)
+    elif target == "text:a dog":
+        assert torch.allclose(now, dog / dog.norm(), atol=1e-4)
+    elif target == "specific":
+        assert float(torch.cosine_similarity(was, now, dim=0)) < 0.9
+    else:
+        assert float(now.norm()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_bias_counts():
+    """`P = 0` is reached with the bias, which stays; without it the text would end at b."""
+    model, words = tiny("own with bias")
+    shift = model.shift.detach().clone()
+    forget(model, words, ["Acme Cola"], target="opposite", **PLAIN).apply()
+    assert float(read_encoder(model, words).embeddings(["Acme Cola"]).norm()) < 1e-3
+    assert torch.equal(shift, model.shift) and float(shift.norm()) > 1
+
+
+def test_other_words_and_templates():
+    """The first template forgets, the others are paraphrases; a text that two words share once."""
+    model, words = tiny("own")
+    also = {"Acme Cola": ["acme soda", "Acme Cola", "AcmeCola"]}
+    forms = ["{}", "a {}", "the {}"]
+    answer = forget(model, words, ["Acme Cola", "Oslo boat"], also, templates=forms, **PLAIN)
+    assert answer.texts[:4] == ["Acme Cola", "acme soda", "AcmeCola", "Oslo boat"]
+    assert answer.adapter.solver["paraphrases"]["checked"] == 2 * 4
+    assert set(answer.texts[4:]) == set(answer.adapter.solver["paraphrases"]["added"])
+    once = forget(model, words, ["Acme Cola", "Oslo boat"], also, templates=forms, **ONCE, **PLAIN)
+    assert len(once.texts) == 4 and once.adapter.solver["paraphrases"]["checked"] == 0
+
+
+def test_each_class_goes_as_far_as_it_needs():
+    """One beta for a request would send a class elsewhere than where it goes alone."""
+    model, words = tiny("own")
+
+    def parts(names, min_margin):
+        answer = forget(model, words, names, **ONCE | {"min_margin": min_margin}, **PLAIN)
+        return read_parts(answer.adapter, "a")
+
+    names = ["Acme Cola", "Zeta Tea", "Oslo boat"]
+    together = parts(names, 2.0)
+    moved = [
+        not torch.allclose(part.tensors["displacement"], before.tensors["displacement"], atol=1e-4)
+        for part, before in zip(together, parts(names, 0.0), strict=True)
+    ]
+    assert set(moved) == {True, False}
+
+
+def test_what_is_forgotten_is_not_retained():
+    """A caller may name all classes of a classifier, the forgotten one among them."""
+    model, words = tiny("open_clip ViT")
+    also = {"Acme Cola": ["acme soda"]}
+    all_classes = {**PLAIN, "retain": [*RETAIN, "ACME_cola", "acme soda"]}
+    alone = forget(model, words, ["Acme Cola"], also, **PLAIN)
+    both = forget(model, words, ["Acme Cola"], also, **all_classes)
+    assert both.adapter.solver["excluded"] == ["ACME_cola", "acme soda"]
+    assert not {one.name for one in both.forecast.affected} & {"ACME_cola", "acme soda"}
+    assert any("not retained" in note and "ACME_cola" in note for note in both.notes)
+    assert not any("not retained" in note for note in alone.notes)
+    with pytest.raises(ProblemError, match="nothing to retain"):
+        forget(model, words, ["Acme Cola"], **{**PLAIN, "retain": ["Acme Cola"]})
+
+
+def test_protected_names_are_something_to_retain_and_are_affected_less():
+    model, words = tiny("own")
+    alone = PLAIN | {"retain": None}
+    answer = forget(model, words, ["Acme Cola"], protect=["dog", "cat"], **alone)
+    assert set(answer.forecast.unlisted) == {"protect"}
+
+    def loss(**options) -> dict[str, float]:
+        answer = forget(model, words, ["Acme Cola"], ridge=0.01, **options, **PLAIN)
+        return {one.name: one.cosine_loss for one in answer.forecast.affected}
+
+    before = loss()
+    name = max(before, key=before.__getitem__)
+    heavy = ExactSettings(protect=10.0)
+    assert loss(protect=[name], settings=heavy).get(name, 0) < before[name]
+
+
+def test_a_name_that_is_common_and_retained_is_looked_at_once(common, tmp_path):
+    """Else its margin is that to itself, and any loss makes it likely to be misclassified."""
+    model, words = tiny("own")
+    answer = forget(model, words, ["Acme Cola"], retain=["Pepsi"], cache=None, progress=False)
+    names = [one.name.casefold() for one in answer.forecast.affected]
+    assert len(set(names)) == len(names)
+    for one in answer.forecast.affected:
+        assert one.margin > 1e-6
+    only = forget(model, words, ["Acme Cola", "w3"], cache=None, progress=False)
+    assert "w3" not in [one.name for one in only.forecast.affected]
+
+
+def test_the_ridge_is_chosen_by_a_callers_list_where_it_is_long(common):
+    def ridge(count: int, name: str = "Acme Cola") -> float:
+        retain = [f"{i} things" for i in range(count)]
+        answer = forget(*tiny("own"), [name], retain=retain, cache=None, progress=False)
+        return answer.adapter.settings["ridge"]
+
+    assert ridge(ENOUGH) == ridge(ENOUGH, "Zeta Tea")  # by no request
+    found = []
+
+    def record(retain, projection, likely, *rest):
+        found.append(len(likely))
+        return 0.01
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forgetting.api.choose_ridge", record)
+        ridge(ENOUGH), ridge(ENOUGH - 1)
+    assert found == [ENOUGH, 40]
+
+
+def test_the_generic_vocabulary_is_encoded_once(common, tmp_path, monkeypatch):
+    model, words = tiny("open_clip ViT")
+    names, rows = generic_hidden(read_encoder(model, words), tmp_path, progress=False)
+    assert names == common and len(rows) == 40 and len(list(tmp_path.iterdir())) == 1
+    read, hidden = [], Encoder.hidden
+
+    def counted(self, texts, *args, **kwargs):
+        read.extend(texts)
+        return hidden(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "hidden", counted)
+    answer = forget(model, words, ["Acme Cola"], cache=tmp_path, progress=False)
+    answer.apply()  # a hidden state does not depend on the projection
+    _, again = generic_hidden(read_encoder(model, words), tmp_path)
+    assert torch.equal(rows, again) and not set(read) & set(common)
+    assert len(list(tmp_path.iterdir())) == 1 and set(answer.forecast.unlisted) == {"generic"}
+    with torch.no_grad():  # another text encoder, or tokenizer: another file
+        model.positional_embedding[0] += 1
+    generic_hidden(read_encoder(model, words), tmp_path, progress=False)
+    generic_hidden(read_encoder(model, lambda t: words([x.upper() for x in t])), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch):
+    model, words = tiny("own")
+    first = forget(model, words, ["Acme Cola"], **PLAIN)
+    calls = []
+    for name in ("choose_ridge", "RetainSet"):
+        monkeypatch.setattr(f"forgetting.api.{name}", lambda *a, name=name: calls.append(name))
+    again = forget(model, words, ["Acme Cola"], **PLAIN)
+    assert torch.equal(again.adapter.delta(), first.adapter.delta()) and not calls
+    second = forget(model, words, ["Zeta Tea"], **PLAIN)
+    monkeypatch.undo()
+    fresh = forget(*tiny("own"), ["Zeta Tea"], **PLAIN)
+    assert torch.allclose(second.adapter.delta(), fresh.adapter.delta(), atol=1e-5)
+    # Whatever it depends on makes it anew: names, weights, and the model itself.
+    for options in ({"retain": RETAIN[1:]}, {"own": 0.3}, {"ridge": 1.0}):
+        other = forget(model, words, ["Acme Cola"], **PLAIN | options)
+        assert not torch.equal(other.adapter.delta(), first.adapter.delta()), options
+    with torch.no_grad():
+        model.last.mul_(2.0)
+    other = forget(model, words, ["Acme Cola"], **PLAIN)
+    assert torch.allclose(other.adapter.delta(), 2 * first.adapter.delta(), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        model.layer.weight.mul_(0.5)
+    assert not torch.allclose(
+        forget(model, words, ["Acme Cola"], **PLAIN).adapter.delta(), other.adapter.delta()
+    )
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        forget(*tiny("own"), ["Acme Cola"], **PLAIN)
+        with pytest.raises(ProblemError):
+            forget(*tiny("own"), ["Acme Cola"], **PLAIN | {"retain": None})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "family", ["own", pytest.param("transformers CLIPModel", marks=needs_transformers)]
+)
+def test_texts_that_are_cut_are_noted(family):
+    """24 tokens, of which two are the start and the end; one that just fits is not too long."""
+    model, words = tiny(family)
+    fits, long = "a" * 22, "a" * 23
+    notes = forget(model, words, ["Acme Cola", fits], templates=["{}"], **PLAIN).notes
+    assert not any("beginning" in note for note in notes)
+    (note,) = (n for n in forget(model, words, [long], **PLAIN).notes if "beginning" in n)
+    assert f"the beginning of '{long}' and of 1 more" in note and "\n" not in note
+
+
+ARGUMENTS = {
+    "text for names": ({"names": "Acme"}, "names must be a list of texts"),
+    "no name": ({"names": []}, "names is empty"),
+    "empty name": ({"names": [" "]}, "not empty"),
+    "template": ({"templates": ["a photo"]}, "templates"),
+    "also": ({"also": {"Acme Coal": ["x"]}}, "did you mean 'Acme Cola'"),
+    "two of one": ({"names": ["Acme Cola", "ACME COLA"]}, "stands for both"),
+    "one name, two spellings": ({"names": ["sea_horse", "Sea  Horse"]}, "stands for both"),
+    "protect": ({"protect": ["acme_cola"]}, "to be protected"),
+    "same name": (
+        {"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "protect": ["cat"]},
+        "protected",
+    ),
+    "target": ({"target": "oposite"}, "did you mean 'opposite'"),
+    "list as target": ({"target": [1.0]}, "no target"),
+    "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target"),
+    "vector": ({"target": torch.zeros(3)}, "target"),
+    "beta": ({"beta": -2.0}, "beta"),
+    "beta of none": ({"target": "empty", "beta": 0.1}, "beta"),
+    "no setting": ({"betta": 0.1}, "did you mean 'beta'"),
+    "tiny ridge": ({"ridge": 1e-30}, "ridge"),
+    "settings": ({"settings": {"beta": 0.1}}, "settings must be ExactSettings"),
+    "nothing": ({"retain": None, "generic": False}, "nothing to retain"),
+    "no weight": ({"settings": ExactSettings(own=0.0)}, "nothing to retain"),
+    "cache": ({"cache": 3}, "cache"),
+    "progress": ({"progress": 1}, "progress"),
+    "generic": ({"generic": 0}, "generic"),
+}
+
+
+@pytest.mark.parametrize("row", ARGUMENTS)
+def test_arguments_that_are_refused(row):
+    given, token = ARGUMENTS[row]
+    with pytest.raises(ProblemError, match=token):
+        forget(*tiny("own"), **({"names": ["Acme Cola"]} | PLAIN | given))
+
+
+def test_settings_come_whole_or_by_name():
+    model, words = tiny("own")
+    whole = ExactSettings(target="opposite", beta=0.2, ridge=0.01)
+    a = forget(model, words, ["Acme Cola"], settings=whole, **PLAIN)
+    by_name = {"target": "opposite", "beta": 0.2, "ridge": 0.01}
+    b = forget(model, words, ["Acme Cola"], **by_name, **PLAIN)
+    c = forget(model, words, ["Acme Cola"], settings=replace(whole, beta=0.0), beta=0.2, **PLAIN)
+    assert torch.equal(a.adapter.delta(), b.adapter.delta())
+    assert torch.equal(a.adapter.delta(), c.adapter.delta())
+    assert a.adapter.settings["ridge"] == pytest.approx(0.01)
