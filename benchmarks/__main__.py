@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from engine.cli import commands
-from forgetting.errors import ProblemError
 
 BENCHMARKS = {
     "encode": "images to embeddings, against open_clip's plain loop",
@@ -17,7 +16,7 @@ BENCHMARKS = {
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Exit status of a benchmark: 2 if it is refused."""
-    return commands("benchmarks", BENCHMARKS, argv, (ProblemError,))
+    return commands("benchmarks", BENCHMARKS, argv)
 
 
 if __name__ == "__main__":

@@ -11,44 +11,26 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from engine.log import quiet, screen
-from forgetting.errors import ProblemError, unknown
+from forgetting import cli
+from forgetting.errors import ProblemError, line, shown, unknown
 from forgetting.settings import check_value, kind_of
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ProblemError, with the nearest option for an unknown one; every
-    command has `--quiet`.
-
-    Positional arguments may stand between options, as CoOp's trailing KEY VALUE pairs do.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        # A prefix that happens to be unique today is a mistyped option tomorrow.
-        super().__init__(allow_abbrev=False, **settings)
-        about = "show no progress and no messages: results, warnings and errors alone"
-        self.add_argument("--quiet", action="store_true", help=about)
+class Parser(cli.Parser):
+    """The parser of `clip-forget`, for the log of `engine.log`: `--quiet` leaves results, warnings
+    and errors. Positional arguments may stand between options, as CoOp's KEY VALUE pairs do."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         for text in args or ():
             if "\0" in text:  # no file has such a name, and no shell passes it on
                 self.error(f"the argument {text!r:.80} holds a NUL character")
-        found = self.parse_intermixed_args(args, namespace)
-        if vars(found).pop("quiet"):  # it changes nothing that a command does
+        parsed = self.parse_intermixed_args(args, namespace)
+        if vars(parsed).pop("quiet"):  # it changes nothing that a command does
             screen.setLevel(logging.WARNING)
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        start, _, rest = message.partition("unrecognized arguments: ")
-        options = [text for action in self._actions for text in action.option_strings]
-        if not start and rest:
-            strange = [text.split("=")[0] for text in rest.split() if text.startswith("-")]
-            if strange:
-                raise unknown("option", strange[0], options)
-            message = f"unexpected argument {rest.split()[0]!r}"
-        raise ProblemError(f"{message} (see {self.prog} --help)")
+        return parsed
 
 
 def add_setting(
@@ -81,7 +63,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     def take(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,30}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(
-                f"must be a whole number from {low:,} to {high:,}, got {text!r:.80}"
+                f"must be a whole number from {low:,} to {high:,}, not {shown(text)}"
             )
         return int(text)
 
@@ -92,22 +74,9 @@ SEED = whole(0, 2**32 - 1)
 COUNT = whole(1, 10**6)
 
 
-def one_line(text: str) -> str:
-    """`text` as any terminal can show it on one line: what is no printable character is spelled
-    as Python spells it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def run(
-    main: Callable[[Sequence[str] | None], object],
-    argv: Sequence[str] | None = None,
-    refusals: tuple[type[Exception], ...] = (),
-) -> int:
+def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> int:
     """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
-    What the user must know of a failure is one line on stderr.
-
-    `refusals` are exceptions beside ProblemError whose text is such a line.
-    """
+    What the user must know of a failure is one line on stderr."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell closed it: `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
@@ -122,7 +91,7 @@ def run(
     except BrokenPipeError:  # whoever reads the output has seen enough
         _drop_output()
         return 1
-    except (ProblemError, *refusals) as error:
+    except ProblemError as error:
         return _refuse(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -143,23 +112,18 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _refuse(line: str) -> int:
-    print(f"error: {one_line(line)}", file=sys.stderr)
+def _refuse(message: str) -> int:
+    print(f"error: {line(message)}", file=sys.stderr)
     return 2
 
 
-def commands(
-    package: str,
-    known: Mapping[str, str],
-    argv: Sequence[str] | None = None,
-    refusals: tuple[type[Exception], ...] = (),
-) -> int:
+def commands(package: str, known: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
     """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME.
 
     Without a name, or with --help, the names are listed.
 
     Args:
-        known: each name, and what it does in one line; refusals: as for `run`.
+        known: each name, and what it does in one line.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
 
@@ -170,11 +134,11 @@ def commands(
             print("\n".join(f"  {key:<{width}}  {about}" for key, about in known.items()))
         elif name.startswith("-"):
             raise ProblemError(
-                f"{name} stands before the name; give one of {', '.join(known)} first"
+                f"{name} comes before the name; first give one of {', '.join(known)}"
             )
         elif name not in known:
             raise unknown(f"name for python -m {package}", name, known)
         else:
             import_module(f"{package}.{name}").main(rest[:-1])
 
-    return run(main, refusals=refusals)
+    return run(main)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from safetensors import SafetensorError
-
 from engine.cli import commands
-from forgetting.errors import ProblemError
 
 EXPERIMENTS = {
     "sweep": "data sets x backbones x seeds x methods x settings of one file, and their table",
@@ -21,7 +18,7 @@ EXPERIMENTS = {
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Exit status of an experiment: 2 if it is refused."""
-    return commands("experiments", EXPERIMENTS, argv, (ProblemError, SafetensorError))
+    return commands("experiments", EXPERIMENTS, argv)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_a_prefix_is_no_option_and_an_argument_too_many_is_named():
     parser.add_argument("--weights")
     with pytest.raises(ProblemError, match="unknown option '--weig'; did you mean '--weights'"):
         parser.parse_args(["--weig", "a"])
-    with pytest.raises(ProblemError, match="unexpected argument 'b'"):
+    with pytest.raises(ProblemError, match="arguments: b"):
         parser.parse_args(["b"])
 
 
@@ -86,3 +86,21 @@ def test_a_reader_that_has_seen_enough_is_no_traceback():
         ["sh", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_stdout_that_is_closed_is_no_traceback():
+    for code in ("print('a'); logger.info('b')", "raise ProblemError('refused')"):
+        text = f"""
+import sys
+from engine.cli import ProblemError, run
+from engine.log import logger, progress
+def main(argv):
+    for _ in progress(range(2), "loop"):
+        {code}
+sys.exit(run(main))
+"""
+        for closed in (">&-", "2>&-", ">&- 2>&-"):
+            command = [*("sh", "-c", f'"$0" -c "$1" {closed}'), sys.executable, text]
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+            assert done.returncode == (2 if "raise" in code else 0), done.stderr
+            assert "Traceback" not in done.stdout + done.stderr
