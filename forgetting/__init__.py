@@ -24,7 +24,6 @@ _MODULES = {
     "solvers.lora": ("LoraSettings", "LoraSolution", "solve_lora", "solve_lora_each"),
     "solvers.constrained": ("Ridge", "solve_constrained", "solve_constrained_each"),
     "retain": ("Group", "RetainSet"),
-    "statistics": ("RetainStatistics",),
     "targets": (
         "TARGETS",
         "empty_target",

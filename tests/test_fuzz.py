@@ -22,7 +22,6 @@ from forgetting import (
     Group,
     LoraSettings,
     RetainSet,
-    RetainStatistics,
     Ridge,
     Spectrum,
     empty_target,
@@ -131,14 +130,6 @@ def everything(**fields: Any) -> None:
     solve_lora(one, QUICK)
 
 
-def statistics(rows: Any, removed: Any, weight: Any) -> None:
-    found = RetainStatistics(W)
-    found.update("a", rows)
-    found.remove("a", removed)
-    found.weighted({"a": weight})
-    found.merge(found)
-
-
 ROWS, H, E = normal(M, W, seed=2), normal(K, W, seed=1), normal(W, D)
 GRAM = (ROWS.T @ ROWS).double()
 SHARES = torch.full((M,), 1.0).double()
@@ -197,7 +188,6 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         ).excluded([{"0"}, {"1"}], hidden, owner),
         {"rows": ROWS, "weight": 1.0, "similarity": 0.9, "hidden": H, "owner": OWNER},
     ),
-    "statistics": (statistics, {"rows": ROWS, "removed": ROWS[:2], "weight": 1.0}),
     "empty_target": (
         lambda **k: empty_target(labels=[0], generator=torch.Generator().manual_seed(0), **k),
         {"empty": normal(1, D), "classes": normal(3, D, seed=2), "noise_std": 0.5},
