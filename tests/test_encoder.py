@@ -1,0 +1,223 @@
+"""The text encoder: padding is left out only where it changes nothing, threads do not meet, and what
+is remembered is of the model as it is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from forgetting.errors import ProblemError
+from forgetting.models import encoder as encoding
+from forgetting.models import reading
+from forgetting.models.encoder import read_encoder
+from forgetting.models.vocabulary import generic_hidden, generic_names
+from tests.encoder_fixtures import (
+    ALL,
+    LENGTH,
+    WIDTH,
+    OwnEncoder,
+    needs_transformers,
+    tiny,
+    tokenize,
+)
+
+TEXTS = ["owl", "", "a photo of a crab.", "!", "sea horse", "x" * 40, "wow!"]
+WHOLE = ("CoCa", "Siglip")  # families whose hidden states depend on the padding
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_hidden_states_are_those_of_whole_texts(family) -> None:
+    """In any batches, in any order, to rounding; and of the families that allow it shorter."""
+    found = read_encoder(*tiny(family))
+    whole = replace(found, padding=None)
+    expected = whole.hidden(TEXTS)
+    for batch in (1, 2, 256):
+        hidden = found.hidden(TEXTS, batch=batch)
+        assert ((hidden - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all()
+    assert torch.equal(found.hidden(TEXTS[::-1]), found.hidden(TEXTS).flip(0))
+    assert (found.padding is None) == any(name in family for name in WHOLE)
+    assert (expected[0] - expected[4]).norm() > 1e-3 * expected[0].norm(), "texts differ"
+    with torch.no_grad():
+        own = found.embeddings(TEXTS)
+    product = expected @ found.projection.float()
+    product = product if found.bias is None else product + found.bias
+    product = nn.functional.normalize(product, dim=1) if found.normalised else product
+    assert torch.allclose(own, product, atol=1e-4)
+
+
+def test_padding_is_never_computed(monkeypatch) -> None:
+    """Of 200 short texts and a long one, each batch is as long as its longest."""
+    model, words = tiny("open_clip ViT")
+    found, seen = read_encoder(model, words), []
+    monkeypatch.setattr(model.token_embedding, "forward", counted(model.token_embedding, seen))
+    found.hidden(["owl"] * 200 + ["x" * 40], batch=50)
+    assert seen == [250, 250, 250, 250, LENGTH]
+
+
+def counted(table: nn.Embedding, seen: list[int]):
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.numel())
+        return nn.functional.embedding(ids, table.weight)
+
+    return forward
+
+
+class Unmasked(OwnEncoder):
+    """Reads padding like any other token."""
+
+    def forward(self, tokens):
+        hidden = torch.tanh(self.layer(self.table(tokens).mean(dim=1))) * 3
+        return hidden @ self.last
+
+
+def test_a_model_that_reads_its_padding_gets_it() -> None:
+    assert read_encoder(Unmasked().eval(), tokenize).padding is None
+    assert read_encoder(OwnEncoder().eval(), tokenize).padding is not None
+
+
+class Dropping(OwnEncoder):
+    """In training mode its layer drops half, and takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, tokens):
+        rows = self.table(tokens) * (tokens > 0)[..., None]
+        time.sleep(0.002)  # let another thread in
+        return torch.tanh(self.layer(self.drop(rows.sum(dim=1)))) @ self.last
+
+
+def test_threads_read_a_training_model_in_evaluation_mode() -> None:
+    """No thread restores the modes while another reads; each module's own comes back."""
+    model = Dropping()
+    expected = read_encoder(model.eval(), tokenize).hidden(TEXTS)
+    model.train()
+    model.layer.eval()
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(lambda: read_encoder(model, tokenize).hidden(TEXTS)) for _ in range(8)]
+        for run in runs:
+            assert torch.equal(run.result(), expected)
+    assert model.training and model.drop.training and not model.layer.training
+    assert not torch.equal(model(tokenize(TEXTS)), model(tokenize(TEXTS))), "dropout matters"
+
+
+def test_a_model_in_evaluation_mode_is_not_touched(monkeypatch) -> None:
+    model, words = tiny("own")
+    monkeypatch.setattr(nn.Module, "__setattr__", lambda *_: pytest.fail("the model is written to"))
+    assert read_encoder(model, words).hidden(TEXTS).isfinite().all()
+
+
+def test_models_and_tokenizers_that_answer_at_random_are_refused() -> None:
+    class Random(OwnEncoder):
+        def forward(self, tokens):
+            return torch.rand(len(tokens), WIDTH) @ self.last
+
+    with pytest.raises(ProblemError, match="differently every time"):
+        read_encoder(Random().eval(), tokenize)
+    with pytest.raises(ProblemError, match="other tokens for the same texts"):
+        read_encoder(OwnEncoder().eval(), lambda texts: torch.randint(1, 9, (len(texts), 5)))
+
+
+# --- What a process remembers ------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many texts were read, call by call."""
+    seen, read = [], encoding.Encoder._read
+
+    def count(self, texts, *more):
+        seen.append(len(texts))
+        return read(self, texts, *more)
+
+    monkeypatch.setattr(encoding.Encoder, "_read", count)
+    monkeypatch.setattr("forgetting.models.vocabulary.generic", lambda: {"some": ["a", "b", "c"]})
+    return seen
+
+
+def test_the_vocabulary_is_encoded_once(encoded, tmp_path) -> None:
+    model, words = tiny("own")
+    names, first = generic_hidden(read_encoder(model, words), tmp_path)
+    assert names == generic_names() == ["a", "b", "c"] and encoded == [3]
+    for cache in (tmp_path, tmp_path):  # in this process
+        assert torch.equal(generic_hidden(read_encoder(model, words), cache)[1], first)
+    assert encoded == [3]
+    reading._memories.clear()  # in another: the file is read, and looked at
+    assert torch.equal(generic_hidden(read_encoder(model, words), tmp_path)[1], first)
+    assert encoded == [3, 3] and len(list(tmp_path.iterdir())) == 1
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-4])
+    reading._memories.clear()
+    assert torch.equal(generic_hidden(read_encoder(model, words), tmp_path)[1], first)
+    assert encoded == [3, 3, 3]
+    generic_hidden(read_encoder(model, words), None)
+    assert encoded == [3, 3, 3, 3] and len(list(tmp_path.iterdir())) == 1
+
+
+CHANGES = {
+    "in place": lambda model: model.layer.weight.mul_(2),
+    "by .data": lambda model: model.layer.weight.data.mul_(2),
+    "replaced": lambda model: setattr(model, "layer", nn.Linear(24, 24)),
+    "loaded": lambda model: model.load_state_dict(OwnEncoder().state_dict()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_remembered_is_of_the_model_as_it_is(change, encoded) -> None:
+    model, words = tiny("own")
+    first = read_encoder(model, words)
+    before = generic_hidden(first, None)[1], first.fingerprint, first.hashes()
+    with torch.no_grad():
+        first.weight.mul_(2)  # the projection is what changes: nothing depends on it
+    same = read_encoder(model, words)
+    assert torch.equal(generic_hidden(same, None)[1], before[0]) and encoded == [3]
+    assert same.fingerprint == before[1]
+    with torch.no_grad():
+        CHANGES[change](model)
+    other = read_encoder(model, words)
+    assert other.fingerprint != before[1] and other.hashes() != before[2]
+    assert not torch.equal(generic_hidden(other, None)[1], before[0]) and encoded == [3, 3]
+
+
+def test_another_tokenizer_is_another_encoder(encoded) -> None:
+    model, words = tiny("own")
+    generic_hidden(read_encoder(model, words), None)
+    generic_hidden(read_encoder(model, lambda texts: tokenize([t.upper() for t in texts])), None)
+    assert encoded == [3, 3]
+
+
+def test_memories_end_with_their_model() -> None:
+    model, words = tiny("own")
+    read_encoder(model, words).remembered("x", lambda: 1)
+    count = len(reading._memories)
+    del model
+    assert len(reading._memories) < count
+
+
+def test_threads_encode_the_vocabulary_once(encoded) -> None:
+    model, words = tiny("own")
+    start = threading.Barrier(4)
+
+    def work() -> torch.Tensor:
+        start.wait()
+        return generic_hidden(read_encoder(model, words), None)[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        rows = [run.result() for run in [pool.submit(work) for _ in range(4)]]
+    assert encoded == [3] and all(torch.equal(rows[0], other) for other in rows)
+
+
+@needs_transformers
+def test_lengths_of_transformers_are_theirs_alone() -> None:
+    """A text is read alike beside short and beside long ones."""
+    model, words = tiny("transformers CLIPModel")
+    found = read_encoder(model, words)
+    alone, beside = found.hidden(["owl"]), found.hidden(["owl", "x" * 40], batch=1)
+    assert torch.allclose(alone[0], beside[0], atol=1e-6)
