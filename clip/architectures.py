@@ -19,7 +19,8 @@ from engine.files import sha256_file
 from forgetting.errors import ProblemError, shown, unknown
 from forgetting.io import naming
 from forgetting.models.checkpoint import read_json
-from forgetting.models.loading import IMAGE_KEYS, OPENAI, ModelSpec, find_model, split_activation
+from forgetting.models.configs import IMAGE_KEYS, split_activation
+from forgetting.models.loading import OPENAI, ModelSpec, find_model
 
 HERE = Path(__file__).parent
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip.batches import BatchSize, encode
 from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
@@ -33,7 +32,8 @@ from forgetting.io import container, read_safetensors, write_bytes
 from forgetting.models.vocabulary import expand
 
 SHARD = 512  # images; what a killed run loses at most
-CHUNK = 16  # images that are loaded together, where the size of a batch is still to be found
+BATCH = {"cpu": 32, "cuda": 256}  # images that are encoded at once
+COMPARED = 16  # images whose embeddings in another precision are compared with those of float32
 Shards = Mapping[Path, Sequence[str]]  # file of embeddings -> its images
 
 
@@ -49,6 +49,7 @@ class FeatureCache:
     ) -> None:
         self.source, self.how, self.root = source, how, expand(folder)
         self.folder = self.root / "features" / source.arch.replace("/", "-")
+        self.batch = BATCH.get(source.device.type, BATCH["cuda"])
 
     def projection(self) -> Tensor:
         """`text_projection` (w, d)."""
@@ -110,30 +111,44 @@ class FeatureCache:
         done = total - sum(map(len, missing.values()))
         if missing and done:
             logger.info(f"clip: {name}: {done} of {total} images were encoded before, going on")
-        chunk, size = batch_size or CHUNK, BatchSize(batch_size, self.source.device)
-        chunks = self._chunks(
-            [  # no chunk belongs to two shards
-                paths[i : i + chunk]
-                for paths in missing.values()
-                for i in range(0, len(paths), chunk)
-            ],
-            workers,
-        )
+        self.batch = batch_size or self.batch
+        chunks = [  # that are loaded together; none belongs to two shards
+            paths[i : i + self.batch]
+            for paths in missing.values()
+            for i in range(0, len(paths), self.batch)
+        ]
+        loaded = self._loaded(chunks, workers)
         if missing and self.source.precision != "fp32":
-            first = next(chunks)
-            self._compare(name, first[:CHUNK])
-            chunks = chain([first], chunks)
-        title = f"clip: {name}"
-        with progress(desc=title, total=total, initial=done, unit="images") as bar:
+            first = next(loaded)
+            self._compare(name, first[:COMPARED])
+            loaded = chain([first], loaded)
+        with progress(desc=f"clip: {name}", total=total, initial=done, unit="images") as bar:
             for part, paths in missing.items():
                 rows: list[Tensor] = []
-                for found in encode(self.source, chunks, len(paths), size):  # (b, d)
-                    rows.append(found)
-                    bar.update(len(found))
-                    bar.set_postfix_str(f"{size.now} at once", refresh=False)
+                while sum(map(len, rows)) < len(paths):
+                    pictures = next(loaded)
+                    rows.append(self._embedded(pictures))
+                    bar.update(len(pictures))
                 parts[part] = torch.cat(rows)
                 _write(part, parts[part])
         return torch.cat(list(parts.values()))
+
+    def _embedded(self, pictures: Tensor) -> Tensor:
+        """Embeddings (n, d) of pictures, half as many at once from where memory ends.
+
+        Raises:
+            ProblemError: memory does not hold one of them.
+        """
+        rows = []
+        while len(pictures):
+            try:
+                rows.append(self.source.encode_images(pictures[: self.batch]))
+                pictures = pictures[self.batch :]
+            except torch.OutOfMemoryError as error:
+                if self.batch == 1:
+                    raise ProblemError("out of memory: not one image can be encoded") from error
+                self.batch //= 2
+        return torch.cat(rows)
 
     def _spread(self, name: str, shards: Shards, batch_size: int | None) -> None:
         """Have many workers write the shards that are not there yet. A worker computes on one of
@@ -158,7 +173,7 @@ class FeatureCache:
             f"{max(0.0, 1 - cosine):.1g} in cosine (first {len(pictures)} images)"
         )
 
-    def _chunks(self, chunks: list[Sequence[str]], workers: int) -> Iterator[Tensor]:
+    def _loaded(self, chunks: list[Sequence[str]], workers: int) -> Iterator[Tensor]:
         """The pictures (n, 3, side, side) uint8 of each list of paths."""
         for pictures in DataLoader(
             _Chunks(chunks, self.source.preprocess),

@@ -75,7 +75,7 @@ class LoaderSettings:
 class TestLoaderSettings:
     batch_size: int | None = setting(
         None,
-        "images that are encoded at once; none: 32 on a CPU, on a GPU what is found to be fastest",
+        "images that are encoded at once; none: 32 on a CPU, 256 on a GPU",
         low=1,
         high=65536,
         optional=True,

@@ -13,17 +13,16 @@ from torch import Tensor
 
 import train
 from benchmarks import encode as benchmark
+from benchmarks.encode import photographs
 from clip import ClipSource, FeatureBundle
-from clip.batches import RANGE, BatchSize, encode
 from clip.cache import FeatureCache
 from clip.features import build_bundle, main
+from datasets.reader import read_image
 from engine.cli import run
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, tiny
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -41,71 +40,35 @@ def bundle_of(place: Path, precision: str = "fp32", **settings: object) -> Featu
 def test_float32_is_the_plain_loops_to_1e_5(place: Path) -> None:
     """Bytes to the device, batches of whatever size is found; tests/test_clip.py has the models."""
     source = ClipSource("mini", cache=place / "cache", device="cpu")
-    paths = benchmark.photographs(place, 150)
+    paths = photographs(place, 150)
     expected = benchmark.Plain(source, 8).encode(paths, 0)
     found = FeatureCache(source, place / "cache").images("some", paths, None, 0)
     assert (found - expected).abs().max() < 1e-5
     assert (found - expected.flip(0)).abs().max() > 1e-2, "the images do differ"
 
 
-def sizes(pace: dict[int, float], fixed: int | None = None) -> list[int]:
-    """The sizes that are tried where a batch of b images takes `pace[b]` seconds an image."""
-    size, tried = BatchSize(fixed, GPU), []
-    for _ in range(12):
-        tried.append(size.now)
-        size.took(size.now, size.now * pace.get(size.now, 1.0))
-    return tried
+@pytest.mark.parametrize(("memory", "largest"), [(1000, 32), (20, 16), (5, 4), (1, 1), (0, None)])
+def test_where_memory_ends_batches_are_halved_and_nothing_is_lost(
+    place: Path, monkeypatch: pytest.MonkeyPatch, memory: int, largest: int | None
+) -> None:
+    source, sizes = ClipSource("mini", cache=place / "cache", device="cpu"), []
 
-
-def test_the_size_of_a_batch_is_found_by_its_speed() -> None:
-    assert RANGE["cuda"] == (64, 512)
-    assert sizes({64: 1.0, 128: 0.8, 256: 0.9}) == [64, 64, 128, 128, 256, 256] + [128] * 6
-    assert sizes({64: 1.0, 128: 0.99}) == [64, 64, 128, 128] + [64] * 8
-    assert sizes({64: 0.9, 128: 0.8, 256: 0.5, 512: 0.4})[4:] == [256, 256] + [512] * 6
-    assert sizes({}, fixed=24) == [24] * 12
-
-
-def test_a_first_slow_batch_or_a_short_one_decides_nothing() -> None:
-    size = BatchSize(None, GPU)
-    for count, seconds in ((64, 900.0), (3, 0.0), (64, 64.0), (128, 900.0), (128, 96.0)):
-        size.took(count, seconds)
-    assert size.now == 256
-
-
-def test_on_a_cpu_the_clock_decides_nothing() -> None:
-    """Else the last digits of embeddings would differ from run to run."""
-    size = BatchSize(None, CPU)
-    for seconds in (900.0, 1.0, 0.1, 900.0):
-        size.took(size.now, seconds)
-    assert size.now == 32 and size.settled
-
-
-class Small:
-    """A source whose memory holds a few pictures."""
-
-    device = CPU
-
-    def __init__(self, room: int) -> None:
-        self.room, self.done = room, []
-
-    def encode_images(self, pictures: Tensor) -> Tensor:
-        if len(pictures) > self.room:
+    def encode_images(pictures: Tensor) -> Tensor:
+        if len(pictures) > memory:
             raise torch.OutOfMemoryError("no more")
-        self.done.append(len(pictures))
+        sizes.append(len(pictures))
         return pictures.float().mean(dim=(2, 3))
 
-
-@pytest.mark.parametrize(("room", "most"), [(1000, 32), (20, 16), (5, 4), (1, 1)])
-def test_where_memory_ends_batches_are_halved_and_nothing_is_lost(room: int, most: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (300, 3, 2, 2), generator=generator).to(torch.uint8)
-    source, size = Small(room), BatchSize(None, CPU)
-    chunks = iter(pictures.split(16))
-    rows = torch.cat(list(encode(source, chunks, 300, size)))
+    monkeypatch.setattr(source, "encode_images", encode_images)
+    pictures = torch.stack([source.preprocess(read_image(path)) for path in photographs(place, 50)])
+    cache = FeatureCache(source, place / "cache")
+    if largest is None:
+        with pytest.raises(ProblemError, match="not one image"):
+            cache.images("some", photographs(place, 50), None, 0)
+        return
+    rows = cache.images("some", photographs(place, 50), None, 0)
     assert torch.equal(rows, pictures.float().mean(dim=(2, 3)))
-    assert max(source.done) <= most
-    with pytest.raises(ProblemError, match="not even one image"):
-        list(encode(Small(0), iter(pictures.split(16)), 300, size))
+    assert max(sizes) == largest and sum(sizes) == 50
 
 
 def test_a_precision_is_part_of_the_identity(

@@ -48,7 +48,6 @@ from forgetting.models.reading import (
 )
 
 BATCH = 256  # texts of similar lengths that are read together
-CHUNK = 2**14  # texts whose tokens are held at once
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
 PROBED = (0, 3)  # of them, read again without their padding
 ROUNDING = 64  # units in the last place by which that may change a hidden state
@@ -151,7 +150,9 @@ class Encoder:
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
             for rows, inputs, context in self._batches(texts, batch):
                 features, product = run(self.model, inputs, self.weight, context)
-                if product is None or not self._is_linear(features, product.entered):
+                if product is None or not _is_linear(
+                    features, product.entered, self.projection, self.bias, self.normalised
+                ):
                     raise ProblemError(
                         f"the model's text features are not its hidden states times {self.name}"
                     )
@@ -163,38 +164,27 @@ class Encoder:
     def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tokens, int]]:
         """The rows of texts that are read together, their tokens, and the number of tokens before
         padding was left out."""
-        for start in range(0, len(texts), CHUNK):
-            inputs = tokens(self.model, self.tokenize, texts[start : start + CHUNK])
-            ids = token_ids(inputs)
-            width = ids.shape[-1]
-            lengths = torch.full((len(ids),), width)
-            if self.padding is not None:
-                lengths = self.padding.lengths(ids)
-            for rows in lengths.argsort(stable=True).split(size):
-                yield start + rows, select(inputs, rows, int(lengths[rows].max())), width
-
-    def _is_linear(self, features: Tensor, hidden: Tensor) -> bool:
-        return _is_linear(features, hidden, self.projection, self.bias, self.normalised)
+        if not len(texts):
+            return
+        inputs = tokens(self.model, self.tokenize, texts)
+        ids = token_ids(inputs)
+        width = ids.shape[-1]
+        lengths = torch.full((len(ids),), width)
+        if self.padding is not None:
+            lengths = self.padding.lengths(ids)
+        for rows in lengths.argsort(stable=True).split(size):
+            yield rows, select(inputs, rows, int(lengths[rows].max())), width
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """The texts of which the tokenizer does not read the end: without their last letter or
         digit they are the same tokens. Of a text without letters that cannot be known."""
-        found = []
-        for start in range(0, len(texts), CHUNK):
-            part = [t for t in texts[start : start + CHUNK] if any(map(str.isalnum, t))]
-            if not part:
-                continue
-            inputs = tokens(self.model, self.tokenize, part)
-            if self.padding is not None:  # a text that ends in padding was read to its end
-                ids = token_ids(inputs)
-                full = self.padding.lengths(ids) == ids.shape[-1]
-                part = [text for text, is_full in zip(part, full.tolist(), strict=True) if is_full]
-                inputs = tokens(self.model, self.tokenize, part) if part else inputs
-            if part:
-                shorter = tokens(self.model, self.tokenize, [_shortened(text) for text in part])
-                same = same_rows(inputs, shorter).tolist()
-                found += [text for text, is_same in zip(part, same, strict=True) if is_same]
-        return found
+        known = [text for text in texts if any(map(str.isalnum, text))]
+        if not known:
+            return []
+        whole = tokens(self.model, self.tokenize, known)
+        shorter = tokens(self.model, self.tokenize, [_shortened(text) for text in known])
+        same = same_rows(whole, shorter).tolist()
+        return [text for text, is_same in zip(known, same, strict=True) if is_same]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
         """What `compute` gives, once in a process for the model as it is now.

@@ -15,13 +15,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,16 @@ from forgetting.models.checkpoint import (
     read_json,
     weight_files,
 )
+from forgetting.models.configs import (
+    IMAGE_KEYS,
+    NOT_SHAPE,
+    check_numbers,
+    config_beside,
+    open_clip_configs,
+    read_open_clip,
+    split_activation,
+    without,
+)
 from forgetting.models.reading import Tokenize
 
 # Every file that OpenAI published (openai/CLIP, clip/clip.py): SHA-256 -> name. All are QuickGELU.
@@ -54,19 +62,6 @@ OPENAI = {
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L-14-336",
 }
 KINDS = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
-ACTIVATIONS = {"-quickgelu": True, "-gelu": False}  # the end of a name -> open_clip's quick_gelu
-IMAGE_KEYS = (
-    "size",
-    "mean",
-    "std",
-    "interpolation",
-    "resize_mode",
-)  # of open_clip's preprocess_cfg
-# What a configuration of open_clip may say of its tokenizer, whoever wrote it.
-TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "reduction_mask")
-LARGEST, MOST_LAYERS = 2**20, 1024  # of any number in a configuration; of layers and heads
-# Fields of a transformers configuration that name code or say nothing of the model.
-NOT_SHAPE = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -142,14 +137,15 @@ class ModelSpec:
                     f"openai:{line(weights)}"
                 )
         elif beside := config_beside(weights):
-            theirs, ours = _said(read_open_clip(beside)[0]), _said(self.model_config())
-            for key in sorted({*theirs, *ours}):
-                if theirs.get(key) != ours.get(key):
-                    raise ProblemError(
-                        f"weights {line(weights)} have a config beside them, {beside.name}, whose "
-                        f"model is another than {line(self.name)}: {key} is "
-                        f"{shown(theirs.get(key))}, not {shown(ours.get(key))}"
-                    )
+            theirs, ours = read_open_clip(beside)[0], self.model_config()
+            keys = sorted({*theirs, *ours})
+            differ = [k for k in keys if (theirs.get(k) or None) != (ours.get(k) or None)]
+            if differ:
+                raise ProblemError(
+                    f"weights {line(weights)} have a config beside them, {beside.name}, whose "
+                    f"model is another than {line(self.name)}: {differ[0]} is "
+                    f"{shown(theirs.get(differ[0]))}, not {shown(ours.get(differ[0]))}"
+                )
         elif not self.explicit:
             raise ProblemError(
                 f"weights {line(weights)} (SHA-256 {sha256[:16]}) are none that OpenAI published "
@@ -191,25 +187,20 @@ class ModelSpec:
                 shapes = self.build()
             state = _current_form(shapes, state)
             if difference := _difference(shapes.state_dict(), state):
-                raise ProblemError(
-                    f"the weights are not those of {line(self.name)}: {difference}; they look like "
-                    f"{_described(state)}"
-                )
+                raise ProblemError(f"the weights are not those of {line(self.name)}: {difference}")
             model = self.build()
         model.load_state_dict({name: x.float() for name, x in state.items()})
         return model
 
     def _make_transformers(self, state: dict[str, Tensor]) -> nn.Module:
         transformers = need("transformers", "clip-forgetting[transformers]")
-        config = _without(self.model_config(), NOT_SHAPE)
+        config = without(self.model_config(), NOT_SHAPE)
         kind, named = config.pop("model_type"), config.pop("architectures", None) or [None]
         try:
             config = transformers.AutoConfig.for_model(kind, **config)
             builder = getattr(transformers, str(named[0]), None)
-            if not (
-                isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
-            ):
-                builder = transformers.AutoModel
+            known = isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
+            builder = builder if known else transformers.AutoModel
             model, report = builder.from_pretrained(
                 None, config=config, state_dict=state, output_loading_info=True
             )
@@ -293,11 +284,11 @@ def _hf(name: str, text: str) -> ModelSpec:
         raise ProblemError(f"{line(text)}: no such folder")
     hub = need("huggingface_hub", "clip-forgetting[transformers]")
     try:
-        folder = hub.snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.model"])
-        weights = ("*.safetensors", "*.bin")
-        for pattern in weights:
-            if not any(Path(folder).glob("*model*.safetensors")):
-                hub.snapshot_download(text, allow_patterns=[pattern])
+        for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
+            wanted = ["*.json", "*.txt", "*.model", weights]
+            folder = hub.snapshot_download(text, allow_patterns=wanted)
+            if any(Path(folder).glob(weights)):
+                break
     except Exception as error:  # of the network, or of the hub
         raise ProblemError(f"{line(name)} cannot be fetched ({reason(error)})") from error
     return _folder(name, Path(folder))
@@ -375,102 +366,6 @@ def _folder(name: str, folder: Path) -> ModelSpec:
     )
 
 
-def split_activation(name: str) -> tuple[str, bool | None]:
-    """A name without the activation at its end, and open_clip's quick_gelu; None: it names none."""
-    for end, quick in ACTIVATIONS.items():
-        if name.endswith(end):
-            return name.removesuffix(end), quick
-    return name, None
-
-
-def open_clip_configs() -> dict[str, Path]:
-    """Name -> file of every configuration that open_clip brings. It is not imported for that."""
-    package = find_spec("open_clip")
-    if package is None or package.origin is None:
-        need("open_clip", "clip-forgetting[open-clip]")
-    return {p.stem: p for p in sorted(Path(package.origin).parent.glob("model_configs/*.json"))}
-
-
-def config_beside(weights: Path) -> Path | None:
-    """The config beside a file of weights, in open_clip's form; None if there is none."""
-    if (path := weights.with_name(OPEN_CLIP_CONFIG)).is_file():
-        return path
-    path = weights.with_suffix(".json")  # may be anything
-    if path == weights or not path.is_file():
-        return None
-    content = read_json(path)
-    return path if isinstance(content, dict) and "model_cfg" in content else None
-
-
-def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody wrote.
-
-    Raises:
-        ProblemError: another form, a number that no model has, or a part that would be fetched or
-            run.
-    """
-    content = read_json(path)
-    with naming(path):
-        model = content.get("model_cfg") if isinstance(content, dict) else None
-        images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
-        parts = model if isinstance(model, dict) else {}
-        text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
-        if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
-            raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
-        if not isinstance(images, dict):
-            raise ProblemError("preprocess_cfg is no object")
-        check_numbers(model)
-        if text.get("hf_model_name"):
-            raise ProblemError(
-                f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a "
-                "local folder is read without a network: give a folder in the form of transformers"
-            )
-        if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
-            raise ProblemError(
-                f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
-            )
-        options = text.get("tokenizer_kwargs") or {}
-        for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
-            if key not in TOKENIZER_OPTIONS or not isinstance(value, str | bool):
-                raise ProblemError(
-                    f"text_cfg.tokenizer_kwargs: {shown(key)} is none of "
-                    f"{', '.join(TOKENIZER_OPTIONS)}, or of another type"
-                )
-    return model, images
-
-
-def check_numbers(value: Any, key: str = "") -> None:
-    """Refuse a configuration that holds a number which no model has: it would be computed for
-    ever, or take all memory."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            check_numbers(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            check_numbers(inner, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        limit = MOST_LAYERS if re.search("layers|heads|depth", key) else LARGEST
-        if not abs(value) <= limit:
-            raise ProblemError(f"{line(key)} is {shown(value)}: at most {limit}")
-
-
-def _without(config: Any, keys: Sequence[str]) -> Any:
-    """A configuration without these fields, and without those that choose code ("attn_..."),
-    nested ones too."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _without(value, keys)
-        for key, value in config.items()
-        if key not in keys and not key.endswith("_implementation")
-    }
-
-
-def _said(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what stands for nothing."""
-    return {key: value for key, value in config.items() if value not in (False, None)}
-
-
 def _current_form(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of earlier open_clip, or of makers that it knows, as its model has it now."""
     from open_clip.convert import convert_state_dict
@@ -495,16 +390,6 @@ def _difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
             return f"{name} is {tuple(state[name].shape)}, not {tuple(x.shape)}"
     more = next((name for name in state if name not in expected), None)
     return f"{shown(more)} is no part of it" if more else ""
-
-
-def _described(state: Mapping[str, Tensor]) -> str:
-    """What a state dict looks like, judged by the names and shapes of its tensors."""
-    kernel = state.get("visual.conv1.weight")
-    if kernel is None or kernel.ndim != 4 or "text_projection" not in state:
-        return "no CLIP of OpenAI's layout"
-    if "visual.proj" in state:
-        return f"a CLIP with a ViT of width {kernel.shape[0]}, patch {kernel.shape[-1]}"
-    return f"a CLIP with a ResNet of width {2 * kernel.shape[0]}"
 
 
 @contextlib.contextmanager

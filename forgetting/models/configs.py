@@ -1,0 +1,117 @@
+"""Configurations of models, which somebody wrote: what they say, and what they may not say.
+
+Only what describes a model reaches the library that builds it: no key that names code, no part that
+would be fetched, no number that would be computed for ever.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from forgetting.errors import ProblemError, line, shown
+from forgetting.io import naming, need
+from forgetting.models.checkpoint import OPEN_CLIP_CONFIG, read_json
+
+ACTIVATIONS = {"-quickgelu": True, "-gelu": False}  # the end of a name -> open_clip's quick_gelu
+# What open_clip's preprocess_cfg may say of images.
+IMAGE_KEYS = ("size", "mean", "std", "interpolation", "resize_mode")
+# What a configuration of open_clip may say of its tokenizer, whoever wrote it.
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "reduction_mask")
+LARGEST, MOST_LAYERS = 2**20, 1024  # of any number in a configuration; of layers and heads
+# Fields of a transformers configuration that name code or say nothing of the model.
+NOT_SHAPE = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
+
+
+def split_activation(name: str) -> tuple[str, bool | None]:
+    """A name without the activation at its end, and open_clip's quick_gelu; None: it names none."""
+    for end, quick in ACTIVATIONS.items():
+        if name.endswith(end):
+            return name.removesuffix(end), quick
+    return name, None
+
+
+def open_clip_configs() -> dict[str, Path]:
+    """Name -> file of every configuration that open_clip brings. It is not imported for that."""
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        need("open_clip", "clip-forgetting[open-clip]")
+    return {p.stem: p for p in sorted(Path(package.origin).parent.glob("model_configs/*.json"))}
+
+
+def config_beside(weights: Path) -> Path | None:
+    """The config beside a file of weights, in open_clip's form; None if there is none."""
+    if (path := weights.with_name(OPEN_CLIP_CONFIG)).is_file():
+        return path
+    path = weights.with_suffix(".json")  # may be anything
+    if path == weights or not path.is_file():
+        return None
+    content = read_json(path)
+    return path if isinstance(content, dict) and "model_cfg" in content else None
+
+
+def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody wrote.
+
+    Raises:
+        ProblemError: another form, a number that no model has, or a part that would be fetched or
+            run.
+    """
+    content = read_json(path)
+    with naming(path):
+        model = content.get("model_cfg") if isinstance(content, dict) else None
+        images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+        parts = model if isinstance(model, dict) else {}
+        text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
+        if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
+            raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
+        if not isinstance(images, dict):
+            raise ProblemError("preprocess_cfg is no object")
+        check_numbers(model)
+        if text.get("hf_model_name"):
+            raise ProblemError(
+                f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a "
+                "local folder is read without a network: give a folder in the form of transformers"
+            )
+        if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
+            raise ProblemError(
+                f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
+            )
+        options = text.get("tokenizer_kwargs") or {}
+        for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
+            if key not in TOKENIZER_OPTIONS or not isinstance(value, str | bool):
+                raise ProblemError(
+                    f"text_cfg.tokenizer_kwargs: {shown(key)} is none of "
+                    f"{', '.join(TOKENIZER_OPTIONS)}, or of another type"
+                )
+    return model, images
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Refuse a configuration that holds a number which no model has: it would be computed for
+    ever, or take all memory."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_numbers(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            check_numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        limit = MOST_LAYERS if re.search("layers|heads|depth", key) else LARGEST
+        if not abs(value) <= limit:
+            raise ProblemError(f"{line(key)} is {shown(value)}: at most {limit}")
+
+
+def without(config: Any, keys: Sequence[str]) -> Any:
+    """A configuration without these fields, and without those that choose code ("attn_..."),
+    nested ones too."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: without(value, keys)
+        for key, value in config.items()
+        if key not in keys and not key.endswith("_implementation")
+    }
