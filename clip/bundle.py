@@ -19,6 +19,7 @@ from torch import Tensor
 
 from datasets.names import flaw, is_text
 from engine.files import parse_json
+from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError, shown
 from forgetting.io import container, naming, read_safetensors, write_bytes
 
@@ -80,6 +81,16 @@ class FeatureBundle:
         empty if the bundle does not say."""
         text = self.extra.get("model", "")
         return text and hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """What an adapter says of the model; None if the bundle does not say."""
+        if (text := self.extra.get("identity")) is None:
+            return None
+        try:
+            return ModelIdentity(**json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ProblemError(f"identity does not say what the model is ({error})") from error
 
     @property
     def precision(self) -> str:
@@ -150,6 +161,7 @@ class FeatureBundle:
             # Prompts may be made by no template: a word says by what ("ensemble").
             if self.template.count("{}") != 1 and not self.template.isidentifier():
                 raise ProblemError(f"template is {self.template!r}: it must hold {{}} once")
+            _ = self.identity
             self._check_shapes()
             if not self.text_projection.numel():
                 raise ProblemError("text_projection is empty")

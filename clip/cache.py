@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ from clip.source import ClipSource
 from datasets.reader import read_image
 from engine.log import logger, progress
 from engine.ray import LauncherSettings, spread
+from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError
 from forgetting.io import container, read_safetensors, write_bytes
 from forgetting.models.vocabulary import expand
@@ -51,18 +53,18 @@ class FeatureCache:
         self.folder = self.root / "features" / source.arch.replace("/", "-")
         self.batch = BATCH.get(source.device.type, BATCH["cuda"])
 
-    def projection(self) -> Tensor:
-        """`text_projection` (w, d)."""
-        return self._cached(self._path("projection", []), lambda: self.source.projection)
-
-    def bias(self) -> Tensor | None:
-        """`text_bias` (d,), or None."""
-
-        def make() -> Tensor:  # that a model has none is remembered too
-            return torch.empty(0) if self.source.bias is None else self.source.bias
-
-        found = self._cached(self._path("bias", []), make)
-        return found if len(found) else None
+    def projection(self) -> tuple[Tensor, Tensor | None, ModelIdentity]:
+        """`text_projection` (w, d), `text_bias` (d,) or None, and what an adapter says of the
+        model."""
+        path = self._path("projection", [])
+        with suppress(ProblemError, KeyError, TypeError, ValueError):
+            metadata, tensors = read_safetensors(path)
+            known = ModelIdentity(**json.loads(metadata["identity"]))
+            return tensors["projection"], tensors.get("bias"), known
+        projection, bias, known = self.source.projection, self.source.bias, self.source.identity
+        tensors = {"projection": projection} | ({} if bias is None else {"bias": bias})
+        write_bytes(container(tensors, {"identity": json.dumps(asdict(known))}), path)
+        return projection, bias, known
 
     def texts(self, texts: list[str]) -> Tensor:
         """Hidden states (n, w) of `texts`."""

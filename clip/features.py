@@ -6,8 +6,10 @@ python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PA
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -73,7 +75,9 @@ def build_bundle(
     stored = FeatureCache(source, cache, how)
     workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
+    projection, bias, known = stored.projection()
     extra = {"forget_template": BARE, "model": identity(source.architecture)}
+    extra["identity"] = json.dumps(asdict(known))
     if source.precision != "fp32":
         extra["precision"] = source.precision
     bundle = FeatureBundle(
@@ -83,8 +87,8 @@ def build_bundle(
         forget_hidden=stored.texts(names),
         retain_hidden=stored.texts(retain_names),
         neutral_hidden=stored.texts([EMPTY_PROMPT]),
-        text_projection=stored.projection(),
-        text_bias=stored.bias(),
+        text_projection=projection,
+        text_bias=bias,
         backbone=source.arch,
         weights=source.weights_sha256,
         dataset=dataset,

@@ -18,10 +18,12 @@ from clip.architectures import architecture, identity, preprocessing, published
 from clip.digests import digests
 from clip.download import download
 from engine.log import logger
+from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import naming
 from forgetting.models.checkpoint import combined_sha256
 from forgetting.models.encoder import BATCH, Encoder, read_encoder, truncation_warning
+from forgetting.models.identity import identity as identity_of
 from forgetting.models.loading import fetch
 from forgetting.models.vocabulary import expand
 
@@ -157,6 +159,11 @@ class ClipSource:
         """What the model adds to `hidden @ projection`, (d,) float32 on the CPU; None: nothing."""
         bias = self.encoder.bias
         return None if bias is None else bias.detach().cpu().float().clone()
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What an adapter says of the model that it was made for."""
+        return identity_of(self.encoder)
 
     def encode_hidden(self, texts: list[str], batch_size: int = BATCH) -> Tensor:
         """Hidden states of `texts`, (n, w) float32 on the CPU: the model's text embeddings are

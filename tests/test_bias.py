@@ -81,6 +81,13 @@ def test_the_drivers_adapter_is_loaded_applied_and_undone(folder, tmp_path):
     if folder.name == "hf":  # w < d, so cached embeddings say what the hidden states were
         patched = forgotten.patch(expected(opened(folder)).float(), normalised=False)
         assert torch.allclose(patched.double(), wanted, atol=1e-3)
+    assert forgotten.verify() and Forgotten.load(path, opened(folder).model).adapter.model.bias
+    with torch.no_grad():
+        encoder.bias.add_(1e-3)
+    with pytest.raises(ProblemError, match="is not what it was"):
+        forgotten.verify()
+    with torch.no_grad():
+        encoder.bias.copy_(before[encoder.bias_name])
     forgotten.undo()
     assert all(torch.equal(x, before[k]) for k, x in encoder.model.state_dict().items())
 

@@ -371,6 +371,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             **{key: settings[key] for key in ("backbone", "weights", "trainer")},
             settings=settings,
             recipe=answer.recipe,
+            model=self.bundle.identity,
         )
 
     def write(self, adapter: Adapter) -> None:

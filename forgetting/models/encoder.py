@@ -219,17 +219,6 @@ class Encoder:
                 digest.update(raw(tensor))
         return digest.hexdigest()
 
-    def hashes(self) -> dict[str, str]:
-        """Name -> SHA-256 of every tensor of the model but the projection."""
-        return self.remembered(
-            "hashes",
-            lambda: {
-                name: tensor_sha256(tensor)
-                for name, tensor in tensors(self.model).items()
-                if tensor is not self.weight
-            },
-        )
-
 
 def truncation_warning(truncated: Sequence[str]) -> str:
     """What to say of texts that `Encoder.truncated` gave, of which there is at least one."""

@@ -27,7 +27,7 @@ APPLIED = "_clip_forget_applied"
 
 def identity(encoder: Encoder) -> ModelIdentity:
     """What an adapter says of the model that it was made for."""
-    others = others_sha256(encoder.model, encoder.name)
+    others = encoder.remembered("others", lambda: others_sha256(encoder.model, encoder.name))
     return ModelIdentity(encoder.name, encoder.transposed, encoder.bias_name, others)
 
 
