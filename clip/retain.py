@@ -12,6 +12,7 @@ import datasets
 from clip.bundle import FeatureBundle
 from forgetting.context import ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
+from forgetting.edited_texts import EmbeddedTexts
 from forgetting.models.vocabulary import MAX_SIMILAR
 from forgetting.retain import Group, RetainSet
 from forgetting.ridge import choose_ridge
@@ -117,8 +118,7 @@ def exact_context(
     hidden = torch.cat([each.class_hidden for each in bundles]).to(device)
     classifier = ClassifierTexts(
         [datasets.clean_name(name) for each in bundles for name in each.classnames],
-        hidden,
-        inputs.embed(hidden),
+        EmbeddedTexts(hidden, inputs.embed(hidden)),
         inputs.label,
         len(bundle.classnames),
     )

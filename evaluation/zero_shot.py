@@ -1,15 +1,13 @@
 """Zero-shot classification of a bundle's images, before and after edits of the text projection.
 
-An edit `left @ right` moves the embedding of a text with hidden state h by `(h left) right`. The
-embeddings of all texts, and the products of images with them, follow from those of the untouched
-model and r numbers per text, so that thousands of edits are evaluated by two matrix products.
+The products of images with edited texts follow from those with the untouched ones and r numbers per
+text (`forgetting.edited_texts`), so that thousands of edits are evaluated by two matrix products.
 Accuracies are computed in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
+from forgetting.edited_texts import EditedTexts, EmbeddedTexts
 from forgetting.errors import ProblemError, unknown
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 Factors = tuple[Tensor, Tensor]  # left (w, r), right (r, d) of Delta = left @ right
 BLOCK = 256  # images at once: their scores stay in the processor's cache
-SHORTEST = 1e-12  # of an embedding; no text is divided by a smaller length
 
 
 def class_embeddings(bundle: FeatureBundle) -> Tensor:
@@ -33,102 +31,9 @@ def class_embeddings(bundle: FeatureBundle) -> Tensor:
     return normalize(bundle.embed(bundle.class_hidden), dim=-1)
 
 
-class EmbeddedTexts:
-    """T texts in the untouched model.
-
-    Attributes:
-        hidden: (T, w), float64; embeddings: (T, d), float64, not normalised.
-    """
-
-    def __init__(self, bundle: FeatureBundle, hidden: Tensor) -> None:
-        self.hidden = hidden.double()
-        self.embeddings = bundle.embed(self.hidden)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Lengths of the embeddings, (T,)."""
-        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)
-
-    @property
-    def unedited(self) -> EditedTexts:
-        """The texts as they are: after an edit of rank 0."""
-        (count, d) = self.embeddings.shape
-        none = self.embeddings.new_zeros
-        return EditedTexts(self, none(count, 0), none(0, d))
-
-    def edited(self, edits: Sequence[LowRankEdit]) -> list[EditedTexts]:
-        """The texts after each of several edits of the projection."""
-        ranks = [len(edit.right) for edit in edits]
-        lefts = [edit.left.detach().to(self.hidden) for edit in edits]  # (w, r) each
-        ratios = self.hidden @ torch.cat(
-            [self.hidden.new_zeros(self.hidden.shape[1], 0), *lefts], 1
-        )
-        return [
-            EditedTexts(self, ratio.contiguous(), edit.right.detach().to(self.embeddings))
-            for ratio, edit in zip(ratios.split(ranks, dim=1), edits, strict=True)
-        ]
-
-
-@dataclass(frozen=True, eq=False)
-class EditedTexts:
-    """T texts after one edit of rank r.
-
-    Attributes:
-        texts: as they were; ratios: `H left`, (T, r), how far each text goes along each row of
-            `right`, (r, d).
-    """
-
-    texts: EmbeddedTexts
-    ratios: Tensor
-    right: Tensor
-
-    def embeddings(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Embeddings (n, d) of the texts `rows`, not normalised."""
-        return torch.addmm(self.texts.embeddings[rows], self.ratios[rows], self.right)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Lengths of the embeddings, (T,)."""
-        return self.embeddings().norm(dim=1).clamp_min(SHORTEST)
-
-    @cached_property
-    def along(self) -> Tensor:
-        """Products of the embeddings before the edit with the rows of `right`, (T, r)."""
-        return self.texts.embeddings @ self.right.T
-
-    @cached_property
-    def cosines_with_before(self) -> Tensor:
-        """Cosine of each text with itself before the edit, (T,)."""
-        products = self.texts.lengths.square() + (self.ratios * self.along).sum(dim=1)
-        return products / (self.texts.lengths * self.lengths)
-
-    def cosines(
-        self,
-        before: Tensor,
-        rows: Tensor | slice = slice(None),
-        columns: Tensor | slice = slice(None),
-    ) -> Tensor:
-        """Cosines (n, m) of the texts `rows` with the texts `columns`.
-
-        Args:
-            before: (n, m), products of their embeddings in the untouched model.
-        """
-        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T / 2
-        moved = self.along + self.ratios @ (self.right @ self.right.T) / 2  # (T, r)
-        mine = torch.cat([self.ratios[rows], moved[rows]], dim=1)  # (n, 2 r)
-        theirs = torch.cat([moved[columns], self.ratios[columns]], dim=1)  # (m, 2 r)
-        products = torch.addmm(before, mine, theirs.T)
-        return products / self.lengths[rows, None] / self.lengths[columns]
-
-    def image_cosines(self, products: Tensor, pulls: Tensor) -> Tensor:
-        """Cosines (N, T) of N unit-norm images with the texts.
-
-        Args:
-            products: (N, T), of the images with the embeddings in the untouched model.
-            pulls: (N, r), of the images with the rows of `right`.
-        """
-        inverse = self.lengths.reciprocal()
-        return (products * inverse).addmm_(pulls, (self.ratios * inverse[:, None]).T)
+def embedded_texts(bundle: FeatureBundle, hidden: Tensor) -> EmbeddedTexts:
+    """Texts (T, w) in the untouched model of a bundle."""
+    return EmbeddedTexts(hidden, bundle.embed(hidden.double()))
 
 
 class ZeroShot:
@@ -140,7 +45,7 @@ class ZeroShot:
 
     def __init__(self, bundle: FeatureBundle) -> None:
         self.bundle = bundle
-        self.texts = EmbeddedTexts(bundle, bundle.class_hidden)
+        self.texts = embedded_texts(bundle, bundle.class_hidden)
 
     @cached_property
     def images(self) -> Tensor:

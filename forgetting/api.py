@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.context import Answer, ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
+from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError, nearest, shown, unknown
 from forgetting.forgotten import Forgotten
 from forgetting.io import finite
@@ -324,7 +325,8 @@ def _context(
         **prompts,
     )
     among = n_classes if others else len(names)
-    classifier = ClassifierTexts(names, hidden, inputs.embed(hidden), label, among)
+    embedded = EmbeddedTexts(hidden, inputs.embed(hidden))
+    classifier = ClassifierTexts(names, embedded, label, among)
     return ForgetContext(retain, ridge, inputs, classifier, settings)
 
 

@@ -318,7 +318,7 @@ class ForgetContext:
             retain.name_weights,
             any_class,
         )
-        margins = self.classifier.margins(self.classifier.moved(edits), self._rows(batch))
+        margins = self.classifier.margins(self.classifier.texts.edited(edits), self._rows(batch))
         displacements = displacement.split(batch.sizes)
         by_class = excluded.split([len(request.classes) for request in batch])
         return [
@@ -382,7 +382,7 @@ class ForgetContext:
         classified, and of names like the retained ones that nobody listed."""
         retain, batch = self.retain, Batch([answer.request for answer in answers])
         edits = [answer.edit for answer in answers]
-        affected = self.classifier.affected(self.classifier.moved(edits), self._rows(batch))
+        affected = self.classifier.affected(self.classifier.texts.edited(edits), self._rows(batch))
         excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
         moved = torch.cat([answer.displacement for answer in answers])
         names = RetainedNames(

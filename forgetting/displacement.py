@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from forgetting.edited_texts import EditedTexts, EmbeddedTexts
 from forgetting.problem import LowRankEdit, pad_indices
 from forgetting.solvers.constrained import (
     Ridge,
@@ -186,106 +185,72 @@ class Forecast:
     gap: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassifierTexts:
     """Texts by which images are classified, n of them.
 
     Attributes:
-        names: their names; hidden: (n, w); embeddings: (n, d) float64, `h W + b`.
+        names: their names; texts: in the untouched model.
         label: class -> its row; n_classes: among how many of them, the first, images are
             classified.
     """
 
     names: Sequence[str]
-    hidden: Tensor
-    embeddings: Tensor
+    texts: EmbeddedTexts
     label: Mapping[str, int]
     n_classes: int
 
-    @cached_property
-    def _lengths(self) -> Tensor:
-        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)  # (n,)
-
-    def moved(self, edits: Sequence[LowRankEdit]) -> list[MovedTexts]:
-        """The texts after each of R edits. An embedding becomes `e + a right` with `a = h left`, so
-        that lengths and products need k numbers of each text."""
-        hidden, e, ranks = self.hidden.double(), self.embeddings, [x.left.shape[1] for x in edits]
-        rights = [edit.right.to(e) for edit in edits]
-        factors = (hidden @ torch.cat([x.left.to(e) for x in edits], dim=1)).split(ranks, dim=1)
-        products = (e @ torch.cat(rights).T).split(ranks, dim=1)
-        moved = []
-        for a, b, right in zip(factors, products, rights, strict=True):
-            squared = ((a @ (right @ right.T)) * a).sum(dim=1).clamp_min(0)
-            along = (a * b).sum(dim=1)
-            after = (self._lengths**2 + 2 * along + squared).clamp_min(0).sqrt()
-            after = after.clamp_min(SHORTEST)
-            loss = 1 - (self._lengths + along / self._lengths) / after
-            moved.append(MovedTexts(a, b, squared.sqrt(), after, loss))
-        return moved
-
     def affected(
-        self, moved: Sequence[MovedTexts], forgotten: Sequence[Sequence[int]]
+        self, edited: Sequence[EditedTexts], forgotten: Sequence[Sequence[int]]
     ) -> list[list[AffectedName]]:
         """For each edit the names that lose most cosine, but for the rows that it forgets."""
         tops = []
-        for change, own in zip(moved, forgotten, strict=True):
-            loss = change.cosine_loss.index_fill(0, _index(own, change.after), -torch.inf)
-            top = loss.topk(min(MOST_AFFECTED, max(0, len(loss) - len(set(own))))).indices
-            tops.append(top.tolist())
-        margins = self._margins(sorted({row for top in tops for row in top}))
+        for texts, own in zip(edited, forgotten, strict=True):
+            cosines = texts.cosines_with_before.index_fill(0, self._index(own), torch.inf)
+            count = min(MOST_AFFECTED, len(cosines) - len(set(own)))
+            tops.append(cosines.topk(count, largest=False).indices.tolist())
+        margins = self._margins_before(sorted({row for top in tops for row in top}))
         found = []
-        for change, own, top in zip(moved, forgotten, tops, strict=True):
-            unit = max(float(change.distance[list(own)].mean()), SHORTEST)
-            numbers = zip(
-                top,
-                (change.distance[top] / unit).tolist(),
-                change.cosine_loss[top].tolist(),
-                strict=True,
+        for texts, own, top in zip(edited, forgotten, tops, strict=True):
+            moved = texts.distances / texts.distances[list(own)].mean().clamp_min(SHORTEST)
+            loss = 1 - texts.cosines_with_before
+            found.append(
+                [
+                    AffectedName(self.names[i], float(moved[i]), float(loss[i]), margins[i])
+                    for i in top
+                ]
             )
-            found.append([AffectedName(self.names[i], *two, margins[i]) for i, *two in numbers])
         return found
 
-    def _margins(self, rows: list[int]) -> dict[int, float]:
+    def _margins_before(self, rows: list[int]) -> dict[int, float]:
         """Of some texts 1 minus the cosine with the nearest other text."""
-        directions = normalize(self.embeddings, dim=1)
+        directions = self.texts.embeddings / self.texts.lengths[:, None]
         cosine = directions[rows] @ directions.T  # (b, d) @ (d, n)
-        cosine.scatter_(1, _index(rows, cosine)[:, None], -1.0)
+        cosine.scatter_(1, self._index(rows)[:, None], -1.0)
         return dict(zip(rows, (1 - cosine.amax(dim=1)).tolist(), strict=True))
 
     def margins(
-        self, moved: Sequence[MovedTexts], forgotten: Sequence[Sequence[int]]
+        self, edited: Sequence[EditedTexts], forgotten: Sequence[Sequence[int]]
     ) -> list[list[Margin]]:
         """For each edit the margin of each row that it forgets, among the other classes."""
-        e, n = self.embeddings, self.n_classes
-        found = []
-        for change, own in zip(moved, forgotten, strict=True):
-            own = _index(own, e)
-            before = e[own] @ e[:n].T  # (o, n), products
-            after = (before + change.product[own] @ change.factor[:n].T) / change.after[:n]
-            others = torch.ones(n, dtype=torch.bool, device=e.device)
-            others[own] = False
+        found, n = [], self.n_classes
+        for texts, own in zip(edited, forgotten, strict=True):
+            index = self._index(own)
+            was = self.texts.embeddings[index] / self.texts.lengths[index, None]  # (o, d)
+            products = was @ self.texts.embeddings.T  # (o, n)
+            before = products / self.texts.lengths
+            after = texts.image_cosines(products, was @ texts.right.T)
+            others = torch.ones(n, dtype=torch.bool, device=was.device)
+            others[index] = False
             nearest = [
-                x.masked_fill(~others, -torch.inf).amax(dim=1)
-                for x in (before / self._lengths[:n], after)
+                x[:, :n].masked_fill(~others, -torch.inf).amax(dim=1) for x in (before, after)
             ]
-            gaps = 1 - nearest[0] / self._lengths[own]
-            margins = (nearest[1] - after.gather(1, own[:, None])[:, 0]) / self._lengths[own]
-            known = (change.after[own] > VANISHED * self._lengths[own]) & others.any()
-            triples = zip(margins.tolist(), gaps.tolist(), known.tolist(), strict=True)
+            mine = after.gather(1, index[:, None])[:, 0]
+            known = (texts.lengths > VANISHED * self.texts.lengths)[index] & others.any()
+            numbers = (nearest[1] - mine).tolist(), (1 - nearest[0]).tolist(), known.tolist()
+            triples = zip(*numbers, strict=True)
             found.append([Margin(m, g) if k else Margin(None, None) for m, g, k in triples])
         return found
 
-
-class MovedTexts(NamedTuple):
-    """n texts after an edit: `factor` a and `product` `e right^T`, both (n, k); how far each moves,
-    its length afterwards and the cosine that it loses, all (n,)."""
-
-    factor: Tensor
-    product: Tensor
-    distance: Tensor
-    after: Tensor
-    cosine_loss: Tensor
-
-
-def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64, device=like.device)
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(list(rows), dtype=torch.int64, device=self.texts.hidden.device)

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from forgetting.context import BETAS, MAX_ADDED, Answer, ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
+from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import Group, RetainSet
@@ -58,9 +59,8 @@ class Planted:
             retain=self.retain,
             lam=0.5 * self.retain.squared_embedding(self.w, self.b),
         )
-        texts = ClassifierTexts(
-            self.names, self.prompts, inputs.embed(self.prompts), label, CLASSES
-        )
+        embedded = EmbeddedTexts(self.prompts, inputs.embed(self.prompts))
+        texts = ClassifierTexts(self.names, embedded, label, CLASSES)
         return ForgetContext(self.retain, self.retain.ridge(ridge), inputs, texts, settings)
 
     def request(self, *classes: int, paraphrases: Tensor | None = None) -> Request:

@@ -15,6 +15,7 @@ from forgetting.displacement import (
     displacement_ratios,
     leave_one_out_ratios,
 )
+from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
 from forgetting.retain import Group, RetainSet, key
@@ -109,8 +110,8 @@ def test_a_text_moves_along_itself_and_an_orthogonal_one_does_not():
 def test_affected_names_and_margins_by_plain_arithmetic(rank):
     hidden, w = normal(7, W, seed=1), normal(W, D, seed=2)
     edit = LowRankEdit(normal(W, rank, seed=3), 0.2 * normal(rank, D, seed=4))
-    texts = ClassifierTexts([*"abcdefg"], hidden, hidden @ w, {"b": 1}, 5)
-    moved = texts.moved([edit])
+    texts = ClassifierTexts([*"abcdefg"], EmbeddedTexts(hidden, hidden @ w), {"b": 1}, 5)
+    moved = texts.texts.edited([edit])
     [names], [[one]] = texts.affected(moved, [[1]]), texts.margins(moved, [[1]])
     before = hidden @ w
     after = before + hidden @ edit.delta
@@ -133,32 +134,32 @@ def test_affected_names_and_margins_by_plain_arithmetic(rank):
     assert one.margin == pytest.approx(float(now[others].max() - now[1]))
     was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
     assert one.gap == pytest.approx(float(1 - was[others].max()))
-    nothing = texts.moved([LowRankEdit(edit.left, torch.zeros_like(edit.right))])
+    nothing = texts.texts.edited([LowRankEdit(edit.left, torch.zeros_like(edit.right))])
     assert texts.margins(nothing, [[1]])[0][0].margin == pytest.approx(-one.gap)
 
 
 def test_edits_of_different_ranks_are_looked_at_together():
     hidden, w = normal(7, W, seed=1), normal(W, D, seed=2)
-    texts = ClassifierTexts([*"abcdefg"], hidden, hidden @ w, {}, 7)
+    texts = ClassifierTexts([*"abcdefg"], EmbeddedTexts(hidden, hidden @ w), {}, 7)
     edits = [LowRankEdit(normal(W, r, seed=r), normal(r, D, seed=9)) for r in (1, 3)]
     forgotten = [[0], [2, 5]]
-    together = texts.moved(edits)
+    together = texts.texts.edited(edits)
     for i, edit in enumerate(edits):
-        alone = texts.moved([edit])
+        alone = texts.texts.edited([edit])
         names = texts.affected(together, forgotten)[i]
         expected = texts.affected(alone, forgotten[i : i + 1])[0]
         assert [x.name for x in names] == [x.name for x in expected]
         assert names[0][1:] == pytest.approx(expected[0][1:])
         assert [len(x) for x in texts.margins(together, forgotten)] == [1, 2]
         # Among fewer names than are shown, those that are left.
-        few = ClassifierTexts([*"abc"], hidden[:3], hidden[:3] @ w, {}, 3)
-        assert {x.name for x in few.affected(few.moved([edit]), [[1]])[0]} == {"a", "c"}
+        few = ClassifierTexts([*"abc"], EmbeddedTexts(hidden[:3], hidden[:3] @ w), {}, 3)
+        assert {x.name for x in few.affected(few.texts.edited([edit]), [[1]])[0]} == {"a", "c"}
 
 
 def test_without_another_class_there_is_no_margin():
     hidden, w = normal(1, W), normal(W, D, seed=2)
-    texts = ClassifierTexts(["a"], hidden, hidden @ w, {"a": 0}, 1)
-    moved = texts.moved([LowRankEdit(normal(W, 1), normal(1, D))])
+    texts = ClassifierTexts(["a"], EmbeddedTexts(hidden, hidden @ w), {"a": 0}, 1)
+    moved = texts.texts.edited([LowRankEdit(normal(W, 1), normal(1, D))])
     assert texts.margins(moved, [[0]]) == [[(None, None)]] and texts.affected(moved, [[0]]) == [[]]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.zero_shot import EmbeddedTexts, Evaluator, ZeroShot
+from evaluation.zero_shot import Evaluator, ZeroShot, embedded_texts
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
 from tests.conftest import accuracies, toy_bundle, whole_set
@@ -75,7 +75,7 @@ def test_edits_together_are_what_embedding_every_text_again_gives(seed, ranks, s
     """Predictions, lengths and cosines of texts; the negative control leaves the edits out."""
     edits = random_edits(seed, ranks, scale)
     hidden, w = BUNDLE.class_hidden.double(), BUNDLE.text_projection.double()
-    texts, zero_shot = EmbeddedTexts(BUNDLE, BUNDLE.class_hidden), ZeroShot(BUNDLE)
+    texts, zero_shot = embedded_texts(BUNDLE, BUNDLE.class_hidden), ZeroShot(BUNDLE)
     predicted = zero_shot.predict(edits)
     before = texts.embeddings @ texts.embeddings.T
     for edit, edited, classes in zip(edits, texts.edited(edits), predicted, strict=True):

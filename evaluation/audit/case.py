@@ -13,7 +13,7 @@ from torch import Tensor
 from clip.bundle import FeatureBundle
 from engine.determinism import seeded
 from evaluation.audit.statistics import Accuracy, proportion
-from evaluation.zero_shot import EditedTexts, EmbeddedTexts
+from evaluation.zero_shot import EditedTexts, EmbeddedTexts, embedded_texts
 from forgetting.problem import LowRankEdit
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class AuditData:
     @cached_property
     def class_texts(self) -> EmbeddedTexts:
         """The evaluation prompts of the C classes."""
-        return EmbeddedTexts(self.bundle, self.bundle.class_hidden)
+        return embedded_texts(self.bundle, self.bundle.class_hidden)
 
     @cached_property
     def texts(self) -> EmbeddedTexts:
@@ -92,7 +92,7 @@ class AuditData:
         prompts of the other sets."""
         others = [other.class_hidden for other in self.others.values()]
         hidden = torch.cat([self.bundle.class_hidden, self.bundle.retain_hidden, *others])
-        return EmbeddedTexts(self.bundle, hidden)
+        return embedded_texts(self.bundle, hidden)
 
     @cached_property
     def products(self) -> Tensor:
@@ -125,7 +125,7 @@ class Model:
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Embeddings (n, d) of hidden states (n, w), not normalised."""
-        return EmbeddedTexts(self.bundle, hidden).edited([self.edit])[0].embeddings()
+        return embedded_texts(self.bundle, hidden).edited([self.edit])[0].embeddings()
 
     @cached_property
     def texts(self) -> EditedTexts:
@@ -144,7 +144,7 @@ class Model:
 
     def image_cosines(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Cosines (n, P) of images (n, d) with texts of hidden states (P, w)."""
-        texts = EmbeddedTexts(self.bundle, hidden)
+        texts = embedded_texts(self.bundle, hidden)
         edited = texts.edited([self.edit])[0]
         return edited.image_cosines(images @ texts.embeddings.T, images @ edited.right.T)
 

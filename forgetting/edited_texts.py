@@ -1,0 +1,120 @@
+"""Texts before and after edits of the text projection.
+
+An edit `left @ right` moves the embedding of a text with hidden state h by `(h left) right`. Lengths,
+cosines and products with images follow from those before and from r numbers per text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from forgetting.problem import LowRankEdit
+
+SHORTEST = 1e-12  # of an embedding; no text is divided by a smaller length
+
+
+class EmbeddedTexts:
+    """T texts in the untouched model.
+
+    Attributes:
+        hidden: (T, w), float64; embeddings: (T, d), float64, `h W + b`, not normalised.
+    """
+
+    def __init__(self, hidden: Tensor, embeddings: Tensor) -> None:
+        self.hidden, self.embeddings = hidden.double(), embeddings.double()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Lengths of the embeddings, (T,)."""
+        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)
+
+    @property
+    def unedited(self) -> EditedTexts:
+        """The texts as they are: after an edit of rank 0."""
+        (count, d) = self.embeddings.shape
+        none = self.embeddings.new_zeros
+        return EditedTexts(self, none(count, 0), none(0, d))
+
+    def edited(self, edits: Sequence[LowRankEdit]) -> list[EditedTexts]:
+        """The texts after each of several edits of the projection."""
+        ranks = [len(edit.right) for edit in edits]
+        lefts = [edit.left.detach().to(self.hidden) for edit in edits]  # (w, r) each
+        ratios = self.hidden @ torch.cat(
+            [self.hidden.new_zeros(self.hidden.shape[1], 0), *lefts], 1
+        )
+        return [
+            EditedTexts(self, ratio.contiguous(), edit.right.detach().to(self.embeddings))
+            for ratio, edit in zip(ratios.split(ranks, dim=1), edits, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class EditedTexts:
+    """T texts after one edit of rank r.
+
+    Attributes:
+        texts: as they were; ratios: `H left`, (T, r), how far each text goes along each row of
+            `right`, (r, d).
+    """
+
+    texts: EmbeddedTexts
+    ratios: Tensor
+    right: Tensor
+
+    def embeddings(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Embeddings (n, d) of the texts `rows`, not normalised."""
+        return torch.addmm(self.texts.embeddings[rows], self.ratios[rows], self.right)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Lengths of the embeddings, (T,)."""
+        return self.embeddings().norm(dim=1).clamp_min(SHORTEST)
+
+    @property
+    def distances(self) -> Tensor:
+        """How far each embedding moves, (T,)."""
+        return (self.ratios @ self.right).norm(dim=1)
+
+    @cached_property
+    def along(self) -> Tensor:
+        """Products of the embeddings before the edit with the rows of `right`, (T, r)."""
+        return self.texts.embeddings @ self.right.T
+
+    @cached_property
+    def cosines_with_before(self) -> Tensor:
+        """Cosine of each text with itself before the edit, (T,)."""
+        products = self.texts.lengths.square() + (self.ratios * self.along).sum(dim=1)
+        return products / (self.texts.lengths * self.lengths)
+
+    def cosines(
+        self,
+        before: Tensor,
+        rows: Tensor | slice = slice(None),
+        columns: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """Cosines (n, m) of the texts `rows` with the texts `columns`.
+
+        Args:
+            before: (n, m), products of their embeddings in the untouched model.
+        """
+        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T / 2
+        moved = self.along + self.ratios @ (self.right @ self.right.T) / 2  # (T, r)
+        mine = torch.cat([self.ratios[rows], moved[rows]], dim=1)  # (n, 2 r)
+        theirs = torch.cat([moved[columns], self.ratios[columns]], dim=1)  # (m, 2 r)
+        products = torch.addmm(before, mine, theirs.T)
+        return products / self.lengths[rows, None] / self.lengths[columns]
+
+    def image_cosines(self, products: Tensor, pulls: Tensor) -> Tensor:
+        """Cosines (N, T) of N unit-norm images with the texts.
+
+        Args:
+            products: (N, T), of the images with the embeddings in the untouched model.
+            pulls: (N, r), of the images with the rows of `right`.
+        """
+        inverse = self.lengths.reciprocal()
+        return (products * inverse).addmm_(pulls, (self.ratios * inverse[:, None]).T)
