@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ TEMPLATES = ("{}", "a photo of a {}.")
 LIKELY = 32  # names that stand for what may be forgotten, for the ridge
 ENOUGH = 16  # names of a caller's list that are enough to choose the ridge by
 TRAINER, DATASET = "forget", "names"
+_lock, _inside = Lock(), []  # the threads before the first of several calls, and 1 for each
 
 
 def forget(
@@ -101,13 +103,20 @@ def forget(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Work on one CPU thread: the matrices are small, and a second thread mostly waits for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Work on one CPU thread: the matrices are small, and a second thread mostly waits for them.
+    The number is torch's for the whole process: the last of several calls gives it back."""
+    with _lock:
+        if not _inside:
+            _inside.append(torch.get_num_threads())
+        _inside.append(1)
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            _inside.pop()
+            if len(_inside) == 1:
+                torch.set_num_threads(_inside.pop())
 
 
 def _settings(
@@ -246,9 +255,10 @@ def _retained(
     last = wanted_names, *weights.values(), *numbers, tensor_sha256(texts.encoder.weight)
     memory = texts.encoder.remembered("retained", dict)
     if (known := memory.get(last)) is not None:
-        *retained, rows = known
+        retain, ridge, rows, too_long = known
         texts.known |= rows
-        return tuple(retained)
+        texts.too_long += too_long
+        return retain, ridge
 
     def group(name: str, names: Sequence[str], **options: Any) -> None:
         if names and weights[name] > 0:
@@ -267,7 +277,7 @@ def _retained(
     retain = RetainSet(groups, settings.similarity, texts.device, MAX_SIMILAR)
     ridge = retain.ridge(settings.ridge or _choose_ridge(texts, settings, retain))
     memory.clear()
-    memory[last] = retain, ridge, dict(texts.known)
+    memory[last] = retain, ridge, dict(texts.known), list(texts.too_long)
     return retain, ridge
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -197,13 +198,16 @@ def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch
     )
 
 
-def test_threads_are_given_back():
+def test_threads_are_given_back_whoever_is_last():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        forget(*tiny("own"), ["Acme Cola"], **PLAIN)
-        with pytest.raises(ProblemError):
-            forget(*tiny("own"), ["Acme Cola"], **PLAIN | {"retain": None})
+        with ThreadPoolExecutor(4) as pool:
+            calls = [
+                pool.submit(forget, *tiny("own"), ["Acme Cola"], **PLAIN | {"retain": retain})
+                for retain in (RETAIN, None, RETAIN[:3], RETAIN) * 2
+            ]
+        assert [call.exception() is None for call in calls] == [True, False, True, True] * 2
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
