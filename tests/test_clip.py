@@ -219,9 +219,9 @@ def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> N
     other, out = tmp_path / "other.pt", tmp_path / "out.pt"
     torch.save(random_model("mini", seed=1).state_dict(), other)
     arguments = [str(tmp_path / "a.safetensors"), str(out), "--cache", str(tmp_path / "cache")]
-    with pytest.raises(ProblemError, match="made for other weights") as error:
+    with pytest.raises(ProblemError, match="adapter was made for") as error:
         apply_command.main([*arguments, "--weights", str(other)])
-    one_line(error, tmp_path / "a.safetensors", other)
+    one_line(error, other)
     assert not out.exists()
     (tmp_path / "a.safetensors").write_bytes(b"torn")
     with pytest.raises(ProblemError, match=r"a\.safetensors"):

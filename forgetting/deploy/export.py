@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,19 @@ class Job:
     config: str | None
     overwrite: bool
 
-    def changed(
-        self, names: tuple[str, ...], dtype: torch.dtype | None = None
-    ) -> tuple[dict[str, Tensor], Found, list[Path]]:
-        """All tensors of the base with the projection changed, where it is, and the files."""
+    def read(self, names: tuple[str, ...]) -> tuple[list[Path], dict[str, Tensor]]:
+        """The files of the base's weights, and all their tensors."""
         files, tensors = weight_files(self.base, names), {}
         for file in files:
             tensors |= read_tensors(file)
+        return files, tensors
+
+    def changed(self, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Found, list[Path]]:
+        """All tensors of the base with the projection changed, where it is, and the files."""
+        files, tensors = self.read(names)
         with naming(self.base):
             found = find(tensors, self.adapter, self.original)
-        tensors[found.name] = found.changed(self.adapter, dtype or tensors[found.name].dtype)
+        tensors[found.name] = found.changed(self.adapter, tensors[found.name].dtype)
         return tensors, found, files
 
 
@@ -110,17 +113,35 @@ def export(
 
 
 def _openai(job: Job, out: Path) -> None:
-    tensors, found, files = job.changed(OPEN_CLIP_WEIGHTS, torch.float32)
+    files, tensors = job.read(OPEN_CLIP_WEIGHTS)
     with naming(job.base):
-        if found.name != "text_projection" or "visual.conv1.weight" not in tensors:
-            raise ProblemError(
-                f"not in OpenAI's layout (its projection is {line(found.name)}); "
-                "choose the format of the tool that it is of"
-            )
+        state = openai_state(tensors, job.adapter, job.original)
         _require_openai(files[0].with_name(OPEN_CLIP_CONFIG))
-    with atomic_path(out, job.overwrite) as temporary, open(temporary, "wb") as file:
+    save_state(state, out, job.overwrite)
+
+
+def openai_state(
+    tensors: Mapping[str, Tensor], adapter: Adapter, original: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A state dict in OpenAI's layout with its projection changed, in float32, as it was measured.
+
+    Raises:
+        ProblemError: another layout, or not the projection of the adapter.
+    """
+    found = find(tensors, adapter, original)
+    if found.name != "text_projection" or "visual.conv1.weight" not in tensors:
+        raise ProblemError(
+            f"not in OpenAI's layout (its projection is {line(found.name)}); "
+            "choose the format of the tool that it is of"
+        )
+    return {**tensors, found.name: found.changed(adapter, torch.float32)}
+
+
+def save_state(state: dict[str, Tensor], out: Path, overwrite: bool = False) -> None:
+    """Write a state dict by `torch.save`."""
+    with atomic_path(out, overwrite) as temporary, open(temporary, "wb") as file:
         try:  # given a path, torch would write its name into the file
-            torch.save(tensors, file)
+            torch.save(state, file)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(str(error).splitlines()[0]) from error
 
