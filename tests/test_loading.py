@@ -358,7 +358,7 @@ def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, mo
     beside = tmp_path / "laion.json"
     beside.write_text(json.dumps({"model_cfg": gelu.architecture.model_config()}))
     for arch in ("ViT-B/32", "ViT-B/32-quickgelu"):
-        with pytest.raises(ProblemError, match="quick_gelu is None, not True"):
+        with pytest.raises(ProblemError, match="quick_gelu is"):
             _ = source(arch).fingerprint
     assert source("open_clip:ViT-B-32").fingerprint
     assert torch.equal(features("open_clip:ViT-B-32"), features("open_clip:ViT-B-32-gelu"))

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from forgetting.adapter import Adapter
-from forgetting.errors import ProblemError, line, reason, unknown
+from forgetting.errors import ProblemError, line, unknown
 from forgetting.io import atomic_path, container, naming, need, refuse_existing
 from forgetting.models.checkpoint import (
     HF_CONFIG,
@@ -41,6 +41,8 @@ from forgetting.models.checkpoint import (
     read_tensors,
     weight_files,
 )
+from forgetting.models.configs import check_open_clip
+from forgetting.models.loading import ModelSpec, find_model
 
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
@@ -292,47 +294,14 @@ def _onnx(job: Job, out: Path) -> None:
     if job.config is None and job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
         _require_hf(job.base)
         tensors, _, _ = job.changed(HF_WEIGHTS)
-        return export_text_encoder(_hf_model(job.base, tensors), out, job.overwrite)
-    tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
-    config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
-    model = _open_clip_model(config["model_cfg"], tensors)
-    return export_text_encoder(model, out, job.overwrite)
-
-
-def _hf_model(folder: Path, tensors: dict[str, Tensor]) -> torch.nn.Module:
-    """The model of a local folder of transformers with these weights; no code of it is run."""
-    library = need("transformers", "clip-forgetting[transformers]")
-    options = {"local_files_only": True, "trust_remote_code": False}
-    with naming(folder):
-        try:
-            config = library.AutoConfig.from_pretrained(folder, **options)
-            name = str((config.architectures or ["CLIPModel"])[0])
-            kind = getattr(library, name)
-            if not issubclass(kind, library.PreTrainedModel):
-                raise ValueError(f"{name} is no model of it")
-            model, loaded = kind.from_pretrained(
-                None, config=config, state_dict=tensors, output_loading_info=True
-            )
-        except Exception as error:  # whatever a foreign config leads to
-            raise ProblemError(f"transformers cannot load it ({reason(error)})") from error
-        if missing := sorted(loaded["missing_keys"]):
-            raise ProblemError(f"its weights lack {line(missing[0])}")
-    return model
-
-
-def _open_clip_model(config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
-    """The model that a config of open_clip describes, with these weights."""
-    library = need("open_clip", "clip-forgetting[open-clip]")
-    config = {key: value for key, value in config.items() if key != "custom_text"}
-    if (config.get("text_cfg") or {}).get("hf_model_name"):
-        raise ProblemError("a text tower of transformers within open_clip cannot be exported")
-    custom = any(name.startswith("text.") for name in tensors)
-    try:
-        model = (library.CustomTextCLIP if custom else library.CLIP)(**config)
-        model.load_state_dict({name: x.float() for name, x in tensors.items()})
-    except Exception as error:  # whatever a foreign config leads to
-        raise ProblemError(f"open_clip cannot load it ({reason(error)})") from error
-    return model
+        spec = find_model(f"hf:{job.base}")
+    else:
+        tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
+        config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))["model_cfg"]
+        custom = any(name.startswith("text.") for name in tensors)
+        with naming(job.base):
+            spec = ModelSpec(str(job.base), check_open_clip(config) | {"custom_text": custom})
+    return export_text_encoder(spec.make(tensors), out, job.overwrite)
 
 
 FORMATS: dict[str, Callable[[Job, Path], None]] = {

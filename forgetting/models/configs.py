@@ -57,37 +57,46 @@ def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody wrote.
 
     Raises:
-        ProblemError: another form, a number that no model has, or a part that would be fetched or
-            run.
+        ProblemError: another form, or what `check_open_clip` refuses.
     """
     content = read_json(path)
     with naming(path):
-        model = content.get("model_cfg") if isinstance(content, dict) else None
-        images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
-        parts = model if isinstance(model, dict) else {}
-        text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
-        if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
-            raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
-        if not isinstance(images, dict):
+        if not isinstance(content, dict) or "model_cfg" not in content:
+            raise ProblemError("no model_cfg in it, as open_clip writes it")
+        if not isinstance(images := content.get("preprocess_cfg", {}), dict):
             raise ProblemError("preprocess_cfg is no object")
-        check_numbers(model)
-        if text.get("hf_model_name"):
+        return check_open_clip(content["model_cfg"]), images
+
+
+def check_open_clip(model: Any) -> dict[str, Any]:
+    """The configuration of a model in open_clip's form.
+
+    Raises:
+        ProblemError: another form, a number that no model has, or a part that would be fetched or
+            run.
+    """
+    parts = model if isinstance(model, dict) else {}
+    text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
+    if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
+        raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
+    check_numbers(model)
+    if text.get("hf_model_name"):
+        raise ProblemError(
+            f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a local "
+            "model is read without a network: give a folder in the form of transformers"
+        )
+    if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
+        raise ProblemError(
+            f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
+        )
+    options = text.get("tokenizer_kwargs") or {}
+    for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
+        if key not in TOKENIZER_OPTIONS or not isinstance(value, str | bool):
             raise ProblemError(
-                f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a "
-                "local folder is read without a network: give a folder in the form of transformers"
+                f"text_cfg.tokenizer_kwargs: {shown(key)} is none of "
+                f"{', '.join(TOKENIZER_OPTIONS)}, or of another type"
             )
-        if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
-            raise ProblemError(
-                f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
-            )
-        options = text.get("tokenizer_kwargs") or {}
-        for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
-            if key not in TOKENIZER_OPTIONS or not isinstance(value, str | bool):
-                raise ProblemError(
-                    f"text_cfg.tokenizer_kwargs: {shown(key)} is none of "
-                    f"{', '.join(TOKENIZER_OPTIONS)}, or of another type"
-                )
-    return model, images
+    return model
 
 
 def check_numbers(value: Any, key: str = "") -> None:

@@ -200,7 +200,7 @@ class ModelSpec:
             config = transformers.AutoConfig.for_model(kind, **config)
             builder = getattr(transformers, str(named[0]), None)
             known = isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
-            builder = builder if known else transformers.AutoModel
+            builder = builder if known else transformers.MODEL_MAPPING[type(config)]
             model, report = builder.from_pretrained(
                 None, config=config, state_dict=state, output_loading_info=True
             )
