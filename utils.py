@@ -88,8 +88,8 @@ def create_results(
             together, or `before` of another model.
     """
     if isinstance(folder, str | PathLike) or not isinstance(folder, Sequence) or not folder:
-        found = _of_folder(folder, rn, log_name, multiclass, before)
-        return found if return_logs else found[:2]
+        frame_args_logs = _of_folder(folder, rn, log_name, multiclass, before)
+        return frame_args_logs if return_logs else frame_args_logs[:2]
     parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folder]
     frames, args, logs = map(list, zip(*parts, strict=True))
     same_kind(folder, logs)
@@ -119,8 +119,8 @@ def _of_folder(
     names = {str(each.get(SETTINGS, {}).get("backbone", "")) for each in models.values()} - {""}
     resnet = any(name.upper().startswith("RN") for name in names)
     if names and rn not in (None, resnet):
-        found = f"{folder} holds results of {', '.join(sorted(names))}"
-        warnings.warn(f"rn={rn}, but {found}: rn={resnet} is right", stacklevel=3)
+        held = f"{folder} holds results of {', '.join(sorted(names))}"
+        warnings.warn(f"rn={rn}, but {held}: rn={resnet} is right", stacklevel=3)
     df = result_table(folder, rows_of(logs), multiclass)
     if isinstance(before, str | PathLike):
         frame, *other = _of_folder(before, None, LOGS, multiclass, None)

@@ -170,11 +170,11 @@ class Results:
         before, self._files = self._files, {}
         for path in self.folder.glob(f"*/[!.]*{SUFFIX}"):
             try:
-                found = path.stat()
+                status = path.stat()
             except OSError:  # replaced at this moment, or a link to nowhere
                 continue
-            if stat.S_ISREG(found.st_mode):
-                stamp = found.st_mtime_ns, found.st_size, found.st_ino
+            if stat.S_ISREG(status.st_mode):
+                stamp = status.st_mtime_ns, status.st_size, status.st_ino
                 known = before.get(path)
                 same = known is not None and known[0] == stamp
                 self._files[path] = known if same else (stamp, read_record(self.folder, path))

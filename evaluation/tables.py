@@ -101,7 +101,7 @@ def over_folders(
     numbers = [column for column in rows.columns if column not in (*keys, FOR_EACH)]
     df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))
     if FOR_EACH in rows:
-        each = groups[FOR_EACH].agg(lambda found: pd.DataFrame(list(found)).mean().to_dict())
+        each = groups[FOR_EACH].agg(lambda each: pd.DataFrame(list(each)).mean().to_dict())
         df.insert(len(numbers), FOR_EACH, each)
     return df.join(groups.size().rename("folders")).reset_index()
 

@@ -22,7 +22,6 @@ from forgetting.errors import ProblemError, unknown
 if TYPE_CHECKING:
     from forgetting.problem import LowRankEdit
 
-Factors = tuple[Tensor, Tensor]  # left (w, r), right (r, d) of Delta = left @ right
 BLOCK = 256  # images at once: their scores stay in the processor's cache
 
 

@@ -122,16 +122,16 @@ class ForgetOptimum(PaperTrainer):
         problem, excluded, reports = self.problem(requests)
         answers = []
         solved = solve_requests(problem, requests.of_text, excluded)
-        for i, ((left, right, found), report) in enumerate(zip(solved, reports, strict=True)):
+        for i, ((left, right, solution), report) in enumerate(zip(solved, reports, strict=True)):
             mine = requests.of_text == i
             way = problem.double.displacement[mine]  # (k, d)
             missed = way - (problem.double.forget_hidden[mine] @ left) @ right
             before, after = (float(torch.linalg.matrix_norm(x)) for x in (way, missed))
-            found["reduction"] = abs(before - after) / before if before else 1.0
-            report |= found
+            solution["reduction"] = abs(before - after) / before if before else 1.0
+            report |= solution
             note = (
-                f"{found['branch']}: lamb_forget {found['lamb_forget']:.4g}, c* "
-                f"{found['thresholds']['reach']:.4g}, {proof(found['certificate']['gap'])}"
+                f"{solution['branch']}: lamb_forget {solution['lamb_forget']:.4g}, c* "
+                f"{solution['thresholds']['reach']:.4g}, {proof(solution['certificate']['gap'])}"
             )
             answers.append(Solved(left.float(), right.float(), report, [note]))
         return answers

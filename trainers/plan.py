@@ -137,7 +137,9 @@ def _classes(cfg, classnames: list[str], listed: dict[str, list[str]]) -> list[s
             f"all {len(classnames)} classes of {dataset} at once leave none to retain"
         )
     if SETTINGS in classes:
-        raise ProblemError(f"a class called {SETTINGS!r} cannot be told in logs.json; rename it")
+        raise ProblemError(
+            f"a class called {SETTINGS!r} would hide the settings in logs.json; rename it"
+        )
     return classes
 
 
