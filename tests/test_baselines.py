@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import train
+import trainers
 from clip.retain import GROUPS, retain_set
 from engine import TRAINER_REGISTRY
-from engine.config import methods
+from engine.config import declared, methods
 from evaluation.results import read_logs
 from evaluation.zero_shot import ZeroShot
 from forgetting import load_adapter
+from forgetting.baselines import uce
+from forgetting.problem import Request
+from forgetting.settings import setting
 from tests.conftest import BACKBONE, accuracies, toy_bundle, whole_set
+from trainers.base import Solved, register
+from trainers.baselines import RetainingTrainer
 from utils import create_results
 
 BASELINES = [
@@ -49,10 +55,39 @@ def landed(adapter, row: torch.Tensor) -> torch.Tensor:
     return row.double() @ (BUNDLE.text_projection.double() + delta)
 
 
-def test_every_method_is_registered_and_has_a_config():
-    assert len(methods()) == 11
-    for name in methods():
-        assert TRAINER_REGISTRY.get(name).__name__ == name
+def test_a_new_method_is_one_class(method):
+    """It is in Dassl's registry, and its settings on the command line; nothing else is needed."""
+    declared.cache_clear()
+
+    @dataclass(frozen=True)
+    class MeanSettings:
+        erase: float = setting(1000.0, "weight of a forgotten text", above=0)
+
+    @register
+    class ForgetMean(RetainingTrainer):
+        """A text goes to the mean of the retained ones."""
+
+        name = "mean"
+        settings_type = MeanSettings
+        targets = ()
+
+        def solve_one(self, request: Request) -> Solved:
+            rows, report, notes = self.retained_beside(request)
+            hidden, w = request.hidden.double(), self.model.projection.double()
+            left = uce(hidden, rows.T @ rows, self.settings.erase, 0.5)
+            right = rows.mean(dim=0) @ w - hidden @ w
+            return Solved(left.float(), right.float(), report | {"texts": request.texts}, notes)
+
+    try:
+        assert TRAINER_REGISTRY.get("ForgetMean") is ForgetMean
+        folder = method("ForgetMean", "--forget", "all", "TRAINER.FORGETMEAN.ERASE", "500")
+        df, args = create_results(folder)
+        assert df.cls_forget.mean() < 0.3 and args.trainer == "ForgetMean"
+        solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
+        assert solver["name"] == "mean" and solver["settings"]["erase"] == 500
+    finally:
+        del trainers.SETTINGS["ForgetMean"]
+        declared.cache_clear()
 
 
 @pytest.mark.parametrize("name", BASELINES)
