@@ -14,7 +14,7 @@ from .table import NAMES, SETS, SetSpec, spec
 from .vocabulary import retain_vocabulary, same_meaning, synonyms
 
 for _class in CLASSES.values():
-    DATASET_REGISTRY.register(_class, force=True)  # Dassl has sets of its own, such as a CIFAR10
+    DATASET_REGISTRY.register(force=True)(_class)  # Dassl has sets of its own, such as a CIFAR10
 
 __all__ = [
     "NAMES",

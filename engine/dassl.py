@@ -1,13 +1,13 @@
 """Dassl where it is installed, else the slice of it that is called here.
 
-Trainers are Dassl's SimpleTrainers and stand in Dassl's registry, data sets in another one, and
-settings are added to Dassl's config. Where Dassl is missing, small equivalents take their place.
-`CLIP_FORGET_ENGINE=dassl|builtin` forces one. The choice is made once a process, when the first
-name that depends on it is asked for: a program can still report a wrong one.
+Trainers are Dassl's SimpleTrainers in Dassl's registry, data sets are in another one, and settings
+are added to Dassl's config. Where Dassl is missing, small equivalents take their place.
+`CLIP_FORGET_ENGINE=dassl|builtin` forces one. The choice is made once per process, on first use.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import cache
@@ -18,7 +18,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError, reason, unknown
 
 VARIABLE = "CLIP_FORGET_ENGINE"
 ENGINES = ("dassl", "builtin")
@@ -26,7 +26,8 @@ ENGINES = ("dassl", "builtin")
 
 @cache
 def choose() -> SimpleNamespace:
-    """The engine of this process: `description`, a line for the log, and the names of `NAMES`.
+    """The engine of this process: `description`, a line for the log, and the names of
+    `engine.OF_DASSL`.
 
     Raises:
         ProblemError: the variable has another value, or asks for a Dassl that does not import.
@@ -34,21 +35,19 @@ def choose() -> SimpleNamespace:
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in ENGINES:
         raise _refusal(f"{VARIABLE}: {unknown('engine', wanted, ENGINES)}")
-    reason = f"{VARIABLE}=builtin"
+    why = f"{VARIABLE}=builtin"
     if wanted != "builtin":
         try:
             return _dassl()
         except Exception as error:  # its pinned requirements of 2019 fail in many ways
-            lines = str(error).splitlines() or [""]
-            reason = f"Dassl does not import ({type(error).__name__}: {lines[0]})"
-        if find_spec("dassl") is None or find_spec("dassl").origin is None:  # or a bare folder
-            reason = "Dassl is not installed"
+            why = f"Dassl does not import ({reason(error)})"
+        spec = find_spec("dassl")
+        if spec is None or spec.origin is None:  # or a folder of that name
+            why = "Dassl is not installed"
         if wanted == "dassl":
-            raise _refusal(
-                f"{VARIABLE}=dassl, but {reason}; put Dassl on PYTHONPATH or unset the variable"
-            )
+            raise _refusal(f"{VARIABLE}=dassl, but {why}; put Dassl on PYTHONPATH")
     return SimpleNamespace(
-        description=f"engine: builtin ({reason})",
+        description=f"engine: builtin ({why})",
         DATASET_REGISTRY=Registry(),
         TRAINER_REGISTRY=Registry(),
         SimpleTrainer=SimpleTrainer,
@@ -58,6 +57,7 @@ def choose() -> SimpleNamespace:
 
 def _dassl() -> SimpleNamespace:
     dassl, engine = import_module("dassl"), import_module("dassl.engine")
+    logging.disable(logging.NOTSET)  # one of its data sets silences every logger on import
     return SimpleNamespace(
         description=f"engine: Dassl {dassl.__version__} ({os.path.dirname(dassl.__file__)})",
         DATASET_REGISTRY=import_module("dassl.data.datasets").DATASET_REGISTRY,
@@ -68,18 +68,17 @@ def _dassl() -> SimpleNamespace:
 
 
 def _refusal(message: str) -> ProblemError:
-    """The error of a choice that cannot be met; it prints as one line if nobody catches it.
+    """The error of a choice that cannot be met. It prints as one line where nobody catches it:
+    modules use the engine's names while they are imported, before any `main`."""
+    default = sys.excepthook
 
-    Modules import the engine's names at their top, before any `main` could catch it there.
-    """
-
-    def one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, ProblemError):
             print(f"error: {error}", file=sys.stderr)
         else:
-            sys.__excepthook__(kind, error, trace)
+            default(kind, error, trace)
 
-    sys.excepthook = one_line
+    sys.excepthook = show
     return ProblemError(message)
 
 
@@ -89,13 +88,14 @@ class Registry:
     def __init__(self) -> None:
         self._classes: dict[str, type] = {}
 
-    def register(self, thing: type | None = None, force: bool = False) -> Any:
-        """Register a class; without one, a decorator that does. In Dassl's only `force` replaces
-        one of the same name."""
-        if thing is None:
-            return self.register
-        self._classes[thing.__name__] = thing
-        return thing
+    def register(self, force: bool = False) -> Any:
+        """A decorator that registers a class; in Dassl's only `force` replaces one of that name."""
+
+        def add(thing: type) -> type:
+            self._classes[thing.__name__] = thing
+            return thing
+
+        return add
 
     def get(self, name: str) -> Any:
         """The class of that name; ProblemError with the nearest names if there is none."""

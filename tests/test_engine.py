@@ -180,8 +180,8 @@ def test_registry(kit):
     class Second:
         pass
 
-    registry.register(Second)
-    registry.register(Second, force=True)  # one of that name is there
+    for _ in range(2):  # the second time one of that name is there
+        registry.register(force=True)(Second)
     assert registry.get("First") is First and registry.get("Second") is Second
     with pytest.raises((ProblemError, KeyError), match="Frist"):
         registry.get("Frist")

@@ -187,7 +187,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
 
     def test(self, split: str | None = None) -> float | None:
         """Zero-shot accuracy of the set with the projection as it is."""
-        own = self.evaluator.own
+        own = self.accuracies.own
         return accuracy(own.correct_before if self.model is None else own.correct([self.model])[0])
 
     @cached_property
@@ -335,7 +335,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
                     f"the change for {join_label(classes)!r} of {self.plan.dataset} is not finite: "
                     "a weight, ridge or beta is out of range; nothing was saved for it"
                 )
-        return self.evaluator.after(block, answers, [answer.removed for answer in answers])
+        return self.accuracies.after(block, answers, [answer.removed for answer in answers])
 
     # What is kept of a request
 
@@ -355,7 +355,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         if self.cfg.FORGET.SAVE_MODEL:
             adapter_path = self.results.path(self.plan.dataset, join_label(classes))
             solver["model"] = str(model_files(adapter_path)[0].relative_to(self.results.folder))
-        before = self.evaluator.before(classes)
+        before = self.accuracies.before(classes)
         return {"final_results": after, "zero_shot": before, "solver": solver}
 
     def to_adapter(self, classes: list[str], answer: Solved, entry: dict[str, Any]) -> Adapter:

@@ -93,7 +93,7 @@ class RunInputs:
         return Texts(self.bundle, encode, self.plan.prompts, self.cfg.SEED)
 
     @cached_property
-    def evaluator(self) -> Evaluator:
+    def accuracies(self) -> Evaluator:  # SimpleTrainer of Dassl has an `evaluator`
         return Evaluator(self.bundle, self.others)
 
     def model_settings(self) -> dict[str, Any]:
