@@ -126,13 +126,10 @@ def together(work: Workload) -> pd.DataFrame:
     seconds, each = median(lambda: solve_each(work.problem, work.excluded))
     problem, count = work.problem.double, len(work.excluded)
     rows = problem.retain_hidden
-    weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    gram = rows.T @ rows / len(rows)
-    ridge = Ridge(gram, 1e-3 * float(gram.trace()))
+    mu = 1e-3 * float(rows.square().sum(dim=1).mean())
+    ridge = Ridge(rows, mu, torch.full((len(rows),), 1 / len(rows)))
     of_all = problem.forget_hidden, problem.displacement, torch.arange(count)
-    constrained, answers = median(
-        lambda: solve_constrained_each(ridge, *of_all, rows, weights, work.excluded)
-    )
+    constrained, answers = median(lambda: solve_constrained_each(ridge, *of_all, work.excluded))
     gap = max(answer.certificate.gap for answer in answers)
     return pd.DataFrame(
         [

@@ -150,7 +150,7 @@ class RetainSet:
 
     def ridge(self, mu: float) -> Ridge:
         """`G + mu' I`, with `mu` in units of `squared_length`."""
-        return Ridge(self.gram, mu * self.squared_length)
+        return Ridge(self.rows, mu * self.squared_length, self.name_weights, self.gram)
 
     def embedding_gram(self, projection: Tensor, bias: Tensor | None = None) -> Tensor:
         """`T`, the sum over names of `weight * e^T e`, (d, d) float64, of embeddings

@@ -258,9 +258,10 @@ def test_a_few_photographs_bring_a_class_back():
     bundle = load_bundle(REAL_CLIP, "ViT-B/32", "CaltechNature")
     column = bundle.classnames.index("dolphin")
     h, w = bundle.forget_hidden[[column]].double(), bundle.text_projection.double()
-    gram = bundle.forget_hidden.double().T @ bundle.forget_hidden.double() / 26
-    ridge, weight = Ridge(gram, 5e-6 * float(gram.trace())), torch.tensor([1 / 26]).double()
-    solution = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, h, weight)
+    names = bundle.forget_hidden
+    mu = 5e-6 * float(names.square().sum(dim=1).mean())
+    ridge, own = Ridge(names, mu, torch.full((26,), 1 / 26)), torch.arange(26) == column
+    solution = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, own)
     subject = case(bundle, "dolphin", LowRankEdit(solution.left, solution.right))
     assert not (subject.after.predicted[subject.own_images] == column).any()
     found = relearning.measure(subject)

@@ -58,9 +58,8 @@ def exact(bundle: FeatureBundle, columns: list[int], beta: float = 0.2) -> LowRa
     retain, h = context.retain, bundle.forget_hidden.double()[columns]
     e = context.embed(h)
     classes = [bundle.classnames[column] for column in columns]
-    excluded = [row for row, name in enumerate(retain.names) if name in classes]
-    rows, weights = retain.rows[excluded], retain.name_weights[excluded]
-    return solve_constrained(context.ridge, h, opposite_target(e, beta) - e, rows, weights)
+    excluded = torch.tensor([name in classes for name in retain.names])
+    return solve_constrained(context.ridge, h, opposite_target(e, beta) - e, excluded)
 
 
 def paper(bundle: FeatureBundle, column: int) -> LowRankEdit:
@@ -254,7 +253,9 @@ def test_the_constants_are_the_published_ones():
     bundle = names()
     known, kept = Attacker(AuditData(bundle)), exact_context(ExactSettings(), bundle)
     assert torch.equal(known.ridge.gram, kept.ridge.gram) and known.ridge.mu == kept.ridge.mu
-    assert known.own_weight == pytest.approx(1 / (2 * len(bundle.classnames)))  # name and prompt
+    assert float(known.ridge.weights[0]) == pytest.approx(
+        1 / (2 * len(bundle.classnames))
+    )  # name and prompt
     # Of a set and a backbone that the paper does not have, and of one that it has.
     assert known.ratio == pytest.approx(1.0 * 5 / 1.0 / 0.3)
     cars = replace(bundle, dataset="StanfordCars", backbone="RN50")
@@ -271,12 +272,14 @@ def test_without_a_vocabulary():
 def test_a_trained_projection():
     """ViT-B/16: of 999 names, the one whose text was sent to its opposite."""
     bundle = load_bundle(REAL_CLIP, "ViT-B/16", "ImageNetText")
-    gram = bundle.forget_hidden.double().T @ bundle.forget_hidden.double() / 1000
-    ridge, weight = Ridge(gram, 5e-6 * float(gram.trace())), torch.tensor([1 / 1000]).double()
+    names = bundle.forget_hidden
+    mu = 5e-6 * float(names.square().sum(dim=1).mean())
+    ridge = Ridge(names, mu, torch.full((len(names),), 1 / len(names)))
     w = bundle.text_projection.double()
     for column in (7, 500):
         h = bundle.forget_hidden[[column]].double()
-        edit = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, h, weight)
+        own = torch.arange(len(names)) == column
+        edit = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, own)
         found = undo.measure(subject(bundle, [column], edit))["attacks"]
         assert found["original_known"]["place"] == found["alone"]["place"] == 1
         assert found["original_known"]["text_cosine"] > 0.99

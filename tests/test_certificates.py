@@ -336,7 +336,7 @@ def overclaims(seed: int) -> float | None:
         h_f[1] = h_f[0] + draw(-9, 9, w) * 10.0 ** float(draw(-7, -2, 1))
     if torch.linalg.matrix_rank(h_f) < k or not target.any():
         return None
-    solution = solve_constrained(Ridge(rows.T @ rows, mu), h_f, target)
+    solution = solve_constrained(Ridge(rows, mu), h_f, target)
     proof, transposed = solution.certificate, rational(rows.T)
     k_matrix = product(transposed, rational(rows))
     for i in range(w):
@@ -371,7 +371,7 @@ def test_a_constrained_answer_is_as_cheap_as_is_claimed(seed, of_text, of_step, 
     """Any other change that reaches the targets costs at least what is claimed."""
     h_f, h_r = of_text * normal(k, 6, seed=seed), of_text * normal(5, 6, seed=seed + 1)
     d, mu = of_step * normal(k, 4, seed=seed + 2), mu * of_text**2
-    proof = solve_constrained(Ridge(h_r.T @ h_r, mu), h_f, d).certificate
+    proof = solve_constrained(Ridge(h_r, mu), h_f, d).certificate
     k_matrix = (h_r.T @ h_r + mu * torch.eye(6).double()).numpy().astype(np.longdouble)
     for tolerance in (1e-15, 1e-3):
         delta = (torch.linalg.pinv(h_f, rtol=tolerance) @ d).numpy().astype(np.longdouble)

@@ -165,22 +165,17 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "resolve_auto_weight": (lambda **k: resolve_auto_weight(problem(lamb_forget="auto", **k)), {"target": normal(K, D)}),
     "ridge": (
-        lambda gram, mu, rows: Ridge(gram, mu).solve(rows), {"gram": GRAM, "mu": 0.1, "rows": H}
+        lambda **k: solve_constrained(Ridge(**k), H, normal(K, D)),
+        {"rows": ROWS, "mu": 0.1, "weights": SHARES},
     ),
     "spectrum": (Spectrum, {"rows": ROWS}),
     "solve_constrained": (
-        lambda **k: solve_constrained(Ridge(GRAM, 0.1), **k),
-        {
-            "forget_hidden": H, "displacement": normal(K, D), "excluded_rows": ROWS[:2],
-            "weights": SHARES[:2],
-        },
+        lambda **k: solve_constrained(Ridge(ROWS, 0.1), **k),
+        {"forget_hidden": H, "displacement": normal(K, D), "excluded": GONE[0]},
     ),
     "solve_constrained_each": (
-        lambda **k: solve_constrained_each(Ridge(GRAM, 0.1), **k),
-        {
-            "hidden": H, "displacement": normal(K, D), "owner": OWNER, "rows": ROWS,
-            "name_weights": SHARES, "excluded": GONE,
-        },
+        lambda **k: solve_constrained_each(Ridge(ROWS, 0.1, SHARES), **k),
+        {"hidden": H, "displacement": normal(K, D), "owner": OWNER, "excluded": GONE},
     ),
     "retain set": (
         lambda rows, weight, similarity, hidden, owner: RetainSet(
@@ -199,12 +194,8 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "opposite_target": (opposite_target, {"embeddings": H, "beta": 0.1}),
     "orthogonal_target": (orthogonal_target, {"embeddings": normal(5, D)}),
     "specific_target": (
-        specific_target,
-        {"embeddings": H, "gram": GRAM, "lam": 0.5, "beta": 0.1},
-    ),
-    "specific_target, leaving": (
-        lambda **k: specific_target(H, GRAM, 0.5, 0.1, **k),
-        {"rows": ROWS, "weights": SHARES, "excluded": torch.zeros(K, M).bool()},
+        lambda **k: specific_target(retained=Ridge(ROWS, 0.5, SHARES), **k),
+        {"embeddings": H, "beta": 0.1, "excluded": torch.zeros(K, M).bool()},
     ),
     "uce": (uce, {"h_f": H, "gram": GRAM.float(), "erase": 1.0, "lam": 0.5}),
     "null_space": (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from forgetting.errors import ProblemError, number
-from forgetting.io import indices, mask, matrix, vector
+from forgetting.io import indices, mask, matrix, tensor, vector
 from forgetting.problem import LowRankEdit, pad_indices, texts_per_request
 from forgetting.solvers.certificate import Certificate, certify_constrained
 
@@ -29,39 +29,44 @@ BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
 
 
-@dataclass(frozen=True)
 class Ridge:
     """`K_0 = G + mu I` of everything that may be retained, factorised once.
 
     Attributes:
-        gram: `G`, (w, w), positive semidefinite; mu: the ridge, > 0.
+        rows: (n, w), hidden states of n names; weights: (n,) float64, the weight of each in G.
+        gram: `G = sum of weight h^T h`, (w, w) float64; mu: the ridge.
+
+    Args:
+        weights: None: each name weighs 1; gram: `G`, where it is known already.
 
     Raises:
-        ProblemError: no such matrix, or a ridge that is lost in its rounding.
+        ProblemError: numbers that make no such matrix, or a ridge that is lost in its rounding.
     """
 
-    gram: Tensor
-    mu: float
-
-    def __post_init__(self) -> None:
-        number("the ridge mu", self.mu, above=0)
-        gram = matrix("the Gram matrix", self.gram).double()
-        if gram.shape[0] != gram.shape[1] or not len(gram):
-            raise ProblemError(f"the Gram matrix must be square, not {tuple(gram.shape)}")
-        ridged = gram + self.mu * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        root, info = torch.linalg.cholesky_ex(ridged)
+    def __init__(
+        self, rows: Tensor, mu: float, weights: Tensor | None = None, gram: Tensor | None = None
+    ) -> None:
+        self.rows, self.mu = matrix("rows", rows), number("the ridge mu", mu, above=0)
+        n, w = self.rows.shape
+        if w == 0:
+            raise ProblemError("rows have at least one dimension")
+        weights = torch.ones(n) if weights is None else weights
+        self.weights = vector("weights", weights, n).to(self.rows.device)
+        if gram is None:
+            double = self.rows.double()
+            gram = (double.T * self.weights) @ double
+        self.gram = gram
+        ridged = gram + mu * torch.eye(w, dtype=torch.float64, device=gram.device)
+        self._root, info = torch.linalg.cholesky_ex(ridged)
         if info:
             raise ProblemError(
-                f"G + mu I is not positive definite: the ridge mu {self.mu:.1e} is too small beside "
-                f"G (trace {float(gram.trace()):.1e}), or G has negative eigenvalues"
+                f"the ridge mu {mu:.1e} is lost beside the Gram matrix of the names (trace "
+                f"{float(gram.trace()):.1e}): choose a larger one"
             )
-        object.__setattr__(self, "gram", gram)
-        object.__setattr__(self, "_root", root)
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
-        rows = matrix("rows", rows, len(self.gram)).to(self.gram)
-        return torch.cholesky_solve(rows.T, self._root).T
+        return torch.cholesky_solve(rows.to(self.gram).T, self._root).T
 
 
 @dataclass(frozen=True)
@@ -83,57 +88,43 @@ def solve_constrained(
     ridge: Ridge,
     forget_hidden: Tensor,
     displacement: Tensor,
-    excluded_rows: Tensor | None = None,
-    weights: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> ConstrainedSolution:
     """Forget k texts at once.
 
     Args:
         forget_hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
-        excluded_rows: (n, w), texts that are part of `G` and must not be retained: the forgotten
-            names themselves and their synonyms; weights: (n,), the weight of each in `G`. Errors as
-            in `solve_constrained_each`.
+        excluded: (n,) bool, the names of `ridge` that are not retained: the forgotten ones
+            themselves and their synonyms. None: none. Errors as in `solve_constrained_each`.
     """
     h = matrix("forget_hidden", forget_hidden)
-    rows = h[:0] if excluded_rows is None else matrix("excluded_rows", excluded_rows)
-    weights = h.new_zeros(0) if weights is None else weights
+    if excluded is None:
+        excluded = torch.zeros(len(ridge.rows), dtype=torch.bool)
+    excluded = tensor("excluded", excluded, (torch.bool,), (len(ridge.rows),))
     owner = torch.zeros(len(h), dtype=torch.int64)
-    every = torch.ones(1, len(rows), dtype=torch.bool)
-    return solve_constrained_each(ridge, h, displacement, owner, rows, weights, every)[0]
+    return solve_constrained_each(ridge, h, displacement, owner, excluded[None])[0]
 
 
 def solve_constrained_each(
-    ridge: Ridge,
-    hidden: Tensor,
-    displacement: Tensor,
-    owner: Tensor,
-    rows: Tensor,
-    name_weights: Tensor,
-    excluded: Tensor,
+    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, excluded: Tensor
 ) -> list[ConstrainedSolution]:
     """R requests, each forgotten alone from the same retain set.
 
     Args:
-        ridge: `K_0` of all names.
         hidden: (K, w), the texts of all requests; displacement: (K, d), `D = P - H W` of each.
         owner: (K,) int64, the request of each text; each of 0 .. R - 1 has at least one.
-        rows: (n, w), the names; name_weights: (n,), the weight of each in `ridge.gram`.
-        excluded: (R, n) bool, the names that are not retained in a request.
+        excluded: (R, n) bool, the names of `ridge` that are not retained in a request.
 
     Raises:
-        ProblemError: shapes that do not fit, or an excluded name that was not part of `G`.
+        ProblemError: shapes that do not fit, or a ridge too small beside an excluded name.
     """
     h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
-    rows = matrix("rows", rows, h.shape[1])
-    name_weights = vector("name_weights", name_weights, len(rows))
-    excluded = mask("excluded", excluded, len(rows))
+    excluded = mask("excluded", excluded, len(ridge.rows))
     owner = indices("owner", owner, len(h), len(excluded))
     found: dict[int, ConstrainedSolution] = {}
     norm = torch.linalg.matrix_norm
-    for numbers, texts, base, gone in request_batches(
-        ridge, h, owner, rows, name_weights, excluded
-    ):
+    for numbers, texts, base, gone in request_batches(ridge, h, owner, excluded):
         h_f, d = h[texts], all_d[texts]
         left, right = solve_constraints(h_f, base, *gone, d)
         proofs = certify_constrained(ridge.gram, ridge.mu, gone[0], gone[2], h_f, d, left, right)
@@ -148,7 +139,7 @@ def solve_constrained_each(
 
 
 def request_batches(
-    ridge: Ridge, h: Tensor, owner: Tensor, rows: Tensor, name_weights: Tensor, excluded: Tensor
+    ridge: Ridge, h: Tensor, owner: Tensor, excluded: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
     """Batches of requests with the same number of texts, with what `downdate` needs of each.
 
@@ -159,17 +150,19 @@ def request_batches(
         `K_0^-1`; and of the excluded names their rows (B, n', w), their rows of `K_0^-1` and their
         weights (B, n'). Weights are 0, and rows zeros, where a list is padded.
     """
-    device = ridge.gram.device
-    rows, name_weights = rows.to(h), name_weights.to(h)
-    excluded, owner = excluded.to(device), owner.to(device)
-    used = excluded.any(dim=0) & (name_weights > 0)
-    rows, name_weights, excluded = rows[used], name_weights[used], excluded[:, used]
+    excluded, owner = excluded.to(ridge.weights.device), owner.to(ridge.weights.device)
+    used = excluded.any(dim=0) & (ridge.weights > 0)
+    rows, weights, excluded = ridge.rows[used].to(h), ridge.weights[used], excluded[:, used]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
     for numbers, texts in _equal_sizes(owner, excluded, h.shape[1]):
-        index, weights = pad_indices(excluded[numbers], name_weights)  # (B, n')
-        present = (weights > 0)[..., None]
-        gone = rows[index] * present, base_rows[index] * present, weights
-        yield numbers, texts, base[texts], gone
+        index, weight = pad_indices(excluded[numbers], weights)  # (B, n')
+        present = (weight > 0)[..., None]
+        yield (
+            numbers,
+            texts,
+            base[texts],
+            (rows[index] * present, base_rows[index] * present, weight),
+        )
 
 
 def _equal_sizes(owner: Tensor, excluded: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -200,7 +193,7 @@ def downdate(
             `K_0^-1`; weights: (B, n), 0 where rows (of zeros) are padding.
 
     Raises:
-        ProblemError: an excluded row was not part of `G`.
+        ProblemError: the ridge is lost in rounding beside the excluded rows.
     """
     if not excluded_rows.shape[1]:
         return base
@@ -215,8 +208,7 @@ def woodbury_cholesky(excluded_rows: Tensor, base_excluded: Tensor, weights: Ten
     root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
     if info.any():
         raise ProblemError(
-            "names cannot be excluded: they were not part of the Gram matrix with these weights, "
-            "or the ridge is too small beside them"
+            "the ridge is too small beside the names that are excluded: choose a larger one"
         )
     return root
 
