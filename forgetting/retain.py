@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from forgetting.errors import ProblemError, number
 from forgetting.io import indices, matrix
 from forgetting.solvers.constrained import Ridge
+from forgetting.solvers.spectrum import triangle
 
 CHUNK = 4096  # texts that are compared with all names at once
 
@@ -49,10 +50,9 @@ class Group:
     prompt_variants: bool = False
 
     @cached_property
-    def gram(self) -> Tensor:
-        """`H^T H` of the group, unweighted, (w, w) float64."""
-        rows = self.rows.double()
-        return rows.T @ rows
+    def root(self) -> Tensor:
+        """`R` (q, w) float64 with `R^T R = H^T H` of the group, unweighted; q <= w."""
+        return triangle(self.rows)
 
     @property
     def name_weight(self) -> float:
@@ -128,13 +128,15 @@ class RetainSet:
             self._index[key(name)].append(position)
 
     @cached_property
+    def root(self) -> Tensor:
+        """`R` (q, w) float64 with `R^T R = G`, q <= w."""
+        roots = [group.name_weight**0.5 * group.root for group in self.groups.values()]
+        return triangle(torch.cat([self.rows[:0].double().cpu(), *roots])).to(self.rows.device)
+
+    @cached_property
     def gram(self) -> Tensor:
         """`G`, the sum over names of `weight * h^T h`, (w, w) float64."""
-        width = self.rows.shape[1]
-        total = torch.zeros(width, width, dtype=torch.float64, device=self.rows.device)
-        for group in self.groups.values():
-            total += group.name_weight * group.gram.to(total)
-        return total
+        return self.root.T @ self.root
 
     @property
     def total_weight(self) -> float:
@@ -150,18 +152,7 @@ class RetainSet:
 
     def ridge(self, mu: float) -> Ridge:
         """`G + mu' I`, with `mu` in units of `squared_length`."""
-        return Ridge(self.rows, mu * self.squared_length, self.name_weights, self.gram)
-
-    def embedding_gram(self, projection: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`T`, the sum over names of `weight * e^T e`, (d, d) float64, of embeddings
-        `e = h W + b`."""
-        w = projection.to(self.gram)
-        gram = w.T @ self.gram @ w
-        if bias is None:
-            return gram
-        b = bias.to(w)
-        mean = (self.name_weights @ self.rows.double()) @ w  # (d,), the weighted sum of h W
-        return gram + mean[:, None] * b + b[:, None] * mean + self.total_weight * b[:, None] * b
+        return Ridge(self.rows, mu * self.squared_length, self.name_weights, self.root)
 
     def squared_embedding(self, projection: Tensor, bias: Tensor | None = None) -> float:
         """The weighted mean squared length of a retained embedding."""

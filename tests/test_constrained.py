@@ -106,7 +106,7 @@ def certified(ridge, h_f, d, left, right):
     """The certificate of one answer that excludes no name."""
     none = h_f.new_zeros(1, 0, h_f.shape[1]), h_f.new_zeros(1, 0)
     batched = (x[None] for x in (h_f, d, left, right))
-    return certify_constrained(ridge.gram, ridge.mu, *none, *batched)[0]
+    return certify_constrained(ridge.root, ridge.mu, *none, *batched)[0]
 
 
 def test_a_worse_change_shows_a_gap():
@@ -153,7 +153,7 @@ def test_more_texts_than_dimensions_are_of_rank_w():
     ("call", "word"),
     [
         (lambda rows, h, d: Ridge(rows, 0.0), "mu"),
-        (lambda rows, h, d: Ridge(rows, 1e-30), "mu"),
+        (lambda rows, h, d: Ridge(torch.ones(1, 2), 1e-30), "mu"),
         (lambda rows, h, d: Ridge(rows, 0.1, -torch.ones(4)), "weights"),
         (lambda rows, h, d: Ridge(rows[:, :0], 0.1), "dimension"),
         (lambda rows, h, d: solve_constrained(Ridge(rows, 0.1), h, d[:0]), "displacement"),

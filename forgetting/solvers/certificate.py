@@ -194,7 +194,7 @@ def certify_each(
 
 
 def certify_constrained(
-    gram: Tensor,
+    root: Tensor,
     mu: float,
     excluded_rows: Tensor,
     weights: Tensor,
@@ -215,32 +215,37 @@ def certify_constrained(
     more than the bound: how far it misses its targets, and, squared, how far it is from stationary.
 
     Args:
-        gram: (w, w), the weighted Gram matrix of all that may be retained; it is positive
-            semidefinite, also without the excluded rows.
+        root: (q, w), a square root of the weighted Gram matrix of all that may be retained: its
+            products with Delta have the digits that those of the Gram matrix lose.
         mu: the ridge.
-        excluded_rows: (B, n, w), the rows that are not retained in a request, with the weight in
-            `gram` of each (B, n): `K = gram + mu I - excluded_rows^T weights excluded_rows`.
+        excluded_rows: (B, n, w), of these the rows that are not retained in a request, with the
+            weight of each (B, n): `K = root^T root + mu I - excluded_rows^T weights excluded_rows`.
         h_f: (B, k, w); d: (B, k, d); left: (B, w, k); right: (B, k, d); all float64.
     """
     norm = torch.linalg.matrix_norm
     # In an orthonormal basis of right's rows, which changes no product: Y and Delta of k columns.
     y = torch.linalg.qr(right.mT, mode="r").R.mT  # (B, k, k)
     delta = left @ y  # (B, w, k)
-    # One product of two matrices; gram @ delta would be B products of a matrix and k columns.
-    image = (delta.mT @ gram.T).mT + mu * delta
-    image = image - excluded_rows.mT @ (weights[..., None] * (excluded_rows @ delta))  # K Delta
-    primal = (delta * image).sum(dim=(1, 2))
-    error = norm(h_f.mT @ y - image)  # ||E||, (B,)
+    # One product of two matrices; root @ delta would be B products of a matrix and k columns.
+    seen = delta.mT @ root.T  # (B, k, q)
+    gone = excluded_rows @ delta  # (B, n, k)
+    image = (
+        (seen @ root).mT + mu * delta - excluded_rows.mT @ (weights[..., None] * gone)
+    )  # K Delta
+    of_all, of_gone = norm(seen), norm(weights.sqrt()[..., None] * gone)  # (B,)
+    primal = of_all.square() - of_gone.square() + mu * norm(delta).square()
+    error = norm(h_f.mT @ y - image)  # ||E||
     missed = norm((h_f @ left) @ right - d)
 
-    y_norm, length_f = norm(y), norm(h_f)
-    summed = norm(left) * y_norm  # the lengths that are summed up in `delta`
-    # At least ||K||; K itself is a rounded sum, whose least eigenvalue may be below mu by as much.
-    weight = gram.trace() + mu + (weights * excluded_rows.square().sum(dim=2)).sum(dim=1)
-    error = error + ROUNDING * (weight * summed + length_f * y_norm)
-    least = mu - ROUNDING * weight
-    rounding = weight * norm(delta).square() + 2 * norm(image) * summed
-    rounding = rounding + 2 * y_norm * (length_f * summed + norm(d))
+    # What rounding may have done to them, from the lengths that enter.
+    y_norm, length_f, length = norm(y), norm(h_f), norm(left) * norm(y)
+    length_gone = (weights * excluded_rows.square().sum(dim=2)).sum(dim=1).sqrt()
+    weight = norm(root).square() + length_gone.square() + mu  # at least ||K||
+    error = error + ROUNDING * (weight * length + length_f * y_norm)
+    rounding = 2 * (of_all * norm(root) + of_gone * length_gone + norm(image)) * length
+    rounding = rounding + primal + ROUNDING * weight * length.square()
+    rounding = rounding + 2 * y_norm * (length_f * length + norm(d))
+    least = mu - ROUNDING * weight  # K is a rounded sum
     loss = torch.where(least > 0, error.square() / least, torch.inf)
     bound = primal - 2 * missed * y_norm - loss
     numbers = (x.tolist() for x in (primal, bound, ROUNDING * rounding))

@@ -24,6 +24,7 @@ from forgetting.errors import ProblemError, number
 from forgetting.io import indices, mask, matrix, tensor, vector
 from forgetting.problem import LowRankEdit, pad_indices, texts_per_request
 from forgetting.solvers.certificate import Certificate, certify_constrained
+from forgetting.solvers.spectrum import triangle
 
 BATCH_NUMBERS = 2**22  # float64 numbers of one kind that a batch may hold
 DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one constraint
@@ -34,17 +35,18 @@ class Ridge:
 
     Attributes:
         rows: (n, w), hidden states of n names; weights: (n,) float64, the weight of each in G.
-        gram: `G = sum of weight h^T h`, (w, w) float64; mu: the ridge.
+        root: `R` (q, w) float64 with `R^T R = G`, see `triangle`; gram: `G`, (w, w).
+        mu: the ridge.
 
     Args:
-        weights: None: each name weighs 1; gram: `G`, where it is known already.
+        weights: None: each name weighs 1; root: `R`, where it is known already.
 
     Raises:
         ProblemError: numbers that make no such matrix, or a ridge that is lost in its rounding.
     """
 
     def __init__(
-        self, rows: Tensor, mu: float, weights: Tensor | None = None, gram: Tensor | None = None
+        self, rows: Tensor, mu: float, weights: Tensor | None = None, root: Tensor | None = None
     ) -> None:
         self.rows, self.mu = matrix("rows", rows), number("the ridge mu", mu, above=0)
         n, w = self.rows.shape
@@ -52,21 +54,19 @@ class Ridge:
             raise ProblemError("rows have at least one dimension")
         weights = torch.ones(n) if weights is None else weights
         self.weights = vector("weights", weights, n).to(self.rows.device)
-        if gram is None:
-            double = self.rows.double()
-            gram = (double.T * self.weights) @ double
-        self.gram = gram
-        ridged = gram + mu * torch.eye(w, dtype=torch.float64, device=gram.device)
-        self._root, info = torch.linalg.cholesky_ex(ridged)
+        if root is None:
+            root = triangle(self.weights.sqrt()[:, None] * self.rows.double())
+        self.root, self.gram = root, root.T @ root
+        self._cholesky, info = torch.linalg.cholesky_ex(self.gram + mu * torch.eye(w).to(root))
         if info:
             raise ProblemError(
                 f"the ridge mu {mu:.1e} is lost beside the Gram matrix of the names (trace "
-                f"{float(gram.trace()):.1e}): choose a larger one"
+                f"{float(self.gram.trace()):.1e}): choose a larger one"
             )
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
-        return torch.cholesky_solve(rows.to(self.gram).T, self._root).T
+        return torch.cholesky_solve(rows.to(self.gram).T, self._cholesky).T
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def solve_constrained_each(
     for numbers, texts, base, gone in request_batches(ridge, h, owner, excluded):
         h_f, d = h[texts], all_d[texts]
         left, right = solve_constraints(h_f, base, *gone, d)
-        proofs = certify_constrained(ridge.gram, ridge.mu, gone[0], gone[2], h_f, d, left, right)
+        proofs = certify_constrained(ridge.root, ridge.mu, gone[0], gone[2], h_f, d, left, right)
         missed, size = norm((h_f @ left) @ right - d), norm(d)  # (B,)
         residual = torch.where(size > 0, missed / size, 0.0).tolist()
         if left.shape[2] > left.shape[1]:  # k > w: w columns hold the same change
