@@ -27,7 +27,7 @@ from evaluation.rows import Change, Row, mean, rows_of
 from evaluation.zero_shot import Evaluator
 from forgetting.problem import AUTO, Batch, ForgetProblem, LowRankEdit, Request
 from forgetting.retain import Group, RetainSet
-from forgetting.solvers.constrained import Ridge, solve_constrained_each
+from forgetting.solvers.constrained import Ridge, solve_constrained
 from forgetting.solvers.exact import resolve_auto_weight, solve_exact, thresholds
 from forgetting.solvers.lora import LoraSettings, solve_lora
 from forgetting.targets import targets
@@ -216,16 +216,8 @@ class StudyData:
         displacement = self.target(task, retain, excluded) - self.context.embed(hidden)  # (k, d)
         any_class = excluded.any(dim=0, keepdim=True)
         started = time.process_time()
-        ridge = Ridge(retain.gram, self.context.ridge.mu)
-        (edit,) = solve_constrained_each(
-            ridge,
-            hidden,
-            displacement,
-            batch.of_text,
-            retain.rows,
-            retain.name_weights,
-            any_class,
-        )
+        ridge = Ridge(retain.rows, self.context.ridge.mu, retain.name_weights, retain.root)
+        edit = solve_constrained(ridge, hidden, displacement, any_class[0])
         seconds, proof = time.process_time() - started, edit.certificate
         retained = int((~any_class).sum())
         facts = {"retained": retained, "objective": proof.primal, "gap": proof.gap}

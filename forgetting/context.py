@@ -20,7 +20,6 @@ from forgetting.displacement import (
     AffectedName,
     ClassifierTexts,
     Margin,
-    RetainedNames,
     displacement_along,
     leave_one_out_ratios,
     worst,
@@ -268,7 +267,7 @@ class ForgetContext:
         """Forget each request from the original model.
 
         Raises:
-            ProblemError: a target that cannot be had; names that were not part of the Gram matrix.
+            ProblemError: a target that cannot be had, or a ridge that is too small.
         """
         current, added = list(requests), [[] for _ in requests]
         betas = [[float(self.settings.beta)] * len(request.classes) for request in requests]
@@ -309,15 +308,7 @@ class ForgetContext:
         target, draws = targets(self.settings.target, batch, self.inputs, beta, excluded)
         hidden = batch.hidden.double().to(target.device)
         displacement = target - self.embed(hidden)  # D = P - (H W + b)
-        edits = solve_constrained_each(
-            self.ridge,
-            hidden,
-            displacement,
-            batch.of_text,
-            retain.rows,
-            retain.name_weights,
-            any_class,
-        )
+        edits = solve_constrained_each(self.ridge, hidden, displacement, batch.of_text, any_class)
         margins = self.classifier.margins(self.classifier.texts.edited(edits), self._rows(batch))
         displacements = displacement.split(batch.sizes)
         by_class = excluded.split([len(request.classes) for request in batch])
@@ -385,10 +376,8 @@ class ForgetContext:
         affected = self.classifier.affected(self.classifier.texts.edited(edits), self._rows(batch))
         excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
         moved = torch.cat([answer.displacement for answer in answers])
-        names = RetainedNames(
-            retain.rows, retain.name_weights, excluded, retain.variant_of, retain.base(self.ridge)
-        )
-        ratios = leave_one_out_ratios(self.ridge, batch.hidden, moved, batch.of_text, names)
+        of_batch = batch.hidden, moved, batch.of_text, excluded
+        ratios = leave_one_out_ratios(self.ridge, *of_batch, retain.variant_of)
         groups = retain.rms_and_max(ratios.masked_fill(excluded, torch.nan))
         return [
             replace(

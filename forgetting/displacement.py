@@ -35,51 +35,44 @@ SHORTEST = 1e-300
 VANISHED = 1e-5  # of its length: the direction of a text of which less is left is rounding
 
 
-class RetainedNames(NamedTuple):
-    """Retained names as the functions below need them, n of them.
-
-    Attributes:
-        rows: (n, w); weights: (n,), of each in G; excluded: (R, n) bool, with each request.
-        variant_of: (n,) int64, the same name in its other prompt; itself where there is none.
-        base: (n, w), `rows K_0^-1`.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    excluded: Tensor
-    variant_of: Tensor
-    base: Tensor
-
-
 def displacement_ratios(
-    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, names: RetainedNames
+    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, excluded: Tensor
 ) -> Tensor:
-    """How far each of R requests moves each retained name, (R, n) float64.
+    """How far each of R requests moves each name of `ridge`, (R, n) float64.
 
     Args:
         hidden: (K, w), the texts of all requests; displacement: `D`, (K, d); owner: (K,) int64, the
-            request of each text.
+            request of each text; excluded: (R, n) bool, the names that are not retained in it.
 
     Returns:
         `||s D||` in units of the root mean square of the rows of D: for one text `|s|`.
     """
-    ratios = ridge.gram.new_zeros(len(names.excluded), len(names.rows))
-    for numbers, texts, _, _, s in _batches(ridge, hidden, owner, names):
+    ratios = ridge.weights.new_zeros(excluded.shape)
+    for numbers, texts, _, _, s in _batches(ridge, hidden, owner, excluded):
         ratios[numbers] = _lengths(s, displacement[texts])
     return ratios
 
 
 def leave_one_out_ratios(
-    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, names: RetainedNames
+    ridge: Ridge,
+    hidden: Tensor,
+    displacement: Tensor,
+    owner: Tensor,
+    excluded: Tensor,
+    variant_of: Tensor,
 ) -> Tensor:
     """`displacement_ratios` of each name had it not been listed. Names that are excluded with a
-    request are not listed there: theirs are the same."""
-    rows, variant, base = names.rows.to(ridge.gram), names.variant_of, names.base
-    weights, excluded = names.weights.to(rows), names.excluded.to(rows.device)
+    request are not listed there: theirs are the same.
+
+    Args:
+        variant_of: (n,) int64, the same name in its other prompt; itself where there is none.
+    """
+    weights, variant, base = ridge.weights, variant_of, ridge.base
+    rows, excluded = ridge.rows.to(weights), excluded.to(weights.device)
     in_pairs = variant != torch.arange(len(rows), device=variant.device)
     q_0, cross_0 = (base * rows).sum(dim=1), (base * rows[variant]).sum(dim=1)  # (n,)
     ratios = rows.new_zeros(excluded.shape)
-    for numbers, texts, removed, product, s in _batches(ridge, hidden, owner, names):
+    for numbers, texts, removed, product, s in _batches(ridge, hidden, owner, excluded):
         q = q_0 - (s * product).sum(dim=1)  # (B, n)
         cross = cross_0 - (s * product[..., variant]).sum(dim=1)
         if removed[0].shape[1]:
@@ -101,13 +94,12 @@ def leave_one_out_ratios(
 
 
 def _batches(
-    ridge: Ridge, hidden: Tensor, owner: Tensor, names: RetainedNames
+    ridge: Ridge, hidden: Tensor, owner: Tensor, excluded: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
     """Batches of B requests of k texts: their numbers (B,), their texts (B, k), what they exclude
     (see `request_batches`), and `H_f K^-1 r^T` and s of every name, both (B, k, n)."""
-    rows, h = names.rows.to(ridge.gram), hidden.to(ridge.gram)
-    names = rows, names.weights, names.excluded
-    for numbers, texts, base, removed in request_batches(ridge, h, owner, *names):
+    rows, h = ridge.rows.to(ridge.weights), hidden.to(ridge.weights)
+    for numbers, texts, base, removed in request_batches(ridge, h, owner, excluded):
         columns = downdate(h[texts], base, *removed)  # H_f K^-1, (B, k, w)
         product = columns @ rows.T
         yield numbers, texts, removed, product, pinv_psd(h[texts] @ columns.mT) @ product

@@ -122,7 +122,6 @@ class RetainSet:
             variants.append(start + torch.arange(count).roll(shift))
             start += count
         self.variant_of = torch.cat(variants).to(device)  # (n,)
-        self._base: tuple[Ridge, Tensor] | None = None
         self._index: dict[str, list[int]] = defaultdict(list)
         for position, name in enumerate(self.names):
             self._index[key(name)].append(position)
@@ -156,13 +155,13 @@ class RetainSet:
 
     def squared_embedding(self, projection: Tensor, bias: Tensor | None = None) -> float:
         """The weighted mean squared length of a retained embedding."""
-        return float(self.embedding_gram(projection, bias).trace()) / self.total_weight
-
-    def base(self, ridge: Ridge) -> Tensor:
-        """`h K_0^-1` of all names, (n, w) float64; kept for the ridge that was given last."""
-        if self._base is None or self._base[0] is not ridge:
-            self._base = ridge, ridge.solve(self.rows)
-        return self._base[1]
+        w = projection.to(self.root)
+        total = (self.root @ w).square().sum()
+        if bias is not None:
+            b = bias.to(w)
+            mean = (self.name_weights @ self.rows.double()) @ w  # (d,), the weighted sum of h W
+            total = total + 2 * mean @ b + self.total_weight * b @ b
+        return float(total) / self.total_weight
 
     def excluded(self, same: Sequence[Collection[str]], hidden: Tensor, owner: Tensor) -> Tensor:
         """Which names are not retained when each of C classes is forgotten, (C, n) bool.

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from forgetting.displacement import (
     SHORTEST,
-    RetainedNames,
     displacement_ratios,
     leave_one_out_ratios,
 )
@@ -47,11 +46,13 @@ NEAR_BEST = 1.1  # times the least ratio of unlisted names is as good
 class _EigenRidge:
     """`G + mu I` in the eigenbasis of G, where it is diagonal, (w,); used like a `Ridge`."""
 
+    rows: Tensor
+    weights: Tensor
     diagonal: Tensor
 
     @property
-    def gram(self) -> Tensor:
-        return self.diagonal[:, None]
+    def base(self) -> Tensor:
+        return self.solve(self.rows)
 
     def solve(self, rows: Tensor) -> Tensor:
         return rows / self.diagonal
@@ -95,21 +96,16 @@ def choose_ridge(
     some = (sample | excluded.any(dim=0)).nonzero()[:, 0]  # the names that are looked at
     position = torch.zeros(len(retain.names), dtype=torch.int64, device=some.device)
     position[some] = torch.arange(len(some), device=some.device)
-    rows, variant_of = retain.rows[some].to(basis) @ basis, position[retain.variant_of[some]]
+    names = retain.rows[some].to(basis) @ basis, retain.name_weights[some]
+    variant_of = position[retain.variant_of[some]]
     alone, unit = torch.arange(len(texts)), texts.new_ones(len(texts), 1)  # of no target
 
-    def ratios(of: Callable[..., Tensor], ridge: float) -> Tensor:
+    def ratios(of: Callable[..., Tensor], ridge: float, *more: Tensor) -> Tensor:
         """(C, n); NaN of names that are excluded or not looked at."""
-        diagonal = _EigenRidge(eigenvalues.clamp_min(0) + ridge * retain.squared_length)
-        names = RetainedNames(
-            rows,
-            retain.name_weights[some],
-            excluded[:, some],
-            variant_of,
-            diagonal.solve(rows),
-        )
+        diagonal = eigenvalues.clamp_min(0) + ridge * retain.squared_length
         values = torch.full_like(excluded, torch.nan, dtype=torch.float64)
-        values[:, some] = of(diagonal, texts @ basis, unit, alone, names)
+        of_texts = texts @ basis, unit, alone, excluded[:, some]
+        values[:, some] = of(_EigenRidge(*names, diagonal), *of_texts, *more)
         return values.masked_fill(excluded, torch.nan)
 
     units = lengths[:, None] / _nearest_distances(retain, w, some)  # (C, n)
@@ -121,7 +117,7 @@ def choose_ridge(
         return max((float(groups[name][0].mean()) for name in limited), default=0.0)
 
     def unlisted(ridge: float) -> float:
-        groups = retain.rms_and_max(ratios(leave_one_out_ratios, ridge)).values()
+        groups = retain.rms_and_max(ratios(leave_one_out_ratios, ridge, variant_of)).values()
         return (sum(float(rms.square().mean()) for rms, _ in groups) / len(groups)) ** 0.5
 
     displacements = [displacement(ridge) for ridge in RIDGES]

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting.errors import ProblemError, number, shown, unknown
-from forgetting.io import FLOATS, mask, matrix, tensor, vector
+from forgetting.io import FLOATS, mask, matrix, tensor
 from forgetting.problem import Batch
 from forgetting.retain import RetainSet
 from forgetting.solvers.constrained import Ridge, downdate, request_batches
@@ -63,6 +64,14 @@ class TargetInputs:
         w = self.projection.double()
         embeddings = hidden.to(w) @ w  # (n, w) @ (w, d)
         return embeddings if self.bias is None else embeddings + self.bias.to(w)
+
+    @cached_property
+    def specific(self) -> Ridge:
+        """What `specific_target` compares with: the retained embeddings, with their ridge."""
+        retain = self.retain
+        # Of `h W` a square root is known; a bias needs one of its own.
+        root = None if self.bias is not None else retain.root @ self.projection.to(retain.root)
+        return Ridge(self.embed(retain.rows), self.lam, retain.name_weights, root)
 
 
 def check_target(kind: str | Tensor, beta: float = 0.0, d: int | None = None) -> None:
@@ -123,11 +132,8 @@ def targets(
     if kind == "opposite":
         return opposite_target(e, beta), no_draws
     if kind == "specific":
-        retain, excluded = inputs.retain, excluded[batch.owner.to(excluded.device)]  # (K, n)
-        some = excluded.any(dim=0)
-        names = inputs.embed(retain.rows[some]), retain.name_weights[some], excluded[:, some]
-        gram = retain.embedding_gram(inputs.projection, inputs.bias)
-        return specific_target(e, gram, inputs.lam, beta, *names), no_draws
+        of_texts = excluded[batch.owner.to(excluded.device)]  # (K, n)
+        return specific_target(e, inputs.specific, beta, of_texts), no_draws
     if kind == "orthogonal":
         return orthogonal_target(inputs.embed(inputs.named)).expand(len(e), -1), no_draws
     if kind.startswith("text:"):
@@ -196,13 +202,7 @@ def opposite_target(embeddings: Tensor, beta: float | Tensor) -> Tensor:
 
 
 def specific_target(
-    embeddings: Tensor,
-    gram: Tensor,
-    lam: float,
-    beta: float | Tensor,
-    rows: Tensor | None = None,
-    weights: Tensor | None = None,
-    excluded: Tensor | None = None,
+    embeddings: Tensor, retained: Ridge, beta: float | Tensor, excluded: Tensor | None = None
 ) -> Tensor:
     """`P = e - (1 + beta) (e r / r r) r`, (k, d): remove only what is specific to a text.
 
@@ -212,26 +212,21 @@ def specific_target(
     all CLIP texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares them.
 
     Args:
-        embeddings: (k, d); gram: `T`, (d, d).
-        lam: in units of the squared length of an embedding times the sum of the weights.
+        embeddings: (k, d).
+        retained: n retained embeddings with `T + lam I`.
         beta: one number, or one for each text, (k,).
-        rows: (n, d), retained embeddings; weights: (n,), of each in `T`; excluded: (k, n) bool,
-            which of them T loses for each text. None: none.
+        excluded: (k, n) bool, the embeddings that are not retained for each text. None: none.
 
     Raises:
-        ProblemError: `lam` is not positive, or beta not above -1.
+        ProblemError: beta is not above -1, or tensors that do not fit.
     """
-    e = matrix("embeddings", embeddings).double()
-    if rows is None:
-        rows, weights = e[:0], e.new_zeros(0)
-        excluded = torch.zeros(len(e), 0, dtype=torch.bool)
-    rows = matrix("rows", rows, e.shape[1]).to(e)
-    weights = vector("weights", weights, len(rows)).to(e)
-    excluded = mask("excluded", excluded, len(rows), len(e)).to(e.device)
+    e = matrix("embeddings", embeddings, len(retained.gram)).to(retained.gram)
+    if excluded is None:
+        excluded = torch.zeros(len(e), len(retained.rows), dtype=torch.bool)
+    excluded = mask("excluded", excluded, len(retained.rows), len(e))
     beyond = _betas("specific", beta, e)
-    ridge, alone = Ridge(gram, number("lam", lam, above=0)), torch.arange(len(e))
-    r = torch.empty_like(e)
-    for _, texts, base, removed in request_batches(ridge, e, alone, rows, weights, excluded):
+    r, alone = torch.empty_like(e), torch.arange(len(e))
+    for _, texts, base, removed in request_batches(retained, e, alone, excluded):
         r[texts] = downdate(e[texts], base, *removed)
     squared = (r * r).sum(dim=1, keepdim=True)
     ratio = (e * r).sum(dim=1, keepdim=True) / squared

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from forgetting import Certificate, ForgetProblem, Ridge, solve_constrained, solve_each, solve_exact
 from forgetting import thresholds as thresholds_of
 from forgetting.solvers import certificate
-from forgetting.solvers.certificate import certify
+from forgetting.solvers.certificate import certify, certify_constrained
 from forgetting.solvers.spectrum import Reduced, Spectrum
 from tests.solver_fixtures import GAP, normal, random_problem, tight
 
@@ -363,6 +363,19 @@ def test_without_its_rounding_a_constrained_bound_claims_too_much(monkeypatch):
     """Negative control of the test above."""
     monkeypatch.setattr(certificate, "ROUNDING", 0.0)
     assert max(x for x in map(overclaims, range(300)) if x is not None) > 1e-9
+
+
+def test_what_rounding_may_hide_counts_against_the_proof():
+    """In float64 `root @ Delta` is 0 by luck, and with it all that is seen of a distance from
+    stationarity; in rationals it is not 0."""
+    root, mu = torch.tensor([[1.0, 3.0]]).double() / 3, 2.0**-46
+    left, right = torch.tensor([[3.0], [-1.0]]).double(), torch.ones(1, 1).double()
+    h_f = mu * left.T
+    none = root.new_zeros(1, 0, 2), root.new_zeros(1, 0)
+    batched = (x[None] for x in (h_f, h_f @ left, left, right))
+    (proof,) = certify_constrained(root, mu, *none, *batched)
+    assert product(rational(root), rational(left)) != [[0]]
+    assert 1e-3 < proof.gap < 0.5  # (2e-15 ||K|| ||Delta||)^2 / mu, beside mu ||Delta||^2
 
 
 @settings(max_examples=200, **EVERY)

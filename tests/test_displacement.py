@@ -10,7 +10,6 @@ from torch import Tensor
 
 from forgetting.displacement import (
     ClassifierTexts,
-    RetainedNames,
     displacement_along,
     displacement_ratios,
     leave_one_out_ratios,
@@ -28,6 +27,7 @@ from forgetting.ridge import (
     TOLERATED,
     choose_ridge,
 )
+from forgetting.targets import TargetInputs
 
 W, D = 8, 6
 
@@ -70,13 +70,9 @@ def test_ratios_against_brute_force(seed, texts, place):
     h, d = normal(texts, W, seed=seed + 3), normal(texts, D, seed=seed + 4)
     excluded = torch.zeros(1, 18, dtype=torch.bool)
     excluded[0, [1, 5, 12]] = True  # one name in both prompts, and a single one
-    names = RetainedNames(
-        retain.rows, retain.name_weights, excluded, retain.variant_of, retain.base(ridge)
-    )
-    listed, unlisted = (
-        function(ridge, h, d, torch.zeros(texts, dtype=torch.int64), names)
-        for function in (displacement_ratios, leave_one_out_ratios)
-    )
+    owner = torch.zeros(texts, dtype=torch.int64)
+    listed = displacement_ratios(ridge, h, d, owner, excluded)
+    unlisted = leave_one_out_ratios(ridge, h, d, owner, excluded, retain.variant_of)
     unit = d.square().sum(dim=1).mean().sqrt()
 
     def moved(stay: Tensor) -> float:
@@ -300,7 +296,8 @@ def test_the_gram_matrix_weighs_groups():
     assert torch.allclose(retain.gram, rows.T @ (weights[:, None] * rows))
     for bias in (None, b):
         e = rows @ w + (0 if bias is None else bias)
-        assert torch.allclose(retain.embedding_gram(w, bias), e.T @ (weights[:, None] * e))
+        specific = TargetInputs(w, bias, retain=retain, lam=0.5).specific
+        assert torch.allclose(specific.gram, e.T @ (weights[:, None] * e)) and specific.mu == 0.5
         mean = float((weights * e.square().sum(dim=1)).sum()) / 7
         assert retain.squared_embedding(w, bias) == pytest.approx(mean)
     assert set(retain.counts) == {"a", "b"} and retain.weights == {"a": 3.0, "b": 4.0}

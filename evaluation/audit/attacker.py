@@ -65,7 +65,6 @@ class Attacker:
         names: as words, the set's own classes first, each once; hidden: (n, w). The classes always
             stay on the list; the rest is drawn if there are too many.
         ridge: `G + mu I` of all names by ForgetExact's defaults.
-        own_weight: weight of one class of the set in `G`.
         vocabulary: `H_r`, (m, w), the paper's retain set; ratio: `lw / lp` of its constants.
     """
 
@@ -73,7 +72,6 @@ class Attacker:
         bundle = data.bundle
         exact = exact_context(ExactSettings(), bundle, list(data.others.values()))
         retain, self.ridge = exact.retain, exact.ridge
-        self.own_weight = float(retain.name_weights[0])
         first: dict[str, int] = {}
         for row, name in enumerate(retain.names):
             first.setdefault(datasets.key(name), row)

@@ -89,9 +89,8 @@ def displacement_ratios(data: AuditData, label: int) -> Tensor:
     """How far each class's text goes when the exact method moves the text of the class `label`, as
     a ratio to its displacement, (C, 1). The class's own name is not retained."""
     known, hidden = data.once(Attacker), data.bundle.class_hidden.double()
-    name = data.bundle.forget_hidden[[label]].double()
-    weight, one = torch.tensor([known.own_weight]).double(), torch.ones(1, 1).double()
-    edit = solve_constrained(known.ridge, hidden[[label]], one, name, weight)
+    own = torch.arange(len(known.ridge.rows)) == label
+    edit = solve_constrained(known.ridge, hidden[[label]], hidden.new_ones(1, 1), own)
     return hidden @ edit.left @ edit.right  # (C, w) @ (w, 1) @ (1, 1)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Ridge:
                 f"the ridge mu {mu:.1e} is lost beside the Gram matrix of the names (trace "
                 f"{float(self.gram.trace()):.1e}): choose a larger one"
             )
+
+    @cached_property
+    def base(self) -> Tensor:
+        """`h K_0^-1` of all names, (n, w) float64."""
+        return self.solve(self.rows)
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows K_0^-1`, (n, w) float64, for rows (n, w)."""
