@@ -22,16 +22,14 @@ MAX_STEPS = 200  # bisection alone needs about 60 for any bracket of float64 log
 DEPENDENT = 1e-10  # forgotten rows whose singular value is below this fraction count as dependent
 
 
-def triangle(rows: Tensor, start: Tensor | None = None) -> Tensor:
-    """R (q, w), q <= w, of a QR factorisation of `rows` (m, w), a chunk at a time: `R^T R = H^T H`.
+def triangle(rows: Tensor) -> Tensor:
+    """R (q, w) float64, q <= w, of a QR factorisation of `rows` (m, w): `R^T R = H^T H`.
 
     For every norm and product that a solver or a proof takes, R stands for the rows, to the last
-    digits; their Gram matrix loses half of them (Demmel and others 2012, "tall-skinny QR").
-
-    Args:
-        start: (q', w), the triangle of rows that came before.
+    digits; their Gram matrix loses half of them. Computed a chunk at a time (Demmel and others,
+    2012, "tall-skinny QR").
     """
-    r = rows[:0].double() if start is None else start.to(rows.device)
+    r = rows[:0].double()
     for chunk in rows.split(CHUNK):
         r = torch.linalg.qr(torch.cat([r, chunk.double()]), mode="r").R
     return r

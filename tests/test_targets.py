@@ -1,4 +1,4 @@
-"""Targets and adapters on plain tensors."""
+"""Targets, on plain embeddings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from forgetting import (
-    Adapter,
     Ridge,
     empty_target,
-    load_adapter,
     opposite_target,
     orthogonal_target,
-    projection_sha256,
-    save_adapter,
     specific_target,
 )
 from forgetting.errors import ProblemError
@@ -80,57 +76,3 @@ def test_opposite_and_orthogonal_targets():
     found = orthogonal_target(flat)
     assert found.shape == (1, 8) and found[0].abs().argmax() == 5
     assert float(found.norm()) == pytest.approx(1) and (flat @ found.T).abs().max() < 1e-12
-
-
-def make_adapter(projection) -> Adapter:
-    generator = torch.Generator().manual_seed(5)
-    return Adapter(
-        left=torch.randn(12, 2, generator=generator),
-        right=torch.randn(2, 8, generator=generator),
-        projection_sha256=projection_sha256(projection),
-        backbone="RN50",
-        weights="abc",
-        dataset="Set",
-        classes=["C/V", "naïve"],
-        trainer="ForgetLoRA",
-        settings={"seed": 0},
-        record={"solver": {"objective": 0.1, "trials": [1, 2]}},
-    )
-
-
-def test_adapter_round_trip(tmp_path):
-    projection = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-    adapter = make_adapter(projection)
-    save_adapter(adapter, tmp_path / "sub" / "a.safetensors")
-    loaded = load_adapter(tmp_path / "sub" / "a.safetensors")
-    assert torch.equal(loaded.delta(), adapter.delta())
-    exact = projection.double() + adapter.left.double() @ adapter.right.double()
-    assert torch.equal(loaded.apply(projection), exact.float())  # rounded once
-    for name in ("backbone", "weights", "dataset", "classes", "trainer", "settings", "record"):
-        assert getattr(loaded, name) == getattr(adapter, name)
-    assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "a.safetensors"]
-
-
-def test_adapter_refuses_another_projection():
-    projection = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-    adapter = make_adapter(projection)
-    other = projection.clone()
-    other[0, 0] += 1e-3
-    with pytest.raises(ProblemError, match="another text projection"):
-        adapter.apply(other)
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
-def test_a_file_that_is_no_adapter_is_one_line(tmp_path, content):
-    path = tmp_path / "a.safetensors"
-    if content is None:  # another safetensors file
-        from safetensors.torch import save_file
-
-        save_file({"left": torch.ones(2, 2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ProblemError, match=r"a\.safetensors: not a") as caught:
-        load_adapter(path)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ProblemError):
-        load_adapter(tmp_path / "missing.safetensors")
