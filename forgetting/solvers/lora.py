@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from forgetting.errors import ProblemError, shown
 from forgetting.io import indices, mask
@@ -227,21 +228,38 @@ def _trial(
     a = torch.stack([(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators])
     # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
     factors = torch.cat([a, torch.zeros(len(a), r, d)], dim=2).to(like)
-    factors.grad = torch.empty_like(factors)
-    optimizer = torch.optim.Adam([factors], lr=settings.lr, fused=True)
+    gradient = torch.empty_like(factors)
+    # Adam as a function: its class imports torch._dynamo, two seconds of every process.
+    update = partial(
+        adam,
+        params=[factors],
+        grads=[gradient],
+        exp_avgs=[torch.zeros_like(factors)],
+        exp_avg_sqs=[torch.zeros_like(factors)],
+        max_exp_avg_sqs=[],
+        state_steps=[torch.zeros((), device=factors.device)],
+        lr=settings.lr,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        fused=True,
+    )
     constant = [problem.lamb_preserve] * len(a), [problem.lamb_weight] * len(a)
     weights = torch.tensor([lamb_forget, *constant]).to(like)  # (3, B)
     history = like.new_empty(settings.steps + 1, len(a))
     best, best_factors = torch.full_like(history[0], torch.inf), factors.clone()
     for step in range(settings.steps + 1):
-        norms = objective.norms_and_gradient(factors, weights, factors.grad)
+        norms = objective.norms_and_gradient(factors, weights, gradient)
         history[step] = loss = (weights * norms).sum(dim=0)
         # torch.where instead of a Python branch: no synchronisation with the device per step.
         better = loss < best
         best = torch.where(better, loss, best)
         best_factors = torch.where(better[:, None, None], factors, best_factors)
         if step < settings.steps:
-            optimizer.step()
+            update()
             if on_step:
                 on_step(step + 1, norms)
     if not torch.isfinite(history).all():
