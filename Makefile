@@ -5,6 +5,7 @@
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
 CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= LAUNCHER= PYTHON=$(BIN)/python
+# Tested with Python 3.11; PYTHON=/path/to/python names another of 3.11 or later.
 # Present only after an installation that ran to its end; one that was interrupted starts anew.
 COMPLETE = .venv/.complete
 # The same with what tests, style and the notebook need beside it.
@@ -19,11 +20,11 @@ $(COMPLETE): requirements.txt
 	@test ! -L .venv || { echo "error: .venv is a link, and what it leads to is not this clone's to replace; remove the link" >&2; exit 2; }
 	@test -f $(COMPLETE) || rm -rf .venv
 	@rm -f $(COMPLETE)
-	@for python in $(PYTHON) python3.11 python3 python; do \
-		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+	@wanted="$(PYTHON)"; for python in $${wanted:-python3.11 python3.12 python3.13 python3 python}; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			found=$$python; break; fi; done; \
 	if test -z "$$found"; then \
-		echo "error: Python 3.11 is needed and not on the PATH; make PYTHON=/path/to/python3.11" >&2; \
+		echo "error: $${wanted:-what is on the PATH} is no Python of 3.11 or later; make PYTHON=/path/to/python" >&2; \
 		exit 2; fi; \
 	echo "making .venv with $$found (torch is large: minutes on a first installation)"; \
 	$$found -m venv .venv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
         *("--trainers", "X", "--out", f"{tmp_path}/out/results1"),
     ]
     assert words[12:14] == ["--launcher", "ray"] and words[-2:] == ["--cpus", "2"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_honours_the_python_that_is_named(tmp_path):
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")  # an older Python says so
+    old.chmod(0o755)
+    command = ["make", "venv", f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {old} is no Python of 3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 # A sweep of lists, in this process
