@@ -97,8 +97,8 @@ class Patch:
         self, projection: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
     ) -> None:
         w, d = matrix("projection", projection).shape
-        left = matrix("left", left, count=w).detach().double().cpu()
-        right = matrix("right", right, d, left.shape[1]).detach().double().cpu()
+        left = matrix("left", left, count=w).double().cpu()
+        right = matrix("right", right, d, left.shape[1]).double().cpu()
         self.condition = condition(projection)
         if math.isinf(self.condition):
             why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
@@ -106,18 +106,15 @@ class Patch:
                 f"the projection has no full row rank ({why}), so embeddings do not determine how "
                 "they change: encode the texts again with the changed model"
             )
-        weight = projection.detach().double().cpu()
         # W^T = Q R, so W^+ left = Q R^-T left; Q (d, w) is an orthonormal basis of W's rows.
-        self._rows, triangle = torch.linalg.qr(weight.T)
+        self._rows, triangle = torch.linalg.qr(projection.detach().double().cpu().T)
         inner = torch.linalg.solve_triangular(triangle.T, left, upper=False)
         self._left, self._right = self._rows @ inner, right  # (d, r), (r, d)
         eye, eps = torch.eye(d, dtype=torch.float64), torch.finfo(torch.float64).eps
         self.norm = float(torch.linalg.matrix_norm(eye + self._left @ self._right, 2))
         size = float(self._left.norm() * right.norm())
         self.arithmetic = 8 * eps * (1 + self.condition * size) * math.sqrt(d)
-        self._bias = None
-        if bias is not None:
-            self._bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
+        self._bias = None if bias is None else tensor("bias", bias, FLOATS, (d,)).double().cpu()
 
     def apply(self, embeddings: Tensor, normalised: bool = True) -> tuple[Tensor, float]:
         """Patch a matrix of embeddings.
@@ -134,20 +131,7 @@ class Patch:
                 (image embeddings, or another model's); unit norm and a bias; a text of which so
                 little is left that rounding decides its direction.
         """
-        d = self._right.shape[1]
-        if isinstance(embeddings, Tensor) and embeddings.ndim == 2 and len(embeddings) == d:
-            rows = embeddings.shape[1] == d and _unit(embeddings)
-            if not rows and _unit(embeddings.T):
-                raise ProblemError(
-                    f"the embeddings {tuple(embeddings.shape)} stand in columns, as in a "
-                    "zero-shot head: pass their transpose, one embedding a row"
-                )
-        embeddings = tensor("embeddings", embeddings, FLOATS, (None, d))
-        if self._bias is not None and (normalised or (len(embeddings) and _unit(embeddings))):
-            raise ProblemError(
-                "this projection has a bias, and a unit-norm embedding does not tell how much of "
-                "it the bias is: patch embeddings that are not normalised, or encode again"
-            )
+        embeddings = tensor("embeddings", embeddings, FLOATS, (None, self._right.shape[1]))
         done, worst = torch.empty_like(embeddings), 0.0
         for start in range(0, len(embeddings), CHUNK):
             rows = embeddings[start : start + CHUNK].double().cpu()
@@ -160,44 +144,46 @@ class Patch:
         self, rows: Tensor, normalised: bool, start: int, dtype: torch.dtype
     ) -> tuple[Tensor, float]:
         """`apply` for some rows (n, d) float64, the first of which is row `start`."""
+
+        def refuse(wrong: Tensor, message: str, values: Tensor) -> None:
+            if wrong.any():
+                i = int(wrong.nonzero()[0])
+                raise ProblemError(f"row {start + i} {message.format(float(values[i]))}")
+
         sizes = rows.norm(dim=1)
         far = (sizes - 1).abs() > UNIT
-        if normalised and far.any():
-            i = int(far.nonzero()[0])
+        if self._bias is not None and (normalised or not far.any()):
             raise ProblemError(
-                f"row {start + i} has the length {float(sizes[i]):.3g}, not 1: these embeddings "
-                "are not normalised; say so (normalised=False, --unnormalised) and they are "
-                "patched as they are"
+                "this projection has a bias, and a unit-norm embedding does not tell how much of "
+                "it the bias is: patch embeddings that are not normalised, or encode again"
             )
+        if normalised:
+            not_unit = (
+                "has the length {:.3g}, not 1: pass one embedding a row, and say so if they are "
+                "not normalised (normalised=False, --unnormalised)"
+            )
+            refuse(far, not_unit, sizes)
         x = rows if self._bias is None else rows - self._bias
-        outside = (x - x @ self._rows @ self._rows.T).norm(dim=1) > INSIDE * sizes
-        if outside.any():
-            i = int(outside.nonzero()[0])
-            raise ProblemError(
-                f"row {start + i} is no text embedding of this projection: it lies outside of "
-                "what the projection can give (an image's, another model's, or patched already)"
-            )
+        outside = (x - x @ self._rows @ self._rows.T).norm(dim=1)
+        foreign = (
+            "is no text embedding of this projection: {:.2g} of it lies outside of what the "
+            "projection can give (an image's, another model's, or patched already)"
+        )
+        refuse(outside > INSIDE * sizes, foreign, outside)
         x = x + (x @ self._left) @ self._right  # (n, d) @ (d, r) @ (r, d) -> (n, d)
         x = x if self._bias is None else x + self._bias
-        unit = rounding(dtype, rows.shape[1])
-        moved, left = (unit * self.norm + self.arithmetic) * sizes, x.norm(dim=1)
+        unit, left = rounding(dtype, rows.shape[1]), x.norm(dim=1)
+        moved = (unit * self.norm + self.arithmetic) * sizes
         # |a/|a| - b/|b|| <= 2 |a - b| / (|a| + |b|), with |b| >= |a| - |a - b|
         error = torch.where(2 * left > moved, 2 * moved / (2 * left - moved), math.inf) + unit
         error = error.where(sizes > 0, unit)  # nothing stays nothing
-        if normalised and (error > UNCERTAIN).any():
-            i = int(error.argmax())
-            raise ProblemError(
-                f"row {start + i} keeps only {float(left[i]):.1e} of its length, so rounding to "
-                f"{str(dtype).removeprefix('torch.')} would decide its direction: take this text "
-                "out of the cache, or encode it again"
+        if normalised:
+            lost = (
+                "keeps only {:.1e} of its length, so that rounding would decide its direction: "
+                "take this text out of the cache, or encode it again"
             )
-        worst = float(error.max()) if len(error) else 0.0
-        return (normalize(x, dim=1) if normalised else x), worst
-
-
-def _unit(rows: Tensor) -> bool:
-    """Whether all rows have length 1."""
-    return bool(((rows.detach().double().norm(dim=1) - 1).abs() <= UNIT).all())
+            refuse(error > UNCERTAIN, lost, left)
+        return (normalize(x, dim=1) if normalised else x), float(error.max())
 
 
 def patch(
@@ -229,8 +215,7 @@ def patch(
     shape = rows.shape if isinstance(rows, Tensor) else ()
     if len(shape) != 2 and shape:
         rows = rows.reshape(math.prod(shape[:-1]), shape[-1])  # -1 is ambiguous for none
-    done, _ = Patch(projection, left, right, bias).apply(rows, normalised)
-    done = done.reshape(shape)
+    done = Patch(projection, left, right, bias).apply(rows, normalised)[0].reshape(shape)
     return done if given else done.numpy()
 
 
