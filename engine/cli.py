@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,7 @@ from typing import Any
 
 from engine.log import quiet, screen
 from forgetting import cli
-from forgetting.errors import ProblemError, line, shown, unknown
+from forgetting.errors import ProblemError, shown, unknown
 from forgetting.settings import check_value, kind_of
 
 
@@ -75,46 +73,9 @@ COUNT = whole(1, 10**6)
 
 
 def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> int:
-    """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
-    What the user must know of a failure is one line on stderr."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it: `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with quiet(False):  # restores the level that `--quiet` sets
-            status = main(argv)
-        sys.stdout.flush()
-        return status if isinstance(status, int) else 0
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        _drop_output()
-        return 1
-    except ProblemError as error:
-        return _refuse(str(error))
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        try:
-            sys.stdout.flush()
-        except OSError:  # a full disk: Python would report it once more at its end
-            _drop_output()
-        return _refuse(f"{where}{error.strerror or error}")
-    except MemoryError:
-        return _refuse("out of memory")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-
-
-def _drop_output() -> None:
-    """Send what is left for stdout nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refuse(message: str) -> int:
-    print(f"error: {line(message)}", file=sys.stderr)
-    return 2
+    """`forgetting.cli.run` for commands that log."""
+    with quiet(False):  # restores the level that `--quiet` sets
+        return cli.run(main, argv, "interrupted; the same command goes on where it stopped")
 
 
 def commands(package: str, known: Mapping[str, str], argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ In a clone `python -m forgetting` is the same. What a command computes with is i
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,41 +52,68 @@ class Parser(argparse.ArgumentParser):
         raise ProblemError(f"{message} (see {self.prog} --help)")
 
 
-def cli(argv: Sequence[str] | None = None) -> int:
-    """Exit status of a command line; a mistake is one line on stderr."""
+def run(
+    main: Callable[[Sequence[str] | None], object],
+    argv: Sequence[str] | None = None,
+    interrupted: str = "interrupted; nothing was written",
+) -> int:
+    """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
+    What the user must know of a failure is one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return 0
+        status = main(argv)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
-    except (ProblemError, OSError) as error:
-        _say(f"error: {error}", error=True)
-        return 2
+    except ProblemError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: Python would report it once more at its end
+            _drop_output()
+        return _refuse(f"{where}{error.strerror or error}")
     except MemoryError:
-        _say("error: out of memory", error=True)
-        return 2
+        return _refuse("out of memory")
     except KeyboardInterrupt:
-        _say("interrupted; nothing was written", error=True)
+        print(interrupted, file=sys.stderr)
         return 130
 
 
-def main(argv: Sequence[str]) -> None:
+def _drop_output() -> None:
+    """Send what is left for stdout nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {line(message)}", file=sys.stderr)
+    return 2
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """`main` for the shell."""
+    return run(main, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ProblemError for a mistake."""
-    arguments = list(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--quiet"]:  # an option of each command
         arguments = [*arguments[1:], "--quiet"]
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        for example in __doc__.split("\n\n")[1].splitlines():
-            _say(example)
-        _say("")
+        print(__doc__.split("\n\n")[1], end="\n\n")
         for command, (about, _, _) in COMMANDS.items():
-            _say(f"  {command:<8}  {about}")
-        _say("")
-        _say("clip-forget COMMAND --help says more.")
+            print(f"  {command:<8}  {about}")
+        print("\nclip-forget COMMAND --help says more.")
     elif name == "--version":
         _say(f"clip-forget {__version__}")
     elif name not in COMMANDS:
@@ -97,12 +125,9 @@ def main(argv: Sequence[str]) -> None:
         run(parser.parse_intermixed_args(rest))
 
 
-def _say(text: str, error: bool = False) -> None:
-    """Print one line, what the stream cannot encode escaped; nothing where it is closed."""
-    stream = sys.stderr if error else sys.stdout
-    if stream is not None:
-        encoding = stream.encoding or "utf-8"
-        print(line(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+def _say(text: str) -> None:
+    """Print one line, whatever it holds."""
+    print(line(text))
 
 
 def _out(add: Callable[..., Any], what: str) -> None:
@@ -283,7 +308,7 @@ def _add_undo(add: Callable[..., Any]) -> None:
 
 
 def _undo(args: argparse.Namespace) -> None:
-    out, io, load = _free(args), _part("io"), _part("models.loading").load_model
+    out, files, load = _free(args), _part("io"), _part("models.loading").load_model
     forgotten = _part("forgotten").Forgotten
     base = forgotten.load(args.adapter, load(args.base)[0])
     if base.original is None:
@@ -292,7 +317,7 @@ def _undo(args: argparse.Namespace) -> None:
     changed = forgotten.load(args.adapter, model, original=base.original)
     changed.undo()
     held = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
-    io.write_bytes(io.container(held, {"format": "pt"}), out, args.overwrite)
+    files.write_bytes(files.container(held, {"format": "pt"}), out, args.overwrite)
     _say(f"{out}: as it was, with {', '.join(changed.names)}")
 
 
