@@ -13,25 +13,16 @@ holds them: under the sets' template, under the audit's 28 templates, and under 
     MiniShapes      0.992      0.907  0.992
 
 The pictures are those of `datasets.mini`, on random streams that no test image comes from, of all
-names in the four vocabularies: several times as many as the sets have classes, so that what is
-retained by name alone is really known to the model. A class is said in half of the words that
-`datasets/words` lists for it (`halves`); the other half, the audit's templates, hypernyms and
-descriptions are in no training text. Most held-out words share parts with trained ones (`numeral
-two` and `the number seven` teach `numeral seven`); where they do not (`gamp`) they mean nothing.
+names in the four vocabularies: several times as many as the sets have classes, so that the model
+knows what is retained by name alone. A class is taught by half of the words that `datasets/words`
+lists for it (`halves`). The other half, the audit's templates, hypernyms and descriptions are in no
+training text. Most held-out words share parts with trained ones.
 
-Other words feel most of a class's change, and names that nobody retained feel some of it (shares
-s(h) by `python -m experiments shares`, ForgetExact's defaults): synonyms 0.88 to 0.98 on average in
-the four sets and unseen templates 0.85 to 0.90, where real CLIPs have 0.81 (descriptions, ViT-B/16)
-and 0.89 (templates, ViT-B/32); unlisted names 0 on average and in root mean square 0.08, 0.15, 0.15
-and 0.16 (Digits, Letters, Symbols, Shapes; Shapes 0.25 where no other set's names are retained),
-where ViT-B/32 has 0.07 to 0.13. Names are harder to
-part than in a real CLIP: they share 64 directions, not 512.
-
-Without `crowding` the model is about as accurate (zero-shot 0.950 or more, templates 0.856 and
-words 0.923 on average, here 0.871 and 0.939), and the shares are much the same. But the empty
-prompt then lies so close to one class (`digit one`) that the paper's noise never leads it away, and
-that class cannot be sent there; `latin capital letter w` and `y` stay under ForgetExact's defaults;
-and the other sets lose up to 1.6 points on average where they lose 0.4 with it.
+Synonyms move 0.88 to 0.98 as far as the class itself under ForgetExact's defaults, unseen templates
+0.85 to 0.90; real CLIPs have 0.81 to 0.89. Unlisted names move 0.08 to 0.16 in root mean square,
+in ViT-B/32 0.07 to 0.13. Names are harder to part than in a real CLIP: they share 64 directions,
+not 512. Without `crowding` the model is about as accurate, but the empty prompt lies so close to
+one class that noise never leads it away.
 """
 
 from __future__ import annotations
@@ -109,9 +100,9 @@ TEMPLATES = (
     "they call it a {}",
     "a good rendering of the {}",
 )
-PLAIN = 0.4  # of the texts say a name itself, the rest any wording of it
-ODD = 0.5  # of the texts have strange words in their template
-STRANGE = 2000  # tokens to draw strange words from
+OWN_NAME = 0.4  # of the texts hold the name itself, the rest any of its synonyms
+STRANGE_TEMPLATES = 0.5  # of the texts have strange words in their template
+STRANGE_TOKENS = 2000  # to draw strange words from
 FORMAT = "clip-forget-mini/1"
 
 
@@ -126,8 +117,8 @@ def training_names() -> list[str]:
     return list(dict.fromkeys([*classes, "", *others]))
 
 
-def wordings() -> dict[str, list[str]]:
-    """Every training name with all wordings that it is taught by, its own first.
+def taught_words() -> dict[str, list[str]]:
+    """Every training name with the words that it is taught by, itself first.
 
     A class has the trained half of its synonyms beside its name, any other name itself alone. A
     synonym that is a name of its own, as `black heart` is, stays that name's.
@@ -141,7 +132,7 @@ def wordings() -> dict[str, list[str]]:
 
 
 def held_out(dataset: str) -> dict[str, list[str]]:
-    """Class of a Mini set -> its synonyms that training never says."""
+    """Class of a Mini set -> its synonyms that are in no training text."""
     names = set(training_names())
     return {
         name: [word for word in halves(name, dataset)[1] if word not in names]
@@ -197,12 +188,12 @@ def _tokenizer(context: int) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=context)
 
 
-class Speaker:
-    """Says names as token numbers: in any of their wordings, in any template.
+class TextSampler:
+    """Texts of names as tokens: any of a name's words in any template.
 
-    Some texts have strange words in their template, tokens that nothing else holds and that keep
-    their first, random embeddings, as do all tokens that training never meets: so a template of
-    unknown words is no riddle.
+    Some templates have strange words in them: tokens that nothing else holds and that keep their
+    first, random embeddings, as do all tokens that training never meets. So the model learns to
+    read past unknown words.
     """
 
     def __init__(self, context: int, rng: np.random.Generator) -> None:
@@ -210,29 +201,31 @@ class Speaker:
         self.context, self.rng = context, rng
         self.start, self.end = tokenizer.sot_token_id, tokenizer.eot_token_id
         self.words = {
-            name: [tokenizer.encode(word) for word in words] for name, words in wordings().items()
+            name: [tokenizer.encode(word) for word in words]
+            for name, words in taught_words().items()
         }
         self.frames = [tuple(map(tokenizer.encode, text.split("{}"))) for text in TEMPLATES]
-        taught = [word for words in self.words.values() for word in words]
-        said = {token for part in sum(self.frames, (*taught,)) for token in part}
-        unsaid = np.setdiff1d(np.arange(self.start), sorted(said))
-        self.strange = rng.choice(unsaid, STRANGE, replace=False)
-        self.known = np.array(sorted({0, self.start, self.end, *said}))  # 0 pads
+        parts = [word for words in self.words.values() for word in words]
+        parts += [part for frame in self.frames for part in frame]
+        used = {token for part in parts for token in part}
+        unused = np.setdiff1d(np.arange(self.start), sorted(used))
+        self.strange = rng.choice(unused, STRANGE_TOKENS, replace=False)
+        self.known = np.array(sorted({0, self.start, self.end, *used}))  # 0 pads
 
-    def _odd(self, part: list[int]) -> list[int]:
+    def _with_strange_words(self, part: list[int]) -> list[int]:
         """Part of a template with about half of its words replaced by strange ones, and more."""
         words = [int(self.rng.choice(self.strange)) if self.rng.random() < 0.5 else t for t in part]
         for _ in range(self.rng.integers(3)):
             words.insert(self.rng.integers(len(words) + 1), int(self.rng.choice(self.strange)))
         return words
 
-    def say(self, name: str) -> list[int]:
+    def sample(self, name: str) -> list[int]:
         """One text, padded to the context."""
         words = self.words[name]
-        word = words[0 if self.rng.random() < PLAIN else self.rng.integers(len(words))]
+        word = words[0 if self.rng.random() < OWN_NAME else self.rng.integers(len(words))]
         before, after = self.frames[self.rng.integers(len(self.frames))]
-        if self.rng.random() < ODD:
-            before, after = self._odd(before), self._odd(after)
+        if self.rng.random() < STRANGE_TEMPLATES:
+            before, after = map(self._with_strange_words, (before, after))
         text = [self.start, *[*before, *word, *after][: self.context - 2], self.end]
         return text + [0] * (self.context - len(text))
 
@@ -245,14 +238,14 @@ def train(seed: int, steps: int) -> nn.Module:
     names = training_names()
     always = np.arange(names.index("") + 1)  # the sets' classes and the empty name
     repeated = np.repeat(always[: len(mini.MINI["MiniDigits"])], DIGIT_REPEATS)
-    speaker = Speaker(model.context_length, rng)
+    sampler = TextSampler(model.context_length, rng)
 
     # Few of the 49,408 tokens occur: compute with those rows alone, in a tenth of the time. Their
     # order is kept, and with it that the end of text has the highest number.
     table = model.token_embedding
-    used = torch.from_numpy(np.union1d(speaker.known, speaker.strange))
+    used = torch.from_numpy(np.union1d(sampler.known, sampler.strange))
     model.token_embedding = nn.Embedding.from_pretrained(table.weight[used].clone(), freeze=False)
-    learnt = torch.from_numpy(np.isin(used, speaker.known))[:, None]
+    learnt = torch.from_numpy(np.isin(used, sampler.known))[:, None]
     model.token_embedding.weight.register_hook(lambda gradient: gradient * learnt)
 
     optimiser = _optimiser(model)
@@ -266,8 +259,8 @@ def train(seed: int, steps: int) -> nn.Module:
         chosen = np.concatenate([always, repeated, others])[:BATCH]
         same = torch.from_numpy(chosen[:, None] == chosen[None, :])  # (b, b)
         images = pixels([mini.draw(names[i], rng) for i in chosen])
-        said = torch.tensor([speaker.say(names[i]) for i in chosen])  # (b, context)
-        tokens = torch.searchsorted(used, said)
+        sampled = torch.tensor([sampler.sample(names[i]) for i in chosen])  # (b, context)
+        tokens = torch.searchsorted(used, sampled)
         image_features = model.encode_image(images, normalize=True)  # (b, d)
         hidden = hidden_states(model, tokens)  # (b, w)
         text_features = normalize(hidden @ model.text_projection, dim=1)  # (b, d)
@@ -305,8 +298,7 @@ def measured(
 
     `zero-shot` is the usual one with the set's template. `others` has more kinds of texts, each a
     dictionary of class name -> texts: a text is right about an image of its class if it wins
-    against the evaluation prompts of all other classes, as an audit asks; their mean over all
-    texts.
+    against the evaluation prompts of all other classes; their mean over all texts.
     """
     template, names = spec(dataset).template, mini.MINI[dataset]
     _, labels, pictures = zip(*mini.pictures(dataset, "test"), strict=True)
@@ -326,7 +318,7 @@ def measured(
 
 
 def unseen(dataset: str) -> dict[str, dict[str, list[str]]]:
-    """Kind -> class -> texts that training never says: the audit's templates, held-out words."""
+    """Kind -> class -> texts that are in no training text: the audit's templates, held-out words."""
     names, template = mini.MINI[dataset], spec(dataset).template
     words = held_out(dataset)
     return {

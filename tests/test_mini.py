@@ -92,7 +92,7 @@ def test_zero_shot_accuracy(source: ClipSource, root: Path, name: str) -> None:
     assert (predicted == shifted).float().mean() < 0.1
 
 
-def test_texts_that_training_never_says_are_understood(source: ClipSource) -> None:
+def test_texts_that_training_never_held_are_understood(source: ClipSource) -> None:
     with safe_open(WEIGHTS, "pt") as file:
         written = json.loads(file.metadata()["accuracies"])
     found = {
@@ -110,27 +110,27 @@ def test_texts_that_training_never_says_are_understood(source: ClipSource) -> No
 
 
 def test_held_out_words_are_in_no_training_text() -> None:
-    taught = {word for words in train_mini.wordings().values() for word in words}
+    taught = {word for words in train_mini.taught_words().values() for word in words}
     several = 0
     for dataset in NAMES:
         for name, words in train_mini.held_out(dataset).items():
             assert words and not taught & set(words), name
-            several += len(train_mini.wordings()[name]) >= 5
+            several += len(train_mini.taught_words()[name]) >= 5
     assert several >= 100
-    assert train_mini.wordings()["black heart"] == ["black heart"], "a shape's own name"
-    assert "black heart" not in train_mini.wordings()["black heart suit"]
+    assert train_mini.taught_words()["black heart"] == ["black heart"], "a shape's own name"
+    assert "black heart" not in train_mini.taught_words()["black heart suit"]
 
 
-def test_a_speaker_says_names_within_templates() -> None:
-    speaker = train_mini.Speaker(32, np.random.default_rng(0))
-    texts = [speaker.say("digit seven") for _ in range(200)]
+def test_texts_hold_names_within_templates() -> None:
+    sampler = train_mini.TextSampler(32, np.random.default_rng(0))
+    texts = [sampler.sample("digit seven") for _ in range(200)]
     assert {len(text) for text in texts} == {32}
-    assert all(text[0] == speaker.start and speaker.end in text for text in texts)
-    strange = set(speaker.strange)
-    assert not strange & set(speaker.known)
+    assert all(text[0] == sampler.start and sampler.end in text for text in texts)
+    strange = set(sampler.strange)
+    assert not strange & set(sampler.known)
     odd = sum(any(token in strange for token in text) for text in texts)
     assert 60 <= odd <= 120
-    ways = speaker.words["digit seven"]
+    ways = sampler.words["digit seven"]
     found = [[way for way in ways if str(way)[1:-1] in str(text)] for text in texts]
     assert all(found) and len({str(way) for group in found for way in group}) == len(ways)
 
@@ -142,7 +142,7 @@ def test_tokens_that_training_never_meets_keep_their_first_embeddings(
     torch.manual_seed(5)
     first = architecture("mini").build().token_embedding.weight
     trained = train_mini.train(seed=5, steps=3).token_embedding.weight
-    known = train_mini.Speaker(32, np.random.default_rng(5)).known
+    known = train_mini.TextSampler(32, np.random.default_rng(5)).known
     moved = (trained != first).any(dim=1)
     assert moved.sum() > 50 and set(moved.nonzero()[:, 0].tolist()) <= set(known.tolist())
 
