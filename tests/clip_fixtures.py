@@ -150,6 +150,17 @@ def hugging_face(folder: Path, kind: str) -> Path:
     return folder
 
 
+def images(root: Path) -> Path:
+    """A folder with an image of each of three classes."""
+    rng = np.random.default_rng(0)
+    for name in ("sea horse", "crab", "owl"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            root / name / "1.png"
+        )
+    return root
+
+
 def caltech(root: Path, images_per_class: int = 30) -> Path:
     """A tiny Caltech101 in CoOp's layout, four classes of noise; returns `root`."""
     rng = np.random.default_rng(0)

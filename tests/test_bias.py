@@ -24,10 +24,9 @@ from forgetting.deploy.export import export
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.loading import load_model
-from tests.clip_fixtures import hugging_face, open_clip_folder
+from tests.clip_fixtures import hugging_face, images, open_clip_folder
 from tests.conftest import BACKBONE, toy_bundle
 from tests.encoder_fixtures import needs_transformers
-from tests.test_models import images
 
 TEXTS = ["crab", "owl", "a sea horse", "something else"]
 KINDS = ["open_clip", pytest.param("hf", marks=needs_transformers)]

@@ -1,47 +1,61 @@
-"""clip/: the numbers are those of open_clip, and a full checkpoint is one that others load."""
+"""clip/: the numbers are those of open_clip and transformers, for models of every family, and a
+full checkpoint is one that others load."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.model import build_model_from_openai_state_dict
+from open_clip.model import build_model_from_openai_state_dict, get_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    InterpolationMode,
-    Normalize,
-    Resize,
-    ToTensor,
-)
+from torchvision.transforms import Normalize
 
-from clip import ARCHITECTURES, ClipSource
+import train
+from clip import ARCHITECTURES, ClipSource, architecture
 from clip import apply as apply_command
 from clip.apply import save_full_model
-from clip.architectures import published
+from clip.architectures import IMAGES, identity_sha256, published
+from evaluation.results import read_logs
+from forgetting import load_adapter
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import read_tensors
+from forgetting.models.loading import load_model
 from tests.clip_fixtures import (
+    CONFIGS,
     OPENAI,
+    TEXT,
+    hugging_face,
+    images,
     one_line,
+    open_clip_folder,
     openai_state_dict,
     random_model,
     reduce_depth,
     save_openai,
     tiny,
 )
+from tests.encoder_fixtures import needs_transformers, transformers_tokenizer
+from utils import create_results
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXTS = ["", "sea horse", "a photo of a 2012 Ram C/V Cargo Van Minivan.", "größer " * 90]
+SHORT = ["", "sea horse", "a photo of a crab."]
+
+
+def embedded(source: ClipSource, texts: list[str]) -> torch.Tensor:
+    found = source.encode_hidden(texts) @ source.projection
+    return found if source.bias is None else found + source.bias
 
 
 @pytest.mark.parametrize("name", OPENAI)
-def test_embeddings_are_those_of_open_clip(
+def test_embeddings_of_openais_models(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reduce_depth(monkeypatch, tmp_path, name)
@@ -52,15 +66,17 @@ def test_embeddings_are_those_of_open_clip(
     generator = torch.Generator().manual_seed(1)
     pictures = torch.randint(256, (2, 3, 224, 224), generator=generator).to(torch.uint8)
     pictures[0, :, :100], pictures[1] = 0, pictures[1].clamp(128)  # random networks see brightness
-    images = Normalize(OPENAI_MEAN, OPENAI_STD)(pictures / 255)
+    scaled = Normalize(IMAGES["mean"], IMAGES["std"])(pictures / 255)
     with torch.no_grad():
         texts_expected = untouched.encode_text(tokens)
-        images_expected = normalize(untouched.encode_image(images), dim=1)
+        images_expected = normalize(untouched.encode_image(scaled), dim=1)
 
     before = torch.get_rng_state()
     source = ClipSource(name, tmp_path / "openai.pt", tmp_path / "cache", "cpu")
     hidden = source.encode_hidden(TEXTS, batch_size=3)
     assert torch.equal(torch.get_rng_state(), before), "building the model drew random numbers"
+    blocks = source.model.transformer.resblocks
+    assert {type(block.mlp.gelu).__name__ for block in blocks} == {"QuickGELU"}
 
     width, dim = untouched.text_projection.shape
     assert hidden.shape == (len(TEXTS), width) and source.projection.shape == (width, dim)
@@ -71,96 +87,136 @@ def test_embeddings_are_those_of_open_clip(
     source.precision = "bf16"
     half = source.encode_images(pictures)
     assert half.dtype == torch.float32 and 1e-5 < (half - images_expected).abs().max() < 1e-2
-    # Negative control: the three texts and the two images do differ by more than that.
+    # Negative control: the texts and the two images do differ by more than that.
     assert (texts[0] - texts[1]).abs().max() > 1e-3
     assert (images_expected[0] - images_expected[1]).abs().max() > 1e-3
     log = capsys.readouterr().out
     assert f"clip: {name} on cpu, float32, weights {source.weights_sha256[:16]}" in log
     assert log.count("warning") == 1 and "reads only the beginning of 'größer" in log
+    assert source.encode_hidden([]).shape == (0, width)
 
 
-def test_hidden_states_times_projection_are_encode_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = tiny(monkeypatch, tmp_path)
-    source = ClipSource("mini", weights, tmp_path / "cache", "cpu")
-    expected = source.model.encode_text(source.tokenizer(TEXTS))
-    hidden = source.encode_hidden(TEXTS)
-    assert (hidden @ source.projection - expected).abs().max() < 1e-5
-    assert (hidden @ source.projection.flip(0) - expected).abs().max() > 1e-2
-    assert source.encode_hidden([]).shape == (0, 8)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_open_clips_families_from_a_folder(tmp_path, kind):
+    folder = open_clip_folder(tmp_path / "m", kind)
+    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(SHORT)
+    model, tokenizer = load_model(str(folder))
+    with torch.no_grad():
+        expected = reference.encode_text(tokens)
+        assert torch.equal(model.encode_text(tokenizer(SHORT)), expected)
+    assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
+    assert (source.bias is not None) == (kind == "custom with bias")
+    random = np.random.default_rng(0).integers(0, 255, (50, 41, 3), dtype=np.uint8)
+    prepared = source.preprocess(Image.fromarray(random))[None]
+    transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(reference)), False)
+    own = transform(Image.fromarray(random))
+    assert prepared.dtype == torch.uint8 and torch.equal(source.scaled(prepared)[0], own)
+    with torch.no_grad():
+        expected = normalize(reference.encode_image(own[None]), dim=1)
+    assert torch.allclose(source.encode_images(prepared), expected, atol=1e-5)
 
 
-def test_openai_models_use_quick_gelu() -> None:
-    for name in ("ViT-B/16", "ViT-B/32", "RN50"):
-        with torch.device("meta"):
-            blocks = ARCHITECTURES[name].build().transformer.resblocks
-        assert {type(block.mlp.gelu).__name__ for block in blocks} == {"QuickGELU"}
+def test_a_checkpoint_in_the_old_layout_is_that_of_a_custom_text_encoder(tmp_path):
+    folder = open_clip_folder(tmp_path / "m", "custom")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    plain = open_clip.CLIP(**{k: v for k, v in config.items() if k != "custom_text"}).eval()
+    state = plain.state_dict()
+    save_file(state | {"logit_scale": torch.ones(1)}, folder / "open_clip_model.safetensors")
+    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    with torch.no_grad():
+        expected = plain.encode_text(source.tokenizer(SHORT))
+    assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
 
 
-def test_images_are_prepared_as_openai_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = ClipSource("mini", tiny(monkeypatch, tmp_path), tmp_path / "cache", "cpu")
-    picture = Image.effect_noise((40, 24), 60).convert("RGB")
-    steps = [Resize(16, InterpolationMode.BICUBIC), CenterCrop(16), ToTensor()]
-    expected = Compose([*steps, Normalize(OPENAI_MEAN, OPENAI_STD)])(picture)
-    prepared = source.preprocess(picture)[None]
-    assert prepared.dtype == torch.uint8 and torch.equal(source.scaled(prepared)[0], expected)
+@needs_transformers
+@pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
+def test_a_folder_of_hugging_face(tmp_path, kind):
+    import transformers
+
+    folder = hugging_face(tmp_path / "m", kind)
+    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers_tokenizer()
+    padding = "max_length" if kind == "SiglipModel" else True
+    read = tokenizer(SHORT, padding=padding, truncation=True, max_length=24, return_tensors="pt")
+    if kind == "SiglipModel":
+        read.pop("attention_mask")
+    read.pop("token_type_ids", None)
+    with torch.no_grad():
+        found = model.get_text_features(**read)
+        expected = getattr(found, "pooler_output", found)
+    assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
+    assert (source.bias is not None) == (kind == "SiglipModel")
+    assert (len(list(folder.glob("*-of-*.safetensors"))) > 1) == (kind == "CLIPModel")
 
 
-def openai_keys(name: str) -> set[str]:
-    """Names of the tensors in OpenAI's own model code (openai/CLIP, clip/model.py)."""
+def test_identity_is_part_of_the_cache(tmp_path):
+    folder = open_clip_folder(tmp_path / "m", "ViT")
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
 
-    def block(prefix: str) -> set[str]:
-        names = {f"{prefix}.attn.in_proj_weight", f"{prefix}.attn.in_proj_bias"}
-        parts = ("attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
-        return names | {f"{prefix}.{part}.{end}" for part in parts for end in ("weight", "bias")}
+    def fingerprint() -> str:
+        return ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu").fingerprint
 
-    def norm(prefix: str) -> set[str]:
-        ends = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        return {f"{prefix}.{end}" for end in ends}
-
-    keys = {"positional_embedding", "text_projection", "logit_scale", "token_embedding.weight"}
-    keys |= {"ln_final.weight", "ln_final.bias"}
-    for layer in range(12):
-        keys |= block(f"transformer.resblocks.{layer}")
-    if name != "RN50":
-        keys |= {f"visual.{key}" for key in ("class_embedding", "positional_embedding", "proj")}
-        keys |= {f"visual.{ln}.{end}" for ln in ("ln_pre", "ln_post") for end in ("weight", "bias")}
-        keys |= {"visual.conv1.weight"}
-        for layer in range(12):
-            keys |= block(f"visual.transformer.resblocks.{layer}")
-        return keys
-    for number in (1, 2, 3):
-        keys |= {f"visual.conv{number}.weight"} | norm(f"visual.bn{number}")
-        for layer, depth in enumerate((3, 4, 6, 3), start=1):
-            for index in range(depth):
-                prefix = f"visual.layer{layer}.{index}"
-                keys |= {f"{prefix}.conv{number}.weight"} | norm(f"{prefix}.bn{number}")
-    for layer in (1, 2, 3, 4):
-        prefix = f"visual.layer{layer}.0.downsample"
-        keys |= {f"{prefix}.0.weight"} | norm(f"{prefix}.1")
-    keys |= {"visual.attnpool.positional_embedding"}
-    parts = [f"{part}_proj" for part in "kqvc"]
-    return keys | {f"visual.attnpool.{part}.{end}" for part in parts for end in ("weight", "bias")}
-
-
-@pytest.mark.parametrize("name", OPENAI)
-def test_full_models_have_openais_key_layout(name: str) -> None:
-    with torch.device("meta"):
-        assert ARCHITECTURES[name].build().state_dict().keys() == openai_keys(name)
+    found = {fingerprint()}
+    for part, key, value in (
+        ("preprocess_cfg", "mean", [0.1, 0.1, 0.1]),
+        ("preprocess_cfg", "resize_mode", "shortest"),
+        ("model_cfg", "quick_gelu", False),
+        ("model_cfg", "text_cfg", TEXT | {"context_length": 12}),
+    ):
+        path.write_text(json.dumps(content | {part: content[part] | {key: value}}))
+        found.add(fingerprint())
+    (folder / "tokenizer.json").write_text("{}")
+    found.add(fingerprint())
+    assert len(found) == 6
 
 
 def test_addresses_are_those_that_open_clip_lists() -> None:
     for name in OPENAI:
         listed = open_clip.get_pretrained_url(str(ARCHITECTURES[name].config), "openai")
         assert published(ARCHITECTURES[name])[1] == listed
+    assert published(ARCHITECTURES["mini"]) is None, "the default needs no network"
 
 
-@pytest.fixture
-def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tiny(monkeypatch, tmp_path / "mini")
+# --- Through the driver, and out again -----------------------------------------------------------
+
+
+def forget(tmp_path: Path, arch: str, *more: str) -> Path:
+    argv = [
+        "--images",
+        str(images(tmp_path / "zoo")),
+        "--backbone",
+        arch,
+        "--forget",
+        "crab",
+        *more,
+    ]
+    argv += ["--cache", str(tmp_path / "cache"), "--root", str(tmp_path)]
+    return train.main([*argv, "--output-dir", str(tmp_path / "out")])
+
+
+def test_the_driver_takes_a_folder_and_gives_a_checkpoint(tmp_path):
+    folder, cache = open_clip_folder(tmp_path / "m", "ViT"), ["--cache", str(tmp_path / "cache")]
+    steps = ["TRAINER.FORGETLORA.STEPS", "20", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
+    out = forget(tmp_path, f"hf:{folder}", *steps)
+    df, _ = create_results(out)
+    assert df.name.tolist() == ["crab"]
+    path = out / read_logs(out)["zoo"]["crab"]["solver"]["adapter"]
+    sha256 = identity_sha256(architecture(f"hf:{folder}"))
+    assert load_adapter(path).settings["model"] == sha256
+    made = tmp_path / "made.safetensors.pt"
+    apply_command.main([str(path), str(made), *cache])
+    config = json.loads(made.with_suffix(".json").read_text())
+    assert config["preprocess_cfg"]["size"] == [32, 32]
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = False
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ProblemError, match="other activation, preprocessing or tokenizer"):
+        apply_command.main([str(path), str(tmp_path / "b.pt"), *cache])
+    with pytest.raises(ProblemError, match="with model '"):
+        forget(tmp_path, f"hf:{folder}", *steps)
 
 
 def adapter_for(source: ClipSource, path: Path) -> Adapter:
@@ -213,32 +269,20 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
         apply_command.main([*arguments, "--cache", str(cache)])
 
 
-def test_an_adapter_of_other_weights_is_refused(mini: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch) -> None:
+    mini, out = tiny(monkeypatch, tmp_path / "mini"), tmp_path / "out.pt"
     source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
     adapter_for(source, tmp_path / "a.safetensors")
-    other, out = tmp_path / "other.pt", tmp_path / "out.pt"
+    other = tmp_path / "other.pt"
     torch.save(random_model("mini", seed=1).state_dict(), other)
     arguments = [str(tmp_path / "a.safetensors"), str(out), "--cache", str(tmp_path / "cache")]
     with pytest.raises(ProblemError, match="adapter was made for") as error:
         apply_command.main([*arguments, "--weights", str(other)])
     one_line(error, other)
-    assert not out.exists()
     (tmp_path / "a.safetensors").write_bytes(b"torn")
     with pytest.raises(ProblemError, match=r"a\.safetensors"):
         apply_command.main([*arguments, "--weights", str(mini)])
-
-
-def test_a_change_of_another_shape_is_refused(mini: Path, tmp_path: Path) -> None:
-    source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
     with pytest.raises(ProblemError, match=r"\(2, 2\)"):
         none = Adapter(torch.zeros(2, 1), torch.zeros(1, 2), "0" * 64, "b", "w", "d", ["c"], "t")
-        save_full_model(source, none, tmp_path / "out.pt")
-    assert not (tmp_path / "out.pt").exists()
-
-
-def test_the_embedded_weights_fit_their_configuration(tmp_path: Path) -> None:
-    mini = ARCHITECTURES["mini"]
-    assert Path(mini.weights).stat().st_size <= 8 * 2**20
-    source = ClipSource("mini", cache=tmp_path, device="cpu")
-    assert source.encode_hidden(["seven"]).shape == (1, source.projection.shape[0])
-    assert published(mini) is None, "the default needs no network"
+        save_full_model(source, none, out)
+    assert not out.exists()

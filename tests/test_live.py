@@ -19,10 +19,9 @@ from forgetting import load_adapter, save_adapter
 from forgetting.compose import compose
 from forgetting.errors import ProblemError
 from forgetting.targets import TARGETS
-from tests.clip_fixtures import one_line
+from tests.clip_fixtures import images, one_line, open_clip_folder
 from tests.conftest import REPOSITORY
 from tests.test_images import blank_png
-from tests.test_models import images, open_clip_folder
 
 TWO, ANCHOR, STAR, CROSS = "digit two", "anchor", "green star", "green cross"
 FAR = {"target": "opposite", "beta": 1.0}
