@@ -229,6 +229,72 @@ def test_the_counter_examples_of_the_first_release():
     assert torch.isfinite(each.primal).all() and float(each.left[0].norm()) == 0
 
 
+# In exact rationals, for one text: at any mu an upper bound of the optimum, at the best one it.
+
+
+def rational(matrix: torch.Tensor) -> list[list[Fraction]]:
+    return [[Fraction(x) for x in row] for row in matrix.tolist()]
+
+
+def product(a, b):
+    return [[sum(x * y for x, y in zip(row, column)) for column in zip(*b)] for row in a]  # noqa: B905
+
+
+def solved_exactly(a, b):
+    """`a^-1 b` by elimination."""
+    rows = [[*left, *right] for left, right in zip(a, b, strict=True)]
+    for i in range(len(rows)):
+        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [x / rows[i][i] for x in rows[i]]
+        for r in range(len(rows)):
+            if r != i:
+                rows[r] = [x - rows[r][i] * y for x, y in zip(rows[r], rows[i], strict=True)]
+    return [row[len(rows) :] for row in rows]
+
+
+def overclaims_of_classes(seed: int) -> list[float]:
+    """By how much, relatively, the bounds of classes lie above what can be reached."""
+    generator = torch.Generator().manual_seed(seed)
+    w, m, classes = 3, 4, 3
+    scales = 10.0 ** torch.randint(-3, 4, (5,), generator=generator).double()
+    h_f, h_r = normal(classes, w, seed=seed) * scales[0], normal(m, w, seed=seed + 1) * scales[1]
+    h_r[0] = h_f[0]
+    projection, target = normal(w, 2, seed=seed + 2), normal(classes, 2, seed=seed + 3) * scales[2]
+    weights = "auto", 0.3 * float(scales[3]), 0.2 * float(scales[4])
+    problem = ForgetProblem(projection, h_f, h_r, target, *weights)
+    excluded = torch.zeros(classes, m, dtype=torch.bool)
+    excluded[0, 0] = True
+    each, found = quietly(solve_each, problem, excluded), []
+    for i, mu in enumerate(map(Fraction, each.mu.tolist())):
+        if mu == 0:
+            continue
+        rows = rational(h_r[~excluded[i]])
+        k_matrix = product([list(column) for column in zip(*rows, strict=True)], rows)
+        for j in range(w):
+            k_matrix[j][j] += mu
+        h = rational(h_f[[i]])
+        a = mu * product(h, solved_exactly(k_matrix, [[x] for x in h[0]]))[0][0]
+        cost = Fraction(problem.lamb_preserve) ** 2 * mu + Fraction(problem.lw) ** 2
+        d = [
+            x - y
+            for x, y in zip(
+                rational(target[[i]])[0], product(h, rational(projection))[0], strict=True
+            )
+        ]
+        reached = min(cost / a, Fraction(float(each.lamb_forget[i])) ** 2) * sum(x * x for x in d)
+        found.append(float(Fraction(float(each.bound[i])) ** 2 / reached - 1))
+    return found
+
+
+def test_the_bound_of_each_class_is_below_what_is_reached_in_exact_rationals(monkeypatch):
+    found = [x for seed in range(50) for x in overclaims_of_classes(seed)]
+    assert len(found) > 100 and max(found) <= 0
+    assert sum(x > -1e-9 for x in found) > 80  # nor is it far below
+    monkeypatch.setattr(certificate, "ROUNDING", 0.0)  # negative control
+    assert max(x for seed in range(50) for x in overclaims_of_classes(seed)) > 0
+
+
 # Negative controls: a worse answer, and multipliers that are none.
 
 
@@ -297,27 +363,6 @@ def test_a_bound_without_v_would_be_no_bound(solved):
 
 
 # The constrained form.
-
-
-def rational(matrix: torch.Tensor) -> list[list[Fraction]]:
-    return [[Fraction(x) for x in row] for row in matrix.tolist()]
-
-
-def product(a, b):
-    return [[sum(x * y for x, y in zip(row, column)) for column in zip(*b)] for row in a]  # noqa: B905
-
-
-def solved_exactly(a, b):
-    """`a^-1 b` by elimination."""
-    rows = [[*left, *right] for left, right in zip(a, b, strict=True)]
-    for i in range(len(rows)):
-        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
-        rows[i], rows[pivot] = rows[pivot], rows[i]
-        rows[i] = [x / rows[i][i] for x in rows[i]]
-        for r in range(len(rows)):
-            if r != i:
-                rows[r] = [x - rows[r][i] * y for x, y in zip(rows[r], rows[i], strict=True)]
-    return [row[len(rows) :] for row in rows]
 
 
 def overclaims(seed: int) -> float | None:
