@@ -38,7 +38,7 @@ INSTEAD = {
     "--source-domains": "a data set has one domain; choose it by --dataset",
     "--target-domains": "a data set has one domain; choose it by --dataset",
     "--transforms": "a backbone brings its own preprocessing",
-    "--head": "classes are told apart by their texts; there is no head",
+    "--head": "classes are classified by their texts; there is no head",
     "--run_ds": "--dataset NAME, or forget_clip.sh with several names",
     "--run-ds": "--dataset NAME, or forget_clip.sh with several names",
     "--multiclass_forget": "--multiclass, without a value",

@@ -147,8 +147,8 @@ def target_inputs(
 def _choose_ridge(settings: ExactSettings, bundle: FeatureBundle, retain: RetainSet) -> float:
     """By the listed names alone: generic ones are left out where there is a vocabulary.
 
-    What moves little for their sake leaves the listed names less room under the same limit, and a
-    smaller ridge costs unlisted names more than the generic ones save them.
+    With them the same limit gives a smaller ridge, and that costs unlisted names more than the
+    generic ones save them.
     """
     groups = dict(retain.groups)
     if groups.keys() >= set(COMMON):

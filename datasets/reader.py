@@ -1,5 +1,5 @@
 """From a folder on disk to a data set: which split is used, whether it can be, and how an image
-is opened. Every set of the table, photographs and rendered ones alike, goes through `ImageSet`.
+is opened. Every set of the table, photographs and rendered ones, goes through `ImageSet`.
 """
 
 from __future__ import annotations

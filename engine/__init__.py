@@ -34,7 +34,7 @@ def engine_description() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve a name that is Dassl's; ProblemError if the engine that was asked for cannot be had."""
+    """Resolve a name that is Dassl's; ProblemError if the wanted engine is missing."""
     if name not in OF_DASSL:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     from engine.dassl import choose

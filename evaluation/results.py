@@ -209,14 +209,16 @@ class Results:
         Raises:
             ProblemError: it was made with other settings, which only `--overwrite` may replace.
         """
-        record = self.record(dataset, label)
-        if record is None:
-            path = self.path(dataset, label)
-            if path.exists() and path.stat().st_size:  # a power cut leaves an empty file
+        path, record = self.path(dataset, label), self.record(dataset, label)
+        if record is None and path.exists():  # another run may have written it meanwhile
+            self.refresh()
+            record = self.record(dataset, label)
+            if record is None and path.stat().st_size:  # a power cut leaves an empty file
                 raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
+        if record is None:
             return False
         record.refuse_other(settings)
-        files = model_files(self.path(dataset, label))
+        files = model_files(path)
         return not model or all(file.is_file() for file in files)
 
     def add(

@@ -59,14 +59,14 @@ def plant(
     harm: float = 0.002,
     trainer: str = "ForgetExact",
     settings: dict[str, Any] | None = None,
-    alike: int = 10**9,
+    repeat_after: int = 10**9,
 ) -> Path:
     """Write a results folder with classes forgotten one by one.
 
     Args:
         names: of the classes, or how many.
         left: about what is left of a class; harm: about what others lose, both fractions.
-        settings: of the solver; alike: after so many classes their audits repeat.
+        settings: of the solver; repeat_after: after so many classes their audits repeat.
     """
     if isinstance(names, int):
         names = [*ANIMALS, *(f"animal number {i}" for i in range(names))][:names]
@@ -78,7 +78,7 @@ def plant(
     for place, name in enumerate(names):
         before, after = acc(rng.uniform(0.7, 1)), acc(max(0.0, rng.gauss(left, left / 2)))
         logs[dataset][name] = log_entry(rng, dataset, [name], before, after, harm, settings)
-        like = names[place % alike]
+        like = names[place % repeat_after]
         found = audits[like]["classes"][like] if like in audits else None
         audits[name] = {
             "adapter_sha256": "0" * 64,
@@ -106,7 +106,7 @@ def log_entry(
     harm: float,
     settings: dict | None = None,
 ) -> dict[str, Any]:
-    """One label of logs.json; harm falls on the rest and on other sets alike."""
+    """One label of logs.json; harm falls on the rest and on other sets."""
     rest, lost = rng.uniform(0.9, 0.95), rng.gauss(harm, 0.003)
 
     def side(own: float, loss: float) -> dict[str, Any]:
@@ -341,9 +341,9 @@ def mini(folder: Path, rows: list[int], **places) -> Path:
             one["name"] = name
             one["pictures"] = [one["pictures"][0] | {"row": first + row} for row in rows]
     (folder / "audit.json").write_text(json.dumps(record))
-    told = {"dataset": "MiniShapes", "root": str(folder / "gone")} | places
+    run = {"dataset": "MiniShapes", "root": str(folder / "gone")} | places
     (folder / "args.txt").write_text(
-        f"Namespace({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        f"Namespace({', '.join(f'{k}={v!r}' for k, v in run.items())})"
     )
     return folder
 

@@ -1,4 +1,4 @@
-"""The app in a real browser: names go and return, and nothing is asked of another machine."""
+"""The app in a real browser: names go and return, and no other machine is contacted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command line alike: 0 for help, 2 and one line for a mistake, the nearest option named."""
+"""Every command line: 0 for help, 2 and one line for a mistake, the nearest option named."""
 
 from __future__ import annotations
 

@@ -135,6 +135,6 @@ def test_ascent_stops_as_soon_as_every_text_is_below_the_limit():
     assert not short.reached and (short.after >= 0.2).any()
     still = ascend(*problem, steps=500, limit=1.1)
     assert still.steps == 0 and still.right.eq(0).all()
-    # The first text is asked to be what it is not, and rests while the second moves.
+    # The first text has a target that it is not on, and rests while the second moves.
     resting = ascend(*problem[:3], torch.tensor([4, 1]), 1e-3, steps=3, limit=0.2)
     assert resting.right[0].eq(0).all() and resting.right[1].ne(0).any()

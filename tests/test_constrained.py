@@ -90,8 +90,8 @@ def test_all_names_can_be_excluded(seed, mu, weight):
     """Only listed names can be, so that `K >= mu I` whatever is excluded; then the ridge alone is
     left. Where rounding hides it, no proof is claimed."""
     h_f, rows, displacement = world(2, 5, 7, 3, seed)
-    ridge = Ridge(rows, mu, torch.full((5,), float(weight)))
     try:
+        ridge = Ridge(rows, mu, torch.full((5,), float(weight)))
         answer = solve_constrained(ridge, h_f, displacement, torch.ones(5).bool())
     except ProblemError as error:
         assert "ridge" in str(error) and mu < 1e-12 * weight * 100

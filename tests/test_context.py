@@ -263,7 +263,7 @@ def test_beta_is_raised_for_the_class_whose_margin_is_too_small():
 
 
 def test_nothing_goes_further_than_an_opposite_of_which_nothing_is_left():
-    """There is no direction whose margin could be told."""
+    """There is no direction that has a margin."""
     planted = Planted()
     planted.prompts = planted.bare
     settings = ExactSettings(target="opposite", min_margin=1e3)

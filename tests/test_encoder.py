@@ -217,7 +217,7 @@ def test_threads_encode_the_vocabulary_once(encoded) -> None:
 
 @needs_transformers
 def test_lengths_of_transformers_are_theirs_alone() -> None:
-    """A text is read alike beside short and beside long ones."""
+    """A text is encoded in the same way beside short and beside long ones."""
     model, words = tiny("transformers CLIPModel")
     found = read_encoder(model, words)
     alone, beside = found.hidden(["owl"]), found.hidden(["owl", "x" * 40], batch=1)

@@ -1,4 +1,4 @@
-"""Encoding fast changes no embedding beyond rounding, and another precision is told apart."""
+"""Encoding fast changes no embedding beyond rounding, and another precision is reported apart."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_a_precision_is_part_of_the_identity(
     exact = bundle_of(place)
     capsys.readouterr()
     half = bundle_of(place, "bf16")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert re.search(
         r"embeddings in bf16 differ from those in float32 by at most \S+ in a component and \S+ in "
         r"cosine \(first 16 images\)",
-        told,
+        output,
     )
     assert (exact.precision, half.precision) == ("fp32", "bf16") and "precision" not in exact.extra
     assert not torch.equal(exact.image_features, half.image_features)

@@ -168,7 +168,7 @@ def mini_args(tmp_path_factory) -> list[str]:
 
 
 def test_a_full_model_is_part_of_what_is_done(mini_args, tmp_path, monkeypatch):
-    """Asked for later, lost, or never written: the next run has it. Nothing else is deleted."""
+    """Wanted later, lost, or never written: the next run has it. Nothing else is deleted."""
     argv = [*mini_args, "--trainer", "ForgetZero", "--output-dir", str(tmp_path)]
     path = tmp_path / "MiniDigits/digit two.safetensors"
     model, config, mine = path.with_suffix(".pt"), path.with_suffix(".json"), tmp_path / "mine.txt"

@@ -73,11 +73,11 @@ VISIBLE, HIDDEN = REPORT.replace("HIDE", ""), REPORT.replace("HIDE", "sys.module
 
 
 def test_a_wrong_engine_is_one_line():
-    told = python(VISIBLE, CLIP_FORGET_ENGINE="dasl").stdout
-    assert told.startswith(
+    output = python(VISIBLE, CLIP_FORGET_ENGINE="dasl").stdout
+    assert output.startswith(
         "ProblemError|CLIP_FORGET_ENGINE: unknown engine 'dasl'; did you mean 'dassl'"
     )
-    assert told.count("\n") == 1
+    assert output.count("\n") == 1
 
 
 def test_a_wrong_engine_that_nobody_catches_is_one_line_too():
@@ -90,30 +90,32 @@ def test_a_wrong_engine_that_nobody_catches_is_one_line_too():
 
 
 def test_a_forced_dassl_that_is_missing_is_one_line():
-    told = python(HIDDEN, CLIP_FORGET_ENGINE="dassl").stdout
-    assert told.startswith("ProblemError|CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put")
-    assert told.count("\n") == 1
+    output = python(HIDDEN, CLIP_FORGET_ENGINE="dassl").stdout
+    assert output.startswith(
+        "ProblemError|CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put"
+    )
+    assert output.count("\n") == 1
 
 
 def test_builtin_runs_where_dassl_is_missing():
-    told = python(HIDDEN, CLIP_FORGET_ENGINE="").stdout
-    assert told == "engine.dassl|engine: builtin (Dassl is not installed)\n"
+    output = python(HIDDEN, CLIP_FORGET_ENGINE="").stdout
+    assert output == "engine.dassl|engine: builtin (Dassl is not installed)\n"
 
 
 def test_a_broken_dassl_says_what_is_broken(tmp_path):
     (tmp_path / "dassl").mkdir()
     (tmp_path / "dassl" / "__init__.py").write_text("import no_such_requirement\n")
-    told = python(VISIBLE, tmp_path, CLIP_FORGET_ENGINE="dassl").stdout
-    assert "but Dassl does not import (ModuleNotFoundError: No module named 'no_such_req" in told
-    assert told.startswith("ProblemError|") and told.count("\n") == 1
+    output = python(VISIBLE, tmp_path, CLIP_FORGET_ENGINE="dassl").stdout
+    assert "but Dassl does not import (ModuleNotFoundError: No module named 'no_such_req" in output
+    assert output.startswith("ProblemError|") and output.count("\n") == 1
 
 
 def test_a_bare_folder_of_that_name_is_no_dassl(tmp_path):
     (tmp_path / "dassl").mkdir()
     code = VISIBLE + "print(sys.modules['dassl'].__file__)"
-    told = python(code, tmp_path, CLIP_FORGET_ENGINE="").stdout
-    if told.endswith("None\n"):  # where Dassl itself is installed it is found behind the folder
-        assert told.startswith("engine.dassl|engine: builtin (Dassl is not installed)\n")
+    output = python(code, tmp_path, CLIP_FORGET_ENGINE="").stdout
+    if output.endswith("None\n"):  # where Dassl itself is installed it is found behind the folder
+        assert output.startswith("engine.dassl|engine: builtin (Dassl is not installed)\n")
 
 
 def test_the_engine_of_this_process_is_the_one_asked_for():

@@ -43,7 +43,7 @@ class Counting(ClipSource):
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with weights, a data root and room for a cache; shards of 32 images."""
+    """A folder with weights, a data root and a folder for a cache; shards of 32 images."""
     tiny(monkeypatch, tmp_path / "weights")
     caltech(tmp_path / "data")
     monkeypatch.setattr(clip.cache, "SHARD", 2 * BATCH)
@@ -265,7 +265,7 @@ def test_the_command_writes_an_exchangeable_bundle(
         (["Caltech01", "mini"], "'Caltech101'"),
         ([SET, "minni"], "'mini'"),
         ([SET], "ARCH"),
-        ([SET, "mini", "more"], "'more'"),
+        ([SET, "mini", "more"], "more"),
         ([SET, "mini", "--wieghts", "x"], "'--weights'"),
         ([SET, "mini", "--root"], "--root"),
         ([SET, "mini", "--root", "nowhere"], "nowhere"),

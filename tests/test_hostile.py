@@ -118,10 +118,10 @@ def refusal(place: Path, capsys: pytest.CaptureFixture) -> Callable[[str, Sequen
         before = written(place)
         capsys.readouterr()
         assert CLI[name](argv) == 2, capsys.readouterr()
-        told = capsys.readouterr().err
-        lines = [line for line in told.splitlines() if line and "%|" not in line]  # no bars
-        assert len(lines) == 1 and lines[0].startswith("error: "), told
-        assert lines[0].isprintable() and "Traceback" not in told
+        output = capsys.readouterr().err
+        lines = [line for line in output.splitlines() if line and "%|" not in line]  # no bars
+        assert len(lines) == 1 and lines[0].startswith("error: "), output
+        assert lines[0].isprintable() and "Traceback" not in output
         assert written(place) == before
         return lines[0]
 

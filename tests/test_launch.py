@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import train
-from clip import spread as encoding
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
@@ -317,7 +316,6 @@ def test_images_by_ray_are_those_of_one_process(workers, tmp_path, monkeypatch):
     no_leftovers(tmp_path / "ray")
     with monkeypatch.context() as patched:
         patched.setattr(FeatureCache, "encode", None)  # nothing is encoded again
-        patched.setattr(encoding, "_encode", None)
         assert torch.equal(bundle("ray", RAY).image_features, ray.image_features)
     broken = sorted((tmp_path / "data").rglob("test/*/*.png"))[0]
     broken.write_bytes(b"no image")

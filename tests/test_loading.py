@@ -1,4 +1,4 @@
-"""The one door for models: every form is read, nothing foreign is run or fetched, and what cannot
+"""The one loader of models: every form is read, nothing foreign is run or fetched, and what cannot
 be read is one line."""
 
 from __future__ import annotations
@@ -436,7 +436,7 @@ ATTACKS = {
 @needs_transformers
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkeypatch) -> None:
-    """Refused, or loaded without it; and nobody is asked whether it may run."""
+    """Refused, or loaded without it; and there is no prompt whether it may run."""
     kind, changes = ATTACKS[attack]
     folder, trap = tmp_path / "m", tmp_path / "trap"
     make = open_clip_folder if kind == "ViT" else hugging_face
@@ -450,7 +450,7 @@ def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkey
     edit(config, **json.loads(json.dumps(changes).replace("{folder}", str(folder))))
 
     def fail(*_: object, **__: object) -> None:
-        pytest.fail("somebody was asked, or a network was used")
+        pytest.fail("a prompt, or a network was used")
 
     monkeypatch.setattr(builtins, "input", fail)
     monkeypatch.setattr(socket.socket, "connect", fail)

@@ -57,5 +57,5 @@ def test_make_demo(tmp_path):
     assert (clone / "results/report.html").is_file()
     (table,) = blocks("What the demo prints", "")
     printed = [" ".join(line.split()[:-2]) for line in done.stdout.splitlines()]  # but the seconds
-    told = [" ".join(line.split()[:-2]) for line in table.splitlines()[3:]]
-    assert len(told) == 12 and set(told) <= set(printed)
+    output = [" ".join(line.split()[:-2]) for line in table.splitlines()[3:]]
+    assert len(output) == 12 and set(output) <= set(printed)

@@ -264,7 +264,7 @@ def test_keyboard_and_motion(open_page, report):
 
 @pytest.mark.slow
 def test_a_thousand_classes_do_not_freeze_the_page(open_page, tmp_path):
-    folder = plant(tmp_path, 1000, alike=20)
+    folder = plant(tmp_path, 1000, repeat_after=20)
     report = write_report(read_runs(folder), tmp_path / "report.html")
     started = time.perf_counter()
     page = open_page(report)

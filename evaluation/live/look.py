@@ -85,7 +85,7 @@ class View:
 
 
 class Live:
-    """One CLIP, names by which images are told apart, and images.
+    """One CLIP, names that images are classified by, and images.
 
     Args:
         model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV file;

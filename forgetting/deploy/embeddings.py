@@ -12,7 +12,7 @@ a left null space.) Then `W W^+ = I`, so `h = x W^+` and
 
 A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. Of a
 W without full row rank the condition may still hold for a particular Delta; in the float32 in which
-changes are stored that cannot be told from nearly holding, so such a W is refused.
+changes are stored that look like one that nearly holds, so such a W is refused.
 
 **With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so `x - b`
 is not known: such embeddings can only be patched before they are normalised.

@@ -1,4 +1,4 @@
-"""The door for models: found by name, read strictly, and never run code of their own.
+"""Load a model by name. Its files are read strictly, and no code of theirs is run.
 
 hf:DIR_OR_ID                  transformers; configuration and tokenizer of the checkpoint
 open_clip:NAME/PRETRAINED     a configuration of open_clip with its weights, or a file of them
@@ -69,7 +69,7 @@ class ModelSpec:
     """What a model is: how it is built, and where its weights are. Nothing is loaded yet.
 
     Attributes:
-        name: what it was asked for by.
+        name: as it was given.
         config: open_clip's `model_cfg`, or a file of it; or what transformers' config.json holds.
         weights: a file or folder; None: none yet. tag: open_clip's, of weights to be fetched.
         images: open_clip's `preprocess_cfg`, as far as the configuration says it.
