@@ -240,8 +240,8 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
     Paths are absolute or relative to the file's folder; without `split` all are test images."""
     text = read_text(table, "images")
     first = text.partition("\n")[0].strip()
-    mark = max("\t;,", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    delimiter = max("\t;,", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [title.strip().lower() for title in next(reader, [])]
         lines = [(reader.line_num, cells) for cells in reader if any(cells)]

@@ -39,14 +39,14 @@ def page(address, browser) -> Iterator:
     """The page, opened without its policy, so that what it would ask of another address is seen."""
     troubles = []
 
-    def watch(request) -> None:
+    def record(request) -> None:
         if not request.url.startswith((address, "data:", f"blob:{address}")):
             troubles.append(request.url)
 
     context = browser.new_context(bypass_csp=True)
     context.set_default_timeout(WAIT)
     page = context.new_page()
-    page.on("request", watch)
+    page.on("request", record)
     page.on("console", lambda entry: entry.type == "error" and troubles.append(entry.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.goto(address)

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import datasets
+import forget_cls
 from datasets import check, download, vocabulary
 from datasets.layouts import divide
 from engine import DATASET_REGISTRY
@@ -20,16 +21,8 @@ from engine.cli import run
 from engine.config import settings
 from forgetting.errors import ProblemError
 
-FORGOTTEN = {
-    "StanfordDogs": ["Pekinese", "toy poodle", "Scotch terrier"],
-    "StanfordCars": [
-        "2009 Spyker C8 Coupe",
-        "2010 Dodge Ram Pickup 3500 Crew Cab",
-        "2011 Ford Ranger SuperCab",
-    ],
-    "Caltech101": ["euphonium", "minaret", "platypus"],
-    "OxfordFlowers": ["trumpet creeper", "gazania", "tree mallow"],
-}
+PAPER = ("StanfordDogs", "StanfordCars", "Caltech101", "OxfordFlowers")
+FORGOTTEN = {name: forget_cls.forget_classes_all[name] for name in PAPER}
 CALTECH_FOLDERS = ["BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse"]
 
 
@@ -100,39 +93,31 @@ def test_published_split_is_read_as_it_is(tmp_path, capsys):
     assert not list(tmp_path.rglob("split_made*"))
 
 
-ONE = {"train": [], "val": []}
+def split_of(*entries: list) -> dict[str, list]:
+    return {"train": [], "val": [], "test": [*entries]}
+
+
+# fmt: off
 BROKEN = {
     "no JSON": ('{"train": [', "is not JSON"),
     "a list": ("[1, 2]", "must hold 'train', 'val' and 'test'"),
-    "no test": (ONE, "must hold 'train', 'val' and 'test'"),
-    "empty test": ({"train": entries("a", 0, range(1)), "val": [], "test": []}, "'test' is empty"),
-    "no lists": ({"train": {}, "val": [], "test": []}, "'train' must be a list"),
-    "a pair": (ONE | {"test": [["a.jpg", 0]]}, r"test\[0\]: must be \[path"),
-    "text label": (ONE | {"test": [["a.jpg", "0", "a"]]}, r"test\[0\]: the label .* is '0'"),
-    "negative label": (ONE | {"test": [["a.jpg", -1, "a"]]}, "is -1"),
-    "boolean label": (ONE | {"test": [["a.jpg", True, "a"]]}, "is True"),
-    "gap in labels": (ONE | {"test": [["a.jpg", 0, "a"], ["b.jpg", 2, "b"]]}, "has label 1"),
-    "huge gap": (ONE | {"test": [["a.jpg", 2 * 10**8, "a"]]}, "no image has label 0"),
-    "endless label": ('{"train": [], "val": [], "test": [["a.jpg", ' + "9" * 5000, "is not JSON"),
-    "two names a label": (
-        {"train": entries("a", 0, range(1)), "val": [], "test": entries("b", 0, range(1))},
-        r"test\[0\]: label 0 is called 'b', but 'a' before",
-    ),
-    "two spellings of a name": (
-        {"train": [["a.jpg", 0, "a_b"]], "val": [], "test": [["b.jpg", 1, "a  b"]]},
-        "labels 0 and 1 are both called 'a  b'",
-    ),
-    "two labels an image": (
-        {"train": [["a/b.jpg", 0, "a"]], "val": [], "test": [["a/./b.jpg", 1, "b"]]},
-        r"test\[0\]: 'a/./b.jpg' has label 1, but 0 before",
-    ),
+    "empty test": (split_of(), "'test' is empty"),
+    "no lists": (split_of() | {"train": {}}, "'train' must be a list"),
+    "a pair": (split_of(["a.jpg", 0]), r"test\[0\]: must be \[path"),
+    "text label": (split_of(["a.jpg", "0", "a"]), r"test\[0\]: the label .* is '0'"),
+    "boolean label": (split_of(["a.jpg", True, "a"]), "is True"),
+    "gap": (split_of(["a.jpg", 0, "a"], ["b.jpg", 2 * 10**8, "b"]), "no image has label 1"),
+    "two names": (split_of(["a.jpg", 0, "a"], ["b.jpg", 0, "b"]), "0 is called 'b', but 'a' before"),
+    "two spellings": (split_of(["a.jpg", 0, "a_b"], ["b.jpg", 1, "a  b"]), "both called 'a  b'"),
+    "two labels": (split_of(["a/b.jpg", 0, "a"], ["a/./b.jpg", 1, "b"]), "label 1, but 0 before"),
     "deep nesting": ("[" * 100_000, "is not JSON"),
-    "empty name": (ONE | {"test": [["a.jpg", 0, " "]]}, "class name must be"),
-    "no Unicode": (ONE | {"test": [["a.jpg", 0, "\udcff"]]}, "no text"),
-    "empty path": (ONE | {"test": [["", 0, "a"]]}, "path must be"),
-    "path upwards": (ONE | {"test": [["a/../../b.jpg", 0, "a"]]}, r"test\[0\]: .* leads out"),
-    "absolute path": (ONE | {"test": [["/etc/passwd", 0, "a"]]}, "leads out"),
+    "empty name": (split_of(["a.jpg", 0, " "]), "class name must be"),
+    "no Unicode": (split_of(["a.jpg", 0, "\udcff"]), "no text"),
+    "empty path": (split_of(["", 0, "a"]), "path must be"),
+    "path upwards": (split_of(["a/../../b.jpg", 0, "a"]), r"test\[0\]: .* leads out"),
+    "absolute path": (split_of(["/etc/passwd", 0, "a"]), "leads out"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize(("split", "message"), BROKEN.values(), ids=BROKEN.keys())
@@ -160,9 +145,9 @@ def test_names_that_differ_in_case_and_an_image_in_two_parts_are_read(tmp_path):
 def test_published_splits_are_read_in_either_layout(tmp_path, name):
     row = datasets.SETS[name]
     for number, folder in enumerate({row.image_folder, row.unpacked or row.image_folder}):
-        root, split = tmp_path / str(number), [["a/1.jpg", 0, "ant"]]
+        root = tmp_path / str(number)
         picture(root / row.folder / folder / "a/1.jpg")
-        publish(root / row.folder, ONE | {"test": split}, row.split_file)
+        publish(root / row.folder, split_of(["a/1.jpg", 0, "ant"]), row.split_file)
         data = datasets.load(name, root)
         assert data.classnames == ["ant"] and data.comparable
     assert row.classes > 1 and row.address and row.split_address
@@ -293,21 +278,21 @@ def test_cars_from_the_devkit_have_the_year_first(tmp_path):
         datasets.load("StanfordCars", tmp_path)
 
 
-@pytest.mark.parametrize("with_names", [True, False])
-def test_flowers_from_the_official_parts(tmp_path, with_names):
+def test_flowers_from_the_official_parts(tmp_path):
     folder = tmp_path / "oxford_flowers"
     for number in range(1, 10):
         picture(folder / f"jpg/image_{number:05d}.jpg")
     savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 3] * 3], dtype=np.uint8)})
     parts = {"trnid": [[1, 2, 3]], "valid": [[4, 5, 6]], "tstid": [[9, 7, 8]]}
     savemat(folder / "setid.mat", {part: np.array(ids) for part, ids in parts.items()})
-    names = {"1": "gazania", "2": "rose", "3": "tree mallow"}
-    if with_names:
-        (folder / "cat_to_name.json").write_text(json.dumps(names))
     data = datasets.load("OxfordFlowers", tmp_path)
     assert [Path(d.impath).name for d in data.test] == [f"image_0000{n}.jpg" for n in (9, 7, 8)]
     assert [d.label for d in data.test] == [2, 0, 1]
-    assert data.classnames[0] == ("gazania" if with_names else "pink primrose")
+    assert data.classnames[0] == "pink primrose"  # of torchvision's list
+    (folder / "split_made_OxfordFlowers.json").unlink()
+    names = {"1": "gazania", "2": "rose", "3": "tree mallow"}
+    (folder / "cat_to_name.json").write_text(json.dumps(names))
+    assert datasets.load("OxfordFlowers", tmp_path).classnames == [*names.values()]
 
 
 def test_dogs_from_the_official_lists(tmp_path):
@@ -326,55 +311,41 @@ def test_dogs_from_the_official_lists(tmp_path):
     assert data.test[0].impath == str(folder / "Images" / paths[1])
 
 
-PETS = {
-    "annotations/trainval.txt": ["#list", "great_pyrenees_1 1 1 1", "Bengal_1 2 1 1"],
-    "annotations/test.txt": ["great_pyrenees_20 1 1 1"],
-}
-FOOD = {"meta/train.txt": ["apple_pie/1", "pho/1"], "meta/test.txt": ["pho/2"]}
-TEXTURES = {f"labels/{part}1.txt": ["dotted/dotted_1.jpg"] for part in ("train", "val")}
-TEXTURES["labels/test1.txt"] = ["dotted/dotted_2.jpg", "banded/banded_1.jpg"]
-PLANES = {
-    f"images_variant_{part}.txt": [f"00{n} 707-320"] for n, part in enumerate(("train", "val"))
-}
-PLANES["images_variant_test.txt"] = ["002 DR-400", "003 F/A-18"]
+# fmt: off
 OFFICIAL = {  # folders of both layouts, lists, images, classes, number of images in each part
     "OxfordPets": (
         ("oxford_pets", "oxford_pets/oxford-iiit-pet"),
-        PETS,
-        ["great_pyrenees_1.jpg", "Bengal_1.jpg", "great_pyrenees_20.jpg"],
-        (["Bengal", "great_pyrenees"], (2, 0, 1)),
-    ),
+        {"annotations/trainval.txt": "#list\ngreat_pyrenees_1 1 1 1\nBengal_1 2 1 1",
+         "annotations/test.txt": "great_pyrenees_20 1 1 1"},
+        "great_pyrenees_1 Bengal_1 great_pyrenees_20", ["Bengal", "great_pyrenees"], (2, 0, 1)),
     "Food101": (
         ("food-101", "food-101/food-101"),
-        FOOD,
-        ["apple_pie/1.jpg", "pho/1.jpg", "pho/2.jpg"],
-        (["apple_pie", "pho"], (2, 0, 1)),
-    ),
+        {"meta/train.txt": "apple_pie/1\npho/1", "meta/test.txt": "pho/2"},
+        "apple_pie/1 pho/1 pho/2", ["apple_pie", "pho"], (2, 0, 1)),
     "DescribableTextures": (
         ("dtd", "dtd/dtd/dtd"),
-        TEXTURES,
-        ["dotted/dotted_1.jpg", "dotted/dotted_2.jpg", "banded/banded_1.jpg"],
-        (["banded", "dotted"], (1, 1, 2)),
-    ),
+        {"labels/train1.txt": "dotted/1.jpg", "labels/val1.txt": "dotted/1.jpg",
+         "labels/test1.txt": "dotted/2.jpg\nbanded/1.jpg"},
+        "dotted/1 dotted/2 banded/1", ["banded", "dotted"], (1, 1, 2)),
     "FGVCAircraft": (
         ("fgvc_aircraft", "fgvc_aircraft/fgvc-aircraft-2013b/data"),
-        PLANES,
-        ["000.jpg", "001.jpg", "002.jpg", "003.jpg"],
-        (["707-320", "DR-400", "F/A-18"], (1, 1, 2)),
-    ),
+        {"images_variant_train.txt": "000 707-320", "images_variant_val.txt": "001 707-320",
+         "images_variant_test.txt": "002 DR-400\n003 F/A-18"},
+        "000 001 002 003", ["707-320", "DR-400", "F/A-18"], (1, 1, 2)),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["CoOp", "torchvision"])
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_lists_in_both_layouts(tmp_path, name, layout, capsys):
-    folders, files, images, (classnames, expected) = OFFICIAL[name]
+    folders, files, images, classnames, expected = OFFICIAL[name]
     beside = tmp_path / folders[layout]
-    for file, lines in files.items():
+    for file, text in files.items():
         (beside / file).parent.mkdir(parents=True, exist_ok=True)
-        (beside / file).write_text("\n".join(lines) + "\n")
-    for path in images:
-        picture(beside / "images" / path)
+        (beside / file).write_text(text)
+    for path in images.split():
+        picture(beside / f"images/{path}.jpg")
     data = datasets.load(name, tmp_path)
     assert data.classnames == classnames and counts(data) == expected
     assert data.comparable == (name == "FGVCAircraft")  # CoOp published no other split of it
