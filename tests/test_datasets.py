@@ -403,14 +403,15 @@ def test_imagenet_and_its_kin(tmp_path, name):
     row = datasets.spec(name)
     folder, names = tmp_path / row.folder, tmp_path / row.folder / "classnames.txt"
     numbers = name == "ImageNetV2"
-    for place in ("1", "10", "2") if numbers else ("n02", "n01"):
+    for place in ("1", "10", "2") if numbers else ("n02", "n01", "n04008634"):
         picture(folder / row.image_folder / place / "x.JPEG")
     with pytest.raises(ProblemError, match=r"no classnames\.txt at .*; see DATASETS\.md"):
         datasets.load(name, tmp_path)
     lines = ["n01 tench", "n02 goldfish", *(f"n{n:02} fish {n}" for n in range(3, 12))]
+    lines.append("n04008634 missile")  # its name in WordNet is another
     names.write_text("\n".join(lines))
     data = datasets.load(name, tmp_path)
-    expected = ["goldfish", "fish 3", "fish 11"] if numbers else ["tench", "goldfish"]
+    expected = ["goldfish", "fish 3", "fish 11"] if numbers else ["tench", "goldfish", "projectile"]
     assert data.classnames == expected and data.comparable
     assert not list(tmp_path.rglob("split_made*"))
     names.write_text("\n".join(lines).replace("fish 3", "goldfish").replace("tench", "goldfish"))
