@@ -262,7 +262,7 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, options, message):
 
 def test_a_torn_log_is_not_taken_for_no_results(tmp_path):
     (tmp_path / "logs.json").write_text("{")
-    with pytest.raises(ProblemError, match="logs.json"):
+    with pytest.raises(ProblemError, match=r"logs\.json"):
         compare("RN50", tmp_path, {"Caltech101": Counts(1, Counter(), True)})
 
 
