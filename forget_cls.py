@@ -7,7 +7,8 @@ Names may be spelled with underscores or in another case than the data set's own
 `--forget NAME` on the command line replaces a set's list for one run.
 `forget_prompts` may give a class several texts: templates with {} for its name, synonyms,
 descriptions. Without an entry a class is forgotten by its bare name.
-`protect` names what must not be harmed, such as a near neighbour of a forgotten class (ForgetExact).
+`protect` names what must not be harmed, such as a near neighbour of a forgotten class
+(ForgetExact).
 """
 
 all_ds = ["StanfordCars", "StanfordDogs", "Caltech101", "OxfordFlowers"]

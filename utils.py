@@ -176,7 +176,8 @@ def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
     check_columns(df, FRAME, "create_results")
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         raise ProblemError(
-            "no average gain: it is relative to the accuracies before forgetting, and these results "
+            "no average gain: it is relative to the accuracies before forgetting, and these "
+            "results "
             "hold none; create_results(FOLDER, before=OTHER) or utils.py --before OTHER takes them "
             "from any run on the same classes"
         )

@@ -2,8 +2,8 @@
 
 A name stands for all that is computed, activation and preprocessing included: OpenAI's models and
 `mini` by the table, anything else as `forgetting.models.loading` finds it (`open_clip:NAME/TAG`,
-`hf:DIR`, `openai:FILE`, a folder). Behind OpenAI's names `-quickgelu` or `-gelu` says the activation
-of weights of one's own.
+`hf:DIR`, `openai:FILE`, a folder). Behind OpenAI's names `-quickgelu` or `-gelu` says the
+activation of weights of one's own.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ RESIZE_MODES = ("shortest", "longest", "squash")
 MOST_PIXELS = 4096  # of a side
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # of config.json
 
+
+def _label(name: str) -> str:
+    """OpenAI's spelling of open_clip's name: ViT-L/14@336px of ViT-L-14-336."""
+    name = name.replace("-14-336", "/14@336px").replace("-B-", "-B/")
+    return name.replace("L-14", "L/14")
+
+
+# OpenAI trained with QuickGELU; open_clip's plain configs of the same names use GELU.
 ARCHITECTURES = {
-    # OpenAI trained with QuickGELU; open_clip's plain configs of the same names use GELU.
-    **{
-        (label := name.replace("-14-336", "/14@336px").replace("-B-", "-B/").replace("L-14", "L/14")):
-        ModelSpec(label, f"{name}-quickgelu", explicit=False, sha256=sha256)
-        for sha256, name in OPENAI.items()
-    },
-    "mini": ModelSpec("mini", HERE / "mini.json", HERE / "mini.safetensors"),
-}  # fmt: skip
+    _label(name): ModelSpec(_label(name), f"{name}-quickgelu", explicit=False, sha256=sha256)
+    for sha256, name in OPENAI.items()
+}
+ARCHITECTURES["mini"] = ModelSpec("mini", HERE / "mini.json", HERE / "mini.safetensors")
 
 
 def architecture(name: str) -> ModelSpec:

@@ -318,7 +318,8 @@ def measured(
 
 
 def unseen(dataset: str) -> dict[str, dict[str, list[str]]]:
-    """Kind -> class -> texts that are in no training text: the audit's templates, held-out words."""
+    """Kind -> class -> texts that are in no training text: the audit's templates, held-out
+    words."""
     names, template = mini.MINI[dataset], spec(dataset).template
     words = held_out(dataset)
     return {

@@ -1,4 +1,5 @@
-"""The harness: settings, command lines, files, the log, Ray, and Dassl or the slice of it that is used.
+"""The harness: settings, command lines, files, the log, Ray, and Dassl or the slice of it that is
+used.
 
 `SimpleTrainer`, the two registries and `get_cfg_default` are Dassl's where Dassl is installed, else
 those of `engine.dassl`. They are resolved on first use.

@@ -5,8 +5,8 @@ below declare what all methods share; a method's own constants stand beside its 
 in `trainers.SETTINGS` (`TRAINER.FORGETLORA.LR`).
 
 Layers, each over the one before, in CoOp's order: the defaults, `configs/datasets/DATASET.yaml`, a
-`--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY VALUE
-pairs of the command line. `python -m engine.config` prints docs/settings.md.
+`--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY
+VALUE pairs of the command line. `python -m engine.config` prints docs/settings.md.
 """
 
 from __future__ import annotations
@@ -224,8 +224,9 @@ OPTIONS = {
     "overwrite": "FORGET.OVERWRITE",
     "save_model": "FORGET.SAVE_MODEL",
 }
-# Keys of Dassl and CoOp that have no effect here, whether Dassl is installed or not: no image trains
-# anything, and a backbone brings its own preprocessing. A name with a dot at its end is a section.
+# Keys of Dassl and CoOp that have no effect here, whether Dassl is installed or not: no image
+# trains anything, and a backbone brings its own preprocessing. A name with a dot at its end is a
+# section.
 OF_DASSL = (
     *("VERSION", "RESUME", "VERBOSE", "INPUT.", "OPTIM.", "TRAIN.", "TEST."),
     *("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),

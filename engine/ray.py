@@ -1,9 +1,10 @@
 """Many tasks: one after the other in this process, or spread by Ray over cores and machines.
 
 A task is a function of one item that can be begun again: what it finished before is skipped. So it
-does not matter where a task runs, in which order, or how often it is begun. A Ray is started on this
-machine, or that of `RAY_ADDRESS` is joined; all machines of a cluster see the same files at the same
-places (this repository, its environment, data, cache and results). Only this file knows Ray.
+does not matter where a task runs, in which order, or how often it is begun. A Ray is started on
+this machine, or that of `RAY_ADDRESS` is joined; all machines of a cluster see the same files at
+the same places (this repository, its environment, data, cache and results). Only this file knows
+Ray.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
     sets lost. Of more than `DRAWN` rows the worst are drawn, and the title says so.
 
     Args:
-        table: of `summarise` or `compare_results`; colours: by the names in its columns `STEM NAME`,
+        table: of `summarise` or `compare_results`; colours: by the names in its columns `STEM
+        NAME`,
             for the stems of `PANELS`. A row has a line for each.
     """
     shown = _worst(table, list(colours))

@@ -151,7 +151,8 @@ def run_variants(
     problem: ForgetProblem, settings: LoraSettings, variants: Sequence[Variant] = VARIANTS
 ) -> pd.DataFrame:
     """One row per variant: `trials`, `lamb_forget`, `objective`, `above` (its relative distance to
-    the optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w, d).
+    the optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w,
+    d).
 
     Judged in float64 with the original projection.
     """

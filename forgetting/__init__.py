@@ -2,9 +2,10 @@
 
 `forget` forgets names in anybody's CLIP, in one call, and gives a `Forgotten`. Below it,
 `ForgetProblem` states the paper's problem: `solve_lora` is its descent, `solve_exact` its optimum
-with a proof, `solve_each` and `solve_lora_each` the same for every class of a set alone. `RetainSet`
-holds names to retain; `solve_constrained` is the form that removes a class completely. `Adapter` is
-what is stored of an answer, and `forgetting.compose` joins adapters and takes them apart again.
+with a proof, `solve_each` and `solve_lora_each` the same for every class of a set alone.
+`RetainSet` holds names to retain; `solve_constrained` is the form that removes a class completely.
+`Adapter` is what is stored of an answer, and `forgetting.compose` joins adapters and takes them
+apart again.
 
 Each name is imported from its module when it is first used.
 """

@@ -3,8 +3,8 @@
 Their constants are those of their authors' code, in the authors' units.
 
 - `uce`: Gandikota, Orgad, Belinkov, Materzynska and Bau, "Unified Concept Editing in Diffusion
-  Models", WACV 2024, equation 7: ridge regression towards the new values of all texts. Published for
-  cross-attention matrices.
+  Models", WACV 2024, equation 7: ridge regression towards the new values of all texts. Published
+  for cross-attention matrices.
 - `null_space`: Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language
   Models", ICLR 2025: a change within the directions that what is retained hardly uses. Published
   for the MLPs of language models.

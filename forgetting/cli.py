@@ -3,7 +3,8 @@
     clip-forget forget hf:DIR "Acme Cola" --also "Acme Cola=acme soda" --out acme.safetensors
     clip-forget verify acme.safetensors --model hf:CHANGED
 
-In a clone `python -m forgetting` is the same. What a command computes with is imported when it runs.
+In a clone `python -m forgetting` is the same. What a command computes with is imported when it
+runs.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     clip-forget compose AB.safetensors --without A.safetensors --out B.safetensors
 
 Adding two changes is wrong: each moves the other's texts. `K_0 = G + mu I` is the same for every
-request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again with any other, without
-G and without W (`forgetting.solvers.constrained.solve_constraints`).
+request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again with any other,
+without G and without W (`forgetting.solvers.constrained.solve_constraints`).
 """
 
 from __future__ import annotations

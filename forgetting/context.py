@@ -87,8 +87,8 @@ class ExactSettings:
     )
     max_displacement: float | None = setting(
         None,
-        "how far the ridge lets retained names move, in distances to their nearest neighbour; none: "
-        "0.045 where the names of other sets are retained, 0.1 where they are not",
+        "how far the ridge lets retained names move, in distances to their nearest neighbour; "
+        "none: 0.045 where the names of other sets are retained, 0.1 where they are not",
         low=1e-12,
         high=1e6,
         optional=True,

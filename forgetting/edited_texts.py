@@ -1,7 +1,7 @@
 """Texts before and after edits of the text projection.
 
-An edit `left @ right` moves the embedding of a text with hidden state h by `(h left) right`. Lengths,
-cosines and products with images follow from those before and from r numbers per text.
+An edit `left @ right` moves the embedding of a text with hidden state h by `(h left) right`.
+Lengths, cosines and products with images follow from those before and from r numbers per text.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class EditedTexts:
         Args:
             before: (n, m), products of their embeddings in the untouched model.
         """
-        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T / 2
+        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T
+        # / 2
         moved = self.along + self.ratios @ (self.right @ self.right.T) / 2  # (T, r)
         mine = torch.cat([self.ratios[rows], moved[rows]], dim=1)  # (n, 2 r)
         theirs = torch.cat([moved[columns], self.ratios[columns]], dim=1)  # (m, 2 r)

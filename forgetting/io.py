@@ -151,7 +151,8 @@ def atomic_path(path: str | Path, overwrite: bool = True, durable: bool = True) 
         durable: whether to wait until the disk has it.
 
     Raises:
-        ProblemError: something is at `path` already, or it cannot be written, or a device or pipe is
+        ProblemError: something is at `path` already, or it cannot be written, or a device or pipe
+        is
             there, in whose place a file would be put.
     """
     try:

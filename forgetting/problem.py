@@ -57,7 +57,8 @@ class ForgetProblem:
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
             `lamb_forget` may be "auto": each solver then takes a value just above the threshold c*
-            (`forgetting.solvers.exact.resolve_auto_weight`), which is where the paper's retry loop ends.
+            (`forgetting.solvers.exact.resolve_auto_weight`), which is where the paper's retry loop
+            ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
     Raises:

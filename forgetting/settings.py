@@ -26,8 +26,8 @@ def setting(
     Args:
         default: the value where nothing else is given.
         help: one line without a full stop, shown by `--help` and in docs/settings.md.
-        low, high: inclusive bounds, of a text or tuple of its length; above: an exclusive lower one.
-        choices: words that are allowed; beside a number they stand for it ("auto").
+        low, high: inclusive bounds, of a text or tuple of its length; above: an exclusive lower
+        one. choices: words that are allowed; beside a number they stand for it ("auto").
         optional: whether None is allowed ("chosen from the names").
     """
     range_ = {"low": low, "high": high, "above": above, "choices": tuple(choices)}

@@ -314,7 +314,8 @@ def test_folders_without_results_and_inputs_that_changed(results, features, tmp_
 
 
 def test_no_path_is_taken_from_the_results(results, tmp_path, monkeypatch, capsys):
-    """Logs and command lines of somebody else name a model folder and a cache: neither is opened."""
+    """Logs and command lines of somebody else name a model folder and a cache: neither is
+    opened."""
     foreign = tmp_path / "foreign"
     path = results / "logs.json"
     logs = json.loads(path.read_text())

@@ -81,8 +81,8 @@ def test_neighbours_that_suffer_and_neighbours_that_stay():
 
 
 def moved(before: Tensor, after: Tensor) -> dict:
-    """The entry "moved" of texts that are embedded at `before` (n, d) and at `after` (n, d); a class
-    beside them is forgotten."""
+    """The entry "moved" of texts that are embedded at `before` (n, d) and at `after` (n, d); a
+    class beside them is forgotten."""
     n, d = before.shape
     bundle = replace(
         world(classes=n + 1, images=0, words=0),

@@ -1,4 +1,5 @@
-"""engine/config: settings as dataclass fields, the layers of a run's config, and YAML as it is read."""
+"""engine/config: settings as dataclass fields, the layers of a run's config, and YAML as it is
+read."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ BROKEN = {
     "text label": (split_of(["a.jpg", "0", "a"]), r"test\[0\]: the label .* is '0'"),
     "boolean label": (split_of(["a.jpg", True, "a"]), "is True"),
     "gap": (split_of(["a.jpg", 0, "a"], ["b.jpg", 2 * 10**8, "b"]), "no image has label 1"),
-    "two names": (split_of(["a.jpg", 0, "a"], ["b.jpg", 0, "b"]), "0 is called 'b', but 'a' before"),
+    "two names": (split_of(["a.jpg", 0, "a"], ["b.jpg", 0, "b"]), "called 'b', but 'a' before"),
     "two spellings": (split_of(["a.jpg", 0, "a_b"], ["b.jpg", 1, "a  b"]), "both called 'a  b'"),
     "two labels": (split_of(["a/b.jpg", 0, "a"], ["a/./b.jpg", 1, "b"]), "label 1, but 0 before"),
     "deep nesting": ("[" * 100_000, "is not JSON"),

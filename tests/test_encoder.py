@@ -1,5 +1,5 @@
-"""The text encoder: padding is left out only where it changes nothing, threads do not meet, and what
-is remembered is of the model as it is."""
+"""The text encoder: padding is left out only where it changes nothing, threads do not meet, and
+what is remembered is of the model as it is."""
 
 from __future__ import annotations
 

@@ -163,7 +163,10 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         lambda **k: LoraSettings(**k),
         {"steps": 3, "lr": 0.1, "reduction": 0.5, "lamb_forget_step": 0.1, "max_trials": 2},
     ),
-    "resolve_auto_weight": (lambda **k: resolve_auto_weight(problem(lamb_forget="auto", **k)), {"target": normal(K, D)}),
+    "resolve_auto_weight": (
+        lambda **k: resolve_auto_weight(problem(lamb_forget="auto", **k)),
+        {"target": normal(K, D)},
+    ),
     "ridge": (
         lambda **k: solve_constrained(Ridge(**k), H, normal(K, D)),
         {"rows": ROWS, "mu": 0.1, "weights": SHARES},

@@ -159,11 +159,13 @@ def test_the_app_without_gradio_and_what_a_killed_one_left(monkeypatch, capsys, 
     for folder in (killed, running, other):
         folder.mkdir()
         (folder / "upload.png").write_text("x")
-    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"{hold}; sys.stdout.flush(); sys.stdin.read()", str(running / "lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY,
-    )  # fmt: skip
+    hold = (
+        "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); "
+        "sys.stdout.flush(); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", hold, str(running / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen(line, cwd=REPOSITORY, **pipes)
     holder.stdout.readline()
     app.remove_leftovers()
     assert not killed.exists() and (running / "upload.png").exists() and other.exists()

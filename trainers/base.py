@@ -289,7 +289,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             logger.info(line)
 
     def forget(self, block: list[list[str]]) -> None:
-        """Solve a block of requests together, evaluate the answers, and write an adapter of each."""
+        """Solve a block of requests together, evaluate the answers, and write an adapter of
+        each."""
         requests = self.read(Batch([self.texts.request(classes) for classes in block]))
         started = time.perf_counter()
         with one_thread():
@@ -375,7 +376,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         )
 
     def write(self, adapter: Adapter) -> None:
-        """Write the full model, if it is wanted, and then the adapter, which says that it is done."""
+        """Write the full model, if it is wanted, and then the adapter, which says that it is
+        done."""
         forget, label = self.cfg.FORGET, join_label(adapter.classes)
         path = self.results.path(adapter.dataset, label)
         replaced = self.results.record(adapter.dataset, label)

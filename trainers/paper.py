@@ -98,7 +98,8 @@ class ForgetLoRA(PaperTrainer):
         return answers
 
     def show_step(self, trial: int, step: int, norms: Tensor) -> None:
-        """Show where a descent is, and now and then its three norms (3, R), the mean over requests."""
+        """Show where a descent is, and now and then its three norms (3, R), the mean over
+        requests."""
         settings, count = self.settings, norms.shape[1]
         together = f"{count} at once, " if count > 1 else ""
         where = f"{together}trial {trial + 1} of at most {settings.max_trials}, step {step}"

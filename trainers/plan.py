@@ -60,7 +60,8 @@ def make_plan(cfg, prompts: dict[str, list[str]]) -> Plan:
     """Check the names of a config and list the work.
 
     Raises:
-        ProblemError: an architecture, data set, folder or class that is not there, with the nearest.
+        ProblemError: an architecture, data set, folder or class that is not there, with the
+        nearest.
     """
     dataset, backbone, lists = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, user_lists()
     absent: dict[str, str] = {}

@@ -114,7 +114,8 @@ def findings(run: Run) -> list[str]:
         lines.append(f"Not forgotten ({half}): {listed(row.name for row in stay)}.")
     if back := [row for row in rows if row.back and row.fate is not Fate.STAYS]:
         texts = [
-            f"{row.name} (“{row.measured('paraphrase', 'worst', 'text')}”: {percent(row.worst)}\u00a0%)"
+            f"{row.name} (“{row.measured('paraphrase', 'worst', 'text')}”: "
+            f"{percent(row.worst)}\u00a0%)"
             for row in back
         ]
         lines.append(f"Recognised again under other words: {listed(texts)}.")

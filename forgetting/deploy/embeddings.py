@@ -4,9 +4,9 @@ An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. Af
 `x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
 
 **When x determines it.** x determines `h Delta` for every h exactly if whatever W sends to 0, Delta
-sends to 0: the left null space of W must lie in that of Delta. For every Delta that holds exactly if
-W (w, d) has full row rank, `rank W = w <= d`. (Full column rank does not help: with w > d every W has
-a left null space.) Then `W W^+ = I`, so `h = x W^+` and
+sends to 0: the left null space of W must lie in that of Delta. For every Delta that holds exactly
+if W (w, d) has full row rank, `rank W = w <= d`. (Full column rank does not help: with w > d every
+W has a left null space.) Then `W W^+ = I`, so `h = x W^+` and
 
     x' = x + h Delta = x (I + W^+ Delta) =: x M
 

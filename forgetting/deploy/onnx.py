@@ -1,4 +1,5 @@
-"""ONNX: the text encoder of a changed model, and the projection inside of somebody's `.onnx` file."""
+"""ONNX: the text encoder of a changed model, and the projection inside of somebody's `.onnx`
+file."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def config_beside(weights: Path) -> Path | None:
 
 
 def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody wrote.
+    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody
+    wrote.
 
     Raises:
         ProblemError: another form, or what `check_open_clip` refuses.

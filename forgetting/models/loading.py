@@ -150,7 +150,8 @@ class ModelSpec:
             raise ProblemError(
                 f"weights {line(weights)} (SHA-256 {sha256[:16]}) are none that OpenAI published "
                 f"and have no config beside them ({OPEN_CLIP_CONFIG}), so how they compute is not "
-                f"known: add the activation to the name, {line(self.name)}-quickgelu (OpenAI's, and "
+                f"known: add the activation to the name, {line(self.name)}-quickgelu "
+                "(OpenAI's, and "
                 f"most that were trained from it) or {line(self.name)}-gelu (open_clip's, LAION's)"
             )
 

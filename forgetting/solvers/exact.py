@@ -291,7 +291,8 @@ class NoWeightTerm:
 
     The rows of `H_f` are rotated once more. `held` combinations lie in the span of the retained
     texts and move at a price, the `free` ones reach their target through the kernel alone. mu = 0
-    throughout, and with `A = H G^+ H^T` of the held rows F2 = (lf^2 rho + lp^2) <D, (A + rho)^-1 D>.
+    throughout, and with `A = H G^+ H^T` of the held rows F2 = (lf^2 rho + lp^2) <D, (A + rho)^-1
+    D>.
     """
 
     def __init__(self, reduced: Reduced) -> None:

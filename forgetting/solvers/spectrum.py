@@ -165,10 +165,11 @@ class Reduced:
 
 
 def best_r(a: Tensor, c: Tensor, unreachable_sq: float, r_free_cost: float, lf: float) -> float:
-    """The r >= 0 that minimises `(lf^2 r + r_free_cost) (sum c_i / (a_i + r) + unreachable_sq / r)`.
+    """The r >= 0 that minimises `(lf^2 r + r_free_cost) (sum c_i / (a_i + r) + unreachable_sq /
+    r)`.
 
-    Its derivative is `sum c_i (lf^2 a_i - r_free_cost) / (a_i + r)^2 - r_free_cost unreachable_sq / r^2`, which changes
-    sign once. Returns 0 or infinity if the minimum is at an end.
+    Its derivative is `sum c_i (lf^2 a_i - r_free_cost) / (a_i + r)^2 - r_free_cost unreachable_sq /
+    r^2`, which changes sign once. Returns 0 or infinity if the minimum is at an end.
     """
     top = float(a.max())
     if top <= 0:  # nothing can be reached at this mu
