@@ -11,8 +11,6 @@ as little as possible.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +29,7 @@ from forgetting.errors import ProblemError, nearest, shown, unknown
 from forgetting.forgotten import Forgotten
 from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
-from forgetting.models.identity import changed_sha256, identity, refuse_applied
+from forgetting.models.identity import changed_sha256, identity, refuse_applied, texts_sha256
 from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
@@ -355,8 +353,7 @@ def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: An
     }
     if isinstance(settings["target"], Tensor):
         settings["target"] = "vector"
-    prompts = json.dumps([encoder.fingerprint, wanted.templates[:2]])
-    prompts_sha256 = hashlib.sha256(prompts.encode()).hexdigest()
+    texts_of = texts_sha256(encoder, wanted.templates[:2])
     solver = finite({"name": "exact", **answer.report(), "notes": notes})
     adapter = Adapter(
         answer.edit.left.float().cpu(),
@@ -369,7 +366,7 @@ def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: An
         trainer=TRAINER,
         settings=settings,
         record={"solver": solver},
-        recipe=Recipe.of(context, answer, DATASET, prompts_sha256),
+        recipe=Recipe.of(context, answer, DATASET, texts_of),
         model=identity(encoder),
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):

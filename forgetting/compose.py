@@ -70,7 +70,8 @@ def compose(
         recipe=recipe,
         changed_sha256=[],  # which takes W
     )
-    solver = {"name": "compose", "texts": made.texts, "residual": residual}
+    note = f"a union: its texts miss their targets by {residual:.1e} of the way"
+    solver = {"name": "compose", "texts": made.texts, "residual": residual, "notes": [note]}
     return replace(made, record={"solver": solver})
 
 
@@ -189,7 +190,7 @@ def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
     """Refuse two adapters that are not of one model, one set of retained names, and one ridge."""
     assert a.recipe is not None and b.recipe is not None
     compared = [(n, getattr(a, n), getattr(b, n)) for n in ("backbone", "projection_sha256")]
-    for name in ("encoder", "retain", "weights", "mu"):
+    for name in ("encoder", "weights", "retain", "mu"):
         compared.append((WORDS[name], getattr(a.recipe, name), getattr(b.recipe, name)))
     for name, ours, theirs in compared:
         if name == WORDS["mu"] and abs(ours - theirs) <= SAME_RIDGE * ours:

@@ -325,6 +325,24 @@ def test_a_union_is_applied_verified_and_undone(tmp_path):
         assert not different(before, state(model))
 
 
+@pytest.mark.parametrize("change", ["tokenizer", "prompts", "names", "weights", "ridge"])
+def test_answers_that_were_not_made_alike_do_not_compose(change):
+    model, words = tiny("own")
+    options = {
+        "tokenizer": {},
+        "prompts": {"templates": ["{}", "the {}"]},
+        "names": {"retain": RETAIN[:-1]},
+        "weights": {"own": 0.5},
+        "ridge": {"ridge": 0.3},
+    }
+    upper = (lambda texts: words([x.upper() for x in texts])) if change == "tokenizer" else words
+    a = forget(model, words, ["Acme Cola"], **PLAIN).adapter
+    b = forget(model, upper, ["Zeta Tea"], **(PLAIN | options[change])).adapter
+    part = {"tokenizer": "encoder", "prompts": "prompts", "names": "retained names"}
+    with pytest.raises(ProblemError, match=f"{part.get(change, change)}.* differs"):
+        compose({"a": a, "b": b})
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_cached_embeddings_are_patched(bias, tmp_path):
     with torch.random.fork_rng():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, ModelIdentity, projection_sha256
 from forgetting.errors import ProblemError, line
-from forgetting.models.encoder import Encoder
+from forgetting.models.encoder import PROBES, Encoder
 from forgetting.models.modules import (
     maybe_transpose,
     share_memory,
@@ -29,6 +29,13 @@ def identity(encoder: Encoder) -> ModelIdentity:
     """What an adapter says of the model that it was made for."""
     others = encoder.remembered("others", lambda: others_sha256(encoder.model, encoder.name))
     return ModelIdentity(encoder.name, encoder.transposed, encoder.bias_name, others)
+
+
+def texts_sha256(encoder: Encoder, templates: Sequence[str]) -> str:
+    """SHA-256 of what hidden states depend on beside their texts: encoder, tokenizer, prompts."""
+    tokens = encoder.tokens_sha256([*PROBES, "A MIXED text, with: punctuation & 12 3 naïve ends"])
+    parts = [encoder.fingerprint, tokens, list(templates)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def others_sha256(model: nn.Module, name: str) -> str:
