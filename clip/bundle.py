@@ -41,6 +41,7 @@ LIST_KEYS = ("classnames", "retain_names")
 AUDIT_HIDDEN = "audit_hidden"
 TEXT_BIAS = "text_bias"  # optional, (d,): what the model adds to `hidden @ text_projection`
 AUDIT_LISTS = ("audit_texts", "audit_classes", "audit_kinds")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TOLERANCE = 1e-2  # float16 rounding moves a unit norm by less than 1e-3
 
 
@@ -110,11 +111,9 @@ class FeatureBundle:
             if (found := metadata.pop("format", None)) != FORMAT:
                 raise ProblemError(f"its format is {shown(found)}, not {FORMAT!r}")
             for key in (*TEXT_KEYS, *LIST_KEYS):
-                if key not in metadata:
-                    raise ProblemError(f"{key} is missing from the metadata")
+                _require(key in metadata, f"{key} is missing from the metadata")
             for key in SHAPES:
-                if key not in tensors:
-                    raise ProblemError(f"{key} is missing from the tensors")
+                _require(key in tensors, f"{key} is missing from the tensors")
             bundle = cls(
                 **{key: tensors.pop(key) for key in SHAPES},
                 **{key: metadata.pop(key) for key in TEXT_KEYS},
@@ -154,39 +153,32 @@ class FeatureBundle:
                 own, a template without the class's place.
         """
         with naming(f"feature bundle {where}"):
-            if not self.classnames:
-                raise ProblemError("classnames is empty")
+            _require(self.classnames, "classnames is empty")
             if problem := flaw(self.classnames):
                 raise ProblemError(f"classnames {problem}; a class has a name of its own")
             # Prompts may be made by no template: a word says by what ("ensemble").
-            if self.template.count("{}") != 1 and not self.template.isidentifier():
-                raise ProblemError(f"template is {self.template!r}: it must hold {{}} once")
+            template = self.template.count("{}") == 1 or self.template.isidentifier()
+            _require(template, f"template is {self.template!r}: it must hold {{}} once")
             _ = self.identity
-            self._check_shapes()
-            if not self.text_projection.numel():
-                raise ProblemError("text_projection is empty")
-            if not len(self.labels):
-                return
-            low, high, last = (
-                int(self.labels.min()),
-                int(self.labels.max()),
-                len(self.classnames) - 1,
-            )
-            if low < 0 or high > last:
-                raise ProblemError(f"labels run from {low} to {high}, not within 0 to {last}")
-            worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
-            if worst > TOLERANCE:
-                raise ProblemError(
-                    f"image_features are not L2-normalised (a norm is {worst:.3g} off 1)"
-                )
+            self._check_tensors()
+            _require(self.text_projection.numel(), "text_projection is empty")
+            if len(self.labels):
+                low, high = int(self.labels.min()), int(self.labels.max())
+                inside = low >= 0 and high < len(self.classnames)
+                last = len(self.classnames) - 1
+                _require(inside, f"labels run from {low} to {high}, not within 0 to {last}")
+                norms = self.image_features.float().norm(dim=1)
+                worst = float((norms - 1).abs().max())
+                message = f"image_features are not L2-normalised (a norm is {worst:.3g} off 1)"
+                _require(worst <= TOLERANCE, message)
 
-    def _check_shapes(self) -> None:
+    def _check_tensors(self) -> None:
         """Refuse a tensor whose shape does not fit the lists and the other tensors, whose dtype is
         wrong, or that is not finite."""
+        lists = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
         audit = self._audit_lists()
-        lists = {"C": "classnames", "M": "retain_names"} | ({"A": "audit_texts"} if audit else {})
         names = {key: getattr(self, key) for key in LIST_KEYS} | audit
-        sizes = {"1": 1} | {letter: len(names[key]) for letter, key in lists.items()}
+        sizes = {"1": 1} | {i: len(names[key]) for i, key in lists.items() if key in names}
         tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
         if self.text_bias is not None:
             tensors[TEXT_BIAS] = self.text_bias, "d"
@@ -196,33 +188,31 @@ class FeatureBundle:
             expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
             for letter, size in zip(letters, tensor.shape, strict=False):
                 sizes.setdefault(letter, size)
-            if tuple(tensor.shape) != tuple(sizes.get(letter) for letter in letters):
-                named = f"; {lists[letters[0]]} has a name per row" if letters[0] in lists else ""
-                raise ProblemError(
-                    f"{key} has shape {tuple(tensor.shape)}, expected ({expected}){named}"
-                )
+            shape = tuple(tensor.shape)
+            named = f"; {lists[letters[0]]} has a name per row" if letters[0] in lists else ""
+            message = f"{key} has shape {shape}, expected ({expected}){named}"
+            _require(shape == tuple(sizes.get(letter) for letter in letters), message)
             if key == "labels":
-                if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                    raise ProblemError(f"{key} are {tensor.dtype}, not integers")
-            elif not tensor.is_floating_point():
-                raise ProblemError(f"{key} is {tensor.dtype}, not floating point")
-            elif not torch.isfinite(tensor.float()).all():
-                raise ProblemError(f"{key} holds NaN or infinite values")
+                _require(tensor.dtype in INTEGERS, f"{key} are {tensor.dtype}, not integers")
+            else:
+                floats = tensor.is_floating_point()
+                _require(floats, f"{key} is {tensor.dtype}, not floating point")
+                finite = bool(torch.isfinite(tensor.float()).all())
+                _require(finite, f"{key} holds NaN or infinite values")
 
     def _audit_lists(self) -> dict[str, list[str]]:
         """The lists of paraphrases, of one length and of classes that there are; none if absent."""
         present = [key for key in AUDIT_LISTS if key in self.extra]
-        present += [key for key in (AUDIT_HIDDEN,) if key in self.extra_tensors]
+        present += [AUDIT_HIDDEN] if AUDIT_HIDDEN in self.extra_tensors else []
         if not present:
             return {}
         for key in (*AUDIT_LISTS, AUDIT_HIDDEN):
-            if key not in present:
-                raise ProblemError(f"{key} is missing, but there is {present[0]}")
+            _require(key in present, f"{key} is missing, but there is {present[0]}")
         lists = {key: _strings(key, self.extra[key]) for key in AUDIT_LISTS}
         count = len(lists["audit_texts"])
         for key, values in lists.items():
-            if len(values) != count:
-                raise ProblemError(f"{key} has {len(values)} entries, but audit_texts has {count}")
+            message = f"{key} has {len(values)} entries, but audit_texts has {count}"
+            _require(len(values) == count, message)
         for name in set(lists["audit_classes"]) - set(self.classnames):
             raise ProblemError(f"audit_classes names {name!r}, which is no class of the bundle")
         return lists
@@ -311,6 +301,11 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
+
+
+def _require(holds: object, problem: str) -> None:
+    if not holds:
+        raise ProblemError(problem)
 
 
 def _strings(key: str, text: str) -> list[str]:

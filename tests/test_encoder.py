@@ -20,7 +20,9 @@ from forgetting.models.identity import identity
 from forgetting.models.vocabulary import generic_hidden, generic_names
 from tests.encoder_fixtures import (
     ALL,
+    END,
     LENGTH,
+    OUT,
     WIDTH,
     OwnEncoder,
     needs_transformers,
@@ -69,16 +71,36 @@ def counted(table: nn.Embedding, seen: list[int]):
     return forward
 
 
+def ends_padded(texts: list[str]) -> torch.Tensor:
+    """Padded with the token that ends a text, as transformers pads for CLIP."""
+    ids = tokenize(texts)
+    return torch.where(ids == 0, END, ids)
+
+
+def test_a_text_that_is_padded_with_its_end_keeps_it() -> None:
+    model, _ = tiny("open_clip ViT")
+    found = read_encoder(model, ends_padded)
+    assert (found.padding.token, found.padding.kept) == (END, 1)
+    whole = replace(found, padding=None).hidden(TEXTS)
+    assert torch.allclose(found.hidden(TEXTS, batch=1), whole, atol=1e-5)
+
+
 class Unmasked(OwnEncoder):
     """Reads padding like any other token."""
 
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
     def forward(self, tokens):
-        hidden = torch.tanh(self.layer(self.table(tokens).mean(dim=1))) * 3
-        return hidden @ self.last
+        rows = self.table(tokens)
+        read = (rows * (tokens > 0)[..., None]).sum(dim=1) + self.weight * rows.mean(dim=1)
+        return torch.tanh(self.layer(read)) @ self.last
 
 
-def test_a_model_that_reads_its_padding_gets_it() -> None:
-    assert read_encoder(Unmasked().eval(), tokenize).padding is None
+@pytest.mark.parametrize("weight", [1.0, 1e-3])
+def test_a_model_that_reads_its_padding_gets_it(weight) -> None:
+    assert read_encoder(Unmasked(weight).eval(), tokenize).padding is None
     assert read_encoder(OwnEncoder().eval(), tokenize).padding is not None
 
 
@@ -124,6 +146,20 @@ def test_models_and_tokenizers_that_answer_at_random_are_refused() -> None:
         read_encoder(Random().eval(), tokenize)
     with pytest.raises(ProblemError, match="other tokens for the same texts"):
         read_encoder(OwnEncoder().eval(), lambda texts: torch.randint(1, 9, (len(texts), 5)))
+
+
+class Projected(OwnEncoder):
+    def __init__(self, projection: torch.Tensor) -> None:
+        super().__init__()
+        self.last = nn.Parameter(projection)
+
+
+def test_odd_projections_and_tokens_are_refused() -> None:
+    for projection in (torch.zeros(WIDTH, 0), torch.randn(WIDTH, OUT).to_sparse()):
+        with pytest.raises(ProblemError, match="empty, sparse"):
+            read_encoder(Projected(projection).eval(), tokenize)
+    with pytest.raises(ProblemError, match="on meta"):
+        read_encoder(OwnEncoder().eval(), lambda texts: tokenize(texts).to("meta"))
 
 
 # --- What a process remembers ------------------------------------------------------------------

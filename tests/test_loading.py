@@ -433,6 +433,9 @@ ATTACKS = {
 }
 
 
+REASONS = {"tower": "_model_name", "tokenizer": "trust_remote_code", "file": "bpe_path"}
+
+
 @needs_transformers
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkeypatch) -> None:
@@ -464,6 +467,7 @@ def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkey
             loaded.append(load())
         except ProblemError as error:
             assert "\n" not in str(error)
+            assert REASONS.get(attack.rpartition(" ")[2], "") in str(error)
         assert not trap.exists()
     assert not loaded or attack in ("hf known model", "hf kernels")
     if attack == "open_clip tokenizer":  # negative control: the trap works

@@ -145,8 +145,8 @@ class Encoder:
     def _read(self, texts: Sequence[str], progress: str, batch: int) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         w, d = self.projection.shape
-        hidden = torch.empty(len(texts), w, dtype=dtype)
-        embeddings = torch.empty(len(texts), d, dtype=dtype)
+        hidden = torch.empty(len(texts), w, dtype=dtype, device="cpu")
+        embeddings = torch.empty(len(texts), d, dtype=dtype, device="cpu")
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
             for rows, inputs, context in self._batches(texts, batch):
                 features, product = run(self.model, inputs, self.weight, context)
@@ -169,7 +169,7 @@ class Encoder:
         inputs = tokens(self.model, self.tokenize, texts)
         ids = token_ids(inputs)
         width = ids.shape[-1]
-        lengths = torch.full((len(ids),), width)
+        lengths = torch.full((len(ids),), width, device="cpu")
         if self.padding is not None:
             lengths = self.padding.lengths(ids)
         for rows in lengths.argsort(stable=True).split(size):
@@ -269,10 +269,11 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
-    if weight.dtype not in FLOATS or type(weight.data) is not Tensor or not weight.numel():
+    plain = type(weight.data) is Tensor and weight.layout == torch.strided
+    if weight.dtype not in FLOATS or not plain or not weight.numel():
         raise ProblemError(
-            f"the projection {names[0]} is empty, quantised or wrapped: {tuple(weight.shape)} of "
-            f"{weight.dtype}"
+            f"the projection {names[0]} is empty, sparse, quantised or wrapped: "
+            f"{tuple(weight.shape)} of {weight.dtype}"
         )
     projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
@@ -304,7 +305,7 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
     """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
     None: nothing. ProblemError for a model that answers differently every time."""
-    hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED)
+    hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED, device="cpu")
     width = ids.shape[-1]
 
     def unchanged(inputs: Tokens, expected: Tensor) -> bool:

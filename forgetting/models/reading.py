@@ -213,7 +213,7 @@ class Padding:
 
     def lengths(self, ids: Tensor) -> Tensor:
         """How many of the tokens (n, length) each text needs, (n,)."""
-        place = torch.arange(1, ids.shape[1] + 1)
+        place = torch.arange(1, ids.shape[1] + 1, device="cpu")
         return ((ids != self.token) * place).amax(dim=1).add(self.kept).clamp(2, ids.shape[1])
 
 
