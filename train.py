@@ -58,9 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ProblemError(f"there is no {flag} here: {INSTEAD[flag]}")
         if word == "--multiclass" and value in ("0", "1"):
             raise ProblemError("--multiclass takes no value: give it alone, or leave it out")
-    parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="train.py", description=__doc__)
     for name, key in OPTIONS.items():
         spec, flags = declared()[key], [f"--{name.replace('_', '-')}"]
         kind: dict[str, Any] = {"metavar": "TEXT" if kind_of(spec) is str else "NUMBER"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from forgetting.settings import check_value, kind_of
 class Parser(cli.Parser):
     """The parser of `clip-forget`, for the log of `engine.log`: `--quiet` leaves results, warnings
     and errors. Positional arguments may stand between options, as CoOp's KEY VALUE pairs do."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         for text in args or ():
@@ -40,7 +44,7 @@ def add_setting(
     def take(text: str) -> Any:
         kind = kind_of(spec)
         try:
-            value = kind(text)
+            value = kind(os.path.expanduser(text))
         except ValueError:
             value = text
         try:

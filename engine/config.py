@@ -1,8 +1,6 @@
 """The config of a run: settings dataclasses declare its keys, YAML and the command line fill it.
 
-A key is a field's name in capitals behind the name of its section: `FORGET.RANK`. The dataclasses
-below declare what all methods share; a method's own constants stand beside its code and are listed
-in `trainers.SETTINGS` (`TRAINER.FORGETLORA.LR`).
+`engine.settings` declares what all methods share, `trainers.SETTINGS` each method's own constants.
 
 Layers, each over the one before, in CoOp's order: the defaults, `configs/datasets/DATASET.yaml`, a
 `--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY
@@ -13,9 +11,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,178 +24,14 @@ from yacs.config import CfgNode
 
 from engine.files import read_text
 from engine.log import logger
+from engine.settings import SECTIONS, ForgetSettings, TrainerSettings
 from forgetting.errors import ProblemError, nearest, shown, unknown
-from forgetting.settings import allowed, check_value, kind_of, setting
+from forgetting.settings import allowed, check_value, kind_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
 MODES = ("SINGLE", "MULTICLASS")
-AUTO = ("auto",)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """The top level."""
-
-    output_dir: str = setting("output", "folder of the results", low=1)
-    seed: int = setting(
-        0,
-        "seed of all random numbers; there is no run without one (Dassl's -1)",
-        low=0,
-        high=2**32 - 1,
-    )
-    log: str = setting(
-        "",
-        "also send the numbers of logs.json, and a descent's objective, to tensorboard or wandb",
-        choices=("", "tensorboard", "wandb"),
-    )
-    use_cuda: bool = setting(True, "use a GPU where there is one")
-
-
-@dataclass(frozen=True)
-class DatasetSettings:
-    name: str = setting("", "name of the data set")
-    root: str = setting("data", "folder that holds the image sets", low=1)
-    images: str = setting(
-        "", "images of your own: a folder with a folder per class, or a CSV of path and class"
-    )
-    template: str = setting("", "evaluation prompt, {} for the class; empty: the data set's own")
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    num_workers: int | None = setting(
-        None, "processes that load images; none: by the cores", low=0, high=128, optional=True
-    )
-
-
-@dataclass(frozen=True)
-class TestLoaderSettings:
-    batch_size: int | None = setting(
-        None,
-        "images that are encoded at once; none: 32 on a CPU, 256 on a GPU",
-        low=1,
-        high=65536,
-        optional=True,
-    )
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    precision: str = setting(
-        "fp32",
-        "arithmetic of the image encoder; bf16 and fp16 are faster where the hardware has them, "
-        "and change embeddings a little",
-        choices=("fp32", "bf16", "fp16"),
-    )
-    init_weights: str = setting("", "checkpoint of the backbone; empty: download")
-
-
-@dataclass(frozen=True)
-class BackboneSettings:
-    name: str = setting(
-        "RN50",
-        "RN50, ViT-B/16, ViT-L/14, ..., mini, open_clip:NAME[/PRETRAINED] or hf:DIR",
-        low=1,
-    )
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    name: str = setting("ForgetLoRA", "name of the method")
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    dir: str = setting("", "folder of feature bundles: no model, no images")
-    cache: str = setting("cache", "folder for weights and encoded features", low=1)
-
-
-@dataclass(frozen=True)
-class ForgetSettings:
-    """What is forgotten, from which inputs, and the constants that methods share."""
-
-    classes: tuple[str, ...] = setting(
-        (), "class to forget (repeatable), or all; without one: the list of forget_cls.py"
-    )
-    multiclass: bool = setting(False, "forget all classes at once")
-    part: str = setting("", "i/n: of the requests every n-th from the i-th on; empty: all")
-    overwrite: bool = setting(False, "do classes again that are done")
-    save_model: bool = setting(False, "write the full state dict beside each adapter")
-    protect: tuple[str, ...] = setting(
-        (), "name that must not be harmed (repeatable); beside those of protect in forget_cls.py"
-    )
-    prompts: str = setting(
-        "", "JSON file, class name -> texts; empty: forget_prompts of forget_cls.py"
-    )
-    retain_names: str = setting(
-        "", "file of names to retain, one per line; empty: the data set's vocabulary"
-    )
-    target: str = setting(
-        "",
-        "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE",
-    )
-    beta: float = setting(
-        0.1,
-        "how far beyond zero opposite and specific go: margin for the class against harm",
-        above=-1,
-        high=1e6,
-    )
-    similarity: float = setting(
-        0.95,
-        "cosine with a forgotten text from which on a name is not retained; 1: all are",
-        above=0,
-        high=1,
-    )
-    terms: tuple[str, ...] = setting(
-        ("forget", "preserve", "weight"),
-        "terms of the paper's loss; leave one out to switch it off",
-        low=1,
-        choices=("forget", "preserve", "weight"),
-    )
-    lamb_preserve: float | None = setting(
-        None, "weight of the retained texts; none: that of WEIGHTS", 0, 1e6, optional=True
-    )
-    lamb_forget: float | str | None = setting(
-        None,
-        "weight of the forgotten texts, auto: just above the one from which texts reach their "
-        "target; none: that of WEIGHTS",
-        low=0,
-        high=1e6,
-        choices=AUTO,
-        optional=True,
-    )
-    lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
-    rank: int = setting(5, "rank of the adapter", 1, 1024)
-    alpha: float = setting(1.0, "scale of the adapter: times alpha / rank", 1e-6, 1e6)
-    noise_std: float = setting(
-        0.5, "noise on the empty prompt while it lies nearest to a class to forget", 0, 1e6
-    )
-
-
-@dataclass(frozen=True)
-class UnlistedSettings:
-    """The paper's weights for a backbone that `FORGET.WEIGHTS` does not name."""
-
-    lamb_preserve: float = setting(0.3, "weight of the retained texts there", 0, 1e6)
-    lamb_forget: float | str = setting(
-        "auto", "weight of the forgotten texts there", 0, 1e6, choices=AUTO
-    )
-
-
-SECTIONS = {
-    "": RunSettings,
-    "DATASET": DatasetSettings,
-    "DATALOADER": LoaderSettings,
-    "DATALOADER.TEST": TestLoaderSettings,
-    "MODEL": ModelSettings,
-    "MODEL.BACKBONE": BackboneSettings,
-    "TRAINER": TrainerSettings,
-    "FEATURES": FeatureSettings,
-    "FORGET": ForgetSettings,
-    "FORGET.UNLISTED": UnlistedSettings,
-}
 PATHS = {  # where ~ is the user's home
     *("OUTPUT_DIR", "DATASET.ROOT", "DATASET.IMAGES", "MODEL.INIT_WEIGHTS", "FEATURES.DIR"),
     *("FEATURES.CACHE", "FORGET.PROMPTS", "FORGET.RETAIN_NAMES"),
@@ -225,15 +60,13 @@ OPTIONS = {
     "save_model": "FORGET.SAVE_MODEL",
 }
 # Keys of Dassl and CoOp that have no effect here, whether Dassl is installed or not: no image
-# trains anything, and a backbone brings its own preprocessing. A name with a dot at its end is a
-# section.
-OF_DASSL = (
-    *("VERSION", "RESUME", "VERBOSE", "INPUT.", "OPTIM.", "TRAIN.", "TEST."),
-    *("DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATASET.NUM_LABELED"),
-    *("DATASET.NUM_SHOTS", "DATASET.VAL_PERCENT", "DATASET.STL10_FOLD", "DATASET.CIFAR_C_TYPE"),
-    *("DATASET.CIFAR_C_LEVEL", "DATASET.ALL_AS_UNLABELED", "DATASET.SUBSAMPLE_CLASSES"),
-    *("DATALOADER.K_TRANSFORMS", "DATALOADER.RETURN_IMG0", "DATALOADER.TRAIN_X."),
-    *("DATALOADER.TRAIN_U.", "DATALOADER.TEST.SAMPLER", "MODEL.BACKBONE.PRETRAINED", "MODEL.HEAD."),
+# trains anything, a backbone brings its own preprocessing, and methods of theirs do not run.
+OF_DASSL = re.compile(
+    r"(INPUT|OPTIM|TRAIN|TEST|MODEL\.HEAD|DATALOADER\.TRAIN_[XU]|TRAINER\.(?!FORGET)\w+)\..+"
+    r"|VERSION|RESUME|VERBOSE|MODEL\.BACKBONE\.PRETRAINED"
+    r"|DATALOADER\.(K_TRANSFORMS|RETURN_IMG0|TEST\.SAMPLER)"
+    r"|DATASET\.(\w+_DOMAINS|NUM_LABELED|NUM_SHOTS|VAL_PERCENT|STL10_FOLD|CIFAR_C_\w+"
+    r"|ALL_AS_UNLABELED|SUBSAMPLE_CLASSES)"
 )
 INSTEAD = {
     "OPTIM.LR": "TRAINER.FORGETLORA.LR",
@@ -349,7 +182,7 @@ def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
 
 def _merge_file(cfg: CfgNode, pairs: Sequence[tuple[str, Any]], file: str) -> None:
     """Merge a file of the user's, and log what it sets and what has no effect."""
-    idle = [key for key, _ in pairs if _of_dassl(key)]
+    idle = [key for key, _ in pairs if OF_DASSL.fullmatch(key)]
     pairs = [(key, value) for key, value in pairs if key not in idle]
     _merge(cfg, pairs, f" (in {file})")
     if pairs:
@@ -380,7 +213,7 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> None:
                     f"{key}: must be {WEIGHTS}.BACKBONE.SINGLE or .MULTICLASS{source}"
                 )
             _set(cfg.FORGET.WEIGHTS, [backbone, mode], _literal(value))
-        elif _of_dassl(key):
+        elif OF_DASSL.fullmatch(key):
             instead = f"; instead: {INSTEAD[key]}" if key in INSTEAD else ""
             raise ProblemError(
                 f"{key} is a key of Dassl's or CoOp's without effect here, where no image trains "
@@ -390,14 +223,6 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> None:
             close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
             meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""
             raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){source}")
-
-
-def _of_dassl(key: str) -> bool:
-    """Whether a key is Dassl's or CoOp's, or a constant of a method of theirs."""
-    section, _, rest = key.removeprefix("TRAINER.").partition(".")
-    if key.startswith("TRAINER.") and rest and not section.startswith("FORGET"):
-        return True
-    return any(key.startswith(one) if one.endswith(".") else key == one for one in OF_DASSL)
 
 
 def _literal(value: Any) -> Any:
@@ -499,7 +324,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     listed = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, {}))
     unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
     pair = listed.get(mode, unlisted)
-    if not isinstance(pair, tuple) or len(pair) != 2:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:  # a list where yacs merged the file
         raise ProblemError(
             f"{WEIGHTS}.{backbone}.{mode} must be [lamb_preserve, lamb_forget], not {shown(pair)}"
         )

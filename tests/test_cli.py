@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli import Parser, run
+from engine.cli import Parser, add_setting, run
+from engine.ray import LauncherSettings
+from engine.settings import FeatureSettings
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 
@@ -104,3 +106,14 @@ sys.exit(run(main))
             done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
             assert done.returncode == (2 if "raise" in code else 0), done.stderr
             assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_option_for_a_setting_has_its_range_and_knows_home():
+    parser = Parser(prog="x")
+    add_setting(parser, "--cache", FeatureSettings, "cache")
+    add_setting(parser, "--cpus", LauncherSettings, "cpus")
+    args = parser.parse_args(["--cache", "~/x"])
+    assert args.cache == str(Path.home() / "x") and args.cpus == 1.0
+    for wrong in ("-1", "many", "nan"):
+        with pytest.raises(ProblemError, match="--cpus must be a number from 0"):
+            parser.parse_args([f"--cpus={wrong}"])

@@ -186,6 +186,7 @@ def test_dassls_config_is_extended_as_in_coop(tmp_path):
     cfg.merge_from_file(CONFIGS / "trainers" / "ForgetExact.yaml")
     cfg.merge_from_list(["FORGET.RANK", "3", "SEED", "2"])
     check(cfg)
+    assert paper_weights(cfg)["lamb_forget"] == 1.3
     assert cfg.TRAINER.COOP.N_CTX == 16 and cfg.FORGET.TARGET == "specific" and cfg.SEED == 2
 
 

@@ -22,9 +22,10 @@ import datasets
 from clip.apply import save_full_model
 from clip.retain import retain_set, target_inputs
 from engine import TRAINER_REGISTRY, SimpleTrainer
-from engine.config import ForgetSettings, check
+from engine.config import check
 from engine.determinism import one_thread
 from engine.log import logger, progress
+from engine.settings import ForgetSettings
 from engine.sink import Sink, require
 from evaluation.results import Results, join_label, model_files, place, read_logs
 from evaluation.rows import mean, rows_of

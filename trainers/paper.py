@@ -27,6 +27,12 @@ class PaperTrainer(ForgetTrainer):
     def check_settings(cls, cfg) -> None:
         paper_weights(cfg)
 
+    def build_model(self) -> None:
+        super().build_model()
+        if self.pending:
+            weights = [f"{key} {value}" for key, value in paper_weights(self.cfg).items()]
+            logger.info(f"loss weights: {', '.join(weights)}")
+
     def method_settings(self) -> dict[str, Any]:
         shape = {"rank": self.cfg.FORGET.RANK, "alpha": float(self.cfg.FORGET.ALPHA)}
         return paper_weights(self.cfg) | shape | super().method_settings()
