@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 
 from engine.files import sha256_file
 from evaluation.results import Results, add_args, join_label, place, read_logs, split_label
+from forgetting import io
 from forgetting.errors import ProblemError
 from tests.results_fixtures import SETTINGS, adapter, ended, entry, fork, store
 from utils import compute_avg_gain, create_results
@@ -58,8 +60,26 @@ def test_what_no_run_wrote_is_no_result(tmp_path):
     (tmp_path / "A/zeros.safetensors").write_bytes(bytes(500))
     (tmp_path / "A/link.safetensors").symlink_to("nowhere")
     os.mkfifo(tmp_path / "A/pipe.safetensors")
-    Results(tmp_path).compile()
+    results = Results(tmp_path)
+    assert [record.label for record in results.records] == ["cat"]
+    results.compile()
     assert set(read_logs(tmp_path)["A"]) == {"settings", "cat"}
+
+
+def test_what_comes_while_logs_are_written_is_in_them(tmp_path, monkeypatch):
+    store(tmp_path, "A", "cat", entry())
+    results, write = Results(tmp_path), io.write_bytes
+
+    def slow(data: bytes, path: Path, **options) -> None:
+        if path.name == "logs.json":  # meanwhile another process finishes a class, and stops
+            late = tmp_path / "A/dog.safetensors"
+            late.exists() or late.write_bytes(adapter("A", "dog", entry(name="dog")))
+        write(data, path, **options)
+
+    (tmp_path / "logs.json").unlink()
+    monkeypatch.setattr(io, "write_bytes", slow)
+    results.compile()
+    assert set(read_logs(tmp_path)["A"]) == {"settings", "cat", "dog"}
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path, monkeypatch):
