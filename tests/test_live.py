@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +108,9 @@ def test_names_that_are_typed(live, monkeypatch):
 
 def test_uploads_are_looked_at_before_they_are_decoded(live, tmp_path):
     picture = Image.new("RGB", (40, 20), "red")
-    picture.save(tmp_path / "good.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    picture.save(tmp_path / "good.jpg", exif=exif)
     picture.save(tmp_path / "garbage.png", exif=b"garbage, and no header of a TIFF file")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "torn.png").write_bytes(Path(live.items[0].impath).read_bytes()[:300])
@@ -130,6 +134,8 @@ def test_uploads_are_looked_at_before_they_are_decoded(live, tmp_path):
     good = [tmp_path / "good.jpg", tmp_path / "garbage.png"]
     view = live.look([], [], uploads=[*good, *(tmp_path / name for name in bad)])
     assert [x[0] for x in view.pictures[:2]] == ["good.jpg (yours)", "garbage.png (yours)"]
+    shown = base64.b64decode(view.pictures[0][1].partition(",")[2])
+    assert Image.open(io.BytesIO(shown)).size == (20, 40)
     for line, (name, why) in zip(view.refused, bad.items(), strict=True):
         assert line.startswith(f"{name}: ") and why in line and "\n" not in line
     many = live.look([], [], uploads=good[:1] * (UPLOADS + 8))
