@@ -116,9 +116,9 @@ def median(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, 
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        found = function()
+        answer = function()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), found
+    return statistics.median(seconds), answer
 
 
 def together(work: Workload) -> pd.DataFrame:
@@ -154,10 +154,10 @@ def descents(work: Workload) -> pd.DataFrame:
         part = work.first(count)
         draws = [torch.Generator().manual_seed(0) for _ in range(count)]
         started = time.perf_counter()
-        found = solve_lora_each(part.problem, torch.arange(count), part.excluded, draws, trial)
+        solutions = solve_lora_each(part.problem, torch.arange(count), part.excluded, draws, trial)
         seconds = (time.perf_counter() - started) / count
         excess = statistics.fmean(
-            answer.objective / best - 1 for answer, best in zip(found, optimum, strict=False)
+            answer.objective / best - 1 for answer, best in zip(solutions, optimum, strict=False)
         )
         rows.append(("together", count, seconds, alone / seconds, excess))
     columns = ["descent", "classes", "seconds per class", "times as fast", "above optimum"]
@@ -234,9 +234,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
         "classes of the paper's objective": lambda: growth_classes(work),
         "1,000 classes of random texts of width w": growth_width,
     }
-    found = {}
+    results = {}
     with one_thread():
         for title, measure in tables.items():
-            found[title] = measure()
-            print(f"\n{title}\n{found[title].to_string(index=False, float_format='{:.3g}'.format)}")
-    return found
+            results[title] = measure()
+            table = results[title].to_string(index=False, float_format="{:.3g}".format)
+            print(f"\n{title}\n{table}")
+    return results

@@ -14,13 +14,6 @@ from forgetting.errors import ProblemError, number
 from forgetting.io import matrices
 
 AUTO = "auto"  # as lamb_forget: just above the threshold at which the texts reach their target
-NUMBERS = {
-    "lamb_forget": {"low": 0},
-    "lamb_preserve": {"low": 0},
-    "lamb_weight": {"low": 0},
-    "rank": {"low": 1, "whole": True},
-    "alpha": {"above": 0},
-}
 TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 
 
@@ -39,7 +32,7 @@ class LowRankEdit:
 
 @dataclass(frozen=True)
 class ForgetProblem:
-    """Change a text projection `W` so that k texts land on given targets and m texts stay.
+    """Change a text projection `W` so that k texts reach given targets and m texts stay.
 
     The objective (Kravets and Namboodiri, TMLR 2025; the norms are not squared) is
 
@@ -76,8 +69,8 @@ class ForgetProblem:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        found = matrices(**{name: getattr(self, name) for name in TENSORS})
-        for name, tensor in zip(TENSORS, found, strict=True):
+        tensors = matrices(**{name: getattr(self, name) for name in TENSORS})
+        for name, tensor in zip(TENSORS, tensors, strict=True):
             object.__setattr__(self, name, tensor)
         (w, d), k = self.projection.shape, len(self.forget_hidden)
         if k == 0:
@@ -91,9 +84,12 @@ class ForgetProblem:
                     f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} for a "
                     f"projection of shape {(w, d)} and {k} texts to forget"
                 )
-        for name, limits in NUMBERS.items():
-            if name != "lamb_forget" or self.lamb_forget != AUTO:
-                number(name, getattr(self, name), **limits)
+        if self.lamb_forget != AUTO:
+            number("lamb_forget", self.lamb_forget, low=0)
+        number("lamb_preserve", self.lamb_preserve, low=0)
+        number("lamb_weight", self.lamb_weight, low=0)
+        number("rank", self.rank, low=1, whole=True)
+        number("alpha", self.alpha, above=0)
 
     @cached_property
     def double(self) -> ForgetProblem:
@@ -227,11 +223,10 @@ class Batch(Sequence[Request]):
 
     def of_requests(self, of_classes: Tensor) -> Tensor:
         """From masks of the classes (C, n) those of the requests (R, n): the union of each."""
-        found = torch.zeros(len(self), of_classes.shape[1], dtype=torch.bool)
-        found = found.to(of_classes.device)
+        masks = of_classes.new_zeros(len(self), of_classes.shape[1])
         for row, request in zip(of_classes, self.of_class.tolist(), strict=True):
-            found[request] |= row
-        return found
+            masks[request] |= row
+        return masks
 
 
 def texts_per_request(owner: Tensor, requests: int) -> Tensor:

@@ -150,10 +150,18 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed, lamb_weight, spo
 
 
 @settings(max_examples=60)
-@given(k=st.integers(1, 4), m=st.integers(0, 5), w=st.integers(1, 6), seed=SEEDS)
-def test_just_above_the_threshold_without_a_preserve_term(k, m, w, seed):
-    """One float64 above the threshold nothing moves yet, to rounding."""
-    problem = random_problem(k, m, w, 3, seed, lamb_preserve=0.0)
+@given(
+    k=st.integers(1, 4),
+    m=st.integers(0, 5),
+    w=st.integers(1, 6),
+    seed=SEEDS,
+    lamb_preserve=st.sampled_from([0.0, 0.3]),
+)
+def test_just_above_the_threshold_where_nobody_is_retained(k, m, w, seed, lamb_preserve):
+    """One float64 above the threshold nothing moves yet, to rounding; without a preserve term, and
+    without names."""
+    m = 0 if lamb_preserve > 0 else m
+    problem = random_problem(k, m, w, 3, seed, lamb_preserve=lamb_preserve)
     start = thresholds(problem).start
     for lamb_forget in (start, math.nextafter(start, math.inf), start * (1 + 1e-15)):
         assert tight(solve_exact(replace(problem, lamb_forget=lamb_forget)).certificate)

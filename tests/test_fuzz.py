@@ -113,8 +113,8 @@ def problem(**changes: Any) -> ForgetProblem:
 
 QUICK = LoraSettings(steps=3, max_trials=2)
 OWNER = torch.tensor([0, 1, 1])
-GONE = torch.zeros(R, M, dtype=torch.bool)
-GONE[0, 0] = True
+EXCLUDED = torch.zeros(R, M, dtype=torch.bool)
+EXCLUDED[0, 0] = True
 
 
 def everything(**fields: Any) -> None:
@@ -132,7 +132,7 @@ def everything(**fields: Any) -> None:
 
 ROWS, H, E = normal(M, W, seed=2), normal(K, W, seed=1), normal(W, D)
 GRAM = (ROWS.T @ ROWS).double()
-SHARES = torch.full((M,), 1.0).double()
+WEIGHTS = torch.full((M,), 1.0).double()
 ADAPTER = Adapter(normal(W, 1), normal(1, D), projection_sha256(E), "b", "w", "d", ["c"], "t")
 MODEL, WORDS = tiny("own")
 CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
@@ -144,20 +144,20 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
         },
     ),
     "solve_each": (
-        lambda leaving: solve_each(problem(), leaving), {"leaving": torch.zeros(K, M).bool()}
+        lambda excluded: solve_each(problem(), excluded), {"excluded": torch.zeros(K, M).bool()}
     ),
     "solve_lora_each": (
         lambda **k: solve_lora_each(
             problem(), generators=[torch.Generator()] * R, settings=QUICK, **k
         ),
-        {"owner": OWNER, "excluded": GONE},
+        {"owner": OWNER, "excluded": EXCLUDED},
     ),
     "generators": (
-        lambda generators: solve_lora_each(problem(), OWNER, GONE, generators, QUICK),
+        lambda generators: solve_lora_each(problem(), OWNER, EXCLUDED, generators, QUICK),
         {"generators": [torch.Generator()] * R},
     ),
     "solve_requests": (
-        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "excluded": GONE}
+        lambda **k: solve_requests(problem(), **k), {"owner": OWNER, "excluded": EXCLUDED}
     ),
     "settings": (
         lambda **k: LoraSettings(**k),
@@ -169,16 +169,16 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "ridge": (
         lambda **k: solve_constrained(Ridge(**k), H, normal(K, D)),
-        {"rows": ROWS, "mu": 0.1, "weights": SHARES},
+        {"rows": ROWS, "mu": 0.1, "weights": WEIGHTS},
     ),
     "spectrum": (Spectrum, {"rows": ROWS}),
     "solve_constrained": (
         lambda **k: solve_constrained(Ridge(ROWS, 0.1), **k),
-        {"forget_hidden": H, "displacement": normal(K, D), "excluded": GONE[0]},
+        {"forget_hidden": H, "displacement": normal(K, D), "excluded": EXCLUDED[0]},
     ),
     "solve_constrained_each": (
-        lambda **k: solve_constrained_each(Ridge(ROWS, 0.1, SHARES), **k),
-        {"hidden": H, "displacement": normal(K, D), "owner": OWNER, "excluded": GONE},
+        lambda **k: solve_constrained_each(Ridge(ROWS, 0.1, WEIGHTS), **k),
+        {"hidden": H, "displacement": normal(K, D), "owner": OWNER, "excluded": EXCLUDED},
     ),
     "retain set": (
         lambda rows, weight, similarity, hidden, owner: RetainSet(
@@ -197,7 +197,7 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "opposite_target": (opposite_target, {"embeddings": H, "beta": 0.1}),
     "orthogonal_target": (orthogonal_target, {"embeddings": normal(5, D)}),
     "specific_target": (
-        lambda **k: specific_target(retained=Ridge(ROWS, 0.5, SHARES), **k),
+        lambda **k: specific_target(retained=Ridge(ROWS, 0.5, WEIGHTS), **k),
         {"embeddings": H, "beta": 0.1, "excluded": torch.zeros(K, M).bool()},
     ),
     "uce": (uce, {"h_f": H, "gram": GRAM.float(), "erase": 1.0, "lam": 0.5}),

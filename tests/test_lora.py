@@ -51,12 +51,12 @@ def test_the_lowest_objective_of_a_trial_is_kept_not_the_last():
 def objective_of(problem: ForgetProblem, excluded: torch.Tensor | None = None) -> _Objective:
     """The objective of one request; `excluded`: (n,) mask of its names."""
     rows = problem.retain_hidden
-    gone = rows[:0] if excluded is None else rows[excluded]
+    excluded_rows = rows[:0] if excluded is None else rows[excluded]
     return _Objective(
         problem,
         problem.forget_hidden[None],
         problem.displacement[None],
-        gone[None],
+        excluded_rows[None],
         rows.T @ rows,
     )
 
@@ -64,20 +64,22 @@ def objective_of(problem: ForgetProblem, excluded: torch.Tensor | None = None) -
 @pytest.mark.parametrize("weights", [(3.0, 0.4, 0.1), (0.0, 1.0, 0.0), (1.0, 0.0, 2.0)])
 def test_the_gradient_is_that_of_the_objective(weights):
     """Against autograd on the problem's own norms, with names excluded."""
-    problem = random_problem(3, 9, 7, 5, 0, lamb_forget=weights[0])
+    names = ("lamb_forget", "lamb_preserve", "lamb_weight")
+    problem = random_problem(3, 9, 7, 5, 0, **dict(zip(names, weights, strict=True)))
     problem = replace(problem, rank=4, alpha=2.0)
     excluded = torch.arange(9) % 4 == 0
     factors = torch.cat([normal(1, 4, 7, seed=1), normal(1, 4, 5, seed=2)], dim=2)
     gradient = torch.full_like(factors, torch.nan)
-    columns = torch.tensor(weights).double()[:, None]
-    norms = objective_of(problem, excluded).norms_and_gradient(factors, columns, gradient)
+    lamb_forget = torch.tensor(weights[:1]).double()
+    norms = objective_of(problem, excluded).norms_and_gradient(factors, lamb_forget, gradient)
 
     factors.requires_grad_()
     a, b = factors[0, :, :7], factors[0, :, 7:]
     delta = (problem.alpha / problem.rank) * a.T @ b
-    expected = torch.stack(problem.part(slice(None), ~excluded).terms(delta))
-    assert torch.allclose(norms[:, 0], expected.detach(), rtol=1e-12)
-    (expected @ columns[:, 0]).backward()
+    problem = problem.part(slice(None), ~excluded)
+    expected = torch.stack(problem.terms(delta)).detach()
+    assert torch.allclose(norms[:, 0], expected, rtol=1e-12)
+    problem.objective(delta).backward()
     assert torch.allclose(gradient, factors.grad, rtol=1e-10, atol=1e-12)
 
 
@@ -158,6 +160,11 @@ def test_an_unreachable_reduction_ends_after_the_trials_and_keeps_the_best():
     assert not solution.reached and len(solution.trials) == 3
     assert solution.reduction == max(trial.reduction for trial in solution.trials) < 0.7
     assert problem.reduction(solution.delta) == pytest.approx(solution.reduction, abs=1e-3)
+    # Large steps: the last trial is not the best.
+    jumpy = LoraSettings(steps=20, lr=1.0, reduction=1.0, lamb_forget_step=0.01, max_trials=4)
+    solution = solve_lora(make_problem(), jumpy)
+    reductions = [trial.reduction for trial in solution.trials]
+    assert solution.reduction == max(reductions) > reductions[-1] and len(reductions) == 4
 
 
 @pytest.mark.parametrize("term", ["lamb_forget", "lamb_preserve", "lamb_weight", "nobody"])

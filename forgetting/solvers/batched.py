@@ -127,7 +127,7 @@ def solve_each(problem: ForgetProblem, excluded: Tensor | None = None) -> EachSo
         primal, bound, gap = certify_each(
             problem, excluded, lamb_forget, left, y, u_scale, direction
         )
-        one_by_one = one_by_one[~(gap <= GOOD_GAP) | (mu == 0)]
+        one_by_one = one_by_one[~(gap <= GOOD_GAP)]
     for i in one_by_one.tolist():
         lamb_forget[i], limits, solution = _solve_alone(problem, torch.tensor([i]), excluded[i])
         left[i], right[i], reach[i] = 0.0, 0.0, limits.reach
@@ -154,11 +154,11 @@ def solve_requests(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> l
     owner = indices("owner", owner, len(problem.forget_hidden), len(excluded))
     count, order = texts_per_request(owner, len(excluded)), owner.argsort(stable=True)
     single = (count == 1).nonzero()[:, 0]
-    found: dict[int, RequestOptimum] = {}
+    optima: dict[int, RequestOptimum] = {}
     if len(single):
         texts = order[(count.cumsum(0) - count)[single]]
         each = solve_each(problem.part(texts), excluded[single])
-        found = {request: each.optimum(i) for i, request in enumerate(single.tolist())}
+        optima = {request: each.optimum(i) for i, request in enumerate(single.tolist())}
     for request in (count > 1).nonzero()[:, 0].tolist():
         weight, limits, solution = _solve_alone(problem, owner == request, excluded[request])
         report = {
@@ -167,8 +167,8 @@ def solve_requests(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> l
             "certificate": asdict(solution.certificate),
             "thresholds": asdict(limits),
         }
-        found[request] = RequestOptimum(solution.left, solution.right, report)
-    return [found[request] for request in range(len(excluded))]
+        optima[request] = RequestOptimum(solution.left, solution.right, report)
+    return [optima[request] for request in range(len(excluded))]
 
 
 def _solve_alone(
@@ -202,8 +202,8 @@ class _Downdated:
         self.problem, self.spectrum = problem, spectrum
         self.lp, self.lw = problem.lamb_preserve, problem.lw
         self.e = spectrum.values.square()  # (q,)
-        gone = pad_rows(excluded, problem.retain_hidden)[0]  # (B, n, w)
-        h = torch.cat([forget[texts, None], gone.double()], dim=1)  # (B, 1 + n, w)
+        excluded_rows = pad_rows(excluded, problem.retain_hidden)[0]  # (B, n, w)
+        h = torch.cat([forget[texts, None], excluded_rows.double()], dim=1)  # (B, 1 + n, w)
         self.rows, self.kernels = h @ spectrum.vectors, torch.zeros_like(h)
         if len(self.e) < h.shape[2]:
             kernel = h - self.rows @ spectrum.vectors.T
@@ -246,7 +246,8 @@ class _Downdated:
 
     def solve(self) -> tuple[Tensor, ...]:
         """direction (B, w) with `Delta = direction (x) D`, mu, `||Y||`, the factor that makes U of
-        `H_r direction`, c* and lamb_forget, all (B,). They mean nothing where mu is 0."""
+        `H_r direction`, c* and lamb_forget, all (B,). Where mu is 0 they are not finite, and prove
+        nothing."""
         mu = self.root()
         y, a, b, _ = self.forms(mu)
         reach = ((self.lp**2 * mu + self.lw**2) / a).sqrt()
@@ -257,5 +258,5 @@ class _Downdated:
         shrink = mu[:, None] / (self.e + mu[:, None])  # (B, q)
         inside, outside = ((y[:, None] @ x)[:, 0] for x in (self.rows, self.kernels))
         direction = ((inside * shrink) @ self.spectrum.vectors.T + outside) / a[:, None]
-        y_norm = torch.where(reach < lamb_forget, self.lw / b.sqrt(), lamb_forget)
+        y_norm = self.lw / b.sqrt()
         return direction, mu, y_norm, y_norm * a / mu, reach, lamb_forget

@@ -173,9 +173,9 @@ def certify_each(
     length_d = norm(exact.target, dim=1) + length_f * torch.linalg.matrix_norm(exact.projection)
     primal, bound = torch.empty_like(length), torch.empty_like(length)
     for part in torch.arange(len(h_f), device=h_f.device).split(BATCH):
-        gone = excluded[part].T  # (m, B)
-        image = (h_r @ left[part].T).masked_fill_(gone, 0.0)  # H_r^(i) left[i], (m, B)
-        u = u_scale[part] * (h_r @ u_direction[part].T).masked_fill_(gone, 0.0)  # (m, B)
+        removed = excluded[part].T  # (m, B)
+        image = (h_r @ left[part].T).masked_fill_(removed, 0.0)  # H_r^(i) left[i], (m, B)
+        u = u_scale[part] * (h_r @ u_direction[part].T).masked_fill_(removed, 0.0)  # (m, B)
         lf, y_norm, u_norm = lamb_forget[part], y[part], norm(u, dim=0)  # (B,)
         size = norm(left[part], dim=1)
         missed = (1 - (h_f[part] * left[part]).sum(dim=1)).abs()
@@ -228,21 +228,21 @@ def certify_constrained(
     delta = left @ y  # (B, w, k)
     # One product of two matrices; root @ delta would be B products of a matrix and k columns.
     seen = delta.mT @ root.T  # (B, k, q)
-    gone = excluded_rows @ delta  # (B, n, k)
+    seen_excluded = excluded_rows @ delta  # (B, n, k)
     image = (
-        (seen @ root).mT + mu * delta - excluded_rows.mT @ (weights[..., None] * gone)
+        (seen @ root).mT + mu * delta - excluded_rows.mT @ (weights[..., None] * seen_excluded)
     )  # K Delta
-    of_all, of_gone = norm(seen), norm(weights.sqrt()[..., None] * gone)  # (B,)
-    primal = of_all.square() - of_gone.square() + mu * norm(delta).square()
+    of_all, of_excluded = norm(seen), norm(weights.sqrt()[..., None] * seen_excluded)  # (B,)
+    primal = of_all.square() - of_excluded.square() + mu * norm(delta).square()
     error = norm(h_f.mT @ y - image)  # ||E||
     missed = norm((h_f @ left) @ right - d)
 
     # What rounding may have done to them, from the lengths that enter.
     y_norm, length_f, length = norm(y), norm(h_f), norm(left) * norm(y)
-    length_gone = (weights * excluded_rows.square().sum(dim=2)).sum(dim=1).sqrt()
-    weight = norm(root).square() + length_gone.square() + mu  # at least ||K||
+    length_excluded = (weights * excluded_rows.square().sum(dim=2)).sum(dim=1).sqrt()
+    weight = norm(root).square() + length_excluded.square() + mu  # at least ||K||
     error = error + ROUNDING * (weight * length + length_f * y_norm)
-    rounding = 2 * (of_all * norm(root) + of_gone * length_gone + norm(image)) * length
+    rounding = 2 * (of_all * norm(root) + of_excluded * length_excluded + norm(image)) * length
     rounding = rounding + primal + ROUNDING * weight * length.square()
     rounding = rounding + 2 * y_norm * (length_f * length + norm(d))
     least = mu - ROUNDING * weight  # K is a rounded sum

@@ -128,20 +128,21 @@ def solve_constrained_each(
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
     excluded = mask("excluded", excluded, len(ridge.rows))
     owner = indices("owner", owner, len(h), len(excluded))
-    found: dict[int, ConstrainedSolution] = {}
+    solutions: dict[int, ConstrainedSolution] = {}
     norm = torch.linalg.matrix_norm
-    for numbers, texts, base, gone in request_batches(ridge, h, owner, excluded):
+    for numbers, texts, base, removed in request_batches(ridge, h, owner, excluded):
         h_f, d = h[texts], all_d[texts]
-        left, right = solve_constraints(h_f, base, *gone, d)
-        proofs = certify_constrained(ridge.root, ridge.mu, gone[0], gone[2], h_f, d, left, right)
+        left, right = solve_constraints(h_f, base, *removed, d)
+        rows, _, weights = removed
+        proofs = certify_constrained(ridge.root, ridge.mu, rows, weights, h_f, d, left, right)
         missed, size = norm((h_f @ left) @ right - d), norm(d)  # (B,)
         residual = torch.where(size > 0, missed / size, 0.0).tolist()
         if left.shape[2] > left.shape[1]:  # k > w: w columns hold the same change
             left, rotation = torch.linalg.qr(left)
             right = rotation @ right
         answers = map(ConstrainedSolution, left, right, proofs, residual)
-        found |= zip(numbers.tolist(), answers, strict=True)
-    return [found[request] for request in range(len(found))]
+        solutions |= zip(numbers.tolist(), answers, strict=True)
+    return [solutions[request] for request in range(len(solutions))]
 
 
 def request_batches(

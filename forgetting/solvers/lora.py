@@ -146,7 +146,7 @@ def solve_lora_each(
         raise ProblemError(f"{len(generators)} generators for {len(excluded)} requests")
     lamb_forget = _first_weights(problem, owner, excluded)
     gram = problem.retain_hidden.double().T @ problem.retain_hidden.double()  # (w, w)
-    found: list[LoraSolution] = []
+    solutions: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
     for requests in torch.arange(len(excluded), device=device).split(size):
         of_batch = (owner[:, None] == requests).T  # (B, k)
@@ -159,8 +159,8 @@ def solve_lora_each(
         )
         chosen = requests.tolist()
         draws = [generators[i] for i in chosen]
-        found += _descend(objective, [lamb_forget[i] for i in chosen], draws, settings, on_step)
-    return found
+        solutions += _descend(objective, [lamb_forget[i] for i in chosen], draws, settings, on_step)
+    return solutions
 
 
 def _first_weights(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> list[float]:
@@ -200,13 +200,13 @@ def _descend(
         active = [i for i in active if lamb_forget[i] > 0]
         if not active:
             break
-    found = []
+    solutions = []
     for i, of_request in enumerate(trials):
         best, left, right = kept[i]
         reached = lamb_forget[i] == 0 or best.reduction >= settings.reduction
         numbers = best.lamb_forget, best.objective, best.reduction
-        found.append(LoraSolution(left, right, *numbers, reached, of_request))
-    return found
+        solutions.append(LoraSolution(left, right, *numbers, reached, of_request))
+    return solutions
 
 
 def _trial(
@@ -218,12 +218,8 @@ def _trial(
 ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
     """One trial of B requests: for each its summary, and left (w, r) and right (r, d) of lowest
     objective."""
-    problem, (w, d), r = (
-        objective.problem,
-        objective.problem.projection.shape,
-        objective.problem.rank,
-    )
-    like = objective.displacement
+    problem, like = objective.problem, objective.displacement
+    (w, d), r = problem.projection.shape, problem.rank
     bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
     a = torch.stack([(torch.rand(r, w, generator=g) * 2 - 1) * bound for g in generators])
     # A (B, r, w) and the transpose of B (B, r, d) side by side: one tensor for Adam.
@@ -247,13 +243,12 @@ def _trial(
         maximize=False,
         fused=True,
     )
-    constant = [problem.lamb_preserve] * len(a), [problem.lamb_weight] * len(a)
-    weights = torch.tensor([lamb_forget, *constant]).to(like)  # (3, B)
+    lf, lp, lw = torch.tensor(lamb_forget).to(like), problem.lamb_preserve, problem.lamb_weight
     history = like.new_empty(settings.steps + 1, len(a))
     best, best_factors = torch.full_like(history[0], torch.inf), factors.clone()
     for step in range(settings.steps + 1):
-        norms = objective.norms_and_gradient(factors, weights, gradient)
-        history[step] = loss = (weights * norms).sum(dim=0)
+        norms = objective.norms_and_gradient(factors, lf, gradient)
+        history[step] = loss = lf * norms[0] + lp * norms[1] + lw * norms[2]
         # torch.where instead of a Python branch: no synchronisation with the device per step.
         better = loss < best
         best = torch.where(better, loss, best)
@@ -297,12 +292,12 @@ class _Objective:
         rows = (x[requests] for x in (self.hidden, self.displacement, self.excluded))
         return _Objective(self.problem, *rows, self.gram)
 
-    def norms_and_gradient(self, factors: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
+    def norms_and_gradient(self, factors: Tensor, lamb_forget: Tensor, gradient: Tensor) -> Tensor:
         """The three norms (3, B), see `OnStep`.
 
         Args:
             factors: (B, r, w + d), A and the transpose of B side by side.
-            weights: (3, B), of the norms in the objective.
+            lamb_forget: (B,), in the place of the problem's.
             gradient: (B, r, w + d), overwritten by the objective's gradient in `factors`. A norm
                 that is zero (B starts there) has none.
         """
@@ -318,10 +313,10 @@ class _Objective:
         preserve, weight = squares.clamp(min=0).sqrt()  # squares but for rounding
         forget = torch.linalg.vector_norm(missing, dim=(1, 2))
         norms = torch.stack([forget, scale * preserve, weight])
-        by_forget, by_preserve, by_weight = torch.where(norms > 0, weights / norms, 0.0)[
-            ..., None, None
-        ]
-        by_forget, by_preserve = scale * by_forget, scale**2 * by_preserve
+        lp, lw = self.problem.lamb_preserve, self.problem.lamb_weight
+        slopes = torch.stack([scale * lamb_forget / forget, scale**2 * lp / norms[1], lw / weight])
+        slopes = torch.where(norms > 0, slopes, 0.0)[..., None, None]
+        by_forget, by_preserve, by_weight = slopes  # (B, 1, 1) each
         gradient[..., :w] = outer @ (by_preserve * seen + by_weight * a)
         gradient[..., :w] -= (by_forget * (b @ missing.mT)) @ self.hidden
         gradient[..., w:] = (by_preserve * moved + by_weight * size) @ b

@@ -148,7 +148,7 @@ class Reduced:
 
         `slope` may have any positive scale. Returns 0 if the slope is not negative there.
         """
-        if self.lp == 0 or not len(self.e) or slope(0.0) >= 0:  # else retained texts play no part
+        if not len(self.e) or slope(0.0) >= 0:  # without retained texts mu means nothing
             return 0.0
         ratio = self.lw / self.lp  # mu = ratio * ||H_r Delta|| / ||Delta||, within sigma's range
         high = 2 * ratio * float(self.spectrum.values.max())
