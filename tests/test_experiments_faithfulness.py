@@ -25,7 +25,6 @@ from forgetting import ForgetProblem, LoraSettings, solve_lora
 from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
 from tests.test_datasets import FORGOTTEN
 from tests.test_lora import make_problem
-from tests.test_train import PAPER
 
 NAMES = {variant.name: variant for variant in VARIANTS}
 DOCUMENT = (REPOSITORY / "docs" / "faithfulness.md").read_text(encoding="utf-8")
@@ -40,6 +39,12 @@ CONSTANTS = {
     "TRAINER.FORGETLORA.REDUCTION": 0.7,
     "TRAINER.FORGETLORA.LAMB_FORGET_STEP": 0.05,
     "TRAINER.FORGETLORA.MAX_TRIALS": 100,
+}
+PAPER = {  # lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
+    "StanfordCars": [(0.4, 1.3), (0.3, 1.1), (0.25, 1.3), (0.35, 1.1)],
+    "StanfordDogs": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.3), (0.35, 1.0)],
+    "Caltech101": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.3, 1.1)],
+    "OxfordFlowers": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.25, 1.1)],
 }
 
 
