@@ -375,8 +375,8 @@ def _add_export(add: Callable[..., Any]) -> None:
     add("--to", required=True, choices=formats, help="the tool to export for")
     add("--original", help="the checkpoint that the adapter was made from, if the base is a rounded"
         " copy of it")  # fmt: skip
-    add("--config", help="name (NAME or NAME/TAG) or file of open_clip's configuration, if the base"
-        " has none")  # fmt: skip
+    add("--config", help="open_clip's configuration and weights (NAME/TAG), or a JSON file, if the"
+        " base has none")  # fmt: skip
     _out(add, "file or folder")
 
 

@@ -15,20 +15,20 @@ whichever way it lies. `W + Delta` is rounded once, to the dtype that W has ther
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from forgetting.adapter import Adapter
+from forgetting.deploy.onnx import export_text_encoder, patch_graph
 from forgetting.errors import ProblemError, line, unknown
-from forgetting.io import atomic_path, container, naming, need, refuse_existing
+from forgetting.io import atomic_path, container, naming, refuse_existing, write_bytes
 from forgetting.models.checkpoint import (
     HF_CONFIG,
     HF_WEIGHTS,
@@ -36,43 +36,16 @@ from forgetting.models.checkpoint import (
     OPEN_CLIP_WEIGHTS,
     Found,
     find,
-    read_json,
+    read_checkpoint,
     read_projection,
-    read_tensors,
     weight_files,
 )
-from forgetting.models.configs import check_open_clip
+from forgetting.models.configs import read_open_clip
 from forgetting.models.loading import ModelSpec, find_model
 
+FORMATS = ("openai", "open_clip", "hf", "peft", "onnx")
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # what open_clip says of weights
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an export is made from; see `export`."""
-
-    adapter: Adapter
-    base: Path
-    original: Tensor | None
-    config: str | None
-    overwrite: bool
-
-    def read(self, names: tuple[str, ...]) -> tuple[list[Path], dict[str, Tensor]]:
-        """The files of the base's weights, and all their tensors."""
-        files, tensors = weight_files(self.base, names), {}
-        for file in files:
-            tensors |= read_tensors(file)
-        return files, tensors
-
-    def changed(self, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Found, list[Path]]:
-        """All tensors of the base with the projection changed, where it is, and the files."""
-        files, tensors = self.read(names)
-        with naming(self.base):
-            found = find(tensors, self.adapter, self.original)
-        tensors[found.name] = found.changed(self.adapter, tensors[found.name].dtype)
-        return tensors, found, files
 
 
 def export(
@@ -91,8 +64,8 @@ def export(
         out: the file (`openai`, `onnx`) or folder to write.
         original: the checkpoint that the adapter was made from, where `base` holds a copy of its
             projection in another dtype.
-        config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it: a name
-            of its configurations, NAME/TAG where their weights differ, or a JSON file.
+        config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it:
+            NAME/TAG of its configurations and weights, or a JSON file.
         overwrite: whether a file at `out` may be replaced, or files in a folder there.
 
     Returns:
@@ -110,16 +83,48 @@ def export(
     if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
         raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
-    FORMATS[to](Job(adapter, base, exact, config, overwrite), out)
+    if to == "onnx" and base.suffix == ".onnx":
+        patch_graph(adapter, base, out, exact, overwrite)
+        return out
+    of_open_clip = config is not None or not base.is_dir() or (base / OPEN_CLIP_CONFIG).is_file()
+    is_hf = to in ("hf", "peft") or (to == "onnx" and not of_open_clip)
+    if is_hf and to != "peft" and not (base / HF_CONFIG).is_file():
+        raise ProblemError(f"{line(base)}: no folder of transformers: it has no {HF_CONFIG}")
+    files = weight_files(base, HF_WEIGHTS if is_hf else OPEN_CLIP_WEIGHTS)
+    tensors, _ = read_checkpoint(files)
+    beside = files[0].with_name(OPEN_CLIP_CONFIG)
+    if to == "openai":
+        with naming(base):
+            state = openai_state(tensors, adapter, exact)
+        _require_openai(beside)
+        save_state(state, out, overwrite)
+        return out
+    with naming(base):
+        found = find(tensors, adapter, exact)
+    if to == "peft":
+        with naming(base):
+            files = _lora(adapter, found)
+        _write_folder(out, files, overwrite)
+        return out
+    tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
+    if to == "hf":
+        _write_folder(out, {HF_WEIGHTS[0]: tensors}, overwrite, base)
+    elif is_hf:
+        export_text_encoder(find_model(f"hf:{base}").make(tensors), out, overwrite)
+    else:
+        model, images = _open_clip_config(config, beside)
+        if to == "onnx":
+            export_text_encoder(ModelSpec(str(base), model).make(tensors), out, overwrite)
+        elif model["embed_dim"] != adapter.right.shape[1]:
+            raise ProblemError(
+                f"the config says embed_dim {model['embed_dim']}, the projection has "
+                f"{adapter.right.shape[1]}"
+            )
+        else:
+            content = {"model_cfg": model, "preprocess_cfg": images}
+            files = {OPEN_CLIP_CONFIG: content, OPEN_CLIP_WEIGHTS[0]: tensors}
+            _write_folder(out, files, overwrite, base if base.is_dir() else None)
     return out
-
-
-def _openai(job: Job, out: Path) -> None:
-    files, tensors = job.read(OPEN_CLIP_WEIGHTS)
-    with naming(job.base):
-        state = openai_state(tensors, job.adapter, job.original)
-        _require_openai(files[0].with_name(OPEN_CLIP_CONFIG))
-    save_state(state, out, job.overwrite)
 
 
 def openai_state(
@@ -141,194 +146,79 @@ def openai_state(
 
 def save_state(state: dict[str, Tensor], out: Path, overwrite: bool = False) -> None:
     """Write a state dict by `torch.save`."""
-    with atomic_path(out, overwrite) as temporary, open(temporary, "wb") as file:
-        try:  # given a path, torch would write its name into the file
-            torch.save(state, file)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(buffer.getvalue(), out, overwrite)
 
 
 def _require_openai(config: Path) -> None:
     """Refuse what OpenAI's code would run as another model than its config says."""
     if not config.is_file():
         return
-    model = _model_config(read_json(config))
-    if not model.get("quick_gelu"):
+    model, _ = read_open_clip(config)
+    heads, text = model["vision_cfg"].get("head_width", 64), model["text_cfg"]
+    is_64_wide = heads == 64 and text.get("width", 512) == 64 * text.get("heads", 8)
+    if not (model.get("quick_gelu") and is_64_wide):
         raise ProblemError(
-            f"{config.name} says GELU, and OpenAI's code always computes QuickGELU: export it "
-            "to open_clip"
-        )
-    heads = (model.get("vision_cfg") or {}).get("head_width", 64)
-    text = model.get("text_cfg") or {}
-    if heads != 64 or text.get("width", 512) != 64 * text.get("heads", 8):
-        raise ProblemError(
-            f"{config.name} has attention heads that are not 64 wide, as OpenAI's code takes "
-            "them to be: export it to open_clip"
+            f"{line(config)} says another model than OpenAI's code computes, which always has "
+            "QuickGELU and attention heads 64 wide: export it to open_clip"
         )
 
 
-def _model_config(config: Any) -> dict[str, Any]:
-    """The part of open_clip's config that describes the model."""
-    model = config.get("model_cfg", config) if isinstance(config, dict) else None
-    if not isinstance(model, dict) or "embed_dim" not in model:
-        raise ProblemError("is no config of open_clip: it names no embed_dim")
-    return model
-
-
-def _open_clip(job: Job, out: Path) -> None:
-    tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
-    config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))
-    d = job.adapter.right.shape[1]
-    if config["model_cfg"]["embed_dim"] != d:
-        raise ProblemError(
-            f"the config says embed_dim {config['model_cfg']['embed_dim']}, the projection has {d}"
-        )
-    with atomic_path(out, job.overwrite) as folder:
-        folder.mkdir()
-        if job.base.is_dir():
-            _copy(job.base, folder)
-        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        _save(tensors, folder / OPEN_CLIP_WEIGHTS[0])
-
-
-def _open_clip_config(named: str | None, beside: Path) -> dict[str, Any]:
+def _open_clip_config(named: str | None, beside: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`model_cfg` and `preprocess_cfg` (empty means OpenAI's) of a name, a file or the base."""
     if named is None and not beside.is_file():
         raise ProblemError(
-            f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name the architecture (--config), "
-            "with its activation: ViT-B-32-quickgelu for OpenAI's weights, ViT-B-32 for GELU"
+            f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name a configuration and its "
+            "weights (--config ViT-B-32-quickgelu/openai, say), or a JSON file"
         )
-    file = beside if named is None else Path(named)
-    config = read_json(file) if file.is_file() else _named_config(named)
-    with naming(file):
-        model = _model_config(config)
-    return {"model_cfg": model, "preprocess_cfg": config.get("preprocess_cfg", {})}
-
-
-def _named_config(named: str) -> dict[str, Any]:
-    """The configuration NAME or NAME/TAG of open_clip, and the preprocessing of its weights."""
-    library = need("open_clip", "clip-forgetting[open-clip]")
-    name, _, tag = named.partition("/")
-    config, tags = library.get_model_config(name), library.list_pretrained_tags_by_model(name)
-    if config is None or (tag and tag not in tags):
-        raise ProblemError(f"open_clip knows no configuration {line(named)!r}")
-    found = []
-    for each in [tag] if tag else tags:
-        known = library.get_pretrained_cfg(name, each)
-        own = {key: known[key] for key in PREPROCESSING if key in known}
-        found += [own] if own not in found else []
-    if len(found) > 1:
+    if named is None or Path(named).is_file():
+        return read_open_clip(beside if named is None else Path(named))
+    spec = find_model(f"open_clip:{named}")
+    if not spec.tag:
         raise ProblemError(
-            f"weights of {line(name)} differ in how images are prepared: name yours "
-            f"({line(name)}/TAG, one of {', '.join(tags)}), or a file of a configuration"
+            f"a configuration {line(named)} does not say how images are prepared: name its weights "
+            "too, NAME/TAG, or a JSON file"
         )
-    return {"model_cfg": config, "preprocess_cfg": found[0] if found else {}}
+    return spec.model_config(), spec.images
 
 
-def _hf(job: Job, out: Path) -> None:
-    _require_hf(job.base)
-    tensors, found, files = job.changed(HF_WEIGHTS)
-    with atomic_path(out, job.overwrite) as folder:
-        folder.mkdir()
-        _copy(job.base, folder)
-        if files[0].suffix != ".safetensors":  # transformers reads one file of any size
-            _save(tensors, folder / HF_WEIGHTS[0])
-            return
-        index = f"{HF_WEIGHTS[0]}.index.json"
-        if not (job.base / HF_WEIGHTS[0]).is_file():  # they are parts
-            shutil.copyfile(job.base / index, folder / index)
-        for file in files:  # only one of them changes
-            with safe_open(file, framework="pt") as held:
-                names, metadata = list(held.keys()), held.metadata()
-            if found.name in names:
-                _save({name: tensors[name] for name in names}, folder / file.name, metadata)
-            else:
-                shutil.copyfile(file, folder / file.name)
-
-
-def _require_hf(base: Path) -> None:
-    with naming(base):
-        if not (base / HF_CONFIG).is_file():
-            raise ProblemError(f"no folder of transformers: it has no {HF_CONFIG}")
-
-
-def _peft(job: Job, out: Path) -> None:
-    """A LoRA as `peft` saves it: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T."""
-    _, found, _ = job.changed(HF_WEIGHTS)
+def _lora(adapter: Adapter, found: Found) -> dict[str, Any]:
+    """Files of a LoRA of `peft`: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T."""
     module, _, last = found.name.rpartition(".")
     if last != "weight" or not found.transposed:
         raise ProblemError(
-            f"{line(job.base)}: the projection {line(found.name)} is no torch.nn.Linear, which is "
-            "what PEFT adapts: use a folder of transformers"
+            f"the projection {line(found.name)} is no torch.nn.Linear, which is what PEFT adapts: "
+            "use a folder of transformers"
         )
-    left, right = (x.detach().cpu().float() for x in (job.adapter.left, job.adapter.right))
-    rank = left.shape[1]
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "target_modules": [module],
-        "r": rank,
-        "lora_alpha": rank,  # a factor of 1
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
+    left, right = adapter.left.float(), adapter.right.float()
+    rank = left.shape[1]  # over lora_alpha a factor of 1
+    config = {"peft_type": "LORA", "target_modules": [module], "r": rank, "lora_alpha": rank}
     stem = f"base_model.model.{module}"
     tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
-    with atomic_path(out, job.overwrite) as folder:
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        _save(tensors, folder / "adapter_model.safetensors")
+    return {"adapter_config.json": config, "adapter_model.safetensors": tensors}
 
 
-def _onnx(job: Job, out: Path) -> None:
-    from forgetting.deploy.onnx import export_text_encoder, patch_graph
-
-    if job.base.suffix == ".onnx":
-        return patch_graph(job.adapter, job.base, out, job.original, job.overwrite)
-    if job.config is None and job.base.is_dir() and not (job.base / OPEN_CLIP_CONFIG).is_file():
-        _require_hf(job.base)
-        tensors, _, _ = job.changed(HF_WEIGHTS)
-        spec = find_model(f"hf:{job.base}")
-    else:
-        tensors, _, files = job.changed(OPEN_CLIP_WEIGHTS)
-        config = _open_clip_config(job.config, files[0].with_name(OPEN_CLIP_CONFIG))["model_cfg"]
-        custom = any(name.startswith("text.") for name in tensors)
-        with naming(job.base):
-            spec = ModelSpec(str(job.base), check_open_clip(config) | {"custom_text": custom})
-    return export_text_encoder(spec.make(tensors), out, job.overwrite)
-
-
-FORMATS: dict[str, Callable[[Job, Path], None]] = {
-    "openai": _openai,
-    "open_clip": _open_clip,
-    "hf": _hf,
-    "peft": _peft,
-    "onnx": _onnx,
-}
-
-
-def _copy(base: Path, folder: Path) -> None:
-    """Copy config, tokenizer and card of a folder, and nothing that could hold weights.
+def _write_folder(
+    out: Path, files: dict[str, Any], overwrite: bool, base: Path | None = None
+) -> None:
+    """Write tensors and JSON files into a folder; and config, tokenizer and card of the folder
+    `base`, and nothing that could hold weights.
 
     Raises:
-        ProblemError: a link that leads out of the folder, to what may not be meant to be copied.
+        ProblemError: a link that leads out of `base`, to what may not be meant to be copied.
     """
-    # The hub's cache keeps the files of a snapshot as links to ../../blobs.
-    allowed = (base.resolve(), (base / "../../blobs").resolve())
-    for file in sorted(base.iterdir()):
-        copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
-        if file.is_file() and (copied or file.name.startswith("LICENSE")):
-            if file.resolve().parent not in allowed:
-                raise ProblemError(f"{line(file)} is a link that leads out of the folder")
-            shutil.copyfile(file, folder / file.name)
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors, which transformers wants to say that they are of torch."""
-    path.write_bytes(container(tensors, {"format": "pt"} | (metadata or {})))
+    with atomic_path(out, overwrite) as folder:
+        folder.mkdir()
+        for file in sorted(base.iterdir()) if base else ():
+            copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
+            if file.is_file() and (copied or file.name.startswith("LICENSE")):
+                # The hub's cache keeps the files of a snapshot as links to ../../blobs.
+                if file.resolve().parent not in (base.resolve(), (base / "../../blobs").resolve()):
+                    raise ProblemError(f"{line(file)} is a link that leads out of the folder")
+                shutil.copyfile(file, folder / file.name)
+        for name, content in files.items():
+            if name.endswith(".json"):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            else:  # transformers wants them to say that they are of torch
+                (folder / name).write_bytes(container(content, {"format": "pt"}))

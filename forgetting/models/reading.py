@@ -155,7 +155,7 @@ def run(
     with memory_of(model).lock, torch.no_grad(), _evaluating(model), no_autocast:
         try:
             with observer:
-                features = _features(model, inputs, device)
+                features = text_features(model, inputs, device)
         except ProblemError:
             raise
         except Exception as error:  # whatever somebody's model raises
@@ -289,7 +289,7 @@ def _tensor(value: Any, count: int) -> Tensor:
     return value.cpu()
 
 
-def _features(model: nn.Module, inputs: Tokens, device: torch.device) -> Tensor:
+def text_features(model: nn.Module, inputs: Tokens, device: torch.device) -> Tensor:
     """Text features (n, d), by the method that the model has for them."""
     named = isinstance(inputs, dict)
     put = {k: x.to(device) for k, x in inputs.items()} if named else inputs.to(device)
