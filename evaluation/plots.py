@@ -1,19 +1,16 @@
 """Pictures: the common style of all drawings, and results as three panels.
 
-    with drawing("picture.png", 11, 4) as figure:
-        axis = figure.subplots()
-        axis.plot([1, 2, 3], color=COLOURS[0])
-
 Matplotlib is imported when the first picture is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.files import require_writable
 from evaluation.results import split_label
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL import Image
 
 # Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -53,24 +51,37 @@ PANELS = {
 
 
 @contextmanager
+def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) -> Iterator[Figure]:
+    """An empty figure in the common style, of a size in inches; it is drawn and saved within."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
+
+    with matplotlib.rc_context({**STYLE, **style}):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
 def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure in the common style; what the body drew on it is saved, whole or not at all.
 
     Args:
         path: of the picture; its suffix says the format. width, height: inches.
     """
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
-
     from forgetting.io import write_bytes
 
-    path = check_picture(path)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    path, drawn = check_picture(path), BytesIO()
+    with styled_figure(width, height) as figure:
         yield figure
-        drawn = BytesIO()
         figure.savefig(drawn, format=path.suffix[1:].lower())
     write_bytes(drawn.getvalue(), path)
+
+
+def thumbnail(image: Image.Image, side: int) -> str:
+    """A copy of an image of at most `side` pixels, as an address that holds it."""
+    small, packed = image.copy(), BytesIO()
+    small.thumbnail((side, side))
+    small.convert("RGB").save(packed, "WEBP", lossless=max(small.size) < side, quality=80)
+    return f"data:image/webp;base64,{b64encode(packed.getvalue()).decode()}"
 
 
 def check_picture(path: str | Path) -> Path:

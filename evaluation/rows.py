@@ -1,8 +1,4 @@
-"""Logs and audits as rows, one per forgotten class: the only place that reads numbers from them.
-
-Tables, reports and experiments all start from these rows. What the files may hold was checked when
-they were read (`engine.schema`).
-"""
+"""Logs and audits as rows, one per forgotten class: the only place that reads numbers from them."""
 
 from __future__ import annotations
 
@@ -13,13 +9,7 @@ from typing import Any, NamedTuple
 
 from evaluation.audit.record import Audits, read_audits
 from evaluation.results import SETTINGS, Logs, read_logs
-from evaluation.rules import EVALUATION, Fate, fate, is_other_word
-
-ROUNDING = 1e-9  # between the accuracy of the logs and that of the audit
-BAD = {  # in two words, and why
-    Fate.STAYS: ("not forgotten", "half or more of its accuracy is left"),
-    Fate.NEVER: ("never recognised", "so there was nothing to forget"),
-}
+from evaluation.rules import Fate, fate
 
 
 class Change(NamedTuple):
@@ -84,14 +74,8 @@ class Row:
     @property
     def tag(self) -> str:
         """What is wrong with it, in two words; "" if nothing is."""
-        return BAD[self.fate][0] if self.fate in BAD else "comes back" if self.back else ""
-
-    @property
-    def verdict(self) -> list[str]:
-        """Findings, bad news first; without an audit only what the logs say."""
-        if self.audit:
-            return self.audit["verdict"]
-        return [", ".join(BAD[self.fate])] if self.fate in BAD else []
+        bad = {Fate.STAYS: "not forgotten", Fate.NEVER: "never recognised"}
+        return bad.get(self.fate, "comes back" if self.back else "")
 
     @property
     def gap(self) -> float | None:
@@ -103,27 +87,6 @@ class Row:
         """Names that by text alone lose more cosine than their margin over their neighbours."""
         affected = self.solver.get("forecast", {}).get("affected", [])
         return [name["name"] for name in affected if name["cosine_loss"] > name["margin"]]
-
-    @property
-    def lagging(self) -> list[str]:
-        """Paraphrases of the class that hardly move with it, by text alone."""
-        return list(self.solver.get("paraphrases", {}).get("lagging", {}))
-
-    def measured(self, *path: str) -> Any:
-        """A value of the audit by the keys that lead to it; None where it was not measured."""
-        value: Any = self.audit
-        for key in path:
-            value = None if value is None else value.get(key)
-        return value
-
-    @property
-    def other_words(self) -> list[dict[str, Any]]:
-        """The audit's prompts that ask for the class in other words."""
-        return [p for p in self._prompts if is_other_word(p["kind"], p["seen"])]
-
-    @property
-    def _prompts(self) -> list[dict[str, Any]]:
-        return self.measured("paraphrase", "prompts") or []
 
     @property
     def back(self) -> list[str]:
@@ -139,29 +102,15 @@ class Row:
     def harmed(self) -> list[dict[str, Any]]:
         """The classes that lost most by it, those measured, with `name`, `before`, `after` and a
         few `pictures`."""
-        _, *others = self.measured("examples", "classes") or [None]
-        return [
-            one for one in others if None not in (one["before"]["value"], one["after"]["value"])
-        ]
+        others = (self.measured("examples", "classes") or [])[1:]
+        return [x for x in others if None not in (x["before"]["value"], x["after"]["value"])]
 
-    @property
-    def probe(self) -> float | None:
-        """Accuracy that a linear probe on image embeddings still has on the class."""
-        return self.measured("residue", "linear_probe", "after", "value")
-
-    def interval(self, side: str) -> tuple[float, float] | None:
-        """The audit's 95 % interval of the class's accuracy, `side` is before or after.
-
-        None unless it is about the accuracy of the logs: an audit of an earlier adapter is not.
-        """
-        value = getattr(self.own, side)
-        measured = [self.measured("residue", "zero_shot", side)]
-        measured += [prompt[side] for prompt in self._prompts if prompt["kind"] == EVALUATION]
-        for accuracy in measured:
-            if accuracy and None not in (value, accuracy["low"]):
-                low, high = accuracy["low"], accuracy["high"]
-                return (low, high) if low - ROUNDING <= value <= high + ROUNDING else None
-        return None
+    def measured(self, *path: str) -> Any:
+        """A value of the audit by the keys that lead to it; None where it was not measured."""
+        value: Any = self.audit
+        for key in path:
+            value = None if value is None else value.get(key)
+        return value
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -212,27 +161,26 @@ def _rows_of_request(
     dataset: str, label: str, entry: dict[str, Any], audits: dict[str, Any]
 ) -> list[Row]:
     """The rows of one entry of the logs."""
-    after, before = entry["final_results"], entry.get("zero_shot", {})
+    sides = [entry.get("zero_shot", {}), entry["final_results"]]  # before, after
     own, rest = (
-        [_by_class(side.get(dataset, {}), key) for side in (before, after)]
+        [_by_class(side.get(dataset, {}), key) for side in sides]
         for key in ("cls_acc_test", "no_cls_acc")
     )
-    others = {
-        name: Change(before[name]["all"]["all_ds"] if name in before else None, x["all"]["all_ds"])
-        for name, x in after.items()
-        if name != dataset
-    }
+    before, after = (
+        {name: x["all"]["all_ds"] for name, x in side.items() if name != dataset} for side in sides
+    )
+    others = {name: Change(before.get(name), value) for name, value in after.items()}
     return [
         Row(
-            dataset=dataset,
-            label=label,
-            name=name,
-            together=len(own[1]),
-            own=Change(*(side.get(name) for side in own)),
-            rest=Change(*(side.get(name) for side in rest)),
-            others=others,
-            solver=entry.get("solver", {}),
-            audit=audits.get(name, {}),
+            dataset,
+            label,
+            name,
+            len(own[1]),
+            Change(*(side.get(name) for side in own)),
+            Change(*(side.get(name) for side in rest)),
+            others,
+            entry.get("solver", {}),
+            audits.get(name, {}),
         )
         for name in own[1]
     ]

@@ -16,17 +16,26 @@ from forgetting.adapter import adapter_bytes
 SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
 
 
-def entry(dataset="A", name="cat", before=0.9, after=0.1, others=("B",), settings=None):
-    """The log entry of one class."""
+def entry(
+    dataset="A",
+    name="cat",
+    before=0.9,
+    after=0.1,
+    others=("B",),
+    rest=(0.8, 0.7),
+    other=(0.6, 0.5),
+    **solver: Any,
+) -> dict[str, Any]:
+    """The log entry of one class; `rest` and `other` are before and after."""
 
     def side(own, rest, other):
         own_results = {"cls_acc_test": own, "no_cls_acc": rest, "acc_train": None}
         return {dataset: {name: own_results}} | {o: {"all": {"all_ds": other}} for o in others}
 
     return {
-        "final_results": side(after, 0.7, 0.5),
-        "zero_shot": side(before, 0.8, 0.6),
-        "solver": {"settings": settings or {"lamb_forget": 1.3}},
+        "final_results": side(after, rest[1], other[1]),
+        "zero_shot": side(before, rest[0], other[0]),
+        "solver": {"settings": {"lamb_forget": 1.3}} | solver,
     }
 
 

@@ -350,7 +350,6 @@ NAMES = {
     "--target": ["train"],
     "--forget": ["train", "audit", "baselines"],
     "--without": ["audit", "compose"],
-    "--primary": ["report"],
     "--set": ["check"],
     "--solver": ["studies"],
     "--methods": ["baselines"],

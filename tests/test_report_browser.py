@@ -11,7 +11,7 @@ import pytest
 
 from evaluation.report import read_runs, write_report
 from tests.conftest import needs_chromium
-from tests.report_fixtures import ANIMALS, NASTY, mini, plant
+from tests.report_fixtures import ANIMALS, NASTY, plant, plant_shapes
 
 pytestmark = needs_chromium
 
@@ -58,8 +58,8 @@ def report(tmp_path_factory) -> Path:
     plant(root / "exact" / "seed_0", [*ANIMALS, *NASTY])
     plant(root / "empty" / "seed_0", 8, left=0.3, trainer="ForgetLoRA")
     plant(root / "paper" / "seed_0", 8, "ToyBirds", left=0.05, harm=0.02, audit=False)
-    mini(root / "mini" / "seed_0", [0, 5])
-    return write_report(read_runs(root, "exact/seed_0"), root / "report.html")
+    plant_shapes(root / "mini" / "seed_0", 2, [0, 5])
+    return write_report(read_runs(root), root / "report.html")
 
 
 def names(page) -> list[str]:
@@ -77,15 +77,15 @@ def unfold(page) -> None:
 def test_it_opens_with_the_methods_pictures_and_the_worst_first(open_page, report):
     page = open_page(report)
     assert page.locator("h1").inner_text() == "ViT-B/32 was made to forget 33 classes by 4 methods."
-    order = ["methods", "pictures", "forgotten", "missing", "settings"]
+    order = ["methods", "pictures", "forgotten", "settings"]
     assert page.eval_on_selector_all("main > section", "all => all.map(s => s.id)") == order
     back = page.eval_on_selector_all(SHOWN, "all => all.map(one => 'back' in one.dataset)")
     assert back == sorted(back, reverse=True) and any(back) and len(back) == 33
     unfold(page)
     sizes = "all => all.map(i => Math.min(i.naturalWidth, i.width, i.height))"
     pictures = page.locator(".strip img").evaluate_all(sizes)
-    assert len(pictures) == 8 and min(pictures) >= 32  # of two classes, each with one that lost
-    assert page.locator("svg.chart").evaluate_all("all => all.every(c => c.clientWidth > 250)")
+    assert len(pictures) == 12 and min(pictures) >= 32  # of two classes, each with two that lost
+    assert page.locator(".chart").evaluate_all("all => all.every(c => c.naturalWidth > 250)")
 
 
 def test_search_and_order(open_page, report):
@@ -111,34 +111,21 @@ def test_search_and_order(open_page, report):
     assert names(page) == everything
 
 
-@pytest.mark.parametrize("press", ["click", "Enter"])
-def test_a_class_opens_by_mouse_and_keyboard(open_page, report, press):
-    page = open_page(report)
-    name = names(page)[2]
-    card = page.locator(SHOWN).nth(2)
-    summary = card.locator("summary").first
-    if press == "click":
-        summary.click()
-    else:
-        summary.focus()
-        page.keyboard.press("Enter")
-    assert card.locator("table.cards").first.is_visible(), name
-    assert card.get_attribute("open") is not None
-
-
-def test_a_link_to_a_class_opens_it(open_page, report):
+def test_a_class_opens_by_mouse_keyboard_and_link_and_its_name_is_text(open_page, report):
     page = open_page(report, "#c3")
     assert page.locator("#c3").get_attribute("open") is not None
     assert page.locator(f"{SHOWN}[open]").count() == 1
-
-
-def test_names_that_look_like_markup_are_text(open_page, report):
-    page = open_page(report)
+    card = page.locator(SHOWN).nth(2)
+    for press, is_open in ((card.locator("summary").first.click, True), (None, False)):
+        if press is None:
+            card.locator("summary").first.focus()
+            page.keyboard.press("Enter")
+        else:
+            press()
+        assert card.locator("table.cards").first.is_visible() == is_open
     unfold(page)
-    shown = page.locator("main").inner_text()
-    for name in NASTY:
-        open_class(page, name)
-        assert " ".join(name.split()) in " ".join(shown.split())
+    shown = " ".join(page.locator("main").inner_text().split())
+    assert all(" ".join(name.split()) in shown for name in NASTY)
     assert page.locator("script").count() == 1
 
 
@@ -153,24 +140,6 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, report):
     assert {*page.locator("table.cards tr").evaluate_all(shape)} == {"block"}
     labels = "all => all.every(t => getComputedStyle(t, '::before').content.length > 3)"
     assert page.locator("table.cards td").evaluate_all(labels)
-    size = "all => Math.min(...all.map(t => t.getBoundingClientRect().height))"
-    assert page.locator(".chart text").evaluate_all(size) > 8
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_names_of_methods_are_whole_in_charts(open_page, tmp_path, width):
-    names = ["a" * 70, "a setting of many words, each of them a part of its name", "b"]
-    for name in names:
-        plant(tmp_path / name, 2)
-    report = write_report(read_runs(tmp_path), tmp_path / "report.html")
-    page = open_page(report, viewport={"width": width, "height": 844})
-    texts = page.locator(".chart").first.text_content()
-    assert all(name.replace(" ", "") in "".join(texts.split()) for name in names)
-    outside = """() => [...document.querySelectorAll(".chart")].flatMap(chart => {
-      const whole = chart.getBoundingClientRect();
-      return [...chart.querySelectorAll("text")].map(text => text.getBoundingClientRect())
-        .filter(box => box.left < whole.left - 1 || box.right > whole.right + 1); }).length"""
-    assert page.evaluate(outside) == 0
 
 
 def test_print_shows_what_is_open_on_white(open_page, report):
@@ -179,14 +148,13 @@ def test_print_shows_what_is_open_on_white(open_page, report):
     page.emulate_media(media="print", color_scheme="dark")
     style = "([selector, key]) => getComputedStyle(document.querySelector(selector))[key]"
     assert page.evaluate(style, ["body", "backgroundColor"]) == "rgb(255, 255, 255)"
+    assert page.evaluate(style, [".chart", "filter"]) == "none"
     for hidden in (".filters", "nav", ".skip"):
         assert page.evaluate(style, [hidden, "display"]) == "none", hidden
     assert page.locator(f"{SHOWN}[open] table.cards").first.is_visible()
-    assert page.locator("svg.chart").first.is_visible()
     assert page.locator("#methods .findings").evaluate_all(
         "all => all.every(u => u.checkVisibility())"
     )
-    assert page.pdf(format="A4").startswith(b"%PDF")
 
 
 def test_without_javascript_everything_but_the_search_is_there(open_page, report):
@@ -194,7 +162,6 @@ def test_without_javascript_everything_but_the_search_is_there(open_page, report
     assert page.locator("#classes > details").count() == 33
     page.locator("#classes > details summary").first.click()
     assert page.locator("#classes > details table.cards").first.is_visible()
-    assert page.locator("svg.chart").first.is_visible()
     assert not page.locator("#filters").is_visible()
 
 
@@ -225,25 +192,25 @@ CONTRAST = """() => {
     if (hidden || !walk.currentNode.textContent.trim() || node.disabled) continue;
     texts += 1;
     const style = getComputedStyle(node);
-    check(node, node instanceof SVGElement ? style.fill : style.color, ground(node), 4.5);
+    check(node, style.color, ground(node), 4.5);
   }
   for (const node of document.querySelectorAll("input, select"))
     check(node, getComputedStyle(node).borderTopColor, ground(node), 3);
-  for (const node of document.querySelectorAll(".chart path[style*='stroke-width: 3']"))
-    check(node, getComputedStyle(node).stroke, ground(node), 3);
   return {texts, bad};
 }"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_of_texts_and_charts(open_page, report, scheme):
-    """WCAG AA: 4.5 to 1 for every text, in charts too; 3 to 1 for marks and fields."""
+def test_contrast_of_texts(open_page, report, scheme):
+    """WCAG AA: 4.5 to 1 for every text; 3 to 1 for fields. Charts are turned round in the dark."""
     page = open_page(report, color_scheme=scheme)
     unfold(page)
     found = page.evaluate(CONTRAST)
     assert found["texts"] > 1000 and found["bad"] == []
     backgrounds = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (backgrounds == "rgb(255, 255, 255)") == (scheme == "light")
+    turned = page.evaluate("getComputedStyle(document.querySelector('.chart')).filter")
+    assert turned.startswith("invert") == (scheme == "dark")
 
 
 def test_keyboard_and_motion(open_page, report):
@@ -264,7 +231,7 @@ def test_keyboard_and_motion(open_page, report):
 
 @pytest.mark.slow
 def test_a_thousand_classes_do_not_freeze_the_page(open_page, tmp_path):
-    folder = plant(tmp_path, 1000, repeat_after=20)
+    folder = plant(tmp_path, 1000)
     report = write_report(read_runs(folder), tmp_path / "report.html")
     started = time.perf_counter()
     page = open_page(report)

@@ -20,13 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="results/resultsATTEMPT/seed_SEED, or a folder with several such below it",
     )
     parser.add_argument("--out", metavar="FILE", help=f"default: RUN_FOLDER/{REPORT}")
-    parser.add_argument(
-        "--primary",
-        metavar="FOLDER",
-        help="of several folders the one that comes first; default: the one with most audits",
-    )
     args = parser.parse_args(argv)
-    runs = read_runs(args.folder, args.primary)
+    runs = read_runs(args.folder)
     path = write_report(runs, args.out or Path(args.folder) / REPORT)
     classes = sum(len(one.rows) for one in runs)
     audited = sum(bool(row.audit) for one in runs for row in one.rows)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
-from functools import cache
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluation.audit.names import ATTACKERS, RELEARNING
@@ -20,10 +18,24 @@ from evaluation.report.runs import Run, forgotten_classes, methods, tags
 from forgetting.io import write_bytes
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
 OPENING = 12  # classes whose pictures come first
 TEXTS = 12  # other words that are written out
 DETAILED = 400  # classes of which everything is written out; a browser must lay it out
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(HERE),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.tests["startswith"] = str.startswith
+ENVIRONMENT.filters |= {
+    "percent": summary.percent,
+    "points": summary.points,
+    "listed": summary.listed,
+    "within": summary.within,
+    "indented": partial(json.dumps, indent=1, ensure_ascii=False),
+}
 
 
 def write_report(runs: list[Run], path: str | Path) -> Path:
@@ -36,7 +48,8 @@ def write_report(runs: list[Run], path: str | Path) -> Path:
 
 def render(runs: list[Run]) -> str:
     """The report's HTML, of one run or of several side by side."""
-    classes = forgotten_classes(runs)
+    compared = methods(runs)
+    classes = forgotten_classes(compared)
     drawn = MOST // (5 * (1 + HARMED))  # classes whose images fit
     pictured = [(one, strips(one, number < drawn)) for number, one in enumerate(classes)]
     opening = [
@@ -44,44 +57,23 @@ def render(runs: list[Run]) -> str:
         for number, (one, found) in enumerate(pictured)
         if any(picture.source for strip in found for picture in strip.pictures)
     ][:OPENING]
-    compared = methods(runs)
-    return _template().render(
+    return ENVIRONMENT.get_template("template.html").render(
         runs=runs,
         methods=compared,
-        headline=summary.headline(runs, compared),
         opening=opening,
         opened={number for number, *_ in opening},
         classes=pictured,
-        detailed=DETAILED,
         charts=charts(compared),
-        versions=versions(),
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "search.js").read_text(encoding="utf-8")),
+        summary=summary,
+        tags=tags,
+        destinations_of=destinations_of,
+        attackers=ATTACKERS,
+        teachers=RELEARNING,
+        TEXTS=TEXTS,
+        DETAILED=DETAILED,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (summary.percent, summary.points, summary.listed, summary.within)
-    environment.filters |= {function.__name__: function for function in filters}
-    environment.tests["startswith"] = str.startswith
-    environment.globals |= {
-        "summary": summary,
-        "tags": tags,
-        "flat": flat,
-        "destinations_of": destinations_of,
-        "attackers": ATTACKERS,
-        "teachers": RELEARNING,
-        "TEXTS": TEXTS,
-    }
-    return environment.get_template("template.html")
 
 
 def destinations_of(found: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
@@ -91,26 +83,3 @@ def destinations_of(found: dict[str, Any]) -> list[tuple[str, float | None, floa
     rest = 0.0 if len(after) < 10 else None
     names = dict.fromkeys([*after, *list(before)[:1]])
     return [(name, before.get(name, 0.0), after.get(name, rest)) for name in names]
-
-
-def flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Nested settings as lines: a name with dots, and the value as text."""
-    lines = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            lines += flat(value, f"{before}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            lines.append((f"{before}{key}", text))
-    return lines
-
-
-def versions() -> list[tuple[str, str]]:
-    """Python and the packages that the numbers depend on, where the report was made."""
-    found = [("Python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            found.append((package, "not installed"))
-    return found

@@ -1,16 +1,17 @@
-"""What a report says first: a table of methods, two sentences, and findings, bad news first."""
+"""What a report says first: a table of methods, and findings, bad news first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
-from evaluation.audit.names import ATTACKERS, MEASURES
-from evaluation.report.runs import Method, Run, Spread, shared
-from evaluation.rows import Change, Row, mean
-from evaluation.rules import Fate
+from evaluation.audit.names import ATTACKERS
+from evaluation.report.runs import QUANTITIES, Method, Run, shared
+from evaluation.rows import Row
+from evaluation.rules import Fate, holds
 
-NAMED = 3  # classes named in a sentence; the table has them all
+NAMED = 3  # classes named in a finding; the list of classes has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
 COLUMNS = (
     *("Method", "Gone", "Come back under other words", "Recognised, %"),
@@ -18,11 +19,32 @@ COLUMNS = (
 )
 
 
-class Cell(NamedTuple):
-    """A number of the table, and a remark below it."""
+def _is_named_first(attack: str, row: Row) -> bool:
+    return row.measured("undo", "attacks", attack, "place") == 1
 
-    value: str
-    note: str = ""
+
+FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting first
+    "Not forgotten": lambda row: row.fate is Fate.STAYS,
+    "Recognised again under other words": lambda row: row.back and row.fate is not Fate.STAYS,
+    "Another class loses more than half of its images": lambda row: any(
+        not holds(one["after"]["value"], one["before"]["value"]) for one in row.harmed
+    ),
+    "Other names are likely to be lost, by texts alone": lambda row: row.likely_misclassified,
+    "Never recognised, before forgetting either": lambda row: row.fate is Fate.NEVER,
+    "Not tried with other words": lambda row: row.worst is None,
+    "Still found by a linear probe on images, which do not change": lambda row: holds(
+        row.measured("residue", "linear_probe", "after", "value"), row.own.before
+    ),
+    "Learnt again from a few images": lambda row: any(
+        way["needed"] is not None for way in (row.measured("relearning", "methods") or {}).values()
+    ),
+    **{
+        f"Named first by an attacker who has {who}": partial(_is_named_first, attack)
+        for attack, who in ATTACKERS.items()
+    },
+    "Not proved optimal": lambda row: row.gap is not None and row.gap > PROVED,
+    "Proved optimal": lambda row: row.gap is not None and row.gap <= PROVED,
+}
 
 
 def percent(fraction: float | None) -> str:
@@ -62,138 +84,42 @@ def headline(runs: list[Run], methods: list[Method]) -> str:
     return f"{model} was made to forget {count(len(classes), 'class', 'classes')}{ways}."
 
 
-def line(method: Method) -> list[Cell]:
-    """A line of the table, a cell for each of `COLUMNS` but the first. Counts are of all classes of
-    all seeds."""
-    rows = [row for run in method.runs for row in run.rows]
+def line(method: Method) -> list[tuple[str, str]]:
+    """A line of the table, a value and a remark for each of `COLUMNS` but the first. Counts are of
+    all classes of all seeds."""
+    rows = method.rows
     gone = [row for row in rows if row.fate is Fate.GONE]
     stay = sum(row.fate is Fate.STAYS for row in rows)
-    never = sum(row.fate is Fate.NEVER for row in rows)
-    notes = [f"{stay} still recognised" if stay else "", f"{never} never were" if never else ""]
     tried = [row for row in gone if row.worst is not None]
-    back = sum(bool(row.back) for row in tried)
-    texts = sorted(len(row.other_words) for row in tried)
+    back = f"{sum(bool(row.back) for row in tried)} of {len(tried)}"
     before, (after, deviation) = method.mean("before")[0], method.mean("after")
-    left = max((row for row in rows if row.own.after), key=lambda r: r.own.after, default=None)
-    most = f"most: {percent(left.own.after)}, {left.name}" if left else ""
     seconds = method.mean("seconds")[0]
     return [
-        Cell(f"{len(gone)} of {len(rows)}", ", ".join(filter(None, notes))),
-        Cell(f"{back} of {len(tried)}", _texts(texts)) if tried else Cell("–", "not tried"),
-        Cell(f"{percent(before)} → {percent(after)}", _joined(within(deviation, 100), most)),
-        _change(method.mean("rest"), rows, lambda row: row.rest),
-        _change(method.mean("others"), rows, lambda row: row.others_mean),
-        Cell("–" if seconds is None else f"{seconds:.3f}"),
+        (f"{len(gone)} of {len(rows)}", f"{stay} not forgotten" if stay else ""),
+        (back, "") if tried else ("–", "not tried"),
+        (f"{percent(before)} → {percent(after)}", within(deviation, 100)),
+        _change(method, "rest"),
+        _change(method, "others"),
+        ("–" if seconds is None else f"{seconds:.3f}", ""),
     ]
 
 
-def _texts(counts: list[int]) -> str:
-    low, high = counts[0], counts[-1]
-    return f"{count(high, 'text', 'texts')} each" if low == high else f"{low} to {high} texts each"
-
-
-def _joined(*parts: str) -> str:
-    return "; ".join(filter(None, parts))
-
-
-def _change(average: Spread, rows: list[Row], change: Callable[[Row], Change]) -> Cell:
-    measured = [(change(row).points, row.name) for row in rows if change(row).points is not None]
-    if not measured:
-        return Cell("–")
-    worst, name = min(measured)
-    return Cell(points(average[0]), _joined(within(average[1]), f"worst {points(worst)}, {name}"))
+def _change(method: Method, quantity: str) -> tuple[str, str]:
+    """The mean change in points, and the class that cost most."""
+    changes = [(QUANTITIES[quantity](row), row.name) for row in method.rows]
+    known = [pair for pair in changes if pair[0] is not None]
+    if not known:
+        return "–", ""
+    mean, deviation = method.mean(quantity)
+    worst, name = min(known)
+    remarks = [within(deviation), f"worst {points(worst)}, {name}"]
+    return points(mean), "; ".join(filter(None, remarks))
 
 
 def findings(run: Run) -> list[str]:
-    """What a reader must know of a run, in sentences: what speaks against forgetting first."""
-    rows = run.rows
-    fates = {kind: [row for row in rows if row.fate is kind] for kind in Fate}
+    """What a reader must know of a run: of how many classes, and which."""
     lines = []
-    if stay := fates[Fate.STAYS]:
-        half = "half or more of their accuracy is left"
-        lines.append(f"Not forgotten ({half}): {listed(row.name for row in stay)}.")
-    if back := [row for row in rows if row.back and row.fate is not Fate.STAYS]:
-        texts = [
-            f"{row.name} (“{row.measured('paraphrase', 'worst', 'text')}”: "
-            f"{percent(row.worst)}\u00a0%)"
-            for row in back
-        ]
-        lines.append(f"Recognised again under other words: {listed(texts)}.")
-    if never := fates[Fate.NEVER]:
-        lines.append(
-            f"Never recognised, before forgetting either: {listed(r.name for r in never)}."
-        )
-    tried = [row for row in rows if row.worst is not None]
-    if tried and len(tried) < len(rows):
-        number = count(len(rows) - len(tried), "class was", "classes were")
-        lines.append(f"{number} not tried with other words: whether they come back is not known.")
-    falls = [
-        (o["before"]["value"] - o["after"]["value"], o, row) for row in rows for o in row.harmed
-    ]
-    if falls:
-        _, other, row = max(falls, key=lambda fall: fall[0])
-        change = " → ".join(percent(other[side]["value"]) for side in ("before", "after"))
-        lines.append(f"Hit hardest: {other['name']}, {change}\u00a0% with {row.name} forgotten.")
-    if affected := [
-        f"{', '.join(row.likely_misclassified)} (with {row.name})"
-        for row in rows
-        if row.likely_misclassified
-    ]:
-        lines.append(f"Likely to be recognised less, by their names alone: {listed(affected)}.")
-    if lagging := [f"“{row.lagging[0]}” ({row.name})" for row in rows if row.lagging]:
-        lines.append(f"Paraphrases that the change hardly reaches: {listed(lagging)}.")
-    lines += _attacks(rows)
-    gaps = [(row.gap, row.name) for row in rows if row.gap is not None]
-    if unproved := [name for gap, name in gaps if gap > PROVED]:
-        lines.append(f"Not proved optimal: {listed(unproved)}.")
-    elif gaps:
-        changes = count(len(gaps), "change is", "changes are")
-        lines.append(f"{changes} proved optimal, to a relative gap of {max(gaps)[0]:.0e}.")
+    for title, applies in FINDINGS.items():
+        if names := [row.name for row in run.rows if applies(row)]:
+            lines.append(f"{title} ({len(names)} of {len(run.rows)}): {listed(names)}.")
     return lines
-
-
-def _attacks(rows: list[Row]) -> list[str]:
-    """How far somebody gets who has images or weights."""
-    lines = []
-    probed = [row.probe for row in rows if row.probe is not None]
-    if probed:
-        lines.append(
-            "Image embeddings do not change: a linear probe trained on images still finds "
-            f"{percent(mean(probed))}\u00a0% of a forgotten class’s images."
-        )
-    taught = [found for row in rows if (found := row.measured("relearning", "methods"))]
-    if taught:
-        back = sum(any(way["needed"] is not None for way in found.values()) for found in taught)
-        lines.append(
-            f"A few images teach the model {back} of {len(taught)} classes again, at least half."
-        )
-    guesses = []
-    for attack, who in ATTACKERS.items():
-        places = [row.measured("undo", "attacks", attack, "place") for row in rows]
-        known = [place for place in places if place is not None]
-        if known:
-            guesses.append(f"{known.count(1)} of {len(known)} by who has {who}")
-    if guesses:
-        lines.append(f"The forgotten name is guessed from the weights: {', '.join(guesses)}.")
-    return lines
-
-
-def not_measured(run: Run) -> list[tuple[str, list[str]]]:
-    """Why something was not measured, and for which classes; most classes first."""
-    names: dict[str, list[str]] = {}
-    for row in run.rows:
-        reasons = [f"No audit. To make it: {run.audit_command}"]
-        if row.audit:
-            reasons = [f"{m}: left out of the audit" for m in MEASURES if m not in row.audit]
-            for measure in MEASURES:
-                reasons += [
-                    f"{measure}: {why}" for why in row.measured(measure, "not_measured") or []
-                ]
-        if row.own.before is None:
-            reasons.append("Accuracy before forgetting: not in the logs")
-        for reason in reasons:
-            names.setdefault(reason, []).append(row.name)
-    if run.outdated:
-        reason = f"The audit is of an adapter that was replaced. To repeat it: {run.audit_command}"
-        names[reason] = run.outdated
-    return sorted(names.items(), key=lambda pair: -len(pair[1]))
