@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from engine.cli import Parser, add_setting, run, whole
-from engine.settings import DatasetSettings, FeatureSettings
+from engine.config import DatasetSettings, FeatureSettings
 from evaluation.live import Live
 from evaluation.live.look import MEGABYTES
 from forgetting.context import ExactSettings

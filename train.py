@@ -18,8 +18,8 @@ from yacs.config import CfgNode
 
 import datasets
 import trainers  # noqa: F401  registers the methods
-from engine import TRAINER_REGISTRY, engine_description
-from engine.cli import Parser, run
+from engine import TRAINER_REGISTRY, choose
+from engine.cli import Parser, about, run
 from engine.config import OPTIONS, declared, load, value_of
 from engine.determinism import set_random_seed
 from engine.log import environment, logger, run_log
@@ -68,22 +68,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             kind = {"action": "append", "metavar": "NAME"}
         if name == "protect":
             flags.append("--keep")
-        text = spec.metadata["help"].replace("%", "%%")
-        if spec.default not in ("", (), False):
-            text += f" (default: {spec.default})"
-        parser.add_argument(*flags, default=None, help=text, **kind)
-    parser.add_argument(
-        "--audit", action="store_true", help="measure what is left of each class: audit.json"
-    )
-    parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="YAML with settings of your own"
-    )
-    parser.add_argument(
-        "--dataset-config-file",
-        default="",
-        metavar="FILE",
-        help="YAML over configs/datasets/DATASET.yaml, such as other loss weights",
-    )
+        parser.add_argument(*flags, default=None, help=about(spec), **kind)
+    for option, text in (
+        ("--config-file", "YAML with settings of your own"),
+        ("--dataset-config-file", "YAML over configs/datasets/DATASET.yaml, such as loss weights"),
+    ):
+        parser.add_argument(option, default="", metavar="FILE", help=text)
+    text = "measure what is left of each class: audit.json"
+    parser.add_argument("--audit", action="store_true", help=text)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     return parser.parse_args(argv)
 
@@ -122,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with run_log() as keep:
         cfg = setup_cfg(args)
         set_random_seed(cfg.SEED)
-        for text in (f"arguments: {args}", f"config:\n{cfg}", f"environment:\n{environment()}"):
-            logger.debug(text)
-        logger.debug(engine_description())
+        logger.debug(f"arguments: {args}\nconfig:\n{cfg}\nenvironment:\n{environment()}")
+        logger.debug(choose().description)
         trainer = build_trainer(cfg)
         folder = Path(cfg.OUTPUT_DIR)
         keep(folder / place(cfg.DATASET.NAME))

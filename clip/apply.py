@@ -14,9 +14,9 @@ from pathlib import Path
 from clip.architectures import identity_sha256, preprocessing
 from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
+from engine.config import FeatureSettings
 from engine.files import write_json_atomic
 from engine.log import logger
-from engine.settings import FeatureSettings
 from forgetting.adapter import Adapter, load_adapter
 from forgetting.deploy.export import openai_state, save_state
 from forgetting.errors import ProblemError

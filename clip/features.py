@@ -21,9 +21,9 @@ from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
+from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.log import logger
 from engine.ray import LauncherSettings, add_launcher, launcher
-from engine.settings import DatasetSettings, FeatureSettings, ModelSettings
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import refuse_existing
 

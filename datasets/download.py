@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.cli import Parser, add_setting, run
-from engine.settings import DatasetSettings
+from engine.config import DatasetSettings
 from forgetting.errors import ProblemError
 from forgetting.io import atomic_path
 

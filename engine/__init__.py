@@ -1,23 +1,30 @@
 """The harness: settings, command lines, files, the log, Ray, and Dassl or the slice of it that is
-used.
+called.
 
-`SimpleTrainer`, the two registries and `get_cfg_default` are Dassl's where Dassl is installed, else
-those of `engine.dassl`. They are resolved on first use.
+Trainers are Dassl's SimpleTrainers in Dassl's registry, data sets are in another one, and settings
+are added to Dassl's config. Where Dassl is missing, small equivalents take their place.
+`CLIP_FORGET_ENGINE=dassl|builtin` forces one. The choice is made once per process, on first use.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from yacs.config import CfgNode
 
-OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
+from forgetting.errors import reason, unknown
 
-__all__ = [
-    "engine_description",
-    "extend_cfg",
-    *OF_DASSL,
-]
+OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
+VARIABLE = "CLIP_FORGET_ENGINE"
+ENGINES = ("dassl", "builtin")
+
+__all__ = ["choose", "extend_cfg", *OF_DASSL]
 
 
 def extend_cfg(cfg: CfgNode) -> None:
@@ -27,17 +34,85 @@ def extend_cfg(cfg: CfgNode) -> None:
     extend_cfg(cfg)
 
 
-def engine_description() -> str:
-    """A line for the log: which engine runs and why; ProblemError if none can."""
-    from engine.dassl import choose
-
-    return choose().description
-
-
 def __getattr__(name: str) -> Any:
-    """Resolve a name that is Dassl's; ProblemError if the wanted engine is missing."""
     if name not in OF_DASSL:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    from engine.dassl import choose
-
     return getattr(choose(), name)
+
+
+@cache
+def choose() -> SimpleNamespace:
+    """The engine of this process: `description`, a line for the log, and the names of `OF_DASSL`.
+
+    Raises:
+        SystemExit: the variable has another value, or asks for a Dassl that does not import. The
+            engine is used while modules are imported, before any `main` could catch an error.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in ENGINES:
+        raise SystemExit(f"error: {VARIABLE}: {unknown('engine', wanted, ENGINES)}")
+    why = f"{VARIABLE}=builtin"
+    if wanted != "builtin":
+        try:
+            return _dassl()
+        except Exception as error:  # its pinned requirements of 2019 fail in many ways
+            why = f"Dassl does not import ({reason(error)})"
+        spec = find_spec("dassl")
+        if spec is None or spec.origin is None:  # or a folder of that name
+            why = "Dassl is not installed"
+        if wanted == "dassl":
+            raise SystemExit(f"error: {VARIABLE}=dassl, but {why}; put Dassl on PYTHONPATH")
+    return SimpleNamespace(
+        description=f"engine: builtin ({why})",
+        DATASET_REGISTRY=Registry(),
+        TRAINER_REGISTRY=Registry(),
+        SimpleTrainer=SimpleTrainer,
+        get_cfg_default=CfgNode,
+    )
+
+
+def _dassl() -> SimpleNamespace:
+    dassl, engine = import_module("dassl"), import_module("dassl.engine")
+    logging.disable(logging.NOTSET)  # one of its data sets silences every logger on import
+    return SimpleNamespace(
+        description=f"engine: Dassl {dassl.__version__} ({os.path.dirname(dassl.__file__)})",
+        DATASET_REGISTRY=import_module("dassl.data.datasets").DATASET_REGISTRY,
+        TRAINER_REGISTRY=engine.TRAINER_REGISTRY,
+        SimpleTrainer=engine.SimpleTrainer,
+        get_cfg_default=import_module("dassl.config").get_cfg_default,
+    )
+
+
+class Registry:
+    """Classes by their names."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type] = {}
+
+    def register(self, force: bool = False) -> Any:
+        """A decorator that registers a class; in Dassl's only `force` replaces one of that name."""
+
+        def add(thing: type) -> type:
+            self._classes[thing.__name__] = thing
+            return thing
+
+        return add
+
+    def get(self, name: str) -> Any:
+        if name not in self._classes:
+            raise unknown("name", name, self._classes)
+        return self._classes[name]
+
+
+class SimpleTrainer:
+    """Checks the config, then builds data and model, in Dassl's order, by the methods that a
+    trainer overrides."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        import torch  # reading settings needs none of it
+
+        self.check_cfg(cfg)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.cfg = cfg
+        self.build_data_loader()
+        self.build_model()

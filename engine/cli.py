@@ -8,7 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import Field
 from importlib import import_module
 from typing import Any
 
@@ -35,28 +36,29 @@ class Parser(cli.Parser):
         return parsed
 
 
+def about(spec: Field) -> str:
+    """The help of an option for a field of a settings dataclass."""
+    default = "" if spec.default in ("", None, (), False) else f" (default: {spec.default})"
+    return spec.metadata["help"].replace("%", "%%") + default
+
+
 def add_setting(
     parser: argparse.ArgumentParser, option: str, owner: type, name: str, **more: Any
 ) -> None:
     """Add an option for one field of a settings dataclass; the field says default and range."""
-    spec = {one.name: one for one in fields(owner)}[name]
+    spec = owner.__dataclass_fields__[name]
 
     def take(text: str) -> Any:
-        kind = kind_of(spec)
-        try:
-            value = kind(os.path.expanduser(text))
-        except ValueError:
-            value = text
+        value: Any = os.path.expanduser(text)
+        with suppress(ValueError):  # which the check refuses
+            value = kind_of(spec)(value)
         try:
             check_value(value, spec, option)
         except ProblemError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         return value
 
-    about = spec.metadata["help"].replace("%", "%%")
-    if spec.default not in ("", None):
-        about += f" (default: {spec.default})"
-    parser.add_argument(option, type=take, default=spec.default, help=about, **more)
+    parser.add_argument(option, type=take, default=spec.default, help=about(spec), **more)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -85,25 +87,19 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
 def commands(package: str, known: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
     """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME.
 
-    Without a name, or with --help, the names are listed.
-
     Args:
-        known: each name, and what it does in one line.
+        known: each name, and what it does in one line; listed without a name, or with --help.
     """
-    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
 
     def main(_: object) -> None:
-        if name in ("", "-h", "--help"):
+        if name in ("-h", "--help"):
             print(f"usage: python -m {package} NAME ... (NAME --help says more)\n")
-            width = max(map(len, known))
-            print("\n".join(f"  {key:<{width}}  {about}" for key, about in known.items()))
-        elif name.startswith("-"):
-            raise ProblemError(
-                f"{name} comes before the name; first give one of {', '.join(known)}"
-            )
+            for key, text in known.items():
+                print(f"  {key:<12}  {text}")
         elif name not in known:
             raise unknown(f"name for python -m {package}", name, known)
         else:
-            import_module(f"{package}.{name}").main(rest[:-1])
+            import_module(f"{package}.{name}").main(rest)
 
     return run(main)

@@ -1,6 +1,8 @@
-"""The config of a run: settings dataclasses declare its keys, YAML and the command line fill it.
+"""The config of a run: dataclass fields declare its keys, YAML and the command line fill it.
 
-`engine.settings` declares what all methods share, `trainers.SETTINGS` each method's own constants.
+Each class here is a section; a key is a field's name in capitals behind the section's, such as
+FORGET.RANK, with a dot for two underscores. A method's own constants stand beside its code and are
+listed in `trainers.SETTINGS` (TRAINER.FORGETLORA.LR).
 
 Layers, each over the one before, in CoOp's order: the defaults, `configs/datasets/DATASET.yaml`, a
 `--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY
@@ -14,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,14 @@ from yacs.config import CfgNode
 
 from engine.files import read_text
 from engine.log import logger
-from engine.settings import SECTIONS, ForgetSettings, TrainerSettings
 from forgetting.errors import ProblemError, nearest, shown, unknown
-from forgetting.settings import allowed, check_value, kind_of
+from forgetting.settings import allowed, check_value, kind_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
 MODES = ("SINGLE", "MULTICLASS")
-PATHS = {  # where ~ is the user's home
-    *("OUTPUT_DIR", "DATASET.ROOT", "DATASET.IMAGES", "MODEL.INIT_WEIGHTS", "FEATURES.DIR"),
-    *("FEATURES.CACHE", "FORGET.PROMPTS", "FORGET.RETAIN_NAMES"),
-}
+TERMS = ("forget", "preserve", "weight")  # of the paper's loss
 # Options of train.py and the keys that they set.
 OPTIONS = {
     "dataset": "DATASET.NAME",
@@ -75,6 +73,136 @@ INSTEAD = {
 }
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    output_dir: str = setting("output", "folder of the results", low=1)
+    seed: int = setting(
+        0, "seed of all random numbers; there is no run without one (Dassl's -1)", 0, 2**32 - 1
+    )
+    log: str = setting(
+        "",
+        "also send the numbers of logs.json, and a descent's objective, to tensorboard or wandb",
+        choices=("", "tensorboard", "wandb"),
+    )
+    use_cuda: bool = setting(True, "use a GPU where there is one")
+    trainer__name: str = setting("ForgetLoRA", "name of the method")
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    name: str = setting("", "name of the data set")
+    root: str = setting("data", "folder that holds the image sets", low=1)
+    images: str = setting(
+        "", "images of your own: a folder with a folder per class, or a CSV of path and class"
+    )
+    template: str = setting("", "evaluation prompt, {} for the class; empty: the data set's own")
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    num_workers: int | None = setting(
+        None, "processes that load images; none: by the cores", 0, 128
+    )
+    test__batch_size: int | None = setting(
+        None, "images that are encoded at once; none: 32 on a CPU, 256 on a GPU", 1, 65536
+    )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    precision: str = setting(
+        "fp32",
+        "arithmetic of the image encoder; bf16 and fp16 are faster where the hardware has them, "
+        "and change embeddings a little",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    init_weights: str = setting("", "checkpoint of the backbone; empty: download")
+    backbone__name: str = setting(
+        "RN50", "RN50, ViT-B/16, ViT-L/14, ..., mini, open_clip:NAME[/PRETRAINED] or hf:DIR", low=1
+    )
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    dir: str = setting("", "folder of feature bundles: no model, no images")
+    cache: str = setting("cache", "folder for weights and encoded features", low=1)
+
+
+@dataclass(frozen=True)
+class ForgetSettings:
+    """What is forgotten, from which inputs, and the constants that methods share. `unlisted` are
+    the paper's weights for a backbone that `FORGET.WEIGHTS` does not name."""
+
+    classes: tuple[str, ...] = setting(
+        (), "class to forget (repeatable), or all; without one: the list of forget_cls.py"
+    )
+    multiclass: bool = setting(False, "forget all classes at once")
+    part: str = setting("", "i/n: of the requests every n-th from the i-th on; empty: all")
+    overwrite: bool = setting(False, "do classes again that are done")
+    save_model: bool = setting(False, "write the full state dict beside each adapter")
+    protect: tuple[str, ...] = setting(
+        (), "name that must not be harmed (repeatable); beside those of protect in forget_cls.py"
+    )
+    prompts: str = setting(
+        "", "JSON file, class name -> texts; empty: forget_prompts of forget_cls.py"
+    )
+    retain_names: str = setting(
+        "", "file of names to retain, one per line; empty: the data set's vocabulary"
+    )
+    target: str = setting(
+        "", "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE"
+    )
+    beta: float = setting(
+        0.1,
+        "how far beyond zero opposite and specific go: margin for the class against harm",
+        above=-1,
+        high=1e6,
+    )
+    similarity: float = setting(
+        0.95,
+        "cosine with a forgotten text from which on a name is not retained; 1: all are",
+        above=0,
+        high=1,
+    )
+    terms: tuple[str, ...] = setting(
+        TERMS,
+        "terms of the paper's loss; leave one out to switch it off",
+        low=1,
+        choices=TERMS,
+    )
+    lamb_preserve: float | None = setting(
+        None, "weight of the retained texts; none: that of WEIGHTS", 0, 1e6
+    )
+    lamb_forget: float | str | None = setting(
+        None,
+        "weight of the forgotten texts, auto: just above the one from which texts reach their "
+        "target; none: that of WEIGHTS",
+        low=0,
+        high=1e6,
+        choices=("auto",),
+    )
+    lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
+    rank: int = setting(5, "rank of the adapter", 1, 1024)
+    alpha: float = setting(1.0, "scale of the adapter: times alpha / rank", 1e-6, 1e6)
+    noise_std: float = setting(
+        0.5, "noise on the empty prompt while it lies nearest to a class to forget", 0, 1e6
+    )
+    unlisted__lamb_preserve: float = setting(0.3, "weight of the retained texts there", 0, 1e6)
+    unlisted__lamb_forget: float | str = setting(
+        "auto", "weight of the forgotten texts there", 0, 1e6, choices=("auto",)
+    )
+
+
+SECTIONS = {
+    "": RunSettings,
+    "DATASET": DatasetSettings,
+    "DATALOADER": LoaderSettings,
+    "MODEL": ModelSettings,
+    "FEATURES": FeatureSettings,
+    "FORGET": ForgetSettings,
+}
+
+
 @cache
 def declared() -> dict[str, Field]:
     """Every key of the config, and the dataclass field that declares it."""
@@ -82,18 +210,11 @@ def declared() -> dict[str, Field]:
 
     own = {f"TRAINER.{name.upper()}": cls for name, cls in SETTINGS.items() if cls is not None}
     return {
-        ".".join(filter(None, (section, spec.name.upper()))): spec
+        f"{section}.{spec.name.upper()}".lstrip(".").replace("__", "."): spec
         for section, cls in (SECTIONS | own).items()
         for spec in fields(cls)
         if "help" in spec.metadata
     }
-
-
-def methods() -> list[str]:
-    """The names of all methods."""
-    from trainers import SETTINGS
-
-    return sorted(SETTINGS)
 
 
 def extend_cfg(cfg: CfgNode) -> None:
@@ -131,29 +252,26 @@ def load(
         ProblemError: a file, key or value that does not fit, with the nearest known key.
     """
     from engine import get_cfg_default  # Dassl's where it is installed
+    from trainers import SETTINGS
 
     if len(opts) % 2:
         raise ProblemError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
     line = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
-    of_user = _read(config_file)
-    of_set = _read(dataset_config_file)
-    # These two names decide which files of ours are read first.
+    of_set, of_user = _read(dataset_config_file), _read(config_file)
+    # These two names decide which files of ours are read.
     named = dict([*of_set, *of_user, *line])
-    trainer = str(named.get("TRAINER.NAME", TrainerSettings().name))
-    if trainer not in methods():
-        raise unknown("trainer", trainer, methods())
+    trainer = str(named.get("TRAINER.NAME", RunSettings().trainer__name))
+    if trainer not in SETTINGS:
+        raise unknown("trainer", trainer, SETTINGS)
     dataset = str(named.get("DATASET.NAME", ""))
     known = {path.stem: path for path in (CONFIGS / "datasets").glob("*.yaml")}
-    our_set = known.get(dataset, known[ANY_DATASET])
-    our_method = CONFIGS / "trainers" / f"{trainer}.yaml"  # where it departs from the defaults
+    methods = {path.stem: path for path in (CONFIGS / "trainers").glob("*.yaml")}
 
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    _merge(cfg, _read(our_set), f" (in {our_set})")
-    _merge_file(cfg, of_set, dataset_config_file)
-    _merge(cfg, _read(our_method) if our_method.exists() else [], f" (in {our_method})")
-    _merge_file(cfg, of_user, config_file)
-    _merge(cfg, line, "")
+    _merge_files(cfg, known.get(dataset, known[ANY_DATASET]), dataset_config_file, of_set)
+    _merge_files(cfg, methods.get(trainer, ""), config_file, of_user)
+    _merge(cfg, line)
     if dataset:
         cfg.DATASET.NAME = dataset
     cfg.freeze()
@@ -180,49 +298,50 @@ def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
     cfg[leaf] = value
 
 
-def _merge_file(cfg: CfgNode, pairs: Sequence[tuple[str, Any]], file: str) -> None:
-    """Merge a file of the user's, and log what it sets and what has no effect."""
-    idle = [key for key, _ in pairs if OF_DASSL.fullmatch(key)]
-    pairs = [(key, value) for key, value in pairs if key not in idle]
-    _merge(cfg, pairs, f" (in {file})")
+def _merge_files(
+    cfg: CfgNode, ours: str | Path, theirs: str, given: Sequence[tuple[str, Any]]
+) -> None:
+    """Merge a file of ours, and what a file of the user's says; log what that sets."""
+    _merge(cfg, _read(ours), ours)
+    idle = [key for key, _ in given if OF_DASSL.fullmatch(key)]
+    pairs = [(key, value) for key, value in given if key not in idle]
+    _merge(cfg, pairs, theirs)
     if pairs:
-        logger.info(f"{file} sets {', '.join(dict.fromkeys(key for key, _ in pairs))}")
+        logger.info(f"{theirs} sets {', '.join(dict.fromkeys(key for key, _ in pairs))}")
     if idle:
-        logger.warning(
-            f"{file}: without effect here, where no image trains anything: {', '.join(idle)}"
-        )
+        words = "without effect here, where no image trains anything"
+        logger.warning(f"{theirs}: {words}: {', '.join(idle)}")
 
 
-def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], source: str) -> None:
-    """Set keys of `cfg`; `source` is named in refusals."""
+def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str | Path = "") -> None:
+    """Set keys of `cfg`; the `file` that they come from is named in refusals."""
     keys = declared()
+    where = f" (in {file})" if file else ""
     for key, value in pairs:
         if key in keys:
             value = _coerce(value, keys[key])
-            if key in PATHS and isinstance(value, str):
-                value = os.path.expanduser(value)
             try:
                 check_value(value, keys[key], key)
             except ProblemError as error:
-                raise ProblemError(f"{error}{source}") from error
+                raise ProblemError(f"{error}{where}") from error
             _set(cfg, key.split("."), value)
         elif key.startswith(f"{WEIGHTS}."):
             backbone, _, mode = key.removeprefix(f"{WEIGHTS}.").rpartition(".")
             if not backbone or mode not in MODES:
                 raise ProblemError(
-                    f"{key}: must be {WEIGHTS}.BACKBONE.SINGLE or .MULTICLASS{source}"
+                    f"{key}: must be {WEIGHTS}.BACKBONE.SINGLE or .MULTICLASS{where}"
                 )
             _set(cfg.FORGET.WEIGHTS, [backbone, mode], _literal(value))
         elif OF_DASSL.fullmatch(key):
             instead = f"; instead: {INSTEAD[key]}" if key in INSTEAD else ""
             raise ProblemError(
                 f"{key} is a key of Dassl's or CoOp's without effect here, where no image trains "
-                f"anything{instead}{source}"
+                f"anything{instead}{where}"
             )
         elif value is not None or not any(one.startswith(f"{key}.") for one in (*keys, WEIGHTS)):
             close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
             meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""
-            raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){source}")
+            raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){where}")
 
 
 def _literal(value: Any) -> Any:
@@ -234,10 +353,10 @@ def _literal(value: Any) -> Any:
 
 
 def _coerce(value: Any, spec: Field) -> Any:
-    """`value` as the setting holds it: 1e-6, which YAML takes for text, and texts of the line."""
+    """`value` as the setting holds it: 1e-6, which YAML takes for text, texts of the line, ~."""
     kind = kind_of(spec)
     if kind is str and isinstance(value, str):
-        return value
+        return os.path.expanduser(value)
     value = _literal(value)
     if kind is tuple and isinstance(value, str):
         return (value,)
@@ -249,43 +368,40 @@ def _coerce(value: Any, spec: Field) -> Any:
 # YAML
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses a key that stands twice in one mapping, of which YAML would drop the first."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would drop the first, and aliases, by which a
+    small file may be huge."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep=True)
-        if len(found) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"the key {twice} stands twice in the mapping of line {line}")
-        return found
+    def compose_node(self, parent: yaml.Node, index: int) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands twice in one mapping")
+        return node
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; {} if there is nothing but comments.
 
     Raises:
-        ProblemError: no YAML file by its name (yacs would execute a .py), none that can be read, a
-            key that stands twice in one mapping, or an alias, by which a small file may be huge.
+        ProblemError: no YAML file by its name (yacs would execute a .py), or none that can be read.
     """
     path = Path(os.path.expanduser(path))
     if path.suffix not in (".yaml", ".yml"):
         raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
     if not path.exists():
-        folder = path.parent if path.parent.is_dir() else CONFIGS
-        there = {str(one): one.stem for one in folder.rglob("*.y*ml")}
-        close = nearest(path.stem, there.values(), n=1)
-        meant = [one for one, stem in there.items() if stem in close][:1]
-        raise ProblemError(
-            f"no config file {path}" + (f"; did you mean {meant[0]}?" if meant else "")
-        )
-    text = read_text(path, "config file")
+        ours = [str(file.relative_to(CONFIGS.parent)) for file in CONFIGS.rglob("*.yaml")]
+        raise ProblemError(f"no config file {path}; did you mean {nearest(str(path), ours, 1)}?")
     try:
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.AliasEvent):
-                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases are not read")
-        tree = yaml.load(text, Loader=_Loader)
+        tree = yaml.load(read_text(path, "config file"), Loader=_Loader)
+    except ProblemError:
+        raise
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ProblemError(f"config file {path}: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):
@@ -307,19 +423,15 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]
             yield key, value
 
 
-# The paper's weights
-
-
 def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
-    """lamb_forget (or "auto"), lamb_preserve and lamb_weight: the command line's, else those of the
-    data set for this backbone and mode, else those of a backbone that it does not name. A term that
-    `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
+    """The paper's lamb_forget (or "auto"), lamb_preserve and lamb_weight: the command line's, else
+    those of the data set for this backbone and mode, else those of a backbone that it does not
+    name. A term that `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
 
     Raises:
         ProblemError: an impossible weight.
     """
-    mode = MODES[cfg.FORGET.MULTICLASS]
-    backbone = cfg.MODEL.BACKBONE.NAME
+    mode, backbone = MODES[cfg.FORGET.MULTICLASS], cfg.MODEL.BACKBONE.NAME
     same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
     listed = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, {}))
     unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
@@ -328,55 +440,41 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
         raise ProblemError(
             f"{WEIGHTS}.{backbone}.{mode} must be [lamb_preserve, lamb_forget], not {shown(pair)}"
         )
-    values = {"LAMB_PRESERVE": pair[0], "LAMB_FORGET": pair[1], "LAMB_WEIGHT": None}
-    values |= {key: cfg.FORGET[key] for key in values if cfg.FORGET[key] is not None}
-    weights = {}
-    for term in ForgetSettings().terms:
-        key = f"LAMB_{term.upper()}"
-        spec = declared()[f"FORGET.{key}"]
-        value = _coerce(values[key], spec)
-        check_value(value, spec, f"FORGET.{key}")
-        weights[key.lower()] = value if term in cfg.FORGET.TERMS else 0.0
+    weights = {"lamb_forget": pair[1], "lamb_preserve": pair[0], "lamb_weight": None}
+    for (name, weight), term in zip(weights.items(), TERMS, strict=True):
+        key = f"FORGET.{name.upper()}"
+        spec, given = declared()[key], value_of(cfg, key)
+        weight = _coerce(weight if given is None else given, spec)
+        check_value(weight, spec, key)
+        weights[name] = weight if term in cfg.FORGET.TERMS else 0.0
     return weights
 
 
-# docs/settings.md
+PAGE = """# Settings
+
+Every key of a run, as its code declares it (`python -m engine.config > docs/settings.md` makes this page).
+Set one by its option, by `KEY VALUE` behind the options, or in a YAML file (`--config-file`).
+`configs/datasets/` holds the loss weights of each data set (`FORGET.WEIGHTS`: backbone, then `SINGLE` or `MULTICLASS`, then `[lamb_preserve, lamb_forget]`), `configs/trainers/` where a method's default differs from the one below.
+"""  # noqa: E501
 
 
 def page() -> str:
     """docs/settings.md: every key with its default, its values and its meaning."""
-    lines = [
-        "# Settings",
-        "",
-        "Every key of a run, as its code declares it (`python -m engine.config > docs/settings.md`"
-        " makes this page).",
-        "Set one by its option, by `KEY VALUE` behind the options, or in a YAML file"
-        " (`--config-file`).",
-        "`configs/datasets/` holds the loss weights of each data set (`FORGET.WEIGHTS`: backbone,"
-        " then `SINGLE` or `MULTICLASS`, then `[lamb_preserve, lamb_forget]`),"
-        " `configs/trainers/` where a method's default differs from the one below.",
-    ]
+    lines, section = [PAGE.rstrip()], None
     options = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items()}
-    section = None
     for key, spec in declared().items():
-        above = key.rpartition(".")[0]
-        if above != section:
-            section = above
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
             lines += ["", f"## {section or 'Run'}", ""]
             lines += ["| key | option | default | values | meaning |", "| --- " * 5 + "|"]
         default = "none" if spec.default is None else spec.default
         default = ", ".join(default) if isinstance(default, tuple) else default
         cells = (f"`{key}`", options.get(key, ""), default, allowed(spec), spec.metadata["help"])
         lines.append(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |")
-    departures = [
-        (file.stem, *pair)
-        for file in sorted((CONFIGS / "trainers").glob("*.yaml"))
-        for pair in _read(file)
-        if pair[0] != "TRAINER.NAME"
-    ]
     lines += ["", "## Defaults that differ by method", "", "| method | key | default |"]
     lines += ["| --- " * 3 + "|"]
-    lines += [f"| {method} | `{key}` | {value} |" for method, key, value in departures]
+    for file in sorted((CONFIGS / "trainers").glob("*.yaml")):
+        lines += [f"| {file.stem} | `{k}` | {v} |" for k, v in _read(file) if k != "TRAINER.NAME"]
     return "\n".join(lines) + "\n"
 
 

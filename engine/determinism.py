@@ -31,12 +31,8 @@ def set_random_seed(seed: int) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Work on one CPU thread, in torch and in the libraries behind numpy and scikit-learn.
-
-    The matrices of a solve or an audit are small: a second thread gains little on an idle machine,
-    waits in a spin on a busy one (tenfold times were seen), and would tie the last digits to the
-    core count.
-    """
+    """Work on one CPU thread, in torch and in the libraries behind numpy and scikit-learn: the
+    matrices of a solve or an audit are small, and the last digits depend on the core count."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,6 +44,5 @@ def one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _libraries(modules: int) -> ThreadpoolController:
-    """The libraries with threads of their own. Finding them takes milliseconds, so it is done anew
-    only where the number of imported modules has changed."""
+    """The libraries with threads of their own; searched for anew where modules were imported."""
     return ThreadpoolController()

@@ -1,4 +1,4 @@
-"""Text and JSON of foreign files, and names and paths that stay where they belong.
+"""Text and JSON of foreign files, their shape, and names and paths that stay where they belong.
 
 Files are written by `forgetting.io.atomic_path`: whole or not at all.
 """
@@ -7,24 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from forgetting.errors import ProblemError
-
-EMPTY_NAME = "%"  # no escaped name is a bare percent sign, so it can stand for ""
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """ProblemError unless a file can be written at `path`: nothing is there, or a regular file (no
-    device or pipe, in whose place a file would be put), in a folder that can be written to."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ProblemError(f"{os.fspath(path)} is not a regular file; choose another name")
-    folder = next(above for above in Path(path).absolute().parents if above.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ProblemError(f"cannot write {os.fspath(path)}: no file can be made in {folder}")
+from forgetting.errors import ProblemError, line, shown
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
@@ -51,16 +42,14 @@ def parse_json(text: str) -> Any:
         ValueError: no JSON, nested too deeply, or an object with one key twice.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} stands twice in one object")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        ((key, count),) = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
+        if count > 1:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        return dict(pairs)
 
     try:
-        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=once)
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -76,8 +65,7 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
 
 
 def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> None:
-    """Write `obj` as JSON in UTF-8, floats at full precision; compact unless indented: files that
-    grow with the number of classes take ten times as long to write with an indent."""
+    """Write `obj` as JSON in UTF-8, floats at full precision."""
     from forgetting.io import write_bytes  # who only reads files does not wait for torch
 
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
@@ -92,25 +80,75 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def escape(name: str) -> str:
-    """A class name as one file name: no separator, not hidden, never "." or ".." or empty.
-
-    Two names never become one. There are cars called "C/V". The result is ASCII; it is up to
-    nine times as long as `name`, and file systems end at 255 bytes.
-    """
-    if not name:
-        return EMPTY_NAME
-    escaped = quote(name, safe=" ()'", errors="surrogatepass")
+    """A class name as one ASCII file name: no separator, not hidden, never "." or ".." or empty.
+    Two names never become one; there are cars called "C/V"."""
+    escaped = quote(name, safe=" ()'", errors="surrogatepass") or "%"  # which no other name becomes
     return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
 
 
-def inside(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> Path:
+def inside(root: str | os.PathLike[str], relative: str) -> Path:
     """`root`/`relative`, with `..` resolved; ProblemError if that leaves `root`.
 
-    For paths that come from a file (a split file names its images). Links are not followed: a
-    user may keep an image folder on another disk behind a link of their own.
+    For paths that come from a file. Links are not followed: a user may keep an image folder on
+    another disk behind a link of their own.
     """
-    text = os.fspath(relative)
-    normal = os.path.normpath(text)
-    if "\0" in text or os.path.isabs(text) or normal.split(os.sep)[0] == os.pardir:
-        raise ProblemError(f"path {text!r} leads out of {os.fspath(root)}; it must stay below it")
+    normal = os.path.normpath(relative)
+    if "\0" in relative or os.path.isabs(relative) or normal.split(os.sep)[0] == os.pardir:
+        raise ProblemError(f"path {relative!r} leads out of {os.fspath(root)}")
     return Path(root) / normal
+
+
+class Kind(NamedTuple):
+    """A kind of value, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+NUMBER = Kind("a number", _number)
+NUMBER_OR_NONE = Kind("a number", lambda value: value is None or _number(value))
+FRACTION = Kind(
+    "a number from 0 to 1", lambda value: value is None or (_number(value) and 0 <= value <= 1)
+)
+
+
+def check(value: Any, shape: Any, where: str | Path, *path: str | int) -> None:
+    """Raise ProblemError, one line, unless a value of foreign JSON or of a list has a shape.
+
+    Args:
+        shape: a `Kind`; a list of one shape (`[TEXT]`), or of one and `...` for at least one
+            element; `{str: shape}` for an object with any keys; or an object with the keys that are
+            named, where "?" behind a name lets it be missing and other keys hold anything.
+        where: the file; path: the keys that lead to the value in it.
+    """
+
+    def refuse(words: str) -> ProblemError:
+        keys = line(" / ".join(map(str, path))) or "all of it"
+        return ProblemError(f"{where}: {keys} must be {words}, not {shown(value)}")
+
+    if isinstance(shape, Kind):
+        if not shape.fits(value):
+            raise refuse(shape.words)
+    elif isinstance(shape, list):
+        if not isinstance(value, list | tuple) or len(value) < len(shape) - 1:
+            raise refuse("a list" if len(shape) == 1 else "a list that is not empty")
+        for number, element in enumerate(value):
+            check(element, shape[0], where, *path, number)
+    elif not isinstance(value, dict):
+        raise refuse("an object")
+    elif str in shape:
+        for key, element in value.items():
+            check(element, shape[str], where, *path, key)
+    else:
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name in value:
+                check(value[name], inner, where, *path, name)
+            elif name == key:
+                raise refuse(f"an object with {name}")

@@ -2,10 +2,8 @@
 
 Results are printed. Everything else goes through `logger`, the logger "clip_forget" of stdlib
 `logging`: `info` for the course of the work, `warning` for what a reader of the numbers must know,
-`debug` for `log.txt` alone. `--quiet` (`engine.cli`) leaves the warnings.
-
-Dassl's own Logger is not used: it closes the console once it is collected, and keeps writing a
-second run into the first run's log.
+`debug` for `log.txt` alone. `--quiet` (`engine.cli`) leaves the warnings. Dassl's own Logger is not
+used: it closes the console once it is collected.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -65,7 +64,6 @@ logger.setLevel(logging.DEBUG)
 logger.propagate = False
 screen = Screen(logging.INFO)
 logger.addHandler(screen)
-_logged_once: set[str] = set()
 
 
 @contextmanager
@@ -80,11 +78,10 @@ def quiet(on: bool = True) -> Iterator[None]:
         screen.setLevel(before)
 
 
+@cache
 def once(level: int, text: str) -> None:
     """Log a message that stays true, once in a run."""
-    if text not in _logged_once:
-        _logged_once.add(text)
-        logger.log(level, text)
+    logger.log(level, text)
 
 
 def progress(
@@ -94,10 +91,8 @@ def progress(
     initial: float = 0,
     unit: str = "it",
 ) -> Bar:
-    """A tqdm bar with the time left; a bar that ends within half a second leaves no trace.
-
-    A file or a pipe gets a state every half minute instead of ten per second.
-    """
+    """A tqdm bar with the time left; a bar that ends within half a second leaves no trace. A file
+    or a pipe gets a state every half minute instead of ten per second."""
     terminal = sys.stderr.isatty()
     return Bar(
         items,
@@ -118,11 +113,8 @@ def progress(
 def run_log() -> Iterator[Callable[[Path], None]]:
     """Record what is logged within the body. The function that is yielded takes a folder, and
     writes all of it and what follows to `log.txt` there; a run that is refused before writes
-    nothing. An existing log is continued.
-
-    The function raises ProblemError if the file cannot be written.
-    """
-    _logged_once.clear()
+    nothing. An existing log is continued. ProblemError if the file cannot be written."""
+    once.cache_clear()
     memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
     handlers: list[logging.Handler] = [memory]
     logger.addHandler(memory)
@@ -159,12 +151,9 @@ def environment() -> str:
 
     lines = [f"Python: {platform.python_version()} on {platform.platform()}"]
     for package in REPORTED:
-        try:
+        with suppress(PackageNotFoundError):
             lines.append(f"{package}: {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package}: missing")
     cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else platform.machine()
-    lines.append(f"device: {'cuda' if cuda else 'cpu'} ({device})")
+    lines.append(f"device: {torch.cuda.get_device_name() if cuda else platform.machine()}")
     lines.append(f"torch threads: {torch.get_num_threads()}")
     return "\n".join(lines)

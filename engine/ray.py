@@ -1,10 +1,8 @@
 """Many tasks: one after the other in this process, or spread by Ray over cores and machines.
 
 A task is a function of one item that can be begun again: what it finished before is skipped. So it
-does not matter where a task runs, in which order, or how often it is begun. A Ray is started on
-this machine, or that of `RAY_ADDRESS` is joined; all machines of a cluster see the same files at
-the same places (this repository, its environment, data, cache and results). Only this file knows
-Ray.
+does not matter where a task runs, in which order, or how often it is begun. All machines of a
+cluster see the same files at the same places. Only this file knows Ray.
 """
 
 from __future__ import annotations
@@ -42,10 +40,7 @@ class LauncherSettings:
     )
     cpus: float = setting(1.0, "cores that a task requests from Ray", 0, 1024)
     gpus: float = setting(
-        1.0,
-        "GPUs that a task requests from Ray where there are any; 0.25: four tasks share one",
-        low=0,
-        high=64,
+        1.0, "GPUs that a task requests where there are any; 0.25: four tasks share one", 0, 64
     )
     tries: int = setting(3, "how often a task is begun again whose worker died", 0, 100)
 
@@ -58,10 +53,9 @@ def add_launcher(parser: ArgumentParser) -> None:
 
 def launcher(args: Namespace) -> LauncherSettings:
     """The settings of a command line; ProblemError if Ray is wanted and not installed."""
-    values = {spec.name: getattr(args, spec.name) for spec in fields(LauncherSettings)}
     if args.launcher == "ray":
         _import_ray()
-    return LauncherSettings(**values)
+    return LauncherSettings(args.launcher, args.cpus, args.gpus, args.tries)
 
 
 def spread(
@@ -85,9 +79,14 @@ def spread(
                 yield item, error
         return
     with cluster() as ray:
-        resources, at_once = _resources(ray, how)
-        logger.info(f"ray: {len(items)} tasks, {min(at_once, len(items))} at once")
-        remote = ray.remote(max_retries=how.tries, **resources)(_in_folder)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = how.gpus if any(machine.get("GPU") for machine in machines) else 0.0
+        if not any(m.get("CPU", 0) >= how.cpus and m.get("GPU", 0) >= gpus for m in machines):
+            words = f"{how.cpus:g} CPU and {gpus:g} GPU"
+            raise ProblemError(f"no machine of Ray has {words} for a task (--cpus, --gpus)")
+        logger.info(f"ray: {len(items)} tasks")
+        options = {"max_retries": how.tries, "num_cpus": how.cpus, "num_gpus": gpus}
+        remote = ray.remote(**options)(_in_folder)
         running = {remote.remote(os.getcwd(), task, item): item for item in items}
         while running:
             (ended,), _ = ray.wait(list(running))
@@ -105,14 +104,8 @@ def spread(
 
 @contextmanager
 def cluster(cores: int | None = None) -> Iterator[ModuleType]:
-    """The module `ray`, connected; a Ray that was started here is ended again.
-
-    Args:
-        cores: of a Ray that is started here; None: those of the machine.
-
-    Raises:
-        ProblemError: the package is missing, or the cluster cannot be reached.
-    """
+    """The module `ray`, connected; a Ray that was started here, with `cores` of this machine or
+    all, is ended again. ProblemError if the package is missing or the cluster cannot be reached."""
     ray = _import_ray()
     if ray.is_initialized():
         yield ray
@@ -130,8 +123,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
             **({} if address else own),
         )
     except Exception as error:  # of a network, or of versions that differ
-        where = f"the cluster {address}" if address else "this machine"
-        raise ProblemError(f"Ray is not available on {where} ({reason(error)})") from error
+        raise ProblemError(f"Ray cannot be had at {address or 'home'}: {reason(error)}") from error
     try:
         yield ray
     finally:
@@ -152,30 +144,12 @@ def _import_ray() -> ModuleType:
         ) from error
 
 
-def _resources(ray: ModuleType, how: LauncherSettings) -> tuple[dict[str, float], int]:
-    """What a task requests from Ray, and how many such tasks the cluster runs at once."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": how.cpus}
-    if any(machine.get("GPU") for machine in machines):
-        wanted["GPU"] = how.gpus
-    wanted = {kind: count for kind, count in wanted.items() if count}
-    at_once = sum(
-        min((int(machine.get(kind, 0) / count) for kind, count in wanted.items()), default=1)
-        for machine in machines
-    )
-    if not at_once:
-        words = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items())
-        raise ProblemError(f"no machine of Ray has {words} for a task (--cpus, --gpus)")
-    return {"num_cpus": how.cpus, "num_gpus": wanted.get("GPU", 0.0)}, at_once
-
-
 def _in_folder(folder: str, task: Callable[[Item], Result], item: Item) -> Result:
     """Run a task on a worker in the folder to which its paths are relative."""
     try:
         os.chdir(folder)
     except OSError as error:
         raise ProblemError(
-            f"the machine {os.uname().nodename} has no folder {folder}: all machines of a cluster "
-            "must see the same files (docs/scale.md)"
+            f"{os.uname().nodename} has no folder {folder} (docs/scale.md)"
         ) from error
     return task(item)

@@ -27,8 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import escape, read_json, read_text
-from engine.schema import FRACTION, NUMBER, NUMBER_OR_NONE, OBJECT, TEXT, Kind, check
+from engine.files import (
+    FRACTION,
+    NUMBER,
+    NUMBER_OR_NONE,
+    OBJECT,
+    TEXT,
+    Kind,
+    check,
+    escape,
+    read_json,
+    read_text,
+)
 from forgetting.errors import ProblemError, shown
 
 SETTINGS = "settings"  # the key of logs.json beside the labels of a data set

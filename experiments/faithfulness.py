@@ -36,7 +36,7 @@ from experiments.study_data import StudyData, sides
 from experiments.variants import VARIANTS, run_variants
 from forgetting.errors import ProblemError
 from forgetting.problem import ForgetProblem, LowRankEdit
-from trainers.plan import user_lists
+from trainers.inputs import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
 ENCODER, BUNDLED = "RN50", "ViT-B/32"

@@ -35,7 +35,7 @@ from experiments.runs import launch
 from experiments.sweep import DEFAULTS, MODES, runs_of
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import atomic_path
-from trainers.plan import user_lists
+from trainers.inputs import user_lists
 from utils import create_results, summarise
 
 BACKBONES = ("RN50", "ViT-B/16")

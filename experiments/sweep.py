@@ -34,7 +34,7 @@ import pandas as pd
 
 import train
 from engine.cli import COUNT, Parser
-from engine.config import OPTIONS, methods, read_yaml
+from engine.config import OPTIONS, read_yaml
 from engine.files import escape
 from engine.log import logger, quiet
 from engine.ray import add_launcher, launcher
@@ -43,7 +43,8 @@ from evaluation.results import join_label
 from evaluation.tables import average_gains, write_table
 from experiments.runs import Run, launch
 from forgetting.errors import ProblemError, shown, unknown
-from trainers.plan import make_plan
+from trainers import SETTINGS
+from trainers.inputs import make_plan
 from utils import create_results, summarise
 
 TABLE = "sweep.csv"
@@ -85,7 +86,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
     if "datasets" not in given:
         raise ProblemError(f"{path} names no data set, such as datasets: [MiniDigits]")
     varied = DEFAULTS | dict(given)
-    for key, known in (("modes", MODES), ("trainers", methods())):
+    for key, known in (("modes", MODES), ("trainers", SETTINGS)):
         for name in varied[key]:
             if name not in known:
                 raise unknown(f"{key[:-1]} in {path}", name, known)
@@ -134,7 +135,7 @@ def runs_of(
                 argv += [key, str(tuple(value) if isinstance(value, list) else value)]
             with quiet():
                 cfg = train.setup_cfg(train.parse(argv))
-                requests = make_plan(cfg, {}).requests
+                requests = make_plan(cfg).requests
             keys = (backbone, trainer, setting, mode, cfg.DATASET.NAME)
             labels = list(map(join_label, requests))
             runs.append(

@@ -65,7 +65,6 @@ class ExactSettings:
         "0.5 where they are not",
         low=0,
         high=1e6,
-        optional=True,
     )
     generic: float = setting(
         0.5,
@@ -83,7 +82,6 @@ class ExactSettings:
         "in mean squared lengths of a retained hidden state; none: chosen from the names",
         low=1e-12,
         high=1e6,
-        optional=True,
     )
     max_displacement: float | None = setting(
         None,
@@ -91,7 +89,6 @@ class ExactSettings:
         "none: 0.045 where the names of other sets are retained, 0.1 where they are not",
         low=1e-12,
         high=1e6,
-        optional=True,
     )
     specific_ridge: float = setting(
         0.5, "of the target specific, in mean squared lengths of an embedding", 1e-12, 1e6

@@ -18,26 +18,29 @@ def setting(
     high: float | None = None,
     choices: Sequence[str] = (),
     above: float | None = None,
-    optional: bool = False,
 ) -> Any:
     """A dataclass field with its meaning and range. The annotation says the type: `bool`, `int`,
-    `float`, `str` or `tuple[str, ...]`, and behind a `|` what else is allowed.
+    `float`, `str` or `tuple[str, ...]`, and behind a `|` what else is allowed, such as None.
 
     Args:
         default: the value where nothing else is given.
         help: one line without a full stop, shown by `--help` and in docs/settings.md.
         low, high: inclusive bounds, of a text or tuple of its length; above: an exclusive lower
         one. choices: words that are allowed; beside a number they stand for it ("auto").
-        optional: whether None is allowed ("chosen from the names").
     """
     range_ = {"low": low, "high": high, "above": above, "choices": tuple(choices)}
-    return field(default=default, metadata={"help": help, "optional": optional, **range_})
+    return field(default=default, metadata={"help": help, **range_})
 
 
 def kind_of(spec: Field) -> type:
     """The type of a setting's values, from its annotation."""
     words = spec.type if isinstance(spec.type, str) else spec.type.__name__
     return next(kind for kind in (bool, int, float, str, tuple) if words.startswith(kind.__name__))
+
+
+def is_optional(spec: Field) -> bool:
+    """Whether a setting may be None, from its annotation."""
+    return "None" in str(spec.type)
 
 
 def allowed(spec: Field) -> str:
@@ -51,7 +54,7 @@ def allowed(spec: Field) -> str:
     words = "true or false"
     if kind is not bool:
         words = range_in_words(**{key: meta[key] for key in RANGE}, whole=kind is int)
-    return ", or ".join([words, *choices, *(["none"] if meta["optional"] else [])])
+    return ", or ".join([words, *choices, *(["none"] if is_optional(spec) else [])])
 
 
 def check_value(value: Any, spec: Field, name: str) -> None:
@@ -77,7 +80,7 @@ def validate(settings: Any, prefix: str = "") -> None:
 def _fits(value: Any, spec: Field) -> bool:
     meta, kind = spec.metadata, kind_of(spec)
     if value is None:
-        return meta["optional"]
+        return is_optional(spec)
     if kind in (str, tuple):
         words = value if kind is tuple else [value]
         return (

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine.cli import Parser, add_setting, run
+from engine.config import FeatureSettings
 from engine.ray import LauncherSettings
-from engine.settings import FeatureSettings
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 

@@ -16,7 +16,6 @@ from engine.config import (
     OPTIONS,
     check,
     declared,
-    methods,
     page,
     paper_weights,
     read_yaml,
@@ -24,8 +23,9 @@ from engine.config import (
     value_of,
 )
 from forgetting.errors import ProblemError
-from forgetting.settings import allowed, check_value, kind_of, setting, validate
+from forgetting.settings import allowed, check_value, is_optional, kind_of, setting, validate
 from tests.conftest import REPOSITORY
+from trainers import SETTINGS
 
 
 def config(*argv: str) -> CfgNode:
@@ -43,7 +43,7 @@ def test_a_setting_takes_its_default_and_refuses_other_types(key):
     assert about and about == about.strip().rstrip(".") and "\n" not in about
     others = {bool: [1], int: [0.5, True], float: [True, "x", float("nan"), float("inf")]}
     others |= {str: [3], tuple: [3, (1,), ["list"]]}
-    for bad in (*others[kind_of(spec)], *([] if spec.metadata["optional"] else [None])):
+    for bad in (*others[kind_of(spec)], *([] if is_optional(spec) else [None])):
         with pytest.raises(ProblemError, match=key):
             check_value(bad, spec, key)
 
@@ -52,7 +52,7 @@ def test_ranges_include_their_ends_and_exclude_above():
     @dataclass(frozen=True)
     class Example:
         part: float = setting(0.5, "a part", above=0, high=1)
-        count: int | None = setting(None, "a count", low=1, high=9, optional=True)
+        count: int | None = setting(None, "a count", low=1, high=9)
         names: tuple[str, ...] = setting(("a",), "names", low=1, choices=("a", "b"))
         weight: float | str = setting("auto", "a weight", low=0, choices=("auto",))
 
@@ -111,7 +111,7 @@ def test_text_becomes_what_the_key_holds():
 
 def test_settings_are_what_a_run_freezes():
     assert settings(dataset="StanfordDogs") == config("--dataset", "StanfordDogs")
-    for trainer in methods():
+    for trainer in SETTINGS:
         argv = ["--dataset", "StanfordCars", "--trainer", trainer, "--backbone", "ViT-B/16"]
         expected = config(*argv, "FORGET.RANK", "4")
         found = settings(trainer, "StanfordCars", "ViT-B/16", ["FORGET.RANK", "4"])
@@ -122,7 +122,7 @@ def test_settings_are_what_a_run_freezes():
 
 
 def test_a_default_stands_in_one_place():
-    for name in methods():
+    for name in SETTINGS:
         file = CONFIGS / "trainers" / f"{name}.yaml"
         tree = read_yaml(file) if file.exists() else {}
         assert set(tree) <= {"TRAINER", "FORGET"} and tree.get("TRAINER") in (None, {"NAME": name})

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import clip.apply
 import train
 from clip import ClipSource
 from clip.architectures import ARCHITECTURES
@@ -22,7 +23,7 @@ from forgetting.errors import ProblemError
 from tests.clip_fixtures import save_openai
 from tests.conftest import BACKBONE, REPOSITORY, whole_set
 from tests.test_bad_input import caltech
-from trainers import base, inputs
+from trainers import inputs
 from utils import create_results
 
 TOY_KEYS = [
@@ -173,15 +174,15 @@ def test_a_full_model_is_part_of_what_is_done(mini_args, tmp_path, monkeypatch):
     path = tmp_path / "MiniDigits/digit two.safetensors"
     model, config, mine = path.with_suffix(".pt"), path.with_suffix(".json"), tmp_path / "mine.txt"
     mine.write_text("mine")
-    full = base.save_full_model
+    full = clip.apply.save_full_model
 
     def full_disk(*_):
         raise ProblemError("no space left")
 
-    monkeypatch.setattr(base, "save_full_model", full_disk)
+    monkeypatch.setattr(clip.apply, "save_full_model", full_disk)
     assert train.cli([*argv, "--save-model"]) == 2 and not path.exists()
     assert train.cli(argv) == 0 and path.exists() and not model.exists()
-    monkeypatch.setattr(base, "save_full_model", full)
+    monkeypatch.setattr(clip.apply, "save_full_model", full)
     for lost in (None, model, config):
         if lost:
             lost.unlink()

@@ -14,13 +14,13 @@ from benchmarks.__main__ import BENCHMARKS
 from benchmarks.__main__ import cli as benchmarks
 from engine import TRAINER_REGISTRY
 from engine.cli import run
-from engine.config import methods
 from evaluation.tables import average_gains
 from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
+from trainers import SETTINGS
 from utils import create_results
 
 FILE = """
@@ -166,7 +166,7 @@ def test_methods_side_by_side_resume(features, tmp_path, capsys):
 
 
 def test_every_method_can_be_run(features, tmp_path):
-    assert {trainer for trainer, _ in baselines.METHODS.values()} == set(methods())
+    assert {trainer for trainer, _ in baselines.METHODS.values()} == set(SETTINGS)
     for trainer, keys in baselines.METHODS.values():
         argv = ["--features", str(features), "--dataset", "ToyAnimals", "--backbone", "ViT-B/32"]
         argv += ["--output-dir", str(tmp_path), "--forget", "owl", "--trainer", trainer, *keys]

@@ -17,7 +17,6 @@ import tqdm.std
 import train
 from engine.cli import Parser, run
 from engine.log import INTERVAL, logger, once, progress, run_log
-from engine.sink import Sink
 from evaluation.audit.__main__ import main as audit
 
 
@@ -126,7 +125,7 @@ def test_a_missing_package_is_one_line_before_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     line = refused([*toy_args, "--forget", "cat", "--log", "tensorboard"])
-    assert line == "error: --log tensorboard needs the package tensorboard: pip install tensorboard"
+    assert "pip install 'tensorboard'" in line
     assert not (tmp_path / "out").exists()
     assert "'tensorboard'" in refused([*toy_args, "--forget", "cat", "--log", "tensorbord"])
 
@@ -156,12 +155,6 @@ def test_tensorboard_gets_the_numbers_of_the_logs(toy_args, capsys) -> None:
         curve = board.Scalars(f"objective/{name}")
         assert min(event.value for event in curve) >= solver["objective"] - 1e-5
         assert curve[0].value > curve[-1].value and len(curve) > 50
-
-
-def test_a_sink_of_no_kind_takes_nothing(tmp_path: Path) -> None:
-    with Sink("", tmp_path / "numbers") as sink:
-        sink.row("cat", {"a": 1.0}, 0)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_process_stops_no_other():

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from engine.schema import FRACTION, NUMBER, OBJECT, TEXT, check
+from engine.files import FRACTION, NUMBER, OBJECT, TEXT, check
 from evaluation.results import check_logs
 from forgetting.errors import ProblemError
 

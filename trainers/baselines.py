@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
 import datasets
 from clip.retain import GROUPS
@@ -15,6 +15,7 @@ from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, leace, noise, null_space, uce, zeroing
 from forgetting.context import excluded_note
 from forgetting.errors import ProblemError
+from forgetting.io import need
 from forgetting.problem import Batch, Request
 from forgetting.settings import setting
 from trainers.base import ForgetTrainer, Solved, register
@@ -33,8 +34,8 @@ class ForgetNothing(ForgetTrainer):
     targets = ()
 
     def solve_one(self, request: Request) -> Solved:
-        w, d = self.model.projection.shape
-        return Solved(torch.zeros(w, 0), torch.zeros(0, d), {"texts": request.texts})
+        w, d = self.projection.shape
+        return Solved(torch.zeros(w, 0), torch.zeros(0, d))
 
 
 @register
@@ -67,8 +68,8 @@ class ForgetZero(ForgetTrainer):
 
     def solve_one(self, request: Request) -> Solved:
         hidden = request.hidden.double().to(self.device)
-        left, right = zeroing(hidden, self.model.projection.double(), self.model.bias)
-        return Solved(left.float(), (1 + BEYOND) * right.float(), {"texts": request.texts})
+        left, right = zeroing(hidden, self.projection.double(), self.bias)
+        return Solved(left.float(), (1 + BEYOND) * right.float())
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,13 @@ class ForgetAscent(ForgetTrainer):
             raise ProblemError(f"{self.plan.dataset} has one class: ascent has no other to go to")
         own = [self.plan.classnames.index(request.classes[index]) for index in request.owner]
         own, limit = torch.tensor(own, device=self.device), self.settings.below / len(names)
-        hidden, w = request.hidden.double().to(self.device), self.model.projection.double()
-        answer = ascend(hidden, w, names, own, lr, steps, limit, self.model.bias)
+        hidden, w = request.hidden.double().to(self.device), self.projection.double()
+        answer = ascend(hidden, w, names, own, lr, steps, limit, self.bias)
         before, after = float(answer.before.max()), float(answer.after.max())
         notes = [f"{answer.steps} steps: largest probability {before:.3g} -> {after:.3g}"]
         if not answer.reached:
             notes.append(f"warning: not below {limit:.3g} after {steps} steps")
         report = {
-            "texts": request.texts,
             "steps": answer.steps,
             "reached": answer.reached,
             "probability_before": answer.before.tolist(),
@@ -151,10 +151,7 @@ class RetainingTrainer(ForgetTrainer):
         excluded = self.retain.excluded(request.same, request.hidden, owner).any(dim=0)
         rows, names = self.retain.rows[~excluded].double(), self.retain.named(excluded)
         if not len(rows):
-            raise ProblemError(
-                f"no name is left to retain beside {', '.join(request.classes)} of "
-                f"{self.plan.dataset}: {type(self).__name__} needs some"
-            )
+            raise ProblemError(f"{type(self).__name__}: no name is left to retain")
         notes = excluded_note(names, request.classes)
         return rows, {"retained": len(rows), "excluded": names}, notes
 
@@ -164,30 +161,22 @@ class EditTrainer(RetainingTrainer):
 
     Its default target `opposite` needs nothing but the text itself and, unlike the empty prompt,
     is no reason of its own for other words to keep the class: compare ForgetExact with `opposite`.
+    A method has `left(hidden, gram, count)`: from `H_f` (k, w) and `H_r^T H_r` (w, w) over `count`
+    retained texts, float64, to the factor (w, k), what to report, and lines for the reader.
     """
 
     def solve_one(self, request: Request) -> Solved:
         target, draws = self.targets_without_bias(Batch([request]))
         retained, report, excluded_notes = self.retained_beside(request)
         hidden = request.hidden.double().to(self.device)
-        displacement = target.to(hidden) - hidden @ self.model.projection.double()  # (k, d)
+        displacement = target.to(hidden) - hidden @ self.projection.double()  # (k, d)
         left, more, notes = self.left(hidden, retained.T @ retained, len(retained))  # (w, k)
         missed = (hidden @ left) @ displacement - displacement  # (k, d)
         size = torch.linalg.matrix_norm(displacement)
         residual = float(torch.linalg.matrix_norm(missed) / size) if size > 0 else 0.0
         notes.append(f"the texts go {1 - residual:.1%} of their way to the target")
-        report |= more | {"residual": residual, "texts": request.texts, "target_draws": draws[0]}
+        report |= more | {"residual": residual, "target_draws": draws[0]}
         return Solved(left.float(), displacement.float(), report, notes + excluded_notes)
-
-    def left(
-        self, hidden: Tensor, gram: Tensor, count: int
-    ) -> tuple[Tensor, dict[str, Any], list[str]]:
-        """The factor (w, k) of the change, what to report beside it, and lines for the reader.
-
-        Args:
-            hidden: `H_f`, (k, w) float64; gram: `H_r^T H_r`, (w, w), over `count` retained texts.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must have a closed form")
 
 
 @dataclass(frozen=True)
@@ -251,24 +240,20 @@ class ForgetLEACE(RetainingTrainer):
     targets = ()
 
     @classmethod
-    def check_settings(cls, cfg) -> None:
-        if importlib.util.find_spec("concept_erasure") is None:
-            raise ProblemError(
-                "ForgetLEACE needs the package concept-erasure: pip install -r requirements.txt"
-            )
+    def check_settings(cls, cfg: CfgNode) -> None:
+        need("concept_erasure", "concept-erasure")
 
     def solve_one(self, request: Request) -> Solved:
         retained, report, excluded_notes = self.retained_beside(request)
-        texts = []
+        texts, prompts = [], []
         for index, name in enumerate(request.classes):
             prompt = self.bundle.class_hidden[[self.plan.classnames.index(name)]]
+            prompts.append(self.bundle.template.replace(BARE, datasets.clean_name(name)))
             mine = [row for row, owner in enumerate(request.owner) if owner == index]
             texts.append(torch.cat([request.hidden[mine], prompt]).double().to(self.device))
-        left, right, apart = leace(texts, retained, self.model.projection.double())
+        left, right, apart = leace(texts, retained, self.projection.double())
         notes = [f"{apart:.1%} of the distance between the class's texts and the retained is left"]
         if apart > ERASED:
             notes.append("warning: little was erased: the class's texts hardly correlate with it")
-        template = self.bundle.template
-        prompts = [template.replace(BARE, datasets.clean_name(name)) for name in request.classes]
         report |= {"apart": apart, "texts": list(dict.fromkeys([*request.texts, *prompts]))}
         return Solved(left.float(), right.float(), report, notes + excluded_notes)

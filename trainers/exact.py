@@ -7,13 +7,15 @@ import json
 from functools import cached_property
 from typing import Any
 
-from clip.retain import GENERIC, GROUPS, PROTECT, Names, exact_context
+from yacs.config import CfgNode
+
+from clip.retain import GENERIC, GROUPS, PROTECT, exact_context
 from engine.determinism import one_thread
 from engine.log import logger
 from forgetting.context import ExactSettings, ForgetContext
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
-from forgetting.problem import Batch
+from forgetting.problem import Batch, Request
 from forgetting.recipe import Recipe
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA
@@ -21,19 +23,15 @@ from trainers.base import TARGETS, ForgetTrainer, Solved, register
 from trainers.requests import read_target
 
 
-def exact_settings(cfg, d: int | None = None) -> ExactSettings:
-    """The settings of a run; `d`: the width of the embeddings. Without it the target is left out,
-    which may stand in a file."""
-    forget, node = cfg.FORGET, cfg.TRAINER.FORGETEXACT
-    target = {}
-    if d is not None:
-        beta = float(forget.BETA) if forget.TARGET in WITH_BETA else 0.0
-        target = {"target": read_target(forget.TARGET, d), "beta": beta}
+def exact_settings(cfg: CfgNode, d: int | None = None) -> ExactSettings:
+    """The settings of a run; `d`: the width of the embeddings, if it is known."""
+    forget = cfg.FORGET
     return ExactSettings(
-        **target,
+        target=read_target(forget.TARGET, d),
+        beta=float(forget.BETA) if forget.TARGET in WITH_BETA else 0.0,
         noise_std=float(forget.NOISE_STD),
         similarity=float(forget.SIMILARITY),
-        **{key.lower(): value for key, value in node.items()},
+        **{key.lower(): value for key, value in cfg.TRAINER.FORGETEXACT.items()},
     )
 
 
@@ -53,8 +51,9 @@ class ForgetExact(ForgetTrainer):
     batch_size = 256
 
     @classmethod
-    def check_settings(cls, cfg) -> None:
-        settings = exact_settings(cfg).chosen(listed=bool(cfg.TRAINER.FORGETEXACT.OTHERS))
+    def check_settings(cls, cfg: CfgNode) -> None:
+        settings = exact_settings(cfg)
+        settings = settings.chosen(listed=settings.others > 0)
         if not settings.own + settings.vocabulary + settings.others:
             raise ProblemError(
                 "TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0"
@@ -68,10 +67,16 @@ class ForgetExact(ForgetTrainer):
     @cached_property
     def context(self) -> ForgetContext:
         """What all requests are solved in."""
-        settings = exact_settings(self.cfg, self.bundle.text_projection.shape[1])
+        settings = exact_settings(self.cfg, self.projection.shape[1])
+        more = {}  # groups of names that the bundles do not hold
+        if self.plan.protect:
+            more[PROTECT] = self.texts.protected(self.plan.protect, self.others)
+        if self.encode is not None and settings.generic > 0:
+            names = generic_names()
+            more[GENERIC] = names, self.encode(names)
         others, text = list(self.others.values()), self.texts.target_text(settings.target)
         with one_thread():
-            return exact_context(settings, self.bundle, others, self.device, self.more, text)
+            return exact_context(settings, self.bundle, others, self.device, more, text)
 
     @property
     def encoder(self) -> str:
@@ -80,25 +85,14 @@ class ForgetExact(ForgetTrainer):
         parts = [self.run_settings.get(key) for key in keys]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    @cached_property
-    def more(self) -> dict[str, Names]:
-        """Groups of names that the bundles do not hold."""
-        more = {}
-        if self.plan.protect:
-            more[PROTECT] = self.texts.protected(self.plan.protect, self.others)
-        if self.texts.encode is not None and self.cfg.TRAINER.FORGETEXACT.GENERIC > 0:
-            names = generic_names()
-            more[GENERIC] = names, self.texts.encode(names)
-        return more
-
     def retained_names(self) -> RetainSet:
         ridge = self.context.settings.ridge
         logger.info(f"ridge {ridge:.2g} of a hidden state's mean squared length")
         return self.context.retain
 
-    def read(self, requests: Batch) -> Batch:
+    def requests(self, block: list[list[str]]) -> list[Request]:
         _ = self.retain  # once for all requests, and not timed as a solve
-        return Batch(self.texts.with_paraphrases(requests))
+        return self.texts.with_paraphrases(super().requests(block))
 
     def solve(self, requests: Batch) -> list[Solved]:
         """Forget them completely; see `forgetting.context`."""

@@ -1,25 +1,176 @@
-"""What a run reads: the model or bundles of features, and the texts of its classes."""
+"""What a run reads: a plan from names alone, checked before anything is encoded; then the model or
+bundles of features."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
 import datasets
 from clip.architectures import identity_sha256
-from clip.bundle import FeatureBundle, load_bundles
+from clip.bundle import FeatureBundle, list_bundles, load_bundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
+from datasets.names import entries
+from engine.files import TEXT, check, read_json
+from evaluation.results import SETTINGS
 from evaluation.zero_shot import Evaluator
-from forgetting.errors import unknown
-from trainers.plan import Plan
-from trainers.requests import Texts, check_prompts
+from forgetting.errors import ProblemError, reason, shown
+from trainers.requests import Encode, Texts
+
+ALL = "all"
+LISTS = "forget_cls.py"
+PROMPTS = {str: [TEXT, ...]}  # class name -> its texts
+LISTS_SHAPE = {
+    "all_ds": [TEXT],
+    "mini_ds": [TEXT],
+    "forget_classes_all": {str: [TEXT]},
+    "forget_prompts?": {str: PROMPTS},
+    "protect?": [TEXT],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One data set's run.
+
+    Attributes:
+        classnames: of the data set, by label.
+        requests: lists of class names; each is forgotten at once, from the original model.
+        others: the other sets to evaluate on; absent: sets of the group that cannot be, and why.
+        protect: names that must not be harmed.
+        prompts: class name -> texts by which it is forgotten, in place of its bare name.
+        vocabulary: names to retain beside the classes.
+    """
+
+    dataset: str
+    classnames: list[str]
+    requests: list[list[str]]
+    others: list[str]
+    absent: dict[str, str]
+    protect: list[str]
+    prompts: dict[str, list[str]]
+    vocabulary: list[str]
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.vocabulary).encode()).hexdigest()[:16]
+
+
+def make_plan(cfg: CfgNode) -> Plan:
+    """Check the names of a config and list the work.
+
+    Raises:
+        ProblemError: a data set, file or class that is not there, with the nearest.
+    """
+    dataset, backbone, forget = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, cfg.FORGET
+    lists = user_lists()
+    absent: dict[str, str] = {}
+    if cfg.FEATURES.DIR:
+        model_options = forget.SAVE_MODEL, cfg.MODEL.INIT_WEIGHTS, cfg.DATASET.IMAGES
+        if any(model_options) or cfg.MODEL.PRECISION != "fp32":
+            raise ProblemError(
+                "--images, --save-model, --weights and --precision need a model, and --features "
+                "runs without one; leave them out, or use `python -m clip.apply` afterwards"
+            )
+        bundle = load_bundle(cfg.FEATURES.DIR, backbone, dataset)
+        classnames, vocabulary = bundle.classnames, bundle.retain_names
+        others = [name for name in list_bundles(cfg.FEATURES.DIR, backbone) if name != dataset]
+    else:
+        classnames = datasets.load(dataset, cfg.DATASET.ROOT, cfg.DATASET.IMAGES).classnames
+        vocabulary = datasets.retain_vocabulary(dataset)
+        group = lists.mini_ds if dataset in lists.mini_ds else lists.all_ds
+        states = datasets.available(cfg.DATASET.ROOT)
+        wanted = [datasets.spec(name).name for name in group if name != dataset]
+        others = [name for name in wanted if states[name] is None]
+        if dataset in group:  # nobody misses them beside a set of one's own
+            absent = {name: states[name] for name in wanted if states[name] is not None}
+    if forget.RETAIN_NAMES:
+        what = "names to retain (FORGET.RETAIN_NAMES)"
+        names = [text for _, text in entries(Path(forget.RETAIN_NAMES), what)]
+        vocabulary = list({datasets.key(n): datasets.clean_name(n) for n in names}.values())
+        if not vocabulary:
+            raise ProblemError(f"{what}: {forget.RETAIN_NAMES} holds no name")
+    classes = _classes(cfg, classnames, lists.forget_classes_all.get(dataset, []))
+    requests = [classes] if forget.MULTICLASS else [[name] for name in classes]
+    if forget.PART:
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", forget.PART)
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= count:
+            raise ProblemError(f"FORGET.PART must be i/n such as 2/4, not {shown(forget.PART)}")
+        requests = requests[number - 1 :: count]
+    protect = list(dict.fromkeys([*forget.PROTECT, *getattr(lists, "protect", [])]))
+    forgotten = {datasets.key(name) for name in classes} if ALL not in forget.CLASSES else set()
+    for name in protect:
+        if not name.strip():
+            raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
+        if datasets.key(name) in forgotten:
+            raise ProblemError(
+                f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
+            )
+    prompts = _prompts(cfg, classnames, getattr(lists, "forget_prompts", {}).get(dataset, {}))
+    return Plan(dataset, classnames, requests, others, absent, protect, prompts, vocabulary)
+
+
+def _classes(cfg: CfgNode, classnames: list[str], listed: list[str]) -> list[str]:
+    """The class names to forget, as the data set spells them."""
+    dataset, names = cfg.DATASET.NAME, list(cfg.FORGET.CLASSES) or listed
+    if not names:
+        raise ProblemError(f"no class of {dataset} to forget: add it to {LISTS} or use --forget")
+    if ALL in names and ALL not in classnames:
+        if len(names) > 1:
+            raise ProblemError(f"--forget {ALL} stands for every class of {dataset}; name no other")
+        names = classnames
+    classes = list(dict.fromkeys(datasets.match(name, classnames, dataset) for name in names))
+    if cfg.FORGET.MULTICLASS and set(classes) == set(classnames):
+        raise ProblemError(f"all classes of {dataset} at once leave none to retain")
+    if SETTINGS in classes:
+        raise ProblemError(f"a class {SETTINGS!r} would hide the settings in logs.json; rename it")
+    return classes
+
+
+def _prompts(
+    cfg: CfgNode, classnames: list[str], listed: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """The texts by which classes are forgotten: those of the file `FORGET.PROMPTS`, else those that
+    forget_cls.py lists."""
+    path, prompts = cfg.FORGET.PROMPTS, {}
+    if path:
+        listed = read_json(path, "file of prompts")
+        check(listed, PROMPTS, f"file of prompts {path}")
+    for given, texts in listed.items():
+        name = datasets.match(given, classnames, f"{cfg.DATASET.NAME} (prompts)")
+        if name in prompts:
+            raise ProblemError(f"prompts: two entries name {name!r}, one of them {given!r}")
+        if not all(text.strip() for text in texts):
+            raise ProblemError(f"prompts: a text of {given!r} is empty")
+        prompts[name] = texts
+    return prompts
+
+
+def user_lists() -> ModuleType:
+    """The lists of forget_cls.py, which users edit by hand.
+
+    Raises:
+        ProblemError: the file cannot be run, or a list has another type.
+    """
+    try:
+        import forget_cls
+    except (Exception, SystemExit) as error:  # it is a program, and may do anything
+        hint = "; names of classes need quotes" if isinstance(error, NameError) else ""
+        raise ProblemError(f"{LISTS}: {reason(error)}{hint}") from error
+    check(vars(forget_cls), LISTS_SHAPE, LISTS)
+    return forget_cls
 
 
 class RunInputs:
@@ -38,6 +189,11 @@ class RunInputs:
         weights, precision = cfg.MODEL.INIT_WEIGHTS or None, cfg.MODEL.PRECISION
         model = cfg.MODEL.BACKBONE.NAME, weights, cfg.FEATURES.CACHE
         return ClipSource(*model, self.device, precision)
+
+    @cached_property
+    def encode(self) -> Encode | None:
+        """From texts to hidden states; None without a model."""
+        return self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
 
     @cached_property
     def bundles(self) -> dict[str, FeatureBundle]:
@@ -60,24 +216,12 @@ class RunInputs:
                 )
                 for name in names
             }
-        own = bundles[plan.dataset]
-        check_prompts(plan.prompts, own)
         if cfg.FORGET.RETAIN_NAMES:
-            hidden = self._hidden_of_names(own, plan.vocabulary)
+            own = bundles[plan.dataset]
+            hidden = Texts(own, self.encode).hidden(plan.vocabulary, "name to retain")
             own = replace(own, retain_names=plan.vocabulary, retain_hidden=hidden)
-        return bundles | {plan.dataset: own}
-
-    def _hidden_of_names(self, bundle: FeatureBundle, names: list[str]) -> Tensor:
-        """Hidden states (n, w) of names: encoded, or without a model those of the bundle."""
-        if self.source is not None:
-            return FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts(names)
-        known = [*bundle.classnames, *bundle.retain_names]
-        rows = torch.cat([bundle.forget_hidden, bundle.retain_hidden])
-        row_of = {datasets.key(name): row for name, row in zip(known, rows, strict=True)}
-        for name in names:
-            if datasets.key(name) not in row_of:
-                raise unknown("name to retain (--features has no model to encode it)", name, known)
-        return torch.stack([row_of[datasets.key(name)] for name in names])
+            bundles = bundles | {plan.dataset: own}
+        return bundles
 
     @property
     def bundle(self) -> FeatureBundle:
@@ -89,8 +233,7 @@ class RunInputs:
 
     @cached_property
     def texts(self) -> Texts:
-        encode = self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
-        return Texts(self.bundle, encode, self.plan.prompts, self.cfg.SEED)
+        return Texts(self.bundle, self.encode, self.plan.prompts, self.cfg.SEED)
 
     @cached_property
     def accuracies(self) -> Evaluator:  # SimpleTrainer of Dassl has an `evaluator`

@@ -41,7 +41,7 @@ class PaperTrainer(ForgetTrainer):
         """The problem of all requests together, the retained names that are excluded with each
         request, (R, n) bool, and what to report of each request beside its solution."""
         target, draws = self.targets_without_bias(requests)
-        w = self.model.projection
+        w = self.projection
         problem = ForgetProblem(
             projection=w,
             forget_hidden=requests.hidden.to(w),
@@ -55,12 +55,11 @@ class PaperTrainer(ForgetTrainer):
         excluded = requests.of_requests(by_class)
         reports = [
             {
-                "texts": request.texts,
                 "target_draws": drawn,
-                "retained": len(mask) - int(mask.sum()),
-                "excluded": self.retain.named(mask),
+                "retained": int((~row).sum()),
+                "excluded": self.retain.named(row),
             }
-            for request, drawn, mask in zip(requests, draws, excluded, strict=True)
+            for drawn, row in zip(draws, excluded, strict=True)
         ]
         return problem, excluded, reports
 
@@ -84,22 +83,20 @@ class ForgetLoRA(PaperTrainer):
             problem, requests.of_text, excluded, generators, settings, self.show_step
         )
         answers = []
+        fields = ("lamb_forget", "objective", "reduction")
         for solution, report in zip(solutions, reports, strict=True):
-            fields = ("lamb_forget", "objective", "reduction")
+            trials, notes = solution.trials, []
             report |= {key: getattr(solution, key) for key in (*fields, "reached")}
             report["trials"] = [
-                {key: getattr(trial, key) for key in (*fields, "step")} for trial in solution.trials
+                {k: getattr(trial, k) for k in (*fields, "step")} for trial in trials
             ]
             report["target"] = self.cfg.FORGET.TARGET
-            notes = []
             if not solution.reached:
                 notes = [
-                    f"no trial of {len(solution.trials)} moved the texts by "
-                    f"{settings.reduction:.0%} of their way; the best, {solution.reduction:.1%}, "
-                    "is kept"
+                    f"no trial of {len(trials)} moved the texts by {settings.reduction:.0%} of "
+                    f"their way; the best, {solution.reduction:.1%}, is kept"
                 ]
-            history = torch.cat([trial.history for trial in solution.trials])
-            curves = {"objective": history} if self.cfg.LOG else {}
+            curves = {"objective": torch.cat([trial.history for trial in trials])}
             answers.append(Solved(solution.left, solution.right, report, notes, curves=curves))
         return answers
 
@@ -107,15 +104,12 @@ class ForgetLoRA(PaperTrainer):
         """Show where a descent is, and now and then its three norms (3, R), the mean over
         requests."""
         settings, count = self.settings, norms.shape[1]
-        together = f"{count} at once, " if count > 1 else ""
-        where = f"{together}trial {trial + 1} of at most {settings.max_trials}, step {step}"
+        where = f"{count} at once, trial {trial + 1} of at most {settings.max_trials}, step {step}"
         self.bar.set_postfix_str(f"{where} of {settings.steps}")
         if step % SHOWN_EVERY == 0:
-            forget, preserve, weight = norms.mean(dim=1).tolist()
-            logger.info(
-                f"  {where}: forget norm {forget:.4f}, preserve norm {preserve:.4f}, weight norm "
-                f"{weight:.4f}"
-            )
+            names = ("forget", "preserve", "weight")
+            means = zip(names, norms.mean(dim=1).tolist(), strict=True)
+            logger.info(f"  {where}: {', '.join(f'{name} norm {x:.4f}' for name, x in means)}")
 
 
 @register
@@ -134,11 +128,11 @@ class ForgetOptimum(PaperTrainer):
             way = problem.double.displacement[mine]  # (k, d)
             missed = way - (problem.double.forget_hidden[mine] @ left) @ right
             before, after = (float(torch.linalg.matrix_norm(x)) for x in (way, missed))
-            solution["reduction"] = abs(before - after) / before if before else 1.0
-            report |= solution
+            reduction = abs(before - after) / before if before else 1.0
             note = (
                 f"{solution['branch']}: lamb_forget {solution['lamb_forget']:.4g}, c* "
                 f"{solution['thresholds']['reach']:.4g}, {proof(solution['certificate']['gap'])}"
             )
+            report |= solution | {"reduction": reduction}
             answers.append(Solved(left.float(), right.float(), report, [note]))
         return answers

@@ -2,97 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-import datasets
 from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
+from datasets import clean_name, key, same_meaning
 from datasets.words.lexicon import listed_words
 from engine.determinism import seeded
-from engine.files import read_json
 from engine.log import logger
-from engine.schema import check
 from evaluation.results import join_label
 from evaluation.zero_shot import class_embeddings
-from forgetting.errors import ProblemError, nearest, unknown
+from forgetting.errors import ProblemError, unknown
 from forgetting.io import read_bytes
 from forgetting.problem import Paraphrases, Request
-from forgetting.targets import TARGETS, WITH_BETA, check_beta
-from trainers.plan import PROMPTS, user_lists
+from forgetting.targets import check_target
 
 BARE = "{}"
 TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
 SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
-OPTIONS = (*TARGETS, "text:TEXT", "vector:FILE")
 MISTYPED = 0.85  # similarity to a class from which an unknown name to protect is a likely typo
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
-def read_prompts(cfg) -> dict[str, list[str]]:
-    """The texts by which each class is forgotten: `FORGET.PROMPTS` (a JSON file), else those of
-    `forget_prompts` in forget_cls.py; a class without an entry is forgotten by its bare name.
-
-    Raises:
-        ProblemError: not a dictionary from class names to lists of texts.
-    """
-    path = cfg.FORGET.PROMPTS
-    if not path:
-        return getattr(user_lists(), "forget_prompts", {}).get(cfg.DATASET.NAME, {})
-    table = read_json(path, "file of prompts")
-    check(table, PROMPTS, f"file of prompts {path}")
-    return table
-
-
-def check_prompts(prompts: dict[str, list[str]], bundle: FeatureBundle) -> None:
-    """ProblemError if a key names no class of the set, or two name the same, or a text is empty."""
-    seen: dict[str, str] = {}
-    for key, texts in prompts.items():
-        name = datasets.match(key, bundle.classnames, f"{bundle.dataset} (prompts)")
-        if name in seen:
-            raise ProblemError(
-                f"prompts: {seen[name]!r} and {key!r} name one class of {bundle.dataset}"
-            )
-        if not all(text.strip() for text in texts):
-            raise ProblemError(f"prompts: a text of {key!r} is empty")
-        seen[name] = key
-
-
-def check_target(kind: str, beta: float) -> None:
-    """ProblemError if `kind` is no target (FORGET.TARGET), or `beta` no number for it."""
-    name, _, value = kind.partition(":")
-    if name == "vector":
-        if not Path(value).is_file():
-            raise ProblemError(f"target vector {value}: no such file (FORGET.TARGET vector:FILE)")
-    elif kind not in TARGETS and not (name == "text" and value.strip()):
-        raise unknown("target (FORGET.TARGET)", kind, OPTIONS)
-    if kind in WITH_BETA:
-        check_beta(kind, beta)
-
-
-def read_target(kind: str, d: int) -> str | Tensor:
-    """A target as the library takes it: `vector:FILE` is read, the tensor `target`, (d,) or (1, d),
-    of a safetensors file; any other stays what it is."""
+def read_target(kind: str, d: int | None = None) -> str | Tensor:
+    """A target as the library takes it: of `vector:FILE` the tensor `target`, (d,) or (1, d), of a
+    safetensors file; any other stays what it is. ProblemError if it is none."""
     name, _, path = kind.partition(":")
     if name != "vector":
+        check_target(kind)
         return kind
     try:
         vector = load(read_bytes(path))["target"].float().flatten()
+        check_target(vector, d=d)
     except (ProblemError, KeyError, SafetensorError) as error:
         raise ProblemError(
             f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
         ) from error
-    if len(vector) != d or not torch.isfinite(vector).all():
-        raise ProblemError(f"target vector {path}: {len(vector)} numbers, expected {d} finite ones")
     return vector
 
 
@@ -115,9 +68,25 @@ class Texts:
         seed: int = 0,
     ) -> None:
         self.bundle, self.encode, self.seed = bundle, encode, seed
-        self.prompts = {datasets.key(name): texts for name, texts in (prompts or {}).items()}
+        self.prompts = prompts or {}
         self.label = {name: label for label, name in enumerate(bundle.classnames)}
-        self._paraphrases: dict[str, Paraphrases] = {}
+
+    @cached_property
+    def names(self) -> dict[str, Tensor]:
+        """The hidden states (w,) of the bare names that the bundle holds, by their keys."""
+        b = self.bundle
+        rows = torch.cat([b.retain_hidden, b.forget_hidden])
+        return dict(zip(map(key, [*b.retain_names, *b.classnames]), rows, strict=True))
+
+    def hidden(self, texts: Sequence[str], what: str) -> Tensor:
+        """Hidden states (n, w) of texts: encoded, or without a model those of the bundle's names.
+        ProblemError if it lacks one; `what` says what it is."""
+        if self.encode is not None:
+            return self.encode(list(map(clean_name, texts)))
+        for text in texts:
+            if key(text) not in self.names:
+                raise _no_model(what, text, self.names)
+        return torch.stack([self.names[key(text)] for text in texts])
 
     def request(self, classes: list[str]) -> Request:
         """The texts by which `classes` are forgotten, and what means the same as each.
@@ -129,29 +98,25 @@ class Texts:
         texts: dict[str, tuple[int, Tensor]] = {}  # text -> its class and hidden state
         for index, name in enumerate(classes):
             held = self._held(name)
-            for template in self.prompts.get(datasets.key(name), [BARE]):
-                text = template.replace(BARE, datasets.clean_name(name))
-                if text in texts:
-                    continue
+            for template in self.prompts.get(name, [BARE]):
+                text = template.replace(BARE, clean_name(name))
                 if text not in held and self.encode is None:
-                    raise ProblemError(
-                        f"no hidden state of {text!r} in the bundle of {bundle.dataset}, and no "
-                        f"model to make one: with --features a class is forgotten by "
-                        f"{' or '.join(map(repr, held))}"
-                    )
-                texts[text] = index, held[text] if text in held else self.encode([text])[0]
+                    raise _no_model(f"text of the bundle of {bundle.dataset}", text, held)
+                if text not in texts:
+                    texts[text] = index, held[text] if text in held else self.encode([text])[0]
         return Request(
             classes,
             list(texts),
             torch.stack([hidden for _, hidden in texts.values()]),
             [owner for owner, _ in texts.values()],
-            same=[datasets.same_meaning([name], bundle.dataset) for name in classes],
+            same=[same_meaning([name], bundle.dataset) for name in classes],
             seed=seeded(self.seed, bundle.dataset, join_label(classes)).initial_seed(),
         )
 
     def _held(self, name: str) -> dict[str, Tensor]:
-        """The hidden states (w,) of a class that the bundle holds, by their texts."""
-        label, plain = self.label[name], datasets.clean_name(name)
+        """The hidden states (w,) of a class that the bundle holds: its bare name's and its
+        evaluation prompt's."""
+        label, plain = self.label[name], clean_name(name)
         return {
             plain: self.bundle.forget_hidden[label],
             self.bundle.template.replace(BARE, plain): self.bundle.class_hidden[label],
@@ -165,42 +130,32 @@ class Texts:
         without one what the bundle brought for an audit. A text that the model takes for another
         class of the set is left out.
         """
-        names = [name for request in requests for name in request.classes]
-        self._encode_paraphrases([n for n in dict.fromkeys(names) if n not in self._paraphrases])
-        return [
-            replace(request, paraphrases=[self._paraphrases[name] for name in request.classes])
-            for request in requests
-        ]
-
-    def _encode_paraphrases(self, names: Sequence[str]) -> None:
-        bundle = self.bundle
-        brought = audit_rows(bundle) if self.encode is None else {}
-        held, new = [], []  # of each class: text -> hidden state; texts to encode
-        for name in names:
+        brought = audit_rows(self.bundle) if self.encode is None else {}
+        known: dict[str, dict[str, Tensor]] = {}  # of each class: text -> hidden state
+        new: dict[str, list[str]] = {}  # of each class: texts to encode
+        for name in dict.fromkeys(name for request in requests for name in request.classes):
             _, prompt = self._held(name).items()
             rows = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
-            held.append(dict([prompt]) | {text: hidden for text, _, hidden in rows})
-            others = [] if self.encode is None else self._other_texts(name)
-            new.append([text for text in others if text not in held[-1]])
-        every = [text for some in new for text in some]
-        rows = iter(self.encode(every) if every else ())
-        for name, known, some in zip(names, held, new, strict=True):
-            known |= zip(some, islice(rows, len(some)), strict=True)
-            hidden = torch.stack(list(known.values()))
-            classes = (bundle.embed(hidden) @ self._classes.T).argmax(dim=1)
-            mine = (classes == self.label[name]).nonzero()[:, 0]
-            texts = list(known)
-            self._paraphrases[name] = Paraphrases([texts[i] for i in mine.tolist()], hidden[mine])
-
-    @cached_property
-    def _classes(self) -> Tensor:
-        return class_embeddings(self.bundle)
+            known[name] = dict([prompt]) | {text: hidden for text, _, hidden in rows}
+            others = self._other_texts(name) if self.encode is not None else []
+            new[name] = [text for text in others if text not in known[name]]
+        every = [text for texts in new.values() for text in texts]
+        encoded = iter(self.encode(every) if every else ())
+        classes = class_embeddings(self.bundle)
+        found = {}
+        for name, rows in known.items():
+            rows |= zip(new[name], encoded, strict=False)
+            hidden = torch.stack(list(rows.values()))
+            nearest = (self.bundle.embed(hidden) @ classes.T).argmax(dim=1)
+            mine = nearest == self.label[name]
+            texts = [text for text, own in zip(rows, mine.tolist(), strict=True) if own]
+            found[name] = Paraphrases(texts, hidden[mine])
+        return [replace(r, paraphrases=[found[name] for name in r.classes]) for r in requests]
 
     def _other_texts(self, name: str) -> list[str]:
         """A class in a few templates, and under other names."""
-        plain, bundle = datasets.clean_name(name), self.bundle
-        own = {datasets.key(other) for other in bundle.classnames}
-        same = sorted(datasets.same_meaning([name], bundle.dataset) - own)
+        plain, bundle = clean_name(name), self.bundle
+        same = sorted(same_meaning([name], bundle.dataset) - set(map(key, bundle.classnames)))
         others = [other for other in bundle.classnames if other != name]
         same += listed_words(name, bundle.dataset, others).synonyms
         return [*dict.fromkeys([*(form.replace(BARE, plain) for form in TEMPLATES), *same])]
@@ -214,27 +169,21 @@ class Texts:
         Raises:
             ProblemError: without a model, a name that no bundle holds.
         """
-        bundles = [self.bundle, *others.values()]
-        classes = [name for bundle in bundles for name in bundle.classnames]
-        known = [*classes, *self.bundle.retain_names]
+        classes: dict[str, list[Tensor]] = {}
+        for bundle in (self.bundle, *others.values()):
+            for label, name in enumerate(bundle.classnames):
+                rows = bundle.forget_hidden[label], bundle.class_hidden[label]
+                classes.setdefault(key(name), []).extend(rows)
         found: list[tuple[str, Tensor]] = []
         for name in names:
-            plain, key = datasets.clean_name(name), datasets.key(name)
-            rows = [
-                row
-                for bundle in bundles
-                for label, classname in enumerate(bundle.classnames)
-                if datasets.key(classname) == key
-                for row in (bundle.forget_hidden[label], bundle.class_hidden[label])
-            ]
-            words = list(map(datasets.key, self.bundle.retain_names))
-            if not rows and key in words:
-                rows = [self.bundle.retain_hidden[words.index(key)]]
-            if not rows and self.encode is None:
-                raise unknown("name to protect (FORGET.PROTECT)", name, known)
-            if not rows and (close := mistyped(name, known)):
-                logger.warning(f"protected as it is written: {name!r}; did you mean {close!r}?")
-            found += [(plain, row) for row in rows or [self.encode([plain])[0]]]
+            rows = classes.get(key(name))
+            if rows is None:
+                rows = self.hidden([name], "name to protect (FORGET.PROTECT)")
+                known = classes | self.names
+                close = get_close_matches(key(name), known, 1, MISTYPED)
+                if close and key(name) not in known:
+                    logger.warning(f"protected as it is: {name!r}; did you mean {close[0]!r}?")
+            found += [(clean_name(name), row) for row in rows]
         texts, rows = zip(*found, strict=True)
         return list(texts), torch.stack(rows)
 
@@ -242,25 +191,8 @@ class Texts:
         """Hidden state (1, w) of the TEXT of a target `text:TEXT`; None for other targets."""
         if not isinstance(kind, str) or not kind.startswith("text:"):
             return None
-        text, bundle = kind.partition(":")[2], self.bundle
-        for names, rows in (
-            (bundle.classnames, bundle.forget_hidden),
-            (bundle.retain_names, bundle.retain_hidden),
-        ):
-            if text in names:
-                return rows[names.index(text)][None]
-        if self.encode is None:
-            raise ProblemError(
-                f"target text {text!r} is no class and no retained name of the bundle of "
-                f"{bundle.dataset}, and --features has no model to encode it"
-            )
-        return self.encode([text])
+        return self.hidden([kind.partition(":")[2]], "target text")
 
 
-def mistyped(name: str, known: Sequence[str]) -> str | None:
-    """The one of `known` that a name is probably mistyped for: all but a letter or two of it."""
-    wanted = datasets.key(name)
-    for other in nearest(name, known, 1):
-        if SequenceMatcher(None, wanted, datasets.key(other)).ratio() >= MISTYPED:
-            return other
-    return None
+def _no_model(what: str, text: str, known: Iterable[str]) -> ProblemError:
+    return ProblemError(f"{unknown(what, text, known)}; --features has no model to encode it")
