@@ -12,10 +12,11 @@ from torch import Tensor
 
 from forgetting.errors import ProblemError, shown
 from forgetting.io import FLOATS, matrix, naming, pack, raw, tensor, unpack, write_bytes
-from forgetting.recipe import TENSORS, Recipe
 
-FORMAT = "clip-forget-adapter/3"
+FORMAT = "clip-forget-adapter/4"
 LARGEST = torch.finfo(torch.float32).max
+
+Excluded = tuple[str, str, int]  # a retained name: its group, the name, and which of its prompts
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,51 @@ class ModelIdentity:
     transposed: bool
     bias: str | None
     others_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One class of a recipe, with its rows of `K_0^-1` for `K_0 = G + mu I`.
+
+    Attributes:
+        dataset, name: of the class.
+        texts: K, by which it is forgotten; hidden: (K, w) float32, their hidden states `h`;
+            base: (K, w) float64, `h K_0^-1`; displacement: (K, d) float64, to their targets.
+        excluded: E names that are not retained with it; excluded_hidden, excluded_base: likewise;
+            excluded_weight: (E,) float64, the weight of each name in G.
+    """
+
+    dataset: str
+    name: str
+    texts: list[str]
+    excluded: list[Excluded]
+    hidden: Tensor
+    base: Tensor
+    displacement: Tensor
+    excluded_hidden: Tensor
+    excluded_base: Tensor
+    excluded_weight: Tensor
+
+
+TEXTS = ("hidden", "base", "displacement")  # tensors of a part with a row for each text
+EXCLUDED = ("excluded_hidden", "excluded_base", "excluded_weight")  # and for each excluded name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What composing needs. Texts and names are known by their strings: the hidden states of one
+    text differ in their last digits from machine to machine.
+
+    Attributes:
+        encoder: digest of what a hidden state depends on beside its text; retain: of all retained
+            names, their groups and weights; mu: the ridge.
+        parts: the classes, in the order in which they came.
+    """
+
+    encoder: str
+    retain: str
+    mu: float
+    parts: list[Part]
 
 
 @dataclass(frozen=True)
@@ -51,7 +97,7 @@ class Adapter:
             as a file in half precision rounds it, if W came from one. Empty if that is not known.
 
     Raises:
-        ProblemError: a field of another type, or factors that do not fit or are not finite.
+        ProblemError: no class, or factors that do not fit or are not finite.
     """
 
     left: Tensor
@@ -69,11 +115,8 @@ class Adapter:
     changed_sha256: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, kind in FIELDS.items():
-            if type(value := getattr(self, name)) is not kind:
-                raise ProblemError(f"{name} must be {kind.__name__}, not {shown(value)}")
-        if not self.classes or not all(type(name) is str for name in self.classes):
-            raise ProblemError(f"classes must be names, not {shown(self.classes)}")
+        if type(self.classes) is not list or not self.classes:
+            raise ProblemError(f"classes must be a list of names, not {shown(self.classes)}")
         r = tensor("left", self.left, FLOATS, (None, None)).shape[1]
         tensor("right", self.right, FLOATS, (r, None))
         # What bounds the numbers of the change, in the precision in which it is stored.
@@ -83,16 +126,12 @@ class Adapter:
     @property
     def solver(self) -> dict[str, Any]:
         """The solver's report."""
-        found = self.record.get("solver")
-        return found if isinstance(found, dict) else {}
+        return self.record.get("solver", {})
 
     @property
     def texts(self) -> list[str]:
         """By which texts: the names, their other words, and paraphrases that were added."""
-        if self.recipe is not None:
-            return list(self.recipe.texts)
-        found = self.solver.get("texts")
-        return [str(text) for text in found] if isinstance(found, list) else list(self.classes)
+        return list(self.solver.get("texts", self.classes))
 
     def delta(self) -> Tensor:
         """The change itself, (w, d) float32."""
@@ -105,17 +144,15 @@ class Adapter:
             ProblemError: the projection is not the one that the adapter was made for, or is that
                 one transposed, (d, w), as a torch.nn.Linear holds it; the message says which.
         """
-        if (given := projection_sha256(projection)) != self.projection_sha256:
+        if projection_sha256(projection) != self.projection_sha256:
             if projection_sha256(projection.T) == self.projection_sha256:
                 raise ProblemError(
-                    "the projection is the one that this adapter was made for, but transposed "
-                    f"{tuple(projection.shape)}, as a torch.nn.Linear holds it: pass weight.T, "
-                    "and write the answer's .T back"
+                    f"the projection {tuple(projection.shape)} is transposed, as a torch.nn.Linear "
+                    "holds it: pass weight.T, and write the answer's .T back"
                 )
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
-                f"{self.weights[:12]}, projection {self.projection_sha256[:12]}), not to the given "
-                f"one ({given[:12]})"
+                f"{self.weights[:12]}, projection {self.projection_sha256[:12]})"
             )
         return self.changed(projection)
 
@@ -125,12 +162,6 @@ class Adapter:
         delta = self.left.cpu().double() @ self.right.cpu().double()  # (w, r) @ (r, d) -> (w, d)
         changed = projection.detach().cpu().double() + delta
         return changed.to(projection.device, dtype or projection.dtype)
-
-
-FIELDS = {
-    **dict.fromkeys(("projection_sha256", "backbone", "weights", "dataset", "trainer"), str),
-    **{"changed_sha256": list, "classes": list, "settings": dict, "record": dict},
-}
 
 
 def projection_sha256(projection: Tensor) -> str:
@@ -156,12 +187,15 @@ def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> 
 
 def adapter_bytes(adapter: Adapter) -> bytes:
     """An adapter as the content of its file; the same adapter gives the same bytes."""
-    fields = {name: getattr(adapter, name) for name in FIELDS}
-    fields["model"] = None if adapter.model is None else asdict(adapter.model)
-    fields["recipe"] = None if adapter.recipe is None else adapter.recipe.fields()
+    fields = {k: v for k, v in vars(adapter).items() if k not in ("left", "right")}
     tensors = {"left": adapter.left.float(), "right": adapter.right.float()}
+    if adapter.model is not None:
+        fields["model"] = asdict(adapter.model)
     if adapter.recipe is not None:
-        tensors |= {f"recipe.{name}": getattr(adapter.recipe, name) for name in TENSORS}
+        parts = [dict(vars(part)) for part in adapter.recipe.parts]
+        for i, part in enumerate(parts):
+            tensors |= {f"{i}.{name}": part.pop(name) for name in TEXTS + EXCLUDED}
+        fields["recipe"] = vars(adapter.recipe) | {"parts": parts}
     return pack(FORMAT, fields, tensors)
 
 
@@ -174,16 +208,16 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     fields, tensors = unpack(path, FORMAT)
     with naming(path):
-        model, recipe = fields.pop("model", None), fields.pop("recipe", None)
         try:
-            factors = {name: tensors.pop(name) for name in ("left", "right")}
-            fields["model"] = None if model is None else ModelIdentity(**model)
-            adapter = Adapter(**factors, **fields)
-        except (TypeError, KeyError) as error:
+            if (model := fields["model"]) is not None:
+                fields["model"] = ModelIdentity(**model)
+            if (recipe := fields["recipe"]) is not None:
+                parts = []
+                for i, part in enumerate(recipe["parts"]):
+                    excluded = [(group, name, row) for group, name, row in part["excluded"]]
+                    rows = {name: tensors[f"{i}.{name}"] for name in TEXTS + EXCLUDED}
+                    parts.append(Part(**part | rows | {"excluded": excluded}))
+                fields["recipe"] = Recipe(**recipe | {"parts": parts})
+            return Adapter(tensors["left"], tensors["right"], **fields)
+        except (TypeError, KeyError, ValueError) as error:
             raise ProblemError(f"an adapter that does not fit together ({error})") from error
-        if recipe is None:
-            return adapter
-        rows = {name.removeprefix("recipe."): x for name, x in tensors.items()}
-        w, d = len(adapter.left), adapter.right.shape[1]
-        object.__setattr__(adapter, "recipe", Recipe.read(recipe, rows, w, d))
-        return adapter

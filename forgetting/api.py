@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256
+from forgetting.compose import make_recipe
 from forgetting.context import Answer, ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
 from forgetting.edited_texts import EmbeddedTexts
@@ -34,7 +35,6 @@ from forgetting.models.modules import tensor_sha256
 from forgetting.models.reading import Tokenize
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
 from forgetting.problem import Paraphrases, Request
-from forgetting.recipe import Recipe
 from forgetting.retain import Group, RetainSet, key
 from forgetting.ridge import choose_ridge
 from forgetting.solvers.constrained import Ridge
@@ -366,7 +366,7 @@ def _forgotten(texts: _Texts, wanted: _Names, context: ForgetContext, answer: An
         trainer=TRAINER,
         settings=settings,
         record={"solver": solver},
-        recipe=Recipe.of(context, answer, DATASET, texts_of),
+        recipe=make_recipe(context, answer, DATASET, texts_of),
         model=identity(encoder),
     )
     if not (torch.isfinite(adapter.left).all() and torch.isfinite(adapter.right).all()):

@@ -10,17 +10,15 @@ without G and without W (`forgetting.solvers.constrained.solve_constraints`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgetting.adapter import Adapter
+from forgetting.adapter import EXCLUDED, TEXTS, Adapter, Part, Recipe
+from forgetting.context import Answer, ForgetContext
 from forgetting.errors import ProblemError, line, shown
-from forgetting.recipe import EXCLUDED, TEXTS, Part, Recipe, rows_of
 from forgetting.solvers.constrained import solve_constraints
 
 # Relative differences. Encoded twice, on other threads or another machine, hidden states differ by
@@ -29,6 +27,34 @@ SAME_TARGET = 1e-3
 SAME_RIDGE = 1e-3
 REFINEMENTS = 8  # steps, each of which gains three digits or more where recipes differ by 1e-3
 MISSED = 1e-6  # of the way to the targets: an answer beyond this is none
+
+
+def make_recipe(context: ForgetContext, answer: Answer, dataset: str, encoder: str) -> Recipe:
+    """The recipe of an answer; `dataset`: of the request's classes, `encoder`: see `Recipe`."""
+    retain, ridge, request = context.retain, context.ridge, answer.request
+    excluded = answer.excluded & (retain.name_weights > 0)  # (C, n)
+    hidden, gram = request.hidden.float(), ridge.gram
+    base = ridge.solve(hidden.to(gram)).cpu()
+    parts = []
+    for i, name in enumerate(request.classes):
+        own = [row for row, owner in enumerate(request.owner) if owner == i]
+        used = excluded[i].nonzero()[:, 0].tolist()
+        rows = retain.rows[used].float()
+        parts.append(
+            Part(
+                dataset,
+                name,
+                texts=[request.texts[row] for row in own],
+                excluded=[retain.ids[j] for j in used],
+                hidden=hidden[own].cpu(),
+                base=base[own],
+                displacement=answer.displacement[own].double().cpu(),
+                excluded_hidden=rows.cpu(),
+                excluded_base=ridge.solve(rows.to(gram)).cpu(),
+                excluded_weight=retain.name_weights[used].double().cpu(),
+            )
+        )
+    return Recipe(encoder, retain.sha256, ridge.mu, parts)
 
 
 def compose(
@@ -41,41 +67,50 @@ def compose(
     costs less is not proved, which would take the retained names.
 
     Raises:
-        ProblemError: no recipe; adapters that do not belong together; a class to be given back
-            that is not there; nothing is left.
+        ProblemError: no recipe; adapters that do not belong together; a text with two targets; a
+            class to be given back that is not there; nothing is left.
     """
-    everyone = dict(adapters) | dict(without or {})
-    (first_where, first), *others = everyone.items()
-    recipes = {where: _recipe(adapter, where) for where, adapter in everyone.items()}
-    for where, adapter in others:
-        _check_fit(first, first_where, adapter, where)
-    recipe = reduce(union, (recipes[where] for where in adapters))
-    for where in without or {}:
-        recipe = difference(recipe, recipes[where], where)
-    if not recipe.parts:
+    everyone = [*adapters.items(), *(without or {}).items()]
+    first_path, first = everyone[0]
+    for path, adapter in everyone:
+        _check_fit(first, first_path, adapter, path)
+    parts = [part for adapter in adapters.values() for part in adapter.recipe.parts]
+    for path, adapter in (without or {}).items():
+        for part in adapter.recipe.parts:
+            same = [other for other in parts if _is_same(part, other)]
+            if not same:
+                names = ", ".join(repr(other.name) for other in parts) or "nothing"
+                raise ProblemError(
+                    f"{path}: forgets {part.name!r}, and what is composed forgets {names}, or that "
+                    "in another way (other texts or another target)"
+                )
+            parts.remove(same[0])
+    if not parts:
         raise ProblemError("nothing is left to forget: use the original projection")
-    left, right, residual = solve(recipe)
+    left, right, residual = solve(parts)
     settings = [adapter.settings for adapter in adapters.values()]
-    made = replace(
+    common = {
+        key: value
+        for key, value in first.settings.items()
+        if all(key in other and other[key] == value for other in settings)
+    }
+    texts = list(dict.fromkeys(text for part in parts for text in part.texts))
+    note = f"a union: its texts miss their targets by {residual:.1e} of the way"
+    solver = {"name": "compose", "texts": texts, "residual": residual, "notes": [note]}
+    return replace(
         first,
         left=left.float(),
         right=right.float(),
-        dataset=" + ".join(dict.fromkeys(part.dataset for part in recipe.parts)),
-        classes=list(dict.fromkeys(part.name for part in recipe.parts)),
-        settings={
-            key: value
-            for key, value in first.settings.items()
-            if all(key in other and other[key] == value for other in settings)
-        },
-        recipe=recipe,
+        dataset=" + ".join(dict.fromkeys(part.dataset for part in parts)),
+        classes=list(dict.fromkeys(part.name for part in parts)),
+        settings=common,
+        record={"solver": solver},
+        recipe=replace(first.recipe, parts=parts),
         changed_sha256=[],  # which takes W
     )
-    note = f"a union: its texts miss their targets by {residual:.1e} of the way"
-    solver = {"name": "compose", "texts": made.texts, "residual": residual, "notes": [note]}
-    return replace(made, record={"solver": solver})
 
 
-def solve(recipe: Recipe) -> tuple[Tensor, Tensor, float]:
+def solve(parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
     """The change that forgets all classes of a recipe at once.
 
     Returns:
@@ -83,16 +118,20 @@ def solve(recipe: Recipe) -> tuple[Tensor, Tensor, float]:
         the texts miss their targets.
 
     Raises:
-        ProblemError: the targets are missed.
+        ProblemError: a text with two targets, or targets that are missed.
     """
-    h, gone = (x.double()[None] for x in (recipe.hidden, recipe.excluded_hidden))
-    base, gone_base = (x.double()[None] for x in (recipe.base, recipe.excluded_base))
-    d, weight = recipe.displacement.double()[None], recipe.excluded_weight.double()[None]
+    targets: dict[str, Tensor] = {}
+    for part in parts:
+        for text, target in zip(part.texts, part.displacement, strict=True):
+            if not _is_near(targets.setdefault(text, target), target):
+                raise ProblemError(f"{text!r} is sent to different targets; forget it in one way")
+    h, base, d = _rows(parts, "texts", TEXTS)
+    excluded = _rows(parts, "excluded", EXCLUDED)
     right, missed = torch.zeros_like(d), d
     try:
         # Rows of recipes from two machines are of a K_0 that differs in its last digits.
         for _ in range(REFINEMENTS):
-            left, step = solve_constraints(h, base, gone, gone_base, weight, missed)
+            left, step = solve_constraints(h, base, *excluded, missed)
             rest = d - h @ left @ (right + step)
             if not rest.norm() < missed.norm():
                 break
@@ -111,100 +150,48 @@ def solve(recipe: Recipe) -> tuple[Tensor, Tensor, float]:
     return left, rotation @ right[0], residual
 
 
-def union(a: Recipe, b: Recipe) -> Recipe:
-    """The classes of both. A text or name of both has the rows that it has in `a`.
-
-    Raises:
-        ProblemError: a text with two targets.
-    """
-    shared = [text for text in b.texts if text in set(a.texts)]
-    ours, theirs = (x.displacement[rows_of(x.texts, shared)].double() for x in (a, b))
-    apart = (ours - theirs).norm(dim=1) > SAME_TARGET * theirs.norm(dim=1)
-    for text, differs in zip(shared, apart.tolist(), strict=True):
-        if differs:
-            raise ProblemError(f"{text!r} is sent to different targets; forget it again in one way")
-    return _joined(a, b, [*a.parts, *b.parts])
+def _rows(parts: Sequence[Part], key: str, names: Sequence[str]) -> list[Tensor]:
+    """Tensors of all parts, (1, n, ...) float64; of a text or name of several the first row."""
+    first: dict[object, int] = {}
+    for i, item in enumerate(item for part in parts for item in getattr(part, key)):
+        first.setdefault(item, i)
+    rows = list(first.values())
+    return [torch.cat([getattr(p, n) for p in parts])[rows].double()[None] for n in names]
 
 
-def difference(recipe: Recipe, given_back: Recipe, where: str) -> Recipe:
-    """A recipe without the classes of another; `where` names that in messages.
-
-    Raises:
-        ProblemError: a class that is not there, or was forgotten in another way.
-    """
-    parts = list(recipe.parts)
-    for part in given_back.parts:
-        named = [p for p in parts if (p.dataset, p.name) == (part.dataset, part.name)]
-        same = [p for p in named if _same(p, recipe, part, given_back)]
-        if same:
-            parts.remove(same[0])
-        elif named:
-            raise ProblemError(
-                f"{where}: {part.name!r} was forgotten in another way there (other texts or "
-                "another target) than in the adapters that it is to be taken out of"
-            )
-        else:
-            left = ", ".join(repr(p.name) for p in parts) or "nothing"
-            raise ProblemError(
-                f"{where}: forgets {part.name!r}, but what is composed forgets {left}"
-            )
-    return _joined(recipe, recipe, parts)
+def _is_near(a: Tensor, b: Tensor) -> bool:
+    """Whether displacements (..., d) are the same but for where they were computed."""
+    return bool(((a - b).norm(dim=-1) <= SAME_TARGET * b.norm(dim=-1)).all())
 
 
-def _joined(a: Recipe, b: Recipe, parts: list[Part]) -> Recipe:
-    """The recipe of some parts of two, with no rows but theirs."""
-    rows: dict[str, Any] = {}
-    for attribute, names in (("texts", TEXTS), ("excluded", EXCLUDED)):
-        wanted = list(dict.fromkeys(item for part in parts for item in getattr(part, attribute)))
-        known = [*getattr(a, attribute), *getattr(b, attribute)]
-        first: dict[Any, int] = {}
-        for i, item in enumerate(known):
-            first.setdefault(item, i)
-        chosen = [first[item] for item in wanted]
-        rows[attribute] = wanted
-        rows |= {n: torch.cat([getattr(a, n), getattr(b, n)])[chosen] for n in names}
-    return replace(a, parts=parts, **rows)
-
-
-def _same(a: Part, a_recipe: Recipe, b: Part, b_recipe: Recipe) -> bool:
+def _is_same(a: Part, b: Part) -> bool:
     """Whether two parts forget one class by the same texts, with the same targets and names."""
-    if set(a.texts) != set(b.texts) or set(a.excluded) != set(b.excluded):
+    if (a.dataset, a.name, set(a.texts)) != (b.dataset, b.name, set(b.texts)):
         return False
-    ours, theirs = (
-        recipe.displacement[rows_of(recipe.texts, a.texts)].double()
-        for recipe in (a_recipe, b_recipe)
-    )
-    return bool(((ours - theirs).norm(dim=1) <= SAME_TARGET * theirs.norm(dim=1)).all())
+    order = [a.texts.index(text) for text in b.texts]
+    same_names = set(a.excluded) == set(b.excluded)
+    return same_names and _is_near(b.displacement, a.displacement[order])
 
 
-def _recipe(adapter: Adapter, where: str) -> Recipe:
-    if adapter.recipe is None:
-        raise ProblemError(
-            f"{where}: adapters of {line(adapter.trainer)} cannot be composed; forget the classes "
-            "again with ForgetExact, or with forget()"
-        )
-    return adapter.recipe
-
-
-def _check_fit(a: Adapter, a_where: str, b: Adapter, b_where: str) -> None:
+def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:
     """Refuse two adapters that are not of one model, one set of retained names, and one ridge."""
-    assert a.recipe is not None and b.recipe is not None
-    compared = [(n, getattr(a, n), getattr(b, n)) for n in ("backbone", "projection_sha256")]
-    for name in ("encoder", "weights", "retain", "mu"):
-        compared.append((WORDS[name], getattr(a.recipe, name), getattr(b.recipe, name)))
-    for name, ours, theirs in compared:
-        if name == WORDS["mu"] and abs(ours - theirs) <= SAME_RIDGE * ours:
-            continue
+    if b.recipe is None:
+        raise ProblemError(
+            f"{b_path}: adapters of {line(b.trainer)} cannot be composed; forget the classes again "
+            "with ForgetExact, or with forget()"
+        )
+    compared = {
+        "backbone": (a.backbone, b.backbone),
+        "projection_sha256": (a.projection_sha256, b.projection_sha256),
+        "the text encoder (or its prompts)": (a.recipe.encoder, b.recipe.encoder),
+        "the set of retained names, or their weights": (a.recipe.retain, b.recipe.retain),
+        "the ridge": (a.recipe.mu, b.recipe.mu),
+    }
+    if abs(a.recipe.mu - b.recipe.mu) <= SAME_RIDGE * a.recipe.mu:
+        del compared["the ridge"]
+    for name, (ours, theirs) in compared.items():
         if ours != theirs:
             raise ProblemError(
-                f"{name} differs: {shown(ours)} in {line(a_where)}, {shown(theirs)} in "
-                f"{line(b_where)}; only adapters of one model, made in the same way, compose"
+                f"{name} differs: {shown(ours)} in {line(a_path)}, {shown(theirs)} in "
+                f"{line(b_path)}; only adapters of one model, made in the same way, compose"
             )
-
-
-WORDS = {
-    "encoder": "the text encoder (or its prompts)",
-    "retain": "the set of retained names",
-    "weights": "the weights of the retained groups",
-    "mu": "the ridge",
-}

@@ -26,11 +26,10 @@ from engine.log import logger, progress
 from evaluation.results import Results, join_label, model_files, place, read_logs
 from evaluation.rows import Row, mean, rows_of
 from evaluation.rules import Fate, fate
-from forgetting.adapter import Adapter, adapter_bytes, projection_sha256
+from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
 from forgetting.errors import ProblemError
 from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
-from forgetting.recipe import Recipe
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA, check_beta, targets
 from trainers.inputs import Plan, RunInputs, make_plan

@@ -12,11 +12,11 @@ from yacs.config import CfgNode
 from clip.retain import GENERIC, GROUPS, PROTECT, exact_context
 from engine.determinism import one_thread
 from engine.log import logger
+from forgetting.compose import make_recipe
 from forgetting.context import ExactSettings, ForgetContext
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import Batch, Request
-from forgetting.recipe import Recipe
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
@@ -99,7 +99,7 @@ class ForgetExact(ForgetTrainer):
         solved = []
         for answer in self.context.forget(requests):
             factors = answer.edit.left.float(), answer.edit.right.float()
-            recipe = Recipe.of(self.context, answer, self.plan.dataset, self.encoder)
+            recipe = make_recipe(self.context, answer, self.plan.dataset, self.encoder)
             report = answer.report() | {"weights": self.retain.weights}
             solved.append(Solved(*factors, report, answer.notes(), recipe=recipe))
         return solved
