@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-import train
 from engine.cli import SEED, Parser
-from engine.log import logger, progress, quiet
+from engine.log import logger
+from engine.ray import LauncherSettings
 from evaluation.tables import method_table
+from experiments.runs import launch, plan_run, refuse_failed
 from forgetting.errors import unknown
 
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
@@ -69,18 +70,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             raise unknown("method", method, METHODS)
     if not any(option.startswith("--forget") for option in options):
         options = ["--forget", "all", *options]
-    shared = ["--features", args.features, "--backbone", args.backbone, "--dataset", args.dataset]
-    shared += ["--seed", str(args.seed)]
-    folders = {}
-    bar = progress(methods, "methods")
-    for method in bar:
-        bar.set_postfix_str(method)
-        trainer, keys = METHODS[method]
+    mode = "at once" if "--multiclass" in options else "alone"
+    options = [option for option in options if option != "--multiclass"]
+    runs, folders = [], {}
+    for method in methods:
+        trainer, pairs = METHODS[method]
         folders[method] = args.out / method / f"seed_{args.seed}"
-        own = ["--trainer", trainer, "--output-dir", str(folders[method])]
-        with quiet():  # what it logs is in log.txt
-            train.main([*shared, *own, *options, *keys])
-    table = method_table(folders, "--multiclass" in options)
+        keys = args.backbone, trainer, method, mode, args.dataset
+        argv = ["--features", args.features, "--quiet", *options, *pairs]
+        runs.append(plan_run(keys, folders[method], argv, args.seed))
+    refuse_failed(launch(runs, LauncherSettings()))
+    table = method_table(folders, mode == "at once")
     # The same for every method that ran on the same classes.
     before = [column for column in table if column.endswith(" before")]
     print(", ".join(f"{column} {table.iloc[0][column]:.2f}" for column in before))

@@ -12,178 +12,133 @@ those of the trainer ForgetLoRA with its weights and its retry (see `variants.py
 
 from __future__ import annotations
 
-import math
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 import datasets
+import train
 from clip.architectures import architecture
 from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from engine.cli import COUNT, Parser
 from engine.determinism import one_thread
-from engine.log import logger, progress
+from engine.log import logger, progress, quiet
 from evaluation.results import join_label
-from evaluation.tables import write_table
-from experiments.reproduce import markdown
-from experiments.study_data import StudyData, sides
+from evaluation.rows import rows_of
+from evaluation.tables import result_table, summarise, write_table
 from experiments.variants import VARIANTS, run_variants
 from forgetting.errors import ProblemError
-from forgetting.problem import ForgetProblem, LowRankEdit
+from forgetting.problem import Batch, LowRankEdit
 from trainers.inputs import user_lists
 
 Lists = dict[str, list[str]]  # data set -> classes
 ENCODER, BUNDLED = "RN50", "ViT-B/32"
 TOGETHER = 3  # classes forgotten at once, as many as the paper's lists hold
-ACCURACIES = ("forgotten", "rest", "others")
+ACCURACIES = ("class", "rest", "others")
 OTHER_NAMES = 20  # classes beside those to forget, where no images say which there are
 
 
-def read_sets(
-    folder: Path, backbone: str, chosen: Iterable[str], opts: Sequence[str] = ()
-) -> dict[str, StudyData]:
-    """The chosen sets of a folder of bundles, with the config keys (KEY VALUE) that are changed."""
-    found = load_bundles(folder, backbone)
-    return {
-        name: StudyData(found[name], {n: b for n, b in found.items() if n != name}, opts=opts)
-        for name in chosen
-    }
-
-
-def problem_of(data: StudyData, classes: list[str]) -> ForgetProblem:
-    """The problem of the trainer ForgetLoRA for `classes`, forgotten at once."""
-    return data.paper_problem(data.task("lora", request=data.texts.request(classes)))
-
-
-def accuracies(
-    data: StudyData, classes: list[str], answers: Sequence[Tensor]
-) -> list[dict[str, float]]:
-    """In percent, for each change (w, d): the forgotten classes (mean), the rest of their set, the
-    other sets (mean), and what each was before; nothing where the set has no images."""
-    if not len(data.bundle.labels):
-        names = [*ACCURACIES, *(f"{name} before" for name in ACCURACIES)]
-        return [dict.fromkeys(names, math.nan)] * len(answers)
-    edits = [LowRankEdit(answer, torch.eye(answer.shape[1])) for answer in answers]
-    found = []
-    for rows in data.rows([classes] * len(edits), edits):
-        shares = pd.DataFrame(sides(rows), index=["before", "after"], dtype=float)
-        after, before = 100 * shares.loc["after"], 100 * shares.loc["before"].add_suffix(" before")
-        found.append(after.to_dict() | before.to_dict())
-    return found
-
-
-def run_problems(sets: dict[str, StudyData], lists: Lists, count: int) -> pd.DataFrame:
-    """The first `count` classes of every list alone, then `TOGETHER` at once: a row for every
-    problem and variant."""
-    frames = []
-    work = [
-        (dataset, classes)
-        for dataset, names in lists.items()
-        for classes in [*([name] for name in names[:count]), names[:TOGETHER]]
+def run_problem(options: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
+    """A row for every variant on the problem of the trainer ForgetLoRA for `classes`, forgotten at
+    once, with accuracies in percent (see `utils.summarise`; NaN without images)."""
+    argv = [*(f"--forget={name}" for name in classes), *options]
+    several = ["--multiclass"] if len(classes) > 1 else []
+    with quiet():
+        trainer = train.build_trainer(train.setup_cfg(train.parse([*several, *argv])))
+        (classes,), dataset = trainer.plan.requests, trainer.plan.dataset
+        problem, excluded, _ = trainer.problem(Batch([trainer.texts.request(classes)]))
+    frame = run_variants(problem.part(slice(None), ~excluded[0]), trainer.settings)
+    edits = [LowRankEdit(x, torch.eye(x.shape[1])) for x in frame.pop("answer")]
+    before, label = trainer.accuracies.before(classes), join_label(classes)
+    rows = [
+        result_table(Path(), rows_of({dataset: {label: entry}}), bool(several))
+        for after in trainer.accuracies.after([classes] * len(edits), edits)
+        for entry in [{"zero_shot": before, "final_results": after}]
     ]
-    bar = progress(work, "problems")
-    for dataset, classes in bar:
-        bar.set_postfix_str(f"{dataset} / {', '.join(classes)}")
-        data = sets[dataset]
-        frame = run_variants(problem_of(data, classes), data.descent)
-        scores = pd.DataFrame(accuracies(data, classes, list(frame.pop("answer"))))
-        mode = "at once" if len(classes) > 1 else "alone"
-        place = {"set": dataset, "mode": mode, "classes": join_label(classes)}
-        frames.append(pd.DataFrame(place, index=frame.index).join([frame, scores]))
-    return pd.concat(frames, ignore_index=True)
+    scores = summarise(pd.concat(rows, ignore_index=True)).rename(columns={"forgotten": "classes"})
+    return scores.assign(mode="at once" if several else "alone").join(frame)
 
 
 def by_variant(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """Means over problems, a row for each value of `by` and variant, and one of the accuracies
     before; percent but for counts and lengths."""
-    count = {"problems": ("variant", "size")}
-    accuracies = {f"{name}, %": (name, "mean") for name in ACCURACIES}
-    columns = count | {
+    columns = {
+        "problems": ("variant", "size"),
         "trials": ("trials", "mean"),
         "above optimum, %": ("above", "mean"),
         "worst, %": ("above", "max"),
         "reduction, %": ("reduction", "mean"),
         "length of Delta": ("size", "mean"),
         "drift of W, %": ("drift", "mean"),
-    }
+    } | {f"{name}, %": (f"{name} after", "mean") for name in ACCURACIES}
     percent = table.assign(**{name: 100 * table[name] for name in ("above", "reduction", "drift")})
-    rows = percent.groupby([by, "variant"], sort=False).agg(**columns, **accuracies)
-    was = table[table["variant"] == VARIANTS[0].name].assign(
-        variant="before", **{name: table[f"{name} before"] for name in ACCURACIES}
-    )
-    before = was.groupby([by, "variant"], sort=False).agg(**count, **accuracies)
-    both = pd.concat([before.dropna(subset=f"{ACCURACIES[0]}, %"), rows]).reset_index()
-    place = list(table[by].unique()).index
-    ordered = both.sort_values(by, key=lambda values: values.map(place), kind="stable")
-    return ordered[[by, "variant", *rows]]
+    was = percent[percent["variant"] == VARIANTS[0].name].assign(variant="before")
+    was[["trials", "above", "reduction", "size", "drift"]] = float("nan")
+    for name in ACCURACIES:
+        was[f"{name} after"] = was[f"{name} before"]
+    both = pd.concat([was.dropna(subset="class before"), percent])
+    means = both.groupby([by, "variant"], sort=False).agg(**columns).reset_index()
+    return means.sort_values(by, kind="stable")
 
 
 def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
-    """How far each variant's accuracies lie from ours on the same problem, in percentage points.
-
-    Returns:
-        A row a variant; for each accuracy its mean difference, the mean and the largest of its
-        size over all problems with images.
-    """
-    problem = ["set", "mode", "classes"]
-    found = table.set_index([*problem, "variant"])[list(ACCURACIES)]
+    """How far each variant's accuracies lie from ours on the same problem, in percentage points: a
+    row a variant; for each accuracy its mean difference, the mean and the largest of its size over
+    all problems with images."""
+    problem = ["data set", "mode", "classes"]
+    found = table.set_index([*problem, "variant"])[[f"{name} after" for name in ACCURACIES]]
     apart = found - found.groupby(level=problem).transform("first")  # the first variant is ours
     groups, sizes = (x.groupby(level="variant", sort=False) for x in (apart, apart.abs()))
     numbers = {"mean": groups.mean(), "mean size": sizes.mean(), "largest": sizes.max()}
-    columns = {
-        f"{name}: {key}": values[name] for name in ACCURACIES for key, values in numbers.items()
-    }
-    shown = pd.DataFrame(columns).round(2) + 0.0
-    shown.insert(0, "problems", groups[ACCURACIES[0]].count())
-    return shown.drop(index=VARIANTS[0].name).reset_index()
+    shown = pd.DataFrame(
+        {
+            f"{name}: {key}": values[f"{name} after"]
+            for name in ACCURACIES
+            for key, values in numbers.items()
+        }
+    )
+    shown.insert(0, "problems", groups["class after"].count())
+    return shown.round(2).drop(index=VARIANTS[0].name).reset_index()
 
 
 def text_bundles(folder: Path, weights: str | None) -> Lists:
     """Bundles without images of the four sets, encoded by an RN50; the classes to forget."""
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(weights) if weights else Path(temporary) / "random.pt"
-        if not weights:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
-            torch.save(model.state_dict(), path)
-        source = ClipSource(ENCODER, path, temporary, "cpu")
-        users = user_lists()
-        lists = {
-            name: [*map(datasets.clean_name, users.forget_classes_all[name])]
-            for name in users.all_ds
-        }
-        for dataset, forgotten in lists.items():
-            vocabulary = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
-            same = set().union(
-                *(datasets.synonyms(dataset).get(key, ()) for key in map(datasets.key, forgotten))
-            )
-            free = [name for name in vocabulary if name not in same]
-            classnames = [*forgotten, *free[:OTHER_NAMES]]
-            template = datasets.spec(dataset).template
-            FeatureBundle(
-                image_features=torch.zeros(0, source.projection.shape[1]),
-                labels=torch.zeros(0, dtype=torch.int64),
-                class_hidden=source.encode_hidden([template.format(name) for name in classnames]),
-                forget_hidden=source.encode_hidden(classnames),
-                retain_hidden=source.encode_hidden(vocabulary),
-                neutral_hidden=source.encode_hidden([""]),
-                text_projection=source.projection,
-                text_bias=source.bias,
-                backbone=ENCODER,
-                weights=source.weights_sha256,
-                dataset=dataset,
-                split="none",
-                template=template,
-                classnames=classnames,
-                retain_names=vocabulary,
-            ).save(bundle_path(folder, ENCODER, dataset))
+    path, users = Path(weights or folder / "random.pt"), user_lists()
+    if not weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = architecture(ENCODER).build().half()  # as OpenAI's archives hold it
+        torch.save(model.state_dict(), path)
+    source = ClipSource(ENCODER, path, folder, "cpu")
+    lists = {}
+    for dataset in users.all_ds:
+        forgotten = [*map(datasets.clean_name, users.forget_classes_all[dataset])]
+        vocabulary = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
+        same = datasets.same_meaning(forgotten, dataset)
+        free = [name for name in vocabulary if name not in same]
+        classnames = [*forgotten, *free[:OTHER_NAMES]]
+        template = datasets.spec(dataset).template
+        FeatureBundle(
+            image_features=torch.zeros(0, source.projection.shape[1]),
+            labels=torch.zeros(0, dtype=torch.int64),
+            class_hidden=source.encode_hidden([template.format(name) for name in classnames]),
+            forget_hidden=source.encode_hidden(classnames),
+            retain_hidden=source.encode_hidden(vocabulary),
+            neutral_hidden=source.encode_hidden([""]),
+            text_projection=source.projection,
+            backbone=ENCODER,
+            weights=source.weights_sha256,
+            dataset=dataset,
+            split="none",
+            template=template,
+            classnames=classnames,
+            retain_names=vocabulary,
+        ).save(bundle_path(folder, ENCODER, dataset))
+        lists[dataset] = forgotten
     return lists
 
 
@@ -200,37 +155,42 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every problem and variant."""
     parser = Parser(prog="python -m experiments faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--features", help="folder of feature bundles; default: encode texts")
-    parser.add_argument("--backbone", help=f"of those bundles (default: {BUNDLED})")
-    parser.add_argument("--weights", help=f"a checkpoint of {ENCODER}; default: random weights")
+    parser.add_argument("--backbone", help=f"backbone of the bundles (default: {BUNDLED})")
+    parser.add_argument("--weights", help=f"checkpoint of {ENCODER}; default: random weights")
     parser.add_argument("--classes", type=COUNT, default=2, help="how many of a set, each alone")
     parser.add_argument("--csv", help="where to write a row for every problem and variant")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
     if (args.features and args.weights) or (args.backbone and not args.features):
         raise ProblemError("--backbone goes with --features, and --weights without it")
-    started = time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         if args.features:
-            folder, backbone, by = Path(args.features), args.backbone or BUNDLED, "set"
-            kind = f"bundles of {args.features}"
+            folder, backbone, by = Path(args.features), args.backbone or BUNDLED, "data set"
             lists = bundled_classes(folder, backbone, max(args.classes, TOGETHER))
         else:
             folder, backbone, by = Path(temporary), ENCODER, "mode"
-            kind = f"weights {args.weights}" if args.weights else "random weights"
             lists = text_bundles(folder, args.weights)
-        sets = read_sets(folder, backbone, lists, args.opts)
-        table = run_problems(sets, lists, args.classes)
-        print_table(f"{backbone}, {kind}: the descent's variants", by_variant(table, by))
-        if table[list(ACCURACIES)].notna().all(axis=1).any():
-            print_table("Distance from ours, percentage points", apart_from_ours(table))
+        shared = ["--features", str(folder), "--backbone", backbone, "--trainer", "ForgetLoRA"]
+        shared += ["--output-dir", f"{temporary}/out", *args.opts]
+        work = [
+            (dataset, classes)
+            for dataset, names in lists.items()
+            for classes in [*([name] for name in names[: args.classes]), names[:TOGETHER]]
+        ]
+        table = pd.concat(
+            [
+                run_problem(["--dataset", dataset, *shared], classes)
+                for dataset, classes in progress(work, "problems")
+            ],
+            ignore_index=True,
+        )
+    tables = {f"{backbone}: the descent's variants": by_variant(table, by)}
+    if table["class after"].notna().any():
+        tables["Distance from ours, percentage points"] = apart_from_ours(table)
+    for title, shown in tables.items():
+        shown = shown.dropna(axis=1, how="all")
+        print(f"\n{title}\n\n{shown.to_string(index=False, float_format='%.4g', na_rep='-')}")
     if args.csv:
         write_table(table, args.csv)
         logger.info(f"\nwritten: {args.csv}")
-    logger.info(f"\n{time.perf_counter() - started:.0f} s in all")
     return table
-
-
-def print_table(title: str, table: pd.DataFrame) -> None:
-    """Print one table of docs/faithfulness.md, without columns that hold no number."""
-    table = table.dropna(axis=1, how="all")
-    print(f"\n{title}\n\n{markdown(table) if len(table) else 'none'}", flush=True)

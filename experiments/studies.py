@@ -3,8 +3,9 @@
     python -m experiments studies [NAME|all] --features DIR [--dataset SET] [--classes 5]
         [--forget NAME] [--solver lora|optimum|constrained] [--out studies] [KEY VALUE ...]
 
-Writes OUT/BACKBONE/DATASET/NAME.csv and NAME.png. Rows that are in the CSV already, made from the
-same settings and bundles, are not made again.
+A setting of a study is a run of train.py with some keys changed. Results of the runs are below
+OUT/BACKBONE/DATASET/NAME, their rows in NAME.csv beside it, drawn in NAME.png. The same command
+resumes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -24,320 +24,289 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
+from clip.retain import exact_context
 from engine.cli import COUNT, SEED, Parser
-from engine.determinism import one_thread
-from engine.files import escape, sha256_file
-from engine.log import logger, progress
-from evaluation.results import join_label
-from evaluation.rows import mean
-from experiments.study_data import SOLVERS, StudyAnswer, StudyData, Task, sides
-from experiments.study_report import PARTS, plot, report
+from engine.config import settings
+from engine.determinism import one_thread, seeded
+from engine.files import escape
+from engine.log import logger
+from engine.ray import LauncherSettings
+from engine.settings import ForgetSettings
+from evaluation.plots import COLOURS, draw_results
+from evaluation.results import split_label
+from evaluation.rows import mean, read_rows
+from evaluation.tables import write_table
+from experiments.runs import Run, launch, plan_run, refuse_failed
+from experiments.sweep import rows_of
+from forgetting import load_adapter
 from forgetting.errors import ProblemError, unknown
-from forgetting.io import atomic_path
-from forgetting.problem import Request
+from forgetting.io import write_bytes
+from trainers.exact import exact_settings
 
-FORMAT = 3  # of the rows; raise it where the same settings begin to mean another answer
 ALL = "all"  # as NAME: every study; of --forget: every class
-KEY = ["study", "dataset", "classes", "solver", "setting", "seed", "settings"]
+SOLVERS = {"lora": "ForgetLoRA", "optimum": "ForgetOptimum", "constrained": "ForgetExact"}
 NEAR = 100  # retained names of the study `retained`
-COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10000)
-RANKS = (1, 2, 5, 10, 50)
-TERMS = ("forget", "preserve", "weight")
+COUNTS = (10, 30, 100, 300, 1000, 3000, 10000)
 BETAS = (0.0, 0.1, 0.2, 1.0)  # of the target opposite
-BROADER = ("hypernym",)  # kinds of an audit's texts that name more than the class
-SAME = 1e-4  # relative distance below which two hidden states are of one text
-
-Settings = dict[str, dict[str, Any]]  # name of a setting -> what it changes in a `Task`
-Vary = Callable[[StudyData, Request, str], Settings]
-
-
-def retained(data: StudyData, request: Request, solver: str) -> Settings:
-    """Nothing, random, dissimilar, similar names of the vocabulary, or all of it, retained."""
-    pool = data.pool(request)
-    rows = normalize(data.bundle.retain_hidden[pool], dim=1)
-    cosines = rows @ normalize(request.hidden, dim=1)[0]
-    nearest = pool[cosines.argsort(descending=True, stable=True)]
-    number = min(NEAR, len(pool) // 2)  # so that similar and dissimilar never overlap
-    picks = {
-        "none": pool[:0],
-        "random": _shuffled(data, request)[:number],
-        "dissimilar": nearest[len(pool) - number :],
-        "similar": nearest[:number],
-        "all": pool,
-    }
-    return {setting: {"pick": pick} for setting, pick in picks.items()}
-
-
-def count(data: StudyData, request: Request, solver: str) -> Settings:
-    """More and more names of the vocabulary retained, in a random order."""
-    pool = _shuffled(data, request)
-    picks = {str(size): pool[:size] for size in COUNTS if size < len(pool)} | {"all": pool}
-    return {name: {"pick": pick, "position": float(len(pick))} for name, pick in picks.items()}
-
-
-def terms(data: StudyData, request: Request, solver: str) -> Settings:
-    """Each loss term of the paper off; for the constrained form each group of retained names."""
-    parts = data.context.retain.groups if solver == "constrained" else TERMS
-    return {"all on": {}} | {f"no {part}": {"without": part} for part in parts}
-
-
-def targets(data: StudyData, request: Request, solver: str) -> Settings:
-    """Where the text is sent; `specific` is computed from the constrained form's retained names."""
-    table = {"empty": {"target": "empty"}}
-    table |= {f"opposite {beta:g}": {"target": "opposite", "beta": beta} for beta in BETAS}
-    table |= {"orthogonal": {"target": "orthogonal"}}
-    return table | {f"specific {data.exact.FORGET.BETA:g}": {"target": "specific"}}
-
-
-def rank(data: StudyData, request: Request, solver: str) -> Settings:
-    """LoRA's rank, which also multiplies the weight term, for each class and for all at once.
-
-    The optimum has that weight term but no bound on its rank; the constrained form knows no rank.
-    """
-    if solver == "constrained":
-        return {"rank = classes": {"position": float(len(request.classes))}}
-    return {f"rank {number}": {"rank": number, "position": float(number)} for number in RANKS}
-
-
-def templates(data: StudyData, request: Request, solver: str) -> Settings:
-    """Which texts are forgotten: the name, the evaluation prompt, both, and what an audit has."""
-    bundle, (name,) = data.bundle, request.classes
-    own, prompt = request.hidden, bundle.class_hidden[[data.texts.label[name]]]
-    states = {"name": own, "prompt": prompt, "both": torch.cat([own, prompt])}
-    rows = audit_rows(bundle).get(name, [])
-    for kind in dict.fromkeys(kind for _, kind, _ in rows if kind not in BROADER):
-        more = torch.stack([hidden for _, k, hidden in rows if k == kind]).to(own)
-        states[f"name + {kind}"] = torch.cat([own, more])
-    return {
-        setting: {"request": _by_states(request, setting, hidden)}
-        for setting, hidden in states.items()
-    }
-
-
-def spectrum(data: StudyData, request: Request, solver: str) -> Settings:
-    """Where the change sits; beside the defaults the least change, which retains nothing."""
-    if solver != "constrained":
-        return {"default": {}}
-    return {"default": {}, "nothing retained": {"pick": torch.empty(0, dtype=torch.int64)}}
+TERMS = ForgetSettings().terms
+EXACT = "TRAINER.FORGETEXACT"
+# The texts and the beta as they are given.
+AS_GIVEN = [f"{EXACT}.MIN_MARGIN", "0", f"{EXACT}.MIN_DISPLACEMENT", "0"]
+AUTO = ["FORGET.LAMB_FORGET", "auto"]  # where the paper's weight moves nothing
+PARTS = 10  # of a spectrum
+BASES = {
+    "left": "left singular directions of W",
+    "right": "right singular directions of W",
+    "gram": "eigen-directions of G",
+}
+Keys = dict[str, list[str]]  # name of a setting -> its KEY VALUE pairs
 
 
 @dataclass(frozen=True)
-class Study:
-    """One study: what it varies, the label of a numeric axis ("": settings are names), whether all
-    classes at once are a request too, and whether its rows say where the change sits."""
+class Inputs:
+    """A data set, the other sets, and where a study writes the files that its runs read."""
 
-    about: str
-    vary: Vary
-    axis: str = ""
-    several: bool = False
-    spectrum: bool = False
+    bundle: FeatureBundle
+    others: dict[str, FeatureBundle]
+    folder: Path
+    seed: int
 
-    def tasks(
-        self, data: StudyData, classes: list[str], solvers: Iterable[str] = SOLVERS
-    ) -> Iterator[Task]:
-        """A task for every class, solver and setting."""
-        requests = [[name] for name in classes]
-        if self.several and 1 < len(classes) < len(data.bundle.classnames):
-            requests.append(classes)
-        for request in map(data.texts.request, requests):
-            for solver in SOLVERS:
-                if solver in solvers:
-                    for setting, change in self.vary(data, request, solver).items():
-                        yield data.task(solver, setting, **{"request": request} | change)
+    def file(self, option: str, text: str, suffix: str) -> list[str]:
+        """The keys that give `option` a file with this text."""
+        path = self.folder / "inputs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
+        write_bytes(text.encode(), path)
+        return [option, str(path)]
+
+    def retain(self, rows: Tensor) -> list[str]:
+        """The keys that retain some names of the vocabulary, (n,) rows of it, alone."""
+        if not len(rows):  # beside such a ridge names weigh nothing
+            return ["FORGET.LAMB_PRESERVE", "0", f"{EXACT}.RIDGE", "1e6"]
+        names = "\n".join(self.bundle.retain_names[row] for row in rows.tolist())
+        groups = [f"{EXACT}.OWN", "0", f"{EXACT}.OTHERS", "0", f"{EXACT}.VOCABULARY", "1"]
+        return [*self.file("FORGET.RETAIN_NAMES", names, ".txt"), *groups]
+
+    def shuffled(self) -> Tensor:
+        """The rows of the vocabulary in a random order."""
+        generator = seeded(self.seed, self.bundle.dataset, "names")
+        return torch.randperm(len(self.bundle.retain_names), generator=generator)
+
+    def nearest(self, name: str) -> Tensor:
+        """The rows of the vocabulary, those most similar to a class first, without names that mean
+        it or are too similar to be retained."""
+        bundle, same = self.bundle, datasets.same_meaning([name], self.bundle.dataset)
+        own = bundle.forget_hidden[bundle.classnames.index(name)]
+        cosines = normalize(bundle.retain_hidden, dim=1) @ normalize(own, dim=0)  # (M,)
+        means = torch.tensor([datasets.key(word) in same for word in bundle.retain_names])
+        order = cosines.argsort(descending=True, stable=True)
+        return order[~(means | (cosines > ForgetSettings().similarity))[order]]
 
 
-STUDIES: dict[str, Study] = {
-    "retained": Study("which names of the vocabulary are retained", retained),
-    "count": Study("how many names are retained", count, axis="retained names"),
-    "terms": Study("loss terms, or retained groups, switched off", terms),
-    "targets": Study("where the text is sent", targets),
-    "rank": Study("LoRA's rank", rank, axis="rank", several=True),
-    "templates": Study("which text is forgotten, judged on the evaluation prompt", templates),
-    "spectrum": Study("where in the spectrum of W and G the change sits", spectrum, spectrum=True),
+def retained(inputs: Inputs, name: str, solver: str) -> Keys:
+    """Nothing, random, dissimilar, similar names of the vocabulary, or all of it, retained."""
+    nearest = inputs.nearest(name)
+    number = min(NEAR, len(nearest) // 2)  # so that similar and dissimilar never overlap
+    picks = {
+        "none": nearest[:0],
+        "random": inputs.shuffled()[:number],
+        "dissimilar": nearest[len(nearest) - number :],
+        "similar": nearest[:number],
+        "all": inputs.shuffled(),
+    }
+    return {setting: inputs.retain(rows) for setting, rows in picks.items()}
+
+
+def count(inputs: Inputs, name: str, solver: str) -> Keys:
+    """More and more names of the vocabulary retained, in a random order."""
+    names = inputs.shuffled()
+    sizes = [0, *(size for size in COUNTS if size < len(names)), len(names)]
+    return {str(size): inputs.retain(names[:size]) for size in sizes}
+
+
+def terms(inputs: Inputs, name: str, solver: str) -> Keys:
+    """Each loss term of the paper off; for the constrained form each group of retained names."""
+    if solver == "constrained":
+        groups = ["own", "vocabulary"] + (["others"] if inputs.others else [])
+        off = {group: [f"{EXACT}.{group.upper()}", "0"] for group in groups}
+    else:
+        off = {
+            term: ["FORGET.TERMS", str(tuple(other for other in TERMS if other != term))]
+            for term in TERMS
+        }
+    return {"all on": []} | {f"no {part}": keys for part, keys in off.items()}
+
+
+def targets(inputs: Inputs, name: str, solver: str) -> Keys:
+    """Where the text is sent; `specific` is of the constrained form alone."""
+    table = {"empty": ["FORGET.TARGET", "empty"], "orthogonal": ["FORGET.TARGET", "orthogonal"]}
+    for beta in BETAS:
+        table[f"opposite {beta:g}"] = ["FORGET.TARGET", "opposite", "FORGET.BETA", str(beta)]
+    return table | ({"specific": []} if solver == "constrained" else {})
+
+
+def rank(inputs: Inputs, name: str, solver: str) -> Keys:
+    """LoRA's rank, which also multiplies the weight term; the constrained form knows no rank."""
+    if solver == "constrained":
+        return {"rank = classes": []}
+    ranks = {1: [], 2: [], 5: [], 10: AUTO, 50: AUTO}
+    return {f"rank {rank}": ["FORGET.RANK", str(rank), *more] for rank, more in ranks.items()}
+
+
+def templates(inputs: Inputs, name: str, solver: str) -> Keys:
+    """Which text is forgotten: the name, the evaluation prompt, or both."""
+    prompt, names = inputs.bundle.template, inputs.bundle.classnames
+    texts = {"name": ["{}"], "prompt": [prompt], "both": ["{}", prompt]}
+    table = {}
+    for setting, forms in texts.items():
+        content = json.dumps(dict.fromkeys(names, forms))
+        table[setting] = inputs.file("FORGET.PROMPTS", content, ".json")
+    return table | {"both": [*table["both"], *AUTO]}
+
+
+def spectrum(inputs: Inputs, name: str, solver: str) -> Keys:
+    """Where the change sits; beside the defaults the least change, which retains nothing."""
+    least = {"nothing retained": inputs.retain(torch.arange(0))}
+    return {"default": []} | (least if solver == "constrained" else {})
+
+
+# Each is called with the name of a class and of a solver.
+STUDIES: dict[str, Callable[[Inputs, str, str], Keys]] = {
+    study.__name__: study for study in (retained, count, terms, targets, rank, templates, spectrum)
 }
 
 
-def cells(data: StudyData, task: Task, answer: StudyAnswer) -> dict[str, Any]:
-    """The measured cells of a row; None where there is no image to judge on.
+def runs_of(
+    study: str,
+    inputs: Inputs,
+    classes: Sequence[str],
+    solvers: Iterable[str],
+    options: Sequence[str],
+) -> list[Run]:
+    """The runs of a study: classes that share the keys of a setting are of one run; the study
+    `rank` forgets them all at once too."""
+    together: dict[tuple[str, ...], list[str]] = {}  # solver, setting, mode, keys -> classes
+    for solver in solvers:
+        for name in classes:
+            for setting, keys in STUDIES[study](inputs, name, solver).items():
+                together.setdefault((solver, setting, "alone", *keys), []).append(name)
+        if study == "rank" and 1 < len(classes) < len(inputs.bundle.classnames):
+            for setting, keys in rank(inputs, "", solver).items():
+                together[solver, setting, "at once", *keys] = list(classes)
+    runs = []
+    for (solver, setting, mode, *keys), names in together.items():
+        keyed = inputs.bundle.backbone, SOLVERS[solver], setting, mode, inputs.bundle.dataset
+        folder = inputs.folder / solver / escape(setting) / f"seed_{inputs.seed}"
+        given = AS_GIVEN if solver == "constrained" else []
+        argv = [f"--forget={name}" for name in names] + [*options, *given, *keys]
+        runs.append(plan_run(keyed, folder, argv, inputs.seed))
+    return runs
 
-    Accuracies are from 0 to 1; `others_worst` is the change of the set that lost most.
-    """
-    (rows,) = data.rows([task.request.classes], [answer.edit])
-    accuracies = sides(rows)
-    losses = [x.points for x in rows[0].others.values() if x.points is not None]
-    return {
-        **{f"{name}_before": change.before for name, change in accuracies.items()},
-        **{f"{name}_after": change.after for name, change in accuracies.items()},
-        "others_worst": min(losses) / 100 if losses else None,
-        "carry": carry_over(data, task, answer),
-        "reduction": reduction(task, answer),
-        "norm": float(answer.delta.norm()),
-        "seconds": answer.seconds,
-        "texts": len(task.request.texts),
-        **answer.facts,
-    }
+
+def table_of(runs: Sequence[Run], inputs: Inputs, grams: Mapping[str, Tensor]) -> pd.DataFrame:
+    """A row for every request: accuracies in percent as `sweep` has them, `rest change` and `others
+    change` in points, and what is measured of its edit; with `grams`, trainer -> G (w, w), also
+    where it sits."""
+    frames = []
+    for run in runs:
+        frame, lines = rows_of(run), []
+        records = {row.label: row.solver for row in read_rows(run.folder)}
+        for label in frame["forgotten"]:
+            record = records[label]
+            delta = load_adapter(run.folder / record["adapter"]).delta().double()
+            proof = record.get("certificate", {})
+            line = {
+                "objective": record.get("objective", proof.get("primal")),
+                "gap": proof.get("gap"),
+                "carry": carry_over(inputs.bundle, split_label(label), record["texts"], delta),
+                "norm": float(delta.norm()),
+                "seconds": record["seconds"],
+            }
+            if grams:
+                projection = inputs.bundle.text_projection
+                line |= spectrum_of(projection, grams[frame["trainer"].iloc[0]], delta)
+            lines.append(line)
+        frames.append(frame.join(pd.DataFrame(lines, frame.index, dtype=float)))
+    table = pd.concat(frames, ignore_index=True)
+    for name in ("rest", "others"):  # a difference of equal means is 0, not 1e-14
+        table[f"{name} change"] = (table[f"{name} after"] - table[f"{name} before"]).round(9)
+    return table
 
 
-def carry_over(data: StudyData, task: Task, answer: StudyAnswer) -> float | None:
-    """The displacement ratio s(h) of the evaluation prompts, the mean over the forgotten classes.
-
-    The part of a class's displacement D (the mean of its texts') that its evaluation prompt h
-    makes, `<h Delta, D> / <D, D>`; for one text and an exact answer `h K^-1 h_f / h_f K^-1 h_f`.
-    """
-    owner, ratios = torch.tensor(task.request.owner), []
-    for index, name in enumerate(task.request.classes):
-        d = answer.displacement[owner == index].mean(dim=0)  # (d,)
-        prompt = data.bundle.class_hidden[data.texts.label[name]].double()  # (w,)
-        moved = prompt @ answer.delta  # (w,) @ (w, d) -> (d,)
-        if d.any():
-            ratios.append(float(moved @ d / (d @ d)))
+def carry_over(
+    bundle: FeatureBundle, classes: Sequence[str], texts: Sequence[str], delta: Tensor
+) -> float | None:
+    """The displacement ratio of the evaluation prompts, the mean over the forgotten classes: the
+    part of the way D that the texts of a class move on average which its evaluation prompt h goes,
+    `<h Delta, D> / <D, D>`; None where nothing moves."""
+    ratios = []
+    for name in classes:
+        label, plain = bundle.classnames.index(name), datasets.clean_name(name)
+        prompt = bundle.class_hidden[label].double()  # (w,)
+        held = {plain: bundle.forget_hidden[label].double()}
+        held[bundle.template.replace("{}", plain)] = prompt
+        hidden = torch.stack([held[text] for text in texts if text in held])  # (k, w)
+        way = (hidden @ delta).mean(dim=0)  # (d,)
+        ratios.append(float((prompt @ delta) @ way / (way @ way)) if way.any() else None)
     return mean(ratios)
 
 
-def reduction(task: Task, answer: StudyAnswer) -> float:
-    """By what fraction the distance of the forgotten texts from their target fell."""
-    before = answer.displacement.norm()
-    after = (answer.displacement - task.request.hidden.double() @ answer.delta).norm()
-    return float(1 - after / before) if before > 0 else 1.0
+def gram(inputs: Inputs, trainer: str) -> Tensor:
+    """`G` (w, w) float64 of what a method retains by default."""
+    rows, weights = inputs.bundle.retain_hidden.double(), torch.ones(1)
+    if trainer == "ForgetExact":
+        cfg = settings("ForgetExact", inputs.bundle.dataset, inputs.bundle.backbone)
+        with one_thread():
+            context = exact_context(exact_settings(cfg), inputs.bundle, [*inputs.others.values()])
+        rows, weights = context.retain.rows.double(), context.retain.name_weights
+    return (rows.T * weights) @ rows  # (w, m) @ (m, w)
 
 
-def tenths_of(basis: Tensor, delta: Tensor) -> list[float]:
-    """The part of `||Delta||^2` in each tenth of a basis, first to last; they sum to 1.
-
-    Args:
-        basis: (w, w) orthonormal columns in order; delta: (w, d), not zero. Where w is no multiple
-            of ten the tenths differ by one direction.
-    """
-    square = (basis.T @ delta).square().sum(dim=1)  # (w,)
-    return [float(part.sum() / square.sum()) for part in square.tensor_split(PARTS)]
-
-
-def spectrum_cells(data: StudyData, task: Task, answer: StudyAnswer) -> dict[str, float | None]:
-    """Cells `left_1` to `left_10`, `right_*` and `gram_*` of a row.
-
-    The left and right singular directions of W from the largest value down; the eigen-directions
-    of the G that this solver retains by default. None where nothing moved, and for W where all
-    singular values are equal, so that its directions are arbitrary.
-    """
-    delta, (u, values, vh) = answer.delta, data.singular
-    distinct = float(values[0] - values[-1]) > 1e-6 * float(values[0])
-    eigen = torch.linalg.eigh(data.gram(task)).eigenvectors.flip(1)
-    bases = {
-        "left": (u, delta) if distinct else None,
-        "right": (vh.T, delta.T) if distinct else None,
-        "gram": (eigen, delta),
-    }
-    row: dict[str, float | None] = {}
-    for name, side in bases.items():
-        parts = tenths_of(*side) if side and delta.any() else [None] * PARTS
-        row |= {f"{name}_{number}": part for number, part in enumerate(parts, start=1)}
+def spectrum_of(projection: Tensor, gram: Tensor, delta: Tensor) -> dict[str, float]:
+    """The part of `||Delta||^2` in each tenth of the singular directions of W (`left_1` to
+    `left_10`, `right_*`) and of the eigen-directions of G (`gram_*`), from the largest value down.
+    Where all singular values of W are equal its directions are arbitrary, and left out."""
+    u, values, vh = torch.linalg.svd(projection.double())
+    sides = {"gram": torch.linalg.eigh(gram).eigenvectors.flip(1).T @ delta}
+    if values[0] - values[-1] > 1e-6 * values[0]:
+        sides |= {"left": u.T @ delta, "right": vh @ delta.T}
+    row = {}
+    for side, coordinates in sides.items():
+        square = coordinates.square().sum(dim=1)
+        for number, part in enumerate(square.tensor_split(PARTS), start=1):
+            row[f"{side}_{number}"] = float(part.sum() / square.sum())
     return row
 
 
-def _shuffled(data: StudyData, request: Request) -> Tensor:
-    """The pool of a request in a random order."""
-    pool = data.pool(request)
-    return pool[torch.randperm(len(pool), generator=data.generator(request.classes, "/names"))]
+def report(table: pd.DataFrame) -> None:
+    """Print means over the classes for every method, setting and mode, with the class that kept
+    most (`class most`); and where the changes sit."""
+    groups = table.groupby(["trainer", "setting", "mode"], sort=False)
+    columns = ["class after", "rest change", "others change"]
+    means = groups[[*columns, "carry", "objective", "gap", "norm", "seconds"]].mean()
+    means.insert(1, "class most", groups["class after"].max())
+    means.insert(0, "rows", groups.size())
+    print(means.to_string(float_format="{:.3g}".format, na_rep=""))
+    for side, title in BASES.items():
+        if f"{side}_1" in table:
+            parts = [f"{side}_{number}" for number in range(1, PARTS + 1)]
+            print(f"\nper cent of ||Delta||^2 in each tenth of the {title}")
+            shares = 100 * groups[parts].mean()
+            print(shares.to_string(float_format="{:.3g}".format, na_rep=""))
 
 
-def _by_states(request: Request, setting: str, rows: Tensor) -> Request:
-    """A class by the hidden states `rows` (k, w), without those that repeat an earlier one."""
-    distinct: list[int] = []
-    for index, row in enumerate(rows):
-        if not any((row - rows[other]).norm() <= SAME * row.norm() for other in distinct):
-            distinct.append(index)
-    texts = [f"{setting} {index}" for index in distinct]
-    return Request(
-        request.classes, texts, rows[distinct], [0] * len(texts), request.same, seed=request.seed
-    )
-
-
-def read_rows(path: Path) -> pd.DataFrame:
-    """All rows of a study's CSV as text; none where there is no file.
-
-    Raises:
-        ProblemError: the file is no such table; it is left as it is.
-    """
-    try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        return pd.DataFrame(columns=KEY, dtype=str)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise ProblemError(f"cannot read {path}: {error}; move it aside") from error
-    # pandas takes what is too much in a row for an index.
-    if not {*KEY} <= {*rows} or not isinstance(rows.index, pd.RangeIndex):
-        raise ProblemError(f"{path} is no table of a study; move it aside")
-    return rows
-
-
-def perform(
-    name: str, data: StudyData, classes: list[str], digest: str, path: Path, solvers: Sequence[str]
-) -> pd.DataFrame:
-    """Make the rows that are missing, then the plot and the printed summary; returns the rows.
-
-    The file is written anew after each row, beside the old one: a killed run loses one row.
-    """
-    study, dataset = STUDIES[name], data.bundle.dataset
-    keyed = {}
-    for task in study.tasks(data, classes, solvers):
-        label = join_label(task.request.classes)
-        row_key = (name, dataset, label, task.solver, task.setting, str(data.seed), digest)
-        keyed[row_key] = task
-    rows = read_rows(path)
-    done = set(rows[KEY].itertuples(index=False, name=None))
-    pending = [row_key for row_key in keyed if row_key not in done]
-    for row_key in progress(pending, f"{name} on {dataset}, rows"):
-        task = keyed[row_key]
-        answer = data.solve(task)
-        row = dict(zip(KEY, row_key, strict=True)) | {"position": task.position}
-        row |= cells(data, task, answer)
-        row |= spectrum_cells(data, task, answer) if study.spectrum else {}
-        rows = pd.concat([rows, pd.DataFrame([row], dtype=object)], ignore_index=True)
-        with atomic_path(path) as temporary:
-            rows.to_csv(temporary, index=False, lineterminator="\n")
-    frame = pd.DataFrame(list(keyed), columns=KEY, dtype=str).merge(read_rows(path), on=KEY)
-    for column in frame.columns.difference([*KEY, "auto"]):
-        frame[column] = pd.to_numeric(frame[column])
-    picture = path.with_suffix(".png")
-    title = f"{name} on {dataset}: {study.about}"
-    plot(title, study.axis, study.spectrum, frame, picture)
-    print(f"\n{title}")
-    report(frame, len(data.bundle.text_projection) if study.spectrum else None)
-    logger.info(f"{len(pending)} of {len(keyed)} rows are new: {path}, {picture}")
-    return frame
-
-
-def choose(bundle: FeatureBundle, forget: Sequence[str], count: int, seed: int) -> list[str]:
-    """The classes to forget: those named, or `count` at random, in the set's order.
-
-    Raises:
-        ProblemError: a name that the set does not have, or more classes than it has.
-    """
-    names = bundle.classnames
-    if len(names) < 2:
-        raise ProblemError(f"{bundle.dataset} has one class: none would be left to recognise")
-    if list(forget) == [ALL]:
-        return names
-    if forget:
-        chosen = {datasets.match(name, names, bundle.dataset) for name in forget}
-        return sorted(chosen, key=names.index)
-    if count > len(names):
-        raise ProblemError(f"--classes {count}: {bundle.dataset} has {len(names)} classes")
-    labels = random.Random(f"{seed}/{bundle.dataset}").sample(range(len(names)), count)
-    return [names[label] for label in sorted(labels)]
-
-
-def digest_of(data: StudyData, bundles: Iterable[Path]) -> str:
-    """Twelve hexadecimal digits: two rows with the same were made from the same settings and the
-    same bundle files, wherever these lie."""
-    configs = [
-        [cfg.FORGET.dump(), cfg.TRAINER[cfg.TRAINER.NAME.upper()].dump()]
-        for cfg in (data.exact, *data.paper.values())
-    ]
-    files = sorted((path.stem, sha256_file(path)) for path in bundles)
-    return hashlib.sha256(json.dumps([FORMAT, configs, files]).encode()).hexdigest()[:12]
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Draw the means over the classes, a row for every setting and mode, side by side for the
+    methods."""
+    trainers = list(dict.fromkeys(table["trainer"]))
+    groups = table.groupby(["setting", "mode", "trainer"], sort=False)
+    means = groups.mean(numeric_only=True).unstack("trainer")
+    drawn = pd.DataFrame({"data set": table["data set"].iloc[0]}, index=means.index)
+    drawn["forgotten"] = [", ".join(keys) for keys in means.index]
+    for stem in ("class", "rest", "others"):
+        drawn[f"{stem} before"] = means[f"{stem} before"].mean(axis=1)
+        for trainer in trainers:
+            drawn[f"{stem} {trainer}"] = means[f"{stem} after", trainer]
+    draw_results(drawn.reset_index(drop=True), dict(zip(trainers, COLOURS[1:], strict=False)), path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -378,17 +347,30 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     if args.dataset:
         load_bundle(args.features, args.backbone, args.dataset)  # names the nearest
     bundles = load_bundles(args.features, args.backbone)
-    work = []
+    options = ["--features", args.features, "--quiet", "TRAINER.FORGETLORA.MAX_TRIALS", "3"]
+    options += args.opts
+    paths = []
     for dataset in [args.dataset] if args.dataset else files:
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
-        data = StudyData(bundles[dataset], others, args.seed, args.opts)
-        classes = choose(data.bundle, args.forget, args.classes, args.seed)
-        digest = digest_of(data, files.values())
-        folder = bundle_path(args.out, args.backbone, escape(dataset)).with_suffix("")
+        names = bundles[dataset].classnames
+        count = len(names) if args.forget == [ALL] else args.classes
+        if count > len(names):
+            raise ProblemError(f"--classes {count}: {dataset} has {len(names)} classes")
+        classes = random.Random(f"{args.seed}/{dataset}").sample(names, count)
+        if args.forget and args.forget != [ALL]:
+            classes = [datasets.match(name, names, dataset) for name in args.forget]
+        classes.sort(key=names.index)
+        root = bundle_path(args.out, args.backbone, escape(dataset)).with_suffix("")
         for name in STUDIES if args.name == ALL else [args.name]:
-            read_rows(folder / f"{name}.csv")  # a file that is no table is refused before work
-            work.append((name, data, classes, digest, folder / f"{name}.csv"))
-    with one_thread():
-        for study in work:
-            perform(*study, args.solver or SOLVERS)
-    return [path for *_, path in work]
+            inputs = Inputs(bundles[dataset], others, root / name, args.seed)
+            runs = runs_of(name, inputs, classes, args.solver or SOLVERS, options)
+            refuse_failed(launch(runs, LauncherSettings()))
+            grams = {s: gram(inputs, s) for s in SOLVERS.values()} if name == "spectrum" else {}
+            table = table_of(runs, inputs, grams)
+            paths.append(root / f"{name}.csv")
+            write_table(table, paths[-1])
+            plot(table, paths[-1].with_suffix(".png"))
+            print(f"\n{name} on {dataset}: {STUDIES[name].__doc__.splitlines()[0]}")
+            report(table)
+            logger.info(f"{paths[-1]}, {paths[-1].with_suffix('.png')}")
+    return paths

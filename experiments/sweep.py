@@ -32,27 +32,21 @@ from typing import Any
 
 import pandas as pd
 
-import train
 from engine.cli import COUNT, Parser
-from engine.config import OPTIONS, read_yaml
+from engine.config import OPTIONS, methods, read_yaml
 from engine.files import escape
-from engine.log import logger, quiet
+from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.report import REPORT, read_runs, write_report
-from evaluation.results import join_label
 from evaluation.tables import average_gains, write_table
-from experiments.runs import Run, launch
+from experiments.runs import KEYS, MODES, Run, launch, plan_run, refuse_failed
 from forgetting.errors import ProblemError, shown, unknown
-from trainers import SETTINGS
-from trainers.inputs import make_plan
 from utils import create_results, summarise
 
 TABLE = "sweep.csv"
 ALL_SETS = "all of them"
-MODES: dict[str, list[str]] = {"alone": [], "at once": ["--multiclass"]}
-KEYS = ["backbone", "trainer", "setting", "mode", "data set"]  # that a row of the table is known by
-VARIED = ("datasets", "backbones", "trainers", "seeds", "modes", "classes")  # lists of a file
 DEFAULTS: dict[str, Any] = {
+    "datasets": [],
     "backbones": ["mini"],
     "trainers": ["ForgetLoRA"],
     "seeds": [0],
@@ -60,9 +54,8 @@ DEFAULTS: dict[str, Any] = {
     "classes": [],
     "settings": {"": {}},
 }
-PART = "FORGET.PART"
 RUN_KEYS = ["DATASET.NAME", "SEED", "MODEL.BACKBONE.NAME", "TRAINER.NAME", "OUTPUT_DIR"]
-RUN_KEYS += ["FORGET.MULTICLASS", PART]
+RUN_KEYS += ["FORGET.MULTICLASS", "FORGET.PART"]
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
@@ -71,26 +64,25 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
     Raises:
         ProblemError: no such file, an unknown key or name, a value of another kind.
     """
-    given = read_yaml(Path(path))
-    for key, value in given.items():
+    varied = dict(DEFAULTS)
+    for key, value in read_yaml(Path(path)).items():
+        if key not in DEFAULTS:
+            raise unknown(f"key in {path}", str(key), DEFAULTS)
+        kind = int if key == "seeds" else str
         if key == "settings":
             if not value or not all(isinstance(keys, Mapping) for keys in value.values()):
                 raise ProblemError(f"{path}: settings must map names to config keys")
-        elif key not in VARIED:
-            raise unknown(f"key in {path}", str(key), [*VARIED, "settings"])
-        else:
-            kind = int if key == "seeds" else str
-            if not isinstance(value, list) or not value or {type(x) for x in value} != {kind}:
-                names = "whole numbers" if kind is int else "names"
-                raise ProblemError(f"{path}: {key} must be a list of {names}, not {shown(value)}")
-    if "datasets" not in given:
+        elif not isinstance(value, list) or not value or {type(x) for x in value} != {kind}:
+            names = "whole numbers" if kind is int else "names"
+            raise ProblemError(f"{path}: {key} must be a list of {names}, not {shown(value)}")
+        varied[key] = value if key == "settings" else list(dict.fromkeys(value))
+    if not varied["datasets"]:
         raise ProblemError(f"{path} names no data set, such as datasets: [MiniDigits]")
-    varied = DEFAULTS | dict(given)
-    for key, known in (("modes", MODES), ("trainers", SETTINGS)):
+    for key, known in (("modes", MODES), ("trainers", methods())):
         for name in varied[key]:
             if name not in known:
                 raise unknown(f"{key[:-1]} in {path}", name, known)
-    return {k: v if k == "settings" else list(dict.fromkeys(v)) for k, v in varied.items()}
+    return varied
 
 
 def runs_of(
@@ -103,6 +95,7 @@ def runs_of(
     """All runs of a sweep.
 
     Args:
+        varied: as `DEFAULTS`, of which it may leave out keys.
         root: the folder of the results; options: of train.py, shared by all.
         always: whether there is a folder for each backbone and trainer even if there is one only.
         parts: of the requests of a set whose classes are forgotten alone, a run each.
@@ -110,6 +103,7 @@ def runs_of(
     Raises:
         ProblemError: a run that would be refused; nothing has been written.
     """
+    varied = DEFAULTS | dict(varied)
     own = [*RUN_KEYS, *([OPTIONS["forget"]] if varied["classes"] else [])]
     for setting, keys in [("", options), *varied["settings"].items()]:
         for key in own:
@@ -118,29 +112,21 @@ def runs_of(
                 raise ProblemError(f"{key} is varied by the sweep and cannot be set too{where}")
     runs = []
     axes = [varied[key] for key in ("backbones", "trainers", "settings", "modes", "datasets")]
-    for backbone, trainer, setting, mode, dataset in product(*axes):
+    for keys in product(*axes):
+        backbone, trainer, setting, mode, _ = keys
         folders = [
             backbone.replace("/", "-") if always or len(varied["backbones"]) > 1 else "",
             trainer if always or len(varied["trainers"]) > 1 else "",
             escape(setting) if setting else "",
         ]
+        more = [f"--forget={name}" for name in varied["classes"]] + list(options)
+        for key, value in varied["settings"][setting].items():
+            more += [key, str(tuple(value) if isinstance(value, list) else value)]
         count = parts if mode == "alone" else 1
-        for seed, part in product(varied["seeds"], range(1, count + 1)):
+        for seed, number in product(varied["seeds"], range(1, count + 1)):
             folder = Path(root, *filter(None, folders), f"seed_{seed}")
-            argv = ["--dataset", dataset, "--seed", str(seed), "--backbone", backbone]
-            argv += ["--trainer", trainer, "--output-dir", str(folder), *MODES[mode]]
-            argv += [f"--forget={name}" for name in varied["classes"]] + list(options)
-            argv += [PART, f"{part}/{count}"] if count > 1 else []
-            for key, value in varied["settings"][setting].items():
-                argv += [key, str(tuple(value) if isinstance(value, list) else value)]
-            with quiet():
-                cfg = train.setup_cfg(train.parse(argv))
-                requests = make_plan(cfg).requests
-            keys = (backbone, trainer, setting, mode, cfg.DATASET.NAME)
-            labels = list(map(join_label, requests))
-            runs.append(
-                Run(argv, folder, keys, seed, labels, f"{part}/{count}" if count > 1 else "")
-            )
+            part = f"{number}/{count}" if count > 1 else ""
+            runs.append(plan_run(keys, folder, more, seed, part))
     return runs
 
 
@@ -152,13 +138,13 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
         together: `class`, `rest` and `others` before and after (see `utils.summarise`), `average
         gain` (0 is perfect, lower is better), `classes`, and `seeds` with results of all of them.
     """
-    parts = [part for run in runs if (part := _rows(run)) is not None]
-    if not parts:
-        return pd.DataFrame()
-    rows = pd.concat(parts)
+    rows = pd.concat(map(rows_of, runs))
+    if rows.empty:
+        return rows
+    rows = rows.drop(columns="forgotten")
     if len({run.keys[-1] for run in runs}) > 1:
         rows = pd.concat([rows, rows.assign(**{"data set": ALL_SETS})])
-    expected: dict[tuple[str, ...], int] = {}
+    expected: dict[tuple[Any, ...], int] = {}
     for run in runs:
         for key in (run.keys, (*run.keys[:-1], ALL_SETS)):
             expected[(*key, run.seed)] = expected.get((*key, run.seed), 0) + len(run.labels)
@@ -173,18 +159,24 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
     return mean.assign(seeds=groups.size()).astype({"classes": int}).reset_index()
 
 
-def _rows(run: Run) -> pd.DataFrame | None:
-    """A row for every request of a run that has results."""
+def rows_of(run: Run) -> pd.DataFrame:
+    """A row of `utils.summarise` for every request of a run that has results, with its average
+    gain, seed and `KEYS`."""
     try:
         frame, _ = create_results(run.folder, multiclass=run.keys[3] == "at once")
     except ProblemError:  # nothing of this mode and seed
-        return None
+        return pd.DataFrame()
     frame = frame[(frame["ds"] == run.keys[-1]) & frame["name"].isin(run.labels)]
-    if frame.empty:
-        return None
-    rows = summarise(frame).drop(columns="forgotten")
-    rows["average gain"] = average_gains(frame).to_numpy()
+    rows = summarise(frame).assign(**{"average gain": average_gains(frame)})
     return rows.assign(seed=run.seed, **dict(zip(KEYS, run.keys, strict=True)))
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print a table of `table_of`."""
+    formats = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
+    formats |= {c: "{:.0f}".format for c in ("classes", "seeds")}
+    text = {"index": False, "float_format": "{:.1f}".format, "na_rep": "-"}
+    print(table.to_string(formatters=formats, **text))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -222,30 +214,23 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         varied, root = read_sweep(args.file), Path(args.out) / Path(args.file).stem
     else:
         lists = {key: getattr(args, key) for key in ("datasets", "seeds", "backbones", "trainers")}
-        split = {key: text.split(",") for key, text in lists.items() if text}
-        if not all(seed.isdecimal() for seed in split.get("seeds", [])):
+        varied = {key: text.split(",") for key, text in lists.items() if text}
+        if not all(seed.isdecimal() for seed in varied.get("seeds", [])):
             raise ProblemError(f"--seeds {args.seeds}: whole numbers with commas between")
-        split["seeds"] = list(map(int, split.get("seeds", ["0"])))
-        modes = ["at once" if "--multiclass" in options else "alone"]
-        options = [option for option in options if option != "--multiclass"]
-        varied, root = DEFAULTS | split | {"modes": modes}, Path(args.out)
+        varied["seeds"] = list(map(int, varied.get("seeds", ["0"])))
+        varied["modes"] = ["at once" if "--multiclass" in options else "alone"]
+        options, root = [word for word in options if word != "--multiclass"], Path(args.out)
     runs = runs_of(varied, root, options, bool(args.file), args.parts)
     failed = launch(runs, how)
     table = table_of(runs)
     if table.empty:
         raise ProblemError(f"no results in {root} to make a table of; see the messages above")
-    formats = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
-    formats |= {c: "{:.0f}".format for c in ("classes", "seeds")}
-    print(
-        table.to_string(index=False, float_format="{:.1f}".format, formatters=formats, na_rep="-")
-    )
+    print_table(table)
     write_table(table, root / TABLE)
     folders = {run.folder.resolve() for run in runs}
     shown_runs = [run for run in read_runs(root) if run.folder.resolve() in folders]
     for folder in dict.fromkeys(run.folder for run in runs):
         logger.info(f"results: {folder}")
     logger.info(f"table: {root / TABLE}; report: {write_report(shown_runs, root / REPORT)}")
-    if failed:
-        titles = "; ".join(run.title for run in failed)
-        raise ProblemError(f"failed: {titles}; see the messages above")
+    refuse_failed(failed)
     return table

@@ -48,33 +48,30 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """One descent: the change `Delta` (w, d) at its lowest objective, and before its last update.
+    """One descent: the change `answer` (w, d) that its variant keeps.
 
     `drift` is what is left in the live projection without the adapter, over the length of W.
     """
 
     problem: ForgetProblem
-    lowest: Tensor
-    last: Tensor
-    drift: float
+    answer: Tensor
+    drift: float = 0.0
 
-    def kept(self, variant: Variant) -> Tensor:
-        return self.last if variant.last_step else self.lowest
-
-    def reduction(self, variant: Variant) -> float:
-        return self.problem.reduction(self.kept(variant))
+    @property
+    def reduction(self) -> float:
+        return self.problem.reduction(self.answer)
 
 
 def descend(
     problem: ForgetProblem,
     settings: LoraSettings,
+    variant: Variant,
     generator: torch.Generator,
-    live: Tensor | None = None,
+    live: Tensor | None,
 ) -> Trial:
-    """`solve_lora`'s descent; with `live` (w, d) the projection that the adapter is merged into.
-
-    `live` is changed in place and stays as it is left. Source: the paper's constants; the last
-    update is never seen by the weights that are kept, as in its public code.
+    """`solve_lora`'s descent as a variant runs it; `live` (w, d) is the projection that the adapter
+    is merged into, changed in place. The last update is never seen by the weights that are kept, as
+    in the paper's public code.
     """
     w, d = problem.projection.shape
     scale, bound = problem.alpha / problem.rank, 1 / math.sqrt(w)
@@ -85,7 +82,7 @@ def descend(
     if len(retain) > w:
         retain = torch.linalg.qr(retain.double(), mode="r").R.to(retain)  # the same norm
     displacement = problem.displacement  # (k, d)
-    best, lowest, last = math.inf, None, None
+    best, kept = math.inf, None
     for step in range(settings.steps + 1):
         if live is not None:
             change = delta(a, b, scale).to(live.dtype)
@@ -99,26 +96,20 @@ def descend(
             + problem.lamb_preserve * torch.linalg.matrix_norm(shifted)
             + problem.lamb_weight * torch.linalg.matrix_norm(b @ a)
         )
-        if float(loss.detach()) < best:
-            best, lowest = float(loss.detach()), (a.detach().clone(), b.detach().clone())
-        if step == settings.steps - 1:
-            last = a.detach().clone(), b.detach().clone()
+        is_lowest = float(loss.detach()) < best
+        best = min(best, float(loss.detach()))
+        if step == settings.steps - 1 if variant.last_step else is_lowest:
+            kept = delta(a, b, scale)
         if step < settings.steps:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    def answer(factors: tuple[Tensor, Tensor]) -> Tensor:
-        change = delta(*factors, scale)  # (w, d)
-        if live is None:
-            return change
-        return (live + change.to(live.dtype)).to(change) - problem.projection
-
-    drift = 0.0
-    if live is not None:
-        base = problem.projection.to(live.dtype).double()
-        drift = float((live.double() - base).norm() / base.norm())
-    return Trial(problem, answer(lowest), answer(last), drift)
+    if live is None:
+        return Trial(problem, kept)
+    base = problem.projection.to(live.dtype).double()
+    answer = (live + kept.to(live.dtype)).to(kept) - problem.projection
+    return Trial(problem, answer, float((live.double() - base).norm() / base.norm()))
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -134,8 +125,8 @@ def run_variant(problem: ForgetProblem, settings: LoraSettings, variant: Variant
     for number in range(settings.max_trials):
         raised = problem.lamb_forget + number * settings.lamb_forget_step
         attempt = replace(problem, lamb_forget=raised)
-        trials.append(descend(attempt, settings, generator, live))
-        if trials[-1].reduction(variant) >= settings.reduction:
+        trials.append(descend(attempt, settings, variant, generator, live))
+        if trials[-1].reduction >= settings.reduction:
             break
     return trials
 
@@ -144,24 +135,19 @@ def choose(trials: Sequence[Trial], variant: Variant) -> Trial:
     """The trial that a variant keeps; of equal ones the first."""
     if variant.last_trial:
         return trials[-1]
-    return max(trials, key=lambda trial: trial.reduction(variant))
+    return max(trials, key=lambda trial: trial.reduction)
 
 
 def run_variants(
     problem: ForgetProblem, settings: LoraSettings, variants: Sequence[Variant] = VARIANTS
 ) -> pd.DataFrame:
-    """One row per variant: `trials`, `lamb_forget`, `objective`, `above` (its relative distance to
-    the optimum at the same lamb_forget), `reduction`, `size` of Delta, `drift`, and `answer` (w,
-    d).
-
-    Judged in float64 with the original projection.
-    """
+    """A row per variant, judged in float64 with the original projection; `above` is the relative
+    distance to the optimum at the same lamb_forget, `size` the length of Delta."""
     rows = []
     for variant in variants:
         trials = run_variant(problem, settings, variant)
         trial = choose(trials, variant)
-        answer = trial.kept(variant)
-        objective = float(trial.problem.objective(answer.double()))
+        objective = float(trial.problem.objective(trial.answer.double()))
         rows.append(
             {
                 "variant": variant.name,
@@ -169,10 +155,10 @@ def run_variants(
                 "lamb_forget": trial.problem.lamb_forget,
                 "objective": objective,
                 "above": objective / solve_exact(trial.problem).certificate.primal - 1,
-                "reduction": trial.reduction(variant),
-                "size": float(answer.norm()),
+                "reduction": trial.reduction,
+                "size": float(trial.answer.norm()),
                 "drift": trial.drift,
-                "answer": answer,
+                "answer": trial.answer,
             }
         )
     return pd.DataFrame(rows)

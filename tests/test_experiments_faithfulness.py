@@ -12,13 +12,14 @@ import torch
 from open_clip import get_model_config
 
 import datasets
+import train
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
 from engine.cli import run
 from engine.config import paper_weights, settings, value_of
+from evaluation.rows import read_rows
 from experiments import faithfulness
-from experiments.reproduce import PAPER_CLASS, PAPER_SET
-from experiments.study_data import StudyData
+from experiments.reproduce import PAPER, WHOLE
 from experiments.variants import VARIANTS, Trial, choose, run_variant, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, LoraSettings, solve_lora
@@ -40,7 +41,7 @@ CONSTANTS = {
     "TRAINER.FORGETLORA.LAMB_FORGET_STEP": 0.05,
     "TRAINER.FORGETLORA.MAX_TRIALS": 100,
 }
-PAPER = {  # lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
+WEIGHTS = {  # lamb_preserve, lamb_forget by data set: RN50 single, multi, ViT single, multi
     "StanfordCars": [(0.4, 1.3), (0.3, 1.1), (0.25, 1.3), (0.35, 1.1)],
     "StanfordDogs": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.3), (0.35, 1.0)],
     "Caltech101": [(0.4, 1.3), (0.3, 1.1), (0.3, 1.1), (0.3, 1.1)],
@@ -63,17 +64,16 @@ def rows_of(heading: str) -> Iterator[list[str]]:
 def test_constants_of_configs_and_document_are_the_papers():
     cfg = settings("ForgetLoRA", "StanfordDogs")
     assert {key: value_of(cfg, key) for key in CONSTANTS} == CONSTANTS
-    # The API's defaults are the same.
-    data = StudyData(replace(toy_bundle("ToyAnimals"), dataset="StanfordDogs", backbone="RN50"), {})
-    assert data.descent == LoraSettings()
+    chosen = {key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()}
+    assert LoraSettings(**chosen) == LoraSettings(), "the API's defaults are the same"
     shown = {key: float(paper) for key, paper, ours, _ in rows_of("Constants") if paper == ours}
     assert shown == CONSTANTS
 
 
 def test_weights_of_configs_and_document_are_the_papers():
     shown = {dataset: cells for dataset, *cells in rows_of("Weights")}
-    assert set(shown) == set(PAPER)
-    for dataset, pairs in PAPER.items():
+    assert set(shown) == set(WEIGHTS)
+    for dataset, pairs in WEIGHTS.items():
         places = [(b, several) for b in ("RN50", "ViT-B/16") for several in ("False", "True")]
         for (backbone, several), pair, cell in zip(places, pairs, shown[dataset], strict=True):
             opts = ("FORGET.MULTICLASS", several)
@@ -91,12 +91,12 @@ def test_lists_and_templates_are_the_papers():
         assert template == flowers.get(dataset, "a photo of a {}.")
 
 
-def test_accuracies_in_the_document_are_those_that_reproduce_compares_with():
-    shown = {}
+def test_accuracies_that_reproduce_compares_with_are_those_of_document_and_lists():
+    assert set(PAPER) == {"RN50"} and set(PAPER["RN50"]) == set(all_ds)
     for dataset, whole, *classes in rows_of("Accuracies before forgetting"):
-        assert float(whole) == PAPER_SET["RN50"][dataset]
-        shown[dataset] = [float(cell.rsplit(" ", 1)[1]) for cell in classes]
-    assert shown == {name: list(numbers.values()) for name, numbers in PAPER_CLASS["RN50"].items()}
+        shown = [float(whole), *(float(cell.rsplit(" ", 1)[1]) for cell in classes)]
+        assert list(PAPER["RN50"][dataset]) == [WHOLE, *forget_classes_all[dataset]]
+        assert list(PAPER["RN50"][dataset].values()) == shown
 
 
 def test_widths_are_the_papers():
@@ -180,7 +180,7 @@ def test_the_trial_of_highest_reduction_or_the_last():
 
     def trial(share: float) -> Trial:
         move = share * torch.linalg.pinv(problem.forget_hidden) @ problem.displacement
-        return Trial(problem, move, move, 0.0)
+        return Trial(problem, move)
 
     walked = [trial(share) for share in (0.1, 0.6, 0.3)]
     assert choose(walked, NAMES["ours"]) is walked[1]
@@ -201,13 +201,22 @@ def test_the_command_on_bundles(tmp_path, features, capsys):
     table = faithfulness.main([*argv, *keys])
     assert len(table) == 3 * 2 * len(VARIANTS)
     assert pd.read_csv(tmp_path / "rows.csv")["variant"].tolist() == table["variant"].tolist()
-    seen = table[table["set"].isin(TOY_CLASSES)]
-    assert seen["forgotten"].between(0, 100).all() and (seen["rest before"] > 50).all()
-    assert (seen["forgotten"] < seen["forgotten before"]).any()
-    assert table[table["set"] == "Texts"]["forgotten"].isna().all()
+    seen = table[table["data set"].isin(TOY_CLASSES)]
+    assert seen["class after"].between(0, 100).all() and (seen["rest before"] > 50).all()
+    assert (seen["class after"] < seen["class before"]).any()
+    assert table[table["data set"] == "Texts"]["class after"].isna().all()
+    # Each problem is the trainer's, with its own names excluded: the same optimum.
+    options = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE]
+    options += ["--trainer", "ForgetOptimum", "--forget=cat", "--output-dir", str(tmp_path / "out")]
+    (row,) = read_rows(train.main([*options, *keys]))
+    ours = seen[(seen["classes"] == "cat") & (seen["variant"] == "ours")].iloc[0]
+    optimum = row.solver["certificate"]["primal"]
+    assert ours["objective"] / (1 + ours["above"]) == pytest.approx(optimum, rel=1e-6)
+    by_set = faithfulness.by_variant(table, "data set").set_index(["data set", "variant"])
+    assert by_set.loc["ToyAnimals", "before"]["class, %"] == seen["class before"].iloc[0]
+    assert (by_set["problems"] == 2).all() and len(by_set) == 2 * 8 + 7
     printed = capsys.readouterr().out
-    assert "| ToyAnimals | all three, float16 | 2 | 1 |" in printed
-    assert "| ToyAnimals | before | 2 | - |" in printed
+    assert "all three, float16" in printed and "Distance from ours" in printed
 
 
 def test_distance_from_ours_is_of_the_same_problem():
@@ -217,8 +226,9 @@ def test_distance_from_ours_is_of_the_same_problem():
         for name, by in shift.items():
             ours = 50.0 if problem == "a" else 10.0
             value = float("nan") if problem == "without images" else ours + sign * by
-            row = {"set": "x", "mode": "alone", "classes": problem, "variant": name}
-            rows.append(row | dict.fromkeys(faithfulness.ACCURACIES, value))
+            row = {"data set": "x", "mode": "alone", "classes": problem, "variant": name}
+            sides = [f"{side} after" for side in faithfulness.ACCURACIES]
+            rows.append(row | dict.fromkeys(sides, value))
     table = faithfulness.apart_from_ours(pd.DataFrame(rows)).set_index("variant")
     assert (table["problems"] == 2).all()
     kept = table.loc["last step kept"]

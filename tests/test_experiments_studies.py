@@ -1,72 +1,27 @@
-"""Studies: planted answers, what each study varies, rows that are never made twice."""
+"""Studies: what each varies, what is measured of its edits, and rows that are not made twice."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
-import train
 from clip.bundle import FeatureBundle, bundle_path
-from experiments import studies
 from experiments.__main__ import cli
-from experiments.studies import (
-    KEY,
-    NEAR,
-    STUDIES,
-    carry_over,
-    cells,
-    main,
-    read_rows,
-    spectrum_cells,
-    tenths_of,
-)
-from experiments.study_data import StudyAnswer, StudyData, Task
-from forgetting import load_adapter, thresholds
-from forgetting.errors import ProblemError
-from forgetting.problem import LowRankEdit
-from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
+from experiments.studies import STUDIES, Inputs, carry_over, main, spectrum_of
+from forgetting import load_adapter
+from tests.conftest import BACKBONE, toy_bundle
 
 SHORT = ["TRAINER.FORGETLORA.STEPS", "200", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
-HIDDEN = ("class_hidden", "forget_hidden", "retain_hidden", "neutral_hidden")
 EXACT = ["--solver", "optimum", "--solver", "constrained"]
 
 
-def data_of(*sets: str, **changes) -> StudyData:
-    """Toy bundles, the first of them the set to forget from."""
-    bundles = {name: toy_bundle(name) for name in sets or tuple(TOY_CLASSES)}
-    first = next(iter(bundles))
-    own = replace(bundles.pop(first), **changes)
-    return StudyData(own, bundles, opts=SHORT)
-
-
-def changed(data: StudyData, **changes) -> StudyData:
-    """The data with another bundle to forget from, alone."""
-    return StudyData(replace(data.bundle, **changes), {}, opts=SHORT)
-
-
-def task(data: StudyData, labels: list[int], solver: str, **more) -> Task:
-    """A task of classes that are forgotten by their names."""
-    request = data.texts.request([data.bundle.classnames[label] for label in labels])
-    return data.task(solver, request=request, **more)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures but where a test asks for them."""
-    monkeypatch.setattr(studies, "plot", lambda *_: None)
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def command(features: Path, out: Path, name: str, *more: str) -> list[str]:
@@ -74,300 +29,146 @@ def command(features: Path, out: Path, name: str, *more: str) -> list[str]:
     return [name, *places, "--classes", "2", *more, *SHORT]
 
 
-def rows_of(out: Path, name: str, dataset: str = "ToyAnimals") -> pd.DataFrame:
-    return pd.read_csv(out / "ViT-B-32" / dataset / f"{name}.csv", keep_default_na=False)
+def study(features: Path, out: Path, name: str, *more: str) -> pd.DataFrame:
+    (path,) = main(command(features, out, name, *more))
+    assert path == out / "ViT-B-32" / "ToyAnimals" / f"{name}.csv"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return pd.read_csv(path).set_index(["trainer", "setting", "mode"]).sort_index()
 
 
-@given(part=st.integers(0, 9), rank=st.integers(1, 3), seed=st.integers(0, 99))
-def test_a_change_along_known_directions_sits_in_their_tenth(part, rank, seed):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(43, 43, generator=generator, dtype=torch.float64)).Q
-    places = torch.arange(43).tensor_split(10)[part][:rank]
-    right = torch.randn(len(places), 7, generator=generator, dtype=torch.float64)
-    shares = tenths_of(basis, basis[:, places] @ right)
-    assert shares[part] == pytest.approx(1) and sum(shares) == pytest.approx(1)
+def inputs(folder: Path, **changes) -> Inputs:
+    return Inputs(replace(toy_bundle("ToyAnimals"), **changes), {}, folder, 0)
 
 
-@pytest.mark.parametrize(("side", "place"), [("left", 0), ("left", 9), ("right", 4)])
-def test_sides_of_the_projection_are_told_apart(side, place):
-    """A change along two singular directions of W, on the left or on the right."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(4))
-    u, v = (torch.linalg.qr(normal(20, 20)).Q for _ in range(2))
+def names_in(keys: list[str]) -> list[str]:
+    """The names of the file that is to be retained."""
+    return Path(keys[keys.index("FORGET.RETAIN_NAMES") + 1]).read_text().splitlines()
+
+
+# What is measured of an edit
+
+
+@pytest.mark.parametrize(("side", "tenth"), [("left", 1), ("left", 10), ("right", 5), ("gram", 3)])
+def test_a_change_along_known_directions_sits_in_their_tenth(side, tenth):
+    u, v, eigen = (torch.linalg.qr(normal(20, 20, seed=seed)).Q for seed in range(3))
+    projection = u @ torch.diag(torch.linspace(3, 1, 20).double()) @ v.T
+    gram = eigen @ torch.diag(torch.linspace(9, 1, 20).double()) @ eigen.T
+    here = {"left": u, "right": v, "gram": eigen}[side][:, 2 * tenth - 2 : 2 * tenth]
+    delta = here @ normal(2, 20, seed=4)
+    row = spectrum_of(projection, gram, delta.T if side == "right" else delta)
+    for name in ("left", "right", "gram"):
+        shares = [row[f"{name}_{number}"] for number in range(1, 11)]
+        assert sum(shares) == pytest.approx(1)
+        assert (max(shares) > 0.999) == (name == side) and row[f"{side}_{tenth}"] > 0.999
+    alone = spectrum_of(torch.eye(20), gram, delta)
+    assert set(alone) == {f"gram_{number}" for number in range(1, 11)}, "W has no order"
+
+
+def test_carry_over_is_the_part_of_the_way_that_the_prompt_goes():
+    """A prompt that is 0.6 of the forgotten text and otherwise beside it goes 0.6 of the way."""
     bundle = toy_bundle("ToyAnimals")
-    images = torch.nn.functional.normalize(normal(len(bundle.labels), 20), dim=1)
-    data = data_of(
-        "ToyAnimals",
-        text_projection=u @ torch.diag(torch.linspace(3, 1, 20)) @ v.T,
-        image_features=images,
-        **{name: getattr(bundle, name)[:, :20] for name in HIDDEN},
-    )
-    basis, other = (u, "right") if side == "left" else (v, "left")
-    here, everywhere = basis[:, [2 * place, 2 * place + 1]], normal(2, 20)  # two a tenth
-    left, right = (here, everywhere) if side == "left" else (everywhere.T, here.T)
-    answer = StudyAnswer(LowRankEdit(left.double(), right.double()), torch.ones(1, 20), 0.0)
-    cells = spectrum_cells(data, task(data, [0], "optimum"), answer)
-    assert cells[f"{side}_{place + 1}"] == pytest.approx(1, abs=1e-5)
-    assert max(cells[f"{other}_{number}"] for number in range(1, 11)) < 0.6
-
-
-def test_a_projection_without_order_has_no_spectrum():
-    data = data_of("ToyAnimals")
-    data = changed(data, text_projection=torch.eye(24)[:, :16])
-    answer = data.solve(task(data, [0], "optimum"))
-    cells = spectrum_cells(data, task(data, [0], "optimum"), answer)
-    assert cells["left_1"] is None and cells["right_10"] is None
-    assert sum(cells[f"gram_{n}"] for n in range(1, 11)) == pytest.approx(1)
-
-
-def test_without_the_forget_term_nothing_moves(features, tmp_path):
-    main(command(features, tmp_path, "terms", "--forget", "owl"))
-    rows = rows_of(tmp_path, "terms").set_index(["solver", "setting"])
-    for solver in ("lora", "optimum"):
-        off, on = rows.loc[(solver, "no forget")], rows.loc[(solver, "all on")]
-        assert off["norm"] == 0 and off["carry"] == 0
-        assert off["forgotten_after"] == off["forgotten_before"] > 0.9
-        assert on["norm"] > 0 and on["forgotten_after"] < 0.5
-        # A change that costs nothing by itself, or that harms nobody, is larger.
-        assert rows.loc[(solver, "no weight")]["norm"] > on["norm"]
-        assert rows.loc[(solver, "no preserve")]["norm"] < on["norm"]
-    groups = rows.loc["constrained"]
-    assert (groups["forgotten_after"] < 0.5).all() and groups["norm"].nunique() == 4
-    names = {"all on": 48, "no own": 38, "no vocabulary": 18, "no others": 40}  # texts
-    assert groups["retained"].to_dict() == names
-
-
-AS_GIVEN = ["TRAINER.FORGETEXACT.MIN_MARGIN", "0", "TRAINER.FORGETEXACT.MIN_DISPLACEMENT", "0"]
-
-
-@pytest.mark.parametrize(
-    ("solver", "trainer", "keys"),
-    [
-        ("constrained", "ForgetExact", AS_GIVEN),
-        ("optimum", "ForgetOptimum", []),
-        ("lora", "ForgetLoRA", SHORT),
-    ],
-)
-def test_the_defaults_are_those_of_a_run(features, tmp_path, solver, trainer, keys):
-    """Another route to the same change: train.py on the same bundles."""
-    data = data_of()
-    here = task(data, [2], solver)
-    answer = data.solve(here)
-    if "lamb_forget" in answer.facts:
-        keys = [*keys, "FORGET.LAMB_FORGET", repr(answer.facts["lamb_forget"])]
-    places = ["--features", str(features), "--output-dir", str(tmp_path / "run")]
-    which = ["--dataset", "ToyAnimals", "--backbone", BACKBONE, "--forget", "sea_horse"]
-    train.main([*places, *which, "--trainer", trainer, *keys])
-    adapter = load_adapter(tmp_path / "run" / "ToyAnimals" / "sea_horse.safetensors")
-    # A descent ends in jumps about its minimum; rounding decides where.
-    close = 0.05 * float(answer.delta.norm()) if solver == "lora" else 1e-6
-    assert float((adapter.delta() - answer.delta.float()).norm()) < close
-    logs = json.loads((tmp_path / "run" / "logs.json").read_text())["ToyAnimals"]["sea_horse"]
-    row = cells(data, here, answer)
-    for side, word in (("zero_shot", "before"), ("final_results", "after")):
-        own = logs[side]["ToyAnimals"]["sea_horse"]
-        assert row[f"forgotten_{word}"] == own["cls_acc_test"]
-        assert row[f"rest_{word}"] == own["no_cls_acc"]
-        assert row[f"others_{word}"] == logs[side]["ToyTools"]["all"]["all_ds"]
-
-
-def test_carry_over_is_the_share_that_the_prompt_makes():
-    """A prompt that is 0.6 of the forgotten text and otherwise beside it moves 0.6 of the way."""
-    data = data_of("ToyAnimals")
-    text = data.bundle.forget_hidden[1]
-    beside = torch.randn(24, generator=torch.Generator().manual_seed(1))
+    text = bundle.forget_hidden[1].double()
+    beside = normal(24, seed=1)
     beside -= text * (beside @ text) / (text @ text)
-    prompts = data.bundle.class_hidden.clone()
-    prompts[1] = 0.6 * text + beside
-    data = changed(data, class_hidden=prompts)
-    here = task(data, [1], "constrained", pick=torch.empty(0, dtype=torch.int64))
-    assert carry_over(data, here, data.solve(here)) == pytest.approx(0.6)
+    prompts = bundle.class_hidden.clone()
+    prompts[1] = (0.6 * text + beside).float()
+    bundle = replace(bundle, class_hidden=prompts)
+    delta = torch.outer(text, normal(16))
+    assert carry_over(bundle, ["Dog"], ["Dog"], delta) == pytest.approx(0.6)
+    assert carry_over(bundle, ["Dog"], ["a photo of a Dog."], delta) == pytest.approx(1)
+    assert carry_over(bundle, ["Dog"], ["Dog"], 0 * delta) is None
 
 
-def test_a_weight_below_the_threshold_is_raised_and_said():
-    data = data_of("ToyAnimals")
-    reach = thresholds(data.paper_problem(task(data, [0], "optimum"))).reach
-    for lamb_forget, raised in ((0.9 * reach, True), (1.5 * reach, False)):
-        weights = ("FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", repr(lamb_forget))
-        again = StudyData(data.bundle, {}, opts=(*SHORT, *weights))
-        for solver in ("lora", "optimum"):
-            facts = again.solve(task(again, [0], solver)).facts
-            assert facts["auto"] is raised
-            expected = 1.001 * reach if raised else lamb_forget
-            assert facts["lamb_forget"] == pytest.approx(expected)
+# What is varied
 
 
-def test_similar_names_are_the_nearest_and_dissimilar_the_farthest():
+def test_similar_names_are_the_nearest_and_dissimilar_the_farthest(tmp_path):
     """Names planted at known angles to the text."""
-    data = data_of("ToyAnimals")
-    text = torch.nn.functional.normalize(data.bundle.forget_hidden[[1]], dim=1)
-    beside = torch.randn(30, 24, generator=torch.Generator().manual_seed(3))
-    beside = torch.nn.functional.normalize(beside - (beside @ text.T) * text, dim=1)
+    text = normalize(toy_bundle("ToyAnimals").forget_hidden[[1]], dim=1)
+    beside = normal(30, 24, seed=3).float()
+    beside = normalize(beside - (beside @ text.T) * text, dim=1)
     angles = torch.linspace(0.4, 3.0, 30)[:, None]
-    rows = angles.cos() * text + angles.sin() * beside
-    data = changed(data, retain_hidden=rows)
-    tasks = {c.setting: c.pick.tolist() for c in STUDIES["retained"].tasks(data, ["Dog"])}
-    assert tasks["similar"] == list(range(15)) and sorted(tasks["dissimilar"]) == list(
-        range(15, 30)
-    )
-    assert tasks["none"] == [] and len(tasks["random"]) == 15 <= NEAR
-    assert sorted(tasks["all"]) == list(range(30))
+    one = inputs(tmp_path, retain_hidden=angles.cos() * text + angles.sin() * beside)
+    names, table = one.bundle.retain_names, STUDIES["retained"](one, "Dog", "lora")
+    picked = {setting: names_in(keys) for setting, keys in table.items() if setting != "none"}
+    assert picked["similar"] == names[:15] and picked["dissimilar"] == names[15:]
+    assert len(picked["random"]) == 15 and sorted(picked["all"]) == sorted(names)
 
 
-def test_a_name_that_means_the_class_is_in_no_pool():
-    data = data_of("ToyAnimals")
-    assert data.bundle.retain_names[0] == "cat"
-    for study in ("retained", "count"):
-        cat = [c.pick for c in STUDIES[study].tasks(data, ["cat"])]
-        assert not any((pick == 0).any() for pick in cat)
-        assert max(len(pick) for pick in cat) == 29
-    rows = data.bundle.retain_hidden.clone()
-    rows[7] = 3 * data.bundle.forget_hidden[4]  # "owl" by another name
-    again = changed(data, retain_hidden=rows)
-    assert 7 not in again.pool(again.texts.request(["owl"])).tolist()
-    # The set's own classes are different things, however similar their names.
-    rows = again.bundle.forget_hidden.clone()
-    rows[5] = 1.01 * rows[4]
-    similar = changed(again, forget_hidden=rows)
-    retain, excluded = similar.retained(task(similar, [4], "constrained"))
-    assert retain.named(excluded[0]) == ["owl", "thing 5"]
+def test_a_name_that_means_the_class_is_near_to_nothing(tmp_path):
+    one = inputs(tmp_path)
+    assert one.bundle.retain_names[0] == "cat" and 0 not in one.nearest("cat").tolist()
+    rows = one.bundle.retain_hidden.clone()
+    rows[7] = 3 * one.bundle.forget_hidden[4]  # "owl" by another name
+    nearest = inputs(tmp_path, retain_hidden=rows).nearest("owl").tolist()
+    assert len(nearest) == 29 and 7 not in nearest
 
 
-def test_more_names_contain_fewer():
-    data = data_of("ToyAnimals")
-    picks = [c.pick.tolist() for c in STUDIES["count"].tasks(data, ["C/V"]) if c.solver == "lora"]
-    assert [len(pick) for pick in picks] == [0, 10, 30]
-    assert set(picks[0]) < set(picks[1]) < set(picks[2])
+def test_more_names_contain_fewer(tmp_path):
+    table = STUDIES["count"](inputs(tmp_path), "C/V", "lora")
+    ten, thirty = (names_in(table[size]) for size in ("10", "30"))
+    assert list(table) == ["0", "10", "30"] and ten == thirty[:10]
+    assert sorted(thirty) == sorted(toy_bundle("ToyAnimals").retain_names) != thirty
+
+
+def test_terms_and_groups_that_are_off_matter(features, tmp_path):
+    rows = study(features, tmp_path, "terms", "--forget", "owl")
+    for trainer in ("ForgetLoRA", "ForgetOptimum"):
+        line = rows.loc[trainer].droplevel("mode")
+        assert line["norm"]["no forget"] == 0 and pd.isna(line["carry"]["no forget"])
+        assert line["class after"]["no forget"] == line["class before"]["no forget"] > 90
+        assert line["norm"]["all on"] > 0 and line["class after"]["all on"] < 50
+        # A change that costs nothing by itself is larger.
+        assert line["norm"]["no weight"] > line["norm"]["all on"] > line["norm"]["no preserve"]
+    groups = rows.loc["ForgetExact"]
+    assert (groups["class after"] < 50).all() and groups["norm"].nunique() == 4
 
 
 def test_ranks_bind_the_descent_only(features, tmp_path):
-    main(command(features, tmp_path, "rank", *EXACT, "--classes", "3"))
-    rows = rows_of(tmp_path, "rank")
-    together = rows[rows["classes"].str.count(r"\|") == 2]
-    assert len(together) == 6 and len(rows) == 4 * 6
+    rows = study(features, tmp_path, "rank", "--classes", "3")
+    together = rows[rows["forgotten"].str.count(r"\|") == 2]
+    assert len(together) == 5 + 5 + 1 and len(rows) == 4 * 11
     # The optimum has no bound on its rank, but the rank's weight term.
-    assert together[together["solver"] == "optimum"]["norm"].is_monotonic_decreasing
-    assert together["norm"].nunique() == 6
-    data = data_of()
-    low = data.solve(task(data, [0, 1, 2], "lora", rank=1))
-    assert torch.linalg.matrix_rank(low.delta) == 1
-    best = data.solve(task(data, [0, 1, 2], "optimum", rank=1))
-    assert torch.linalg.matrix_rank(best.delta) == 3
+    ranks = [f"rank {number}" for number in (1, 2, 5, 10, 50)]
+    optimum = together.loc["ForgetOptimum"].droplevel("mode").loc[ranks]
+    assert optimum["norm"].is_monotonic_decreasing and optimum["norm"].nunique() == 5
+    for solver, rank in (("lora", 1), ("optimum", 3)):
+        folder = tmp_path / "ViT-B-32/ToyAnimals/rank" / solver / "rank 1/seed_0/ToyAnimals"
+        (path,) = [p for p in folder.glob("*.safetensors") if len(load_adapter(p).classes) == 3]
+        assert torch.linalg.matrix_rank(load_adapter(path).delta()) == rank
 
 
-def with_audit(**lists: str) -> FeatureBundle:
-    """ToyAnimals with three further texts for the dog, one for the cat."""
-    bundle = toy_bundle("ToyAnimals")
-    hidden = torch.randn(4, 24, generator=torch.Generator().manual_seed(5))
-    extra = {
-        "audit_texts": json.dumps(["an image of a Dog", "a hound", "a tabby", "animal"]),
-        "audit_classes": json.dumps(["Dog", "Dog", "cat", "Dog"]),
-        "audit_kinds": json.dumps(["template", "synonym", "synonym", "hypernym"]),
-    }
-    return replace(bundle, extra=extra | lists, extra_tensors={"audit_hidden": hidden})
+def test_the_texts_of_templates_are_forgotten(features, tmp_path):
+    rows = study(features, tmp_path, "templates", "--forget", "Dog")
+    assert rows.xs("prompt", level="setting")["carry"].tolist() == pytest.approx([1, 1, 1])
+    folder = tmp_path / "ViT-B-32/ToyAnimals/templates/constrained/both/seed_0/ToyAnimals"
+    assert load_adapter(folder / "Dog.safetensors").texts == ["Dog", "a photo of a Dog."]
 
 
-def test_texts_of_an_audit_are_forgotten_with_the_name():
-    data = StudyData(with_audit(), {}, opts=SHORT)
-    tasks = {c.setting: c.request.hidden for c in STUDIES["templates"].tasks(data, ["Dog"])}
-    hidden = data.bundle.extra_tensors["audit_hidden"]
-    assert list(tasks) == ["name", "prompt", "both", "name + template", "name + synonym"]
-    assert torch.equal(tasks["name + synonym"][1], hidden[1]) and len(tasks["name + synonym"]) == 2
-    prompt = [c for c in STUDIES["templates"].tasks(data, ["Dog"]) if c.setting == "prompt"]
-    for each in prompt:  # the prompt itself was forgotten
-        assert carry_over(data, each, data.solve(each)) == pytest.approx(1, abs=0.05)
-
-
-def test_texts_that_repeat_each_other_count_once():
-    bundle = toy_bundle("ToyAnimals")
-    data = data_of("ToyAnimals", class_hidden=bundle.forget_hidden * (1 + 1e-6))
-    tasks = {c.setting: c.request.hidden for c in STUDIES["templates"].tasks(data, ["Dog"])}
-    assert len(tasks["both"]) == 1
-
-
-@pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The settings of every solve from now on."""
-    calls: list[str] = []
-    solve = StudyData.solve
-    monkeypatch.setattr(
-        StudyData, "solve", lambda data, task: calls.append(task.setting) or solve(data, task)
-    )
-    return calls
-
-
-def test_rows_that_exist_are_not_made_again(features, tmp_path, solved, capsys):
-    main(command(features, tmp_path, "targets", *EXACT))
-    path = tmp_path / "ViT-B-32" / "ToyAnimals" / "targets.csv"
-    before = path.read_bytes()
-    assert len(solved) == 2 * 2 * 7
-    main(command(features, tmp_path, "targets", *EXACT))
-    assert len(solved) == 28 and path.read_bytes() == before
-    assert "0 of 28 rows are new" in capsys.readouterr().out
-    main(command(features, tmp_path, "targets", *EXACT, "--seed", "1"))
-    assert set(rows_of(tmp_path, "targets")["seed"]) == {0, 1}
-    other = bundle_path(features, BACKBONE, "ToyTools")
-    other.unlink()  # other bundles make other rows
-    replace(toy_bundle("ToyTools"), template="the {}").save(other)
-    main(command(features, tmp_path, "targets", *EXACT))
-    assert len(solved) == 28 * 3 and rows_of(tmp_path, "targets")["settings"].nunique() == 2
-
-
-def test_a_killed_run_leaves_whole_rows(features, tmp_path, solved):
-    """SIGKILL once rows are written; the second call makes only the rest."""
-    argv = command(features, tmp_path / "out", "targets", *EXACT, "--classes", "4")
-    start = "import sys; from experiments.studies import main; main(sys.argv[1:])"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, *argv], cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL
-    )
-    path = tmp_path / "out" / "ViT-B-32" / "ToyAnimals" / "targets.csv"
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    rows = read_rows(path)
-    assert 1 <= len(rows) < 4 * 14
-    main(argv)
-    assert len(solved) == 4 * 14 - len(rows)
-    pd.testing.assert_frame_equal(read_rows(path)[: len(rows)], rows)
-
-
-@pytest.mark.parametrize("text", ["my,own,notes\n1,2,3\n", f"{','.join(KEY)}\n" + "x," * 9 + "y\n"])
-def test_a_file_that_is_no_table_is_refused_and_stays(text, features, tmp_path):
-    path = tmp_path / "ViT-B-32" / "ToyAnimals" / "terms.csv"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(ProblemError, match="no table"):
-        main(command(features, tmp_path, "all", *EXACT))
-    assert path.read_text() == text and len(list(path.parent.iterdir())) == 1
+# The command
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_from_the_command_line(name, features, tmp_path, capsys, monkeypatch):
-    pictured = name in ("terms", "spectrum", "rank")
-    if pictured:
-        monkeypatch.undo()
-    assert cli(["studies", *command(features, tmp_path, name, *EXACT)]) == 0
+def test_every_study_from_the_command_line_resumes(name, features, tmp_path, capsys):
+    argv = ["studies", *command(features, tmp_path, name, *EXACT)]
+    assert cli(argv) == 0
     assert f"{name} on ToyAnimals" in capsys.readouterr().out
-    if pictured:
-        picture = tmp_path / "ViT-B-32" / "ToyAnimals" / f"{name}.png"
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    rows = rows_of(tmp_path, name)
-    assert rows["forgotten_before"].min() > 0.9 and rows["seconds"].min() > 0
-    assert (rows["gap"].astype(float) < 1e-9).all()
-    assert set(rows["solver"]) == {"optimum", "constrained"}
+    path = tmp_path / "ViT-B-32" / "ToyAnimals" / f"{name}.csv"
+    rows, before = pd.read_csv(path), path.read_bytes()
+    assert rows["class before"].min() > 90 and (rows["gap"] < 1e-9).all()
+    assert set(rows["trainer"]) == {"ForgetOptimum", "ForgetExact"}
+    assert ("gram_10" in rows) == (name == "spectrum")
+    assert cli(argv) == 0 and path.read_bytes() == before, "seconds are those of the first solve"
 
 
 def test_sets_without_images_are_studied_all_the_same(tmp_path):
     """Text only, no other set: accuracies stay empty, the rest is measured."""
-    bundle = toy_bundle("ToyAnimals", images_per_class=0)
+    bundle: FeatureBundle = toy_bundle("ToyAnimals", images_per_class=0)
     bundle.save(bundle_path(tmp_path / "texts", BACKBONE, "ToyAnimals"))
-    for name in ("rank", "spectrum", "targets"):
-        main(command(tmp_path / "texts", tmp_path, name, *EXACT))
-    rows = rows_of(tmp_path, "targets")
-    assert (rows["forgotten_after"] == "").all() and (rows["others_after"] == "").all()
-    assert (rows["carry"].astype(float) > 0.5).all()
+    (path,) = main(command(tmp_path / "texts", tmp_path, "targets", *EXACT))
+    rows = pd.read_csv(path)
+    assert len(rows) == 2 * (6 + 7) and (rows["carry"] > 0.5).all()
+    assert rows[["class after", "others after"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
