@@ -20,7 +20,7 @@ from engine.log import logger
 from engine.ray import LauncherSettings
 from evaluation.tables import method_table
 from experiments.runs import launch, plan_run, refuse_failed
-from forgetting.errors import unknown
+from forgetting.errors import ProblemError, unknown
 
 # Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
 # the mean eigenvalue is their 0.02 for hidden states of width 512 and squared length 100.
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     for method in methods:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
+    if args.out.exists() and not args.out.is_dir():
+        raise ProblemError(f"--out {args.out} is no folder")
     if not any(option.startswith("--forget") for option in options):
         options = ["--forget", "all", *options]
     mode = "at once" if "--multiclass" in options else "alone"

@@ -14,10 +14,9 @@ from io import StringIO
 from pathlib import Path
 
 import train
-from engine.files import require_writable
 from engine.log import logger, quiet
 from engine.ray import LauncherSettings, spread
-from evaluation.results import LOGS, join_label
+from evaluation.results import join_label
 from forgetting.errors import ProblemError
 from trainers.inputs import make_plan
 
@@ -59,8 +58,7 @@ def plan_run(
     argv += ["FORGET.PART", part] if part else []
     with quiet():
         cfg = train.setup_cfg(train.parse(argv))
-        labels = [join_label(classes) for classes in make_plan(cfg, {}).requests]
-    require_writable(folder / LOGS)
+        labels = [join_label(classes) for classes in make_plan(cfg).requests]
     return Run(argv, folder, (*keys[:-1], cfg.DATASET.NAME), seed, labels, part)
 
 

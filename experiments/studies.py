@@ -27,18 +27,17 @@ import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
 from clip.retain import exact_context
 from engine.cli import COUNT, SEED, Parser
-from engine.config import settings
+from engine.config import TERMS, settings
 from engine.determinism import one_thread, seeded
 from engine.files import escape
 from engine.log import logger
 from engine.ray import LauncherSettings
-from engine.settings import ForgetSettings
 from evaluation.plots import COLOURS, draw_results
 from evaluation.results import split_label
 from evaluation.rows import mean, read_rows
 from evaluation.tables import write_table
 from experiments.runs import Run, launch, plan_run, refuse_failed
-from experiments.sweep import rows_of
+from experiments.sweep import results_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import write_bytes
@@ -46,10 +45,10 @@ from trainers.exact import exact_settings
 
 ALL = "all"  # as NAME: every study; of --forget: every class
 SOLVERS = {"lora": "ForgetLoRA", "optimum": "ForgetOptimum", "constrained": "ForgetExact"}
+SIMILAR = 0.95  # cosine with a class from which on a name is not retained
 NEAR = 100  # retained names of the study `retained`
 COUNTS = (10, 30, 100, 300, 1000, 3000, 10000)
 BETAS = (0.0, 0.1, 0.2, 1.0)  # of the target opposite
-TERMS = ForgetSettings().terms
 EXACT = "TRAINER.FORGETEXACT"
 # The texts and the beta as they are given.
 AS_GIVEN = [f"{EXACT}.MIN_MARGIN", "0", f"{EXACT}.MIN_DISPLACEMENT", "0"]
@@ -99,7 +98,7 @@ class Inputs:
         cosines = normalize(bundle.retain_hidden, dim=1) @ normalize(own, dim=0)  # (M,)
         means = torch.tensor([datasets.key(word) in same for word in bundle.retain_names])
         order = cosines.argsort(descending=True, stable=True)
-        return order[~(means | (cosines > ForgetSettings().similarity))[order]]
+        return order[~(means | (cosines > SIMILAR))[order]]
 
 
 def retained(inputs: Inputs, name: str, solver: str) -> Keys:
@@ -208,7 +207,7 @@ def table_of(runs: Sequence[Run], inputs: Inputs, grams: Mapping[str, Tensor]) -
     where it sits."""
     frames = []
     for run in runs:
-        frame, lines = rows_of(run), []
+        frame, lines = results_of(run), []
         records = {row.label: row.solver for row in read_rows(run.folder)}
         for label in frame["forgotten"]:
             record = records[label]

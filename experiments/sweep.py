@@ -33,15 +33,17 @@ from typing import Any
 import pandas as pd
 
 from engine.cli import COUNT, Parser
-from engine.config import OPTIONS, methods, read_yaml
+from engine.config import OPTIONS, read_yaml
 from engine.files import escape
 from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.report import REPORT, read_runs, write_report
-from evaluation.tables import average_gains, write_table
+from evaluation.results import read_logs
+from evaluation.rows import rows_of
+from evaluation.tables import average_gains, result_table, summarise, write_table
 from experiments.runs import KEYS, MODES, Run, launch, plan_run, refuse_failed
 from forgetting.errors import ProblemError, shown, unknown
-from utils import create_results, summarise
+from trainers import SETTINGS
 
 TABLE = "sweep.csv"
 ALL_SETS = "all of them"
@@ -78,7 +80,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         varied[key] = value if key == "settings" else list(dict.fromkeys(value))
     if not varied["datasets"]:
         raise ProblemError(f"{path} names no data set, such as datasets: [MiniDigits]")
-    for key, known in (("modes", MODES), ("trainers", methods())):
+    for key, known in (("modes", MODES), ("trainers", SETTINGS)):
         for name in varied[key]:
             if name not in known:
                 raise unknown(f"{key[:-1]} in {path}", name, known)
@@ -138,7 +140,7 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
         together: `class`, `rest` and `others` before and after (see `utils.summarise`), `average
         gain` (0 is perfect, lower is better), `classes`, and `seeds` with results of all of them.
     """
-    rows = pd.concat(map(rows_of, runs))
+    rows = pd.concat(map(results_of, runs))
     if rows.empty:
         return rows
     rows = rows.drop(columns="forgotten")
@@ -159,16 +161,17 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
     return mean.assign(seeds=groups.size()).astype({"classes": int}).reset_index()
 
 
-def rows_of(run: Run) -> pd.DataFrame:
+def results_of(run: Run) -> pd.DataFrame:
     """A row of `utils.summarise` for every request of a run that has results, with its average
     gain, seed and `KEYS`."""
     try:
-        frame, _ = create_results(run.folder, multiclass=run.keys[3] == "at once")
+        rows = rows_of(read_logs(run.folder))
+        rows = [row for row in rows if row.dataset == run.keys[-1] and row.label in run.labels]
+        frame = result_table(run.folder, rows, multiclass=run.keys[3] == "at once")
     except ProblemError:  # nothing of this mode and seed
         return pd.DataFrame()
-    frame = frame[(frame["ds"] == run.keys[-1]) & frame["name"].isin(run.labels)]
-    rows = summarise(frame).assign(**{"average gain": average_gains(frame)})
-    return rows.assign(seed=run.seed, **dict(zip(KEYS, run.keys, strict=True)))
+    table = summarise(frame).assign(**{"average gain": average_gains(frame)})
+    return table.assign(seed=run.seed, **dict(zip(KEYS, run.keys, strict=True)))
 
 
 def print_table(table: pd.DataFrame) -> None:
