@@ -1,4 +1,4 @@
-"""The command `clip-forget`: forget, audit, compose, undo, verify, patch, export.
+"""The command `clip-forget`: forget, audit, compose, verify, patch, export.
 
     clip-forget forget hf:DIR "Acme Cola" --also "Acme Cola=acme soda" --out acme.safetensors
     clip-forget verify acme.safetensors --model hf:CHANGED
@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +31,9 @@ NUMBERS = (  # of ExactSettings, as options of `forget`
     *("min_margin", "min_displacement"),
 )
 SHOWN = 5  # paraphrases that an audit shows, those that move least
+
+Option = Callable[..., Any]  # `add_argument` of a command's parser
+Parse = Callable[[], argparse.Namespace]
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,9 +62,6 @@ def run(
 ) -> int:
     """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
     What the user must know of a failure is one line on stderr."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it: `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -71,30 +70,17 @@ def run(
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:  # whoever reads the output has seen enough
-        _drop_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ProblemError as error:
-        return _refuse(str(error))
+        message = str(error)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        try:
-            sys.stdout.flush()
-        except OSError:  # a full disk: Python would report it once more at its end
-            _drop_output()
-        return _refuse(f"{where}{error.strerror or error}")
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except MemoryError:
-        return _refuse("out of memory")
+        message = "out of memory"
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-
-
-def _drop_output() -> None:
-    """Send what is left for stdout nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refuse(message: str) -> int:
     print(f"error: {line(message)}", file=sys.stderr)
     return 2
 
@@ -112,18 +98,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.split("\n\n")[1], end="\n\n")
-        for command, (about, _, _) in COMMANDS.items():
-            print(f"  {command:<8}  {about}")
+        for command, function in COMMANDS.items():
+            print(f"  {command:<8}  {function.__doc__}")
         print("\nclip-forget COMMAND --help says more.")
     elif name == "--version":
-        _say(f"clip-forget {__version__}")
+        print(f"clip-forget {__version__}")
     elif name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     else:
-        about, add, run = COMMANDS[name]
-        parser = Parser(prog=f"clip-forget {name}", description=f"{about[0].upper()}{about[1:]}.")
-        add(parser.add_argument)
-        run(parser.parse_intermixed_args(rest))
+        parser = Parser(prog=f"clip-forget {name}", description=COMMANDS[name].__doc__)
+
+        def parse() -> argparse.Namespace:
+            from forgetting.io import refuse_existing
+
+            args = parser.parse_intermixed_args(rest)
+            if "out" in args:  # refused before anything is computed
+                refuse_existing(args.out, args.overwrite)
+            return args
+
+        COMMANDS[name](parser.add_argument, parse)
 
 
 def _say(text: str) -> None:
@@ -131,77 +124,51 @@ def _say(text: str) -> None:
     print(line(text))
 
 
-def _out(add: Callable[..., Any], what: str) -> None:
+def _out(option: Option, what: str) -> None:
     """The options of a command that writes."""
-    add("--out", required=True, metavar="PATH", help=f"{what} to write")
-    add("--overwrite", action="store_true", help="replace what is at PATH")
+    option("--out", required=True, metavar="PATH", help=f"{what} to write")
+    option("--overwrite", action="store_true", help="replace what is at PATH")
 
 
-def _adapter(add: Callable[..., Any]) -> None:
-    add("adapter", metavar="ADAPTER", help="file of what was forgotten")
+def _forget(option: Option, parse: Parse) -> None:
+    """Forget names, and write an adapter."""
+    from forgetting.api import TEMPLATES, forget
+    from forgetting.context import ExactSettings
+    from forgetting.models.loading import load_model
 
-
-def _part(module: str) -> Any:
-    try:
-        return import_module(f"forgetting.{module}")
-    except ImportError as error:
-        missing = error.name or module
-        raise ProblemError(f"this command needs {missing}, which is not installed") from error
-
-
-def _free(args: argparse.Namespace) -> Path:
-    """The place to write to, refused before anything is computed."""
-    _part("io").refuse_existing(args.out, args.overwrite)
-    return Path(args.out)
-
-
-def _add_forget(add: Callable[..., Any]) -> None:
-    settings = {spec.name: spec for spec in fields(_part("context").ExactSettings)}
-    add("model", metavar="MODEL", help=MODEL)
-    add("names", nargs="+", metavar="NAME", help="what to forget, all at once")
-    add("--also", action="append", default=[], metavar="NAME=WORD", help="another word for a name")
-    add("--retain", action="append", default=[], metavar="NAME|@FILE", help="a name to retain, or"
-        " a file with one name on each line; may be repeated")  # fmt: skip
-    add("--protect", "--keep", action="append", default=[], metavar="NAME", help="a name that must"
-        " not be harmed; may be repeated")  # fmt: skip
-    add("--template", action="append", default=[], metavar="TEXT", help="with {} for the name")
-    add("--target", default="specific", help="specific (default), opposite, orthogonal, empty, "
-        "text:TEXT")  # fmt: skip
+    settings = {spec.name: spec for spec in fields(ExactSettings)}
+    many = {"action": "append", "default": []}
+    option("model", metavar="MODEL", help=MODEL)
+    option("names", nargs="+", metavar="NAME", help="what to forget, all at once")
+    option("--also", **many, metavar="NAME=WORD", help="another word for a name")
+    retain = "a name to retain, or a file with one name on each line; may be repeated"
+    option("--retain", **many, metavar="NAME|@FILE", help=retain)
+    protect = "a name that must not be harmed; may be repeated"
+    option("--protect", "--keep", **many, metavar="NAME", help=protect)
+    option("--template", **many, metavar="TEXT", help="with {} for the name")
+    target = "specific (default), opposite, orthogonal, empty, text:TEXT"
+    option("--target", default="specific", help=target)
     for name in NUMBERS:
         about = settings[name].metadata.get("help", "see docs/exact.md").replace("%", "%%")
-        add(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
-    add("--no-generic", action="store_true", help="retain no generic vocabulary")
-    add("--cache", help="folder of the vocabulary's hidden states (~/.cache/clip-forget)")
-    _out(add, "adapter")
-
-
-def _forget(args: argparse.Namespace) -> None:
-    out, also = _free(args), {}
+        option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
+    option("--no-generic", action="store_true", help="retain no generic vocabulary")
+    option("--cache", help="folder of the vocabulary's hidden states (~/.cache/clip-forget)")
+    _out(option, "adapter")
+    args = parse()
+    also: dict[str, list[str]] = {}
     for text in args.also:
         name, equals, word = text.partition("=")
         if not equals or not word.strip():
             raise ProblemError(f"--also {line(text)!r}: write NAME=WORD")
         also.setdefault(name.strip(), []).append(word)
-    options = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
-    options |= {"cache": args.cache} if args.cache else {}
-    retain, api = _names(args.retain), _part("api")
-    model, tokenize = _part("models.loading").load_model(args.model)
-    answer = api.forget(
-        model,
-        tokenize,
-        args.names,
-        also,
-        retain,
-        tuple(args.template) or api.TEMPLATES,
-        args.protect,
-        target=args.target,
-        generic=not args.no_generic,
-        progress=not args.quiet,
-        **options,
-    )
-    answer.save(out, args.overwrite)
-    count = len(answer.texts)
-    _say(f"{out}: forgets {', '.join(answer.names)} by {count} text{'s' * (count > 1)}")
+    changes = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    changes |= {"target": args.target, "generic": not args.no_generic, "progress": not args.quiet}
+    changes |= {"cache": args.cache} if args.cache else {}
+    retain, templates = _names(args.retain), tuple(args.template) or TEMPLATES
+    model, tokenize = load_model(args.model)
+    answer = forget(model, tokenize, args.names, also, retain, templates, args.protect, **changes)
+    answer.save(args.out, args.overwrite)
+    _say(f"{args.out}: forgets {', '.join(answer.names)} by {len(answer.texts)} texts")
     for note in answer.notes:
         if not args.quiet or note.startswith("warning"):
             _say(f"  {note}")
@@ -209,54 +176,48 @@ def _forget(args: argparse.Namespace) -> None:
 
 def _names(given: Sequence[str]) -> list[str]:
     """Names, and those of files (@FILE)."""
-    found: list[str] = []
+    names: list[str] = []
     for text in given:
         if not text.startswith("@"):
-            found.append(text)
+            names.append(text)
             continue
         try:
             content = Path(text[1:]).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise ProblemError(f"names of {line(text[1:])} cannot be read ({error})") from error
-        found += [name for name in content.splitlines() if name.strip()]
-    return found
+        names += [name for name in content.splitlines() if name.strip()]
+    return names
 
 
-def _add_audit(add: Callable[..., Any]) -> None:
-    _adapter(add)
-    add("--model", required=True, help=f"the original: {MODEL}")
-    add("--word", action="append", default=[], help="another word for what was forgotten")
+def _audit(option: Option, parse: Parse) -> None:
+    """Say by text alone how far paraphrases move, and which other names are affected."""
+    from forgetting.displacement import displacement_along
+    from forgetting.forgotten import Forgotten
+    from forgetting.models.encoder import read_encoder
+    from forgetting.models.loading import load_model
+    from forgetting.problem import LowRankEdit
 
-
-def _audit(args: argparse.Namespace) -> None:
-    model, tokenize = _part("models.loading").load_model(args.model)
-    found = _part("forgotten").Forgotten.load(args.adapter, model)
-    encoder, adapter = _part("models.encoder").read_encoder(model, tokenize), found.adapter
-    edit = _part("problem").LowRankEdit(adapter.left.double(), adapter.right.double())
-    known = {encoder.tokens_sha256([text]) for text in found.texts}
+    option("adapter", metavar="ADAPTER")
+    option("--model", required=True, help=f"the original: {MODEL}")
+    option("--word", action="append", default=[], help="another word for what was forgotten")
+    args = parse()
+    model, tokenize = load_model(args.model)
+    forgotten, encoder = Forgotten.load(args.adapter, model), read_encoder(model, tokenize)
+    adapter = forgotten.adapter
+    edit = LowRankEdit(adapter.left.double(), adapter.right.double())
+    first = {part.name: part.texts[0] for part in adapter.recipe.parts} if adapter.recipe else {}
     for name in adapter.classes:
-        texts = [form.replace("{}", name) for form in OTHER_TEMPLATES]
-        texts += [*args.word, name.upper(), name.lower()]
-        # Of those that the model cannot tell apart one, and none that is forgotten itself.
-        read = {encoder.tokens_sha256([text]): text for text in reversed(texts)}
-        texts = [text for tokens, text in read.items() if tokens not in known]
-        if not texts:
-            _say(f"{name}: no paraphrase that the model reads as another text")
-            continue
-        own = [part for part in adapter.recipe.parts if part.name == name] if adapter.recipe else []
-        hidden = encoder.hidden([own[0].texts[0] if own else name, *texts]).double()
-        along = _part("displacement").displacement_along
-        ratios = along(edit, hidden[0], hidden[1:]).tolist()
-        mean = sum(ratios) / len(ratios)
-        lagging = sum(ratio < 0.5 for ratio in ratios)
-        verdict = f"{lagging} of them less than half of it" if lagging else "all more than half"
-        _say(f"{name}: {len(texts)} paraphrases move {mean:.2f} of the way on average, {verdict}")
-        for text, ratio in sorted(zip(texts, ratios, strict=True), key=lambda pair: pair[1])[
-            :SHOWN
-        ]:
+        texts = [*(form.replace("{}", name) for form in OTHER_TEMPLATES), *args.word]
+        texts = [text for text in texts if text not in adapter.texts]
+        hidden = encoder.hidden([first.get(name, name), *texts]).double()
+        ratios = displacement_along(edit, hidden[0], hidden[1:])
+        _say(
+            f"{name}: {len(texts)} paraphrases move {ratios.mean():.2f} of the way on average, "
+            f"{(ratios < 0.5).sum()} of them less than half of it"
+        )
+        for ratio, text in sorted(zip(ratios.tolist(), texts, strict=True))[:SHOWN]:
             _say(f"  {ratio:5.2f}  {text}")
-    forecast = found.forecast
-    if forecast is None:
+    if (forecast := forgotten.forecast) is None:
         _say("no forecast for other names: the adapter is a union")
         return
     for group, (rms, most) in forecast.unlisted.items():
@@ -267,125 +228,93 @@ def _audit(args: argparse.Namespace) -> None:
     for one in forecast.affected:
         wrong = ", likely misclassified" if one.likely_misclassified else ""
         _say(f"  {one.name}: loses {one.cosine_loss:.3f} of cosine{wrong}")
-    wrong = [one.name for one in forecast.affected if one.likely_misclassified]
-    _say(f"likely misclassified: {', '.join(wrong) or 'no other name'}")
 
 
-def _add_compose(add: Callable[..., Any]) -> None:
-    add("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
+def _compose(option: Option, parse: Parse) -> None:
+    """Join adapters, or give classes back, by solving again."""
+    from forgetting.adapter import load_adapter, save_adapter
+    from forgetting.compose import compose
+
+    option("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
     given_back = "adapter whose classes are given back; may be repeated"
-    add("--without", action="append", default=[], metavar="ADAPTER", help=given_back)
-    _out(add, "adapter")
-
-
-def _compose(args: argparse.Namespace) -> None:
-    out, adapter = _free(args), _part("adapter")
-    if len(args.adapters) < 2 and not args.without:
+    option("--without", action="append", default=[], metavar="ADAPTER", help=given_back)
+    _out(option, "adapter")
+    args = parse()
+    paths = [*args.adapters, *args.without]
+    if len(paths) < 2:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
-    found: dict[str, Any] = {}
-    for paths in (args.adapters, args.without):
-        seen: dict[bytes, str] = {}
-        for path in paths:
-            if path in found:
-                raise ProblemError(f"{line(path)} is named twice")
-            found[path] = adapter.load_adapter(path)
-            if (other := seen.setdefault(adapter.adapter_bytes(found[path]), path)) != path:
-                raise ProblemError(f"{line(other)} and {line(path)} are the same adapter")
-    sides = [{path: found[path] for path in paths} for paths in (args.adapters, args.without)]
-    made = _part("compose").compose(*sides)
-    adapter.save_adapter(made, out, args.overwrite)
-    names = ", ".join(made.classes)
-    _say(
-        f"{out}: forgets {names}; the texts miss their targets by {made.solver['residual']:.1e} "
-        "of the way"
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ProblemError(f"{line(twice[0])} is named twice")
+    adapters, without = (
+        {path: load_adapter(path) for path in side} for side in (args.adapters, args.without)
     )
+    made = compose(adapters, without)
+    save_adapter(made, args.out, args.overwrite)
+    missed = f"the texts miss their targets by {made.solver['residual']:.1e} of the way"
+    _say(f"{args.out}: forgets {', '.join(made.classes)}; {missed}")
 
 
-def _add_undo(add: Callable[..., Any]) -> None:
-    _adapter(add)
-    add("--model", required=True, help=f"the changed one: {MODEL}")
-    add("--base", required=True, help=f"the original: {MODEL}")
-    _out(add, "state dict (safetensors)")
+def _verify(option: Option, parse: Parse) -> None:
+    """Exactly this change of the original, and nothing else."""
+    from forgetting.forgotten import Forgotten
+    from forgetting.models.loading import load_model
 
-
-def _undo(args: argparse.Namespace) -> None:
-    out, files, load = _free(args), _part("io"), _part("models.loading").load_model
-    forgotten = _part("forgotten").Forgotten
-    base = forgotten.load(args.adapter, load(args.base)[0])
-    if base.original is None:
-        raise ProblemError("--base is the changed model: name the original one")
-    model = load(args.model)[0]
-    changed = forgotten.load(args.adapter, model, original=base.original)
-    changed.undo()
-    held = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
-    files.write_bytes(files.container(held, {"format": "pt"}), out, args.overwrite)
-    _say(f"{out}: as it was, with {', '.join(changed.names)}")
-
-
-def _add_verify(add: Callable[..., Any]) -> None:
-    _adapter(add)
-    add("--model", required=True, help=f"the changed one: {MODEL}")
-    add("--base", help="the original, for an adapter that was composed")
-
-
-def _verify(args: argparse.Namespace) -> None:
-    load, forgotten = _part("models.loading").load_model, _part("forgotten").Forgotten
+    option("adapter", metavar="ADAPTER")
+    option("--model", required=True, help=f"the changed one: {MODEL}")
+    option("--base", help="the original, for an adapter that was composed")
+    args = parse()
     original = None
     if args.base:
-        original = forgotten.load(args.adapter, load(args.base)[0]).original
-    found = forgotten.load(args.adapter, load(args.model)[0], original=original)
-    found.verify()
-    _say(f"verified: {', '.join(found.names)}, and nothing else")
+        original = Forgotten.load(args.adapter, load_model(args.base)[0]).original
+    changed = Forgotten.load(args.adapter, load_model(args.model)[0], original=original)
+    changed.verify()
+    _say(f"verified: {', '.join(changed.names)}, and nothing else")
 
 
-def _add_patch(add: Callable[..., Any]) -> None:
-    _adapter(add)
-    add("embeddings", metavar="FILE", help="cached texts: .npy, .safetensors or .parquet")
-    add("--base", required=True, help="the original checkpoint, file or folder")
-    add("--key", help="tensor or column, where the file holds several")
-    add("--unnormalised", action="store_true", help="the embeddings are as the projection gave "
-        "them, not of length 1")  # fmt: skip
-    _out(add, "file")
+def _patch(option: Option, parse: Parse) -> None:
+    """Change cached text embeddings, without a model."""
+    from forgetting.adapter import load_adapter
+    from forgetting.deploy.embeddings import patch_file
+    from forgetting.models.checkpoint import read_projection
 
-
-def _patch(args: argparse.Namespace) -> None:
-    out, adapter = _free(args), _part("adapter").load_adapter(args.adapter)
-    base = _local(args.base)
-    projection, bias = _part("models.checkpoint").read_projection(base, adapter)
-    report = _part("deploy.embeddings").patch_file(
-        args.embeddings,
-        out,
-        projection,
-        adapter,
-        args.key,
-        bias,
-        normalised=not args.unnormalised,
-        overwrite=args.overwrite,
-    )
+    option("adapter", metavar="ADAPTER")
+    option("embeddings", metavar="FILE", help="cached texts: .npy or .safetensors")
+    option("--base", required=True, help="the original checkpoint, file or folder")
+    option("--key", help="tensor, where the file holds several")
+    about = "the embeddings are as the projection gave them, not of length 1"
+    option("--unnormalised", action="store_true", help=about)
+    _out(option, "file")
+    args = parse()
+    adapter = load_adapter(args.adapter)
+    projection, bias = read_projection(_local(args.base), adapter)
+    options = {"normalised": not args.unnormalised, "overwrite": args.overwrite}
+    file = args.embeddings, args.out
+    report = patch_file(*file, projection, adapter, args.key, bias, **options)
     _say(
-        f"{out}: {report['rows']} {report['dtype']} embeddings patched; condition of the "
-        f"projection {report['condition']:.3g}, each right to {report['error']:.1e}",
+        f"{args.out}: {report['rows']} {report['dtype']} embeddings patched; condition of the "
+        f"projection {report['condition']:.3g}, each right to {report['error']:.1e}"
     )
 
 
-def _add_export(add: Callable[..., Any]) -> None:
-    _adapter(add)
-    add("--base", required=True, help="the original model, a local file or folder")
-    formats = ("openai", "open_clip", "hf", "peft", "onnx")
-    add("--to", required=True, choices=formats, help="the tool to export for")
-    add("--original", help="the checkpoint that the adapter was made from, if the base is a rounded"
-        " copy of it")  # fmt: skip
-    add("--config", help="open_clip's configuration and weights (NAME/TAG), or a JSON file, if the"
-        " base has none")  # fmt: skip
-    _out(add, "file or folder")
+def _export(option: Option, parse: Parse) -> None:
+    """Write the changed model for another tool."""
+    from forgetting.adapter import load_adapter
+    from forgetting.deploy.export import FORMATS, export
 
-
-def _export(args: argparse.Namespace) -> None:
-    out, adapter = _free(args), _part("adapter").load_adapter(args.adapter)
-    original = None if args.original is None else _local(args.original)
-    export = _part("deploy.export").export
-    export(adapter, _local(args.base), args.to, out, original, args.config, args.overwrite)
-    _say(f"{out}: {args.to}, without {', '.join(adapter.classes)}")
+    option("adapter", metavar="ADAPTER")
+    option("--base", required=True, help="the original model, a local file or folder")
+    option("--to", required=True, choices=FORMATS, help="the tool to export for")
+    original = "the checkpoint that the adapter was made from, if the base is a rounded copy of it"
+    option("--original", help=original)
+    config = (
+        "open_clip's configuration and weights (NAME/TAG), or a JSON file, if the base has none"
+    )
+    option("--config", help=config)
+    _out(option, "file or folder")
+    args = parse()
+    adapter, original = load_adapter(args.adapter), args.original and _local(args.original)
+    export(adapter, _local(args.base), args.to, args.out, original, args.config, args.overwrite)
+    _say(f"{args.out}: {args.to}, without {', '.join(adapter.classes)}")
 
 
 def _local(base: str) -> str:
@@ -395,15 +324,10 @@ def _local(base: str) -> str:
 
 
 COMMANDS = {
-    "forget": ("forget names, and write an adapter", _add_forget, _forget),
-    "audit": (
-        "what text alone says of an adapter: paraphrases, affected names",
-        _add_audit,
-        _audit,
-    ),
-    "compose": ("join adapters, or give classes back, by solving again", _add_compose, _compose),
-    "undo": ("write the weights of a changed model as they were", _add_undo, _undo),
-    "verify": ("exactly this change of the original, and nothing else", _add_verify, _verify),
-    "patch": ("change cached text embeddings, without a model", _add_patch, _patch),
-    "export": ("write the changed model for another tool", _add_export, _export),
+    "forget": _forget,
+    "audit": _audit,
+    "compose": _compose,
+    "verify": _verify,
+    "patch": _patch,
+    "export": _export,
 }

@@ -90,24 +90,6 @@ def test_a_reader_that_has_seen_enough_is_no_traceback():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_a_stdout_that_is_closed_is_no_traceback():
-    for code in ("print('a'); logger.info('b')", "raise ProblemError('refused')"):
-        text = f"""
-import sys
-from engine.cli import ProblemError, run
-from engine.log import logger, progress
-def main(argv):
-    for _ in progress(range(2), "loop"):
-        {code}
-sys.exit(run(main))
-"""
-        for closed in (">&-", "2>&-", ">&- 2>&-"):
-            command = [*("sh", "-c", f'"$0" -c "$1" {closed}'), sys.executable, text]
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-            assert done.returncode == (2 if "raise" in code else 0), done.stderr
-            assert "Traceback" not in done.stdout + done.stderr
-
-
 def test_an_option_for_a_setting_has_its_range_and_knows_home():
     parser = Parser(prog="x")
     add_setting(parser, "--cache", FeatureSettings, "cache")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import venv
 import zipfile
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetting import __version__, load_adapter, save_adapter
+from forgetting import Forgotten, __version__, load_adapter, save_adapter
 from forgetting.cli import COMMANDS, OTHER_TEMPLATES, cli
 from forgetting.displacement import displacement_along
 from forgetting.models.encoder import read_encoder
@@ -101,32 +100,34 @@ def adapter(folder, tmp_path, succeeds):
 
 def test_there_and_back(folder, adapter, tmp_path, succeeds, refused):
     assert "is the original: nothing was applied" in refused("verify", adapter, "--model", folder)
-    changed, back = tmp_path / "changed", tmp_path / "back.safetensors"
+    changed = tmp_path / "changed"
     args = ["--base", folder, "--to", "open_clip", "--out", changed]
     assert "without Acme Cola" in succeeds("export", adapter, *args)
     said = succeeds("verify", adapter, "--model", changed)
     assert said == "verified: Acme Cola, and nothing else\n"
-    succeeds("undo", adapter, "--model", changed, "--base", folder, "--out", back)
-    restored, state = load_file(back), load_file(_weights(folder))
-    for name, x in state.items():
-        assert tensor_sha256(restored[name]) == tensor_sha256(x), name
+    original = load_file(_weights(folder))
+    model, _ = load_model(str(changed))
+    Forgotten.load(adapter, model, original=original["text_projection"]).undo()
+    state = model.state_dict()
+    for name, x in original.items():
+        assert tensor_sha256(state[name]) == tensor_sha256(x), name
     state = load_file(_weights(changed))
     save_file(state | {"visual.proj": state["visual.proj"] * 1.001}, _weights(changed))
     assert "is not what it was" in refused("verify", adapter, "--model", changed)
 
 
 def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, succeeds):
-    """Also where its name is part of another's; what the model reads as the same text is none."""
+    """Also where its name is part of another's; what is forgotten itself is no paraphrase."""
     path = tmp_path / "a.safetensors"
     names = ["Acme Cola", "Cola", "--also", "Cola=fizz"]
     succeeds("forget", folder, *names, *QUICK, "--out", path)
     found, encoder = load_adapter(path), read_encoder(*load_model(str(folder)))
     others = [form.replace("{}", "Cola") for form in OTHER_TEMPLATES] + ["fizzy drink"]
     others = [text for text in others if text not in found.texts]
-    hidden = encoder.hidden(["Cola", *others]).double()  # "COLA" and "cola" are the same tokens
+    hidden = encoder.hidden(["Cola", *others]).double()
     edit = LowRankEdit(found.left.double(), found.right.double())
     ratios = displacement_along(edit, hidden[0], hidden[1:])
-    said = succeeds("audit", path, "--model", folder, "--word", "fizzy drink")
+    said = succeeds("audit", path, "--model", folder, "--word", "fizzy drink", "--word", "fizz")
     words = f"Cola: {len(others)} paraphrases move {float(ratios.mean()):.2f} of the way"
     assert any(text.startswith(words) for text in said.splitlines()), said
     least = min(zip(ratios.tolist(), others, strict=True))
@@ -134,23 +135,21 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, succeeds):
     assert "names like those of the group own" in said and "likely misclassified" in said
 
 
-def test_adapters_of_the_driver_are_audited_and_undone(
+def test_adapters_of_the_driver_are_audited_and_not_verified(
     folder, adapter, tmp_path, succeeds, refused
 ):
     """They do not say what the rest of their model is."""
     save_adapter(replace(load_adapter(adapter), model=None, changed_sha256=[]), adapter)
     succeeds("audit", adapter, "--model", folder)
-    changed, back = tmp_path / "changed", tmp_path / "back.safetensors"
+    changed = tmp_path / "changed"
     succeeds("export", adapter, "--base", folder, "--to", "open_clip", "--out", changed)
     line = refused("verify", adapter, "--model", changed, "--base", folder)
     assert "does not say what the rest of its model is" in line
-    succeeds("undo", adapter, "--model", changed, "--base", folder, "--out", back)
-    assert torch.equal(*(load_file(x)["text_projection"] for x in (back, _weights(folder))))
 
 
-def test_an_export_in_half_precision_is_verified_and_undone(folder, tmp_path, succeeds):
+def test_an_export_in_half_precision_is_verified(folder, tmp_path, succeeds):
     """Computed with in float32, it keeps its precision in files."""
-    adapter, changed, back = (tmp_path / name for name in ("a.st", "changed", "back.st"))
+    adapter, changed = tmp_path / "a.st", tmp_path / "changed"
     halves = {name: x.half() for name, x in load_file(_weights(folder)).items()}
     save_file(halves, _weights(folder))
     succeeds("forget", folder, "Acme Cola", *QUICK, "--out", adapter)
@@ -158,8 +157,6 @@ def test_an_export_in_half_precision_is_verified_and_undone(folder, tmp_path, su
     assert load_file(_weights(changed))["text_projection"].dtype == torch.float16
     for more in ([], ["--base", folder]):
         succeeds("verify", adapter, "--model", changed, *more)
-    succeeds("undo", adapter, "--model", changed, "--base", folder, "--out", back)
-    assert torch.equal(load_file(back)["text_projection"], halves["text_projection"].float())
 
 
 def test_options_of_forget(folder, tmp_path, run):
@@ -262,19 +259,15 @@ def test_command_lines_that_are_refused(folder, tmp_path, refused):
 
 
 def test_help_and_version_import_nothing():
-    """They answer at once, and in a shell that is closed too."""
-    for argv in (["--help"], [], ["--version"]):
-        program = (
-            "import sys, time; start = time.time(); from forgetting.cli import cli; "
-            f"assert cli({argv!r}) == 0 and 'torch' not in sys.modules"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=REPOSITORY)
-        assert done.returncode == 0, done.stderr
+    """They answer at once."""
+    program = (
+        "import sys; from forgetting.cli import cli; "
+        "assert cli(['--help']) == cli([]) == cli(['--version']) == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout.decode()
-    start = time.perf_counter()
-    command = f"{sys.executable} -m forgetting --help"
-    closed = subprocess.run(f"{command} >&- 2>&-", shell=True, cwd=REPOSITORY)
-    assert closed.returncode == 0 and time.perf_counter() - start < 5
     with open(REPOSITORY / "pyproject.toml", "rb") as file:
         assert tomllib.load(file)["project"]["dynamic"] == ["version"]
 
@@ -285,7 +278,7 @@ def test_every_command_has_help(command, capsys):
         cli([command, "--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0 and f"clip-forget {command}" in said
-    assert COMMANDS[command][0][1:] in " ".join(said.split())
+    assert COMMANDS[command].__doc__ in " ".join(said.split())
 
 
 def _wheel(tmp_path):

@@ -285,8 +285,6 @@ def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys)
         ([lora, cat], "ForgetExact"),
         ([cat], "nothing to compose"),
         ([cat, cat], "named twice"),
-        ([cat, dog, copy], "are the same adapter"),
-        ([cat, copy, "--without", dog], "are the same adapter"),
         ([cat, "--without", copy], "nothing is left"),
         ([cat, "--without", dog], "forgets 'dog', and what is composed forgets 'cat'"),
         ([cat, tmp_path / "missing.st"], "missing.st"),
