@@ -7,11 +7,12 @@ The format is CoOp's (github.com/KaiyangZhou/CoOp, DATASETS.md):
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import inside, read_json
+from engine.files import read_json
 from forgetting.errors import ProblemError
 
 from .names import flaw
@@ -101,10 +102,9 @@ def _problem(entry: Any, names: dict[int, str], labels: dict[Path, int]) -> str:
         return f"the class name must be a non-empty string, is {name!r:.80}"
     if (other := names.setdefault(label, name)) != name:
         return f"label {label} is called {name!r}, but {other!r} before"
-    try:
-        image = inside("the image folder", path)
-    except ProblemError as error:
-        return str(error)
+    image = Path(os.path.normpath(path))
+    if "\0" in path or image.is_absolute() or image.parts[:1] == ("..",):
+        return f"path {path!r} leads out of the image folder"
     if (other := labels.setdefault(image, label)) != label:
         return f"{path!r} has label {label}, but {other} before"
     return ""

@@ -24,8 +24,6 @@ OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_de
 VARIABLE = "CLIP_FORGET_ENGINE"
 ENGINES = ("dassl", "builtin")
 
-__all__ = ["choose", "extend_cfg", *OF_DASSL]
-
 
 def extend_cfg(cfg: CfgNode) -> None:
     """Add this project's keys to a config, as CoOp's `train.py` does to Dassl's."""
@@ -62,12 +60,9 @@ def choose() -> SimpleNamespace:
             why = "Dassl is not installed"
         if wanted == "dassl":
             raise SystemExit(f"error: {VARIABLE}=dassl, but {why}; put Dassl on PYTHONPATH")
+    builtin = Registry(), Registry(), SimpleTrainer, CfgNode
     return SimpleNamespace(
-        description=f"engine: builtin ({why})",
-        DATASET_REGISTRY=Registry(),
-        TRAINER_REGISTRY=Registry(),
-        SimpleTrainer=SimpleTrainer,
-        get_cfg_default=CfgNode,
+        description=f"engine: builtin ({why})", **dict(zip(OF_DASSL, builtin, strict=True))
     )
 
 
@@ -83,30 +78,21 @@ def _dassl() -> SimpleNamespace:
     )
 
 
-class Registry:
+class Registry(dict[str, type]):
     """Classes by their names."""
-
-    def __init__(self) -> None:
-        self._classes: dict[str, type] = {}
 
     def register(self, force: bool = False) -> Any:
         """A decorator that registers a class; in Dassl's only `force` replaces one of that name."""
 
         def add(thing: type) -> type:
-            self._classes[thing.__name__] = thing
+            self[thing.__name__] = thing
             return thing
 
         return add
 
-    def get(self, name: str) -> Any:
-        if name not in self._classes:
-            raise unknown("name", name, self._classes)
-        return self._classes[name]
-
 
 class SimpleTrainer:
-    """Checks the config, then builds data and model, in Dassl's order, by the methods that a
-    trainer overrides."""
+    """Checks the config, then builds data and model, in Dassl's order."""
 
     def __init__(self, cfg: CfgNode) -> None:
         import torch  # reading settings needs none of it

@@ -15,13 +15,13 @@ from typing import Any
 
 from engine.log import quiet, screen
 from forgetting import cli
-from forgetting.errors import ProblemError, shown, unknown
+from forgetting.errors import ProblemError, unknown
 from forgetting.settings import check_value, kind_of
 
 
 class Parser(cli.Parser):
-    """The parser of `clip-forget`, for the log of `engine.log`: `--quiet` leaves results, warnings
-    and errors. Positional arguments may stand between options, as CoOp's KEY VALUE pairs do."""
+    """The parser of `clip-forget`; `--quiet` leaves results, warnings and errors. Positional
+    arguments may stand between options, as CoOp's KEY VALUE pairs do."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -66,9 +66,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def take(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,30}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {low:,} to {high:,}, not {shown(text)}"
-            )
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}")
         return int(text)
 
     return take

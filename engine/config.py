@@ -66,6 +66,7 @@ OF_DASSL = re.compile(
     r"|DATASET\.(\w+_DOMAINS|NUM_LABELED|NUM_SHOTS|VAL_PERCENT|STL10_FOLD|CIFAR_C_\w+"
     r"|ALL_AS_UNLABELED|SUBSAMPLE_CLASSES)"
 )
+NO_EFFECT = "without effect here, where no image trains anything"
 INSTEAD = {
     "OPTIM.LR": "TRAINER.FORGETLORA.LR",
     "OPTIM.MAX_EPOCH": "TRAINER.FORGETLORA.STEPS",
@@ -269,8 +270,10 @@ def load(
 
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    _merge_files(cfg, known.get(dataset, known[ANY_DATASET]), dataset_config_file, of_set)
-    _merge_files(cfg, methods.get(trainer, ""), config_file, of_user)
+    _merge(cfg, _read(known.get(dataset, known[ANY_DATASET])))
+    _merge(cfg, of_set, dataset_config_file)
+    _merge(cfg, _read(methods.get(trainer, "")))
+    _merge(cfg, of_user, config_file)
     _merge(cfg, line)
     if dataset:
         cfg.DATASET.NAME = dataset
@@ -298,26 +301,15 @@ def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
     cfg[leaf] = value
 
 
-def _merge_files(
-    cfg: CfgNode, ours: str | Path, theirs: str, given: Sequence[tuple[str, Any]]
-) -> None:
-    """Merge a file of ours, and what a file of the user's says; log what that sets."""
-    _merge(cfg, _read(ours), ours)
-    idle = [key for key, _ in given if OF_DASSL.fullmatch(key)]
-    pairs = [(key, value) for key, value in given if key not in idle]
-    _merge(cfg, pairs, theirs)
-    if pairs:
-        logger.info(f"{theirs} sets {', '.join(dict.fromkeys(key for key, _ in pairs))}")
-    if idle:
-        words = "without effect here, where no image trains anything"
-        logger.warning(f"{theirs}: {words}: {', '.join(idle)}")
-
-
-def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str | Path = "") -> None:
-    """Set keys of `cfg`; the `file` that they come from is named in refusals."""
-    keys = declared()
-    where = f" (in {file})" if file else ""
+def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str = "") -> None:
+    """Set keys of `cfg`. Of a `file` of the user's what it sets, and what has no effect, is
+    logged."""
+    keys, where, idle, done = declared(), f" (in {file})" if file else "", [], []
     for key, value in pairs:
+        if OF_DASSL.fullmatch(key) and file:
+            idle.append(key)
+            continue
+        done.append(key)
         if key in keys:
             value = _coerce(value, keys[key])
             try:
@@ -328,20 +320,19 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str | Path = ""
         elif key.startswith(f"{WEIGHTS}."):
             backbone, _, mode = key.removeprefix(f"{WEIGHTS}.").rpartition(".")
             if not backbone or mode not in MODES:
-                raise ProblemError(
-                    f"{key}: must be {WEIGHTS}.BACKBONE.SINGLE or .MULTICLASS{where}"
-                )
+                raise ProblemError(f"{key} must be {WEIGHTS}.BACKBONE.SINGLE or MULTICLASS{where}")
             _set(cfg.FORGET.WEIGHTS, [backbone, mode], _literal(value))
         elif OF_DASSL.fullmatch(key):
             instead = f"; instead: {INSTEAD[key]}" if key in INSTEAD else ""
-            raise ProblemError(
-                f"{key} is a key of Dassl's or CoOp's without effect here, where no image trains "
-                f"anything{instead}{where}"
-            )
+            raise ProblemError(f"{key}, a key of Dassl's or CoOp's, is {NO_EFFECT}{instead}")
         elif value is not None or not any(one.startswith(f"{key}.") for one in (*keys, WEIGHTS)):
             close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
             meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""
             raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){where}")
+    if file and done:
+        logger.info(f"{file} sets {', '.join(dict.fromkeys(done))}")
+    if idle:
+        logger.warning(f"{file}: {NO_EFFECT}: {', '.join(idle)}")
 
 
 def _literal(value: Any) -> Any:

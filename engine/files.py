@@ -1,4 +1,4 @@
-"""Text and JSON of foreign files, their shape, and names and paths that stay where they belong.
+"""Text and JSON of foreign files, their shape, and names of files.
 
 Files are written by `forgetting.io.atomic_path`: whole or not at all.
 """
@@ -84,18 +84,6 @@ def escape(name: str) -> str:
     Two names never become one; there are cars called "C/V"."""
     escaped = quote(name, safe=" ()'", errors="surrogatepass") or "%"  # which no other name becomes
     return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
-
-
-def inside(root: str | os.PathLike[str], relative: str) -> Path:
-    """`root`/`relative`, with `..` resolved; ProblemError if that leaves `root`.
-
-    For paths that come from a file. Links are not followed: a user may keep an image folder on
-    another disk behind a link of their own.
-    """
-    normal = os.path.normpath(relative)
-    if "\0" in relative or os.path.isabs(relative) or normal.split(os.sep)[0] == os.pardir:
-        raise ProblemError(f"path {relative!r} leads out of {os.fspath(root)}")
-    return Path(root) / normal
 
 
 class Kind(NamedTuple):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from threading import RLock
@@ -116,7 +116,6 @@ def run_log() -> Iterator[Callable[[Path], None]]:
     nothing. An existing log is continued. ProblemError if the file cannot be written."""
     once.cache_clear()
     memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
-    handlers: list[logging.Handler] = [memory]
     logger.addHandler(memory)
 
     def keep(folder: Path) -> None:
@@ -128,9 +127,7 @@ def run_log() -> Iterator[Callable[[Path], None]]:
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         memory.setTarget(file)
         memory.flush()
-        logger.removeHandler(memory)
-        logger.addHandler(file)
-        handlers.append(file)
+        memory.capacity = 1  # from now on each line at once
 
     try:
         yield keep
@@ -139,21 +136,18 @@ def run_log() -> Iterator[Callable[[Path], None]]:
             logger.debug(f"ended by {type(error).__name__}: {error}")
         raise
     finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
+        logger.removeHandler(memory)
+        for handler in filter(None, (memory.target, memory)):
             with suppress(OSError):
                 handler.close()
 
 
 def environment() -> str:
-    """Versions, threads and the device, one per line."""
+    """Versions, threads and the device."""
     import torch
 
     lines = [f"Python: {platform.python_version()} on {platform.platform()}"]
-    for package in REPORTED:
-        with suppress(PackageNotFoundError):
-            lines.append(f"{package}: {version(package)}")
-    cuda = torch.cuda.is_available()
-    lines.append(f"device: {torch.cuda.get_device_name() if cuda else platform.machine()}")
-    lines.append(f"torch threads: {torch.get_num_threads()}")
+    lines += [f"{package}: {version(package)}" for package in REPORTED]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    lines.append(f"device: {device}, torch threads: {torch.get_num_threads()}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engine.cli import add_setting
 from engine.log import logger
@@ -62,8 +62,7 @@ def spread(
     task: Callable[[Item], Result], items: Sequence[Item], how: LauncherSettings
 ) -> Iterator[tuple[Item, Result | ProblemError]]:
     """Yield each item with the result of `task(item)` as soon as it is there; a ProblemError that
-    the task raises is its result. In this process tasks run in the order of `items`, by Ray many at
-    once.
+    the task raises is its result.
 
     Args:
         task: what Ray can pickle, such as a function of a module or a `partial` of one.
@@ -110,20 +109,17 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS")
-    own = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cores}
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    address = os.environ.get("RAY_ADDRESS", "local")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cores}
     passed = {key: value for key, value in os.environ.items() if key.startswith("CLIP_FORGET_")}
+    paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+    passed["PYTHONPATH"] = os.pathsep.join(paths)
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths), **passed}},
-            **({} if address else own),
-        )
+        ray.init(address=address, runtime_env={"env_vars": passed}, **options)
     except Exception as error:  # of a network, or of versions that differ
-        raise ProblemError(f"Ray cannot be had at {address or 'home'}: {reason(error)}") from error
+        raise ProblemError(f"Ray is not available ({address}): {reason(error)}") from error
     try:
         yield ray
     finally:

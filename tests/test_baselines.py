@@ -68,9 +68,7 @@ def test_a_new_method_is_one_class(method):
     class ForgetMean(RetainingTrainer):
         """A text goes to the mean of the retained ones."""
 
-        name = "mean"
         settings_type = MeanSettings
-        targets = ()
 
         def solve_one(self, request: Request) -> Solved:
             rows, report, notes = self.retained_beside(request)

@@ -98,8 +98,6 @@ def test_the_engine_of_this_process_is_the_one_asked_for():
 def test_every_name_is_offered(kit):
     for name in engine.OF_DASSL:
         assert getattr(kit, name) is not None
-    for name in engine.__all__:
-        assert getattr(engine, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = engine.no_such_name
 
@@ -156,8 +154,6 @@ def test_registry(kit):
     for _ in range(2):  # the second time one of that name is there
         registry.register(force=True)(Second)
     assert registry.get("First") is First and registry.get("Second") is Second
-    with pytest.raises((ProblemError, KeyError), match="Frist"):
-        registry.get("Frist")
 
 
 def test_a_trainer_is_built_in_dassls_order(kit):

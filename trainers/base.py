@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from statistics import fmean
 from textwrap import shorten
 from typing import Any
 
-import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -23,8 +23,7 @@ from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import TERMS, check
 from engine.determinism import one_thread
 from engine.log import logger, progress
-from evaluation.results import Results, join_label, model_files, place, read_logs
-from evaluation.rows import Row, mean, rows_of
+from evaluation.results import LOGS, Results, join_label, model_files, place, read_logs
 from evaluation.rules import Fate, fate
 from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
 from forgetting.errors import ProblemError
@@ -76,7 +75,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     requests.
 
     Attributes of a method:
-        name: in logs.
         settings_type: dataclass of its own settings; None: it has none.
         targets: where it can send texts; empty: it sends them nowhere.
         retains: groups of names that it retains, each name with weight 1.
@@ -84,9 +82,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         batch_size: number of requests that are solved together.
     """
 
-    name: str
     settings_type: type | None = None
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
     retains: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     batch_size = 1
@@ -132,9 +129,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         cfg, plan, forget = self.cfg, self.plan, self.cfg.FORGET
         for name, reason in plan.absent.items():
             logger.info(f"not evaluated: {name} ({reason})")
-        self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
-        self.num_classes = len(plan.classnames)
-        self.num_source_domains = 0
         self.lab2cname = dict(enumerate(plan.classnames))
         self.results = Results(cfg.OUTPUT_DIR)
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
@@ -159,6 +153,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         self.model = None
         if self.pending:
             bundle = self.bundle
+            self.projection_sha256 = projection_sha256(bundle.text_projection)
             self.projection = bundle.text_projection.to(self.device)  # (w, d), never written to
             self.bias = None if bundle.text_bias is None else bundle.text_bias.to(self.device)
             logger.info(
@@ -234,49 +229,39 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         Each adapter is written as soon as it is evaluated: a killed run loses the requests that
         are solved together at that moment.
         """
-        dataset, pending = self.plan.dataset, self.pending
-        remove_stale(self.results.folder)
+        dataset, folder, pending = self.plan.dataset, self.results.folder, self.pending
+        remove_stale(folder)
         self.results.compile()
         self.sink: Any = nullcontext()
         if self.cfg.LOG:
             from engine.sink import Sink
 
-            self.sink = Sink(self.cfg.LOG, self.results.folder / place(dataset) / SINK)
+            self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
         self.bar = progress(desc=dataset, total=len(pending))
         try:
             with self.sink, self.bar:
                 for start in range(0, len(pending), self.batch_size):
                     self.forget(pending[start : start + self.batch_size])
-        except BaseException:  # what is done is done, also on Ctrl-C
-            with suppress(Exception):
-                self.results.compile()
-            raise
-        self.results.compile()
-        folder, forget = self.results.folder, self.cfg.FORGET
+        finally:  # what is done is done, also on Ctrl-C
+            self.results.compile()
         rn = self.run_settings["backbone"].startswith("RN")
-        options = f"rn={rn}, multiclass={forget.MULTICLASS}"
-        logger.info(f"results: {folder / 'logs.json'}")
-        logger.info(
-            f'from utils import create_results; df, args = create_results("{folder}/", {options})'
+        load, options = (
+            "df, args = create_results",
+            f"rn={rn}, multiclass={self.cfg.FORGET.MULTICLASS}",
         )
-        seeds = sorted(str(path.parent) for path in folder.parent.glob("seed_*/logs.json"))
+        logger.info(f"results: {folder / LOGS}")
+        logger.info(f'from utils import create_results; {load}("{folder}/", {options})')
+        seeds = sorted(str(path.parent) for path in folder.parent.glob(f"seed_*/{LOGS}"))
         if folder.name.startswith("seed_") and len(seeds) > 1:
-            logger.info(f"all seeds: df, args = create_results({seeds}, {options})")
+            logger.info(f"all seeds: {load}({seeds}, {options})")
 
     def forget(self, block: list[list[str]]) -> None:
-        """Solve a block of requests together, evaluate the answers, and write an adapter of
-        each."""
+        """Solve a block of requests together, evaluate the answers, and keep them."""
         requests = Batch(self.requests(block))
         started = time.perf_counter()
         with one_thread():
             answers = self.solve(requests)
             seconds = (time.perf_counter() - started) / len(block)
-            for classes, answer in zip(block, answers, strict=True):
-                if not (torch.isfinite(answer.left).all() and torch.isfinite(answer.right).all()):
-                    raise ProblemError(
-                        f"the change for {join_label(classes)!r} of {self.plan.dataset} is not "
-                        "finite: a weight, ridge or beta is out of range; it was not saved"
-                    )
             removed = [answer.removed for answer in answers]
             accuracies = self.accuracies.after(block, answers, removed)
         for request, answer, after in zip(requests, answers, accuracies, strict=True):
@@ -296,10 +281,9 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         """Write the adapter of a request with its log entry, and show what became of it."""
         classes, dataset, forget = request.classes, self.plan.dataset, self.cfg.FORGET
         label = join_label(classes)
-        path, replaced = self.results.path(dataset, label), self.results.record(dataset, label)
-        model = model_files(path)
+        model = model_files(self.results.path(dataset, label))
         solver = {
-            "name": self.name,
+            "name": type(self).__name__.removeprefix("Forget").lower(),
             "settings": self.chosen_settings(classes),
             "texts": request.texts,
             **finite(answer.report),
@@ -325,8 +309,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             recipe=answer.recipe,
             model=self.bundle.identity,
         )
-        if forget.SAVE_MODEL or (replaced and "model" in replaced.entry["solver"]):
-            for file in model:  # of the adapter that is replaced
+        if forget.SAVE_MODEL or forget.OVERWRITE:
+            for file in model:  # of an adapter that is replaced
                 file.unlink(missing_ok=True)
         if forget.SAVE_MODEL:  # before the adapter, which says that it is done
             from clip.apply import save_full_model
@@ -338,13 +322,9 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         logger.info("\n  ".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
         if self.cfg.LOG:
             step = self.plan.requests.index(classes)
-            self.sink.row(label, numbers_of(rows_of({dataset: {label: entry}})), step)
+            self.sink.row(label, numbers_of(dataset, entry), step)
             for name, values in answer.curves.items():
                 self.sink.curve(f"{name}/{label}", values)
-
-    @cached_property
-    def projection_sha256(self) -> str:
-        return projection_sha256(self.bundle.text_projection)
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
@@ -375,15 +355,14 @@ def outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: half of its accuracy or more is left: not forgotten"
 
 
-def numbers_of(rows: Sequence[Row]) -> dict[str, float | None]:
-    """The numbers of a request for `--log`, from its rows (one per class)."""
-    sides = {"forgotten": [row.own for row in rows], "rest": [rows[0].rest]}
-    sides |= {name: [change] for name, change in rows[0].others.items()}
-    numbers = {
-        f"{name}/{when}": mean(getattr(change, when) for change in changes)
-        for name, changes in sides.items()
-        for when in ("before", "after")
-    }
-    solver = rows[0].solver
-    numbers |= {f"solver/{key}": x for key, x in solver.items() if isinstance(x, int | float)}
-    return numbers | {"solver/gap": rows[0].gap}
+def numbers_of(dataset: str, entry: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a log entry for `--log`; of several classes the mean."""
+    numbers = {f"solver/{k}": x for k, x in entry["solver"].items() if isinstance(x, int | float)}
+    for when, side in (("before", "zero_shot"), ("after", "final_results")):
+        own = list(entry[side][dataset].values())
+        forgotten = [x["cls_acc_test"] for x in own if x["cls_acc_test"] is not None]
+        numbers[f"forgotten/{when}"] = fmean(forgotten) if forgotten else None
+        numbers[f"rest/{when}"] = own[0]["no_cls_acc"]
+        for name in entry[side].keys() - {dataset}:
+            numbers[f"{name}/{when}"] = entry[side][name]["all"]["all_ds"]
+    return numbers

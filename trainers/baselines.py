@@ -18,7 +18,7 @@ from forgetting.errors import ProblemError
 from forgetting.io import need
 from forgetting.problem import Batch, Request
 from forgetting.settings import setting
-from trainers.base import ForgetTrainer, Solved, register
+from trainers.base import TARGETS, ForgetTrainer, Solved, register
 from trainers.exact import ForgetExact
 from trainers.requests import BARE
 
@@ -29,9 +29,6 @@ ERASED = 0.5  # of the distance between the means; more than that left is no era
 @register
 class ForgetNothing(ForgetTrainer):
     """`Delta = 0`, as factors of rank 0: the untouched model in a row of its own."""
-
-    name = "nothing"
-    targets = ()
 
     def solve_one(self, request: Request) -> Solved:
         w, d = self.projection.shape
@@ -45,8 +42,6 @@ class ForgetName(ForgetNothing):
     No image is given that name any more, which is all that an accuracy on the list sees. Any other
     word for the class still finds its images: nothing was forgotten.
     """
-
-    name = "name"
 
     def solve_one(self, request: Request) -> Solved:
         note = "the name leaves the list of classes; the projection stays as it was"
@@ -62,9 +57,6 @@ class ForgetZero(ForgetTrainer):
     see no length, and float32 leaves a millionth of a zeroed text in a direction of chance. So the
     change goes a hundred-thousandth beyond zero, which decides this in the method's favour.
     """
-
-    name = "zero"
-    targets = ()
 
     def solve_one(self, request: Request) -> Solved:
         hidden = request.hidden.double().to(self.device)
@@ -90,9 +82,7 @@ class ForgetAscent(ForgetTrainer):
     taken until the probability of its own class is below chance. Nothing is retained, on purpose.
     """
 
-    name = "ascent"
     settings_type = AscentSettings
-    targets = ()
 
     def solve_one(self, request: Request) -> Solved:
         lr, steps = self.settings.lr, self.settings.steps
@@ -123,8 +113,6 @@ class ForgetNoise(ForgetExact):
     Of that size a text of average length is moved as far as by full Gaussian noise on the
     projection (see `forgetting.baselines.noise`), so low rank is no favour.
     """
-
-    name = "noise"
 
     def solve(self, requests: Batch) -> list[Solved]:
         answers = []
@@ -165,6 +153,8 @@ class EditTrainer(RetainingTrainer):
     retained texts, float64, to the factor (w, k), what to report, and lines for the reader.
     """
 
+    targets = TARGETS
+
     def solve_one(self, request: Request) -> Solved:
         target, draws = self.targets_without_bias(Batch([request]))
         retained, report, excluded_notes = self.retained_beside(request)
@@ -192,7 +182,6 @@ class UceSettings:
 class ForgetUCE(EditTrainer):
     """UCE (Gandikota et al., WACV 2024, equation 7) on the text projection."""
 
-    name = "uce"
     settings_type = UceSettings
 
     def left(self, hidden: Tensor, gram: Tensor, count: int) -> tuple[Tensor, dict, list[str]]:
@@ -216,7 +205,6 @@ class ForgetNullSpace(EditTrainer):
     """AlphaEdit's idea (Fang et al., ICLR 2025) on the text projection: the change is confined to
     the eigenvectors of `H_r^T H_r / m` below a threshold."""
 
-    name = "null space"
     settings_type = NullSpaceSettings
 
     def left(self, hidden: Tensor, gram: Tensor, count: int) -> tuple[Tensor, dict, list[str]]:
@@ -235,9 +223,6 @@ class ForgetLEACE(RetainingTrainer):
     The class's texts are those of the request and its evaluation prompt, which no other method
     sees. What it equals are means, so they end on the mean of the retained ones.
     """
-
-    name = "leace"
-    targets = ()
 
     @classmethod
     def check_settings(cls, cfg: CfgNode) -> None:

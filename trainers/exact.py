@@ -43,7 +43,6 @@ class ForgetExact(ForgetTrainer):
     generic one beside it, if there is a model to encode that, and the classes of the other sets.
     """
 
-    name = "exact"
     settings_type = ExactSettings
     targets = ("specific", *TARGETS)
     retains = GROUPS

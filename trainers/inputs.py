@@ -45,7 +45,6 @@ class Plan:
     """One data set's run.
 
     Attributes:
-        classnames: of the data set, by label.
         requests: lists of class names; each is forgotten at once, from the original model.
         others: the other sets to evaluate on; absent: sets of the group that cannot be, and why.
         protect: names that must not be harmed.
@@ -184,11 +183,8 @@ class RunInputs:
     def source(self) -> ClipSource | None:
         """The model; None where bundles of features are given."""
         cfg = self.cfg
-        if cfg.FEATURES.DIR:
-            return None
-        weights, precision = cfg.MODEL.INIT_WEIGHTS or None, cfg.MODEL.PRECISION
-        model = cfg.MODEL.BACKBONE.NAME, weights, cfg.FEATURES.CACHE
-        return ClipSource(*model, self.device, precision)
+        model = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.INIT_WEIGHTS or None, cfg.FEATURES.CACHE
+        return None if cfg.FEATURES.DIR else ClipSource(*model, self.device, cfg.MODEL.PRECISION)
 
     @cached_property
     def encode(self) -> Encode | None:
@@ -198,29 +194,21 @@ class RunInputs:
     @cached_property
     def bundles(self) -> dict[str, FeatureBundle]:
         """Features of the set itself and of the sets beside it, by name."""
-        cfg, plan = self.cfg, self.plan
-        names = [plan.dataset, *plan.others]
+        cfg, plan, dataset = self.cfg, self.plan, self.plan.dataset
         if self.source is None:
+            names = [dataset, *plan.others]
             bundles = load_bundles(cfg.FEATURES.DIR, cfg.MODEL.BACKBONE.NAME, names)
         else:
-            bundles = {
-                name: build_bundle(
-                    name,
-                    self.source,
-                    cfg.DATASET.ROOT,
-                    cfg.FEATURES.CACHE,
-                    template=(cfg.DATASET.TEMPLATE or None) if name == plan.dataset else None,
-                    batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-                    workers=cfg.DATALOADER.NUM_WORKERS,
-                    own=cfg.DATASET.IMAGES if name == plan.dataset else "",
-                )
-                for name in names
-            }
+            where = self.source, cfg.DATASET.ROOT, cfg.FEATURES.CACHE
+            how = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE}
+            how["workers"] = cfg.DATALOADER.NUM_WORKERS
+            own = {"template": cfg.DATASET.TEMPLATE or None, "own": cfg.DATASET.IMAGES}
+            bundles = {dataset: build_bundle(dataset, *where, **how, **own)}
+            bundles |= {name: build_bundle(name, *where, **how) for name in plan.others}
         if cfg.FORGET.RETAIN_NAMES:
-            own = bundles[plan.dataset]
-            hidden = Texts(own, self.encode).hidden(plan.vocabulary, "name to retain")
-            own = replace(own, retain_names=plan.vocabulary, retain_hidden=hidden)
-            bundles = bundles | {plan.dataset: own}
+            hidden = Texts(bundles[dataset], self.encode).hidden(plan.vocabulary, "name to retain")
+            own_names = {"retain_names": plan.vocabulary, "retain_hidden": hidden}
+            bundles[dataset] = replace(bundles[dataset], **own_names)
         return bundles
 
     @property

@@ -12,7 +12,7 @@ from engine.log import logger
 from forgetting import ForgetProblem, LoraSettings, solve_lora_each, solve_requests
 from forgetting.context import proof
 from forgetting.problem import Batch
-from trainers.base import ForgetTrainer, Solved, register
+from trainers.base import TARGETS, ForgetTrainer, Solved, register
 
 SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
 
@@ -20,6 +20,7 @@ SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
 class PaperTrainer(ForgetTrainer):
     """The paper's objective, with its retain set: the vocabulary, each name with weight 1."""
 
+    targets = TARGETS
     retains = ("vocabulary",)
     options = ("TERMS",)
 
@@ -71,7 +72,6 @@ class ForgetLoRA(PaperTrainer):
     Requests are descended together, each with its own adapter, random numbers and retry.
     """
 
-    name = "lora"
     settings_type = LoraSettings
     batch_size = 64
 
@@ -116,7 +116,6 @@ class ForgetLoRA(PaperTrainer):
 class ForgetOptimum(PaperTrainer):
     """The same objective at its exact optimum, with a proof: what the descent aims at."""
 
-    name = "optimum"
     batch_size = 256
 
     def solve(self, requests: Batch) -> list[Solved]:
