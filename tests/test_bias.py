@@ -20,6 +20,7 @@ from evaluation.results import read_logs
 from evaluation.zero_shot import ZeroShot
 from forgetting import Forgotten, load_adapter, save_adapter
 from forgetting.compose import compose
+from forgetting.deploy.embeddings import patch
 from forgetting.deploy.export import export
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import Encoder, read_encoder
@@ -78,7 +79,9 @@ def test_the_drivers_adapter_is_loaded_applied_and_undone(folder, tmp_path):
     changed = [k for k, x in encoder.model.state_dict().items() if not torch.equal(x, before[k])]
     assert changed == [encoder.name], "the bias is what it was"
     if folder.name == "hf":  # w < d, so cached embeddings say what the hidden states were
-        patched = forgotten.patch(expected(opened(folder)).float(), normalised=False)
+        base, adapter = opened(folder), forgotten.adapter
+        run = base.projection, adapter.left, adapter.right, base.bias
+        patched = patch(expected(base).float(), *run, normalised=False)
         assert torch.allclose(patched.double(), wanted, atol=1e-3)
     assert forgotten.verify() and Forgotten.load(path, opened(folder).model).adapter.model.bias
     with torch.no_grad():

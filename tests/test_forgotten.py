@@ -15,7 +15,7 @@ from forgetting.compose import compose
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
-from tests.encoder_fixtures import ALL, WIDTH, OwnEncoder, tiny, tokenize
+from tests.encoder_fixtures import ALL, WIDTH, OwnEncoder, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
 ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
@@ -143,7 +143,7 @@ def test_an_adapter_is_refused_by_another_model(tmp_path):
             Forgotten.load(file, wrong)
     with pytest.raises(ProblemError, match="must be a torch module"):
         answer.verify("x")
-    with pytest.raises(ProblemError, match="no model to apply"):
+    with pytest.raises(ProblemError, match="there is no model"):
         Forgotten.load(file).apply()
 
 
@@ -279,11 +279,8 @@ def test_the_original_may_lie_either_way(tmp_path):
     with torch.no_grad():
         model[0].weight.copy_(adapter.changed(projection).T)
     for given in (projection, projection.T):
-        for loaded in (
-            Forgotten.load(tmp_path / "a", model, original=given),
-            Forgotten.load(tmp_path / "a", original=given),
-        ):
-            assert torch.equal(loaded.original, projection.T)
+        loaded = Forgotten.load(tmp_path / "a", model, original=given)
+        assert torch.equal(loaded.original, projection.T)
     with pytest.raises(ProblemError, match="not the one of the adapter"):
         Forgotten.load(tmp_path / "a", model, original=projection + 1)
     with pytest.raises(ProblemError, match="original must be a torch tensor"):
@@ -341,30 +338,3 @@ def test_answers_that_were_not_made_alike_do_not_compose(change):
     part = {"tokenizer": "encoder", "prompts": "prompts", "names": "retained names"}
     with pytest.raises(ProblemError, match=f"{part.get(change, change)}.* differs"):
         compose({"a": a, "b": b})
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_cached_embeddings_are_patched(bias, tmp_path):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = OwnEncoder(bias=bias).eval()
-        model.last = nn.Parameter(torch.randn(WIDTH, WIDTH) / 5)
-        if bias:
-            model.shift = nn.Parameter(torch.randn(WIDTH))
-    encoder, file = read_encoder(model, tokenize), tmp_path / "a.safetensors"
-    texts = ["Acme Cola", *RETAIN]
-    cached = encoder.embeddings(texts)
-    cached = cached if bias else nn.functional.normalize(cached, dim=1)
-    forget(model, tokenize, ["Acme Cola"], target="opposite", beta=0.3, **PLAIN).save(file)
-    loaded = Forgotten.load(file, model)
-    patched = loaded.patch(cached, normalised=not bias)
-    loaded.apply()
-    now = encoder.embeddings(texts)
-    now = now if bias else nn.functional.normalize(now, dim=1)
-    assert torch.allclose(patched, now, atol=1e-3) and not torch.allclose(cached, now, atol=1e-2)
-    if bias:
-        alone = Forgotten.load(file, original=loaded.original)
-        with pytest.raises(ProblemError, match="has a bias"):
-            alone.patch(cached, normalised=False)
-    with pytest.raises(ProblemError, match="not known"):
-        Forgotten.load(file).patch(cached)
