@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from engine.cli import Parser, run
+from engine.files import require_writable
 from engine.log import logger
 from evaluation.plots import COLOURS, check_picture, draw_results
 from evaluation.results import (
@@ -33,6 +34,7 @@ from evaluation.rows import rows_of
 from evaluation.tables import (
     FRAME,
     GAIN,
+    KEYS,
     QUANTITIES,
     average_gains,
     check_columns,
@@ -86,13 +88,15 @@ def create_results(
         ProblemError: no results there, or none of the wanted kind; folders that do not belong
             together, or `before` of another model.
     """
-    if isinstance(folder, str | PathLike) or not isinstance(folder, Sequence) or not folder:
-        frame_args_logs = _of_folder(folder, rn, log_name, multiclass, before)
-        return frame_args_logs if return_logs else frame_args_logs[:2]
-    parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folder]
-    frames, args, logs = map(list, zip(*parts, strict=True))
-    same_kind(folder, logs)
-    df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
+    folders = [folder] if isinstance(folder, str | PathLike) else folder
+    if not folders or not all(isinstance(each, str | PathLike) for each in folders):
+        raise ProblemError(f"a results folder is given by its path, not by {shown(folder)}")
+    parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folders]
+    df, args, logs = parts[0]
+    if folders is folder:
+        frames, args, logs = map(list, zip(*parts, strict=True))
+        same_kind(folder, logs)
+        df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
     return (df, args, logs) if return_logs else (df, args)
 
 
@@ -104,34 +108,33 @@ def _of_folder(
     before: Folder | pd.DataFrame | None,
 ) -> tuple[pd.DataFrame, argparse.Namespace, Logs]:
     """The frame of one folder, its latest command line, and its logs."""
-    if not isinstance(folder, str | PathLike):
-        raise ProblemError(f"a results folder is given by its path, not by {shown(folder)}")
-    folder, args = Path(folder), argparse.Namespace()
-    if isinstance(log_name, Mapping):
-        logs = dict(log_name)
-    else:
+    folder, args, logs = Path(folder), argparse.Namespace(), log_name
+    if not isinstance(log_name, Mapping):
         if not (folder / log_name).exists():
             raise no_results(folder)
         logs = read_logs(folder, log_name)
         args = [args, *read_args(folder / ARGS)][-1]
     models = _with_backbone(args, logs)
-    names = {str(each.get(SETTINGS, {}).get("backbone", "")) for each in models.values()} - {""}
+    names = {str(each[SETTINGS].get("backbone", "")) for each in models.values()} - {""}
     resnet = any(name.upper().startswith("RN") for name in names)
     if names and rn not in (None, resnet):
         held = f"{folder} holds results of {', '.join(sorted(names))}"
         warnings.warn(f"rn={rn}, but {held}: rn={resnet} is right", stacklevel=3)
     df = result_table(folder, rows_of(logs), multiclass)
+    lacking = ["full_Noforget", "cls_Noforget", *(f"full_{name}" for name in other_sets(df))]
     if isinstance(before, str | PathLike):
-        frame, *other = _of_folder(before, None, LOGS, multiclass, None)
+        theirs, *other = _of_folder(before, None, LOGS, multiclass, None)
         same_kind([folder, before], [models, _with_backbone(*other)], model_alone=True)
-        before = frame
+        before = theirs
     if before is not None:
-        df = _with_before(df, before)
-    if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
+        check_columns(before, FRAME[:4], "create_results")
+        known = before.drop_duplicates(KEYS).set_index(KEYS).reindex(columns=lacking)
+        df = df.set_index(KEYS).fillna(known.astype(float)).reset_index()
+    if df[lacking[:2]].isna().all(axis=None):
         warnings.warn(
             f"{folder / LOGS} holds no accuracies before forgetting (logs of the paper's public "
             "code have none): the columns full_Noforget, cls_Noforget and full_X are NaN; "
-            "before=FOLDER takes them from other results of the same model",
+            "before=FOLDER takes them from other results of the same model and classes",
             stacklevel=3,
         )
     return df, args, logs
@@ -144,41 +147,20 @@ def _with_backbone(args: argparse.Namespace, logs: Logs) -> Logs:
     return {name: each | {SETTINGS: known | each.get(SETTINGS, {})} for name, each in logs.items()}
 
 
-def _with_before(df: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """The frame with what it lacks from before forgetting by another, by data set and class."""
-    check_columns(before, FRAME[:4], "create_results")
-    columns = [*FRAME[2:4], *(f"full_{name}" for name in other_sets(df))]
-    known = (
-        before.drop_duplicates(["ds", "name"]).set_index(["ds", "name"]).reindex(columns=columns)
-    )
-    values = known.reindex(pd.MultiIndex.from_frame(df[["ds", "name"]])).set_index(df.index)
-    filled = df.fillna(values.astype(float))
-    lacking = filled["name"][filled[list(FRAME[2:4])].isna().all(axis=1)]
-    if len(lacking) == len(df):
-        raise ProblemError(f"before holds none of the classes {', '.join(lacking)[:200]}")
-    if len(lacking):
-        message = f"before lacks {len(lacking)} of {len(df)} rows: {', '.join(lacking)[:200]}"
-        warnings.warn(message, stacklevel=4)
-    return filled
-
-
 def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
     """The paper's summary of every row of a frame of `create_results`; lower is better, 0 is
     perfect. `compute_avg_gain(df).mean()` is the number of a table.
 
     It is the mean of what is left of the forgotten class's accuracy and of what the rest of its
     set and each other set lost, all relative to before (see `evaluation.tables.average_gains`).
-
-    Raises:
-        ProblemError: no accuracies before forgetting.
+    Raises ProblemError without accuracies before forgetting.
     """
     check_columns(df, FRAME, "create_results")
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         raise ProblemError(
-            "no average gain: it is relative to the accuracies before forgetting, and these "
-            "results "
-            "hold none; create_results(FOLDER, before=OTHER) or utils.py --before OTHER takes them "
-            "from any run on the same classes"
+            "no average gain: these results hold no accuracies before forgetting, which it is "
+            "relative to; create_results(FOLDER, before=OTHER) or utils.py --before OTHER takes "
+            "them from any run on the same classes"
         )
     return average_gains(df)
 
@@ -210,12 +192,9 @@ def compare_results(
         ProblemError: no class is in all folders; folders of several models; a name that a column of
             the table has.
     """
-    if not isinstance(folders, Mapping) or not folders:
-        raise ProblemError(f"folders must map names to results folders, not {shown(folders)}")
-    titles = ["before", *folders, *(f"± {name}" for name in folders)]
     tables, places, models, keys = {}, [], [], ["data set", "forgotten"]
     for name, each in folders.items():
-        if not isinstance(name, str) or titles.count(name) > 1:
+        if name in {"before", *(f"± {other}" for other in folders)}:
             raise ProblemError(f"no method can be called {name!r}: give it another name")
         df, args, logs = create_results(each, True, multiclass=multiclass, before=before)
         if not isinstance(logs, list):
@@ -245,30 +224,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the results of a folder as a table; seeds of one run as mean and deviation; several
     runs side by side. Nothing is written unless a file is named."""
     parser = Parser(prog="utils.py", description=main.__doc__)
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="[NAME=]FOLDER",
-        help="results/resultsATTEMPT/seed_SEED; folders of one NAME, or seeds of one ATTEMPT, "
-        "belong together",
+    about = (
+        "results/resultsATTEMPT/seed_SEED; folders of one NAME, or seeds of one ATTEMPT, belong "
+        "together"
     )
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help=about)
     parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
-    parser.add_argument(
-        "--before", metavar="FOLDER", help="results that hold the accuracies before forgetting"
-    )
+    about = "results that hold the accuracies before forgetting"
+    parser.add_argument("--before", metavar="FOLDER", help=about)
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
     parser.add_argument("--draw", metavar="FILE", help="draw the table: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     if args.draw:
         check_picture(args.draw)
     options: dict[str, Any] = {"multiclass": args.multiclass, "before": args.before}
-    groups = {name: f if len(f) > 1 else f[0] for name, f in _groups(args.folders).items()}
+    groups: dict[str, list[str]] = {}
+    for text in args.folders:
+        name, _, folder = text.partition("=") if not Path(text).exists() else ("", "", text)
+        path = Path(folder)
+        name = name or str(path.parent if path.name.startswith("seed_") else path)
+        groups.setdefault(name, []).append(folder or text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the line of the average gain says it
-        frames = {name: create_results(f, **options)[0] for name, f in groups.items()}
-        several = len(groups) > 1
-        table = compare_results(groups, **options) if several else summarise(*frames.values())
-        lines = [f"{name}: {_gain(groups[name], df, options)}" for name, df in frames.items()]
+        lines = [f"{name}: {_gain(folders, options)}" for name, folders in groups.items()]
+        if len(groups) == 1:
+            groups = {"after": next(iter(groups.values()))}
+        # A list of one folder would have deviations, which are NaN.
+        table = compare_results(
+            {n: f if len(f) > 1 else f[0] for n, f in groups.items()}, **options
+        )
     print("\n".join(lines))
     seconds = {c: "{:.3f}".format for c in table if c.startswith("seconds")}
     print(table.to_string(index=False, float_format="{:.1f}".format, formatters=seconds))
@@ -276,33 +260,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_table(table, args.csv)
         logger.info(f"table: {args.csv}")
     if args.draw:
-        draw = plot_comparison if several else plot_results
-        logger.info(
-            f"picture: {draw(table if several else next(iter(frames.values())), args.draw)}"
-        )
+        logger.info(f"picture: {plot_comparison(table, args.draw)}")
 
 
-def _gain(folders: Folder | list[Folder], df: pd.DataFrame, options: Mapping[str, Any]) -> str:
-    """The average gain of one or several folders in words, or why there is none."""
+def _gain(folders: Sequence[str], options: Mapping[str, Any]) -> str:
+    """The average gain of the folders of one method in words, or why there is none."""
     try:
-        text = f"average gain (0 is perfect, lower is better) {compute_avg_gain(df).mean():.4f}"
+        gains = [compute_avg_gain(create_results(each, **options)[0]).mean() for each in folders]
     except ProblemError as error:
         return str(error)
-    if isinstance(folders, list):
-        gains = [average_gains(create_results(f, **options)[0]).mean() for f in folders]
-        text += f" ± {pd.Series(gains).std():.4f} over {len(gains)}"
-    return text
-
-
-def _groups(arguments: Sequence[str]) -> dict[str, list[Folder]]:
-    """Name -> folders. Folders of one NAME= belong together, as do `seed_*` of one folder."""
-    groups: dict[str, list[Folder]] = {}
-    for text in arguments:
-        name, _, folder = text.partition("=") if not Path(text).exists() else ("", "", text)
-        path = Path(folder)
-        name = name or str(path.parent if path.name.startswith("seed_") else path)
-        groups.setdefault(name, []).append(folder or text)
-    return groups
+    gain = f"average gain (0 is perfect, lower is better) {pd.Series(gains).mean():.4f}"
+    return f"{gain} ± {pd.Series(gains).std():.4f} over {len(gains)}" if len(gains) > 1 else gain
 
 
 if __name__ == "__main__":

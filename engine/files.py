@@ -99,8 +99,6 @@ def _number(value: Any) -> bool:
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-NUMBER = Kind("a number", _number)
-NUMBER_OR_NONE = Kind("a number", lambda value: value is None or _number(value))
 FRACTION = Kind(
     "a number from 0 to 1", lambda value: value is None or (_number(value) and 0 <= value <= 1)
 )

@@ -20,25 +20,13 @@ import ast
 import hashlib
 import json
 import re
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import (
-    FRACTION,
-    NUMBER,
-    NUMBER_OR_NONE,
-    OBJECT,
-    TEXT,
-    Kind,
-    check,
-    escape,
-    read_json,
-    read_text,
-)
+from engine.files import FRACTION, OBJECT, Kind, check, escape, read_json, read_text
 from forgetting.errors import ProblemError, shown
 
 SETTINGS = "settings"  # the key of logs.json beside the labels of a data set
@@ -51,7 +39,7 @@ FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders 
 SUFFIX = ".safetensors"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # what accuracies before forgetting depend on
-PLACES = ("features", "root", "images", "cache", "weights")  # files and folders that a run reads
+PLACES = ("features", "root", "images")  # where a run finds its images
 SEPARATOR = "|"
 LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 INTERVAL = 3.0  # seconds between two versions of logs.json, at least
@@ -121,30 +109,11 @@ class Record:
             )
 
 
-def read_record(folder: Path, path: Path) -> Record | None:
-    """The record of an adapter in a results folder; None of a file that no run wrote there."""
-    try:
-        data = path.read_bytes()
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        names = ("dataset", "classes", "settings", "record")
-        dataset, classes, settings, record = (json.loads(metadata[name]) for name in names)
-        label = join_label(classes)
-        where = place(dataset, label) + SUFFIX
-        if folder / where != path:
-            return None
-        file = {"adapter": where, "adapter_sha256": hashlib.sha256(data).hexdigest()}
-        entry = {key: record[key] for key in ("final_results", "zero_shot")}
-        entry["solver"] = record["solver"] | file
-        return Record(dataset, label, record["indices"], settings, entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
 class Results:
     """A results folder that runs write to, several at once if need be.
 
     Each run writes adapters of its own and compiles logs.json from all that are there, so that no
-    run changes what another one wrote. Adapters are read again only where they changed.
+    run changes what another one wrote.
 
     Raises:
         ProblemError: logs.json is no regular file, or is there without an adapter of a run.
@@ -152,43 +121,39 @@ class Results:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.logs_path = Path(folder), Path(folder) / LOGS
-        self._files: dict[Path, tuple[tuple[int, ...], Record | None]] = {}
         self._due = 0.0
-        self.refresh()
-        if self.logs_path.exists() and not (self.records and self.logs_path.is_file()):
+        if self.logs_path.exists() and not (self.logs_path.is_file() and self.records()):
             raise ProblemError(
                 f"{self.logs_path} was not made from adapters of this program; choose another "
                 "ATTEMPT (or output folder), or move it away"
             )
 
-    @property
-    def records(self) -> list[Record]:
-        """Of all adapters, in the order of logs.json."""
-        records = [record for _, record in self._files.values() if record is not None]
-        return sorted(records, key=lambda r: (r.dataset, len(r.indices) > 1, r.indices, r.label))
-
     def path(self, dataset: str, label: str) -> Path:
         """Where the adapter of a label is."""
         return self.folder / (place(dataset, label) + SUFFIX)
 
-    def record(self, dataset: str, label: str) -> Record | None:
-        """What the adapter of a label says of itself; None if there is none."""
-        return self._files.get(self.path(dataset, label), ((), None))[1]
+    def record(self, path: Path) -> Record | None:
+        """The record of an adapter in this folder; None of a file that no run wrote there."""
+        try:
+            data = path.read_bytes() if path.is_file() else b""
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            names = ("dataset", "classes", "settings", "record")
+            dataset, classes, settings, record = (json.loads(metadata[name]) for name in names)
+            label = join_label(classes)
+            if self.path(dataset, label) != path:
+                return None
+            file = {"adapter": place(dataset, label) + SUFFIX}
+            file["adapter_sha256"] = hashlib.sha256(data).hexdigest()
+            entry = {key: record[key] for key in ("final_results", "zero_shot")}
+            entry["solver"] = record["solver"] | file
+            return Record(dataset, label, record["indices"], settings, entry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
 
-    def refresh(self) -> bool:
-        """Read the adapters that are new or were replaced; whether anything changed."""
-        before, self._files = self._files, {}
-        for path in self.folder.glob(f"*/[!.]*{SUFFIX}"):
-            try:
-                status = path.stat()
-            except OSError:  # replaced at this moment, or a link to nowhere
-                continue
-            if stat.S_ISREG(status.st_mode):
-                stamp = status.st_mtime_ns, status.st_size, status.st_ino
-                known = before.get(path)
-                same = known is not None and known[0] == stamp
-                self._files[path] = known if same else (stamp, read_record(self.folder, path))
-        return self._files != before
+    def records(self) -> list[Record]:
+        """Of all adapters, in the order of logs.json."""
+        records = filter(None, map(self.record, self.folder.glob(f"*/[!.]*{SUFFIX}")))
+        return sorted(records, key=lambda r: (r.dataset, len(r.indices) > 1, r.indices, r.label))
 
     def check(self, dataset: str, settings: Mapping[str, Any]) -> None:
         """Refuse a run whose results cannot stand beside those that are there.
@@ -201,7 +166,7 @@ class Results:
         """
         if place(dataset) in FILES:
             raise ProblemError(f"a results folder has a file {dataset}; rename the data set")
-        for record in self.records:
+        for record in self.records():
             for key in settings if record.dataset == dataset else settings.keys() & SHARED:
                 if key in record.settings and record.settings[key] != settings[key]:
                     raise ProblemError(
@@ -219,17 +184,13 @@ class Results:
         Raises:
             ProblemError: it was made with other settings, which only `--overwrite` may replace.
         """
-        path, record = self.path(dataset, label), self.record(dataset, label)
-        if record is None and path.exists():  # another run may have written it meanwhile
-            self.refresh()
-            record = self.record(dataset, label)
-            if record is None and path.stat().st_size:  # a power cut leaves an empty file
-                raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
-        if record is None:
+        path = self.path(dataset, label)
+        if not path.exists() or not path.stat().st_size:  # a power cut leaves an empty file
             return False
+        if (record := self.record(path)) is None:
+            raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
         record.refuse_other(settings)
-        files = model_files(path)
-        return not model or all(file.is_file() for file in files)
+        return not model or all(file.is_file() for file in model_files(path))
 
     def add(
         self, data: bytes, dataset: str, label: str, settings: Mapping[str, Any] | None
@@ -243,7 +204,7 @@ class Results:
         from forgetting.io import write_bytes  # who only reads results does not wait for torch
 
         path = self.path(dataset, label)
-        if settings is not None and (other := read_record(self.folder, path)):
+        if settings is not None and (other := self.record(path)):
             other.refuse_other(settings)
         write_bytes(data, path, durable=False)  # after a power cut an empty file is no adapter
         if time.monotonic() >= self._due:
@@ -253,18 +214,17 @@ class Results:
         """Write logs.json from all adapters, again if one has come while it was written."""
         from forgetting.io import write_bytes
 
-        started, changed = time.monotonic(), True
-        self.refresh()
-        while changed and self.records:
+        started, written = time.monotonic(), []
+        while (records := self.records()) != written:
             logs: Logs = {}
-            for record in self.records:
+            for record in records:
                 settings = record.settings | {"kwargs": {}}
                 logs.setdefault(record.dataset, {SETTINGS: settings})[record.label] = record.entry
             data = f"{json.dumps(logs, ensure_ascii=False)}\n".encode(errors="backslashreplace")
             if self.logs_path.is_file() and self.logs_path.read_bytes() == data:
                 break
             write_bytes(data, self.logs_path)
-            changed = self.refresh()
+            written = records
         ended = time.monotonic()
         self._due = ended + max(INTERVAL, PATIENCE * (ended - started))
 
@@ -316,19 +276,7 @@ ACCURACY = Kind(
 )
 CLASSES = {str: {"cls_acc_test?": ACCURACY, "no_cls_acc?": ACCURACY}}
 OTHERS = {"all": {"all_ds": FRACTION}}
-ENTRY = {
-    "final_results": {str: OBJECT},
-    "zero_shot?": {str: OBJECT},
-    "solver?": {
-        "settings?": OBJECT,
-        "seconds?": NUMBER,
-        "adapter?": TEXT,
-        "excluded?": [TEXT],
-        "certificate?": {"gap?": NUMBER_OR_NONE},
-        "forecast?": {"affected?": [OBJECT]},
-        "paraphrases?": {"added?": [TEXT], "lagging?": {str: NUMBER}},
-    },
-}
+ENTRY = {"final_results": {str: OBJECT}, "zero_shot?": {str: OBJECT}, "solver?": OBJECT}
 
 
 def check_logs(logs: Any, where: str | Path) -> None:
@@ -392,16 +340,11 @@ def read_args(path: str | Path) -> list[argparse.Namespace]:
     namespaces = []
     for line in _lines(Path(path)):
         try:
-            call = ast.parse(line, mode="eval").body
-            if not isinstance(call, ast.Call):
-                raise ValueError("not a call")
-            values = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            keywords = ast.parse(line, mode="eval").body.keywords
+            values = {str(part.arg): ast.literal_eval(part.value) for part in keywords}
+        except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
             message = f"{path}: not the text of an argparse Namespace ({error})"
             raise ProblemError(message) from error
-        for name in ("dataset", *PLACES):
-            if not isinstance(values.get(name), str | None):
-                raise ProblemError(f"{path}: {name} must be a text, not {shown(values[name])}")
         namespaces.append(argparse.Namespace(**values))
     return namespaces
 
@@ -411,7 +354,7 @@ def run_places(folder: str | Path, dataset: str) -> dict[str, str] | None:
     `PLACES`, "" for nowhere; None if args.txt tells of no such run."""
     for run in reversed(read_args(Path(folder) / ARGS)):
         if getattr(run, "dataset", None) == dataset:
-            return {key: getattr(run, key, None) or "" for key in PLACES}
+            return {key: str(getattr(run, key, None) or "") for key in PLACES}
     return None
 
 

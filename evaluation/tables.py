@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import pandas as pd
 
 from engine.log import logger
 from evaluation.results import AUDIT, CSV, LOGS
-from evaluation.rows import Row, mean, read_rows
+from evaluation.rows import Row, read_rows
 from forgetting.errors import ProblemError
 
 FOR_EACH = "cls_forget_all"  # the column with the accuracy of each class of a request
 GAIN = "gain"  # the column with the mean of the folders' own average gains
+KEYS = ["ds", "name"]
 FRAME = ("ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget")
 QUANTITIES = ("class", "rest", "others")
 # Columns of audit.csv -> where the number stands in a class's audit; fractions become percent.
@@ -49,55 +49,40 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
     """A row for every request, with the columns of `utils.create_results`.
 
     Args:
-        folder: that the rows are of; rows: the classes of a request one after another.
+        folder: that the rows are of.
         multiclass: True for the requests of several classes at once, False for the others.
 
     Raises:
         ProblemError: there is no request of that kind.
     """
-    lines = []
-    for (dataset, label), group in groupby(rows, key=lambda row: (row.dataset, row.label)):
-        classes = list(group)
-        if (len(classes) > 1) != multiclass:
-            continue
-        means = {
-            "full_Noforget": mean(row.rest.before for row in classes),
-            "cls_Noforget": mean(row.own.before for row in classes),
-            "cls_forget": mean(row.own.after for row in classes),
-            "full_forget": mean(row.rest.after for row in classes),
-        }
-        line: dict[str, Any] = {"ds": dataset, "name": label, **means}
-        if multiclass:
-            line[FOR_EACH] = {row.name: row.own.after for row in classes}
-        for name, change in classes[0].others.items():
-            line |= {f"res_{name}": change.after, f"full_{name}": change.before}
-        lines.append(line)
+    lines, after = [], {}
+    for row in rows:
+        if (row.together > 1) == multiclass:
+            values = row.rest.before, row.own.before, row.own.after, row.rest.after
+            line = dict(zip(FRAME, (row.dataset, row.label, *values), strict=True))
+            for name, change in row.others.items():
+                line |= {f"res_{name}": change.after, f"full_{name}": change.before}
+            lines.append(line)
+            after.setdefault((row.dataset, row.label), {})[row.name] = row.own.after
     if not lines:
         kind = "multiclass" if multiclass else "single-class"
         raise ProblemError(
             f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}"
         )
-    table = pd.DataFrame(lines)
-    numbers = table.columns.difference(["ds", "name", FOR_EACH])
-    return table.astype(dict.fromkeys(numbers, float))  # None to NaN
+    numbers = pd.DataFrame(lines).set_index(KEYS).astype(float)  # None to NaN
+    table = numbers.groupby(KEYS, sort=False).mean().reset_index()
+    if multiclass:
+        table.insert(len(FRAME), FOR_EACH, list(after.values()))
+    return table
 
 
-def over_folders(
-    frames: Sequence[pd.DataFrame], keys: Sequence[str] = ("ds", "name")
-) -> pd.DataFrame:
+def over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Mean and standard deviation of every row over the frames of several folders, such as one a
-    seed.
-
-    Args:
-        frames: of `result_table`, or others whose rows are known by `keys`.
-
-    Returns:
-        The means, `std_*` of each (divided by the folders less one; NaN of one), and `folders`,
-        how many hold the row.
-    """
+    seed: the means, `std_*` of each (divided by the folders less one; NaN of one), and `folders`,
+    how many hold the row."""
     rows = pd.concat(frames, ignore_index=True)
-    groups = rows.groupby(list(keys), sort=False)
-    numbers = [column for column in rows.columns if column not in (*keys, FOR_EACH)]
+    groups = rows.groupby(KEYS, sort=False)
+    numbers = [column for column in rows.columns if column not in (*KEYS, FOR_EACH)]
     df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))
     if FOR_EACH in rows:
         each = groups[FOR_EACH].agg(lambda each: pd.DataFrame(list(each)).mean().to_dict())
@@ -212,22 +197,20 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
     line: dict[str, float] = {"classes": len(df)}
     for quantity, (olds, news) in quantities(df).items():
         name = "forgotten" if quantity == "class" else quantity
-        before, after = (100 * df[columns].to_numpy() for columns in (olds, news))
+        before, after = (pd.Series(100 * df[x].to_numpy().ravel()) for x in (olds, news))
         lost = after if quantity == "class" else before - after
-        line[f"{name} before"] = pd.Series(before.ravel()).mean()  # over what was measured
-        line[f"{name} after"] = pd.Series(after.ravel()).mean()
-        line[f"{name} worst"] = pd.Series(lost.ravel()).max()
+        line |= {f"{name} before": before.mean(), f"{name} after": after.mean()}
+        line[f"{name} worst"] = lost.max()
     solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
-    files = [folder / solver.get("adapter", "") for solver in solvers]
-    sizes = [file.stat().st_size if file.is_file() else None for file in files]
     line["seconds"] = pd.Series([s.get("seconds") for s in solvers], dtype=float).mean()
-    line["bytes"] = pd.Series(sizes, dtype=float).mean()
+    files = [folder / solver.get("adapter", "") for solver in solvers]
+    line["bytes"] = pd.Series([f.stat().st_size for f in files if f.is_file()], dtype=float).mean()
     line["avg_gain"] = average_gains(df).mean()
     audits = audit_table(rows)
     if len(audits):
-        measured = audits[audits["words worst"].notna()]
         line["words worst"] = audits["words worst"].mean()
-        line["words back"] = measured["words back"].gt(0).sum() if len(measured) else float("nan")
+        back = audits["words back"].gt(0).astype(float).where(audits["words worst"].notna())
+        line["words back"] = back.sum(min_count=1)
         for name in ("neighbours", "retrieval"):
             line[name] = (audits[f"{name} after"] - audits[f"{name} before"]).mean()
         line["retrieval forgotten"] = audits["retrieval forgotten"].mean()
@@ -238,20 +221,16 @@ def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
     """A row for every audited class, as audit.csv has it: `FRACTIONS` in percent, `VALUES`, under
     how many other words half of the class is `words back`, and the `seconds` that the audit took
     without relearning. NaN where nothing was measured."""
-    lines = []
-    for row in rows:
-        if row.audit:
-            line: dict[str, Any] = {"data set": row.dataset, "forgotten": row.label}
-            line["class"] = row.name
-            for column, path in FRACTIONS.items():
-                value = row.measured(*path)
-                line[column] = float("nan") if value is None else 100 * value
-            line |= {column: row.measured(*path) for column, path in VALUES.items()}
-            timed = row.audit["seconds"]
-            line["words back"] = len(row.back)
-            line["seconds"] = sum(s for measure, s in timed.items() if measure != "relearning")
-            lines.append(line)
-    return pd.DataFrame(lines)
+    lines = [
+        {"data set": row.dataset, "forgotten": row.label, "class": row.name}
+        | {column: row.measured(*path) for column, path in (FRACTIONS | VALUES).items()}
+        | {"words back": len(row.back)}
+        | {"seconds": sum(s for key, s in row.audit["seconds"].items() if key != "relearning")}
+        for row in rows
+        if row.audit
+    ]
+    table = pd.DataFrame(lines)
+    return table.assign(**{name: 100 * table[name].astype(float) for name in FRACTIONS if lines})
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
@@ -264,16 +243,16 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 def report_audit(folder: Path, datasets: Sequence[str]) -> None:
     """Write the table of a folder's audits as CSV beside them, print its main columns for
     `datasets` with the findings in words, and say where both are."""
-    rows = read_rows(folder)
+    rows = [row for row in read_rows(folder) if row.audit]
     table = audit_table(rows)
     write_table(table, folder / CSV)
     chosen = table[table["data set"].isin(datasets)]
     columns = ["data set", "class", *SHOWN]
     print(chosen[columns].to_string(index=False, float_format="{:.1f}".format, na_rep="-"))
     for row in rows:
-        if row.audit and row.dataset in datasets:
+        if row.dataset in datasets:
             # One line a class where there are many; the report shows all of them.
-            lines = row.audit["verdict"] if len(chosen) <= FEW else row.audit["verdict"][:1]
+            lines = row.audit["verdict"][: None if len(chosen) <= FEW else 1]
             print("\n  ".join([f"{row.dataset} / {row.name}:", *lines]))
     logger.info(f"audit: {folder / AUDIT}")
     logger.info(f"table: {folder / CSV}")

@@ -61,7 +61,7 @@ def test_what_no_run_wrote_is_no_result(tmp_path):
     (tmp_path / "A/link.safetensors").symlink_to("nowhere")
     os.mkfifo(tmp_path / "A/pipe.safetensors")
     results = Results(tmp_path)
-    assert [record.label for record in results.records] == ["cat"]
+    assert [record.label for record in results.records()] == ["cat"]
     results.compile()
     assert set(read_logs(tmp_path)["A"]) == {"settings", "cat"}
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from engine.files import FRACTION, NUMBER, OBJECT, TEXT, check
+from engine.files import FRACTION, OBJECT, TEXT, check
 from evaluation.results import check_logs
 from forgetting.errors import ProblemError
 
@@ -14,7 +14,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-SHAPE = {"name": TEXT, "parts?": [NUMBER, ...], "by_class?": {str: FRACTION}, "any?": OBJECT}
+SHAPE = {"name": TEXT, "parts?": [FRACTION, ...], "by_class?": {str: FRACTION}, "any?": OBJECT}
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_what_has_the_shape_is_accepted(value):
         ({"name": None}, ["name must be a text"]),
         ({"name": "a", "parts": {}}, ["parts must be a list"]),
         ({"name": "a", "parts": []}, ["parts", "not empty"]),
-        ({"name": "a", "parts": [1, True]}, ["parts / 1 must be a number"]),
-        ({"name": "a", "parts": [float("nan")]}, ["parts / 0 must be a number"]),
+        ({"name": "a", "parts": [1, True]}, ["parts / 1 must be a number from 0 to 1"]),
+        ({"name": "a", "parts": [float("nan")]}, ["parts / 0 must be a number from 0 to 1"]),
         ({"name": "a", "by_class": {"x\ny": 1.5}}, ["by_class / x\\ny", "from 0 to 1"]),
     ],
 )
