@@ -17,9 +17,8 @@ from typing import Any
 import pandas as pd
 
 from engine.cli import Parser, run
-from engine.files import require_writable
 from engine.log import logger
-from evaluation.plots import COLOURS, check_picture, draw_results
+from evaluation.plots import COLOURS, draw_results
 from evaluation.results import (
     ARGS,
     LOGS,
@@ -235,8 +234,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
     parser.add_argument("--draw", metavar="FILE", help="draw the table: .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    if args.draw:
-        check_picture(args.draw)
     options: dict[str, Any] = {"multiclass": args.multiclass, "before": args.before}
     groups: dict[str, list[str]] = {}
     for text in args.folders:
@@ -253,14 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = compare_results(
             {n: f if len(f) > 1 else f[0] for n, f in groups.items()}, **options
         )
+    if args.csv:
+        write_table(table, args.csv)
+    if args.draw:
+        plot_comparison(table, args.draw)
     print("\n".join(lines))
     seconds = {c: "{:.3f}".format for c in table if c.startswith("seconds")}
     print(table.to_string(index=False, float_format="{:.1f}".format, formatters=seconds))
-    if args.csv:
-        write_table(table, args.csv)
-        logger.info(f"table: {args.csv}")
-    if args.draw:
-        logger.info(f"picture: {plot_comparison(table, args.draw)}")
+    for path in filter(None, (args.csv, args.draw)):
+        logger.info(f"written: {path}")
 
 
 def _gain(folders: Sequence[str], options: Mapping[str, Any]) -> str:

@@ -68,7 +68,9 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """
     from forgetting.io import write_bytes
 
-    path, drawn = check_picture(path), BytesIO()
+    path, drawn = Path(path), BytesIO()
+    if path.suffix.lower() not in SUFFIXES:
+        raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
     with styled_figure(width, height) as figure:
         yield figure
         figure.savefig(drawn, format=path.suffix[1:].lower())
@@ -83,22 +85,13 @@ def thumbnail(image: Image.Image, side: int) -> str:
     return f"data:image/webp;base64,{b64encode(packed.getvalue()).decode()}"
 
 
-def check_picture(path: str | Path) -> Path:
-    """`path`; ProblemError if its suffix is of another format."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
-    return path
-
-
 def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path) -> Path:
     """Draw what is left of each forgotten class, and what the rest of its set and the other data
     sets lost. Of more than `DRAWN` rows the worst are drawn, and the title says so.
 
     Args:
-        table: of `summarise` or `compare_results`; colours: by the names in its columns `STEM
-        NAME`,
-            for the stems of `PANELS`. A row has a line for each.
+        table: of `summarise` or `compare_results`; colours: by the names in its columns
+            `STEM NAME`, for the stems of `PANELS`. A row has a line for each.
     """
     shown = _worst(table, list(colours))
     row_height = 0.16 + 0.17 * len(colours)  # inches
@@ -116,8 +109,7 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
         figure.legend(loc="outside upper right", ncols=len(colours) + 1)
         if len(shown) < len(table):
             figure.suptitle(
-                f"the {len(shown)} of {len(table):,} rows with most left of the class, then with "
-                "most lost by the rest"
+                f"the {len(shown)} of {len(table):,} rows with most left of the class and most lost"
             )
     return Path(path)
 
@@ -152,11 +144,9 @@ def _panel(
 
 
 def _worst(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """The rows to draw, in their order: those where some method leaves most of the class, or where
-    as much is left, loses most of the rest of its set."""
-    if len(table) <= DRAWN:
-        return table
+    """The rows to draw, in their order: those with most left of the class and most lost by the rest
+    of its set, in points, by the method that does worst."""
     left = table[[f"class {name}" for name in names]].max(axis=1)
     kept = table[[f"rest {name}" for name in names]].min(axis=1)
-    rank = table.assign(left=-left, lost=kept - table["rest before"])
-    return table.loc[rank.sort_values(["left", "lost"], kind="stable").index[:DRAWN].sort_values()]
+    bad = (left.fillna(0) + (table["rest before"] - kept).fillna(0)).nlargest(DRAWN)
+    return table.loc[bad.index.sort_values()]
