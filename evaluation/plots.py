@@ -148,5 +148,6 @@ def _worst(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     of its set, in points, by the method that does worst."""
     left = table[[f"class {name}" for name in names]].max(axis=1)
     kept = table[[f"rest {name}" for name in names]].min(axis=1)
-    bad = (left.fillna(0) + (table["rest before"] - kept).fillna(0)).nlargest(DRAWN)
+    lost = (table["rest before"] - kept).clip(lower=0)
+    bad = (left.fillna(0) + lost.fillna(0)).nlargest(DRAWN)
     return table.loc[bad.index.sort_values()]
