@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.data import DataLoader, Dataset
 
-from clip.architectures import architecture, preprocessing
+from clip.architectures import architecture
 from clip.cache import FeatureCache
 from clip.features import loaders
 from clip.source import ClipSource
@@ -72,7 +72,7 @@ class Plain:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         arch, self.device, self.batch = source.architecture, source.device, batch
-        self.transform = image_transform_v2(PreprocessCfg(**preprocessing(arch)), is_train=False)
+        self.transform = image_transform_v2(PreprocessCfg(**source.reading), is_train=False)
         self.model = arch.build().eval().to(self.device)
         self.model.load_state_dict(source.model.state_dict())
 
@@ -90,7 +90,8 @@ def ours(source: ClipSource, precision: str, paths: Sequence[str], workers: int)
         source.precision = precision
         vars(source).pop("_rounded", None)  # a copy in another
     with tempfile.TemporaryDirectory() as folder:
-        return FeatureCache(source, folder).images("photographs", paths, None, workers)
+        source.cache = Path(folder)
+        return FeatureCache(source).images("photographs", paths, None, workers)
 
 
 def compare(

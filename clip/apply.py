@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from clip.architectures import identity_sha256, preprocessing
+from clip.architectures import identity_sha256
 from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import FeatureSettings
@@ -35,15 +35,14 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
     """
     path, architecture = Path(path), source.architecture
     beside = path.with_suffix(".json")
-    for place in (path, beside):
-        refuse_existing(place)
+    for file in (path, beside):
+        refuse_existing(file)
     with naming(source.weights_files[0]):
         tensors = {} if architecture.is_transformers else architecture.read()[0]
         state = openai_state(tensors, adapter)
     save_state(state, path)
+    config = {"model_cfg": architecture.model_config(), "preprocess_cfg": source.reading}
     if beside != path:
-        config = {"model_cfg": architecture.model_config()}
-        config["preprocess_cfg"] = preprocessing(architecture)
         write_json_atomic(config, beside, indent=1)
 
 
@@ -58,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
     out = Path(args.out)
     refuse_existing(out)
-    folder = out.absolute().parent
-    if not folder.is_dir():  # a typing error must not become a folder
-        raise ProblemError(f"no folder {folder} to write {out.name} into; make it first")
+    if not out.absolute().parent.is_dir():  # a typing error must not become a folder
+        raise ProblemError(f"no folder {out.parent} to write {out.name} into; make it first")
     adapter = load_adapter(args.adapter)
     source = ClipSource(adapter.backbone, args.weights, args.cache)
     own = identity_sha256(source.architecture)
@@ -73,10 +71,5 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 
 
-def cli(argv: list[str] | None = None) -> int:
-    """`main` for the shell."""
-    return run(main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(run(main))

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.files import sha256_file
 from forgetting.errors import ProblemError, shown, unknown
-from forgetting.io import naming
 from forgetting.models.checkpoint import read_json
 from forgetting.models.configs import IMAGE_KEYS, split_activation
 from forgetting.models.loading import OPENAI, ModelSpec, find_model
@@ -98,7 +98,8 @@ def identity_sha256(spec: ModelSpec) -> str:
 
 
 def preprocessing(spec: ModelSpec) -> dict[str, Any]:
-    """How a model reads images, as open_clip's PreprocessCfg has it; see `IMAGES`.
+    """How a model reads images, as open_clip's PreprocessCfg has it, see `IMAGES`; its size is
+    (height, width).
 
     Raises:
         ProblemError: sizes or colours that are none, or steps that have no such form.
@@ -107,65 +108,47 @@ def preprocessing(spec: ModelSpec) -> dict[str, Any]:
     if "size" not in images:
         images["size"] = spec.model_config()["vision_cfg"].get("image_size", IMAGES["size"])
     images = IMAGES | {key: images[key] for key in IMAGE_KEYS if key in images}
-    with naming(spec.name):
-        return _checked(json.loads(json.dumps(images)))  # lists for tuples
+    try:
+        size = images["size"]
+        images["size"] = list(size) if isinstance(size, list | tuple) else [size, size]
+        pixels = all(type(side) is int and 0 < side <= MOST_PIXELS for side in images["size"])
+        images |= {key: list(images[key]) for key in ("mean", "std")}
+        colours = torch.tensor([images["mean"], images["std"]])
+        known = images["interpolation"] in RESAMPLE.values() and len(images["size"]) == 2
+        known = known and images["resize_mode"] in RESIZE_MODES and colours.shape == (2, 3)
+        known = known and bool(colours.isfinite().all() and (colours[1] > 0).all())
+    except (TypeError, ValueError, RuntimeError):
+        known = pixels = False
+    if not (known and pixels):
+        raise ProblemError(f"{spec.name}: a preprocessing that is not known here: {shown(images)}")
+    return images
 
 
 def _images(spec: ModelSpec) -> dict[str, Any]:
-    """What the model's own configuration says of images."""
-    return _of_processor(spec.folder) if spec.is_transformers else dict(spec.images)
-
-
-def _checked(images: dict[str, Any]) -> dict[str, Any]:
-    size = images["size"]
-    sides = size if isinstance(size, list) else [size, size]
-    if len(sides) != 2 or not all(type(x) is int and 0 < x <= MOST_PIXELS for x in sides):
-        raise ProblemError(f"an image size of {shown(size)} pixels")
-    for key in ("mean", "std"):
-        values = images[key]
-        numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
-        if not numbers or len(values) != 3 or not all(map(math.isfinite, values)):
-            raise ProblemError(f"a {key} of images that is no three numbers: {shown(values)}")
-    if min(images["std"]) <= 0:
-        raise ProblemError(f"a std of images that is not above 0: {shown(images['std'])}")
-    for key, known in (("interpolation", RESAMPLE.values()), ("resize_mode", RESIZE_MODES)):
-        if images[key] not in known:
-            raise ProblemError(f"{key} {shown(images[key])} of images is not known here")
-    return images | {"size": sides}
-
-
-def _of_processor(folder: Path) -> dict[str, Any]:
-    """transformers' preprocessor_config.json as open_clip's PreprocessCfg has it."""
-    path = folder / "preprocessor_config.json"
+    """What the model's own configuration says of images, as open_clip's PreprocessCfg has it."""
+    if not spec.is_transformers:
+        return dict(spec.images)
+    path = spec.folder / "preprocessor_config.json"
     if not path.is_file():
         raise ProblemError(f"no {path}, so how the model reads images is not known")
     content = read_json(path)
     try:
         size, crop = content["size"], content.get("crop_size")
         size = size if isinstance(size, dict) else {"shortest_edge": size}
-        crop = crop if isinstance(crop, dict) or crop is None else {"height": crop, "width": crop}
-        cropped = content.get("do_center_crop", False)
-        if "shortest_edge" in size:
-            mode, side = "shortest", [size["shortest_edge"]] * 2
-            if not cropped or [crop["height"], crop["width"]] != side:
-                raise ValueError("images are not cut to the size of their shorter side")
-        else:
-            mode, side = "squash", [size["height"], size["width"]]
-            if cropped:
-                raise ValueError("images are squashed and then cut")
-        for step in ("do_resize", "do_rescale", "do_normalize"):
-            if not content.get(step, True):
-                raise ValueError(f"{step} is false")
-        if abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-            raise ValueError("rescale_factor is not 1/255")
-        mean, std = content["image_mean"], content["image_std"]
+        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+        squash = "shortest_edge" not in size
+        side = [size[k] for k in ("height", "width")] if squash else [size["shortest_edge"]] * 2
+        steps = ("do_resize", "do_rescale", "do_normalize")
+        if (
+            not all(content.get(step, True) for step in steps)
+            or abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6
+            or content.get("do_center_crop", False) == squash
+            or not (squash or [crop["height"], crop["width"]] == side)
+        ):
+            raise ValueError("steps that open_clip does not have")
+        colours = {"mean": content["image_mean"], "std": content["image_std"]}
         interpolation = RESAMPLE[content.get("resample", 3)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProblemError(f"{path}: a preprocessing that is not known here ({error})") from error
-    return {
-        "size": side,
-        "mean": mean,
-        "std": std,
-        "interpolation": interpolation,
-        "resize_mode": mode,
-    }
+    mode = "squash" if squash else "shortest"
+    return colours | {"size": side, "interpolation": interpolation, "resize_mode": mode}

@@ -1,16 +1,14 @@
 """Hidden states of other words for a set's classes, kept in its bundle for a later audit.
 
-A bundle holds one text for each class to forget and one to evaluate. Whether a class is gone under
-other words can be measured without the model only if their hidden states came along: as the tensor
-`audit_hidden` (A, w) and the JSON lists `audit_texts`, `audit_classes` and `audit_kinds`, of A
-entries each, in the metadata. A bundle without them is as good as any for everything else.
+Whether a class is forgotten under other words can be measured without the model only if their
+hidden states came along: as the tensor `audit_hidden` (A, w) and the JSON lists `audit_texts`,
+`audit_classes` and `audit_kinds`, of A entries each, in the metadata.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
 from datasets.words.wordnet import ABSENT, installed
 from engine.log import logger, progress
-from forgetting.errors import ProblemError
 
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
 
@@ -32,33 +29,20 @@ def other_words(bundle: FeatureBundle, name: str) -> list[Paraphrase]:
     return paraphrases(name, bundle.dataset, template, bundle.classnames)
 
 
-def with_audit(bundle: FeatureBundle, source: ClipSource, cache: str | Path) -> FeatureBundle:
-    """The bundle with the hidden states of other words for each of its classes.
+def with_audit(bundle: FeatureBundle, source: ClipSource) -> FeatureBundle:
+    """A bundle that the source made with the hidden states of other words for each of its classes.
 
     A class's texts are one entry of the cache, so a killed run goes on where it was, and the model
     is loaded only for classes whose texts have changed.
-
-    Raises:
-        ProblemError: a bundle of another architecture or other weights than the source's.
     """
-    for key, own in (("backbone", source.arch), ("weights", source.weights_sha256)):
-        if getattr(bundle, key) != own:
-            raise ProblemError(
-                f"feature bundle of {bundle.dataset}: {key} is {getattr(bundle, key)!r}, but the "
-                f"model's is {own!r}; other words must be read by the model that made the bundle"
-            )
     package = installed()
     joined = f"WordNet ({package})" if package else f"no WordNet: {ABSENT}"
     logger.info(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
     words = {name: other_words(bundle, name) for name in bundle.classnames}
-    stored = FeatureCache(source, cache)
-    rows, entries = [], []
-    title, total = f"clip: {bundle.dataset} in other words, text", sum(map(len, words.values()))
-    with progress(desc=title, total=total, unit="texts") as bar:
-        for name, found in words.items():
-            rows.append(stored.texts([text for text, _ in found]))
-            entries += [(text, name, kind) for text, kind in found]
-            bar.update(len(found))
+    stored, rows, entries = FeatureCache(source), [], []
+    for name, found in progress(words.items(), f"clip: {bundle.dataset} in other words"):
+        rows.append(stored.texts([text for text, _ in found]))
+        entries += [(text, name, kind) for text, kind in found]
     lists = zip(AUDIT_LISTS, zip(*entries, strict=True), strict=True)
     return replace(
         bundle,

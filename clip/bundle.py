@@ -25,7 +25,7 @@ from forgetting.io import container, naming, read_safetensors, write_bytes
 
 FORMAT = "clip-forget-features/1"
 SUFFIX = ".safetensors"
-# Tensors by dimension letter: N images, C classes, M retained names, w, d as in CLIP.
+# Tensors by dimension: N images, C classes, M retained names, A other words, w, d as in CLIP.
 SHAPES = {
     "text_projection": "wd",  # first: it fixes w and d, so that the tensor that differs is blamed
     "image_features": "Nd",
@@ -35,12 +35,12 @@ SHAPES = {
     "retain_hidden": "Mw",
     "neutral_hidden": "1w",
 }
+TEXT_BIAS = "text_bias"  # optional, as are other words for an audit: its tensor and lists, or none
+AUDIT_HIDDEN = "audit_hidden"
+AUDIT_LISTS = ("audit_texts", "audit_classes", "audit_kinds")
+OPTIONAL = {TEXT_BIAS: "d", AUDIT_HIDDEN: "Aw"}
 TEXT_KEYS = ("backbone", "weights", "dataset", "split", "template")
 LIST_KEYS = ("classnames", "retain_names")
-# Other words for an audit: all four or none, a row and an entry for each text (see audit_texts).
-AUDIT_HIDDEN = "audit_hidden"
-TEXT_BIAS = "text_bias"  # optional, (d,): what the model adds to `hidden @ text_projection`
-AUDIT_LISTS = ("audit_texts", "audit_classes", "audit_kinds")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TOLERANCE = 1e-2  # float16 rounding moves a unit norm by less than 1e-3
 
@@ -78,8 +78,8 @@ class FeatureBundle:
 
     @property
     def model(self) -> str:
-        """SHA-256 of what the model's config says (`clip.architectures.Architecture.identity`);
-        empty if the bundle does not say."""
+        """SHA-256 of what the model's config says (`clip.architectures.identity`); empty if the
+        bundle does not say."""
         text = self.extra.get("model", "")
         return text and hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
@@ -98,6 +98,12 @@ class FeatureBundle:
         """What the images were encoded in, see `clip.source.PRECISIONS`."""
         return self.extra.get("precision", "fp32")
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors by name."""
+        bias = {} if self.text_bias is None else {TEXT_BIAS: self.text_bias}
+        return {key: getattr(self, key) for key in SHAPES} | bias | self.extra_tensors
+
     @classmethod
     def load(cls, path: str | Path) -> FeatureBundle:
         """Read and check the bundle at `path`.
@@ -108,8 +114,8 @@ class FeatureBundle:
         """
         with naming(f"feature bundle {path}"):
             metadata, tensors = read_safetensors(path)
-            if (found := metadata.pop("format", None)) != FORMAT:
-                raise ProblemError(f"its format is {shown(found)}, not {FORMAT!r}")
+            found = metadata.pop("format", None)
+            _require(found == FORMAT, f"its format is {shown(found)}, not {FORMAT!r}")
             for key in (*TEXT_KEYS, *LIST_KEYS):
                 _require(key in metadata, f"{key} is missing from the metadata")
             for key in SHAPES:
@@ -123,10 +129,8 @@ class FeatureBundle:
                 extra_tensors=tensors,
             )
         bundle.check(path)
-        floats = [key for key in SHAPES if key != "labels"]
-        floats += [] if bundle.text_bias is None else [TEXT_BIAS]
-        changes = {key: getattr(bundle, key).float() for key in floats}
-        return replace(bundle, labels=bundle.labels.long(), **changes)
+        floats = {k: x.float() for k, x in bundle.tensors.items() if k in (*SHAPES, TEXT_BIAS)}
+        return replace(bundle, **floats | {"labels": bundle.labels.long()})
 
     def save(self, path: str | Path) -> None:
         """Check the bundle and write it to `path`, whole or not at all.
@@ -138,10 +142,8 @@ class FeatureBundle:
         metadata = self.extra | {"format": FORMAT}
         metadata |= {key: getattr(self, key) for key in TEXT_KEYS}
         metadata |= {key: json.dumps(getattr(self, key), ensure_ascii=False) for key in LIST_KEYS}
-        tensors = {key: getattr(self, key) for key in SHAPES} | self.extra_tensors
-        tensors |= {} if self.text_bias is None else {TEXT_BIAS: self.text_bias}
         # safetensors refuses tensors that share memory, so each gets its own.
-        tensors = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+        tensors = {key: x.clone() for key, x in self.tensors.items()}
         write_bytes(container(tensors, metadata), path, overwrite=False)
 
     def check(self, where: str | Path) -> None:
@@ -160,62 +162,50 @@ class FeatureBundle:
             template = self.template.count("{}") == 1 or self.template.isidentifier()
             _require(template, f"template is {self.template!r}: it must hold {{}} once")
             _ = self.identity
-            self._check_tensors()
+            sizes = {"1": 1, "C": len(self.classnames), "M": len(self.retain_names)}
+            self._check_tensors(sizes | {"A": self._check_audit()})
             _require(self.text_projection.numel(), "text_projection is empty")
             if len(self.labels):
                 low, high = int(self.labels.min()), int(self.labels.max())
-                inside = low >= 0 and high < len(self.classnames)
                 last = len(self.classnames) - 1
-                _require(inside, f"labels run from {low} to {high}, not within 0 to {last}")
-                norms = self.image_features.float().norm(dim=1)
-                worst = float((norms - 1).abs().max())
+                message = f"labels run from {low} to {high}, not within 0 to {last}"
+                _require(low >= 0 and high <= last, message)
+                worst = float((self.image_features.float().norm(dim=1) - 1).abs().max())
                 message = f"image_features are not L2-normalised (a norm is {worst:.3g} off 1)"
                 _require(worst <= TOLERANCE, message)
 
-    def _check_tensors(self) -> None:
-        """Refuse a tensor whose shape does not fit the lists and the other tensors, whose dtype is
-        wrong, or that is not finite."""
-        lists = {"C": "classnames", "M": "retain_names", "A": "audit_texts"}
-        audit = self._audit_lists()
-        names = {key: getattr(self, key) for key in LIST_KEYS} | audit
-        sizes = {"1": 1} | {i: len(names[key]) for i, key in lists.items() if key in names}
-        tensors = {key: (getattr(self, key), letters) for key, letters in SHAPES.items()}
-        if self.text_bias is not None:
-            tensors[TEXT_BIAS] = self.text_bias, "d"
-        if audit:
-            tensors[AUDIT_HIDDEN] = self.extra_tensors[AUDIT_HIDDEN], "Aw"
-        for key, (tensor, letters) in tensors.items():
+    def _check_tensors(self, sizes: dict[str, int]) -> None:
+        """Refuse tensors whose shapes do not fit `sizes` by dimension letter and one another, whose
+        dtype is wrong, or that are not finite."""
+        for key, letters in (SHAPES | OPTIONAL).items():
+            if (tensor := self.tensors.get(key)) is None:
+                continue
             expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
             for letter, size in zip(letters, tensor.shape, strict=False):
                 sizes.setdefault(letter, size)
             shape = tuple(tensor.shape)
-            named = f"; {lists[letters[0]]} has a name per row" if letters[0] in lists else ""
-            message = f"{key} has shape {shape}, expected ({expected}){named}"
-            _require(shape == tuple(sizes.get(letter) for letter in letters), message)
+            fits = shape == tuple(sizes.get(letter) for letter in letters)
+            _require(fits, f"{key} has shape {shape}, expected ({expected})")
             if key == "labels":
                 _require(tensor.dtype in INTEGERS, f"{key} are {tensor.dtype}, not integers")
-            else:
-                floats = tensor.is_floating_point()
-                _require(floats, f"{key} is {tensor.dtype}, not floating point")
-                finite = bool(torch.isfinite(tensor.float()).all())
-                _require(finite, f"{key} holds NaN or infinite values")
+                continue
+            _require(tensor.is_floating_point(), f"{key} is {tensor.dtype}, not floating point")
+            finite = bool(torch.isfinite(tensor.float()).all())
+            _require(finite, f"{key} holds NaN or infinite values")
 
-    def _audit_lists(self) -> dict[str, list[str]]:
-        """The lists of paraphrases, of one length and of classes that there are; none if absent."""
-        present = [key for key in AUDIT_LISTS if key in self.extra]
-        present += [AUDIT_HIDDEN] if AUDIT_HIDDEN in self.extra_tensors else []
-        if not present:
-            return {}
+    def _check_audit(self) -> int:
+        """How many other words there are; all of their lists and tensor are there, or none."""
+        if not {*AUDIT_LISTS, AUDIT_HIDDEN} & {*self.extra, *self.extra_tensors}:
+            return 0
         for key in (*AUDIT_LISTS, AUDIT_HIDDEN):
-            _require(key in present, f"{key} is missing, but there is {present[0]}")
+            there = key in self.extra_tensors if key == AUDIT_HIDDEN else key in self.extra
+            _require(there, f"{key} is missing, and the bundle has others of its kind")
         lists = {key: _strings(key, self.extra[key]) for key in AUDIT_LISTS}
-        count = len(lists["audit_texts"])
-        for key, values in lists.items():
-            message = f"{key} has {len(values)} entries, but audit_texts has {count}"
-            _require(len(values) == count, message)
-        for name in set(lists["audit_classes"]) - set(self.classnames):
-            raise ProblemError(f"audit_classes names {name!r}, which is no class of the bundle")
-        return lists
+        lengths = {key: len(values) for key, values in lists.items()}
+        _require(len(set(lengths.values())) == 1, f"lists differ in length: {lengths}")
+        unknown = sorted(set(lists["audit_classes"]) - set(self.classnames))
+        _require(not unknown, f"audit_classes are no classes of the bundle: {shown(unknown)}")
+        return lengths["audit_texts"]
 
 
 def bundle_path(folder: str | Path, backbone: str, dataset: str) -> Path:
@@ -229,19 +219,14 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     Raises ProblemError if the folder is missing or holds no bundle of that backbone.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ProblemError(f"no folder of feature bundles at {folder}")
+    _require(folder.is_dir(), f"no folder of feature bundles at {folder}")
     place = bundle_path(folder, backbone, "").parent
     # Not by glob, which takes a folder that may not be entered for an empty one. No hidden file is
     # a bundle: it is what a killed run left, or a data set called "..".
     paths = [place / name for name in (os.listdir(place) if place.is_dir() else ())]
     found = {p.stem: p for p in paths if p.suffix == SUFFIX and not p.name.startswith(".")}
-    if not found:
-        others = sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")})
-        raise ProblemError(
-            f"no feature bundle of {backbone} in {folder}; "
-            f"backbones there: {', '.join(others) or 'none'}"
-        )
+    others = ", ".join(sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")}))
+    _require(found, f"no feature bundle of {backbone} in {folder}; backbones there: {others}")
     return dict(sorted(found.items()))
 
 
@@ -252,19 +237,14 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
     or data set than its place says.
     """
     bundles = list_bundles(folder, backbone)
-    if dataset not in bundles:
-        raise ProblemError(
-            f"no feature bundle of {dataset!r} for {backbone} in {folder}; "
-            f"data sets there: {', '.join(bundles)}"
-        )
-    path = bundles[dataset]
-    bundle = FeatureBundle.load(path)
+    there = ", ".join(bundles)
+    message = f"no feature bundle of {dataset!r} for {backbone} in {folder}; data sets there: "
+    _require(dataset in bundles, message + there)
+    bundle = FeatureBundle.load(bundles[dataset])
     for key, wanted in (("backbone", backbone), ("dataset", dataset)):
-        if getattr(bundle, key) != wanted:
-            raise ProblemError(
-                f"feature bundle {path}: {key} is {getattr(bundle, key)!r}, but its place says "
-                f"{wanted!r}"
-            )
+        found = getattr(bundle, key)
+        message = f"feature bundle {bundles[dataset]}: {key} is {found!r}, but its place says "
+        _require(found == wanted, message + repr(wanted))
     return bundle
 
 
@@ -281,17 +261,18 @@ def load_bundles(
     for name, bundle in bundles.items():
         first = next(iter(bundles.values()))
         close = _close(first.text_projection, bundle.text_projection)
-        close = close and _close(first.text_bias, bundle.text_bias)
-        differ = "weights" if first.weights != bundle.weights else "" if close else "projections"
-        if first.model and bundle.model and first.model != bundle.model:
-            differ = "model configs (activation, preprocessing or tokenizer)"
-        if first.precision != bundle.precision:
-            differ = "precisions of the image encoder"
-        if differ:
+        same = {
+            "weights": first.weights == bundle.weights,
+            "projections": close and _close(first.text_bias, bundle.text_bias),
+            "model configs (activation, preprocessing or tokenizer)": first.model == bundle.model
+            or not (first.model and bundle.model),
+            "precisions of the image encoder": first.precision == bundle.precision,
+        }
+        if differ := [what for what, is_same in same.items() if not is_same]:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
             raise ProblemError(
-                f"feature bundles {places[0]} and {places[1]} were made with different {differ}; "
-                "the bundles of a run must come from one model"
+                f"feature bundles {places[0]} and {places[1]} were made with different "
+                f"{differ[0]}; the bundles of a run must come from one model"
             )
     return bundles
 
@@ -313,6 +294,6 @@ def _strings(key: str, text: str) -> list[str]:
         values = parse_json(text)
     except ValueError as error:
         raise ProblemError(f"{key} is not valid JSON ({error})") from error
-    if not isinstance(values, list) or not all(map(is_text, values)):
-        raise ProblemError(f"{key} is not a JSON list of texts")
+    is_list = isinstance(values, list) and all(map(is_text, values))
+    _require(is_list, f"{key} is not a JSON list of texts")
     return values

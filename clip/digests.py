@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from engine.files import sha256_file
 from engine.log import progress
@@ -23,27 +22,22 @@ def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
     second. Where it cannot be written, the files are read again next time. Raises OSError for a
     file that cannot be read.
     """
-    known = _read(register)
-    entries: dict[str, list[Any]] = {}
+    known, found = _read(register), {}
     absolute = [os.path.abspath(path) for path in paths]
     for path in progress(absolute, "reading files"):
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        entry = known.get(path)
-        if entry is None or entry[:-1] != stamp or not isinstance(entry[-1], str):
-            entry = [*stamp, sha256_file(path)]
-        entries[path] = entry
-    if any(known.get(k) != v for k, v in entries.items()):
+        entry = known.get(path, [None])
+        found[path] = entry if entry[:-1] == stamp else [*stamp, sha256_file(path)]
+    if any(known.get(path) != entry for path, entry in found.items()):
         with suppress(ProblemError):
-            write_bytes(json.dumps(_read(register) | entries).encode(), register)
-    return [entries[path][-1] for path in absolute]
+            write_bytes(json.dumps(_read(register) | found).encode(), register)
+    return [found[path][-1] for path in absolute]
 
 
-def _read(register: Path) -> dict[str, list[Any]]:
+def _read(register: Path) -> dict[str, list]:
     """What is remembered; nothing if the file is damaged or missing."""
-    try:
-        content = read_json(register)
-    except ProblemError:
-        return {}
-    entries = content.items() if isinstance(content, dict) else ()
-    return {path: entry for path, entry in entries if isinstance(entry, list) and entry}
+    with suppress(ProblemError):
+        if isinstance(content := read_json(register), dict):
+            return content
+    return {}

@@ -36,7 +36,6 @@ def build_bundle(
     dataset: str,
     source: ClipSource,
     root: str | Path,
-    cache: str | Path,
     template: str | None = None,
     split: str = "test",
     batch_size: int | None = None,
@@ -44,7 +43,7 @@ def build_bundle(
     own: str = "",
     how: LauncherSettings | None = None,
 ) -> FeatureBundle:
-    """Encode a split of a data set, or read from `cache` what was encoded before.
+    """Encode a split of a data set, or read from the source's cache what was encoded before.
 
     Args:
         dataset: name in `datasets.SETS`; `root` holds its images. Any other name for images of
@@ -72,7 +71,7 @@ def build_bundle(
     names = [datasets.clean_name(name) for name in classnames]
     retain_names = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
 
-    stored = FeatureCache(source, cache, how)
+    stored = FeatureCache(source, how)
     workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
     projection, bias, known = stored.projection()
@@ -134,16 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     if out:
         refuse_existing(out)
     source = ClipSource(args.arch, args.weights, args.cache, precision=args.precision)
-    bundle = build_bundle(dataset, source, args.root, args.cache, own=args.images, how=how)
-    count, classes = len(bundle.labels), len(bundle.classnames)
-    folder = FeatureCache(source, args.cache).folder
-    logger.info(
-        f"clip: {dataset} under {args.arch}: {count} images, {classes} classes, kept in {folder}"
-    )
+    bundle = build_bundle(dataset, source, args.root, own=args.images, how=how)
+    count, folder = f"{len(bundle.labels)} images", FeatureCache(source).folder
     if args.audit:
-        bundle = with_audit(bundle, source, args.cache)
-        texts = len(bundle.extra_tensors[AUDIT_HIDDEN])
-        logger.info(f"clip: {dataset} in other words: {texts} texts, kept in {folder}")
+        bundle = with_audit(bundle, source)
+        count += f", {len(bundle.extra_tensors[AUDIT_HIDDEN])} other words"
+    classes = len(bundle.classnames)
+    logger.info(f"clip: {dataset} under {args.arch}: {classes} classes, {count}, kept in {folder}")
     if out:
         bundle.save(out)
         logger.info(f"clip: bundle written to {out}")

@@ -39,7 +39,7 @@ class ClipSource:
     Args:
         arch: a name that `architecture` knows.
         weights: a checkpoint of that architecture; None for its published or embedded weights.
-        cache: folder for downloads.
+        cache: folder for downloads and for what was encoded.
         device: None for the GPU if there is one, else the CPU.
         precision: of `PRECISIONS`, what images are encoded in, by a copy of the model.
 
@@ -56,6 +56,7 @@ class ClipSource:
         precision: str = "fp32",
     ) -> None:
         self.arch, self.cache, self.precision = arch, expand(cache), precision
+        self.arguments = arch, weights, cache, None, precision  # of another process's source
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS)
@@ -68,30 +69,16 @@ class ClipSource:
             if not Path(weights).is_file():
                 raise ProblemError(f"weights {weights}: no such file")
             self.architecture = replace(self.architecture, weights=Path(weights), sha256="")
-        self._own_weights = weights
-        preprocessing(self.architecture)  # refuses what is none, before any work
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The arguments by which another process makes the same source; not the device, which is
-        that process's own."""
-        known = {"arch": self.arch, "weights": self._own_weights, "cache": self.cache}
-        return known | {"precision": self.precision}
+        self.reading = preprocessing(self.architecture)  # refuses what is none, before any work
 
     @cached_property
     def weights_files(self) -> list[Path]:
-        """The files of the checkpoint; downloaded first if need be.
-
-        Raises:
-            ProblemError: weights of which it is not known how they are to be computed with.
-        """
-        spec = self.architecture
-        if spec.tag:
-            self.architecture = fetch(spec, self.cache / "weights")
-        elif (known := published(spec)) is not None:
+        """The files of the checkpoint; downloaded first if need be."""
+        self.architecture = fetch(self.architecture, self.cache / "weights")
+        if (known := published(self.architecture)) is not None:
             file, url = known
-            path = download(url, spec.sha256, self.cache / "weights" / file)
-            self.architecture = replace(spec, weights=path)
+            path = download(url, self.architecture.sha256, self.cache / "weights" / file)
+            self.architecture = replace(self.architecture, weights=path)
         return self.architecture.files()
 
     @cached_property
@@ -108,7 +95,7 @@ class ClipSource:
                 f"{files[0]} is not the file that OpenAI published for {self.arch} (SHA-256 "
                 f"{found}); delete it, or pass it by --weights PATH"
             )
-        self.architecture.check_activation(files[0], found)
+        self.architecture.check_activation(found)
         return found
 
     @cached_property
@@ -120,34 +107,26 @@ class ClipSource:
     @cached_property
     def model(self) -> nn.Module:
         """The model: float32, `eval()`, on `device`."""
-        sha256, files = self.weights_sha256, self.weights_files
+        sha256, file = self.weights_sha256, self.weights_files[0]
         spec = replace(self.architecture, sha256=sha256)
-        state, _ = spec.read()
-        with naming(f"weights {files[0]}"):
-            model = spec.make(state)
+        with naming(f"weights {file}"):
+            model = spec.make(spec.read()[0])
         if not hasattr(model, "encode_image") and not hasattr(model, "get_image_features"):
             raise ProblemError(f"{self.arch} is a {type(model).__name__}, which reads no images")
         if self.device.type == "cuda":  # TensorFloat-32 keeps 10 bits of 23
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
         images = "" if self.precision == "fp32" else f", images in {self.precision}"
-        logger.info(
-            f"clip: {self.arch} on {self.device}, float32{images}, weights {sha256[:16]} from "
-            f"{files[0]}"
-        )
+        about = f"{self.arch} on {self.device}, float32{images}"
+        logger.info(f"clip: {about}, weights {sha256[:16]} from {file}")
         model = model.float().eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)  # faster convolutions
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's own."""
-        return self.architecture.tokenizer()
 
     @cached_property
     def encoder(self) -> Encoder:
         """The text side of the model, which ends in one linear map; ProblemError if it does not."""
         with naming(self.arch):
-            return read_encoder(self.model, self.tokenizer)
+            return read_encoder(self.model, self.architecture.tokenizer())
 
     @cached_property
     def projection(self) -> Tensor:
@@ -165,14 +144,14 @@ class ClipSource:
         """What an adapter says of the model that it was made for."""
         return identity_of(self.encoder)
 
-    def encode_hidden(self, texts: list[str], batch_size: int = BATCH) -> Tensor:
+    def encode_hidden(self, texts: list[str]) -> Tensor:
         """Hidden states of `texts`, (n, w) float32 on the CPU: the model's text embeddings are
         `hidden @ projection + bias`."""
         if truncated := self.encoder.truncated(texts):
             logger.warning(f"clip: {truncation_warning(truncated)}")
-        title = "clip: texts" if len(texts) > 10 * batch_size else ""
         with naming(self.arch):
-            return self.encoder.hidden(texts, title, batch_size).float()
+            title = "clip: texts" if len(texts) > 10 * BATCH else ""
+            return self.encoder.hidden(texts, title).float()
 
     @cached_property
     def preprocess(self) -> Any:
@@ -181,29 +160,22 @@ class ClipSource:
         from open_clip.transform import PreprocessCfg, image_transform_v2
         from torchvision.transforms import Compose, PILToTensor
 
-        images = PreprocessCfg(**preprocessing(self.architecture))
-        *shape, _, _ = image_transform_v2(images, is_train=False).transforms
+        *shape, _, _ = image_transform_v2(PreprocessCfg(**self.reading), is_train=False).transforms
         return Compose([*shape, PILToTensor()])
-
-    @cached_property
-    def _scale(self) -> Tensor:
-        """Mean and standard deviation of the model's pixels, (2, 3, 1, 1)."""
-        images = preprocessing(self.architecture)
-        return torch.tensor([images["mean"], images["std"]], device=self.device)[:, :, None, None]
 
     def scaled(self, pictures: Tensor) -> Tensor:
         """Pictures (b, 3, side, side) uint8 as the model takes them: float32, on the device."""
-        mean, std = self._scale
+        colours = torch.tensor([self.reading["mean"], self.reading["std"]], device=self.device)
+        mean, std = colours[:, :, None, None]
         images = pictures.to(self.device).float().div_(255).sub_(mean).div_(std)
         return images.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         """Embeddings of pictures (b, 3, side, side) uint8, as `preprocess` gives them: (b, d)
-        float32, L2-normalised, on the CPU. `exactly`: in float32, whatever the precision."""
-        dtype = torch.float32 if exactly else PRECISIONS[self.precision]
-        model = self.model if dtype == torch.float32 else self._rounded
-        images = self.scaled(pictures).to(dtype)
+        float32, L2-normalised, on the CPU."""
+        model = self.model if self.precision == "fp32" else self._rounded
+        images = self.scaled(pictures).to(PRECISIONS[self.precision])
         if self.architecture.is_transformers:
             found = model.get_image_features(pixel_values=images)
             for key in ("image_embeds", "pooler_output"):

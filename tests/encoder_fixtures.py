@@ -44,9 +44,7 @@ class OwnEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         there = (tokens > 0)[..., None]
         hidden = torch.tanh(self.layer((self.table(tokens) * there).sum(dim=1))) * 3
-        found = hidden @ self.last
-        if self.shift is not None:
-            found = found + self.shift
+        found = nn.functional.linear(hidden, self.last.T, self.shift)
         return nn.functional.normalize(found, dim=1) if self.normalised else found
 
 

@@ -26,7 +26,7 @@ from evaluation.results import read_logs
 from forgetting import load_adapter
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
 from forgetting.errors import ProblemError
-from forgetting.models.checkpoint import read_tensors
+from forgetting.models.checkpoint import read_checkpoint
 from forgetting.models.loading import load_model
 from tests.clip_fixtures import (
     CONFIGS,
@@ -73,7 +73,7 @@ def test_embeddings_of_openais_models(
 
     before = torch.get_rng_state()
     source = ClipSource(name, tmp_path / "openai.pt", tmp_path / "cache", "cpu")
-    hidden = source.encode_hidden(TEXTS, batch_size=3)
+    hidden = source.encode_hidden(TEXTS)
     assert torch.equal(torch.get_rng_state(), before), "building the model drew random numbers"
     blocks = source.model.transformer.resblocks
     assert {type(block.mlp.gelu).__name__ for block in blocks} == {"QuickGELU"}
@@ -126,7 +126,7 @@ def test_a_checkpoint_in_the_old_layout_is_that_of_a_custom_text_encoder(tmp_pat
     save_file(state | {"logit_scale": torch.ones(1)}, folder / "open_clip_model.safetensors")
     source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
     with torch.no_grad():
-        expected = plain.encode_text(source.tokenizer(SHORT))
+        expected = plain.encode_text(source.encoder.tokenize(SHORT))
     assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
 
 
@@ -248,13 +248,13 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
     arguments = [str(tmp_path / "a.safetensors"), str(out), "--weights", str(weights)]
     apply_command.main([*arguments, "--cache", str(cache)])
 
-    state, original = torch.load(out, weights_only=True), read_tensors(weights)
+    state, original = torch.load(out, weights_only=True), read_checkpoint([weights])[0]
     assert state.keys() == original.keys()
     assert torch.equal(state["text_projection"], adapter.apply(source.projection))
     others = [key for key in state if key != "text_projection"]
     assert all(torch.equal(state[key], original[key]) for key in others)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
-    tokens = source.tokenizer(TEXTS)
+    tokens = source.encoder.tokenize(TEXTS)
     model = ARCHITECTURES["mini"].build().eval()
     open_clip.load_checkpoint(model, str(out))
     assert torch.allclose(model.encode_text(tokens), expected, atol=1e-4, rtol=1e-5)
@@ -282,7 +282,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch) ->
     (tmp_path / "a.safetensors").write_bytes(b"torn")
     with pytest.raises(ProblemError, match=r"a\.safetensors"):
         apply_command.main([*arguments, "--weights", str(mini)])
-    with pytest.raises(ProblemError, match=r"\(2, 2\)"):
+    with pytest.raises(ProblemError, match="no tensor is the text projection"):
         none = Adapter(torch.zeros(2, 1), torch.zeros(1, 2), "0" * 64, "b", "w", "d", ["c"], "t")
         save_full_model(source, none, out)
     assert not out.exists()

@@ -217,7 +217,7 @@ def test_folders_of_transformers(family, tmp_path, succeeds):
 
 MODELS = {
     "nowhere": ("nowhere", "no model 'nowhere'"),
-    "empty": ("hf:", "names nothing"),
+    "empty": ("hf:", "no model"),
     "folder": ("{tmp}", "config.json"),
     "hf folder": ("hf:{tmp}", "config.json"),
     "hf absent": ("hf:./nowhere", "no such folder"),

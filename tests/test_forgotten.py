@@ -139,7 +139,7 @@ def test_an_adapter_is_refused_by_another_model(tmp_path):
     flat = nn.Module()
     flat.register_parameter("last", nn.Parameter(torch.zeros(3)))
     for wrong in (nn.Linear(3, 3), flat):
-        with pytest.raises(ProblemError, match="does not hold the projection"):
+        with pytest.raises(ProblemError, match="no tensor is the text projection"):
             Forgotten.load(file, wrong)
     with pytest.raises(ProblemError, match="must be a torch module"):
         answer.verify("x")

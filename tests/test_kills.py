@@ -132,7 +132,7 @@ def test_an_encoding(tmp_path, rounds):
     """The data set is drawn, the model read and its images encoded; kills fall into all of it."""
 
     def call(cache: Path = tmp_path / "cache"):
-        return build_bundle("MiniShapes", ClipSource("mini"), tmp_path / "data", cache)
+        return build_bundle("MiniShapes", ClipSource("mini", cache=cache), tmp_path / "data")
 
     expected = call(tmp_path / "other")
 

@@ -310,8 +310,7 @@ def test_images_by_ray_are_those_of_one_process(workers, tmp_path, monkeypatch):
 
     def bundle(cache: str, how: LauncherSettings):
         source = ClipSource("mini", cache=tmp_path / cache)
-        data, folder = tmp_path / "data", tmp_path / cache
-        return build_bundle("MiniShapes", source, data, folder, batch_size=32, how=how)
+        return build_bundle("MiniShapes", source, tmp_path / "data", batch_size=32, how=how)
 
     here, ray = bundle("here", HERE), bundle("ray", RAY)
     assert torch.allclose(here.image_features, ray.image_features, rtol=0, atol=1e-6)

@@ -26,7 +26,7 @@ from clip import ARCHITECTURES, ClipSource, architecture
 from clip.architectures import preprocessing
 from forgetting.errors import ProblemError
 from forgetting.models import loading
-from forgetting.models.checkpoint import parse_tensors, read_tensors
+from forgetting.models.checkpoint import parse_tensors, read_checkpoint
 from forgetting.models.loading import load_model
 from tests.clip_fixtures import (
     TEXT,
@@ -91,7 +91,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, form: str) -> None:
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(ProblemError, match="without running code") as error:
-        read_tensors(path)
+        read_checkpoint([path])[0]
     one_line(error, path)
     assert not trap.exists()
     if form != "pickle":  # negative control: the trap works
@@ -177,15 +177,15 @@ def test_odd_tensors_are_one_line(tmp_path: Path) -> None:
     for name, tensor in odd.items():
         torch.save({"ln_final.weight": tensor}, path)
         with pytest.raises(ProblemError, match=r"ln_final|cannot be read") as error:
-            read_tensors(path)
+            read_checkpoint([path])[0]
         one_line(error, path)
         assert path.stat().st_size < 10_000, name
     for content in ([1], {}, {"a": 1}, {1: plain}, {"state_dict": {"a": "b"}}):
         torch.save(content, path)
         with pytest.raises(ProblemError, match="no state dict"):
-            read_tensors(path)
+            read_checkpoint([path])[0]
     torch.save({"a": plain, "b": plain.to(torch.float8_e4m3fn), "c": plain.long()}, path)
-    assert read_tensors(path).keys() == {"a", "b", "c"}
+    assert read_checkpoint([path])[0].keys() == {"a", "b", "c"}
 
 
 def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
     (folder / "open_clip_model.safetensors").unlink()
     os.mkfifo(folder / "open_clip_model.safetensors")
     for open_it in (
-        lambda: read_tensors(tmp_path / "pipe"),
-        lambda: read_tensors(tmp_path),
+        lambda: read_checkpoint([tmp_path / "pipe"])[0],
+        lambda: read_checkpoint([tmp_path])[0],
         lambda: ClipSource("mini", tmp_path / "pipe", tmp_path / "cache"),
         lambda: load_model(str(folder)),
         lambda: load_model(f"openai:{tmp_path / 'pipe'}"),
@@ -209,11 +209,11 @@ def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path, monkeypatch) -> None:
     torch.save(openai_state_dict("mini"), tmp_path / "w.pt")
     (tmp_path / "w.json").write_text(json.dumps({"model_cfg": architecture("RN50").model_config()}))
-    with pytest.raises(ProblemError, match="not those of RN50") as error:
+    with pytest.raises(ProblemError, match="RN50 cannot be made") as error:
         _ = ClipSource("RN50", tmp_path / "w.pt", tmp_path / "cache", "cpu").model
-    one_line(error, tmp_path / "w.pt", "(24, 8), not (77, 512)")
+    one_line(error, tmp_path / "w.pt")
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
-    with pytest.raises(ProblemError, match="is missing"):
+    with pytest.raises(ProblemError, match="Missing key"):
         _ = ClipSource("mini", tmp_path / "fc.pt", tmp_path / "cache", "cpu").model
     state = random_model("mini").state_dict()
     state["ln_final.weight"][3] = float("nan")
@@ -254,14 +254,14 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bare/open_clip_model.safetensors").unlink()
     for name, message in {
         f"hf:{tmp_path / 'nowhere'}": "no such folder",
-        "hf:": "names nothing",
+        "hf:": "no model",
         f"hf:{tmp_path / 'empty'}": "holds neither config.json",
         str(tmp_path / "torn"): "is not JSON",
         f"hf:{tmp_path / 'none'}": "no model_cfg",
         "open_clip:ViT-B-33": "did you mean 'ViT-B-32'",
         "open_clip:ViT-B-32/laion2b_s34b": "did you mean 'laion2b_s34b_b79k'",
-        "open_clip:ViT-L-14-gelu/openai": "trained with QuickGELU",
-        str(tmp_path / "w.pt"): "which does not say its activation",
+        "open_clip:ViT-L-14-gelu/openai": "the other activation",
+        str(tmp_path / "w.pt"): "does not say its activation",
     }.items():
         for find in (architecture, load_model):
             with pytest.raises(ProblemError, match=message) as error:
@@ -272,7 +272,7 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
         (architecture, "mini-gelu", "unknown architecture"),
         (load_model, "nothing", "a model is hf:"),
         (load_model, "open_clip:ViT-B-32", "has no weights"),
-        (load_model, str(tmp_path / "bare"), "none of open_clip_model"),
+        (load_model, str(tmp_path / "bare"), "no folder with open_clip_model"),
     ):
         with pytest.raises(ProblemError, match=message):
             find(name)
@@ -369,9 +369,9 @@ def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, mo
     assert source("ViT-B/32").fingerprint
     assert torch.equal(features("open_clip:ViT-B-32-quickgelu"), load_features(f"openai:{path}"))
     for arch in ("ViT-B/32-gelu", "open_clip:ViT-B-32"):
-        with pytest.raises(ProblemError, match="compute with QuickGELU"):
+        with pytest.raises(ProblemError, match="quick_gelu is"):
             _ = source(arch).fingerprint
-    with pytest.raises(ProblemError, match="compute with QuickGELU"):
+    with pytest.raises(ProblemError, match="quick_gelu is"):
         features("open_clip:ViT-B-32-gelu")
 
 

@@ -304,9 +304,9 @@ class Counting(ClipSource):
 
     texts = 0
 
-    def encode_hidden(self, texts: list[str], batch_size: int = 256) -> Tensor:
+    def encode_hidden(self, texts: list[str]) -> Tensor:
         self.texts += len(texts)
-        return super().encode_hidden(texts, batch_size)
+        return super().encode_hidden(texts)
 
 
 @pytest.fixture
@@ -318,14 +318,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def bundle_of(place: Path) -> tuple[FeatureBundle, Counting]:
     source = Counting("mini", cache=place / "cache", device="cpu")
-    bundle = build_bundle("Caltech101", source, place / "data", place / "cache", workers=0)
+    bundle = build_bundle("Caltech101", source, place / "data", workers=0)
     source.texts = 0
     return bundle, source
 
 
 def test_rows_hold_what_the_model_says(place: Path, monkeypatch) -> None:
     bundle, source = bundle_of(place)
-    audited = with_audit(bundle, source, place / "cache")
+    audited = with_audit(bundle, source)
     count = 0
     for name in bundle.classnames:
         words = paraphrases(name, "Caltech101", bundle.template, bundle.classnames)
@@ -338,17 +338,13 @@ def test_rows_hold_what_the_model_says(place: Path, monkeypatch) -> None:
     assert HIDDEN not in bundle.extra_tensors and audited.extra["forget_template"] == "{}"
     # Nothing is encoded twice; one class's other words encode that class alone.
     _, again = bundle_of(place)
-    with_audit(bundle, again, place / "cache")
+    with_audit(bundle, again)
     assert again.texts == 0 and "model" not in vars(again)
     monkeypatch.setattr(
         "datasets.words.paraphrases.cases", lambda name: ["CRAB"] * (name == "crab")
     )
-    with_audit(replace(bundle), again, place / "cache")
+    with_audit(replace(bundle), again)
     assert 0 < again.texts < count
-    for key, other in (("weights", "0" * 64), ("backbone", "RN50")):
-        with pytest.raises(ProblemError) as error:
-            with_audit(replace(bundle, **{key: other}), source, place / "cache")
-        one_line(error, key, other)
 
 
 def test_the_command_writes_the_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,7 @@ class RunInputs:
     @cached_property
     def encode(self) -> Encode | None:
         """From texts to hidden states; None without a model."""
-        return self.source and FeatureCache(self.source, self.cfg.FEATURES.CACHE).texts
+        return self.source and FeatureCache(self.source).texts
 
     @cached_property
     def bundles(self) -> dict[str, FeatureBundle]:
@@ -199,7 +199,7 @@ class RunInputs:
             names = [dataset, *plan.others]
             bundles = load_bundles(cfg.FEATURES.DIR, cfg.MODEL.BACKBONE.NAME, names)
         else:
-            where = self.source, cfg.DATASET.ROOT, cfg.FEATURES.CACHE
+            where = self.source, cfg.DATASET.ROOT
             how = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE}
             how["workers"] = cfg.DATALOADER.NUM_WORKERS
             own = {"template": cfg.DATASET.TEMPLATE or None, "own": cfg.DATASET.IMAGES}

@@ -82,13 +82,11 @@ def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places) -> Input
     else:
         model = backbone, places.weights or None, places.cache
         source = ClipSource(*model, precision=settings["precision"])
-        encode = FeatureCache(source, places.cache).texts
+        encode = FeatureCache(source).texts
         of_set = {key: settings[key] for key in ("template", "split")} | {"own": places.images}
         try:
             bundles = {
-                name: build_bundle(
-                    name, source, places.root, places.cache, **(of_set if name == dataset else {})
-                )
+                name: build_bundle(name, source, places.root, **(of_set if name == dataset else {}))
                 for name in names
             }
         except ProblemError as error:

@@ -106,12 +106,12 @@ class Live:
         self.generic = self.source.arch != "mini"  # it was taught few names
         if not images and not self.generic:
             sets = [row.name for row in datasets.SETS.values() if row.rendered]
-        bundles = [build_bundle(name, self.source, root, folder, own=images) for name in sets]
+        bundles = [build_bundle(name, self.source, root, own=images) for name in sets]
         self.items = [item for name in sets for item in datasets.load(name, root, images).test]
         self.template = bundles[0].template if sets else TEMPLATES[-1]
         self.names = [datasets.clean_name(name) for each in bundles for name in each.classnames]
         self.names = self.names or generic_names()
-        self.hidden = FeatureCache(self.source, folder).texts(self._prompts(self.names))
+        self.hidden = FeatureCache(self.source).texts(self._prompts(self.names))
         none = torch.empty(0, self.source.projection.shape[1])
         self.features = torch.cat([none, *(bundle.image_features for bundle in bundles)])
         labels = [self.names.index(datasets.clean_name(item.classname)) for item in self.items]
@@ -207,7 +207,7 @@ class Live:
     ) -> Forgotten:
         answer = forget(
             self.source.model,
-            self.source.tokenizer,
+            self.source.encoder.tokenize,
             names,
             retain=self.names if self.items else None,  # common names are retained anyhow
             templates=(TEMPLATES[0], self.template),

@@ -116,7 +116,7 @@ class _TextEncoder(nn.Module):
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        return text_features(self.model, inputs, input_ids.device)
+        return text_features(self.model, inputs)
 
 
 def export_text_encoder(model: nn.Module, out: Path, overwrite: bool = False) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,8 @@ from torch import Tensor
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, naming, read_bytes
-from forgetting.models.torchscript import is_torchscript, read_torchscript
+from forgetting.models.modules import maybe_transpose
+from forgetting.models.torchscript import read_torchscript
 
 OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -38,33 +38,25 @@ CLAMPED = 2e-7  # what converters to float16 put in the place of smaller numbers
 def weight_files(
     base: str | Path, names: Sequence[str] = HF_WEIGHTS + OPEN_CLIP_WEIGHTS
 ) -> list[Path]:
-    """The files that hold the weights of a checkpoint: itself, or those of its folder.
-
-    Args:
-        names: the file names to look for in a folder, the first that is there; each may be split
-            in several, which `NAME.index.json` lists.
-
-    Raises:
-        ProblemError: there are none.
-    """
+    """The files that hold the weights of a checkpoint: itself, or the first of `names` in its
+    folder, which may be split in several that `NAME.index.json` lists; ProblemError for none."""
     base = Path(base)
     if base.is_file():
         return [base]
-    with naming(base):
-        if not base.is_dir():
-            raise ProblemError("no such file or folder")
-        for name in names:
-            index = base / f"{name}.index.json"
-            if (base / name).is_file():
-                return [base / name]
-            if index.is_file():
-                content = read_json(index)
-                parts = content.get("weight_map") if isinstance(content, dict) else None
-                parts = list(parts.values()) if isinstance(parts, dict) else [None]
-                if not all(isinstance(part, str) and Path(part).name == part for part in parts):
-                    raise ProblemError(f"{index.name} does not map weights to files of its folder")
-                return [base / part for part in sorted(set(parts))]
-        raise ProblemError(f"no weights in this folder: none of {', '.join(names)}")
+    for name in names:
+        index = base / f"{name}.index.json"
+        if (base / name).is_file():
+            return [base / name]
+        if index.is_file():
+            try:
+                parts = sorted(set(read_json(index)["weight_map"].values()))
+                outside = any(Path(part).name != part for part in parts)
+            except (TypeError, KeyError, AttributeError):
+                outside = True
+            if outside:
+                raise ProblemError(f"{line(index)} does not map weights to files of its folder")
+            return [base / part for part in parts]
+    raise ProblemError(f"{line(base)}: no such file, or no folder with {' or '.join(names)}")
 
 
 def read_json(path: Path) -> Any:
@@ -78,9 +70,9 @@ def read_json(path: Path) -> Any:
             raise ProblemError(f"is not JSON ({line(error)})") from error
 
 
-def read_checkpoint(files: Sequence[Path]) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a checkpoint's files, and the SHA-256 of the very bytes that they were read
-    from: that of the file, or of those of several (`combined_sha256`)."""
+def read_checkpoint(files: Sequence[str | Path]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a checkpoint's files on the CPU, in their dtypes, and the SHA-256 of the very
+    bytes that they were read from; ProblemError for what `parse_tensors` refuses."""
     tensors: dict[str, Tensor] = {}
     digests = []
     for file in files:
@@ -98,16 +90,6 @@ def combined_sha256(digests: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of one checkpoint file on the CPU, in the dtypes of the file.
-
-    Raises:
-        ProblemError: no such file, or what `parse_tensors` refuses.
-    """
-    with naming(path):
-        return parse_tensors(read_bytes(path))
-
-
 def parse_tensors(data: bytes) -> dict[str, Tensor]:
     """The tensors of a checkpoint file with this content.
 
@@ -117,17 +99,12 @@ def parse_tensors(data: bytes) -> dict[str, Tensor]:
     Raises:
         ProblemError: empty, truncated, or something else than tensors of plain numbers.
     """
-    if not data:
-        raise ProblemError("is empty")
     try:
         state = _parsed(data)
     except Exception as error:  # the readers raise whatever foreign bytes lead them to
-        objects = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
-        known = data[:2] == b"PK" or data[8:9] == b"{"
-        why = "it is truncated or damaged" if known and not objects else "give a state dict"
         raise ProblemError(
-            f"cannot be read as tensors without running code from it; {why} "
-            f"({line(str(error).partition(chr(10))[0])})"
+            "cannot be read as tensors without running code from it: give a whole file of a state "
+            f"dict ({line(str(error).partition(chr(10))[0])})"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -150,7 +127,7 @@ def _parsed(data: bytes) -> Any:
         return safetensors.torch.load(data)
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if is_torchscript(archive):
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return read_torchscript(archive)
     with warnings.catch_warnings():  # on odd pickle protocols: it is read or it is refused
         warnings.simplefilter("ignore", UserWarning)
@@ -185,34 +162,31 @@ def find(tensors: Mapping[str, Tensor], adapter: Adapter, original: Tensor | Non
     Raises:
         ProblemError: none is, or several are.
     """
-    w, d = adapter.left.shape[0], adapter.right.shape[1]
-    found, near = [], []
+    found: dict[str, Found] = {}
     for name, value in tensors.items():
-        if value.dtype not in FLOATS or tuple(value.shape) not in ((w, d), (d, w)):
-            continue
-        near += [name] if "proj" in name and "text" in name else []
         for transposed in (False, True):
-            weight = value.T if transposed else value
-            if weight.shape == (w, d) and _is(weight, adapter, original):
+            weight = maybe_transpose(value, transposed)
+            if name not in found and _is_projection(weight, adapter, original):
                 exact = weight if original is None else original
-                found.append(Found(name, transposed, exact.detach().cpu()))
-                break
+                found[name] = Found(name, transposed, exact.detach().cpu())
     if len(found) > 1:
-        names = ", ".join(shown(x.name) for x in found)
+        names = ", ".join(map(shown, found))
         raise ProblemError(f"the text projection is there more than once ({names}): it is shared")
     if not found:
-        there = f" ({shown(near[0])} is another one, or changed already)" if near else ""
         raise ProblemError(
-            f"no tensor is the text projection that the adapter was made for: ({w}, {d}) with "
-            f"SHA-256 {adapter.projection_sha256[:12]}{there}; of a copy that was rounded to "
-            "another dtype, name the checkpoint that it came from (--original)"
+            f"no tensor is the text projection that the adapter was made for ({adapter.backbone}): "
+            "it is another model, or changed already; of a copy that was rounded, name the "
+            "checkpoint that it came from (--original)"
         )
-    return found[0]
+    return next(iter(found.values()))
 
 
-def _is(weight: Tensor, adapter: Adapter, original: Tensor | None) -> bool:
+def _is_projection(weight: Tensor, adapter: Adapter, original: Tensor | None) -> bool:
     """Whether (w, d) is the projection, or what becomes of it in the dtype of `weight`."""
-    if not weight.numel() or not weight.double().abs().max() < 1e30:  # NaN neither
+    shape = (adapter.left.shape[0], adapter.right.shape[1])
+    if weight.dtype not in FLOATS or weight.shape != shape or not weight.numel():
+        return False
+    if not weight.double().abs().max() < 1e30:  # NaN neither
         return False
     if projection_sha256(weight) == adapter.projection_sha256:
         return True
@@ -223,12 +197,15 @@ def _is(weight: Tensor, adapter: Adapter, original: Tensor | None) -> bool:
     return bool(((weight.double().cpu() - exact).abs() <= slack).all())
 
 
-def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-    """W (w, d) of an adapter from a checkpoint, and the bias (d,) of it: that which the adapter
-    names, else one that stands beside the projection, if any.
+def bias_beside(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The bias of a torch.nn.Linear whose weight is called `name`, if it is one and has one."""
+    stem, _, last = name.rpartition(".")
+    return tensors.get(f"{stem}.bias") if last == "weight" else None
 
-    Args:
-        base: a file of weights, or a folder of Hugging Face's or open_clip's.
+
+def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+    """W (w, d) of an adapter from a checkpoint, a file or folder, and the bias (d,) of it: that
+    which the adapter names, else one that stands beside the projection, if any.
 
     Raises:
         ProblemError: it cannot be read, or holds no such projection, or not its bias.
@@ -237,9 +214,7 @@ def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor 
     with naming(base):
         found = find(tensors, adapter)
         named = None if adapter.model is None else adapter.model.bias
-        stem, dot, last = found.name.rpartition(".")
-        beside = f"{stem}.bias" if dot and last == "weight" else None
-        bias = tensors.get(named, tensors.get(beside))
-        if named and bias is None:
+        if named and named not in tensors:
             raise ProblemError(f"the projection has a bias, {line(named)}, which is not in it")
+        bias = tensors[named] if named else bias_beside(tensors, found.name)
     return found.exact.clone(), bias

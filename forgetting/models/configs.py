@@ -7,7 +7,6 @@ would be fetched, no number that would be computed for ever.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,31 +41,25 @@ def open_clip_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted(Path(package.origin).parent.glob("model_configs/*.json"))}
 
 
-def config_beside(weights: Path) -> Path | None:
-    """The config beside a file of weights, in open_clip's form; None if there is none."""
-    if (path := weights.with_name(OPEN_CLIP_CONFIG)).is_file():
-        return path
-    path = weights.with_suffix(".json")  # may be anything
-    if path == weights or not path.is_file():
-        return None
-    content = read_json(path)
-    return path if isinstance(content, dict) and "model_cfg" in content else None
+def config_beside(weights: Path) -> dict[str, Any] | None:
+    """The `model_cfg` beside a file of weights, in open_clip's form; None if there is none."""
+    named = weights.with_name(OPEN_CLIP_CONFIG)
+    for path in (named, weights.with_suffix(".json")):
+        if path != weights and path.is_file():
+            content = read_json(path)  # the second may be anything
+            if path == named or (isinstance(content, dict) and "model_cfg" in content):
+                return read_open_clip(path)[0]
+    return None
 
 
 def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` of a configuration in open_clip's form, which somebody
-    wrote.
-
-    Raises:
-        ProblemError: another form, or what `check_open_clip` refuses.
-    """
+    """`model_cfg` and `preprocess_cfg` of a file in open_clip's form, which somebody wrote."""
     content = read_json(path)
     with naming(path):
-        if not isinstance(content, dict) or "model_cfg" not in content:
-            raise ProblemError("no model_cfg in it, as open_clip writes it")
-        if not isinstance(images := content.get("preprocess_cfg", {}), dict):
-            raise ProblemError("preprocess_cfg is no object")
-        return check_open_clip(content["model_cfg"]), images
+        images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+        if not isinstance(images, dict):
+            raise ProblemError("no model_cfg and preprocess_cfg in it, as open_clip writes them")
+        return check_open_clip(content.get("model_cfg")), images
 
 
 def check_open_clip(model: Any) -> dict[str, Any]:
@@ -81,14 +74,11 @@ def check_open_clip(model: Any) -> dict[str, Any]:
     if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
         raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
     check_numbers(model)
-    if text.get("hf_model_name"):
+    tower = text.get("hf_model_name") or vision.get("timm_model_name") or ""
+    if text.get("hf_model_name") or not re.fullmatch(r"[\w.]*", str(tower)):
         raise ProblemError(
-            f"text_cfg.hf_model_name {shown(text['hf_model_name'])} would be fetched, and a local "
-            "model is read without a network: give a folder in the form of transformers"
-        )
-    if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):
-        raise ProblemError(
-            f"vision_cfg.timm_model_name {shown(vision['timm_model_name'])} is no name of timm's"
+            f"hf_model_name or timm_model_name is {shown(tower)}, which would be fetched, and a "
+            "local model is read without a network: give a folder in the form of transformers"
         )
     options = text.get("tokenizer_kwargs") or {}
     for key, value in options.items() if isinstance(options, dict) else [(options, None)]:
@@ -103,25 +93,21 @@ def check_open_clip(model: Any) -> dict[str, Any]:
 def check_numbers(value: Any, key: str = "") -> None:
     """Refuse a configuration that holds a number which no model has: it would be computed for
     ever, or take all memory."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, x) for x in value):
             check_numbers(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            check_numbers(inner, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float):
         limit = MOST_LAYERS if re.search("layers|heads|depth", key) else LARGEST
         if not abs(value) <= limit:
             raise ProblemError(f"{line(key)} is {shown(value)}: at most {limit}")
 
 
-def without(config: Any, keys: Sequence[str]) -> Any:
-    """A configuration without these fields, and without those that choose code ("attn_..."),
-    nested ones too."""
+def without_code(config: Any) -> Any:
+    """A transformers configuration without the fields that name or choose code, nested ones too."""
     if not isinstance(config, dict):
         return config
     return {
-        key: without(value, keys)
+        key: without_code(value)
         for key, value in config.items()
-        if key not in keys and not key.endswith("_implementation")
+        if key not in NOT_SHAPE and not key.endswith("_implementation")
     }

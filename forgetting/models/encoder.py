@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +27,21 @@ from tqdm import tqdm
 
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, raw
+from forgetting.models.loading import load_model
 from forgetting.models.modules import (
     maybe_transpose,
-    quantised,
+    others_sha256,
     share_memory,
     tensor_sha256,
     tensors,
-    text_sha256,
     unwrap_compiled,
 )
 from forgetting.models.reading import (
+    LOCK,
     Padding,
     Product,
     Tokenize,
     Tokens,
-    memory_of,
     run,
     same_rows,
     select,
@@ -53,6 +55,7 @@ PROBED = (0, 3)  # of them, read again without their padding
 ROUNDING = 64  # units in the last place by which that may change a hidden state
 
 T = TypeVar("T")
+_memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,8 @@ class Encoder:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
 
         Raises:
-            ProblemError: another shape, or a model that cannot be written to.
+            ProblemError: numbers out of the dtype's range, or a model that cannot be written to.
         """
-        if projection.shape != self.projection.shape:
-            raise ProblemError(
-                f"a projection of shape {tuple(projection.shape)} is not one of "
-                f"{tuple(self.projection.shape)}"
-            )
         rounded = projection.to(self.device, self.dtype)
         if not torch.isfinite(rounded).all():
             raise ProblemError(f"the changed projection is out of the range of {self.dtype}")
@@ -178,13 +176,12 @@ class Encoder:
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """The texts of which the tokenizer does not read the end: without their last letter or
         digit they are the same tokens. Of a text without letters that cannot be known."""
-        known = [text for text in texts if any(map(str.isalnum, text))]
+        known = [text for text in texts if re.search(r"\w", text)]
         if not known:
             return []
-        whole = tokens(self.model, self.tokenize, known)
-        shorter = tokens(self.model, self.tokenize, [_shortened(text) for text in known])
-        same = same_rows(whole, shorter).tolist()
-        return [text for text, is_same in zip(known, same, strict=True) if is_same]
+        shorter = [re.sub(r"\w\W*$", "", text) for text in known]
+        whole, cut = (tokens(self.model, self.tokenize, some) for some in (known, shorter))
+        return [text for text, same in zip(known, same_rows(whole, cut), strict=True) if same]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
         """What `compute` gives, once in a process for the model as it is now.
@@ -194,27 +191,42 @@ class Encoder:
         """
         if self.stamp is None:
             return compute()
-        memory = memory_of(self.model)
-        with memory.lock:
-            if memory.stamp != self.stamp:
-                memory.stamp, memory.values = self.stamp, {}
-            if key not in memory.values:
-                memory.values[key] = compute()
-            return memory.values[key]
+        with LOCK:
+            memory = _memories.setdefault(self.model, {})
+            if memory.get("stamp") != self.stamp:
+                memory.clear()
+                memory["stamp"] = self.stamp
+            if key not in memory:
+                memory[key] = compute()
+            return memory[key]
+
+    @property
+    def others_sha256(self) -> str:
+        """SHA-256 of all tensors of the model but the projection."""
+        return self.remembered("others", lambda: others_sha256(self.model, self.name))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a hidden state depends on: the text side's tensors but the projection,
-        and how it is built. Not of the tokenizer, for which `tokens_sha256` stands."""
-        return self.remembered("fingerprint", lambda: text_sha256(self.model, self.weight))
+        """SHA-256 of what a hidden state depends on: all tensors but the projection, and how the
+        model is built. Not of the tokenizer, for which `tokens_sha256` stands."""
+        modules = [
+            [name, type(module).__qualname__, module.extra_repr()]
+            for name, module in self.model.named_modules()
+        ]
+        config = getattr(self.model, "config", None)
+        config = getattr(config, "text_config", config)
+        settings = config.to_dict() if hasattr(config, "to_dict") else {}
+        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            settings.pop(key, None)
+        parts = [self.others_sha256, modules, settings]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def tokens_sha256(self, texts: Sequence[str]) -> str:
         """SHA-256 of what the tokenizer makes of texts."""
         digest = hashlib.sha256()
         for start in range(0, len(texts), BATCH):
             inputs = tokens(self.model, self.tokenize, texts[start : start + BATCH])
-            parts = inputs if isinstance(inputs, dict) else {"": inputs}
-            for name, tensor in parts.items():
+            for name, tensor in inputs.items():
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
                 digest.update(raw(tensor))
         return digest.hexdigest()
@@ -226,46 +238,32 @@ def truncation_warning(truncated: Sequence[str]) -> str:
     return f"warning: the model reads only the beginning of {shown(truncated[0])}{more}"
 
 
-def _shortened(text: str) -> str:
-    """A text up to its last letter or digit, without that."""
-    last = max(i for i, letter in enumerate(text) if letter.isalnum())
-    return text[:last]
-
-
-def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
+def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
     """Find the last linear map of a model's text side.
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa; transformers' CLIPModel,
             CLIPTextModelWithProjection, SiglipModel, ChineseCLIPModel, AltCLIPModel and their like;
             OpenAI's own; any module with `encode_text`, `get_text_features` or a `forward` that
-            gives text features.
+            gives text features; or a name, see `forgetting.models.loading`.
         tokenize: from a list of texts to a tensor or a mapping of tensors; a tokenizer of
-            transformers may be given as it is.
+            transformers may be given as it is. None: the model's own, where it is a name.
 
     Raises:
         ProblemError: one line with the reason: no single last linear map, tied or quantised
-            weights, a projection that two modules share, weights that are not there, a model or
-            tokenizer that answers differently every time.
+            weights, a projection that two modules share, weights that are not there.
     """
+    model, tokenize = load_model(model, tokenize)
     model = unwrap_compiled(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ProblemError(
-            "the model is a TorchScript program, whose last linear map cannot be seen; load it as "
-            "a module (clip.load(name, jit=False), or openai:FILE)"
-        )
-    if found := quantised(model):
-        raise ProblemError(f"quantised weights cannot be changed exactly: {found}")
     inputs = tokens(model, tokenize, PROBES)
-    if not same_rows(inputs, tokens(model, tokenize, PROBES)).all():
-        raise ProblemError("the tokenizer gives other tokens for the same texts every time")
     features, product = run(model, inputs)
+    kind = type(model).__name__
     if product is None or product.entered.ndim != 2 or product.result.shape != features.shape:
         raise ProblemError(
-            f"no single last linear map: the text features {tuple(features.shape)} of "
-            f"{type(model).__name__} are not made by one product with a weight"
+            f"no single last linear map: the text features {tuple(features.shape)} of {kind} are "
+            "not made by one product with a plain weight"
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
@@ -278,14 +276,12 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
     projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
-        if bias is None and not normalised:
-            bias = _constant(model, features, product.entered, projection)
         if _is_linear(features, product.entered, projection, bias, normalised):
             break
     else:
         raise ProblemError(
-            f"no single last linear map: the text features of {type(model).__name__} are not "
-            f"hidden @ W + b with its last weight, {names[0]}"
+            f"no single last linear map: the text features of {kind} are not hidden @ W + b with "
+            f"its last weight, {names[0]}"
         )
     if len(names) > 1:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
@@ -304,7 +300,7 @@ def read_encoder(model: Any, tokenize: Tokenize) -> Encoder:
 
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
     """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
-    None: nothing. ProblemError for a model that answers differently every time."""
+    None: nothing."""
     hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED, device="cpu")
     width = ids.shape[-1]
 
@@ -323,8 +319,6 @@ def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | No
             length = int(padding.lengths(ids)[rows].max())
             if length < width and unchanged(select(inputs, rows, length), hidden[rows]):
                 return padding
-    if not unchanged(inputs, hidden):
-        raise ProblemError(f"{type(model).__name__} reads the same texts differently every time")
     return None
 
 
@@ -340,11 +334,7 @@ def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
 
 
 def _is_linear(
-    features: Tensor,
-    hidden: Tensor,
-    projection: Tensor,
-    bias: Tensor | None,
-    normalised: bool,
+    features: Tensor, hidden: Tensor, projection: Tensor, bias: Tensor | None, normalised: bool
 ) -> bool:
     """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype, and
     to rounding of the sums where little is left of them."""
@@ -362,18 +352,3 @@ def _is_linear(
     eps = torch.finfo(features.dtype).eps
     limit = eps**0.5 * size + 4 * eps * (h.abs() @ w.abs()).norm(dim=1)
     return bool(((given - made).norm(dim=1) <= limit).all())
-
-
-def _constant(
-    model: nn.Module, features: Tensor, hidden: Tensor, projection: Tensor
-) -> Tensor | None:
-    """A parameter (d,) that the model adds behind the product; None: it adds none."""
-    rest = features.double() - hidden.double() @ projection.double()  # (n, d)
-    limit = torch.finfo(features.dtype).eps ** 0.5 * features.double().norm(dim=1).max()
-    if (rest.norm(dim=1) <= limit).all():
-        return None
-    for tensor in tensors(model).values():
-        fits = tensor.shape == rest.shape[1:] and tensor.is_floating_point()
-        if fits and ((rest - tensor.double()).norm(dim=1) <= limit).all():
-            return tensor.detach()
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, ModelIdentity, projection_sha256
 from forgetting.errors import ProblemError, line
+from forgetting.models.checkpoint import bias_beside
+from forgetting.models.checkpoint import find as find_projection
 from forgetting.models.encoder import PROBES, Encoder
 from forgetting.models.modules import (
     maybe_transpose,
+    others_sha256,
     share_memory,
     tensor_sha256,
     tensors,
@@ -27,8 +31,7 @@ APPLIED = "_clip_forget_applied"
 
 def identity(encoder: Encoder) -> ModelIdentity:
     """What an adapter says of the model that it was made for."""
-    others = encoder.remembered("others", lambda: others_sha256(encoder.model, encoder.name))
-    return ModelIdentity(encoder.name, encoder.transposed, encoder.bias_name, others)
+    return ModelIdentity(encoder.name, encoder.transposed, encoder.bias_name, encoder.others_sha256)
 
 
 def texts_sha256(encoder: Encoder, templates: Sequence[str]) -> str:
@@ -36,15 +39,6 @@ def texts_sha256(encoder: Encoder, templates: Sequence[str]) -> str:
     tokens = encoder.tokens_sha256([*PROBES, "A MIXED text, with: punctuation & 12 3 naïve ends"])
     parts = [encoder.fingerprint, tokens, list(templates)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def others_sha256(model: nn.Module, name: str) -> str:
-    """SHA-256 of the names and contents of all tensors of a model but one."""
-    found = hashlib.sha256()
-    for key, value in sorted(tensors(model).items()):
-        if key != name:
-            found.update(json.dumps([key, tensor_sha256(value)]).encode())
-    return found.hexdigest()
 
 
 def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> list[str]:
@@ -81,7 +75,8 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
     if held is None:
         raise ProblemError(f"the model has no tensor {line(known.projection)}")
     if tensor_sha256(held) not in changed:
-        if projection_sha256(_upright(held, adapter)) == adapter.projection_sha256:
+        upright = maybe_transpose(held, known.transposed)
+        if projection_sha256(upright) == adapter.projection_sha256:
             raise ProblemError(f"{known.projection} is the original: nothing was applied")
         raise ProblemError(f"{known.projection} is neither changed by this nor the original")
     if others_sha256(model, known.projection) != known.others_sha256:
@@ -104,28 +99,25 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
     model = unwrap_compiled(model)
     there, known = tensors(model), adapter.model
     shape = (adapter.left.shape[0], adapter.right.shape[1])
-    if known is not None and known.projection in there:
-        held = there[known.projection]
-        if _upright(held, adapter).shape == shape:
-            bias = None if known.bias is None else there.get(known.bias)
-            bias = None if bias is None else bias.detach()
-            return _unread(model, known.projection, held, known.transposed, bias)
-    for name, x in there.items():
-        for transposed in (False, True):
-            if not x.is_floating_point() or x.shape != (shape[::-1] if transposed else shape):
-                continue
-            same = projection_sha256(maybe_transpose(x, transposed)) == adapter.projection_sha256
-            if not same and original is not None:
-                same = tensor_sha256(x) in changed_sha256(adapter, original.to(x), transposed)
-            if same:
-                stem, _, last = name.rpartition(".")  # of a torch.nn.Linear
-                bias = there.get(f"{stem}.bias") if last == "weight" else None
-                bias = None if bias is None else bias.detach()
-                return _unread(model, name, x, transposed, bias)
-    raise ProblemError(
-        f"{type(model).__name__} does not hold the projection that the adapter was made for "
-        f"({adapter.backbone})"
-    )
+    held = None if known is None else there.get(known.projection)
+    if held is not None and maybe_transpose(held, known.transposed).shape == shape:
+        name, transposed, bias = known.projection, known.transposed, there.get(known.bias)
+    else:
+        try:
+            found = find_projection(there, adapter)
+        except ProblemError:
+            if original is None:
+                raise
+            changed = projection_sha256(adapter.changed(original))
+            found = find_projection(there, replace(adapter, projection_sha256=changed))
+        name, transposed, bias = found.name, found.transposed, bias_beside(there, found.name)
+    refuse_tied(model, name)
+    bias = None if bias is None else bias.detach()
+    return Encoder(model, _no_tokenizer, name, there[name], transposed, bias, False)
+
+
+def _no_tokenizer(texts: list[str]) -> Any:
+    raise ProblemError("this model was loaded without a tokenizer")
 
 
 def refuse_tied(model: nn.Module, name: str) -> None:
@@ -138,16 +130,13 @@ def refuse_tied(model: nn.Module, name: str) -> None:
 
 def set_applied(encoder: Encoder, adapter: Adapter | None) -> None:
     """Note on a model that its projection is changed by an adapter; None: by none."""
-    module = _holder(encoder)
-    if adapter is not None:
-        setattr(module, APPLIED, (tuple(adapter.classes), adapter.projection_sha256))
-    elif hasattr(module, APPLIED):
-        delattr(module, APPLIED)
+    applied = None if adapter is None else (tuple(adapter.classes), adapter.projection_sha256)
+    setattr(_holder(encoder), APPLIED, applied)
 
 
 def refuse_applied(encoder: Encoder) -> None:
     """ProblemError if a model's projection was changed by an adapter and not given back."""
-    names, original = getattr(_holder(encoder), APPLIED, ((), ""))
+    names, original = getattr(_holder(encoder), APPLIED, None) or ((), "")
     if names and projection_sha256(encoder.projection) != original:
         raise ProblemError(
             f"the model has forgotten {line(', '.join(names))} already, and changes do not add up: "
@@ -158,18 +147,3 @@ def refuse_applied(encoder: Encoder) -> None:
 def _holder(encoder: Encoder) -> nn.Module:
     """The module that holds the projection."""
     return encoder.model.get_submodule(encoder.name.rpartition(".")[0])
-
-
-def _upright(held: Tensor, adapter: Adapter) -> Tensor:
-    """(w, d) of the projection's tensor as an adapter's model holds it."""
-    return maybe_transpose(held, adapter.model is not None and adapter.model.transposed)
-
-
-def _unread(
-    model: nn.Module, name: str, held: Tensor, transposed: bool, bias: Tensor | None
-) -> Encoder:
-    def tokenize(texts: list[str]) -> Any:
-        raise ProblemError("this model was loaded without a tokenizer")
-
-    refuse_tied(model, name)
-    return Encoder(model, tokenize, name, held, transposed, bias, False)

@@ -12,15 +12,13 @@ shape reaches the library that builds it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,13 +37,12 @@ from forgetting.models.checkpoint import (
 )
 from forgetting.models.configs import (
     IMAGE_KEYS,
-    NOT_SHAPE,
     check_numbers,
     config_beside,
     open_clip_configs,
     read_open_clip,
     split_activation,
-    without,
+    without_code,
 )
 from forgetting.models.reading import Tokenize
 
@@ -61,7 +58,7 @@ OPENAI = {
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L-14",
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L-14-336",
 }
-KINDS = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
+KINDS = "hf:DIR_OR_ID, open_clip:NAME/TAG, open_clip:NAME/FILE, openai:FILE, or a folder"
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class ModelSpec:
         config: open_clip's `model_cfg`, or a file of it; or what transformers' config.json holds.
         weights: a file or folder; None: none yet. tag: open_clip's, of weights to be fetched.
         images: open_clip's `preprocess_cfg`, as far as the configuration says it.
-        explicit: whether the name, or a configuration beside the weights, says the activation.
+        explicit: whether the name says the activation.
         folder: of a local model, with its configuration and tokenizer.
         sha256: what the weights must have, where the name was chosen by it; else empty.
     """
@@ -94,11 +91,10 @@ class ModelSpec:
 
     def model_config(self) -> dict[str, Any]:
         """What the model is built from; a copy."""
-        if isinstance(self.config, Path):
-            return read_json(self.config)
-        if isinstance(self.config, str):
-            return read_json(open_clip_configs()[self.config])
-        return deepcopy(self.config)
+        if isinstance(self.config, dict):
+            return deepcopy(self.config)
+        named = isinstance(self.config, str)
+        return read_json(open_clip_configs()[self.config] if named else self.config)
 
     def files(self) -> list[Path]:
         """The files of its weights; ProblemError if there are none."""
@@ -108,52 +104,43 @@ class ModelSpec:
         return weight_files(self.weights, names)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
-        """The tensors of its weights, and the SHA-256 of the bytes that they were read from.
-
-        Raises:
-            ProblemError: what `read_checkpoint` refuses, or another SHA-256 than is expected.
-        """
+        """The tensors of its weights, and the SHA-256 of the bytes that they were read from;
+        ProblemError for what `read_checkpoint` refuses, or another SHA-256 than is expected."""
         state, sha256 = read_checkpoint(self.files())
         if self.sha256 not in ("", sha256):
             raise ProblemError(f"{line(self.weights)} has changed since its SHA-256 was computed")
         return state, sha256
 
-    def check_activation(self, weights: Path, sha256: str) -> None:
-        """Refuse weights of which it is not known how they compute: models with QuickGELU and with
-        GELU have tensors of the same names and shapes.
+    def check_activation(self, sha256: str) -> None:
+        """Refuse weights with this SHA-256 if it is not known how they compute: models with
+        QuickGELU and with GELU have tensors of the same names and shapes.
 
         Raises:
-            ProblemError: weights that OpenAI published under a name that says GELU; a configuration
-                beside the weights that differs from this one; or neither, and a name that fits
-                both.
+            ProblemError: OpenAI's weights under a name that says GELU; a configuration beside the
+                weights that differs from this one; or neither, and a name that fits both.
         """
         if self.is_transformers:
             return
+        weights, config = self.files()[0], self.model_config()
         if sha256 in OPENAI:
-            if not self.model_config().get("quick_gelu"):
-                raise ProblemError(
-                    f"weights {line(weights)} are OpenAI's {OPENAI[sha256]}, which compute with "
-                    f"QuickGELU, and {line(self.name)} computes with GELU; name them "
-                    f"openai:{line(weights)}"
-                )
+            theirs, whose = config | {"quick_gelu": True}, f"OpenAI's {OPENAI[sha256]}"
         elif beside := config_beside(weights):
-            theirs, ours = read_open_clip(beside)[0], self.model_config()
-            keys = sorted({*theirs, *ours})
-            differ = [k for k in keys if (theirs.get(k) or None) != (ours.get(k) or None)]
-            if differ:
-                raise ProblemError(
-                    f"weights {line(weights)} have a config beside them, {beside.name}, whose "
-                    f"model is another than {line(self.name)}: {differ[0]} is "
-                    f"{shown(theirs.get(differ[0]))}, not {shown(ours.get(differ[0]))}"
-                )
-        elif not self.explicit:
+            theirs, whose = beside, "those of the config beside them"
+        elif self.explicit:
+            return
+        else:
             raise ProblemError(
-                f"weights {line(weights)} (SHA-256 {sha256[:16]}) are none that OpenAI published "
-                f"and have no config beside them ({OPEN_CLIP_CONFIG}), so how they compute is not "
-                f"known: add the activation to the name, {line(self.name)}-quickgelu "
-                "(OpenAI's, and "
-                f"most that were trained from it) or {line(self.name)}-gelu (open_clip's, LAION's)"
+                f"weights {line(weights)} are none that OpenAI published and have no config beside "
+                f"them ({OPEN_CLIP_CONFIG}), so how they compute is not known: add the activation "
+                f"to the name, {line(self.name)}-quickgelu (OpenAI's, and most that were trained "
+                f"from it) or {line(self.name)}-gelu (open_clip's, LAION's)"
             )
+        for key in sorted({*theirs, *config}):
+            if (theirs.get(key) or None) != (config.get(key) or None):
+                raise ProblemError(
+                    f"weights {line(weights)} are {whose}: {key} is {shown(theirs.get(key))}, "
+                    f"and not {shown(config.get(key))} as of {line(self.name)}"
+                )
 
     def build(self) -> nn.Module:
         """A randomly initialised model of open_clip; no weights, no network for a local folder."""
@@ -165,10 +152,7 @@ class ModelSpec:
         kind = open_clip.CLIP
         if custom:
             kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-        try:
-            return kind(**config).eval()
-        except Exception as error:  # of a config that somebody wrote, or another library's tower
-            raise ProblemError(f"{line(self.name)} cannot be built ({reason(error)})") from error
+        return kind(**config).eval()
 
     def make(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The model with these weights, in evaluation mode: of open_clip in float32, of
@@ -180,119 +164,126 @@ class ModelSpec:
         for name, x in state.items():
             if x.is_floating_point() and not torch.isfinite(x).all():
                 raise ProblemError(f"{shown(name)} holds NaN or infinite values")
+        make = self._make_transformers if self.is_transformers else self._make_open_clip
         # Random initialisation must not move the caller's random numbers.
-        with torch.random.fork_rng(devices=[]), _quiet():
-            if self.is_transformers:
-                return self._make_transformers(dict(state))
-            with torch.device("meta"):  # names and shapes, without memory
-                shapes = self.build()
-            state = _current_form(shapes, state)
-            if difference := _difference(shapes.state_dict(), state):
-                raise ProblemError(f"the weights are not those of {line(self.name)}: {difference}")
-            model = self.build()
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return make(dict(state)).eval()
+            except ProblemError:
+                raise
+            except Exception as error:  # of a config or weights that somebody wrote
+                raise ProblemError(
+                    f"{line(self.name)} cannot be made of these weights ({reason(error)})"
+                ) from error
+
+    def _make_open_clip(self, state: dict[str, Tensor]) -> nn.Module:
+        with torch.device("meta"):  # names and shapes, without memory
+            shapes = self.build()
+        state = _current_form(shapes, state)
+        shapes.load_state_dict(state)  # says what does not fit
+        model = self.build()
         model.load_state_dict({name: x.float() for name, x in state.items()})
         return model
 
     def _make_transformers(self, state: dict[str, Tensor]) -> nn.Module:
-        transformers = need("transformers", "clip-forgetting[transformers]")
-        config = without(self.model_config(), NOT_SHAPE)
+        transformers = _transformers()
+        config = without_code(self.model_config())
         kind, named = config.pop("model_type"), config.pop("architectures", None) or [None]
-        try:
-            config = transformers.AutoConfig.for_model(kind, **config)
-            builder = getattr(transformers, str(named[0]), None)
-            known = isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
-            builder = builder if known else transformers.MODEL_MAPPING[type(config)]
-            model, report = builder.from_pretrained(
-                None, config=config, state_dict=state, output_loading_info=True
-            )
-        except Exception as error:  # of a config or weights that somebody wrote
-            raise ProblemError(f"{line(self.name)} cannot be loaded ({reason(error)})") from error
+        config = transformers.AutoConfig.for_model(kind, **config)
+        builder = getattr(transformers, str(named[0]), None)
+        known = isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
+        builder = builder if known else transformers.MODEL_MAPPING[type(config)]
+        model, report = builder.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
         for what in ("missing_keys", "mismatched_keys"):
             if report.get(what):
-                first = shown(next(iter(report[what])))
-                raise ProblemError(f"{line(self.name)}: its weights do not fit ({what}: {first})")
-        return model.eval()
+                raise ValueError(f"{what}: {next(iter(report[what]))}")
+        return model
 
     def tokenizer(self) -> Tokenize:
         """The model's own: that of its folder, or the byte-pair tokenizer that open_clip brings."""
-        with _quiet():
-            try:
-                if self.is_transformers:
-                    transformers = need("transformers", "clip-forgetting[transformers]")
-                    return transformers.AutoTokenizer.from_pretrained(
-                        self.folder, local_files_only=True, trust_remote_code=False
-                    )
-                open_clip = need("open_clip", "clip-forgetting[open-clip]")
-                text = self.model_config()["text_cfg"]
-                options = dict(text.get("tokenizer_kwargs") or {})
-                options["context_length"] = text.get("context_length", 77)
-                if "hf_tokenizer_name" not in text:
-                    return open_clip.SimpleTokenizer(**options)
-                need("transformers", "clip-forgetting[transformers]")
-                return open_clip.HFTokenizer(
-                    str(self.folder or text["hf_tokenizer_name"]),
-                    tokenizer_mode=text.get("tokenizer_mode"),
-                    trust_remote_code=False,
-                    local_files_only=self.folder is not None,
-                    **options,
+        try:
+            if self.is_transformers:
+                return _transformers().AutoTokenizer.from_pretrained(
+                    self.folder, local_files_only=True, trust_remote_code=False
                 )
-            except ProblemError:
-                raise
-            except Exception as error:  # of files that somebody wrote
-                raise ProblemError(
-                    f"{line(self.name)}: its tokenizer cannot be loaded ({reason(error)})"
-                ) from error
+            open_clip = need("open_clip", "clip-forgetting[open-clip]")
+            text = self.model_config()["text_cfg"]
+            options = dict(text.get("tokenizer_kwargs") or {})
+            options["context_length"] = text.get("context_length", 77)
+            if "hf_tokenizer_name" not in text:
+                return open_clip.SimpleTokenizer(**options)
+            _transformers()
+            return open_clip.HFTokenizer(
+                str(self.folder or text["hf_tokenizer_name"]),
+                tokenizer_mode=text.get("tokenizer_mode"),
+                trust_remote_code=False,
+                local_files_only=self.folder is not None,
+                **options,
+            )
+        except ProblemError:
+            raise
+        except Exception as error:  # of files that somebody wrote
+            raise ProblemError(
+                f"{line(self.name)}: its tokenizer cannot be loaded ({reason(error)})"
+            ) from error
 
 
-def load_model(name: str) -> tuple[nn.Module, Tokenize]:
+def load_model(
+    model: str | nn.Module, tokenize: Tokenize | None = None
+) -> tuple[nn.Module, Tokenize | None]:
     """A model in evaluation mode, and its tokenizer.
+
+    Args:
+        model: a name; a model that is loaded already is given back with `tokenize`.
 
     Raises:
         ProblemError: one line: an unknown kind, a missing file or package, or a checkpoint that
             does not say how it is to be read.
     """
-    spec = find_model(name)
-    spec = fetch(spec) if spec.tag else spec
+    if not isinstance(model, str):
+        return model, tokenize
+    spec = fetch(find_model(model))
     state, sha256 = spec.read()
-    spec.check_activation(spec.files()[0], sha256)
-    return spec.make(state), spec.tokenizer()
+    spec.check_activation(sha256)
+    return spec.make(state), tokenize or spec.tokenizer()
 
 
 def find_model(name: str) -> ModelSpec:
     """The model of a name, see above; ProblemError if there is none."""
-    kind, colon, rest = name.partition(":")
-    finders = {"hf": _hf, "open_clip": _open_clip, "openai": _openai}
-    if colon and kind in finders:
-        if not rest:
-            raise ProblemError(f"{kind}: names nothing; a model is {KINDS}")
-        return finders[kind](name, rest)
+    kind, _, rest = name.partition(":")
+    if rest and kind == "hf":
+        return _folder(name, _downloaded(rest))
+    if rest and kind == "open_clip":
+        return _open_clip(name, rest)
+    if rest and kind == "openai":
+        return _openai(name, rest)
     if Path(name).is_dir():
         return _folder(name, Path(name))
-    if Path(name).is_file():
-        file = line(name)
-        raise ProblemError(
-            f"{file} is a file of weights, which does not say its activation (QuickGELU and GELU "
-            f"have the same shapes): name what it is, open_clip:ViT-B-32-quickgelu/{file} or "
-            f"open_clip:ViT-B-32-gelu/{file}, or openai:{file} if OpenAI published it"
-        )
-    raise ProblemError(f"no model {line(name)!r}; a model is {KINDS}")
+    raise ProblemError(
+        f"no model {line(name)!r}; a model is {KINDS} (a file of weights alone does not say its "
+        f"activation: open_clip:ViT-B-32-quickgelu/{line(name)}, say)"
+    )
 
 
-def _hf(name: str, text: str) -> ModelSpec:
+def _downloaded(text: str) -> Path:
+    """A folder, or that of a model of the hub, downloaded if need be."""
     if Path(text).is_dir():
-        return _folder(name, Path(text))
+        return Path(text)
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ProblemError(f"{line(text)}: no such folder")
     hub = need("huggingface_hub", "clip-forgetting[transformers]")
     try:
         for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
             wanted = ["*.json", "*.txt", "*.model", weights]
-            folder = hub.snapshot_download(text, allow_patterns=wanted)
-            if any(Path(folder).glob(weights)):
+            folder = Path(hub.snapshot_download(text, allow_patterns=wanted))
+            if any(folder.glob(weights)):
                 break
     except Exception as error:  # of the network, or of the hub
-        raise ProblemError(f"{line(name)} cannot be fetched ({reason(error)})") from error
-    return _folder(name, Path(folder))
+        raise ProblemError(f"{line(text)} cannot be fetched ({reason(error)})") from error
+    return folder
 
 
 def _open_clip(name: str, text: str) -> ModelSpec:
@@ -314,17 +305,17 @@ def _open_clip(name: str, text: str) -> ModelSpec:
     if weights not in tags:
         raise unknown(f"file, or pretrained tag of open_clip's {known}", weights, tags)
     trained = open_clip.get_pretrained_cfg(known, weights)
-    theirs = bool(trained.get("quick_gelu"))
-    if quick not in (None, theirs):
-        says = "QuickGELU" if theirs else "GELU"
-        raise ProblemError(f"{name}: its weights were trained with {says}; name the model so")
+    config["quick_gelu"] = bool(trained.get("quick_gelu"))
+    if quick not in (None, config["quick_gelu"]):
+        raise ProblemError(f"{name}: its weights were trained with the other activation")
     images = {key: trained[key] for key in IMAGE_KEYS if key in trained}
-    config["quick_gelu"] = theirs
     return replace(spec, images=images, explicit=True, tag=f"{known}/{weights}")
 
 
 def fetch(spec: ModelSpec, cache: Path | None = None) -> ModelSpec:
-    """A model with a tag of open_clip, with the weights that open_clip fetches for it."""
+    """A model with the weights that open_clip fetches for its tag, if it has one."""
+    if not spec.tag:
+        return spec
     open_clip = need("open_clip", "clip-forgetting[open-clip]")
     known = open_clip.get_pretrained_cfg(*spec.tag.split("/", 1))
     try:
@@ -362,17 +353,17 @@ def _folder(name: str, folder: Path) -> ModelSpec:
                 return ModelSpec(name, config, folder, folder=folder)
     raise ProblemError(
         f"{line(folder)} holds neither {HF_CONFIG} with a model_type (transformers) nor "
-        f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known; name it, as "
-        "open_clip:ViT-B-32-quickgelu/FILE"
+        f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known"
     )
 
 
-def _current_form(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now."""
+def _current_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now; the
+    steps are those of `open_clip.load_checkpoint`, which reads a file itself."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    state, own = convert_state_dict(model, dict(state)), model.state_dict()
+    state, own = convert_state_dict(model, state), model.state_dict()
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
@@ -382,25 +373,9 @@ def _current_form(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     return {name: x for name, x in state.items() if name != old or old in own}
 
 
-def _difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """The first way in which a state dict does not fit a model; empty if it fits."""
-    for name, x in expected.items():  # counters of batch normalisation play no part in inference
-        if name not in state and not name.endswith("num_batches_tracked"):
-            return f"{name} is missing"
-        if name in state and state[name].shape != x.shape:
-            return f"{name} is {tuple(state[name].shape)}, not {tuple(x.shape)}"
-    more = next((name for name in state if name not in expected), None)
-    return f"{shown(more)} is no part of it" if more else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings and bars of the libraries that load."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if (transformers := sys.modules.get("transformers")) is not None:
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _transformers() -> ModuleType:
+    """transformers, without its bars and warnings."""
+    transformers = need("transformers", "clip-forgetting[transformers]")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

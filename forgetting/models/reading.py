@@ -10,10 +10,9 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from threading import Lock, RLock
+from dataclasses import dataclass
+from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +21,12 @@ from torch.overrides import TorchFunctionMode
 from forgetting.errors import ProblemError, reason
 from forgetting.models.modules import tensors
 
-PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")
+PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
 SUMS = ("add", "__add__", "__radd__", "add_", "__iadd__")
+LOCK = RLock()  # held while a model is read, so that threads do not meet in its modes
 
 Tokenize = Callable[[list[str]], Any]
-Tokens = Tensor | dict[str, Tensor]  # (n, length), or several such by name
-
-
-@dataclass
-class Memory:
-    """What this process knows of one model.
-
-    Attributes:
-        lock: held while the model is read, so that threads do not meet in its modes.
-        stamp: tells the state of the model that `values` were computed in.
-    """
-
-    lock: Any = field(default_factory=RLock)
-    stamp: Any = None
-    values: dict[Any, Any] = field(default_factory=dict)
-
-
-_memories: WeakKeyDictionary[nn.Module, Memory] = WeakKeyDictionary()
-_memories_lock = Lock()
-
-
-def memory_of(model: nn.Module) -> Memory:
-    """The memory of a model, which ends with it."""
-    with _memories_lock:
-        return _memories.setdefault(model, Memory())
+Tokens = dict[str, Tensor]  # (n, length) each; a tokenizer's only tensor is called ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +54,6 @@ class _Observer(TorchFunctionMode):
         self.length, self.context = length, context
         self.last: Product | None = None  # only that: what enters all layers is a lot of memory
         self.times: Counter[int] = Counter()  # products with each parameter
-        self.lookups: set[int] = set()  # parameters that are read as a table
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
@@ -86,35 +61,26 @@ class _Observer(TorchFunctionMode):
             if name in SUMS and len(args) > 1:
                 a, b = args[:2]
                 args = (self._cut(a, b), self._cut(b, a), *args[2:])
-            if isinstance(mask := kwargs.get("attn_mask"), Tensor):
-                kwargs["attn_mask"] = self._cut_mask(mask)
+            mask = kwargs.get("attn_mask")
+            if isinstance(mask, Tensor) and mask.shape[-2:] == (self.context, self.context):
+                kwargs["attn_mask"] = mask[..., : self.length, : self.length]
         result = func(*args, **kwargs)
-        if name == "embedding":
-            self.lookups.add(id(kwargs.get("weight", args[1] if len(args) > 1 else None)))
-        elif name in PRODUCTS and isinstance(result, Tensor):
-            self._note(name, args, kwargs, result)
-        return result
-
-    def _note(self, name: str, args: tuple, kwargs: dict[str, Any], result: Tensor) -> None:
-        named = [kwargs.get(key) for key in ("input", "weight", "other", "mat2", "bias")]
-        given = [*args, *(x for x in named if x is not None)]
-        if name == "addmm":  # bias, input, weight
-            given = [given[1], given[2], given[0]]
-        if len(given) > 1 and (match := self._parameter(given[1])) is not None:
+        match = self._parameter(args[1]) if name in PRODUCTS and len(args) > 1 else None
+        if match is not None:
             parameter, is_view = match
-            bias = given[2] if len(given) > 2 and isinstance(given[2], Tensor) else None
-            self.last = Product(parameter, is_view != (name == "linear"), given[0], bias, result)
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            self.last = Product(parameter, is_view != (name == "linear"), args[0], bias, result)
             self.times[id(parameter)] += 1
+        return result
 
     def _parameter(self, value: Any) -> tuple[Tensor, bool] | None:
         """The parameter that `value` is, and whether it is a transposed view of it."""
         if id(value) in self.known:
             return value, False
         base = getattr(value, "_base", None)
-        if base is not None and id(base) in self.known and value.ndim == base.ndim == 2:
-            same = value.data_ptr() == base.data_ptr() and value.shape == base.shape[::-1]
-            if same and value.stride() == base.stride()[::-1]:
-                return base, True
+        if id(base) in self.known and value.ndim == 2 and value.shape == base.shape[::-1]:
+            same = value.data_ptr() == base.data_ptr() and value.stride() == base.stride()[::-1]
+            return (base, True) if same else None
         return None
 
     def _cut(self, table: Any, x: Any) -> Any:
@@ -124,11 +90,6 @@ class _Observer(TorchFunctionMode):
         if table.shape[-1] == x.shape[-1] and table.shape[-2] == self.context != x.shape[-2]:
             return table[..., : x.shape[-2], :]
         return table
-
-    def _cut_mask(self, mask: Tensor) -> Tensor:
-        if mask.shape[-2:] == (self.context, self.context):
-            return mask[..., : self.length, : self.length]
-        return mask
 
 
 def run(
@@ -142,20 +103,20 @@ def run(
         context: the number of tokens before padding was left out; 0: none was.
 
     Raises:
-        ProblemError: a model that cannot read the tokens, or a projection that is tied.
+        ProblemError: a model that cannot read the tokens, or uses the parameter more than once.
     """
     parameters = list(tensors(model).values())
     if any(x.is_meta for x in parameters):
         raise ProblemError("weights that are not there (on the device meta): load them first")
-    device = weight.device if weight is not None else next((x.device for x in parameters), None)
-    device = device or torch.device("cpu")
+    device = (parameters[0] if weight is None else weight).device if parameters else "cpu"
+    inputs = {name: x.to(device) for name, x in inputs.items()}
     length = token_ids(inputs).shape[-1]
     observer = _Observer(parameters if weight is None else [weight], length, context)
-    no_autocast = torch.autocast(device.type, enabled=False)
-    with memory_of(model).lock, torch.no_grad(), _evaluating(model), no_autocast:
+    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
+    with LOCK, torch.no_grad(), _evaluating(model), no_autocast:
         try:
             with observer:
-                features = text_features(model, inputs, device)
+                features = text_features(model, inputs)
         except ProblemError:
             raise
         except Exception as error:  # whatever somebody's model raises
@@ -163,40 +124,29 @@ def run(
                 f"{type(model).__name__} cannot read what the tokenizer gives ({reason(error)}); "
                 "do the two belong together?"
             ) from error
-    last = observer.last
-    if last is None:
-        return features, None
-    if observer.times[id(last.parameter)] > 1:
+    if observer.last is not None and observer.times[id(observer.last.parameter)] > 1:
         raise ProblemError("the projection is used more than once for a text: shared by modules")
-    if id(last.parameter) in observer.lookups:
-        raise ProblemError("tied weights: the projection is the table of token embeddings too")
-    return features, last
+    return features, observer.last
 
 
 def tokens(model: nn.Module, tokenize: Tokenize, texts: Sequence[str]) -> Tokens:
-    """What a tokenizer makes of texts, as tensors on the CPU: one, or several by name.
-
-    Raises:
-        ProblemError: a tokenizer that fails, or gives something else.
-    """
+    """What a tokenizer makes of texts, as tensors on the CPU; ProblemError if it fails."""
     try:
         found = tokenize(list(texts), **_options(model, tokenize))
+        found = found if isinstance(found, Mapping) else {"": found}
+        inputs = {str(name): torch.as_tensor(value).cpu() for name, value in found.items()}
+        if not inputs or any(len(x) != len(texts) for x in inputs.values()):
+            shapes = [tuple(x.shape) for x in inputs.values()]
+            raise ValueError(f"tensors of shape {shapes} for {len(texts)} texts")
     except Exception as error:  # whatever somebody's tokenizer raises
         raise ProblemError(f"the tokenizer fails ({reason(error)})") from error
-    if not isinstance(found, Mapping):
-        return _tensor(found, len(texts))
-    named = {str(name): _tensor(value, len(texts)) for name, value in found.items()}
-    if not named:
-        raise ProblemError("the tokenizer gives nothing")
-    if _wants_length(model):  # trained without a mask
-        named.pop("attention_mask", None)
-    return named
+    if _is_siglip(model):  # trained without a mask
+        inputs.pop("attention_mask", None)
+    return inputs
 
 
 def token_ids(inputs: Tokens) -> Tensor:
     """The numbers of the tokens, (n, length)."""
-    if isinstance(inputs, Tensor):
-        return inputs
     return inputs.get("input_ids", next(iter(inputs.values())))
 
 
@@ -219,97 +169,52 @@ class Padding:
 
 def select(inputs: Tokens, rows: Tensor, length: int) -> Tokens:
     """Some of the texts, and of these the first `length` tokens."""
-    width = token_ids(inputs).shape[-1]
-
-    def some(x: Tensor) -> Tensor:
-        return x[rows, :length] if x.ndim == 2 and x.shape[1] == width else x[rows]
-
-    return {k: some(x) for k, x in inputs.items()} if isinstance(inputs, dict) else some(inputs)
+    full = token_ids(inputs).shape
+    cut = {name: x[:, :length] if x.shape == full else x for name, x in inputs.items()}
+    return {name: x[rows] for name, x in cut.items()}
 
 
 def same_rows(a: Tokens, b: Tokens) -> Tensor:
     """Which texts have the same tokens in both, (n,) bool."""
-    pairs = [(a, b)] if isinstance(a, Tensor) else [(a[name], b[name]) for name in a]
-    if any(x.shape != y.shape for x, y in pairs):
+    if any(a[name].shape != b[name].shape for name in a):
         return torch.zeros(len(token_ids(a)), dtype=torch.bool)
-    return torch.stack([(x == y).flatten(1).all(dim=1) for x, y in pairs]).all(dim=0)
+    return torch.stack([(a[name] == b[name]).flatten(1).all(dim=1) for name in a]).all(dim=0)
+
+
+def _is_siglip(model: nn.Module) -> bool:
+    """Whether the last token is read, so that texts must be padded to the model's length."""
+    return "siglip" in str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _options(model: nn.Module, tokenize: Any) -> dict[str, Any]:
     """What a tokenizer has to be given: transformers' to make padded tensors, OpenAI's to cut."""
-    if hasattr(tokenize, "model_input_names") and hasattr(tokenize, "pad"):
-        limit = _context(model, tokenize)
-        options: dict[str, Any] = {"truncation": True, "return_tensors": "pt", "padding": True}
-        if limit is not None:
-            options["max_length"] = limit
-            if _wants_length(model):
-                options["padding"] = "max_length"
-        return options
-    try:
-        known = inspect.signature(tokenize).parameters
-    except (TypeError, ValueError):
-        return {}
-    return {"truncate": True} if "truncate" in known else {}
-
-
-def _wants_length(model: nn.Module) -> bool:
-    """Whether texts must be padded to the model's length: SigLIP reads the last token."""
-    return "siglip" in str(getattr(getattr(model, "config", None), "model_type", ""))
-
-
-def _context(model: nn.Module, tokenize: Any) -> int | None:
-    """The largest number of tokens that a model of transformers reads."""
+    if not hasattr(tokenize, "model_input_names"):
+        try:
+            known = inspect.signature(tokenize).parameters
+        except (TypeError, ValueError):
+            return {}
+        return {"truncate": True} if "truncate" in known else {}
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    places = getattr(config, "max_position_embeddings", None)
-    limits = [getattr(tokenize, "model_max_length", None)]
-    if isinstance(places, int):
-        kind = str(getattr(config, "model_type", ""))  # RoBERTa counts places from padding on
-        offset = getattr(config, "pad_token_id", 0) or 0
-        roberta = "roberta" in kind or "altclip" in kind
-        limits.append(places - offset - 1 if roberta else places)
-    sizes = [x for x in limits if isinstance(x, int) and 0 < x < 2**20]
-    return min(sizes, default=None)
+    lengths = tokenize.model_max_length, getattr(config, "max_position_embeddings", None)
+    longest = min((x for x in lengths if isinstance(x, int) and 0 < x < 2**20), default=None)
+    padding = "max_length" if _is_siglip(model) and longest else True
+    options = {"truncation": True, "return_tensors": "pt", "padding": padding}
+    return options | ({} if longest is None else {"max_length": longest})
 
 
-def _tensor(value: Any, count: int) -> Tensor:
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ProblemError(
-                "the tokenizer gives texts of different lengths, or no numbers; let it fill them "
-                "up (padding)"
-            ) from error
-    if value.is_meta or value.layout != torch.strided or value.ndim < 1 or len(value) != count:
-        raise ProblemError(
-            f"the tokenizer gives a tensor of shape {tuple(value.shape)} on {value.device} for "
-            f"{count} texts"
-        )
-    return value.cpu()
-
-
-def text_features(model: nn.Module, inputs: Tokens, device: torch.device) -> Tensor:
+def text_features(model: nn.Module, inputs: Tokens) -> Tensor:
     """Text features (n, d), by the method that the model has for them."""
-    named = isinstance(inputs, dict)
-    put = {k: x.to(device) for k, x in inputs.items()} if named else inputs.to(device)
-    if callable(encode := getattr(model, "encode_text", None)):
-        known = inspect.signature(encode).parameters
-        options = {"normalize": False} if "normalize" in known else {}
-        found = encode(put["input_ids"] if named else put, **options)
-    else:
-        read = getattr(model, "get_text_features", model)
-        known = inspect.signature(read if read is not model else model.forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        if named:
-            found = read(**{k: x for k, x in put.items() if k in known or open_ended})
-        else:
-            found = read(input_ids=put) if "input_ids" in known else read(put)
+    read = getattr(model, "encode_text", None) or getattr(model, "get_text_features", model)
+    known = inspect.signature(model.forward if read is model else read).parameters
+    ids = token_ids(inputs)
+    options = {name: x for name, x in inputs.items() if name in known and x is not ids}
+    if "normalize" in known:
+        options["normalize"] = False
+    found = read(ids, **options)
     for key in ("text_embeds", "pooler_output"):
-        if isinstance(value := getattr(found, key, None), Tensor):
-            found = value
-            break
-    if isinstance(found, tuple | list) and found and isinstance(found[0], Tensor):
+        found = getattr(found, key, found)
+    if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim != 2:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -23,29 +23,20 @@ DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64,
     "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-DEEPEST = 100  # of modules within modules
-
-
-class _Module:
-    """What a module of the archive becomes: its attributes.
-
-    Attributes:
-        weights: the names of those that are parameters and buffers, not other tensors.
-    """
-
-    weights: frozenset[str] = frozenset()
-
-
 # The head of a class in the program's text: __parameters__ = ["weight", "bias", ], __buffers__ = []
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\s+__parameters__ = \[([^\]]*)\]\s+__buffers__ = \[([^\]]*)\]",
     re.MULTILINE,
 )
+
+
+class _Module:
+    """What a module of the archive becomes: its attributes, of which `weights` names those that are
+    parameters and buffers, not other tensors."""
+
+    weights: frozenset[str] = frozenset()
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -93,12 +84,6 @@ class _Reader(pickle.Unpickler):
         return self._storages[key]
 
 
-def is_torchscript(archive: ZipFile) -> bool:
-    """Whether a zip file is a TorchScript archive."""
-    names = archive.namelist()
-    return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
-
-
 def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
     """Parameters and buffers of the archived model by their names, on the CPU.
 
@@ -109,15 +94,13 @@ def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
     with archive.open(name) as file:
         model = _Reader(file, archive, name.rpartition("/")[0]).load()
     state: dict[str, Tensor] = {}
-    _collect(model, "", state, 0)
+    _collect(model, "", state)
     return state
 
 
-def _collect(module: _Module, prefix: str, state: dict[str, Tensor], depth: int) -> None:
-    if depth > DEEPEST:
-        raise RecursionError("modules within modules without end")
+def _collect(module: _Module, prefix: str, state: dict[str, Tensor]) -> None:
     for name, value in vars(module).items():
         if isinstance(value, Tensor) and name in module.weights:
             state[prefix + name] = value
-        elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", state, depth + 1)
+        elif isinstance(value, _Module):  # one within itself ends in a RecursionError
+            _collect(value, f"{prefix}{name}.", state)

@@ -11,7 +11,6 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from forgetting.errors import ProblemError
@@ -44,22 +43,25 @@ def generic_hidden(
         ProblemError: as `Encoder.hidden`. A file that is damaged, or of another model, is replaced,
             and a folder that cannot be written keeps nothing.
     """
-    names = generic_names()
+    names, title = generic_names(), "generic vocabulary" if progress else ""
     folder = None if cache is None else expand(cache)
 
     def read_or_encode() -> Tensor:
-        title = "generic vocabulary" if progress else ""
         if folder is None:
             return encoder.hidden(names, progress=title)
         parts = [encoder.fingerprint, encoder.tokens_sha256(names), names]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = folder / f"generic-{key[:32]}.safetensors"
-        hidden = _stored(path, key, names, encoder)
-        if hidden is None:
-            hidden = encoder.hidden(names, progress=title)
-            with suppress(ProblemError):  # a disk that is full, or not ours
-                fields = {"key": key, "texts": len(names)}
-                write_bytes(pack(FORMAT, fields, {"hidden": hidden}), path)
+        with suppress(ProblemError):  # damaged, or not there yet
+            hidden = unpack(path, FORMAT)[1]["hidden"]
+            step = max(1, len(names) // SAMPLED)
+            fresh = encoder.hidden(names[::step])
+            distances = (hidden[::step] - fresh).norm(dim=1)
+            if (distances <= TOLERANCE * fresh.norm(dim=1)).all():
+                return hidden
+        hidden = encoder.hidden(names, progress=title)
+        with suppress(ProblemError):  # a disk that is full, or not ours
+            write_bytes(pack(FORMAT, {"texts": len(names)}, {"hidden": hidden}), path)
         return hidden
 
     return names, encoder.remembered(("generic", str(folder)), read_or_encode)
@@ -71,22 +73,3 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ProblemError(f"{path}: there is no such user ({error})") from error
-
-
-def _stored(path: Path, key: str, names: list[str], encoder: Encoder) -> Tensor | None:
-    """The hidden states in a file, if they are what the model gives."""
-    if not path.is_file():
-        return None
-    try:
-        fields, tensors = unpack(path, FORMAT)
-    except ProblemError:
-        return None
-    hidden = tensors.get("hidden")
-    if fields != {"key": key, "texts": len(names)} or hidden is None or len(hidden) != len(names):
-        return None
-    step = max(1, len(names) // SAMPLED)
-    fresh = encoder.hidden(names[::step])
-    if fresh.shape[1:] != hidden.shape[1:] or not torch.isfinite(hidden).all():
-        return None
-    distances = (hidden[::step] - fresh).norm(dim=1)
-    return hidden if bool((distances <= TOLERANCE * fresh.norm(dim=1)).all()) else None
