@@ -16,26 +16,21 @@ from engine.cli import Parser, run
 from engine.log import progress
 from forgetting.errors import ProblemError
 
-from .reader import absent, locate, read_image
+from .reader import absent, find_split, read_image
 from .table import SETS, SetSpec, own_images, spec
 
 
 def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
-    """Look at one set under `root`, image by image.
-
-    Returns:
-        "present", "missing" or "broken", and lines on it: a summary, then each broken thing by
-        name, then how to mend it.
-    """
-    get_images, get_split = _advice(row)
+    """Look at one set under `root`, image by image: "present", "missing" or "broken", and lines on
+    it: a summary, then each broken thing by name, then how to mend it."""
     if not (root / row.folder).is_dir():
-        return "missing", [absent(row, root) or "not drawn yet; no download is needed", *get_images]
+        return "missing", [absent(row, root) or "not drawn yet; no download is needed"]
+    hint = [f"-> DATASETS.md says where to get {row.name}"] if row.name in SETS else []
     try:
-        located = locate(row, root)
+        split, comparable = find_split(row, root)
     except ProblemError as error:
-        reason = str(error).removeprefix(f"data set {row.name}: ")
-        return "broken", [reason, *get_images, *get_split]
-    split, images = located.split, located.images
+        return "broken", [str(error).removeprefix(f"data set {row.name}: "), *hint]
+    images, count = row.images(root / row.folder), len(split.classnames)
     missing = split.missing(images)
     files = [images / path for path in split.paths() if path not in set(missing)]
     problems = [f"missing: {images / path}" for path in sorted(missing)]
@@ -46,16 +41,17 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
             for file, reason in zip(files, reasons, strict=True)
             if reason
         ]
-    count = len(split.classnames)
-    origin = f"{split.sizes(omit_empty=True)}, from {images}"
-    if row.split_file:
-        source = located.source
-        origin = source.name if source else "no split file (one is made at the first run)"
-    summary = f"{len(files)} of {len(files) + len(missing)} images, {count} classes, {origin}"
-    mend = [*(get_images if problems else []), *(get_split if not located.comparable else [])]
+    total = len(files) + len(missing)
+    lines = [f"{len(files)} of {total} images, {count} classes, {split.sizes()}", *problems]
+    lines += hint if problems else []
+    if not comparable:
+        lines.append(
+            f"-> put {row.split_file} into {row.folder}/ (DATASETS.md says where it is): numbers "
+            "on any other split are not comparable with published ones"
+        )
     if row.classes and row.classes != count:
-        mend.append(f"-> the published set has {row.classes} classes, not {count}")
-    return "broken" if problems else "present", [summary, *problems, *mend]
+        lines.append(f"-> the published set has {row.classes} classes, not {count}")
+    return "broken" if problems else "present", lines
 
 
 def _unreadable(path: Path) -> str | None:
@@ -65,23 +61,6 @@ def _unreadable(path: Path) -> str | None:
     except ProblemError as error:
         return str(error)
     return None
-
-
-def _advice(row: SetSpec) -> tuple[list[str], list[str]]:
-    """How to get a set's images, and its split file: one line each, or none."""
-    if row.rendered:
-        return [f"-> move {row.folder}/ away if it is there: the set is drawn at its next use"], []
-    if not row.address:
-        return [], []
-    images = [
-        f"-> images: extract them (again) from {row.address}; tree and mirrors in DATASETS.md"
-    ]
-    if row.torchvision:
-        images.append(f"-> or: python -m datasets.download {row.name} --root ROOT")
-    return images, [
-        f"-> split: put {row.split_file} into {row.folder}/, from {row.split_address}; "
-        "numbers on any other are not comparable with published ones"
-    ]
 
 
 def report(row: SetSpec, root: Path) -> str:
@@ -104,17 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.root is None and not options.images:
         parser.error("give ROOT, or --images PATH")
     root = Path(os.path.expanduser(options.root or "."))
+    if not root.is_dir():
+        raise ProblemError(f"no data root at {root}: make that folder, see DATASETS.md")
     rows = [own_images(images) for images in options.images]
     if options.root is not None:
         photographs = [name for name, row in SETS.items() if not row.rendered]
         rows += [spec(name) for name in options.names or photographs]
-    if not root.is_dir():
-        raise ProblemError(
-            f"no data root at {root}: make that folder and fill it as DATASETS.md says "
-            "(the Mini sets need nothing, they are drawn)"
-        )
-    states = [report(row, root) for row in rows]
-    return int("broken" in states)
+    return int("broken" in [report(row, root) for row in rows])
 
 
 if __name__ == "__main__":

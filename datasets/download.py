@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings
@@ -23,12 +22,8 @@ from .mini import render
 from .table import NAMES, SETS, SetSpec, spec
 
 
-def download(row: SetSpec, root: Path) -> Path:
-    """Fetch a set to its folder under `root`, and return that.
-
-    Raises:
-        ProblemError: torchvision cannot fetch it; says why, and where to get it by hand.
-    """
+def download(row: SetSpec, root: Path) -> None:
+    """Fetch a set to its folder under `root`; ProblemError says why torchvision cannot."""
     import torchvision.datasets  # a second, which no other reading of a set needs
 
     folder = root / row.folder
@@ -36,28 +31,21 @@ def download(row: SetSpec, root: Path) -> Path:
     is_cifar = row.torchvision.startswith("CIFAR")
     # ImageNet's archives must be put there by hand: torchvision only unpacks them.
     how = {"split": "val"} if row.torchvision == "ImageNet" else {"download": True}
-    if is_cifar:
-        how["train"] = False
     try:
-        images = getattr(torchvision.datasets, row.torchvision)(folder, **how)
+        images = getattr(torchvision.datasets, row.torchvision)(
+            folder, **how, **({"train": False} if is_cifar else {})
+        )
     except Exception as error:  # of the network, of archives, of Google Drive
         reason = " ".join((str(error) or type(error).__name__).split())
         raise ProblemError(
-            f"{row.name} cannot be fetched ({reason:.300}); get it by hand from {row.address}, and "
-            f"put it into {folder} as DATASETS.md says"
+            f"{row.name} cannot be fetched ({reason:.300}); get it by hand, as DATASETS.md says"
         ) from error
     if is_cifar and not row.images(folder).is_dir():
-        _save(images, row.images(folder))
-    return folder
-
-
-def _save(images: Any, folder: Path) -> None:
-    """Write images that are no files yet, one folder per class; all of them or none."""
-    with atomic_path(folder, durable=False) as whole:
-        for number, (image, label) in enumerate(images):
-            place = whole / images.classes[label]
-            place.mkdir(parents=True, exist_ok=True)
-            image.save(place / f"{number:05d}.png")
+        with atomic_path(row.images(folder), durable=False) as whole:  # a folder for each class
+            for number, (image, label) in enumerate(images):
+                place = whole / images.classes[label]
+                place.mkdir(parents=True, exist_ok=True)
+                image.save(place / f"{number:05d}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         if not row.torchvision and not row.rendered:
             raise ProblemError(
-                f"{row.name} cannot be fetched: get it by hand from {row.address}, as "
-                f"DATASETS.md says; fetched are {', '.join(fetched)}"
+                f"{row.name} cannot be fetched: get it by hand, as DATASETS.md says; fetched are "
+                f"{', '.join(fetched)}"
             )
     root, states = Path(os.path.expanduser(options.root)), []
     for row in rows:

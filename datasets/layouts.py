@@ -1,9 +1,9 @@
 """Splits made from what lies on disk: a folder per class, official lists, or a table.
 
-Official lists are used where a set has them, otherwise a fixed 50/20/30 shuffle of each class. Of
-images of one's own all are test images, unless they say otherwise. Every function takes the set's
-folder and its image folder and returns a checked `Split`. Where a set has a published split file
-none of these gives its images, so numbers on them are not comparable with published ones.
+Official lists are used where a set has them, otherwise 30 % of each class are test images by a
+fixed shuffle. Of images of one's own all are test images, unless they say otherwise. Every function
+takes the set's folder and its image folder. Where a set has a published split file none of these
+gives its images, so numbers on them are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .names import clean_name, flaw
 from .split import PARTS, Split, check_split
 
 SEED = 1  # part of every shuffle: changing it changes the images of all made splits
+TEST = 0.3  # of each class
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TABLES = (".csv", ".tsv")
 PART_NAMES = {  # of folders and cells that divide a set -> the part that their images are
@@ -51,25 +53,6 @@ def _split(folder: Path, rows: Sequence[Row], classnames: Iterable[str] = ()) ->
     return check_split(parts, f"made from {folder}")
 
 
-def divide(rows: Iterable[Row], fraction: float, part: str) -> list[Row]:
-    """Move a fraction of each class's train images to another part, at least one image where a
-    class has two or more; the order stays.
-
-    The shuffle depends on the class name and `SEED` only: never on other classes, the folder's
-    order on disk, or Python's hash seed.
-    """
-    rows = list(rows)
-    by_class: defaultdict[str, list[int]] = defaultdict(list)
-    for index, (now, _, name) in enumerate(rows):
-        if now == "train":
-            by_class[name].append(index)
-    for name, indices in by_class.items():
-        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        for chosen in random.Random(f"{SEED}/{name}").sample(range(len(indices)), count):
-            rows[indices[chosen]] = (part, *rows[indices[chosen]][1:])
-    return rows
-
-
 # A folder per class
 
 
@@ -78,31 +61,37 @@ def top_folder(path: str) -> str:
     return path.partition("/")[0]
 
 
-def sun_class(path: str) -> str:
-    """SUN397's class as CoOp writes it: `a/apartment_building/outdoor/x.jpg` is of the class
-    `outdoor apartment_building`."""
-    return " ".join(reversed(path.split("/")[1:-1]))
-
-
 def from_folders(
     folder: Path,
     images: Path,
-    rename: Callable[[str], str | None] = str,
+    rename: Mapping[str, str | None] = {},
     group: Callable[[str], str] = top_folder,
     divided: bool = True,
 ) -> Split:
-    """A folder for each class under the image folder: 50% train, 20% val, 30% test of each, by a
-    fixed shuffle; all test if not `divided`.
+    """A folder for each class under the image folder; all are test images if not `divided`.
 
     Args:
-        rename: the class of a folder; None leaves the folder out.
+        rename: folder -> class; None leaves the folder out, any other is the class itself.
         group: the class folder of an image by its path.
     """
-    classes = _by_folder(images, rename, group)
-    rows = [("train" if divided else "test", path, name) for name, path in classes]
-    if divided:
-        rows = divide(divide(rows, 0.3, "test"), 0.2 / 0.7, "val")
+    files = _by_folder(images, rename, group)
+    tests = {name: set(tested(name, paths) if divided else paths) for name, paths in files.items()}
+    rows = [
+        ("test" if path in tests[name] else "train", path, name)
+        for name, paths in files.items()
+        for path in paths
+    ]
     return _split(folder, rows)
+
+
+all_tested = partial(from_folders, divided=False)
+
+
+def tested(name: str, paths: Sequence[str]) -> list[str]:
+    """The test images of a class, at least one where it has two or more. The shuffle depends on
+    the class name and `SEED` only: never on other classes or the folder's order on disk."""
+    count = min(max(1, round(TEST * len(paths))), len(paths) - 1)
+    return random.Random(f"{SEED}/{name}").sample(paths, count)
 
 
 def from_imagenet(folder: Path, images: Path) -> Split:
@@ -113,15 +102,10 @@ def from_imagenet(folder: Path, images: Path) -> Split:
         raise ProblemError(f"no {CLASSNAMES} at {folder / CLASSNAMES}; see DATASETS.md")
     names |= {number: name for number, name in IMAGENET_NAMES.items() if number in names}
     names |= {str(place): name for place, name in enumerate(list(names.values()))}
-
-    def rename(number: str) -> str:
-        if number not in names:
-            raise ProblemError(
-                f"{folder / CLASSNAMES} has no line for the folder {images}/{number}"
-            )
-        return names[number]
-
-    return from_folders(folder, images, rename, divided=False)
+    for path in images.iterdir():
+        if path.is_dir() and path.name not in names and path.name[0] != ".":
+            raise ProblemError(f"{folder / CLASSNAMES} has no line for the folder {path}")
+    return all_tested(folder, images, names)
 
 
 def from_own_folders(folder: Path, images: Path) -> Split:
@@ -131,43 +115,39 @@ def from_own_folders(folder: Path, images: Path) -> Split:
     below = [path for path in images.iterdir() if path.is_dir() and path.name[0] != "."]
     parts = {path.name: PART_NAMES.get(path.name.lower()) for path in below}
     names = _classnames(images)
-
-    def rename(name: str) -> str:
-        return names.get(name, name)
-
     holds_images = any(
         path.suffix.lower() in IMAGE_SUFFIXES for place in below for path in place.iterdir()
     )
     if not parts or None in parts.values() or holds_images:
-        return from_folders(images, images, rename, divided=False)
+        return all_tested(images, images, names)
+    last = max(parts.values(), key=PARTS.index)
     rows = [
-        (part, f"{name}/{path}", classname)
+        ("test" if part == last else part, f"{name}/{path}", classname)
         for name, part in sorted(parts.items())
-        for classname, path in _by_folder(images / name, rename)
+        for classname, paths in _by_folder(images / name, names).items()
+        for path in paths
     ]
-    last = next(part for part in reversed(PARTS) if part in parts.values())
-    rows = [("test" if part == last else part, path, name) for part, path, name in rows]
     return _split(images, rows)
 
 
 def _by_folder(
     images: Path,
-    rename: Callable[[str], str | None],
+    rename: Mapping[str, str | None],
     group: Callable[[str], str] = top_folder,
-) -> list[tuple[str, str]]:
-    """The images below `images`: class and path, by the folder of the class. Folders that are
-    numbers are in numerical order. ProblemError if two folders have one class."""
+) -> dict[str, list[str]]:
+    """The images below `images` by class. Folders that are numbers are in numerical order.
+    ProblemError if two folders have one class."""
     files: defaultdict[str, list[str]] = defaultdict(list)
     for path in _image_files(images):
         if "/" in path:
             files[group(path)].append(path)
     order = sorted(files, key=lambda name: name.zfill(9) if name.isdecimal() else name)
-    classes = {name: classname for name in order if (classname := rename(name)) is not None}
+    classes = {name: c for name in order if (c := rename.get(name, name)) is not None}
     if not classes:
         raise ProblemError(f"no folder with images under {images}; see DATASETS.md")
     if problem := flaw(list(classes.values())):
         raise ProblemError(f"split made from {images}: {problem}")
-    return [(classname, path) for name, classname in classes.items() for path in files[name]]
+    return {classname: files[name] for name, classname in classes.items()}
 
 
 def _image_files(folder: Path) -> list[str]:
@@ -205,21 +185,25 @@ def _classnames(folder: Path) -> dict[str, str]:
 # Lists
 
 
-def from_lists(folder: Path, images: Path, files: Mapping[str, str], line: str) -> Split:
+def from_lists(line: str, **files: str) -> Callable[[Path, Path], Split]:
     """Official lists beside the image folder, one JPEG file per line.
 
     Args:
-        files: the part -> its list; line: a pattern of its lines, with the groups `path` (without
-            ".jpg") and `name` (of the class).
+        line: a pattern of their lines, with the groups `path` (without ".jpg") and `name` (of the
+            class); files: the part -> its list.
     """
-    rows: list[Row] = []
-    for part, file in files.items():
-        path = images.parent / file
-        for number, text in enumerate(_lines(path), start=1):
-            if not (entry := re.match(line, text)):
-                raise ProblemError(f"{path}, line {number}: not in the known form")
-            rows.append((part, f"{entry['path']}.jpg", entry["name"]))
-    return _split(folder, rows, sorted({name for _, _, name in rows}))
+
+    def make(folder: Path, images: Path) -> Split:
+        rows: list[Row] = []
+        for part, file in files.items():
+            path = images.parent / file
+            for number, text in enumerate(_lines(path), start=1):
+                if not (entry := re.match(line, text)):
+                    raise ProblemError(f"{path}, line {number}: not in the known form")
+                rows.append((part, f"{entry['path']}.jpg", entry["name"]))
+        return _split(folder, rows, sorted({name for _, _, name in rows}))
+
+    return make
 
 
 def from_cub(folder: Path, images: Path) -> Split:
@@ -279,8 +263,7 @@ def _lines(path: Path) -> list[str]:
 
 def from_cars(folder: Path, images: Path) -> Split:
     """StanfordCars' devkit: `cars_train_annos.mat`, `cars_test_annos_withlabels.mat`,
-    `cars_meta.mat`. A fifth of the official training images becomes val; names have the year first
-    (`Spyker C8 Coupe 2009` -> `2009 Spyker C8 Coupe`)."""
+    `cars_meta.mat`. Names have the year first (`Spyker C8 Coupe 2009` -> `2009 Spyker C8 Coupe`)"""
     names = [
         re.sub(r"^(.+) (\d{4})$", r"\2 \1", str(name).strip())
         for name in _column(folder, "devkit/cars_meta.mat", "class_names")
@@ -290,22 +273,19 @@ def from_cars(folder: Path, images: Path) -> Split:
         for part, file in (("train", "train_annos"), ("test", "test_annos_withlabels"))
         for image in _column(folder, f"devkit/cars_{file}.mat", "annotations")
     ]
-    return _split(folder, divide(rows, 0.2, "val"), names)
+    return _split(folder, rows, names)
 
 
 def from_dogs(folder: Path, images: Path) -> Split:
-    """StanfordDogs' `train_list.mat` and `test_list.mat`. A fifth of the official training images
-    becomes val; names come from folders (`n02086240-Shih-Tzu` -> `Shih-Tzu`)."""
-    rows: list[Row] = []
-    names: dict[int, str] = {}
-    for part in ("train", "test"):
-        paths, labels = (
-            _column(folder, f"lists/{part}_list.mat", name) for name in ("file_list", "labels")
-        )
-        for path, label in zip(map(str, paths), map(int, labels), strict=True):
-            names[label] = clean_name(top_folder(path).partition("-")[2])
-            rows.append((part, path, names[label]))
-    return _split(folder, divide(rows, 0.2, "val"), [names[label] for label in sorted(names)])
+    """StanfordDogs' `train_list.mat` and `test_list.mat`; names come from folders
+    (`n02086240-Shih-Tzu` -> `Shih-Tzu`), whose order is that of the labels."""
+    rows = [
+        (part, path, clean_name(top_folder(path).partition("-")[2]))
+        for part in ("train", "test")
+        for path in map(str, _column(folder, f"lists/{part}_list.mat", "file_list"))
+    ]
+    by_path = sorted(rows, key=lambda row: row[1])
+    return _split(folder, rows, dict.fromkeys(name for _, _, name in by_path))
 
 
 def from_flowers(folder: Path, images: Path) -> Split:

@@ -1,5 +1,5 @@
-"""From a folder on disk to a data set: which split is used, whether it can be, and how an image
-is opened. Every set of the table, photographs and rendered ones, goes through `ImageSet`.
+"""From a folder on disk to a data set, and how an image is opened. Every set of the table,
+photographs and rendered ones, goes through `ImageSet`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.files import write_json_atomic
-from engine.log import logger, once
+from engine.files import read_json
+from engine.log import once
 from forgetting.errors import ProblemError, line
 
 from .mini import render
-from .split import Split, read_split
+from .split import Split, check_split
 from .table import SETS, SetSpec, spec
 
 # The shorter side of an image is scaled to the model's, so a long strip would fill the memory.
@@ -41,38 +41,26 @@ class Datum:
     domain: int = 0
 
 
-@dataclass(frozen=True)
-class LocatedSplit:
-    """A set's split, with where it came from."""
-
-    split: Split
-    images: Path  # the folder that the split's paths are relative to
-    source: Path | None  # the split file; None: just made
-    comparable: bool  # whether numbers on it can be compared with published ones
-
-
 def absent(row: SetSpec, root: Path) -> str | None:
     """Why a set cannot be read from `root`, in one line; None if it seems to be there.
 
-    Looks at folders only: a broken split file is found by `locate`, a missing image by `ImageSet`.
+    Looks at folders only: a broken split file is found by `find_split`, a missing image by
+    `ImageSet`.
     """
-    if row.rendered:
-        return None
     folder = root / row.folder
     needed = {"folder": folder, "image folder": row.images(folder)}
     if not Path(row.folder).is_absolute():
         needed = {"data root at": root} | needed
-    for what, path in needed.items():
+    for what, path in {} if row.rendered else needed.items():
         if not path.is_dir():
-            reason = f"no {what} {path}; see DATASETS.md"
-            if row.torchvision:
-                reason += f", or try `python -m datasets.download {row.name}`"
-            return reason
+            hint = f", or try `python -m datasets.download {row.name}`" if row.torchvision else ""
+            return f"no {what} {path}; see DATASETS.md{hint}"
     return None
 
 
-def locate(row: SetSpec, root: Path) -> LocatedSplit:
-    """The split of a set under `root`: the published file, else one made earlier, else a new one.
+def find_split(row: SetSpec, root: Path) -> tuple[Split, bool]:
+    """The split of a set under `root`, and whether numbers on it can be compared with published
+    ones: that of the published file, else one made of what is there, the same every time.
 
     Raises:
         ProblemError: the set is absent (names the path), or its split file or lists are broken.
@@ -81,25 +69,21 @@ def locate(row: SetSpec, root: Path) -> LocatedSplit:
     if reason := absent(row, root):
         raise ProblemError(f"{where} {reason}")
     folder = root / row.folder
-    images = row.images(folder)
-    for file in (row.split_file, row.made_split) if row.split_file else ():
-        if (folder / file).is_file():
-            split = read_split(folder / file)
-            return LocatedSplit(split, images, folder / file, comparable=file == row.split_file)
+    file = folder / row.split_file
+    if row.split_file and file.is_file():
+        return check_split(read_json(file, "split file"), str(file)), True
+    if row.make_split is None:
+        raise ProblemError(f"{where} no split file {file}; see DATASETS.md")
     if row.split_file:
-        where += f" no split file {folder / row.split_file}"
-        if row.make_split is None:
-            raise ProblemError(f"{where}; see DATASETS.md")
-        where += ", and none can be made:"
+        where += f" no split file {file}, and none can be made:"
     try:
-        split = row.make_split(folder, images)
+        return row.make_split(folder, row.images(folder)), not row.split_file
     except ProblemError as error:
         raise ProblemError(f"{where} {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ProblemError(
             f"{where} the official lists in {folder} are not in the known form ({error!r})"
         ) from error
-    return LocatedSplit(split, images, None, comparable=not row.split_file)
 
 
 class ImageSet:
@@ -123,52 +107,28 @@ class ImageSet:
         root = Path(cfg.DATASET.ROOT).expanduser().absolute()
         if row.rendered:
             render(row.name, root / row.folder)
-        located = locate(row, root)
-        _require_images(row, located)
-        _report(row, located, root / row.folder)
-        self.comparable = located.comparable
+        split, self.comparable = find_split(row, root)
+        images = row.images(root / row.folder)
+        if missing := split.missing(images):
+            raise ProblemError(
+                f"data set {row.name}: {len(missing)} of {len(split.paths())} images that the "
+                f"split names are missing, first {images / missing[0]}; `python -m "
+                "datasets.check` lists them, DATASETS.md says where they come from"
+            )
+        once(logging.INFO, f"{row.name}: {len(split.classnames)} classes, {split.sizes()}")
+        if not self.comparable:
+            once(
+                logging.WARNING,
+                f"{row.name}: this is not the published split {row.split_file}: numbers are not "
+                "comparable with published ones (DATASETS.md says where to get it)",
+            )
         self.train_x, self.val, self.test = (
-            [Datum(str(located.images / path), label, name) for path, label, name in items]
-            for items in located.split.parts.values()
+            [Datum(str(images / path), label, name) for path, label, name in items]
+            for items in split.parts.values()
         )
-        self.classnames = list(located.split.classnames)
+        self.classnames = list(split.classnames)
         self.lab2cname = dict(enumerate(self.classnames))
         self.num_classes = len(self.classnames)
-
-
-def _require_images(row: SetSpec, located: LocatedSplit) -> None:
-    missing = located.split.missing(located.images)
-    if missing:
-        again = f"; if they were removed on purpose, delete {row.made_split} and it is made anew"
-        raise ProblemError(
-            f"data set {row.name}: {len(missing)} of {len(located.split.paths())} images that the "
-            f"split names are missing, first {located.images / missing[0]}; `python -m "
-            "datasets.check` lists them, DATASETS.md says where they come from"
-            f"{'' if located.comparable else again}"
-        )
-
-
-def _report(row: SetSpec, located: LocatedSplit, folder: Path) -> None:
-    """Say which split is used; keep a new one, so that a user can read it and send it on."""
-    split, source = located.split, located.source
-    if row.split_file and source is None:
-        source = folder / row.made_split
-        try:
-            write_json_atomic(split.parts, source)
-            saved = f"saved as {source}"
-        except ProblemError as error:  # data roots are often read-only; the next run makes the same
-            saved = f"not saved ({error})"
-        logger.info(f"{row.name}: made a split from the raw download, {saved}")
-    source = source or located.images
-    name = f"{source.name}, " if source.name else ""  # images of a table may be anywhere
-    text = f"{row.name}: {name}{len(split.classnames)} classes, {split.sizes()}"
-    once(logging.INFO, text)
-    if not located.comparable:
-        text = (
-            f"{row.name}: this is not the published split {row.split_file}: "
-            "numbers are not comparable with published ones (DATASETS.md says where to get it)"
-        )
-        once(logging.WARNING, text)
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.

@@ -1,8 +1,6 @@
-"""Splits of a data set into train, val and test, and the files that hold them.
-
-The format is CoOp's (github.com/KaiyangZhou/CoOp, DATASETS.md):
-`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`. Every split passes
-`check_split` once, whether it was read from a file or made by `datasets.layouts`.
+"""A data set's images in train, val and test, as CoOp's split files hold them
+(github.com/KaiyangZhou/CoOp, DATASETS.md):
+`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import read_json
 from forgetting.errors import ProblemError
 
 from .names import flaw
@@ -41,19 +38,9 @@ class Split:
         """The images that are named and that `folder` lacks, in file order."""
         return [path for path in self.paths() if not (folder / path).is_file()]
 
-    def sizes(self, omit_empty: bool = False) -> str:
+    def sizes(self) -> str:
         """How many images each part has, in words."""
-        counts = {part: len(items) for part, items in self.parts.items()}
-        return ", ".join(f"{n} {part}" for part, n in counts.items() if n or not omit_empty)
-
-
-def read_split(path: Path) -> Split:
-    """Read and check a split file.
-
-    Raises:
-        ProblemError: no file, no JSON, or an entry that breaks the format (which one, and why).
-    """
-    return check_split(read_json(path, "split file"), str(path))
+        return ", ".join(f"{len(items)} {part}" for part, items in self.parts.items() if items)
 
 
 def check_split(content: Any, where: str) -> Split:
@@ -62,15 +49,12 @@ def check_split(content: Any, where: str) -> Split:
     Raises:
         ProblemError: keys, triples, labels, names or paths are not as they must be.
     """
-    where = f"split file {where}:"
-    if not isinstance(content, dict) or any(part not in content for part in PARTS):
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ProblemError(f"{where} must hold 'train', 'val' and 'test'; it holds {keys}")
+    where = f"split {where}:"
+    if not isinstance(content, dict) or any(type(content.get(p)) is not list for p in PARTS):
+        raise ProblemError(f"{where} must hold the lists 'train', 'val' and 'test'")
     names: dict[int, str] = {}  # label -> class name
     labels: dict[Path, int] = {}  # image -> label
     for part in PARTS:
-        if not isinstance(content[part], list):
-            raise ProblemError(f"{where} {part!r} must be a list of triples")
         for index, entry in enumerate(content[part]):
             if problem := _problem(entry, names, labels):
                 raise ProblemError(f"{where} {part}[{index}]: {problem}")
@@ -78,10 +62,7 @@ def check_split(content: Any, where: str) -> Split:
         raise ProblemError(f"{where} 'test' is empty, so nothing can be evaluated")
     for expected, label in enumerate(sorted(names)):
         if label != expected:
-            raise ProblemError(
-                f"{where} labels must be 0 to {max(names)} without a gap; "
-                f"no image has label {expected}"
-            )
+            raise ProblemError(f"{where} labels begin at 0 without a gap; none is {expected}")
     classnames = [names[label] for label in range(len(names))]
     if problem := flaw(classnames):
         raise ProblemError(f"{where} {problem}")
@@ -91,15 +72,10 @@ def check_split(content: Any, where: str) -> Split:
 def _problem(entry: Any, names: dict[int, str], labels: dict[Path, int]) -> str:
     """What is wrong with an entry, by itself or beside the `names` by label and the `labels` by
     image of those before it; empty if nothing is."""
-    if not isinstance(entry, list | tuple) or len(entry) != 3:
-        return f"must be [path, label, class name], is {entry!r:.80}"
-    path, label, name = entry
-    if not isinstance(path, str) or not path:
-        return f"the path must be a non-empty string, is {path!r:.80}"
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        return f"the label must be a whole number from 0, is {label!r:.80}"
-    if not isinstance(name, str) or not name.strip():
-        return f"the class name must be a non-empty string, is {name!r:.80}"
+    path, label, name = entry if isinstance(entry, list | tuple) and len(entry) == 3 else [None] * 3
+    are_texts = isinstance(path, str) and isinstance(name, str)
+    if type(label) is not int or label < 0 or not are_texts or not path or not name.strip():
+        return f"must be [path, label from 0, class name], is {entry!r:.80}"
     if (other := names.setdefault(label, name)) != name:
         return f"label {label} is called {name!r}, but {other!r} before"
     image = Path(os.path.normpath(path))

@@ -30,18 +30,11 @@ class SetSpec:
     classes: int = 0  # as published; 0: not known
     # (folder, image folder) -> its split, where no split file is there
     make_split: Callable[[Path, Path], Split] | None = None
-    address: str = ""  # where the images come from
     template: str = "a photo of a {}."
     split_file: str = ""  # the published one: numbers on it are comparable; "": needs none
-    split_address: str = ""  # where the split file comes from
     torchvision: str = ""  # torchvision's name of the set, if datasets.download fetches it
     unpacked: str = ""  # where that leaves the images, under `folder`
     rendered: bool = False  # drawn by datasets.mini instead of downloaded
-
-    @property
-    def made_split(self) -> str:
-        """Name of the split file that `make_split`'s result is saved under."""
-        return f"split_made_{self.name}.json"
 
     def images(self, folder: Path) -> Path:
         """The image folder in CoOp's layout, or in torchvision's where only that is there."""
@@ -63,29 +56,19 @@ EUROSAT_NAMES = {  # CoOp's words for the folders
 # fmt: on
 
 
-def _coop(name: str, folder: str, images: str, classes: int, drive: str, **more: Any) -> SetSpec:
-    """A set with CoOp's split file, which has the number `drive` at Google Drive."""
-    split, address = f"split_zhou_{name}.json", f"https://drive.google.com/file/d/{drive}/view"
-    return SetSpec(name, folder, images, classes, split_file=split, split_address=address, **more)
+def _coop(name: str, folder: str, images: str, classes: int, **more: Any) -> SetSpec:
+    """A set with CoOp's split file."""
+    return SetSpec(name, folder, images, classes, split_file=f"split_zhou_{name}.json", **more)
 
 
-def _lists(line: str, **files: str) -> Callable[[Path, Path], Split]:
-    return partial(layouts.from_lists, files=files, line=line)
+def _sun_class(path: str) -> str:
+    """SUN397's class as CoOp writes it: `a/apartment_building/outdoor/x.jpg` is of the class
+    `outdoor apartment_building`."""
+    return " ".join(reversed(path.split("/")[1:-1]))
 
 
-def _imagenet(
-    kind: str, folder: str, images: str, classes: int, address: str, **more: Any
-) -> SetSpec:
-    """ImageNet or a kin of it. All images are test images: nobody evaluates anything else."""
-    read = layouts.from_imagenet
-    return SetSpec(f"ImageNet{kind}", folder, images, classes, read, address, **more)
-
-
-def _cifar(classes: int) -> SetSpec:
-    """The test images, which datasets.download saves as files."""
-    name, read = f"CIFAR{classes}", partial(layouts.from_folders, divided=False)
-    address = "https://www.cs.toronto.edu/~kriz/cifar.html"
-    return SetSpec(name, name.lower(), "test", classes, read, address, torchvision=name)
+def _pinned(path: str) -> str:
+    return layouts.top_folder(path).removeprefix("pins_")
 
 
 def _mini(kind: str) -> SetSpec:
@@ -97,75 +80,59 @@ def _mini(kind: str) -> SetSpec:
 # fmt: off
 _ROWS = (
     SetSpec("StanfordDogs", "stanford_dogs", "Images", 120, layouts.from_dogs,
-            "http://vision.stanford.edu/aditya86/ImageNetDogs/",
-            split_file="split_alexey_stanford_dogs.json",
-            split_address="the repository of the paper's authors (folder files/)"),
-    _coop("StanfordCars", "stanford_cars", "", 196, "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
-          make_split=layouts.from_cars,
-          address="https://ai.stanford.edu/~jkrause/cars/car_dataset.html"),
+            split_file="split_alexey_stanford_dogs.json"),
+    _coop("StanfordCars", "stanford_cars", "", 196, make_split=layouts.from_cars),
     _coop("Caltech101", "caltech-101", "101_ObjectCategories", 100,
-          "1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
-          make_split=partial(layouts.from_folders, rename=lambda x: CALTECH_NAMES.get(x, x)),
-          address="https://data.caltech.edu/records/mzrjq-6wc02",
+          make_split=partial(layouts.from_folders, rename=CALTECH_NAMES),
           torchvision="Caltech101", unpacked="caltech101/101_ObjectCategories"),
-    _coop("OxfordFlowers", "oxford_flowers", "jpg", 102, "1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
-          make_split=layouts.from_flowers, template="a photo of a {}, a type of flower.",
-          address="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+    _coop("OxfordFlowers", "oxford_flowers", "jpg", 102, make_split=layouts.from_flowers,
+          template="a photo of a {}, a type of flower.",
           torchvision="Flowers102", unpacked="flowers-102/jpg"),
-    _coop("OxfordPets", "oxford_pets", "images", 37, "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
-          make_split=_lists(r"(?P<path>(?P<name>\S+)_\d+) ",
-                            train="annotations/trainval.txt", test="annotations/test.txt"),
+    _coop("OxfordPets", "oxford_pets", "images", 37,
+          make_split=layouts.from_lists(
+              r"(?P<path>(?P<name>\S+)_\d+) ",
+              train="annotations/trainval.txt", test="annotations/test.txt"),
           template="a photo of a {}, a type of pet.",
-          address="https://www.robots.ox.ac.uk/~vgg/data/pets/",
           torchvision="OxfordIIITPet", unpacked="oxford-iiit-pet/images"),
-    _coop("Food101", "food-101", "images", 101, "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
-          make_split=_lists(r"(?P<path>(?P<name>[^/]+)/\S+)",
-                            train="meta/train.txt", test="meta/test.txt"),
+    _coop("Food101", "food-101", "images", 101,
+          make_split=layouts.from_lists(
+              r"(?P<path>(?P<name>[^/]+)/\S+)", train="meta/train.txt", test="meta/test.txt"),
           template="a photo of {}, a type of food.",
-          address="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
           torchvision="Food101", unpacked="food-101/images"),
     SetSpec("FGVCAircraft", "fgvc_aircraft", "images", 100,  # the official parts are CoOp's too
-            _lists(r"(?P<path>\d+) (?P<name>.+)", train="images_variant_train.txt",
-                   val="images_variant_val.txt", test="images_variant_test.txt"),
-            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+            layouts.from_lists(
+                r"(?P<path>\d+) (?P<name>.+)", train="images_variant_train.txt",
+                val="images_variant_val.txt", test="images_variant_test.txt"),
             template="a photo of a {}, a type of aircraft.",
             torchvision="FGVCAircraft", unpacked="fgvc-aircraft-2013b/data/images"),
-    _coop("SUN397", "sun397", "SUN397", 397, "1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
-          make_split=partial(layouts.from_folders, group=layouts.sun_class),
-          address="https://vision.princeton.edu/projects/2010/SUN/", torchvision="SUN397"),
-    _coop("DescribableTextures", "dtd", "images", 47, "1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
-          make_split=_lists(r"(?P<path>(?P<name>[^/]+)/\S+)\.jpg", train="labels/train1.txt",
-                            val="labels/val1.txt", test="labels/test1.txt"),
-          template="{} texture.", address="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
-          torchvision="DTD", unpacked="dtd/dtd/images"),
-    _coop("EuroSAT", "eurosat", "2750", 10, "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
-          make_split=partial(layouts.from_folders, rename=lambda x: EUROSAT_NAMES.get(x, x)),
+    _coop("SUN397", "sun397", "SUN397", 397, torchvision="SUN397",
+          make_split=partial(layouts.from_folders, group=_sun_class)),
+    _coop("DescribableTextures", "dtd", "images", 47,
+          make_split=layouts.from_lists(
+              r"(?P<path>(?P<name>[^/]+)/\S+)\.jpg",
+              train="labels/train1.txt", val="labels/val1.txt", test="labels/test1.txt"),
+          template="{} texture.", torchvision="DTD", unpacked="dtd/dtd/images"),
+    _coop("EuroSAT", "eurosat", "2750", 10,
+          make_split=partial(layouts.from_folders, rename=EUROSAT_NAMES),
           template="a centered satellite photo of {}.",
-          address="http://madm.dfki.de/files/sentinel/EuroSAT.zip",
           torchvision="EuroSAT", unpacked="eurosat/2750"),
-    _coop("UCF101", "ucf101", "UCF-101-midframes", 101, "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
-          template="a photo of a person doing {}.",
-          address="https://drive.google.com/file/d/10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O/view"),
-    _imagenet("", "imagenet", "images/val", 1000, "https://image-net.org/",
-              torchvision="ImageNet", unpacked="val"),
-    _imagenet("V2", "imagenetv2", "imagenetv2-matched-frequency-format-val", 1000,
-              "https://github.com/modestyachts/ImageNetV2"),
-    _imagenet("Sketch", "imagenet-sketch", "images", 1000,
-              "https://github.com/HaohanWang/ImageNet-Sketch"),
-    _imagenet("A", "imagenet-adversarial", "imagenet-a", 200,
-              "https://github.com/hendrycks/natural-adv-examples"),
-    _imagenet("R", "imagenet-rendition", "imagenet-r", 200,
-              "https://github.com/hendrycks/imagenet-r"),
-    _cifar(10), _cifar(100),
+    _coop("UCF101", "ucf101", "UCF-101-midframes", 101,
+          template="a photo of a person doing {}."),
+    SetSpec("ImageNet", "imagenet", "images/val", 1000, layouts.from_imagenet,
+            torchvision="ImageNet", unpacked="val"),
+    SetSpec("ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val", 1000,
+            layouts.from_imagenet),
+    SetSpec("ImageNetSketch", "imagenet-sketch", "images", 1000, layouts.from_imagenet),
+    SetSpec("ImageNetA", "imagenet-adversarial", "imagenet-a", 200, layouts.from_imagenet),
+    SetSpec("ImageNetR", "imagenet-rendition", "imagenet-r", 200, layouts.from_imagenet),
+    # The test images of CIFAR are files that datasets.download saves.
+    SetSpec("CIFAR10", "cifar10", "test", 10, layouts.all_tested, torchvision="CIFAR10"),
+    SetSpec("CIFAR100", "cifar100", "test", 100, layouts.all_tested, torchvision="CIFAR100"),
     SetSpec("CUB", "CUB_200_2011", "images", 200, layouts.from_cub,
-            "https://data.caltech.edu/records/65de6-vp158",
             template="a photo of a {}, a type of bird."),
-    SetSpec("PLANTDOC", "PlantDoc-Dataset", make_split=layouts.from_own_folders,
-            address="https://github.com/pratikkayal/PlantDoc-Dataset"),
+    SetSpec("PLANTDOC", "PlantDoc-Dataset", make_split=layouts.from_own_folders),
     SetSpec("PinsFaces", "pins_faces", "105_classes_pins_dataset", 105,
-            partial(layouts.from_folders, rename=lambda x: x.removeprefix("pins_"), divided=False),
-            "https://www.kaggle.com/datasets/hereisburak/pins-face-recognition",
-            template="a photo of {}."),
+            partial(layouts.all_tested, group=_pinned), template="a photo of {}."),
     *map(_mini, ("Digits", "Letters", "Symbols", "Shapes")),
 )
 # fmt: on

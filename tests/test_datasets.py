@@ -14,8 +14,7 @@ from scipy.io import savemat
 
 import datasets
 import forget_cls
-from datasets import check, download, vocabulary
-from datasets.layouts import divide
+from datasets import check, download, layouts, vocabulary
 from engine import DATASET_REGISTRY
 from engine.cli import run
 from engine.config import settings
@@ -90,7 +89,6 @@ def test_published_split_is_read_as_it_is(tmp_path, capsys):
     assert data.test[0].domain == 0 and data.train_u is None
     assert {(x.label, x.classname) for x in data.test} == {(0, "airplanes"), (1, "sea_horse")}
     assert data.comparable and "not comparable" not in capsys.readouterr().out
-    assert not list(tmp_path.rglob("split_made*"))
 
 
 def split_of(*entries: list) -> dict[str, list]:
@@ -100,20 +98,22 @@ def split_of(*entries: list) -> dict[str, list]:
 # fmt: off
 BROKEN = {
     "no JSON": ('{"train": [', "is not JSON"),
-    "a list": ("[1, 2]", "must hold 'train', 'val' and 'test'"),
+    "deep nesting": ("[" * 100_000, "is not JSON"),
+    "a list": ("[1, 2]", "lists 'train', 'val' and 'test'"),
+    "no lists": (split_of() | {"train": {}}, "lists 'train', 'val' and 'test'"),
     "empty test": (split_of(), "'test' is empty"),
-    "no lists": (split_of() | {"train": {}}, "'train' must be a list"),
     "a pair": (split_of(["a.jpg", 0]), r"test\[0\]: must be \[path"),
-    "text label": (split_of(["a.jpg", "0", "a"]), r"test\[0\]: the label .* is '0'"),
-    "boolean label": (split_of(["a.jpg", True, "a"]), "is True"),
-    "gap": (split_of(["a.jpg", 0, "a"], ["b.jpg", 2 * 10**8, "b"]), "no image has label 1"),
+    "text label": (split_of(["a.jpg", "0", "a"]), r"test\[0\]: must be"),
+    "boolean label": (split_of(["a.jpg", True, "a"]), "must be .* True"),
+    "negative label": (split_of(["a.jpg", -1, "a"]), "must be .* -1"),
+    "empty name": (split_of(["a.jpg", 0, " "]), "must be"),
+    "no name": (split_of(["a.jpg", 0, None]), "must be"),
+    "empty path": (split_of(["", 0, "a"]), "must be"),
+    "no Unicode": (split_of(["a.jpg", 0, "\udcff"]), "no text"),
+    "gap": (split_of(["a.jpg", 0, "a"], ["b.jpg", 2 * 10**8, "b"]), "without a gap; none is 1"),
     "two names": (split_of(["a.jpg", 0, "a"], ["b.jpg", 0, "b"]), "called 'b', but 'a' before"),
     "two spellings": (split_of(["a.jpg", 0, "a_b"], ["b.jpg", 1, "a  b"]), "both called 'a  b'"),
     "two labels": (split_of(["a/b.jpg", 0, "a"], ["a/./b.jpg", 1, "b"]), "label 1, but 0 before"),
-    "deep nesting": ("[" * 100_000, "is not JSON"),
-    "empty name": (split_of(["a.jpg", 0, " "]), "class name must be"),
-    "no Unicode": (split_of(["a.jpg", 0, "\udcff"]), "no text"),
-    "empty path": (split_of(["", 0, "a"]), "path must be"),
     "path upwards": (split_of(["a/../../b.jpg", 0, "a"]), r"test\[0\]: .* leads out"),
     "absolute path": (split_of(["/etc/passwd", 0, "a"]), "leads out"),
 }
@@ -150,7 +150,7 @@ def test_published_splits_are_read_in_either_layout(tmp_path, name):
         publish(root / row.folder, split_of(["a/1.jpg", 0, "ant"]), row.split_file)
         data = datasets.load(name, root)
         assert data.classnames == ["ant"] and data.comparable
-    assert row.classes > 1 and row.address and row.split_address
+    assert row.classes > 1
 
 
 # Sets that are not there, or in part
@@ -204,39 +204,29 @@ def test_unknown_set_names_the_nearest_and_the_way_of_own_images(name, meant):
 # Splits made from a raw download
 
 
-def test_caltech_split_is_made_once_and_said_to_be_incomparable(tmp_path, capsys):
+def test_a_made_split_is_the_same_every_time_and_said_to_be_incomparable(tmp_path, capsys):
     folder = caltech(tmp_path)
-    made = folder / "split_made_Caltech101.json"
-    made.mkdir()  # in the way, as a read-only disk is
-    assert len(datasets.load("Caltech101", tmp_path).test) == 9
-    out = capsys.readouterr().out
-    assert "not saved (cannot write" in out and "not comparable" in out
-    made.rmdir()
     data = datasets.load("Caltech101", tmp_path)
+    assert "not comparable" in capsys.readouterr().out and not data.comparable
     assert data.classnames == ["face", "airplane", "sea_horse"]  # CoOp's names and exclusions
-    assert counts(data) == (15, 6, 9) and not data.comparable
-    paths = [datum.impath for part in (data.train_x, data.val, data.test) for datum in part]
+    assert counts(data) == (21, 0, 9)
+    paths = [datum.impath for part in (data.train_x, data.test) for datum in part]
     assert len(set(paths)) == 30
-    written = made.read_bytes()
-
+    # The images that made splits of this repository have always tested on.
+    numbers = {datum.impath[-8:-4] for datum in data.test if datum.classname == "sea_horse"}
+    assert numbers == {"0000", "0006", "0009"}
     again = datasets.load("Caltech101", tmp_path)
-    assert made.read_bytes() == written and not again.comparable
     assert [d.impath for d in again.test] == [d.impath for d in data.test]
-    made.unlink()
-    datasets.load("Caltech101", tmp_path)
-    assert made.read_bytes() == written  # the same from scratch
-
     publish(folder, good_split())
     assert datasets.load("Caltech101", tmp_path).comparable  # the published file wins
 
 
-def test_division_of_a_class_does_not_depend_on_the_others():
-    ants, bees = ([("train", f"{name}{i}", name) for i in range(20)] for name in ("ant", "bee"))
-    tested = [row for row in divide(ants + bees, 0.3, "test") if row[0] == "test"]
-    alone = [row for row in divide(bees, 0.3, "test") if row[0] == "test"]
-    assert len(tested) == 12 and [row for row in tested if row[2] == "bee"] == alone
-    assert [path for _, path, _ in alone] != [path for _, path, _ in bees[:6]]  # shuffled
-    assert [row[0] for row in divide([("train", "1", "x")], 0.3, "test")] == ["train"]
+def test_test_images_of_a_class_are_drawn_by_its_name():
+    paths = [f"{number}.jpg" for number in range(20)]
+    chosen = layouts.tested("ant", paths)
+    assert len(chosen) == 6 and set(chosen) <= set(paths) and chosen != paths[:6]
+    assert layouts.tested("ant", paths) == chosen != layouts.tested("bee", paths)
+    assert layouts.tested("ant", paths[:1]) == [] and len(layouts.tested("ant", paths[:2])) == 1
 
 
 def cells(values: list, column: bool = False) -> np.ndarray:
@@ -263,9 +253,8 @@ def test_cars_from_the_devkit_have_the_year_first(tmp_path):
     cars(tmp_path)
     data = datasets.load("StanfordCars", tmp_path)
     assert data.classnames == ["2000 AM General Hummer SUV", "2009 Spyker C8 Coupe"]
-    assert counts(data) == (8, 2, 10) and not data.comparable
+    assert counts(data) == (10, 0, 10) and not data.comparable
     assert all("cars_test/" in datum.impath for datum in data.test) and data.test[9].label == 1
-    (tmp_path / "stanford_cars/split_made_StanfordCars.json").unlink()
     meta = tmp_path / "stanford_cars/devkit/cars_meta.mat"
     meta.write_bytes(meta.read_bytes()[:60])
     with pytest.raises(ProblemError, match=r"cars_meta\.mat: is not a readable \.mat file"):
@@ -289,7 +278,6 @@ def test_flowers_from_the_official_parts(tmp_path):
     assert [Path(d.impath).name for d in data.test] == [f"image_0000{n}.jpg" for n in (9, 7, 8)]
     assert [d.label for d in data.test] == [2, 0, 1]
     assert data.classnames[0] == "pink primrose"  # of torchvision's list
-    (folder / "split_made_OxfordFlowers.json").unlink()
     names = {"1": "gazania", "2": "rose", "3": "tree mallow"}
     (folder / "cat_to_name.json").write_text(json.dumps(names))
     assert datasets.load("OxfordFlowers", tmp_path).classnames == [*names.values()]
@@ -307,7 +295,7 @@ def test_dogs_from_the_official_lists(tmp_path):
         content = {"file_list": cells(paths[part], column=True), "labels": labels[part]}
         savemat(folder / "lists" / file, content)
     data = datasets.load("StanfordDogs", tmp_path)
-    assert data.classnames == ["Maltese dog", "Shih-Tzu"] and counts(data) == (8, 2, 10)
+    assert data.classnames == ["Maltese dog", "Shih-Tzu"] and counts(data) == (10, 0, 10)
     assert data.test[0].impath == str(folder / "Images" / paths[1])
 
 
@@ -354,7 +342,6 @@ def test_official_lists_in_both_layouts(tmp_path, name, layout, capsys):
     assert status == 0 and f"the published set has {row.classes} classes" in out
     last = beside / next(iter(files))
     last.write_text("?\n")
-    (tmp_path / row.folder / row.made_split).unlink(missing_ok=True)
     with pytest.raises(ProblemError, match="line 1: not in the known form"):
         datasets.load(name, tmp_path)
     last.unlink()
@@ -413,7 +400,6 @@ def test_imagenet_and_its_kin(tmp_path, name):
     data = datasets.load(name, tmp_path)
     expected = ["goldfish", "fish 3", "fish 11"] if numbers else ["tench", "goldfish", "projectile"]
     assert data.classnames == expected and data.comparable
-    assert not list(tmp_path.rglob("split_made*"))
     names.write_text("\n".join(lines).replace("fish 3", "goldfish").replace("tench", "goldfish"))
     with pytest.raises(ProblemError, match="labels 0 and 1 are both called"):
         datasets.load(name, tmp_path)
@@ -520,7 +506,7 @@ def test_check_names_each_broken_image(tmp_path, capsys):
     assert f"unreadable: {torn} (image file is truncated" in out
     assert f"unreadable: {images / 'sea_horse/image_0001.jpg'} (cannot identify image file" in out
     assert f"missing: {images / 'sea_horse/image_0002.jpg'}" in out
-    assert out.count("unreadable: ") == 2 and "data.caltech.edu" in out
+    assert out.count("unreadable: ") == 2 and "where to get Caltech101" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     publish(folder, "{")
@@ -569,7 +555,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchvision.datasets.DTD", fail)
     for name, message in {
         "DTD": "cannot be fetched (no network)",
-        "UCF101": "UCF101 cannot be fetched: get it by hand from https://",
+        "UCF101": "UCF101 cannot be fetched: get it by hand",
         "StanfordCars": "by hand",
     }.items():
         assert run(download.main, [name, "--root", str(tmp_path)]) == 2
