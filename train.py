@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import datasets
 import trainers  # noqa: F401  registers the methods
 from engine import TRAINER_REGISTRY, choose
 from engine.cli import Parser, about, run
-from engine.config import OPTIONS, declared, load, value_of
+from engine.config import OPTIONS, declared, load
 from engine.determinism import set_random_seed
 from engine.log import environment, logger, run_log
 from evaluation.results import add_args, place
@@ -39,35 +40,31 @@ INSTEAD = {
     "--target-domains": "a data set has one domain; choose it by --dataset",
     "--transforms": "a backbone brings its own preprocessing",
     "--head": "classes are classified by their texts; there is no head",
-    "--run_ds": "--dataset NAME, or forget_clip.sh with several names",
     "--run-ds": "--dataset NAME, or forget_clip.sh with several names",
-    "--multiclass_forget": "--multiclass, without a value",
     "--multiclass-forget": "--multiclass, without a value",
-    "--backbone_arch": "--backbone NAME",
-    "--output_dir": "--output-dir FOLDER",
+    "--backbone-arch": "--backbone NAME",
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line: CoOp's flags and trailing KEY VALUE pairs. An option that is not given is
-    None."""
+    """The command line: CoOp's flags and KEY VALUE pairs. An option that is not given is None."""
     argv = sys.argv[1:] if argv is None else list(argv)
     for word, value in pairwise([*argv, ""]):
-        flag = word.partition("=")[0]
+        flag = word.partition("=")[0].replace("_", "-")
         if flag in INSTEAD:
-            raise ProblemError(f"there is no {flag} here: {INSTEAD[flag]}")
+            raise ProblemError(f"there is no {word} here: {INSTEAD[flag]}")
         if word == "--multiclass" and value in ("0", "1"):
             raise ProblemError("--multiclass takes no value: give it alone, or leave it out")
     parser = Parser(prog="train.py", description=__doc__)
+    kinds: dict[type, dict[str, Any]] = {
+        bool: {"action": "store_true"},
+        tuple: {"action": "append", "metavar": "NAME"},
+        str: {"metavar": "TEXT"},
+    }
     for name, key in OPTIONS.items():
         spec, flags = declared()[key], [f"--{name.replace('_', '-')}"]
-        kind: dict[str, Any] = {"metavar": "TEXT" if kind_of(spec) is str else "NUMBER"}
-        if kind_of(spec) is bool:
-            kind = {"action": "store_true"}
-        elif kind_of(spec) is tuple:
-            kind = {"action": "append", "metavar": "NAME"}
-        if name == "protect":
-            flags.append("--keep")
+        flags += ["--keep"] if name == "protect" else []
+        kind = kinds.get(kind_of(spec), {"metavar": "NUMBER"})
         parser.add_argument(*flags, default=None, help=about(spec), **kind)
     for option, text in (
         ("--config-file", "YAML with settings of your own"),
@@ -94,22 +91,18 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     if name in (".", "..") or "/" in name:
         raise ProblemError(f"a data set's results go to a folder of its name; {name!r} is none")
     for option, key in OPTIONS.items():
-        setattr(args, option, value_of(cfg, key))
+        setattr(args, option, attrgetter(key)(cfg))
     return cfg
 
 
 def build_trainer(cfg: CfgNode) -> Any:
-    """The trainer of `cfg.TRAINER.NAME`; it encodes what is not cached. Raises ProblemError for
-    names, files and settings that cannot be run, before anything is written."""
+    """The trainer of `cfg.TRAINER.NAME`; it encodes what is not cached. ProblemError for names,
+    files and settings that cannot be run, before anything is written."""
     return TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Run one command line and return the folder of its results.
-
-    Raises:
-        ProblemError: input that cannot be run; one line.
-    """
+    """Run one command line and return the folder of its results; ProblemError if it cannot."""
     args = parse(argv)
     with run_log() as keep:
         cfg = setup_cfg(args)

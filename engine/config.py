@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +285,7 @@ def load(
 def check(cfg: CfgNode) -> None:
     """Raise ProblemError unless every key of `cfg` has a value of its type and range."""
     for key, spec in declared().items():
-        check_value(value_of(cfg, key), spec, key)
-
-
-def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value of `cfg` at a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+        check_value(attrgetter(key)(cfg), spec, key)
 
 
 def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
@@ -434,7 +428,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     weights = {"lamb_forget": pair[1], "lamb_preserve": pair[0], "lamb_weight": None}
     for (name, weight), term in zip(weights.items(), TERMS, strict=True):
         key = f"FORGET.{name.upper()}"
-        spec, given = declared()[key], value_of(cfg, key)
+        spec, given = declared()[key], attrgetter(key)(cfg)
         weight = _coerce(weight if given is None else given, spec)
         check_value(weight, spec, key)
         weights[name] = weight if term in cfg.FORGET.TERMS else 0.0

@@ -41,7 +41,7 @@ from experiments.sweep import results_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import write_bytes
-from trainers.exact import exact_settings
+from trainers.methods import exact_settings
 
 ALL = "all"  # as NAME: every study; of --forget: every class
 SOLVERS = {"lora": "ForgetLoRA", "optimum": "ForgetOptimum", "constrained": "ForgetExact"}

@@ -20,7 +20,6 @@ from engine.config import (
     paper_weights,
     read_yaml,
     settings,
-    value_of,
 )
 from forgetting.errors import ProblemError
 from forgetting.settings import allowed, check_value, is_optional, kind_of, setting, validate
@@ -281,4 +280,4 @@ def test_settings_are_quick():
     started = time.process_time()
     settings("ForgetLoRA", "StanfordDogs", "RN50")
     assert time.process_time() - started < 0.05
-    assert value_of(settings(), "FORGET.RANK") == 5
+    assert settings().FORGET.RANK == 5

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 import engine
 from engine import choose
-from engine.config import declared, settings, value_of
+from engine.config import declared, settings
 from engine.determinism import one_thread, seeded, set_random_seed
 from engine.log import environment, logger, run_log
 from forgetting.errors import ProblemError
@@ -133,7 +134,7 @@ def test_settings_stand_among_dassls_own():
     added = ("FORGET", "FEATURES", "LOG", "TRAINER.FORGET")
     added += ("DATASET.IMAGES", "DATASET.TEMPLATE", "MODEL.PRECISION")
     for key in (key for key in declared() if not key.startswith(added)):
-        value_of(theirs, key)  # KeyError: not spelled as Dassl's
+        attrgetter(key)(theirs)  # AttributeError: not spelled as Dassl's
     with pytest.raises(ProblemError, match=r"INPUT\.SIZE.*without effect"):
         settings(opts=["INPUT.SIZE", "(3, 3)"])
 

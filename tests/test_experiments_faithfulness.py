@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ import train
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
 from engine.cli import run
-from engine.config import paper_weights, settings, value_of
+from engine.config import paper_weights, settings
 from evaluation.rows import read_rows
 from experiments import faithfulness
 from experiments.reproduce import PAPER, WHOLE
@@ -63,7 +64,7 @@ def rows_of(heading: str) -> Iterator[list[str]]:
 
 def test_constants_of_configs_and_document_are_the_papers():
     cfg = settings("ForgetLoRA", "StanfordDogs")
-    assert {key: value_of(cfg, key) for key in CONSTANTS} == CONSTANTS
+    assert {key: attrgetter(key)(cfg) for key in CONSTANTS} == CONSTANTS
     chosen = {key.lower(): value for key, value in cfg.TRAINER.FORGETLORA.items()}
     assert LoraSettings(**chosen) == LoraSettings(), "the API's defaults are the same"
     shown = {key: float(paper) for key, paper, ours, _ in rows_of("Constants") if paper == ours}

@@ -16,7 +16,7 @@ from evaluation.audit.run import audit_folder
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, accuracies, toy_bundle
-from trainers.paper import ForgetLoRA
+from trainers.methods import ForgetLoRA
 from utils import create_results
 
 

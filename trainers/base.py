@@ -72,7 +72,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
 
     Images never train anything, so there are no training loaders: the feature bundles (made by
     CLIP, cached, or given) are read when the first request is solved, and `train` walks over the
-    requests.
+    requests. A method has `solve`, of a batch of requests, or `solve_one`, of one of them.
 
     Attributes of a method:
         settings_type: dataclass of its own settings; None: it has none.
@@ -97,14 +97,12 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             from engine.sink import require
 
             require(cfg.LOG)
-        kind = cfg.FORGET.TARGET
-        if kind == "specific" and cls.targets and kind not in cls.targets:
-            raise ProblemError(
-                f"FORGET.TARGET specific needs the weighted retain set of ForgetExact; "
-                f"{cls.__name__} takes {', '.join(cls.targets)}"
-            )
+        kind, name = cfg.FORGET.TARGET, cls.__name__
         if kind and not cls.targets:
-            raise ProblemError(f"{cls.__name__} has no target; leave FORGET.TARGET empty")
+            raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
+        if kind == "specific" and kind not in cls.targets:
+            kinds = ", ".join(cls.targets)
+            raise ProblemError(f"target specific needs ForgetExact's weights; {name}: {kinds}")
         if cls.targets:
             check_beta(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
         cls.check_settings(cfg)
@@ -112,7 +110,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         used = {"PROTECT": bool(plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(TERMS)}
         for option in used:
             if used[option] and option not in cls.options:
-                raise ProblemError(f"FORGET.{option} has no effect on {cls.__name__}; leave it out")
+                raise ProblemError(f"FORGET.{option} has no effect on {name}; leave it out")
         return plan
 
     @classmethod
@@ -152,13 +150,13 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         """All of CLIP that forgetting changes is its text projection."""
         self.model = None
         if self.pending:
-            bundle = self.bundle
-            self.projection_sha256 = projection_sha256(bundle.text_projection)
-            self.projection = bundle.text_projection.to(self.device)  # (w, d), never written to
-            self.bias = None if bundle.text_bias is None else bundle.text_bias.to(self.device)
+            b = self.bundle
+            self.projection_sha256 = projection_sha256(b.text_projection)
+            self.projection = b.text_projection.to(self.device)  # (w, d), never written to
+            self.bias = None if b.text_bias is None else b.text_bias.to(self.device)
             logger.info(
-                f"{bundle.dataset}: {len(bundle.classnames)} classes, {len(bundle.labels)} images, "
-                f"{len(bundle.retain_names)} retained names, projection "
+                f"{b.dataset}: {len(b.classnames)} classes, {len(b.labels)} images, "
+                f"{len(b.retain_names)} retained names, projection "
                 f"{tuple(self.projection.shape)}, solving on {self.device}"
             )
 
@@ -182,9 +180,9 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         return retain
 
     def retained_names(self) -> RetainSet:
-        """The names of the groups that the method retains."""
-        others, similarity = list(self.others.values()), float(self.cfg.FORGET.SIMILARITY)
-        return retain_set(self.bundle, others, dict.fromkeys(self.retains), similarity, self.device)
+        weights, similarity = dict.fromkeys(self.retains), float(self.cfg.FORGET.SIMILARITY)
+        others = list(self.others.values())
+        return retain_set(self.bundle, others, weights, similarity, self.device)
 
     def targets_without_bias(self, requests: Batch) -> tuple[Tensor, list[int]]:
         """Where the texts are sent, (K, d), less the model's bias, which no edit moves; and how
@@ -200,19 +198,16 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         """The settings that were chosen for a request, by which its result is known: JSON values,
         there before anything is encoded. What a method computes from them is in its report."""
         forget, plan = self.cfg.FORGET, self.plan
-        chosen: dict[str, Any] = {"target": forget.TARGET} if forget.TARGET else {}
-        if forget.TARGET == "empty":
-            chosen["noise_std"] = float(forget.NOISE_STD)
-        if forget.TARGET in WITH_BETA:
-            chosen["beta"] = float(forget.BETA)
-        if prompts := {name: plan.prompts[name] for name in classes if name in plan.prompts}:
-            chosen["prompts"] = prompts
-        if plan.protect:
-            chosen["protect"] = plan.protect
-        if self.retains:
-            chosen["similarity"] = float(forget.SIMILARITY)
-        if "vocabulary" in self.retains:
-            chosen["vocabulary_sha256"] = plan.vocabulary_sha256
+        chosen: dict[str, Any] = {
+            "target": forget.TARGET,
+            "noise_std": float(forget.NOISE_STD) if forget.TARGET == "empty" else None,
+            "beta": float(forget.BETA) if forget.TARGET in WITH_BETA else None,
+            "prompts": {name: plan.prompts[name] for name in classes if name in plan.prompts},
+            "protect": plan.protect,
+            "similarity": float(forget.SIMILARITY) if self.retains else None,
+            "vocabulary_sha256": plan.vocabulary_sha256 if "vocabulary" in self.retains else "",
+        }
+        chosen = {key: value for key, value in chosen.items() if value not in (None, "", [], {})}
         if "others" in self.retains:
             chosen["other_sets"] = plan.others
         return chosen | self.method_settings()
@@ -220,6 +215,14 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     def method_settings(self) -> dict[str, Any]:
         """The settings of the method alone."""
         return asdict(self.settings) if self.settings_type else {}
+
+    def requests(self, block: list[list[str]]) -> list[Request]:
+        """What a solve needs, so that encoding is not timed as solving."""
+        return [self.texts.request(classes) for classes in block]
+
+    def solve(self, requests: Batch) -> list[Solved]:
+        """Forget each request from the original model."""
+        return [self.solve_one(request) for request in requests]
 
     # The walk
 
@@ -245,15 +248,14 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         finally:  # what is done is done, also on Ctrl-C
             self.results.compile()
         rn = self.run_settings["backbone"].startswith("RN")
-        load, options = (
-            "df, args = create_results",
-            f"rn={rn}, multiclass={self.cfg.FORGET.MULTICLASS}",
-        )
+        options = f"rn={rn}, multiclass={self.cfg.FORGET.MULTICLASS}"
         logger.info(f"results: {folder / LOGS}")
-        logger.info(f'from utils import create_results; {load}("{folder}/", {options})')
+        logger.info(
+            f'from utils import create_results; df, args = create_results("{folder}/", {options})'
+        )
         seeds = sorted(str(path.parent) for path in folder.parent.glob(f"seed_*/{LOGS}"))
         if folder.name.startswith("seed_") and len(seeds) > 1:
-            logger.info(f"all seeds: {load}({seeds}, {options})")
+            logger.info(f"all seeds: df, args = create_results({seeds}, {options})")
 
     def forget(self, block: list[list[str]]) -> None:
         """Solve a block of requests together, evaluate the answers, and keep them."""
@@ -268,19 +270,10 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             self.keep(request, answer, after, seconds)
             self.bar.update()
 
-    def requests(self, block: list[list[str]]) -> list[Request]:
-        """What a solve needs, so that encoding is not timed as solving."""
-        return [self.texts.request(classes) for classes in block]
-
-    def solve(self, requests: Batch) -> list[Solved]:
-        """Forget each request from the original model. A method that has nothing to share between
-        requests has `solve_one` instead, of one request."""
-        return [self.solve_one(request) for request in requests]
-
     def keep(self, request: Request, answer: Solved, after: dict[str, Any], seconds: float) -> None:
         """Write the adapter of a request with its log entry, and show what became of it."""
         classes, dataset, forget = request.classes, self.plan.dataset, self.cfg.FORGET
-        label = join_label(classes)
+        label, settings = join_label(classes), self.run_settings
         model = model_files(self.results.path(dataset, label))
         solver = {
             "name": type(self).__name__.removeprefix("Forget").lower(),
@@ -296,7 +289,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             solver["model"] = str(model[0].relative_to(self.results.folder))
         before = self.accuracies.before(classes)
         entry = {"final_results": after, "zero_shot": before, "solver": solver}
-        settings = self.run_settings
         adapter = Adapter(
             answer.left.cpu(),
             answer.right.cpu(),
@@ -321,8 +313,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         lines = [*answer.notes, *outcomes(before[dataset], after[dataset])]
         logger.info("\n  ".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
         if self.cfg.LOG:
-            step = self.plan.requests.index(classes)
-            self.sink.row(label, numbers_of(dataset, entry), step)
+            self.sink.row(label, numbers_of(dataset, entry), self.plan.requests.index(classes))
             for name, values in answer.curves.items():
                 self.sink.curve(f"{name}/{label}", values)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-import datasets
 from clip.retain import GROUPS
+from datasets import clean_name
 from evaluation.zero_shot import class_embeddings
 from forgetting.baselines import ascend, leace, noise, null_space, uce, zeroing
 from forgetting.context import excluded_note
@@ -19,7 +19,7 @@ from forgetting.io import need
 from forgetting.problem import Batch, Request
 from forgetting.settings import setting
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
-from trainers.exact import ForgetExact
+from trainers.methods import ForgetExact
 from trainers.requests import BARE
 
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
@@ -44,9 +44,8 @@ class ForgetName(ForgetNothing):
     """
 
     def solve_one(self, request: Request) -> Solved:
-        note = "the name leaves the list of classes; the projection stays as it was"
-        unchanged = super().solve_one(request)
-        return replace(unchanged, notes=[note], removed=tuple(request.classes))
+        notes = ["the name leaves the list of classes; the projection stays as it was"]
+        return replace(super().solve_one(request), notes=notes, removed=tuple(request.classes))
 
 
 @register
@@ -233,7 +232,7 @@ class ForgetLEACE(RetainingTrainer):
         texts, prompts = [], []
         for index, name in enumerate(request.classes):
             prompt = self.bundle.class_hidden[[self.plan.classnames.index(name)]]
-            prompts.append(self.bundle.template.replace(BARE, datasets.clean_name(name)))
+            prompts.append(self.bundle.template.replace(BARE, clean_name(name)))
             mine = [row for row, owner in enumerate(request.owner) if owner == index]
             texts.append(torch.cat([request.hidden[mine], prompt]).double().to(self.device))
         left, right, apart = leace(texts, retained, self.projection.double())

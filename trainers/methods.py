@@ -1,18 +1,32 @@
-"""The paper's objective as trainers: its own descent, and its proved optimum."""
+"""The methods as trainers: the paper's descent, its objective at the proved optimum, and complete
+forgetting, solved exactly and proved."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
-from engine.config import paper_weights
+from clip.retain import GENERIC, GROUPS, PROTECT, exact_context
+from engine.config import TERMS, paper_weights
+from engine.determinism import one_thread
 from engine.log import logger
-from forgetting import ForgetProblem, LoraSettings, solve_lora_each, solve_requests
-from forgetting.context import proof
-from forgetting.problem import Batch
+from forgetting.compose import make_recipe
+from forgetting.context import ExactSettings, ForgetContext, proof
+from forgetting.errors import ProblemError
+from forgetting.models.vocabulary import generic_names
+from forgetting.problem import Batch, ForgetProblem, Request
+from forgetting.retain import RetainSet
+from forgetting.solvers.batched import solve_requests
+from forgetting.solvers.lora import LoraSettings, solve_lora_each
+from forgetting.targets import WITH_BETA
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
+from trainers.requests import read_target
 
 SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
 
@@ -25,7 +39,7 @@ class PaperTrainer(ForgetTrainer):
     options = ("TERMS",)
 
     @classmethod
-    def check_settings(cls, cfg) -> None:
+    def check_settings(cls, cfg: CfgNode) -> None:
         paper_weights(cfg)
 
     def build_model(self) -> None:
@@ -77,19 +91,16 @@ class ForgetLoRA(PaperTrainer):
 
     def solve(self, requests: Batch) -> list[Solved]:
         problem, excluded, reports = self.problem(requests)
-        settings = self.settings
+        settings, answers = self.settings, []
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         solutions = solve_lora_each(
             problem, requests.of_text, excluded, generators, settings, self.show_step
         )
-        answers = []
         fields = ("lamb_forget", "objective", "reduction")
         for solution, report in zip(solutions, reports, strict=True):
             trials, notes = solution.trials, []
             report |= {key: getattr(solution, key) for key in (*fields, "reached")}
-            report["trials"] = [
-                {k: getattr(trial, k) for k in (*fields, "step")} for trial in trials
-            ]
+            report["trials"] = [{k: getattr(one, k) for k in (*fields, "step")} for one in trials]
             report["target"] = self.cfg.FORGET.TARGET
             if not solution.reached:
                 notes = [
@@ -107,9 +118,8 @@ class ForgetLoRA(PaperTrainer):
         where = f"{count} at once, trial {trial + 1} of at most {settings.max_trials}, step {step}"
         self.bar.set_postfix_str(f"{where} of {settings.steps}")
         if step % SHOWN_EVERY == 0:
-            names = ("forget", "preserve", "weight")
-            means = zip(names, norms.mean(dim=1).tolist(), strict=True)
-            logger.info(f"  {where}: {', '.join(f'{name} norm {x:.4f}' for name, x in means)}")
+            means = zip(TERMS, norms.mean(dim=1).tolist(), strict=True)
+            logger.info(f"  {where}: {', '.join(f'{term} norm {x:.4f}' for term, x in means)}")
 
 
 @register
@@ -127,11 +137,85 @@ class ForgetOptimum(PaperTrainer):
             way = problem.double.displacement[mine]  # (k, d)
             missed = way - (problem.double.forget_hidden[mine] @ left) @ right
             before, after = (float(torch.linalg.matrix_norm(x)) for x in (way, missed))
-            reduction = abs(before - after) / before if before else 1.0
+            report |= solution | {"reduction": abs(before - after) / before if before else 1.0}
             note = (
                 f"{solution['branch']}: lamb_forget {solution['lamb_forget']:.4g}, c* "
                 f"{solution['thresholds']['reach']:.4g}, {proof(solution['certificate']['gap'])}"
             )
-            report |= solution | {"reduction": reduction}
             answers.append(Solved(left.float(), right.float(), report, [note]))
         return answers
+
+
+def exact_settings(cfg: CfgNode, d: int | None = None) -> ExactSettings:
+    """The settings of ForgetExact in a run; `d`: the width of the embeddings, if it is known."""
+    forget = cfg.FORGET
+    return ExactSettings(
+        target=read_target(forget.TARGET, d),
+        beta=float(forget.BETA) if forget.TARGET in WITH_BETA else 0.0,
+        noise_std=float(forget.NOISE_STD),
+        similarity=float(forget.SIMILARITY),
+        **{key.lower(): value for key, value in cfg.TRAINER.FORGETEXACT.items()},
+    )
+
+
+@register
+class ForgetExact(ForgetTrainer):
+    """The forgotten texts on their target, and the least disturbance of everything retained.
+
+    Retained are weighted groups of names: the other classes of the set, its vocabulary with a
+    generic one beside it, if there is a model to encode that, and the classes of the other sets.
+    """
+
+    settings_type = ExactSettings
+    targets = ("specific", *TARGETS)
+    retains = GROUPS
+    options = ("PROTECT",)
+    batch_size = 256
+
+    @classmethod
+    def check_settings(cls, cfg: CfgNode) -> None:
+        settings = exact_settings(cfg).chosen(listed=True)
+        if not settings.own + settings.vocabulary + settings.others:
+            raise ProblemError(
+                "TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0"
+            )
+
+    def method_settings(self) -> dict[str, Any]:
+        chosen = {key.lower(): value for key, value in self.cfg.TRAINER.FORGETEXACT.items()}
+        # Generic names are retained where there is a model to encode them.
+        return chosen | {"objective": "constrained", "model": self.source is not None}
+
+    @cached_property
+    def context(self) -> ForgetContext:
+        """What all requests are solved in."""
+        settings = exact_settings(self.cfg, self.projection.shape[1])
+        more = {}  # groups of names that the bundles do not hold
+        if self.plan.protect:
+            more[PROTECT] = self.texts.protected(self.plan.protect, self.others)
+        if self.encode is not None and settings.generic > 0:
+            names = generic_names()
+            more[GENERIC] = names, self.encode(names)
+        others, text = list(self.others.values()), self.texts.target_text(settings.target)
+        with one_thread():
+            return exact_context(settings, self.bundle, others, self.device, more, text)
+
+    def retained_names(self) -> RetainSet:
+        ridge = self.context.settings.ridge
+        logger.info(f"ridge {ridge:.2g} of a hidden state's mean squared length")
+        return self.context.retain
+
+    def requests(self, block: list[list[str]]) -> list[Request]:
+        _ = self.retain  # once for all requests, and not timed as a solve
+        return self.texts.with_paraphrases(super().requests(block))
+
+    def solve(self, requests: Batch) -> list[Solved]:
+        """Forget them completely; see `forgetting.context`."""
+        keys = ("weights", "model", "precision", "template")  # what a hidden state depends on
+        encoder = json.dumps([self.run_settings.get(key) for key in keys]).encode()
+        encoder_sha256, solved = hashlib.sha256(encoder).hexdigest(), []
+        for answer in self.context.forget(requests):
+            recipe = make_recipe(self.context, answer, self.plan.dataset, encoder_sha256)
+            report = answer.report() | {"weights": self.retain.weights}
+            factors = answer.edit.left.float(), answer.edit.right.float()
+            solved.append(Solved(*factors, report, answer.notes(), recipe=recipe))
+        return solved
