@@ -258,7 +258,7 @@ def test_ascent_reports_what_it_reached(method, capsys):
 ROWS = {
     "target of none": ("ForgetZero", ["--target", "empty"], "FORGET.TARGET"),
     "specific": ("ForgetUCE", ["--target", "specific"], "specific needs.*ForgetUCE: empty"),
-    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "specific needs.*ForgetLoRA: empty"),
+    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "specific.*ForgetLoRA: empty"),
     "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
     "terms": ("ForgetUCE", ["FORGET.TERMS", "('forget',)"], "TERMS has no effect on ForgetUCE"),
     "protect": ("ForgetZero", ["--protect", "cat"], "PROTECT has no effect on ForgetZero"),
