@@ -29,12 +29,12 @@ from forgetting import (
     ForgetProblem,
     LoraSettings,
     Ridge,
-    resolve_auto_weight,
     solve_constrained_each,
     solve_each,
     solve_exact,
     solve_lora_each,
 )
+from forgetting.solvers.exact import ExactSolution
 
 NAMES = (10**2, 10**3, 10**4, 10**5)
 CLASSES = (10, 30, 100, 300, 1000)
@@ -78,6 +78,9 @@ class Workload:
         """The first `count` classes; all names stay."""
         problem = self.problem.part(torch.arange(count))
         return Workload(self.name, problem, self.excluded[:count])
+
+    def solve(self) -> list[ExactSolution]:
+        return solve_each(self.problem, torch.arange(len(self.excluded)), self.excluded)
 
 
 def from_bundle(path: str) -> Workload:
@@ -123,7 +126,7 @@ def median(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, 
 
 def together(work: Workload) -> pd.DataFrame:
     """Seconds of the exact solvers for all classes at once, with their proofs."""
-    seconds, each = median(lambda: solve_each(work.problem, work.excluded))
+    seconds, each = median(work.solve)
     problem, count = work.problem.double, len(work.excluded)
     rows = problem.retain_hidden
     mu = 1e-3 * float(rows.square().sum(dim=1).mean())
@@ -133,7 +136,7 @@ def together(work: Workload) -> pd.DataFrame:
     gap = max(answer.certificate.gap for answer in answers)
     return pd.DataFrame(
         [
-            ("paper's objective", count, seconds, float(each.gap.max())),
+            ("paper's objective", count, seconds, max(x.certificate.gap for x in each)),
             ("constrained form", count, constrained, gap),
         ],
         columns=["solver", "classes", "seconds", "largest gap"],
@@ -146,9 +149,9 @@ def descents(work: Workload) -> pd.DataFrame:
     trial = LoraSettings(max_trials=1)
     single = work.first(1).problem.part(torch.arange(1), ~work.excluded[0])
     started = time.perf_counter()
-    objective = plain_descent(resolve_auto_weight(single))
+    objective = plain_descent(replace(single, lamb_forget=solve_exact(single).lamb_forget))
     alone = time.perf_counter() - started
-    optimum = solve_each(work.problem, work.excluded).primal.tolist()
+    optimum = [answer.certificate.primal for answer in work.solve()]
     rows = [("autograd, one by one", 1, alone, 1.0, objective / optimum[0] - 1)]
     for count in filter(lambda count: count <= len(work.excluded), DESCENTS):
         part = work.first(count)
@@ -203,10 +206,7 @@ def growth_names(work: Workload) -> pd.DataFrame:
 def growth_classes(work: Workload) -> pd.DataFrame:
     """The paper's objective for the first classes, everything retained."""
     parts = [work.first(count) for count in CLASSES if count <= len(work.excluded)]
-    rows = [
-        (len(part.excluded), median(lambda part=part: solve_each(part.problem, part.excluded))[0])
-        for part in parts
-    ]
+    rows = [(len(part.excluded), median(part.solve)[0]) for part in parts]
     return pd.DataFrame(rows, columns=["classes", "seconds"])
 
 
@@ -215,7 +215,7 @@ def growth_width() -> pd.DataFrame:
     rows = []
     for width in WIDTHS:
         work = random_workload(CLASSES[-1], width)
-        rows.append((width, median(lambda work=work: solve_each(work.problem, work.excluded))[0]))
+        rows.append((width, median(work.solve)[0]))
     return pd.DataFrame(rows, columns=["w = d", "seconds"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -49,8 +49,7 @@ class ForgetProblem:
         retain_hidden: `H_r`, (m, w), hidden states of the texts to retain, m >= 0.
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
-            `lamb_forget` may be "auto": each solver then takes a value just above the threshold c*
-            (`forgetting.solvers.exact.resolve_auto_weight`), which is where the paper's retry loop
+            `lamb_forget` may be "auto": just above the threshold c*, where the paper's retry loop
             ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
@@ -125,18 +124,14 @@ class ForgetProblem:
         forget, preserve, weight = self.terms(delta)
         return self.lamb_forget * forget + self.lamb_preserve * preserve + self.lamb_weight * weight
 
-    def part(self, texts: Tensor | slice, staying: Tensor | None = None) -> ForgetProblem:
-        """The problem of some of the texts, with some of the names retained.
-
-        Args:
-            texts: (k,) index, mask or slice of rows of `forget_hidden`.
-            staying: (m,) mask of rows of `retain_hidden`; None: all stay.
-        """
+    def part(self, texts: Tensor | slice, staying: Tensor | slice = slice(None)) -> ForgetProblem:
+        """The problem of some of the texts, with some of the names retained: index, mask or slice
+        of the rows of `forget_hidden`, and of `retain_hidden`."""
         return replace(
             self,
             forget_hidden=self.forget_hidden[texts],
             target=self.target[texts],
-            retain_hidden=self.retain_hidden if staying is None else self.retain_hidden[staying],
+            retain_hidden=self.retain_hidden[staying],
         )
 
     def reduction(self, delta: Tensor) -> float:
@@ -229,16 +224,30 @@ class Batch(Sequence[Request]):
         return masks
 
 
-def texts_per_request(owner: Tensor, requests: int) -> Tensor:
-    """The number of texts of each request, (R,), from the request (K,) of each text.
+def equal_sizes(owner: Tensor, excluded: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of requests with the same number of texts, of at most about `most` rows.
+
+    Args:
+        owner: (K,) int64, the request of each text; excluded: (R, n) bool, what each excludes.
+
+    Yields:
+        Requests (B,), sorted by how many names they exclude (less padding), and the indices (B, k)
+        of their texts.
 
     Raises:
         ProblemError: a request without a text.
     """
-    count = torch.bincount(owner, minlength=requests)
-    if len(count) != requests or not count.all():
-        raise ProblemError("each request needs at least one text, and each text one request")
-    return count
+    count = torch.bincount(owner, minlength=len(excluded))
+    if not count.all():
+        raise ProblemError("each request needs at least one text")
+    order = owner.argsort(stable=True)  # the texts, request by request
+    first, names = count.cumsum(0) - count, excluded.sum(dim=1)
+    for k in count.unique().tolist():
+        requests = torch.nonzero(count == k)[:, 0]
+        requests = requests[names[requests].argsort(stable=True)]
+        size = max(1, most // (int(names[requests].max()) + k))
+        for batch in requests.split(size):
+            yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
 
 
 def pad_indices(mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

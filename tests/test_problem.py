@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetting import ProblemError
-from forgetting.problem import Batch, LowRankEdit, Request, pad_indices, pad_rows
+from forgetting.problem import Batch, LowRankEdit, Request, equal_sizes, pad_indices, pad_rows
 from tests.solver_fixtures import normal, random_problem
 
 
@@ -117,6 +117,16 @@ def test_a_request_takes_more_texts():
     assert more.texts == [*one.texts, "other"] and more.owner == [0, 1, 1]
     assert torch.equal(more.hidden[-1], row) and torch.equal(more.hidden[:2], one.hidden)
     assert more.classes == one.classes and len(one.texts) == 2
+
+
+def test_batches_of_requests_with_the_same_number_of_texts():
+    owner, excluded = torch.tensor([2, 0, 1, 0, 3]), torch.eye(4).bool()
+    excluded[1] = True
+    assert [len(requests) for requests, _ in equal_sizes(owner, excluded, 6)] == [1, 1, 1, 1]
+    found = [(a.tolist(), b.tolist()) for a, b in equal_sizes(owner, excluded, 100)]
+    assert found == [([2, 3, 1], [[0], [4], [2]]), ([0], [[1, 3]])]
+    with pytest.raises(ProblemError, match="at least one text"):
+        list(equal_sizes(torch.tensor([0, 2]), torch.zeros(3, 2).bool(), 5))
 
 
 def test_padded_rows_are_those_of_the_mask():

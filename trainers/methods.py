@@ -22,7 +22,7 @@ from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import Batch, ForgetProblem, Request
 from forgetting.retain import RetainSet
-from forgetting.solvers.batched import solve_requests
+from forgetting.solvers.exact import solve_each
 from forgetting.solvers.lora import LoraSettings, solve_lora_each
 from forgetting.targets import WITH_BETA
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
@@ -131,18 +131,15 @@ class ForgetOptimum(PaperTrainer):
     def solve(self, requests: Batch) -> list[Solved]:
         problem, excluded, reports = self.problem(requests)
         answers = []
-        solved = solve_requests(problem, requests.of_text, excluded)
-        for i, ((left, right, solution), report) in enumerate(zip(solved, reports, strict=True)):
-            mine = requests.of_text == i
-            way = problem.double.displacement[mine]  # (k, d)
-            missed = way - (problem.double.forget_hidden[mine] @ left) @ right
-            before, after = (float(torch.linalg.matrix_norm(x)) for x in (way, missed))
-            report |= solution | {"reduction": abs(before - after) / before if before else 1.0}
+        solved = solve_each(problem, requests.of_text, excluded)
+        for i, (solution, report) in enumerate(zip(solved, reports, strict=True)):
+            part = problem.part(requests.of_text == i, slice(0)).double
+            report |= solution.report() | {"reduction": part.reduction(solution.delta)}
             note = (
-                f"{solution['branch']}: lamb_forget {solution['lamb_forget']:.4g}, c* "
-                f"{solution['thresholds']['reach']:.4g}, {proof(solution['certificate']['gap'])}"
+                f"{solution.branch}: lamb_forget {solution.lamb_forget:.4g}, c* "
+                f"{solution.thresholds.reach:.4g}, {proof(solution.certificate.gap)}"
             )
-            answers.append(Solved(left.float(), right.float(), report, [note]))
+            answers.append(Solved(solution.left.float(), solution.right.float(), report, [note]))
         return answers
 
 

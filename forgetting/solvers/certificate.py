@@ -24,7 +24,6 @@ FREE_RADIUS = 2.0
 # CLIP's features.
 ROUNDING = 2e-15
 POOR = 1e-6  # a gap or residual above this is no answer to rely on
-BATCH = 256  # classes at a time; the memory is m x BATCH
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,16 @@ class Certificate:
 
 def certify(
     problem: ForgetProblem,
+    rows: Tensor,
+    excluded: Tensor,
+    lamb_forget: Tensor,
     left: Tensor,
     right: Tensor,
     y: Tensor,
     u_left: Tensor,
     u_right: Tensor,
-) -> Certificate:
-    """Certify `Delta = left @ right` by the multipliers `Y` and `U = u_left @ u_right`.
+) -> list[Certificate]:
+    """Certify B answers `Delta = left @ right` by multipliers `Y` and `U = H_r u_left u_right`.
 
     For any `Y` (k, d) and `U` (m, d) put `V = H_f^T Y - H_r^T U`. For every `Delta`
 
@@ -79,118 +81,66 @@ def certify(
     objective.
 
     Args:
-        problem: any dtype; `retain_hidden` may be replaced by a square root of `H_r^T H_r`.
-        left: (w, r), right: (r, d).
-        y: (k, d), u_left: (m, p), u_right: (p, d); multipliers that are too long cost a gap.
+        problem: of B * k texts, k for each answer, in any dtype; its own `retain_hidden` and
+            `lamb_forget` play no part.
+        rows: (m, w), what is retained, or a square root of `H_r^T H_r`; excluded: (B, m) bool, the
+            rows that are not retained; lamb_forget: (B,).
+        left: (B, w, r); right: (B, r, d); y: (B, k, d); u_left: (B, w, p); u_right: (B, p, d);
+            multipliers that are too long cost a gap.
     """
-    exact, norm = problem.double, torch.linalg.matrix_norm
-    h_f, h_r, d = exact.forget_hidden, exact.retain_hidden, _displacement(exact)
-    left, right, y = left.double(), right.double(), y.double()
-    # Orthonormal columns: however long the factors of U are, their product is no longer than U.
-    u_left, r = torch.linalg.qr(u_left.double())
-    u_right = r @ u_right.double()
-    lf, lp, lw = problem.lamb_forget, problem.lamb_preserve, problem.lw
+    exact, norm, batch = problem.double, torch.linalg.matrix_norm, (len(left), -1)
+    h_f, h_r = exact.forget_hidden.unflatten(0, batch), rows.double()  # (B, k, w), (m, w)
+    target, projection = exact.target.unflatten(0, batch), exact.projection
+    d = target - h_f @ projection  # made here: nothing is taken over from a solver
+    lf, lp, lw = lamb_forget, problem.lamb_preserve, problem.lw
 
-    y_norm, u_norm = float(norm(y)), _product_norm(u_left, u_right)
-    size, moved = _product_norm(left, right), _product_norm(h_r @ left, right)
-    primal = lf * float(norm(d - (h_f @ left) @ right)) + lp * moved + lw * size
+    def seen(columns: Tensor) -> Tensor:
+        """`H_r` times columns (B, w, p), (B, m, p)."""
+        return (columns.mT @ h_r.T).masked_fill(excluded[:, None], 0.0).mT
+
+    # Orthonormal columns: however long the factors of U are, their product is no longer than U.
+    u_left, triangle = torch.linalg.qr(seen(u_left))  # (B, m, p)
+    u_right = triangle @ u_right
+    y_norm, u_norm = norm(y), norm(u_right)  # (B,)
+    size, moved = _product_norm(left, right), _product_norm(seen(left), right)
+    primal = lf * norm(d - (h_f @ left) @ right) + lp * moved + lw * size
     # Lengths that enter the evaluation: D is made of P and H_f W, Delta and U of their factors.
-    length_f, length_r = float(norm(h_f)), float(norm(h_r))
-    length_d = float(norm(exact.target) + length_f * norm(exact.projection))
+    length_f, length_r = norm(h_f), norm(h_r)
+    length_d = norm(target) + length_f * norm(projection)
     length, u_length = _summed_length(left, right), _summed_length(u_left, u_right)
     rounding = ROUNDING * (lf * (length_d + length_f * length) + (lp * length_r + lw) * length)
 
     # V as a product of factors: (w, k + p) @ (k + p, d).
-    v_left = torch.cat([h_f.T, -(h_r.T @ u_left)], dim=1)
-    v_norm = _product_norm(v_left, torch.cat([y, u_right]))
+    pulled = (u_left.mT @ h_r).mT  # U has no rows of what is excluded
+    v_norm = _product_norm(torch.cat([h_f.mT, -pulled], 2), torch.cat([y, u_right], 1))
     v_rounding = ROUNDING * (length_f * y_norm + length_r * u_length)
-    value = float((y * d).sum())
-    radius = math.inf
+    value, radius = (y * d).sum(dim=(1, 2)), torch.full_like(size, math.inf)
     if lw == 0:
-        reaching = float(norm(torch.linalg.lstsq(h_f, d).solution))
-        radius = FREE_RADIUS * max(size, reaching)
+        radius = FREE_RADIUS * torch.maximum(size, norm(torch.linalg.lstsq(h_f, d).solution))
 
-    def bound(value: float, v_norm: float) -> float:
+    def bound(value: Tensor, v_norm: Tensor) -> Tensor:
         # Scaling Y, U and V together keeps their relation; shortening U alone would spoil V.
-        scale = max(1.0, _ratio(y_norm, lf), _ratio(u_norm, lp))
-        return value / max(scale, v_norm / lw) if lw > 0 else (value - v_norm * radius) / scale
+        ratios = torch.stack([y_norm / lf, u_norm / torch.full_like(lf, lp)])  # 0 / 0: nothing
+        scale = ratios.nan_to_num(0.0, math.inf).amax(dim=0).clamp(min=1.0)
+        if lw == 0:
+            return (value - v_norm * radius) / scale
+        return value / torch.maximum(scale, v_norm / lw)
 
     computed = bound(value, v_norm)
-    worst = bound(value - ROUNDING * y_norm * length_d, v_norm + v_rounding)
-    return Certificate.of(primal, computed, rounding + computed - worst, radius)
+    lowest = bound(value - ROUNDING * y_norm * length_d, v_norm + v_rounding)
+    numbers = primal, computed, rounding + computed - lowest, radius
+    return [Certificate.of(*one) for one in zip(*(x.tolist() for x in numbers), strict=True)]
 
 
-def _displacement(exact: ForgetProblem) -> Tensor:
-    """`D = P - H_f W`, (k, d) float64: made here, so that nothing is taken over from a solver."""
-    return exact.target - exact.forget_hidden @ exact.projection
-
-
-def _summed_length(left: Tensor, right: Tensor) -> float:
-    """The lengths that are summed up in `left @ right`: of each column times its row."""
+def _summed_length(left: Tensor, right: Tensor) -> Tensor:
+    """The lengths (B,) that are summed up in `left @ right`: of each column times its row."""
     norm = torch.linalg.vector_norm
-    return float((norm(left, dim=0) * norm(right, dim=1)).sum())
+    return (norm(left, dim=1) * norm(right, dim=2)).sum(dim=1)
 
 
-def _product_norm(left: Tensor, right: Tensor) -> float:
+def _product_norm(left: Tensor, right: Tensor) -> Tensor:
     """`||left @ right||` without the product, which is as large as W: `||left R^T||` of a QR."""
-    if left.shape[1] == 0:
-        return 0.0
-    return float(torch.linalg.matrix_norm(left @ torch.linalg.qr(right.T, mode="r").R.T))
-
-
-def _ratio(length: float, limit: float) -> float:
-    """How far a length exceeds a limit, which may be zero."""
-    return length / limit if limit > 0 else (0.0 if length == 0 else math.inf)
-
-
-def certify_each(
-    problem: ForgetProblem,
-    excluded: Tensor,
-    lamb_forget: Tensor,
-    left: Tensor,
-    y: Tensor,
-    u_scale: Tensor,
-    u_direction: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`certify` for C texts that are each forgotten alone, each by a change of rank one.
-
-    All of class i's matrices are multiples of its unit displacement, so vectors are left:
-    `Delta_i = left[i] (x) D_i`, `||Y_i|| = y[i]`, `U_i = u_scale[i] H_r^(i) u_direction[i]`, where
-    `H_r^(i)` is `retain_hidden` without the rows that `excluded[i]` marks.
-
-    Args:
-        problem: `forget_hidden` (C, w), `target` (C, d); its own `lamb_forget` plays no part.
-        excluded: (C, m) bool; lamb_forget: (C,); left: (C, w); y: (C,); u_scale: (C,);
-            u_direction: (C, w).
-
-    Returns:
-        primal, bound and gap, (C,) float64.
-    """
-    exact, norm = problem.double, torch.linalg.vector_norm
-    h_f, h_r, lp, lw = exact.forget_hidden, exact.retain_hidden, problem.lamb_preserve, problem.lw
-    length = norm(_displacement(exact), dim=1)  # (C,)
-    length_f, length_r = norm(h_f, dim=1), float(torch.linalg.matrix_norm(h_r))
-    length_d = norm(exact.target, dim=1) + length_f * torch.linalg.matrix_norm(exact.projection)
-    primal, bound = torch.empty_like(length), torch.empty_like(length)
-    for part in torch.arange(len(h_f), device=h_f.device).split(BATCH):
-        removed = excluded[part].T  # (m, B)
-        image = (h_r @ left[part].T).masked_fill_(removed, 0.0)  # H_r^(i) left[i], (m, B)
-        u = u_scale[part] * (h_r @ u_direction[part].T).masked_fill_(removed, 0.0)  # (m, B)
-        lf, y_norm, u_norm = lamb_forget[part], y[part], norm(u, dim=0)  # (B,)
-        size = norm(left[part], dim=1)
-        missed = (1 - (h_f[part] * left[part]).sum(dim=1)).abs()
-        primal[part] = length[part] * (lf * missed + lp * norm(image, dim=0) + lw * size)
-        size = length[part] * size
-        rounding = lf * (length_d[part] + length_f[part] * size) + (lp * length_r + lw) * size
-        v_norm = norm(y_norm[:, None] * h_f[part] - u.T @ h_r, dim=1)
-        v_norm += ROUNDING * (length_f[part] * y_norm + length_r * u_norm)
-        scale = torch.stack([y_norm / lf, u_norm / lp, v_norm / lw]).amax(dim=0).clamp(min=1.0)
-        value = y_norm * (length[part] - ROUNDING * length_d[part])
-        bound[part] = value / scale - ROUNDING * rounding
-    finite = torch.isfinite(primal) & torch.isfinite(bound)
-    bound = torch.where(finite, torch.minimum(bound.clamp(min=0), primal), 0.0)
-    gap = torch.where(primal > 0, (primal - bound) / primal.clamp(min=1e-300), 0.0)
-    return primal, bound, torch.where(finite, gap, 1.0)
+    return torch.linalg.matrix_norm(left @ torch.linalg.qr(right.mT, mode="r").R.mT)
 
 
 def certify_constrained(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from forgetting.errors import ProblemError, number
 from forgetting.io import indices, mask, matrix, tensor, vector
-from forgetting.problem import LowRankEdit, pad_indices, texts_per_request
+from forgetting.problem import LowRankEdit, equal_sizes, pad_indices
 from forgetting.solvers.certificate import Certificate, certify_constrained
 from forgetting.solvers.spectrum import triangle
 
@@ -161,7 +161,7 @@ def request_batches(
     used = excluded.any(dim=0) & (ridge.weights > 0)
     rows, weights, excluded = ridge.rows[used].to(h), ridge.weights[used], excluded[:, used]
     base, base_rows = ridge.solve(h), ridge.solve(rows)  # (K, w), (n, w)
-    for numbers, texts in _equal_sizes(owner, excluded, h.shape[1]):
+    for numbers, texts in equal_sizes(owner, excluded, BATCH_NUMBERS // h.shape[1]):
         index, weight = pad_indices(excluded[numbers], weights)  # (B, n')
         present = (weight > 0)[..., None]
         yield (
@@ -170,21 +170,6 @@ def request_batches(
             base[texts],
             (rows[index] * present, base_rows[index] * present, weight),
         )
-
-
-def _equal_sizes(owner: Tensor, excluded: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Requests (B,) with the same number of texts, sorted by how many names they exclude (less
-    padding), and the indices (B, k) of their texts."""
-    count = texts_per_request(owner, len(excluded))
-    order = owner.argsort(stable=True)  # the texts, request by request
-    first = count.cumsum(0) - count
-    names = excluded.sum(dim=1)
-    for k in count.unique().tolist():
-        requests = torch.nonzero(count == k)[:, 0]
-        requests = requests[names[requests].argsort(stable=True)]
-        size = max(1, BATCH_NUMBERS // (width * (int(names[requests].max()) + k)))
-        for batch in requests.split(size):
-            yield batch, order[first[batch, None] + torch.arange(k, device=owner.device)]
 
 
 def downdate(

@@ -19,10 +19,9 @@ from torch.optim.adam import adam
 
 from forgetting.errors import ProblemError, shown
 from forgetting.io import indices, mask
-from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows, texts_per_request
+from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows
 from forgetting.settings import setting, validate
-from forgetting.solvers.batched import solve_each
-from forgetting.solvers.exact import resolve_auto_weight
+from forgetting.solvers.exact import solve_each
 
 BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
 
@@ -144,7 +143,9 @@ def solve_lora_each(
         raise ProblemError(f"generators must be torch.Generator objects, not {shown(generators)}")
     if len(generators) != len(excluded):
         raise ProblemError(f"{len(generators)} generators for {len(excluded)} requests")
-    lamb_forget = _first_weights(problem, owner, excluded)
+    lamb_forget = [problem.lamb_forget] * len(excluded)
+    if problem.lamb_forget == AUTO:
+        lamb_forget = [one.lamb_forget for one in solve_each(problem, owner, excluded)]
     gram = problem.retain_hidden.double().T @ problem.retain_hidden.double()  # (w, w)
     solutions: list[LoraSolution] = []
     size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
@@ -161,19 +162,6 @@ def solve_lora_each(
         draws = [generators[i] for i in chosen]
         solutions += _descend(objective, [lamb_forget[i] for i in chosen], draws, settings, on_step)
     return solutions
-
-
-def _first_weights(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> list[float]:
-    """The `lamb_forget` that each request starts with."""
-    count = texts_per_request(owner, len(excluded))
-    if problem.lamb_forget != AUTO:
-        return [problem.lamb_forget] * len(excluded)
-    if (count == 1).all():
-        return solve_each(problem.part(owner.argsort()), excluded).lamb_forget.tolist()
-    return [
-        resolve_auto_weight(problem.part(owner == request, ~names)).lamb_forget
-        for request, names in enumerate(excluded)
-    ]
 
 
 def _descend(
