@@ -71,13 +71,12 @@ def architecture(name: str) -> ModelSpec:
     return find_model(name)
 
 
-def published(spec: ModelSpec) -> tuple[str, str] | None:
-    """File name and address of the weights that OpenAI published for an architecture, if any."""
+def openai_url(spec: ModelSpec) -> str | None:
+    """Address of the weights that OpenAI published for an architecture, if any."""
     if spec.weights is not None or spec.sha256 not in OPENAI:
         return None
     name = OPENAI[spec.sha256]
-    file = f"{name}{'px' if name.endswith('-336') else ''}.pt"
-    return file, f"{OPENAI_URL}/{spec.sha256}/{file}"
+    return f"{OPENAI_URL}/{spec.sha256}/{name}{'px' if name.endswith('-336') else ''}.pt"
 
 
 def identity(spec: ModelSpec) -> str:

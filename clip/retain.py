@@ -73,26 +73,6 @@ def retain_set(
     return RetainSet(chosen, similarity, device, MAX_SIMILAR if GENERIC in chosen else None)
 
 
-def exact_retain_set(
-    settings: ExactSettings,
-    bundle: FeatureBundle,
-    others: Sequence[FeatureBundle] = (),
-    device: torch.device | str = "cpu",
-    more: Mapping[str, Names] | None = None,
-    without: str = "",
-) -> RetainSet:
-    """The names that complete forgetting retains: the groups that have weight, but for `without`.
-
-    Classes are retained by name and prompt: on real features the rest of the set and other sets
-    lose less by it, under templates that nobody listed as well (docs/exact.md).
-    """
-    more = more or {}
-    weights = settings.group_weights(bool(others), bool(bundle.retain_names), GENERIC in more)
-    known = {*GROUPS, *more} - {without}
-    weights = {name: weight for name, weight in weights.items() if name in known and weight > 0}
-    return retain_set(bundle, others, weights, settings.similarity, device, more, prompts=True)
-
-
 def exact_context(
     settings: ExactSettings,
     bundle: FeatureBundle,
@@ -103,12 +83,17 @@ def exact_context(
 ) -> ForgetContext:
     """What classes of a bundle are forgotten in.
 
+    Classes are retained by name and prompt: on real features the rest of the set and other sets
+    lose less by it, under templates that nobody listed as well (docs/exact.md).
+
     Args:
         others: bundles of other sets, whose names are listed; more: see `retain_set`.
         text: (1, w), hidden state of the TEXT of a target `text:TEXT`.
     """
-    settings = settings.chosen(bool(others))
-    retain = exact_retain_set(settings, bundle, others, device, more)
+    settings, more = settings.chosen(bool(others)), more or {}
+    weights = settings.group_weights(bool(others), bool(bundle.retain_names), GENERIC in more)
+    weights = {k: x for k, x in weights.items() if k in (*GROUPS, *more) and x > 0}
+    retain = retain_set(bundle, others, weights, settings.similarity, device, more, prompts=True)
     if settings.ridge is None:
         settings = replace(settings, ridge=_choose_ridge(settings, bundle, retain))
     inputs = target_inputs(bundle, device, settings.noise_std, text)

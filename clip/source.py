@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clip.architectures import architecture, identity, preprocessing, published
+from clip.architectures import architecture, identity, openai_url, preprocessing
 from clip.digests import digests
-from clip.download import download
 from engine.log import logger
 from forgetting.adapter import ModelIdentity
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError, reason, unknown
 from forgetting.io import naming
 from forgetting.models.checkpoint import combined_sha256
 from forgetting.models.encoder import BATCH, Encoder, read_encoder, truncation_warning
@@ -74,10 +73,19 @@ class ClipSource:
     @cached_property
     def weights_files(self) -> list[Path]:
         """The files of the checkpoint; downloaded first if need be."""
-        self.architecture = fetch(self.architecture, self.cache / "weights")
-        if (known := published(self.architecture)) is not None:
-            file, url = known
-            path = download(url, self.architecture.sha256, self.cache / "weights" / file)
+        folder = self.cache / "weights"
+        self.architecture = fetch(self.architecture, folder)
+        if (url := openai_url(self.architecture)) is not None:
+            path = folder / Path(url).name
+            if not path.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    torch.hub.download_url_to_file(url, str(path), self.architecture.sha256)
+                except Exception as error:  # of the network, or a file with another SHA-256
+                    raise ProblemError(
+                        f"cannot download {url} ({reason(error)}); put the file at {path} by hand, "
+                        "or pass --weights PATH"
+                    ) from error
             self.architecture = replace(self.architecture, weights=path)
         return self.architecture.files()
 

@@ -21,7 +21,7 @@ import train
 from clip import ARCHITECTURES, ClipSource, architecture
 from clip import apply as apply_command
 from clip.apply import save_full_model
-from clip.architectures import IMAGES, identity_sha256, published
+from clip.architectures import IMAGES, identity_sha256, openai_url
 from evaluation.results import read_logs
 from forgetting import load_adapter
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
@@ -176,8 +176,8 @@ def test_identity_is_part_of_the_cache(tmp_path):
 def test_addresses_are_those_that_open_clip_lists() -> None:
     for name in OPENAI:
         listed = open_clip.get_pretrained_url(str(ARCHITECTURES[name].config), "openai")
-        assert published(ARCHITECTURES[name])[1] == listed
-    assert published(ARCHITECTURES["mini"]) is None, "the default needs no network"
+        assert openai_url(ARCHITECTURES[name]) == listed
+    assert openai_url(ARCHITECTURES["mini"]) is None, "the default needs no network"
 
 
 # --- Through the driver, and out again -----------------------------------------------------------

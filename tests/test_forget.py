@@ -25,7 +25,7 @@ ONCE = {"min_margin": 0.0, "min_displacement": 0.0}  # no second look
 def common(monkeypatch):
     """A generic vocabulary of forty names, one of them retained by name as well."""
     names = [f"w{i}" for i in range(39)] + ["PEPSI"]
-    monkeypatch.setattr("forgetting.models.vocabulary.generic", lambda: {"a": names})
+    monkeypatch.setattr("forgetting.models.vocabulary.generic_names", lambda: names)
     return names
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import train
 from clip.bundle import bundle_path
-from clip.retain import exact_context, exact_retain_set
+from clip.retain import exact_context
 from forgetting import load_adapter
 from forgetting.cli import cli
 from forgetting.context import ExactSettings
@@ -65,13 +65,12 @@ def test_what_is_retained_of_bundles():
     hidden[1] = 1.001 * hidden[0]  # a dog as like a cat as can be
     words = torch.cat([hidden[:1], animals.retain_hidden[1:]])
     animals = replace(animals, forget_hidden=hidden, retain_hidden=words)
-    retain = exact_retain_set(ExactSettings(), animals, [tools])
+    retain = exact_context(ExactSettings(), animals, [tools]).retain
     assert retain.counts == {"own": 12, "vocabulary": 30, "others": 8}
     mask = retain.excluded([()], hidden[:1], torch.zeros(1, dtype=torch.int64))[0]
     assert retain.named(mask) == ["cat"] and int(mask.nonzero()) == 12  # the vocabulary's first
-    without = exact_retain_set(ExactSettings(), animals, [tools], without="others")
+    without = exact_context(ExactSettings(others=0.0), animals, [tools]).retain
     assert set(without.counts) == {"own", "vocabulary"}
-    assert "others" not in exact_retain_set(ExactSettings(others=0.0), animals, [tools]).counts
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.0])

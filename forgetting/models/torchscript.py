@@ -2,13 +2,12 @@
 
 Such an archive is a program. Its weights are a pickle in which modules are named by their class and
 tensors by where their numbers are. Both are read here as data: a module becomes an empty object,
-and no other name is looked up. Which of its tensors are weights is stated in the program's text.
+and no other name is looked up.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
 from collections import OrderedDict
 from typing import Any
 from zipfile import ZipFile
@@ -25,18 +24,11 @@ DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-# The head of a class in the program's text: __parameters__ = ["weight", "bias", ], __buffers__ = []
-_CLASS = re.compile(
-    r"^class (\w+)\(Module\):\s+__parameters__ = \[([^\]]*)\]\s+__buffers__ = \[([^\]]*)\]",
-    re.MULTILINE,
-)
+MASK = "attn_mask"  # the one tensor of OpenAI's models that is no weight
 
 
 class _Module:
-    """What a module of the archive becomes: its attributes, of which `weights` names those that are
-    parameters and buffers, not other tensors."""
-
-    weights: frozenset[str] = frozenset()
+    """What a module of the archive becomes: its attributes."""
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -58,17 +50,11 @@ _KNOWN = {
 class _Reader(pickle.Unpickler):
     def __init__(self, file: Any, archive: ZipFile, folder: str) -> None:
         super().__init__(file)
-        self._archive, self._folder, self._storages, self._classes = archive, folder, {}, {}
-        for path in archive.namelist():
-            if path.startswith(f"{folder}/code/") and path.endswith(".py"):
-                module = path.removeprefix(f"{folder}/code/").removesuffix(".py").replace("/", ".")
-                for name, *lists in _CLASS.findall(archive.read(path).decode()):
-                    weights = frozenset(re.findall(r'"([^"]*)"', "".join(lists)))
-                    self._classes[module, name] = type(name, (_Module,), {"weights": weights})
+        self._archive, self._folder, self._storages = archive, folder, {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
-            return self._classes.get((module, name), _Module)
+            return _Module
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) in _KNOWN:
@@ -100,7 +86,7 @@ def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
 
 def _collect(module: _Module, prefix: str, state: dict[str, Tensor]) -> None:
     for name, value in vars(module).items():
-        if isinstance(value, Tensor) and name in module.weights:
+        if isinstance(value, Tensor) and name != MASK:
             state[prefix + name] = value
         elif isinstance(value, _Module):  # one within itself ends in a RecursionError
             _collect(value, f"{prefix}{name}.", state)

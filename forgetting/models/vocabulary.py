@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 
 from torch import Tensor
 
 from forgetting.errors import ProblemError
 from forgetting.io import pack, unpack, write_bytes
+from forgetting.models import words
 from forgetting.models.encoder import Encoder
-from forgetting.models.words import generic
 
 FORMAT = "clip-forget-hidden/1"
 MAX_SIMILAR = 16  # generic names that are excluded for being similar to a forgotten text, at most
@@ -26,8 +27,11 @@ TOLERANCE = 0.05  # relative distance of a hidden state in half precision betwee
 
 
 def generic_names() -> list[str]:
-    """All names of all kinds, each once."""
-    return [name for names in generic().values() for name in names]
+    """All names of all kinds, each once, in the order of the files."""
+    kinds = [file for file in files(words).iterdir() if file.name.endswith(".txt")]
+    kinds.sort(key=lambda file: file.name)
+    lines = [line for kind in kinds for line in kind.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def generic_hidden(
