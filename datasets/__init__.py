@@ -11,7 +11,7 @@ from engine import DATASET_REGISTRY
 from .names import clean_name, key, match
 from .reader import CLASSES, ImageSet, available, load
 from .table import NAMES, SETS, SetSpec, spec
-from .vocabulary import retain_vocabulary, same_meaning, synonyms
+from .vocabulary import retain_vocabulary, same_meaning
 
 for _class in CLASSES.values():
     DATASET_REGISTRY.register(force=True)(_class)  # Dassl has sets of its own, such as a CIFAR10
@@ -29,5 +29,4 @@ __all__ = [
     "retain_vocabulary",
     "same_meaning",
     "spec",
-    "synonyms",
 ]

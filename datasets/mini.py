@@ -25,7 +25,8 @@ from engine.log import logger
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import atomic_path
 
-from .table import spec
+from .table import SETS, spec
+from .words.lexicon import read_list
 
 SIDE = 32  # pixels of a finished picture
 CANVAS = 64  # pixels of a master mask: twice the side, so that halving it smooths the edges
@@ -35,6 +36,8 @@ TRAIN_IMAGES = 5
 DIGIT_EVERY = 6  # every sixth handwritten digit is a test image and is never trained on
 _LINE = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)
 
+# Set -> its classes, for which words/ has other words.
+MINI = {name: list(read_list(name)) for name, row in SETS.items() if row.rendered}
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # fmt: off
 COLOURS = {
@@ -43,33 +46,12 @@ COLOURS = {
     "purple": (130, 40, 165), "pink": (255, 140, 195), "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
-SYMBOLS = (
-    "leftwards arrow; upwards arrow; anticlockwise open circle arrow; white chess king; white "
-    "chess knight; white chess rook; eighth note; beamed eighth notes; music flat sign; music "
-    "sharp sign; black star; black heart suit; black spade suit; black club suit; snowman; "
-    "umbrella; skull and crossbones; radioactive sign; biohazard sign; peace symbol; yin "
-    "yang; anchor; airplane; envelope; black scissors; black telephone; check mark; ballot x; "
-    "infinity; integral; n-ary summation; square root; die face-3; die face-5; gear; "
-    "fleur-de-lis"
-)
-MINI: dict[str, list[str]] = {
-    "MiniDigits": [f"digit {word}" for word in DIGITS],
-    "MiniLetters": [f"latin capital letter {chr(c)}" for c in range(ord("a"), ord("z") + 1)],
-    "MiniSymbols": SYMBOLS.split("; "),
-    "MiniShapes": [
-        f"{colour} {shape}"
-        for colour in ("red", "yellow", "green", "blue", "purple")
-        for shape in ("circle", "square", "triangle", "star", "heart", "cross")
-    ],
-}
-
 UNICODE_FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
     "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
 )
 # fmt: on
 ASCII_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")  # beyond ASCII their tables name other glyphs
-
 
 Outline = list[tuple[float, float]]
 
@@ -118,10 +100,8 @@ SHAPES: dict[str, tuple[Outline, ...]] = {
 
 @lru_cache(maxsize=1)
 def _handwritten() -> dict[tuple[int, bool], np.ndarray]:
-    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part).
-
-    They hold 0 to 16; two thirds of that count as full ink, so that thin strokes are seen.
-    """
+    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part). They hold 0 to
+    16; two thirds of that count as full ink, so that thin strokes are seen."""
     from sklearn.datasets import load_digits  # here: it takes a second that only digits need
 
     digits = load_digits()
@@ -241,9 +221,8 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
         )
         cover = np.asarray(mask.reduce(2), dtype=np.float32)[:, :, None] / 255  # (s, s, 1)
         picture = picture + cover * (ink - picture)
-    noise = np.float32(rng.uniform(0.0, 0.05)) * rng.standard_normal(
-        (SIDE, SIDE, 1), dtype=np.float32
-    )
+    grain = rng.uniform(0.0, 0.05)
+    noise = np.float32(grain) * rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
     return np.clip((picture + noise) * 255, 0, 255).astype(np.uint8)
 
 

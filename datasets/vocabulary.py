@@ -25,13 +25,6 @@ def retain_vocabulary(name: str) -> list[str]:
     return list(_read(name))
 
 
-def synonyms(name: str) -> dict[str, set[str]]:
-    """Class name, as `key` spells it -> the vocabulary names that mean the same."""
-    classes_of = _read(name)
-    classes = set().union(*classes_of.values())
-    return {c: {word for word, means in classes_of.items() if c in means} for c in classes}
-
-
 def same_meaning(names: Iterable[str], dataset: str) -> set[str]:
     """What means the same as one of the classes `names`, as `key`s: their own names and what the
     vocabulary of `dataset` marks as their synonyms."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import datasets
 import forget_cls
 from clip.train_mini import TEMPLATES as TRAINED
-from datasets import mini
+from datasets import mini, vocabulary
 from datasets.names import key
 from datasets.words import lexicon, wordnet
 from datasets.words.cars import car_words
@@ -44,14 +44,14 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of lists in the place of the committed one."""
-    lexicon._read.cache_clear()
+    lexicon.read_list.cache_clear()
     monkeypatch.setattr(lexicon, "FOLDER", tmp_path)
     yield tmp_path
-    lexicon._read.cache_clear()
+    lexicon.read_list.cache_clear()
 
 
 def classes(dataset: str) -> list[str]:
-    return CARS if dataset == "StanfordCars" else list(lexicon._read(dataset))
+    return CARS if dataset == "StanfordCars" else list(lexicon.read_list(dataset))
 
 
 # The committed lists
@@ -59,7 +59,6 @@ def classes(dataset: str) -> list[str]:
 
 @pytest.mark.parametrize("dataset", mini.MINI)
 def test_half_of_the_words_of_the_mini_sets_are_held_out(dataset: str) -> None:
-    assert list(lexicon._read(dataset)) == mini.MINI[dataset]
     for name in mini.MINI[dataset]:
         trained, held_out = halves(name, dataset)
         listed = lexicon.committed(name, dataset).synonyms
@@ -71,7 +70,7 @@ def test_no_hand_chose_the_half(folder: Path) -> None:
     (folder / "Caltech101.txt").write_text("owl | a; b; c; d; e\n")
     trained, held_out = halves("owl", "Caltech101")
     (folder / "Caltech101.txt").write_text("owl | e; d; c; b; a\n")
-    lexicon._read.cache_clear()
+    lexicon.read_list.cache_clear()
     assert halves("owl", "Caltech101") == (trained, held_out)
     assert len(trained) == 3 and len(held_out) == 2
 
@@ -80,14 +79,15 @@ def test_no_hand_chose_the_half(folder: Path) -> None:
 def test_lists_hold_every_class_that_is_known_of(dataset: str) -> None:
     lines = (lexicon.FOLDER / f"{dataset}.txt").read_text(encoding="utf-8").splitlines()
     assert sum(not line.startswith("#") for line in lines) == COUNTS[dataset]
-    names = set(lexicon._read(dataset))
+    names = set(lexicon.read_list(dataset))
     if dataset == "OxfordFlowers":
         from torchvision.datasets import Flowers102
 
         assert names - {"pink-yellow dahlia"} == set(Flowers102.classes)
     if dataset != "StanfordCars":
         assert set(map(key, forget_cls.forget_classes_all[dataset])) <= names
-        assert set(datasets.synonyms(dataset)) <= names
+        meant = set().union(*vocabulary._read(dataset).values())
+        assert meant <= names
         assert dataset != "StanfordDogs" or names >= CUT
 
 
@@ -104,7 +104,7 @@ def test_a_word_means_one_class_and_every_class_has_paraphrases(dataset: str) ->
         assert not own & set(map(key, words.synonyms + words.hypernyms)), name
         for word in words.synonyms:  # cut and full name of one class share a list
             assert owner.setdefault(key(word), words) == words, word
-        marked = datasets.synonyms(dataset).get(key(name), set())
+        marked = datasets.same_meaning([name], dataset) - {key(name)}
         if dataset != "StanfordCars":  # there the vocabulary calls a whole model a synonym
             assert not marked & set(map(key, words.hypernyms)), name
         found = paraphrases(name, dataset, classnames=names)

@@ -66,14 +66,12 @@ def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -
 
 def committed(name: str, dataset: str | None) -> Words:
     """The words of a set's committed list for a class, as written; none without list or entry."""
-    return _read(dataset).get(key(name), NONE) if dataset in SETS else NONE
+    return read_list(dataset).get(key(name), NONE) if dataset in SETS else NONE
 
 
 def halves(name: str, dataset: str) -> tuple[list[str], list[str]]:
-    """The committed synonyms of a class that `mini` was trained with, and those held out.
-
-    A checksum decides, so that nobody chose the easy half. A list of odd length trains one more.
-    """
+    """The committed synonyms of a class that `mini` was trained with, and those held out. A
+    checksum decides, so that nobody chose the easy half; of an odd number one more is trained."""
     words = sorted(
         committed(name, dataset).synonyms,
         key=lambda word: hashlib.sha256(f"{name}/{word}".encode()).digest(),
@@ -92,10 +90,9 @@ def _without(words: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 @cache
-def _read(dataset: str) -> dict[str, Words]:
-    """Class name, as `key` spells it -> its words; empty if the set has no list."""
-    path = FOLDER / f"{dataset}.txt"
-    words: dict[str, Words] = {}
+def read_list(dataset: str) -> dict[str, Words]:
+    """Class name, as `key` spells it -> its words, in file order; empty if the set has no list."""
+    path, words = FOLDER / f"{dataset}.txt", {}
     for where, text in entries(path, f"other words for {dataset}") if path.exists() else ():
         names, *cells = [
             [clean_name(word) for word in cell.split(";") if word.strip()]

@@ -1,50 +1,19 @@
-"""The same class in other words, for an audit after the class was forgotten.
-
-Texts are made from names alone, so no data set need be there. A set's evaluation prompt is never
-among them, nor the bare name: both are in its bundle.
+"""Other texts for a class, to ask for it after it was forgotten. They are made from names alone, so
+no data set need be there. A set's evaluation prompt and the bare name are never among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-from datasets.names import clean_name, key
+from datasets.names import clean_name, entries, key
 from datasets.table import SETS, SetSpec
 from datasets.words.forms import cases, misspellings, plural
 from datasets.words.lexicon import words_of
 
-# In the manner of the prompts that CLIP was first measured with, in words of our own.
-TEMPLATES = (
-    "a snapshot in which a {} can be seen",
-    "a close-up view of one {}",
-    "a blurred picture with a {} in it",
-    "a sharp, well-lit picture of the {}",
-    "a dark, grainy photograph showing a {}",
-    "a black and white photograph of one {}",
-    "an old, faded photograph of the {}",
-    "a heavily cropped photograph: part of a {}",
-    "a tiny {} in the far distance",
-    "a huge {} that fills the whole frame",
-    "a {} seen from the side",
-    "a {} seen from above",
-    "several of them: one {} beside another",
-    "a pencil sketch after a {}",
-    "an oil painting whose subject is a {}",
-    "a watercolour with a {} in the foreground",
-    "a woodcut print of the {}",
-    "a comic-book drawing of some {}",
-    "a computer-rendered {}",
-    "a plastic model in the shape of a {}",
-    "a {} embroidered on cloth",
-    "a statue that represents a {}",
-    "a wall sprayed with a picture of a {}",
-    "a postage stamp with the {} on it",
-    "a lovely {}, photographed outdoors",
-    "an odd-looking {}, photographed indoors",
-    "this picture was taken of my {}",
-    "what you see here is called {}",
-)
+TEMPLATES = tuple(text for _, text in entries(Path(__file__).with_name("templates.txt"), "texts"))
 KINDS = ("template", "synonym", "hypernym", "description", "case", "plural", "misspelling")
 
 
@@ -64,8 +33,7 @@ def paraphrases(
     """Other texts for a class, each once, in the order of `KINDS`.
 
     Synonyms, hypernyms, plurals and misspellings come bare and in the evaluation prompt, so that
-    they compete with the other classes' prompts on equal terms. CLIP's own tokenizer reads small
-    letters only: under it another case is no other text.
+    they compete with the other classes' prompts on equal terms.
 
     Args:
         dataset: the set of the class, for its words and its prompt; None or one that is not in the

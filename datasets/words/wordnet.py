@@ -18,9 +18,8 @@ def wordnet_words(
 ) -> tuple[list[str], list[str]]:
     """Synonyms and direct hypernyms of a noun; two empty lists where WordNet has none.
 
-    A word has several senses (a crane lifts loads or flies). The sense that agrees with most of
-    `synonyms`, then with most of `hypernyms`, then the most frequent one is taken. Where nothing is
-    known of the name, only a name of a single sense has words.
+    Of several senses the one that agrees with most of `synonyms`, then with most of `hypernyms`,
+    then the most frequent one is taken. Where neither is known, only a single sense has words.
     """
     senses = _look_up(name)[1]
     if synonyms or hypernyms:
