@@ -19,7 +19,7 @@ from torch import Tensor
 from forgetting.adapter import EXCLUDED, TEXTS, Adapter, Part, Recipe
 from forgetting.context import Answer, ForgetContext
 from forgetting.errors import ProblemError, line, shown
-from forgetting.solvers.constrained import solve_constraints
+from forgetting.solvers.constrained import Excluded, downdate, solve_constraints
 
 # Relative differences. Encoded twice, on other threads or another machine, hidden states differ by
 # 2e-6, and with them targets and ridge.
@@ -126,12 +126,12 @@ def solve(parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
             if not _is_near(targets.setdefault(text, target), target):
                 raise ProblemError(f"{text!r} is sent to different targets; forget it in one way")
     h, base, d = _rows(parts, "texts", TEXTS)
-    excluded = _rows(parts, "excluded", EXCLUDED)
+    excluded = Excluded(*_rows(parts, "excluded", EXCLUDED))
     right, missed = torch.zeros_like(d), d
     try:
         # Rows of recipes from two machines are of a K_0 that differs in its last digits.
         for _ in range(REFINEMENTS):
-            left, step = solve_constraints(h, base, *excluded, missed)
+            left, step = solve_constraints(h, downdate(h, base, excluded), missed)
             rest = d - h @ left @ (right + step)
             if not rest.norm() < missed.norm():
                 break

@@ -21,7 +21,7 @@ from forgetting.displacement import (
     ClassifierTexts,
     Margin,
     displacement_along,
-    leave_one_out_ratios,
+    displacement_ratios,
     worst,
 )
 from forgetting.errors import number
@@ -374,7 +374,7 @@ class ForgetContext:
         excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
         moved = torch.cat([answer.displacement for answer in answers])
         of_batch = batch.hidden, moved, batch.of_text, excluded
-        ratios = leave_one_out_ratios(self.ridge, *of_batch, retain.variant_of)
+        ratios = displacement_ratios(self.ridge, *of_batch, retain.variant_of)
         groups = retain.rms_and_max(ratios.masked_fill(excluded, torch.nan))
         return [
             replace(

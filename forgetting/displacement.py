@@ -13,7 +13,7 @@ matrix. So the list itself tells how far names *like* those in it move that nobo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,13 +22,7 @@ from torch import Tensor
 
 from forgetting.edited_texts import EditedTexts, EmbeddedTexts
 from forgetting.problem import LowRankEdit, pad_indices
-from forgetting.solvers.constrained import (
-    Ridge,
-    downdate,
-    pinv_psd,
-    request_batches,
-    woodbury_cholesky,
-)
+from forgetting.solvers.constrained import Excluded, Ridge, pinv_psd, request_batches
 
 MOST_AFFECTED = 5  # names of a forecast
 SHORTEST = 1e-300
@@ -36,82 +30,66 @@ VANISHED = 1e-5  # of its length: the direction of a text of which less is left 
 
 
 def displacement_ratios(
-    ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, excluded: Tensor
+    ridge: Ridge,
+    hidden: Tensor,
+    displacement: Tensor,
+    owner: Tensor,
+    excluded: Tensor,
+    variant_of: Tensor | None = None,
 ) -> Tensor:
     """How far each of R requests moves each name of `ridge`, (R, n) float64.
 
     Args:
         hidden: (K, w), the texts of all requests; displacement: `D`, (K, d); owner: (K,) int64, the
             request of each text; excluded: (R, n) bool, the names that are not retained in it.
+        variant_of: (n,) int64, the same name in its other prompt; itself where there is none. With
+            it each name moves as if it had not been listed. Those that are excluded are not.
 
     Returns:
         `||s D||` in units of the root mean square of the rows of D: for one text `|s|`.
     """
-    ratios = ridge.weights.new_zeros(excluded.shape)
-    for numbers, texts, _, _, s in _batches(ridge, hidden, owner, excluded):
-        ratios[numbers] = _lengths(s, displacement[texts])
+    h, ratios = hidden.to(ridge.weights), ridge.weights.new_zeros(excluded.shape)
+    rows = ridge.rows.to(ridge.weights)
+    for numbers, texts, columns, removed in request_batches(ridge, h, owner, excluded):
+        product = columns @ rows.T  # (B, k, n)
+        s = pinv_psd(h[texts] @ columns.mT) @ product
+        if variant_of is not None:
+            s = _left_out(ridge, excluded[numbers], variant_of, removed, product, s)
+        d = displacement[texts].to(s)
+        size = d @ d.mT  # (B, k, k)
+        unit = size.diagonal(dim1=1, dim2=2).mean(dim=1).sqrt()[:, None].clamp_min(SHORTEST)
+        ratios[numbers] = ((size @ s) * s).sum(dim=1).clamp_min(0).sqrt() / unit
     return ratios
 
 
-def leave_one_out_ratios(
+def _left_out(
     ridge: Ridge,
-    hidden: Tensor,
-    displacement: Tensor,
-    owner: Tensor,
     excluded: Tensor,
-    variant_of: Tensor,
+    variant: Tensor,
+    removed: Excluded,
+    product: Tensor,
+    s: Tensor,
 ) -> Tensor:
-    """`displacement_ratios` of each name had it not been listed. Names that are excluded with a
-    request are not listed there: theirs are the same.
-
-    Args:
-        variant_of: (n,) int64, the same name in its other prompt; itself where there is none.
-    """
-    weights, variant, base = ridge.weights, variant_of, ridge.base
-    rows, excluded = ridge.rows.to(weights), excluded.to(weights.device)
+    """Ratios (B, k, n) as if each name had not been listed, from those as it is, s, and `product`,
+    `H_f K^-1 r^T` of every name r; excluded: (B, n) bool, and the same as rows, `removed`."""
+    weights, base, rows = ridge.weights, ridge.base, ridge.rows.to(ridge.weights)
+    excluded = excluded.to(weights.device)
     in_pairs = variant != torch.arange(len(rows), device=variant.device)
-    q_0, cross_0 = (base * rows).sum(dim=1), (base * rows[variant]).sum(dim=1)  # (n,)
-    ratios = rows.new_zeros(excluded.shape)
-    for numbers, texts, removed, product, s in _batches(ridge, hidden, owner, excluded):
-        q = q_0 - (s * product).sum(dim=1)  # (B, n)
-        cross = cross_0 - (s * product[..., variant]).sum(dim=1)
-        if removed[0].shape[1]:
-            # Many requests exclude the same names: one product for each name, not each request.
-            present = excluded[numbers] & (weights > 0)
-            few, which = pad_indices(present, weights)[0].unique(return_inverse=True)
-            met = (base[few] @ rows.T)[which] * (removed[2] > 0)[..., None]  # (B, n', n)
-            gained = torch.linalg.solve_triangular(woodbury_cholesky(*removed), met, upper=False)
-            q = q + gained.square().sum(dim=1)
-            cross = cross + (gained * gained[..., variant]).sum(dim=1)
-        c = weights.masked_fill(excluded[numbers], 0.0)  # (B, n)
-        own = 1 - c * q
-        other = torch.where(in_pairs, own[:, variant], 1.0)
-        between = torch.where(in_pairs, c * cross, 0.0)
-        scale = (own * other - between.square()).clamp_min(SHORTEST)
-        s = (other[:, None] * s + between[:, None] * s[..., variant]) / scale[:, None]
-        ratios[numbers] = _lengths(s, displacement[texts])
-    return ratios
-
-
-def _batches(
-    ridge: Ridge, hidden: Tensor, owner: Tensor, excluded: Tensor
-) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]]:
-    """Batches of B requests of k texts: their numbers (B,), their texts (B, k), what they exclude
-    (see `request_batches`), and `H_f K^-1 r^T` and s of every name, both (B, k, n)."""
-    rows, h = ridge.rows.to(ridge.weights), hidden.to(ridge.weights)
-    for numbers, texts, base, removed in request_batches(ridge, h, owner, excluded):
-        columns = downdate(h[texts], base, *removed)  # H_f K^-1, (B, k, w)
-        product = columns @ rows.T
-        yield numbers, texts, removed, product, pinv_psd(h[texts] @ columns.mT) @ product
-
-
-def _lengths(ratio: Tensor, displacement: Tensor) -> Tensor:
-    """`||s D||`, (B, n), of ratios (B, k, n) and displacements (B, k, d), in units of the root mean
-    square of the rows of D."""
-    d = displacement.to(ratio)
-    size = d @ d.mT  # (B, k, k)
-    unit = size.diagonal(dim1=1, dim2=2).mean(dim=1).sqrt()[:, None].clamp_min(SHORTEST)
-    return ((size @ ratio) * ratio).sum(dim=1).clamp_min(0).sqrt() / unit
+    q = (base * rows).sum(dim=1) - (s * product).sum(dim=1)  # (B, n)
+    cross = (base * rows[variant]).sum(dim=1) - (s * product[..., variant]).sum(dim=1)
+    if removed.rows.shape[1]:
+        # Many requests exclude the same names: one product for each name, not each request.
+        few, which = pad_indices(excluded & (weights > 0), weights)[0].unique(return_inverse=True)
+        met = (base[few] @ rows.T)[which] * (removed.weights > 0)[..., None]  # (B, n', n)
+        gained = torch.linalg.solve_triangular(removed.root, met, upper=False)
+        q = q + gained.square().sum(dim=1)
+        cross = cross + (gained * gained[..., variant]).sum(dim=1)
+    c = weights.masked_fill(excluded, 0.0)  # (B, n)
+    own = 1 - c * q
+    other = torch.where(in_pairs, own[:, variant], 1.0)
+    between = torch.where(in_pairs, c * cross, 0.0)
+    scale = (own * other - between.square()).clamp_min(SHORTEST)
+    return (other[:, None] * s + between[:, None] * s[..., variant]) / scale[:, None]
 
 
 def displacement_along(edit: LowRankEdit, text: Tensor, others: Tensor) -> Tensor:

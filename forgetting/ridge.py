@@ -7,7 +7,7 @@ way round. Some texts stand, one after the other, for what is forgotten. For eve
   units of the distance from its embedding to the nearest other of its group, so that one limit
   serves unlike animals and similar cars;
 - how far unlisted names would move is estimated from the listed ones, each left out in turn
-  (`forgetting.displacement.leave_one_out_ratios`).
+  (`forgetting.displacement.displacement_ratios`).
 
 The largest ridge is taken at which the mean displacement of every group with
 `limit_displacement`, averaged with that at the smallest ridge, stays below the limit. If unlisted
@@ -17,20 +17,12 @@ within 10 % of the best for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from forgetting.displacement import (
-    SHORTEST,
-    displacement_ratios,
-    leave_one_out_ratios,
-)
-from forgetting.errors import ProblemError, number
-from forgetting.io import mask, matrix
+from forgetting.displacement import SHORTEST, displacement_ratios
 from forgetting.retain import RetainSet
+from forgetting.solvers.constrained import Ridge
 
 RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, in mean squared lengths
 BLOCK = 2048  # names that are compared with all others of their group at once
@@ -40,22 +32,6 @@ SLACK = 1.5  # times the displacement at the smallest ridge is accepted
 MOST_SLACK = 0.1  # displacement that SLACK may lead to
 TOLERATED = 0.15  # displacement ratio of unlisted names
 NEAR_BEST = 1.1  # times the least ratio of unlisted names is as good
-
-
-@dataclass(frozen=True)
-class _EigenRidge:
-    """`G + mu I` in the eigenbasis of G, where it is diagonal, (w,); used like a `Ridge`."""
-
-    rows: Tensor
-    weights: Tensor
-    diagonal: Tensor
-
-    @property
-    def base(self) -> Tensor:
-        return self.solve(self.rows)
-
-    def solve(self, rows: Tensor) -> Tensor:
-        return rows / self.diagonal
 
 
 def choose_ridge(
@@ -75,37 +51,25 @@ def choose_ridge(
         likely: (C, w), texts such as may be forgotten; excluded: (C, n) bool, the names that are
             excluded with each. At most `MOST_TEXTS` of them are looked at.
         limit: of the displacement, a root mean square over the names of a group.
-
-    Raises:
-        ProblemError: tensors that do not fit, or a limit that is not positive.
     """
-    number("limit", limit, above=0)
-    number("the mean squared length of a retained text", retain.squared_length, above=0)
-    likely = matrix("likely", likely, retain.rows.shape[1])
-    if not len(likely):
-        raise ProblemError("likely is empty: the ridge is chosen by texts such as may be forgotten")
-    excluded = mask("excluded", excluded, len(retain.names), len(likely))
     every = max(1, -(-len(likely) // MOST_TEXTS))
-    likely, excluded = likely[::every], excluded[::every].to(retain.rows.device)
-    eigenvalues, basis = torch.linalg.eigh(retain.gram)
-    w, texts = matrix("projection", projection, count=len(basis)).to(basis), likely.to(basis)
+    excluded = excluded[::every].to(retain.rows.device)
+    w, texts = projection.to(retain.gram), likely[::every].to(retain.gram)
     embeddings = texts @ w
     lengths = (embeddings if bias is None else embeddings + bias.to(w)).norm(dim=1)  # (C,)
 
-    sample = _sample(retain).to(excluded.device)
-    some = (sample | excluded.any(dim=0)).nonzero()[:, 0]  # the names that are looked at
+    some = (_sample(retain).to(excluded.device) | excluded.any(dim=0)).nonzero()[:, 0]
     position = torch.zeros(len(retain.names), dtype=torch.int64, device=some.device)
-    position[some] = torch.arange(len(some), device=some.device)
-    names = retain.rows[some].to(basis) @ basis, retain.name_weights[some]
+    position[some] = torch.arange(len(some), device=some.device)  # of the names looked at
+    names = retain.rows[some], retain.name_weights[some], retain.root
     variant_of = position[retain.variant_of[some]]
-    alone, unit = torch.arange(len(texts)), texts.new_ones(len(texts), 1)  # of no target
+    of_texts = texts, texts.new_ones(len(texts), 1), torch.arange(len(texts)), excluded[:, some]
 
-    def ratios(of: Callable[..., Tensor], ridge: float, *more: Tensor) -> Tensor:
+    def ratios(ridge: float, variant_of: Tensor | None = None) -> Tensor:
         """(C, n); NaN of names that are excluded or not looked at."""
-        diagonal = eigenvalues.clamp_min(0) + ridge * retain.squared_length
+        of_names = Ridge(names[0], ridge * retain.squared_length, *names[1:])
         values = torch.full_like(excluded, torch.nan, dtype=torch.float64)
-        of_texts = texts @ basis, unit, alone, excluded[:, some]
-        values[:, some] = of(_EigenRidge(*names, diagonal), *of_texts, *more)
+        values[:, some] = displacement_ratios(of_names, *of_texts, variant_of)
         return values.masked_fill(excluded, torch.nan)
 
     units = lengths[:, None] / _nearest_distances(retain, w, some)  # (C, n)
@@ -113,11 +77,11 @@ def choose_ridge(
 
     def displacement(ridge: float) -> float:
         """That of the group that moves most of those that are limited."""
-        groups = retain.rms_and_max(ratios(displacement_ratios, ridge) * units)
+        groups = retain.rms_and_max(ratios(ridge) * units)
         return max((float(groups[name][0].mean()) for name in limited), default=0.0)
 
     def unlisted(ridge: float) -> float:
-        groups = retain.rms_and_max(ratios(leave_one_out_ratios, ridge, variant_of)).values()
+        groups = retain.rms_and_max(ratios(ridge, variant_of)).values()
         return (sum(float(rms.square().mean()) for rms, _ in groups) / len(groups)) ** 0.5
 
     displacements = [displacement(ridge) for ridge in RIDGES]

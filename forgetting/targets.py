@@ -25,7 +25,7 @@ from forgetting.errors import ProblemError, number, shown, unknown
 from forgetting.io import FLOATS, mask, matrix, tensor
 from forgetting.problem import Batch
 from forgetting.retain import RetainSet
-from forgetting.solvers.constrained import Ridge, downdate, request_batches
+from forgetting.solvers.constrained import Ridge, request_batches
 
 TARGETS = ("empty", "opposite", "orthogonal", "specific")
 WITH_BETA = ("specific", "opposite")
@@ -226,8 +226,8 @@ def specific_target(
     excluded = mask("excluded", excluded, len(retained.rows), len(e))
     beyond = _betas("specific", beta, e)
     r, alone = torch.empty_like(e), torch.arange(len(e))
-    for _, texts, base, removed in request_batches(retained, e, alone, excluded):
-        r[texts] = downdate(e[texts], base, *removed)
+    for _, texts, columns, _ in request_batches(retained, e, alone, excluded):
+        r[texts] = columns
     squared = (r * r).sum(dim=1, keepdim=True)
     ratio = (e * r).sum(dim=1, keepdim=True) / squared
     return e - (1 + beyond) * ratio.where(squared > 0, 0.0) * r  # of a zero text: zero

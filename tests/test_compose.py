@@ -18,7 +18,13 @@ from forgetting.compose import compose, make_recipe, solve
 from forgetting.errors import ProblemError
 from forgetting.problem import Request
 from forgetting.retain import Group
-from forgetting.solvers.constrained import Ridge, solve_constrained, solve_constraints
+from forgetting.solvers.constrained import (
+    Excluded,
+    Ridge,
+    downdate,
+    solve_constrained,
+    solve_constraints,
+)
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip" / "ViT-B-32"
@@ -207,9 +213,9 @@ def test_a_name_of_both_is_excluded_once_and_two_names_of_one_hidden_state_stay_
     pet, kitty = gone[names.index("pet")], gone[names.index("kitty ")]
     for others in ([*gone, pet], [i for i in gone if i != kitty]):
         h, rows = answer.request.hidden.double(), world.retain.rows[others].double()
-        known = h, world.ridge.solve(h), rows, world.ridge.solve(rows)
-        weights = world.retain.name_weights[others]
-        left, right = solve_constraints(*(x[None] for x in (*known, weights, answer.displacement)))
+        excluded = rows, world.ridge.solve(rows), world.retain.name_weights[others]
+        known = h[None], world.ridge.solve(h)[None], Excluded(*(x[None] for x in excluded))
+        left, right = solve_constraints(h[None], downdate(*known), answer.displacement[None])
         assert relative(left[0] @ right[0], world.at_once("cat", "dog")) > 1e-4
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,24 +92,20 @@ class ConstrainedSolution(LowRankEdit):
 
 
 def solve_constrained(
-    ridge: Ridge,
-    forget_hidden: Tensor,
-    displacement: Tensor,
-    excluded: Tensor | None = None,
+    ridge: Ridge, hidden: Tensor, displacement: Tensor, excluded: Tensor | None = None
 ) -> ConstrainedSolution:
     """Forget k texts at once.
 
     Args:
-        forget_hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
+        hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
         excluded: (n,) bool, the names of `ridge` that are not retained: the forgotten ones
             themselves and their synonyms. None: none. Errors as in `solve_constrained_each`.
     """
-    h = matrix("forget_hidden", forget_hidden)
     if excluded is None:
         excluded = torch.zeros(len(ridge.rows), dtype=torch.bool)
-    excluded = tensor("excluded", excluded, (torch.bool,), (len(ridge.rows),))
-    owner = torch.zeros(len(h), dtype=torch.int64)
-    return solve_constrained_each(ridge, h, displacement, owner, excluded[None])[0]
+    excluded = tensor("excluded", excluded, (torch.bool,), (len(ridge.rows),))[None]
+    owner = torch.zeros(len(matrix("hidden", hidden)), dtype=torch.int64)
+    return solve_constrained_each(ridge, hidden, displacement, owner, excluded)[0]
 
 
 def solve_constrained_each(
@@ -130,11 +127,11 @@ def solve_constrained_each(
     owner = indices("owner", owner, len(h), len(excluded))
     solutions: dict[int, ConstrainedSolution] = {}
     norm = torch.linalg.matrix_norm
-    for numbers, texts, base, removed in request_batches(ridge, h, owner, excluded):
+    for numbers, texts, columns, removed in request_batches(ridge, h, owner, excluded):
         h_f, d = h[texts], all_d[texts]
-        left, right = solve_constraints(h_f, base, *removed, d)
-        rows, _, weights = removed
-        proofs = certify_constrained(ridge.root, ridge.mu, rows, weights, h_f, d, left, right)
+        left, right = solve_constraints(h_f, columns, d)
+        listed = ridge.root, ridge.mu, removed.rows, removed.weights
+        proofs = certify_constrained(*listed, h_f, d, left, right)
         missed, size = norm((h_f @ left) @ right - d), norm(d)  # (B,)
         residual = torch.where(size > 0, missed / size, 0.0).tolist()
         if left.shape[2] > left.shape[1]:  # k > w: w columns hold the same change
@@ -145,17 +142,50 @@ def solve_constrained_each(
     return [solutions[request] for request in range(len(solutions))]
 
 
+class Excluded(NamedTuple):
+    """n names that are not retained in each of B requests: their rows and those of `K_0^-1`, both
+    (B, n, w), and their weights (B, n). Rows and weights are 0 where a list is padded."""
+
+    rows: Tensor
+    base: Tensor
+    weights: Tensor
+
+    @property
+    def root(self) -> Tensor:
+        """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`, see `downdate`.
+
+        Raises:
+            ProblemError: the ridge is lost in rounding beside the excluded rows.
+        """
+        diagonal = torch.where(self.weights > 0, 1 / self.weights, 1.0)
+        inner = torch.diag_embed(diagonal) - self.rows @ self.base.mT  # (B, n, n)
+        root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
+        if info.any():
+            raise ProblemError(
+                "the ridge is too small beside the names that are excluded: choose a larger one"
+            )
+        return root
+
+
+def downdate(h: Tensor, base: Tensor, excluded: Excluded) -> Tensor:
+    """`h K^-1`, (B, k, w), where rows are excluded, from h and `base = h K_0^-1`, both (B, k, w).
+
+    Woodbury: with R the excluded rows and C their weights, `K = K_0 - R^T C R` and
+    `K^-1 x = K_0^-1 x + K_0^-1 R^T (C^-1 - R K_0^-1 R^T)^-1 R K_0^-1 x`.
+    """
+    if not excluded.rows.shape[1]:
+        return base
+    return base + torch.cholesky_solve(excluded.base @ h.mT, excluded.root).mT @ excluded.base
+
+
 def request_batches(
     ridge: Ridge, h: Tensor, owner: Tensor, excluded: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-    """Batches of requests with the same number of texts, with what `downdate` needs of each.
-
-    Args: see `solve_constrained_each`; h: (K, w) float64, the texts.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Excluded]]:
+    """Batches of B requests with the same number of texts; h: (K, w) float64, the texts of all.
 
     Yields:
-        The requests (B,); the indices of their texts (B, k); `base`, (B, k, w), the texts' rows of
-        `K_0^-1`; and of the excluded names their rows (B, n', w), their rows of `K_0^-1` and their
-        weights (B, n'). Weights are 0, and rows zeros, where a list is padded.
+        The requests (B,); the indices of their texts (B, k); `columns`, (B, k, w), the texts' rows
+        of `K^-1`; and the names that each excludes.
     """
     excluded, owner = excluded.to(ridge.weights.device), owner.to(ridge.weights.device)
     used = excluded.any(dim=0) & (ridge.weights > 0)
@@ -164,45 +194,8 @@ def request_batches(
     for numbers, texts in equal_sizes(owner, excluded, BATCH_NUMBERS // h.shape[1]):
         index, weight = pad_indices(excluded[numbers], weights)  # (B, n')
         present = (weight > 0)[..., None]
-        yield (
-            numbers,
-            texts,
-            base[texts],
-            (rows[index] * present, base_rows[index] * present, weight),
-        )
-
-
-def downdate(
-    h: Tensor, base: Tensor, excluded_rows: Tensor, base_excluded: Tensor, weights: Tensor
-) -> Tensor:
-    """`h K^-1`, (B, k, w), where rows are excluded, from rows of `K_0^-1` alone.
-
-    Woodbury: with R the excluded rows and C their weights, `K = K_0 - R^T C R` and
-    `K^-1 x = K_0^-1 x + K_0^-1 R^T (C^-1 - R K_0^-1 R^T)^-1 R K_0^-1 x`.
-
-    Args:
-        h: (B, k, w), base: `h K_0^-1`; excluded_rows: (B, n, w), base_excluded: their rows of
-            `K_0^-1`; weights: (B, n), 0 where rows (of zeros) are padding.
-
-    Raises:
-        ProblemError: the ridge is lost in rounding beside the excluded rows.
-    """
-    if not excluded_rows.shape[1]:
-        return base
-    root = woodbury_cholesky(excluded_rows, base_excluded, weights)
-    return base + torch.cholesky_solve(base_excluded @ h.mT, root).mT @ base_excluded
-
-
-def woodbury_cholesky(excluded_rows: Tensor, base_excluded: Tensor, weights: Tensor) -> Tensor:
-    """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`; arguments and errors as in `downdate`."""
-    diagonal = torch.where(weights > 0, 1 / weights, 1.0)
-    inner = torch.diag_embed(diagonal) - excluded_rows @ base_excluded.mT  # (B, n, n)
-    root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
-    if info.any():
-        raise ProblemError(
-            "the ridge is too small beside the names that are excluded: choose a larger one"
-        )
-    return root
+        removed = Excluded(rows[index] * present, base_rows[index] * present, weight)
+        yield numbers, texts, downdate(h[texts], base[texts], removed), removed
 
 
 def pinv_psd(m: Tensor) -> Tensor:
@@ -212,21 +205,11 @@ def pinv_psd(m: Tensor) -> Tensor:
     return (vectors * torch.where(keep, 1 / values, 0.0)[:, None]) @ vectors.mT
 
 
-def solve_constraints(
-    h: Tensor,
-    base: Tensor,
-    excluded_rows: Tensor,
-    base_excluded: Tensor,
-    weights: Tensor,
-    d: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The solutions' factors left (B, w, k), right (B, k, d) from rows of `K_0^-1` alone.
-
-    Args: see `downdate`; d: (B, k, d), the displacements.
-    """
-    rows = downdate(h, base, excluded_rows, base_excluded, weights)  # (B, k, w)
-    m = h @ rows.mT  # (B, k, k)
+def solve_constraints(h: Tensor, columns: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The solutions' factors left (B, w, k), right (B, k, d), from the texts h and their rows of
+    `K^-1`, both (B, k, w), and the displacements d (B, k, d)."""
+    m = h @ columns.mT  # (B, k, k)
     inverse = pinv_psd(m)
     z = inverse @ d
     # One step of refinement: with nearly equal texts M is ill conditioned.
-    return rows.mT, z + inverse @ (d - m @ z)
+    return columns.mT, z + inverse @ (d - m @ z)
