@@ -29,6 +29,7 @@ from forgetting.errors import ProblemError
 from forgetting.io import need
 
 HOST = "127.0.0.1"
+TITLE = "Make CLIP forget a name"
 STYLE = Path(__file__).with_name("evaluation") / "live" / "style.css"
 # What a page may load, and where it may send: this address alone, whatever Gradio's own page wants.
 POLICY = (
@@ -57,10 +58,9 @@ def blocks(live: Live, folder: Path) -> Any:
     gr = gradio()
     bare = {"js_on_load": None, "apply_default_css": False, "padding": True}
     names = {"choices": live.names, "allow_custom_value": True, "multiselect": True, "value": []}
-    title = "Make CLIP forget a name"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f"# {title}\nThe model `{live.source.arch}` stops recognising what you name. No image "
+            f"# {TITLE}\nThe model `{live.source.arch}` stops recognising what you name. No image "
             "is used for that, only the name; everything stays on this machine."
         )
         state = gr.State([])  # what is forgotten
@@ -77,9 +77,8 @@ def blocks(live: Live, folder: Path) -> Any:
                 about = "Names that must stay recognised."
                 protect = gr.Dropdown(**names, label="Protect", info=about)
                 with gr.Accordion("Advanced", open=False):
-                    choices = list(TARGETS.items())
                     target = gr.Radio(
-                        choices, value=ExactSettings.target, label="A name turns into"
+                        list(TARGETS.items()), value=ExactSettings.target, label="A name turns into"
                     )
                     about = "Above 0 a name is moved further away, and others suffer more."
                     beta = gr.Slider(
@@ -90,11 +89,10 @@ def blocks(live: Live, folder: Path) -> Any:
                 about, kinds = "Images of your own", ["image"]
                 files = gr.File(label=about, file_count="multiple", file_types=kinds, height=140)
                 adapter = gr.DownloadButton("Download the adapter", interactive=False)
-        settings = [protect, target, beta, files]
 
-        def alert(text: str) -> Any:
+        def alert(text: str) -> dict[Any, Any]:
             text = f'<div class="live"><p class="bad" role="alert">{html.escape(text)}</p></div>'
-            return gr.HTML(text, visible=True)
+            return {problem: gr.HTML(text, visible=True)}
 
         def show(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
             """The page while `names` are forgotten and others are picked."""
@@ -102,28 +100,28 @@ def blocks(live: Live, folder: Path) -> Any:
                 view = live.look(names, picked, *rest[:-1], rest[-1] or ())
                 path = view.save(folder)
             except ProblemError as error:
-                return {problem: alert(str(error))}
+                return alert(str(error))
             names = view.answer.names if view.answer else []
-            ticks = gr.CheckboxGroup(names, value=names, visible=bool(names))
             shown = {
                 problem: gr.HTML("", visible=False),
                 forecast: view.html("forecast"),
                 result: view.html("result"),
+                adapter: gr.DownloadButton(value=path, interactive=path is not None),
+                state: names,
+                forgotten: gr.CheckboxGroup(names, value=names, visible=bool(names)),
             }
-            shown |= {adapter: gr.DownloadButton(value=path, interactive=path is not None)}
-            shown |= {state: names, forgotten: ticks}
             return shown if list(view.chosen) == picked else shown | {chosen: list(view.chosen)}
 
         def forget(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
             if not picked:
-                return {problem: alert("Pick or type a name first.")}
+                return alert("Pick or type a name first.")
             shown = show([*names, *picked], [], *rest)
             return shown | {chosen: []} if state in shown else shown
 
         def restore(ticked: list[str], names: list[str], *rest: Any) -> dict[Any, Any]:
             return show([name for name in names if name in ticked], *rest)
 
-        inputs = [state, chosen, *settings]
+        inputs = [state, chosen, protect, target, beta, files]
         outputs = [problem, forecast, result, adapter, state, forgotten, chosen]
         how = {"outputs": outputs, "concurrency_id": "look"}
         how |= {"api_visibility": "private", "show_progress": "minimal"}
@@ -159,6 +157,8 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
     for key in ("NO_PROXY", "no_proxy"):  # Gradio asks its own address whether it is up
         os.environ[key] = ",".join(filter(None, [os.environ.get(key), HOST]))
     off = ("share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     page = blocks(live, folder)
     page.launch(
         **dict.fromkeys(off, False),
@@ -168,9 +168,7 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
         prevent_thread_lock=True,
         footer_links=[],
         max_file_size=f"{MEGABYTES}mb",
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
-            block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
-        ),
+        theme=theme,
         css_paths=STYLE,
         app_kwargs={
             "middleware": [  # a page of elsewhere whose name comes to lead here is none of ours
@@ -192,10 +190,7 @@ def remove_leftovers() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read a model, and serve the page until it is interrupted."""
     parser = Parser(prog="app.py", description=__doc__)
-    about = (
-        "mini, an architecture of OpenAI's, hf:DIR or a folder, open_clip:NAME/PRETRAINED or "
-        "/FILE, openai:FILE (default: mini)"
-    )
+    about = "mini, one of OpenAI's, hf:DIR, open_clip:NAME/PRETRAINED, openai:FILE (default: mini)"
     parser.add_argument("--model", default="mini", help=about)
     add_setting(parser, "--images", DatasetSettings, "images")
     add_setting(parser, "--root", DatasetSettings, "root")

@@ -90,7 +90,9 @@ def create_results(
     folders = [folder] if isinstance(folder, str | PathLike) else folder
     if not folders or not all(isinstance(each, str | PathLike) for each in folders):
         raise ProblemError(f"a results folder is given by its path, not by {shown(folder)}")
-    parts = [_of_folder(each, rn, log_name, multiclass, before) for each in folders]
+    parts = []
+    for each in folders:
+        parts.append(_of_folder(each, rn, log_name, multiclass, before))
     df, args, logs = parts[0]
     if folders is folder:
         frames, args, logs = map(list, zip(*parts, strict=True))

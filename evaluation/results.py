@@ -66,14 +66,13 @@ def place(*names: str) -> str:
     Names are escaped, so that none leads elsewhere. A long one keeps its beginning and a checksum.
     """
 
-    def short(name: str) -> str:
-        escaped = escape(name)
-        if len(escaped) <= LONGEST_NAME:
-            return escaped
+    short = []
+    for name in names:
         checksum = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
-        return f"{escaped[:LONGEST_NAME]}-{checksum}"
-
-    return "/".join(map(short, names))
+        escaped = escape(name)
+        is_short = len(escaped) <= LONGEST_NAME
+        short.append(escaped if is_short else f"{escaped[:LONGEST_NAME]}-{checksum}")
+    return "/".join(short)
 
 
 # Written by a run
@@ -110,13 +109,11 @@ class Record:
 
 
 class Results:
-    """A results folder that runs write to, several at once if need be.
+    """A results folder that runs write to, several at once if need be. Raises ProblemError if its
+    logs.json is no regular file, or is there without an adapter of a run.
 
     Each run writes adapters of its own and compiles logs.json from all that are there, so that no
     run changes what another one wrote.
-
-    Raises:
-        ProblemError: logs.json is no regular file, or is there without an adapter of a run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -160,9 +157,6 @@ class Results:
 
         One folder holds one backbone and one trainer: `create_results` reads it as a whole.
         Compared are those of `settings` that are `SHARED`, and all of them for the same data set.
-
-        Raises:
-            ProblemError: other results are there; the message names what differs.
         """
         if place(dataset) in FILES:
             raise ProblemError(f"a results folder has a file {dataset}; rename the data set")
@@ -178,12 +172,8 @@ class Results:
     def is_done(
         self, dataset: str, label: str, settings: Mapping[str, Any], model: bool = False
     ) -> bool:
-        """Whether the adapter of a label is there, made with the same settings of its method, and
-        the full model beside it, if `model` is wanted.
-
-        Raises:
-            ProblemError: it was made with other settings, which only `--overwrite` may replace.
-        """
+        """Whether the adapter of a label is there, and the full model beside it, if `model` is
+        wanted. Raises ProblemError if it was made with other settings of its method."""
         path = self.path(dataset, label)
         if not path.exists() or not path.stat().st_size:  # a power cut leaves an empty file
             return False
@@ -198,8 +188,7 @@ class Results:
         """Write an adapter, and logs.json if it is time.
 
         Args:
-            settings: of its method, which an adapter that another run has made meanwhile must
-                share; None: any adapter is replaced.
+            settings: of its method, which an adapter that is there must share; None: it need not.
         """
         from forgetting.io import write_bytes  # who only reads results does not wait for torch
 
@@ -247,8 +236,6 @@ def add_args(folder: str | Path, line: str) -> None:
 
 def no_results(folder: Path) -> ProblemError:
     """What to say of a folder without results: where some are, or how to make some."""
-    if not folder.is_dir():
-        return ProblemError(f"no results in {folder}: no such folder; run forget_clip.sh")
     below = sorted(path for depth in range(1, 5) for path in folder.glob(f"{'*/' * depth}{LOGS}"))
     places = " or ".join(str(path.parent) for path in below[:3])
     hint = f"did you mean {places}?" if below else "run forget_clip.sh"
@@ -257,10 +244,7 @@ def no_results(folder: Path) -> ProblemError:
 
 def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
     """The logs of a results folder, those of the paper's public code too; empty if it has none.
-
-    Raises:
-        ProblemError: no JSON, or results of another shape (see `check_logs`).
-    """
+    Raises ProblemError for no JSON, or results of another shape."""
     path = Path(folder) / name
     if not path.exists():
         return {}
@@ -304,19 +288,16 @@ def same_kind(
         model_alone: whether it is enough that they are of one model, whatever forgot: then what was
             measured before forgetting is the same for all.
     """
-    resolved = [Path(folder).resolve() for folder in folders]
+    if not model_alone and len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ProblemError(f"a results folder is given twice: {', '.join(map(str, folders))}")
     known: dict[tuple[str, str], tuple[str | Path, Any]] = {}
-    for folder, path, sets in zip(folders, resolved, logs, strict=True):
-        if resolved.count(path) > 1 and not model_alone:
-            raise ProblemError(f"the results folder {folder} is given twice")
+    for folder, sets in zip(folders, logs, strict=True):
         for whose, key, value in _settings(sets, model_alone):
             other_folder, other = known.setdefault((whose, key), (folder, value))
             if other != value:
-                kind = "model" if model_alone else "kind"
-                hint = "" if model_alone else f"; give each a name: NAME={folder}"
                 raise ProblemError(
-                    f"{other_folder} and {folder} are not runs of one {kind}: {key} is "
-                    f"{shown(other)} and {shown(value)}{hint}"
+                    f"{other_folder} and {folder} do not belong together: {key} is {shown(other)} "
+                    f"and {shown(value)}"
                 )
 
 
@@ -333,18 +314,14 @@ def _settings(logs: Logs, model_alone: bool) -> Iterator[tuple[str, str, Any]]:
 
 def read_args(path: str | Path) -> list[argparse.Namespace]:
     """The command lines in an args.txt, oldest first, read as text: nothing in it is executed.
-
-    Raises:
-        ProblemError: a line that is not the text of an argparse Namespace.
-    """
+    Raises ProblemError for a line that is not the text of an argparse Namespace."""
     namespaces = []
     for line in _lines(Path(path)):
         try:
             keywords = ast.parse(line, mode="eval").body.keywords
             values = {str(part.arg): ast.literal_eval(part.value) for part in keywords}
         except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
-            message = f"{path}: not the text of an argparse Namespace ({error})"
-            raise ProblemError(message) from error
+            raise ProblemError(f"{path}: not the text of a Namespace ({error})") from error
         namespaces.append(argparse.Namespace(**values))
     return namespaces
 

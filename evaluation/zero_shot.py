@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
 from forgetting.edited_texts import EditedTexts, EmbeddedTexts
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError
 
 if TYPE_CHECKING:
     from forgetting.problem import LowRankEdit
@@ -47,11 +47,6 @@ class ZeroShot:
         self.texts = embedded_texts(bundle, bundle.class_hidden)
 
     @cached_property
-    def images(self) -> Tensor:
-        """Unit-norm embeddings (N, d), float64."""
-        return self.bundle.image_features.double()
-
-    @cached_property
     def correct_before(self) -> Tensor:
         """(N,) bool: whether the untouched model recognises each image."""
         return self._predict([self.texts.unedited], [()])[0] == self.bundle.labels
@@ -69,27 +64,24 @@ class ZeroShot:
 
         Args:
             removed: for each edit, class names that are no longer on the list; no image is given
-                one of them.
-
-        Raises:
-            ProblemError: a removed name is no class, or none is left.
+                one of them. ProblemError if no other is left.
         """
         return self._predict(self.texts.edited(edits), removed or [()] * len(edits))
 
     def _predict(self, edited: list[EditedTexts], removed: Sequence[Sequence[str]]) -> Tensor:
-        off_list = [_columns(self.bundle, names) for names in removed]
+        names = self.bundle.classnames
+        if any(set(names) <= set(each) for each in removed):
+            raise ProblemError(f"every class of {self.bundle.dataset} is removed: none is left")
+        columns = [[names.index(name) for name in each] for each in removed]
         predicted = torch.empty(len(edited), len(self.bundle.labels), dtype=torch.int64)
-        if not predicted.numel():
-            return predicted
         rights, ranks = torch.cat([each.right for each in edited]), [len(e.right) for e in edited]
-        for start in range(0, len(self.images), BLOCK):
-            images = self.images[start : start + BLOCK]  # (b, d)
+        for start in range(0, len(self.bundle.labels), BLOCK):
+            images = self.bundle.image_features[start : start + BLOCK].double()  # (b, d)
             products = images @ self.texts.embeddings.T  # (b, d) @ (d, C)
             pulls = (images @ rights.T).split(ranks, dim=1)  # R times (b, r)
-            for row, (each, pull, columns) in enumerate(zip(edited, pulls, off_list, strict=True)):
+            for row, (each, pull, gone) in enumerate(zip(edited, pulls, columns, strict=True)):
                 cosines = each.image_cosines(products, pull)  # (b, C)
-                if columns:
-                    cosines[:, columns] = -torch.inf
+                cosines[:, gone] = -torch.inf
                 # numpy's argmax takes half the time of torch's.
                 nearest = torch.from_numpy(cosines.numpy().argmax(axis=1))
                 predicted[row, start : start + BLOCK] = nearest
@@ -119,10 +111,8 @@ def own_accuracies(
 
 def accuracy(correct: Tensor, chosen: Tensor | None = None) -> float | None:
     """The fraction of the (chosen) images that are recognised; None of no image."""
-    count = len(correct) if chosen is None else int(chosen.sum())
-    if not count:
-        return None
-    return int((correct if chosen is None else correct & chosen).sum()) / count
+    right = correct if chosen is None else correct[chosen]
+    return int(right.sum()) / len(right) if len(right) else None
 
 
 class Evaluator:
@@ -134,13 +124,11 @@ class Evaluator:
 
     def before(self, classes: list[str]) -> dict[str, Any]:
         """The accuracies of the untouched model, as `zero_shot` of a log entry."""
-        bundle = self.own.bundle
-        own = own_accuracies(bundle, classes, self.own.correct_before)
-        return {bundle.dataset: own} | self._others_before
+        return self._entry(classes, self.own.correct_before, self._others_before)
 
     @cached_property
-    def _others_before(self) -> dict[str, Any]:
-        return {name: _whole(other.correct_before) for name, other in self.others.items()}
+    def _others_before(self) -> dict[str, float | None]:
+        return {name: accuracy(other.correct_before) for name, other in self.others.items()}
 
     def after(
         self,
@@ -149,28 +137,16 @@ class Evaluator:
         removed: Sequence[Sequence[str]] | None = None,
     ) -> list[dict[str, Any]]:
         """The accuracies after each request's edit, as `final_results` of a log entry."""
-        bundle = self.own.bundle
-        correct = self.own.correct(edits, removed)  # (R, N)
-        entries = [
-            {bundle.dataset: own_accuracies(bundle, classes, row)}
-            for classes, row in zip(requests, correct, strict=True)
+        own = self.own.correct(edits, removed)  # (R, N)
+        others = {name: other.correct(edits) for name, other in self.others.items()}
+        return [
+            self._entry(classes, own[i], {name: accuracy(x[i]) for name, x in others.items()})
+            for i, classes in enumerate(requests)
         ]
-        for name, other in self.others.items():
-            for entry, row in zip(entries, other.correct(edits), strict=True):
-                entry[name] = _whole(row)
-        return entries
 
-
-def _whole(correct: Tensor) -> dict[str, dict[str, float | None]]:
-    return {"all": {"all_ds": accuracy(correct)}}
-
-
-def _columns(bundle: FeatureBundle, removed: Sequence[str]) -> list[int]:
-    """The columns of classes that leave the list."""
-    for name in removed:
-        if name not in bundle.classnames:
-            what = f"class to remove from the list of {bundle.dataset}"
-            raise unknown(what, name, bundle.classnames)
-    if set(bundle.classnames) <= set(removed):
-        raise ProblemError(f"every class of {bundle.dataset} is removed: none is left to choose")
-    return [bundle.classnames.index(name) for name in removed]
+    def _entry(
+        self, classes: list[str], correct: Tensor, others: dict[str, float | None]
+    ) -> dict[str, Any]:
+        bundle = self.own.bundle
+        entry = {bundle.dataset: own_accuracies(bundle, classes, correct)}
+        return entry | {name: {"all": {"all_ds": value}} for name, value in others.items()}

@@ -53,7 +53,7 @@ def test_a_name_goes_and_returns(live):
 
 def test_settings_may_change_after_forgetting(live, tmp_path):
     paths = [live.look([TWO], **more).save(tmp_path) for more in ({}, FAR, {})]
-    assert paths[0] == paths[2] != paths[1] and all(x.name == f"{TWO}.safetensors" for x in paths)
+    assert len({*paths}) == 3 and all(x.name == f"{TWO}.safetensors" for x in paths)
     changes = [load_adapter(path) for path in paths[:2]]
     assert not torch.allclose(
         changes[0].left @ changes[0].right, changes[1].left @ changes[1].right

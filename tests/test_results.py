@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -19,7 +17,7 @@ from evaluation.results import Results, add_args, join_label, place, read_logs, 
 from forgetting import io
 from forgetting.errors import ProblemError
 from tests.results_fixtures import SETTINGS, adapter, ended, entry, fork, store
-from utils import compute_avg_gain, create_results
+from utils import create_results
 
 CHOSEN = {"lamb_forget": 1.3}
 
@@ -39,10 +37,8 @@ def test_logs_are_the_entries_of_the_adapters_in_the_order_of_the_classes(tmp_pa
     assert logs["A"]["settings"] == SETTINGS | {"kwargs": {}}
     assert not list(tmp_path.rglob(".tmp*"))
     # The adapters are the record: logs.json can be lost, or torn, and nothing else is.
-    for text in (None, "", '{"A": {"ca'):
-        (tmp_path / "logs.json").unlink() if text is None else (tmp_path / "logs.json").write_text(
-            text
-        )
+    for text in ("", '{"A": {"ca'):
+        (tmp_path / "logs.json").write_text(text)
         Results(tmp_path).compile()
         assert read_logs(tmp_path) == logs
     written = (tmp_path / "logs.json").stat()
@@ -154,24 +150,19 @@ def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
 def test_logs_that_were_not_made_from_adapters_are_left_alone(tmp_path):
     path = tmp_path / "logs.json"
     theirs = json.dumps({"A": {"cat": {"final_results": entry()["final_results"]}}})
-    for text in (theirs, "[1, 2]", '{"A": 3}', "my notes"):
+    for text in (theirs, "[1, 2]", '{"A": 3}', "my notes", "", '{"A": {"cat"'):
         path.write_text(text)
         with pytest.raises(ProblemError, match="another ATTEMPT"):
             Results(tmp_path)
+        if text != theirs:
+            with pytest.raises(ProblemError, match=r"logs\.json"):
+                read_logs(tmp_path)
         assert path.read_text() == text
     path.unlink()
     os.mkfifo(path)
     for read in (Results, read_logs, create_results):
         with pytest.raises(ProblemError):
             read(tmp_path)
-
-
-@pytest.mark.parametrize("text", ['{"A": {"cat"', "", "[1, 2]", '{"A": 3}'])
-def test_logs_that_cannot_be_read_are_one_line(tmp_path, text):
-    (tmp_path / "logs.json").write_text(text)
-    with pytest.raises(ProblemError, match=r"logs\.json"):
-        read_logs(tmp_path)
-    assert (tmp_path / "logs.json").read_text() == text  # reading changes nothing
 
 
 def test_places_are_distinct_short_and_inside():
@@ -207,128 +198,6 @@ def test_args_end_with_the_latest_command_line(tmp_path):
         add_args(tmp_path, line)
     lines = (tmp_path / "args.txt").read_text().splitlines()
     assert lines == ["Namespace(a=1)", "Namespace(a=2)", "Namespace(a=1)"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    store(tmp_path, "A", "cat", entry())
-    store(tmp_path, "B", "x", entry("B", "x", 1.0, 0.0, others=("A",)))
-    both = entry()
-    for side, value in (("final_results", 0.3), ("zero_shot", 0.5)):
-        both[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
-    store(tmp_path, "A", "cat|dog", both)
-    add_args(tmp_path, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
-    return tmp_path
-
-
-def test_create_results_columns_and_values(folder):
-    df, args = create_results(folder)
-    assert list(df.columns) == [
-        *("ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget"),
-        *("res_B", "full_B", "res_A", "full_A"),
-    ]
-    row = df.set_index("name").loc["cat"]
-    assert row.tolist()[:5] == ["A", 0.8, 0.9, 0.1, 0.7]
-    assert (row.res_B, row.full_B) == (0.5, 0.6) and math.isnan(row.res_A)
-    assert args.backbone == "mini" and args.seed == 0 and args.forget == ["a", "b"]
-
-
-def test_create_results_of_multiclass(folder):
-    df, _, logs = create_results(folder, multiclass=True, return_logs=True)
-    assert df.name.tolist() == ["cat|dog"] and set(logs) == {"A", "B"}
-    row = df.iloc[0]
-    assert row.cls_forget == pytest.approx(0.2) and row.cls_Noforget == pytest.approx(0.7)
-    assert row.cls_forget_all == {"cat": 0.1, "dog": 0.3}
-
-
-def test_create_results_takes_any_spelling_of_the_folder(folder, monkeypatch):
-    expected, _ = create_results(folder)
-    monkeypatch.chdir(folder.parent)
-    for spelling in (f"{folder}/", str(folder), folder.name, f"./{folder.name}/"):
-        assert create_results(spelling)[0].equals(expected)
-
-
-def test_wrong_rn_is_a_warning_with_the_right_one(folder):
-    with pytest.warns(UserWarning, match="rn=False is right"):
-        create_results(folder, rn=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        create_results(folder, rn=False)
-
-
-@pytest.mark.parametrize("multiclass", [False, True])
-def test_logs_of_the_papers_public_code(tmp_path, multiclass):
-    """No zero_shot, no solver, no settings; args.txt is the text of a Namespace."""
-    label = "Pekinese|toy poodle" if multiclass else "Pekinese"
-    own = {
-        name: {"cls_acc_test": acc, "no_cls_acc": 0.5, "acc_train": None}
-        for name, acc in zip(label.split("|"), (0.1, 0.3), strict=False)
-    }
-    results = {"StanfordDogs": own, "Caltech101": {"all": {"all_ds": 0.85}}}
-    logs = {"StanfordDogs": {label: {"final_results": results}}}
-    (tmp_path / "logs.json").write_text(json.dumps(logs))
-    (tmp_path / "args.txt").write_text("Namespace(backbone_arch='RN50', seed=0, lora_r=5)")
-    with pytest.warns(UserWarning, match="before forgetting"):
-        df, args = create_results(tmp_path, rn=True, multiclass=multiclass)
-    assert df.cls_forget[0] == pytest.approx(0.2 if multiclass else 0.1)
-    assert df.full_forget[0] == 0.5 and df.res_Caltech101[0] == 0.85
-    assert df[["full_Noforget", "cls_Noforget", "full_Caltech101"]].isna().all().all()
-    assert args.lora_r == 5
-
-
-@pytest.mark.parametrize(
-    ("content", "multiclass", "message"),
-    [
-        (None, False, "run forget_clip.sh"),
-        (
-            {"A": {"settings": {}, "cat": {"final_results": {"A": {"cat": {}}}}}},
-            True,
-            "no multiclass",
-        ),
-        ({"A": {"settings": {}}}, False, "no single-class"),
-    ],
-)
-def test_a_folder_without_such_results_is_one_line(tmp_path, content, multiclass, message):
-    if content is not None:
-        (tmp_path / "logs.json").write_text(json.dumps(content))
-    with pytest.raises(ProblemError, match=message):
-        create_results(tmp_path, multiclass=multiclass)
-
-
-def test_args_are_read_and_never_run(folder):
-    (folder / "args.txt").write_text("Namespace(a=__import__('os').system('touch owned'))")
-    with pytest.raises(ProblemError, match=r"args\.txt"):
-        create_results(folder)
-    assert not (folder / "owned").exists()
-
-
-def test_avg_gain_is_the_mean_of_the_papers_five_numbers():
-    import pandas as pd
-
-    df = pd.DataFrame(
-        {
-            "ds": ["A"],
-            "name": ["cat"],
-            "full_Noforget": [0.8],
-            "cls_Noforget": [0.5],
-            "cls_forget": [0.1],  # a fifth is left
-            "full_forget": [0.6],  # a quarter is lost
-            "res_B": [0.5],
-            "full_B": [0.4],  # a gain counts as 0
-            "res_C": [0.45],
-            "full_C": [0.5],  # a tenth is lost
-            "res_D": [0.3],
-            "full_D": [0.3],
-        }
-    )
-    assert compute_avg_gain(df).tolist() == pytest.approx([(0.2 + 0.25 + 0 + 0.1 + 0) / 5])
-
-
-def test_avg_gain_works_for_any_sets(folder):
-    df, _ = create_results(folder)
-    cat = (0.1 / 0.9 + 0.1 / 0.8 + 0.1 / 0.6) / 3
-    x = (0 + 0.1 / 0.8 + 0.1 / 0.6) / 3
-    assert compute_avg_gain(df).tolist() == pytest.approx([cat, x])
 
 
 def test_reading_results_loads_nothing_heavy():

@@ -6,17 +6,15 @@ solved from the original, so that restoring one name is solving again without it
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -25,13 +23,13 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from datasets.reader import read_image
+from evaluation.plots import thumbnail
 from evaluation.results import join_label, place
 from evaluation.zero_shot import accuracy
 from forgetting.api import TEMPLATES, Forgotten, forget
 from forgetting.context import ExactSettings
 from forgetting.displacement import Forecast
 from forgetting.errors import ProblemError, nearest
-from forgetting.io import digest
 from forgetting.models.vocabulary import generic_names
 
 GUESSES, NEIGHBOURS = 3, 3  # names that are shown of an image, and beside a forgotten name
@@ -54,7 +52,7 @@ class View:
         chosen: names that are about to be forgotten; forecast: of them and the forgotten, together.
         unlisted: those of both that are no classes, each with the nearest class names.
         recognised: a name, and the fraction of its images that are recognised before and now, None
-            without images: of these names, of those nearest to them, and of all others together.
+            without images: of these names, of all others together, and of those nearest to them.
         pictures: an image's class or file name, a data URI, and the names that it is taken for with
             their probabilities, before and now.
         refused: files that cannot be read, one line each.
@@ -73,14 +71,13 @@ class View:
         return _page.get_template("page.html").render(view=self, part=part)
 
     def save(self, folder: str | Path) -> Path | None:
-        """Write the adapter, called by what it forgets, below a folder that is its own for each
-        change; None if nothing is forgotten."""
+        """Write the adapter, called by what it forgets, into a new folder below one; None if
+        nothing is forgotten."""
         if self.answer is None:
             return None
-        adapter = self.answer.adapter
-        content = digest({}, {"left": adapter.left, "right": adapter.right})[:16]
-        path = Path(folder) / content / f"{place(join_label(adapter.classes))}.safetensors"
-        self.answer.save(path, overwrite=True)
+        name = place(join_label(self.answer.adapter.classes))
+        path = Path(mkdtemp(dir=folder)) / f"{name}.safetensors"
+        self.answer.save(path)
         return path
 
 
@@ -102,9 +99,10 @@ class Live:
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
         self.source, self.folder = ClipSource(model, cache=folder), Path(folder)
-        sets = [datasets.spec("", images).name] if images else []
         self.generic = self.source.arch != "mini"  # it was taught few names
-        if not images and not self.generic:
+        if images or self.generic:
+            sets = [datasets.spec("", images).name] if images else []
+        else:
             sets = [row.name for row in datasets.SETS.values() if row.rendered]
         bundles = [build_bundle(name, self.source, root, own=images) for name in sets]
         self.items = [item for name in sets for item in datasets.load(name, root, images).test]
@@ -118,7 +116,7 @@ class Live:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self._ridges: dict[tuple[str, ...], float] = {}
         self._solve = lru_cache(REMEMBERED)(self._forget)
-        self._thumbnail = lru_cache(REMEMBERED)(lambda path: _thumbnail(read_image(path)))
+        self._thumbnail = lru_cache(REMEMBERED)(lambda path: thumbnail(read_image(path), THUMBNAIL))
         self._upload = lru_cache(REMEMBERED)(self._encoded)
 
     def listed(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -170,9 +168,9 @@ class Live:
             return title, accuracy(correct[0], images), accuracy(correct[1], images)
 
         def guesses(image: Tensor) -> list[list[tuple[str, float]]]:
-            scores = [(self._sharpness * (x @ image)).softmax(dim=0) for x in texts]
-            best = [x.topk(min(GUESSES, len(names))).indices for x in scores]
-            return [[(names[i], float(x[i])) for i in b] for x, b in zip(scores, best, strict=True)]
+            shares = [(self._sharpness * (x @ image)).softmax(dim=0) for x in texts]
+            best = [x.topk(min(GUESSES, len(names))).indices.tolist() for x in shares]
+            return [[(names[i], float(x[i])) for i in b] for x, b in zip(shares, best, strict=True)]
 
         rows = [names.index(name) for name in both]
         cosines = texts[0] @ texts[0][rows].T  # (C, k)
@@ -185,12 +183,12 @@ class Live:
         table += [recognised(name, [name]) for name in near]
 
         pictures, refused = [], []
-        for path in uploads[:UPLOADS]:
+        for path in map(Path, uploads[:UPLOADS]):
             try:
                 data, features = self._upload(path)
-                pictures.append((f"{Path(path).name} (yours)", data, *guesses(features)))
+                pictures.append((f"{path.name} (yours)", data, *guesses(features)))
             except ProblemError as error:
-                refused.append(f"{Path(path).name[-60:]}: {error}")
+                refused.append(f"{path.name[-60:]}: {error}")
         if len(uploads) > UPLOADS:
             refused.append(f"{len(uploads) - UPLOADS} files more than {UPLOADS} are not shown")
         wanted = dict.fromkeys(both, 2) | dict.fromkeys(near, 1)  # images of each name
@@ -236,23 +234,16 @@ class Live:
     def _prompts(self, names: Sequence[str]) -> list[str]:
         return [self.template.replace("{}", name) for name in names]
 
-    def _encoded(self, path: str | Path) -> tuple[str, Tensor]:
+    def _encoded(self, path: Path) -> tuple[str, Tensor]:
         """A data URI of somebody's image, and its embedding (d,)."""
-        if Path(path).is_file() and Path(path).stat().st_size > MEGABYTES * 1e6:
+        if path.is_file() and path.stat().st_size > MEGABYTES * 1e6:
             raise ProblemError(f"larger than {MEGABYTES} MB")
         image = read_image(path, FORMATS, MEGAPIXELS, upright=True)
-        return _thumbnail(image), self.source.encode_images(self.source.preprocess(image)[None])[0]
+        features = self.source.encode_images(self.source.preprocess(image)[None])[0]
+        return thumbnail(image, THUMBNAIL), features
 
     @property
     def _sharpness(self) -> float:
         """By which the model multiplies cosines before the softmax."""
         scale = getattr(self.source.model, "logit_scale", None)
         return 100.0 if scale is None else float(scale.exp())
-
-
-def _thumbnail(image: Image.Image) -> str:
-    """A small copy as a data URI."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, "WEBP", lossless=max(small.size) < THUMBNAIL, quality=90)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,10 +1,12 @@
-"""Several results folders: seeds as mean and deviation, methods side by side, the command line."""
+"""Results as data frames: one folder, seeds as mean and deviation, methods side by side, pictures,
+the command line."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +14,7 @@ import pytest
 
 import utils
 from engine.cli import run
+from evaluation.tables import method_table
 from forgetting.errors import ProblemError
 from tests.results_fixtures import SETTINGS, entry
 from utils import (
@@ -23,19 +26,26 @@ from utils import (
     summarise,
 )
 
+COLUMNS = ["ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget"]
+
+
+def write(folder: Path, logs: dict, args: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "logs.json").write_text(json.dumps(logs))
+    (folder / "args.txt").write_text(args)
+    return folder
+
 
 def results(folder: Path, after: float, name: str = "cat", **settings: object) -> Path:
-    """Results of two classes in a folder, alone and together."""
+    """Results of two classes of A in a folder, alone and together."""
     logs = {"A": {"settings": SETTINGS | settings}}
     logs["A"] |= {label: entry(name=label, after=after) for label in (name, "dog")}
     logs["A"][f"{name}|dog"] = entry(name=name, after=after)
     own = logs["A"][f"{name}|dog"]
-    for side, value in (("final_results", after / 2), ("zero_shot", 0.9)):
+    for side, value in (("final_results", after / 2), ("zero_shot", 0.7)):
         own[side]["A"]["dog"] = {"cls_acc_test": value, "no_cls_acc": 0.7, "acc_train": None}
     logs["A"][name]["solver"]["seconds"] = 2 * after
-    folder.mkdir(parents=True)
-    (folder / "logs.json").write_text(json.dumps(logs))
-    return folder
+    return write(folder, logs, "Namespace(backbone='mini', seed=0, forget=['a', 'b'])")
 
 
 @pytest.fixture
@@ -47,10 +57,7 @@ def seeds(tmp_path: Path) -> list[Path]:
 def public(tmp_path: Path) -> Path:
     """Logs as the paper's public code writes them: nothing from before forgetting."""
     logs = {"A": {"cat": {"final_results": entry(after=0.2)["final_results"]}}}
-    (tmp_path / "public").mkdir()
-    (tmp_path / "public/logs.json").write_text(json.dumps(logs))
-    (tmp_path / "public/args.txt").write_text("Namespace(backbone_arch='mini', seed=0)")
-    return tmp_path / "public"
+    return write(tmp_path / "public", logs, "Namespace(backbone_arch='mini', seed=0)")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -65,6 +72,56 @@ def command(capsys, *arguments: object) -> tuple[int, str, str]:
 
 def gains(folder: Path) -> float:
     return compute_avg_gain(create_results(folder)[0]).mean()
+
+
+def test_columns_and_values_of_one_folder(tmp_path, monkeypatch):
+    folder = results(tmp_path / "one", 0.1)
+    logs = json.loads((folder / "logs.json").read_text())
+    logs["B"] = {"x": entry("B", "x", 1.0, 0.0, others=("A",))}
+    write(folder, logs, (folder / "args.txt").read_text())
+    df, args = create_results(folder)
+    assert list(df.columns) == [*COLUMNS, "res_B", "full_B", "res_A", "full_A"]
+    row = df.set_index("name").loc["cat"]
+    assert row.tolist()[:5] == ["A", 0.8, 0.9, 0.1, 0.7]
+    assert (row.res_B, row.full_B) == (0.5, 0.6) and math.isnan(row.res_A)
+    assert args.backbone == "mini" and args.seed == 0 and args.forget == ["a", "b"]
+    several, _, read = create_results(folder, multiclass=True, return_logs=True)
+    assert several.name.tolist() == ["cat|dog"] and read == logs
+    assert several.cls_forget[0] == pytest.approx(0.075)
+    assert several.cls_Noforget[0] == pytest.approx(0.8)
+    assert several.cls_forget_all[0] == {"cat": 0.1, "dog": 0.05}
+    monkeypatch.chdir(tmp_path)
+    for spelling in (f"{folder}/", str(folder), "one", "./one/"):
+        assert create_results(spelling)[0].equals(df)
+    with pytest.warns(UserWarning, match="rn=False is right"):
+        create_results(folder, rn=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_results(folder, rn=False)
+
+
+@pytest.mark.parametrize(
+    ("logs", "multiclass", "message"),
+    [
+        (None, False, "run forget_clip.sh"),
+        ({"A": {"cat": {"final_results": {"A": {"cat": {}}}}}}, True, "no multiclass"),
+        ({"A": {"settings": {}}}, False, "no single-class"),
+    ],
+)
+def test_a_folder_without_such_results_is_one_line(tmp_path, logs, multiclass, message):
+    if logs is not None:
+        write(tmp_path, logs)
+    with pytest.raises(ProblemError, match=message):
+        create_results(tmp_path, multiclass=multiclass)
+
+
+def test_args_are_read_and_never_run(seeds):
+    (seeds[0] / "args.txt").write_text("Namespace(a=__import__('os').system('touch owned'))")
+    with pytest.raises(ProblemError, match=r"args\.txt"):
+        create_results(seeds[0])
+    assert not Path("owned").exists()
+    with pytest.raises(ProblemError, match=f"did you mean {seeds[0]} or "):
+        create_results(seeds[0].parent)
 
 
 def test_seeds_are_mean_and_standard_deviation(seeds, tmp_path, capsys):
@@ -92,39 +149,37 @@ def test_seeds_are_mean_and_standard_deviation(seeds, tmp_path, capsys):
 @pytest.mark.parametrize(("key", "value"), [("trainer", "ForgetExact"), ("weights", "other")])
 def test_what_is_no_seed_is_refused(seeds, tmp_path, key, value):
     other = results(tmp_path / "other", 0.3, **{key: value})
-    with pytest.raises(ProblemError, match=f"not runs of one kind: {key} is"):
+    with pytest.raises(ProblemError, match=f"belong together: {key} is"):
         create_results([seeds[0], other])
     path = seeds[1] / "logs.json"
     path.write_text(path.read_text().replace('"lamb_forget": 1.3', '"lamb_forget": 1.4'))
     with pytest.raises(ProblemError, match=r"lamb_forget is 1\.3 and 1\.4"):
         create_results(seeds)
-    with pytest.raises(ProblemError, match="is given twice"):
+    with pytest.raises(ProblemError, match="given twice"):
         create_results([seeds[0], f"{seeds[0]}/"])
     for wrong in ([], [3], (), [seeds[:1]]):
         with pytest.raises(ProblemError, match="given by its path"):
             create_results(wrong)
 
 
-# The paper's public code
-
-
 def test_create_results_takes_and_gives_what_the_public_code_does(public, seeds):
-    """Its positional order, its form with logs in memory, and a value per row for the gain."""
+    """Its positional order, its form with logs in memory, several classes under one label, and a
+    value per row for the gain."""
     logs = json.loads((public / "logs.json").read_text())
     with pytest.warns(UserWarning, match="before=FOLDER"):
         df, args = create_results(f"{public}/", False, False, "logs.json", False)
-    assert df.name.tolist() == ["cat"] and df.cls_forget.tolist() == [0.2] and args.seed == 0
+    assert df.cls_forget.tolist() == [0.2] and args.seed == 0
+    assert df[["full_Noforget", "cls_Noforget", "full_B"]].isna().all().all()
+    assert list(df.columns) == [*COLUMNS, "res_B", "full_B"]
+    both = {"final_results": {"A": {x: {"cls_acc_test": 0.1, "no_cls_acc": 0.5} for x in "xy"}}}
+    logs["A"]["x|y"] = both
     with pytest.warns(UserWarning, match="before=FOLDER"):
-        again, _ = create_results("", log_name=logs)
-    assert again.equals(df)
-    columns = ["ds", "name", "full_Noforget", "cls_Noforget", "cls_forget", "full_forget"]
-    assert list(df.columns) == [*columns, "res_B", "full_B"]
-    ours, _ = create_results(seeds[1])
-    gain = compute_avg_gain(ours)
+        assert create_results("", log_name=logs)[0].equals(df)
+        several, _ = create_results("", log_name=logs, multiclass=True)
+    assert several.cls_forget_all[0] == {"x": 0.1, "y": 0.1} and several.full_forget[0] == 0.5
+    gain = compute_avg_gain(create_results(seeds[1])[0])
     expected = (0.1 / 0.9 + (0.8 - 0.7) / 0.8 + (0.6 - 0.5) / 0.6) / 3
-    assert gain.tolist() == pytest.approx([expected] * 2) and gain.mean() == pytest.approx(expected)
-    # It knows the settings in our logs by their key "kwargs".
-    assert all("final_results" in entry or "kwargs" in entry for entry in logs["A"].values())
+    assert gain.tolist() == pytest.approx([expected] * 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*holds no accuracies before")
@@ -141,26 +196,61 @@ def test_before_comes_from_other_results_of_the_same_model(public, seeds, tmp_pa
     assert status == 0 and "no average gain" in out and "20.0" in out
     status, out, _ = command(capsys, public, "--before", seeds[0])
     assert status == 0 and f"{expected:.4f}" in out and "90.0" in out
-    # What the logs hold stays, and what nobody holds is said.
+    # What the logs hold stays, and what nobody holds is not made up.
     logs = json.loads((public / "logs.json").read_text())
-    logs["A"]["owl"] = {"final_results": entry(name="owl", after=0.3)["final_results"]}
-    logs["A"]["dog"] = entry(name="dog", before=0.5, after=0.2)
+    logs["A"]["owl"] = {"final_results": entry(name="owl", after=None)["final_results"]}
+    logs["A"]["dog"] = entry(name="dog", before=0.5, after=None)
     (public / "logs.json").write_text(json.dumps(logs))
-    df, _ = create_results(public, before=seeds[0])
-    before = df.set_index("name").cls_Noforget
-    assert (before["cat"], before["dog"]) == (0.9, 0.5) and math.isnan(before["owl"])
+    df = create_results(public, before=seeds[0])[0].set_index("name")
+    assert (df.cls_Noforget["cat"], df.cls_Noforget["dog"]) == (0.9, 0.5)
+    assert math.isnan(df.cls_Noforget["owl"]) and math.isnan(df.cls_forget["dog"])
     for wrong in (pd.DataFrame({"x": [1]}), {"cat": 0.9}):
         with pytest.raises(ProblemError):
             create_results(public, before=wrong)
     other = results(tmp_path / "other", 0.3, backbone="RN50")
-    with pytest.raises(ProblemError, match="one model: backbone is 'mini' and 'RN50'"):
+    with pytest.raises(ProblemError, match="backbone is 'mini' and 'RN50'"):
         create_results(public, before=other)
 
 
-# Methods side by side
+def test_avg_gain_is_the_mean_of_the_papers_five_numbers():
+    values = {
+        **{"full_Noforget": 0.8, "full_forget": 0.6},  # a quarter is lost
+        **{"cls_Noforget": 0.5, "cls_forget": 0.1},  # a fifth is left
+        **{"full_B": 0.4, "res_B": 0.5},  # a gain counts as 0
+        **{"full_C": 0.5, "res_C": 0.45},  # a tenth is lost
+        **{"full_D": 0.3, "res_D": 0.3},
+    }
+    df = pd.DataFrame([{"ds": "A", "name": "cat"} | values])
+    assert compute_avg_gain(df).tolist() == pytest.approx([(0.2 + 0.25 + 0 + 0.1 + 0) / 5])
 
 
-def test_methods_side_by_side(seeds, public, tmp_path, capsys):
+def test_the_table_of_methods_counts_by_hand(tmp_path):
+    def logged(name, own, rest, b, c, adapter):
+        one = entry("A", name, *own, ("B",), rest, b, seconds=2.0 * len(name), adapter=adapter)
+        for side, value in zip(("zero_shot", "final_results"), c, strict=True):
+            one[side]["C"] = {"all": {"all_ds": value}}
+        return one
+
+    a = logged("a", (0.8, 0.2), (0.9, 0.8), (0.5, 0.4), (0.6, 0.6), "x")
+    bb = logged("bb", (1.0, 0.0), (0.7, 0.8), (0.5, 0.2), (0.6, 0.5), "gone")
+    write(tmp_path, {"A": {"settings": {}, "a": a, "bb": bb}})
+    (tmp_path / "x").write_bytes(b"12345678")
+    row = method_table({"m": tmp_path}).loc["m"]
+    expected = {
+        "classes": 2,
+        **{"forgotten before": 90, "forgotten after": 10, "forgotten worst": 20},
+        **{"rest before": 80, "rest after": 80, "rest worst": 10},
+        **{"others before": 55, "others after": 42.5, "others worst": 30},
+        **{"seconds": 3.0, "bytes": 8},
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    by_hand = ((0.2 / 0.8 + 0.1 / 0.9 + 0.1 / 0.5 + 0) / 4, (0 + 0 + 0.3 / 0.5 + 0.1 / 0.6) / 4)
+    assert row["avg_gain"] == pytest.approx(sum(by_hand) / 2) == gains(tmp_path)
+    with pytest.raises(ProblemError, match="no multiclass results"):
+        method_table({"m": tmp_path}, multiclass=True)
+
+
+def test_methods_side_by_side(seeds, public, tmp_path):
     other = results(tmp_path / "other", 0.4, name="cat", trainer="ForgetExact")
     table = compare_results({"s": seeds, "a": other})
     row = table.set_index("forgotten").loc["cat"]
@@ -173,10 +263,13 @@ def test_methods_side_by_side(seeds, public, tmp_path, capsys):
     for name in ("before", "± s"):
         with pytest.raises(ProblemError, match="can be called"):
             compare_results({"s": seeds, name: other})
+    elsewhere = write(tmp_path / "x", {"B": {"x": entry("B", "x", others=())}})
+    with pytest.raises(ProblemError, match="no class is in all"):
+        compare_results({"s": elsewhere, "a": other})
     for key in ("backbone", "weights", "template"):
         one = results(tmp_path / f"{key}1", 0.3, template="t")
         two = results(tmp_path / f"{key}2", 0.3, **{"template": "t"} | {key: "another"})
-        with pytest.raises(ProblemError, match=f"one model: {key} is"):
+        with pytest.raises(ProblemError, match=f"belong together: {key} is"):
             compare_results({"a": one, "b": two})
     for wrong in (pd.DataFrame({"x": [1]}), table, 3):
         for take in (summarise, compute_avg_gain):
@@ -192,9 +285,10 @@ def test_the_command_writes_what_is_named_and_nothing_else(seeds, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     folders = [f"results3/seed_{n}" for n in range(3)]
     status, out, _ = command(capsys, *folders)
-    assert status == 0 and "results3: average gain" in out and "class ±" in out
+    assert status == 0 and "results3: average gain" in out and "class ± after" in out
     status, out, _ = command(capsys, f"seeds={seeds[0]}", f"seeds={seeds[1]}", "a=b")
     assert "seeds: average gain" in out and "over 2" in out and "a=b: average gain" in out
+    assert "class ± a=b" not in out
     assert tree(tmp_path) == before
     files = ["--csv", "t.csv", "--draw", "p.png"]
     for arguments in (folders, ["a=b"], [folders[0], "a=b"]):  # and again over what is there
@@ -208,17 +302,10 @@ def test_outputs_are_regular_files_and_refused_before_anything_is_printed(seeds,
     os.mkfifo(tmp_path / "pipe.csv")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "mine").write_text("mine")
-    for options in (
-        ["--csv", tmp_path / "pipe.csv"],
-        ["--draw", tmp_path / "pipe.png"],
-        ["--draw", tmp_path / "p.jpg"],
-        ["--csv", tmp_path / "mine/t.csv"],
-    ):
-        status, out, err = command(capsys, *seeds, *options)
+    for option in ("--csv pipe.csv", "--draw pipe.png", "--draw p.jpg", "--csv mine/t.csv"):
+        flag, name = option.split()
+        status, out, err = command(capsys, *seeds, flag, tmp_path / name)
         assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-
-
-# Pictures
 
 
 def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
@@ -230,12 +317,10 @@ def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "set_yticks", lambda axis, places, names, **_: drawn.append(names))
     monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text))
     for count in (2500, 60):
-        names = [f"class {number}" for number in range(count)]
-        logs = {"A": {name: entry(name=name, after=0.0) for name in names}}
-        for name, left, rest in ((names[-3], 0.0, 0.1), (names[-2], 0.2, 0.7), (names[-1], 0.3, 1)):
-            accuracies = {"cls_acc_test": left, "no_cls_acc": rest}
-            logs["A"][name]["final_results"]["A"][name] = accuracies
-        df, _ = create_results("", log_name=logs)
+        logs = {f"class {n}": entry(name=f"class {n}", after=0.0) for n in range(count)}
+        for n, left, rest in ((count - 3, 0.0, 0.1), (count - 2, 0.2, 0.7), (count - 1, 0.3, 1)):
+            logs[f"class {n}"] = entry(name=f"class {n}", after=left, rest=(0.8, rest))
+        df, _ = create_results("", log_name={"A": logs})
         with Image.open(plot_results(df, tmp_path / "picture.png")) as image:
             assert image.width > 800 and image.height < 2500
     few, everything = drawn
@@ -248,10 +333,8 @@ def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
 def test_equal_methods_do_not_hide_each_other_and_losses_fill_their_panels(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    for name in ("one", "other"):
-        results(tmp_path / name, 0.1)
-    table = compare_results({name: tmp_path / name for name in ("one", "other")})
-    assert (table["class one"] == table["class other"]).all()
+    folders = {name: results(tmp_path / name, 0.1) for name in ("one", "other")}
+    table = compare_results(folders)
     dots, limits = [], []
     draw, limit = Axes.scatter, Axes.set_xlim
 
