@@ -256,17 +256,6 @@ def matrices(**values: Any) -> list[Tensor]:
     return found
 
 
-def texts(name: str, hidden: Any, other: str, value: Any, square: bool = False) -> list[Tensor]:
-    """Hidden states (k, w), k >= 1, and what they are multiplied with: (w, d), or (w, w)."""
-    hidden, value = matrices(**{name: hidden, other: value})
-    if not len(hidden):
-        raise ProblemError(f"{name} is empty: name at least one text to forget")
-    if 0 in value.shape:
-        raise ProblemError(f"a {other} of shape {tuple(value.shape)} has nothing to change")
-    width = hidden.shape[1]
-    return [hidden, matrix(other, value, width if square else None, width)]
-
-
 def vector(name: str, value: Any, count: int) -> Tensor:
     """`value` as (count,) numbers of 0 or more, float64."""
     value = tensor(name, value, FLOATS, (count,))
