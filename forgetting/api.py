@@ -98,8 +98,7 @@ def forget(
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
     settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)
-    also, retain = {} if also is None else also, () if retain is None else retain
-    call = _Call(encoder, settings, names, also, retain, templates, protect)
+    call = _Call(encoder, settings, names, also or {}, retain or (), templates, protect)
     if settings.generic > 0:
         call.common = generic_hidden(encoder, cache, progress)
     with _one_thread():

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mini import MINI, TEST_IMAGES
-from evaluation.audit.case import Prompt
-from evaluation.audit.names import MEASURES
-from evaluation.audit.record import FORMAT
+from evaluation.audit.case import Prompt, accuracy
+from evaluation.audit.record import FORMAT, MEASURES
 from evaluation.audit.run import audit_class
-from evaluation.audit.statistics import proportion
 from evaluation.audit.verdict import verdict
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import holds
@@ -41,7 +39,7 @@ WORDS = {"synonym": ("{} (another name)", "the common {}"), "description": ("fou
 
 def acc(value: float, n: int = 40) -> dict[str, Any]:
     """An accuracy as audits have it, rounded to whole images."""
-    return proportion(round(min(value, 1) * n), n)
+    return accuracy(round(min(value, 1) * n), n)
 
 
 @cache

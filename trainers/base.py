@@ -23,7 +23,7 @@ from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import TERMS, check
 from engine.determinism import one_thread
 from engine.log import logger, progress
-from evaluation.results import LOGS, Results, join_label, model_files, place, read_logs
+from evaluation.results import LOGS, Results, join_label, model_files, place
 from evaluation.rules import Fate, fate
 from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
 from forgetting.errors import ProblemError
@@ -319,15 +319,14 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
 
     def audit(self) -> None:
         """Measure what is left of the classes of this run: audit.json beside the logs."""
-        from evaluation.audit.inputs import Inputs
+        from evaluation.audit.case import AuditData
         from evaluation.audit.run import audit_dataset  # scikit-learn: only where it is used
         from evaluation.tables import report_audit
 
-        folder, dataset = self.results.folder, self.plan.dataset
-        inputs = Inputs(self.bundle, self.others, self.encode)
+        data = AuditData(self.bundle, self.others, self.cfg.SEED, self.encode)
         labels = [join_label(classes) for classes in self.plan.requests]
-        audit_dataset(folder, read_logs(folder), dataset, labels, inputs, self.cfg.SEED)
-        report_audit(folder, [dataset])
+        audit_dataset(self.results.folder, labels, data)
+        report_audit(self.results.folder, [self.plan.dataset])
 
 
 def outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from engine.cli import SEED, Parser, run
+from engine.cli import SEED, Parser, add_setting, run
 from evaluation.audit.inputs import Places
-from evaluation.audit.names import MEASURES
+from evaluation.audit.record import MEASURES
 from evaluation.tables import report_audit
 
 
@@ -30,17 +30,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         parser.add_argument(f"--{option}", metavar=metavar, help=about, action="append", default=[])
     parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
-    for place in fields(Places):
-        default = f" (default: {place.default})" if place.default else ""
-        about = place.metadata["help"] + default
-        parser.add_argument(f"--{place.name}", default=place.default, help=about)
+    names = [place.name for place in fields(Places)]
+    for name in names:
+        add_setting(parser, f"--{name}", Places, name)
     args = parser.parse_args(argv)
     from evaluation.audit.run import audit_folder  # scikit-learn: not for --help
 
-    places = Places(**{place.name: getattr(args, place.name) for place in fields(Places)})
+    places = Places(**{name: getattr(args, name) for name in names})
     for folder in map(Path, args.folders):
         audits = audit_folder(folder, args.dataset, args.forget, args.without, args.seed, places)
-        report_audit(folder, list(audits))
+        report_audit(folder, args.dataset or list(audits))
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -8,15 +8,35 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
 from engine.determinism import seeded
-from evaluation.audit.statistics import Accuracy, proportion
-from evaluation.zero_shot import EditedTexts, EmbeddedTexts, embedded_texts
+from evaluation.zero_shot import embedded_texts
 from forgetting.problem import LowRankEdit
 
 T = TypeVar("T")
+Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
+Accuracy = dict[str, Any]  # {"value", "low", "high", "n"}: fractions, and the number of images
+LEVEL = 0.95  # of its interval
+
+
+def accuracy(right: int, n: int) -> Accuracy:
+    """`right` of `n` with the exact 95 % interval (Clopper and Pearson, 1934), which covers the
+    true proportion at least 95 % of the time for any n. None where n is 0."""
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    tail = (1 - LEVEL) / 2  # the ends are quantiles of beta distributions
+    low = float(betaincinv(right, n - right + 1, tail)) if right > 0 else 0.0
+    high = float(betaincinv(right + 1, n - right, 1 - tail)) if right < n else 1.0
+    return {"value": right / n, "low": low, "high": high, "n": n}
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of `values` (n,), highest first; equal ones in order."""
+    return values.argsort(descending=True, stable=True)[:count]
 
 
 @dataclass(frozen=True)
@@ -36,19 +56,25 @@ class Prompt:
     hidden: Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class AuditData:
     """What all classes of a data set share in an audit. Everything is computed once, in float64.
 
     Attributes:
-        bundle: of the set; others: of the other sets, same backbone.
+        bundle: of the set; others: of the other sets, same backbone. images: (N, d).
         seed: of everything random in the audit.
+        encode: encodes further texts; None where there is no model.
     """
 
-    bundle: FeatureBundle
-    others: dict[str, FeatureBundle] = field(default_factory=dict)
-    seed: int = 0
-    _results: dict[Any, Any] = field(default_factory=dict, init=False)
+    def __init__(
+        self,
+        bundle: FeatureBundle,
+        others: dict[str, FeatureBundle] | None = None,
+        seed: int = 0,
+        encode: Encode | None = None,
+    ) -> None:
+        self.bundle, self.others, self.seed, self.encode = bundle, others or {}, seed, encode
+        self.images = bundle.image_features.double()
+        self._results: dict[Any, Any] = {}
 
     def once(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function(self, *arguments)`, called the first time only."""
@@ -71,34 +97,6 @@ class AuditData:
         """Images of each class, (C,)."""
         return torch.bincount(self.bundle.labels, minlength=len(self.bundle.classnames))
 
-    @cached_property
-    def columns(self) -> dict[str, int]:
-        """Class -> its column."""
-        return {name: column for column, name in enumerate(self.bundle.classnames)}
-
-    @cached_property
-    def images(self) -> Tensor:
-        """(N, d)."""
-        return self.bundle.image_features.double()
-
-    @cached_property
-    def class_texts(self) -> EmbeddedTexts:
-        """The evaluation prompts of the C classes."""
-        return embedded_texts(self.bundle, self.bundle.class_hidden)
-
-    @cached_property
-    def texts(self) -> EmbeddedTexts:
-        """T texts: the evaluation prompts of the classes, the vocabulary, and the evaluation
-        prompts of the other sets."""
-        others = [other.class_hidden for other in self.others.values()]
-        hidden = torch.cat([self.bundle.class_hidden, self.bundle.retain_hidden, *others])
-        return embedded_texts(self.bundle, hidden)
-
-    @cached_property
-    def products(self) -> Tensor:
-        """Inner products (N, C) of the images with the embeddings of the classes."""
-        return self.images @ self.class_texts.embeddings.T
-
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -106,62 +104,37 @@ class Model:
 
     Attributes:
         edit: the change; of rank 0 for the untouched model.
-        removed: classes that the deployed list no longer holds; they are never predicted.
+        removed: columns of classes that are no longer on the list; they are never predicted.
     """
 
     data: AuditData
     edit: LowRankEdit
-    removed: tuple[str, ...] = ()
-
-    @property
-    def bundle(self) -> FeatureBundle:
-        return self.data.bundle
+    removed: tuple[int, ...] = ()
 
     @cached_property
     def projection(self) -> Tensor:
         """`W'`, (w, d), as it would be published: rounded once to float32."""
         delta = self.edit.left.double() @ self.edit.right.double()
-        return (self.bundle.text_projection.double() + delta).float()
+        return (self.data.bundle.text_projection.double() + delta).float()
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Embeddings (n, d) of hidden states (n, w), not normalised."""
-        return embedded_texts(self.bundle, hidden).edited([self.edit])[0].embeddings()
-
-    @cached_property
-    def texts(self) -> EditedTexts:
-        """`AuditData.texts` after the change."""
-        return self.data.texts.edited([self.edit])[0]
-
-    @cached_property
-    def class_texts(self) -> EditedTexts:
-        """The evaluation prompts after the change."""
-        return self.data.class_texts.edited([self.edit])[0]
+        return embedded_texts(self.data.bundle, hidden).edited([self.edit])[0].embeddings()
 
     @cached_property
     def classes(self) -> Tensor:
         """Unit-norm embeddings (C, d) of the evaluation prompts."""
-        return self.class_texts.embeddings() / self.class_texts.lengths[:, None]
-
-    def image_cosines(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Cosines (n, P) of images (n, d) with texts of hidden states (P, w)."""
-        texts = embedded_texts(self.bundle, hidden)
-        edited = texts.edited([self.edit])[0]
-        return edited.image_cosines(images @ texts.embeddings.T, images @ edited.right.T)
+        return normalize(self.embed(self.data.bundle.class_hidden), dim=1)
 
     @cached_property
     def cosines(self) -> Tensor:
         """Cosines (N, C) of every image with every class, removed ones too."""
-        pulls = self.data.images @ self.class_texts.right.T  # (N, d) @ (d, r)
-        return self.class_texts.image_cosines(self.data.products, pulls)
-
-    @property
-    def removed_columns(self) -> list[int]:
-        return [self.data.columns[name] for name in self.removed]
+        return self.data.images @ self.classes.T
 
     @cached_property
     def scores(self) -> Tensor:
         """`cosines` with -inf for a removed class."""
-        return self.cosines.index_fill(1, torch.tensor(self.removed_columns).long(), -torch.inf)
+        return self.cosines.index_fill(1, torch.tensor(self.removed).long(), -torch.inf)
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -171,12 +144,12 @@ class Model:
     @cached_property
     def recognised(self) -> Tensor:
         """How many images of each class are recognised, (C,)."""
-        labels = self.bundle.labels
+        labels = self.data.bundle.labels
         return torch.bincount(labels[self.predicted == labels], minlength=len(self.data.counts))
 
     def accuracy(self, column: int) -> Accuracy:
         """Zero-shot accuracy over the images of one class."""
-        return proportion(int(self.recognised[column]), int(self.data.counts[column]))
+        return accuracy(int(self.recognised[column]), int(self.data.counts[column]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +159,7 @@ class Case:
     Attributes:
         name: the class; forgotten: all classes that the adapter forgets, `name` among them.
         after: the changed model.
-        prompts: texts that stand for the class; missing: a line for each kind of text that is not
-            available.
+        prompts: texts that stand for the class; missing: why there are not more of them.
         stranger: an adapter of other classes of the same run, as somebody who collects published
             models would have it: its classes and its change. None if there is none.
     """
@@ -214,23 +186,17 @@ class Case:
     @cached_property
     def label(self) -> int:
         """Column of the class."""
-        return self.data.columns[self.name]
+        return self.bundle.classnames.index(self.name)
 
     @cached_property
-    def own_images(self) -> Tensor:
-        """(N,) bool: the images of the class."""
-        return self.bundle.labels == self.label
+    def images(self) -> Tensor:
+        """Indices (n,) of the images of the class."""
+        return (self.bundle.labels == self.label).nonzero()[:, 0]
 
     @cached_property
     def retained(self) -> Tensor:
         """(C,) bool: the classes of the set that are not forgotten."""
-        retained = torch.ones(len(self.bundle.classnames), dtype=torch.bool)
-        retained[[self.data.columns[name] for name in self.forgotten]] = False
-        return retained
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Random numbers for one purpose and this class."""
-        return self.data.generator(self.name, purpose)
+        return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
 
     def sides(self, function: Callable[[Model], T]) -> dict[str, T]:
         """`function` of the model before and of the model after."""

@@ -6,61 +6,61 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import entropy
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from evaluation.audit.case import Case, Model
-from evaluation.audit.statistics import auc
+from evaluation.audit.case import Case, Model, highest
+from evaluation.audit.neighbours import nearest_classes
 
 LISTED = 10  # classes written out
 COMPARED = 5  # new classes that the class is compared with
+CONFUSED = 16  # classes of the confusion counts
 FOLDS = 5
 CONSTANT = 1e-9  # the standard deviation of a score below which it says nothing
 FEWEST = 4  # images of either class: with fewer an AUC has hardly any values to take
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The zero-shot classes of the class's images, and the leak in their scores.
-
-    The distributions count the class itself where it is still (before: rightly) predicted, so that
-    shares add up to 1 over all classes. The leak: images that all go to one other class are hidden
-    among that class's own only if their scores look the same, see `separation`. As many scores as
-    the embeddings are wide hold all that the image embedding holds, whatever was forgotten.
+    """The zero-shot classes of the class's images, and the leak in their scores: images that all go
+    to one other class are hidden among its own only if their scores look the same.
 
     Returns:
-        images; before, after: the ten most frequent classes; entropy_bits_before and _after of
-        the whole distributions; leak: for each of the at most five most frequent classes after,
-        the class itself aside, `images` of its own and the AUC before and after; worst_auc: the
-        highest AUC after, of up to five noisy ones; not_measured.
+        before, after: the ten most frequent classes and their share of the images; leak: the AUC
+        before and after for each of the at most five most frequent classes after, the class itself
+        aside; worst_auc: the highest AUC after, of up to five noisy ones; confusion: see there.
     """
-    images = int(case.own_images.sum())
-    report: dict[str, Any] = {"images": images}
-    for when, model in (("before", case.before), ("after", case.after)):
-        ranking = ranked(case, model)
-        report[when] = [
-            {"name": case.bundle.classnames[column], "count": count, "share": count / images}
-            for column, count in ranking[:LISTED]
-        ]
-        counts = [count for _, count in ranking]
-        report[f"entropy_bits_{when}"] = float(entropy(counts, base=2)) if counts else None
-    leak, missing = _leak(case)
-    worst = max((entry["auc_after"] for entry in leak), default=None)
-    return report | {"leak": leak, "worst_auc": worst, "not_measured": missing}
+    columns = case.sides(lambda model: _ranked(case, model))
+    new = [column for column, _ in columns["after"] if column != case.label]
+    images = case.data.counts.tolist()
+    enough = [c for c in new[:COMPARED] if min(images[c], images[case.label]) >= FEWEST]
+    missing = f"leak: fewer than {FEWEST} images of {case.name!r} or of a class that they go to"
+    leak = [_leak(case, column) for column in enough]
+    return {
+        side: [{"name": case.bundle.classnames[c], "share": share} for c, share in ranked[:LISTED]]
+        for side, ranked in columns.items()
+    } | {
+        "leak": leak,
+        "worst_auc": max((entry["auc_after"] for entry in leak), default=None),
+        "confusion": confusion(case, new),
+        "not_measured": [] if len(enough) == len(new[:COMPARED]) else [missing],
+    }
 
 
-def ranked(case: Case, model: Model) -> list[tuple[int, int]]:
-    """Columns predicted for the class's images and how often, most frequent first."""
-    columns, counts = model.predicted[case.own_images].unique(return_counts=True)
-    counts, order = counts.sort(descending=True, stable=True)
-    return list(zip(columns[order].tolist(), counts.tolist(), strict=True))
+def confusion(case: Case, new: list[int]) -> dict[str, Any]:
+    """Confusion counts among `names`: the forgotten class and at most 15 others, its ten nearest
+    retained classes and `new`, where its images go. `before`, `after`: a list per true class; the
+    last column counts predictions of no class named."""
+    columns = list(dict.fromkeys([case.label, *nearest_classes(case), *new]))[:CONFUSED]
+    n = len(columns)
+    place = torch.full((len(case.bundle.classnames),), n)
+    place[columns] = torch.arange(n)
 
+    def counts(model: Model) -> list[list[int]]:
+        pairs = place[case.bundle.labels] * (n + 1) + place[model.predicted]  # (N,)
+        return torch.bincount(pairs, minlength=(n + 1) ** 2).reshape(n + 1, n + 1)[:n].tolist()
 
-def destinations(case: Case) -> list[int]:
-    """Columns of the classes other than its own that the class's images go to after forgetting,
-    most frequent first."""
-    return [column for column, _ in ranked(case, case.after) if column != case.label]
+    return {"names": [case.bundle.classnames[column] for column in columns]} | case.sides(counts)
 
 
 def separation(scores: Tensor, first: int, seed: int) -> float:
@@ -71,45 +71,38 @@ def separation(scores: Tensor, first: int, seed: int) -> float:
     would pull the AUC of groups that look the same below one half.
 
     Args:
-        scores: (n, C), the images of the first group first; a score that all images share says
-            nothing.
+        scores: (n, C), the images of the first group first.
         first: images of the first group; at least two, and as many in the second.
         seed: of the folds.
     """
     truth = np.arange(len(scores)) < first
-    folds = min(FOLDS, first, len(truth) - first)
+    folds = StratifiedKFold(min(FOLDS, first, len(truth) - first), shuffle=True, random_state=seed)
     areas = []
-    for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth):
+    for train, test in folds.split(truth, truth):
         spread, mean = torch.std_mean(scores[train], dim=0, correction=0)
-        x = ((scores - mean) / torch.where(spread > CONSTANT, spread, 1)).numpy()
+        x = ((scores - mean) / spread.where(spread > CONSTANT, 1)).numpy()
         fit = LogisticRegression(max_iter=1000, tol=1e-6).fit(x[train], truth[train])
-        decided = torch.from_numpy(fit.decision_function(x[test]))
-        areas.append(auc(decided[truth[test]], decided[~truth[test]]))
-    return sum(areas) / len(areas)
+        decided, own = fit.decision_function(x[test]), truth[test]
+        ahead = decided[own][:, None] - decided[~own]  # pairs (m, n)
+        areas.append((ahead > 0).mean() + (ahead == 0).mean() / 2)
+    return float(np.mean(areas))
 
 
-def _leak(case: Case) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries of "leak", and what could not be measured."""
-    own, columns = case.own_images.nonzero()[:, 0], destinations(case)[:COMPARED]
-    if not len(own):
-        return [], [f"destinations: no image of {case.name}"]
-    if not columns:
-        return [], ["leak: no image goes to another class"]
-    if len(own) < FEWEST:
-        return [], [f"leak: {case.name} has {len(own)} of at least {FEWEST} images"]
-    seed = int(torch.randint(2**31 - 1, (), generator=case.generator("destinations")))
-    leak, missing = [], []
-    for column in columns:
-        name = case.bundle.classnames[column]
-        other = (case.bundle.labels == column).nonzero()[:, 0]
-        if len(other) < FEWEST:
-            missing.append(f"leak: {name} has {len(other)} of at least {FEWEST} images")
-            continue
-        images = torch.cat([own, other])
-        areas = [  # a removed class has no score: none at all is one that all images share
-            separation(model.scores[images].nan_to_num(neginf=0.0), len(own), seed)
-            for model in (case.before, case.after)
-        ]
-        entry = dict(zip(("auc_before", "auc_after"), areas, strict=True))
-        leak.append({"name": name, "images": len(other), **entry})
-    return leak, missing
+def _leak(case: Case, column: int) -> dict[str, Any]:
+    """How far scores tell the class's images from those of another class."""
+    generator = case.data.generator(case.name, "destinations")
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    images = torch.cat([case.images, (case.bundle.labels == column).nonzero()[:, 0]])
+    areas = {  # a removed class has no score: none at all is one that all images share
+        f"auc_{side}": separation(scores[images].nan_to_num(neginf=0.0), len(case.images), seed)
+        for side, scores in case.sides(lambda model: model.scores).items()
+    }
+    return {"name": case.bundle.classnames[column], **areas}
+
+
+def _ranked(case: Case, model: Model) -> list[tuple[int, float]]:
+    """Columns predicted for the class's images with their share, most frequent first."""
+    counts = torch.bincount(model.predicted[case.images], minlength=len(case.bundle.classnames))
+    columns = highest(counts, int((counts > 0).sum()))
+    shares = counts[columns].double() / len(case.images)
+    return list(zip(columns.tolist(), shares.tolist(), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 
 import torch
@@ -13,14 +12,13 @@ from datasets.names import clean_name, key
 from datasets.words.lexicon import words_of
 from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import AuditData, Prompt
-from evaluation.audit.inputs import Encode
 
 FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list of words
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
 def prompts_for(
-    data: AuditData, name: str, seen_texts: Collection[str], encode: Encode | None = None
+    data: AuditData, name: str, seen_texts: Collection[str]
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
     retain vocabulary that mean the same, then other words.
@@ -31,24 +29,24 @@ def prompts_for(
     Args:
         name: class of the bundle, in its spelling.
         seen_texts: the texts that the class was forgotten by; empty for its bare name.
-        encode: encodes other words for a bundle that brought none; None without a model.
 
     Returns:
         The prompts, and a line for each kind of words that is not available.
     """
-    bundle, label, bare = data.bundle, data.columns[name], clean_name(name)
+    bundle, bare = data.bundle, clean_name(name)
+    label = bundle.classnames.index(name)
     rows: list[Row] = [
         (bare, "bare", bundle.forget_hidden[label]),
         (bundle.template.replace("{}", bare), "evaluation", bundle.class_hidden[label]),
     ]
     same = datasets.same_meaning([name], bundle.dataset)
     same |= {key(word) for word in words_of(name, bundle.dataset).synonyms}
-    vocabulary = data.once(_vocabulary)
     rows += [
         (bundle.retain_names[row], "retained", bundle.retain_hidden[row])
-        for row in sorted(row for word in same for row in vocabulary.get(word, []))
+        for row, word in enumerate(data.once(_vocabulary))
+        if word in same
     ]
-    others, missing = _other_words(data, name, encode)
+    others, missing = _other_words(data, name)
     unique: dict[str, Row] = {}
     for row in rows + others:
         text, kind, _ = row
@@ -62,37 +60,25 @@ def prompts_for(
     return prompts, missing
 
 
-def _other_words(data: AuditData, name: str, encode: Encode | None) -> tuple[list[Row], list[str]]:
+def _other_words(data: AuditData, name: str) -> tuple[list[Row], list[str]]:
     """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
     bundle = data.bundle
     rows = data.once(_rows).get(name, [])
-    if not rows and encode is None:
-        command = f"python -m clip.features {bundle.dataset} {bundle.backbone} --out DIR --audit"
-        hint = f": `{command}` makes them" if bundle.dataset in datasets.SETS else ""
-        return [], [
-            "no hidden states of other templates, synonyms, hypernyms, descriptions, plurals or "
-            f"misspellings in the bundle of {bundle.dataset} and no model to make them{hint}"
-        ]
+    if not rows and data.encode is None:
+        makes = "`python -m clip.features DATASET ARCH --out DIR --audit` makes them"
+        return [], [f"no other words in the bundle of {bundle.dataset} and no model: {makes}"]
     if not rows:
         words = other_words(bundle, name)
-        hidden = encode([word.text for word in words])
+        hidden = data.encode([word.text for word in words])
         rows = [(word.text, word.kind, row) for word, row in zip(words, hidden, strict=True)]
     absent = [kind for kind in FROM_LISTS if all(kind != other for _, other, _ in rows)]
-    if not absent:
-        return rows, []
-    hint = "" if installed() else f", and {ABSENT}"
-    return rows, [
-        f"no {' and no '.join(absent)} of {clean_name(name)!r} is known: datasets/words has none "
-        f"for {bundle.dataset}{hint}"
-    ]
+    hint = "" if installed() else f" ({ABSENT})"
+    return rows, [f"no {' and no '.join(absent)} is known{hint}"] if absent else []
 
 
-def _vocabulary(data: AuditData) -> dict[str, list[int]]:
-    """Key of a retained name -> its rows."""
-    rows = defaultdict(list)
-    for row, name in enumerate(data.bundle.retain_names):
-        rows[key(name)].append(row)
-    return rows
+def _vocabulary(data: AuditData) -> list[str]:
+    """Keys of the retained names."""
+    return list(map(key, data.bundle.retain_names))
 
 
 def _rows(data: AuditData) -> dict[str, list[Row]]:

@@ -1,12 +1,8 @@
-"""Audits on disk: one JSON per label beside its adapter, and audit.json compiled from them.
+"""The names in an audit, and its files: one per label, and audit.json compiled from them.
 
-    OUTPUT/DATASET/LABEL.audit.json:
-    {"format": "clip-forget-audit/1", "dataset": ..., "label": ..., "adapter_sha256": ...,
-     "settings": {...}, "classes": {class: {measure: {...}, "seconds": {measure: s},
-                                            "verdict": [...]}}}
-
-    OUTPUT/audit.json:
-    {"format": "clip-forget-audit/1", "audits": {dataset: {label: {...}}}}
+    OUTPUT/DATASET/LABEL.audit.json: {"format": FORMAT, "dataset": ..., "label": ...,
+        "adapter_sha256": ..., "settings": {...}, "classes": {class: `run.audit_class`}}
+    OUTPUT/audit.json: {"format": FORMAT, "audits": {dataset: {label: {...}}}}
 
 `label` is that of logs.json. Each measure's own file says what its numbers are.
 """
@@ -17,31 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import read_json, write_json_atomic
-from evaluation.results import AUDIT, place
+from evaluation.results import AUDIT
 from forgetting.errors import ProblemError
 
-FORMAT = "clip-forget-audit/1"
+FORMAT = "clip-forget-audit/2"
 SUFFIX = ".audit.json"
 Audits = dict[str, dict[str, dict[str, Any]]]  # data set -> label -> audit
-
-
-def write_audit(folder: Path, dataset: str, label: str, audit: dict[str, Any]) -> None:
-    """Write the audit of one label; the file appears whole or not at all."""
-    head = {"format": FORMAT, "dataset": dataset, "label": label}
-    write_json_atomic(head | audit, folder / f"{place(dataset, label)}{SUFFIX}")
-
-
-def read_audit(folder: Path, dataset: str, label: str) -> dict[str, Any]:
-    """What `write_audit` wrote; empty if the label was not audited."""
-    path = folder / f"{place(dataset, label)}{SUFFIX}"
-    return _read(path) if path.exists() else {}
+MEASURES = (  # each a module of this package with a function `measure`, in the order they run in
+    "examples",
+    "paraphrase",
+    "neighbours",
+    "destinations",
+    "residue",
+    "retrieval",
+    "undo",
+    "relearning",
+)
+ATTACKERS = {  # what each attacker holds
+    "original_known": "the changed weights and the original",
+    "two_adapters": "two changed models",
+    "alone": "the changed weights alone",
+}
+RELEARNING = {  # how each method uses the images
+    "cache": "kept beside the model",
+    "probe": "a classifier on top",
+    "refit": "its name learnt anew",
+}
 
 
 def compile_audits(folder: Path) -> None:
     """Write audit.json from the audits of all labels."""
     audits: Audits = {}
     for path in sorted(folder.glob(f"*/*{SUFFIX}")):
-        audit = _read(path)
+        audit = read_audit(path)
         del audit["format"]
         audits.setdefault(audit.pop("dataset"), {})[audit.pop("label")] = audit
     if audits:
@@ -49,16 +53,15 @@ def compile_audits(folder: Path) -> None:
 
 
 def read_audits(folder: str | Path) -> Audits:
-    """The audits of a results folder; empty if it has none.
-
-    Raises:
-        ProblemError: audit.json is not JSON, or of another format.
-    """
-    path = Path(folder) / AUDIT
-    return _read(path)["audits"] if path.exists() else {}
+    """The audits of a results folder; empty if it has none. Raises ProblemError for a file that is
+    not JSON, or of another format."""
+    return read_audit(Path(folder) / AUDIT).get("audits", {})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_audit(path: Path) -> dict[str, Any]:
+    """What is in an audit file; empty if there is none."""
+    if not path.exists():
+        return {}
     record = read_json(path, "the audit")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ProblemError(f"{path} is no audit of format {FORMAT!r}; move it away and audit again")

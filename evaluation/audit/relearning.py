@@ -1,148 +1,209 @@
-"""How many images, or how many words, bring the class back."""
+"""How many images, or how many words, bring the class back.
+
+The attacker holds k images of every class of the set: with images of the lost one alone, any method
+could call every image by its name. He tunes nothing on the images that he is judged on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
-from evaluation.audit.case import Case, Model
-from evaluation.audit.shots import METHODS, REPEATS, SHOTS, Method, Start
-from evaluation.audit.statistics import Accuracy, accuracy
+from evaluation.audit.case import AuditData, Case
+from evaluation.audit.undo import Attacker
 from evaluation.rules import holds, is_other_word
+from forgetting import solve_constrained
+
+SHOTS = (1, 2, 4, 8, 16)
+REPEATS = 5  # draws of the images, averaged
+SCALE = 100.0  # CLIP's logit scale
+SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
+PROBE_RIDGE = 0.3  # from 0.1 to 1 it matters by two or three points on photographs
+Curve = list[float | None]
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Accuracy of the class's other images, among all classes of the set, from k images or words.
 
     Returns:
-        shots: numbers of images; methods: `cache`, `probe`, `refit` (see `evaluation.audit.shots`),
-        each with a list of accuracies, one per number of images, for each of
+        shots: numbers of images; methods: `cache`, `probe`, `refit`, each with a list of
+        accuracies, one per number of images, None where no image is left to test, for
 
         - forgotten: the class, learnt on top of the changed model;
-        - before: the same on the untouched model;
-        - no_text: the same where the class has no text at all, as if it had never been known: what
-          images alone give. Whoever drops the changed text has as much, so where `forgotten` lies
-          below it (a text sent to its opposite speaks against its class) that protects nobody;
-        - control: the nearest retained class with as many images, under the changed model;
+        - no_text: the same on the untouched model without any text for the class: what images
+          alone give. Whoever drops the changed text has as much, so where `forgotten` lies below it
+          (a text sent to its opposite speaks against its class) that protects nobody;
 
         and `needed`, the least number that reaches half of what the class had before forgetting.
-        words: accuracy with the mean of n prompts that forgetting did not see as the class's text,
-        `counts` of them, under the changed model and the untouched one; needed.
+        words: `counts`, and accuracy `forgotten` with the mean of so many prompts that forgetting
+        did not see as the class's text, under the changed model; needed.
 
-        An accuracy is the mean over `REPEATS` draws of images (or prompts); its n counts every
-        image once, however often it was tested. None where nothing is left to test.
+        An accuracy is the mean over `REPEATS` draws of images (or prompts).
     """
-    images = int(case.own_images.sum())
-    missing: list[str] = []
-    comparable = images < len(case.own_images)
-    if images == 0:
-        missing.append(f"relearning: no image of {case.name!r}")
-    elif not comparable:
-        missing.append("relearning: no image of another class to compare with")
-    elif images <= SHOTS[-1]:
-        few = [k for k in SHOTS if k >= images]
-        missing.append(f"relearning from {few[0]} or more images: {case.name!r} has {images}")
     own = case.before.accuracy(case.label)["value"]
-    if own == 0:
-        missing.append(f"relearning: {case.name!r} was never recognised, so half of it is nothing")
-    control = _control(case)
-    if control is None:
-        missing.append("relearning: no retained class has images to compare with")
-    starts = {
-        "forgotten": Start(case.after, case.label),
-        "before": Start(case.before, case.label),
-        "no_text": Start(case.before, case.label, named=False),
-        "control": None if control is None else Start(case.after, control),
-    }
-    methods: dict[str, dict[str, Any]] = {}
-    for name, method in METHODS.items():
-        curves = {
-            curve: [_learnt(method, start if comparable else None, k) for k in SHOTS]
-            for curve, start in starts.items()
-        }
-        methods[name] = curves | {"needed": _needed(SHOTS, curves["forgotten"], own)}
-    words, lacking = _words(case, own)
+    methods = {}
+    for name in METHODS:
+        forgotten, no_text = (
+            [_learnt(case, name, named, k) for k in SHOTS] for named in (True, False)
+        )
+        needed = _needed(SHOTS, forgotten, own)
+        methods[name] = {"forgotten": forgotten, "no_text": no_text, "needed": needed}
+    unseen = [p.hidden for p in case.prompts if is_other_word(p.kind, p.seen)]
+    counts = [n for n in SHOTS if n <= len(unseen)]
+    curve = _with_words(case, unseen, counts)
+    missing = []
+    if len(case.images) == len(case.bundle.labels):
+        missing.append("no image of another class to compare with")
+    elif len(case.images) <= SHOTS[-1]:
+        missing.append(f"from {SHOTS[-1]} images: {case.name!r} has {len(case.images)}")
+    if len(unseen) < SHOTS[-1]:
+        missing.append(f"from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}")
     return {
         "shots": list(SHOTS),
         "methods": methods,
-        "control_class": None if control is None else case.bundle.classnames[control],
-        "words": words,
-        "not_measured": missing + lacking,
+        "words": {"counts": counts, "forgotten": curve, "needed": _needed(counts, curve, own)},
+        "not_measured": missing,
     }
 
 
-def _learnt(method: Method, start: Start | None, k: int) -> Accuracy:
-    """Accuracy of a class's other images after k of them, over all draws; none without a start."""
-    tested, correct = [], []
-    for draw in range(REPEATS if start else 0):
-        images = start.shots.rest(draw, k, start.label)
-        if len(images):
-            tested.append(images)
-            correct.append(method(start, draw, k, images) == start.label)
-    return _pooled(tested, correct)
+# What the attacker has, the same for all classes of a data set
 
 
-def _words(case: Case, own: float | None) -> tuple[dict[str, Any], list[str]]:
-    """The entry "words", and what was lacking for it."""
-    unseen = [p.hidden for p in case.prompts if is_other_word(p.kind, p.seen)]
-    counts = [n for n in SHOTS if n <= len(unseen)]
-    generator = case.generator("words")
-    orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
-    images = case.own_images.nonzero()[:, 0]  # (n,)
-
-    def correct(model: Model, order: Tensor) -> Tensor:
-        """Which of the class's images (n,) the mean of these prompts finds as its column."""
-        texts = normalize(model.embed(torch.stack([unseen[i] for i in order])), dim=1)
-        scores = model.scores[images]  # (n, C), a copy
-        scores[:, case.label] = case.data.images[images] @ normalize(texts.mean(0), dim=0)
-        return scores.argmax(dim=1) == case.label
-
-    curves = {
-        curve: [
-            _pooled([images] * REPEATS, [correct(model, order[:n]) for order in orders])
-            for n in counts
-        ]
-        for curve, model in (("forgotten", case.after), ("before", case.before))
-    }
-    few = f"relearning from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}"
-    lacking = [few] if len(unseen) < SHOTS[-1] else []
-    needed = _needed(counts, curves["forgotten"], own)
-    return {"counts": counts, **curves, "needed": needed}, lacking
+def places(data: AuditData) -> Tensor:
+    """Draw by image, (REPEATS, N): the image's place among those of its class, in drawn order."""
+    labels, generator = data.bundle.labels, data.generator("shots")
+    found = torch.empty(REPEATS, len(labels), dtype=torch.int64)
+    images = [(labels == label).nonzero()[:, 0] for label in range(len(data.counts))]
+    for row in found:
+        for own in images:
+            row[own[torch.randperm(len(own), generator=generator)]] = torch.arange(len(own))
+    return found
 
 
-def _pooled(tested: list[Tensor], correct: list[Tensor]) -> Accuracy:
-    """The mean over all draws, with the interval of as many images as there are.
+def held(data: AuditData, draw: int, k: int) -> tuple[Tensor, Tensor]:
+    """Indices (m,) of k images of every class (all, if it has fewer), and their classes one-hot,
+    (m, C). A larger k contains a smaller."""
+    images = (data.once(places)[draw] < k).nonzero()[:, 0]
+    return images, one_hot(data.bundle.labels[images], len(data.counts)).double()
 
-    An image that was tested in five draws is one image: five answers for it say little more than
-    one, and an interval of all answers would be too narrow.
+
+def class_means(data: AuditData, draw: int, k: int) -> Tensor:
+    """The mean of the held images of each class, (C, d); NaN for a class without."""
+    images, classes = data.once(held, draw, k)
+    return classes.T @ data.images[images] / classes.sum(dim=0)[:, None]
+
+
+def probed(data: AuditData, draw: int, k: int) -> Tensor:
+    """The class (N,) that a linear probe learnt from the held images sees in each image: ridge
+    regression on one-hot targets, which has a closed form."""
+    images, classes = data.once(held, draw, k)
+    x = data.bundle.image_features.float().numpy()  # (N, d)
+    fit = RidgeRegression(alpha=PROBE_RIDGE).fit(x[images.numpy()], classes.float().numpy())
+    return torch.from_numpy(fit.predict(x)).reshape(len(x), -1).argmax(dim=1)
+
+
+def displacement_ratios(data: AuditData, label: int) -> Tensor:
+    """How far each class's text goes when the exact method moves the text of the class `label`, as
+    a ratio to its displacement, (C, 1). The class's own name is not retained."""
+    known, hidden = data.once(Attacker), data.bundle.class_hidden.double()
+    own = torch.arange(len(known.ridge.rows)) == label
+    edit = solve_constrained(known.ridge, hidden[[label]], hidden.new_ones(1, 1), own)
+    return hidden @ edit.left @ edit.right  # (C, w) @ (w, 1) @ (1, 1)
+
+
+# What he does with it. `named`: to the changed model; otherwise to the untouched one, as if it had
+# no text for the class. Each gives the class (n,) of each of the images (n,).
+
+
+def cache(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
+    """Tip-Adapter (Zhang et al., ECCV 2022) without training.
+
+    Logits `100 cos(x, text) + alpha sum exp(-beta (1 - cos(x, s)))` over the k images s of a class.
+    alpha is CLIP's logit scale too, so that an image weighs as much as a text: with the published 1
+    sixteen images do not outweigh a text that was sent away. A class without a text has the mean of
+    the other classes' cosines: nothing for it and nothing against.
     """
-    if not sum(map(len, tested)):
-        return accuracy(torch.zeros(0, dtype=torch.bool))
-    value = float(torch.cat(correct).double().mean())
-    n = len(torch.cat(tested).unique())
-    pooled = accuracy(torch.arange(n) < round(value * n)) | {"value": value}
-    return pooled | {"low": min(pooled["low"], value), "high": max(pooled["high"], value)}
+    model, features = case.after if named else case.before, case.data.images
+    known, classes = case.data.once(held, draw, k)
+    affinity = (-SHARPNESS * (1 - features[images] @ features[known].T)).exp()  # (n, m)
+    cosines = model.scores[images]  # (n, C), a copy
+    if not named or case.label in model.removed:
+        cosines[:, case.label] = torch.nan
+        cosines[:, case.label] = cosines.masked_fill(cosines.isinf(), torch.nan).nanmean(dim=1)
+    return (SCALE * (cosines + affinity @ classes)).argmax(dim=1)
 
 
-def _needed(counts: Sequence[int], curve: list[Accuracy], own: float | None) -> int | None:
-    """The least count with which the class is back; None if it is with none."""
-    back = (n for n, point in zip(counts, curve, strict=True) if holds(point["value"], own))
-    return next(back, None)
+def probe(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
+    """A linear probe on image embeddings; no text has a part in it, so neither has forgetting."""
+    return case.data.once(probed, draw, k)[images]
 
 
-def _control(case: Case) -> int | None:
-    """Column of the nearest retained class with as many images as the class has, or enough for
-    every number of shots; if there is none, of the one with most images."""
-    counts = case.data.counts
-    retained = (case.retained & (counts > 1)).nonzero()[:, 0]
-    if not len(retained):
+def refit(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
+    """The projection solved once more: the class's text goes to its images, all else stays.
+
+    CLIP's images lie apart from its texts: the mean of k images is nearer to every image than any
+    text is. So the target is the mean text of the other classes, moved by how far the class's
+    images lie from theirs, at the length that the class's text had. A class without a text gets
+    that direction as its column.
+    """
+    model, label = case.after if named else case.before, case.label
+    means = case.data.once(class_means, draw, k)
+    others = means[:, 0].isfinite()
+    others[label] = False
+    classes = model.classes
+    centre = classes[others].mean(dim=0) - means[others].mean(dim=0)
+    target = normalize(centre + means[label], dim=0)  # (d,)
+    if named:
+        texts = model.embed(case.bundle.class_hidden)  # (C, d)
+        length = case.before.embed(case.bundle.class_hidden[[label]]).norm()
+        way = length * target - texts[label]  # (d,)
+        classes = normalize(texts + case.data.once(displacement_ratios, label) * way, dim=1)
+    else:
+        classes = classes.clone()
+        classes[label] = target
+    scores = case.data.images[images] @ classes.T  # (n, d) @ (d, C)
+    scores[:, [column for column in model.removed if column != label]] = -torch.inf
+    return scores.argmax(dim=1)
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"cache": cache, "probe": probe, "refit": refit}
+
+
+def _learnt(case: Case, name: str, named: bool, k: int) -> float | None:
+    """Accuracy of the class's other images after k of them, over all draws; None if there are none,
+    or no other class to compare with."""
+    if not k < len(case.images) < len(case.bundle.labels):
         return None
-    enough = retained[counts[retained] >= min(int(counts[case.label]), SHOTS[-1] + 1)]
-    if not len(enough):
-        return int(retained[counts[retained].argmax()])
-    cosines = case.before.classes[enough] @ case.before.classes[case.label]  # (n, d) @ (d,)
-    return int(enough[cosines.argmax()])
+    correct = []
+    for draw, order in enumerate(case.data.once(places)):
+        images = case.images[order[case.images] >= k]
+        correct.append(METHODS[name](case, named, draw, k, images) == case.label)
+    return float(torch.cat(correct).double().mean())
+
+
+def _with_words(case: Case, unseen: list[Tensor], counts: list[int]) -> Curve:
+    """Accuracy with the mean of so many of the prompts as the class's text."""
+    model, generator = case.after, case.data.generator(case.name, "words")
+    orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
+    scores = model.scores[case.images]  # (n, C), a copy
+    curve: Curve = []
+    for count in counts if len(case.images) else ():
+        correct = []
+        for order in orders:
+            hidden = torch.stack([unseen[i] for i in order[:count]])
+            text = normalize(normalize(model.embed(hidden), dim=1).mean(0), dim=0)
+            scores[:, case.label] = case.data.images[case.images] @ text
+            correct.append(scores.argmax(dim=1) == case.label)
+        curve.append(float(torch.cat(correct).double().mean()))
+    return curve
+
+
+def _needed(counts: Sequence[int], curve: Curve, own: float | None) -> int | None:
+    """The least count with which the class is back; None if it is with none."""
+    back = (n for n, value in zip(counts, curve, strict=False) if holds(value, own))
+    return next(back, None)

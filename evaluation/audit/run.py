@@ -5,34 +5,30 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datasets import clean_name
 from engine.determinism import one_thread
-from engine.files import sha256_file
+from engine.files import sha256_file, write_json_atomic
 from engine.log import progress
-from evaluation.audit import names
+from evaluation.audit import record
 from evaluation.audit.case import AuditData, Case, Model
-from evaluation.audit.inputs import Encode, Inputs, Places, labels_of, load_inputs
+from evaluation.audit.inputs import Places, labels_of, load_inputs
 from evaluation.audit.prompts import prompts_for
-from evaluation.audit.record import Audits, compile_audits, read_audit, read_audits, write_audit
+from evaluation.audit.record import Audits, compile_audits, read_audit, read_audits
 from evaluation.audit.verdict import verdict
-from evaluation.results import Logs, join_label, no_results, place, read_logs, split_label
-from forgetting import Adapter, load_adapter, projection_sha256
+from evaluation.results import SUFFIX as ADAPTER
+from evaluation.results import no_results, place, read_logs
+from forgetting import load_adapter, projection_sha256
 from forgetting.errors import ProblemError, unknown
 from forgetting.problem import LowRankEdit
 
 Measure = Callable[[Case], dict[str, Any]]
 MEASURES: dict[str, Measure] = {
-    name: import_module(f"evaluation.audit.{name}").measure for name in names.MEASURES
+    name: import_module(f"evaluation.audit.{name}").measure for name in record.MEASURES
 }
-STRANGERS = 3  # adapters of other classes among which one is chosen
 
 
 def audit_folder(
@@ -50,7 +46,7 @@ def audit_folder(
         places: where the bundles or images of the run are.
 
     Returns:
-        What the folder's audit.json now holds of these data sets and labels.
+        What the folder's audit.json now holds.
 
     Raises:
         ProblemError: names that are not there, or inputs that are missing or not those of the run.
@@ -60,25 +56,6 @@ def audit_folder(
             raise unknown("measure", name, list(MEASURES))
     folder = Path(folder)
     logs = read_logs(folder)
-    chosen = select(folder, logs, datasets, labels)
-    for dataset, some in chosen.items():
-        inputs = load_inputs(folder, logs, dataset, places or Places())
-        audit_dataset(folder, logs, dataset, some, inputs, seed, without)
-    audits = read_audits(folder)
-    return {
-        dataset: {label: audits[dataset][label] for label in some}
-        for dataset, some in chosen.items()
-    }
-
-
-def select(
-    folder: Path, logs: Logs, datasets: Sequence[str], labels: Sequence[str]
-) -> dict[str, list[str]]:
-    """Data set -> labels to audit: the given ones, all where none is given.
-
-    Raises:
-        ProblemError: no results there, or none of a given data set or label.
-    """
     if not logs:
         raise no_results(folder)
     for name in datasets:
@@ -89,19 +66,15 @@ def select(
     for label in labels:
         if label not in everything:
             raise unknown(f"label in {folder}", label, everything)
-    wanted = set(labels or everything)
-    chosen = {name: [label for label in some if label in wanted] for name, some in known.items()}
-    return {name: some for name, some in chosen.items() if some}
+    for dataset, some in known.items():
+        if chosen := [label for label in some if not labels or label in labels]:
+            data = load_inputs(folder, logs, dataset, places or Places(), seed)
+            audit_dataset(folder, chosen, data, without)
+    return read_audits(folder)
 
 
 def audit_dataset(
-    folder: Path,
-    logs: Logs,
-    dataset: str,
-    labels: Sequence[str],
-    inputs: Inputs,
-    seed: int = 0,
-    without: Sequence[str] = (),
+    folder: Path, labels: Sequence[str], data: AuditData, without: Sequence[str] = ()
 ) -> None:
     """Audit labels of one data set, each into its own file, and compile audit.json.
 
@@ -111,109 +84,73 @@ def audit_dataset(
         ProblemError: an adapter that is missing or belongs to another projection.
     """
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
-    data = AuditData(inputs.bundle, inputs.others, seed)
-    results = Results(folder, labels_of(logs, dataset), data, inputs.encode)
+    dataset = data.bundle.dataset
+    adapters = sorted((folder / place(dataset)).glob(f"*{ADAPTER}"))
     try:
         with progress(desc=f"audit: {dataset}", total=len(labels)) as bar, one_thread():
             for label in labels:
                 bar.set_postfix_str(label[:40])
-                cases = results.cases(label)
+                adapter = folder / (place(dataset, label) + ADAPTER)
+                cases = cases_of(adapter, adapters, data)
+                texts = {name: len(case.prompts) for name, case in cases.items()}
                 stamp = {
-                    "adapter_sha256": sha256_file(results.path(label)),
-                    "settings": {
-                        "seed": seed,
-                        "texts": {name: len(case.prompts) for name, case in cases.items()},
-                    },
+                    "format": record.FORMAT,
+                    "dataset": dataset,
+                    "label": label,
+                    "adapter_sha256": sha256_file(adapter),
+                    "settings": {"seed": data.seed, "texts": texts},
                 }
-                known = read_audit(folder, dataset, label)
+                path = folder / (place(dataset, label) + record.SUFFIX)
+                known = read_audit(path)
                 done = all(known.get(key) == value for key, value in stamp.items())
                 if not done or any(measures.keys() - known["classes"][name] for name in cases):
                     classes = {name: audit_class(case, measures) for name, case in cases.items()}
-                    write_audit(folder, dataset, label, stamp | {"classes": classes})
+                    write_json_atomic(stamp | {"classes": classes}, path)
                 bar.update()
     finally:  # also on an error or Ctrl-C: what is done counts
         compile_audits(folder)
 
 
 def audit_class(case: Case, measures: dict[str, Measure] = MEASURES) -> dict[str, Any]:
-    """What the measures find for one class.
-
-    Returns:
-        Measure -> its JSON values, `seconds` (measure -> wall-clock seconds; what classes share
-        counts for the first of them), `verdict` (the findings in words).
-    """
+    """What the measures find for one class: measure -> its JSON values, `seconds` (by measure; what
+    classes share counts for the first of them), and `verdict` (the findings in words)."""
     found, seconds = {}, {}
+    missing = [] if len(case.images) else [f"no image of {case.name!r}"]
     for name, measure in measures.items():
         started = time.perf_counter()
         found[name] = measure(case)
         seconds[name] = time.perf_counter() - started
-    return found | {"seconds": seconds, "verdict": verdict(found)}
+        missing += [f"{name}: {line}" for line in found[name].pop("not_measured", [])]
+    lines = [*verdict(found), *(f"not measured: {line}" for line in missing)]
+    return found | {"seconds": seconds, "verdict": lines}
 
 
-@dataclass(frozen=True)
-class Results:
-    """The adapters of one data set in a results folder; `labels` are those of its results."""
+def cases_of(path: Path, adapters: Sequence[Path], data: AuditData) -> dict[str, Case]:
+    """Class -> its case, for every class that the adapter at `path` forgets.
 
-    folder: Path
-    labels: list[str]
-    data: AuditData
-    encode: Encode | None = None
+    Args:
+        adapters: of the same results; one that forgets other classes is the stranger, always the
+            same one for a seed.
 
-    def cases(self, label: str) -> dict[str, Case]:
-        """Class -> its case, for every class of a label."""
-        adapter = self.adapter(label)
-        removed = tuple(adapter.solver.get("removed_names", ()))
-        after = Model(self.data, LowRankEdit(adapter.left, adapter.right), removed)
-        seen = {*adapter.texts, *map(clean_name, adapter.texts)}
-        return {
-            name: Case(
-                name,
-                adapter.classes,
-                after,
-                *prompts_for(self.data, name, seen, self.encode),
-                self.stranger(label, name),
-            )
-            for name in adapter.classes
-        }
-
-    def stranger(self, label: str, name: str) -> tuple[list[str], LowRankEdit] | None:
-        """For a class of a label one of a few other adapters that forget none of its classes,
-        always the same one; None if there is none."""
-        draw = random.Random(f"{self.data.seed}/{self.data.bundle.dataset}/{label}")
-        others = sorted(other for other in self.labels if other != label)
-        drawn = sorted(draw.sample(range(len(others)), min(STRANGERS, len(others))))
-        classes = set(split_label(label))
-        few = [others[i] for i in drawn if not classes & set(split_label(others[i]))]
-        if not few:
-            return None
-        generator = self.data.generator(name, "undo")
-        adapter = self.adapter(few[int(torch.randint(len(few), (1,), generator=generator))])
-        return adapter.classes, LowRankEdit(adapter.left, adapter.right)
-
-    @cached_property
-    def projection(self) -> str:
-        return projection_sha256(self.data.bundle.text_projection)
-
-    def path(self, label: str) -> Path:
-        """The file of a label's adapter."""
-        return self.folder / f"{place(self.data.bundle.dataset, label)}.safetensors"
-
-    def adapter(self, label: str) -> Adapter:
-        """A label's adapter.
-
-        Raises:
-            ProblemError: there is none, or it forgets other classes, or belongs to another
-                projection than the bundle's.
-        """
-        path, dataset = self.path(label), self.data.bundle.dataset
-        if not path.is_file():
-            raise ProblemError(f"the adapter of {dataset} / {label} is missing: {path}")
-        adapter = load_adapter(path)
-        if join_label(adapter.classes) != label:
-            raise ProblemError(f"{path} forgets {join_label(adapter.classes)!r}, not {label!r}")
-        if adapter.projection_sha256 != self.projection:
-            raise ProblemError(
-                f"{path} was made for another text projection than that of {dataset}; audit with "
-                "what it was made from"
-            )
-        return adapter
+    Raises:
+        ProblemError: there is no such adapter, or it is of another projection.
+    """
+    adapter, bundle = load_adapter(path), data.bundle
+    if adapter.projection_sha256 != projection_sha256(bundle.text_projection):
+        raise ProblemError(f"{path} was made for another text projection than that of the bundle")
+    removed = map(bundle.classnames.index, adapter.solver.get("removed_names", ()))
+    after = Model(data, LowRankEdit(adapter.left, adapter.right), tuple(removed))
+    seen = {*adapter.texts, *map(clean_name, adapter.texts)}
+    others = list(adapters)
+    random.Random(f"{data.seed}/{bundle.dataset}/{path.stem}").shuffle(others)
+    strangers = (
+        (other.classes, LowRankEdit(other.left, other.right))
+        for other in map(load_adapter, others)
+        if other.projection_sha256 == adapter.projection_sha256
+        and not set(other.classes) & set(adapter.classes)  # else they might cancel out
+    )
+    stranger = next(strangers, None)
+    return {
+        name: Case(name, adapter.classes, after, *prompts_for(data, name, seen), stranger)
+        for name in adapter.classes
+    }

@@ -1,10 +1,11 @@
-"""Which class was forgotten, and what was its text? What the changed weights give away.
+"""Which class was forgotten? What the changed weights give away.
 
 Three attackers hold the method, a list of names, and beside the changed weights: the public
-original, a second adapter of the same run, or nothing. The change that they look for is
-`Delta = K^-1 H_f^T Z` (`forgetting.solvers.constrained`; the paper's objective at its optimum and
-other closed forms have another K), so the column space of `Delta` betrays the forgotten hidden
-states: they lie in `K` times it.
+original, a second adapter of the same run, or nothing. Methods and constants are public, and every
+candidate name can be encoded by CLIP's text encoder, which forgetting does not touch. The change
+that they look for is `Delta = K^-1 H_f^T Z` with `K = G + mu I` (`forgetting.solvers.constrained`;
+the paper's objective at its optimum and other closed forms have another K), so the column space of
+`Delta` betrays the forgotten texts.
 """
 
 from __future__ import annotations
@@ -13,57 +14,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from evaluation.audit.attacker import TINY, Attacker
-from evaluation.audit.case import Case, Model
-from evaluation.audit.names import ATTACKERS
-from evaluation.audit.statistics import highest
+import datasets
+from clip.retain import exact_context
+from engine.config import paper_weights, settings
+from evaluation.audit.case import AuditData, Case, Model, highest
+from forgetting.context import ExactSettings
 
 SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
 NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
-NOTHING: dict[str, Any] = dict.fromkeys(("rank", "rank_expected", "text_cosine", "place"))
-NOTHING |= {"places": [], "top": []}
+LIMIT = 1000  # names that a class is looked for among
+# Ridge of the statistics of all listed names, in mean eigenvalues. On real features one forgotten
+# class is named first with any from 0.001 to 0.1; of several at once this names most.
+EXPLAINED = 1e-2
+TINY = torch.finfo(torch.float64).tiny
+DIGITS = 12  # of a score that are more than rounding
+KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Name the forgotten class from the changed projection, among up to 1,000 names.
 
     Returns:
-        names: size of the list; attacks: what each attacker gets.
+        names: size of the list; attacks: attacker -> `top`, the names that it puts first, and
+        `place`: 1 plus the names before the class that nobody forgot and that mean something else
+        (ties count half).
 
-        - original_known: `D = W' - W`; its numerical rank, the cosine of the forgotten hidden text
-          with its projection on the recovered directions, and its place when the names are ranked
-          by how well they fit, see `Attacker.recognise`.
+        - original_known: names are ranked by how well they fit `W' - W`, `Attacker.recognise`.
         - two_adapters: the same for the difference of this model and one with another adapter of
           the same run; both adapters' names should come first.
-        - alone: `W'` only; names are ranked by `oddness`.
-
-        A place is 1 plus the names before it that nobody forgot and that mean something else; ties
-        count half. `places` are those of all that is forgotten together, in two_adapters followed
-        by those that the other adapter forgets.
+        - alone: `W'` only; names are ranked by `Attacker.oddness`.
     """
     known = case.data.once(Attacker)
-    reasons: list[str] = []
-    attacks = dict.fromkeys(ATTACKERS, NOTHING)
-    attacks["original_known"] = _of_difference(case, known, case.before, case.forgotten)
-    if attacks["original_known"]["rank"] == 0:
-        reasons.append("original_known: the projection is the original's to rounding")
-    if case.stranger is None:
-        reasons.append("two_adapters: no second adapter of the same run")
-    else:
-        classes, edit = case.stranger
-        named = [*case.forgotten, *classes]
-        attacks["two_adapters"] = _of_difference(case, known, Model(case.data, edit), named)
-    # No direction is recovered from the changed weights alone, so there is no cosine.
-    attacks["alone"] = NOTHING | _ranking(case, known, oddness(known, case.after), case.forgotten)
+    classes, edit = case.stranger or ([], None)
+    other = Model(case.data, edit) if edit else case.after
+    attacks = {  # scores of the names, and who is forgotten beside the case's classes
+        "original_known": (known.recognise(*difference(case.after, case.before)), []),
+        "two_adapters": (known.recognise(*difference(case.after, other)), classes),
+        "alone": (known.oddness(case.after), []),
+    }
+    missing = [
+        f"{name}: no other projection" for name, (scores, _) in attacks.items() if scores is None
+    ]
     w = case.bundle.text_projection
     if torch.equal(w, torch.eye(*w.shape)):
-        reasons.append(
-            "alone, beside a trained projection: the bundle's is the identity (folded into its "
-            "hidden states), beside which a change stands out more"
-        )
-    return {"names": len(known.names), "attacks": attacks, "not_measured": reasons}
+        missing.append("alone, beside a trained projection: here it is folded into hidden states")
+    return {
+        "names": len(known.names),
+        "attacks": {name: _place(case, known, *attack) for name, attack in attacks.items()},
+        "not_measured": missing,
+    }
 
 
 def difference(model: Model, other: Model) -> tuple[Tensor, Tensor]:
@@ -80,59 +82,109 @@ def difference(model: Model, other: Model) -> tuple[Tensor, Tensor]:
     return u[:, :rank], values[:rank]
 
 
-def _of_difference(case: Case, known: Attacker, other: Model, named: list[str]) -> dict[str, Any]:
-    """What the difference from another model gives away, in which these names were forgotten."""
-    span, values = difference(case.after, other)
-    expected = len(case.after.edit.right) + len(other.edit.right)
-    entry = NOTHING | {"rank": len(values), "rank_expected": expected}
-    if not len(values):
-        return entry
-    basis, scores = known.recognise(span, values)
-    cosine = _text_cosine(case, known, basis)
-    return entry | {"text_cosine": cosine} | _ranking(case, known, scores, named)
-
-
-def oddness(known: Attacker, model: Model) -> Tensor:
-    """How unlike the others the model treats a name, (n,), from its `W'` alone.
-
-    The least change of all else that moves a text is along what the other texts do not explain of
-    it, so there `W'` must be unlike an untouched projection. The score of a name is its gain along
-    that unit direction x, `log ||x W'||`, as distance from the median of all names. Unlike the
-    length of `h W'` it also betrays a text that was sent elsewhere at its own length.
-    """
-    moved = known.unexplained @ model.projection.double()  # (n, w) @ (w, d)
-    gain = moved.norm(dim=1).clamp_min(TINY).log()
-    return (gain - gain.median()).abs()
-
-
-def _text_cosine(case: Case, known: Attacker, basis: Tensor) -> float:
-    """Of the best direction in a span (w, r) with a text that the class was forgotten by.
-
-    The direction that all texts share is taken out of both: bare names have cosines of about 0.75
-    with one another, so that with it any recovered direction would look like any text.
-    """
-    texts = [prompt.hidden for prompt in case.prompts if prompt.seen]
-    texts = torch.stack(texts or [case.bundle.forget_hidden[case.label]]).double()  # (k, w)
-    shared = known.shared  # (w,)
-    texts = texts - (texts @ shared)[:, None] * shared
-    basis = torch.linalg.qr(basis - shared[:, None] * (shared @ basis))[0]
-    cosines = (texts @ basis).norm(dim=1) / texts.norm(dim=1).clamp_min(TINY)  # (k, r) -> (k,)
-    return float(cosines.max().clamp(max=1))
-
-
-def _ranking(case: Case, known: Attacker, scores: Tensor, named: list[str]) -> dict[str, Any]:
-    """Places of the names that were forgotten, and the names of highest score."""
+def _place(case: Case, known: Attacker, scores: Tensor | None, others: list[str]) -> dict[str, Any]:
+    """The place of the class by these scores (n,), and the names of highest score."""
+    if scores is None:
+        return {"place": None, "top": []}
     same = [prompt.text for prompt in case.prompts if prompt.kind in NAMING]
-    rows = [known.row(name) for name in named]
-    innocent = torch.ones(len(scores), dtype=torch.bool)
-    innocent[[row for row in (*rows, *map(known.row, same)) if row is not None]] = False
-    rivals = scores[innocent]
-    places = [
-        1 + int((rivals > scores[row]).sum()) + int((rivals == scores[row]).sum()) // 2
-        for row in rows
-        if row is not None
-    ]
-    # All classes of the set are on the list, and with them those that are forgotten.
-    place = places[case.forgotten.index(case.name)]
-    top = [known.names[row] for row in highest(scores, SHOWN).tolist()]
-    return {"place": place, "places": places, "top": top}
+    excluded = {known.rows.get(datasets.key(name)) for name in [*case.forgotten, *others, *same]}
+    rivals = scores[[row for row in range(len(scores)) if row not in excluded]]
+    own = scores[known.rows[datasets.key(case.name)]]  # all classes of the set are on the list
+    place = 1 + int((rivals > own).sum()) + int((rivals == own).sum()) // 2
+    return {"place": place, "top": [known.names[row] for row in highest(scores, SHOWN).tolist()]}
+
+
+class Statistics:
+    """Candidate statistics of a change.
+
+    Args:
+        gram: `G`, (w, w); hidden: (n, w), hidden states of all names.
+    """
+
+    def __init__(self, gram: Tensor, hidden: Tensor) -> None:
+        self.values, self.basis = torch.linalg.eigh(gram)  # (w,), (w, w)
+        self.names = hidden @ self.basis  # (n, w)
+
+    def directions(self, mu: float) -> Tensor:
+        """Unit vectors (n, w) along `K^-1 h`, in which whoever forgets h changes the projection; in
+        the eigenbasis of G."""
+        return normalize(self.names / (self.values + mu), dim=1, eps=TINY)
+
+    def cosines(self, span: Tensor, mu: float) -> Tensor:
+        """Cosine (n,) of every name's direction with the span of orthonormal columns (w, r)."""
+        cosines = (self.directions(mu) @ (self.basis.T @ span)).norm(dim=1)
+        # Names that are forgotten together all score 1: rounding does not put one of them first.
+        return cosines.round(decimals=DIGITS)
+
+
+class Attacker:
+    """What an attacker knows of a data set, float64.
+
+    Attributes:
+        names: as words, the set's own classes first, each once; the classes always stay on the
+            list, the rest is drawn if there are too many. rows: key of a name -> its row.
+        unexplained: (n, w), unit norm, what the other names do not explain of each.
+        ridge: `G + mu I` of all names by ForgetExact's defaults; ratio: `lw / lp` of the paper.
+    """
+
+    def __init__(self, data: AuditData) -> None:
+        bundle = data.bundle
+        context = exact_context(ExactSettings(), bundle, list(data.others.values()))
+        first: dict[str, int] = {}
+        for row, name in enumerate(context.retain.names):
+            first.setdefault(datasets.key(name), row)
+        chosen = list(first.values())
+        own = sum(row < len(bundle.classnames) for row in chosen)
+        order = torch.randperm(len(chosen) - own, generator=data.generator("names"))
+        drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
+        chosen = chosen[:own] + [chosen[own + index] for index in drawn]
+        self.names = [datasets.clean_name(context.retain.names[row]) for row in chosen]
+        self.rows = {datasets.key(name): row for row, name in enumerate(self.names)}
+        hidden, vocabulary = context.retain.rows[chosen].double(), bundle.retain_hidden.double()
+        # Ridge regression of h on all names leaves `mu (K - h^T h)^-1 h`, which is along `K^-1 h`.
+        gram = hidden.T @ hidden
+        uniform, mu = Statistics(gram, hidden), EXPLAINED * float(gram.trace()) / len(gram)
+        self.unexplained = uniform.directions(mu) @ uniform.basis.T
+        self.ridge = context.ridge
+        exact = Statistics(self.ridge.gram, hidden), self.ridge.mu
+        none = Statistics(torch.zeros_like(gram), hidden), 1.0
+        self._methods = [exact, (uniform, mu), none]
+        self._vocabulary, self._paper = vocabulary, Statistics(vocabulary.T @ vocabulary, hidden)
+        cfg = settings("ForgetLoRA", bundle.dataset, bundle.backbone)
+        weights = paper_weights(cfg)
+        lw = weights["lamb_weight"] * cfg.FORGET.RANK / cfg.FORGET.ALPHA
+        self.ratio = lw / weights["lamb_preserve"]
+
+    def recognise(self, span: Tensor, values: Tensor) -> Tensor | None:
+        """Which names a change forgets, by the known method that fits it best.
+
+        A change that forgets the text h has `K^-1 h` in its column space. A name's score is the
+        cosine of `K^-1 h` with that space: 1 for a forgotten text and the right K, about
+        `sqrt(r / w)` for all names where the change is random. K is that of ForgetExact's defaults,
+        of all names with equal weight, of none (the text itself is the direction, as in zeroing
+        it), or of the paper's vocabulary, whose ridge follows from the change: at the optimum
+        `mu = (lw / lp) ||H_r Delta|| / ||Delta||`. The K under which some name scores highest wins.
+
+        Args: see `difference`. Returns every name's score, (n,); None where r is 0.
+        """
+        if not len(values):
+            return None
+        methods = list(self._methods)
+        if len(self._vocabulary):
+            moved = float((self._vocabulary @ (span * values)).norm() / values.norm())
+            least = KERNEL * float(self._paper.values.sum())
+            methods.append((self._paper, max(self.ratio * moved, least)))
+        scores = [statistics.cosines(span, mu) for statistics, mu in methods]
+        return max(scores, key=lambda one: float(one.max()))
+
+    def oddness(self, model: Model) -> Tensor:
+        """How unlike the others the model treats a name, (n,), from its `W'` alone.
+
+        The least change of all else that moves a text is along what the other texts do not explain
+        of it. The score of a name is its gain along that unit direction x, `log ||x W'||`, as
+        distance from the median of all names. Unlike the length of `h W'` it also betrays a text
+        that was sent elsewhere at its own length.
+        """
+        moved = self.unexplained @ model.projection.double()  # (n, w) @ (w, d)
+        gain = moved.norm(dim=1).clamp_min(TINY).log()
+        return (gain - gain.median()).abs()

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from evaluation.audit.names import ATTACKERS, RELEARNING
+from evaluation.audit.record import ATTACKERS, RELEARNING
 from evaluation.report import summary
 from evaluation.report.charts import charts
 from evaluation.report.pictures import HARMED, MOST, strips

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from evaluation.audit.names import ATTACKERS
+from evaluation.audit.record import ATTACKERS
 from evaluation.report.runs import QUANTITIES, Method, Run, shared
 from evaluation.rows import Row
 from evaluation.rules import Fate, holds
