@@ -27,27 +27,10 @@ from tqdm import tqdm
 
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, raw
+from forgetting.models import modules, reading
 from forgetting.models.loading import load_model
-from forgetting.models.modules import (
-    maybe_transpose,
-    others_sha256,
-    share_memory,
-    tensor_sha256,
-    tensors,
-    unwrap_compiled,
-)
-from forgetting.models.reading import (
-    LOCK,
-    Padding,
-    Product,
-    Tokenize,
-    Tokens,
-    run,
-    same_rows,
-    select,
-    token_ids,
-    tokens,
-)
+from forgetting.models.modules import maybe_transpose, share_memory, tensors
+from forgetting.models.reading import Padding, Product, Tokenize, Tokens
 
 BATCH = 256  # texts of similar lengths that are read together
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
@@ -68,7 +51,7 @@ class Encoder:
             it holds `W^T`.
         bias: (d,), or None; normalised: whether the model gives unit-norm embeddings.
         padding: what may be left out behind the end of a text; None: nothing.
-        stamp: tells the state of the model, for `remembered`; None: nothing is remembered.
+        stamp: tells the state of the model, for `remembered`.
     """
 
     model: nn.Module
@@ -87,14 +70,6 @@ class Encoder:
         return maybe_transpose(self.weight, self.transposed)
 
     @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
     def kind(self) -> str:
         """The model in words: its package and class, and the projection's shape."""
         w, d = self.projection.shape
@@ -103,10 +78,10 @@ class Encoder:
     @property
     def bias_name(self) -> str | None:
         """Name of the bias's tensor within the model; None: there is no bias."""
-        if self.bias is None:
-            return None
-        names = (name for name, x in tensors(self.model).items() if share_memory(x, self.bias))
-        return next(names, None)
+        bias, held = self.bias, tensors(self.model)
+        return next(
+            (k for k, x in held.items() if bias is not None and share_memory(x, bias)), None
+        )
 
     def write(self, projection: Tensor) -> None:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
@@ -114,40 +89,37 @@ class Encoder:
         Raises:
             ProblemError: numbers out of the dtype's range, or a model that cannot be written to.
         """
-        rounded = projection.to(self.device, self.dtype)
+        rounded = projection.to(self.weight)
         if not torch.isfinite(rounded).all():
-            raise ProblemError(f"the changed projection is out of the range of {self.dtype}")
+            raise ProblemError(f"the changed projection is out of the range of {rounded.dtype}")
         try:
             with torch.no_grad():
                 self.projection.copy_(rounded)
         except RuntimeError as error:  # made in inference mode, or shared memory that is read-only
             raise ProblemError(f"the projection cannot be written ({line(error)})") from error
 
-    def hidden(self, texts: Sequence[str], progress: str = "", batch: int = BATCH) -> Tensor:
+    def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
         """What enters the last linear map, (n, w), on the CPU: float32, or float64 if the model is.
-
-        Args:
-            progress: the words beside a progress bar; none without.
-            batch: texts that are read together.
+        `progress` stands beside a progress bar; there is none without.
 
         Raises:
             ProblemError: texts that the model cannot read, or embeddings that are not
                 `hidden @ W + b`.
         """
-        return self._read(texts, progress, batch)[0]
+        return self._read(texts, progress)[0]
 
     def embeddings(self, texts: Sequence[str]) -> Tensor:
         """The model's own text features, (n, d), on the CPU."""
-        return self._read(texts, "", BATCH)[1]
+        return self._read(texts, "")[1]
 
-    def _read(self, texts: Sequence[str], progress: str, batch: int) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+    def _read(self, texts: Sequence[str], progress: str) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         w, d = self.projection.shape
         hidden = torch.empty(len(texts), w, dtype=dtype, device="cpu")
         embeddings = torch.empty(len(texts), d, dtype=dtype, device="cpu")
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
-            for rows, inputs, context in self._batches(texts, batch):
-                features, product = run(self.model, inputs, self.weight, context)
+            for rows, inputs, context in self._batches(texts):
+                features, product = reading.run(self.model, inputs, self.weight, context)
                 if product is None or not _is_linear(
                     features, product.entered, self.projection, self.bias, self.normalised
                 ):
@@ -159,19 +131,19 @@ class Encoder:
                 bar.update(len(rows))
         return hidden, embeddings
 
-    def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tokens, int]]:
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tokens, int]]:
         """The rows of texts that are read together, their tokens, and the number of tokens before
         padding was left out."""
         if not len(texts):
             return
-        inputs = tokens(self.model, self.tokenize, texts)
-        ids = token_ids(inputs)
+        inputs = reading.tokens(self.model, self.tokenize, texts)
+        ids = reading.token_ids(inputs)
         width = ids.shape[-1]
         lengths = torch.full((len(ids),), width, device="cpu")
         if self.padding is not None:
             lengths = self.padding.lengths(ids)
-        for rows in lengths.argsort(stable=True).split(size):
-            yield rows, select(inputs, rows, int(lengths[rows].max())), width
+        for rows in lengths.argsort(stable=True).split(BATCH):
+            yield rows, reading.select(inputs, rows, int(lengths[rows].max())), width
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """The texts of which the tokenizer does not read the end: without their last letter or
@@ -180,8 +152,10 @@ class Encoder:
         if not known:
             return []
         shorter = [re.sub(r"\w\W*$", "", text) for text in known]
-        whole, cut = (tokens(self.model, self.tokenize, some) for some in (known, shorter))
-        return [text for text, same in zip(known, same_rows(whole, cut), strict=True) if same]
+        whole, cut = (reading.tokens(self.model, self.tokenize, some) for some in (known, shorter))
+        return [
+            text for text, same in zip(known, reading.same_rows(whole, cut), strict=True) if same
+        ]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
         """What `compute` gives, once in a process for the model as it is now.
@@ -189,9 +163,7 @@ class Encoder:
         A change of the projection changes nothing that is remembered; a change of any other tensor
         discards all of it.
         """
-        if self.stamp is None:
-            return compute()
-        with LOCK:
+        with reading.LOCK:
             memory = _memories.setdefault(self.model, {})
             if memory.get("stamp") != self.stamp:
                 memory.clear()
@@ -203,13 +175,13 @@ class Encoder:
     @property
     def others_sha256(self) -> str:
         """SHA-256 of all tensors of the model but the projection."""
-        return self.remembered("others", lambda: others_sha256(self.model, self.name))
+        return self.remembered("others", lambda: modules.others_sha256(self.model, self.name))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what a hidden state depends on: all tensors but the projection, and how the
         model is built. Not of the tokenizer, for which `tokens_sha256` stands."""
-        modules = [
+        layers = [
             [name, type(module).__qualname__, module.extra_repr()]
             for name, module in self.model.named_modules()
         ]
@@ -218,14 +190,14 @@ class Encoder:
         settings = config.to_dict() if hasattr(config, "to_dict") else {}
         for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
             settings.pop(key, None)
-        parts = [self.others_sha256, modules, settings]
+        parts = [self.others_sha256, layers, settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def tokens_sha256(self, texts: Sequence[str]) -> str:
         """SHA-256 of what the tokenizer makes of texts."""
         digest = hashlib.sha256()
         for start in range(0, len(texts), BATCH):
-            inputs = tokens(self.model, self.tokenize, texts[start : start + BATCH])
+            inputs = reading.tokens(self.model, self.tokenize, texts[start : start + BATCH])
             for name, tensor in inputs.items():
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
                 digest.update(raw(tensor))
@@ -242,23 +214,22 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
     """Find the last linear map of a model's text side.
 
     Args:
-        model: open_clip's CLIP, CustomTextCLIP or CoCa; transformers' CLIPModel,
-            CLIPTextModelWithProjection, SiglipModel, ChineseCLIPModel, AltCLIPModel and their like;
-            OpenAI's own; any module with `encode_text`, `get_text_features` or a `forward` that
-            gives text features; or a name, see `forgetting.models.loading`.
+        model: a name, see `forgetting.models.loading`; or any module with `encode_text`,
+            `get_text_features` or a `forward` that gives text features: of open_clip (CLIP,
+            CustomTextCLIP, CoCa), of transformers (CLIPModel, SiglipModel, ...), OpenAI's own.
         tokenize: from a list of texts to a tensor or a mapping of tensors; a tokenizer of
-            transformers may be given as it is. None: the model's own, where it is a name.
+            transformers may be given as it is. None: that of a named model.
 
     Raises:
         ProblemError: one line with the reason: no single last linear map, tied or quantised
             weights, a projection that two modules share, weights that are not there.
     """
     model, tokenize = load_model(model, tokenize)
-    model = unwrap_compiled(model)
+    model = modules.unwrap_compiled(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
-    inputs = tokens(model, tokenize, PROBES)
-    features, product = run(model, inputs)
+    inputs = reading.tokens(model, tokenize, PROBES)
+    features, product = reading.run(model, inputs)
     kind = type(model).__name__
     if product is None or product.entered.ndim != 2 or product.result.shape != features.shape:
         raise ProblemError(
@@ -267,12 +238,8 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
-    plain = type(weight.data) is Tensor and weight.layout == torch.strided
-    if weight.dtype not in FLOATS or not plain or not weight.numel():
-        raise ProblemError(
-            f"the projection {names[0]} is empty, sparse, quantised or wrapped: "
-            f"{tuple(weight.shape)} of {weight.dtype}"
-        )
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor or not weight.numel():
+        raise ProblemError(f"the projection {names[0]} is empty, quantised or wrapped")
     projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
@@ -301,12 +268,16 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
     """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
     None: nothing."""
-    hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED, device="cpu")
+    hidden, ids, rows = (
+        product.entered,
+        reading.token_ids(inputs),
+        torch.tensor(PROBED, device="cpu"),
+    )
     width = ids.shape[-1]
 
     def unchanged(inputs: Tokens, expected: Tensor) -> bool:
         try:
-            again = run(model, inputs, product.parameter, width)[1].entered
+            again = reading.run(model, inputs, product.parameter, width)[1].entered
         except (ProblemError, AttributeError):  # it reads texts of one length alone
             return False
         limit = min(ROUNDING * torch.finfo(hidden.dtype).eps, 0.02) * expected.norm(dim=1)
@@ -317,7 +288,7 @@ def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | No
         for kept in (0, 1):
             padding = Padding(int(ids[0, -1]), kept)  # the first text is the shortest
             length = int(padding.lengths(ids)[rows].max())
-            if length < width and unchanged(select(inputs, rows, length), hidden[rows]):
+            if length < width and unchanged(reading.select(inputs, rows, length), hidden[rows]):
                 return padding
     return None
 
@@ -330,7 +301,7 @@ def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
         for name, x in tensors(model).items()
         if x is not product.parameter
     ]
-    return tokenize, places, tensor_sha256(product.entered)
+    return tokenize, places, modules.tensor_sha256(product.entered)
 
 
 def _is_linear(

@@ -26,24 +26,8 @@ from torch import Tensor, nn
 
 from forgetting.errors import ProblemError, line, reason, shown, unknown
 from forgetting.io import naming, need, read_bytes
-from forgetting.models.checkpoint import (
-    HF_CONFIG,
-    HF_WEIGHTS,
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_WEIGHTS,
-    read_checkpoint,
-    read_json,
-    weight_files,
-)
-from forgetting.models.configs import (
-    IMAGE_KEYS,
-    check_numbers,
-    config_beside,
-    open_clip_configs,
-    read_open_clip,
-    split_activation,
-    without_code,
-)
+from forgetting.models import checkpoint, configs
+from forgetting.models.checkpoint import HF_CONFIG, HF_WEIGHTS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from forgetting.models.reading import Tokenize
 
 # Every file that OpenAI published (openai/CLIP, clip/clip.py): SHA-256 -> name. All are QuickGELU.
@@ -94,19 +78,21 @@ class ModelSpec:
         if isinstance(self.config, dict):
             return deepcopy(self.config)
         named = isinstance(self.config, str)
-        return read_json(open_clip_configs()[self.config] if named else self.config)
+        return checkpoint.read_json(
+            configs.open_clip_configs()[self.config] if named else self.config
+        )
 
     def files(self) -> list[Path]:
         """The files of its weights; ProblemError if there are none."""
         if self.weights is None:
             raise ProblemError(f"{line(self.name)} has no weights: name a tag or a file of them")
         names = HF_WEIGHTS if self.is_transformers else OPEN_CLIP_WEIGHTS + HF_WEIGHTS
-        return weight_files(self.weights, names)
+        return checkpoint.weight_files(self.weights, names)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
         """The tensors of its weights, and the SHA-256 of the bytes that they were read from;
         ProblemError for what `read_checkpoint` refuses, or another SHA-256 than is expected."""
-        state, sha256 = read_checkpoint(self.files())
+        state, sha256 = checkpoint.read_checkpoint(self.files())
         if self.sha256 not in ("", sha256):
             raise ProblemError(f"{line(self.weights)} has changed since its SHA-256 was computed")
         return state, sha256
@@ -124,7 +110,7 @@ class ModelSpec:
         weights, config = self.files()[0], self.model_config()
         if sha256 in OPENAI:
             theirs, whose = config | {"quick_gelu": True}, f"OpenAI's {OPENAI[sha256]}"
-        elif beside := config_beside(weights):
+        elif beside := configs.config_beside(weights):
             theirs, whose = beside, "those of the config beside them"
         elif self.explicit:
             return
@@ -188,7 +174,7 @@ class ModelSpec:
 
     def _make_transformers(self, state: dict[str, Tensor]) -> nn.Module:
         transformers = _transformers()
-        config = without_code(self.model_config())
+        config = configs.without_code(self.model_config())
         kind, named = config.pop("model_type"), config.pop("architectures", None) or [None]
         config = transformers.AutoConfig.for_model(kind, **config)
         builder = getattr(transformers, str(named[0]), None)
@@ -288,15 +274,15 @@ def _downloaded(text: str) -> Path:
 
 def _open_clip(name: str, text: str) -> ModelSpec:
     model, _, weights = text.partition("/")
-    base, quick = split_activation(model)
-    configs = open_clip_configs()
-    known = model if model in configs else base
-    if known not in configs:
-        raise unknown("open_clip model", model, configs)
-    config = read_json(configs[known])
+    base, quick = configs.split_activation(model)
+    files = configs.open_clip_configs()
+    known = model if model in files else base
+    if known not in files:
+        raise unknown("open_clip model", model, files)
+    config = checkpoint.read_json(files[known])
     if quick is not None:
         config["quick_gelu"] = quick
-    ambiguous = {base, f"{base}-quickgelu"} <= configs.keys()
+    ambiguous = {base, f"{base}-quickgelu"} <= files.keys()
     spec = ModelSpec(name, config, explicit=quick is not None or not ambiguous)
     if not weights or Path(weights).exists():
         return replace(spec, weights=Path(weights) if weights else None)
@@ -308,7 +294,7 @@ def _open_clip(name: str, text: str) -> ModelSpec:
     config["quick_gelu"] = bool(trained.get("quick_gelu"))
     if quick not in (None, config["quick_gelu"]):
         raise ProblemError(f"{name}: its weights were trained with the other activation")
-    images = {key: trained[key] for key in IMAGE_KEYS if key in trained}
+    images = {key: trained[key] for key in configs.IMAGE_KEYS if key in trained}
     return replace(spec, images=images, explicit=True, tag=f"{known}/{weights}")
 
 
@@ -339,18 +325,16 @@ def _openai(name: str, text: str) -> ModelSpec:
 
 
 def _folder(name: str, folder: Path) -> ModelSpec:
-    files = [OPEN_CLIP_CONFIG, HF_CONFIG]
-    for file in reversed(files) if name.startswith("hf:") else files:
-        path = folder / file
-        if path.is_file() and file == OPEN_CLIP_CONFIG:
-            config, images = read_open_clip(path)
-            return ModelSpec(name, config, folder, images, folder=folder)
-        if path.is_file():
-            config = read_json(path)
-            if isinstance(config, dict) and isinstance(config.get("model_type"), str):
-                with naming(path):
-                    check_numbers(config)
-                return ModelSpec(name, config, folder, folder=folder)
+    path, theirs = folder / OPEN_CLIP_CONFIG, folder / HF_CONFIG
+    if theirs.is_file() and (name.startswith("hf:") or not path.is_file()):
+        config = checkpoint.read_json(theirs)
+        if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+            with naming(theirs):
+                configs.check_numbers(config)
+            return ModelSpec(name, config, folder, folder=folder)
+    if path.is_file():
+        config, images = configs.read_open_clip(path)
+        return ModelSpec(name, config, folder, images, folder=folder)
     raise ProblemError(
         f"{line(folder)} holds neither {HF_CONFIG} with a model_type (transformers) nor "
         f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known"
