@@ -171,7 +171,9 @@ def empty_target(
     number("noise_std", noise_std, low=0)
     if not isinstance(labels, list | tuple):
         raise ProblemError(f"labels must be a list of rows, not {shown(labels)}")
-    forgotten = {number("a label", label, 0, len(classes) - 1, whole=True) for label in labels}
+    forgotten = {
+        number("a label", label, low=0, high=len(classes) - 1, whole=True) for label in labels
+    }
     if forgotten >= set(range(len(classes))):
         raise ProblemError("every class is to be forgotten: no class is left to send the texts to")
     candidate = empty
