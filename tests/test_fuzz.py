@@ -23,10 +23,7 @@ from forgetting import (
     LoraSettings,
     RetainSet,
     Ridge,
-    empty_target,
     forget,
-    opposite_target,
-    orthogonal_target,
     projection_sha256,
     solve_constrained,
     solve_constrained_each,
@@ -34,7 +31,6 @@ from forgetting import (
     solve_exact,
     solve_lora,
     solve_lora_each,
-    specific_target,
     thresholds,
 )
 from forgetting.context import ExactSettings
@@ -173,20 +169,6 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
             {"a": Group([str(i) for i in range(M)], rows, weight)}, similarity
         ).excluded([{"0"}, {"1"}], hidden, owner),
         {"rows": ROWS, "weight": 1.0, "similarity": 0.9, "hidden": H, "owner": OWNER},
-    ),
-    "empty_target": (
-        lambda **k: empty_target(labels=[0], generator=torch.Generator().manual_seed(0), **k),
-        {"empty": normal(1, D), "classes": normal(3, D, seed=2), "noise_std": 0.5},
-    ),
-    "labels": (
-        lambda labels: empty_target(normal(1, D), normal(3, D, seed=2), labels, torch.Generator()),
-        {"labels": [0, 7]},
-    ),
-    "opposite_target": (opposite_target, {"embeddings": H, "beta": 0.1}),
-    "orthogonal_target": (orthogonal_target, {"embeddings": normal(5, D)}),
-    "specific_target": (
-        lambda **k: specific_target(retained=Ridge(ROWS, 0.5, WEIGHTS), **k),
-        {"embeddings": H, "beta": 0.1, "excluded": torch.zeros(K, M).bool()},
     ),
     "forget": (
         lambda **k: forget(MODEL, WORDS, **k, progress=False),
