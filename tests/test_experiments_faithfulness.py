@@ -244,7 +244,7 @@ def test_distance_from_ours_is_of_the_same_problem():
     [
         (["--features", "nowhere", "--classes", "0"], "--classes: must be a whole number from 1"),
         (["--features", "nowhere"], "no folder of feature bundles at nowhere"),
-        (["--feature", "nowhere"], "'--features'"),
+        (["--feature", "nowhere"], "--features"),
     ],
 )
 def test_wrong_arguments_are_one_line(argv, message, capsys):

@@ -222,7 +222,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--datasets", "Caltech101", "--backbones", "mini", "FORGET.RNK", "3"], "FORGET.RANK"),
         (["--datasets", "Caltech101", "--backbones", "mini", "SEED", "3"], "SEED is varied"),
         (["--datasets", ","], "must name one"),
-        (["--backbones", "mini"], "data set StanfordDogs: no folder"),
+        (["--backbones", "mini"], "StanfordCars: no folder"),
         (["--datasets", "Caltech101,", "--weights", "RN50=none.pt"], "none.pt"),
     ],
 )
