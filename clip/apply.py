@@ -24,13 +24,11 @@ from forgetting.io import naming, refuse_existing
 
 
 def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
-    """Write the state dict of `source` with the adapter's change, whole or not at all.
-
-    Beside it comes a JSON file with the model's config in open_clip's form, since weights alone do
-    not say how they compute.
+    """Write the state dict of `source` with the adapter's change, and beside it a JSON file with
+    the model's config in open_clip's form: weights alone do not say how they compute.
 
     Raises:
-        ProblemError: one of the two exists, a model that is not in OpenAI's layout, or does not
+        ProblemError: one of the two exists, or a model that is not in OpenAI's layout, or does not
             hold the adapter's projection.
     """
     path, architecture = Path(path), source.architecture

@@ -1,12 +1,9 @@
 """Any model's text side: where it ends in one linear map, and what enters that.
 
 A model is run on a few texts, every matrix product with one of its own parameters is noted, and the
-last one is taken for the text projection: whether it is a parameter (OpenAI, open_clip) or an
-`nn.Linear`, with a bias or without. It is believed only where `hidden @ W + b` is what the model
-itself gives, whenever texts are read.
-
-Texts are sorted by length and read without the padding behind their end, where a few texts show
-that this changes no hidden state: in a model with a causal mask, or with a mask over the padding.
+last one is taken for the text projection, if `hidden @ W + b` is what the model itself gives,
+whenever texts are read. They are sorted by length and read without the padding behind their end,
+where a few texts show that this changes no hidden state (by a mask over it, or a causal one).
 """
 
 from __future__ import annotations
@@ -43,26 +40,17 @@ _memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one.
-
-    Attributes:
-        model: the model itself; tokenize: from texts to what it reads.
-        name: of the projection's tensor within the model; weight: that tensor; transposed: whether
-            it holds `W^T`.
-        bias: (d,), or None; normalised: whether the model gives unit-norm embeddings.
-        padding: what may be left out behind the end of a text; None: nothing.
-        stamp: tells the state of the model, for `remembered`.
-    """
+    """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one."""
 
     model: nn.Module
     tokenize: Tokenize
-    name: str
-    weight: Tensor
-    transposed: bool
-    bias: Tensor | None
-    normalised: bool
-    padding: Padding | None = None
-    stamp: Any = None
+    name: str  # of the projection's tensor within the model
+    weight: Tensor  # that tensor
+    transposed: bool  # whether it holds `W^T`
+    bias: Tensor | None  # (d,)
+    normalised: bool  # whether the model gives unit-norm embeddings
+    padding: Padding | None = None  # what may be left out behind the end of a text
+    stamp: Any = None  # tells the state of the model, for `remembered`
 
     @property
     def projection(self) -> Tensor:
@@ -84,11 +72,8 @@ class Encoder:
         )
 
     def write(self, projection: Tensor) -> None:
-        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
-
-        Raises:
-            ProblemError: numbers out of the dtype's range, or a model that cannot be written to.
-        """
+        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype;
+        ProblemError for numbers out of its range, or a model that cannot be written to."""
         rounded = projection.to(self.weight)
         if not torch.isfinite(rounded).all():
             raise ProblemError(f"the changed projection is out of the range of {rounded.dtype}")
@@ -100,12 +85,8 @@ class Encoder:
 
     def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
         """What enters the last linear map, (n, w), on the CPU: float32, or float64 if the model is.
-        `progress` stands beside a progress bar; there is none without.
-
-        Raises:
-            ProblemError: texts that the model cannot read, or embeddings that are not
-                `hidden @ W + b`.
-        """
+        `progress` stands beside a progress bar; there is none without. ProblemError for texts that
+        the model cannot read, or embeddings that are not `hidden @ W + b`."""
         return self._read(texts, progress)[0]
 
     def embeddings(self, texts: Sequence[str]) -> Tensor:
@@ -132,8 +113,7 @@ class Encoder:
         return hidden, embeddings
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tokens, int]]:
-        """The rows of texts that are read together, their tokens, and the number of tokens before
-        padding was left out."""
+        """Rows of texts that are read together, their tokens, and their length with padding."""
         if not len(texts):
             return
         inputs = reading.tokens(self.model, self.tokenize, texts)
@@ -158,11 +138,8 @@ class Encoder:
         ]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
-        """What `compute` gives, once in a process for the model as it is now.
-
-        A change of the projection changes nothing that is remembered; a change of any other tensor
-        discards all of it.
-        """
+        """What `compute` gives, once in a process for the model as it is now: a change of any
+        tensor but the projection discards all that is remembered."""
         with reading.LOCK:
             memory = _memories.setdefault(self.model, {})
             if memory.get("stamp") != self.stamp:
@@ -179,8 +156,8 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a hidden state depends on: all tensors but the projection, and how the
-        model is built. Not of the tokenizer, for which `tokens_sha256` stands."""
+        """SHA-256 of what a hidden state depends on beside its tokens: all tensors but the
+        projection, and how the model is built."""
         layers = [
             [name, type(module).__qualname__, module.extra_repr()]
             for name, module in self.model.named_modules()
@@ -221,8 +198,7 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
             transformers may be given as it is. None: that of a named model.
 
     Raises:
-        ProblemError: one line with the reason: no single last linear map, tied or quantised
-            weights, a projection that two modules share, weights that are not there.
+        ProblemError: no single last linear map, or tied, quantised, shared or absent weights.
     """
     model, tokenize = load_model(model, tokenize)
     model = modules.unwrap_compiled(model)
@@ -252,22 +228,13 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         )
     if len(names) > 1:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
-    return Encoder(
-        model,
-        tokenize,
-        names[0],
-        weight,
-        product.transposed,
-        bias,
-        normalised,
-        _padding(model, inputs, product),
-        _stamp(model, tokenize, product),
-    )
+    padding, stamp = _padding(model, inputs, product), _stamp(model, tokenize, product)
+    own = names[0], weight, product.transposed, bias, normalised
+    return Encoder(model, tokenize, *own, padding, stamp)
 
 
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
-    """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
-    None: nothing."""
+    """What may be left out behind the end of a text without a change of hidden states, if any."""
     hidden, ids, rows = (
         product.entered,
         reading.token_ids(inputs),
@@ -294,8 +261,8 @@ def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | No
 
 
 def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
-    """What changes whenever a tensor of the model other than the projection does: where each lies
-    and how often it was written to; and what the model reads in PROBES, for writing to `.data`."""
+    """What changes whenever another tensor than the projection does: where each lies and how often
+    it was written to; and what the model reads in PROBES, for writing to `.data`."""
     places = [
         (name, x.data_ptr(), None if x.is_inference() else x._version)
         for name, x in tensors(model).items()
@@ -307,8 +274,7 @@ def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
 def _is_linear(
     features: Tensor, hidden: Tensor, projection: Tensor, bias: Tensor | None, normalised: bool
 ) -> bool:
-    """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype, and
-    to rounding of the sums where little is left of them."""
+    """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype."""
     if hidden.ndim != 2 or not torch.isfinite(features).all():
         return False
     h, w, given = hidden.double(), projection.double(), features.double()

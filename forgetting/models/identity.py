@@ -53,8 +53,8 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
         raise ProblemError("this adapter does not say what the rest of its model is")
     if not changed:
         raise ProblemError(
-            "this adapter does not say what its change makes of the projection: load it with "
-            "the original model first"
+            "what the change makes of the projection is not known: load the adapter "
+            "with the original model first"
         )
     model = modules.unwrap_compiled(model)
     held = tensors(model).get(known.projection)
@@ -74,11 +74,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
 
 def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Encoder:
     """The projection of an adapter within a model, as an encoder that reads no text: by name, else
-    by what it holds, a changed one by `original` (w, d).
-
-    Raises:
-        ProblemError: a model without it, or in which it is tied to another tensor.
-    """
+    by what it holds, a changed one by `original` (w, d)."""
     model = modules.unwrap_compiled(model)
     there, known = tensors(model), adapter.model
     shape = (adapter.left.shape[0], adapter.right.shape[1])
