@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from threading import RLock
@@ -144,7 +144,9 @@ def environment() -> str:
     import torch
 
     lines = [f"Python: {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{package}: {version(package)}" for package in REPORTED]
+    for package in REPORTED:
+        with suppress(PackageNotFoundError):
+            lines.append(f"{package}: {version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     lines.append(f"device: {device}, torch threads: {torch.get_num_threads()}")
     return "\n".join(lines)
