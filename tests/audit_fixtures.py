@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from evaluation.audit.case import AuditData, Case, Model
+from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.record import MEASURES
 from forgetting.problem import LowRankEdit
 
@@ -108,7 +110,9 @@ def case(
     """A case of the class `name`; the untouched model on both sides unless there is an `edit`."""
     data = AuditData(bundle, others, seed)
     columns = tuple(map(bundle.classnames.index, removed))
-    return Case(name, forgotten or [name], Model(data, edit or data.before.edit, columns))
+    hidden = bundle.forget_hidden[bundle.classnames.index(name)]
+    after = Model(data, edit or data.before.edit, columns)
+    return Case(name, forgotten or [name], after, [Prompt(name, "bare", True, hidden)])
 
 
 def gone(bundle: FeatureBundle | None = None, name: str = "class 0", **options) -> Case:
@@ -172,3 +176,9 @@ EDGES = {
     "the whole set": {"neighbours", "retrieval"},
     "several, removed": {"retrieval", "relearning"},
 }
+
+
+def hide_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed on this machine must not decide."""
+    for name in ("nltk", "nltk.corpus", "wn"):
+        monkeypatch.setitem(sys.modules, name, None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -91,29 +89,15 @@ def test_the_linear_probe_finds_more_real_cars_than_ridge_regression():
 def test_search_for_a_class_that_is_gone():
     found = retrieval.measure(gone())
     for direction, forgotten, retained in (("image_to_text", 20, 220), ("text_to_image", 1, 11)):
-        for k in ("1", "5", "10"):
-            for group, n, after in (("forgotten", forgotten, 0.0), ("retained", retained, 1.0)):
-                entry = found[direction][group]
-                assert entry["before"][k] == accuracy(n, n)
-                assert entry["after"][k]["value"] == after and entry["after"][k]["n"] == n
+        for group, n, after in (("forgotten", forgotten, 0), ("retained", retained, retained)):
+            for k in ("1", "5", "10"):
+                sides = {"before": accuracy(n, n), "after": accuracy(after, n)}
+                assert {side: found[direction][group][side][k] for side in sides} == sides
     assert found["not_measured"] == []
-    # Negative control: nothing changed.
-    same = retrieval.measure(case(world()))
-    assert same["image_to_text"]["forgotten"]["after"]["1"]["value"] == 1.0
-
-
-def test_search_that_finds_the_class_in_fourth_place():
-    """Images of class 0 lean towards three classes; its text keeps a tenth of its direction."""
-    bundle = world(noise=0.001)
-    x = bundle.image_features.clone()
-    directions = bundle.text_projection[:4]
-    x[bundle.labels == 0] = normalize(torch.tensor([0.8, 0.5, 0.4, 0.3]) @ directions, dim=0)
-    bundle = replace(bundle, image_features=x)
-    target = 0.1 * directions[0] + bundle.text_projection[-1]
-    found = retrieval.measure(case(bundle, edit=move(bundle, {"class 0": target})))
-    forgotten = found["image_to_text"]["forgotten"]
-    assert [forgotten["before"][k]["value"] for k in ("1", "5", "10")] == [1.0, 1.0, 1.0]
-    assert [forgotten["after"][k]["value"] for k in ("1", "5", "10")] == [0.0, 1.0, 1.0]
+    # A removed name is not found, but can be typed.
+    removed = retrieval.measure(case(world(), "class 3", removed=("class 3",)))
+    assert removed["image_to_text"]["forgotten"]["after"]["10"]["value"] == 0.0
+    assert removed["text_to_image"]["forgotten"]["after"]["1"]["value"] == 1.0
 
 
 @settings(max_examples=20)
@@ -141,13 +125,6 @@ def test_recall_against_sorted_lists(seed):
                 hits = [any(labels[i] == c for i in by_text[c][:k]) for c in columns if c in labels]
                 entry = found["text_to_image"][group][side][str(k)]
                 assert entry["n"] == len(hits) and entry["value"] == pytest.approx(np.mean(hits))
-
-
-def test_a_removed_name_is_not_found_but_can_be_typed():
-    found = retrieval.measure(case(world(), "class 3", removed=("class 3",)))
-    assert found["image_to_text"]["forgotten"]["after"]["10"]["value"] == 0.0
-    assert found["text_to_image"]["forgotten"]["after"]["1"]["value"] == 1.0
-    assert found["image_to_text"]["retained"]["after"]["1"]["value"] == 1.0
 
 
 @real

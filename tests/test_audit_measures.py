@@ -50,16 +50,13 @@ def test_neighbours_that_suffer_and_neighbours_that_stay():
     assert [entry["after"]["value"] for entry in found["classes"]] == [1.0, 0.0] + [1.0] * 8
     assert found["classes"][1]["after"] == accuracy(0, 20)
     assert found["mean_before"] == 1.0 and found["mean_after"] == pytest.approx(0.9)
-    # 11 classes and 24 words are retained.
-    assert found["moved"]["count"] == 35
-    assert found["moved"]["worst"][0]["text"] == "class 2"
-    assert found["moved"]["worst"][0]["cosine"] == pytest.approx(-1, abs=1e-5)
-    assert found["moved"]["mean_cosine"] == pytest.approx(33 / 35, abs=1e-5)
     # Negative controls: nothing else moves; by another class's text the same classes are far.
-    control = neighbours.measure(gone(bundle))
-    assert control["mean_after"] == 1.0 and control["moved"]["mean_cosine"] == pytest.approx(1)
+    assert neighbours.measure(gone(bundle))["mean_after"] == 1.0
     far = neighbours.measure(gone(bundle, "class 7"))["classes"]
     assert {entry["name"] for entry in far[:3]} != {"class 1", "class 2", "class 3"}
+    both = ["class 0", "class 1"]
+    together = neighbours.measure(case(bundle, edit=opposite(bundle, *both), forgotten=both))
+    assert together["classes"][0]["name"] == "class 2" and together["mean_after"] == 1.0
 
 
 @settings(max_examples=10)
@@ -97,18 +94,10 @@ def test_names_that_mean_the_class_are_not_retained_texts():
     assert texts(flowers, "snapdragon", "osteospermum") == ["allium", "rose", "rose", "tulip"]
     # Negative control: a set whose vocabulary marks nothing keeps it.
     assert "african daisy" in texts(bundle, "osteospermum")
-
-
-def test_texts_of_other_sets_and_classes_forgotten_together():
-    bundle, other = world(similar=NEAR), world(dataset="Elsewhere")
-    other = replace(other, classnames=[f"elsewhere {i}" for i in range(12)])
-    moved = neighbours.measure(gone(bundle, others={"Elsewhere": other}))["moved"]
-    # Its text is that of the forgotten class, its name is not.
+    # The text of another set's class may be that of the forgotten one: its name is not.
+    other = replace(world(dataset="Elsewhere"), classnames=[f"elsewhere {i}" for i in range(12)])
+    moved = neighbours.measure(gone(others={"Elsewhere": other}))["moved"]
     assert moved["worst"][0]["text"] == "elsewhere 0" and moved["count"] == 11 + 24 + 12
-    both = ["class 0", "class 1"]
-    found = neighbours.measure(case(bundle, edit=opposite(bundle, *both), forgotten=both))
-    assert found["classes"][0]["name"] == "class 2" and found["mean_after"] == 1.0
-    assert found["moved"]["count"] == 34
 
 
 # --- destinations
@@ -129,9 +118,8 @@ def test_images_that_surely_go_to_one_class_leak_by_their_looks():
 
 
 def test_images_that_spread():
-    uneven = destinations.measure(gone(world(lean={0: [3, 3, 3, 4]})))
-    assert [entry["share"] for entry in uneven["after"]] == [0.75, 0.25]
-    assert [entry["name"] for entry in uneven["after"]] == ["class 3", "class 4"]
+    uneven = destinations.measure(gone(world(lean={0: [3, 3, 3, 4]})))["after"]
+    assert uneven == [{"name": "class 3", "share": 0.75}, {"name": "class 4", "share": 0.25}]
     # Negative control: nothing changed.
     same = destinations.measure(case(world(lean={0: [3, 4, 5, 6]})))
     assert same["after"] == same["before"] and same["leak"] == same["not_measured"] == []
@@ -158,7 +146,7 @@ def test_a_leak_through_the_forgotten_text_ends_where_its_name_is_removed():
     assert any(leak(("class 0",), seed) != removed for seed in (1, 2))
 
 
-@pytest.mark.parametrize(("label", "count"), [(0, 3), (5, 0), (5, 3), (0, 4), (5, 4)])
+@pytest.mark.parametrize(("label", "count"), [(0, 3), (5, 3), (0, 4), (5, 4)])
 def test_too_few_images_for_a_leak_are_reported(label, count):
     bundle = world(lean={0: [5]})
     few = only(bundle, (bundle.labels != label) | (torch.arange(240) % 20 < count))
@@ -225,15 +213,11 @@ def test_those_that_lost_most_are_shown_by_what_they_lost():
     away = {f"class {c}": -text(bundle, f"class {c}") for c in (0, 3)}
     half = text(bundle, "class 5") + 1.1 * text(bundle, "class 6")  # some of its images go there
     subject = case(bundle, edit=move(bundle, away | {"class 6": half, "class 5": half}))
-    lost = {
-        name: subject.before.accuracy(c)["value"] - subject.after.accuracy(c)["value"]
-        for c, name in enumerate(bundle.classnames)
-        if name != "class 0"
-    }
-    most = sorted((name for name in lost if lost[name] > 0), key=lambda name: -lost[name])
+    lost = (subject.before.recognised - subject.after.recognised).tolist()
+    most = sorted((c for c in range(1, 12) if lost[c] > 0), key=lambda c: -lost[c])
     assert most  # else nothing is tested
     harmed = examples.measure(subject)["classes"][1:]
-    assert [one["name"] for one in harmed] == most[:2]
+    assert [one["name"] for one in harmed] == [f"class {c}" for c in most[:2]]
     for one in harmed:
         assert 0 < len(one["pictures"]) <= 2
         for picture in one["pictures"]:
@@ -271,20 +255,16 @@ def test_values_of_edges():
     nothing = accuracy(0, 0)
     bare = audit_class(edge("no image of the class"))
     assert bare["residue"]["linear_probe"] == {"before": nothing, "after": nothing}
-    assert bare["residue"]["zero_shot"]["after"] == nothing
     assert bare["retrieval"]["text_to_image"]["forgotten"]["before"]["1"] == nothing
     assert bare["neighbours"]["mean_after"] == 1.0  # the others are there
     one = audit_class(edge("one image of the class"))["residue"]
-    assert one["linear_probe"]["after"] == one["nearest_neighbours"]["after"] == nothing
-    assert one["zero_shot"]["before"]["n"] == 1
-    empty = audit_class(edge("no image at all"))
-    assert empty["neighbours"]["mean_after"] is None
-    assert empty["destinations"]["confusion"]["after"] == [[0] * 12 for _ in range(11)]
+    assert one["nearest_neighbours"]["after"] == nothing and one["zero_shot"]["before"]["n"] == 1
+    empty = audit_class(edge("no image at all"))["destinations"]
+    assert empty["confusion"]["after"] == [[0] * 12 for _ in range(11)]
     pair = audit_class(edge("two classes"))["retrieval"]["image_to_text"]["forgotten"]["after"]
     assert pair["1"]["value"] == 0.0 and pair["5"] == nothing
     several = audit_class(edge("several, removed"))
     assert several["destinations"]["confusion"]["names"][0] == "class 3"
     assert several["retrieval"]["image_to_text"]["retained"]["after"]["1"]["n"] == 54
-    assert several["residue"]["zero_shot"]["after"]["value"] == 0.0
     lonely = audit_class(edge("images of the class alone"))  # nothing was tried
     assert not any("brings" in line for line in lonely["verdict"])

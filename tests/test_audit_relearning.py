@@ -14,7 +14,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from evaluation.audit import relearning
 from evaluation.audit.case import AuditData, Case, Prompt
 from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
-from forgetting import Ridge, solve_constrained
+from forgetting import Ridge, opposite_target, solve_constrained
 from forgetting.problem import LowRankEdit
 from tests.audit_fixtures import LENGTH, WIDTH, case, gone, move, only, world
 from tests.conftest import REPOSITORY
@@ -51,10 +51,8 @@ def test_one_image_of_a_tight_cluster_brings_the_class_back():
     once = {"forgotten": [1.0] * 5, "no_text": [1.0] * 5, "needed": 1}
     assert found["methods"] == dict.fromkeys(METHODS, once)
     assert found["shots"] == [1, 2, 4, 8, 16]
-
-
-def test_a_text_sent_to_its_opposite_holds_the_cache_back_by_one_image():
-    """100 cos is -100 for the class, an image of the cluster is worth 100 exp(-5.5 0.03) = 87."""
+    # A text sent to its opposite holds the cache back by one image: 100 cos is -100 for the class,
+    # an image of the cluster is worth 100 exp(-5.5 0.03) = 87.
     methods = relearning.measure(gone())["methods"]
     assert methods["cache"]["forgotten"][:2] == [0.0, 1.0] and methods["cache"]["no_text"][0] == 1.0
     needed = {method: methods[method]["needed"] for method in METHODS}
@@ -143,14 +141,10 @@ def test_removed_names():
     assert without["refit"]["forgotten"][0] > with_rival["forgotten"][0]
 
 
-def test_needed_is_the_least_that_reaches_half():
+def test_needed_is_the_least_that_reaches_half_and_a_seed_is_a_draw():
     curve = [0.1, 0.44, 0.45, 0.2, None]
-    assert relearning._needed(SHOTS, curve, 0.9) == 4
-    assert relearning._needed(SHOTS, curve, 0.92) is None
-    assert relearning._needed(SHOTS, curve, 0.0) is relearning._needed(SHOTS, curve, None) is None
-
-
-def test_a_seed_is_a_draw():
+    needed = [relearning._needed(SHOTS, curve, own) for own in (0.9, 0.92, 0.0, None)]
+    assert needed == [4, None, None, None]
     bundle = world(noise=0.3)
     one, again, other = (relearning.measure(gone(bundle, seed=seed)) for seed in (0, 0, 1))
     assert one == again and one != other
@@ -205,7 +199,7 @@ def test_a_few_photographs_bring_a_class_back():
     names = bundle.forget_hidden
     mu = 5e-6 * float(names.square().sum(dim=1).mean())
     ridge, own = Ridge(names, mu, torch.full((26,), 1 / 26)), torch.arange(26) == column
-    solution = solve_constrained(ridge, h, -1.2 * h @ w, own)
+    solution = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, own)
     subject = case(bundle, "dolphin", LowRankEdit(solution.left, solution.right))
     assert not (subject.after.predicted[subject.images] == column).any()
     methods = relearning.measure(subject)["methods"]

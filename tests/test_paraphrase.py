@@ -18,16 +18,61 @@ from torch.nn.functional import normalize
 from clip import ClipSource, FeatureBundle
 from clip.audit_texts import audit_rows, other_words, with_audit
 from clip.bundle import AUDIT_HIDDEN as HIDDEN
-from clip.features import build_bundle, main
+from clip.features import main
 from datasets.words.paraphrases import paraphrases
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.paraphrase import measure
 from evaluation.audit.prompts import prompts_for
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
+from tests import audit_fixtures
+from tests.audit_fixtures import WIDTH, hide_wordnet
 from tests.clip_fixtures import caltech, one_line, tiny
 from tests.conftest import toy_bundle
-from tests.paraphrase_fixtures import OTHER_WAY, forget_first, hide_wordnet, unit, world
+
+OTHER_WAY = 12  # hidden direction that the projection sends to the first class too
+
+
+def unit(*places: int) -> Tensor:
+    """Sum of basis vectors of hidden states."""
+    return torch.eye(WIDTH)[list(places)].sum(dim=0)
+
+
+def world(rows: list[tuple[str, str, str, Tensor]] = (), images: int = 10) -> FeatureBundle:
+    """Four classes, whose texts are basis vectors 0 to 3.
+
+    Args:
+        rows: class, kind, text and hidden state of other words that the bundle brings along.
+    """
+    planted = audit_fixtures.world(classes=4, images=images, words=0)
+    hidden = torch.stack([unit(i) for i in range(4)])
+    projection = planted.text_projection.clone()
+    projection[OTHER_WAY] = projection[0]
+    extra, tensors = {}, {}
+    if rows:
+        classes, kinds, texts, states = zip(*rows, strict=True)
+        lists = {"audit_classes": classes, "audit_kinds": kinds, "audit_texts": texts}
+        extra = {key: json.dumps(values) for key, values in lists.items()}
+        tensors = {"audit_hidden": torch.stack(states)}
+    return replace(
+        planted,
+        class_hidden=hidden + 0.1 * unit(8),
+        forget_hidden=hidden,
+        retain_hidden=torch.stack([unit(9), unit(0, 10), unit(11)]),
+        text_projection=projection,
+        backbone="mini",
+        template="a photo of a {}.",
+        classnames=["newt", "owl", "hare", "elk"],
+        retain_names=["toad", "Newt", "hare"],
+        extra=extra,
+        extra_tensors=tensors,
+    )
+
+
+def forget_first() -> LowRankEdit:
+    """A change of the projection that sends hidden direction 0 to a little of its opposite."""
+    return LowRankEdit(unit(0)[:, None], -1.2 * world().text_projection[:1])
+
 
 # All words for the newt here are moved by `forget_first`, but for what "eft" means.
 GONE = [
@@ -37,7 +82,7 @@ GONE = [
 ]
 EFT = ("newt", "synonym", "eft", unit(OTHER_WAY))
 NONSENSE = ("newt", "description", "a wet thing", unit(1) - unit(OTHER_WAY))  # found nothing ever
-NO_CHANGE = LowRankEdit(torch.zeros(16, 1), torch.zeros(1, 16))
+NO_CHANGE = LowRankEdit(torch.zeros(WIDTH, 1), torch.zeros(1, WIDTH))
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +145,8 @@ def test_what_could_not_be_measured_is_reported() -> None:
     found = measure(Case("newt", ["newt"], after, prompts=[seen]))
     assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
     assert "than its own prompt" in found["not_measured"][0]
-    assert measure(Case("newt", ["newt"], after))["prompts"] == []
-    images = {"image_features": torch.empty(0, 16), "labels": torch.empty(0).long()}
-    found = audited([*GONE, EFT], **images)
+    bundle = world(images=0)
+    found = audited([*GONE, EFT], image_features=bundle.image_features, labels=bundle.labels)
     assert found["back"] == [] and found["worst"] is None
     never = audited([*GONE, EFT], class_hidden=world().class_hidden[[3, 0, 2, 3]])
     assert never["back"] == [] and never["worst"]["text"] == "eft"
@@ -192,13 +236,13 @@ def test_a_model_stands_in_for_rows() -> None:
 
     def encode(texts: list[str]) -> Tensor:
         encoded.extend(texts)
-        return torch.arange(len(texts) * 16.0).reshape(-1, 16)
+        return torch.arange(len(texts) * float(WIDTH)).reshape(-1, WIDTH)
 
     prompts, missing = prompts_for(AuditData(world(), encode=encode), "newt", set())
     words = paraphrases("newt", None, "a photo of a {}.")
     assert encoded == [entry.text for entry in words]
     assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
-    assert torch.equal(prompts[2].hidden, torch.arange(16.0))
+    assert torch.equal(prompts[3].hidden, torch.arange(WIDTH, 2 * WIDTH))
     assert "no synonym and no hypernym and no description is known" in missing[0]
     encoded.clear()
     prompts_for(AuditData(world(rows=GONE), encode=encode), "newt", set())
@@ -228,17 +272,11 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("audit_texts", None),
-        (HIDDEN, None),
-        ("audit_texts", "["),
-        ("audit_texts", '{"a": 1}'),
-        ("audit_kinds", '["template", 1, "case"]'),
-        ("audit_kinds", '["template"]'),
+        *(("audit_texts", text) for text in (None, "[", '{"a": 1}')),
+        *(("audit_kinds", text) for text in ('["template", 1, "case"]', '["template"]')),
         ("audit_classes", '["newt", "newt", "nwet"]'),
-        (HIDDEN, torch.zeros(2, 16)),
-        (HIDDEN, torch.zeros(3, 15)),
-        (HIDDEN, torch.full((3, 16), torch.nan)),
-        (HIDDEN, torch.zeros(3, 16).long()),
+        *((HIDDEN, x) for x in (None, torch.zeros(2, WIDTH), torch.zeros(3, WIDTH).long())),
+        *((HIDDEN, x) for x in (torch.zeros(3, 15), torch.full((3, WIDTH), torch.nan))),
     ],
 )
 def test_broken_rows_are_refused_in_one_line(tmp_path: Path, key: str, value: object) -> None:
@@ -271,52 +309,31 @@ class Counting(ClipSource):
         return super().encode_hidden(texts)
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_the_command_writes_what_the_model_says(tmp_path: Path, monkeypatch, capsys) -> None:
     tiny(monkeypatch, tmp_path / "weights")
     caltech(tmp_path / "data", images_per_class=2)
-    return tmp_path
-
-
-def bundle_of(place: Path) -> tuple[FeatureBundle, Counting]:
-    source = Counting("mini", cache=place / "cache", device="cpu")
-    bundle = build_bundle("Caltech101", source, place / "data", workers=0)
-    source.texts = 0
-    return bundle, source
-
-
-def test_rows_hold_what_the_model_says(place: Path, monkeypatch) -> None:
-    bundle, source = bundle_of(place)
-    audited = with_audit(bundle, source)
-    count = 0
+    options = ["--root", str(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
+    main(["Caltech101", "mini", *options, "--out", str(tmp_path / "out"), "--audit"])
+    assert capsys.readouterr().err == "", "a log that is no terminal is not flooded"
+    bundle = FeatureBundle.load(tmp_path / "out" / "mini" / "Caltech101.safetensors")
+    rows, source = audit_rows(bundle), Counting("mini", cache=tmp_path / "cache", device="cpu")
     for name in bundle.classnames:
         words = paraphrases(name, "Caltech101", bundle.template, bundle.classnames)
-        rows = audit_rows(audited)[name]
-        assert [(text, kind) for text, kind, _ in rows] == [(e.text, e.kind) for e in words]
-        hidden = torch.stack([row[2] for row in rows])
+        assert [row[:2] for row in rows[name]] == [(entry.text, entry.kind) for entry in words]
+        hidden = torch.stack([row[2] for row in rows[name]])
         assert torch.equal(hidden, source.encode_hidden([entry.text for entry in words]))
-        count += len(rows)
-    assert audited.extra_tensors[HIDDEN].shape == (count, bundle.text_projection.shape[0])
-    assert HIDDEN not in bundle.extra_tensors and audited.extra["forget_template"] == "{}"
+    assert bundle.extra["forget_template"] == "{}"
+    assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows["sea_horse"]]
+    prompts, missing = prompts_for(AuditData(bundle), "sea_horse", set())
+    assert missing == [] and len(prompts) == 2 + len(rows["sea_horse"])
+    upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
+    assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"
     # Nothing is encoded twice; one class's other words encode that class alone.
-    _, again = bundle_of(place)
+    again = Counting("mini", cache=tmp_path / "cache", device="cpu")
     with_audit(bundle, again)
     assert again.texts == 0 and "model" not in vars(again)
     monkeypatch.setattr(
         "datasets.words.paraphrases.cases", lambda name: ["CRAB"] * (name == "crab")
     )
-    with_audit(replace(bundle), again)
-    assert 0 < again.texts < count
-
-
-def test_the_command_writes_the_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
-    main(["Caltech101", "mini", *options, "--out", str(place / "out"), "--audit"])
-    assert capsys.readouterr().err == "", "a log that is no terminal is not flooded"
-    bundle = FeatureBundle.load(place / "out" / "mini" / "Caltech101.safetensors")
-    rows = audit_rows(bundle)["sea_horse"]
-    assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows]
-    prompts, missing = prompts_for(AuditData(bundle), "sea_horse", set())
-    assert missing == [] and len(prompts) == 2 + len(rows)
-    upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
-    assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"
+    with_audit(bundle, again)
+    assert 0 < again.texts < source.texts

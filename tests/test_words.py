@@ -22,7 +22,7 @@ from datasets.words.forms import cases, misspellings, plural
 from datasets.words.lexicon import Words, halves, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from forgetting.errors import ProblemError
-from tests.paraphrase_fixtures import hide_wordnet
+from tests.audit_fixtures import hide_wordnet
 
 COUNTS = {"Caltech101": 100, "OxfordFlowers": 102, "StanfordDogs": 120, "StanfordCars": 14}
 CUT = {"shih", "black", "wire", "soft", "flat", "curly", "german short"}  # by the published split

@@ -45,11 +45,8 @@ def audit_folder(
         folder: `results/resultsATTEMPT/seed_SEED`; without: measures to leave out.
         places: where the bundles or images of the run are.
 
-    Returns:
-        What the folder's audit.json now holds.
-
-    Raises:
-        ProblemError: names that are not there, or inputs that are missing or not those of the run.
+    Returns what the folder's audit.json now holds. Raises ProblemError for names that are not
+    there, and for inputs that are missing or not those of the run.
     """
     for name in without:
         if name not in MEASURES:
@@ -76,13 +73,8 @@ def audit_folder(
 def audit_dataset(
     folder: Path, labels: Sequence[str], data: AuditData, without: Sequence[str] = ()
 ) -> None:
-    """Audit labels of one data set, each into its own file, and compile audit.json.
-
-    A label that was audited with the same adapter, seed, texts and measures is not audited again.
-
-    Raises:
-        ProblemError: an adapter that is missing or belongs to another projection.
-    """
+    """Audit labels of one data set, each into its own file, and compile audit.json. A label that
+    was audited with the same adapter, seed, texts and measures is not audited again."""
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     dataset = data.bundle.dataset
     adapters = sorted((folder / place(dataset)).glob(f"*{ADAPTER}"))
@@ -132,8 +124,7 @@ def cases_of(path: Path, adapters: Sequence[Path], data: AuditData) -> dict[str,
         adapters: of the same results; one that forgets other classes is the stranger, always the
             same one for a seed.
 
-    Raises:
-        ProblemError: there is no such adapter, or it is of another projection.
+    Raises ProblemError if there is no such adapter, or it is of another projection.
     """
     adapter, bundle = load_adapter(path), data.bundle
     if adapter.projection_sha256 != projection_sha256(bundle.text_projection):

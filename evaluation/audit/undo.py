@@ -95,11 +95,7 @@ def _place(case: Case, known: Attacker, scores: Tensor | None, others: list[str]
 
 
 class Statistics:
-    """Candidate statistics of a change.
-
-    Args:
-        gram: `G`, (w, w); hidden: (n, w), hidden states of all names.
-    """
+    """Statistics `G` (w, w) that a change may have, and the hidden states (n, w) of all names."""
 
     def __init__(self, gram: Tensor, hidden: Tensor) -> None:
         self.values, self.basis = torch.linalg.eigh(gram)  # (w,), (w, w)

@@ -17,12 +17,8 @@ Lines = list[tuple[int, str]]
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """One line per finding: first what speaks against this forgetting, then what speaks for it,
-    then its limits.
-
-    Args:
-        found: measure -> its values, see each measure; absent measures are passed over.
-    """
+    """One line per finding of the measures: first what speaks against this forgetting, then what
+    speaks for it, then its limits. Absent measures are passed over."""
     shot = found.get("residue", {}).get("zero_shot")
     became = fate(shot["before"]["value"], shot["after"]["value"]) if shot else Fate.UNMEASURED
     lines: Lines = []

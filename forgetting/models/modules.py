@@ -14,7 +14,8 @@ from forgetting.io import raw
 
 
 def unwrap_compiled(model: Any) -> nn.Module:
-    """The module that torch.compile or DataParallel wraps, or the module itself."""
+    """The module that torch.compile or DataParallel wraps, or the module itself; ProblemError for
+    anything else."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
