@@ -15,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
 import datasets
@@ -22,7 +23,6 @@ import trainers  # noqa: F401  registers the methods
 from engine import TRAINER_REGISTRY, choose
 from engine.cli import Parser, about, run
 from engine.config import OPTIONS, declared, load
-from engine.determinism import set_random_seed
 from engine.log import environment, logger, run_log
 from evaluation.results import add_args, place
 from forgetting.errors import ProblemError
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parse(argv)
     with run_log() as keep:
         cfg = setup_cfg(args)
-        set_random_seed(cfg.SEED)
+        torch.manual_seed(cfg.SEED)  # for a method of your own; ours draw from their generators
         logger.debug(f"arguments: {args}\nconfig:\n{cfg}\nenvironment:\n{environment()}")
         logger.debug(choose().description)
         trainer = build_trainer(cfg)

@@ -18,19 +18,17 @@ from engine.config import FeatureSettings
 from engine.files import write_json_atomic
 from engine.log import logger
 from forgetting.adapter import Adapter, load_adapter
-from forgetting.deploy.export import openai_state, save_state
+from forgetting.deploy.export import openai_bytes
 from forgetting.errors import ProblemError
-from forgetting.io import naming, refuse_existing
+from forgetting.io import naming, refuse_existing, write_bytes
 
 
 def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
-    """Write the state dict of `source` with the adapter's change, whole or not at all.
-
-    Beside it comes a JSON file with the model's config in open_clip's form, since weights alone do
-    not say how they compute.
+    """Write the state dict of `source` with the adapter's change, and beside it a JSON file with
+    the model's config in open_clip's form: weights alone do not say how they compute.
 
     Raises:
-        ProblemError: one of the two exists, a model that is not in OpenAI's layout, or does not
+        ProblemError: one of the two exists, or a model that is not in OpenAI's layout, or does not
             hold the adapter's projection.
     """
     path, architecture = Path(path), source.architecture
@@ -39,8 +37,8 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
         refuse_existing(file)
     with naming(source.weights_files[0]):
         tensors = {} if architecture.is_transformers else architecture.read()[0]
-        state = openai_state(tensors, adapter)
-    save_state(state, path)
+        data = openai_bytes(tensors, adapter)
+    write_bytes(data, path, overwrite=False)
     config = {"model_cfg": architecture.model_config(), "preprocess_cfg": source.reading}
     if beside != path:
         write_json_atomic(config, beside, indent=1)

@@ -53,11 +53,7 @@ ARCHITECTURES["mini"] = ModelSpec("mini", HERE / "mini.json", HERE / "mini.safet
 
 
 def architecture(name: str) -> ModelSpec:
-    """The architecture called `name`; nothing is loaded.
-
-    Raises:
-        ProblemError: there is none, with the nearest name; a folder that is none or lacks a config.
-    """
+    """The architecture called `name`; nothing is loaded."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     base, quick = split_activation(name)
@@ -98,11 +94,7 @@ def identity_sha256(spec: ModelSpec) -> str:
 
 def preprocessing(spec: ModelSpec) -> dict[str, Any]:
     """How a model reads images, as open_clip's PreprocessCfg has it, see `IMAGES`; its size is
-    (height, width).
-
-    Raises:
-        ProblemError: sizes or colours that are none, or steps that have no such form.
-    """
+    (height, width). ProblemError for sizes or colours that are none, or other steps."""
     images = _images(spec)
     if "size" not in images:
         images["size"] = spec.model_config()["vision_cfg"].get("image_size", IMAGES["size"])

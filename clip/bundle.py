@@ -1,9 +1,5 @@
-"""FeatureBundle: all that forgetting and evaluating need from CLIP, in one safetensors file.
-
-Once hidden text states, text projection and image embeddings are known, CLIP itself is no longer
-needed. A bundle holds them for one backbone and one data set split; as a file,
-`BACKBONE/DATASET.safetensors`, it is what people exchange. Nothing in such a file is executed.
-"""
+"""FeatureBundle: all that forgetting and evaluating need from CLIP for one backbone and data set.
+The file BACKBONE/DATASET.safetensors is what people exchange; nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -106,20 +102,13 @@ class FeatureBundle:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureBundle:
-        """Read and check the bundle at `path`.
-
-        Raises:
-            ProblemError: naming the file and the key: a file that is missing, truncated or no
-                bundle, a missing key, or what `check` refuses.
-        """
+        """Read and check the bundle at `path`; ProblemError names the file and the key."""
         with naming(f"feature bundle {path}"):
             metadata, tensors = read_safetensors(path)
             found = metadata.pop("format", None)
             _require(found == FORMAT, f"its format is {shown(found)}, not {FORMAT!r}")
-            for key in (*TEXT_KEYS, *LIST_KEYS):
-                _require(key in metadata, f"{key} is missing from the metadata")
-            for key in SHAPES:
-                _require(key in tensors, f"{key} is missing from the tensors")
+            for key in (*TEXT_KEYS, *LIST_KEYS, *SHAPES):
+                _require(key in (tensors if key in SHAPES else metadata), f"{key} is missing")
             bundle = cls(
                 **{key: tensors.pop(key) for key in SHAPES},
                 **{key: metadata.pop(key) for key in TEXT_KEYS},
@@ -133,11 +122,7 @@ class FeatureBundle:
         return replace(bundle, **floats | {"labels": bundle.labels.long()})
 
     def save(self, path: str | Path) -> None:
-        """Check the bundle and write it to `path`, whole or not at all.
-
-        Raises:
-            ProblemError: the bundle is not valid, or `path` exists: nothing is overwritten.
-        """
+        """Check the bundle and write it to `path`, whole or not at all; nothing is overwritten."""
         self.check(path)
         metadata = self.extra | {"format": FORMAT}
         metadata |= {key: getattr(self, key) for key in TEXT_KEYS}
@@ -147,13 +132,9 @@ class FeatureBundle:
         write_bytes(container(tensors, metadata), path, overwrite=False)
 
     def check(self, where: str | Path) -> None:
-        """Refuse a bundle that contradicts itself.
-
-        Raises:
-            ProblemError: naming `where` and the key: wrong shapes or dtypes, NaN or inf, a label
-                out of range, image features that are not normalised, a class without a name of its
-                own, a template without the class's place.
-        """
+        """ProblemError, naming `where` and the key, for a bundle that contradicts itself: wrong
+        shapes or dtypes, NaN or inf, a label out of range, image features that are not normalised,
+        a class without a name of its own, a template without the class's place."""
         with naming(f"feature bundle {where}"):
             _require(self.classnames, "classnames is empty")
             if problem := flaw(self.classnames):
@@ -175,8 +156,7 @@ class FeatureBundle:
                 _require(worst <= TOLERANCE, message)
 
     def _check_tensors(self, sizes: dict[str, int]) -> None:
-        """Refuse tensors whose shapes do not fit `sizes` by dimension letter and one another, whose
-        dtype is wrong, or that are not finite."""
+        """Shapes fit `sizes` by dimension letter and one another; dtypes; finite numbers."""
         for key, letters in (SHAPES | OPTIONAL).items():
             if (tensor := self.tensors.get(key)) is None:
                 continue
@@ -214,10 +194,8 @@ def bundle_path(folder: str | Path, backbone: str, dataset: str) -> Path:
 
 
 def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
-    """Data set name -> file, sorted by name, of every bundle of `backbone` in `folder`.
-
-    Raises ProblemError if the folder is missing or holds no bundle of that backbone.
-    """
+    """Data set name -> file, sorted by name, of the bundles of `backbone` in `folder`; ProblemError
+    if there is none."""
     folder = Path(folder)
     _require(folder.is_dir(), f"no folder of feature bundles at {folder}")
     place = bundle_path(folder, backbone, "").parent
@@ -231,11 +209,8 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
 
 
 def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundle:
-    """Load one bundle of a folder by its names.
-
-    Raises ProblemError if there is none (naming the nearest), or if the file is of another backbone
-    or data set than its place says.
-    """
+    """Load one bundle of a folder by its names; ProblemError if there is none, or if the file is of
+    another backbone or data set than its place says."""
     bundles = list_bundles(folder, backbone)
     there = ", ".join(bundles)
     message = f"no feature bundle of {dataset!r} for {backbone} in {folder}; data sets there: "
@@ -251,11 +226,8 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
 def load_bundles(
     folder: str | Path, backbone: str, names: Iterable[str] | None = None
 ) -> dict[str, FeatureBundle]:
-    """The bundles of one run, by name; all of the folder's if `names` is None.
-
-    Raises ProblemError as `load_bundle`, and naming two files whose weights or projections differ:
-    all are evaluated with the projection of one.
-    """
+    """The bundles of one run, by name; all of the folder's if `names` is None. ProblemError names
+    two files that one model did not make: all are evaluated with the projection of one."""
     names = list_bundles(folder, backbone) if names is None else names
     bundles = {name: load_bundle(folder, backbone, name) for name in names}
     for name, bundle in bundles.items():

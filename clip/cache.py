@@ -1,10 +1,7 @@
-"""What CLIP has encoded before, on disk, kept apart by what it depends on.
-
-Image embeddings depend on the weights, the preprocessing, the precision and the contents of the
-image files; hidden states on the weights and the list of texts. Labels, templates and vocabularies
-are in neither key, so a change of those never encodes an image again, and never gives a stale
-result. Two processes that encode the same write the same files.
-"""
+"""What CLIP has encoded before, on disk, kept apart by what it depends on: images on weights,
+preprocessing, precision and the contents of the files; hidden states on the weights and the
+list of texts. So a change of labels, templates or vocabularies never encodes an image again, and
+never gives a stale result. Two processes that encode the same write the same files."""
 
 from __future__ import annotations
 
@@ -37,10 +34,7 @@ Shards = Mapping[Path, Sequence[str]]  # file of embeddings -> its images
 
 class FeatureCache:
     """Tensors of one ClipSource in its cache; the model is loaded only for what is not there.
-
-    Args:
-        how: where images are encoded; None: here.
-    """
+    `how`: where images are encoded; None: here."""
 
     def __init__(self, source: ClipSource, how: LauncherSettings | None = None) -> None:
         self.source, self.how = source, how
@@ -69,15 +63,10 @@ class FeatureCache:
     def images(
         self, name: str, paths: Sequence[str], batch_size: int | None, workers: int
     ) -> Tensor:
-        """Embeddings (N, d), L2-normalised, of the image files `paths`, in that order.
-
-        `name` says whose they are, for people. Files may move: it is their contents that count.
-        Shards are kept until all are there, so a killed run goes on where it was, as does one
-        that stopped at a broken image.
-
-        Raises:
-            ProblemError: naming the first image that is missing or cannot be decoded.
-        """
+        """Embeddings (N, d), L2-normalised, of the image files `paths`, in that order; `name` says
+        whose they are, for people. Files may move: it is their contents that count. Shards are kept
+        until all are there, so a killed run goes on where it was, as does one that stopped at a
+        broken image, which a ProblemError names."""
         try:
             contents = digests(paths, self.folder.parent / "images.json")
         except OSError as error:

@@ -92,10 +92,7 @@ class ClipSource:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the checkpoint file, in hex; of those of its parts if it has several.
-
-        Raises:
-            ProblemError: weights that the name does not fit, or that are not what was published.
-        """
+        ProblemError for weights that the name does not fit, or that are not what was published."""
         files = self.weights_files
         found = combined_sha256(digests(files, self.cache / "weights" / "sha256.json"))
         if self.architecture.sha256 not in ("", found):

@@ -41,7 +41,7 @@ def download(row: SetSpec, root: Path) -> None:
             f"{row.name} cannot be fetched ({reason:.300}); get it by hand, as DATASETS.md says"
         ) from error
     if is_cifar and not row.images(folder).is_dir():
-        with atomic_path(row.images(folder), durable=False) as whole:  # a folder for each class
+        with atomic_path(row.images(folder)) as whole:  # a folder for each class
             for number, (image, label) in enumerate(images):
                 place = whole / images.classes[label]
                 place.mkdir(parents=True, exist_ok=True)

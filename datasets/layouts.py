@@ -258,36 +258,6 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-# Lists in MATLAB's format
-
-
-def from_cars(folder: Path, images: Path) -> Split:
-    """StanfordCars' devkit: `cars_train_annos.mat`, `cars_test_annos_withlabels.mat`,
-    `cars_meta.mat`. Names have the year first (`Spyker C8 Coupe 2009` -> `2009 Spyker C8 Coupe`)"""
-    names = [
-        re.sub(r"^(.+) (\d{4})$", r"\2 \1", str(name).strip())
-        for name in _column(folder, "devkit/cars_meta.mat", "class_names")
-    ]
-    rows = [
-        (part, f"cars_{part}/{image['fname']}", names[int(image["class"]) - 1])
-        for part, file in (("train", "train_annos"), ("test", "test_annos_withlabels"))
-        for image in _column(folder, f"devkit/cars_{file}.mat", "annotations")
-    ]
-    return _split(folder, rows, names)
-
-
-def from_dogs(folder: Path, images: Path) -> Split:
-    """StanfordDogs' `train_list.mat` and `test_list.mat`; names come from folders
-    (`n02086240-Shih-Tzu` -> `Shih-Tzu`), whose order is that of the labels."""
-    rows = [
-        (part, path, clean_name(top_folder(path).partition("-")[2]))
-        for part in ("train", "test")
-        for path in map(str, _column(folder, f"lists/{part}_list.mat", "file_list"))
-    ]
-    by_path = sorted(rows, key=lambda row: row[1])
-    return _split(folder, rows, dict.fromkeys(name for _, _, name in by_path))
-
-
 def from_flowers(folder: Path, images: Path) -> Split:
     """OxfordFlowers' `imagelabels.mat` and `setid.mat` (the official parts); class names from
     `cat_to_name.json`, or from torchvision's list where that file is absent."""
@@ -299,25 +269,23 @@ def from_flowers(folder: Path, images: Path) -> Split:
 
         names = Flowers102.classes
     beside = images.parent  # in torchvision's layout not the set's folder
-    labels = _column(beside, "imagelabels.mat", "labels")
+    labels = _column(beside / "imagelabels.mat", "labels")
     rows = [
         (part, f"image_{number:05d}.jpg", names[int(labels[number - 1]) - 1])
         for part, column in zip(PARTS, ("trnid", "valid", "tstid"), strict=True)
-        for number in map(int, _column(beside, "setid.mat", column))
+        for number in map(int, _column(beside / "setid.mat", column))
     ]
     return _split(folder, rows, names)
 
 
-def _column(folder: Path, file: str, name: str) -> list[Any]:
-    """One array of a .mat file of the raw download, flat. The file lies where `file` says or in
-    the set's folder itself: the archives have been published both ways."""
+def _column(path: Path, name: str) -> list[Any]:
+    """One array of a file in MATLAB's format, flat."""
     from scipy.io import loadmat  # half a second, for a rare path
 
-    path = next((p for p in (folder / file, folder / Path(file).name) if p.is_file()), None)
-    if path is None:
-        raise ProblemError(f"no {Path(file).name} at {folder / file}; see DATASETS.md")
+    if not path.is_file():
+        raise ProblemError(f"no {path.name} at {path}; see DATASETS.md")
     try:
         content = loadmat(path, simplify_cells=True)
     except Exception as error:  # scipy raises many kinds on a torn or foreign file
         raise ProblemError(f"{path}: is not a readable .mat file ({error})") from error
-    return np.ravel(np.array(content[name], dtype=object)).tolist()
+    return np.ravel(content[name]).tolist()

@@ -261,7 +261,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
     logger.info(f"{name}: drawing the images into {folder}")
     split: dict[str, list] = {"train": [], "val": [], "test": []}
     try:
-        with atomic_path(folder, durable=False) as whole:
+        with atomic_path(folder) as whole:
             for part in ("train", "test"):
                 for number, (class_name, label, picture) in enumerate(pictures(name, part)):
                     path = f"{part}/{class_name.replace(' ', '_')}/{number:04d}.png"

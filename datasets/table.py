@@ -79,9 +79,9 @@ def _mini(kind: str) -> SetSpec:
 
 # fmt: off
 _ROWS = (
-    SetSpec("StanfordDogs", "stanford_dogs", "Images", 120, layouts.from_dogs,
+    SetSpec("StanfordDogs", "stanford_dogs", "Images", 120,
             split_file="split_alexey_stanford_dogs.json"),
-    _coop("StanfordCars", "stanford_cars", "", 196, make_split=layouts.from_cars),
+    _coop("StanfordCars", "stanford_cars", "", 196),
     _coop("Caltech101", "caltech-101", "101_ObjectCategories", 100,
           make_split=partial(layouts.from_folders, rename=CALTECH_NAMES),
           torchvision="Caltech101", unpacked="caltech101/101_ObjectCategories"),

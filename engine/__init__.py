@@ -1,9 +1,7 @@
-"""The harness: settings, command lines, files, the log, Ray, and Dassl or the slice of it that is
-called.
+"""The harness, and Dassl where it is installed, else the slice of it that is called here.
 
-Trainers are Dassl's SimpleTrainers in Dassl's registry, data sets are in another one, and settings
-are added to Dassl's config. Where Dassl is missing, small equivalents take their place.
-`CLIP_FORGET_ENGINE=dassl|builtin` forces one. The choice is made once per process, on first use.
+Trainers are Dassl's SimpleTrainers, data sets and trainers stand in its registries, and settings
+are added to its config. `CLIP_FORGET_ENGINE=dassl|builtin` forces one.
 """
 
 from __future__ import annotations
@@ -41,11 +39,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def choose() -> SimpleNamespace:
     """The engine of this process: `description`, a line for the log, and the names of `OF_DASSL`.
-
-    Raises:
-        SystemExit: the variable has another value, or asks for a Dassl that does not import. The
-            engine is used while modules are imported, before any `main` could catch an error.
-    """
+    SystemExit if it cannot be had: modules use it while they are imported, before any `main`."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in ENGINES:
         raise SystemExit(f"error: {VARIABLE}: {unknown('engine', wanted, ENGINES)}")

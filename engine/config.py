@@ -1,12 +1,8 @@
 """The config of a run: dataclass fields declare its keys, YAML and the command line fill it.
 
-Each class here is a section; a key is a field's name in capitals behind the section's, such as
-FORGET.RANK, with a dot for two underscores. A method's own constants stand beside its code and are
-listed in `trainers.SETTINGS` (TRAINER.FORGETLORA.LR).
-
-Layers, each over the one before, in CoOp's order: the defaults, `configs/datasets/DATASET.yaml`, a
-`--dataset-config-file`, `configs/trainers/METHOD.yaml`, a `--config-file`, the options and KEY
-VALUE pairs of the command line. `python -m engine.config` prints docs/settings.md.
+A class here is a section; a key is a field's name in capitals behind the section's, with a dot for
+two underscores (FORGET.RANK). A method's own constants stand in `trainers.SETTINGS`
+(TRAINER.FORGETLORA.LR). `python -m engine.config` prints docs/settings.md.
 """
 
 from __future__ import annotations
@@ -155,33 +151,24 @@ class ForgetSettings:
         "", "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE"
     )
     beta: float = setting(
-        0.1,
-        "how far beyond zero opposite and specific go: margin for the class against harm",
-        above=-1,
-        high=1e6,
+        0.1, "how far beyond zero opposite and specific go: margin against harm", above=-1, high=1e6
     )
     similarity: float = setting(
-        0.95,
-        "cosine with a forgotten text from which on a name is not retained; 1: all are",
-        above=0,
-        high=1,
+        0.95, "cosine with a forgotten text from which on a name is not retained", above=0, high=1
     )
     terms: tuple[str, ...] = setting(
-        TERMS,
-        "terms of the paper's loss; leave one out to switch it off",
-        low=1,
-        choices=TERMS,
+        TERMS, "terms of the paper's loss; leave one out to switch it off", low=1, choices=TERMS
     )
     lamb_preserve: float | None = setting(
         None, "weight of the retained texts; none: that of WEIGHTS", 0, 1e6
     )
     lamb_forget: float | str | None = setting(
         None,
-        "weight of the forgotten texts, auto: just above the one from which texts reach their "
+        "weight of the forgotten texts; auto: just above the one from which they reach their "
         "target; none: that of WEIGHTS",
-        low=0,
-        high=1e6,
-        choices=("auto",),
+        0,
+        1e6,
+        ("auto",),
     )
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)
@@ -221,8 +208,7 @@ def declared() -> dict[str, Field]:
 
 def extend_cfg(cfg: CfgNode) -> None:
     """Add every key of this project to a config, such as Dassl's `get_cfg_default()`, with its
-    default; of keys that are Dassl's too (SEED, OUTPUT_DIR, DATASET.ROOT, ...) the default becomes
-    ours."""
+    default; of keys that are Dassl's too (SEED, DATASET.ROOT, ...) the default becomes ours."""
     for key, spec in declared().items():
         _set(cfg, key.split("."), spec.default)
     cfg.FORGET.WEIGHTS = CfgNode(new_allowed=True)
@@ -231,8 +217,7 @@ def extend_cfg(cfg: CfgNode) -> None:
 def settings(
     trainer: str = "", dataset: str = "", backbone: str = "", opts: Sequence[str] = ()
 ) -> CfgNode:
-    """The frozen config of a run with these names and KEY VALUE pairs; an empty name is the
-    default's. Raises ProblemError for a name, key or value that does not fit."""
+    """The frozen config of a run with these names, or without one the default's."""
     names = {"TRAINER.NAME": trainer, "DATASET.NAME": dataset, "MODEL.BACKBONE.NAME": backbone}
     return load({key: name for key, name in names.items() if name}, opts)
 
@@ -243,15 +228,11 @@ def load(
     config_file: str = "",
     dataset_config_file: str = "",
 ) -> CfgNode:
-    """The frozen config of a run.
+    """The frozen config of a run from options (key -> value), KEY VALUE pairs, and YAML files of
+    the user's; ProblemError for what does not fit, with the nearest known key.
 
-    Args:
-        given: key -> value of the options.
-        opts: KEY VALUE pairs.
-        config_file, dataset_config_file: YAML files of the user's, or "".
-
-    Raises:
-        ProblemError: a file, key or value that does not fit, with the nearest known key.
+    Layers, each over the one before, in CoOp's order: defaults, `configs/datasets/DATASET.yaml`, a
+    `dataset_config_file`, `configs/trainers/METHOD.yaml`, a `config_file`, options and pairs.
     """
     from engine import get_cfg_default  # Dassl's where it is installed
     from trainers import SETTINGS
@@ -266,18 +247,16 @@ def load(
     if trainer not in SETTINGS:
         raise unknown("trainer", trainer, SETTINGS)
     dataset = str(named.get("DATASET.NAME", ""))
-    known = {path.stem: path for path in (CONFIGS / "datasets").glob("*.yaml")}
-    methods = {path.stem: path for path in (CONFIGS / "trainers").glob("*.yaml")}
+    ours = {path.stem: path for path in CONFIGS.glob("*/*.yaml")}
 
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    _merge(cfg, _read(known.get(dataset, known[ANY_DATASET])))
+    _merge(cfg, _read(ours.get(dataset, ours[ANY_DATASET])))
     _merge(cfg, of_set, dataset_config_file)
-    _merge(cfg, _read(methods.get(trainer, "")))
+    _merge(cfg, _read(ours.get(trainer, "")))
     _merge(cfg, of_user, config_file)
     _merge(cfg, line)
-    if dataset:
-        cfg.DATASET.NAME = dataset
+    cfg.DATASET.NAME = dataset
     cfg.freeze()
     return cfg
 
@@ -296,14 +275,11 @@ def _set(cfg: CfgNode, path: Sequence[str], value: Any) -> None:
 
 
 def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str = "") -> None:
-    """Set keys of `cfg`. Of a `file` of the user's what it sets, and what has no effect, is
-    logged."""
-    keys, where, idle, done = declared(), f" (in {file})" if file else "", [], []
+    """Set keys of `cfg`; log which a `file` of the user's sets, and which have no effect."""
+    keys, where = declared(), f" (in {file})" if file else ""
+    idle = [key for key, _ in pairs if file and OF_DASSL.fullmatch(key)]
+    pairs = [(key, value) for key, value in pairs if key not in idle]
     for key, value in pairs:
-        if OF_DASSL.fullmatch(key) and file:
-            idle.append(key)
-            continue
-        done.append(key)
         if key in keys:
             value = _coerce(value, keys[key])
             try:
@@ -323,8 +299,8 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str = "") -> No
             close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
             meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""
             raise ProblemError(f"unknown config key {shown(key)}{meant} (docs/settings.md){where}")
-    if file and done:
-        logger.info(f"{file} sets {', '.join(dict.fromkeys(done))}")
+    if file and pairs:
+        logger.info(f"{file} sets {', '.join(dict(pairs))}")
     if idle:
         logger.warning(f"{file}: {NO_EFFECT}: {', '.join(idle)}")
 
@@ -350,9 +326,6 @@ def _coerce(value: Any, spec: Field) -> Any:
     return value
 
 
-# YAML
-
-
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would drop the first, and aliases, by which a
     small file may be huge."""
@@ -372,21 +345,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; {} if there is nothing but comments.
-
-    Raises:
-        ProblemError: no YAML file by its name (yacs would execute a .py), or none that can be read.
-    """
+    """The mapping that a YAML file holds; {} if there is nothing but comments. ProblemError for a
+    file of another name (yacs would execute a .py), or one that cannot be read."""
     path = Path(os.path.expanduser(path))
     if path.suffix not in (".yaml", ".yml"):
         raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
     if not path.exists():
         ours = [str(file.relative_to(CONFIGS.parent)) for file in CONFIGS.rglob("*.yaml")]
         raise ProblemError(f"no config file {path}; did you mean {nearest(str(path), ours, 1)}?")
+    text = read_text(path, "config file")
     try:
-        tree = yaml.load(read_text(path, "config file"), Loader=_Loader)
-    except ProblemError:
-        raise
+        tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ProblemError(f"config file {path}: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):
@@ -411,11 +380,7 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]
 def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     """The paper's lamb_forget (or "auto"), lamb_preserve and lamb_weight: the command line's, else
     those of the data set for this backbone and mode, else those of a backbone that it does not
-    name. A term that `FORGET.TERMS` leaves out has weight zero (the paper's ablation).
-
-    Raises:
-        ProblemError: an impossible weight.
-    """
+    name. A term that `FORGET.TERMS` leaves out has weight zero (the paper's ablation)."""
     mode, backbone = MODES[cfg.FORGET.MULTICLASS], cfg.MODEL.BACKBONE.NAME
     same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
     listed = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, {}))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 
@@ -20,13 +18,6 @@ def seeded(*parts: object) -> torch.Generator:
     text = "/".join(map(str, parts))
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     return torch.Generator().manual_seed(number)
-
-
-def set_random_seed(seed: int) -> None:
-    """Seed what takes no generator: `random`, numpy and torch (all devices). 0 is a seed too."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @contextmanager

@@ -19,11 +19,8 @@ from forgetting.errors import ProblemError, line, shown
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
-    """The text of a regular file in UTF-8; `what` says what kind of file it is.
-
-    Raises:
-        ProblemError: no such file, one that would be waited for (a pipe, a device), or no UTF-8.
-    """
+    """The text of a regular file in UTF-8; `what` says what kind of file it is. ProblemError if it
+    is missing, would be waited for (a pipe, a device), or is no UTF-8."""
     where = f"{what} {os.fspath(path)}".strip()
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -36,11 +33,8 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON says; None for its NaN, since nothing was measured there.
-
-    Raises:
-        ValueError: no JSON, nested too deeply, or an object with one key twice.
-    """
+    """What JSON says; None for its NaN, since nothing was measured there. ValueError for no JSON,
+    or an object with one key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((key, count),) = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
@@ -55,8 +49,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
-    """What a regular JSON file holds, see `parse_json`; `what` says what kind of file it is.
-    Raises ProblemError if it cannot be read or is no JSON."""
+    """What a regular JSON file holds, by `parse_json`; ProblemError if it cannot be read."""
     text = read_text(path, what)
     try:
         return parse_json(text)

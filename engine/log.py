@@ -1,8 +1,7 @@
 """Messages on the screen, the log file of a run, and progress bars.
 
-Results are printed. Everything else goes through `logger`, the logger "clip_forget" of stdlib
-`logging`: `info` for the course of the work, `warning` for what a reader of the numbers must know,
-`debug` for `log.txt` alone. `--quiet` (`engine.cli`) leaves the warnings. Dassl's own Logger is not
+Results are printed. All else goes through `logger`: `info` for the course of the work, `warning`
+for what a reader of the numbers must know, `debug` for `log.txt` alone. Dassl's own Logger is not
 used: it closes the console once it is collected.
 """
 
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from threading import RLock
@@ -70,8 +69,7 @@ logger.addHandler(screen)
 def quiet(on: bool = True) -> Iterator[None]:
     """Show warnings alone on the screen within the body, if `on`; restore the level afterwards."""
     before = screen.level
-    if on:
-        screen.setLevel(logging.WARNING)
+    screen.setLevel(logging.WARNING if on else before)
     try:
         yield
     finally:
@@ -91,8 +89,7 @@ def progress(
     initial: float = 0,
     unit: str = "it",
 ) -> Bar:
-    """A tqdm bar with the time left; a bar that ends within half a second leaves no trace. A file
-    or a pipe gets a state every half minute instead of ten per second."""
+    """A tqdm bar with the time left. A file gets a state every half minute, not ten per second."""
     terminal = sys.stderr.isatty()
     return Bar(
         items,
@@ -112,8 +109,8 @@ def progress(
 @contextmanager
 def run_log() -> Iterator[Callable[[Path], None]]:
     """Record what is logged within the body. The function that is yielded takes a folder, and
-    writes all of it and what follows to `log.txt` there; a run that is refused before writes
-    nothing. An existing log is continued. ProblemError if the file cannot be written."""
+    appends all of it and what follows to `log.txt` there; ProblemError if that cannot be written. A
+    run that is refused before writes nothing."""
     once.cache_clear()
     memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
     logger.addHandler(memory)
@@ -147,7 +144,9 @@ def environment() -> str:
     import torch
 
     lines = [f"Python: {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{package}: {version(package)}" for package in REPORTED]
+    for package in REPORTED:
+        with suppress(PackageNotFoundError):
+            lines.append(f"{package}: {version(package)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     lines.append(f"device: {device}, torch threads: {torch.get_num_threads()}")
     return "\n".join(lines)

@@ -1,8 +1,7 @@
 """Many tasks: one after the other in this process, or spread by Ray over cores and machines.
 
-A task is a function of one item that can be begun again: what it finished before is skipped. So it
-does not matter where a task runs, in which order, or how often it is begun. All machines of a
-cluster see the same files at the same places. Only this file knows Ray.
+A task is a function of one item that can be begun again: what it finished before is skipped. All
+machines of a cluster see the same files at the same places. Only this file knows Ray.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ class LauncherSettings:
 
     launcher: str = setting(
         "local",
-        "local: one after the other; ray: spread by Ray over this machine, or over the cluster of "
-        "RAY_ADDRESS",
+        "ray: spread by Ray over this machine, or over the cluster of RAY_ADDRESS",
         choices=("local", "ray"),
     )
     cpus: float = setting(1.0, "cores that a task requests from Ray", 0, 1024)
@@ -61,15 +59,9 @@ def launcher(args: Namespace) -> LauncherSettings:
 def spread(
     task: Callable[[Item], Result], items: Sequence[Item], how: LauncherSettings
 ) -> Iterator[tuple[Item, Result | ProblemError]]:
-    """Yield each item with the result of `task(item)` as soon as it is there; a ProblemError that
-    the task raises is its result.
-
-    Args:
-        task: what Ray can pickle, such as a function of a module or a `partial` of one.
-
-    Raises:
-        ProblemError: Ray cannot be started or joined, or no machine of it has what a task requests.
-    """
+    """Yield each item with the result of `task(item)` as soon as it is there. A ProblemError that
+    the task raises is its result; one is raised if no machine of Ray has what a task requests.
+    `task` is what Ray can pickle, such as a function of a module or a `partial` of one."""
     if how.launcher == "local":
         for item in items:
             try:
@@ -109,7 +101,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cores}

@@ -195,7 +195,7 @@ class Results:
         path = self.path(dataset, label)
         if settings is not None and (other := self.record(path)):
             other.refuse_other(settings)
-        write_bytes(data, path, durable=False)  # after a power cut an empty file is no adapter
+        write_bytes(data, path)
         if time.monotonic() >= self._due:
             self.compile()
 

@@ -39,21 +39,6 @@ WHOLE = "whole test set"
 PAPER = read_yaml(Path(__file__).with_name("paper.yaml"))  # backbone -> set -> class -> accuracy
 
 
-def load_sets(root: str, names: Sequence[str]) -> dict[str, datasets.ImageSet]:
-    """The sets under `root`.
-
-    Raises:
-        ProblemError: sets that are missing, all of them in one line, or the first that is broken.
-    """
-    states = datasets.available(root)
-    absent = [f"{name} ({states[name]})" for name in names if states[name] is not None]
-    if absent:
-        raise ProblemError(
-            f"missing: {'; '.join(absent)}; --datasets NAME,NAME leaves out those that you lack"
-        )
-    return {name: datasets.load(name, root) for name in names}
-
-
 def whole_set(rows: Sequence[Row], images: Mapping[str, int]) -> float:
     """Accuracy over a whole test set before forgetting, from the rows of one request: that of its
     classes, and that over all other images. `images`: of each class."""
@@ -151,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
             failed (the tables hold the others).
     """
     args, weights = parse(argv)
-    sets, runs = load_sets(args.data, args.datasets), []
+    sets, runs = {name: datasets.load(name, args.data) for name in args.datasets}, []
     for backbone in args.backbones:
         ClipSource(backbone, weights.get(backbone), args.cache)  # downloads what is missing
         options = ["--root", args.data, "--cache", args.cache]

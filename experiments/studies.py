@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from torch.nn.functional import normalize
 
 import datasets
 from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
-from clip.retain import exact_context
 from engine.cli import COUNT, SEED, Parser
-from engine.config import TERMS, settings
-from engine.determinism import one_thread, seeded
+from engine.config import TERMS
+from engine.determinism import seeded
 from engine.files import escape
 from engine.log import logger
 from engine.ray import LauncherSettings
@@ -41,7 +40,6 @@ from experiments.sweep import results_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import write_bytes
-from trainers.methods import exact_settings
 
 ALL = "all"  # as NAME: every study; of --forget: every class
 SOLVERS = {"lora": "ForgetLoRA", "optimum": "ForgetOptimum", "constrained": "ForgetExact"}
@@ -53,12 +51,6 @@ EXACT = "TRAINER.FORGETEXACT"
 # The texts and the beta as they are given.
 AS_GIVEN = [f"{EXACT}.MIN_MARGIN", "0", f"{EXACT}.MIN_DISPLACEMENT", "0"]
 AUTO = ["FORGET.LAMB_FORGET", "auto"]  # where the paper's weight moves nothing
-PARTS = 10  # of a spectrum
-BASES = {
-    "left": "left singular directions of W",
-    "right": "right singular directions of W",
-    "gram": "eigen-directions of G",
-}
 Keys = dict[str, list[str]]  # name of a setting -> its KEY VALUE pairs
 
 
@@ -162,15 +154,9 @@ def templates(inputs: Inputs, name: str, solver: str) -> Keys:
     return table | {"both": [*table["both"], *AUTO]}
 
 
-def spectrum(inputs: Inputs, name: str, solver: str) -> Keys:
-    """Where the change sits; beside the defaults the least change, which retains nothing."""
-    least = {"nothing retained": inputs.retain(torch.arange(0))}
-    return {"default": []} | (least if solver == "constrained" else {})
-
-
 # Each is called with the name of a class and of a solver.
 STUDIES: dict[str, Callable[[Inputs, str, str], Keys]] = {
-    study.__name__: study for study in (retained, count, terms, targets, rank, templates, spectrum)
+    study.__name__: study for study in (retained, count, terms, targets, rank, templates)
 }
 
 
@@ -201,10 +187,9 @@ def runs_of(
     return runs
 
 
-def table_of(runs: Sequence[Run], inputs: Inputs, grams: Mapping[str, Tensor]) -> pd.DataFrame:
+def table_of(runs: Sequence[Run], bundle: FeatureBundle) -> pd.DataFrame:
     """A row for every request: accuracies in percent as `sweep` has them, `rest change` and `others
-    change` in points, and what is measured of its edit; with `grams`, trainer -> G (w, w), also
-    where it sits."""
+    change` in points, and what is measured of its edit."""
     frames = []
     for run in runs:
         frame, lines = results_of(run), []
@@ -213,17 +198,14 @@ def table_of(runs: Sequence[Run], inputs: Inputs, grams: Mapping[str, Tensor]) -
             record = records[label]
             delta = load_adapter(run.folder / record["adapter"]).delta().double()
             proof = record.get("certificate", {})
-            line = {
+            measured = {
                 "objective": record.get("objective", proof.get("primal")),
                 "gap": proof.get("gap"),
-                "carry": carry_over(inputs.bundle, split_label(label), record["texts"], delta),
+                "carry": carry_over(bundle, split_label(label), record["texts"], delta),
                 "norm": float(delta.norm()),
                 "seconds": record["seconds"],
             }
-            if grams:
-                projection = inputs.bundle.text_projection
-                line |= spectrum_of(projection, grams[frame["trainer"].iloc[0]], delta)
-            lines.append(line)
+            lines.append(measured)
         frames.append(frame.join(pd.DataFrame(lines, frame.index, dtype=float)))
     table = pd.concat(frames, ignore_index=True)
     for name in ("rest", "others"):  # a difference of equal means is 0, not 1e-14
@@ -249,48 +231,15 @@ def carry_over(
     return mean(ratios)
 
 
-def gram(inputs: Inputs, trainer: str) -> Tensor:
-    """`G` (w, w) float64 of what a method retains by default."""
-    rows, weights = inputs.bundle.retain_hidden.double(), torch.ones(1)
-    if trainer == "ForgetExact":
-        cfg = settings("ForgetExact", inputs.bundle.dataset, inputs.bundle.backbone)
-        with one_thread():
-            context = exact_context(exact_settings(cfg), inputs.bundle, [*inputs.others.values()])
-        rows, weights = context.retain.rows.double(), context.retain.name_weights
-    return (rows.T * weights) @ rows  # (w, m) @ (m, w)
-
-
-def spectrum_of(projection: Tensor, gram: Tensor, delta: Tensor) -> dict[str, float]:
-    """The part of `||Delta||^2` in each tenth of the singular directions of W (`left_1` to
-    `left_10`, `right_*`) and of the eigen-directions of G (`gram_*`), from the largest value down.
-    Where all singular values of W are equal its directions are arbitrary, and left out."""
-    u, values, vh = torch.linalg.svd(projection.double())
-    sides = {"gram": torch.linalg.eigh(gram).eigenvectors.flip(1).T @ delta}
-    if values[0] - values[-1] > 1e-6 * values[0]:
-        sides |= {"left": u.T @ delta, "right": vh @ delta.T}
-    row = {}
-    for side, coordinates in sides.items():
-        square = coordinates.square().sum(dim=1)
-        for number, part in enumerate(square.tensor_split(PARTS), start=1):
-            row[f"{side}_{number}"] = float(part.sum() / square.sum())
-    return row
-
-
 def report(table: pd.DataFrame) -> None:
     """Print means over the classes for every method, setting and mode, with the class that kept
-    most (`class most`); and where the changes sit."""
+    most (`class most`)."""
     groups = table.groupby(["trainer", "setting", "mode"], sort=False)
     columns = ["class after", "rest change", "others change"]
     means = groups[[*columns, "carry", "objective", "gap", "norm", "seconds"]].mean()
     means.insert(1, "class most", groups["class after"].max())
     means.insert(0, "rows", groups.size())
     print(means.to_string(float_format="{:.3g}".format, na_rep=""))
-    for side, title in BASES.items():
-        if f"{side}_1" in table:
-            parts = [f"{side}_{number}" for number in range(1, PARTS + 1)]
-            print(f"\nper cent of ||Delta||^2 in each tenth of the {title}")
-            shares = 100 * groups[parts].mean()
-            print(shares.to_string(float_format="{:.3g}".format, na_rep=""))
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
@@ -364,8 +313,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             inputs = Inputs(bundles[dataset], others, root / name, args.seed)
             runs = runs_of(name, inputs, classes, args.solver or SOLVERS, options)
             refuse_failed(launch(runs, LauncherSettings()))
-            grams = {s: gram(inputs, s) for s in SOLVERS.values()} if name == "spectrum" else {}
-            table = table_of(runs, inputs, grams)
+            table = table_of(runs, inputs.bundle)
             paths.append(root / f"{name}.csv")
             write_table(table, paths[-1])
             plot(table, paths[-1].with_suffix(".png"))

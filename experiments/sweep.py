@@ -37,7 +37,7 @@ from engine.config import OPTIONS, read_yaml
 from engine.files import escape
 from engine.log import logger
 from engine.ray import add_launcher, launcher
-from evaluation.report import REPORT, read_runs, write_report
+from evaluation.report import REPORT, read_methods, write_report
 from evaluation.results import read_logs
 from evaluation.rows import rows_of
 from evaluation.tables import average_gains, result_table, summarise, write_table
@@ -230,10 +230,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         raise ProblemError(f"no results in {root} to make a table of; see the messages above")
     print_table(table)
     write_table(table, root / TABLE)
-    folders = {run.folder.resolve() for run in runs}
-    shown_runs = [run for run in read_runs(root) if run.folder.resolve() in folders]
+    methods = read_methods(root, {run.folder.resolve() for run in runs})
     for folder in dict.fromkeys(run.folder for run in runs):
         logger.info(f"results: {folder}")
-    logger.info(f"table: {root / TABLE}; report: {write_report(shown_runs, root / REPORT)}")
+    logger.info(f"table: {root / TABLE}; report: {write_report(methods, root / REPORT)}")
     refuse_failed(failed)
     return table

@@ -14,7 +14,6 @@ from forgetting.errors import ProblemError, shown
 from forgetting.io import FLOATS, matrix, naming, pack, raw, tensor, unpack, write_bytes
 
 FORMAT = "clip-forget-adapter/4"
-LARGEST = torch.finfo(torch.float32).max
 
 Excluded = tuple[str, str, int]  # a retained name: its group, the name, and which of its prompts
 
@@ -119,9 +118,6 @@ class Adapter:
             raise ProblemError(f"classes must be a list of names, not {shown(self.classes)}")
         r = tensor("left", self.left, FLOATS, (None, None)).shape[1]
         tensor("right", self.right, FLOATS, (r, None))
-        # What bounds the numbers of the change, in the precision in which it is stored.
-        if not float(self.left.double().norm() * self.right.double().norm()) < LARGEST:
-            raise ProblemError("the factors left and right are too large: their product overflows")
 
     @property
     def solver(self) -> dict[str, Any]:
@@ -141,18 +137,13 @@ class Adapter:
         """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).
 
         Raises:
-            ProblemError: the projection is not the one that the adapter was made for, or is that
-                one transposed, (d, w), as a torch.nn.Linear holds it; the message says which.
+            ProblemError: the projection is not the one that the adapter was made for.
         """
         if projection_sha256(projection) != self.projection_sha256:
-            if projection_sha256(projection.T) == self.projection_sha256:
-                raise ProblemError(
-                    f"the projection {tuple(projection.shape)} is transposed, as a torch.nn.Linear "
-                    "holds it: pass weight.T, and write the answer's .T back"
-                )
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
-                f"{self.weights[:12]}, projection {self.projection_sha256[:12]})"
+                f"{self.weights[:12]}, projection {self.projection_sha256[:12]}); of a "
+                "torch.nn.Linear, which holds it transposed, pass weight.T"
             )
         return self.changed(projection)
 

@@ -98,7 +98,8 @@ def forget(
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
     settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)
-    call = _Call(encoder, settings, names, also or {}, retain or (), templates, protect)
+    also, retain = {} if also is None else also, () if retain is None else retain
+    call = _Call(encoder, settings, names, also, retain, templates, protect)
     if settings.generic > 0:
         call.common = generic_hidden(encoder, cache, progress)
     with _one_thread():
@@ -162,8 +163,8 @@ class _Call:
                 raise ProblemError(f"{name!r} is to be forgotten and to be protected; choose one")
         self.others = [name for name in self.retain if key(name) not in self.forgotten_by]
         self.known: dict[str, Tensor] = {}  # text -> hidden state (w,)
-        encoder, on_gpu = self.encoder, self.encoder.device.type == "cuda"
-        self.device = encoder.device if on_gpu else torch.device("cpu")
+        encoder, weight = self.encoder, self.encoder.weight
+        self.device = weight.device if weight.is_cuda else torch.device("cpu")
         self.projection = encoder.projection.to(self.device)
         self.bias = None if encoder.bias is None else encoder.bias.to(self.device)
 

@@ -1,6 +1,6 @@
 """Methods to compare with, in the notation of this project: move `h_f` by `D`, leave `H_r` alone.
 
-Their constants are those of their authors' code, in the authors' units.
+Their constants are those of their authors' code, in the authors' units. All tensors are float64.
 
 - `uce`: Gandikota, Orgad, Belinkov, Materzynska and Bau, "Unified Concept Editing in Diffusion
   Models", WACV 2024, equation 7: ridge regression towards the new values of all texts. Published
@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from forgetting.errors import ProblemError, number
-from forgetting.io import indices, matrices, matrix, texts
 from forgetting.problem import LowRankEdit
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 
 
 def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
-    """UCE for k texts at once: `Delta = left @ D`.
+    """UCE for k texts at once: left (w, k) of `Delta = left @ D`.
 
     `erase ||H_f Delta - D||^2 + ||H_r Delta||^2 + lam ||Delta||^2` is smallest at
     `left = K^-1 H_f^T (H_f K^-1 H_f^T + I / erase)^-1` with `K = G + lam I`. The larger `erase`,
@@ -40,47 +38,28 @@ def uce(h_f: Tensor, gram: Tensor, erase: float, lam: float) -> Tensor:
     Args:
         h_f: (k, w); gram: `G = H_r^T H_r`, (w, w), of the retained texts alone.
         erase, lam: > 0; the authors' are 1 and 0.5.
-
-    Returns:
-        left (w, k).
     """
-    h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
-    number("erase", erase, above=0)
-    number("lam", lam, above=0)
-    base = torch.cholesky_solve(h_f.T, _cholesky(gram + lam * torch.eye(len(gram)).to(gram)))
-    inner = h_f @ base  # (k, w) @ (w, k)
-    inner = (inner + inner.T) / 2 + torch.eye(len(h_f)).to(gram) / erase
-    return torch.cholesky_solve(base.T, _cholesky(inner)).T  # (w, k)
+    base = torch.linalg.solve(gram + lam * torch.eye(len(gram)).to(gram), h_f.T)  # (w, k)
+    inner = h_f @ base + torch.eye(len(h_f)).to(gram) / erase  # (k, k)
+    return torch.linalg.solve(inner, base, left=False)
 
 
 def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold: float) -> Tensor:
-    """A change in N only, the eigenvectors of `G / m` below `threshold`: `Delta = left @ D`.
+    """A change in N only, the eigenvectors of `G / count` below `threshold`: `Delta = left @ D`.
 
-    `left = N N^T H_f^T (H_f N N^T H_f^T + damping I)^-1` minimises
+    `left = N N^T H_f^T (H_f N N^T H_f^T + damping I)^-1`, (w, k), minimises
     `||H_f Delta - D||^2 + damping ||Delta||^2` there. Without damping the texts reach their target.
+    It is zero if no direction lies below the threshold.
 
     Args:
-        h_f: (k, w); gram: `G`, (w, w); count: m, the number of texts in `gram`.
-
-    Returns:
-        left (w, k), zero if no direction lies below the threshold.
+        h_f: (k, w); gram: `G`, (w, w), of `count` texts.
     """
-    h_f, gram = texts("h_f", h_f, "gram", gram, square=True)
-    number("threshold", threshold)
-    number("damping", damping, low=0)
-    values, vectors = torch.linalg.eigh(gram / number("count", count, low=1, whole=True))
+    values, vectors = torch.linalg.eigh(gram / count)
     free = vectors[:, values < threshold]  # (w, q)
     inside = h_f @ free  # (k, q)
     inner = inside @ inside.T + damping * torch.eye(len(h_f)).to(gram)  # (k, k)
     # Pseudo-inverse: without free directions it is zero and nothing can move.
     return free @ (inside.T @ torch.linalg.pinv(inner, hermitian=True))  # (w, k)
-
-
-def _cholesky(square: Tensor) -> Tensor:
-    root, info = torch.linalg.cholesky_ex(square)
-    if info:
-        raise ProblemError("gram is not positive semidefinite")
-    return root
 
 
 def leace(
@@ -94,13 +73,11 @@ def leace(
     A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
     singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an
     indicator of 0 and 1 has one of at most sqrt(2 / n): from 20,000 names on nothing would be
-    erased, without a word. Standardised, the tolerance is one of a correlation. The covariance is
-    shrunk as the package does by default. Its `constrain_cov_trace` is off: it exists for erasing
-    layer after layer, and where it acts the eraser has full rank and folds into no small adapter.
+    erased, without a word. `constrain_cov_trace` is off: it exists for erasing layer after layer,
+    and where it acts the eraser has full rank and folds into no small adapter.
 
     Args:
-        texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d); all
-            float64.
+        texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d).
 
     Returns:
         left (w, k), right (k, d), and the largest part, over the classes, of the distance between
@@ -120,24 +97,17 @@ def leace(
     left, right = -eraser.proj_right.T, eraser.proj_left.T  # (w, k), (k, w)
     means = torch.stack([x[m].mean(dim=0) - x[~m].mean(dim=0) for m in members.T])  # (k, w)
     after = means + (means @ left) @ right
-    remains = torch.linalg.vector_norm(after, dim=1) / torch.linalg.vector_norm(means, dim=1)
-    return left, right @ projection, float(remains.max())
+    return left, right @ projection, float((after.norm(dim=1) / means.norm(dim=1)).max())
 
 
 def zeroing(h_f: Tensor, projection: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The least change that leaves nothing of the texts: `Delta = -H_f^+ (H_f W + b)`.
 
-    `H_f (W + Delta) + b = 0`, and no smaller `||Delta||_F` does that. The factors are `-V` and
-    `V^T W` with V an orthonormal basis of the texts' span, not `-H_f^+` and `H_f W`: texts that
-    nearly repeat each other have a huge pseudo-inverse, which float32 would not hold.
-
-    Args:
-        h_f: (k, w); projection: `W`, (w, d); bias: `b`, (d,), or None.
-
-    Returns:
-        left (w, r), right (r, d) with r the rank of `h_f`.
+    `H_f (W + Delta) + b = 0`, and no smaller `||Delta||_F` does that. The factors left (w, r),
+    right (r, d), r the rank of `h_f` (k, w), are `-V` and `V^T W` with V an orthonormal basis of
+    the texts' span, not `-H_f^+` and `H_f W`: texts that nearly repeat each other have a huge
+    pseudo-inverse, which float32 would not hold.
     """
-    h_f, projection = texts("h_f", h_f, "projection", projection)
     u, values, basis = torch.linalg.svd(h_f, full_matrices=False)
     keep = values > torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
     basis = basis[keep]  # (r, w)
@@ -150,22 +120,14 @@ def zeroing(h_f: Tensor, projection: Tensor, bias: Tensor | None = None) -> tupl
 def noise(
     width: int, d: int, rank: int, norm: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A random change of given size: Gaussian factors with `||left @ right||_F = norm`.
+    """A random change of given size: Gaussian left (width, rank), right (rank, d) with
+    `||left @ right||_F = norm`; the generator is on the CPU.
 
     A text h is moved by `h left right`. Whatever the rank, the direction of `left`'s rows is
     uniform, so the mean of `||h Delta||^2` over draws is `||h||^2 norm^2 / width`: that of full
     Gaussian noise of the same Frobenius norm. Low rank only makes one text's displacement vary more
     from draw to draw, and takes `rank (width + d)` numbers to store instead of `width d`.
-
-    Args:
-        generator: on the CPU, so that every device gets the same numbers.
-
-    Returns:
-        left (width, rank), right (rank, d), float64.
     """
-    for name, size in (("width", width), ("d", d), ("rank", rank)):
-        number(name, size, low=0, high=2**20, whole=True)
-    number("norm", norm, low=0)
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     size = torch.linalg.matrix_norm(left @ right)
@@ -209,21 +171,11 @@ def ascend(
     step stays in the span of the texts, and summing g alone is exact: `Delta = H_f^T B`.
 
     Args:
-        hidden: `H_f`, (k, w); projection: `W`, (w, d); names: (C, d), unit embeddings to classify
-            among; own: (k,) int64, each text's class. float64.
+        hidden: `H_f`, (k, w); projection: `W`, (w, d); bias: `b`, (d,), or None.
+        names: (C, d), unit embeddings to classify among; own: (k,) int64, each text's class.
         lr: of mean squared embedding length over mean squared hidden length, so that one number
             means the same for every backbone.
-        bias: (d,), what the model adds to `hidden @ projection`; None: nothing.
     """
-    hidden, projection, names = matrices(hidden=hidden, projection=projection, names=names)
-    hidden = matrix("hidden", hidden, len(projection))
-    names = matrix("names", names, projection.shape[1])
-    own = indices("own", own, len(hidden), len(names))
-    number("lr", lr, above=0)
-    number("limit", limit)
-    number("steps", steps, low=0, whole=True)
-    if not len(hidden) or len(names) < 2:
-        raise ProblemError("ascent needs a text, and two classes to take it for")
     start = hidden @ projection  # (k, d)
     start = start if bias is None else start + bias.to(start)
     gram = hidden @ hidden.T  # (k, k)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from forgetting import __version__
-from forgetting.errors import ProblemError, line, nearest, unknown
+from forgetting.errors import ProblemError, line, unknown
 
 MODEL = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
 OTHER_TEMPLATES = (  # by which an audit asks whether paraphrases move too
@@ -49,9 +49,7 @@ class Parser(argparse.ArgumentParser):
         _, _, rest = message.partition("unrecognized arguments: ")
         strange = [word.split("=")[0] for word in rest.split() if word.startswith("-")]
         if strange:
-            close = nearest(strange[0], self._option_string_actions)
-            meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            message = f"unknown option {strange[0]!r}{meant}"
+            message = unknown("option", strange[0], self._option_string_actions)
         raise ProblemError(f"{message} (see {self.prog} --help)")
 
 

@@ -16,40 +16,37 @@ from torch import Tensor
 from forgetting.problem import LowRankEdit
 
 SHORTEST = 1e-12  # of an embedding; no text is divided by a smaller length
+ALL = slice(None)
+Rows = Tensor | slice
 
 
 class EmbeddedTexts:
     """T texts in the untouched model.
 
     Attributes:
-        hidden: (T, w), float64; embeddings: (T, d), float64, `h W + b`, not normalised.
+        hidden: (T, w), float64; embeddings: (T, d), float64, `h W + b`, not normalised; lengths:
+            (T,), theirs.
     """
 
     def __init__(self, hidden: Tensor, embeddings: Tensor) -> None:
         self.hidden, self.embeddings = hidden.double(), embeddings.double()
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Lengths of the embeddings, (T,)."""
-        return self.embeddings.norm(dim=1).clamp_min(SHORTEST)
+        self.lengths = self.embeddings.norm(dim=1).clamp_min(SHORTEST)
 
     @property
     def unedited(self) -> EditedTexts:
         """The texts as they are: after an edit of rank 0."""
-        (count, d) = self.embeddings.shape
         none = self.embeddings.new_zeros
-        return EditedTexts(self, none(count, 0), none(0, d))
+        return EditedTexts(self, none(len(self.hidden), 0), none(0, self.embeddings.shape[1]))
 
     def edited(self, edits: Sequence[LowRankEdit]) -> list[EditedTexts]:
         """The texts after each of several edits of the projection."""
-        ranks = [len(edit.right) for edit in edits]
+        if not edits:
+            return []
         lefts = [edit.left.detach().to(self.hidden) for edit in edits]  # (w, r) each
-        ratios = self.hidden @ torch.cat(
-            [self.hidden.new_zeros(self.hidden.shape[1], 0), *lefts], 1
-        )
+        ratios = (self.hidden @ torch.cat(lefts, dim=1)).split([x.shape[1] for x in lefts], dim=1)
         return [
             EditedTexts(self, ratio.contiguous(), edit.right.detach().to(self.embeddings))
-            for ratio, edit in zip(ratios.split(ranks, dim=1), edits, strict=True)
+            for ratio, edit in zip(ratios, edits, strict=True)
         ]
 
 
@@ -66,7 +63,7 @@ class EditedTexts:
     ratios: Tensor
     right: Tensor
 
-    def embeddings(self, rows: Tensor | slice = slice(None)) -> Tensor:
+    def embeddings(self, rows: Rows = ALL) -> Tensor:
         """Embeddings (n, d) of the texts `rows`, not normalised."""
         return torch.addmm(self.texts.embeddings[rows], self.ratios[rows], self.right)
 
@@ -91,19 +88,11 @@ class EditedTexts:
         products = self.texts.lengths.square() + (self.ratios * self.along).sum(dim=1)
         return products / (self.texts.lengths * self.lengths)
 
-    def cosines(
-        self,
-        before: Tensor,
-        rows: Tensor | slice = slice(None),
-        columns: Tensor | slice = slice(None),
-    ) -> Tensor:
-        """Cosines (n, m) of the texts `rows` with the texts `columns`.
-
-        Args:
-            before: (n, m), products of their embeddings in the untouched model.
-        """
-        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T with b = e R^T + s R R^T
-        # / 2
+    def cosines(self, before: Tensor, rows: Rows = ALL, columns: Rows = ALL) -> Tensor:
+        """Cosines (n, m) of the texts `rows` with the texts `columns`; before: (n, m), products of
+        their embeddings in the untouched model."""
+        # (e_i + s_i R)(e_j + s_j R)^T = e_i e_j^T + s_i b_j^T + b_i s_j^T
+        # with b = e R^T + s R R^T / 2
         moved = self.along + self.ratios @ (self.right @ self.right.T) / 2  # (T, r)
         mine = torch.cat([self.ratios[rows], moved[rows]], dim=1)  # (n, 2 r)
         theirs = torch.cat([moved[columns], self.ratios[columns]], dim=1)  # (m, 2 r)

@@ -33,25 +33,24 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
         ratio = SequenceMatcher(None, wanted, folded).ratio()
         return max(ratio, 0.6) if len(wanted) > 2 and wanted in folded else ratio
 
-    scored = [(similarity(candidate), candidate) for candidate in dict.fromkeys(known)]
-    close = [pair for pair in scored if pair[0] >= CUTOFF]
-    close.sort(key=lambda pair: -pair[0])
-    return [candidate for _, candidate in close[:n]]
+    scores = {candidate: similarity(candidate) for candidate in known}
+    close = [candidate for candidate, score in scores.items() if score >= CUTOFF]
+    return sorted(close, key=lambda candidate: -scores[candidate])[:n]
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ProblemError:
     """The error for a `name` that is none of `known`; `kind` says of what ("data set")."""
     known = list(dict.fromkeys(known))
-    close = nearest(name, known)
-    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ";"
+    close = " or ".join(map(repr, nearest(name, known)))
     listed = ", ".join(known[:LISTED]) or "none"
     if len(known) > LISTED:
         listed += f", ... ({len(known)} in all)"
-    return ProblemError(f"unknown {kind} {shown(name)}{meant} known: {listed}")
+    meant = f" did you mean {close}?" if close else ""
+    return ProblemError(f"unknown {kind} {shown(name)};{meant} known: {listed}")
 
 
 def line(text: Any) -> str:
-    """A text or path in a message: whatever would break the line, or cannot be shown, escaped."""
+    """A text in a message: whatever would break the line, or cannot be shown, escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -83,42 +82,27 @@ def in_range(
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
     size = abs(value)
-    if not (size <= MOST if whole else size <= LARGEST and not 0 < size < 1 / LARGEST):
-        return False
     return (
-        (low is None or value >= low)
+        size <= (MOST if whole else LARGEST)
+        and not 0 < size < 1 / LARGEST
+        and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)
     )
 
 
-def range_in_words(
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    whole: bool = False,
-) -> str:
+def range_in_words(**bounds: Any) -> str:
     """The range of `in_range` in words, such as "a number above 0"."""
-    words = "a whole number" if whole else "a number"
-    low, high, above = (None if end is None else f"{end:,.12g}" for end in (low, high, above))
-    if low and high:
-        return f"{words} from {low} to {high}"
-    ends = [above and f"above {above}", low and f"of at least {low}", high and f"at most {high}"]
-    return f"{words} {' and '.join(filter(None, ends))}".strip()
+    words = "a whole number" if bounds.get("whole") else "a number"
+    names = {"above": "above", "low": "of at least", "high": "at most"}
+    ends = {name: bounds[name] for name in names if bounds.get(name) is not None}
+    if ends.keys() == {"low", "high"}:
+        return f"{words} from {ends['low']:,.12g} to {ends['high']:,.12g}"
+    return f"{words} {' and '.join(f'{names[k]} {end:,.12g}' for k, end in ends.items())}".strip()
 
 
-def number(
-    name: str,
-    value: Any,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    whole: bool = False,
-) -> Any:
-    """`value` itself; ProblemError if it is not `in_range`."""
-    if not in_range(value, low, high, above, whole):
-        words = range_in_words(low, high, above, whole)
-        if not whole:
-            words += " (1e-40 to 1e40 in size)"
-        raise ProblemError(f"{name} must be {words}, not {shown(value)}")
+def number(name: str, value: Any, **bounds: Any) -> Any:
+    """`value` itself; ProblemError if it is not `in_range` of the bounds."""
+    if not in_range(value, **bounds):
+        raise ProblemError(f"{name} must be {range_in_words(**bounds)}, not {shown(value)}")
     return value

@@ -47,17 +47,9 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a file; the same fields and tensors give the same bytes.
-
-    Raises:
-        ProblemError: a field that JSON cannot hold.
-    """
-    metadata = {"format": kind}
-    for name, value in fields.items():
-        try:
-            metadata[name] = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ProblemError(f"{name} holds what JSON cannot ({line(error)})") from error
+    """The content of a file; the same fields (JSON values) and tensors give the same bytes."""
+    metadata = {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
+    metadata["format"] = kind
     return container(tensors, metadata | {"sha256": digest(metadata, tensors)})
 
 
@@ -93,17 +85,12 @@ def unpack(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
     with naming(path):
         metadata, tensors = read_safetensors(path)
         form, sealed = metadata.get("format"), metadata.pop("sha256", None)
-        stem = kind.rpartition("/")[0]
         if form != kind:
-            older = str(form).startswith(f"{stem}/")
-            what = f"of another format ({line(form)})" if older else f"not a {stem} file"
-            raise ProblemError(f"{what}; make it anew" if older else what)
+            raise ProblemError(f"not a {kind} file, its format is {line(form)}; make it anew")
         if sealed != digest(metadata, tensors):
             raise ProblemError("damaged, or changed since it was written (its SHA-256 differs)")
-        try:
-            return {k: json.loads(text) for k, text in metadata.items() if k != "format"}, tensors
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ProblemError(f"not a readable {kind} file ({line(error)})") from error
+        fields = {name: json.loads(x) for name, x in metadata.items() if name != "format"}
+        return fields, tensors
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -141,66 +128,49 @@ def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path, overwrite: bool = True, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """A path beside `path` at which to write a file or make a folder; it becomes `path` when all
     is written, and is removed if that fails. Missing folders above are made.
 
     Args:
         overwrite: whether a file that is there may be replaced. Of a folder that is there the
             files are replaced one by one, and others stay.
-        durable: whether to wait until the disk has it.
 
     Raises:
         ProblemError: something is at `path` already, or it cannot be written, or a device or pipe
-        is
-            there, in whose place a file would be put.
+            is there, in whose place a file would be put.
     """
     try:
         path = Path(path)
-        refuse_existing(path, overwrite)
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ProblemError(f"{line(path)} is not a regular file; choose another name")
-        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            os.lstat(path)  # refuses a name that no file can have
+            path.lstat()  # refuses a name that no file can have
+        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
     except (OSError, TypeError, ValueError) as error:
-        if isinstance(error, ProblemError):
-            raise
-        raise _cannot_write(path, error) from error
+        raise ProblemError(f"cannot write {line(path)} ({line(error)})") from error
+    refuse_existing(path, overwrite)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ProblemError(f"{line(path)} is not a regular file; choose another name")
     try:
         yield temporary
-        files = [x for x in temporary.rglob("*") if x.is_file()]
-        for file in (files or [temporary]) if durable else ():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
         refuse_existing(path, overwrite)
         if temporary.is_dir() and path.is_dir():
-            for file in files:
+            for file in [x for x in temporary.rglob("*") if x.is_file()]:
                 os.replace(file, path / file.relative_to(temporary))
         else:
             os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)) and temporary.name not in str(error):
+        if error.filename and temporary.name not in str(error):
             raise  # something else could not be read
-        raise _cannot_write(path, error) from error
+        raise ProblemError(f"cannot write {line(path)} ({line(error)})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # gone already
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Any, error: Exception) -> ProblemError:
-    return ProblemError(
-        f"cannot write {line(path)} ({line(getattr(error, 'strerror', None) or error)})"
-    )
-
-
-def write_bytes(
-    data: bytes, path: str | Path, overwrite: bool = True, durable: bool = True
-) -> None:
+def write_bytes(data: bytes, path: str | Path, overwrite: bool = True) -> None:
     """Write a file by `atomic_path`."""
-    with atomic_path(path, overwrite, durable) as temporary:
+    with atomic_path(path, overwrite) as temporary:
         temporary.write_bytes(data)
 
 
@@ -213,11 +183,7 @@ def remove_stale(folder: str | Path) -> None:
 
 
 def need(module: str, install: str | None = None) -> ModuleType:
-    """A module that this library does not install by itself.
-
-    Raises:
-        ProblemError: it is not there; the message says what to install.
-    """
+    """A module that this library does not install by itself; ProblemError if it is not there."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -240,30 +206,20 @@ def finite(value: Any) -> Any:
 def tensor(
     name: str, value: Any, dtypes: Iterable[torch.dtype], dims: Sequence[int | None]
 ) -> Tensor:
-    """`value`, a dense and finite tensor with data, cut off from gradients and inference mode.
-
-    Args:
-        name: what to call it in a message; dims: the shape, None for any size.
-
-    Raises:
-        ProblemError: something else.
-    """
+    """`value`, a dense and finite tensor of shape `dims` (None: any size), cut off from gradients
+    and inference mode; ProblemError if it is something else."""
     if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        raise ProblemError(f"{name} must be a torch tensor, not {kind}; torch.as_tensor makes one")
+        raise ProblemError(f"{name} must be a torch tensor, not {type(value).__name__}")
     dense = value.layout is torch.strided and not value.is_nested and not value.is_meta
-    if not dense or value.dtype not in dtypes:
+    fits = dense and value.ndim == len(dims)
+    fits = fits and all(d in (None, n) for d, n in zip(dims, value.shape, strict=True))
+    if not fits or value.dtype not in dtypes:
         words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        kind = f"{value.dtype}, {value.layout} on {value.device}"
-        raise ProblemError(f"{name} must be a dense tensor of {words}, not {kind}")
-    sizes = tuple(value.shape)
-    fits = len(sizes) == len(dims) and all(
-        wanted in (None, size) for wanted, size in zip(dims, sizes, strict=True)
-    )
-    if not fits:
-        words = ", ".join("any" if dim is None else str(dim) for dim in dims)
-        kind = "matrix" if len(dims) == 2 else "vector"
-        raise ProblemError(f"{name} must be a {kind} of shape ({words}), its shape is {sizes}")
+        shape = ", ".join("any" if dim is None else str(dim) for dim in dims)
+        found = f"{value.dtype} {tuple(value.shape) if dense else value.layout} on {value.device}"
+        raise ProblemError(
+            f"{name} must be a dense tensor of {words} and of shape ({shape}), not {found}"
+        )
     if not math.isfinite(largest(value)):
         raise ProblemError(f"{name} holds NaN or infinite values")
     value = value.detach()
@@ -294,23 +250,10 @@ def matrix(name: str, value: Any, width: int | None = None, count: int | None = 
 def matrices(**values: Any) -> list[Tensor]:
     """Several matrices that are multiplied with one another: of one dtype, on one device."""
     found = [matrix(name, value) for name, value in values.items()]
-    if len({(x.dtype, x.device) for x in found}) != 1:
-        kinds = [f"{n}: {x.dtype} on {x.device}" for n, x in zip(values, found, strict=True)]
-        raise ProblemError(f"all tensors must share one dtype and device, got {', '.join(kinds)}")
+    if len(kinds := {f"{x.dtype} on {x.device}" for x in found}) != 1:
+        names = f"{', '.join(values)} must share one dtype and device"
+        raise ProblemError(f"{names}, not {', '.join(sorted(kinds))}")
     return found
-
-
-def texts(
-    name: str, hidden: Any, other: str, value: Any, square: bool = False, least: int = 1
-) -> list[Tensor]:
-    """Hidden states (k, w), k >= `least`, and what they are multiplied with: (w, d), or (w, w)."""
-    hidden, value = matrices(**{name: hidden, other: value})
-    if len(hidden) < least:
-        raise ProblemError(f"{name} is empty: name at least one text to forget")
-    if 0 in value.shape:
-        raise ProblemError(f"a {other} of shape {tuple(value.shape)} has nothing to change")
-    width = hidden.shape[1]
-    return [hidden, matrix(other, value, width if square else None, width)]
 
 
 def vector(name: str, value: Any, count: int) -> Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 
 from forgetting.errors import ProblemError, in_range, range_in_words, shown, unknown
 
-RANGE = ("low", "high", "above")
-
 
 def setting(
     default: Any,
@@ -23,13 +21,12 @@ def setting(
     `float`, `str` or `tuple[str, ...]`, and behind a `|` what else is allowed, such as None.
 
     Args:
-        default: the value where nothing else is given.
         help: one line without a full stop, shown by `--help` and in docs/settings.md.
-        low, high: inclusive bounds, of a text or tuple of its length; above: an exclusive lower
-        one. choices: words that are allowed; beside a number they stand for it ("auto").
+        low, high: inclusive bounds, of a text or tuple the least length; above: an exclusive lower
+            one. choices: words that are allowed; beside a number they stand for it ("auto").
     """
-    range_ = {"low": low, "high": high, "above": above, "choices": tuple(choices)}
-    return field(default=default, metadata={"help": help, **range_})
+    range_ = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "choices": choices, "range": range_})
 
 
 def kind_of(spec: Field) -> type:
@@ -45,26 +42,33 @@ def is_optional(spec: Field) -> bool:
 
 def allowed(spec: Field) -> str:
     """The values of a setting in words, such as "a number from 0 to 1, or auto"."""
-    meta, kind = spec.metadata, kind_of(spec)
-    choices = list(filter(None, meta["choices"]))
+    range_, kind = spec.metadata["range"], kind_of(spec)
+    choices = list(filter(None, spec.metadata["choices"]))
     if kind in (str, tuple):
         words = " or ".join(choices) or "a text"
         words = f"a list of {words}" if kind is tuple else words
-        return f"{words}, not empty" if meta["low"] else words
-    words = "true or false"
-    if kind is not bool:
-        words = range_in_words(**{key: meta[key] for key in RANGE}, whole=kind is int)
+        return f"{words}, not empty" if range_["low"] else words
+    words = "true or false" if kind is bool else range_in_words(**range_, whole=kind is int)
     return ", or ".join([words, *choices, *(["none"] if is_optional(spec) else [])])
 
 
 def check_value(value: Any, spec: Field, name: str) -> None:
     """Raise ProblemError if `value` is none that the setting takes; `name` is the setting's."""
-    choices = spec.metadata["choices"]
-    if choices and kind_of(spec) in (str, tuple):
-        for word in [value] if isinstance(value, str) else value if type(value) is tuple else ():
+    kind, choices, range_ = kind_of(spec), spec.metadata["choices"], spec.metadata["range"]
+    if kind in (str, tuple) and type(value) is kind:
+        words = [value] if kind is str else value
+        for word in words if choices else ():
             if isinstance(word, str) and word not in choices:
                 raise unknown(f"value of {name}", word, filter(None, choices))
-    if not _fits(value, spec):
+        fits = all(isinstance(x, str) for x in words) and len(value) >= (range_["low"] or 0)
+    elif value is None:
+        fits = is_optional(spec)
+    elif kind is bool:
+        fits = type(value) is bool
+    else:
+        word = isinstance(value, str) and value in choices
+        fits = kind in (int, float) and (word or in_range(value, **range_, whole=kind is int))
+    if not fits:
         raise ProblemError(
             f"{name} must be {allowed(spec)} ({spec.metadata['help']}), not {shown(value)}"
         )
@@ -75,21 +79,3 @@ def validate(settings: Any, prefix: str = "") -> None:
     for spec in fields(settings):
         if "help" in spec.metadata:
             check_value(getattr(settings, spec.name), spec, f"{prefix}{spec.name}")
-
-
-def _fits(value: Any, spec: Field) -> bool:
-    meta, kind = spec.metadata, kind_of(spec)
-    if value is None:
-        return is_optional(spec)
-    if kind in (str, tuple):
-        words = value if kind is tuple else [value]
-        return (
-            type(value) is kind
-            and all(isinstance(word, str) for word in words)
-            and len(value) >= (meta["low"] or 0)
-        )
-    if isinstance(value, str) and value in meta["choices"]:
-        return True
-    if kind is bool:
-        return type(value) is bool
-    return in_range(value, **{key: meta[key] for key in RANGE}, whole=kind is int)

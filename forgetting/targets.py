@@ -1,7 +1,9 @@
 """Where forgotten texts are sent: the only place that turns the name of a target into `P`.
 
     empty       the paper's: the embedding of the empty prompt, of norm 1
-    opposite    -beta times the text's own embedding
+    opposite    -beta times the text's own embedding. beta = 0 removes it; 0.1 to 0.3 also carries
+                over to other words for the text, which keep their direction under the paper's
+                target; near 1 the larger change harms others two to four times as much
     specific    the same for the part of the embedding that retained names do not explain
     orthogonal  the direction that texts use least, of norm 1
     text:TEXT   the embedding of a text, of norm 1
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting.errors import ProblemError, number, shown, unknown
-from forgetting.io import FLOATS, mask, matrix, tensor
+from forgetting.io import FLOATS, matrix, tensor
 from forgetting.problem import Batch
 from forgetting.retain import RetainSet
 from forgetting.solvers.constrained import Ridge, request_batches
@@ -75,23 +77,17 @@ class TargetInputs:
 
 
 def check_target(kind: str | Tensor, beta: float = 0.0, d: int | None = None) -> None:
-    """Raise ProblemError if `kind` is no target for embeddings (d,), or `beta` no number for it."""
+    """Raise ProblemError if `kind` is no target for embeddings (d,), or `beta` no number for it: 0
+    or more for `opposite`, above -1 (which changes nothing) for `specific`, 0 for the others."""
     if isinstance(kind, Tensor):
         matrix("target", tensor("target", kind, FLOATS, (d or kind.numel(),))[None])
     elif not isinstance(kind, str):
         raise ProblemError(f"no target {shown(kind)}; there are {', '.join(OPTIONS)}")
     elif kind not in TARGETS and not (kind.startswith("text:") and kind[5:].strip()):
         raise unknown("target", kind, OPTIONS)
-    check_beta(kind, beta)
-
-
-def check_beta(kind: str | Tensor, beta: float) -> None:
-    """Raise ProblemError unless `beta` is 0 or more for `opposite`, above -1 for `specific` (-1
-    changes nothing), and 0 for the targets that have none."""
-    if kind in ("opposite", "specific"):
-        least = {"low": 0} if kind == "opposite" else {"above": -1}
-        number(f"beta of {kind}", beta, **least)
-    elif number("beta", beta):
+    if kind == "opposite":
+        number("beta of opposite", beta, low=0)
+    elif number("beta", beta, above=-1) and kind != "specific":
         raise ProblemError(f"beta is for {' and '.join(WITH_BETA)}, not for other targets")
 
 
@@ -113,71 +109,55 @@ def targets(
         `P` (K, d) float64, and for each request how often noise was drawn (0 but for `empty`).
 
     Raises:
-        ProblemError: an unknown target, or a beta that is no number for it.
+        ProblemError: an unknown target, or no draw of noise leads away from the forgotten classes.
     """
-    e, no_draws = inputs.embed(batch.hidden), [0] * len(batch)  # (K, d)
+    e, draws = inputs.embed(batch.hidden), [0] * len(batch)  # (K, d)
+    beyond = torch.as_tensor(beta, dtype=e.dtype).to(e.device).expand(len(e))[:, None]  # (K, 1)
     if isinstance(kind, Tensor):
-        return kind.detach().to(e).reshape(1, -1).expand(len(e), -1), no_draws
-    if kind == "empty":
+        goal = kind.detach().to(e).reshape(1, -1)
+    elif kind == "empty":
         classes, empty = inputs.embed(inputs.classes), inputs.embed(inputs.empty)
         drawn = []
         for request in batch:
             labels = [inputs.label[name] for name in request.classes]
-            generator = torch.Generator().manual_seed(request.seed)
-            drawn.append(empty_target(empty, classes, labels, generator, inputs.noise_std))
-        rows = [
-            target.expand(len(r.texts), -1) for (target, _), r in zip(drawn, batch, strict=True)
-        ]
-        return torch.cat(rows), [draws for _, draws in drawn]
-    if kind == "opposite":
-        return opposite_target(e, beta), no_draws
-    if kind == "specific":
+            drawn.append(empty_target(empty, classes, labels, request.seed, inputs.noise_std))
+        draws = [count for _, count in drawn]
+        goal = torch.cat([target for target, _ in drawn])[batch.of_text]
+    elif kind == "opposite":
+        goal = -beyond * e
+    elif kind == "specific":
         of_texts = excluded[batch.owner.to(excluded.device)]  # (K, n)
-        return specific_target(e, inputs.specific, beta, of_texts), no_draws
-    if kind == "orthogonal":
-        return orthogonal_target(inputs.embed(inputs.named)).expand(len(e), -1), no_draws
-    if kind.startswith("text:"):
-        return normalize(inputs.embed(inputs.text), dim=1).expand(len(e), -1), no_draws
-    raise unknown("target", kind, OPTIONS)
+        goal = specific_target(e, inputs.specific, beyond, of_texts)
+    elif kind == "orthogonal":
+        # The direction that embeddings use least: orthogonal to them, where that is possible.
+        goal = torch.linalg.svd(inputs.embed(inputs.named), full_matrices=True).Vh[-1:]
+    elif kind.startswith("text:"):
+        goal = normalize(inputs.embed(inputs.text), dim=1)
+    else:
+        raise unknown("target", kind, OPTIONS)
+    return goal.expand(len(e), -1), draws
 
 
 def empty_target(
-    empty: Tensor,
-    classes: Tensor,
-    labels: list[int],
-    generator: torch.Generator,
-    noise_std: float = 0.5,
+    empty: Tensor, classes: Tensor, labels: list[int], seed: int, noise_std: float
 ) -> tuple[Tensor, int]:
-    """The unit-norm embedding of the empty prompt.
+    """The unit-norm embedding (1, d) of the empty prompt, and how often noise was drawn.
 
     If the class nearest to it is itself to be forgotten, Gaussian noise is added to the embedding,
     which is normalised again, until the nearest class is none of those (the paper's regeneration).
 
     Args:
         empty: (1, d), the embedding of the empty prompt, not normalised.
-        classes: (C, d), embeddings of all classes, of any norm; labels: the rows that are to be
-            forgotten.
-        generator: draws the noise, on the CPU, so that every device gets the same numbers.
+        classes: (C, d), embeddings of all classes; labels: the rows that are to be forgotten.
+        seed: of the noise, which is drawn on the CPU, so that every device gets the same numbers.
         noise_std: in units of the embedding's coordinates.
-
-    Returns:
-        (1, d), and the number of times that noise was drawn.
-
-    Raises:
-        ProblemError: no draw leads away from the forgotten classes.
     """
-    empty = matrix("empty", empty, count=1)
-    classes = normalize(matrix("classes", classes, empty.shape[1]).to(empty), dim=1)
-    number("noise_std", noise_std, low=0)
-    if not isinstance(labels, list | tuple):
-        raise ProblemError(f"labels must be a list of rows, not {shown(labels)}")
-    forgotten = {number("a label", label, 0, len(classes) - 1, whole=True) for label in labels}
-    if forgotten >= set(range(len(classes))):
+    if len(set(labels)) == len(classes):
         raise ProblemError("every class is to be forgotten: no class is left to send the texts to")
-    candidate = empty
+    candidate, generator = empty, torch.Generator().manual_seed(seed)
     for draws in range(MAX_DRAWS):
         unit = normalize(candidate, dim=1)
-        if int((unit @ classes.T).argmax()) not in forgotten:
+        if int((unit @ normalize(classes, dim=1).T).argmax()) not in labels:
             return unit, draws
         noise = torch.randn(empty.shape, generator=generator, dtype=torch.float32)
         candidate = empty + noise_std * noise.to(empty)
@@ -187,70 +167,21 @@ def empty_target(
     )
 
 
-def opposite_target(embeddings: Tensor, beta: float | Tensor) -> Tensor:
-    """`P = -beta e`, (k, d), for embeddings (k, d).
-
-    beta = 0 removes the embedding. 0.1 to 0.3 also carries over to other words for the text, which
-    keep their direction under the paper's target (of norm 1 beside embeddings of norm 10). Near 1
-    the larger change harms others two to four times as much.
-
-    Raises:
-        ProblemError: beta is not 0 or more.
-    """
-    e = matrix("embeddings", embeddings)
-    return -_betas("opposite", beta, e) * e
-
-
-def specific_target(
-    embeddings: Tensor, retained: Ridge, beta: float | Tensor, excluded: Tensor | None = None
-) -> Tensor:
+def specific_target(e: Tensor, retained: Ridge, beta: Tensor, excluded: Tensor) -> Tensor:
     """`P = e - (1 + beta) (e r / r r) r`, (k, d): remove only what is specific to a text.
 
     With `T` the weighted Gram matrix of the retained embeddings, `r = lam (T + lam I)^-1 e` is the
     part of e that ridge regression on them does not explain. Only that direction is removed, and
     -beta times it is left (beta may be negative, down to -1). What the text shares with others, as
-    all CLIP texts do, stays. A large `lam` gives `opposite_target`; docs/exact.md compares them.
+    all CLIP texts do, stays. A large `lam` gives the target `opposite`; docs/exact.md compares.
 
     Args:
-        embeddings: (k, d).
-        retained: n retained embeddings with `T + lam I`.
-        beta: one number, or one for each text, (k,).
-        excluded: (k, n) bool, the embeddings that are not retained for each text. None: none.
-
-    Raises:
-        ProblemError: beta is not above -1, or tensors that do not fit.
+        e: (k, d), embeddings; retained: n retained embeddings with `T + lam I`; beta: (k, 1).
+        excluded: (k, n) bool, the embeddings that are not retained for each text.
     """
-    e = matrix("embeddings", embeddings, len(retained.gram)).to(retained.gram)
-    if excluded is None:
-        excluded = torch.zeros(len(e), len(retained.rows), dtype=torch.bool)
-    excluded = mask("excluded", excluded, len(retained.rows), len(e))
-    beyond = _betas("specific", beta, e)
-    r, alone = torch.empty_like(e), torch.arange(len(e))
-    for _, texts, columns, _ in request_batches(retained, e, alone, excluded):
+    r = torch.empty_like(e)
+    for _, texts, columns, _ in request_batches(retained, e, torch.arange(len(e)), excluded):
         r[texts] = columns
     squared = (r * r).sum(dim=1, keepdim=True)
     ratio = (e * r).sum(dim=1, keepdim=True) / squared
-    return e - (1 + beyond) * ratio.where(squared > 0, 0.0) * r  # of a zero text: zero
-
-
-def orthogonal_target(embeddings: Tensor) -> Tensor:
-    """The direction that embeddings (n, d) use least, at norm 1, (1, d).
-
-    It is orthogonal to their span where that leaves a dimension over. Other words for a forgotten
-    class that move only part of the way keep part of their direction.
-    """
-    e = matrix("embeddings", embeddings)
-    if e.shape[1] == 0:
-        raise ProblemError("embeddings have at least one dimension")
-    _, _, directions = torch.linalg.svd(e.double(), full_matrices=True)
-    return directions[-1:].to(e)
-
-
-def _betas(kind: str, beta: float | Tensor, rows: Tensor) -> Tensor:
-    """One beta, or one for each of k rows, as (k, 1)."""
-    if not isinstance(beta, Tensor):
-        beta = torch.full((len(rows),), float(number("beta", beta)), dtype=torch.float64)
-    beta = matrix("beta", beta[None], len(rows))[0].to(rows)
-    if len(beta):
-        check_beta(kind, float(beta.min()))
-    return beta[:, None]
+    return e - (1 + beta) * ratio.where(squared > 0, 0.0) * r  # of a zero text: zero

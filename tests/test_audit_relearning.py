@@ -14,7 +14,7 @@ from clip.bundle import FeatureBundle, load_bundle
 from evaluation.audit import relearning
 from evaluation.audit.case import AuditData, Case, Prompt
 from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
-from forgetting import Ridge, opposite_target, solve_constrained
+from forgetting import Ridge, solve_constrained
 from forgetting.problem import LowRankEdit
 from tests.audit_fixtures import LENGTH, WIDTH, case, gone, move, only, world
 from tests.conftest import REPOSITORY
@@ -199,7 +199,7 @@ def test_a_few_photographs_bring_a_class_back():
     names = bundle.forget_hidden
     mu = 5e-6 * float(names.square().sum(dim=1).mean())
     ridge, own = Ridge(names, mu, torch.full((26,), 1 / 26)), torch.arange(26) == column
-    solution = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, own)
+    solution = solve_constrained(ridge, h, -1.2 * h @ w, own)
     subject = case(bundle, "dolphin", LowRankEdit(solution.left, solution.right))
     assert not (subject.after.predicted[subject.images] == column).any()
     methods = relearning.measure(subject)["methods"]

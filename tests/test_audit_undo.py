@@ -15,7 +15,7 @@ from clip.retain import exact_context
 from evaluation.audit import undo
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.undo import Attacker
-from forgetting import ForgetProblem, Ridge, opposite_target, solve_constrained, solve_exact
+from forgetting import ForgetProblem, Ridge, solve_constrained, solve_exact
 from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
 from tests.audit_fixtures import world
@@ -56,7 +56,7 @@ def exact(bundle: FeatureBundle, *columns: int, beta: float = 0.2) -> LowRankEdi
     e = context.embed(h)
     classes = [bundle.classnames[column] for column in columns]
     excluded = torch.tensor([name in classes for name in retain.names])
-    return solve_constrained(context.ridge, h, opposite_target(e, beta) - e, excluded)
+    return solve_constrained(context.ridge, h, -(1 + beta) * e, excluded)
 
 
 def paper(bundle: FeatureBundle, column: int) -> LowRankEdit:
@@ -240,6 +240,6 @@ def test_a_trained_projection():
     for column in (7, 500):
         h = bundle.forget_hidden[[column]].double()
         own = torch.arange(len(names)) == column
-        edit = solve_constrained(ridge, h, opposite_target(h @ w, 0.2) - h @ w, own)
+        edit = solve_constrained(ridge, h, -1.2 * h @ w, own)
         found = undo.measure(subject(bundle, [column], edit))["attacks"]
         assert found["original_known"]["place"] == found["alone"]["place"] == 1

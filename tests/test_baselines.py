@@ -255,27 +255,6 @@ def test_ascent_reports_what_it_reached(method, capsys):
     assert "warning: not below 0.167 after 1 steps" in capsys.readouterr().out
 
 
-ROWS = {
-    "target of none": ("ForgetZero", ["--target", "empty"], "FORGET.TARGET"),
-    "specific": ("ForgetUCE", ["--target", "specific"], "specific needs.*ForgetUCE: empty"),
-    "specific of LoRA": ("ForgetLoRA", ["--target", "specific"], "specific.*ForgetLoRA: empty"),
-    "typing error": ("ForgetUCE", ["--target", "oposite"], "did you mean 'opposite'"),
-    "terms": ("ForgetUCE", ["FORGET.TERMS", "('forget',)"], "TERMS has no effect on ForgetUCE"),
-    "protect": ("ForgetZero", ["--protect", "cat"], "PROTECT has no effect on ForgetZero"),
-    "erase": ("ForgetUCE", ["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
-    "key": ("ForgetUCE", ["TRAINER.FORGETUCE.ERAZE", "1"], "did you mean .*FORGETUCE.ERASE"),
-    "steps": ("ForgetAscent", ["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be a whole number"),
-}
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_bad_input(row, features, tmp_path, refused):
-    name, options, message = ROWS[row]
-    argv = arguments(features, tmp_path / "out", name, "--forget", "owl")
-    assert re.search(message, refused([*argv, *options]))
-    assert not (tmp_path / "out").exists()
-
-
 def test_leace_without_its_package_is_one_line(features, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "concept_erasure", None)
     argv = arguments(features, tmp_path / "out", "ForgetLEACE", "--forget", "owl")

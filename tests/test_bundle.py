@@ -113,9 +113,9 @@ def nan(shape: tuple[int, ...]) -> torch.Tensor:
 WRONG = {
     "no format": ("format", None, "format is None"),
     "another format": ("format", FORMAT[:-1] + "2", "not 'clip-forget-features/1'"),
-    "no backbone": ("backbone", None, "missing from the metadata"),
-    "no class names": ("classnames", None, "missing from the metadata"),
-    "no tensor": ("retain_hidden", None, "missing from the tensors"),
+    "no backbone": ("backbone", None, "backbone is missing|classnames is missing"),
+    "no class names": ("classnames", None, "backbone is missing|classnames is missing"),
+    "no tensor": ("retain_hidden", None, "retain_hidden is missing"),
     "torn JSON": ("classnames", '["a", ', "not valid JSON"),
     "no list": ("retain_names", '{"a": 1}', "not a JSON list of texts"),
     "no strings": ("classnames", "[1, 2, 3]", "not a JSON list of texts"),

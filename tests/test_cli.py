@@ -36,19 +36,16 @@ def status_of(command: str, monkeypatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_unknown_option_is_refused_with_the_nearest(command, monkeypatch, capsys):
+def test_help_is_no_error_and_an_unknown_option_is_refused_with_the_nearest(
+    command, monkeypatch, capsys
+):
+    assert status_of(command, monkeypatch, "--help") == 0
+    assert "usage: " in capsys.readouterr().out
     # Those that need arguments are given some, so that the option is what is wrong.
-    known = ["a", "b"]
-    assert status_of(command, monkeypatch, *known, COMMANDS[command], "x") == 2
+    assert status_of(command, monkeypatch, "a", "b", COMMANDS[command], "x") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: unknown option '") and "did you mean '--" in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_no_error(command, monkeypatch, capsys):
-    assert status_of(command, monkeypatch, "--help") == 0
-    assert "usage: " in capsys.readouterr().out
 
 
 def test_the_status_is_what_main_returns_or_why_it_does_not(capsys):
@@ -72,22 +69,38 @@ def test_the_status_is_what_main_returns_or_why_it_does_not(capsys):
 def test_a_prefix_is_no_option_and_an_argument_too_many_is_named():
     parser = Parser(prog="x")
     parser.add_argument("--weights")
-    with pytest.raises(ProblemError, match="unknown option '--weig'; did you mean '--weights'"):
-        parser.parse_args(["--weig", "a"])
-    with pytest.raises(ProblemError, match="arguments: b"):
-        parser.parse_args(["b"])
+    for argv, words in (
+        (["--weig", "a"], "unknown option '--weig'; did you mean '--weights'"),
+        (["b"], "arguments: b"),
+    ):
+        with pytest.raises(ProblemError, match=words):
+            parser.parse_args(argv)
 
 
-def test_a_reader_that_has_seen_enough_is_no_traceback():
-    code = (
-        "import sys; from engine.cli import run\n"
-        "sys.exit(run(lambda argv: [print(i) for i in range(10**5)]))"
-    )
-    command = f"{sys.executable} -c '{code}' | head -n 1"
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
+def shell(command: str, *code: str) -> subprocess.CompletedProcess:
+    """Run a command of the shell, where "$0" is Python and "$1" a program."""
+    words = ["sh", "-c", command, sys.executable, *code]
+    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def test_a_reader_that_has_seen_enough_and_a_closed_stdout_are_no_traceback():
+    start = "import sys; from engine.cli import run\n"
+    many = start + "sys.exit(run(lambda argv: [print(i) for i in range(10**5)]))"
+    done = shell('"$0" -c "$1" | head -n 1', many)
     assert (done.stdout, done.stderr) == ("0\n", "")
+    for code in ("print('a'); logger.info('b')", "raise ProblemError('refused')"):
+        text = f"""{start}
+from engine.log import logger, progress
+from forgetting.errors import ProblemError
+def main(argv):
+    for _ in progress(range(2), "loop"):
+        {code}
+sys.exit(run(main))
+"""
+        for closed in (">&-", "2>&-", ">&- 2>&-"):
+            done = shell(f'"$0" -c "$1" {closed}', text)
+            assert done.returncode == (2 if "raise" in code else 0), done.stderr
+            assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_an_option_for_a_setting_has_its_range_and_knows_home():

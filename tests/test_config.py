@@ -3,7 +3,6 @@ read."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -70,26 +69,25 @@ def test_ranges_include_their_ends_and_exclude_above():
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
-        (["FORGET.BETA", "-2"], ["FORGET.BETA", "above -1", "how far", "-2.0"]),
-        (["FORGET.TERMS", "('forgot',)"], ["FORGET.TERMS", "did you mean 'forget'"]),
-        (["FORGET.BETTA", "1"], ["'FORGET.BETTA'", "did you mean FORGET.BETA"]),
-        (["TRAINER.FORGETLORRA.LR", "1"], ["did you mean TRAINER.FORGETLORA.LR"]),
-        (["FORGET.RANK", "3.5"], ["FORGET.RANK", "whole number"]),
-        (["FORGET.RANK", "0x" + "f" * 100_000], ["FORGET.RANK"]),
-        (["FORGET.WEIGHTS", "{}"], ["FORGET.WEIGHTS"]),
-        (["FORGET.WEIGHTS.RN50", "1"], ["FORGET.WEIGHTS.BACKBONE.SINGLE"]),
-        (["SEED", "-1"], ["SEED", "Dassl"]),
-        (["OUTPUT_DIR", ""], ["OUTPUT_DIR", "not empty"]),
-        (["FORGET.BETA"], ["pairs"]),
-        (["OPTIM.LR", "0.1"], ["OPTIM.LR", "without effect", "TRAINER.FORGETLORA.LR"]),
-        (["DATASET.NUM_SHOTS", "16"], ["DATASET.NUM_SHOTS", "without effect"]),
-        (["TRAINER.COOP.N_CTX", "4"], ["TRAINER.COOP.N_CTX", "without effect"]),
+        (["FORGET.BETA", "-2"], "FORGET.BETA.*above -1.*how far.*-2.0"),
+        (["FORGET.TERMS", "('forgot',)"], "FORGET.TERMS.*did you mean 'forget'"),
+        (["FORGET.BETTA", "1"], "'FORGET.BETTA'; did you mean FORGET.BETA"),
+        (["TRAINER.FORGETLORRA.LR", "1"], "did you mean TRAINER.FORGETLORA.LR"),
+        (["FORGET.RANK", "3.5"], "FORGET.RANK.*whole number"),
+        (["FORGET.RANK", "0x" + "f" * 100_000], "FORGET.RANK"),
+        (["FORGET.WEIGHTS", "{}"], "FORGET.WEIGHTS"),
+        (["FORGET.WEIGHTS.RN50", "1"], "FORGET.WEIGHTS.BACKBONE.SINGLE"),
+        (["SEED", "-1"], "SEED.*Dassl"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR.*not empty"),
+        (["FORGET.BETA"], "pairs"),
+        (["OPTIM.LR", "0.1"], "OPTIM.LR.*without effect.*TRAINER.FORGETLORA.LR"),
+        (["DATASET.NUM_SHOTS", "16"], "DATASET.NUM_SHOTS.*without effect"),
+        (["TRAINER.COOP.N_CTX", "4"], "TRAINER.COOP.N_CTX.*without effect"),
     ],
 )
 def test_a_wrong_pair_is_refused_in_a_short_line(opts, words):
-    with pytest.raises(ProblemError) as caught:
+    with pytest.raises(ProblemError, match=words) as caught:
         settings(opts=opts)
-    assert all(word in str(caught.value) for word in words), caught.value
     assert len(str(caught.value)) < 300
 
 
@@ -189,25 +187,17 @@ def test_dassls_config_is_extended_as_in_coop(tmp_path):
     assert cfg.TRAINER.COOP.N_CTX == 16 and cfg.FORGET.TARGET == "specific" and cfg.SEED == 2
 
 
-def test_a_missing_file_gets_the_nearest_name():
-    for given, meant in (
-        (CONFIGS / "datasets" / "caltech101.yaml", "Caltech101.yaml"),
-        (CONFIGS / "trainers" / "ForgetLoRA" / "rn50.yaml", ""),
-        (CONFIGS / "trainers" / "ForgetLora.yaml", "ForgetLoRA.yaml"),
-    ):
-        with pytest.raises(ProblemError, match=rf"no config file .*{meant}"):
-            read_yaml(given)
-
-
-# YAML
-
-
-@pytest.mark.parametrize("text", ["", "# nothing\n", "FORGET:\n  # RANK: 3\n", "FORGET: {}\n"])
-def test_a_file_of_comments_changes_nothing(text, tmp_path):
+def test_a_file_of_comments_changes_nothing_and_a_missing_one_gets_the_nearest_name(tmp_path):
     file = tmp_path / "mine.yml"
-    file.write_text(text)
-    argv = ["--dataset", "MiniDigits"]
-    assert config(*argv, "--config-file", str(file)) == config(*argv)
+    for text in ("", "# nothing\n", "FORGET:\n  # RANK: 3\n", "FORGET: {}\n"):
+        file.write_text(text)
+        assert config("--dataset", "A", "--config-file", str(file)) == config("--dataset", "A")
+    for folder, name, meant in (
+        ("datasets", "caltech101", "Caltech101"),
+        ("trainers", "ForgetLora", "ForgetLoRA"),
+    ):
+        with pytest.raises(ProblemError, match=rf"no config file .*{meant}.yaml"):
+            read_yaml(CONFIGS / folder / f"{name}.yaml")
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 9))
@@ -243,17 +233,19 @@ def test_a_broken_file_is_one_line(name, text, word, tmp_path):
 def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     file = tmp_path / "mine.yaml"
     argv = ["--dataset", "StanfordDogs", "--config-file", str(file), "--backbone", "own/1.5"]
+
+    def weights(*more: str) -> list:
+        found = paper_weights(config(*argv, *more))
+        return [found[f"lamb_{term}"] for term in ("forget", "preserve", "weight")]
+
     file.write_text("FORGET: {WEIGHTS: {own/1.5: {SINGLE: [0.5, auto]}}}")
-    expected = {"lamb_forget": "auto", "lamb_preserve": 0.5, "lamb_weight": 1.0}
-    assert paper_weights(config(*argv)) == expected
-    assert paper_weights(config(*argv[:-1], "RN50"))["lamb_forget"] == 1.3  # the set's own stay
-    opts = ["FORGET.TERMS", "('forget',)"]
-    assert paper_weights(config(*argv, *opts)) == expected | {"lamb_preserve": 0, "lamb_weight": 0}
+    assert weights() == ["auto", 0.5, 1.0]
+    assert weights("--backbone", "RN50")[0] == 1.3  # the set's own stay
+    assert weights("FORGET.TERMS", "('forget',)") == ["auto", 0, 0]
     line = ["FORGET.WEIGHTS.own/1.5.SINGLE", "[1, 2]"]
-    assert paper_weights(config(*argv, *line))["lamb_forget"] == 2.0
-    assert paper_weights(config(*argv, *line, "FORGET.LAMB_FORGET", "3"))["lamb_forget"] == 3.0
-    unlisted = {"lamb_forget": "auto", "lamb_preserve": 0.3, "lamb_weight": 1.0}
-    assert paper_weights(config(*argv, "--multiclass")) == unlisted
+    assert weights(*line)[0] == 2.0
+    assert weights(*line, "FORGET.LAMB_FORGET", "3")[0] == 3.0
+    assert weights("--multiclass") == ["auto", 0.3, 1.0]
     for pair, word in {
         "3": "3",
         "[1]": "must be",
@@ -262,7 +254,7 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     }.items():
         file.write_text(f"FORGET: {{WEIGHTS: {{own/1.5: {{SINGLE: {pair}}}}}}}")
         with pytest.raises(ProblemError, match=word):
-            paper_weights(config(*argv))
+            weights()
 
 
 # The page, and what asking costs
@@ -273,11 +265,3 @@ def test_the_page_of_settings_is_what_the_fields_say():
     assert (REPOSITORY / "docs" / "settings.md").read_text() == page()
     for key, spec in declared().items():
         assert f"| `{key}` |" in page() and spec.metadata["help"] in page()
-
-
-def test_settings_are_quick():
-    settings("ForgetExact")
-    started = time.process_time()
-    settings("ForgetLoRA", "StanfordDogs", "RN50")
-    assert time.process_time() - started < 0.05
-    assert settings().FORGET.RANK == 5

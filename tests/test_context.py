@@ -17,7 +17,7 @@ from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import Group, RetainSet
-from forgetting.targets import TARGETS, TargetInputs, targets
+from forgetting.targets import TARGETS, TargetInputs, specific_target, targets
 
 W, D, CLASSES = 8, 6, 5
 PLAIN = ExactSettings(beta=0.1, min_margin=0.0, min_displacement=0.0)
@@ -137,53 +137,43 @@ def test_every_target_lands_where_its_name_says():
     planted = Planted(bias=True)
     context, batch = planted.context(), Batch([planted.request(0), planted.request(1, 2)])
     excluded = planted.retain.excluded(batch.same, batch.hidden, batch.owner)
-    e = context.embed(batch.hidden)
-    found = {}
+    e, found = context.inputs.embed(batch.hidden), {}
     for kind in (*TARGETS, "text:x", planted.vector):
-        found[kind if isinstance(kind, str) else "vector"], draws = targets(
-            kind, batch, context.inputs, 0.0, excluded
-        )
+        name = kind if isinstance(kind, str) else "vector"
+        found[name], draws = targets(kind, batch, context.inputs, 0.0, excluded)
         assert len(draws) == 2
     assert torch.equal(found["opposite"], 0 * e)
+    betas = torch.tensor([0.0, 0.1, 0.3]).double()
+    opposite, _ = targets("opposite", batch, context.inputs, betas)
+    assert torch.allclose(opposite, -betas[:, None] * e)
     assert torch.equal(found["vector"], planted.vector.expand(3, -1))
-    assert torch.allclose(found["text:x"], normalize(context.embed(planted.words[:1]), dim=1))
-    names = context.embed(torch.cat([planted.bare, planted.words]))
+    assert torch.allclose(found["text:x"], normalize(context.inputs.embed(planted.words[:1])))
+    names = context.inputs.embed(torch.cat([planted.bare, planted.words]))
     least = torch.linalg.svd(names).S[-1]
     assert torch.allclose((names @ found["orthogonal"].T).norm(dim=0), least.expand(3))
     for kind in ("orthogonal", "empty", "text:x"):
         assert torch.allclose(found[kind].norm(dim=1), torch.ones(3).double())
     both = found["empty"][1:]
     assert torch.equal(both[0], both[1])
-    nearest = normalize(context.embed(planted.prompts), dim=1) @ both[0]
+    nearest = normalize(context.inputs.embed(planted.prompts), dim=1) @ both[0]
     assert int(nearest.argmax()) not in (1, 2)
-
-
-def test_a_name_that_is_no_target_is_refused():
-    """A target that only one place knows must not fall through to another one."""
-    planted = Planted()
-    with pytest.raises(ProblemError, match="unknown target 'mean'"):
-        targets("mean", Batch([planted.request(0)]), planted.context().inputs)
-    for wrong in ("mean", "text: ", None, 3.0, torch.full((D,), torch.nan)):
-        with pytest.raises(ProblemError, match="target"):
-            ExactSettings(target=wrong)
-
-
-@pytest.mark.parametrize(
-    ("target", "beta"), [("opposite", -0.1), ("specific", -1.0), ("empty", 0.1)]
-)
-def test_a_beta_that_a_target_cannot_have_is_refused(target, beta):
-    with pytest.raises(ProblemError, match="beta"):
-        ExactSettings(target=target, beta=beta)
+    nothing = torch.zeros(2, D).double()  # of a text without an embedding nothing is specific
+    retained, beta = context.inputs.specific, torch.full((2, 1), 0.1)
+    assert torch.equal(specific_target(nothing, retained, beta, excluded[:2]), nothing)
 
 
 def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
     planted = Planted()
     context = planted.context()
     batch = Batch([planted.request(i) for i in range(CLASSES)])
-    near = normalize(context.embed(planted.prompts), dim=1)
-    nearest = int((normalize(context.embed(context.inputs.empty), dim=1) @ near.T).argmax())
-    _, draws = targets("empty", batch, context.inputs)
+    near = normalize(context.inputs.embed(planted.prompts), dim=1)
+    empty = normalize(context.inputs.embed(context.inputs.empty), dim=1)
+    nearest = int((empty @ near.T).argmax())
+    found, draws = targets("empty", batch, context.inputs)
     assert [count > 0 for count in draws] == [i == nearest for i in range(CLASSES)]
+    for i in range(CLASSES):
+        assert torch.allclose(found[i], empty[0]) == (i != nearest)
+        assert int((near @ found[i]).argmax()) != i
 
     def drawn(seed: int) -> Tensor:
         request = replace(planted.request(nearest), seed=seed)
@@ -192,6 +182,27 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
     with pytest.raises(ProblemError, match="every class"):
         targets("empty", Batch([planted.request(*range(CLASSES))]), context.inputs)
+    still = replace(context.inputs, noise_std=0.0)
+    with pytest.raises(ProblemError, match="noisy"):
+        targets("empty", Batch([planted.request(nearest)]), still)
+
+
+@pytest.mark.parametrize("wrong", ["mean", "text: ", None, 3.0, torch.full((D,), torch.nan)])
+def test_what_is_no_target_is_refused(wrong):
+    with pytest.raises(ProblemError, match="target"):
+        ExactSettings(target=wrong)
+    if wrong == "mean":  # nor does it fall through to another one
+        planted = Planted()
+        with pytest.raises(ProblemError, match="unknown target 'mean'"):
+            targets("mean", Batch([planted.request(0)]), planted.context().inputs)
+
+
+@pytest.mark.parametrize(
+    ("target", "beta"), [("opposite", -0.1), ("specific", -1.0), ("empty", 0.1)]
+)
+def test_a_beta_that_a_target_cannot_have_is_refused(target, beta):
+    with pytest.raises(ProblemError, match="beta"):
+        ExactSettings(target=target, beta=beta)
 
 
 # The second look
@@ -294,38 +305,39 @@ def test_what_a_report_says():
 
 
 def test_defaults_depend_on_whether_other_sets_are_listed():
-    settings = ExactSettings()
-    listed, alone = settings.chosen(listed=True), settings.chosen(listed=False)
-    assert (listed.vocabulary, listed.max_displacement) == (0.03, 0.045)
-    assert (alone.vocabulary, alone.max_displacement) == (0.5, 0.1)
-    unweighted = replace(settings, others=0.0).chosen(listed=True)
-    assert (unweighted.vocabulary, unweighted.max_displacement) == (0.5, 0.1)
-    given = replace(settings, vocabulary=0.2, max_displacement=0.3).chosen(listed=True)
-    assert (given.vocabulary, given.max_displacement) == (0.2, 0.3)
+    def chosen(listed: bool, **changes) -> tuple:
+        settings = ExactSettings(**changes).chosen(listed)
+        return settings.vocabulary, settings.max_displacement
+
+    assert chosen(True) == (0.03, 0.045) and chosen(False) == (0.5, 0.1)
+    assert chosen(True, others=0.0) == (0.5, 0.1)
+    assert chosen(True, vocabulary=0.2, max_displacement=0.3) == (0.2, 0.3)
 
 
-def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
-    """All of it where the set has none; nothing without a model."""
-
-    def weights(listed=False, vocabulary=True, generic=True, **changes):
-        found = ExactSettings(**changes).group_weights(listed, vocabulary, generic)
-        return found["vocabulary"], found["generic"]
-
-    assert weights() == (0.25, 0.25)
-    assert weights(generic=False) == (0.5, 0.0)
-    assert weights(vocabulary=False) == (0.0, 0.5)
-    assert weights(listed=True) == (0.015, 0.015)
-    both = ExactSettings(generic=0.2)
-    assert both.group_weights(False, True, True)["generic"] == pytest.approx(0.1)
-    assert both.group_weights(False, False, True)["generic"] == 0.5
-    none = ExactSettings(generic=0.0).group_weights(False, True, True)
-    assert (none["vocabulary"], none["generic"]) == (0.5, 0.0)
+@pytest.mark.parametrize(
+    ("weights", "listed", "vocabulary", "generic", "part"),
+    [
+        ((0.25, 0.25), False, True, True, 0.5),
+        ((0.5, 0.0), False, True, False, 0.5),  # without a model
+        ((0.0, 0.5), False, False, True, 0.5),  # a set that has none
+        ((0.015, 0.015), True, True, True, 0.5),
+        ((0.4, 0.1), False, True, True, 0.2),
+        ((0.0, 0.5), False, False, True, 0.2),
+        ((0.5, 0.0), False, True, True, 0.0),
+        ((0.0, 0.0), False, False, True, 0.0),
+    ],
+)
+def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight(
+    weights, listed, vocabulary, generic, part
+):
+    found = ExactSettings(generic=part).group_weights(listed, vocabulary, generic)
+    assert (found["vocabulary"], found["generic"]) == pytest.approx(weights)
+    assert (found["own"], found["protect"], found["others"]) == (1.0, 0.1, 0.1 * listed)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"ridge": 1e-30},
         {"ridge": 0.0},
         {"own": 1e30},
         {"own": -1.0},
@@ -335,7 +347,6 @@ def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
         {"beta": float("nan")},
         {"min_displacement": 1.5},
         {"max_displacement": 0.0},
-        {"generic": True},
         {"noise_std": -1.0},
     ],
 )

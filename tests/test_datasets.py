@@ -229,44 +229,6 @@ def test_test_images_of_a_class_are_drawn_by_its_name():
     assert layouts.tested("ant", paths[:1]) == [] and len(layouts.tested("ant", paths[:2])) == 1
 
 
-def cells(values: list, column: bool = False) -> np.ndarray:
-    array = np.array(values, dtype=object)
-    return array[:, None] if column else array[None, :]
-
-
-def cars(root: Path) -> None:
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    annotations = np.zeros((1, 10), dtype=[("class", "O"), ("fname", "O")])  # a struct array
-    for index in range(10):
-        file = f"{index + 1:05d}.jpg"
-        annotations[0, index] = (1 if index < 5 else 2, file)
-        for images in ("cars_train", "cars_test"):
-            picture(folder / images / file)
-    names = ["AM General Hummer SUV 2000", "Spyker C8 Coupe 2009"]
-    savemat(folder / "devkit/cars_meta.mat", {"class_names": cells(names)})
-    savemat(folder / "devkit/cars_train_annos.mat", {"annotations": annotations})
-    savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": annotations})
-
-
-def test_cars_from_the_devkit_have_the_year_first(tmp_path):
-    cars(tmp_path)
-    data = datasets.load("StanfordCars", tmp_path)
-    assert data.classnames == ["2000 AM General Hummer SUV", "2009 Spyker C8 Coupe"]
-    assert counts(data) == (10, 0, 10) and not data.comparable
-    assert all("cars_test/" in datum.impath for datum in data.test) and data.test[9].label == 1
-    meta = tmp_path / "stanford_cars/devkit/cars_meta.mat"
-    meta.write_bytes(meta.read_bytes()[:60])
-    with pytest.raises(ProblemError, match=r"cars_meta\.mat: is not a readable \.mat file"):
-        datasets.load("StanfordCars", tmp_path)
-    savemat(meta, {"something_else": np.arange(3)})
-    with pytest.raises(ProblemError, match="not in the known form"):
-        datasets.load("StanfordCars", tmp_path)
-    meta.unlink()
-    with pytest.raises(ProblemError, match=r"no cars_meta\.mat at .*; see DATASETS\.md"):
-        datasets.load("StanfordCars", tmp_path)
-
-
 def test_flowers_from_the_official_parts(tmp_path):
     folder = tmp_path / "oxford_flowers"
     for number in range(1, 10):
@@ -281,22 +243,15 @@ def test_flowers_from_the_official_parts(tmp_path):
     names = {"1": "gazania", "2": "rose", "3": "tree mallow"}
     (folder / "cat_to_name.json").write_text(json.dumps(names))
     assert datasets.load("OxfordFlowers", tmp_path).classnames == [*names.values()]
-
-
-def test_dogs_from_the_official_lists(tmp_path):
-    folder = tmp_path / "stanford_dogs"
-    dogs = ["n02085936-Maltese_dog", "n02086240-Shih-Tzu"]
-    paths = [f"{dog}/{dog.split('-')[0]}_{number}.jpg" for dog in dogs for number in range(10)]
-    for path in paths:
-        picture(folder / "Images" / path)
-    labels = np.repeat([[1], [2]], 10, axis=0)
-    (folder / "lists").mkdir()
-    for file, part in (("train_list.mat", slice(0, None, 2)), ("test_list.mat", slice(1, None, 2))):
-        content = {"file_list": cells(paths[part], column=True), "labels": labels[part]}
-        savemat(folder / "lists" / file, content)
-    data = datasets.load("StanfordDogs", tmp_path)
-    assert data.classnames == ["Maltese dog", "Shih-Tzu"] and counts(data) == (10, 0, 10)
-    assert data.test[0].impath == str(folder / "Images" / paths[1])
+    labels = folder / "imagelabels.mat"
+    for content, message in (
+        (labels.read_bytes()[:60], r"imagelabels\.mat: is not a readable \.mat file"),
+        ((folder / "setid.mat").read_bytes(), "not in the known form"),
+        (None, r"no imagelabels\.mat at .*; see DATASETS\.md"),
+    ):
+        labels.write_bytes(content) if content else labels.unlink()
+        with pytest.raises(ProblemError, match=message):
+            datasets.load("OxfordFlowers", tmp_path)
 
 
 # fmt: off

@@ -40,7 +40,7 @@ def test_float32_is_the_plain_loops_to_1e_5(place: Path) -> None:
     """Bytes to the device, batches of whatever size is found; tests/test_clip.py has the models."""
     source = ClipSource("mini", cache=place / "cache", device="cpu")
     paths = photographs(place, 150)
-    expected = benchmark.Plain(source, 8).encode(paths, 0)
+    expected = benchmark.plain(source, 8)(paths, 0)
     found = FeatureCache(source).images("some", paths, None, 0)
     assert (found - expected).abs().max() < 1e-5
     assert (found - expected.flip(0)).abs().max() > 1e-2, "the images do differ"

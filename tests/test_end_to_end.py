@@ -21,8 +21,7 @@ from clip.architectures import ARCHITECTURES
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import save_openai
-from tests.conftest import BACKBONE, REPOSITORY, whole_set
-from tests.test_bad_input import caltech
+from tests.conftest import BACKBONE, REPOSITORY, caltech, whole_set
 from trainers import inputs
 from utils import create_results
 

@@ -12,7 +12,7 @@ import torch
 
 from forgetting import load_adapter
 from tests.conftest import REPOSITORY
-from tests.test_engine import HAS_DASSL
+from tests.test_engine import needs_dassl
 
 
 def run_under(engine: str, argv: list[str], out) -> tuple[dict, torch.Tensor]:
@@ -29,13 +29,8 @@ def run_under(engine: str, argv: list[str], out) -> tuple[dict, torch.Tensor]:
     return logs, load_adapter(out / solver["adapter"]).delta()
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "builtin",  # the control: two runs of one engine agree
-        pytest.param("dassl", marks=pytest.mark.skipif(not HAS_DASSL, reason="needs Dassl")),
-    ],
-)
+# The control: two runs of one engine agree.
+@pytest.mark.parametrize("engine", ["builtin", pytest.param("dassl", marks=needs_dassl)])
 def test_both_engines_give_the_same(engine, toy_args, tmp_path):
     argv = [*toy_args, "--forget", "cat"]
     logs, delta = run_under("builtin", argv, tmp_path / "a")

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 import train
+from benchmarks import driver, solver
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.__main__ import cli as benchmarks
+from clip.bundle import bundle_path
 from engine import TRAINER_REGISTRY
 from engine.cli import run
 from evaluation.tables import average_gains
@@ -19,7 +21,7 @@ from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
 from forgetting.errors import ProblemError
-from tests.conftest import REPOSITORY
+from tests.conftest import BACKBONE, REPOSITORY
 from trainers import SETTINGS
 from utils import create_results
 
@@ -192,6 +194,16 @@ def test_methods_on_real_features(tmp_path):
 
 
 # The commands
+
+
+def test_benchmarks_measure_all_that_they_say(features, capsys):
+    path = str(bundle_path(features, BACKBONE, "ToyAnimals"))
+    exact, descents = solver.main(["--features", path]).values()
+    assert exact["classes"].tolist() == [6, 6] and (exact["largest gap"] < 1e-9).all()
+    assert descents["classes"].tolist() == [1, 1, 4] and (descents["seconds per class"] > 0).all()
+    assert descents["above optimum"].between(0, 0.5).all()
+    table = driver.main(["--classes", "3", "5", "--trainer", "ForgetZero"])
+    assert table["classes"].tolist() == [3, 5] and (table > 0).all(axis=None)
 
 
 @pytest.mark.parametrize("package", COMMANDS)

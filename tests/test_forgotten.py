@@ -80,7 +80,7 @@ def test_other_precisions(family, dtype):
     was = encoder.embeddings(["Acme Cola"])
     answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
     answer.apply()
-    assert different(before, state(model)) == [encoder.name] and encoder.dtype == dtype
+    assert different(before, state(model)) == [encoder.name] and encoder.weight.dtype == dtype
     left = float(encoder.embeddings(["Acme Cola"]).norm() / was.norm())
     assert left < {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
     assert answer.verify()

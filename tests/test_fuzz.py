@@ -23,10 +23,7 @@ from forgetting import (
     LoraSettings,
     RetainSet,
     Ridge,
-    empty_target,
     forget,
-    opposite_target,
-    orthogonal_target,
     projection_sha256,
     solve_constrained,
     solve_constrained_each,
@@ -34,10 +31,8 @@ from forgetting import (
     solve_exact,
     solve_lora,
     solve_lora_each,
-    specific_target,
     thresholds,
 )
-from forgetting.baselines import ascend, noise, null_space, uce, zeroing
 from forgetting.context import ExactSettings
 from forgetting.deploy.embeddings import condition, patch
 from forgetting.errors import ProblemError
@@ -126,7 +121,6 @@ def everything(**fields: Any) -> None:
 
 
 ROWS, H, E = normal(M, W, seed=2), normal(K, W, seed=1), normal(W, D)
-GRAM = (ROWS.T @ ROWS).double()
 WEIGHTS = torch.full((M,), 1.0).double()
 ADAPTER = Adapter(normal(W, 1), normal(1, D), projection_sha256(E), "b", "w", "d", ["c"], "t")
 MODEL, WORDS = tiny("own")
@@ -164,7 +158,7 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
     ),
     "solve_constrained": (
         lambda **k: solve_constrained(Ridge(ROWS, 0.1), **k),
-        {"forget_hidden": H, "displacement": normal(K, D), "excluded": EXCLUDED[0]},
+        {"hidden": H, "displacement": normal(K, D), "excluded": EXCLUDED[0]},
     ),
     "solve_constrained_each": (
         lambda **k: solve_constrained_each(Ridge(ROWS, 0.1, WEIGHTS), **k),
@@ -175,37 +169,6 @@ CASES: dict[str, tuple[Callable, dict[str, Any]]] = {
             {"a": Group([str(i) for i in range(M)], rows, weight)}, similarity
         ).excluded([{"0"}, {"1"}], hidden, owner),
         {"rows": ROWS, "weight": 1.0, "similarity": 0.9, "hidden": H, "owner": OWNER},
-    ),
-    "empty_target": (
-        lambda **k: empty_target(labels=[0], generator=torch.Generator().manual_seed(0), **k),
-        {"empty": normal(1, D), "classes": normal(3, D, seed=2), "noise_std": 0.5},
-    ),
-    "labels": (
-        lambda labels: empty_target(normal(1, D), normal(3, D, seed=2), labels, torch.Generator()),
-        {"labels": [0, 7]},
-    ),
-    "opposite_target": (opposite_target, {"embeddings": H, "beta": 0.1}),
-    "orthogonal_target": (orthogonal_target, {"embeddings": normal(5, D)}),
-    "specific_target": (
-        lambda **k: specific_target(retained=Ridge(ROWS, 0.5, WEIGHTS), **k),
-        {"embeddings": H, "beta": 0.1, "excluded": torch.zeros(K, M).bool()},
-    ),
-    "uce": (uce, {"h_f": H, "gram": GRAM.float(), "erase": 1.0, "lam": 0.5}),
-    "null_space": (
-        null_space,
-        {"h_f": H, "gram": GRAM.float(), "count": M, "damping": 0.1, "threshold": 1.0},
-    ),
-    "zeroing": (zeroing, {"h_f": H, "projection": E}),
-    "noise": (
-        lambda **k: noise(generator=torch.Generator(), **k),
-        {"width": W, "d": D, "rank": 2, "norm": 1.0},
-    ),
-    "ascend": (
-        ascend,
-        {
-            "hidden": H.double(), "projection": E.double(), "names": normal(3, D).double(),
-            "own": torch.tensor([0, 1, 2]), "lr": 1e-3, "steps": 3, "limit": 0.3,
-        },
     ),
     "forget": (
         lambda **k: forget(MODEL, WORDS, **k, progress=False),

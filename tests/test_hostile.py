@@ -1,4 +1,5 @@
-"""What a user's hand can do to a file, a folder or an option ends in one line, and writes nothing.
+"""What a user's hand can do to a file, a folder or an option ends in one line that says what is
+wrong and what would be right, and writes nothing.
 
 Every entry point, in process; the inputs are made by rule: each kind of file by each kind of
 damage, each kind of option by each kind of bad value.
@@ -10,10 +11,13 @@ import errno
 import io
 import json
 import os
+import re
+import resource
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +43,7 @@ from evaluation.results import place as place_of
 from forgetting import Adapter, projection_sha256
 from forgetting.adapter import save_adapter
 from forgetting.io import STALE
-from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
-from tests.test_bad_input import caltech, tree
+from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, caltech, toy_bundle
 
 Cli = Callable[[Sequence[str]], int]
 
@@ -54,7 +57,7 @@ CLI: dict[str, Cli] = {
     "utils": of(utils.main),
     "check": of(datasets.check.main),
     "features": of(features.main),
-    "apply": apply.cli,
+    "apply": of(apply.main),
     "train_mini": of(train_mini.main),
     "audit": evaluation.audit.__main__.cli,
     "report": of(evaluation.report.__main__.main),
@@ -106,8 +109,10 @@ def place(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "place"
 
 
-def written(place: Path) -> dict[str, bytes]:
-    return {path: data for path, data in tree(place).items() if not path.startswith("cache/")}
+def written(place: Path) -> dict[Path, bytes]:
+    """Every file, but for those of the cache."""
+    paths = [path for path in place.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.read_bytes() for path in paths if place / "cache" not in path.parents}
 
 
 @pytest.fixture
@@ -189,23 +194,6 @@ def test_damaged_json(kind, damage, place, refusal):
     for name, *argv in commands:
         line = refusal(name, argv)
         assert path.name in line or "Caltech101" in line
-
-
-@pytest.mark.parametrize("damage", ["empty", "null", "list within", "deep lists", "many digits"])
-def test_a_damaged_register_is_no_reason_to_stop(damage, place):
-    argv = ["Caltech101", "mini", "--root", "data", "--cache", "cache"]
-    assert CLI["features"](argv) == 0
-    register = place / "cache/features/images.json"
-    good = json.loads(register.read_bytes())
-    register.write_bytes(DAMAGE[damage](register.read_bytes()))
-    assert CLI["features"](argv) == 0
-    assert json.loads(register.read_bytes()).items() >= good.items()
-
-
-def test_a_broken_split_is_told_by_the_check_of_data_sets(place, capsys):
-    (place / "data/caltech-101/split_zhou_Caltech101.json").write_bytes(b"[" * 200_000)
-    assert CLI["check"](["data", "--set", "Caltech101"]) == 1
-    assert "Caltech101: broken, " in capsys.readouterr().out
 
 
 # Files of tensors: each piece of metadata by each wrong value, each tensor by each wrong one.
@@ -294,28 +282,26 @@ def test_wrong_tensors(of_kind, wrong, place, refusal):
         assert path.name in refusal(name, argv), key
 
 
+def adapter_of_a_run(place: Path) -> tuple[Path, list[str]]:
+    names = ("cat", "owl")
+    paths = [f"out/ToyAnimals/{name}.safetensors" for name in names]
+    return place / paths[0], ["compose", *paths, "--out", "new.safetensors"]
+
+
 @pytest.mark.parametrize("damage", ["empty", "torn", "null", "deep objects", "bytes", "two in one"])
-@pytest.mark.parametrize("of_kind", KEYS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("of_kind", [*KEYS, adapter_of_a_run], ids=lambda make: make.__name__)
 def test_damaged_files_of_tensors(of_kind, damage, place, refusal):
     path, (name, *argv) = of_kind(place)
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert path.name in refusal(name, argv)
-
-
-@pytest.mark.parametrize("damage", ["empty", "torn", "null", "deep objects", "bytes", "two in one"])
-def test_damaged_adapters_of_a_run(damage, place, refusal):
-    path = place / "out/ToyAnimals/cat.safetensors"
-    path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    both = ["out/ToyAnimals/cat.safetensors", "out/ToyAnimals/owl.safetensors"]
-    for name, argv in (
-        ("compose", [*both, "--out", "new.safetensors"]),
-        ("audit", ["out", "--features=features"]),
-    ):
-        assert path.name in refusal(name, argv)
+    if of_kind is adapter_of_a_run:
+        assert path.name in refusal("audit", ["out", "--features=features"])
 
 
 # Options: each kind by each wrong value.
 
+FEATURES = ["--features", "features"]
+ANIMALS = [*FEATURES, "--dataset", "ToyAnimals"]
 WHOLE = {  # command -> what makes it run, were it not for one more option
     "train": ["train", *arguments(Path()), "--forget", "Dog"],
     "audit": ["audit", "out", "--features=features"],
@@ -325,69 +311,45 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
     "apply": ["apply", "mini.safetensors", "out.pt"],
     "train_mini": ["train_mini", "--out", "new.safetensors"],
     "compose": ["compose", "mini.safetensors", "mini.safetensors", "--out", "new.safetensors"],
-    "studies": ["experiments", "studies", "rank", "--features", "features"],
-    "faithfulness": ["experiments", "faithfulness", "--features", "features"],
+    "studies": ["experiments", "studies", "rank", *FEATURES],
+    "faithfulness": ["experiments", "faithfulness", *FEATURES],
     "reproduce": ["experiments", "reproduce", "--data", "data"],
-    "baselines": [
-        *("experiments", "baselines", "--features", "features"),
-        *("--dataset", "ToyAnimals", "--out", "new"),
-    ],
-    "driver": ["benchmarks", "driver", "--features", "features", "--dataset", "ToyAnimals"],
-    "pipeline": ["benchmarks", "pipeline", "MiniDigits", "mini"],
+    "baselines": ["experiments", "baselines", *ANIMALS, "--out", "new"],
+    "driver": ["benchmarks", "driver", *ANIMALS],
     "solver": ["benchmarks", "solver"],
 }
-NUMBERS = {
-    "--seed": ["train", "audit", "train_mini", "studies", "baselines"],
-    "--classes": ["studies", "faithfulness", "driver", "pipeline"],
-    "--steps": ["train_mini"],
+OPTIONS = {  # of each, some that take a number, a name, or a file that must be there
+    "train": "seed dataset backbone trainer target forget features config-file dataset-config-file",
+    "audit": "seed dataset forget without features",
+    "report": "primary",
+    "check": "set",
+    "features": "root weights",
+    "apply": "weights",
+    "train_mini": "seed steps",
+    "compose": "without",
+    "studies": "seed classes dataset backbone solver features",
+    "faithfulness": "classes features",
+    "reproduce": "datasets backbones data weights",
+    "baselines": "seed dataset backbone forget methods features",
+    "driver": "classes dataset backbone trainer features",
+    "solver": "features",
 }
-NAMES = {
-    "--dataset": ["train", "audit", "studies", "baselines", "driver"],
-    "--backbone": [
-        *("train", "studies", "baselines", "driver"),
-    ],
-    "--trainer": ["train", "driver"],
-    "--target": ["train"],
-    "--forget": ["train", "audit", "baselines"],
-    "--without": ["audit", "compose"],
-    "--set": ["check"],
-    "--solver": ["studies"],
-    "--methods": ["baselines"],
-    "--datasets": ["reproduce"],
-    "--backbones": ["reproduce"],
-}
-PLACES = {  # of files that must be there
-    "--features": [
-        *("train", "audit", "studies", "faithfulness", "baselines", "driver", "solver"),
-    ],
-    "--root": ["features"],
-    "--data": ["reproduce"],
-    "--weights": ["features", "apply", "reproduce", "pipeline"],
-    "--config-file": ["train"],
-    "--dataset-config-file": ["train"],
-}
-WRONG_NUMBERS = ["", "-1", "1.5", "nan", "1e9", "0x1", "9" * 5000, "٣", "one", "\udcff"]
-WRONG_NAMES = ["No Such", "..", "a/b", "\udcff", "x\ny", "\u202e", "9" * 5000, "*"]
-WRONG_PLACES = ["no/such/place", "\udcff", "x\ny", "9" * 5000, "prompts.json", "mini.safetensors/x"]
+NUMBERS = ["", "-1", "1.5", "nan", "1e9", "0x1", "9" * 5000, "٣", "one", "\udcff"]
+NAMES = ["No Such", "..", "a/b", "\udcff", "x\ny", "\u202e", "9" * 5000, "*"]
+PLACES = ["no/such/place", "\udcff", "x\ny", "9" * 5000, "prompts.json", "mini.safetensors/x"]
+KINDS = dict.fromkeys(("seed", "classes", "steps"), NUMBERS)
+KINDS |= dict.fromkeys(
+    ("features", "root", "data", "weights", "config-file", "dataset-config-file"), PLACES
+)
 
 
 @pytest.mark.parametrize(
-    ("option", "values", "who"),
-    [
-        pytest.param(option, values, who, id=f"{who} {option}")
-        for table, values in (
-            (NUMBERS, WRONG_NUMBERS),
-            (NAMES, WRONG_NAMES),
-            (PLACES, WRONG_PLACES),
-        )
-        for option, commands in table.items()
-        for who in commands
-    ],
+    ("who", "option"), [(who, option) for who in OPTIONS for option in OPTIONS[who].split()]
 )
-def test_options(option, values, who, place, refusal):
+def test_options(who, option, place, refusal):
     name, *argv = WHOLE[who]
-    for value in [*values, "a\0b"]:
-        refusal(name, [*argv, f"{option}={value}"])
+    for value in [*KINDS.get(option, NAMES), "a\0b"]:
+        refusal(name, [*argv, f"--{option}={value}"])
 
 
 @pytest.mark.parametrize("who", WHOLE)
@@ -395,6 +357,109 @@ def test_unknown_options_and_too_much(who, place, refusal):
     name, *argv = WHOLE[who]
     for more in (["--no-such-option"], ["--no-such-option=1"], ["a\0b"], ["--seed"], ["--out"]):
         refusal(name, [*argv, *more])
+
+
+# What a command line may say wrongly, and what would be right.
+
+MINI = ["train", "--dataset", "Caltech101", "--backbone", "mini", "--root"]
+WRONG_LINES = {
+    "data set": (["--dataset", "ToyAnimls"], "'ToyAnimls'.*ToyAnimals"),
+    "spelling of CoOp": ([*MINI, "data", "--dataset", "caltech101"], "did you mean 'Caltech101'"),
+    "no data set": (["--dataset", ""], "pass --dataset NAME"),
+    "data set upwards": (["--dataset", ".."], "'..' is none"),
+    "architecture": ([*MINI, "data", "--backbone", "vit_b16"], "did you mean 'ViT-B/16'"),
+    "architecture of bundles": (["--backbone", "RN50"], "backbones there: ViT-B-32"),
+    "class": (["--forget", "sea_hors"], "'sea_hors'.*'sea_horse'"),
+    "no class listed": ([], "forget_cls.py or use --forget"),
+    "all beside another": (["--forget", "all", "--forget", "cat"], "stands for every class"),
+    "all classes at once": (["--forget", "all", "--multiclass"], "leave none to retain"),
+    "trainer": (["--trainer", "ForgetLora"], "did you mean 'ForgetLoRA'"),
+    "no fixed seed": (["--seed", "-1"], "SEED must be .*-1"),
+    "part": (["--forget", "all", "FORGET.PART", "3/2"], "FORGET.PART must be i/n.*3/2"),
+    "no part": (["--forget", "all", "FORGET.PART", "1/2/3"], "FORGET.PART must be i/n"),
+    "part 0": (["--forget", "all", "FORGET.PART", "0/2"], "FORGET.PART must be i/n"),
+    "evaluation alone": (["--eval-only"], "--eval-only.*same command"),
+    "resume": (["--resume", "out"], "--resume.*same command"),
+    "domains": (["--source-domains", "a", "b"], "--source-domains.*--dataset"),
+    "their data sets": (["--run_ds", "A,B"], "--run_ds.*forget_clip.sh"),
+    "value of a flag": (["--multiclass", "1"], "--multiclass takes no value"),
+    "model without weights": (["--forget", "cat", "--save-model"], "--save-model"),
+    "feature folder": (["--features", "nowhere"], "no folder of feature bundles at nowhere"),
+    "data root": ([*MINI, "nowhere"], "nowhere.*DATASETS.md"),
+    "data folder": ([*MINI, "features"], "caltech-101.*DATASETS.md"),
+    "missing checkpoint": ([*MINI, "data", "--weights", "no.pt"], "no.pt"),
+    "target of none": (["--trainer", "ForgetZero", "--target", "empty"], "FORGET.TARGET"),
+    "specific": (
+        ["--trainer", "ForgetLoRA", "--target", "specific"],
+        "specific.*ForgetLoRA: empty",
+    ),
+    "target": (["--trainer", "ForgetUCE", "--target", "oposite"], "did you mean 'opposite'"),
+    "terms": (["--forget", "cat", "FORGET.TERMS", "('forget',)"], "TERMS has no effect"),
+    "protect": (
+        ["--trainer", "ForgetZero", "--forget", "owl", "--protect", "cat"],
+        "PROTECT has no effect",
+    ),
+    "erase": (["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
+    "steps": (["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be a whole number"),
+    "another architecture": (["--trainer", "ForgetUCE", "--forget", "cat"], "ForgetExact.*another"),
+}
+
+
+@pytest.mark.parametrize("row", WRONG_LINES)
+def test_a_wrong_command_line_says_what_is_right(row, place, refusal):
+    argv, message = WRONG_LINES[row]
+    whole = argv if argv[:1] == ["train"] else [*ARGS, *argv]
+    assert re.search(message, refusal(whole[0], whole[1:]))
+
+
+def entry_of(label: object = 0, file: str = "euphonium/image_0000.jpg", name: str = "euphonium"):
+    return {"train": [], "val": [], "test": [[file, label, name]]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (entry_of(label="one"), "label"),
+        (entry_of(file="euphonium/none.jpg"), "none.jpg"),
+        (entry_of(file="../../../x.jpg"), "leads out of"),
+        (entry_of(file="/x.jpg"), "leads out of"),
+        (entry_of(name="\ud800"), "a name that is no text"),
+    ],
+)
+def test_a_wrong_split_is_named(entry, message, place, refusal):
+    (place / "data/caltech-101/split_zhou_Caltech101.json").write_text(json.dumps(entry))
+    assert message in refusal("features", WHOLE["features"][1:])
+
+
+def test_a_broken_image_and_a_checkpoint_of_another_architecture_are_named(place, refusal):
+    (place / "data/caltech-101/101_ObjectCategories/minaret/image_0001.jpg").write_bytes(b"no jpeg")
+    argv = [*MINI[1:], "data", "--forget", "minaret", "--cache", "cache", "--output-dir", "new"]
+    assert re.search("image_0001.jpg.*datasets.check", refusal("train", argv))
+    weights = {"visual.proj": torch.ones(768, 512), "text_projection": torch.ones(512, 512)}
+    torch.save(weights, place / "weights.pt")
+    assert re.search("weights.pt.*mini", refusal("train", [*argv, "--weights", "weights.pt"]))
+
+
+def test_full_disk(place):
+    """A limit on the size of a file stands in for a full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+
+    command = [sys.executable, str(REPOSITORY / "train.py"), *WHOLE["train"][1:]]
+    command += ["--output-dir", "new"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert not (place / "new/logs.json").exists()
+
+
+def test_read_only_disk(place, capsys):
+    locked = Path("/proc/results") if os.geteuid() == 0 else place / "locked"
+    if os.geteuid() != 0:
+        locked.mkdir(mode=0o555)
+    assert train.cli([*WHOLE["train"][1:], "--output-dir", str(locked / "seed_0")]) == 2
+    assert str(locked) in capsys.readouterr().err
 
 
 # Places where something must not be written over, and devices.
@@ -461,31 +526,31 @@ EDITED = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITED)
-def test_mistakes_in_forget_cls(edit, place, refusal, monkeypatch):
-    text, message = EDITED[edit]
-    lists = text + "\n" + LISTS if edit == "encoding" else LISTS + text
-    (place / "forget_cls.py").write_text(lists)
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
-    line = refusal("train", arguments(Path()))
-    assert line.startswith("error: forget_cls.py") and message in line
-    monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
-
-
-@pytest.mark.parametrize("content", [None, b"\0", b"\xff\xfe", b"all_ds = '\xe9'", b""])
-def test_a_forget_cls_that_does_not_read(content, place, refusal, monkeypatch):
-    (place / "forget_cls.py").write_bytes(content or b"")
-    if content is None:  # a folder of that name
-        (place / "forget_cls.py").unlink()
-        (place / "forget_cls").mkdir()
-    # Alone: a folder of that name is looked at last.
+@pytest.fixture
+def edited(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Have forget_cls.py of the working directory read anew, with another content."""
     monkeypatch.setattr(sys, "path", [str(place)])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
+    yield (place / "forget_cls.py").write_bytes
+    sys.modules.pop("forget_cls", None)
+
+
+@pytest.mark.parametrize("edit", EDITED)
+def test_mistakes_in_forget_cls(edit, refusal, edited):
+    text, message = EDITED[edit]
+    edited((text + "\n" + LISTS if edit == "encoding" else LISTS + text).encode())
+    line = refusal("train", arguments(Path()))
+    assert line.startswith("error: forget_cls.py") and message in line
+
+
+@pytest.mark.parametrize("content", [None, b"\0", b"\xff\xfe", b"all_ds = '\xe9'", b""])
+def test_a_forget_cls_that_does_not_read(content, place, refusal, edited):
+    edited(content or b"")
+    if content is None:  # a folder of that name, which is looked at last
+        (place / "forget_cls.py").unlink()
+        (place / "forget_cls").mkdir()
     assert "forget_cls.py" in refusal("train", arguments(Path()))
-    monkeypatch.delitem(sys.modules, "forget_cls", raising=False)
 
 
 # Names of every kind that a system allows.
@@ -529,13 +594,6 @@ def test_any_name_end_to_end(encoding, odd, place, monkeypatch):
         assert CLI[name](argv) == 0
     assert "\\udcff" in Path(out, place_of("Ödd"), "log.txt").read_text(encoding="utf-8")
     assert set(utils.create_results(out)[0]["name"]) >= {join_label([name]) for name in ODD[:6]}
-
-
-def test_names_that_are_no_text_are_refused(place, refusal):
-    split = {"train": [], "val": [], "test": [["euphonium/image_0000.jpg", 0, "\ud800"]]}
-    path = place / "data/caltech-101/split_zhou_Caltech101.json"
-    path.write_text(json.dumps(split))
-    assert "a name that is no text" in refusal("features", WHOLE["features"][1:])
 
 
 # What a kill leaves, and folders that go or may not be entered.

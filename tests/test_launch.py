@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +19,8 @@ import train
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
-from engine.cli import Parser, run
-from engine.ray import LauncherSettings, add_launcher, launcher, spread
+from engine.cli import run
+from engine.ray import LauncherSettings, spread
 from evaluation.results import read_logs
 from experiments import sweep
 from forgetting import load_adapter
@@ -36,15 +35,15 @@ ECHO = '#!/bin/sh\nshift\nprintf \'<%s>\' "$@"\necho\n[ "$2" != fails ]\n'  # it
 
 @pytest.fixture
 def driver(tmp_path):
-    """Run forget_clip.sh with a Python that prints its arguments; `python` names another."""
+    """Run forget_clip.sh with a Python that prints its arguments."""
     echo = tmp_path / "echo"
     echo.write_text(ECHO)
     echo.chmod(0o755)
 
-    def call(*arguments: str, python: str = str(echo), **variables: str):
+    def call(*arguments: str, **variables: str):
         names = ("DATA", "IMAGES", "FEATURES", "CACHE", "TRAINER", "LAUNCHER")
         environment = {key: value for key, value in os.environ.items() if key not in names}
-        environment |= {"OUT": str(tmp_path / "out"), "PYTHON": python} | variables
+        environment |= {"OUT": str(tmp_path / "out"), "PYTHON": str(echo)} | variables
         command = ["sh", str(REPOSITORY / "forget_clip.sh"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -84,47 +83,37 @@ def test_a_run_that_fails_stops_no_other_and_an_interrupted_one_is_the_last(driv
     stopped = tmp_path / "stopped"
     stopped.write_text("#!/bin/sh\necho once\nexit 130\n")
     stopped.chmod(0o755)
-    done = driver("1", "0,1", "A", "mini", "0", python=str(stopped))
+    done = driver("1", "0,1", "A", "mini", "0", PYTHON=str(stopped))
     assert done.returncode == 130 and done.stdout.count("once") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["1", "0", "A"], "five arguments are needed.*got 3"),
-        (["../x", "0", "A", "mini", "0"], "ATTEMPT must be.*'../x'"),
-        (["1", "0,x", "A", "mini", "0"], "SEED must be an integer of 0 or more.*'0,x'"),
-        (["1", " ", "A", "mini", "0"], "SEED must be integers.*' '"),
-        (["1", "0", "A", "mini", "2"], "MULTICLASS must be 0 or 1, got '2'"),
-        (["1", "0", " ", "mini", "0"], "DATASETS must be names.*' '"),
-        (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
-        (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
-        (["1", "0", "A", "mini", "0", "--trainer", "ForgetUCE"], "--trainer is set for each run"),
-        (["1", "0", "A", "mini", "0", "--seed=5"], "--seed is set for each run"),
-        (["1", "0", "A", "mini", "0", "--dataset", "B"], "--dataset is set for each run"),
-        (["1", "0", "A", "mini", "0", "--backbone", "RN50"], "--backbone is set for each run"),
-        (["1", "0", "A", "mini", "0", "--output-dir", "x"], "--output-dir is set for each run"),
-        (["1", "0", "A", "mini", "0", "--multiclass"], "--multiclass is set for each run"),
-        (["1", "0", "A", "mini", "0", "TRAINER.NAME", "x"], "TRAINER.NAME is set for each run"),
-    ],
-)
-def test_the_driver_refuses_before_python_starts(driver, tmp_path, arguments, message):
-    done = driver(*arguments)
+FIVE = ["1", "0", "A,B", "mini", "0"]
+REFUSED = [
+    (["1", "0", "A"], "five arguments are needed.*got 3"),
+    (["../x", *FIVE[1:]], "ATTEMPT must be.*'../x'"),
+    (["1", "0,x", *FIVE[2:]], "SEED must be an integer of 0 or more.*'0,x'"),
+    (["1", " ", *FIVE[2:]], "SEED must be integers.*' '"),
+    ([*FIVE[:4], "2"], "MULTICLASS must be 0 or 1, got '2'"),
+    (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
+    (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
+    ([*FIVE, "--seed=5"], "--seed is set for each run"),
+    ([*FIVE, "TRAINER.NAME", "x"], "TRAINER.NAME is set for each run"),
+    *(
+        ([*FIVE, f"--{option}", "x"], f"--{option} is set for each run")
+        for option in ("trainer", "dataset", "backbone", "output-dir", "multiclass")
+    ),
+    ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
+    ({"LAUNCHER": "slurm"}, "LAUNCHER must be local or ray.*"),
+    ({"IMAGES": "x"}, "IMAGES is one data set"),
+    ({"TRAINER": "a,,b"}, "TRAINER must be names"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED)
+def test_the_driver_refuses_before_python_starts(driver, tmp_path, wrong, message):
+    done = driver(*FIVE, **wrong) if isinstance(wrong, dict) else driver(*wrong)
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "out").exists()
     assert re.fullmatch(f"error: .*{message}.*\n", done.stderr), done.stderr
-
-
-def test_variables_of_the_driver_are_checked(driver):
-    five = ["1", "0", "A,B", "mini", "0"]
-    for variables, message in (
-        ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
-        ({"LAUNCHER": "slurm"}, "LAUNCHER must be local or ray"),
-        ({"IMAGES": "x"}, "IMAGES is one data set"),
-        ({"TRAINER": "a,,b"}, "TRAINER must be names"),
-    ):
-        python = variables.pop("PYTHON", None)
-        done = driver(*five, **variables, **({"python": python} if python else {}))
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
@@ -135,19 +124,6 @@ def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
         *("--trainers", "X", "--out", f"{tmp_path}/out/results1"),
     ]
     assert words[12:14] == ["--launcher", "ray"] and words[-2:] == ["--cpus", "2"]
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_honours_the_python_that_is_named(tmp_path):
-    for name in ("Makefile", "requirements.txt"):
-        shutil.copy(REPOSITORY / name, tmp_path)
-    old = tmp_path / "python"
-    old.write_text("#!/bin/sh\nexit 1\n")  # an older Python says so
-    old.chmod(0o755)
-    command = ["make", "venv", f"PYTHON={old}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and f"error: {old} is no Python of 3.11" in done.stderr
-    assert not (tmp_path / ".venv").exists()
 
 
 # A sweep of lists, in this process
@@ -175,12 +151,12 @@ def test_a_sweep_gives_what_single_runs_give(lists, features, tmp_path, capsys):
     assert run(sweep.main, [*lists, "--out", str(tmp_path / "all")]) == 0
     out = capsys.readouterr().out
     assert "(8 of 8, 0:00 left)" in out and f"results: {tmp_path}/all/ForgetNoise/seed_1" in out
-    one = tmp_path / "all/ForgetNoise/seed_1"
     argv = ["--dataset", "ToyTools", "--features", str(features), "--backbone", BACKBONE]
     argv += ["--trainer", "ForgetNoise", "--seed", "1", "--forget", "all"]
     train.main([*argv, "--output-dir", str(tmp_path / "one")])
     single = adapters(tmp_path / "one")
-    assert len(single) == 4 and single.items() <= adapters(one).items()
+    assert len(single) == 4
+    assert single.items() <= adapters(tmp_path / "all/ForgetNoise/seed_1").items()
 
 
 @pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA"])
@@ -193,44 +169,30 @@ def test_parts_of_a_set_have_the_ridge_and_the_results_of_all_of_it(lists, tmp_p
     whole, parts = map(read_logs, folders)
     for dataset, entries in whole.items():
         for label in entries.keys() - {"settings"}:
+            place = entries[label]["solver"]["adapter"]
             assert entries[label]["final_results"] == parts[dataset][label]["final_results"]
-            own, other = (
-                load_adapter(folder / logs[dataset][label]["solver"]["adapter"])
-                for folder, logs in zip(folders, (whole, parts), strict=True)
-            )
+            own, other = (load_adapter(folder / place) for folder in folders)
             assert own.solver["settings"] == other.solver["settings"]
             assert torch.allclose(own.delta(), other.delta(), rtol=0, atol=1e-6)
 
 
-def test_what_a_sweep_cannot_run_is_refused_first(lists, tmp_path, capsys):
-    for extra, message in (
-        (["--trainers", "ForgetExat"], "did you mean 'ForgetExact'"),
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
         (["--seeds", "0,99999999999"], "SEED must be a whole number"),
         (["--cpus", "a"], "--cpus"),
         (["--launcher", "slurm"], "--launcher"),
         (["--eval-only"], "--eval-only"),
-        (["FORGET.RANC", "1"], "did you mean FORGET.RANK"),
-    ):
-        assert run(sweep.main, [*lists, "--out", str(tmp_path / "out"), *extra]) == 2
-        line = capsys.readouterr().err
-        assert message in line and line.count("\n") == 1
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/2/3"])
-def test_a_part_that_is_none_is_refused(toy_args, refused, part):
-    line = refused([*toy_args, "--forget", "all", "FORGET.PART", part])
-    assert "FORGET.PART must be i/n" in line
-
-
-def test_without_ray_one_line_says_what_to_install(lists, monkeypatch, capsys):
+        (["--launcher", "ray"], "pip install -r requirements-ray.txt"),
+    ],
+)
+def test_what_a_sweep_cannot_run_is_refused_first(
+    lists, tmp_path, refused, monkeypatch, extra, message
+):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert run(sweep.main, [*lists, "--launcher", "ray"]) == 2
-    assert "pip install -r requirements-ray.txt" in capsys.readouterr().err
-    parser = Parser()
-    add_launcher(parser)
-    with pytest.raises(ProblemError, match=r"requirements-ray\.txt"):
-        launcher(parser.parse_args(["--launcher", "ray"]))
+    argv = [*lists, "--out", str(tmp_path / "out"), *extra]
+    assert message in refused(argv, lambda argv: run(sweep.main, argv))
+    assert not (tmp_path / "out").exists()
 
 
 def shout(word: str) -> str:
@@ -264,23 +226,16 @@ def workers() -> Iterator[object]:
 
 def test_ray_gives_the_results_of_one_process_bit_for_bit(workers, lists, tmp_path, capsys):
     assert run(sweep.main, [*lists, "--out", str(tmp_path / "here")]) == 0
-    capsys.readouterr()
     argv = [*lists, "--out", str(tmp_path / "ray"), "--launcher", "ray"]
     assert run(sweep.main, argv) == 0
+    assert "ray: 8 tasks" in capsys.readouterr().out
     assert adapters(tmp_path / "here") == adapters(tmp_path / "ray")
-    for place in ("ForgetExact/seed_0", "ForgetNoise/seed_1"):
-        here, ray = (read_logs(tmp_path / name / place) for name in ("here", "ray"))
-        for dataset, entries in here.items():
-            assert entries["settings"] == ray[dataset]["settings"]
-            for label in entries.keys() - {"settings"}:  # a certificate's last digits may differ
-                own, other = (logs[dataset][label]["final_results"] for logs in (here, ray))
-                assert own == other
-    assert "ray: 8 tasks, 2 at once" in capsys.readouterr().out
-    assert run(sweep.main, [*argv, "--cpus", "512"]) == 2
-    assert "no machine of Ray has 512 CPU" in capsys.readouterr().err
-    argv[argv.index("--forget") + 1] = "saw"  # which the first set lacks
-    assert run(sweep.main, argv) == 2
-    assert "no class 'saw'" in capsys.readouterr().err
+    for wrong, message in (
+        ("--cpus=512", "no machine of Ray has 512 CPU"),
+        ("--forget=saw", "no class"),
+    ):
+        assert run(sweep.main, [*argv, wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def dying(marks: str, word: str) -> str:

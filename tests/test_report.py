@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from datasets.mini import MINI
 from engine.cli import run
 from evaluation.report import page as page_module
-from evaluation.report import read_runs, write_report
+from evaluation.report import read_methods, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.charts import charts
 from evaluation.report.page import render
 from evaluation.report.pictures import strips
-from evaluation.report.runs import forgotten_classes, methods, tags
+from evaluation.report.runs import forgotten_classes, tags
 from evaluation.report.summary import COLUMNS, findings, headline, line, points
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import Fate
@@ -70,11 +70,11 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(render(read_runs(folder)))
+    return Page(render(read_methods(folder)))
 
 
 def classes_of(folder: Path):
-    return forgotten_classes(methods(read_runs(folder)))
+    return forgotten_classes(read_methods(folder))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_nothing_comes_from_elsewhere(page):
 
 
 def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, page):
-    (one,) = read_runs(planted)
+    (one,) = read_methods(planted)
     shown = page.all("details", **{"class": "class"})
     names = [attributes["data-name"] for attributes in shown]
     assert names == [row.name for row in one.rows] and set(names) == {*ANIMALS[:6], *NASTY}
@@ -162,7 +162,7 @@ def test_any_name_is_one_row_and_no_element(name):
 
 
 def test_the_same_results_give_the_same_bytes(planted, tmp_path):
-    pages = [write_report(read_runs(planted), tmp_path / name) for name in ("a.html", "b.html")]
+    pages = [write_report(read_methods(planted), tmp_path / name) for name in ("a.html", "b.html")]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
@@ -171,9 +171,9 @@ def test_without_an_audit_the_report_says_how_to_make_one(tmp_path, capsys):
     assert run(main, [str(folder)]) == 0
     said = capsys.readouterr().out
     command = f"python -m evaluation.audit '{folder}'"
-    assert command in said and str(folder / "report.html") in said
+    assert f"{folder / 'report.html'} (1 methods, 3 rows, 0 of them audited)" in said
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert command in page.text and "no audit" in page.text
+    assert command in page.text and "No audit" in page.text
     assert " to 1" not in page.text  # no interval was measured
 
 
@@ -185,9 +185,8 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
 
     changed(plant(tmp_path / "a", 6), AUDIT, audit_first)
     plant(tmp_path / "b", 6, trainer="ForgetLoRA", left=0.6, audit=False)
-    runs = read_runs(tmp_path)
-    compared = methods(runs)
-    assert headline(runs, compared) == "ViT-B/32 was made to forget 6 classes by 2 methods."
+    compared = read_methods(tmp_path)
+    assert headline(compared) == "ViT-B/32 was made to forget 6 classes by 2 methods."
     cells = [dict(zip(COLUMNS[1:], line(method), strict=True)) for method in compared]
     assert cells[0]["Gone"] == ("6 of 6", "")
     back = "Come back under other words"
@@ -197,7 +196,7 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
     page = page_of(tmp_path)
     ids = [attributes.get("id") for attributes in page.all("section")]
     assert ids.index("methods") < ids.index("forgotten")
-    for one in runs:  # in the open, on paper too
+    for one in compared:  # in the open, on paper too
         assert page.text.count(f"{one.label}: what to know, bad news first") == 1
 
 
@@ -210,21 +209,27 @@ def test_folders_of_a_sweep(tmp_path):
     for seed in (0, 1):  # not of one setting, so no seeds
         folder = tmp_path / f"apart/seed_{seed}"
         plant(folder, 2, trainer="ForgetUCE", seed=seed, settings={"beta": 0.1 * seed})
-    runs = read_runs(tmp_path)
-    titles = {str(one.folder.relative_to(tmp_path)): one.title for one in runs}
-    assert next(iter(titles)) == "other"  # most classes that were audited
-    assert titles["other"] == "zero"
-    assert titles["ForgetNoise/mild/seed_1"] == "noise (ForgetNoise/mild), seed 1"
-    assert titles["ForgetExact/strong/seed_0"] == "exact (ForgetExact/strong), seed 0"
-    assert titles["apart/seed_0"] == "uce (apart/seed_0)"
-    assert sorted(len(method.runs) for method in methods(runs)) == [1, 1, 1, 2, 2, 2, 2]
+    found = read_methods(tmp_path)
+    seeds = {method.label: len(method.runs) for method in found}
+    assert seeds == {
+        **{
+            f"{x} ({y}/{z})": 2
+            for x, y in (("exact", "ForgetExact"), ("noise", "ForgetNoise"))
+            for z in ("mild", "strong")
+        },
+        **{"zero": 1, "uce (apart/seed_0)": 1, "uce (apart/seed_1)": 1},
+    }
+    audited = [len(method.audited) for method in found]
+    assert audited == sorted(audited, reverse=True)
+    only = {(tmp_path / name).resolve() for name in ("other", "apart/seed_1")}
+    assert [method.label for method in read_methods(tmp_path, only)] == ["zero", "uce"]
     assert page_of(tmp_path).text.count("mean of 2 seeds, ±") == 4
 
 
 def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     seeds = [plant(tmp_path / f"r/seed_{n}", 6, seed=n, left=0.3, harm=0.02) for n in range(3)]
     frame, _ = create_results(seeds)
-    (exact,) = methods(read_runs(tmp_path))
+    (exact,) = read_methods(tmp_path)
     for row in exact.runs[0].rows:
         expected = frame.set_index("name").loc[row.name]
         after = expected.cls_forget, expected.std_cls_forget
@@ -246,7 +251,7 @@ def test_what_happens_in_some_seeds_alone_is_said_so(tmp_path):
     for seed, left in ((0, 0.0), (1, 0.0), (4, 0.6)):
         plant(tmp_path / f"seed_{seed}", ["ant"], seed=seed, left=left, audit=False)
     (one,) = classes_of(tmp_path)
-    assert tags(one.rows) == ["not forgotten in 1 of 3"]
+    assert tags(one.results[0][1]) == ["not forgotten in 1 of 3"]
     page = page_of(tmp_path)
     assert "not forgotten in 1 of 3" in page.text and "mean of 3 seeds" in page.text
 
@@ -260,7 +265,7 @@ def test_charts_draw_every_class_of_every_method(tmp_path, monkeypatch):
     )
     plant(tmp_path / "a", 7)
     plant(tmp_path / "b", 5, trainer="ForgetLoRA", left=0.5, audit=False)
-    drawn = charts(methods(read_runs(tmp_path)))
+    drawn = charts(read_methods(tmp_path))
     assert dots == [7, 5, 7, 7, 5, 7, 5]  # other words: of the audited folder alone
     assert [chart.title for chart in drawn[::2]] == [
         "Left of each class",
@@ -278,7 +283,7 @@ def test_names_of_methods_are_whole_in_charts(tmp_path, monkeypatch):
     names = ["a" * 70, "a setting of many words, each of them a part of its name", "b"]
     for name in names:
         plant(tmp_path / name, 2)
-    drawn = charts(methods(read_runs(tmp_path)))
+    drawn = charts(read_methods(tmp_path))
     assert all(f"exact ({name})" in chart.about for chart in drawn for name in names)
     for figure in figures:
         box = figure.get_tightbbox()
@@ -344,12 +349,12 @@ def test_what_is_no_picture_of_the_class_is_not_shown(tmp_path, rows, features):
 
 def test_an_audit_of_another_adapter_is_not_shown(tmp_path):
     folder = plant(tmp_path, 2)
-    assert all(row.audit for row in read_runs(folder)[0].rows)  # no digest: nothing to say
+    assert all(row.audit for row in read_methods(folder)[0].rows)  # no digest: nothing to say
     for digest, current in (("0" * 64, True), ("1" * 64, False)):
         solver = {"adapter_sha256": digest}
         changed(folder, LOGS, lambda x, s=solver: x["ToyAnimals"][ANIMALS[0]]["solver"].update(s))
-        assert all(row.audit for row in read_runs(folder)[0].rows) == current
-    (one,) = read_runs(folder)
+        assert all(row.audit for row in read_methods(folder)[0].rows) == current
+    (one,) = read_methods(folder)
     assert {row.name for row in one.rows if not row.audit} == {ANIMALS[0]}
     assert f"ToyAnimals: {ANIMALS[0]} were replaced" in page_of(folder).text
 
@@ -374,7 +379,7 @@ def test_findings_say_of_how_many_classes_and_which_bad_news_first(tmp_path):
         fourth["final_results"]["ToyAnimals"][ANIMALS[3]]["cls_acc_test"] = 0.9
 
     folder = changed(changed(plant(tmp_path, 4), AUDIT, audits), LOGS, logs)
-    (one,) = read_runs(folder)
+    (one,) = read_methods(folder)
     back = [row.comes_back for row in one.rows]
     assert back == sorted(back, reverse=True) and 0 < sum(back) < len(back)
     lines = findings(one)
@@ -420,4 +425,4 @@ def test_a_folder_without_results_is_one_line(tmp_path, capsys, files, key):
 
 def test_a_name_that_utf8_cannot_spell(tmp_path):
     folder = plant(tmp_path, ["\ud800 cat"])
-    assert b"? cat" in write_report(read_runs(folder), folder / "report.html").read_bytes()
+    assert b"? cat" in write_report(read_methods(folder), folder / "report.html").read_bytes()

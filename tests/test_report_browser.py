@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.report import read_runs, write_report
+from evaluation.report import read_methods, write_report
 from tests.conftest import needs_chromium
 from tests.report_fixtures import ANIMALS, NASTY, plant, plant_shapes
 
@@ -59,7 +59,7 @@ def report(tmp_path_factory) -> Path:
     plant(root / "empty" / "seed_0", 8, left=0.3, trainer="ForgetLoRA")
     plant(root / "paper" / "seed_0", 8, "ToyBirds", left=0.05, harm=0.02, audit=False)
     plant_shapes(root / "mini" / "seed_0", 2, [0, 5])
-    return write_report(read_runs(root), root / "report.html")
+    return write_report(read_methods(root), root / "report.html")
 
 
 def names(page) -> list[str]:
@@ -232,7 +232,7 @@ def test_keyboard_and_motion(open_page, report):
 @pytest.mark.slow
 def test_a_thousand_classes_do_not_freeze_the_page(open_page, tmp_path):
     folder = plant(tmp_path, 1000)
-    report = write_report(read_runs(folder), tmp_path / "report.html")
+    report = write_report(read_methods(folder), tmp_path / "report.html")
     started = time.perf_counter()
     page = open_page(report)
     assert len(names(page)) == 1000

@@ -90,14 +90,11 @@ def test_any_byte(adapter, path, data):
 
 def test_another_format_is_named(path, tmp_path):
     fields, tensors = unpack(path, FORMAT)
-    for kind, words in (
-        ("clip-forget-adapter/3", "another format (clip-forget-adapter/3)"),
-        ("clip-forget-features/1", "not a clip-forget-adapter file"),
-    ):
+    for kind in ("clip-forget-adapter/3", "clip-forget-features/1"):
         (tmp_path / "other.st").write_bytes(pack(kind, fields, tensors))
-        assert words in refused(tmp_path / "other.st")
+        assert f"its format is {kind}" in refused(tmp_path / "other.st")
     (tmp_path / "none.st").write_bytes(container(tensors, {}))
-    assert "not a clip-forget-adapter file" in refused(tmp_path / "none.st")
+    assert "not a clip-forget-adapter/4 file" in refused(tmp_path / "none.st")
 
 
 def test_what_does_not_fit_together_is_one_line(path, tmp_path):
@@ -118,7 +115,6 @@ def test_what_does_not_fit_together_is_one_line(path, tmp_path):
         normal(W, 2, seed=0).to_sparse(),
         normal(W, 2, seed=0).to("meta"),
         torch.full((W, 2), torch.inf),
-        torch.full((W, 2), 1e30, dtype=torch.float64) * 1e20,
         normal(W, seed=0),
         normal(W, 3, seed=0),
     ],
@@ -195,9 +191,7 @@ def test_many_writers_of_one_file(tmp_path):
     path = tmp_path / "a"
     write_bytes(contents[0], path)
     writers = [
-        threading.Thread(
-            target=lambda c=c: [write_bytes(c, path, durable=False) for _ in range(20)]
-        )
+        threading.Thread(target=lambda c=c: [write_bytes(c, path) for _ in range(20)])
         for c in contents
     ]
     for writer in writers:

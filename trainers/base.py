@@ -30,7 +30,7 @@ from forgetting.errors import ProblemError
 from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.retain import RetainSet
-from forgetting.targets import WITH_BETA, check_beta, targets
+from forgetting.targets import WITH_BETA, check_target, targets
 from trainers.inputs import Plan, RunInputs, make_plan
 from trainers.requests import read_target
 
@@ -104,7 +104,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             kinds = ", ".join(cls.targets)
             raise ProblemError(f"target specific needs ForgetExact's weights; {name}: {kinds}")
         if cls.targets:
-            check_beta(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
+            check_target(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
         cls.check_settings(cfg)
         plan = make_plan(cfg)
         used = {"PROTECT": bool(plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(TERMS)}

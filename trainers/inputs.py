@@ -67,11 +67,7 @@ class Plan:
 
 
 def make_plan(cfg: CfgNode) -> Plan:
-    """Check the names of a config and list the work.
-
-    Raises:
-        ProblemError: a data set, file or class that is not there, with the nearest.
-    """
+    """Check the names of a config and list the work; ProblemError for one that is not there."""
     dataset, backbone, forget = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, cfg.FORGET
     lists = user_lists()
     absent: dict[str, str] = {}
@@ -158,11 +154,7 @@ def _prompts(
 
 
 def user_lists() -> ModuleType:
-    """The lists of forget_cls.py, which users edit by hand.
-
-    Raises:
-        ProblemError: the file cannot be run, or a list has another type.
-    """
+    """The lists of forget_cls.py, which users edit by hand; ProblemError if they do not fit."""
     try:
         import forget_cls
     except (Exception, SystemExit) as error:  # it is a program, and may do anything

@@ -53,10 +53,8 @@ class Texts:
     """The texts of a set's classes, from its bundle and, where there is one, a model.
 
     Args:
-        bundle: of the set that classes are forgotten from.
         encode: encodes texts that no bundle holds; None without a model.
-        prompts: class name -> texts, with {} for its name; a class without an entry is forgotten by
-            its bare name.
+        prompts: class name -> texts, with {} for its name; without an entry the bare name.
         seed: of a run, from which each request gets its own.
     """
 
@@ -89,11 +87,8 @@ class Texts:
         return torch.stack([self.names[key(text)] for text in texts])
 
     def request(self, classes: list[str]) -> Request:
-        """The texts by which `classes` are forgotten, and what means the same as each.
-
-        Raises:
-            ProblemError: without a model, a text whose hidden state the bundle does not hold.
-        """
+        """The texts by which `classes` are forgotten, and what means the same as each; ProblemError
+        without a model for a text that the bundle does not hold."""
         bundle = self.bundle
         texts: dict[str, tuple[int, Tensor]] = {}  # text -> its class and hidden state
         for index, name in enumerate(classes):
@@ -164,11 +159,7 @@ class Texts:
         self, names: Sequence[str], others: Mapping[str, FeatureBundle]
     ) -> tuple[list[str], Tensor]:
         """Texts of names to protect, and their hidden states (n, w): of a class the bare name and
-        the evaluation prompt, of any other name that name.
-
-        Raises:
-            ProblemError: without a model, a name that no bundle holds.
-        """
+        the evaluation prompt, of any other name that name."""
         classes: dict[str, list[Tensor]] = {}
         for bundle in (self.bundle, *others.values()):
             for label, name in enumerate(bundle.classnames):

@@ -1,11 +1,7 @@
-"""The report: one HTML file of what a run forgot and what not; it fetches nothing.
-
-runs.py reads results folders, summary.py says what they mean, pictures.py brings test images,
-charts.py draws, page.py writes the file. macros.html shows one class in full.
-"""
+"""The report: one HTML file of what a run forgot and what not; it fetches nothing."""
 
 from evaluation.report.page import write_report
-from evaluation.report.runs import read_runs
+from evaluation.report.runs import read_methods
 from evaluation.results import REPORT
 
-__all__ = ["REPORT", "read_runs", "write_report"]
+__all__ = ["REPORT", "read_methods", "write_report"]

@@ -40,7 +40,7 @@ def charts(methods: list[Method]) -> list[Chart]:
     return [
         _chart(measured, *panel)
         for panel in PANELS
-        if (measured := [method for method in methods if method.by_class[panel[2]]])
+        if (measured := [method for method in methods if len(method.of_classes(panel[2]))])
     ]
 
 
@@ -51,16 +51,13 @@ def _chart(methods: list[Method], title: str, axis_text: str, quantity: str, sca
     with styled_figure(6, height, {"svg.hashsalt": title, "axes.grid": False}) as figure:
         axis = figure.subplots()
         for row, method in enumerate(methods):
-            values = sorted(scale * value for value, _ in method.by_class[quantity].values())
+            values = (scale * method.of_classes(quantity)).sort_values()
             heights = [row + 0.5 * (i * GOLDEN % 1) - 0.25 for i in range(len(values))]
             axis.scatter(values, heights, s=22, color=COLOURS[row % 5], alpha=0.55, linewidths=0)
-            average, deviation = method.mean(quantity)
-            average *= scale
+            average, deviation = (scale * value for value in method.mean(quantity))
             text = f"{average:.1f}" if scale == 100 else points(average)
-            if deviation is not None:
-                text += f" {within(deviation, scale)}"
-                ends = [average - scale * deviation, average + scale * deviation]
-                axis.plot(ends, [row, row], color=INK)
+            text = f"{text} {within(deviation)}".strip()
+            axis.plot([average - deviation, average + deviation], [row, row], color=INK)
             axis.plot([average, average], [row - 0.3, row + 0.3], color=INK, linewidth=3)
             axis.annotate(
                 text, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK

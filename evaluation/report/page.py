@@ -14,7 +14,7 @@ from evaluation.audit.record import ATTACKERS, RELEARNING
 from evaluation.report import summary
 from evaluation.report.charts import charts
 from evaluation.report.pictures import HARMED, MOST, strips
-from evaluation.report.runs import Run, forgotten_classes, methods, tags
+from evaluation.report.runs import Method, forgotten_classes, tags
 from forgetting.io import write_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -38,18 +38,17 @@ ENVIRONMENT.filters |= {
 }
 
 
-def write_report(runs: list[Run], path: str | Path) -> Path:
-    """Write the report of runs; the file appears whole or not at all."""
-    text = render(runs)
+def write_report(methods: list[Method], path: str | Path) -> Path:
+    """Write the report of methods side by side; the file appears whole or not at all."""
+    text = render(methods)
     # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark.
     write_bytes(text.encode("utf-8", errors="replace"), path)
     return Path(path)
 
 
-def render(runs: list[Run]) -> str:
-    """The report's HTML, of one run or of several side by side."""
-    compared = methods(runs)
-    classes = forgotten_classes(compared)
+def render(methods: list[Method]) -> str:
+    """The report's HTML."""
+    classes = forgotten_classes(methods)
     drawn = MOST // (5 * (1 + HARMED))  # classes whose images fit
     pictured = [(one, strips(one, number < drawn)) for number, one in enumerate(classes)]
     opening = [
@@ -58,12 +57,11 @@ def render(runs: list[Run]) -> str:
         if any(picture.source for strip in found for picture in strip.pictures)
     ][:OPENING]
     return ENVIRONMENT.get_template("template.html").render(
-        runs=runs,
-        methods=compared,
+        methods=methods,
         opening=opening,
         opened={number for number, *_ in opening},
         classes=pictured,
-        charts=charts(compared),
+        charts=charts(methods),
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "search.js").read_text(encoding="utf-8")),
         summary=summary,

@@ -14,7 +14,7 @@ from datasets import mini
 from datasets.reader import read_image
 from engine.log import logger
 from evaluation.plots import thumbnail
-from evaluation.report.runs import ForgottenClass, Run
+from evaluation.report.runs import ForgottenClass, Method, Run
 from evaluation.results import run_places
 from forgetting.errors import ProblemError
 
@@ -22,6 +22,7 @@ SIDE = 84  # pixels of a thumbnail's longer side
 MOST = 2000  # thumbnails of a report, so that a browser opens it
 HARMED = 2  # classes that lost most, over all methods
 SPLITS = ("train_x", "val", "test")
+Example = tuple[Method, Run, dict[str, Any]]  # what the audit of a run shows of a class
 
 
 class Picture(NamedTuple):
@@ -46,46 +47,35 @@ class Strip(NamedTuple):
 
 def strips(forgotten: ForgottenClass, draw: bool = True) -> list[Strip]:
     """The class's own pictures, then those of the classes that lost most; [] without an audit.
-
-    Args:
-        draw: whether images are shown, not only the names that the model gives them.
-    """
-    # Of each method by its first seed: the run, and what the audit shows of the class.
-    examples: dict[str, tuple[Run, dict[str, Any]]] = {}
-    for run, row in forgotten.rows:
-        if classes := row.measured("examples", "classes"):
-            examples.setdefault(run.label, (run, classes[0]))
+    Unless `draw`, the names that the model gives them are shown alone."""
+    examples, harmed = [], []
+    for method, pairs in forgotten.results:
+        shown = [(run, row.measured("examples", "classes")) for run, row in pairs]
+        # Of each method by its first seed: the run, and what the audit shows of the class.
+        examples += [(method, run, classes[0]) for run, classes in shown if classes][:1]
+        harmed += [(method, run, one) for run, row in pairs for one in row.harmed]
     if not examples:
         return []
-    first = next(iter(examples.values()))
-    found = [_strip(forgotten.dataset, "", first, list(examples.values()), draw)]
-    harmed = [(run, one) for run, row in forgotten.rows for one in row.harmed]
-    harmed.sort(key=lambda pair: pair[1]["after"]["value"] - pair[1]["before"]["value"])
-    worst: dict[str, tuple[Run, dict[str, Any]]] = {}
-    for pair in harmed:
-        worst.setdefault(pair[1]["name"], pair)
-    for pair in list(worst.values())[:HARMED]:
-        found.append(_strip(forgotten.dataset, pair[0].title, pair, [pair], draw))
+    found = [_strip(forgotten.dataset, "", examples, draw)]
+    worst: dict[str, Example] = {}
+    for example in sorted(harmed, key=lambda x: x[2]["after"]["value"] - x[2]["before"]["value"]):
+        worst.setdefault(example[2]["name"], example)
+    for example in list(worst.values())[:HARMED]:
+        found.append(_strip(forgotten.dataset, example[0].label, [example], draw))
     return found
 
 
-def _strip(
-    dataset: str,
-    by: str,
-    shown: tuple[Run, dict[str, Any]],
-    guesses: list[tuple[Run, dict[str, Any]]],
-    draw: bool,
-) -> Strip:
-    """The pictures of a class as one run's audit shows them, with the guesses of several."""
-    run, one = shown
+def _strip(dataset: str, by: str, examples: list[Example], draw: bool) -> Strip:
+    """The pictures of a class as the first example shows them, with the guesses of all."""
+    _, run, one = examples[0]
     pictures: dict[int, Picture] = {}
-    for other, example in guesses:
+    for method, _, example in examples:
         for picture in example["pictures"]:
             row = picture["row"]
             if row not in pictures:
                 source = _source(run, dataset, one["name"], row) if draw else ""
                 pictures[row] = Picture(source, picture["before"], {})
-            pictures[row].after[other.title] = picture["after"]
+            pictures[row].after[method.label] = picture["after"]
     sides = (one[side]["value"] for side in ("before", "after"))
     return Strip(one["name"], by, *sides, list(pictures.values()))
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from evaluation.audit.record import ATTACKERS
-from evaluation.report.runs import QUANTITIES, Method, Run, shared
+from evaluation.report.runs import QUANTITIES, Method, shared
 from evaluation.rows import Row
 from evaluation.rules import Fate, holds
 
@@ -48,21 +50,21 @@ FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting 
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction in percent, one decimal; a dash for None."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
+    """A fraction in percent, one decimal; a dash for None and NaN."""
+    return "–" if pd.isna(fraction) else f"{100 * fraction:.1f}"
 
 
 def points(value: float | None) -> str:
-    """Percentage points with their sign, one decimal; a dash for None."""
-    if value is None:
+    """Percentage points with their sign, one decimal; a dash for None and NaN."""
+    if pd.isna(value):
         return "–"
     rounded = round(value, 1) + 0.0  # no minus before a zero
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def within(deviation: float | None, scale: float = 1) -> str:
+def within(deviation: float, scale: float = 1) -> str:
     """A standard deviation over seeds; "" for a single one."""
-    return "" if deviation is None else f"± {scale * deviation:.1f}"
+    return "" if pd.isna(deviation) else f"± {scale * deviation:.1f}"
 
 
 def listed(names: Iterable[str], limit: int = NAMED) -> str:
@@ -76,10 +78,11 @@ def count(number: int, singular: str, plural: str) -> str:
     return f"{number:,} {singular if number == 1 else plural}"
 
 
-def headline(runs: list[Run], methods: list[Method]) -> str:
+def headline(methods: list[Method]) -> str:
     """What was done, in one sentence."""
-    classes = {(row.dataset, row.name) for run in runs for row in run.rows}
-    model = shared((s for run in runs for s in run.settings.values()), "backbone") or "A model"
+    classes = {(row.dataset, row.name) for method in methods for row in method.rows}
+    settings = [x for method in methods for run in method.runs for x in run.settings.values()]
+    model = shared(settings, "backbone") or "A model"
     ways = f" by {len(methods)} methods" if len(methods) > 1 else ""
     return f"{model} was made to forget {count(len(classes), 'class', 'classes')}{ways}."
 
@@ -100,7 +103,7 @@ def line(method: Method) -> list[tuple[str, str]]:
         (f"{percent(before)} → {percent(after)}", within(deviation, 100)),
         _change(method, "rest"),
         _change(method, "others"),
-        ("–" if seconds is None else f"{seconds:.3f}", ""),
+        ("–" if pd.isna(seconds) else f"{seconds:.3f}", ""),
     ]
 
 
@@ -116,10 +119,10 @@ def _change(method: Method, quantity: str) -> tuple[str, str]:
     return points(mean), "; ".join(filter(None, remarks))
 
 
-def findings(run: Run) -> list[str]:
-    """What a reader must know of a run: of how many classes, and which."""
-    lines = []
+def findings(method: Method) -> list[str]:
+    """What a reader must know of a method: of how many classes, and which."""
+    lines, everything = [], {row.name for row in method.rows}
     for title, applies in FINDINGS.items():
-        if names := [row.name for row in run.rows if applies(row)]:
-            lines.append(f"{title} ({len(names)} of {len(run.rows)}): {listed(names)}.")
+        if names := dict.fromkeys(row.name for row in method.rows if applies(row)):
+            lines.append(f"{title} ({len(names)} of {len(everything)}): {listed(names)}.")
     return lines

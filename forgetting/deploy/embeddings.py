@@ -79,7 +79,7 @@ def rounding(dtype: torch.dtype, d: int) -> float:
     return info.eps / 2 * (1 + info.smallest_normal * math.sqrt(d))
 
 
-def patch_rows(
+def patch(
     embeddings: Tensor,
     projection: Tensor,
     left: Tensor,
@@ -87,7 +87,7 @@ def patch_rows(
     bias: Tensor | None = None,
     normalised: bool = True,
 ) -> tuple[Tensor, float]:
-    """A matrix of text embeddings after `W' = W + left @ right`, and how exact that is.
+    """Text embeddings after `W' = W + left @ right`, and how exact that is.
 
     Args:
         embeddings: (n, d), of unit norm if `normalised`; else as the projection gave them.
@@ -99,10 +99,10 @@ def patch_rows(
         them may be wrong, relative to its length, since the cached ones were rounded.
 
     Raises:
-        ProblemError: shapes that do not fit, values that are not finite; a W without full row rank;
-            embeddings that are not of unit norm, or not within the rows of W, where w < d (image
-            embeddings, or another model's); unit norm and a bias; a text of which so little is left
-            that rounding decides its direction.
+        ProblemError: tensors that do not fit; a W without full row rank; embeddings that are not of
+            unit norm, or not within the rows of W, where w < d (image embeddings, or another
+            model's); unit norm and a bias; a text of which so little is left that rounding decides
+            its direction.
     """
     w, d = matrix("projection", projection).shape
     left = matrix("left", left, count=w).double().cpu()
@@ -148,37 +148,6 @@ def _refuse(wrong: Tensor, message: str) -> None:
         raise ProblemError(f"row {int(wrong.nonzero()[0])} {message}")
 
 
-def patch(
-    embeddings: Any,
-    projection: Tensor,
-    left: Tensor,
-    right: Tensor,
-    bias: Tensor | None = None,
-    normalised: bool = True,
-) -> Any:
-    """Text embeddings as they are after `W' = W + left @ right`: `normalise(e (I + W^+ Delta))`.
-
-    Args:
-        embeddings: (..., d), a torch tensor or a numpy array; the others: see `patch_rows`.
-
-    Returns:
-        The same kind of thing, shape and dtype; the arithmetic is float64.
-
-    Raises:
-        ProblemError: see `patch_rows`.
-    """
-    is_array = isinstance(embeddings, np.ndarray)
-    try:
-        rows = torch.tensor(embeddings) if is_array else embeddings
-    except (TypeError, ValueError) as error:  # an array of texts, say
-        raise ProblemError(f"embeddings hold no numbers ({line(error)})") from error
-    shape = rows.shape if isinstance(rows, Tensor) else ()
-    if len(shape) != 2 and shape:
-        rows = rows.reshape(math.prod(shape[:-1]), shape[-1])  # -1 is ambiguous for none
-    done = patch_rows(rows, projection, left, right, bias, normalised)[0].reshape(shape)
-    return done.numpy() if is_array else done
-
-
 def patch_file(
     path: str | Path,
     out: str | Path,
@@ -195,7 +164,7 @@ def patch_file(
         path: `.npy`, or `.safetensors`, of which `key` names the tensor, all others are kept, and
             the metadata say that it was patched.
         projection: the original W (w, d), which must be the one that `adapter` was made for.
-        bias, normalised: see `patch_rows`; overwrite: whether `out` may be replaced.
+        bias, normalised: see `patch`; overwrite: whether `out` may be replaced.
 
     Returns:
         `rows`, `dtype`, the `condition` of W, and `error`: by how much an embedding may be off.
@@ -220,7 +189,7 @@ def patch_file(
             held = ", ".join(map(shown, sorted(tensors)))
             raise ProblemError(f"name the tensor to patch (--key), one of: {held}")
         change = projection, adapter.left, adapter.right
-        done, error = patch_rows(tensors[name], *change, bias, normalised)
+        done, error = patch(tensors[name], *change, bias, normalised)
         if path.suffix == ".npy":
             np.save(temporary, done.numpy(), allow_pickle=False)
         else:

@@ -6,7 +6,7 @@
 | `open_clip` | open_clip's folder, or a file with `config` | a folder: weights, config, tokenizer |
 | `hf` | a folder of transformers | the same folder with changed weights |
 | `peft` | a folder of transformers, or its weights | a folder: a LoRA of the projection alone |
-| `onnx` | an `.onnx` file, or a folder | the file with its projection changed, or the text tower |
+| `onnx` | an `.onnx` file | the file with its projection changed |
 
 In each the projection is the one tensor that the adapter was made for, whatever it is called and
 whichever way it lies. `W + Delta` is rounded once, to the dtype that W has there (to float32 for
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import Adapter
-from forgetting.deploy.onnx import export_text_encoder, patch_graph
+from forgetting.deploy.onnx import patch_graph
 from forgetting.errors import ProblemError, line, unknown
 from forgetting.io import atomic_path, container, naming, refuse_existing, write_bytes
 from forgetting.models.checkpoint import (
@@ -41,7 +41,7 @@ from forgetting.models.checkpoint import (
     weight_files,
 )
 from forgetting.models.configs import read_open_clip
-from forgetting.models.loading import ModelSpec, find_model
+from forgetting.models.loading import find_model
 
 FORMATS = ("openai", "open_clip", "hf", "peft", "onnx")
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
@@ -64,8 +64,8 @@ def export(
         out: the file (`openai`, `onnx`) or folder to write.
         original: the checkpoint that the adapter was made from, where `base` holds a copy of its
             projection in another dtype.
-        config: for a checkpoint of open_clip (`open_clip`, `onnx`) that has none beside it:
-            NAME/TAG of its configurations and weights, or a JSON file.
+        config: for a checkpoint of open_clip that has none beside it: NAME/TAG of its
+            configurations and weights, or a JSON file.
         overwrite: whether a file at `out` may be replaced, or files in a folder there.
 
     Returns:
@@ -80,88 +80,64 @@ def export(
         raise unknown("format", to, FORMATS)
     out, base = Path(out), Path(base)
     refuse_existing(out, overwrite)
-    if config is not None and (to not in ("open_clip", "onnx") or base.suffix == ".onnx"):
+    if config is not None and to != "open_clip":
         raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
-    if to == "onnx" and base.suffix == ".onnx":
+    if to == "onnx":
         patch_graph(adapter, base, out, exact, overwrite)
         return out
-    of_open_clip = config is not None or not base.is_dir() or (base / OPEN_CLIP_CONFIG).is_file()
-    is_hf = to in ("hf", "peft") or (to == "onnx" and not of_open_clip)
-    if is_hf and to != "peft" and not (base / HF_CONFIG).is_file():
+    if to == "hf" and not (base / HF_CONFIG).is_file():
         raise ProblemError(f"{line(base)}: no folder of transformers: it has no {HF_CONFIG}")
-    files = weight_files(base, HF_WEIGHTS if is_hf else OPEN_CLIP_WEIGHTS)
+    files = weight_files(base, HF_WEIGHTS if to in ("hf", "peft") else OPEN_CLIP_WEIGHTS)
     tensors, _ = read_checkpoint(files)
     beside = files[0].with_name(OPEN_CLIP_CONFIG)
-    if to == "openai":
-        with naming(base):
-            state = openai_state(tensors, adapter, exact)
-        _require_openai(beside)
-        save_state(state, out, overwrite)
-        return out
     with naming(base):
-        found = find(tensors, adapter, exact)
-    if to == "peft":
-        with naming(base):
-            files = _lora(adapter, found)
-        _write_folder(out, files, overwrite)
-        return out
-    tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
-    if to == "hf":
+        if to == "openai":
+            data = openai_bytes(tensors, adapter, exact)
+        else:
+            found = find(tensors, adapter, exact)
+            lora = _lora(adapter, found) if to == "peft" else {}
+            tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
+    if to == "openai":
+        _require_openai(beside)
+        write_bytes(data, out, overwrite)
+    elif to == "peft":
+        _write_folder(out, lora, overwrite)
+    elif to == "hf":
         _write_folder(out, {HF_WEIGHTS[0]: tensors}, overwrite, base)
-    elif is_hf:
-        export_text_encoder(find_model(f"hf:{base}").make(tensors), out, overwrite)
     else:
         model, images = _open_clip_config(config, beside)
-        if to == "onnx":
-            export_text_encoder(ModelSpec(str(base), model).make(tensors), out, overwrite)
-        elif model["embed_dim"] != adapter.right.shape[1]:
-            raise ProblemError(
-                f"the config says embed_dim {model['embed_dim']}, the projection has "
-                f"{adapter.right.shape[1]}"
-            )
-        else:
-            content = {"model_cfg": model, "preprocess_cfg": images}
-            files = {OPEN_CLIP_CONFIG: content, OPEN_CLIP_WEIGHTS[0]: tensors}
-            _write_folder(out, files, overwrite, base if base.is_dir() else None)
+        if model["embed_dim"] != (d := adapter.right.shape[1]):
+            said = model["embed_dim"]
+            raise ProblemError(f"the config says embed_dim {said}, the projection has {d}")
+        content = {"model_cfg": model, "preprocess_cfg": images}
+        content = {OPEN_CLIP_CONFIG: content, OPEN_CLIP_WEIGHTS[0]: tensors}
+        _write_folder(out, content, overwrite, base if base.is_dir() else None)
     return out
 
 
-def openai_state(
+def openai_bytes(
     tensors: Mapping[str, Tensor], adapter: Adapter, original: Tensor | None = None
-) -> dict[str, Tensor]:
-    """A state dict in OpenAI's layout with its projection changed, in float32, as it was measured.
-
-    Raises:
-        ProblemError: another layout, or not the projection of the adapter.
-    """
+) -> bytes:
+    """A state dict in OpenAI's layout as `torch.save` writes it, with its projection changed, in
+    float32, as it was measured; ProblemError for another layout, or another projection."""
     found = find(tensors, adapter, original)
     if found.name != "text_projection" or "visual.conv1.weight" not in tensors:
         raise ProblemError(
             f"not in OpenAI's layout (its projection is {line(found.name)}); "
             "choose the format of the tool that it is of"
         )
-    return {**tensors, found.name: found.changed(adapter, torch.float32)}
-
-
-def save_state(state: dict[str, Tensor], out: Path, overwrite: bool = False) -> None:
-    """Write a state dict by `torch.save`."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_bytes(buffer.getvalue(), out, overwrite)
+    torch.save({**tensors, found.name: found.changed(adapter, torch.float32)}, buffer)
+    return buffer.getvalue()
 
 
 def _require_openai(config: Path) -> None:
     """Refuse what OpenAI's code would run as another model than its config says."""
-    if not config.is_file():
-        return
-    model, _ = read_open_clip(config)
-    heads, text = model["vision_cfg"].get("head_width", 64), model["text_cfg"]
-    is_64_wide = heads == 64 and text.get("width", 512) == 64 * text.get("heads", 8)
-    if not (model.get("quick_gelu") and is_64_wide):
+    if config.is_file() and not read_open_clip(config)[0].get("quick_gelu"):
         raise ProblemError(
-            f"{line(config)} says another model than OpenAI's code computes, which always has "
-            "QuickGELU and attention heads 64 wide: export it to open_clip"
+            f"{line(config)} says GELU, and OpenAI's code always computes QuickGELU: export it to "
+            "open_clip"
         )
 
 

@@ -1,26 +1,19 @@
-"""ONNX: the text encoder of a changed model, and the projection inside of somebody's `.onnx`
-file."""
+"""The projection inside of somebody's `.onnx` file."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forgetting.adapter import Adapter
-from forgetting.errors import ProblemError, line, reason
-from forgetting.io import atomic_path, naming, need, write_bytes
+from forgetting.errors import ProblemError, line
+from forgetting.io import naming, need, write_bytes
 from forgetting.models.checkpoint import find
-from forgetting.models.reading import text_features
 
-EXTRA = "clip-forgetting[onnx]"
 USES = ("MatMul", "Gemm", "FusedMatMul")
 PASSES = ("Transpose", "Cast", "Identity")  # what may stand between a weight and its product
 
@@ -44,7 +37,7 @@ def patch_graph(
         ProblemError: no readable file; no such projection (quantised, folded into something else,
             another one, changed already), or two; one that is used for anything but one product.
     """
-    onnx = need("onnx", EXTRA)
+    onnx = need("onnx", "clip-forgetting[onnx]")
     kinds = {
         onnx.TensorProto.FLOAT: torch.float32,
         onnx.TensorProto.FLOAT16: torch.float16,
@@ -103,71 +96,3 @@ def _require_product(graph: Any, nodes: list[Any], name: str) -> None:
         raise ProblemError(
             f"the projection {line(name)} is used by {line(kinds)}, not by one MatMul or Gemm"
         )
-
-
-class _TextEncoder(nn.Module):
-    """Tokens to embeddings."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs = {"input_ids": input_ids}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        return text_features(self.model, inputs)
-
-
-def export_text_encoder(model: nn.Module, out: Path, overwrite: bool = False) -> None:
-    """Write the text encoder of a model: `input_ids` (n, l) (and `attention_mask` for transformers)
-    to `text_embeds` (n, d), not normalised.
-
-    Args:
-        model: of transformers or of open_clip.
-
-    Raises:
-        ProblemError: torch cannot export it; `onnx` or `onnxscript` is missing.
-    """
-    need("onnx", EXTRA)
-    need("onnxscript", EXTRA)
-    if hasattr(model, "encode_text"):
-        length, last = int(model.context_length), int(model.vocab_size) - 1
-        names = ["input_ids"]
-    else:
-        text = getattr(model.config, "text_config", model.config)
-        length, last = int(text.max_position_embeddings), int(text.vocab_size) - 1
-        names = ["input_ids", "attention_mask"]
-    ids = torch.full((2, length), last, dtype=torch.int64)
-    batch = torch.export.Dim("batch", min=1, max=2**16)
-    with atomic_path(out, overwrite) as temporary:
-        try:
-            with _quiet(), torch.no_grad():
-                torch.onnx.export(
-                    _TextEncoder(model).float().eval(),
-                    (ids, torch.ones_like(ids))[: len(names)],
-                    temporary,
-                    input_names=names,
-                    output_names=["text_embeds"],
-                    dynamic_shapes={name: {0: batch} for name in names},
-                    external_data=False,
-                    dynamo=True,
-                    verbose=False,
-                )
-        except Exception as error:  # the exporter raises what any model leads it to
-            raise ProblemError(
-                f"torch cannot export this text encoder ({reason(error)})"
-            ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its own work."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -1,9 +1,5 @@
-"""Checkpoints of any tool as plain tensors, and the text projection in them, found by its value.
-
-A projection has many names (`text_projection`, `text.text_projection.weight`, `text_model.head`)
-and two orientations: (w, d) where it is multiplied from the right, (d, w) in a torch.nn.Linear.
-What it is called does not matter here: an adapter knows the SHA-256 of its numbers.
-"""
+"""Checkpoints of any tool as plain tensors, and the text projection in them, found by its value: it
+has many names and two orientations, (w, d), and (d, w) in a torch.nn.Linear."""
 
 from __future__ import annotations
 
@@ -39,7 +35,7 @@ def weight_files(
     base: str | Path, names: Sequence[str] = HF_WEIGHTS + OPEN_CLIP_WEIGHTS
 ) -> list[Path]:
     """The files that hold the weights of a checkpoint: itself, or the first of `names` in its
-    folder, which may be split in several that `NAME.index.json` lists; ProblemError for none."""
+    folder, which may be split in several that `NAME.index.json` lists."""
     base = Path(base)
     if base.is_file():
         return [base]
@@ -62,10 +58,9 @@ def weight_files(
 def read_json(path: Path) -> Any:
     """The content of a JSON file; ProblemError if it is none."""
     with naming(path):
+        data = read_bytes(path)
         try:
-            return json.loads(read_bytes(path).decode("utf-8"))
-        except ProblemError:
-            raise
+            return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ProblemError(f"is not JSON ({line(error)})") from error
 
@@ -91,14 +86,9 @@ def combined_sha256(digests: Sequence[str]) -> str:
 
 
 def parse_tensors(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file with this content.
-
-    Reads safetensors, what `torch.save` wrote (a state dict, plain or under "state_dict", with or
-    without a "module." prefix), and TorchScript archives. Nothing in them is run.
-
-    Raises:
-        ProblemError: empty, truncated, or something else than tensors of plain numbers.
-    """
+    """The tensors of a checkpoint file with this content: safetensors, what `torch.save` wrote (a
+    state dict, plain or under "state_dict", with or without a "module." prefix), or a TorchScript
+    archive. Nothing in it is run; ProblemError if it is anything but tensors of plain numbers."""
     try:
         state = _parsed(data)
     except Exception as error:  # the readers raise whatever foreign bytes lead them to
@@ -136,16 +126,11 @@ def _parsed(data: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Found:
-    """Where the projection of an adapter is.
+    """Where the projection of an adapter is."""
 
-    Attributes:
-        name: of the tensor; transposed: whether it is (d, w) there.
-        exact: W (w, d) itself, of which the tensor may be a rounded copy.
-    """
-
-    name: str
-    transposed: bool
-    exact: Tensor
+    name: str  # of the tensor
+    transposed: bool  # whether it is (d, w) there
+    exact: Tensor  # W (w, d) itself, of which the tensor may be a rounded copy
 
     def changed(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
         """`W + Delta`, summed in float64, rounded once, in the orientation of the tensor."""
@@ -154,14 +139,8 @@ class Found:
 
 
 def find(tensors: Mapping[str, Tensor], adapter: Adapter, original: Tensor | None = None) -> Found:
-    """The one tensor that is the projection for which the adapter was made.
-
-    Args:
-        original: W (w, d); with it a copy that was rounded to another dtype is found as well.
-
-    Raises:
-        ProblemError: none is, or several are.
-    """
+    """The one tensor that is the projection for which the adapter was made, or with `original`,
+    W (w, d), a copy of it that was rounded to another dtype; ProblemError for none or several."""
     found: dict[str, Found] = {}
     for name, value in tensors.items():
         for transposed in (False, True):
@@ -205,11 +184,7 @@ def bias_beside(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """W (w, d) of an adapter from a checkpoint, a file or folder, and the bias (d,) of it: that
-    which the adapter names, else one that stands beside the projection, if any.
-
-    Raises:
-        ProblemError: it cannot be read, or holds no such projection, or not its bias.
-    """
+    which the adapter names, else one that stands beside the projection, if any."""
     tensors, _ = read_checkpoint(weight_files(base))
     with naming(base):
         found = find(tensors, adapter)

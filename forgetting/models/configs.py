@@ -1,8 +1,5 @@
-"""Configurations of models, which somebody wrote: what they say, and what they may not say.
-
-Only what describes a model reaches the library that builds it: no key that names code, no part that
-would be fetched, no number that would be computed for ever.
-"""
+"""Configurations of models, which somebody wrote. Only what describes a model reaches the library
+that builds it: no key that names code, no part that would be fetched, no number without bounds."""
 
 from __future__ import annotations
 
@@ -63,12 +60,8 @@ def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_open_clip(model: Any) -> dict[str, Any]:
-    """The configuration of a model in open_clip's form.
-
-    Raises:
-        ProblemError: another form, a number that no model has, or a part that would be fetched or
-            run.
-    """
+    """The configuration of a model in open_clip's form; ProblemError for another form, a number
+    that no model has, or a part that would be fetched or run."""
     parts = model if isinstance(model, dict) else {}
     text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
     if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
@@ -91,8 +84,7 @@ def check_open_clip(model: Any) -> dict[str, Any]:
 
 
 def check_numbers(value: Any, key: str = "") -> None:
-    """Refuse a configuration that holds a number which no model has: it would be computed for
-    ever, or take all memory."""
+    """ProblemError for a number that would be computed for ever, or take all memory."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else ((key, x) for x in value):
             check_numbers(inner, str(name))

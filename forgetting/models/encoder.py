@@ -1,12 +1,9 @@
 """Any model's text side: where it ends in one linear map, and what enters that.
 
 A model is run on a few texts, every matrix product with one of its own parameters is noted, and the
-last one is taken for the text projection: whether it is a parameter (OpenAI, open_clip) or an
-`nn.Linear`, with a bias or without. It is believed only where `hidden @ W + b` is what the model
-itself gives, whenever texts are read.
-
-Texts are sorted by length and read without the padding behind their end, where a few texts show
-that this changes no hidden state: in a model with a causal mask, or with a mask over the padding.
+last one is taken for the text projection, if `hidden @ W + b` is what the model itself gives,
+whenever texts are read. They are sorted by length and read without the padding behind their end,
+where a few texts show that this changes no hidden state (by a mask over it, or a causal one).
 """
 
 from __future__ import annotations
@@ -27,27 +24,10 @@ from tqdm import tqdm
 
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, raw
+from forgetting.models import modules, reading
 from forgetting.models.loading import load_model
-from forgetting.models.modules import (
-    maybe_transpose,
-    others_sha256,
-    share_memory,
-    tensor_sha256,
-    tensors,
-    unwrap_compiled,
-)
-from forgetting.models.reading import (
-    LOCK,
-    Padding,
-    Product,
-    Tokenize,
-    Tokens,
-    run,
-    same_rows,
-    select,
-    token_ids,
-    tokens,
-)
+from forgetting.models.modules import maybe_transpose, share_memory, tensors
+from forgetting.models.reading import Padding, Product, Tokenize, Tokens
 
 BATCH = 256  # texts of similar lengths that are read together
 PROBES = ("", "a cat", "a photo of a dog on a red sofa.", "seven")  # of different lengths
@@ -60,39 +40,22 @@ _memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one.
-
-    Attributes:
-        model: the model itself; tokenize: from texts to what it reads.
-        name: of the projection's tensor within the model; weight: that tensor; transposed: whether
-            it holds `W^T`.
-        bias: (d,), or None; normalised: whether the model gives unit-norm embeddings.
-        padding: what may be left out behind the end of a text; None: nothing.
-        stamp: tells the state of the model, for `remembered`; None: nothing is remembered.
-    """
+    """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one."""
 
     model: nn.Module
     tokenize: Tokenize
-    name: str
-    weight: Tensor
-    transposed: bool
-    bias: Tensor | None
-    normalised: bool
-    padding: Padding | None = None
-    stamp: Any = None
+    name: str  # of the projection's tensor within the model
+    weight: Tensor  # that tensor
+    transposed: bool  # whether it holds `W^T`
+    bias: Tensor | None  # (d,)
+    normalised: bool  # whether the model gives unit-norm embeddings
+    padding: Padding | None = None  # what may be left out behind the end of a text
+    stamp: Any = None  # tells the state of the model, for `remembered`
 
     @property
     def projection(self) -> Tensor:
         """`W` (w, d) as a view of the model's own tensor: what is written there is in the model."""
         return maybe_transpose(self.weight, self.transposed)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
 
     @property
     def kind(self) -> str:
@@ -103,51 +66,41 @@ class Encoder:
     @property
     def bias_name(self) -> str | None:
         """Name of the bias's tensor within the model; None: there is no bias."""
-        if self.bias is None:
-            return None
-        names = (name for name, x in tensors(self.model).items() if share_memory(x, self.bias))
-        return next(names, None)
+        bias, held = self.bias, tensors(self.model)
+        return next(
+            (k for k, x in held.items() if bias is not None and share_memory(x, bias)), None
+        )
 
     def write(self, projection: Tensor) -> None:
-        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype.
-
-        Raises:
-            ProblemError: numbers out of the dtype's range, or a model that cannot be written to.
-        """
-        rounded = projection.to(self.device, self.dtype)
+        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype;
+        ProblemError for numbers out of its range, or a model that cannot be written to."""
+        rounded = projection.to(self.weight)
         if not torch.isfinite(rounded).all():
-            raise ProblemError(f"the changed projection is out of the range of {self.dtype}")
+            raise ProblemError(f"the changed projection is out of the range of {rounded.dtype}")
         try:
             with torch.no_grad():
                 self.projection.copy_(rounded)
         except RuntimeError as error:  # made in inference mode, or shared memory that is read-only
             raise ProblemError(f"the projection cannot be written ({line(error)})") from error
 
-    def hidden(self, texts: Sequence[str], progress: str = "", batch: int = BATCH) -> Tensor:
+    def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
         """What enters the last linear map, (n, w), on the CPU: float32, or float64 if the model is.
-
-        Args:
-            progress: the words beside a progress bar; none without.
-            batch: texts that are read together.
-
-        Raises:
-            ProblemError: texts that the model cannot read, or embeddings that are not
-                `hidden @ W + b`.
-        """
-        return self._read(texts, progress, batch)[0]
+        `progress` stands beside a progress bar; there is none without. ProblemError for texts that
+        the model cannot read, or embeddings that are not `hidden @ W + b`."""
+        return self._read(texts, progress)[0]
 
     def embeddings(self, texts: Sequence[str]) -> Tensor:
         """The model's own text features, (n, d), on the CPU."""
-        return self._read(texts, "", BATCH)[1]
+        return self._read(texts, "")[1]
 
-    def _read(self, texts: Sequence[str], progress: str, batch: int) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+    def _read(self, texts: Sequence[str], progress: str) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         w, d = self.projection.shape
         hidden = torch.empty(len(texts), w, dtype=dtype, device="cpu")
         embeddings = torch.empty(len(texts), d, dtype=dtype, device="cpu")
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
-            for rows, inputs, context in self._batches(texts, batch):
-                features, product = run(self.model, inputs, self.weight, context)
+            for rows, inputs, context in self._batches(texts):
+                features, product = reading.run(self.model, inputs, self.weight, context)
                 if product is None or not _is_linear(
                     features, product.entered, self.projection, self.bias, self.normalised
                 ):
@@ -159,19 +112,18 @@ class Encoder:
                 bar.update(len(rows))
         return hidden, embeddings
 
-    def _batches(self, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tokens, int]]:
-        """The rows of texts that are read together, their tokens, and the number of tokens before
-        padding was left out."""
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tokens, int]]:
+        """Rows of texts that are read together, their tokens, and their length with padding."""
         if not len(texts):
             return
-        inputs = tokens(self.model, self.tokenize, texts)
-        ids = token_ids(inputs)
+        inputs = reading.tokens(self.model, self.tokenize, texts)
+        ids = reading.token_ids(inputs)
         width = ids.shape[-1]
         lengths = torch.full((len(ids),), width, device="cpu")
         if self.padding is not None:
             lengths = self.padding.lengths(ids)
-        for rows in lengths.argsort(stable=True).split(size):
-            yield rows, select(inputs, rows, int(lengths[rows].max())), width
+        for rows in lengths.argsort(stable=True).split(BATCH):
+            yield rows, reading.select(inputs, rows, int(lengths[rows].max())), width
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """The texts of which the tokenizer does not read the end: without their last letter or
@@ -180,18 +132,15 @@ class Encoder:
         if not known:
             return []
         shorter = [re.sub(r"\w\W*$", "", text) for text in known]
-        whole, cut = (tokens(self.model, self.tokenize, some) for some in (known, shorter))
-        return [text for text, same in zip(known, same_rows(whole, cut), strict=True) if same]
+        whole, cut = (reading.tokens(self.model, self.tokenize, some) for some in (known, shorter))
+        return [
+            text for text, same in zip(known, reading.same_rows(whole, cut), strict=True) if same
+        ]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
-        """What `compute` gives, once in a process for the model as it is now.
-
-        A change of the projection changes nothing that is remembered; a change of any other tensor
-        discards all of it.
-        """
-        if self.stamp is None:
-            return compute()
-        with LOCK:
+        """What `compute` gives, once in a process for the model as it is now: a change of any
+        tensor but the projection discards all that is remembered."""
+        with reading.LOCK:
             memory = _memories.setdefault(self.model, {})
             if memory.get("stamp") != self.stamp:
                 memory.clear()
@@ -203,13 +152,13 @@ class Encoder:
     @property
     def others_sha256(self) -> str:
         """SHA-256 of all tensors of the model but the projection."""
-        return self.remembered("others", lambda: others_sha256(self.model, self.name))
+        return self.remembered("others", lambda: modules.others_sha256(self.model, self.name))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a hidden state depends on: all tensors but the projection, and how the
-        model is built. Not of the tokenizer, for which `tokens_sha256` stands."""
-        modules = [
+        """SHA-256 of what a hidden state depends on beside its tokens: all tensors but the
+        projection, and how the model is built."""
+        layers = [
             [name, type(module).__qualname__, module.extra_repr()]
             for name, module in self.model.named_modules()
         ]
@@ -218,14 +167,14 @@ class Encoder:
         settings = config.to_dict() if hasattr(config, "to_dict") else {}
         for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
             settings.pop(key, None)
-        parts = [self.others_sha256, modules, settings]
+        parts = [self.others_sha256, layers, settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def tokens_sha256(self, texts: Sequence[str]) -> str:
         """SHA-256 of what the tokenizer makes of texts."""
         digest = hashlib.sha256()
         for start in range(0, len(texts), BATCH):
-            inputs = tokens(self.model, self.tokenize, texts[start : start + BATCH])
+            inputs = reading.tokens(self.model, self.tokenize, texts[start : start + BATCH])
             for name, tensor in inputs.items():
                 digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
                 digest.update(raw(tensor))
@@ -242,23 +191,21 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
     """Find the last linear map of a model's text side.
 
     Args:
-        model: open_clip's CLIP, CustomTextCLIP or CoCa; transformers' CLIPModel,
-            CLIPTextModelWithProjection, SiglipModel, ChineseCLIPModel, AltCLIPModel and their like;
-            OpenAI's own; any module with `encode_text`, `get_text_features` or a `forward` that
-            gives text features; or a name, see `forgetting.models.loading`.
+        model: a name, see `forgetting.models.loading`; or any module with `encode_text`,
+            `get_text_features` or a `forward` that gives text features: of open_clip (CLIP,
+            CustomTextCLIP, CoCa), of transformers (CLIPModel, SiglipModel, ...), OpenAI's own.
         tokenize: from a list of texts to a tensor or a mapping of tensors; a tokenizer of
-            transformers may be given as it is. None: the model's own, where it is a name.
+            transformers may be given as it is. None: that of a named model.
 
     Raises:
-        ProblemError: one line with the reason: no single last linear map, tied or quantised
-            weights, a projection that two modules share, weights that are not there.
+        ProblemError: no single last linear map, or tied, quantised, shared or absent weights.
     """
     model, tokenize = load_model(model, tokenize)
-    model = unwrap_compiled(model)
+    model = modules.unwrap_compiled(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
-    inputs = tokens(model, tokenize, PROBES)
-    features, product = run(model, inputs)
+    inputs = reading.tokens(model, tokenize, PROBES)
+    features, product = reading.run(model, inputs)
     kind = type(model).__name__
     if product is None or product.entered.ndim != 2 or product.result.shape != features.shape:
         raise ProblemError(
@@ -267,12 +214,8 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
-    plain = type(weight.data) is Tensor and weight.layout == torch.strided
-    if weight.dtype not in FLOATS or not plain or not weight.numel():
-        raise ProblemError(
-            f"the projection {names[0]} is empty, sparse, quantised or wrapped: "
-            f"{tuple(weight.shape)} of {weight.dtype}"
-        )
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor or not weight.numel():
+        raise ProblemError(f"the projection {names[0]} is empty, quantised or wrapped")
     projection = maybe_transpose(weight, product.transposed)
     bias = None if product.bias is None else product.bias.detach()
     for normalised in (False, True):
@@ -285,28 +228,23 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         )
     if len(names) > 1:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
-    return Encoder(
-        model,
-        tokenize,
-        names[0],
-        weight,
-        product.transposed,
-        bias,
-        normalised,
-        _padding(model, inputs, product),
-        _stamp(model, tokenize, product),
-    )
+    padding, stamp = _padding(model, inputs, product), _stamp(model, tokenize, product)
+    own = names[0], weight, product.transposed, bias, normalised
+    return Encoder(model, tokenize, *own, padding, stamp)
 
 
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
-    """What may be left out behind the end of a text, where that changes no hidden state of PROBES;
-    None: nothing."""
-    hidden, ids, rows = product.entered, token_ids(inputs), torch.tensor(PROBED, device="cpu")
+    """What may be left out behind the end of a text without a change of hidden states, if any."""
+    hidden, ids, rows = (
+        product.entered,
+        reading.token_ids(inputs),
+        torch.tensor(PROBED, device="cpu"),
+    )
     width = ids.shape[-1]
 
     def unchanged(inputs: Tokens, expected: Tensor) -> bool:
         try:
-            again = run(model, inputs, product.parameter, width)[1].entered
+            again = reading.run(model, inputs, product.parameter, width)[1].entered
         except (ProblemError, AttributeError):  # it reads texts of one length alone
             return False
         limit = min(ROUNDING * torch.finfo(hidden.dtype).eps, 0.02) * expected.norm(dim=1)
@@ -317,27 +255,26 @@ def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | No
         for kept in (0, 1):
             padding = Padding(int(ids[0, -1]), kept)  # the first text is the shortest
             length = int(padding.lengths(ids)[rows].max())
-            if length < width and unchanged(select(inputs, rows, length), hidden[rows]):
+            if length < width and unchanged(reading.select(inputs, rows, length), hidden[rows]):
                 return padding
     return None
 
 
 def _stamp(model: nn.Module, tokenize: Tokenize, product: Product) -> Any:
-    """What changes whenever a tensor of the model other than the projection does: where each lies
-    and how often it was written to; and what the model reads in PROBES, for writing to `.data`."""
+    """What changes whenever another tensor than the projection does: where each lies and how often
+    it was written to; and what the model reads in PROBES, for writing to `.data`."""
     places = [
         (name, x.data_ptr(), None if x.is_inference() else x._version)
         for name, x in tensors(model).items()
         if x is not product.parameter
     ]
-    return tokenize, places, tensor_sha256(product.entered)
+    return tokenize, places, modules.tensor_sha256(product.entered)
 
 
 def _is_linear(
     features: Tensor, hidden: Tensor, projection: Tensor, bias: Tensor | None, normalised: bool
 ) -> bool:
-    """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype, and
-    to rounding of the sums where little is left of them."""
+    """Whether features (n, d) are hidden (n, w) @ W + b: to half of the digits of their dtype."""
     if hidden.ndim != 2 or not torch.isfinite(features).all():
         return False
     h, w, given = hidden.double(), projection.double(), features.double()

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, ModelIdentity, projection_sha256
 from forgetting.errors import ProblemError, line
-from forgetting.models.checkpoint import bias_beside
-from forgetting.models.checkpoint import find as find_projection
+from forgetting.models import checkpoint, modules
 from forgetting.models.encoder import PROBES, Encoder
-from forgetting.models.modules import (
-    maybe_transpose,
-    others_sha256,
-    share_memory,
-    tensor_sha256,
-    tensors,
-    unwrap_compiled,
-)
+from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
 
 # On the module that holds a changed projection: by what, and the SHA-256 of the original.
 APPLIED = "_clip_forget_applied"
@@ -53,24 +45,18 @@ def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> li
 
 
 def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
-    """Refuse a model that is not the original with exactly this change and nothing else.
-
-    Args:
-        changed: what the changed projection's tensor may be, see `changed_sha256`; empty if that
-            is not known.
-
-    Raises:
-        ProblemError: one line, which says what is wrong.
-    """
+    """ProblemError for a model that is not the original with exactly this change and nothing else.
+    `changed`: what the changed projection's tensor may be, see `changed_sha256`; empty if that is
+    not known."""
     known = adapter.model
     if known is None:
         raise ProblemError("this adapter does not say what the rest of its model is")
     if not changed:
         raise ProblemError(
-            "this adapter does not say what its change makes of the projection: load it with "
-            "the original model first"
+            "what the change makes of the projection is not known: load the adapter "
+            "with the original model first"
         )
-    model = unwrap_compiled(model)
+    model = modules.unwrap_compiled(model)
     held = tensors(model).get(known.projection)
     if held is None:
         raise ProblemError(f"the model has no tensor {line(known.projection)}")
@@ -79,7 +65,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
         if projection_sha256(upright) == adapter.projection_sha256:
             raise ProblemError(f"{known.projection} is the original: nothing was applied")
         raise ProblemError(f"{known.projection} is neither changed by this nor the original")
-    if others_sha256(model, known.projection) != known.others_sha256:
+    if modules.others_sha256(model, known.projection) != known.others_sha256:
         raise ProblemError(
             f"another tensor than {known.projection} is not what it was in the model that this "
             "was made for, is missing, or is new"
@@ -88,15 +74,8 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
 
 def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Encoder:
     """The projection of an adapter within a model, as an encoder that reads no text: by name, else
-    by what it holds.
-
-    Args:
-        original: `W` (w, d), by which a changed one is known that the adapter does not name.
-
-    Raises:
-        ProblemError: a model without it, or in which it is tied to another tensor.
-    """
-    model = unwrap_compiled(model)
+    by what it holds, a changed one by `original` (w, d)."""
+    model = modules.unwrap_compiled(model)
     there, known = tensors(model), adapter.model
     shape = (adapter.left.shape[0], adapter.right.shape[1])
     held = None if known is None else there.get(known.projection)
@@ -104,13 +83,14 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
         name, transposed, bias = known.projection, known.transposed, there.get(known.bias)
     else:
         try:
-            found = find_projection(there, adapter)
+            found = checkpoint.find(there, adapter)
         except ProblemError:
             if original is None:
                 raise
             changed = projection_sha256(adapter.changed(original))
-            found = find_projection(there, replace(adapter, projection_sha256=changed))
-        name, transposed, bias = found.name, found.transposed, bias_beside(there, found.name)
+            found = checkpoint.find(there, replace(adapter, projection_sha256=changed))
+        name, transposed = found.name, found.transposed
+        bias = checkpoint.bias_beside(there, name)
     refuse_tied(model, name)
     bias = None if bias is None else bias.detach()
     return Encoder(model, _no_tokenizer, name, there[name], transposed, bias, False)
@@ -123,7 +103,7 @@ def _no_tokenizer(texts: list[str]) -> Any:
 def refuse_tied(model: nn.Module, name: str) -> None:
     """ProblemError if a tensor of a model is another one too, which would change with it."""
     there = tensors(model)
-    tied = [key for key, x in there.items() if key != name and share_memory(x, there[name])]
+    tied = [key for key, x in there.items() if key != name and modules.share_memory(x, there[name])]
     if tied:
         raise ProblemError(f"tied weights: the projection {name} is {', '.join(tied)} too")
 

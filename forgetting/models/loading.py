@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,24 +27,8 @@ from torch import Tensor, nn
 
 from forgetting.errors import ProblemError, line, reason, shown, unknown
 from forgetting.io import naming, need, read_bytes
-from forgetting.models.checkpoint import (
-    HF_CONFIG,
-    HF_WEIGHTS,
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_WEIGHTS,
-    read_checkpoint,
-    read_json,
-    weight_files,
-)
-from forgetting.models.configs import (
-    IMAGE_KEYS,
-    check_numbers,
-    config_beside,
-    open_clip_configs,
-    read_open_clip,
-    split_activation,
-    without_code,
-)
+from forgetting.models import checkpoint, configs
+from forgetting.models.checkpoint import HF_CONFIG, HF_WEIGHTS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from forgetting.models.reading import Tokenize
 
 # Every file that OpenAI published (openai/CLIP, clip/clip.py): SHA-256 -> name. All are QuickGELU.
@@ -63,26 +48,16 @@ KINDS = "hf:DIR_OR_ID, open_clip:NAME/TAG, open_clip:NAME/FILE, openai:FILE, or 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is: how it is built, and where its weights are. Nothing is loaded yet.
+    """What a model is: how it is built, and where its weights are. Nothing is loaded yet."""
 
-    Attributes:
-        name: as it was given.
-        config: open_clip's `model_cfg`, or a file of it; or what transformers' config.json holds.
-        weights: a file or folder; None: none yet. tag: open_clip's, of weights to be fetched.
-        images: open_clip's `preprocess_cfg`, as far as the configuration says it.
-        explicit: whether the name says the activation.
-        folder: of a local model, with its configuration and tokenizer.
-        sha256: what the weights must have, where the name was chosen by it; else empty.
-    """
-
-    name: str
-    config: dict[str, Any] | str | Path
-    weights: Path | None = None
-    images: dict[str, Any] = field(default_factory=dict)
-    explicit: bool = True
-    tag: str = ""
-    folder: Path | None = None
-    sha256: str = ""
+    name: str  # as it was given
+    config: dict[str, Any] | str | Path  # open_clip's `model_cfg`, a file of it; or transformers'
+    weights: Path | None = None  # a file or folder
+    images: dict[str, Any] = field(default_factory=dict)  # open_clip's `preprocess_cfg`, if known
+    explicit: bool = True  # whether the name says the activation
+    tag: str = ""  # open_clip's, of weights to be fetched
+    folder: Path | None = None  # of a local model, with its configuration and tokenizer
+    sha256: str = ""  # what the weights must have, where the name was chosen by it
 
     @property
     def is_transformers(self) -> bool:
@@ -94,37 +69,33 @@ class ModelSpec:
         if isinstance(self.config, dict):
             return deepcopy(self.config)
         named = isinstance(self.config, str)
-        return read_json(open_clip_configs()[self.config] if named else self.config)
+        return checkpoint.read_json(
+            configs.open_clip_configs()[self.config] if named else self.config
+        )
 
     def files(self) -> list[Path]:
         """The files of its weights; ProblemError if there are none."""
         if self.weights is None:
             raise ProblemError(f"{line(self.name)} has no weights: name a tag or a file of them")
         names = HF_WEIGHTS if self.is_transformers else OPEN_CLIP_WEIGHTS + HF_WEIGHTS
-        return weight_files(self.weights, names)
+        return checkpoint.weight_files(self.weights, names)
 
     def read(self) -> tuple[dict[str, Tensor], str]:
-        """The tensors of its weights, and the SHA-256 of the bytes that they were read from;
-        ProblemError for what `read_checkpoint` refuses, or another SHA-256 than is expected."""
-        state, sha256 = read_checkpoint(self.files())
+        """The tensors of its weights, and the SHA-256 of the bytes that they were read from."""
+        state, sha256 = checkpoint.read_checkpoint(self.files())
         if self.sha256 not in ("", sha256):
             raise ProblemError(f"{line(self.weights)} has changed since its SHA-256 was computed")
         return state, sha256
 
     def check_activation(self, sha256: str) -> None:
-        """Refuse weights with this SHA-256 if it is not known how they compute: models with
-        QuickGELU and with GELU have tensors of the same names and shapes.
-
-        Raises:
-            ProblemError: OpenAI's weights under a name that says GELU; a configuration beside the
-                weights that differs from this one; or neither, and a name that fits both.
-        """
+        """ProblemError for weights with this SHA-256 if it is not known how they compute: models
+        with QuickGELU and with GELU have tensors of the same names and shapes."""
         if self.is_transformers:
             return
         weights, config = self.files()[0], self.model_config()
         if sha256 in OPENAI:
             theirs, whose = config | {"quick_gelu": True}, f"OpenAI's {OPENAI[sha256]}"
-        elif beside := config_beside(weights):
+        elif beside := configs.config_beside(weights):
             theirs, whose = beside, "those of the config beside them"
         elif self.explicit:
             return
@@ -132,8 +103,7 @@ class ModelSpec:
             raise ProblemError(
                 f"weights {line(weights)} are none that OpenAI published and have no config beside "
                 f"them ({OPEN_CLIP_CONFIG}), so how they compute is not known: add the activation "
-                f"to the name, {line(self.name)}-quickgelu (OpenAI's, and most that were trained "
-                f"from it) or {line(self.name)}-gelu (open_clip's, LAION's)"
+                f"to the name, {line(self.name)}-quickgelu (OpenAI's) or -gelu (LAION's)"
             )
         for key in sorted({*theirs, *config}):
             if (theirs.get(key) or None) != (config.get(key) or None):
@@ -156,11 +126,7 @@ class ModelSpec:
 
     def make(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The model with these weights, in evaluation mode: of open_clip in float32, of
-        transformers in the dtype of its weights.
-
-        Raises:
-            ProblemError: weights that are not finite, or not those of this model.
-        """
+        transformers in the dtype of its weights; ProblemError for weights that do not fit."""
         for name, x in state.items():
             if x.is_floating_point() and not torch.isfinite(x).all():
                 raise ProblemError(f"{shown(name)} holds NaN or infinite values")
@@ -168,14 +134,8 @@ class ModelSpec:
         # Random initialisation must not move the caller's random numbers.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
+            with _foreign(f"{line(self.name)} cannot be made of these weights"):
                 return make(dict(state)).eval()
-            except ProblemError:
-                raise
-            except Exception as error:  # of a config or weights that somebody wrote
-                raise ProblemError(
-                    f"{line(self.name)} cannot be made of these weights ({reason(error)})"
-                ) from error
 
     def _make_open_clip(self, state: dict[str, Tensor]) -> nn.Module:
         with torch.device("meta"):  # names and shapes, without memory
@@ -188,7 +148,7 @@ class ModelSpec:
 
     def _make_transformers(self, state: dict[str, Tensor]) -> nn.Module:
         transformers = _transformers()
-        config = without_code(self.model_config())
+        config = configs.without_code(self.model_config())
         kind, named = config.pop("model_type"), config.pop("architectures", None) or [None]
         config = transformers.AutoConfig.for_model(kind, **config)
         builder = getattr(transformers, str(named[0]), None)
@@ -204,7 +164,7 @@ class ModelSpec:
 
     def tokenizer(self) -> Tokenize:
         """The model's own: that of its folder, or the byte-pair tokenizer that open_clip brings."""
-        try:
+        with _foreign(f"{line(self.name)}: its tokenizer cannot be loaded"):
             if self.is_transformers:
                 return _transformers().AutoTokenizer.from_pretrained(
                     self.folder, local_files_only=True, trust_remote_code=False
@@ -223,21 +183,12 @@ class ModelSpec:
                 local_files_only=self.folder is not None,
                 **options,
             )
-        except ProblemError:
-            raise
-        except Exception as error:  # of files that somebody wrote
-            raise ProblemError(
-                f"{line(self.name)}: its tokenizer cannot be loaded ({reason(error)})"
-            ) from error
 
 
 def load_model(
     model: str | nn.Module, tokenize: Tokenize | None = None
 ) -> tuple[nn.Module, Tokenize | None]:
-    """A model in evaluation mode, and its tokenizer.
-
-    Args:
-        model: a name; a model that is loaded already is given back with `tokenize`.
+    """A model in evaluation mode and its tokenizer by a name; what is no name is given back.
 
     Raises:
         ProblemError: one line: an unknown kind, a missing file or package, or a checkpoint that
@@ -275,28 +226,26 @@ def _downloaded(text: str) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ProblemError(f"{line(text)}: no such folder")
     hub = need("huggingface_hub", "clip-forgetting[transformers]")
-    try:
+    with _foreign(f"{line(text)} cannot be fetched"):
         for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
             wanted = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(text, allow_patterns=wanted))
             if any(folder.glob(weights)):
                 break
-    except Exception as error:  # of the network, or of the hub
-        raise ProblemError(f"{line(text)} cannot be fetched ({reason(error)})") from error
     return folder
 
 
 def _open_clip(name: str, text: str) -> ModelSpec:
     model, _, weights = text.partition("/")
-    base, quick = split_activation(model)
-    configs = open_clip_configs()
-    known = model if model in configs else base
-    if known not in configs:
-        raise unknown("open_clip model", model, configs)
-    config = read_json(configs[known])
+    base, quick = configs.split_activation(model)
+    files = configs.open_clip_configs()
+    known = model if model in files else base
+    if known not in files:
+        raise unknown("open_clip model", model, files)
+    config = checkpoint.read_json(files[known])
     if quick is not None:
         config["quick_gelu"] = quick
-    ambiguous = {base, f"{base}-quickgelu"} <= configs.keys()
+    ambiguous = {base, f"{base}-quickgelu"} <= files.keys()
     spec = ModelSpec(name, config, explicit=quick is not None or not ambiguous)
     if not weights or Path(weights).exists():
         return replace(spec, weights=Path(weights) if weights else None)
@@ -308,7 +257,7 @@ def _open_clip(name: str, text: str) -> ModelSpec:
     config["quick_gelu"] = bool(trained.get("quick_gelu"))
     if quick not in (None, config["quick_gelu"]):
         raise ProblemError(f"{name}: its weights were trained with the other activation")
-    images = {key: trained[key] for key in IMAGE_KEYS if key in trained}
+    images = {key: trained[key] for key in configs.IMAGE_KEYS if key in trained}
     return replace(spec, images=images, explicit=True, tag=f"{known}/{weights}")
 
 
@@ -318,12 +267,8 @@ def fetch(spec: ModelSpec, cache: Path | None = None) -> ModelSpec:
         return spec
     open_clip = need("open_clip", "clip-forgetting[open-clip]")
     known = open_clip.get_pretrained_cfg(*spec.tag.split("/", 1))
-    try:
+    with _foreign(f"{line(spec.name)} cannot be fetched; name a file of its weights"):
         path = open_clip.download_pretrained(known, cache_dir=cache and str(cache))
-    except Exception as error:  # of the network, or of the hub
-        raise ProblemError(
-            f"{line(spec.name)} cannot be fetched ({reason(error)}); name a file of its weights"
-        ) from error
     return replace(spec, weights=Path(path), tag="")
 
 
@@ -339,18 +284,16 @@ def _openai(name: str, text: str) -> ModelSpec:
 
 
 def _folder(name: str, folder: Path) -> ModelSpec:
-    files = [OPEN_CLIP_CONFIG, HF_CONFIG]
-    for file in reversed(files) if name.startswith("hf:") else files:
-        path = folder / file
-        if path.is_file() and file == OPEN_CLIP_CONFIG:
-            config, images = read_open_clip(path)
-            return ModelSpec(name, config, folder, images, folder=folder)
-        if path.is_file():
-            config = read_json(path)
-            if isinstance(config, dict) and isinstance(config.get("model_type"), str):
-                with naming(path):
-                    check_numbers(config)
-                return ModelSpec(name, config, folder, folder=folder)
+    path, theirs = folder / OPEN_CLIP_CONFIG, folder / HF_CONFIG
+    if theirs.is_file() and (name.startswith("hf:") or not path.is_file()):
+        config = checkpoint.read_json(theirs)
+        if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+            with naming(theirs):
+                configs.check_numbers(config)
+            return ModelSpec(name, config, folder, folder=folder)
+    if path.is_file():
+        config, images = configs.read_open_clip(path)
+        return ModelSpec(name, config, folder, images, folder=folder)
     raise ProblemError(
         f"{line(folder)} holds neither {HF_CONFIG} with a model_type (transformers) nor "
         f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known"
@@ -358,8 +301,8 @@ def _folder(name: str, folder: Path) -> ModelSpec:
 
 
 def _current_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now; the
-    steps are those of `open_clip.load_checkpoint`, which reads a file itself."""
+    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now: the
+    steps of `open_clip.load_checkpoint`, which reads a file itself."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -371,6 +314,17 @@ def _current_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
             state[name] = state[name].reshape(own[name].shape)
     old = "text.transformer.embeddings.position_ids"  # transformers stores them no more
     return {name: x for name, x in state.items() if name != old or old in own}
+
+
+@contextmanager
+def _foreign(problem: str) -> Iterator[None]:
+    """Whatever a library makes of somebody's files, or of the network, is one line."""
+    try:
+        yield
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"{problem} ({reason(error)})") from error
 
 
 def _transformers() -> ModuleType:

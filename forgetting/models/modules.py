@@ -14,8 +14,7 @@ from forgetting.io import raw
 
 
 def unwrap_compiled(model: Any) -> nn.Module:
-    """The module that torch.compile or DataParallel wraps, or the module itself; ProblemError for
-    anything else."""
+    """The module that torch.compile or DataParallel wraps, or the module itself."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel

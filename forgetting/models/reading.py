@@ -1,18 +1,13 @@
 """One forward pass of a model's text side, in which its last product with a parameter is noted.
-
-No model library is imported: a tokenizer is given the options that its signature has, and a model
-is called by whichever of the usual methods it has.
-"""
+No model library is imported."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +24,7 @@ Tokenize = Callable[[list[str]], Any]
 Tokens = dict[str, Tensor]  # (n, length) each; a tokenizer's only tensor is called ""
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """A product with a parameter: `result = entered @ W (+ bias)`."""
 
     parameter: Tensor
@@ -44,8 +38,7 @@ class _Observer(TorchFunctionMode):
     """Notes the last product with one of `parameters`, by identity, transposed views included.
 
     Where texts are shorter than the `context` of the model, its table of positions and its mask
-    are cut to them; models that do not do so themselves would raise. Only calls of this thread are
-    observed, and the model itself is not touched.
+    are cut to them; models that do not do so themselves would raise.
     """
 
     def __init__(self, parameters: Sequence[Tensor], length: int, context: int) -> None:
@@ -95,12 +88,12 @@ class _Observer(TorchFunctionMode):
 def run(
     model: nn.Module, inputs: Tokens, weight: Tensor | None = None, context: int = 0
 ) -> tuple[Tensor, Product | None]:
-    """The features (n, d) of texts, and the product that made them.
+    """The features (n, d) of texts, and the product that made them, in evaluation mode. A model
+    that is in that mode is not touched.
 
     Args:
-        inputs: what `tokens` gives, perhaps without padding at the end.
         weight: the parameter of that product; None: of the last one.
-        context: the number of tokens before padding was left out; 0: none was.
+        context: the number of tokens before padding was left out of `inputs`; 0: none was.
 
     Raises:
         ProblemError: a model that cannot read the tokens, or uses the parameter more than once.
@@ -113,7 +106,10 @@ def run(
     length = token_ids(inputs).shape[-1]
     observer = _Observer(parameters if weight is None else [weight], length, context)
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
-    with LOCK, torch.no_grad(), _evaluating(model), no_autocast:
+    with LOCK, torch.no_grad(), no_autocast:
+        training = [module for module in model.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             with observer:
                 features = text_features(model, inputs)
@@ -124,6 +120,9 @@ def run(
                 f"{type(model).__name__} cannot read what the tokenizer gives ({reason(error)}); "
                 "do the two belong together?"
             ) from error
+        finally:
+            for module in training:
+                module.training = True
     if observer.last is not None and observer.times[id(observer.last.parameter)] > 1:
         raise ProblemError("the projection is used more than once for a text: shared by modules")
     return features, observer.last
@@ -150,16 +149,11 @@ def token_ids(inputs: Tokens) -> Tensor:
     return inputs.get("input_ids", next(iter(inputs.values())))
 
 
-@dataclass(frozen=True)
-class Padding:
-    """What stands behind the end of a text, and may be left out.
-
-    Attributes:
-        token: its number; kept: how many of them a text needs (1 where the same token ends it).
-    """
+class Padding(NamedTuple):
+    """What stands behind the end of a text, and may be left out."""
 
     token: int
-    kept: int
+    kept: int  # of them a text needs: 1 where the same token ends it
 
     def lengths(self, ids: Tensor) -> Tensor:
         """How many of the tokens (n, length) each text needs, (n,)."""
@@ -222,17 +216,3 @@ def text_features(model: nn.Module, inputs: Tokens) -> Tensor:
             f"{type(model).__name__} gives no text features (n, d) for texts, but {shape}"
         )
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every module's own mode again behind it. A model that is in
-    evaluation mode is not touched."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,8 +1,7 @@
 """The tensors of a TorchScript archive, as OpenAI publishes its models, without running it.
 
-Such an archive is a program. Its weights are a pickle in which modules are named by their class and
-tensors by where their numbers are. Both are read here as data: a module becomes an empty object,
-and no other name is looked up.
+Its weights are a pickle in which modules are named by their class and tensors by where their
+numbers are. Both are read as data: a module becomes an empty object, no other name is looked up.
 """
 
 from __future__ import annotations
@@ -16,13 +15,9 @@ import torch
 from torch import Tensor
 
 DTYPES = {
-    "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
 }
 MASK = "attn_mask"  # the one tensor of OpenAI's models that is no weight
 
@@ -62,20 +57,16 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a model's weights")
 
     def persistent_load(self, saved: Any) -> Tensor:
-        _, dtype, key, _, count = saved
+        _, dtype, key, _, _ = saved
         if key not in self._storages:
             data = bytearray(self._archive.read(f"{self._folder}/data/{key}"))
-            empty = torch.empty(0, dtype=dtype)
-            self._storages[key] = torch.frombuffer(data, dtype=dtype) if count else empty
+            self._storages[key] = torch.frombuffer(data, dtype=dtype)
         return self._storages[key]
 
 
 def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
-    """Parameters and buffers of the archived model by their names, on the CPU.
-
-    Raises:
-        pickle.UnpicklingError, KeyError, RuntimeError, ...: whatever a foreign file leads to.
-    """
+    """Parameters and buffers of the archived model by their names, on the CPU. Raises whatever a
+    foreign file leads to."""
     (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
     with archive.open(name) as file:
         model = _Reader(file, archive, name.rpartition("/")[0]).load()

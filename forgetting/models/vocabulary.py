@@ -1,8 +1,5 @@
-"""The generic vocabulary: common names that are retained whatever somebody forgets.
-
-The lists come with the package (`forgetting.models.words`). They are encoded once for a model and
-tokenizer, and their hidden states are kept in a folder of files and in this process.
-"""
+"""The generic vocabulary: common names that are retained whatever somebody forgets. Their hidden
+states are kept in a folder of files and in this process."""
 
 from __future__ import annotations
 
@@ -37,15 +34,12 @@ def generic_names() -> list[str]:
 def generic_hidden(
     encoder: Encoder, cache: str | Path | None = CACHE, progress: bool = True
 ) -> tuple[list[str], Tensor]:
-    """The names, and their hidden states (n, w), encoded once for a model and tokenizer.
+    """The names, and their hidden states (n, w), encoded once for a model and tokenizer. A file
+    that is damaged, or of another model, is replaced.
 
     Args:
         cache: the folder of files; None: no file is read or written.
         progress: whether to show a bar where they are encoded.
-
-    Raises:
-        ProblemError: as `Encoder.hidden`. A file that is damaged, or of another model, is replaced,
-            and a folder that cannot be written keeps nothing.
     """
     names, title = generic_names(), "generic vocabulary" if progress else ""
     folder = None if cache is None else expand(cache)
