@@ -1,7 +1,7 @@
 """Encoding images: this repository's loop against open_clip's plain one, in one run.
 
     python -m benchmarks encode [ARCH ...] [--images 512] [--rounds 3] [--batch 64]
-                                [--precision bf16] [--weights PATH]
+                                [--precision bf16]
 
 From JPEG files of 500 x 375 to embeddings, on the GPU if there is one. The plain loop is that of
 open_clip's own evaluation: its transform in a DataLoader, a batch of BATCH, `encode_image` in
@@ -32,7 +32,6 @@ from clip.source import PRECISIONS, ClipSource
 from engine.cli import COUNT, Parser
 from engine.files import write_json_atomic
 from engine.log import progress
-from forgetting.errors import ProblemError
 
 SIDES = 500, 375  # pixels
 PLAIN = "open_clip, fp32"
@@ -128,15 +127,12 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--batch", type=COUNT, default=64, help="of the plain loop")
     choices = [p for p in PRECISIONS if p != "fp32"]
     parser.add_argument("--precision", choices=choices, default="bf16", help="beside fp32")
-    parser.add_argument("--weights", help="a checkpoint of ARCH; default: random weights")
     args = parser.parse_args(argv)
-    if args.weights and len(args.archs) > 1:
-        raise ProblemError("--weights are those of one ARCH; name it")
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         paths = photographs(Path(folder), args.images)
         for arch in args.archs:
-            weights = args.weights or random_weights(arch, Path(folder) / "random.pt")
+            weights = random_weights(arch, Path(folder) / "random.pt")
             source = ClipSource(arch, weights, folder, precision=args.precision)
             ways = ["fp32", args.precision]
             tables.append(compare(source, paths, args.rounds, args.batch, ways))

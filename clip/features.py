@@ -47,7 +47,7 @@ def build_bundle(
 
     Args:
         dataset: name in `datasets.SETS`; `root` holds its images. Any other name for images of
-            one's `own`, a folder or a CSV file (see `datasets.table.own_images`).
+            one's `own`, a folder or a CSV file (see `datasets.spec`).
         template: the evaluation prompt with one `{}`; None for the data set's own.
         split: "train_x", "val" or "test".
         batch_size: images that are encoded at once; None: 32 on a CPU, 256 on a GPU.

@@ -8,25 +8,10 @@ from __future__ import annotations
 
 from engine import DATASET_REGISTRY
 
-from .names import clean_name, key, match
-from .reader import CLASSES, ImageSet, available, load
-from .table import NAMES, SETS, SetSpec, spec
-from .vocabulary import retain_vocabulary, same_meaning
+from .names import clean_name, key, match  # noqa: F401
+from .reader import CLASSES, ImageSet, available, load  # noqa: F401
+from .table import NAMES, SETS, SetSpec, spec  # noqa: F401
+from .vocabulary import retain_vocabulary, same_meaning  # noqa: F401
 
 for _class in CLASSES.values():
     DATASET_REGISTRY.register(force=True)(_class)  # Dassl has sets of its own, such as a CIFAR10
-
-__all__ = [
-    "NAMES",
-    "SETS",
-    "ImageSet",
-    "SetSpec",
-    "available",
-    "clean_name",
-    "key",
-    "load",
-    "match",
-    "retain_vocabulary",
-    "same_meaning",
-    "spec",
-]

@@ -17,7 +17,7 @@ from engine.log import progress
 from forgetting.errors import ProblemError
 
 from .reader import absent, find_split, read_image
-from .table import SETS, SetSpec, own_images, spec
+from .table import SETS, SetSpec, spec
 
 
 def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = Path(os.path.expanduser(options.root or "."))
     if not root.is_dir():
         raise ProblemError(f"no data root at {root}: make that folder, see DATASETS.md")
-    rows = [own_images(images) for images in options.images]
+    rows = [spec("", images) for images in options.images]
     if options.root is not None:
         photographs = [name for name, row in SETS.items() if not row.rendered]
         rows += [spec(name) for name in options.names or photographs]

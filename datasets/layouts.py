@@ -225,28 +225,27 @@ def from_table(folder: Path, images: Path, table: Path) -> Split:
     text = read_text(table, "images")
     first = text.partition("\n")[0].strip()
     delimiter = max("\t;,", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
     try:
-        header = [title.strip().lower() for title in next(reader, [])]
-        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+        reader.fieldnames = [title.strip().lower() for title in reader.fieldnames or ()]
+        if not {"path", "class"} <= {*reader.fieldnames}:
+            raise ProblemError(
+                f"images {table}: its first line must name the columns path and class (and split, "
+                f"if it has one), and is {first!r:.80}"
+            )
+        for cells in filter(lambda row: any(row.values()), reader):
+            where = f"images {table}, line {reader.line_num}:"
+            if None in cells or None in cells.values():
+                raise ProblemError(f"{where} not {len(reader.fieldnames)} cells")
+            part = PART_NAMES.get(cells.get("split", "test").strip().lower())
+            if part is None or not cells["class"].strip():
+                what = "the class is empty" if part else "split must be train, val or test"
+                raise ProblemError(f"{where} {what}")
+            path = os.path.abspath(table.parent / cells["path"].strip()).lstrip("/")
+            rows.append((part, path, cells["class"].strip()))
     except csv.Error as error:
         raise ProblemError(f"images {table} cannot be read as CSV ({error})") from error
-    if "path" not in header or "class" not in header:
-        raise ProblemError(
-            f"images {table}: its first line must name the columns path and class (and split, if "
-            f"it has one), and is {first!r:.80}"
-        )
-    rows: list[Row] = []
-    for number, cells in lines:
-        where = f"images {table}, line {number}:"
-        if len(cells) != len(header):
-            raise ProblemError(f"{where} {len(cells)} cells, not {len(header)}")
-        cell = {title: value.strip() for title, value in zip(header, cells, strict=True)}
-        part = PART_NAMES.get(cell.get("split", "test").lower())
-        if part is None or not cell["class"]:
-            what = "the class is empty" if part else "split must be train, val or test"
-            raise ProblemError(f"{where} {what}")
-        rows.append((part, os.path.abspath(table.parent / cell["path"]).lstrip("/"), cell["class"]))
     return _split(table, rows)
 
 

@@ -1,10 +1,6 @@
-"""The four Mini sets, drawn from what pip packages bring, so that they need no network.
-
-MiniDigits are scikit-learn's handwritten digits, MiniLetters and MiniSymbols characters in the
-fonts that matplotlib ships, MiniShapes coloured shapes. `draw` makes one picture of a name; the
-sets' files (`render`) and the training of `mini` (`clip.train_mini`) both call it, on random
-streams that never meet. A name that is neither a digit nor a shape is a character's name in
-`unicodedata`, in lower case.
+"""The four Mini sets, drawn from what pip packages bring: scikit-learn's handwritten digits,
+characters in matplotlib's fonts (by their names in `unicodedata`), coloured shapes. The sets' files
+and the training of `mini` (`clip.train_mini`) draw on random streams that never meet.
 """
 
 from __future__ import annotations
@@ -79,11 +75,8 @@ def _heart() -> Outline:
 # fmt: off
 _CIRCLE, _SQUARE = _polygon(72), _polygon(4, turn=45.0)
 SHAPES: dict[str, tuple[Outline, ...]] = {
-    "circle": (_CIRCLE,),
-    "square": (_SQUARE,),
-    "triangle": (_polygon(3),),
-    "star": (_polygon(5, inner=0.42),),
-    "heart": (_heart(),),
+    "circle": (_CIRCLE,), "square": (_SQUARE,), "triangle": (_polygon(3),),
+    "star": (_polygon(5, inner=0.42),), "heart": (_heart(),),
     "cross": ([
         (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3),
@@ -198,12 +191,9 @@ def _colours(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
-    """One picture of a name: (32, 32, 3) uint8 RGB.
-
-    Size, place, turn, font, colours, the ground's gradient and noise come from `rng`. `test`
-    chooses the part of the handwritten digits. The empty name is a ground with nothing on it.
-    Raises ProblemError for a name that cannot be drawn.
-    """
+    """One picture of a name, (32, 32, 3) uint8 RGB, with random size, place, turn, font and
+    colours. `test` chooses the part of the handwritten digits; the empty name is a ground with
+    nothing on it. Raises ProblemError for a name that cannot be drawn."""
     ink, ground = _colours(name, rng)
     slope = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
     tilt = slope[0] * _LINE[:, None] + slope[1] * _LINE[None, :]
@@ -227,10 +217,8 @@ def draw(name: str, rng: np.random.Generator, test: bool = False) -> np.ndarray:
 
 
 def pictures(name: str, part: str) -> Iterator[tuple[str, int, np.ndarray]]:
-    """The pictures of a Mini set's `part` ("train" or "test"): (class name, label, picture).
-
-    Each class and part has a random stream of its own, so the pictures are the same on every call.
-    """
+    """The pictures of a Mini set's `part` ("train" or "test"): (class name, label, picture). Each
+    class and part has a random stream of its own: they are the same on every call."""
     count = {"train": TRAIN_IMAGES, "test": TEST_IMAGES}[part]
     for label, class_name in enumerate(MINI[name]):
         rng = np.random.default_rng(zlib.crc32(f"{name}/{part}/{class_name}".encode()))
@@ -240,12 +228,8 @@ def pictures(name: str, part: str) -> Iterator[tuple[str, int, np.ndarray]]:
 
 def render(name: str, folder: str | os.PathLike[str]) -> None:
     """Draw a Mini set into `folder` unless it is there: PNG files of 32 x 32 pixels and the split
-    file, the same on every call.
-
-    The folder appears with all of its files or not at all, also when two processes draw it at
-    once. Raises ProblemError for an unknown set, if the disk refuses, or if the folder holds
-    something else.
-    """
+    file, all or nothing, also when two processes draw it at once. Raises ProblemError for an
+    unknown set, if the disk refuses, or if the folder holds something else."""
     if name not in MINI:
         raise unknown("Mini set", name, MINI)
     folder = Path(folder)
@@ -259,7 +243,7 @@ def render(name: str, folder: str | os.PathLike[str]) -> None:
             "move it away, and the set is drawn anew"
         )
     logger.info(f"{name}: drawing the images into {folder}")
-    split: dict[str, list] = {"train": [], "val": [], "test": []}
+    split = {"train": [], "val": [], "test": []}
     try:
         with atomic_path(folder) as whole:
             for part in ("train", "test"):

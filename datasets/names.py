@@ -20,19 +20,14 @@ def clean_name(name: str) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that Unicode can spell. JSON, and file names whose bytes are no
-    UTF-8, contain some that it cannot."""
+    """Whether a value is a text that Unicode can spell: JSON and file names hold others."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
-    """The class of `classnames` that `name` means, in the data set's own spelling.
-
-    An exact spelling wins; otherwise case and underscores are ignored, if that leaves one class.
-
-    Raises:
-        ProblemError: no class, or several, fit; names the data set and the nearest classes.
-    """
+    """The class of `classnames` that `name` means, in the data set's own spelling. An exact
+    spelling wins; otherwise case and underscores are ignored, if that leaves one class. Raises
+    ProblemError, with the nearest classes, if none or several fit."""
     if name in classnames:
         return name
     if not clean_name(name):
@@ -51,10 +46,8 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
 
 
 def flaw(classnames: Sequence[str]) -> str:
-    """What is wrong with a set's class names, in label order; empty if each means one class.
-
-    Two names may differ in case alone: ImageNet has a dog "Cardigan" and a garment "cardigan".
-    """
+    """What is wrong with a set's class names, in label order; empty if each means one class. Two
+    may differ in case alone: ImageNet has a dog "Cardigan" and a garment "cardigan"."""
     labels: dict[str, int] = {}
     for label, name in enumerate(classnames):
         if not is_text(name):
@@ -68,11 +61,7 @@ def flaw(classnames: Sequence[str]) -> str:
 
 def entries(path: Path, what: str) -> Iterator[tuple[str, str]]:
     """The entries of a text file, one per line, `#` begins a comment: where each stands, for
-    messages, and its text.
-
-    Raises:
-        ProblemError: a file that cannot be read; the message names it and `what` it holds.
-    """
+    messages that say `what` the file holds, and its text. ProblemError if it cannot be read."""
     for number, line in enumerate(read_text(path, f"{what}:").splitlines(), start=1):
         if text := line.split("#", 1)[0].strip():
             yield f"{what}: {path}, line {number}", text

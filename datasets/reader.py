@@ -42,11 +42,7 @@ class Datum:
 
 
 def absent(row: SetSpec, root: Path) -> str | None:
-    """Why a set cannot be read from `root`, in one line; None if it seems to be there.
-
-    Looks at folders only: a broken split file is found by `find_split`, a missing image by
-    `ImageSet`.
-    """
+    """Why a set cannot be read from `root`, by its folders alone; None if they are there."""
     folder = root / row.folder
     needed = {"folder": folder, "image folder": row.images(folder)}
     if not Path(row.folder).is_absolute():
@@ -138,20 +134,15 @@ CLASSES: dict[str, type[ImageSet]] = {
 
 
 def load(name: str, root: str | Path, images: str = "") -> ImageSet:
-    """Read a set from a data root, or `images` of one's own (see `table.own_images`), without a
-    config.
-
-    Raises:
-        ProblemError: unknown name (nearest given), or as `ImageSet`.
-    """
+    """Read a set from a data root, or `images` of one's own (see `datasets.spec`), without a
+    config. Raises ProblemError as `spec` and `ImageSet`."""
     row = spec(name, images)
     kind = CLASSES.get(row.name) or type("OwnImages", (ImageSet,), {"row": row})
     return kind(SimpleNamespace(DATASET=SimpleNamespace(ROOT=str(root))))
 
 
 def available(root: str | Path) -> dict[str, str | None]:
-    """For each set of the table: None if its folder is there (or it is drawn on demand), else the
-    reason in one line."""
+    """For each set of the table why it cannot be read, as `absent` says it."""
     return {name: absent(row, Path(root).expanduser()) for name, row in SETS.items()}
 
 
@@ -164,13 +155,11 @@ def read_image(
     """An image file as RGB, decoded to the last pixel. Its size is checked before it is decoded.
 
     Args:
-        formats: Pillow's names of those that are read; None: all.
-        megapixels: at most, beside Pillow's own limit of 179.
+        formats: Pillow's names of those that are read; megapixels: at most, beside Pillow's 179.
         upright: whether to turn the image as its Exif data says. CLIP's benchmarks do not.
 
     Raises:
-        ProblemError: a file that is missing, torn, too large or no image, or whose numbers have no
-            known range; its text is the reason alone, for a message that names the file.
+        ProblemError: why it cannot be read, for a message that names the file.
     """
     try:
         if not Path(path).is_file():

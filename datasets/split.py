@@ -20,12 +20,7 @@ Item = tuple[str, int, str]  # (path relative to the image folder, label, class 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of a data set.
-
-    Attributes:
-        parts: the three lists of (relative path, label, class name), by name.
-        classnames: in label order, from all three lists together.
-    """
+    """The images of a data set by part; `classnames` in label order, of all parts together."""
 
     parts: dict[str, list[Item]]
     classnames: list[str]
@@ -44,11 +39,8 @@ class Split:
 
 
 def check_split(content: Any, where: str) -> Split:
-    """Turn the content of a split file into a `Split`; `where` begins each message.
-
-    Raises:
-        ProblemError: keys, triples, labels, names or paths are not as they must be.
-    """
+    """Turn the content of a split file into a `Split`; ProblemError, which begins with `where`, if
+    keys, triples, labels, names or paths are not as they must be."""
     where = f"split {where}:"
     if not isinstance(content, dict) or any(type(content.get(p)) is not list for p in PARTS):
         raise ProblemError(f"{where} must hold the lists 'train', 'val' and 'test'")

@@ -18,15 +18,12 @@ from .split import Split
 
 @dataclass(frozen=True)
 class SetSpec:
-    """One image set: where its files are, and how it is read.
-
-    Paths follow CoOp's layout: `folder` under the data root, the image folder and the split file
-    under `folder`. Paths in a split file are relative to the image folder.
-    """
+    """One image set: where its files are, in CoOp's layout, and how it is read. Paths in a split
+    file are relative to the image folder."""
 
     name: str
-    folder: str  # absolute for images of one's own, which no data root holds
-    image_folder: str = ""
+    folder: str  # under the data root; absolute for images of one's own
+    image_folder: str = ""  # under `folder`, as is the split file
     classes: int = 0  # as published; 0: not known
     # (folder, image folder) -> its split, where no split file is there
     make_split: Callable[[Path, Path], Split] | None = None
@@ -65,10 +62,6 @@ def _sun_class(path: str) -> str:
     """SUN397's class as CoOp writes it: `a/apartment_building/outdoor/x.jpg` is of the class
     `outdoor apartment_building`."""
     return " ".join(reversed(path.split("/")[1:-1]))
-
-
-def _pinned(path: str) -> str:
-    return layouts.top_folder(path).removeprefix("pins_")
 
 
 def _mini(kind: str) -> SetSpec:
@@ -132,7 +125,8 @@ _ROWS = (
             template="a photo of a {}, a type of bird."),
     SetSpec("PLANTDOC", "PlantDoc-Dataset", make_split=layouts.from_own_folders),
     SetSpec("PinsFaces", "pins_faces", "105_classes_pins_dataset", 105,
-            partial(layouts.all_tested, group=_pinned), template="a photo of {}."),
+            partial(layouts.all_tested, group=lambda path: path.split("/")[0][5:]),
+            template="a photo of {}."),
     *map(_mini, ("Digits", "Letters", "Symbols", "Shapes")),
 )
 # fmt: on
@@ -142,28 +136,22 @@ NAMES: dict[str, str] = {row.torchvision: row.name for row in _ROWS if row.torch
 
 
 def spec(name: str, images: str = "") -> SetSpec:
-    """The row of a set, by its name or torchvision's; that of images of one's own if `images`, a
-    folder or a CSV file, is given: see `own_images`. Raises ProblemError with the nearest names if
-    there is none."""
-    if images:
-        return own_images(images, name)
-    name = NAMES.get(name, name)
-    if name not in SETS:
-        raise ProblemError(
-            f"{unknown('data set', name, SETS)}; images of your own: --images FOLDER"
-        )
-    return SETS[name]
-
-
-def own_images(images: str, name: str = "") -> SetSpec:
-    """The row of images of one's own: a folder with a folder per class, or a CSV of path and class.
+    """The row of a set, by its name or torchvision's.
 
     Args:
-        name: what to call the set; that of the folder or file if empty.
+        images: of one's own, a folder with a folder per class or a CSV of path and class; `name`
+            is then what to call them, like the folder or file if empty.
 
     Raises:
-        ProblemError: a name that no results can go by, or that is another set's.
+        ProblemError: no such set (with the nearest names) or images; a name that no results can go
+            by, or that is another set's.
     """
+    if not images:
+        name = NAMES.get(name, name)
+        if name not in SETS:
+            hint = "; images of your own: --images FOLDER"
+            raise ProblemError(f"{unknown('data set', name, SETS)}{hint}")
+        return SETS[name]
     path = Path(os.path.expanduser(images)).absolute()
     hint = "; call it otherwise with --dataset NAME"
     name = name or (path.stem if path.suffix.lower() in layouts.TABLES else path.resolve().name)
@@ -174,7 +162,5 @@ def own_images(images: str, name: str = "") -> SetSpec:
     if path.is_dir():
         return SetSpec(name, str(path), make_split=layouts.from_own_folders)
     if not path.is_file():
-        raise ProblemError(
-            f"no images at {path}: give a folder with a folder per class, or a CSV file"
-        )
+        raise ProblemError(f"no images at {path}: give a folder with a folder per class, or a CSV")
     return SetSpec(name, "/", make_split=partial(layouts.from_table, table=path))

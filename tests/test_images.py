@@ -134,6 +134,7 @@ def test_a_table_of_ones_own(tmp_path, capsys):
             ["", "sea horse", "../a/2.png", "test"],
             [],
             ["", "crab", str(tmp_path / "elsewhere/3.png"), "val"],
+            ["", "", "", ""],
         ]
         table.write_text("\ufeff" + "\r\n".join(delimiter.join(row) for row in rows))
         images = datasets.load("", "none", str(table))
@@ -153,7 +154,7 @@ BROKEN = {
     "": "its first line must name the columns path and class",
     "a.png,cat\n": "its first line must name",
     "path,class\n": "'test' is empty",
-    "path,class\n\n\na.png\n": "line 4: 1 cells, not 2",
+    "path,class\n\n\na.png\n": "line 4: not 2 cells",
     "path,class,split\na.png,cat,dev\n": "line 2: split must be train, val or test",
     'path,class\n"a.png,cat\n': "cannot be read as CSV",
     "path,class\na.png, \n": "line 2: the class is empty",

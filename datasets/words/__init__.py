@@ -1,4 +1,1 @@
-"""Other words for a class: for an audit after the class was forgotten.
-
-`NAME.txt` beside these modules holds a set's list. No list is needed to forget.
-"""
+"""Other words for a class, to ask for it after it was forgotten: `NAME.txt` is a set's list."""

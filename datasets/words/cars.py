@@ -28,11 +28,8 @@ BODIES = {
 
 
 def car_words(name: str) -> tuple[list[str], list[str], list[str]]:
-    """Synonyms, hypernyms and descriptions of a car's name; none for a name without a year.
-
-    The name without its year counts as a synonym, which it is where no other class of the set
-    differs in the year alone; `StanfordCars.txt` names those that do.
-    """
+    """Synonyms, hypernyms and descriptions of a car's name; none for a name without a year. The
+    name without its year is a synonym: `StanfordCars.txt` names those where it is not."""
     parts = re.fullmatch(rf"(\d{{4}}) (({'|'.join(TWO_WORDS)}|\S+)(.*))", name)
     if not parts:
         return [], [], []

@@ -4,8 +4,7 @@
 
     class; other spelling | synonym; synonym | hypernym; hypernym | description; description
 
-Cells at the end may be left out. Other spellings are names under which the class is found too, for
-a published split that cut them.
+Cells at the end may be left out. Other spellings are of a published split that cut names.
 """
 
 from __future__ import annotations
@@ -37,15 +36,8 @@ NONE = Words([], [], [])
 
 
 def words_of(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
-    """Other words for a class, committed ones first, without the class's own name.
-
-    Args:
-        dataset: the set whose list is read; a set that is not in the table has no list.
-        others: names that belong to other classes and are left out.
-
-    Raises:
-        ProblemError: a list that cannot be read or is not in the form above.
-    """
+    """Other words for a class, committed ones first, without its own name and those of `others`.
+    ProblemError if the list of its set cannot be read or is not in the form above."""
     words = listed_words(name, dataset, others)
     same, above = wordnet_words(clean_name(name), words.synonyms, words.hypernyms)
     listed = [name, *others, *words.synonyms, *words.hypernyms]
@@ -70,8 +62,8 @@ def committed(name: str, dataset: str | None) -> Words:
 
 
 def halves(name: str, dataset: str) -> tuple[list[str], list[str]]:
-    """The committed synonyms of a class that `mini` was trained with, and those held out. A
-    checksum decides, so that nobody chose the easy half; of an odd number one more is trained."""
+    """The committed synonyms of a class that `mini` was trained with, and those held out: by a
+    checksum, so that nobody chose the easy half."""
     words = sorted(
         committed(name, dataset).synonyms,
         key=lambda word: hashlib.sha256(f"{name}/{word}".encode()).digest(),
@@ -99,10 +91,7 @@ def read_list(dataset: str) -> dict[str, Words]:
             for cell in text.split("|")
         ]
         if not names or not any(cells) or len(cells) > len(NONE):
-            raise ProblemError(
-                f"{where}: {text!r} must be "
-                "'class | synonym; synonym | hypernym; hypernym | description'"
-            )
+            raise ProblemError(f"{where}: {text!r} must be 'class | synonyms | hypernyms | texts'")
         for name in map(key, names):
             if name in words:
                 raise ProblemError(f"{where}: {name!r} was there before")

@@ -36,13 +36,10 @@ def paraphrases(
     they compete with the other classes' prompts on equal terms.
 
     Args:
-        dataset: the set of the class, for its words and its prompt; None or one that is not in the
-            table: only what follows from the name, and from WordNet where it is installed.
+        dataset: the set of the class; None or one that is not in the table: only what follows from
+            the name, and from WordNet where it is installed.
         template: the evaluation prompt with one `{}`; None for the set's own.
         classnames: the set's classes; a word that is the name of another class is left out.
-
-    Raises:
-        ProblemError: a list of words that cannot be read (see `datasets.words.lexicon`).
     """
     name = clean_name(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
