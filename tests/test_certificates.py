@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -192,25 +192,13 @@ def test_the_counter_examples_of_the_first_release():
 # In exact rationals, for one text: at any mu an upper bound of the optimum, at the best one it.
 
 
-def rational(matrix: torch.Tensor) -> list[list[Fraction]]:
-    return [[Fraction(x) for x in row] for row in matrix.tolist()]
+def rational(matrix: torch.Tensor) -> sympy.Matrix:
+    return sympy.Matrix([[sympy.Rational(x) for x in row] for row in matrix.tolist()])
 
 
-def product(a, b):
-    return [[sum(x * y for x, y in zip(row, column)) for column in zip(*b)] for row in a]  # noqa: B905
-
-
-def solved_exactly(a, b):
-    """`a^-1 b` by elimination."""
-    rows = [[*left, *right] for left, right in zip(a, b, strict=True)]
-    for i in range(len(rows)):
-        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
-        rows[i], rows[pivot] = rows[pivot], rows[i]
-        rows[i] = [x / rows[i][i] for x in rows[i]]
-        for r in range(len(rows)):
-            if r != i:
-                rows[r] = [x - rows[r][i] * y for x, y in zip(rows[r], rows[i], strict=True)]
-    return [row[len(rows) :] for row in rows]
+def ridge_matrix(rows: torch.Tensor, mu: float) -> sympy.Matrix:
+    exact_rows = rational(rows)
+    return exact_rows.T * exact_rows + sympy.Rational(mu) * sympy.eye(rows.shape[1])
 
 
 def overclaims_of_classes(seed: int) -> list[float]:
@@ -227,24 +215,21 @@ def overclaims_of_classes(seed: int) -> list[float]:
     excluded[0, 0] = True
     found = []
     for i, solution in enumerate(solve_each(problem, torch.arange(classes), excluded)):
-        mu = Fraction(solution.mu)
-        if mu == 0:
-            continue
-        rows = rational(h_r[~excluded[i]])
-        k_matrix = product([list(column) for column in zip(*rows, strict=True)], rows)
-        for j in range(w):
-            k_matrix[j][j] += mu
-        h = rational(h_f[[i]])
-        a = mu * product(h, solved_exactly(k_matrix, [[x] for x in h[0]]))[0][0]
-        cost = Fraction(problem.lamb_preserve) ** 2 * mu + Fraction(problem.lw) ** 2
-        d = [
-            x - y
-            for x, y in zip(
-                rational(target[[i]])[0], product(h, rational(projection))[0], strict=True
+        if solution.mu > 0:
+            h, mu = rational(h_f[[i]]), sympy.Rational(solution.mu)
+            k_matrix = ridge_matrix(h_r[~excluded[i]], solution.mu)
+            lp, lw, lf, bound = map(
+                sympy.Rational,
+                (
+                    problem.lamb_preserve,
+                    problem.lw,
+                    solution.lamb_forget,
+                    solution.certificate.bound,
+                ),
             )
-        ]
-        reached = min(cost / a, Fraction(solution.lamb_forget) ** 2) * sum(x * x for x in d)
-        found.append(float(Fraction(solution.certificate.bound) ** 2 / reached - 1))
+            least = (lp**2 * mu + lw**2) / (mu * (h * k_matrix.LUsolve(h.T))[0])
+            d = rational(target[[i]]) - h * rational(projection)
+            found.append(float(bound**2 / (min(least, lf**2) * (d * d.T)[0]) - 1))
     return found
 
 
@@ -351,32 +336,21 @@ def overclaims(seed: int) -> float | None:
     if torch.linalg.matrix_rank(h_f) < k or not target.any():
         return None
     solution = solve_constrained(Ridge(rows, mu), h_f, target)
-    proof, transposed = solution.certificate, rational(rows.T)
-    k_matrix = product(transposed, rational(rows))
-    for i in range(w):
-        k_matrix[i][i] += Fraction(mu)
-    inner = product(rational(h_f), solved_exactly(k_matrix, rational(h_f.T)))
-    z = solved_exactly(inner, rational(target))
-    optimum = sum(
-        x * y for a, b in zip(rational(target), z, strict=True) for x, y in zip(a, b, strict=True)
-    )
-    delta = product(rational(solution.left), rational(solution.right))
-    images = product(k_matrix, delta)
-    cost = sum(x * y for a, b in zip(delta, images, strict=True) for x, y in zip(a, b, strict=True))
-    assert abs(cost - Fraction(proof.primal)) <= Fraction(proof.rounding) or not proof.rounding
-    return float((Fraction(proof.bound) - optimum) / optimum)
+    proof, k_matrix = solution.certificate, ridge_matrix(rows, mu)
+    h, t = rational(h_f), rational(target)
+    optimum = (t.T * (h * k_matrix.LUsolve(h.T)).LUsolve(t)).trace()
+    delta = rational(solution.left) * rational(solution.right)
+    cost = (delta.T * k_matrix * delta).trace()
+    assert abs(cost - sympy.Rational(proof.primal)) <= proof.rounding or not proof.rounding
+    return float((sympy.Rational(proof.bound) - optimum) / optimum)
 
 
-def test_a_constrained_bound_is_below_the_optimum_in_exact_rationals():
-    found = [x for x in map(overclaims, range(300)) if x is not None]
-    assert len(found) > 200 and max(found) <= 0
-    assert sum(x > -1e-6 for x in found) > 100  # nor is it far below
-
-
-def test_without_its_rounding_a_constrained_bound_claims_too_much(monkeypatch):
-    """Negative control of the test above."""
-    monkeypatch.setattr(certificate, "ROUNDING", 0.0)
-    assert max(x for x in map(overclaims, range(300)) if x is not None) > 1e-9
+def test_a_constrained_bound_is_below_the_optimum_in_exact_rationals(monkeypatch):
+    found = [x for x in map(overclaims, range(200)) if x is not None]
+    assert len(found) > 130 and max(found) <= 0
+    assert sum(x > -1e-6 for x in found) > 70  # nor is it far below
+    monkeypatch.setattr(certificate, "ROUNDING", 0.0)  # negative control
+    assert max(x for x in map(overclaims, range(200)) if x is not None) > 1e-9
 
 
 def test_what_rounding_may_hide_counts_against_the_proof():
@@ -388,21 +362,5 @@ def test_what_rounding_may_hide_counts_against_the_proof():
     none = root.new_zeros(1, 0, 2), root.new_zeros(1, 0)
     batched = (x[None] for x in (h_f, h_f @ left, left, right))
     (proof,) = certify_constrained(root, mu, *none, *batched)
-    assert product(rational(root), rational(left)) != [[0]]
+    assert (rational(root) * rational(left))[0] != 0
     assert 1e-3 < proof.gap < 0.5  # (2e-15 ||K|| ||Delta||)^2 / mu, beside mu ||Delta||^2
-
-
-@settings(max_examples=200, **EVERY)
-@given(st.integers(0, 2**31), SCALES, SCALES, st.floats(1e-9, 1e3), st.integers(1, 4))
-def test_a_constrained_answer_is_as_cheap_as_is_claimed(seed, of_text, of_step, mu, k):
-    """Any other change that reaches the targets costs at least what is claimed."""
-    h_f, h_r = of_text * normal(k, 6, seed=seed), of_text * normal(5, 6, seed=seed + 1)
-    d, mu = of_step * normal(k, 4, seed=seed + 2), mu * of_text**2
-    proof = solve_constrained(Ridge(h_r, mu), h_f, d).certificate
-    k_matrix = (h_r.T @ h_r + mu * torch.eye(6).double()).numpy().astype(np.longdouble)
-    for tolerance in (1e-15, 1e-3):
-        delta = (torch.linalg.pinv(h_f, rtol=tolerance) @ d).numpy().astype(np.longdouble)
-        missed = h_f.numpy().astype(np.longdouble) @ delta - d.numpy()
-        if np.abs(missed).max() <= 1e-12 * of_step:
-            cost = (delta * (k_matrix @ delta)).sum()
-            assert cost >= proof.primal * (1 - proof.gap) * (1 - 1e-10)
