@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
 from engine.log import logger, progress
-from engine.ray import LauncherSettings, spread
 from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError
 from forgetting.io import container, read_safetensors, write_bytes
+
+if TYPE_CHECKING:
+    from engine.ray import LauncherSettings
 
 SHARD = 512  # images; what a killed run loses at most
 BATCH = {"cpu": 32, "cuda": 256}  # images that are encoded at once
@@ -124,6 +126,8 @@ class FeatureCache:
     def _spread(self, name: str, shards: Shards, batch_size: int | None) -> None:
         """Have many workers write the shards that are not there yet. A worker computes on one of
         the cores that it requests, and loads images on the others."""
+        from engine.ray import spread
+
         missing = [(part, list(paths)) for part, paths in shards.items() if not part.exists()]
         workers = max(0, int(self.how.cpus) - 1)
         task = partial(_encode, self.source.arguments, name, batch_size, workers)

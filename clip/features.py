@@ -11,21 +11,23 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import datasets
 from clip.architectures import architecture, identity
-from clip.audit_texts import with_audit
 from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.log import logger
-from engine.ray import LauncherSettings, add_launcher, launcher
 from forgetting.errors import ProblemError, unknown
 from forgetting.io import refuse_existing
+
+if TYPE_CHECKING:
+    from engine.ray import LauncherSettings
 
 SPLITS = ("train_x", "val", "test")
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -110,6 +112,9 @@ def loaders(device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of this stage alone."""
+    from clip.audit_texts import with_audit
+    from engine.ray import add_launcher, launcher
+
     parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")
     parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle
 from datasets import clean_name, key, same_meaning
 from datasets.words.lexicon import listed_words
@@ -125,7 +124,11 @@ class Texts:
         without one what the bundle brought for an audit. A text that the model takes for another
         class of the set is left out.
         """
-        brought = audit_rows(self.bundle) if self.encode is None else {}
+        brought: dict[str, list] = {}
+        if self.encode is None:
+            from clip.audit_texts import audit_rows
+
+            brought = audit_rows(self.bundle)
         known: dict[str, dict[str, Tensor]] = {}  # of each class: text -> hidden state
         new: dict[str, list[str]] = {}  # of each class: texts to encode
         for name in dict.fromkeys(name for request in requests for name in request.classes):
