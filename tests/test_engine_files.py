@@ -30,39 +30,6 @@ def test_the_nearest_names_come_first_and_a_message_is_one_short_line():
     assert str(unknown("class", "x", [])) == "unknown class 'x'; known: none"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "new" / "file.png"
-    for content in ("one", "two"):
-        with atomic_path(target) as temporary:
-            assert temporary.parent == target.parent and temporary.suffix == target.suffix
-            temporary.write_text(content)
-    other = tmp_path / "other"
-    other.write_text("")
-    assert target.stat().st_mode == other.stat().st_mode
-    for failure in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(failure), atomic_path(target) as temporary:
-            temporary.write_text("half")
-            raise failure
-    with pytest.raises(ProblemError, match="exists"), atomic_path(target, overwrite=False):
-        pass
-    assert target.read_text() == "two" and list(target.parent.iterdir()) == [target]
-
-
-def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "folder"
-    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
-        temporary.mkdir()
-        (temporary / "a").write_text("a")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    for name in "ab":
-        with atomic_path(target) as temporary:
-            temporary.mkdir()
-            (temporary / name).write_text(name)
-    assert {path.name for path in target.iterdir()} == {"a", "b"}
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def test_a_place_that_cannot_be_read_or_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProblemError, match=r"cannot write .*child"):

@@ -7,7 +7,6 @@ damage, each kind of option by each kind of bad value.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -196,7 +195,7 @@ def test_damaged_json(kind, damage, place, refusal):
         assert path.name in line or "Caltech101" in line
 
 
-# Files of tensors: each piece of metadata by each wrong value, each tensor by each wrong one.
+# Files of tensors: each piece of metadata by each wrong value.
 
 
 def bundle(place: Path) -> tuple[Path, list[str]]:
@@ -239,47 +238,13 @@ def test_wrong_metadata(of_kind, wrong, place, refusal):
         good = file.metadata()
     tensors = load_file(path)
     for key in KEYS[of_kind]:
-        if WRONG[wrong] == good.get(key):
-            continue
         metadata = {k: v for k, v in good.items() if k != key}
         if WRONG[wrong] is not None:
             metadata[key] = WRONG[wrong]
-        save_file(tensors, path, metadata)
-        line = refusal(name, argv)
-        assert path.name in line or key in line
-
-
-TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
-    "missing": lambda x: None,
-    "scalar": lambda x: x.flatten()[0].clone(),
-    "flat": lambda x: x.flatten() if x.ndim > 1 else x,
-    "deeper": lambda x: x[None],
-    "no rows": lambda x: x[:0],
-    "a row more": lambda x: torch.cat([x, x[:1]]),
-    "NaN": lambda x: torch.full_like(x, float("nan")) if x.is_floating_point() else x.double() / 0,
-    "infinite": lambda x: torch.full(x.shape, float("inf")),
-    "complex": lambda x: x.to(torch.complex64),
-    "boolean": lambda x: x.bool(),
-    "fractions": lambda x: x + 0.5 if not x.is_floating_point() else x.long(),
-}
-
-
-@pytest.mark.parametrize("wrong", TENSORS)
-@pytest.mark.parametrize("of_kind", KEYS, ids=lambda make: make.__name__)
-def test_wrong_tensors(of_kind, wrong, place, refusal):
-    path, (name, *argv) = of_kind(place)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    good = load_file(path)
-    for key, tensor in good.items():
-        changed = {k: v.contiguous() for k, v in good.items() if k != key}
-        value = TENSORS[wrong](tensor)
-        if value is not None:
-            if value is tensor:  # flat already
-                continue
-            changed[key] = value
-        save_file(changed, path, metadata)
-        assert path.name in refusal(name, argv), key
+        if metadata != good:
+            save_file(tensors, path, metadata)
+            line = refusal(name, argv)
+            assert path.name in line or key in line
 
 
 def adapter_of_a_run(place: Path) -> tuple[Path, list[str]]:
@@ -368,7 +333,6 @@ WRONG_LINES = {
     "no data set": (["--dataset", ""], "pass --dataset NAME"),
     "data set upwards": (["--dataset", ".."], "'..' is none"),
     "architecture": ([*MINI, "data", "--backbone", "vit_b16"], "did you mean 'ViT-B/16'"),
-    "architecture of bundles": (["--backbone", "RN50"], "backbones there: ViT-B-32"),
     "class": (["--forget", "sea_hors"], "'sea_hors'.*'sea_horse'"),
     "no class listed": ([], "forget_cls.py or use --forget"),
     "all beside another": (["--forget", "all", "--forget", "cat"], "stands for every class"),
@@ -376,18 +340,12 @@ WRONG_LINES = {
     "trainer": (["--trainer", "ForgetLora"], "did you mean 'ForgetLoRA'"),
     "no fixed seed": (["--seed", "-1"], "SEED must be .*-1"),
     "part": (["--forget", "all", "FORGET.PART", "3/2"], "FORGET.PART must be i/n.*3/2"),
-    "no part": (["--forget", "all", "FORGET.PART", "1/2/3"], "FORGET.PART must be i/n"),
-    "part 0": (["--forget", "all", "FORGET.PART", "0/2"], "FORGET.PART must be i/n"),
     "evaluation alone": (["--eval-only"], "--eval-only.*same command"),
-    "resume": (["--resume", "out"], "--resume.*same command"),
     "domains": (["--source-domains", "a", "b"], "--source-domains.*--dataset"),
     "their data sets": (["--run_ds", "A,B"], "--run_ds.*forget_clip.sh"),
     "value of a flag": (["--multiclass", "1"], "--multiclass takes no value"),
     "model without weights": (["--forget", "cat", "--save-model"], "--save-model"),
-    "feature folder": (["--features", "nowhere"], "no folder of feature bundles at nowhere"),
-    "data root": ([*MINI, "nowhere"], "nowhere.*DATASETS.md"),
     "data folder": ([*MINI, "features"], "caltech-101.*DATASETS.md"),
-    "missing checkpoint": ([*MINI, "data", "--weights", "no.pt"], "no.pt"),
     "target of none": (["--trainer", "ForgetZero", "--target", "empty"], "FORGET.TARGET"),
     "specific": (
         ["--trainer", "ForgetLoRA", "--target", "specific"],
@@ -452,14 +410,6 @@ def test_full_disk(place):
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
     assert not (place / "new/logs.json").exists()
-
-
-def test_read_only_disk(place, capsys):
-    locked = Path("/proc/results") if os.geteuid() == 0 else place / "locked"
-    if os.geteuid() != 0:
-        locked.mkdir(mode=0o555)
-    assert train.cli([*WHOLE["train"][1:], "--output-dir", str(locked / "seed_0")]) == 2
-    assert str(locked) in capsys.readouterr().err
 
 
 # Places where something must not be written over, and devices.
@@ -607,17 +557,3 @@ def test_a_run_removes_what_a_killed_one_left(place):
     os.utime(left, (0, time.time() - 2 * STALE))
     assert train.cli([*arguments(place), "--forget", "Dog"]) == 0
     assert not left.exists() and fresh.exists()
-
-
-def test_folders_that_may_not_be_entered_are_named(place, refusal, monkeypatch):
-    closed = ["features/ViT-B-32"]
-    for name in ("scandir", "listdir"):
-        real = getattr(os, name)
-
-        def enter(path=".", real=real):
-            if str(path).endswith(tuple(closed)):
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return real(path)
-
-        monkeypatch.setattr(os, name, enter)
-    assert "ViT-B-32: Permission denied" in refusal("train", [*arguments(Path()), "--forget=Dog"])

@@ -25,7 +25,6 @@ from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
 from forgetting import load_adapter
-from forgetting.cli import cli as clip_forget
 from forgetting.io import remove_stale
 from tests.conftest import BACKBONE
 from tests.results_fixtures import ended, fork
@@ -140,24 +139,6 @@ def test_an_encoding(tmp_path, rounds):
             path.unlink()  # encoded anew in the next round
 
     kill_often(lambda: call() and None, rounds, check)
-
-
-@pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_composition(command, tmp_path, rounds):
-    train.main([*command, "--trainer", "ForgetExact", "--output-dir", str(tmp_path / "exact")])
-    cat, owl = (str(tmp_path / f"exact/ToyAnimals/{name}.safetensors") for name in ("cat", "owl"))
-    out = tmp_path / "both.safetensors"
-    assert clip_forget(["compose", cat, owl, "--out", str(out)]) == 0
-    expected = sha256_file(out)
-
-    def call() -> int:
-        out.unlink(missing_ok=True)
-        return clip_forget(["compose", cat, owl, "--out", str(out)])
-
-    def check() -> None:
-        assert sha256_file(out) == expected
-
-    kill_often(call, rounds, check)
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)

@@ -50,9 +50,6 @@ def driver(tmp_path):
     return call
 
 
-# The loops of the driver
-
-
 def test_the_driver_loops_over_each_name_once(driver, tmp_path):
     done = driver(
         *("1", "00, 0,10,010", "007,*,A A,007", "mini, hf:a b", "1", "--forget", "x y"),
@@ -124,9 +121,6 @@ def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
         *("--trainers", "X", "--out", f"{tmp_path}/out/results1"),
     ]
     assert words[12:14] == ["--launcher", "ray"] and words[-2:] == ["--cpus", "2"]
-
-
-# A sweep of lists, in this process
 
 
 @pytest.fixture
@@ -205,9 +199,6 @@ def test_a_map_in_this_process_yields_results_and_refusals_in_order():
     found = list(spread(shout, ["a", "bad", "b"], HERE))
     assert [item for item, _ in found] == ["a", "bad", "b"]
     assert found[0][1] == "A" and isinstance(found[1][1], ProblemError) and found[2][1] == "B"
-
-
-# By Ray
 
 
 @pytest.fixture(scope="module")
