@@ -21,7 +21,7 @@ from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
 from forgetting.errors import ProblemError
-from tests.conftest import BACKBONE, REPOSITORY
+from tests.conftest import BACKBONE
 from trainers import SETTINGS
 from utils import create_results
 
@@ -142,13 +142,6 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, tmp_pa
     assert (lost["seeds"] == 1).all() and table["seeds"].max() == 2
 
 
-@pytest.mark.slow
-def test_a_sweep_by_ray_is_that_of_one_process(command, tmp_path):
-    pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
-    here = sweep.main([command[0], "--out", str(tmp_path / "here"), *command[3:]])
-    pd.testing.assert_frame_equal(sweep.main([*command, "--launcher", "ray"]), here)
-
-
 # The methods side by side
 
 
@@ -174,23 +167,6 @@ def test_every_method_can_be_run(features, tmp_path):
         argv += ["--output-dir", str(tmp_path), "--forget", "owl", "--trainer", trainer, *keys]
         cfg = train.setup_cfg(train.parse(argv))
         TRAINER_REGISTRY.get(trainer).preflight(cfg)
-
-
-REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
-def test_methods_on_real_features(tmp_path):
-    """What each does to two classes of CLIP, whose evaluation prompts are the forgotten texts."""
-    argv = ["--features", str(REAL_CLIP), "--dataset", "CaltechNature", "--out", str(tmp_path)]
-    names = ["nothing", "name", "noise", "ascent", "leace", "null-space", "uce", "uce-published"]
-    argv += ["--forget", "leopard", "--forget", "ant", "--methods", ",".join(names)]
-    table = baselines.main(argv)
-    after, rest = table["forgotten after"], table["rest worst"]
-    assert (after[["name", "null-space", "uce"]] == 0).all()
-    assert (after[["nothing", "noise", "ascent", "uce-published"]] > 80).all()
-    assert after["leace"] < 40 and rest["nothing"] == 0 and rest["uce"] < 2
 
 
 # The commands
