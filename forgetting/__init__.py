@@ -1,11 +1,7 @@
 """Class forgetting as mathematics: hidden states in, a low-rank change of the projection out.
 
 `forget` forgets names in anybody's CLIP, in one call, and gives a `Forgotten`. Below it,
-`ForgetProblem` states the paper's problem: `solve_lora` is its descent, `solve_exact` its optimum
-with a proof, `solve_each` and `solve_lora_each` the same for every class of a set alone.
-`RetainSet` holds names to retain; `solve_constrained` is the form that removes a class completely.
-`Adapter` is what is stored of an answer, and `forgetting.compose` joins adapters and takes them
-apart again.
+`ForgetProblem` states the paper's problem, and `solve_exact` its optimum with a proof.
 
 Each name is imported from its module when it is first used.
 """
@@ -36,7 +32,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -20,42 +20,28 @@ Excluded = tuple[str, str, int]  # a retained name: its group, the name, and whi
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Where a projection is in a model, and what else that model holds.
+    """Where a projection is in a model, and what else that model holds."""
 
-    Attributes:
-        projection: name of its tensor; transposed: whether it holds `W^T`, as a torch.nn.Linear.
-        bias: name of the bias's tensor, if there is one.
-        others_sha256: of the names and contents of all other tensors.
-    """
-
-    projection: str
-    transposed: bool
-    bias: str | None
-    others_sha256: str
+    projection: str  # name of its tensor
+    transposed: bool  # whether that holds W^T, as a torch.nn.Linear
+    bias: str | None  # name of the bias's tensor, if there is one
+    others_sha256: str  # of the names and contents of all other tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One class of a recipe, with its rows of `K_0^-1` for `K_0 = G + mu I`.
-
-    Attributes:
-        dataset, name: of the class.
-        texts: K, by which it is forgotten; hidden: (K, w) float32, their hidden states `h`;
-            base: (K, w) float64, `h K_0^-1`; displacement: (K, d) float64, to their targets.
-        excluded: E names that are not retained with it; excluded_hidden, excluded_base: likewise;
-            excluded_weight: (E,) float64, the weight of each name in G.
-    """
+    """One class of a recipe, with its rows of `K_0^-1` for `K_0 = G + mu I`."""
 
     dataset: str
     name: str
-    texts: list[str]
-    excluded: list[Excluded]
-    hidden: Tensor
-    base: Tensor
-    displacement: Tensor
-    excluded_hidden: Tensor
-    excluded_base: Tensor
-    excluded_weight: Tensor
+    texts: list[str]  # K, by which it is forgotten
+    excluded: list[Excluded]  # E names that are not retained with it
+    hidden: Tensor  # (K, w) float32, hidden states h of the texts
+    base: Tensor  # (K, w) float64, h K_0^-1
+    displacement: Tensor  # (K, d) float64, from each text to its target
+    excluded_hidden: Tensor  # (E, w) float32
+    excluded_base: Tensor  # (E, w) float64
+    excluded_weight: Tensor  # (E,) float64, the weight of each name in G
 
 
 TEXTS = ("hidden", "base", "displacement")  # tensors of a part with a row for each text
@@ -65,52 +51,37 @@ EXCLUDED = ("excluded_hidden", "excluded_base", "excluded_weight")  # and for ea
 @dataclass(frozen=True)
 class Recipe:
     """What composing needs. Texts and names are known by their strings: the hidden states of one
-    text differ in their last digits from machine to machine.
+    text differ in their last digits from machine to machine."""
 
-    Attributes:
-        encoder: digest of what a hidden state depends on beside its text; retain: of all retained
-            names, their groups and weights; mu: the ridge.
-        parts: the classes, in the order in which they came.
-    """
-
-    encoder: str
-    retain: str
-    mu: float
-    parts: list[Part]
+    encoder: str  # digest of what a hidden state depends on beside its text
+    retain: str  # digest of all retained names, their groups and weights
+    mu: float  # the ridge
+    parts: list[Part]  # the classes, in the order in which they came
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A low-rank change of one particular text projection: `W' = W + left @ right`.
 
-    Attributes:
-        left: (w, r) and right: (r, d), stored in float32.
-        projection_sha256: of the `W` that it was made for, see `projection_sha256`.
-        backbone, weights: architecture and SHA-256 (or origin) of the checkpoint that holds `W`.
-        dataset, classes: what was forgotten; trainer: the method; settings: its constants.
-        record: the entry of logs.json: accuracies (none by the library), and `solver`, the
-            solver's report. JSON values only.
-        recipe: what composing needs; None if the method cannot.
-        model: where it is in a model; None if it was not made from one.
-        changed_sha256: of the tensor that holds `W'` in that model: in the dtype of W, and rounded
-            as a file in half precision rounds it, if W came from one. Empty if that is not known.
-
     Raises:
         ProblemError: no class, or factors that do not fit or are not finite.
     """
 
-    left: Tensor
-    right: Tensor
-    projection_sha256: str
-    backbone: str
-    weights: str
+    left: Tensor  # (w, r), stored in float32
+    right: Tensor  # (r, d), stored in float32
+    projection_sha256: str  # of the W that it was made for, see `projection_sha256`
+    backbone: str  # architecture
+    weights: str  # SHA-256 (or origin) of the checkpoint that holds W
     dataset: str
-    classes: list[str]
-    trainer: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    classes: list[str]  # what was forgotten
+    trainer: str  # the method
+    settings: dict[str, Any] = field(default_factory=dict)  # its constants
+    # The entry of logs.json: accuracies (none by the library), and `solver`, the solver's report.
     record: dict[str, Any] = field(default_factory=dict)
-    recipe: Recipe | None = None
-    model: ModelIdentity | None = None
+    recipe: Recipe | None = None  # None if the method does not compose
+    model: ModelIdentity | None = None  # None if it was not made from one
+    # Of the tensor that holds W' in that model: in the dtype of W, and rounded as a file in half
+    # precision rounds it, if W came from one. Empty if that is not known.
     changed_sha256: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -134,11 +105,8 @@ class Adapter:
         return self.left.float() @ self.right.float()  # (w, r) @ (r, d) -> (w, d)
 
     def apply(self, projection: Tensor) -> Tensor:
-        """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d).
-
-        Raises:
-            ProblemError: the projection is not the one that the adapter was made for.
-        """
+        """`W + Delta` as a new tensor, in the dtype and on the device of `projection` (w, d);
+        ProblemError if that is not the one that the adapter was made for."""
         if projection_sha256(projection) != self.projection_sha256:
             raise ProblemError(
                 f"this adapter belongs to another text projection (of {self.backbone}, weights "
@@ -168,11 +136,8 @@ def projection_sha256(projection: Tensor) -> str:
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:
-    """Write an adapter; the file appears whole or not at all.
-
-    Raises:
-        ProblemError: the place cannot be written, or is taken and `overwrite` is False.
-    """
+    """Write an adapter, whole or not at all; ProblemError if the place cannot be written, or is
+    taken and `overwrite` is False."""
     write_bytes(adapter_bytes(adapter), path, overwrite)
 
 

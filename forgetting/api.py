@@ -4,9 +4,7 @@
     answer.apply()                  # the model changes in place
     answer.save("acme.safetensors")
 
-It is the same method as the trainer ForgetExact (`forgetting.context`): a name and its other words
-are moved exactly to their target, while a generic vocabulary and the names that a caller lists move
-as little as possible.
+The method is that of the trainer ForgetExact: see `forgetting.context`.
 """
 
 from __future__ import annotations
@@ -66,15 +64,14 @@ def forget(
     Args:
         model, tokenize: see `forgetting.models.encoder.read_encoder`.
         names: what to forget, at once; also: name -> other words for it, forgotten too.
-        retain: names that are retained, such as the other classes of a list.
+        retain: names that are retained, such as the other classes of a list; protect: names that
+            must not be harmed; they weigh more.
         templates: texts with {} for a name. Names are forgotten by the first one; the others are
             paraphrases to check. The last one stands for how images are classified.
-        protect: names that must not be harmed; they weigh more.
         settings: all numbers of the method; changes: some of them by name, such as
             `target="opposite", beta=0.2, ridge=1e-3`; see `ExactSettings`.
         generic: whether the generic vocabulary is retained; without it `retain` has to name all.
-        cache: folder where the vocabulary's hidden states are kept, one file for each model; None:
-            they are not kept.
+        cache: folder of the vocabulary's hidden states, a file for each model; None: not kept.
         progress: whether to show a bar while the vocabulary is encoded.
 
     Raises:
@@ -83,14 +80,16 @@ def forget(
     """
     encoder = read_encoder(model, tokenize)
     refuse_applied(encoder)
-    for name, value in {"generic": generic, "progress": progress}.items():
-        if not isinstance(value, bool):
-            raise ProblemError(f"{name} must be true or false, not {shown(value)}")
-    if not isinstance(cache, str | Path | None):
-        raise ProblemError(f"cache must be a folder or None, not {shown(cache)}")
     settings = ExactSettings() if settings is None else settings
-    if not isinstance(settings, ExactSettings):
-        raise ProblemError(f"settings must be ExactSettings, not {shown(settings)}")
+    for name, value, kind in (
+        ("generic", generic, bool),
+        ("progress", progress, bool),
+        ("cache", cache, str | Path | None),
+        ("settings", settings, ExactSettings),
+    ):
+        if not isinstance(value, kind):
+            words = getattr(kind, "__name__", kind)
+            raise ProblemError(f"{name} must be {words}, not {shown(value)}")
     for name in changes:
         if name not in vars(settings):
             raise unknown("setting of forget()", name, vars(settings))
@@ -121,22 +120,16 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """What a caller named, and what is made of it; ProblemError for names that are none.
-
-    Attributes:
-        also: name -> its texts, itself first; common: generic names and their hidden states.
-        forgotten_by: what is forgotten, by `key`, and by which name; others: what is retained and
-            not forgotten.
-    """
+    """What a caller named, and what is made of it; ProblemError for names that are none."""
 
     encoder: Encoder
     settings: ExactSettings
     names: Sequence[str]
-    also: Mapping[str, Sequence[str]]
+    also: Mapping[str, Sequence[str]]  # name -> its texts, itself first
     retain: Sequence[str]
     templates: Sequence[str]
     protect: Sequence[str]
-    common: tuple[list[str], Tensor | None] = ([], None)
+    common: tuple[list[str], Tensor | None] = ([], None)  # generic names, their hidden states
 
     def __post_init__(self) -> None:
         for name in ("names", "retain", "templates", "protect"):
@@ -153,15 +146,15 @@ class _Call:
                 raise unknown("name in also", name, self.names)
             words[name] += _texts(f"also of {name!r}", more)
         self.also = words
-        self.forgotten_by: dict[str, str] = {}
+        forgotten: dict[str, str] = {}  # of each text and name, by `key`, the name
         for name in self.names:
             for text in words[name]:
-                if (other := self.forgotten_by.setdefault(key(text), name)) != name:
+                if (other := forgotten.setdefault(key(text), name)) != name:
                     raise ProblemError(f"{text!r} stands for both {other!r} and {name!r}")
         for name in self.protect:
-            if key(name) in self.forgotten_by:
+            if key(name) in forgotten:
                 raise ProblemError(f"{name!r} is to be forgotten and to be protected; choose one")
-        self.others = [name for name in self.retain if key(name) not in self.forgotten_by]
+        self.others = [name for name in self.retain if key(name) not in forgotten]
         self.known: dict[str, Tensor] = {}  # text -> hidden state (w,)
         encoder, weight = self.encoder, self.encoder.weight
         self.device = weight.device if weight.is_cuda else torch.device("cpu")
@@ -176,9 +169,7 @@ class _Call:
 
     def retained(self) -> tuple[RetainSet, Ridge]:
         """The caller's names in the first two templates, and the generic ones; and their ridge.
-
-        What was retained last is remembered for the model.
-        """
+        What was retained last is remembered for the model."""
         settings, forms, groups = self.settings, self.templates[:2], {}
         names, hidden = self.common
         own = self.retain if self.others else ()
@@ -314,11 +305,9 @@ class _Call:
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:
     """A list of texts without the spaces around them, each once, none empty."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ProblemError(f"{what} must be a list of texts, not {shown(value)}")
-    for text in value:
-        if not isinstance(text, str) or not text.strip():
-            raise ProblemError(f"{what} must be texts that are not empty, not {shown(text)}")
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ProblemError(f"{what} must be a list of texts, none of them empty: {shown(value)}")
     return tuple(dict.fromkeys(text.strip() for text in value))
 
 

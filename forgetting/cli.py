@@ -40,7 +40,6 @@ class Parser(argparse.ArgumentParser):
     """Raises ProblemError, with the nearest option for an unknown one; has `--quiet`."""
 
     def __init__(self, **settings: Any) -> None:
-        # A prefix that happens to be unique today is a mistyped option tomorrow.
         super().__init__(allow_abbrev=False, **settings)
         about = "show no progress and no notes: results, warnings and errors alone"
         self.add_argument("--quiet", action="store_true", help=about)
@@ -74,8 +73,6 @@ def run(
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except MemoryError:
-        message = "out of memory"
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
@@ -90,10 +87,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ProblemError for a mistake."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--quiet"]:  # an option of each command
-        arguments = [*arguments[1:], "--quiet"]
-    name, *rest = arguments or ["--help"]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.split("\n\n")[1], end="\n\n")
         for command, function in COMMANDS.items():
@@ -215,17 +209,14 @@ def _audit(option: Option, parse: Parse) -> None:
         )
         for ratio, text in sorted(zip(ratios.tolist(), texts, strict=True))[:SHOWN]:
             _say(f"  {ratio:5.2f}  {text}")
-    if (forecast := forgotten.forecast) is None:
-        _say("no forecast for other names: the adapter is a union")
-        return
-    for group, (rms, most) in forecast.unlisted.items():
+    unlisted = forgotten.forecast.unlisted if forgotten.forecast else {}
+    for group, (rms, most) in unlisted.items():
         _say(
             f"names like those of the group {group} that nobody listed move {rms:.3f} of the way "
             f"(root mean square), at most {most:.3f}"
         )
-    for one in forecast.affected:
-        wrong = ", likely misclassified" if one.likely_misclassified else ""
-        _say(f"  {one.name}: loses {one.cosine_loss:.3f} of cosine{wrong}")
+    for note in forgotten.notes:
+        _say(note)
 
 
 def _compose(option: Option, parse: Parse) -> None:
@@ -238,11 +229,8 @@ def _compose(option: Option, parse: Parse) -> None:
     option("--without", action="append", default=[], metavar="ADAPTER", help=given_back)
     _out(option, "adapter")
     args = parse()
-    paths = [*args.adapters, *args.without]
-    if len(paths) < 2:
+    if len([*args.adapters, *args.without]) < 2:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ProblemError(f"{line(twice[0])} is named twice")
     adapters, without = (
         {path: load_adapter(path) for path in side} for side in (args.adapters, args.without)
     )
@@ -284,12 +272,12 @@ def _patch(option: Option, parse: Parse) -> None:
     _out(option, "file")
     args = parse()
     adapter = load_adapter(args.adapter)
-    projection, bias = read_projection(_local(args.base), adapter)
+    projection, bias = read_projection(args.base, adapter)
     options = {"normalised": not args.unnormalised, "overwrite": args.overwrite}
     file = args.embeddings, args.out
     report = patch_file(*file, projection, adapter, args.key, bias, **options)
     _say(
-        f"{args.out}: {report['rows']} {report['dtype']} embeddings patched; condition of the "
+        f"{args.out}: {report['rows']} embeddings patched; condition of the "
         f"projection {report['condition']:.3g}, each right to {report['error']:.1e}"
     )
 
@@ -310,15 +298,9 @@ def _export(option: Option, parse: Parse) -> None:
     option("--config", help=config)
     _out(option, "file or folder")
     args = parse()
-    adapter, original = load_adapter(args.adapter), args.original and _local(args.original)
-    export(adapter, _local(args.base), args.to, args.out, original, args.config, args.overwrite)
+    adapter, base = load_adapter(args.adapter), args.base
+    export(adapter, base, args.to, args.out, args.original, args.config, args.overwrite)
     _say(f"{args.out}: {args.to}, without {', '.join(adapter.classes)}")
-
-
-def _local(base: str) -> str:
-    """A path, which may be named as other commands name a model."""
-    kind, _, rest = base.partition(":")
-    return rest if kind in ("hf", "openai") and rest and not os.path.lexists(base) else base
 
 
 COMMANDS = {

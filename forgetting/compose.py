@@ -1,8 +1,5 @@
 """Forget A now and B next week, give A back later: unions solved again, from adapters alone.
 
-    clip-forget compose A.safetensors B.safetensors --out AB.safetensors
-    clip-forget compose AB.safetensors --without A.safetensors --out B.safetensors
-
 Adding two changes is wrong: each moves the other's texts. `K_0 = G + mu I` is the same for every
 request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again with any other,
 without G and without W (`forgetting.solvers.constrained.solve_constraints`).
@@ -62,9 +59,8 @@ def compose(
 ) -> Adapter:
     """One adapter that forgets what all `adapters` forget, less what those in `without` forget.
 
-    Both are named by where they come from, for messages. A class that two adapters forget stays
-    forgotten until it was given back twice. The answer reaches the targets; that no other change
-    costs less is not proved, which would take the retained names.
+    Both are named by where they come from. A class that two adapters forget stays forgotten until
+    it was given back twice. That no other change costs less is not proved.
 
     Raises:
         ProblemError: no recipe; adapters that do not belong together; a text with two targets; a
@@ -88,12 +84,8 @@ def compose(
     if not parts:
         raise ProblemError("nothing is left to forget: use the original projection")
     left, right, residual = solve(parts)
-    settings = [adapter.settings for adapter in adapters.values()]
-    common = {
-        key: value
-        for key, value in first.settings.items()
-        if all(key in other and other[key] == value for other in settings)
-    }
+    others = [adapter.settings for adapter in adapters.values()]
+    same = {k: v for k, v in first.settings.items() if all(x.get(k) == v for x in others)}
     texts = list(dict.fromkeys(text for part in parts for text in part.texts))
     note = f"a union: its texts miss their targets by {residual:.1e} of the way"
     solver = {"name": "compose", "texts": texts, "residual": residual, "notes": [note]}
@@ -103,7 +95,7 @@ def compose(
         right=right.float(),
         dataset=" + ".join(dict.fromkeys(part.dataset for part in parts)),
         classes=list(dict.fromkeys(part.name for part in parts)),
-        settings=common,
+        settings=same,
         record={"solver": solver},
         recipe=replace(first.recipe, parts=parts),
         changed_sha256=[],  # which takes W
@@ -111,15 +103,8 @@ def compose(
 
 
 def solve(parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
-    """The change that forgets all classes of a recipe at once.
-
-    Returns:
-        left (w, p) orthonormal, right (p, d), float64, and the residual: by how much of the way
-        the texts miss their targets.
-
-    Raises:
-        ProblemError: a text with two targets, or targets that are missed.
-    """
+    """The change that forgets all parts: left (w, p) orthonormal, right (p, d), float64, and by how
+    much of the way the texts miss their targets; ProblemError if they do, or a text has two."""
     targets: dict[str, Tensor] = {}
     for part in parts:
         for text, target in zip(part.texts, part.displacement, strict=True):
@@ -180,17 +165,15 @@ def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:
             f"{b_path}: adapters of {line(b.trainer)} cannot be composed; forget the classes again "
             "with ForgetExact, or with forget()"
         )
-    compared = {
-        "backbone": (a.backbone, b.backbone),
-        "projection_sha256": (a.projection_sha256, b.projection_sha256),
-        "the text encoder (or its prompts)": (a.recipe.encoder, b.recipe.encoder),
-        "the set of retained names, or their weights": (a.recipe.retain, b.recipe.retain),
-        "the ridge": (a.recipe.mu, b.recipe.mu),
-    }
-    if abs(a.recipe.mu - b.recipe.mu) <= SAME_RIDGE * a.recipe.mu:
-        del compared["the ridge"]
-    for name, (ours, theirs) in compared.items():
-        if ours != theirs:
+    for name, ours, theirs in (
+        ("backbone", a.backbone, b.backbone),
+        ("projection_sha256", a.projection_sha256, b.projection_sha256),
+        ("the text encoder (or its prompts)", a.recipe.encoder, b.recipe.encoder),
+        ("the set of retained names, or their weights", a.recipe.retain, b.recipe.retain),
+        ("the ridge", a.recipe.mu, b.recipe.mu),
+    ):
+        is_near = name == "the ridge" and abs(ours - theirs) <= SAME_RIDGE * ours
+        if ours != theirs and not is_near:
             raise ProblemError(
                 f"{name} differs: {shown(ours)} in {line(a_path)}, {shown(theirs)} in "
                 f"{line(b_path)}; only adapters of one model, made in the same way, compose"

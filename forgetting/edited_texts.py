@@ -21,16 +21,12 @@ Rows = Tensor | slice
 
 
 class EmbeddedTexts:
-    """T texts in the untouched model.
-
-    Attributes:
-        hidden: (T, w), float64; embeddings: (T, d), float64, `h W + b`, not normalised; lengths:
-            (T,), theirs.
-    """
+    """T texts in the untouched model, in float64."""
 
     def __init__(self, hidden: Tensor, embeddings: Tensor) -> None:
-        self.hidden, self.embeddings = hidden.double(), embeddings.double()
-        self.lengths = self.embeddings.norm(dim=1).clamp_min(SHORTEST)
+        self.hidden = hidden.double()  # (T, w)
+        self.embeddings = embeddings.double()  # (T, d), h W + b, not normalised
+        self.lengths = self.embeddings.norm(dim=1).clamp_min(SHORTEST)  # (T,)
 
     @property
     def unedited(self) -> EditedTexts:
@@ -52,16 +48,11 @@ class EmbeddedTexts:
 
 @dataclass(frozen=True, eq=False)
 class EditedTexts:
-    """T texts after one edit of rank r.
+    """T texts after one edit of rank r."""
 
-    Attributes:
-        texts: as they were; ratios: `H left`, (T, r), how far each text goes along each row of
-            `right`, (r, d).
-    """
-
-    texts: EmbeddedTexts
-    ratios: Tensor
-    right: Tensor
+    texts: EmbeddedTexts  # as they were
+    ratios: Tensor  # (T, r), H left: how far each text goes along each row of `right`
+    right: Tensor  # (r, d)
 
     def embeddings(self, rows: Rows = ALL) -> Tensor:
         """Embeddings (n, d) of the texts `rows`, not normalised."""
@@ -100,11 +91,7 @@ class EditedTexts:
         return products / self.lengths[rows, None] / self.lengths[columns]
 
     def image_cosines(self, products: Tensor, pulls: Tensor) -> Tensor:
-        """Cosines (N, T) of N unit-norm images with the texts.
-
-        Args:
-            products: (N, T), of the images with the embeddings in the untouched model.
-            pulls: (N, r), of the images with the rows of `right`.
-        """
+        """Cosines (N, T) of N unit-norm images with the texts; products: (N, T), of the images with
+        the embeddings before; pulls: (N, r), with the rows of `right`."""
         inverse = self.lengths.reciprocal()
         return (products * inverse).addmm_(pulls, (self.ratios * inverse[:, None]).T)

@@ -1,7 +1,4 @@
-"""One error class, its one-line messages, and checks of names and numbers.
-
-Nothing is imported but the standard library, so that a command answers `--help` at once.
-"""
+"""One error class, its one-line messages, and checks of names and numbers, without torch."""
 
 from __future__ import annotations
 

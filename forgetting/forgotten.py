@@ -65,10 +65,7 @@ class Forgotten:
 
     def apply(self) -> None:
         """Change the model in place; nothing happens if it is changed by this already.
-
-        Raises:
-            ProblemError: no model, or one whose projection is neither the original nor the changed.
-        """
+        ProblemError for no model, or a projection that is neither the original nor the changed."""
         encoder = self._model()
         if self._is_original(encoder):
             encoder.write(self.adapter.changed(encoder.projection))
@@ -76,31 +73,19 @@ class Forgotten:
 
     def undo(self) -> None:
         """Make the model what it was, bit for bit; nothing happens if it is that already.
-
-        Raises:
-            ProblemError: no model; another change came since; or the original is not known, since
-                the model was changed already when this was loaded.
-        """
+        ProblemError for no model, another change since, or an original that is not known, since the
+        model was changed already when this was loaded."""
         encoder = self._model()
         if not self._is_original(encoder):
             if self.original is None:
-                raise ProblemError(
-                    "the original projection is not known: load the adapter with the original "
-                    "model, or give it (original=)"
-                )
+                raise ProblemError("the original projection is not known: load it with (original=)")
             encoder.write(maybe_transpose(self.original, encoder.transposed))
         set_applied(encoder, None)
 
     def verify(self, model: nn.Module | None = None) -> bool:
-        """True if a model is the original with exactly this change and nothing else.
-
-        Args:
-            model: None: that which this belongs to.
-
-        Raises:
-            ProblemError: a projection that is not the changed one, bit for bit, or any other tensor
-                that is not what it was, is missing, or is new.
-        """
+        """True if a model (None: that which this belongs to) is the original with exactly this
+        change. ProblemError for a projection that is not the changed one, bit for bit, or any other
+        tensor that is not what it was, is missing, or is new."""
         verify(self._model().model if model is None else model, self.adapter, self._changed)
         return True
 
@@ -153,17 +138,14 @@ class Forgotten:
 
     @property
     def _changed(self) -> list[str]:
-        """What the changed projection's tensor may be, see `changed_sha256`; empty if it cannot be
-        known."""
+        """What the changed projection's tensor may be, see `changed_sha256`; empty: not known."""
         if self.original is None or self.encoder is None:
             return self.adapter.changed_sha256
-        transposed = self.encoder.transposed
-        w = maybe_transpose(self.original, transposed)
-        return changed_sha256(self.adapter, w, transposed)
+        w = maybe_transpose(self.original, self.encoder.transposed)
+        return changed_sha256(self.adapter, w, self.encoder.transposed)
 
     def _is_original(self, encoder: Encoder) -> bool:
-        """Whether the model's projection is the original; ProblemError if it is neither that nor
-        the changed one."""
+        """Whether the projection is the original; ProblemError if it is not the changed either."""
         if projection_sha256(encoder.projection) == self.adapter.projection_sha256:
             return True
         if tensor_sha256(encoder.weight) in self._changed:

@@ -55,10 +55,7 @@ def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A file of safetensors, with its header in the order of names: the library's own is random.
-
-    Raises:
-        ProblemError: a tensor that such files do not hold.
-    """
+    ProblemError for a tensor that such files do not hold."""
     try:
         data = save({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, dict(metadata))
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
@@ -76,12 +73,8 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def unpack(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `pack` made: fields and tensors, which are as they were packed.
-
-    Raises:
-        ProblemError: no such file, another format, damaged or changed since it was written; one
-            line that names the file.
-    """
+    """Read what `pack` made: fields and tensors, which are as they were packed; ProblemError for
+    another format, or a file that was damaged or changed since it was written."""
     with naming(path):
         metadata, tensors = read_safetensors(path)
         form, sealed = metadata.get("format"), metadata.pop("sha256", None)
@@ -137,8 +130,7 @@ def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
             files are replaced one by one, and others stay.
 
     Raises:
-        ProblemError: something is at `path` already, or it cannot be written, or a device or pipe
-            is there, in whose place a file would be put.
+        ProblemError: it cannot be written, something is there already, or a device or pipe is.
     """
     try:
         path = Path(path)
@@ -207,7 +199,7 @@ def tensor(
     name: str, value: Any, dtypes: Iterable[torch.dtype], dims: Sequence[int | None]
 ) -> Tensor:
     """`value`, a dense and finite tensor of shape `dims` (None: any size), cut off from gradients
-    and inference mode; ProblemError if it is something else."""
+    and inference mode; ProblemError for anything else."""
     if not isinstance(value, Tensor):
         raise ProblemError(f"{name} must be a torch tensor, not {type(value).__name__}")
     dense = value.layout is torch.strided and not value.is_nested and not value.is_meta

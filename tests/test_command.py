@@ -132,7 +132,7 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, succeeds):
     assert any(text.startswith(words) for text in said.splitlines()), said
     least = min(zip(ratios.tolist(), others, strict=True))
     assert f"{least[0]:5.2f}  {least[1]}" in said
-    assert "names like those of the group own" in said and "likely misclassified" in said
+    assert "names like those of the group own" in said and "most affected by text alone" in said
 
 
 def test_adapters_of_the_driver_are_audited_and_not_verified(
@@ -166,7 +166,7 @@ def test_options_of_forget(folder, tmp_path, run):
     names = [" Acme Cola", "--also", "Acme Cola =acme soda", "--retain", f"@{file}"]
     rest = ["--no-generic", "--keep", " seven ", "--protect", "eight", "--ridge", "0.01"]
     rest += ["--min-displacement", "0", "--template", "{}", "--out", adapter]
-    status, out, err = run("--quiet", "forget", folder, *names, *rest)
+    status, out, err = run("forget", folder, *names, *rest, "--quiet")
     assert status == 0 and "proved" not in out, (out, err)
     found = load_adapter(adapter)
     assert found.classes == ["Acme Cola"] and found.texts == ["Acme Cola", "acme soda"]
@@ -191,7 +191,7 @@ def test_adapters_that_are_made_with_other_threads_compose(folder, tmp_path, suc
     assert load_adapter(both).texts == [*parts[0], *parts[1]] != ["Acme Cola", "Zeta Tea"]
     succeeds("compose", both, "--without", paths[0], "--out", tmp_path / "back.st", "--quiet")
     assert load_adapter(tmp_path / "back.st").texts == parts[1]
-    assert "is a union" in succeeds("audit", both, "--model", folder)
+    assert "a union: its texts miss" in succeeds("audit", both, "--model", folder)
     changed = tmp_path / "changed"
     succeeds("export", both, "--base", folder, "--to", "open_clip", "--out", changed)
     succeeds("verify", both, "--model", changed, "--base", folder)
@@ -210,8 +210,7 @@ def test_folders_of_transformers(family, tmp_path, succeeds):
         ours, theirs = tensors(model), tensors(loaded)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     succeeds("forget", f"hf:{folder}", "Acme Cola", *QUICK, "--out", adapter)
-    # Named as other commands name it.
-    succeeds("export", adapter, "--base", f"hf:{folder}", "--to", "hf", "--out", out)
+    succeeds("export", adapter, "--base", folder, "--to", "hf", "--out", out)
     succeeds("verify", adapter, "--model", f"hf:{out}")
 
 

@@ -290,7 +290,6 @@ def test_mistakes_are_one_line_and_write_nothing(world, files, tmp_path, capsys)
         ([cat, lora], "ForgetExact"),
         ([lora, cat], "ForgetExact"),
         ([cat], "nothing to compose"),
-        ([cat, cat], "named twice"),
         ([cat, "--without", copy], "nothing is left"),
         ([cat, "--without", dog], "forgets 'dog', and what is composed forgets 'cat'"),
         ([cat, tmp_path / "missing.st"], "missing.st"),

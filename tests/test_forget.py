@@ -231,7 +231,7 @@ def test_texts_that_are_cut_are_noted(family):
 ARGUMENTS = {
     "text for names": ({"names": "Acme"}, "names must be a list of texts"),
     "no name": ({"names": []}, "names is empty"),
-    "empty name": ({"names": [" "]}, "not empty"),
+    "empty name": ({"names": [" "]}, "none of them empty"),
     "template": ({"templates": ["a photo"]}, "templates"),
     "also": ({"also": {"Acme Coal": ["x"]}}, "did you mean 'Acme Cola'"),
     "two of one": ({"names": ["Acme Cola", "ACME COLA"]}, "stands for both"),

@@ -3,16 +3,13 @@
 An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. After the change it is
 `x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
 
-**When x determines it.** x determines `h Delta` for every h exactly if whatever W sends to 0, Delta
-sends to 0. For every Delta that holds exactly if W (w, d) has full row rank, `rank W = w <= d`.
-(Full column rank does not help: with w > d every W has a left null space.) Then `W W^+ = I`, so
-`h = x W^+` and
+**When x determines it.** x determines `h Delta` for every h and every Delta exactly if W (w, d) has
+full row rank, `rank W = w <= d`. (Full column rank does not help: with w > d every W has a left
+null space.) Then `W W^+ = I`, so `h = x W^+` and
 
     x' = x + h Delta = x (I + W^+ Delta) =: x M
 
-A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. Of a
-W without full row rank the condition may hold for a particular Delta; in the float32 in which
-changes are stored that looks like one that nearly holds, so such a W is refused.
+A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings.
 
 **With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so `x - b`
 is not known: such embeddings can only be patched before they are normalised.
@@ -167,7 +164,7 @@ def patch_file(
         bias, normalised: see `patch`; overwrite: whether `out` may be replaced.
 
     Returns:
-        `rows`, `dtype`, the `condition` of W, and `error`: by how much an embedding may be off.
+        `rows`, the `condition` of W, and `error`: by how much an embedding may be off.
 
     Raises:
         ProblemError: `out` exists; a file that cannot be read, or says that it was patched already;
@@ -195,9 +192,7 @@ def patch_file(
         else:
             metadata |= {PATCHED: ", ".join(adapter.classes)}
             temporary.write_bytes(container(tensors | {name: done}, metadata))
-    dtype = str(done.dtype).removeprefix("torch.")
-    report = {"rows": len(done), "dtype": dtype, "condition": condition(projection)}
-    return report | {"error": error}
+    return {"rows": len(done), "condition": condition(projection), "error": error}
 
 
 def _read_npy(path: Path) -> Tensor:

@@ -8,9 +8,8 @@
 | `peft` | a folder of transformers, or its weights | a folder: a LoRA of the projection alone |
 | `onnx` | an `.onnx` file | the file with its projection changed |
 
-In each the projection is the one tensor that the adapter was made for, whatever it is called and
-whichever way it lies. `W + Delta` is rounded once, to the dtype that W has there (to float32 for
-`openai`, whose files are in half precision), and every other tensor is what it was, to the bit.
+`W + Delta` is rounded once, to the dtype that W has there (to float32 for `openai`, whose files are
+in half precision), and every other tensor is what it was, to the bit.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def export(
     config: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the changed model for another tool; what is written appears whole or not at all.
+    """Write the changed model for another tool, whole or not at all; returns `out`.
 
     Args:
         base: the original model, a local file or folder; to: one of `FORMATS`.
@@ -67,9 +66,6 @@ def export(
         config: for a checkpoint of open_clip that has none beside it: NAME/TAG of its
             configurations and weights, or a JSON file.
         overwrite: whether a file at `out` may be replaced, or files in a folder there.
-
-    Returns:
-        `out`.
 
     Raises:
         ProblemError: an unknown format; `out` exists or cannot be written; a base that cannot be

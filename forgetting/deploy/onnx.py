@@ -27,11 +27,8 @@ def patch_graph(
 ) -> None:
     """Write an `.onnx` file in which the projection is changed and nothing else.
 
-    The projection is found by its numbers, among initialisers and constants, in float16, float32
-    or bfloat16, (w, d) or (d, w).
-
-    Args:
-        original: W (w, d), where the file holds it in another dtype than it was forgotten in.
+    It is found by its numbers, among initialisers and constants in float16, float32 or bfloat16;
+    original: W (w, d), where the file holds it in another dtype than it was forgotten in.
 
     Raises:
         ProblemError: no readable file; no such projection (quantised, folded into something else,
