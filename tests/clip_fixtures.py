@@ -76,24 +76,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, width: int = 8) -> Path:
 
     With a width of 64 it is one that OpenAI's code could build: heads of 64, QuickGELU.
     """
-    config = {
-        "embed_dim": 12,
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": 16,
-            "layers": 1,
-            "width": width,
-            "head_width": width,
-            "patch_size": 8,
-        },
-        "text_cfg": {
-            "context_length": 24,
-            "vocab_size": 49408,
-            "width": width,
-            "heads": 1,
-            "layers": 1,
-        },
-    }
+    vision = {"image_size": 16, "layers": 1, "width": width, "head_width": width, "patch_size": 8}
+    text = TEXT | {"width": width, "heads": 1}
+    config = {"embed_dim": 12, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mini.json").write_text(json.dumps(config))
     weights = folder / "mini.pt"

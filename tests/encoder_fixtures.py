@@ -50,18 +50,16 @@ class OwnEncoder(nn.Module):
 
 def _open_clip(kind: str, **text: Any) -> nn.Module:
     import open_clip
-    from open_clip.coca_model import CoCa
+    from open_clip.model import CustomTextCLIP
 
-    vision = dict(IMAGE, layers=[1, 1, 1, 1], patch_size=None) if kind == "RN" else IMAGE
-    words = TEXT | text
+    vision, words = IMAGE, TEXT | text
+    if kind == "RN":
+        vision = IMAGE | {"layers": [1, 1, 1, 1], "patch_size": None}
     if kind == "CoCa":
-        both = {"context_length": LENGTH, "vocab_size": VOCAB, "width": WIDTH, "heads": 2}
-        both |= {"layers": 1}
         words |= {"embed_cls": True, "output_tokens": True, "pad_id": 0}
-        vision = vision | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-        return CoCa(OUT, both, words, vision)
-    builder = open_clip.model.CustomTextCLIP if kind == "Custom" else open_clip.model.CLIP
-    return builder(OUT, vision, words)
+        pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        return open_clip.CoCa(OUT, TEXT | {"layers": 1}, words, vision | pooled)
+    return (CustomTextCLIP if kind == "Custom" else open_clip.CLIP)(OUT, vision, words)
 
 
 def _scaled(model: nn.Module) -> nn.Module:
@@ -73,34 +71,37 @@ def _scaled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _transformers(kind: str) -> nn.Module:
-    import transformers as t
+ENDS, OUT_DIM = (
+    {"bos_token_id": START, "eos_token_id": END, "pad_token_id": 0},
+    {"projection_dim": OUT},
+)
+SIGLIP = ENDS | {"projection_size": OUT}
+ALT = {"pad_token_id": 0, "project_dim": WIDTH, "max_position_embeddings": LENGTH + 8}
+HUGGING_FACE = {  # kind -> what its texts, its images and the whole have beside the rest
+    "CLIPModel": (ENDS, {}, OUT_DIM),
+    "CLIPTextModelWithProjection": (ENDS | OUT_DIM, {}, {}),
+    "SiglipModel": (SIGLIP, {}, {}),
+    "Siglip2Model": (SIGLIP, {"num_patches": 4}, {}),
+    "ChineseCLIPModel": ({"pad_token_id": 0}, {}, OUT_DIM),
+    "AltCLIPModel": (ALT, {}, OUT_DIM),
+}
 
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": SIZE, "patch_size": 16}
-    text = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": LENGTH}
-    ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": 0}
-    if kind == "CLIPModel":
-        config = t.CLIPConfig(text_config=text | ends, vision_config=vision, projection_dim=OUT)
-        return t.CLIPModel(config)
+
+def _transformers(kind: str) -> nn.Module:
+    import transformers
+
+    of_text, of_vision, more = HUGGING_FACE[kind]
+    layers = {"num_attention_heads": 2, "intermediate_size": 48}
+    text = layers | {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    text |= {"max_position_embeddings": LENGTH} | of_text
+    vision = layers | {"hidden_size": 32, "num_hidden_layers": 1, "patch_size": 16} | of_vision
+    vision |= {} if kind == "Siglip2Model" else {"image_size": SIZE}
     if kind == "CLIPTextModelWithProjection":
-        return t.CLIPTextModelWithProjection(t.CLIPTextConfig(**text, **ends, projection_dim=OUT))
-    if kind == "SiglipModel":
-        text |= ends | {"projection_size": OUT}
-        return t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision))
-    if kind == "Siglip2Model":
-        text |= ends | {"projection_size": OUT}
-        vision.pop("image_size")
-        config = t.Siglip2Config(text_config=text, vision_config=vision | {"num_patches": 4})
-        return t.Siglip2Model(config)
-    if kind == "ChineseCLIPModel":
-        text |= {"pad_token_id": 0}
-        config = t.ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=OUT)
-        return t.ChineseCLIPModel(config)
-    text |= {"pad_token_id": 0, "project_dim": WIDTH, "max_position_embeddings": LENGTH + 8}
-    config = t.AltCLIPConfig(text_config=text, vision_config=vision, projection_dim=OUT)
-    return t.AltCLIPModel(config)
+        config = transformers.CLIPTextConfig(**text)
+    else:
+        of_kind = getattr(transformers, kind.replace("Model", "Config"))
+        config = of_kind(text_config=text, vision_config=vision, **more)
+    return getattr(transformers, kind)(config)
 
 
 def transformers_tokenizer() -> Any:
@@ -134,10 +135,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "own with bias": lambda: OwnEncoder(bias=True),
     "own normalised": lambda: OwnEncoder(normalised=True),
 }
-HUGGING_FACE = (
-    *("CLIPModel", "CLIPTextModelWithProjection", "SiglipModel", "Siglip2Model"),
-    *("ChineseCLIPModel", "AltCLIPModel"),
-)
 ALL = [
     *FAMILIES,
     *(pytest.param(f"transformers {kind}", marks=needs_transformers) for kind in HUGGING_FACE),

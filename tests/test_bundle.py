@@ -80,13 +80,6 @@ def test_what_is_there_or_is_invalid_is_not_written(tmp_path: Path) -> None:
     assert path.read_bytes() == b"mine"
 
 
-def test_float16_is_read_as_float32(tmp_path: Path) -> None:
-    path = write(tmp_path, image_features=make().image_features.half())
-    bundle = FeatureBundle.load(path)
-    assert bundle.image_features.dtype == torch.float32
-    assert torch.equal(bundle.image_features, make().image_features.half().float())
-
-
 def write(folder: Path, **changes: object) -> Path:
     """The file of `make()` with keys replaced, or left out where the value is None."""
     path = folder / "file.safetensors"
@@ -97,7 +90,7 @@ def write(folder: Path, **changes: object) -> Path:
         metadata = dict(file.metadata())
     for key, value in changes.items():
         store = tensors if key in SHAPES else metadata
-        store.pop(key)
+        store.pop(key, None)
         if value is not None:
             store[key] = value
     save_file(tensors, path, metadata=metadata)
@@ -110,51 +103,46 @@ def nan(shape: tuple[int, ...]) -> torch.Tensor:
     return tensor
 
 
-WRONG = {
-    "no format": ("format", None, "format is None"),
-    "another format": ("format", FORMAT[:-1] + "2", "not 'clip-forget-features/1'"),
-    "no backbone": ("backbone", None, "backbone is missing|classnames is missing"),
-    "no class names": ("classnames", None, "backbone is missing|classnames is missing"),
-    "no tensor": ("retain_hidden", None, "retain_hidden is missing"),
-    "torn JSON": ("classnames", '["a", ', "not valid JSON"),
-    "no list": ("retain_names", '{"a": 1}', "not a JSON list of texts"),
-    "no strings": ("classnames", "[1, 2, 3]", "not a JSON list of texts"),
-    "too few class names": ("classnames", json.dumps(["a", "b"]), r"\(2, 6\)"),
-    "too many names retained": ("retain_names", json.dumps(["a"] * 6), r"\(5, 6\)"),
-    "no classes": ("classnames", "[]", "is empty"),
-    "two classes of a name": (
-        "classnames",
-        '["owl", "a b", "a_b"]',
-        "1 and 2 are both called 'a_b'",
-    ),
-    "a class without a name": ("classnames", '["owl", "_ ", "elk"]', "label 1 has an empty name"),
-    "deep nesting": ("retain_names", "[" * 100_000, "not valid JSON"),
-    "no place for the class": ("template", "a photo", "must hold {} once"),
-    "two places for the class": ("template", "{} and {}", "must hold {} once"),
-    "no template": ("template", "", "must hold {} once"),
-    "image width": ("image_features", torch.eye(N), r"\(7, 7\)"),
-    "label count": ("labels", torch.zeros(N + 1, dtype=torch.int64), r"\(8,\)"),
-    "text width": ("class_hidden", torch.zeros(C, W + 1), r"\(3, 7\)"),
-    "two neutral texts": ("neutral_hidden", torch.zeros(2, W), r"\(2, 6\)"),
-    "one dimension": ("forget_hidden", torch.zeros(W), r"\(6,\)"),
-    "NaN": ("retain_hidden", nan((M, W)), "NaN"),
-    "infinite": ("text_projection", torch.full((W, D), float("inf")), "infinite"),
-    "label above": ("labels", torch.full((N,), C), "0 to 2"),
-    "label below": ("labels", torch.full((N,), -1), "from -1"),
-    "labels as numbers": ("labels", torch.zeros(N), "not integers"),
-    "integers as features": ("class_hidden", torch.zeros(C, W, dtype=torch.int8), "int8"),
-    "not normalised": ("image_features", 1.02 * make().image_features, "not L2-normalised"),
-}
+WRONG = [
+    ("format", None, "format is None"),
+    ("format", FORMAT[:-1] + "2", "not 'clip-forget-features/1'"),
+    ("backbone", None, "is missing"),
+    ("classnames", None, "is missing"),
+    ("retain_hidden", None, "is missing"),
+    ("classnames", '["a", ', "not valid JSON"),
+    ("retain_names", '{"a": 1}', "not a JSON list of texts"),
+    ("classnames", "[1, 2, 3]", "not a JSON list of texts"),
+    ("classnames", json.dumps(["a", "b"]), r"class_hidden has shape .*\(2, 6\)"),
+    ("retain_names", json.dumps(["a"] * 6), r"retain_hidden has shape \(5, 6\)"),
+    ("classnames", "[]", "is empty"),
+    ("classnames", '["owl", "a b", "a_b"]', "1 and 2 are both called 'a_b'"),
+    ("classnames", '["owl", "_ ", "elk"]', "label 1 has an empty name"),
+    ("retain_names", "[" * 100_000, "not valid JSON"),
+    ("template", "a photo", "must hold {} once"),
+    ("template", "{} and {}", "must hold {} once"),
+    ("template", "", "must hold {} once"),
+    ("image_features", torch.eye(N), r"\(7, 7\)"),
+    ("labels", torch.zeros(N + 1, dtype=torch.int64), r"\(8,\)"),
+    ("class_hidden", torch.zeros(C, W + 1), r"\(3, 7\)"),
+    ("neutral_hidden", torch.zeros(2, W), r"\(2, 6\)"),
+    ("forget_hidden", torch.zeros(W), r"\(6,\)"),
+    ("retain_hidden", nan((M, W)), "NaN"),
+    ("text_projection", torch.full((W, D), float("inf")), "infinite"),
+    ("labels", torch.full((N,), C), "0 to 2"),
+    ("labels", torch.full((N,), -1), "from -1"),
+    ("labels", torch.zeros(N), "not integers"),
+    ("class_hidden", torch.zeros(C, W, dtype=torch.int8), "int8"),
+    ("image_features", 1.02 * make().image_features, "not L2-normalised"),
+    ("identity", "[]", "identity does not say"),
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named_with_file_and_key(tmp_path: Path, case: str) -> None:
-    key, value, message = WRONG[case]
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+def test_what_is_wrong_is_named(tmp_path: Path, key: str, value: object, message: str) -> None:
     path = write(tmp_path, **{key: value})
     with pytest.raises(ProblemError, match=message) as error:
         FeatureBundle.load(path)
-    text = str(error.value)
-    assert str(path) in text and (key in text or "shape" in text) and "\n" not in text
+    one_line(error, path, *([key] if "shape" not in message else []))
 
 
 def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
@@ -164,6 +152,9 @@ def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
     # ImageNet has a dog "Cardigan" and a "cardigan"; prompts may be made by no template.
     case = {"classnames": json.dumps(["Cardigan", "cardigan", "owl"]), "template": "ensemble"}
     FeatureBundle.load(write(tmp_path / "c", **case))
+    half = make().image_features.half()
+    found = FeatureBundle.load(write(tmp_path / "d", image_features=half)).image_features
+    assert found.dtype == torch.float32 and torch.equal(found, half.float())
 
 
 def test_what_is_no_bundle_is_one_line(tmp_path: Path) -> None:
@@ -174,10 +165,8 @@ def test_what_is_no_bundle_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(ProblemError, match="truncated") as error:
             FeatureBundle.load(path)
         one_line(error, path)
-    other = tmp_path / "other.safetensors"
-    save_file({"weight": torch.ones(2)}, other)
-    for path, message in ((other, "format"), (tmp_path, "no such file"), (Path("no"), "no such")):
-        with pytest.raises(ProblemError, match=message):
+    for path in (tmp_path, Path("no")):
+        with pytest.raises(ProblemError, match="no such file"):
             FeatureBundle.load(path)
 
 

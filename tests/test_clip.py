@@ -20,7 +20,6 @@ from torchvision.transforms import Normalize
 import train
 from clip import ARCHITECTURES, ClipSource, architecture
 from clip import apply as apply_command
-from clip.apply import save_full_model
 from clip.architectures import IMAGES, identity_sha256, openai_url
 from evaluation.results import read_logs
 from forgetting import load_adapter
@@ -54,10 +53,12 @@ def embedded(source: ClipSource, texts: list[str]) -> torch.Tensor:
     return found if source.bias is None else found + source.bias
 
 
+def source_of(tmp_path: Path, name: str, weights: Path | None = None) -> ClipSource:
+    return ClipSource(name, weights, tmp_path / "cache", "cpu")
+
+
 @pytest.mark.parametrize("name", OPENAI)
-def test_embeddings_of_openais_models(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embeddings_of_openais_models(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     reduce_depth(monkeypatch, tmp_path, name)
     state = openai_state_dict(name)
     save_openai(name, tmp_path / "openai.pt")
@@ -72,12 +73,9 @@ def test_embeddings_of_openais_models(
         images_expected = normalize(untouched.encode_image(scaled), dim=1)
 
     before = torch.get_rng_state()
-    source = ClipSource(name, tmp_path / "openai.pt", tmp_path / "cache", "cpu")
+    source = source_of(tmp_path, name, tmp_path / "openai.pt")
     hidden = source.encode_hidden(TEXTS)
     assert torch.equal(torch.get_rng_state(), before), "building the model drew random numbers"
-    blocks = source.model.transformer.resblocks
-    assert {type(block.mlp.gelu).__name__ for block in blocks} == {"QuickGELU"}
-
     width, dim = untouched.text_projection.shape
     assert hidden.shape == (len(TEXTS), width) and source.projection.shape == (width, dim)
     assert hidden.dtype == source.projection.dtype == torch.float32
@@ -94,12 +92,14 @@ def test_embeddings_of_openais_models(
     assert f"clip: {name} on cpu, float32, weights {source.weights_sha256[:16]}" in log
     assert log.count("warning") == 1 and "reads only the beginning of 'größer" in log
     assert source.encode_hidden([]).shape == (0, width)
+    listed = open_clip.get_pretrained_url(f"{name.replace('/', '-')}-quickgelu", "openai")
+    assert openai_url(ARCHITECTURES[name]) == listed and openai_url(ARCHITECTURES["mini"]) is None
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_open_clips_families_from_a_folder(tmp_path, kind):
     folder = open_clip_folder(tmp_path / "m", kind)
-    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    source = source_of(tmp_path, f"hf:{folder}")
     reference = open_clip.create_model(f"local-dir:{folder}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(SHORT)
     model, tokenizer = load_model(str(folder))
@@ -122,9 +122,9 @@ def test_a_checkpoint_in_the_old_layout_is_that_of_a_custom_text_encoder(tmp_pat
     folder = open_clip_folder(tmp_path / "m", "custom")
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     plain = open_clip.CLIP(**{k: v for k, v in config.items() if k != "custom_text"}).eval()
-    state = plain.state_dict()
-    save_file(state | {"logit_scale": torch.ones(1)}, folder / "open_clip_model.safetensors")
-    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    state = plain.state_dict() | {"logit_scale": torch.ones(1)}
+    save_file(state, folder / "open_clip_model.safetensors")
+    source = source_of(tmp_path, f"hf:{folder}")
     with torch.no_grad():
         expected = plain.encode_text(source.encoder.tokenize(SHORT))
     assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
@@ -136,7 +136,7 @@ def test_a_folder_of_hugging_face(tmp_path, kind):
     import transformers
 
     folder = hugging_face(tmp_path / "m", kind)
-    source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
+    source = source_of(tmp_path, f"hf:{folder}")
     model, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers_tokenizer()
     padding = "max_length" if kind == "SiglipModel" else True
     read = tokenizer(SHORT, padding=padding, truncation=True, max_length=24, return_tensors="pt")
@@ -155,11 +155,7 @@ def test_identity_is_part_of_the_cache(tmp_path):
     folder = open_clip_folder(tmp_path / "m", "ViT")
     path = folder / "open_clip_config.json"
     content = json.loads(path.read_text())
-
-    def fingerprint() -> str:
-        return ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu").fingerprint
-
-    found = {fingerprint()}
+    found = {source_of(tmp_path, f"hf:{folder}").fingerprint}
     for part, key, value in (
         ("preprocess_cfg", "mean", [0.1, 0.1, 0.1]),
         ("preprocess_cfg", "resize_mode", "shortest"),
@@ -167,40 +163,21 @@ def test_identity_is_part_of_the_cache(tmp_path):
         ("model_cfg", "text_cfg", TEXT | {"context_length": 12}),
     ):
         path.write_text(json.dumps(content | {part: content[part] | {key: value}}))
-        found.add(fingerprint())
+        found.add(source_of(tmp_path, f"hf:{folder}").fingerprint)
     (folder / "tokenizer.json").write_text("{}")
-    found.add(fingerprint())
+    found.add(source_of(tmp_path, f"hf:{folder}").fingerprint)
     assert len(found) == 6
-
-
-def test_addresses_are_those_that_open_clip_lists() -> None:
-    for name in OPENAI:
-        listed = open_clip.get_pretrained_url(str(ARCHITECTURES[name].config), "openai")
-        assert openai_url(ARCHITECTURES[name]) == listed
-    assert openai_url(ARCHITECTURES["mini"]) is None, "the default needs no network"
 
 
 # --- Through the driver, and out again -----------------------------------------------------------
 
 
-def forget(tmp_path: Path, arch: str, *more: str) -> Path:
-    argv = [
-        "--images",
-        str(images(tmp_path / "zoo")),
-        "--backbone",
-        arch,
-        "--forget",
-        "crab",
-        *more,
-    ]
-    argv += ["--cache", str(tmp_path / "cache"), "--root", str(tmp_path)]
-    return train.main([*argv, "--output-dir", str(tmp_path / "out")])
-
-
 def test_the_driver_takes_a_folder_and_gives_a_checkpoint(tmp_path):
     folder, cache = open_clip_folder(tmp_path / "m", "ViT"), ["--cache", str(tmp_path / "cache")]
-    steps = ["TRAINER.FORGETLORA.STEPS", "20", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
-    out = forget(tmp_path, f"hf:{folder}", *steps)
+    argv = ["--images", str(images(tmp_path / "zoo")), "--backbone", f"hf:{folder}", *cache]
+    argv += ["--forget", "crab", "--root", str(tmp_path), "--output-dir", str(tmp_path / "out")]
+    argv += ["TRAINER.FORGETLORA.STEPS", "20", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
+    out = train.main(argv)
     df, _ = create_results(out)
     assert df.name.tolist() == ["crab"]
     path = out / read_logs(out)["zoo"]["crab"]["solver"]["adapter"]
@@ -216,37 +193,28 @@ def test_the_driver_takes_a_folder_and_gives_a_checkpoint(tmp_path):
     with pytest.raises(ProblemError, match="other activation, preprocessing or tokenizer"):
         apply_command.main([str(path), str(tmp_path / "b.pt"), *cache])
     with pytest.raises(ProblemError, match="with model '"):
-        forget(tmp_path, f"hf:{folder}", *steps)
+        train.main(argv)
 
 
-def adapter_for(source: ClipSource, path: Path) -> Adapter:
+def test_an_adapter_becomes_a_checkpoint_that_others_load(tmp_path, monkeypatch) -> None:
+    tiny(monkeypatch, tmp_path / "tiny", width=64)
+    weights, out, file = tmp_path / "w.pt", tmp_path / "out.pt", tmp_path / "a.safetensors"
+    torch.save(openai_state_dict("mini"), weights)
+    source = source_of(tmp_path, "mini", weights)
     width, dim = source.projection.shape
     random = torch.Generator().manual_seed(3)
-    adapter = Adapter(
-        left=torch.randn(width, 2, generator=random),
-        right=torch.randn(2, dim, generator=random),
-        projection_sha256=projection_sha256(source.projection),
-        backbone=source.arch,
-        weights=source.weights_sha256,
-        dataset="Some",
-        classes=["sea horse"],
-        trainer="ForgetLoRA",
-    )
-    save_adapter(adapter, path)
-    return adapter
-
-
-def test_an_adapter_becomes_a_checkpoint_that_others_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny(monkeypatch, tmp_path / "tiny", width=64)
-    weights, out = tmp_path / "w.pt", tmp_path / "out.pt"
-    torch.save(openai_state_dict("mini"), weights)
-    cache = tmp_path / "cache"
-    source = ClipSource("mini", weights, cache, "cpu")
-    adapter = adapter_for(source, tmp_path / "a.safetensors")
-    arguments = [str(tmp_path / "a.safetensors"), str(out), "--weights", str(weights)]
-    apply_command.main([*arguments, "--cache", str(cache)])
+    factors = (torch.randn(*shape, generator=random) for shape in ((width, 2), (2, dim)))
+    belongs = projection_sha256(source.projection), source.arch, source.weights_sha256
+    adapter = Adapter(*factors, *belongs, "Some", ["sea horse"], "ForgetLoRA")
+    save_adapter(adapter, file)
+    arguments = [str(file), str(out), "--cache", str(tmp_path / "cache"), "--weights"]
+    other = tmp_path / "other.pt"
+    torch.save(random_model("mini", seed=1).state_dict(), other)
+    with pytest.raises(ProblemError, match="adapter was made for") as error:
+        apply_command.main([*arguments, str(other)])
+    one_line(error, other)
+    assert not out.exists()
+    apply_command.main([*arguments, str(weights)])
 
     state, original = torch.load(out, weights_only=True), read_checkpoint([weights])[0]
     assert state.keys() == original.keys()
@@ -254,35 +222,19 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(
     others = [key for key in state if key != "text_projection"]
     assert all(torch.equal(state[key], original[key]) for key in others)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
-    tokens = source.encoder.tokenize(TEXTS)
     model = ARCHITECTURES["mini"].build().eval()
     open_clip.load_checkpoint(model, str(out))
+    tokens = source.encoder.tokenize(TEXTS)
     assert torch.allclose(model.encode_text(tokens), expected, atol=1e-4, rtol=1e-5)
     # The loader for OpenAI's layout, as in OpenAI's own code, rounds to float16.
-    model = build_model_from_openai_state_dict(dict(state)).float().eval()
-    loaded = model.encode_text(tokens)
+    loaded = build_model_from_openai_state_dict(dict(state)).float().eval().encode_text(tokens)
     assert (normalize(loaded, dim=1) - normalize(expected, dim=1)).abs().max() < 1e-3
-    mine = ClipSource("mini", out, cache, "cpu")
+    mine = source_of(tmp_path, "mini", out)
     assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
-
     with pytest.raises(ProblemError, match="not overwritten"):
-        apply_command.main([*arguments, "--cache", str(cache)])
-
-
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch) -> None:
-    mini, out = tiny(monkeypatch, tmp_path / "mini"), tmp_path / "out.pt"
-    source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
-    adapter_for(source, tmp_path / "a.safetensors")
-    other = tmp_path / "other.pt"
-    torch.save(random_model("mini", seed=1).state_dict(), other)
-    arguments = [str(tmp_path / "a.safetensors"), str(out), "--cache", str(tmp_path / "cache")]
-    with pytest.raises(ProblemError, match="adapter was made for") as error:
-        apply_command.main([*arguments, "--weights", str(other)])
-    one_line(error, other)
-    (tmp_path / "a.safetensors").write_bytes(b"torn")
+        apply_command.main([*arguments, str(weights)])
+    file.write_bytes(b"torn")
     with pytest.raises(ProblemError, match=r"a\.safetensors"):
-        apply_command.main([*arguments, "--weights", str(mini)])
-    with pytest.raises(ProblemError, match="no tensor is the text projection"):
-        none = Adapter(torch.zeros(2, 1), torch.zeros(1, 2), "0" * 64, "b", "w", "d", ["c"], "t")
-        save_full_model(source, none, out)
-    assert not out.exists()
+        apply_command.main([str(file), str(tmp_path / "new.pt"), *arguments[2:], str(weights)])
+    with pytest.raises(ProblemError, match="no folder"):
+        apply_command.main([str(file), str(tmp_path / "no/new.pt"), *arguments[2:], str(weights)])

@@ -15,9 +15,8 @@ from benchmarks import encode as benchmark
 from benchmarks.encode import photographs
 from clip import ClipSource, FeatureBundle
 from clip.cache import FeatureCache
-from clip.features import build_bundle, main
+from clip.features import build_bundle
 from datasets.reader import read_image
-from engine.cli import run
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
@@ -93,22 +92,14 @@ def test_results_and_audits_keep_to_their_precision(place: Path, refused) -> Non
     logs = json.loads((folder / "logs.json").read_text())["Caltech101"]
     assert logs["settings"]["precision"] == "bf16"
     assert "with precision 'bf16', this run has 'fp32'" in refused(arguments(place))
-    before = {path: path.stat().st_mtime_ns for path in (place / "cache/features").rglob("*test*")}
-    audit_folder(folder, without=["relearning"], places=places_of(place))
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (place / "cache/features").rglob("*test*")
-    }, "the audit takes the embeddings of the run"
 
+    def times() -> dict[Path, int]:
+        found = (place / "cache/features").rglob("*test*")
+        return {path: path.stat().st_mtime_ns for path in found}
 
-def test_results_from_before_there_was_a_choice_are_float32(place: Path, refused) -> None:
-    folder = train.main(arguments(place))
-    logs = json.loads((folder / "logs.json").read_text())
-    assert logs["Caltech101"]["settings"].pop("precision") == "fp32"
-    (folder / "logs.json").write_text(json.dumps(logs))
-    train.main(arguments(place))
-    line = refused(arguments(place, "--precision", "bf16"))
-    assert "with precision 'fp32', this run has 'bf16'" in line
+    before = times()
     audit_folder(folder, without=["relearning"], places=places_of(place))
+    assert times() == before, "the audit takes the embeddings of the run"
 
 
 @pytest.mark.parametrize(
@@ -125,14 +116,6 @@ def test_an_impossible_precision_is_refused_before_work(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in refused(arguments(place, *more))
     assert not (place / "out").exists() and not (place / "cache/features").exists()
-
-
-def test_the_command_makes_a_bundle_in_a_precision(place: Path, capsys) -> None:
-    options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
-    options += ["--out", str(place / "out"), "--precision", "bf16"]
-    assert run(main, ["Caltech101", "mini", *options]) == 0
-    assert FeatureBundle.load(place / "out/mini/Caltech101.safetensors").precision == "bf16"
-    assert "float32, images in bf16" in capsys.readouterr().out
 
 
 def test_the_benchmark_measures_every_way(place: Path) -> None:
