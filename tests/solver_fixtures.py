@@ -14,7 +14,7 @@ TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 SPOILS = [
     *("", "duplicate", "collinear", "same target", "retained", "spanned", "graded", "still"),
     *("reachable", "duplicate reachable", "collinear reachable retained", "spanned reachable"),
-    *("graded spanned", "same target collinear"),
+    *("graded spanned", "same target collinear", "nothing retained"),
 ]
 
 
@@ -44,6 +44,14 @@ def random_problem(k, m, w, d, seed, spoil="", **weights) -> ForgetProblem:
         h_f = normal(k, m) @ h_r
     if "graded" in spoil and weights.get("lamb_weight", 1.0) > 0:  # four decades
         h_r = h_r * torch.logspace(-2, 2, w, dtype=torch.float64)
+    if "nothing" in spoil:
+        h_r = torch.zeros_like(h_r)
+    if "zero row" in spoil:
+        h_f[0] = 0
+    if "mean" in spoil and m > 1:
+        h_f[0] = (h_r[0] + h_r[1]) / 2
+    if "rank one" in spoil and m:
+        h_r = h_r[:1] * torch.linspace(0.1, 1, m, dtype=torch.float64)[:, None]
     if "still" in spoil:
         target = h_f @ projection
     defaults = {"lamb_forget": 1.3, "lamb_preserve": 0.3, "lamb_weight": 1.0}

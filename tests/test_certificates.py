@@ -21,11 +21,11 @@ from forgetting import Certificate, ForgetProblem, Ridge, solve_constrained, sol
 from forgetting import thresholds as thresholds_of
 from forgetting.solvers import certificate, exact
 from forgetting.solvers.certificate import certify, certify_constrained
-from tests.solver_fixtures import GAP, normal, random_problem, tight
+from tests.solver_fixtures import GAP, TENSORS, normal, random_problem, tight
 
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 WEIGHTS = st.one_of(st.just(0.0), st.just(1.0), SCALES, st.floats(1e-2, 1e2))
-SPOILS = ("", "zero row", "repeated", "collinear", "mean of retained", "retained", "rank one")
+SPOILS = ("", "zero row", "duplicate", "collinear", "mean", "retained", "rank one")
 EVERY = dict(suppress_health_check=list(HealthCheck))
 
 
@@ -33,28 +33,12 @@ EVERY = dict(suppress_health_check=list(HealthCheck))
 def problems(draw) -> ForgetProblem:
     """Any problem that is none of those refused."""
     k, m, w, d = (draw(st.integers(*ends)) for ends in ((1, 6), (0, 10), (1, 7), (1, 5)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-
-    def scaled(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * draw(SCALES)
-
-    h_f, h_r, projection, target = scaled(k, w), scaled(m, w), scaled(w, d), scaled(k, d)
-    for spoil in draw(st.lists(st.sampled_from(SPOILS), max_size=2)):
-        if spoil == "zero row":
-            h_f[0] = 0
-        if spoil == "repeated" and k > 1:
-            h_f[1] = h_f[0]
-        if spoil == "collinear" and k > 1:
-            h_f[-1] = -2.5 * h_f[0]
-        if spoil == "mean of retained" and m > 1:
-            h_f[0] = (h_r[0] + h_r[1]) / 2
-        if spoil == "retained" and m:
-            h_r[0] = h_f[0]
-        if spoil == "rank one" and m:
-            h_r = h_r[:1] * torch.linspace(0.1, 1, m, dtype=torch.float64)[:, None]
+    spoil = " ".join(draw(st.lists(st.sampled_from(SPOILS), max_size=2)))
+    problem = random_problem(k, m, w, d, draw(st.integers(0, 2**31)), spoil)
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    tensors = (x.to(dtype) for x in (projection, h_f, h_r, target))
-    return ForgetProblem(*tensors, *(draw(WEIGHTS) for _ in range(3)))
+    tensors = {name: (getattr(problem, name) * draw(SCALES)).to(dtype) for name in TENSORS}
+    weights = {f"lamb_{name}": draw(WEIGHTS) for name in ("forget", "preserve", "weight")}
+    return replace(problem, **tensors, **weights)
 
 
 class Judge:
@@ -145,7 +129,7 @@ def attack(problem: ForgetProblem, thorough: bool) -> Certificate:
     return proof
 
 
-@settings(max_examples=500, **EVERY)
+@settings(max_examples=300, **EVERY)
 @given(problems(), st.integers(0, 4))
 def test_nobody_finds_anything_better(problem, turn):
     attack(problem, thorough=turn == 0)
@@ -173,20 +157,11 @@ def test_what_is_claimed_of_each_request_holds_too(problem, seed):
                 assert Judge(alone)(one) >= proof.primal * (1 - proof.gap) * (1 - 1e-15)
 
 
-def test_the_counter_examples_of_the_first_release():
-    """Each was called proved, and was not."""
+def test_what_cannot_be_proved_is_not_called_so():
     for weight, provable in ((1e13, True), (1e30, False)):
         tensors = normal(16, 4, seed=4), normal(3, 16, seed=2), normal(60, 16, seed=1)
         problem = ForgetProblem(*tensors, normal(3, 4, seed=5), weight, 0.3, 0.2)
         assert (attack(problem, thorough=True).gap < 1) == provable
-    rows = normal(20, 64, dtype=torch.float32)
-    mean = ((rows[0] + rows[1]) / 2)[None]
-    tensors = (normal(64, 8, seed=1).float(), mean, rows, normal(1, 8, seed=2).float())
-    attack(ForgetProblem(*tensors, 1.0, 0.3, 0.0), thorough=True)
-    zero = random_problem(2, 4, 6, 3, 9, lamb_weight=0.2)
-    zero.forget_hidden[0] = 0
-    first, _ = solve_each(zero, torch.arange(2), torch.zeros(2, 4).bool())
-    assert math.isfinite(first.certificate.primal) and float(first.delta.norm()) == 0
 
 
 # In exact rationals, for one text: at any mu an upper bound of the optimum, at the best one it.

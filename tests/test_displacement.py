@@ -27,12 +27,9 @@ from forgetting.ridge import (
     choose_ridge,
 )
 from forgetting.targets import TargetInputs
+from tests.solver_fixtures import normal
 
 W, D = 8, 6
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def retain_set(seed: int = 0, near: float = 0.3) -> RetainSet:
@@ -101,54 +98,42 @@ def test_a_text_moves_along_itself_and_an_orthogonal_one_does_not():
 # Classifier texts
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_affected_names_and_margins_by_plain_arithmetic(rank):
+def test_affected_names_and_margins_by_plain_arithmetic():
+    """Of edits of rank 1 and 2, together."""
     hidden, w = normal(7, W, seed=1), normal(W, D, seed=2)
-    edit = LowRankEdit(normal(W, rank, seed=3), 0.2 * normal(rank, D, seed=4))
+    edits = [LowRankEdit(normal(W, r, seed=3), 0.2 * normal(r, D, seed=4)) for r in (1, 2)]
     texts = ClassifierTexts([*"abcdefg"], EmbeddedTexts(hidden, hidden @ w), {"b": 1}, 5)
-    moved = texts.texts.edited([edit])
-    [names], [[one]] = texts.affected(moved, [[1]]), texts.margins(moved, [[1]])
+    moved, forgotten = texts.texts.edited(edits), [[1], [1, 3]]
     before = hidden @ w
-    after = before + hidden @ edit.delta
-    loss = 1 - torch.cosine_similarity(before, after, dim=1)
-    loss[1] = -1
-    assert [name.name for name in names] == [
-        "abcdefg"[i] for i in loss.argsort(descending=True)[:5]
-    ]
-    for name in names:
-        row = "abcdefg".index(name.name)
-        assert name.cosine_loss == pytest.approx(float(loss[row]))
-        way = (hidden @ edit.delta).norm(dim=1)
-        assert name.displacement == pytest.approx(float(way[row] / way[1]))
-        near = torch.cosine_similarity(before[row : row + 1], before, dim=1)
-        near[row] = -1
-        assert name.margin == pytest.approx(float(1 - near.max()))
-        assert name.likely_misclassified == (name.cosine_loss > name.margin)
-    others = torch.tensor([0, 2, 3, 4])
-    now = torch.cosine_similarity(before[1:2], after[:5], dim=1)
-    assert one.margin == pytest.approx(float(now[others].max() - now[1]))
-    was = torch.cosine_similarity(before[1:2], before[:5], dim=1)
-    assert one.gap == pytest.approx(float(1 - was[others].max()))
-    nothing = texts.texts.edited([LowRankEdit(edit.left, torch.zeros_like(edit.right))])
-    assert texts.margins(nothing, [[1]])[0][0].margin == pytest.approx(-one.gap)
-
-
-def test_edits_of_different_ranks_are_looked_at_together():
-    hidden, w = normal(7, W, seed=1), normal(W, D, seed=2)
-    texts = ClassifierTexts([*"abcdefg"], EmbeddedTexts(hidden, hidden @ w), {}, 7)
-    edits = [LowRankEdit(normal(W, r, seed=r), normal(r, D, seed=9)) for r in (1, 3)]
-    forgotten = [[0], [2, 5]]
-    together = texts.texts.edited(edits)
-    for i, edit in enumerate(edits):
-        alone = texts.texts.edited([edit])
-        names = texts.affected(together, forgotten)[i]
-        expected = texts.affected(alone, forgotten[i : i + 1])[0]
-        assert [x.name for x in names] == [x.name for x in expected]
-        assert names[0][1:] == pytest.approx(expected[0][1:])
-        assert [len(x) for x in texts.margins(together, forgotten)] == [1, 2]
-        # Among fewer names than are shown, those that are left.
-        few = ClassifierTexts([*"abc"], EmbeddedTexts(hidden[:3], hidden[:3] @ w), {}, 3)
-        assert {x.name for x in few.affected(few.texts.edited([edit]), [[1]])[0]} == {"a", "c"}
+    for edit, own, names, margins in zip(
+        edits,
+        forgotten,
+        texts.affected(moved, forgotten),
+        texts.margins(moved, forgotten),
+        strict=True,
+    ):
+        after = before + hidden @ edit.delta
+        loss = 1 - torch.cosine_similarity(before, after, dim=1)
+        loss[own] = -1
+        assert [x.name for x in names] == ["abcdefg"[i] for i in loss.argsort(descending=True)[:5]]
+        for name in names:
+            row = "abcdefg".index(name.name)
+            assert name.cosine_loss == pytest.approx(float(loss[row]))
+            way = (hidden @ edit.delta).norm(dim=1)
+            assert name.displacement == pytest.approx(float(way[row] / way[own].mean()))
+            near = torch.cosine_similarity(before[row : row + 1], before, dim=1)
+            near[row] = -1
+            assert name.margin == pytest.approx(float(1 - near.max()))
+            assert name.likely_misclassified == (name.cosine_loss > name.margin)
+        others = [i for i in range(5) if i not in own]
+        for row, one in zip(own, margins, strict=True):
+            now = torch.cosine_similarity(before[row : row + 1], after[:5], dim=1)
+            assert one.margin == pytest.approx(float(now[others].max() - now[row]))
+            was = torch.cosine_similarity(before[row : row + 1], before[:5], dim=1)
+            assert one.gap == pytest.approx(float(1 - was[others].max()))
+    # Among fewer names than are shown, those that are left.
+    few = ClassifierTexts([*"abc"], EmbeddedTexts(hidden[:3], hidden[:3] @ w), {}, 3)
+    assert {x.name for x in few.affected(few.texts.edited(edits[:1]), [[1]])[0]} == {"a", "c"}
 
 
 def test_without_another_class_there_is_no_margin():
@@ -200,6 +185,7 @@ def displacements(retain: RetainSet, w: Tensor, ridge: float) -> tuple[float, fl
 def test_the_ridge_by_plain_arithmetic(limit, tolerated, near, monkeypatch):
     """The largest within the limit, or within what SLACK allows; no smaller than the smallest that
     is about as good for unlisted names as any, if they would move far."""
+    assert (SLACK, MOST_SLACK, NEAR_BEST, TOLERATED) == (1.5, 0.1, 1.1, 0.15)
     monkeypatch.setattr("forgetting.ridge.TOLERATED", tolerated)
     retain, w = retain_set(3, near), normal(W, D, seed=3)
     listed, unlisted = zip(*(displacements(retain, w, ridge) for ridge in RIDGES), strict=True)
@@ -224,20 +210,13 @@ def test_a_group_without_a_limit_does_not_hold_the_ridge_back():
 
 def test_of_a_long_list_some_names_are_looked_at(monkeypatch):
     """So that 20,000 names cost no square of their number."""
-    compared = []
-    cdist = torch.cdist
-
-    def counted(a: Tensor, b: Tensor) -> Tensor:
-        compared.append(len(a))
-        return cdist(a, b)
-
-    monkeypatch.setattr(torch, "cdist", counted)
+    compared, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b: compared.append(len(a)) or cdist(a, b))
     count = 20 * MOST_NAMES
     group = Group([f"name {i}" for i in range(count)], normal(count, W), 1.0)
-    ridge = choose_ridge(
-        RetainSet({"own": group}), normal(W, D), group.rows[:2], torch.eye(2, count).bool(), 0.1
-    )
-    assert ridge in RIDGES and sum(compared) <= MOST_NAMES + 2
+    likely = group.rows[:2], torch.eye(2, count).bool()
+    assert choose_ridge(RetainSet({"own": group}), normal(W, D), *likely, 0.1) in RIDGES
+    assert 0 < sum(compared) <= MOST_NAMES + 2
 
 
 # The retain set

@@ -38,6 +38,12 @@ RANDOM = {
     "lamb_preserve": WEIGHTS,
     "lamb_weight": WEIGHTS,
 }
+MODERATE = {
+    "k": st.integers(1, 4),
+    "lamb_forget": st.floats(0.1, 10),
+    "lamb_preserve": st.sampled_from([0.0, 0.05, 1.0]),
+    "lamb_weight": st.sampled_from([0.0, 0.05, 1.0]),
+}
 EVERY = dict(suppress_health_check=list(HealthCheck))
 norm = torch.linalg.matrix_norm
 needs_clip = pytest.mark.skipif(
@@ -45,7 +51,7 @@ needs_clip = pytest.mark.skipif(
 )
 
 
-@settings(max_examples=500, **EVERY)
+@settings(max_examples=300, **EVERY)
 @given(**RANDOM)
 def test_every_answer_is_proved(**drawn):
     problem = random_problem(**drawn)
@@ -62,27 +68,8 @@ def test_every_answer_is_proved(**drawn):
     assert solution.certificate.primal == pytest.approx(primal, rel=1e-9, abs=rounding)
 
 
-@pytest.mark.slow
-@settings(max_examples=20_000, derandomize=False, **EVERY)
-@given(**RANDOM)
-def test_many_more_answers_are_proved(**drawn):
-    """Fresh examples at every run, forty times as many."""
-    problem = random_problem(**drawn)
-    assert tight(solve_exact(problem).certificate) or problem.lw == 0  # see docs/exact.md
-
-
 @settings(max_examples=40, **EVERY)
-@given(
-    k=st.integers(1, 4),
-    m=st.integers(0, 6),
-    w=st.integers(1, 6),
-    d=st.integers(1, 4),
-    seed=SEEDS,
-    spoil=st.sampled_from(SPOILS),
-    lamb_forget=st.floats(0.1, 10),
-    lamb_preserve=st.sampled_from([0.0, 0.1, 1.0]),
-    lamb_weight=st.sampled_from([0.0, 0.05, 1.0]),
-)
+@given(**RANDOM | MODERATE)
 def test_an_independent_solver_finds_the_same_value(**drawn):
     """An interior-point method."""
     problem = random_problem(**drawn)
@@ -146,22 +133,6 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed, lamb_preserve, l
         assert problem.reduction(auto.delta) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("lamb_forget", [0.5, 3.0, "auto"])
-def test_retained_states_that_are_all_zero_hold_nothing(lamb_forget):
-    """As if nobody were retained."""
-    problem, excluded = class_set(3, 5, 6, 4, 0, lamb_forget=lamb_forget)
-    zero = replace(problem, retain_hidden=torch.zeros_like(problem.retain_hidden))
-    nobody = replace(problem, retain_hidden=problem.retain_hidden[:0])
-    for owner, count in (([0, 1, 2], 3), ([0, 1, 1], 2)):
-        expected = solve_each(nobody, torch.tensor(owner), excluded[:count, :0])
-        for mask in (excluded[:count], ~excluded[:count]):
-            found = solve_each(zero, torch.tensor(owner), mask)
-            for one, other in zip(found, expected, strict=True):
-                assert one.certificate.gap < GAP
-                assert one.certificate.primal == pytest.approx(other.certificate.primal, rel=1e-12)
-                assert one.thresholds.reach == pytest.approx(other.thresholds.reach, rel=1e-12)
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_descent_agrees_on_both_sides_of_the_threshold(k):
     problem = random_problem(k, 40, 24, 16, 5, "same target")
@@ -177,14 +148,6 @@ def test_the_descent_agrees_on_both_sides_of_the_threshold(k):
         assert (problem.reduction(optimum.delta.float()) > 0.7) == moves
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_problems_of_lower_precision_are_solved_in_float64(dtype):
-    problem = random_problem(2, 20, 12, 8, 1)
-    problem = replace(problem, **{name: getattr(problem, name).to(dtype) for name in TENSORS})
-    solution = solve_exact(problem)
-    assert solution.left.dtype == torch.float64 and solution.certificate.gap <= GAP
-
-
 def test_very_many_retained_texts_are_seen_through_their_triangle():
     """Half of their singular values at 1e-8 of the largest; G alone would lose those."""
     problem = random_problem(2, 60, 12, 8, 4, lamb_forget=40.0, lamb_preserve=30.0)
@@ -198,19 +161,12 @@ def test_very_many_retained_texts_are_seen_through_their_triangle():
     assert solution.certificate.gap < GAP
 
 
-@settings(max_examples=60, **EVERY)
-@given(
-    owner=st.permutations([0, 1, 1, 2, 3, 3, 3]),
-    m=st.integers(0, 20),
-    w=st.integers(3, 12),
-    seed=SEEDS,
-    spoil=st.sampled_from(["", "retained", "collinear", "spanned"]),
-    lamb_forget=st.one_of(st.floats(0.1, 10), st.just("auto")),
-    lamb_preserve=st.sampled_from([0.0, 0.05, 1.0]),
-    lamb_weight=st.sampled_from([0.0, 0.05, 1.0]),
-)
-def test_many_requests_are_as_each_alone(owner, m, w, seed, spoil, **weights):
-    problem, owner = random_problem(7, m, w, 5, seed, spoil, **weights), torch.tensor(owner)
+@settings(max_examples=80, **EVERY)
+@given(owner=st.permutations([0, 1, 1, 2, 3, 3, 3]), auto=st.booleans(), **RANDOM | MODERATE)
+def test_many_requests_are_as_each_alone(owner, auto, **drawn):
+    drawn |= {"k": 7, "lamb_forget": "auto"} if auto else {"k": 7}
+    problem, owner = random_problem(**drawn), torch.tensor(owner)
+    m, w, seed = (drawn[name] for name in ("m", "w", "seed"))
     excluded = torch.rand(4, m, generator=torch.Generator().manual_seed(seed)) < 0.2
     parts = [problem.part(owner == i, ~excluded[i]) for i in range(4)]
     try:
@@ -261,33 +217,12 @@ def test_ordinary_classes_need_no_fall_back(further, w, seed, scale, lamb_forget
         assert costs[4][0] <= costs[4][1] * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(("lamb_preserve", "branch"), [(50.0, "kernel"), (0.01, "generic")])
-def test_fewer_names_than_dimensions(lamb_preserve, branch):
-    """Where they are dear to move, a class moves through their kernel."""
-    weights = {"lamb_forget": 50.0, "lamb_preserve": lamb_preserve, "lamb_weight": 0.05}
-    problem = random_problem(6, 4, 12, 5, 3, **weights)
-    for answer in solve_each(problem, torch.arange(6), torch.zeros(6, 4).bool()):
-        assert answer.branch == branch and answer.certificate.gap <= 1e-10
-        moved = norm(problem.retain_hidden @ answer.delta) / norm(answer.delta)
-        assert (moved < 1e-9) == (branch == "kernel")
-
-
 def paper_problem(bundle: FeatureBundle, texts, rows, lamb_forget) -> ForgetProblem:
     """Texts of a bundle sent to the empty prompt, `rows` (m, w) retained."""
     target = torch.nn.functional.normalize(bundle.neutral_hidden @ bundle.text_projection)
     texts = bundle.forget_hidden[texts]
     target = target.expand(len(texts), -1).clone()
     return ForgetProblem(bundle.text_projection, texts, rows, target, lamb_forget, 0.3)
-
-
-@needs_clip
-@pytest.mark.parametrize("dataset", ["CaltechNature", "CaltechObjects", "StanfordCars"])
-def test_every_class_of_real_clip_is_proved(dataset):
-    bundle = load_bundle(REAL_CLIP, "ViT-B/32", dataset)
-    for labels in [*([label] for label in range(0, len(bundle.classnames), 4)), [0, 1, 2]]:
-        for lamb_forget in (1.3, 2.5):
-            problem = paper_problem(bundle, labels, bundle.retain_hidden, lamb_forget)
-            assert solve_exact(problem).certificate.gap <= 1e-12
 
 
 @needs_clip
