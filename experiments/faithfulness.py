@@ -39,7 +39,7 @@ def run_problem(options: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
     with quiet():
         trainer = train.build_trainer(train.setup_cfg(train.parse([*several, *argv])))
         (classes,), dataset = trainer.plan.requests, trainer.plan.dataset
-        problem, excluded, _ = trainer.problem(Batch([trainer.texts.request(classes)]))
+        problem, excluded, _ = trainer.problem(Batch([trainer.request(classes)]))
     frame = run_variants(problem.part(slice(None), ~excluded[0]), trainer.settings)
     edits = [LowRankEdit(x, torch.eye(x.shape[1])) for x in frame.pop("answer")]
     before, label = trainer.accuracies.before(classes), join_label(classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from forgetting import load_adapter
 from forgetting.cli import cli
 from forgetting.context import ExactSettings
 from tests.conftest import BACKBONE, toy_bundle
-from trainers.requests import Texts
+from trainers.inputs import RunInputs
 from utils import create_results
 
 NODE = "TRAINER.FORGETEXACT."
@@ -194,8 +195,11 @@ def test_settings_reach_the_context(exact_args):
 @pytest.mark.parametrize(("name", "close"), [("catt", "cat"), ("sea horse", None), ("kiwi", None)])
 def test_a_mistyped_name_to_protect_is_said(name, close, capsys):
     """With a model any name can be protected, so it is not refused."""
-    texts = Texts(toy_bundle("ToyAnimals"), lambda names: torch.randn(len(names), 24))
-    names, rows = texts.protected([name], {})
+    inputs = RunInputs()
+    inputs.plan = SimpleNamespace(dataset="ToyAnimals")
+    inputs.bundles = {"ToyAnimals": toy_bundle("ToyAnimals")}
+    inputs.encode = lambda names: torch.randn(len(names), 24)
+    names, rows = inputs.protected([name])
     assert names == [name] * len(rows)
     output = capsys.readouterr().out
     assert (output == "") == (close is None) and (close is None or repr(close) in output)

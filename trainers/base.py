@@ -31,8 +31,7 @@ from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA, check_target, targets
-from trainers.inputs import Plan, RunInputs, make_plan
-from trainers.requests import read_target
+from trainers.inputs import Plan, RunInputs, make_plan, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
@@ -125,8 +124,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     def build_data_loader(self) -> None:
         """Find out which requests are not done yet; read features only if there are some."""
         cfg, plan, forget = self.cfg, self.plan, self.cfg.FORGET
-        for name, reason in plan.absent.items():
-            logger.info(f"not evaluated: {name} ({reason})")
         self.lab2cname = dict(enumerate(plan.classnames))
         self.results = Results(cfg.OUTPUT_DIR)
         identity = {"trainer": cfg.TRAINER.NAME, "backbone": cfg.MODEL.BACKBONE.NAME}
@@ -189,7 +186,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         often noise was drawn for each request."""
         forget = self.cfg.FORGET
         kind = read_target(forget.TARGET, self.projection.shape[1])
-        text, noise_std = self.texts.target_text(kind), float(forget.NOISE_STD)
+        text, noise_std = self.target_text(kind), float(forget.NOISE_STD)
         inputs = target_inputs(self.bundle, noise_std=noise_std, text=text)
         target, draws = targets(kind, requests, inputs, float(forget.BETA))
         return target if inputs.bias is None else target - inputs.bias.to(target), draws
@@ -218,7 +215,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
 
     def requests(self, block: list[list[str]]) -> list[Request]:
         """What a solve needs, so that encoding is not timed as solving."""
-        return [self.texts.request(classes) for classes in block]
+        return [self.request(classes) for classes in block]
 
     def solve(self, requests: Batch) -> list[Solved]:
         """Forget each request from the original model."""

@@ -19,8 +19,8 @@ from forgetting.io import need
 from forgetting.problem import Batch, Request
 from forgetting.settings import setting
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
+from trainers.inputs import BARE
 from trainers.methods import ForgetExact
-from trainers.requests import BARE
 
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 ERASED = 0.5  # of the distance between the means; more than that left is no erasure

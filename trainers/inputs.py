@@ -1,18 +1,23 @@
 """What a run reads: a plan from names alone, checked before anything is encoded; then the model or
-bundles of features."""
+bundles of features, and from class names the requests: their texts and hidden states."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
 from yacs.config import CfgNode
 
 import datasets
@@ -21,13 +26,23 @@ from clip.bundle import FeatureBundle, list_bundles, load_bundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
+from datasets import clean_name, key, same_meaning
 from datasets.names import entries
+from datasets.words.lexicon import listed_words
+from engine.determinism import seeded
 from engine.files import TEXT, check, read_json
-from evaluation.results import SETTINGS
-from evaluation.zero_shot import Evaluator
-from forgetting.errors import ProblemError, reason, shown
-from trainers.requests import Encode, Texts
+from engine.log import logger
+from evaluation.results import SETTINGS, join_label
+from evaluation.zero_shot import Evaluator, class_embeddings
+from forgetting.errors import ProblemError, reason, shown, unknown
+from forgetting.io import read_bytes
+from forgetting.problem import Paraphrases, Request
+from forgetting.targets import check_target
 
+BARE = "{}"
+TEMPLATES = ("a photo of a {}.", "a {}", "the {}", "a picture of a {}.")  # none is an audit's
+SAME_CLASS = ("template", "synonym", "plural")  # kinds of an audit's texts that mean the class
+MISTYPED = 0.85  # similarity to a class from which an unknown name to protect is a likely typo
 ALL = "all"
 LISTS = "forget_cls.py"
 PROMPTS = {str: [TEXT, ...]}  # class name -> its texts
@@ -46,7 +61,7 @@ class Plan:
 
     Attributes:
         requests: lists of class names; each is forgotten at once, from the original model.
-        others: the other sets to evaluate on; absent: sets of the group that cannot be, and why.
+        others: the other sets to evaluate on.
         protect: names that must not be harmed.
         prompts: class name -> texts by which it is forgotten, in place of its bare name.
         vocabulary: names to retain beside the classes.
@@ -56,7 +71,6 @@ class Plan:
     classnames: list[str]
     requests: list[list[str]]
     others: list[str]
-    absent: dict[str, str]
     protect: list[str]
     prompts: dict[str, list[str]]
     vocabulary: list[str]
@@ -70,7 +84,6 @@ def make_plan(cfg: CfgNode) -> Plan:
     """Check the names of a config and list the work; ProblemError for one that is not there."""
     dataset, backbone, forget = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, cfg.FORGET
     lists = user_lists()
-    absent: dict[str, str] = {}
     if cfg.FEATURES.DIR:
         model_options = forget.SAVE_MODEL, cfg.MODEL.INIT_WEIGHTS, cfg.DATASET.IMAGES
         if any(model_options) or cfg.MODEL.PRECISION != "fp32":
@@ -88,12 +101,13 @@ def make_plan(cfg: CfgNode) -> Plan:
         states = datasets.available(cfg.DATASET.ROOT)
         wanted = [datasets.spec(name).name for name in group if name != dataset]
         others = [name for name in wanted if states[name] is None]
-        if dataset in group:  # nobody misses them beside a set of one's own
-            absent = {name: states[name] for name in wanted if states[name] is not None}
+        for name in wanted if dataset in group else ():  # beside a set of one's own none is missed
+            if states[name] is not None:
+                logger.info(f"not evaluated: {name} ({states[name]})")
     if forget.RETAIN_NAMES:
         what = "names to retain (FORGET.RETAIN_NAMES)"
         names = [text for _, text in entries(Path(forget.RETAIN_NAMES), what)]
-        vocabulary = list({datasets.key(n): datasets.clean_name(n) for n in names}.values())
+        vocabulary = list({key(n): clean_name(n) for n in names}.values())
         if not vocabulary:
             raise ProblemError(f"{what}: {forget.RETAIN_NAMES} holds no name")
     classes = _classes(cfg, classnames, lists.forget_classes_all.get(dataset, []))
@@ -105,16 +119,16 @@ def make_plan(cfg: CfgNode) -> Plan:
             raise ProblemError(f"FORGET.PART must be i/n such as 2/4, not {shown(forget.PART)}")
         requests = requests[number - 1 :: count]
     protect = list(dict.fromkeys([*forget.PROTECT, *getattr(lists, "protect", [])]))
-    forgotten = {datasets.key(name) for name in classes} if ALL not in forget.CLASSES else set()
+    forgotten = {key(name) for name in classes} if ALL not in forget.CLASSES else set()
     for name in protect:
         if not name.strip():
             raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
-        if datasets.key(name) in forgotten:
+        if key(name) in forgotten:
             raise ProblemError(
                 f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
             )
     prompts = _prompts(cfg, classnames, getattr(lists, "forget_prompts", {}).get(dataset, {}))
-    return Plan(dataset, classnames, requests, others, absent, protect, prompts, vocabulary)
+    return Plan(dataset, classnames, requests, others, protect, prompts, vocabulary)
 
 
 def _classes(cfg: CfgNode, classnames: list[str], listed: list[str]) -> list[str]:
@@ -164,6 +178,23 @@ def user_lists() -> ModuleType:
     return forget_cls
 
 
+def read_target(kind: str, d: int | None = None) -> str | Tensor:
+    """A target as the library takes it: of `vector:FILE` the tensor `target`, (d,) or (1, d), of a
+    safetensors file; any other stays what it is. ProblemError if it is none."""
+    name, _, path = kind.partition(":")
+    if name != "vector":
+        check_target(kind)
+        return kind
+    try:
+        vector = load(read_bytes(path))["target"].float().flatten()
+        check_target(vector, d=d)
+    except (ProblemError, KeyError, SafetensorError) as error:
+        raise ProblemError(
+            f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
+        ) from error
+    return vector
+
+
 class RunInputs:
     """The inputs of a trainer, each read or encoded when it is first used."""
 
@@ -179,8 +210,8 @@ class RunInputs:
         return None if cfg.FEATURES.DIR else ClipSource(*model, self.device, cfg.MODEL.PRECISION)
 
     @cached_property
-    def encode(self) -> Encode | None:
-        """From texts to hidden states; None without a model."""
+    def encode(self) -> Callable[[list[str]], Tensor] | None:
+        """From n texts to hidden states (n, w); None without a model."""
         return self.source and FeatureCache(self.source).texts
 
     @cached_property
@@ -194,13 +225,13 @@ class RunInputs:
             where = self.source, cfg.DATASET.ROOT
             how = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE}
             how["workers"] = cfg.DATALOADER.NUM_WORKERS
-            own = {"template": cfg.DATASET.TEMPLATE or None, "own": cfg.DATASET.IMAGES}
-            bundles = {dataset: build_bundle(dataset, *where, **how, **own)}
+            mine = {"template": cfg.DATASET.TEMPLATE or None, "own": cfg.DATASET.IMAGES}
+            bundles = {dataset: build_bundle(dataset, *where, **how, **mine)}
             bundles |= {name: build_bundle(name, *where, **how) for name in plan.others}
         if cfg.FORGET.RETAIN_NAMES:
-            hidden = Texts(bundles[dataset], self.encode).hidden(plan.vocabulary, "name to retain")
-            own_names = {"retain_names": plan.vocabulary, "retain_hidden": hidden}
-            bundles[dataset] = replace(bundles[dataset], **own_names)
+            own = bundles[dataset]
+            hidden = self.hidden(own, plan.vocabulary, "name to retain")
+            bundles[dataset] = replace(own, retain_names=plan.vocabulary, retain_hidden=hidden)
         return bundles
 
     @property
@@ -210,10 +241,6 @@ class RunInputs:
     @property
     def others(self) -> dict[str, FeatureBundle]:
         return {name: self.bundles[name] for name in self.plan.others}
-
-    @cached_property
-    def texts(self) -> Texts:
-        return Texts(self.bundle, self.encode, self.plan.prompts, self.cfg.SEED)
 
     @cached_property
     def accuracies(self) -> Evaluator:  # SimpleTrainer of Dassl has an `evaluator`
@@ -231,3 +258,120 @@ class RunInputs:
             values = s.arch, s.weights_sha256, s.precision, template, "test", identity
         keys = ("backbone", "weights", "precision", "template", "split", "model")
         return {key: value for key, value in zip(keys, values, strict=True) if value}
+
+    def hidden(self, bundle: FeatureBundle, texts: Sequence[str], what: str) -> Tensor:
+        """Hidden states (n, w) of texts: encoded, or without a model those of the bundle's names.
+        ProblemError if it lacks one; `what` says what it is."""
+        if self.encode is not None:
+            return self.encode(list(map(clean_name, texts)))
+        names = [*bundle.retain_names, *bundle.classnames]
+        row = {key(name): i for i, name in enumerate(names)}
+        for text in texts:
+            if key(text) not in row:
+                raise _no_model(what, text, names)
+        rows = torch.cat([bundle.retain_hidden, bundle.forget_hidden])
+        return rows[[row[key(text)] for text in texts]]
+
+    def request(self, classes: list[str]) -> Request:
+        """The texts by which `classes` are forgotten, and what means the same as each; ProblemError
+        without a model for a text that the bundle does not hold."""
+        dataset = self.plan.dataset
+        texts: dict[str, tuple[int, Tensor]] = {}  # text -> its class and hidden state
+        for index, name in enumerate(classes):
+            held = self._held(name)
+            for template in self.plan.prompts.get(name, [BARE]):
+                text = template.replace(BARE, clean_name(name))
+                if text not in held and self.encode is None:
+                    raise _no_model(f"text of the bundle of {dataset}", text, list(held))
+                if text not in texts:
+                    texts[text] = index, held[text] if text in held else self.encode([text])[0]
+        return Request(
+            classes,
+            list(texts),
+            torch.stack([hidden for _, hidden in texts.values()]),
+            [owner for owner, _ in texts.values()],
+            same=[same_meaning([name], dataset) for name in classes],
+            seed=seeded(self.cfg.SEED, dataset, join_label(classes)).initial_seed(),
+        )
+
+    def _held(self, name: str) -> dict[str, Tensor]:
+        """The hidden states (w,) of a class that the bundle holds: its bare name's and its
+        evaluation prompt's."""
+        bundle, plain = self.bundle, clean_name(name)
+        label = bundle.classnames.index(name)
+        return {
+            plain: bundle.forget_hidden[label],
+            bundle.template.replace(BARE, plain): bundle.class_hidden[label],
+        }
+
+    def with_paraphrases(self, requests: Sequence[Request]) -> list[Request]:
+        """Requests with other texts for each of their classes; new ones are encoded at once.
+
+        They are the evaluation prompt; with a model a few templates and the class's other names
+        (names of the vocabulary that mean the same, and the synonyms that `datasets` lists);
+        without one what the bundle brought for an audit. A text that the model takes for another
+        class of the set is left out.
+        """
+        brought: dict[str, list] = {}
+        if self.encode is None:
+            from clip.audit_texts import audit_rows
+
+            brought = audit_rows(self.bundle)
+        known: dict[str, dict[str, Tensor]] = {}  # of each class: text -> hidden state
+        new: dict[str, list[str]] = {}  # of each class: texts to encode
+        for name in dict.fromkeys(name for request in requests for name in request.classes):
+            _, prompt = self._held(name).items()
+            rows = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
+            known[name] = dict([prompt]) | {text: hidden for text, _, hidden in rows}
+            others = self._other_texts(name) if self.encode is not None else []
+            new[name] = [text for text in others if text not in known[name]]
+        every = [text for texts in new.values() for text in texts]
+        encoded = iter(self.encode(every) if every else ())
+        classes, found = class_embeddings(self.bundle), {}
+        for name, rows in known.items():
+            rows |= zip(new[name], encoded, strict=False)
+            hidden = torch.stack(list(rows.values()))
+            nearest = (self.bundle.embed(hidden) @ classes.T).argmax(dim=1)
+            mine = nearest == self.plan.classnames.index(name)
+            texts = [text for text, own in zip(rows, mine.tolist(), strict=True) if own]
+            found[name] = Paraphrases(texts, hidden[mine])
+        return [replace(r, paraphrases=[found[name] for name in r.classes]) for r in requests]
+
+    def _other_texts(self, name: str) -> list[str]:
+        """A class in a few templates, and under other names."""
+        plain, dataset, classnames = clean_name(name), self.plan.dataset, self.plan.classnames
+        same = sorted(same_meaning([name], dataset) - set(map(key, classnames)))
+        others = [other for other in classnames if other != name]
+        same += listed_words(name, dataset, others).synonyms
+        return [*dict.fromkeys([*(form.replace(BARE, plain) for form in TEMPLATES), *same])]
+
+    def protected(self, names: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Texts of names to protect, and their hidden states (n, w): of a class the bare name and
+        the evaluation prompt, of any other name that name."""
+        classes: dict[str, list[Tensor]] = {}
+        for bundle in self.bundles.values():
+            for label, name in enumerate(bundle.classnames):
+                rows = bundle.forget_hidden[label], bundle.class_hidden[label]
+                classes.setdefault(key(name), []).extend(rows)
+        known = {*classes, *map(key, self.bundle.retain_names)}
+        found: list[tuple[str, Tensor]] = []
+        for name in names:
+            rows = classes.get(key(name))
+            if rows is None:
+                rows = self.hidden(self.bundle, [name], "name to protect (FORGET.PROTECT)")
+                close = get_close_matches(key(name), known, 1, MISTYPED)
+                if close and key(name) not in known:
+                    logger.warning(f"protected as it is: {name!r}; did you mean {close[0]!r}?")
+            found += [(clean_name(name), row) for row in rows]
+        texts, rows = zip(*found, strict=True)
+        return list(texts), torch.stack(rows)
+
+    def target_text(self, kind: str | Tensor) -> Tensor | None:
+        """Hidden state (1, w) of the TEXT of a target `text:TEXT`; None for other targets."""
+        if not isinstance(kind, str) or not kind.startswith("text:"):
+            return None
+        return self.hidden(self.bundle, [kind.partition(":")[2]], "target text")
+
+
+def _no_model(what: str, text: str, known: list[str]) -> ProblemError:
+    return ProblemError(f"{unknown(what, text, known)}; --features has no model to encode it")

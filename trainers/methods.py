@@ -26,7 +26,7 @@ from forgetting.solvers.exact import solve_each
 from forgetting.solvers.lora import LoraSettings, solve_lora_each
 from forgetting.targets import WITH_BETA
 from trainers.base import TARGETS, ForgetTrainer, Solved, register
-from trainers.requests import read_target
+from trainers.inputs import read_target
 
 SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
 
@@ -188,11 +188,11 @@ class ForgetExact(ForgetTrainer):
         settings = exact_settings(self.cfg, self.projection.shape[1])
         more = {}  # groups of names that the bundles do not hold
         if self.plan.protect:
-            more[PROTECT] = self.texts.protected(self.plan.protect, self.others)
+            more[PROTECT] = self.protected(self.plan.protect)
         if self.encode is not None and settings.generic > 0:
             names = generic_names()
             more[GENERIC] = names, self.encode(names)
-        others, text = list(self.others.values()), self.texts.target_text(settings.target)
+        others, text = list(self.others.values()), self.target_text(settings.target)
         with one_thread():
             return exact_context(settings, self.bundle, others, self.device, more, text)
 
@@ -203,7 +203,7 @@ class ForgetExact(ForgetTrainer):
 
     def requests(self, block: list[list[str]]) -> list[Request]:
         _ = self.retain  # once for all requests, and not timed as a solve
-        return self.texts.with_paraphrases(super().requests(block))
+        return self.with_paraphrases(super().requests(block))
 
     def solve(self, requests: Batch) -> list[Solved]:
         """Forget them completely; see `forgetting.context`."""
