@@ -18,32 +18,11 @@ import pandas as pd
 
 from engine.cli import Parser, run
 from engine.log import logger
+from evaluation import results, tables
 from evaluation.plots import COLOURS, draw_results
-from evaluation.results import (
-    ARGS,
-    LOGS,
-    SETTINGS,
-    Logs,
-    no_results,
-    read_args,
-    read_logs,
-    same_kind,
-)
+from evaluation.results import LOGS, SETTINGS, Logs
 from evaluation.rows import rows_of
-from evaluation.tables import (
-    FRAME,
-    GAIN,
-    KEYS,
-    QUANTITIES,
-    average_gains,
-    check_columns,
-    other_sets,
-    over_folders,
-    result_table,
-    side_by_side,
-    summarise,
-    write_table,
-)
+from evaluation.tables import FRAME, KEYS, check_columns, summarise
 from forgetting.errors import ProblemError, shown
 
 BACKBONES = ("backbone", "backbone_arch", "arch")  # what command lines call it
@@ -96,8 +75,8 @@ def create_results(
     df, args, logs = parts[0]
     if folders is folder:
         frames, args, logs = map(list, zip(*parts, strict=True))
-        same_kind(folder, logs)
-        df = over_folders([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
+        results.same_kind(folder, logs)
+        df = tables.over_folders(frames)
     return (df, args, logs) if return_logs else (df, args)
 
 
@@ -111,21 +90,19 @@ def _of_folder(
     """The frame of one folder, its latest command line, and its logs."""
     folder, args, logs = Path(folder), argparse.Namespace(), log_name
     if not isinstance(log_name, Mapping):
-        if not (folder / log_name).exists():
-            raise no_results(folder)
-        logs = read_logs(folder, log_name)
-        args = [args, *read_args(folder / ARGS)][-1]
+        logs = results.read_logs(folder, log_name)
+        args = [args, *results.read_args(folder / results.ARGS)][-1]
     models = _with_backbone(args, logs)
     names = {str(each[SETTINGS].get("backbone", "")) for each in models.values()} - {""}
     resnet = any(name.upper().startswith("RN") for name in names)
     if names and rn not in (None, resnet):
         held = f"{folder} holds results of {', '.join(sorted(names))}"
         warnings.warn(f"rn={rn}, but {held}: rn={resnet} is right", stacklevel=3)
-    df = result_table(folder, rows_of(logs), multiclass)
-    lacking = ["full_Noforget", "cls_Noforget", *(f"full_{name}" for name in other_sets(df))]
+    df = tables.result_table(folder, rows_of(logs), multiclass)
+    lacking = ["full_Noforget", "cls_Noforget", *(f"full_{name}" for name in tables.other_sets(df))]
     if isinstance(before, str | PathLike):
         theirs, *other = _of_folder(before, None, LOGS, multiclass, None)
-        same_kind([folder, before], [models, _with_backbone(*other)], model_alone=True)
+        results.same_kind([folder, before], [models, _with_backbone(*other)], model_alone=True)
         before = theirs
     if before is not None:
         check_columns(before, FRAME[:4], "create_results")
@@ -163,7 +140,7 @@ def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
             "relative to; create_results(FOLDER, before=OTHER) or utils.py --before OTHER takes "
             "them from any run on the same classes"
         )
-    return average_gains(df)
+    return tables.average_gains(df)
 
 
 def plot_results(df: pd.DataFrame, path: Folder) -> Path:
@@ -190,10 +167,9 @@ def compare_results(
         A row for every class that all folders hold, see `evaluation.tables.side_by_side`.
 
     Raises:
-        ProblemError: no class is in all folders; folders of several models; a name that a column of
-            the table has.
+        ProblemError: no class is in all folders, or folders of several models.
     """
-    tables, places, models, keys = {}, [], [], ["data set", "forgotten"]
+    summaries, places, models, keys = {}, [], [], ["data set", "forgotten"]
     for name, each in folders.items():
         if name in {"before", *(f"± {other}" for other in folders)}:
             raise ProblemError(f"no method can be called {name!r}: give it another name")
@@ -204,9 +180,9 @@ def compare_results(
         models += map(_with_backbone, args, logs)
         rows = [(r.dataset, r.label, r.solver.get("seconds")) for x in logs for r in rows_of(x)]
         seconds = pd.DataFrame(rows, columns=[*keys, "seconds"]).astype({"seconds": float})
-        tables[name] = summarise(df).join(seconds.groupby(keys).mean(), on=keys)
-    same_kind(places, models, model_alone=True)
-    table = side_by_side(tables)
+        summaries[name] = summarise(df).join(seconds.groupby(keys).mean(), on=keys)
+    results.same_kind(places, models, model_alone=True)
+    table = tables.side_by_side(summaries)
     if table.empty:
         raise ProblemError(f"no class is in all of {', '.join(map(str, places))}")
     return table
@@ -214,7 +190,7 @@ def compare_results(
 
 def plot_comparison(table: pd.DataFrame, path: Folder) -> Path:
     """Draw a table of `compare_results`: before and every method."""
-    columns = ["data set", "forgotten", *(f"{name} before" for name in QUANTITIES)]
+    columns = ["data set", "forgotten", *(f"{name} before" for name in tables.QUANTITIES)]
     check_columns(table, columns, "compare_results")
     methods = [c.removeprefix("seconds ") for c in table.columns if c.startswith("seconds ")]
     colours = {name: COLOURS[1 + i % (len(COLOURS) - 1)] for i, name in enumerate(methods)}
@@ -253,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {n: f if len(f) > 1 else f[0] for n, f in groups.items()}, **options
         )
     if args.csv:
-        write_table(table, args.csv)
+        tables.write_table(table, args.csv)
     if args.draw:
         plot_comparison(table, args.draw)
     print("\n".join(lines))

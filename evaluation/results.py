@@ -243,11 +243,11 @@ def no_results(folder: Path) -> ProblemError:
 
 
 def read_logs(folder: str | Path, name: str = LOGS) -> Logs:
-    """The logs of a results folder, those of the paper's public code too; empty if it has none.
-    Raises ProblemError for no JSON, or results of another shape."""
+    """The logs of a results folder, those of the paper's public code too. Raises ProblemError if
+    there are none, or for no JSON, or results of another shape."""
     path = Path(folder) / name
     if not path.exists():
-        return {}
+        raise no_results(Path(folder))
     logs = read_json(path, "the logs")
     check_logs(logs, path)
     return logs

@@ -80,7 +80,7 @@ def over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Mean and standard deviation of every row over the frames of several folders, such as one a
     seed: the means, `std_*` of each (divided by the folders less one; NaN of one), and `folders`,
     how many hold the row."""
-    rows = pd.concat(frames, ignore_index=True)
+    rows = pd.concat([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
     groups = rows.groupby(KEYS, sort=False)
     numbers = [column for column in rows.columns if column not in (*KEYS, FOR_EACH)]
     df = groups[numbers].mean().join(groups[numbers].std().add_prefix("std_"))

@@ -69,7 +69,8 @@ def repeatable(value: object) -> object:
 
 def agree(folder: Path) -> None:
     """Every entry of the logs names the adapter that is there."""
-    for dataset, entries in read_logs(folder).items():
+    logs = read_logs(folder) if (folder / "logs.json").exists() else {}
+    for dataset, entries in logs.items():
         for label in entries.keys() - {"settings"}:
             solver = entries[label]["solver"]
             path = folder / solver["adapter"]
