@@ -114,19 +114,13 @@ class Row:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """The rows of a results folder, with the audits that are of its present adapters. Raises
-    ProblemError for files that cannot be read, or are of another shape."""
+    """The rows of a results folder, with the audits that are of its present adapters."""
     logs = read_logs(folder)
     return rows_of(logs, current_audits(folder, logs)[0])
 
 
 def rows_of(logs: Logs, audits: Audits | None = None) -> list[Row]:
-    """A row for every class of every request of the logs, in their order.
-
-    Args:
-        logs: of `evaluation.results.read_logs`, those of the paper's public code too.
-        audits: data set -> label -> audit, see `current_audits`.
-    """
+    """A row for every class of every request of the logs, in their order."""
     rows = []
     for dataset, entries in logs.items():
         for label, entry in entries.items():
@@ -157,10 +151,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _rows_of_request(
-    dataset: str, label: str, entry: dict[str, Any], audits: dict[str, Any]
-) -> list[Row]:
-    """The rows of one entry of the logs."""
+def _rows_of_request(dataset: str, label: str, entry: dict, audits: dict) -> list[Row]:
     sides = [entry.get("zero_shot", {}), entry["final_results"]]  # before, after
     own, rest = (
         [_by_class(side.get(dataset, {}), key) for side in sides]
@@ -170,20 +161,12 @@ def _rows_of_request(
         {name: x["all"]["all_ds"] for name, x in side.items() if name != dataset} for side in sides
     )
     others = {name: Change(before.get(name), value) for name, value in after.items()}
-    return [
-        Row(
-            dataset,
-            label,
-            name,
-            len(own[1]),
-            Change(*(side.get(name) for side in own)),
-            Change(*(side.get(name) for side in rest)),
-            others,
-            entry.get("solver", {}),
-            audits.get(name, {}),
-        )
-        for name in own[1]
-    ]
+    rows = []
+    for name in own[1]:
+        changes = [Change(*(side.get(name) for side in sides)) for sides in (own, rest)]
+        records = entry.get("solver", {}), audits.get(name, {})
+        rows.append(Row(dataset, label, name, len(own[1]), *changes, others, *records))
+    return rows
 
 
 def _by_class(results: dict[str, Any], key: str) -> dict[str, float | None]:

@@ -18,17 +18,14 @@ class Fate(StrEnum):
 
 
 def holds(accuracy: float | None, before: float | None) -> bool:
-    """Whether an accuracy is at least half of what the class had before forgetting.
-
-    The one threshold for a class that stays, that comes back under other words, and that a few
-    images bring back. False where either is not known, or where there was nothing to lose.
-    """
+    """Whether an accuracy is at least half of what the class had before forgetting: the threshold
+    for a class that stays, that comes back, and that images bring back. False if unknown, or where
+    there was nothing to lose."""
     return bool(before) and accuracy is not None and accuracy >= HALF * before
 
 
 def fate(before: float | None, after: float | None) -> Fate:
-    """What became of a class whose accuracy was `before` and is `after` (fractions, None: no
-    images)."""
+    """What became of a class (accuracies before and after, None: no images)."""
     if before is None or after is None:
         return Fate.UNMEASURED
     if before == 0:
@@ -37,6 +34,6 @@ def fate(before: float | None, after: float | None) -> Fate:
 
 
 def is_other_word(kind: str, seen: bool) -> bool:
-    """Whether a prompt asks for the class in other words: forgetting did not see it, and it is not
-    the evaluation prompt, whose accuracy is the class's own."""
+    """Whether a prompt asks for the class in words that forgetting did not see, and is not the
+    evaluation prompt."""
     return not seen and kind != EVALUATION

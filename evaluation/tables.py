@@ -46,15 +46,8 @@ FEW = 3  # classes whose findings are all printed
 
 
 def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
-    """A row for every request, with the columns of `utils.create_results`.
-
-    Args:
-        folder: that the rows are of.
-        multiclass: True for the requests of several classes at once, False for the others.
-
-    Raises:
-        ProblemError: there is no request of that kind.
-    """
+    """A row for every request (of several classes at once, if `multiclass`), with the columns of
+    `utils.create_results`. Raises ProblemError if there is no such request in the folder."""
     lines, after = [], {}
     for row in rows:
         if (row.together > 1) == multiclass:
@@ -100,9 +93,8 @@ def average_gains(df: pd.DataFrame) -> pd.Series:
 
     It is the mean of: the fraction of the forgotten class's accuracy that is left, the relative
     loss on the rest of its data set, and the relative loss on each other data set, where a gain
-    counts as 0. A quantity that was not measured before (or was 0) has no relative change and is
-    left out. Of several folders it is the mean of their own: a loss of one is not made up for by
-    what another gained.
+    counts as 0. What was not measured before (or was 0) is left out. Of several folders it is the
+    mean of their own: a loss of one is not made up for by what another gained.
     """
     if GAIN in df:
         return df[GAIN]
@@ -134,12 +126,9 @@ def quantities(df: pd.DataFrame) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def summarise(df: pd.DataFrame) -> pd.DataFrame:
-    """A frame of `utils.create_results` for reading, in percent: before and after forgetting.
-
-    `class` is the forgotten class, `rest` the other classes of its set, `others` the mean over the
-    other data sets. Of several folders, `±` is the standard deviation of what was measured after
-    (of `others` the mean of the sets' own).
-    """
+    """A frame of `utils.create_results` for reading, in percent before and after forgetting: of the
+    forgotten `class`, of the `rest` of its set, and the mean over the `others`. Of several folders
+    `±` is the standard deviation of what was measured after (of `others` the mean of their own)."""
     check_columns(df, FRAME, "create_results")
     table = pd.DataFrame({"data set": df["ds"], "forgotten": df["name"]})
     for title, (before, after) in quantities(df).items():
@@ -151,12 +140,9 @@ def summarise(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def side_by_side(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Tables of `summarise` with a column `seconds`, joined: the rows that all of them have.
-
-    Returns:
-        `data set`, `forgotten`, and for `class`, `rest` and `others` a column `before` and one for
-        each method, then its `seconds`. A method with deviations has `± METHOD` behind its means.
-    """
+    """Tables of `summarise` with a column `seconds`, joined: the rows that all of them have, with
+    `data set`, `forgotten`, and for `class`, `rest` and `others` a column `before` and one for each
+    method (and `± METHOD`), then its `seconds`."""
     keys = ["data set", "forgotten"]
     joined = pd.concat({n: t.set_index(keys) for n, t in tables.items()}, axis=1, join="inner")
     columns = {}
@@ -172,19 +158,15 @@ def side_by_side(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataFrame:
-    """A row for every method, from the logs of its results folder; accuracies in percent.
+    """A row for every method, from its results folder; accuracies in percent, NaN where nothing was
+    measured.
 
-    Args:
-        folders: what to call a method -> its results folder.
-
-    Returns:
-        Indexed by method: `classes`, how many requests the numbers are of; for `forgotten`, `rest`
-        and `others` the mean `before` and `after`, and `worst` (the most that is left of a class;
-        the most that one class cost the rest, or one other set, in points); the means of `seconds`,
-        `bytes` (of an adapter) and `avg_gain`. Where classes were audited also `words worst` (mean
-        accuracy under the other words that find a class best), `words back` (classes that come back
-        under other words), `neighbours` and `retrieval` (changes in points), and `retrieval
-        forgotten`. NaN where nothing was measured.
+    `classes` counts requests; `forgotten`, `rest` and `others` have the mean `before` and `after`,
+    and `worst` (the most that is left of a class; the most that one class cost the rest, or one
+    other set, in points); `seconds`, `bytes` (of an adapter) and `avg_gain` are means. Of audited
+    classes: `words worst` (mean accuracy under the other words that find a class best), `words
+    back` (classes that come back), `neighbours`, `retrieval` (changes in points) and `retrieval
+    forgotten`.
     """
     lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
@@ -218,9 +200,8 @@ def _method(folder: Path, multiclass: bool) -> dict[str, float]:
 
 
 def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """A row for every audited class, as audit.csv has it: `FRACTIONS` in percent, `VALUES`, under
-    how many other words half of the class is `words back`, and the `seconds` that the audit took
-    without relearning. NaN where nothing was measured."""
+    """A row for every audited class, as audit.csv has it: `FRACTIONS` in percent, `VALUES`, by how
+    many other words it comes back, and the seconds that the audit took without relearning."""
     lines = [
         {"data set": row.dataset, "forgotten": row.label, "class": row.name}
         | {column: row.measured(*path) for column, path in (FRACTIONS | VALUES).items()}

@@ -36,11 +36,7 @@ def embedded_texts(bundle: FeatureBundle, hidden: Tensor) -> EmbeddedTexts:
 
 
 class ZeroShot:
-    """The images of one bundle, classified by the evaluation prompts, under any number of edits.
-
-    Attributes:
-        bundle; texts: the evaluation prompts of its C classes.
-    """
+    """The images of one bundle, classified by the evaluation prompts, under any number of edits."""
 
     def __init__(self, bundle: FeatureBundle) -> None:
         self.bundle = bundle
@@ -61,10 +57,7 @@ class ZeroShot:
         self, edits: Sequence[LowRankEdit], removed: Sequence[Sequence[str]] | None = None
     ) -> Tensor:
         """The class of highest cosine similarity for every image under each of R edits, (R, N).
-
-        Args:
-            removed: for each edit, class names that are no longer on the list; no image is given
-                one of them. ProblemError if no other is left.
+        `removed`: for each edit, class names that no image is given; ProblemError if none is left.
         """
         return self._predict(self.texts.edited(edits), removed or [()] * len(edits))
 

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import tempfile
+from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from evaluation.report.__main__ import main
 from evaluation.report.charts import charts
 from evaluation.report.page import render
 from evaluation.report.pictures import strips
-from evaluation.report.runs import forgotten_classes, tags
+from evaluation.report.runs import forgotten_classes
 from evaluation.report.summary import COLUMNS, findings, headline, line, points
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import Fate
@@ -79,7 +80,11 @@ def classes_of(folder: Path):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    return plant(tmp_path_factory.mktemp("planted"), [*ANIMALS[:6], *NASTY])
+    """Two methods; classes, and the folder of one, have names that look like code."""
+    root = tmp_path_factory.mktemp("planted")
+    plant(root / NASTY[0].replace("/", "|"), ["hammer"], "Tools", audit=False)
+    plant(root / "x", [*ANIMALS[:6], *NASTY])
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +125,18 @@ def test_nothing_comes_from_elsewhere(page):
 
 
 def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, page):
-    (one,) = read_methods(planted)
+    one, _ = read_methods(planted)
+    assert page.text.count("exact (<script>alert(1)<|script>)") > 3
+    assert "exact (<script>alert(1)<|script>)" in page.all("img")[0]["alt"]
     shown = page.all("details", **{"class": "class"})
+    shown = [attributes for attributes in shown if attributes["data-name"] != "hammer"]
     names = [attributes["data-name"] for attributes in shown]
     assert names == [row.name for row in one.rows] and set(names) == {*ANIMALS[:6], *NASTY}
     assert sum("data-back" in each for each in shown) == sum(r.comes_back for r in one.rows) > 0
     assert [float(a["data-left"]) for a in shown] == [row.own.after for row in one.rows]
     assert [float(a["data-harm"]) for a in shown] == [row.harm for row in one.rows]
     measures = [a["data-measure"] for a in page.all("section") if "data-measure" in a]
-    assert len(measures) == 8 * len(shown)
+    assert len(measures) == 8 * len(shown) + 1
     own = {"hide", "onload", "onmouseover", "onerror"}
     assert not any(own & attributes.keys() for _, attributes in page.elements)
     assert len(page.all("img")) == 4 and len(page.all("script")) == 1  # charts
@@ -136,15 +144,6 @@ def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, 
         assert name in page.text
     interval = one.rows[0].audit["residue"]["zero_shot"]["before"]
     assert f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}" in page.text
-
-
-def test_a_name_of_a_method_is_text_too(tmp_path):
-    for name in NASTY[:4]:
-        plant(tmp_path / name.replace("/", "|") / "seed_0", 2)
-    page = page_of(tmp_path)
-    assert len(page.all("script")) == 1 and len(page.all("img")) == 4
-    assert page.text.count("<script>alert(1)<|script>") > 3
-    assert all("<script>alert(1)<|script>" in a["alt"] for a in page.all("img"))
 
 
 @settings(max_examples=6, deadline=None)
@@ -161,9 +160,10 @@ def test_any_name_is_one_row_and_no_element(name):
     assert name in found.text
 
 
-def test_the_same_results_give_the_same_bytes(planted, tmp_path):
-    pages = [write_report(read_methods(planted), tmp_path / name) for name in ("a.html", "b.html")]
-    assert pages[0].read_bytes() == pages[1].read_bytes()
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    plant(tmp_path, ["cat", "\ud800 cat"])  # a name that UTF-8 cannot spell
+    pages = [write_report(read_methods(tmp_path), tmp_path / name) for name in ("a.html", "b.html")]
+    assert pages[0].read_bytes() == pages[1].read_bytes() and b"? cat" in pages[0].read_bytes()
 
 
 def test_without_an_audit_the_report_says_how_to_make_one(tmp_path, capsys):
@@ -245,46 +245,28 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     assert remark.startswith(f"± {deviation:.1f}; worst {points(worst)}, ")
     assert f"exact {points(mean)} ± {deviation:.1f}." in charts([exact])[2].about
     assert "seed" not in exact.about.partition("mean of 3 seeds")[0]  # they differ in it
+    stay = Counter(row.name for row in exact.rows if row.tag == "not forgotten").values()
+    said = re.findall(r"not forgotten in (\d) of 3", page_of(tmp_path).text)
+    assert said and sorted(map(int, said)) == sorted(count for count in stay if count < 3)
 
 
-def test_what_happens_in_some_seeds_alone_is_said_so(tmp_path):
-    for seed, left in ((0, 0.0), (1, 0.0), (4, 0.6)):
-        plant(tmp_path / f"seed_{seed}", ["ant"], seed=seed, left=left, audit=False)
-    (one,) = classes_of(tmp_path)
-    assert tags(one.results[0][1]) == ["not forgotten in 1 of 3"]
-    page = page_of(tmp_path)
-    assert "not forgotten in 1 of 3" in page.text and "mean of 3 seeds" in page.text
-
-
-def test_charts_draw_every_class_of_every_method(tmp_path, monkeypatch):
+def test_charts_draw_every_class_and_the_whole_names_of_methods(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-    dots, draw = [], Axes.scatter
+    dots, figures, draw, save = [], [], Axes.scatter, Figure.savefig
     monkeypatch.setattr(
         Axes, "scatter", lambda self, x, y, **how: dots.append(len(x)) or draw(self, x, y, **how)
     )
-    plant(tmp_path / "a", 7)
-    plant(tmp_path / "b", 5, trainer="ForgetLoRA", left=0.5, audit=False)
-    drawn = charts(read_methods(tmp_path))
-    assert dots == [7, 5, 7, 7, 5, 7, 5]  # other words: of the audited folder alone
-    assert [chart.title for chart in drawn[::2]] == [
-        "Left of each class",
-        "Change on the rest of its set",
-    ]
-
-
-def test_names_of_methods_are_whole_in_charts(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: save(self, *a, **k) or figures.append(self)
     )
-    names = ["a" * 70, "a setting of many words, each of them a part of its name", "b"]
-    for name in names:
-        plant(tmp_path / name, 2)
+    names = ["a" * 70, "a setting of many words, each of them a part of its name"]
+    plant(tmp_path / names[0], 7)
+    plant(tmp_path / names[1], 5, left=0.5, audit=False)
     drawn = charts(read_methods(tmp_path))
-    assert all(f"exact ({name})" in chart.about for chart in drawn for name in names)
+    assert dots == [7, 5, 7, 7, 5, 7, 5]  # other words: of the audited folder alone
+    assert all(f"exact ({name})" in drawn[0].about for name in names)
     for figure in figures:
         box = figure.get_tightbbox()
         assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()
@@ -421,8 +403,3 @@ def test_a_folder_without_results_is_one_line(tmp_path, capsys, files, key):
     assert run(main, [str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert key in said and said.count("\n") == 1
-
-
-def test_a_name_that_utf8_cannot_spell(tmp_path):
-    folder = plant(tmp_path, ["\ud800 cat"])
-    assert b"? cat" in write_report(read_methods(folder), folder / "report.html").read_bytes()

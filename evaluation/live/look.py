@@ -92,9 +92,6 @@ class Live:
     Attributes:
         names: as they stand in texts; hidden: (C, w) of their prompts.
         items: the images; features: (N, d), unit norm; labels: (N,), numbers of names.
-
-    Raises:
-        ProblemError: a model or images that cannot be read.
     """
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
@@ -145,14 +142,8 @@ class Live:
         beta: float = ExactSettings.beta,
         uploads: Sequence[str | Path] = (),
     ) -> View:
-        """What there is to see while some names are forgotten and others are about to be.
-
-        Args:
-            protect, target, beta: see `forgetting.api`; uploads: image files to show as well.
-
-        Raises:
-            ProblemError: names, a target or a beta that cannot be solved for.
-        """
+        """What there is to see while some names are forgotten and others are about to be, and
+        image files are shown as well. Raises ProblemError for what cannot be solved."""
         forgotten, protect = self.listed(forgotten), self.listed(protect)
         chosen = tuple(name for name in self.listed(chosen) if name not in forgotten)
         both = forgotten + chosen
