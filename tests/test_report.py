@@ -32,6 +32,7 @@ from tests.results_fixtures import entry
 from utils import create_results
 
 SOURCES = Path(page_module.__file__).parent
+UNDER = ("page", "quiet")
 VOID = {"meta", "link", "input", "br", "img"}
 
 
@@ -122,6 +123,23 @@ def test_nothing_comes_from_elsewhere(page):
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", r"eval\(", r"document\.write"):
         assert not re.search(rf"\b{word}", text)
     assert "</" not in text and "{{" not in text  # nothing of the results is ever script
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast(scheme):
+    """WCAG AA: 4.5 to 1 for texts; 3 to 1 for lines that carry meaning."""
+    style = (SOURCES / "style.css").read_text(encoding="utf-8")
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
+    light = {}
+    for name, *channels in re.findall(r"--([\w-]+): #(..)(..)(..)", block):
+        linear = [((int(x, 16) / 255 + 0.055) / 1.055) ** 2.4 for x in channels]
+        light[name] = sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    pairs = {(text, under): 4.5 for text in ("ink", "muted", "accent") for under in UNDER}
+    pairs |= {("strong", "page"): 3, ("accent-ink", "accent"): 4.5}
+    pairs |= {(f"m{number}", "page"): 3 for number in range(4)}
+    for (one, other), least in pairs.items():
+        low, high = sorted([light[one], light[other]])
+        assert (high + 0.05) / (low + 0.05) >= least, (one, other)
 
 
 def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, page):

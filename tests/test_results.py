@@ -16,7 +16,7 @@ from engine.files import sha256_file
 from evaluation.results import Results, add_args, join_label, place, read_logs, split_label
 from forgetting import io
 from forgetting.errors import ProblemError
-from tests.results_fixtures import SETTINGS, adapter, ended, entry, fork, store
+from tests.results_fixtures import SETTINGS, adapter, entry, store
 from utils import create_results
 
 CHOSEN = {"lamb_forget": 1.3}
@@ -76,25 +76,6 @@ def test_what_comes_while_logs_are_written_is_in_them(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "write_bytes", slow)
     results.compile()
     assert set(read_logs(tmp_path)["A"]) == {"settings", "cat", "dog"}
-
-
-def test_processes_that_write_at_once_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.results.INTERVAL", 0.0)  # each writes logs.json often
-    monkeypatch.setattr("evaluation.results.PATIENCE", 0)
-
-    def write(dataset: str, start: int) -> None:
-        results = Results(tmp_path)
-        for number in range(start, start + 25):
-            name = f"c{number}"
-            results.add(adapter(dataset, name, entry(dataset, name)), dataset, name, None)
-        results.compile()
-
-    children = [
-        fork(lambda pair=pair: write(*pair)) for pair in (("A", 0), ("A", 20), ("B", 0), ("B", 10))
-    ]
-    assert list(map(ended, children)) == [0] * 4
-    logs = read_logs(tmp_path)
-    assert len(logs["A"]) == 46 and len(logs["B"]) == 36
 
 
 @pytest.mark.parametrize("key", ["trainer", "backbone", "precision", "weights"])

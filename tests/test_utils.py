@@ -331,27 +331,23 @@ def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
 
 
 def test_equal_methods_do_not_hide_each_other_and_losses_fill_their_panels(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+    from matplotlib.collections import PathCollection
+    from matplotlib.figure import Figure
 
-    folders = {name: results(tmp_path / name, 0.1) for name in ("one", "other")}
-    table = compare_results(folders)
-    dots, limits = [], []
-    draw, limit = Axes.scatter, Axes.set_xlim
-
-    def scatter(axis, x, y, **style):
-        dots.extend([(id(axis), float(a), float(b)) for a, b in zip(x, y, strict=True)])
-        return draw(axis, x, y, **style)
-
-    def set_xlim(axis, *ends, **how):
-        limits.extend([ends] * (len(ends) == 2))
-        return limit(axis, *ends, **how)
-
-    monkeypatch.setattr(Axes, "scatter", scatter)
-    monkeypatch.setattr(Axes, "set_xlim", set_xlim)
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: save(self, *a, **k) or drawn.append(self)
+    )
+    table = compare_results({name: results(tmp_path / name, 0.1) for name in ("one", "other")})
+    assert (table["class one"] == table["class other"]).all()
     plot_comparison(table, tmp_path / "picture.png")
-    assert len(dots) == len({*dots}) == 2 * (1 + 2) + 2 * 2 + 2 * 2
-    ends, *losses = limits
-    assert ends == (-3, 103)
-    for (low, high), name in zip(losses, ("rest", "others"), strict=True):
+    own, *losses = drawn[0].axes
+    for axis, count in ((own, 3), (losses[0], 2), (losses[1], 2)):  # before, and each method
+        dots = [c for c in axis.collections if isinstance(c, PathCollection)]
+        places = [tuple(place) for each in dots for place in each.get_offsets()]
+        assert len(places) == len({*places}) == 2 * count
+    assert own.get_xlim() == (-3, 103)
+    for axis, name in zip(losses, ("rest", "others"), strict=True):
+        low, high = axis.get_xlim()
         points = table[f"{name} before"] - table[f"{name} one"]
         assert low < min(0, points.min()) and points.max() < high < 1.1 * max(0.2, points.max())
