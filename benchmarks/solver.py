@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -89,16 +89,6 @@ def random_bundle(classes: int = 1000, width: int = 512, **names: str) -> Featur
     )
 
 
-def median(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Median seconds of some calls, and what the last one gave."""
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        answer = function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), answer
-
-
 def together(problem: ForgetProblem, excluded: Tensor) -> pd.DataFrame:
     """Seconds of the exact solvers for all classes at once, with their proofs."""
     double, owner = problem.double, torch.arange(len(excluded))
@@ -111,7 +101,8 @@ def together(problem: ForgetProblem, excluded: Tensor) -> pd.DataFrame:
         "paper's objective": lambda: solve_each(problem, owner, excluded),
         "constrained form": lambda: solve_constrained_each(ridge, *texts),
     }.items():
-        seconds, answers = median(solve)
+        seconds = statistics.median(timeit.repeat(solve, number=1, repeat=REPEATS))
+        answers = solve()
         lines.append((name, len(owner), seconds, max(x.certificate.gap for x in answers)))
     return pd.DataFrame(lines, columns=["solver", "classes", "seconds", "largest gap"])
 

@@ -21,8 +21,8 @@ from .table import SETS, SetSpec, spec
 
 
 def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
-    """Look at one set under `root`, image by image: "present", "missing" or "broken", and lines on
-    it: a summary, then each broken thing by name, then how to mend it."""
+    """Look at one set, image by image: "present", "missing" or "broken", and lines: a summary, each
+    broken thing by name, how to mend it."""
     if not (root / row.folder).is_dir():
         return "missing", [absent(row, root) or "not drawn yet; no download is needed"]
     hint = [f"-> DATASETS.md says where to get {row.name}"] if row.name in SETS else []

@@ -1,9 +1,6 @@
-"""Splits made from what lies on disk: a folder per class, official lists, or a table.
-
-Official lists are used where a set has them, otherwise 30 % of each class are test images by a
-fixed shuffle. Of images of one's own all are test images, unless they say otherwise. Every function
-takes the set's folder and its image folder. Where a set has a published split file none of these
-gives its images, so numbers on them are not comparable with published ones.
+"""Splits made from a set's folder and its image folder: by official lists where there are some,
+otherwise 30 % of each class are test images by a fixed shuffle. Of images of one's own all are test
+images, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -69,11 +66,7 @@ def from_folders(
     divided: bool = True,
 ) -> Split:
     """A folder for each class under the image folder; all are test images if not `divided`.
-
-    Args:
-        rename: folder -> class; None leaves the folder out, any other is the class itself.
-        group: the class folder of an image by its path.
-    """
+    `rename` gives the class of a folder, None leaves it out; `group` the folder of an image."""
     files = _by_folder(images, rename, group)
     tests = {name: set(tested(name, paths) if divided else paths) for name, paths in files.items()}
     rows = [
@@ -186,12 +179,8 @@ def _classnames(folder: Path) -> dict[str, str]:
 
 
 def from_lists(line: str, **files: str) -> Callable[[Path, Path], Split]:
-    """Official lists beside the image folder, one JPEG file per line.
-
-    Args:
-        line: a pattern of their lines, with the groups `path` (without ".jpg") and `name` (of the
-            class); files: the part -> its list.
-    """
+    """Official lists beside the image folder, a file for each part, one JPEG image per line, which
+    is a pattern with the groups `path` (without ".jpg") and `name` (of the class)."""
 
     def make(folder: Path, images: Path) -> Split:
         rows: list[Row] = []

@@ -60,10 +60,6 @@ def _polygon(corners: int, inner: float = 1.0, turn: float = -90.0) -> Outline:
     return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, angles, strict=True)]
 
 
-def _resized(outline: Outline, scale: float, right: float = 0.0) -> Outline:
-    return [(scale * x + right, scale * y) for x, y in outline]
-
-
 def _heart() -> Outline:
     def height(t: float) -> float:
         return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
@@ -81,9 +77,9 @@ SHAPES: dict[str, tuple[Outline, ...]] = {
         (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3),
     ],),
-    "ring": (_CIRCLE, _resized(_CIRCLE, 0.58)),
-    "frame": (_SQUARE, _resized(_SQUARE, 0.6)),
-    "crescent": (_CIRCLE, _resized(_CIRCLE, 0.85, right=0.45)),
+    "ring": (_CIRCLE, [(0.58 * x, 0.58 * y) for x, y in _CIRCLE]),
+    "frame": (_SQUARE, [(0.6 * x, 0.6 * y) for x, y in _SQUARE]),
+    "crescent": (_CIRCLE, [(0.85 * x + 0.45, 0.85 * y) for x, y in _CIRCLE]),
     "semicircle": ([p for p in _CIRCLE if p[1] <= 0.01],),
     "lozenge": ([(0, -1), (0.6, 0), (0, 1), (-0.6, 0)],),
     "bar": ([(-1, -0.25), (1, -0.25), (1, 0.25), (-1, 0.25)],),
@@ -91,19 +87,15 @@ SHAPES: dict[str, tuple[Outline, ...]] = {
 # fmt: on
 
 
-@lru_cache(maxsize=1)
-def _handwritten() -> dict[tuple[int, bool], np.ndarray]:
-    """scikit-learn's 8 x 8 digits, (n, 8, 8) uint8, by (digit, is it the test part). They hold 0 to
-    16; two thirds of that count as full ink, so that thin strokes are seen."""
+@lru_cache(maxsize=20)
+def _handwritten(digit: int, test: bool) -> np.ndarray:
+    """A part of scikit-learn's 8 x 8 images of a digit, (n, 8, 8) uint8. They hold 0 to 16; two
+    thirds of that count as full ink, so that thin strokes are seen."""
     from sklearn.datasets import load_digits  # here: it takes a second that only digits need
 
     digits = load_digits()
-    parts: dict[tuple[int, bool], np.ndarray] = {}
-    for digit in range(10):
-        images = np.clip(digits.images[digits.target == digit] * 24, 0, 255).astype(np.uint8)
-        is_test = np.arange(len(images)) % DIGIT_EVERY == 0
-        parts[digit, True], parts[digit, False] = images[is_test], images[~is_test]
-    return parts
+    images = np.clip(digits.images[digits.target == digit] * 24, 0, 255).astype(np.uint8)
+    return images[(np.arange(len(images)) % DIGIT_EVERY == 0) == test]
 
 
 @lru_cache(maxsize=1)
@@ -150,7 +142,7 @@ def _shape_mask(shape: str) -> Image.Image:
 
 
 def _digit_mask(digit: int, test: bool, rng: np.random.Generator) -> Image.Image:
-    images = _handwritten()[digit, test]
+    images = _handwritten(digit, test)
     small = Image.fromarray(images[rng.integers(len(images))])
     mask = Image.new("L", (CANVAS, CANVAS))
     edge = (CANVAS - INK) // 2

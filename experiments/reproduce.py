@@ -51,10 +51,7 @@ def compare(
     backbone: str, rows: Sequence[Row], images: Mapping[str, Mapping[str, int]]
 ) -> pd.DataFrame:
     """Accuracies before forgetting beside the paper's, fractions; NaN where it has no number.
-
-    Args:
-        rows: of a results folder; images: set -> class -> how many test images it has.
-    """
+    `images`: set -> class -> how many test images it has."""
     lines = []
     for dataset, count in images.items():
         own = [row for row in rows if row.dataset == dataset]
@@ -129,12 +126,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Run what is not done yet, then compare; returns the table of numbers side by side.
-
-    Raises:
-        ProblemError: before any work, a set or checkpoint that cannot be had; after it, runs that
-            failed (the tables hold the others).
-    """
+    """Run what is not done yet, then compare; returns the table of numbers side by side."""
     args, weights = parse(argv)
     sets, runs = {name: datasets.load(name, args.data) for name in args.datasets}, []
     for backbone in args.backbones:

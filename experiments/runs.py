@@ -63,12 +63,8 @@ def plan_run(
 
 
 def launch(runs: Sequence[Run], how: LauncherSettings) -> list[Run]:
-    """Run all, one that fails stops no other; returns those that failed.
-
-    Raises:
-        ProblemError: Ray is wanted and cannot be had.
-        SystemExit: a run was interrupted.
-    """
+    """Run all, one that fails stops no other; returns those that failed. SystemExit if one was
+    interrupted."""
     started, failed = time.monotonic(), []
     task = partial(_run, captured=how.launcher == "ray")
     for number, (run, ended) in enumerate(spread(task, runs, how), 1):

@@ -285,11 +285,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Run studies; returns the CSV files.
-
-    Raises:
-        ProblemError: a name, folder or number that does not fit, before any work.
-    """
+    """Run studies; returns the CSV files."""
     args = parse(argv)
     files = list_bundles(args.features, args.backbone)
     if args.dataset:

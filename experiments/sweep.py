@@ -61,11 +61,8 @@ RUN_KEYS += ["FORGET.MULTICLASS", "FORGET.PART"]
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
-    """What a file varies, with defaults for what it leaves out.
-
-    Raises:
-        ProblemError: no such file, an unknown key or name, a value of another kind.
-    """
+    """What a file varies, with defaults for what it leaves out. ProblemError for a key, name or
+    value that does not fit."""
     varied = dict(DEFAULTS)
     for key, value in read_yaml(Path(path)).items():
         if key not in DEFAULTS:
@@ -94,16 +91,12 @@ def runs_of(
     always: bool = True,
     parts: int = 1,
 ) -> list[Run]:
-    """All runs of a sweep.
+    """All runs of a sweep; ProblemError for one that would be refused, before anything is written.
 
     Args:
-        varied: as `DEFAULTS`, of which it may leave out keys.
-        root: the folder of the results; options: of train.py, shared by all.
+        varied: as `DEFAULTS`, of which it may leave out keys; options: of train.py.
         always: whether there is a folder for each backbone and trainer even if there is one only.
         parts: of the requests of a set whose classes are forgotten alone, a run each.
-
-    Raises:
-        ProblemError: a run that would be refused; nothing has been written.
     """
     varied = DEFAULTS | dict(varied)
     own = [*RUN_KEYS, *([OPTIONS["forget"]] if varied["classes"] else [])]
@@ -133,13 +126,9 @@ def runs_of(
 
 
 def table_of(runs: Sequence[Run]) -> pd.DataFrame:
-    """Means over classes, then over seeds with their standard deviation (`±`), in percent.
-
-    Returns:
-        A row for every backbone, method, setting, mode and data set, and one for all data sets
-        together: `class`, `rest` and `others` before and after (see `utils.summarise`), `average
-        gain` (0 is perfect, lower is better), `classes`, and `seeds` with results of all of them.
-    """
+    """Means over classes, then over seeds with their standard deviation (`±`), in percent: a row of
+    each backbone, method, setting, mode and data set, and one of all data sets together, over the
+    seeds with results of all classes."""
     rows = pd.concat(map(results_of, runs))
     if rows.empty:
         return rows
@@ -205,12 +194,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Run what is not done yet, then print and write the table of all of it; returns the table.
-
-    Raises:
-        ProblemError: before any work, a run that cannot be; after it, runs that failed (the table
-            holds the others).
-    """
+    """Run what is not done yet, then print and write the table of all of it. ProblemError before
+    any work for a run that cannot be; at the end for those that failed."""
     args, options = parse(argv)
     how = launcher(args)
     if args.file:

@@ -18,21 +18,15 @@ from forgetting import ForgetProblem, LoraSettings, solve_exact
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the same descents.
-
-    Attributes:
-        last_step: keep the weights before the last update instead of the lowest objective.
-        last_trial: keep the last trial instead of the one of highest reduction.
-        merge: the adapter is added to the live projection and taken off again in every step, in
-            this dtype, and the answer is the live projection with the adapter added; None: never.
-        seed: of the adapters' first values; another one shows what chance alone does.
-    """
+    """One way to run the same descents."""
 
     name: str
-    last_step: bool = False
-    last_trial: bool = False
+    last_step: bool = False  # the weights before the last update, not of the lowest objective
+    last_trial: bool = False  # the last trial, not the one of highest reduction
+    # The adapter is added to the live projection and taken off again in every step, in this dtype,
+    # and the answer is the live projection with the adapter added; None: never.
     merge: torch.dtype | None = None
-    seed: int = 0
+    seed: int = 0  # of the adapters' first values; another one shows what chance alone does
 
 
 VARIANTS = (
@@ -48,10 +42,8 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """One descent: the change `answer` (w, d) that its variant keeps.
-
-    `drift` is what is left in the live projection without the adapter, over the length of W.
-    """
+    """One descent: the change `answer` (w, d) that its variant keeps, and what is left in the live
+    projection without the adapter, over the length of W."""
 
     problem: ForgetProblem
     answer: Tensor
