@@ -173,10 +173,9 @@ def test_split_is_whole_and_apart(root: Path, name: str) -> None:
 
 
 def test_handwriting_of_the_test_part_is_not_trained_on() -> None:
-    parts = mini._handwritten()
     for digit in range(10):
-        test = {image.tobytes() for image in parts[digit, True]}
-        train = {image.tobytes() for image in parts[digit, False]}
+        test = {image.tobytes() for image in mini._handwritten(digit, True)}
+        train = {image.tobytes() for image in mini._handwritten(digit, False)}
         assert len(test) >= 25 and not test & train
 
 
