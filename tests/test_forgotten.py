@@ -16,10 +16,9 @@ from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.modules import tensor_sha256, tensors
 from tests.encoder_fixtures import ALL, WIDTH, OwnEncoder, tiny
+from tests.test_forget import PLAIN, RETAIN
 
-RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
 ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
-PLAIN = {"retain": RETAIN, "generic": False, "progress": False, "cache": None}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -30,6 +29,19 @@ def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     """Names of what differs, bit by bit."""
     assert a.keys() == b.keys()
     return [name for name in a if tensor_sha256(a[name]) != tensor_sha256(b[name])]
+
+
+@pytest.fixture
+def acme(tmp_path):
+    """A tiny model, its tokenizer, the answer that forgets Acme Cola in it, and a file of that."""
+
+    def acme(family: str = "own", change=lambda model: model, **options):
+        model, words = tiny(family)
+        answer = forget(change(model), words, ["Acme Cola"], **PLAIN | options)
+        answer.save(tmp_path / "a.safetensors", overwrite=True)
+        return model, words, answer, tmp_path / "a.safetensors"
+
+    return acme
 
 
 def flip_bit(tensor: torch.Tensor) -> None:
@@ -105,34 +117,28 @@ def test_in_float64_a_change_below_float32_is_a_change():
     assert projection_sha256(single) == projection_sha256(single.double())
 
 
-@pytest.mark.parametrize("change", ["other", "projection", "nothing", "new", "gone"])
-def test_verify_sees_what_was_tampered_with(change):
-    model, words = tiny("open_clip CustomTextCLIP")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+TAMPERED = {  # a change of the model, and what verify says
+    "other": (lambda m, _: flip_bit(m.visual.ln_post.bias), "is not what it was"),  # of images
+    "projection": (lambda m, _: flip_bit(m.text.text_projection), "is neither"),
+    "nothing": (lambda _, answer: answer.undo(), "is the original: nothing was applied"),
+    "new": (lambda m, _: m.register_buffer("more", torch.zeros(1)), "is not what it was"),
+    "gone": (lambda m, _: setattr(m.text, "text_projection", None), "has no tensor"),
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED)
+def test_verify_sees_what_was_tampered_with(change, acme):
+    model, _, answer, _ = acme("open_clip CustomTextCLIP")
     answer.apply()
     assert answer.verify(model)
-    message = "is not what it was"
-    if change == "other":
-        flip_bit(model.visual.ln_post.bias)  # one bit of the image tower
-    elif change == "projection":
-        flip_bit(model.text.text_projection)
-        message = "is neither"
-    elif change == "nothing":
-        answer.undo()
-        message = "is the original: nothing was applied"
-    elif change == "new":
-        model.register_buffer("more", torch.zeros(1))
-    else:
-        model.text.text_projection = None
-        message = "has no tensor"
+    tamper, message = TAMPERED[change]
+    tamper(model, answer)
     with pytest.raises(ProblemError, match=message):
         answer.verify(model)
 
 
-def test_an_adapter_is_refused_by_another_model(tmp_path):
-    model, words = tiny("own")
-    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
-    answer.save(file)
+def test_an_adapter_is_refused_by_another_model(acme):
+    _, _, answer, file = acme()
     other, _ = tiny("own", seed=1)
     with pytest.raises(ProblemError, match="neither the projection"):
         Forgotten.load(file, other)
@@ -147,11 +153,9 @@ def test_an_adapter_is_refused_by_another_model(tmp_path):
         Forgotten.load(file).apply()
 
 
-def test_a_model_that_is_changed_already(tmp_path):
+def test_a_model_that_is_changed_already(acme):
     """In another process, say: known, not added to, and undone with the original alone."""
-    model, words = tiny("own")
-    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
-    answer.save(file)
+    model, words, answer, file = acme()
     answer.apply()
     elsewhere = OwnEncoder().eval()  # no mark of ours on it
     elsewhere.load_state_dict(model.state_dict())
@@ -167,10 +171,9 @@ def test_a_model_that_is_changed_already(tmp_path):
     assert forget(elsewhere, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
 
 
-def test_changes_do_not_add_up(tmp_path):
+def test_changes_do_not_add_up(acme):
     """A second name is not forgotten on top of the first, in whatever precision and copy."""
-    model, words = tiny("open_clip ViT")
-    first = forget(model, words, ["Acme Cola"], **PLAIN)
+    model, words, first, _ = acme("open_clip ViT")
     second = forget(model, words, ["Zeta Tea"], **PLAIN)
     first.apply()
     with pytest.raises(ProblemError, match="neither the projection"):
@@ -193,17 +196,14 @@ def test_changes_do_not_add_up(tmp_path):
     assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
 
 
-def test_a_change_that_changes_nothing_leaves_the_model_free():
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
+def test_a_change_that_changes_nothing_leaves_the_model_free(acme):
+    model, words, answer, _ = acme()
     replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 0)).apply()
     assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
 
 
-def test_tied_weights_are_refused_where_they_would_change_too(tmp_path):
-    model, words = tiny("own")
-    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
-    answer.save(file)
+def test_tied_weights_are_refused_where_they_would_change_too(acme):
+    model, _, answer, file = acme()
     before = state(model)
     model.again = model.last
     for act in (answer.apply, lambda: Forgotten.load(file, model)):
@@ -215,24 +215,16 @@ def test_tied_weights_are_refused_where_they_would_change_too(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
-def test_adapters_of_wrapped_models_are_those_of_the_plain_ones(wrap, tmp_path):
-    model, words = tiny("own")
-    wrapped = wrap(model)
-    answer, file = forget(wrapped, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
-    answer.save(file)
+def test_adapters_of_wrapped_models_are_those_of_the_plain_ones(wrap, acme):
+    model, _, answer, file = acme(change=wrap)
     plain = Forgotten.load(file, model)
     plain.apply()
-    assert plain.verify() and plain.verify(wrapped) and answer.verify()
-    assert (
-        plain.adapter.model
-        == answer.adapter.model
-        == ModelIdentity("last", False, None, answer.adapter.model.others_sha256)
-    )
+    assert plain.verify() and plain.verify(wrap(model)) and answer.verify()
+    assert answer.adapter.model == plain.adapter.model and answer.adapter.model.projection == "last"
 
 
-def test_a_projection_that_was_replaced_is_found_by_its_name():
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
+def test_a_projection_that_was_replaced_is_found_by_its_name(acme):
+    model, _, answer, _ = acme(target="opposite")
     model.load_state_dict(state(model), assign=True)
     answer.apply()
     assert answer.verify() and not torch.equal(model.last, answer.original)
@@ -245,12 +237,9 @@ def test_a_projection_that_was_replaced_is_found_by_its_name():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, tmp_path):
+def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, acme):
     """Such a checkpoint is computed with in float32, and keeps its precision when exported."""
-    model, words = tiny("open_clip ViT")
-    model.to(half).float()
-    answer, file = forget(model, words, ["Acme Cola"], **PLAIN), tmp_path / "a.safetensors"
-    answer.save(file)
+    model, _, answer, file = acme("open_clip ViT", lambda model: model.to(half).float())
     before = state(model)
     rounded = answer.adapter.apply(model.text_projection.to(half)).float()
     assert not torch.equal(rounded, answer.adapter.apply(before["text_projection"]))
@@ -260,8 +249,7 @@ def test_a_change_that_a_file_in_half_precision_rounds_is_that_change(half, tmp_
     loaded = Forgotten.load(file, model, original=before["text_projection"])
     loaded.undo()
     assert not different(before, state(model))
-    exact, words = tiny("open_clip ViT")  # has digits that are lost in half precision
-    answer = forget(exact, words, ["Acme Cola"], **PLAIN)
+    exact, _, answer, _ = acme("open_clip ViT")  # has digits that are lost in half precision
     with torch.no_grad():
         exact.text_projection.copy_(answer.adapter.changed(exact.text_projection.to(half)))
     with pytest.raises(ProblemError, match="neither changed by this"):
@@ -283,16 +271,13 @@ def test_the_original_may_lie_either_way(tmp_path):
         assert torch.equal(loaded.original, projection.T)
     with pytest.raises(ProblemError, match="not the one of the adapter"):
         Forgotten.load(tmp_path / "a", model, original=projection + 1)
-    with pytest.raises(ProblemError, match="original must be a torch tensor"):
-        Forgotten.load(tmp_path / "a", model, original=[1.0])
 
 
-def test_adapters_of_the_driver_say_no_more_of_their_model(tmp_path):
+def test_adapters_of_the_driver_say_no_more_of_their_model(acme):
     """Found by what it holds, applied and undone, and not verified."""
-    model, words = tiny("own")
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    save_adapter(replace(answer.adapter, model=None), tmp_path / "a.safetensors")
-    loaded = Forgotten.load(tmp_path / "a.safetensors", model)
+    model, _, answer, file = acme()
+    save_adapter(replace(answer.adapter, model=None), file)
+    loaded = Forgotten.load(file, model)
     loaded.apply()
     with pytest.raises(ProblemError, match="does not say what the rest of its model is"):
         loaded.verify()

@@ -1,8 +1,6 @@
-"""One call on anybody's model: every family that is here, and what is refused."""
+"""Models and tokenizers that are read, and those that are refused."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch import nn
 
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
-from forgetting.models.modules import tensor_sha256, tensors
 from tests.encoder_fixtures import (
     FAMILIES,
     OUT,
@@ -20,22 +17,6 @@ from tests.encoder_fixtures import (
     tiny,
     tokenize,
 )
-
-NAME = "text_projection"
-LIBRARY = sys.modules["forgetting.api"]
-RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
-ALSO = {"Acme Cola": ["acme soda", "AcmeCola"]}
-PLAIN = {"retain": RETAIN, "generic": False, "progress": False, "cache": None}
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: x.detach().clone() for name, x in tensors(model).items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names of what differs, bit by bit."""
-    assert a.keys() == b.keys()
-    return [name for name in a if tensor_sha256(a[name]) != tensor_sha256(b[name])]
 
 
 def test_training_mode_comes_back():
@@ -61,19 +42,17 @@ class Odd(OwnEncoder):
             self.register_buffer("part", self.last.detach()[:2])
 
     def forward(self, tokens):
+        summed = self.table(tokens).sum(dim=1)
         if self.how == "table":
-            return torch.tanh(self.layer(self.table(tokens).sum(dim=1)))[:, :OUT]
+            return torch.tanh(self.layer(summed))[:, :OUT]
         if self.how == "computed":
-            return self.layer(self.table(tokens).sum(dim=1)) @ (self.last * 1.5)
-        found = super().forward(tokens)
-        if self.how == "nonlinear":
-            return torch.tanh(found)
+            return self.layer(summed) @ (self.last * 1.5)
         if self.how == "shared":
-            hidden = self.first(self.first(self.table(tokens).sum(dim=1)))
-            return hidden
+            return self.first(self.first(summed))
+        found = super().forward(tokens)
         if self.how == "tokens":
             return found[:, None].expand(-1, 3, -1)
-        return found
+        return torch.tanh(found) if self.how == "nonlinear" else found
 
 
 REFUSED = {
@@ -120,30 +99,22 @@ def test_tokenizers_that_are_refused(words, message):
 
 
 @needs_transformers
-@pytest.mark.parametrize("how", ["bare", "tensors", "lists"])
+@pytest.mark.parametrize("how", ["bare", "tensors", "lists", "filled up"])
 def test_tokenizers_of_transformers(how):
-    model, bare = tiny("transformers CLIPModel")
+    """SigLIP reads the last token, so that its texts are filled up to the model's length."""
+    model, bare = tiny(
+        "transformers SiglipModel" if how == "filled up" else "transformers CLIPModel"
+    )
     cut = {"padding": True, "truncation": True, "max_length": 24}
-    ways = {
-        "bare": bare,
-        "tensors": lambda t: bare(t, **cut, return_tensors="pt"),
-        "lists": lambda t: bare(t, **cut),
-    }
-    texts = ["Acme Cola", "a dog"]
+    texts, words = ["Acme Cola", "a dog"], bare
+    if how in ("tensors", "lists"):
+        options = cut | ({"return_tensors": "pt"} if how == "tensors" else {})
+        words = lambda t: bare(t, **options)  # noqa: E731
+    full = cut | {"return_tensors": "pt", "padding": "max_length"}
     with torch.no_grad():
-        given = model.get_text_features(**bare(texts, padding=True, return_tensors="pt"))
+        given = model.get_text_features(input_ids=bare(texts, **full)["input_ids"])
     given = getattr(given, "pooler_output", given)
-    assert torch.allclose(read_encoder(model, ways[how]).embeddings(texts), given, atol=1e-5)
-
-
-@needs_transformers
-def test_siglip_is_filled_up():
-    model, bare = tiny("transformers SiglipModel")
-    full = bare(["a dog"], padding="max_length", max_length=24, return_tensors="pt")
-    with torch.no_grad():
-        given = model.get_text_features(input_ids=full["input_ids"])
-    given = getattr(given, "pooler_output", given)
-    assert torch.allclose(read_encoder(model, bare).embeddings(["a dog"]), given, atol=1e-5)
+    assert torch.allclose(read_encoder(model, words).embeddings(texts), given, atol=1e-5)
 
 
 def test_the_families_are_told_apart():

@@ -18,12 +18,12 @@ from forgetting.adapter import FORMAT, Part, Recipe, adapter_bytes
 from forgetting.cli import cli
 from forgetting.errors import ProblemError
 from forgetting.io import atomic_path, container, pack, remove_stale, unpack, write_bytes
-from tests.test_compose import D, W, World, normal
+from tests.test_compose import Animals, D, W, normal
 
 
 def make() -> Adapter:
     """An adapter with a recipe of two classes."""
-    made = World().adapter("cat", "dog", left=normal(W, 2, seed=4), right=normal(2, D, seed=5))
+    made = Animals().adapter("cat", "dog", left=normal(W, 2, seed=4), right=normal(2, D, seed=5))
     return replace(made, record={"solver": {"gap": 1e-12, "texts": ["cat", "dog"]}})
 
 
@@ -203,11 +203,11 @@ def test_many_writers_of_one_file(tmp_path):
 
 def test_a_name_that_cannot_be_shown(tmp_path, capsys):
     """A class whose name is no UTF-8 is stored, composed and shown."""
-    world, name = World(), "caf\udce9\n\x1b[31m"
-    world.texts |= {name: world.texts["owl"], f"a {name}": world.texts["a owl"]}
+    animals, name = Animals(), "caf\udce9\n\x1b[31m"
+    animals.texts |= {name: animals.texts["owl"], f"a {name}": animals.texts["a owl"]}
     files = [tmp_path / "both.st", tmp_path / "cat.st", tmp_path / "out.st"]
-    save_adapter(world.adapter("cat", name), files[0])
-    save_adapter(world.adapter("cat"), files[1])
+    save_adapter(animals.adapter("cat", name), files[0])
+    save_adapter(animals.adapter("cat"), files[1])
     both, cat, out = map(str, files)
     assert cli(["compose", both, "--without", cat, "--out", out]) == 0
     shown = capsys.readouterr().out
