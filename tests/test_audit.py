@@ -68,39 +68,23 @@ def test_scores_after_a_change_are_those_of_the_changed_projection(seed, rank):
     assert torch.equal(vanished.scores[:, 2:], vanished.cosines[:, 2:])
 
 
-def test_what_classes_share_is_computed_once():
-    data, calls = AuditData(toy_bundle("ToyAnimals")), []
-    assert [data.once(lambda data: len(calls)), data.once(calls.append)] == [0, None]
-    data.once(calls.append)
-    assert calls == [data]
+def sides(before: float, after: float) -> dict:
+    return {"before": accuracy(round(50 * before), 50), "after": accuracy(round(50 * after), 50)}
 
 
-# --- findings in words
-
-
-def share(value):
-    return accuracy(round(50 * value), 50)
-
-
-def planted(**changes):
-    """An audit in which everything speaks for forgetting, but for `changes`."""
+def planted() -> dict:
+    """An audit in which everything speaks for forgetting."""
     kinds = {"synonym": False, "evaluation": False, "bare": True}
+    prompts = [{"seen": seen, "kind": kind} for kind, seen in kinds.items()]
+    worst = {"text": "pooch", "kind": "synonym", **sides(0.8, 0.1)}
     methods = {name: {"forgotten": [0.1], "needed": None} for name in ("cache", "probe")}
     return {
-        "residue": {
-            "zero_shot": {"before": share(0.9), "after": share(0)},
-            "linear_probe": {"after": share(0.2)},
-        },
-        "paraphrase": words(0.1) | {"prompts": [{"seen": s, "kind": k} for k, s in kinds.items()]},
-        "neighbours": {"classes": [{"name": "wolf", "before": share(0.8), "after": share(0.8)}]},
+        "residue": {"zero_shot": sides(0.9, 0), "linear_probe": sides(0.2, 0.2)},
+        "paraphrase": {"worst": worst, "back": [], "prompts": prompts},
+        "neighbours": {"classes": [{"name": "wolf", **sides(0.8, 0.8)}]},
         "relearning": {"methods": methods},
         "undo": {"names": 900, "attacks": {"alone": {"place": 400}}},
-    } | changes
-
-
-def words(after: float, *back: str) -> dict:
-    worst = {"text": "pooch", "kind": "synonym", "before": share(0.8), "after": share(after)}
-    return {"worst": worst, "back": list(back), "prompts": [{"seen": False, "kind": "synonym"}]}
+    }
 
 
 def test_the_verdict_has_bad_news_first():
@@ -112,45 +96,32 @@ def test_the_verdict_has_bad_news_first():
         "a classifier trained on images (linear probe) finds 20.0 % of its images",
         "whoever has the changed weights alone finds its name in place 400 of 900",
     ]
-    sides = [("wolf", 0.9, 0.3), ("fox", 0.7, 0.8)]
-    leak = [("fox", 0.6), ("wolf", 0.9)]
-    lines = verdict(
-        planted(
-            paraphrase=words(0.7, "pooch"),
-            neighbours={
-                "classes": [{"name": n, "before": share(b), "after": share(a)} for n, b, a in sides]
-            },
-            destinations={
-                "leak": [
-                    {"name": name, "auc_before": 0.5, "auc_after": area} for name, area in leak
-                ]
-            },
-            relearning={"methods": {"cache": {"needed": 8}, "probe": {"needed": 1}}},
-            undo={
-                "names": 900,
-                "attacks": {"original_known": {"place": 1}, "alone": {"place": None}},
-            },
-        )
-    )
+    bad = planted()
+    bad["paraphrase"]["back"] = ["pooch"]
+    bad["neighbours"]["classes"][0] |= sides(0.9, 0.3)
+    bad["neighbours"]["classes"].append({"name": "fox", **sides(0.7, 0.8)})
+    areas = {"auc_before": 0.5, "auc_after": 0.6}
+    leak = [{"name": "fox", **areas}, {"name": "wolf", **areas, "auc_after": 0.9}]
+    bad["destinations"] = {"leak": leak}
+    bad["relearning"]["methods"] = {"cache": {"needed": 8}, "probe": {"needed": 1}}
+    bad["undo"]["attacks"] = {"original_known": {"place": 1}, "alone": {"place": None}}
     heads = ["found by 1 of 1", "its 2 nearest classes change by -25.0 points"]
     heads += ["'wolf', a neighbour, falls from 90.0 % to 30.0 %", "own prompt: 90.0 % -> 0.0 %"]
     heads += ["a classifier trained", "limit: half of it comes back with 1 of its images"]
     heads += ["limit: the full list of scores tells its images from those of 'wolf' in 90 of 100"]
     heads += ["limit: whoever has the changed weights and the original"]
-    pairs = zip(lines, heads, strict=True)
-    assert all(line.startswith(head) for line, head in pairs), lines
+    pairs = zip(verdict(bad), heads, strict=True)
+    assert all(line.startswith(head) for line, head in pairs), verdict(bad)
 
 
 def test_a_class_that_was_not_forgotten_is_not_relearnt_and_absent_measures_are_passed_over():
-    kept = planted(relearning={"methods": {"cache": {"needed": 1}}})
-    kept["residue"]["zero_shot"]["after"] = share(0.8)
+    kept = planted()
+    kept["relearning"]["methods"]["cache"]["needed"] = 1
+    kept["residue"]["zero_shot"] = sides(0.9, 0.8)
     lines = verdict(kept)
     assert lines[0].startswith("own prompt: 90.0 % -> 80.0 %") and "not forgotten" in lines[0]
     assert not any("comes back" in line for line in lines)
     assert verdict({}) == [] and verdict({"paraphrase": {"worst": None}}) == []
-
-
-# --- a results folder
 
 
 @pytest.fixture
@@ -189,12 +160,25 @@ def test_from_the_command_line_to_its_own_table(results, features, capsys):
     json.dumps(audits, allow_nan=False)
 
 
-def test_what_was_audited_is_not_audited_again(results, places, monkeypatch):
+def test_an_interrupted_audit_goes_on_and_what_was_audited_is_not_audited_again(
+    results, places, monkeypatch
+):
     calls = []
-    monkeypatch.setitem(MEASURES, "undo", lambda case: calls.append(case.name) or {})
-    audit_folder(results, labels=["cat"], places=places)
-    audit_folder(results, places=places)
-    assert calls == ["cat", "C/V"]
+
+    def undo(case):
+        calls.append(case.name)
+        if calls == ["cat", "C/V"]:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setitem(MEASURES, "undo", undo)
+    with pytest.raises(KeyboardInterrupt):
+        audit_folder(results, places=places)
+    assert set(read_audits(results)["ToyAnimals"]) == {"cat"}
+    # A killed audit compiles nothing, and its files are enough.
+    (results / "audit.json").unlink()
+    assert set(audit_folder(results, places=places)["ToyAnimals"]) == {"cat", "C/V"}
+    assert calls == ["cat", "C/V", "C/V"]
     # Fewer measures: what is there stays. One that is lacking, or another seed: measured again.
     before = read_audits(results)
     audit_folder(results, without=["undo", "relearning"], places=places)
@@ -203,28 +187,8 @@ def test_what_was_audited_is_not_audited_again(results, places, monkeypatch):
     audit_folder(results, labels=["cat"], places=places)
     found = read_audits(results)["ToyAnimals"]["cat"]["classes"]["cat"]
     assert found["another"] == {} and found["verdict"][-1] == "not measured: another: cat"
-    assert found["paraphrase"] == before["ToyAnimals"]["cat"]["classes"]["cat"]["paraphrase"]
     audit_folder(results, labels=["C/V"], seed=1, places=places)
-    assert calls == ["cat", "C/V", "cat", "C/V"]
-
-
-def test_an_interrupted_audit_goes_on_where_it_was(results, places, monkeypatch):
-    calls = []
-
-    def stopped(case):
-        calls.append(case.name)
-        if calls == ["cat", "C/V"]:
-            raise KeyboardInterrupt
-        return {}
-
-    monkeypatch.setitem(MEASURES, "undo", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        audit_folder(results, places=places)
-    assert set(read_audits(results)["ToyAnimals"]) == {"cat"}
-    # A killed audit compiles nothing, and its files are enough.
-    (results / "audit.json").unlink()
-    assert set(audit_folder(results, places=places)["ToyAnimals"]) == {"cat", "C/V"}
-    assert calls == ["cat", "C/V", "C/V"]
+    assert calls[3:] == ["cat", "C/V"]
 
 
 def test_a_stranger_forgets_none_of_the_classes(results):
@@ -251,9 +215,6 @@ def test_the_driver_audits(toy_args, tmp_path, capsys):
     assert set(read_audits(tmp_path / "out")["ToyAnimals"]) == {"owl"}
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -261,7 +222,6 @@ def test_the_driver_audits(toy_args, tmp_path, capsys):
         (["--forget", "cats"], "'cat'"),
         (["--without", "relearn"], "'relearning'"),
         (["--features", "nowhere"], "nowhere"),
-        (["--sed", "1"], "--seed"),
     ],
 )
 def test_mistakes_are_one_line(results, features, capsys, argv, message):
@@ -275,20 +235,14 @@ def test_mistakes_are_one_line(results, features, capsys, argv, message):
 def test_folders_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):
     for folder, message in ((tmp_path / "none", "logs.json"), (results.parent, str(results))):
         assert run(folder, features) == 2 and message in capsys.readouterr().err
-    bundles = load_bundles(features, BACKBONE)
-    for name, bundle in bundles.items():
+    (results / "ToyAnimals" / "cat.safetensors").unlink()
+    assert run(results, features) == 2 and "cat.safetensors" in capsys.readouterr().err
+    for name, bundle in load_bundles(features, BACKBONE).items():
         path = bundle_path(features, BACKBONE, name)
         path.unlink()
         replace(bundle, weights="others").save(path)
     assert run(results, features) == 2
     assert "made with weights 'toy'" in capsys.readouterr().err
-    (results / "ToyAnimals" / "cat.safetensors").unlink()
-    for name, bundle in bundles.items():
-        path = bundle_path(features, BACKBONE, name)
-        path.unlink()
-        bundle.save(path)
-    assert run(results, features) == 2
-    assert "cat.safetensors" in capsys.readouterr().err
 
 
 def test_no_path_is_taken_from_the_results(results, tmp_path, monkeypatch, capsys):
@@ -305,11 +259,3 @@ def test_no_path_is_taken_from_the_results(results, tmp_path, monkeypatch, capsy
     assert audit.cli([str(results), "--root", str(tmp_path)]) == 2
     assert "--backbone" in capsys.readouterr().err
     assert not foreign.exists()
-
-
-def test_a_damaged_audit_is_left_as_it_is(results, features, capsys):
-    path = results / "ToyAnimals" / "cat.audit.json"
-    for text in ('{"format": ', '{"format": "another"}'):
-        path.write_text(text)
-        assert run(results, features) == 2
-        assert str(path) in capsys.readouterr().err and path.read_text() == text

@@ -1,6 +1,8 @@
-"""What forgetting does not touch, and search: probes on image embeddings, recall at K."""
+"""What images and words bring back: probes, search, relearning."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,19 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import RidgeClassifier
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip.bundle import load_bundle
-from evaluation.audit import residue, retrieval
-from evaluation.audit.case import accuracy
-from tests.audit_fixtures import case, gone, move, only, text, world
-from tests.conftest import REPOSITORY, whole_set
-
-REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
-real = pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
-
-
-# --- residue
+from clip.bundle import FeatureBundle, load_bundle
+from evaluation.audit import relearning, residue, retrieval
+from evaluation.audit.case import AuditData, Case, Prompt, accuracy
+from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
+from forgetting.problem import LowRankEdit
+from tests.audit_fixtures import (
+    LENGTH,
+    REAL_CLIP,
+    WIDTH,
+    case,
+    exact,
+    gone,
+    move,
+    needs_real_clip,
+    only,
+    text,
+    world,
+)
 
 
 def test_probes_that_surely_find_the_class_and_that_surely_cannot():
@@ -71,21 +81,6 @@ def test_the_nearest_decide_between_equally_many_votes():
     assert residue.vote(x, torch.tensor([1, 1, 1])).tolist() == [1, 1, 1]
 
 
-@real
-def test_the_linear_probe_finds_more_real_cars_than_ridge_regression():
-    bundle = load_bundle(REAL_CLIP, "ViT-B/32", "StanfordCars")
-    x, labels = bundle.image_features, bundle.labels
-    ours = (residue.probe(x, labels, 0) == labels).double().mean()
-    test = torch.arange(len(labels)) % 5 == 0
-    ridge = RidgeClassifier(alpha=0.3, class_weight="balanced")  # the best of 0.1, 0.3, 1, 3
-    ridge.fit(x[~test].numpy(), labels[~test].numpy())
-    theirs = torch.from_numpy(ridge.predict(x[test].numpy())) == labels[test]
-    assert float(ours) > float(theirs.double().mean()) + 0.03
-
-
-# --- retrieval
-
-
 def test_search_for_a_class_that_is_gone():
     found = retrieval.measure(gone())
     for direction, forgotten, retained in (("image_to_text", 20, 220), ("text_to_image", 1, 11)):
@@ -127,10 +122,175 @@ def test_recall_against_sorted_lists(seed):
                 assert entry["n"] == len(hits) and entry["value"] == pytest.approx(np.mean(hits))
 
 
-@real
-def test_first_place_of_real_images_is_their_zero_shot_class():
+def sent_aside(bundle: FeatureBundle, axis: int = -1) -> Case:
+    """The class's text goes where no image and no other text is; nothing else moves."""
+    return case(bundle, edit=move(bundle, {"class 0": LENGTH * bundle.text_projection[axis]}))
+
+
+def scattered() -> FeatureBundle:
+    """Each image of class 0 is a copy of an image of another class.
+
+    Its text, the mean of the others' images, finds them all; learnt from, they lead nowhere: near
+    each of them lie all the images of the class that it was copied from.
+    """
+    bundle = world(classes=12, images=11, words=10, noise=0.004)
+    hidden = bundle.class_hidden.clone()
+    hidden[0] = LENGTH * normalize(torch.eye(WIDTH)[1:12].sum(dim=0), dim=0)  # cosines of 0.30
+    spare = torch.eye(WIDTH)[40:51]
+    hidden[1:] = LENGTH * normalize(0.2 * torch.eye(WIDTH)[1:12] + spare, dim=1)  # and of 0.20
+    images = bundle.image_features.clone()
+    images[:11] = images[11:132:11]  # the first image of each other class
+    return replace(bundle, image_features=images, class_hidden=hidden, forget_hidden=hidden)
+
+
+def test_one_image_of_a_tight_cluster_brings_the_class_back():
+    found = relearning.measure(sent_aside(world()))
+    once = {"forgotten": [1.0] * 5, "no_text": [1.0] * 5, "needed": 1}
+    assert found["methods"] == dict.fromkeys(METHODS, once)
+    assert found["shots"] == [1, 2, 4, 8, 16]
+    # A text sent to its opposite holds the cache back by one image: 100 cos is -100 for the class,
+    # an image of the cluster is worth 100 exp(-5.5 0.03) = 87.
+    methods = relearning.measure(gone())["methods"]
+    assert methods["cache"]["forgotten"][:2] == [0.0, 1.0] and methods["cache"]["no_text"][0] == 1.0
+    needed = {method: methods[method]["needed"] for method in METHODS}
+    assert needed == {"cache": 2, "probe": 1, "refit": 1}
+
+
+def test_images_that_are_those_of_others_bring_nothing_back():
+    bundle = scattered()
+    subject = case(bundle, edit=move(bundle, {"class 0": -bundle.text_projection[-1]}))
+    assert (subject.before.predicted[:11] == 0).all()  # it was known before
+    for found in relearning.measure(subject)["methods"].values():
+        assert found["forgotten"] == [0.0, 0.0, 0.0, 0.0, None] and found["needed"] is None
+
+
+def test_no_method_calls_everything_by_the_class_and_the_probe_is_scikit_learns():
+    """What is taught from few images must leave the images of other classes theirs."""
+    subject = sent_aside(world())
+    labels = subject.bundle.labels
+    for draw in range(REPEATS):
+        for method in METHODS.values():
+            assert torch.equal(method(subject, True, draw, 1, torch.arange(240)), labels)
+    # A class without a text gets one of its own: its column is where the images point.
+    assert torch.equal(relearning.refit(subject, False, 0, 1, torch.arange(240)), labels)
+    noisy = gone(world(noise=0.3))
+    images, _ = relearning.held(noisy.data, 2, 4)
+    x = noisy.bundle.image_features.numpy()
+    reference = RidgeClassifier(alpha=relearning.PROBE_RIDGE).fit(x[images], labels[images])
+    seen = METHODS["probe"](noisy, True, 2, 4, torch.arange(240))
+    assert seen.tolist() == reference.predict(x).tolist()
+    curves = relearning.measure(noisy)["methods"]
+    assert curves["probe"]["forgotten"] == curves["probe"]["no_text"]  # no text has a part in it
+    assert curves["probe"]["forgotten"][0] < curves["probe"]["forgotten"][-1]
+    assert curves["cache"]["forgotten"] != curves["cache"]["no_text"]
+
+
+def test_images_and_texts_lie_apart_in_clip():
+    """With a direction that all images share, and another that all texts do, the mean of a class's
+    images as its text would take in every image; the difference from the others' does not."""
+    bundle = world()
+    pull = 2 * bundle.text_projection[-1]
+    bundle = replace(bundle, image_features=normalize(bundle.image_features + pull, dim=1))
+    subject = sent_aside(bundle, axis=-2)
+    texts = subject.after.classes.clone()
+    texts[0] = normalize(subject.data.images[bundle.labels == 0].mean(dim=0), dim=0)
+    assert ((subject.data.images @ texts.T).argmax(dim=1) == 0).all()  # what it would do
+    assert torch.equal(relearning.refit(subject, True, 0, 4, torch.arange(240)), bundle.labels)
+
+
+def test_the_attacker_has_k_images_of_every_class_and_is_judged_on_others(monkeypatch):
+    bundle = only(world(), torch.arange(240) % 20 < 12)
+    data, held = AuditData(bundle), {}
+    for draw in range(REPEATS):
+        for k in SHOTS:
+            images, classes = relearning.held(data, draw, k)
+            held[draw, k] = set(images.tolist())
+            assert torch.bincount(bundle.labels[images]).tolist() == [min(k, 12)] * 12
+            assert torch.equal(classes.argmax(dim=1), bundle.labels[images])
+        assert held[draw, 2] < held[draw, 4]
+    assert held[0, 2] != held[1, 2]
+    judged = {}
+
+    def probe(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
+        judged[draw, k] = set(images.tolist())
+        return images
+
+    monkeypatch.setitem(METHODS, "probe", probe)
+    found = relearning.measure(gone(bundle, "class 3"))
+    for key, images in judged.items():
+        assert images == set(range(36, 48)) - held[key]
+    assert set(judged) == {(draw, k) for draw in range(REPEATS) for k in (1, 2, 4, 8)}
+    assert found["methods"]["probe"]["forgotten"][4] is None
+    assert found["not_measured"][0] == "from 16 images: 'class 3' has 12"
+
+
+def test_removed_names():
+    bundle = world(similar={1: 0.9}, noise=0.3)
+    alone = relearning.measure(case(bundle, removed=("class 0",)))["methods"]
+    # It starts as a class that was never known, but a text can be given again.
+    assert alone["cache"]["forgotten"] == alone["cache"]["no_text"]
+    untouched = relearning.measure(case(bundle))["methods"]["refit"]["forgotten"]
+    assert alone["refit"]["forgotten"] == untouched
+    # Others stay removed.
+    both = ["class 0", "class 1"]
+    with_rival = relearning.measure(case(bundle, forgotten=both))["methods"]["refit"]
+    without = relearning.measure(case(bundle, forgotten=both, removed=tuple(both)))["methods"]
+    assert without["refit"]["forgotten"][0] > with_rival["forgotten"][0]
+
+
+def test_needed_is_the_least_that_reaches_half_and_a_seed_is_a_draw():
+    curve = [0.1, 0.44, 0.45, 0.2, None]
+    needed = [relearning._needed(SHOTS, curve, own) for own in (0.9, 0.92, 0.0, None)]
+    assert needed == [4, None, None, None]
+    bundle = world(noise=0.3)
+    one, again, other = (relearning.measure(gone(bundle, seed=seed)) for seed in (0, 0, 1))
+    assert one == again and one != other
+
+
+def word(axis: int) -> Tensor:
+    return LENGTH * (0.8 * torch.eye(WIDTH)[0] + 0.6 * torch.eye(WIDTH)[axis])
+
+
+def by_words(axes: list[int], seen: tuple[Prompt, ...] = (), seed: int = 0) -> dict:
+    """What words that lean to these axes bring back, where the class's text goes to its opposite,
+    but not a text that leans to the last axis."""
+    bundle = world()
+    text, last = bundle.class_hidden[0], torch.eye(WIDTH)[-1]
+    left = (text / LENGTH - last * 0.8 / 0.6) / LENGTH  # 1 at the text, 0 at `word(-1)`
+    edit = LowRankEdit(left[:, None], -2 * (text @ bundle.text_projection)[None])
+    subject = case(bundle, edit=edit, seed=seed)
+    assert not (subject.after.predicted[subject.images] == 0).any()
+    prompts = [Prompt(f"word {i}", "synonym", False, word(axis)) for i, axis in enumerate(axes)]
+    return relearning.measure(replace(subject, prompts=[*prompts, *seen]))
+
+
+def test_words_that_did_not_move_bring_the_class_back():
+    found = by_words([-1] * 5)
+    assert found["words"] == {"counts": [1, 2, 4], "forgotten": [1.0] * 3, "needed": 1}
+    assert found["not_measured"] == ["from 16 words: 5 unseen prompts of 'class 0'"]
+    # Those that moved along do not, nor does a text that the class was forgotten by.
+    seen = Prompt("seen", "template", True, word(-1))
+    moved = by_words([-2] * 15, (seen,))["words"]
+    assert moved == {"counts": [1, 2, 4, 8], "forgotten": [0.0] * 4, "needed": None}
+    # Five draws of one word, four of the five words lost: the mean is over draws.
+    some = by_words([-1, -2, -2, -2, -2], seed=3)["words"]["forgotten"][0]
+    assert 0 < some < 1 and some * REPEATS % 1 == 0
+
+
+def test_a_removed_name_is_one_word_away():
+    prompts = [Prompt("word", "synonym", False, word(-1))]
+    subject = replace(case(world(), removed=("class 0",)), prompts=prompts)
+    assert relearning.measure(subject)["words"]["needed"] == 1
+    texts_alone = replace(case(world(classes=3, images=0)), prompts=prompts)
+    assert relearning.measure(texts_alone)["words"]["needed"] is None
+
+
+@needs_real_clip
+def test_a_few_photographs_bring_a_class_back():
     bundle = load_bundle(REAL_CLIP, "ViT-B/32", "CaltechNature")
-    found = retrieval.measure(case(bundle, "dalmatian"))["image_to_text"]
-    first = [found[group]["before"]["1"] for group in ("forgotten", "retained")]
-    hits = sum(entry["value"] * entry["n"] for entry in first)
-    assert hits / len(bundle.labels) == pytest.approx(whole_set(bundle))
+    subject = case(bundle, "dolphin", exact(bundle, bundle.classnames.index("dolphin")))
+    assert not (subject.after.predicted[subject.images] == subject.label).any()
+    methods = relearning.measure(subject)["methods"]
+    assert methods["probe"]["needed"] <= 2 and methods["refit"]["needed"] <= 2
+    # The opposite text works against the cache: more images than a class without a text.
+    assert methods["cache"]["forgotten"][0] <= methods["cache"]["no_text"][0]

@@ -37,9 +37,6 @@ from tests.audit_fixtures import (
 NEAR = {1: 0.9, 2: 0.8, 3: 0.6}  # cosines with the text of class 0
 
 
-# --- neighbours
-
-
 def test_neighbours_that_suffer_and_neighbours_that_stay():
     bundle = world(similar=NEAR)
     found = neighbours.measure(case(bundle, edit=opposite(bundle, "class 0", "class 2")))
@@ -100,33 +97,23 @@ def test_names_that_mean_the_class_are_not_retained_texts():
     assert moved["worst"][0]["text"] == "elsewhere 0" and moved["count"] == 11 + 24 + 12
 
 
-# --- destinations
-
-
 def test_images_that_surely_go_to_one_class_leak_by_their_looks():
     """Images that lean to class 5 go there, but their scores are not those of class 5."""
     found = destinations.measure(gone(world(lean={0: [5]})))
     assert found["before"] == [{"name": "class 0", "share": 1.0}]
-    assert found["after"] == [{"name": "class 5", "share": 1.0}]
     assert found["leak"] == [{"name": "class 5", "auc_before": 1.0, "auc_after": 1.0}]
     assert found["worst_auc"] == 1.0
-    # Control: images that are those of class 5 do not.
-    bundle = world(copies={0: 5})
-    found = destinations.measure(case(bundle, edit=opposite(bundle, "class 0")))
-    assert found["after"][0] == {"name": "class 5", "share": 1.0}
-    assert max(found["leak"][0]["auc_before"], found["worst_auc"]) < 0.6
-
-
-def test_images_that_spread():
     uneven = destinations.measure(gone(world(lean={0: [3, 3, 3, 4]})))["after"]
     assert uneven == [{"name": "class 3", "share": 0.75}, {"name": "class 4", "share": 0.25}]
-    # Negative control: nothing changed.
-    same = destinations.measure(case(world(lean={0: [3, 4, 5, 6]})))
-    assert same["after"] == same["before"] and same["leak"] == same["not_measured"] == []
     many = destinations.measure(gone(world(classes=14, images=26, lean={0: list(range(1, 14))})))
     assert len(many["after"]) == 10 and sum(e["share"] for e in many["after"]) < 1
     assert [e["name"] for e in many["leak"]] == [e["name"] for e in many["after"][:5]]
-    assert many["worst_auc"] == max(entry["auc_after"] for entry in many["leak"])
+    # Controls: images that are those of class 5 do not leak, and nothing changed.
+    found = destinations.measure(gone(world(copies={0: 5})))
+    assert found["after"][0] == {"name": "class 5", "share": 1.0}
+    assert max(found["leak"][0]["auc_before"], found["worst_auc"]) < 0.6
+    same = destinations.measure(case(world(lean={0: [3, 4, 5, 6]})))
+    assert same["after"] == same["before"] and same["leak"] == same["not_measured"] == []
 
 
 def test_a_leak_through_the_forgotten_text_ends_where_its_name_is_removed():
@@ -190,9 +177,6 @@ def test_confusion_counts_are_scikit_learns():
     assert sum(row[-1] for row in found["after"]) > 0 and found["before"] != found["after"]
 
 
-# --- examples
-
-
 def test_pictures_of_the_class_are_spaced_and_named_as_the_model_predicts():
     subject = gone(world(images=20, lean={0: [3, 5]}))
     own = examples.measure(subject)["classes"][0]
@@ -230,9 +214,6 @@ def test_those_that_lost_most_are_shown_by_what_they_lost():
     assert "class 1" not in [one["name"] for one in examples.measure(together)["classes"]]
 
 
-# --- edges
-
-
 @pytest.mark.parametrize("name", EDGES)
 def test_edges_are_measured_or_reported(name):
     """Plain JSON everywhere, the same each time, and each gap has its line."""
@@ -256,15 +237,13 @@ def test_values_of_edges():
     bare = audit_class(edge("no image of the class"))
     assert bare["residue"]["linear_probe"] == {"before": nothing, "after": nothing}
     assert bare["retrieval"]["text_to_image"]["forgotten"]["before"]["1"] == nothing
-    assert bare["neighbours"]["mean_after"] == 1.0  # the others are there
     one = audit_class(edge("one image of the class"))["residue"]
     assert one["nearest_neighbours"]["after"] == nothing and one["zero_shot"]["before"]["n"] == 1
     empty = audit_class(edge("no image at all"))["destinations"]
     assert empty["confusion"]["after"] == [[0] * 12 for _ in range(11)]
     pair = audit_class(edge("two classes"))["retrieval"]["image_to_text"]["forgotten"]["after"]
     assert pair["1"]["value"] == 0.0 and pair["5"] == nothing
-    several = audit_class(edge("several, removed"))
-    assert several["destinations"]["confusion"]["names"][0] == "class 3"
-    assert several["retrieval"]["image_to_text"]["retained"]["after"]["1"]["n"] == 54
+    several = audit_class(edge("several, removed"))["retrieval"]["image_to_text"]["retained"]
+    assert several["after"]["1"]["n"] == 54
     lonely = audit_class(edge("images of the class alone"))  # nothing was tried
     assert not any("brings" in line for line in lonely["verdict"])

@@ -15,13 +15,11 @@ from clip.retain import exact_context
 from evaluation.audit import undo
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.undo import Attacker
-from forgetting import ForgetProblem, Ridge, solve_constrained, solve_exact
+from forgetting import ForgetProblem, solve_exact
 from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
-from tests.audit_fixtures import world
-from tests.conftest import REPOSITORY
+from tests.audit_fixtures import REAL_CLIP, exact, needs_real_clip, world
 
-REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 W, D = 48, 40
 
 
@@ -47,16 +45,6 @@ def names(classes: int = 8, words: int = 60, seed: int = 0, dataset: str = "Name
         classnames=[f"{dataset} {number}" for number in range(classes)],
         retain_names=[f"word {number}" for number in range(words)],
     )
-
-
-def exact(bundle: FeatureBundle, *columns: int, beta: float = 0.2) -> LowRankEdit:
-    """The constrained form at its defaults."""
-    context = exact_context(ExactSettings(), bundle)
-    retain, h = context.retain, bundle.forget_hidden.double()[[*columns]]
-    e = context.embed(h)
-    classes = [bundle.classnames[column] for column in columns]
-    excluded = torch.tensor([name in classes for name in retain.names])
-    return solve_constrained(context.ridge, h, -(1 + beta) * e, excluded)
 
 
 def paper(bundle: FeatureBundle, column: int) -> LowRankEdit:
@@ -134,17 +122,13 @@ def test_the_changed_projection_alone_betrays_the_text():
         assert undo.measure(case)["attacks"]["alone"]["place"] == 1
 
 
-def test_two_adapters_betray_both():
+def test_two_adapters_and_several_at_once_betray_all():
     bundle = names()
     edits = {column: exact(bundle, column) for column in (3, 6)}
     for one, other in ((3, 6), (6, 3)):  # the other adapter's name is no rival
         case = subject(bundle, [one], edits[one], stranger=([f"Names {other}"], edits[other]))
         found = undo.measure(case)["attacks"]["two_adapters"]
         assert found["place"] == 1 and set(found["top"][:2]) == {"Names 3", "Names 6"}
-
-
-def test_several_at_once():
-    bundle = names()
     edit = exact(bundle, 3, 0, 6)
     for columns in ([3, 0, 6], [6, 3, 0], [0, 6, 3]):
         found = direct(subject(bundle, columns, edit))
@@ -181,9 +165,6 @@ def test_other_words_for_the_class_are_no_rivals(kind, place):
     prompt = Prompt("Word  4", kind, False, word[0])
     found = direct(subject(bundle, [3], edit, prompts=[prompt]))
     assert found["top"][:2] == ["word 4", "Names 3"] and found["place"] == place
-
-
-# --- what the attacker knows
 
 
 def test_the_list_of_names():
@@ -229,17 +210,10 @@ def test_the_constants_are_the_published_ones():
     assert torch.allclose(known.unexplained[3], unexplained)
 
 
-@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs the folder shared/real_clip")
+@needs_real_clip
 def test_a_trained_projection():
     """ViT-B/16: of 999 names, the one whose text was sent to its opposite."""
     bundle = load_bundle(REAL_CLIP, "ViT-B/16", "ImageNetText")
-    names = bundle.forget_hidden
-    mu = 5e-6 * float(names.square().sum(dim=1).mean())
-    ridge = Ridge(names, mu, torch.full((len(names),), 1 / len(names)))
-    w = bundle.text_projection.double()
     for column in (7, 500):
-        h = bundle.forget_hidden[[column]].double()
-        own = torch.arange(len(names)) == column
-        edit = solve_constrained(ridge, h, -1.2 * h @ w, own)
-        found = undo.measure(subject(bundle, [column], edit))["attacks"]
+        found = undo.measure(subject(bundle, [column], exact(bundle, column)))["attacks"]
         assert found["original_known"]["place"] == found["alone"]["place"] == 1

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -105,9 +103,6 @@ def values(found: dict, key: str) -> dict[str, float]:
     return {entry["text"]: entry[key]["value"] for entry in found["prompts"]}
 
 
-# What the measure finds
-
-
 def test_a_class_that_is_gone_under_every_prompt_and_one_that_comes_back_under_a_synonym() -> None:
     found = audited(GONE)
     texts = ["newt", "a photo of a newt.", *(row[2] for row in GONE)]
@@ -124,13 +119,9 @@ def test_a_class_that_is_gone_under_every_prompt_and_one_that_comes_back_under_a
     assert found["mean_after"] == pytest.approx(1 / 4)
     assert found["mean_before"] == pytest.approx(3 / 4)
     assert values(found, "before")["a wet thing"] == 0.0 and found["not_measured"] == []
-
-
-def test_an_unchanged_model_has_forgotten_nothing_and_a_removed_name_has_other_words() -> None:
-    for removed in ((), (0,)):
+    for removed in ((), (0,)):  # nothing changed; a removed name has other words
         found = audited([*GONE, EFT, NONSENSE], NO_CHANGE, removed)
-        assert values(found, "before") == values(found, "after")
-        assert found["mean_before"] == found["mean_after"] > 0
+        assert values(found, "before") == values(found, "after") != {}
         assert found["back"] == ["a sketch of a newt", "salamander", "eft"]
 
 
@@ -178,9 +169,6 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
             expected = (scores.argmax(dim=1) == label).double().mean()
             assert entry[key]["value"] == pytest.approx(float(expected))
     assert case.before.scores.isfinite().all()
-
-
-# Which prompts there are
 
 
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
@@ -254,9 +242,6 @@ def test_a_model_stands_in_for_rows() -> None:
     assert prompts_for(AuditData(bundle), "newt", set())[0][1].text == "ensemble"
 
 
-# Rows in a bundle
-
-
 def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
     bundle = world(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
     bundle.save(tmp_path / "a.safetensors")
@@ -279,24 +264,17 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
         *((HIDDEN, x) for x in (torch.zeros(3, 15), torch.full((3, WIDTH), torch.nan))),
     ],
 )
-def test_broken_rows_are_refused_in_one_line(tmp_path: Path, key: str, value: object) -> None:
-    path = tmp_path / "mine.safetensors"
-    world(rows=GONE).save(path)
-    assert len(audit_rows(FeatureBundle.load(path))["newt"]) == 3, "whole before it is broken"
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
-    where = tensors if key == HIDDEN else metadata
+def test_broken_rows_are_refused_in_one_line(key: str, value: object) -> None:
+    bundle = world(rows=GONE)
+    bundle.check("whole")
+    extra, tensors = dict(bundle.extra), dict(bundle.extra_tensors)
+    where = tensors if key == HIDDEN else extra
     where.pop(key)
     if value is not None:
         where[key] = value
-    save_file(tensors, path, metadata)
     with pytest.raises(ProblemError) as error:
-        FeatureBundle.load(path)
-    one_line(error, key, path)
-
-
-# Rows from a model
+        replace(bundle, extra=extra, extra_tensors=tensors).check("mine.safetensors")
+    one_line(error, key, "mine.safetensors")
 
 
 class Counting(ClipSource):
