@@ -23,13 +23,13 @@ from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.log import logger
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError
 from forgetting.io import refuse_existing
 
 if TYPE_CHECKING:
     from engine.ray import LauncherSettings
 
-SPLITS = ("train_x", "val", "test")
+SPLIT = "test"
 BARE = "{}"  # the template of the texts to forget and to retain
 EMPTY_PROMPT = ""
 
@@ -39,19 +39,17 @@ def build_bundle(
     source: ClipSource,
     root: str | Path,
     template: str | None = None,
-    split: str = "test",
     batch_size: int | None = None,
     workers: int | None = None,
     own: str = "",
     how: LauncherSettings | None = None,
 ) -> FeatureBundle:
-    """Encode a split of a data set, or read from the source's cache what was encoded before.
+    """Encode a data set's test images and texts, or read what the source's cache has of them.
 
     Args:
         dataset: name in `datasets.SETS`; `root` holds its images. Any other name for images of
             one's `own`, a folder or a CSV file (see `datasets.spec`).
         template: the evaluation prompt with one `{}`; None for the data set's own.
-        split: "train_x", "val" or "test".
         batch_size: images that are encoded at once; None: 32 on a CPU, 256 on a GPU.
         workers: processes that load images; None: see `loaders`.
         how: where images are encoded; None: here.
@@ -63,12 +61,10 @@ def build_bundle(
     template = row.template if template is None else template
     if template.count(BARE) != 1:
         raise ProblemError(f"template {template!r} must hold the class name's place {BARE} once")
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
     images = datasets.load(dataset, root, own)
-    items = getattr(images, split)
+    items = images.test
     if not items:
-        raise ProblemError(f"data set {dataset} in {root} has no images in its split {split!r}")
+        raise ProblemError(f"data set {dataset} in {root} has no test images")
     classnames = list(images.classnames)
     names = [datasets.clean_name(name) for name in classnames]
     retain_names = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
@@ -82,7 +78,7 @@ def build_bundle(
     if source.precision != "fp32":
         extra["precision"] = source.precision
     bundle = FeatureBundle(
-        image_features=stored.images(f"{dataset}-{split}", files, batch_size, workers),
+        image_features=stored.images(f"{dataset}-{SPLIT}", files, batch_size, workers),
         labels=torch.tensor([item.label for item in items]),
         class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
         forget_hidden=stored.texts(names),
@@ -93,7 +89,7 @@ def build_bundle(
         backbone=source.arch,
         weights=source.weights_sha256,
         dataset=dataset,
-        split=split,
+        split=SPLIT,
         template=template,
         classnames=classnames,
         retain_names=retain_names,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import train
-from clip import ClipSource
 from clip.bundle import FeatureBundle, bundle_path, load_bundles
+from clip.source import ClipSource
 from evaluation.results import read_logs
 from evaluation.zero_shot import ZeroShot
 from forgetting import Forgotten, load_adapter, save_adapter

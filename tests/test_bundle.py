@@ -12,8 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from clip import FeatureBundle, bundle_path, list_bundles, load_bundle
-from clip.bundle import FORMAT, SHAPES, load_bundles
+from clip.bundle import (
+    FORMAT,
+    SHAPES,
+    FeatureBundle,
+    bundle_path,
+    list_bundles,
+    load_bundle,
+    load_bundles,
+)
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import one_line
 

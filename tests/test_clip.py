@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 from torchvision.transforms import Normalize
 
 import train
-from clip import ARCHITECTURES, ClipSource, architecture
 from clip import apply as apply_command
-from clip.architectures import IMAGES, identity_sha256, openai_url
+from clip.architectures import ARCHITECTURES, IMAGES, architecture, identity_sha256, openai_url
+from clip.source import ClipSource
 from evaluation.results import read_logs
 from forgetting import load_adapter
 from forgetting.adapter import Adapter, projection_sha256, save_adapter

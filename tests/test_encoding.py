@@ -13,9 +13,10 @@ from torch import Tensor
 import train
 from benchmarks import encode as benchmark
 from benchmarks.encode import photographs
-from clip import ClipSource, FeatureBundle
+from clip.bundle import FeatureBundle
 from clip.cache import FeatureCache
 from clip.features import build_bundle
+from clip.source import ClipSource
 from datasets.reader import read_image
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder

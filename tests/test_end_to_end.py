@@ -14,8 +14,8 @@ import torch
 
 import clip.apply
 import train
-from clip import ClipSource
 from clip.architectures import ARCHITECTURES
+from clip.source import ClipSource
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import save_openai

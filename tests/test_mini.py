@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip import ClipSource, train_mini
+from clip import train_mini
 from clip.architectures import architecture
+from clip.source import ClipSource
 from datasets import mini
 from datasets.words.lexicon import halves
 from datasets.words.paraphrases import TEMPLATES

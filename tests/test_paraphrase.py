@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip import ClipSource, FeatureBundle
 from clip.audit_texts import audit_rows, other_words, with_audit
 from clip.bundle import AUDIT_HIDDEN as HIDDEN
+from clip.bundle import FeatureBundle
 from clip.features import main
+from clip.source import ClipSource
 from datasets.words.paraphrases import paraphrases
 from evaluation.audit.case import AuditData, Case, Model, Prompt
 from evaluation.audit.paraphrase import measure

@@ -59,7 +59,7 @@ def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places, seed: in
         weights, precision = places.weights or None, settings["precision"]
         source = ClipSource(backbone, weights, places.cache, precision=precision)
         encode = FeatureCache(source).texts
-        own = {key: settings[key] for key in ("template", "split")} | {"own": places.images}
+        own = {"template": settings["template"], "own": places.images}
         try:
             bundles = {
                 name: build_bundle(name, source, places.root, **more)

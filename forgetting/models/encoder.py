@@ -132,10 +132,11 @@ class Encoder:
         if not known:
             return []
         shorter = [re.sub(r"\w\W*$", "", text) for text in known]
-        whole, cut = (reading.tokens(self.model, self.tokenize, some) for some in (known, shorter))
-        return [
-            text for text, same in zip(known, reading.same_rows(whole, cut), strict=True) if same
-        ]
+        both = [reading.tokens(self.model, self.tokenize, some) for some in (known, shorter)]
+        whole, cut = map(reading.token_ids, both)
+        if whole.shape != cut.shape:
+            return []
+        return [text for text, a, b in zip(known, whole, cut, strict=True) if torch.equal(a, b)]
 
     def remembered(self, key: Any, compute: Callable[[], T]) -> T:
         """What `compute` gives, once in a process for the model as it is now: a change of any

@@ -168,13 +168,6 @@ def select(inputs: Tokens, rows: Tensor, length: int) -> Tokens:
     return {name: x[rows] for name, x in cut.items()}
 
 
-def same_rows(a: Tokens, b: Tokens) -> Tensor:
-    """Which texts have the same tokens in both, (n,) bool."""
-    if any(a[name].shape != b[name].shape for name in a):
-        return torch.zeros(len(token_ids(a)), dtype=torch.bool)
-    return torch.stack([(a[name] == b[name]).flatten(1).all(dim=1) for name in a]).all(dim=0)
-
-
 def _is_siglip(model: nn.Module) -> bool:
     """Whether the last token is read, so that texts must be padded to the model's length."""
     return "siglip" in str(getattr(getattr(model, "config", None), "model_type", ""))
