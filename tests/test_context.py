@@ -184,22 +184,23 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
         targets("empty", Batch([planted.request(nearest)]), still)
 
 
-@pytest.mark.parametrize("wrong", ["mean", "text: ", None, 3.0, torch.full((D,), torch.nan)])
-def test_what_is_no_target_is_refused(wrong):
-    with pytest.raises(ProblemError, match="target"):
-        ExactSettings(target=wrong)
-    if wrong == "mean":  # nor does it fall through to another one
+@pytest.mark.parametrize(
+    ("target", "beta", "word"),
+    [
+        *(
+            (wrong, 0.0, "target")
+            for wrong in ("mean", "text: ", None, torch.full((D,), torch.nan))
+        ),
+        *(("opposite", -0.1, "beta"), ("specific", -1.0, "beta"), ("empty", 0.1, "beta")),
+    ],
+)
+def test_what_is_no_target_or_no_beta_for_it_is_refused(target, beta, word):
+    with pytest.raises(ProblemError, match=word):
+        ExactSettings(target=target, beta=beta)
+    if target == "mean":  # nor does it fall through to another one
         planted = Planted()
         with pytest.raises(ProblemError, match="unknown target 'mean'"):
             targets("mean", Batch([planted.request(0)]), planted.context().inputs)
-
-
-@pytest.mark.parametrize(
-    ("target", "beta"), [("opposite", -0.1), ("specific", -1.0), ("empty", 0.1)]
-)
-def test_a_beta_that_a_target_cannot_have_is_refused(target, beta):
-    with pytest.raises(ProblemError, match="beta"):
-        ExactSettings(target=target, beta=beta)
 
 
 # The second look
@@ -305,42 +306,27 @@ def test_defaults_depend_on_whether_other_sets_are_listed():
     assert chosen(True, vocabulary=0.2, max_displacement=0.3) == (0.2, 0.3)
 
 
-@pytest.mark.parametrize(
-    ("weights", "listed", "vocabulary", "generic", "part"),
-    [
-        ((0.25, 0.25), False, True, True, 0.5),
-        ((0.5, 0.0), False, True, False, 0.5),  # without a model
-        ((0.0, 0.5), False, False, True, 0.5),  # a set that has none
-        ((0.015, 0.015), True, True, True, 0.5),
-        ((0.4, 0.1), False, True, True, 0.2),
-        ((0.0, 0.5), False, False, True, 0.2),
-        ((0.5, 0.0), False, True, True, 0.0),
-        ((0.0, 0.0), False, False, True, 0.0),
-    ],
-)
-def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight(
-    weights, listed, vocabulary, generic, part
-):
-    found = ExactSettings(generic=part).group_weights(listed, vocabulary, generic)
-    assert (found["vocabulary"], found["generic"]) == pytest.approx(weights)
-    assert (found["own"], found["protect"], found["others"]) == (1.0, 0.1, 0.1 * listed)
+def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
+    def weights(listed: bool, vocabulary: bool, generic: bool, part: float = 0.5) -> list[float]:
+        found = ExactSettings(generic=part).group_weights(listed, vocabulary, generic)
+        assert (found["own"], found["protect"], found["others"]) == (1.0, 0.1, 0.1 * listed)
+        return [found["vocabulary"], found["generic"]]
+
+    assert weights(False, True, True) == [0.25, 0.25]
+    assert weights(True, True, True) == [0.015, 0.015]
+    assert weights(False, True, True, 0.2) == pytest.approx([0.4, 0.1])
+    assert weights(False, True, True, 0.0) == weights(False, True, False) == [0.5, 0.0]
+    assert weights(False, False, True) == weights(False, False, True, 0.2) == [0.0, 0.5]
+    assert weights(False, False, True, 0.0) == [0.0, 0.0]  # a set without a vocabulary
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "value"),
     [
-        {"ridge": 0.0},
-        {"own": 1e30},
-        {"own": -1.0},
-        {"similarity": 0.0},
-        {"similarity": 1.5},
-        {"protect": 0.0},
-        {"beta": float("nan")},
-        {"min_displacement": 1.5},
-        {"max_displacement": 0.0},
-        {"noise_std": -1.0},
+        *(("ridge", 0.0), ("own", 1e30), ("own", -1.0), ("similarity", 0.0), ("similarity", 1.5)),
+        *(("protect", 0.0), ("beta", torch.nan), ("noise_std", -1.0), ("min_displacement", 1.5)),
     ],
 )
-def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ProblemError, match=next(iter(wrong))):
-        ExactSettings(**wrong)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ProblemError, match=name):
+        ExactSettings(**{name: value})
