@@ -9,9 +9,9 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,23 +138,31 @@ class ExactSettings:
         }
 
 
+class Lagging(NamedTuple):
+    """A paraphrase that moves too small a part, `ratio`, of the way of its class (an index)."""
+
+    ratio: float
+    owner: int
+    text: str
+    hidden: Tensor
+
+
 @dataclass(frozen=True)
 class Answer:
     """One request, completely forgotten.
 
     Attributes:
-        request: with the paraphrases that were added to its texts; added: those texts.
+        request: with the paraphrases that were added to its texts.
         edit: the optimum and its certificate; displacement: `D = P - (H_f W + b)`, (k, d) float64.
         excluded: (C, n) bool, the retained names that are excluded with each class;
             excluded_names: of any class.
-        target_draws: of noise; mu: the ridge in absolute units; betas: of each class.
-        margins: of each class; affected, unlisted: see `forgetting.displacement.Forecast`.
-        ratios: of each class, how far its paraphrases move along its text; empty if none is
-            checked; min_displacement: below which a paraphrase lags.
+        target_draws: of noise; mu: the ridge in absolute units; betas, margins: of each class.
+        checked: number of paraphrases that were checked; lagging: those that lag and are not
+            forgotten themselves, the least ratio first.
+        affected, unlisted: see `forgetting.displacement.Forecast`.
     """
 
     request: Request
-    added: list[str]
     edit: ConstrainedSolution
     displacement: Tensor
     excluded: Tensor
@@ -163,23 +171,18 @@ class Answer:
     mu: float
     betas: list[float]
     margins: list[Margin]
-    ratios: list[list[float]]
-    min_displacement: float
+    checked: int
+    lagging: list[Lagging]
     affected: list[AffectedName] = field(default_factory=list)
     unlisted: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def lagging(self) -> Iterator[tuple[int, int, float]]:
-        """Class, index and ratio of each paraphrase that lags and is not forgotten itself."""
-        for owner, (paraphrases, ratios) in enumerate(
-            zip(self.request.paraphrases, self.ratios, strict=False)
-        ):
-            for i, (text, ratio) in enumerate(zip(paraphrases.texts, ratios, strict=True)):
-                if ratio < self.min_displacement and text not in self.request.texts:
-                    yield owner, i, ratio
+    @property
+    def added(self) -> list[str]:
+        """The paraphrases that were added to the texts."""
+        return self.request.texts[len(self.request.texts) - self.request.added :]
 
     def report(self) -> dict[str, Any]:
         """JSON values for logs and adapters."""
-        texts = [paraphrases.texts for paraphrases in self.request.paraphrases]
         return {
             "certificate": asdict(self.edit.certificate),
             "residual": self.edit.residual,
@@ -194,9 +197,9 @@ class Answer:
                 **worst(self.margins)._asdict(),
             },
             "paraphrases": {
-                "checked": sum(map(len, self.ratios)),
+                "checked": self.checked,
                 "added": self.added,
-                "lagging": {texts[owner][i]: ratio for owner, i, ratio in self.lagging()},
+                "lagging": {one.text: one.ratio for one in self.lagging},
             },
             "notes": self.notes(),
         }
@@ -212,11 +215,11 @@ class Answer:
             )
         if self.added:
             notes.append(f"forgotten too, since they hardly moved: {', '.join(self.added)}")
-        if lagging := list(self.lagging()):
-            owner, i, ratio = min(lagging, key=lambda one: one[2])
+        if self.lagging:
+            least = self.lagging[0]
             notes.append(
-                f"warning: {len(lagging)} of {sum(map(len, self.ratios))} paraphrases hardly move, "
-                f"least {self.request.paraphrases[owner].texts[i]!r} ({ratio:.2f} of the way)"
+                f"warning: {len(self.lagging)} of {self.checked} paraphrases hardly move, least "
+                f"{least.text!r} ({least.ratio:.2f} of the way)"
             )
         if most := self.affected[:NOTED]:
             names = ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in most)
@@ -266,45 +269,27 @@ class ForgetContext:
         Raises:
             ProblemError: a target that cannot be had, or a ridge that is too small.
         """
-        current, added = list(requests), [[] for _ in requests]
         betas = [[float(self.settings.beta)] * len(request.classes) for request in requests]
-        answers = self._solve(current, added, betas)
+        answers = self._solve(requests, betas)
         for _ in range(ROUNDS):
-            again = []
-            for i, answer in enumerate(answers):
-                if more := self._to_add(answer):
-                    current[i] = current[i].with_texts(more)
-                    added[i] = current[i].texts[len(requests[i].texts) :]
-                elif (raised := self._raised(answer)) != betas[i]:
-                    betas[i] = raised
-                else:
-                    continue
-                again.append(i)
-            if not again:
+            steps = {i: step for i, answer in enumerate(answers) if (step := self._step(answer))}
+            if not steps:
                 break
-            some = ([part[i] for i in again] for part in (current, added, betas))
-            for i, answer in zip(again, self._solve(*some), strict=True):
+            for i, answer in zip(
+                steps, self._solve(*zip(*steps.values(), strict=True)), strict=True
+            ):
                 answers[i] = answer
         return self._with_forecast(answers)
 
-    def embed(self, hidden: Tensor) -> Tensor:
-        """`h W + b`, (n, d) float64, of hidden states (n, w)."""
-        return self.inputs.embed(hidden)
-
-    def _solve(
-        self,
-        requests: Sequence[Request],
-        added: Sequence[list[str]],
-        betas: Sequence[list[float]],
-    ) -> list[Answer]:
-        """Solve requests once. Some of their texts were `added`; `betas` are of their classes."""
+    def _solve(self, requests: Sequence[Request], betas: Sequence[list[float]]) -> list[Answer]:
+        """Solve requests once; `betas` are of their classes."""
         batch, retain = Batch(requests), self.retain
         excluded = retain.excluded(batch.same, batch.hidden, batch.owner)  # (C, n)
         any_class = batch.of_requests(excluded)  # a name that two classes exclude counts once
         beta = torch.tensor([x for row in betas for x in row], dtype=torch.float64)[batch.owner]
         target, draws = targets(self.settings.target, batch, self.inputs, beta, excluded)
         hidden = batch.hidden.double().to(target.device)
-        displacement = target - self.embed(hidden)  # D = P - (H W + b)
+        displacement = target - self.inputs.embed(hidden)  # D = P - (H W + b)
         edits = solve_constrained_each(self.ridge, hidden, displacement, batch.of_text, any_class)
         margins = self.classifier.margins(self.classifier.texts.edited(edits), self._rows(batch))
         displacements = displacement.split(batch.sizes)
@@ -312,7 +297,6 @@ class ForgetContext:
         return [
             Answer(
                 request,
-                added[i],
                 edits[i],
                 displacements[i],
                 by_class[i],
@@ -321,8 +305,7 @@ class ForgetContext:
                 self.ridge.mu,
                 betas[i],
                 margins[i],
-                self._ratios(request, edits[i]),
-                self.settings.min_displacement,
+                *self._lagging(request, edits[i]),
             )
             for i, request in enumerate(batch)
         ]
@@ -331,39 +314,42 @@ class ForgetContext:
         """The rows of the requests' classes among the classifier's texts."""
         return [[self.classifier.label[name] for name in r.classes] for r in requests]
 
-    def _ratios(self, request: Request, edit: ConstrainedSolution) -> list[list[float]]:
-        """Of each class how far its paraphrases move along its first text."""
-        if not self.settings.min_displacement:
-            return []
-        first = [request.hidden[request.owner.index(i)] for i in range(len(request.classes))]
-        return [
-            displacement_along(edit, text, paraphrases.hidden).tolist()
-            for text, paraphrases in zip(first, request.paraphrases, strict=False)
-        ]
+    def _lagging(self, request: Request, edit: ConstrainedSolution) -> tuple[int, list[Lagging]]:
+        """The number of paraphrases that are checked, and those that lag: each by how far it moves
+        along the first text of its class."""
+        limit, checked, found = self.settings.min_displacement, 0, []
+        for owner, paraphrases in enumerate(request.paraphrases if limit else ()):
+            first = request.hidden[request.owner.index(owner)]
+            ratios = displacement_along(edit, first, paraphrases.hidden).tolist()
+            checked += len(ratios)
+            for ratio, text, hidden in zip(ratios, *paraphrases, strict=True):
+                if ratio < limit and text not in request.texts:
+                    found.append(Lagging(ratio, owner, text, hidden))
+        return checked, sorted(found, key=lambda one: one.ratio)
 
-    def _raised(self, answer: Answer) -> list[float]:
-        """The betas, that of each class whose margin is too small one step further."""
-        if self.settings.target not in WITH_BETA or not self.settings.min_margin:
-            return answer.betas
-        return [
+    def _step(self, answer: Answer) -> tuple[Request, list[float]] | None:
+        """What to solve next, with its betas; None if the answer is good.
+
+        Of each class the paraphrase that lags most is added to the texts. Where none is, the beta
+        of each class whose margin is too small goes one step further.
+        """
+        request, settings = answer.request, self.settings
+        owners = request.owner[len(request.owner) - request.added :]  # of what was added
+        least: dict[int, Lagging] = {}
+        for one in answer.lagging:
+            if owners.count(one.owner) < MAX_ADDED:
+                least.setdefault(one.owner, one)
+        if least:
+            return request.with_texts([one[1:] for one in least.values()]), answer.betas
+        if settings.target not in WITH_BETA or not settings.min_margin:
+            return None
+        betas = [
             next((step for step in BETAS if step > beta), beta)
-            if one.margin is not None and one.margin < self.settings.min_margin * one.gap
+            if one.margin is not None and one.margin < settings.min_margin * one.gap
             else beta
             for one, beta in zip(answer.margins, answer.betas, strict=True)
         ]
-
-    def _to_add(self, answer: Answer) -> list[tuple[int, str, Tensor]]:
-        """Of each class (by index) the paraphrase that moves least, if it lags and may be added."""
-        request, least = answer.request, {}
-        for owner, i, ratio in answer.lagging():
-            if ratio < least.get(owner, (1.0, 0))[0]:
-                least[owner] = ratio, i
-        owners = request.owner[len(request.owner) - len(answer.added) :]  # of what was added
-        return [
-            (owner, request.paraphrases[owner].texts[i], request.paraphrases[owner].hidden[i])
-            for owner, (_, i) in least.items()
-            if owners.count(owner) < MAX_ADDED
-        ]
+        return (request, betas) if betas != answer.betas else None
 
     def _with_forecast(self, answers: Sequence[Answer]) -> list[Answer]:
         """Answers with what text alone says of other names: of those by which images are

@@ -164,7 +164,8 @@ class Request:
         same: for each class the names, in small letters, that mean the same as it. They are not
             retained while it is forgotten.
         paraphrases: for each class other texts that mean it; empty if there are none to check.
-        seed: of the noise that a target may draw.
+        seed: of the noise that a target may draw; added: how many of the texts, the last, are
+            paraphrases that were added.
     """
 
     classes: list[str]
@@ -174,6 +175,7 @@ class Request:
     same: Sequence[Collection[str]] = ()
     paraphrases: Sequence[Paraphrases] = field(default=(), repr=False)
     seed: int = 0
+    added: int = 0
 
     def with_texts(self, more: Sequence[tuple[int, str, Tensor]]) -> Request:
         """The request with more texts: for each its class (an index), text and hidden state."""
@@ -183,6 +185,7 @@ class Request:
             texts=[*self.texts, *texts],
             hidden=torch.cat([self.hidden, torch.stack(rows)]),
             owner=[*self.owner, *owners],
+            added=self.added + len(texts),
         )
 
 

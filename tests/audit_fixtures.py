@@ -108,7 +108,7 @@ def exact(bundle: FeatureBundle, *columns: int, beta: float = 0.2) -> LowRankEdi
     """The constrained form at its defaults."""
     context = exact_context(ExactSettings(), bundle)
     retain, h = context.retain, bundle.forget_hidden.double()[[*columns]]
-    e = context.embed(h)
+    e = context.inputs.embed(h)
     classes = [bundle.classnames[column] for column in columns]
     excluded = torch.tensor([name in classes for name in retain.names])
     return solve_constrained(context.ridge, h, -(1 + beta) * e, excluded)

@@ -109,7 +109,7 @@ def test_a_request_takes_more_texts():
     more = one.with_texts([(1, "other", row)])
     assert more.texts == [*one.texts, "other"] and more.owner == [0, 1, 1]
     assert torch.equal(more.hidden[-1], row) and torch.equal(more.hidden[:2], one.hidden)
-    assert more.classes == one.classes and len(one.texts) == 2
+    assert more.classes == one.classes and len(one.texts) == 2 and more.added == 1
 
 
 def test_batches_of_requests_with_the_same_number_of_texts():
