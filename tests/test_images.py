@@ -260,7 +260,6 @@ def blank_png(path: Path, width: int, height: int) -> Path:
     [
         ((1_000_000, 1), "one side is more than 100 times as long"),
         ((1, 5_000_000), "one side is more than 100 times as long"),
-        ((90_000_000, 1), "one side is more than 100 times as long"),
         ((8000, 7000), "more than 50 million pixels"),
         ((60_000, 60_000), "exceeds limit"),
     ],
@@ -269,14 +268,7 @@ def test_an_image_that_would_fill_the_memory_is_one_line(tmp_path, size, message
     with pytest.raises(ProblemError, match=message) as caught:
         read_image(blank_png(tmp_path / "a.png", *size), megapixels=50)
     assert "\n" not in str(caught.value)
-
-
-def test_long_images_and_pipes(tmp_path, capsys):
-    (tmp_path / "own/a").mkdir(parents=True)
-    assert read_image(blank_png(tmp_path / "own/a/1.png", 2000, 20)).size == (2000, 20)
-    blank_png(tmp_path / "own/a/2.png", 90_000_000, 1)
-    status, out, _ = run_check(capsys, "--images", tmp_path / "own")
-    assert status == 1 and out.count("unreadable: ") == 1 and "2.png (one side" in out
+    assert read_image(blank_png(tmp_path / "long.png", 2000, 20)).size == (2000, 20)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ProblemError, match="no such file"):
         read_image(tmp_path / "pipe.png")
