@@ -32,7 +32,7 @@ from forgetting.displacement import Forecast
 from forgetting.errors import ProblemError, nearest
 from forgetting.models.vocabulary import generic_names
 
-GUESSES, NEIGHBOURS = 3, 3  # names that are shown of an image, and beside a forgotten name
+GUESSES, AFFECTED = 3, 3  # names that are shown of an image, and beside those forgotten
 PICTURES, REMEMBERED = 12, 128  # images of no chosen name that are shown; answers in memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them starts a program
 UPLOADS, MEGABYTES, MEGAPIXELS = 12, 20, 50  # at most: at once, of a file, of what it unpacks to
@@ -52,7 +52,8 @@ class View:
         chosen: names that are about to be forgotten; forecast: of them and the forgotten, together.
         unlisted: those of both that are no classes, each with the nearest class names.
         recognised: a name, and the fraction of its images that are recognised before and now, None
-            without images: of these names, of all others together, and of those nearest to them.
+            without images: of these names, of all others together, and of those most affected and
+            protected.
         pictures: an image's class or file name, a data URI, and the names that it is taken for with
             their probabilities, before and now.
         refused: files that cannot be read, one line each.
@@ -148,8 +149,7 @@ class Live:
         chosen = tuple(name for name in self.listed(chosen) if name not in forgotten)
         both = forgotten + chosen
         answer = self._solve(forgotten, protect, target, beta) if forgotten else None
-        forecast = self._solve(both, protect, target, beta).forecast if chosen else None
-
+        forecast = self._solve(both, protect, target, beta).forecast if both else None
         names = self.names + [name for name in both if name not in self.names]
         texts = self._embeddings(names, answer)  # (C, d), before and now
         correct = [(self.features @ x.T).argmax(dim=1) == self.labels for x in texts]  # (N,) each
@@ -163,12 +163,9 @@ class Live:
             best = [x.topk(min(GUESSES, len(names))).indices.tolist() for x in shares]
             return [[(names[i], float(x[i])) for i in b] for x, b in zip(shares, best, strict=True)]
 
-        rows = [names.index(name) for name in both]
-        cosines = texts[0] @ texts[0][rows].T  # (C, k)
-        cosines[rows] = -2.0
-        closest = cosines.topk(min(NEIGHBOURS, len(self.names)), dim=0).indices.T.flatten().tolist()
-        near = list(dict.fromkeys(names[i] for i in closest if i not in rows))
         rest = [name for name in self.names if name not in both]
+        near = [one.name for one in forecast.affected[:AFFECTED]] if forecast else []
+        near = [name for name in dict.fromkeys([*near, *protect]) if name in rest]
         table = [recognised(name, [name]) for name in both]
         table.append(recognised("all other names" if both else "all names", rest))
         table += [recognised(name, [name]) for name in near]
