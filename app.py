@@ -22,8 +22,7 @@ from filelock import FileLock, Timeout
 
 from engine.cli import Parser, add_setting, run, whole
 from engine.config import DatasetSettings, FeatureSettings
-from evaluation.live import Live
-from evaluation.live.look import MEGABYTES
+from evaluation.live.look import MEGABYTES, Live
 from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.io import need

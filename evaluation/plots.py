@@ -87,13 +87,13 @@ def thumbnail(image: Image.Image, side: int) -> str:
 
 def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path) -> Path:
     """Draw what is left of each forgotten class, and what the rest of its set and the other data
-    sets lost. Of more than `DRAWN` rows the worst are drawn, and the title says so.
+    sets lost, for the `DRAWN` rows with most left.
 
     Args:
         table: of `summarise` or `compare_results`; colours: by the names in its columns
             `STEM NAME`, for the stems of `PANELS`. A row has a line for each.
     """
-    shown = _worst(table, list(colours))
+    shown = table.nlargest(DRAWN, [f"class {name}" for name in colours]).sort_index()
     row_height = 0.16 + 0.17 * len(colours)  # inches
     with drawing(path, 13, 2.0 + row_height * len(shown)) as figure:
         axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.2, 1, 1))
@@ -108,9 +108,8 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
             axes[2].scatter([], [], s=48, color=colour, label=name)
         figure.legend(loc="outside upper right", ncols=len(colours) + 1)
         if len(shown) < len(table):
-            figure.suptitle(
-                f"the {len(shown)} of {len(table):,} rows with most left of the class and most lost"
-            )
+            rows = f"the {len(shown)} of {len(table):,} rows with most left of the class"
+            figure.suptitle(rows)
     return Path(path)
 
 
@@ -141,13 +140,3 @@ def _panel(
     axis.grid(visible=False, axis="y")
     axis.spines["left"].set_visible(False)
     axis.tick_params(left=False)
-
-
-def _worst(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """The rows to draw, in their order: those with most left of the class and most lost by the rest
-    of its set, in points, by the method that does worst."""
-    left = table[[f"class {name}" for name in names]].max(axis=1)
-    kept = table[[f"rest {name}" for name in names]].min(axis=1)
-    lost = (table["rest before"] - kept).clip(lower=0)
-    bad = (left.fillna(0) + lost.fillna(0)).nlargest(DRAWN)
-    return table.loc[bad.index.sort_values()]

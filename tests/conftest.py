@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 import train
 from clip.bundle import FeatureBundle, bundle_path
 from datasets import mini
-from evaluation.live import Live
+from evaluation.live.look import Live
 from evaluation.zero_shot import Evaluator, ZeroShot, accuracy
 
 # The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.

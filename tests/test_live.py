@@ -14,8 +14,7 @@ from PIL import Image
 
 import app
 from engine.cli import run
-from evaluation.live import Live
-from evaluation.live.look import MEGABYTES, UPLOADS, View
+from evaluation.live.look import MEGABYTES, UPLOADS, Live, View
 from forgetting import load_adapter
 from forgetting.compose import compose
 from forgetting.errors import ProblemError

@@ -318,8 +318,8 @@ def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text))
     for count in (2500, 60):
         logs = {f"class {n}": entry(name=f"class {n}", after=0.0) for n in range(count)}
-        for n, left, rest in ((count - 3, 0.0, 0.1), (count - 2, 0.2, 0.7), (count - 1, 0.3, 1)):
-            logs[f"class {n}"] = entry(name=f"class {n}", after=left, rest=(0.8, rest))
+        for n in range(count - 3, count):
+            logs[f"class {n}"] = entry(name=f"class {n}", after=0.1)
         df, _ = create_results("", log_name={"A": logs})
         with Image.open(plot_results(df, tmp_path / "picture.png")) as image:
             assert image.width > 800 and image.height < 2500

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -66,18 +65,8 @@ def render(methods: list[Method]) -> str:
         script=Markup((HERE / "search.js").read_text(encoding="utf-8")),
         summary=summary,
         tags=tags,
-        destinations_of=destinations_of,
         attackers=ATTACKERS,
         teachers=RELEARNING,
         TEXTS=TEXTS,
         DETAILED=DETAILED,
     )
-
-
-def destinations_of(found: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """What a class's images are taken for: names with their parts before and after, those of after
-    first; None where a list of ten names does not say."""
-    before, after = ({one["name"]: one["share"] for one in found[k]} for k in ("before", "after"))
-    rest = 0.0 if len(after) < 10 else None
-    names = dict.fromkeys([*after, *list(before)[:1]])
-    return [(name, before.get(name, 0.0), after.get(name, rest)) for name in names]
