@@ -29,6 +29,7 @@ from forgetting.settings import allowed, check_value, kind_of, setting
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
+UNLISTED = (0.3, "auto")  # of a backbone that is not named there
 MODES = ("SINGLE", "MULTICLASS")
 TERMS = ("forget", "preserve", "weight")  # of the paper's loss
 # Options of train.py and the keys that they set.
@@ -128,8 +129,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True)
 class ForgetSettings:
-    """What is forgotten, from which inputs, and the constants that methods share. `unlisted` are
-    the paper's weights for a backbone that `FORGET.WEIGHTS` does not name."""
+    """What is forgotten, from which inputs, and the constants that methods share."""
 
     classes: tuple[str, ...] = setting(
         (), "class to forget (repeatable), or all; without one: the list of forget_cls.py"
@@ -175,10 +175,6 @@ class ForgetSettings:
     alpha: float = setting(1.0, "scale of the adapter: times alpha / rank", 1e-6, 1e6)
     noise_std: float = setting(
         0.5, "noise on the empty prompt while it lies nearest to a class to forget", 0, 1e6
-    )
-    unlisted__lamb_preserve: float = setting(0.3, "weight of the retained texts there", 0, 1e6)
-    unlisted__lamb_forget: float | str = setting(
-        "auto", "weight of the forgotten texts there", 0, 1e6, choices=("auto",)
     )
 
 
@@ -384,8 +380,7 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
     mode, backbone = MODES[cfg.FORGET.MULTICLASS], cfg.MODEL.BACKBONE.NAME
     same = backbone.removesuffix("-quickgelu")  # OpenAI's models compute with that
     listed = cfg.FORGET.WEIGHTS.get(backbone, cfg.FORGET.WEIGHTS.get(same, {}))
-    unlisted = cfg.FORGET.UNLISTED.LAMB_PRESERVE, cfg.FORGET.UNLISTED.LAMB_FORGET
-    pair = listed.get(mode, unlisted)
+    pair = listed.get(mode, UNLISTED)
     if not isinstance(pair, tuple | list) or len(pair) != 2:  # a list where yacs merged the file
         raise ProblemError(
             f"{WEIGHTS}.{backbone}.{mode} must be [lamb_preserve, lamb_forget], not {shown(pair)}"

@@ -40,7 +40,7 @@ def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
     assert "ToyAnimals / Dog" in log and "\n  BACKBONE:\n" in log and "engine: " in log
 
 
-def test_the_adapter_gives_the_logged_accuracies(toy_args):
+def test_forgotten_names_leave_the_retain_set_and_the_adapter_gives_what_is_logged(toy_args):
     """Forgotten names and their spellings are not retained."""
     folder = train.main([*toy_args, "--forget", "sea_horse"])
     entry = logs_of(folder)["ToyAnimals"]["sea_horse"]
