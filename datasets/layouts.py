@@ -64,20 +64,27 @@ def from_folders(
     rename: Mapping[str, str | None] = {},
     group: Callable[[str], str] = top_folder,
     divided: bool = True,
+    prefix: str = "",
 ) -> Split:
     """A folder for each class under the image folder; all are test images if not `divided`.
     `rename` gives the class of a folder, None leaves it out; `group` the folder of an image."""
-    files = _by_folder(images, rename, group)
-    tests = {name: set(tested(name, paths) if divided else paths) for name, paths in files.items()}
-    rows = [
-        ("test" if path in tests[name] else "train", path, name)
-        for name, paths in files.items()
-        for path in paths
-    ]
+    rows = []
+    for folder_name, paths in _by_folder(images, rename, group).items():
+        name = folder_name.removeprefix(prefix)
+        tests = set(tested(name, paths) if divided else paths)
+        rows += [("test" if path in tests else "train", path, name) for path in paths]
     return _split(folder, rows)
 
 
 all_tested = partial(from_folders, divided=False)
+
+
+def from_sun(folder: Path, images: Path) -> Split:
+    """SUN397's classes as CoOp writes them: `a/apartment_building/outdoor/x.jpg` is of the class
+    `outdoor apartment_building`."""
+    return from_folders(
+        folder, images, group=lambda path: " ".join(reversed(path.split("/")[1:-1]))
+    )
 
 
 def tested(name: str, paths: Sequence[str]) -> list[str]:
@@ -178,21 +185,17 @@ def _classnames(folder: Path) -> dict[str, str]:
 # Lists
 
 
-def from_lists(line: str, **files: str) -> Callable[[Path, Path], Split]:
+def from_lists(folder: Path, images: Path, files: Mapping[str, str], line: str) -> Split:
     """Official lists beside the image folder, a file for each part, one JPEG image per line, which
     is a pattern with the groups `path` (without ".jpg") and `name` (of the class)."""
-
-    def make(folder: Path, images: Path) -> Split:
-        rows: list[Row] = []
-        for part, file in files.items():
-            path = images.parent / file
-            for number, text in enumerate(_lines(path), start=1):
-                if not (entry := re.match(line, text)):
-                    raise ProblemError(f"{path}, line {number}: not in the known form")
-                rows.append((part, f"{entry['path']}.jpg", entry["name"]))
-        return _split(folder, rows, sorted({name for _, _, name in rows}))
-
-    return make
+    rows: list[Row] = []
+    for part, file in files.items():
+        path = images.parent / file
+        for number, text in enumerate(_lines(path), start=1):
+            if not (entry := re.match(line, text)):
+                raise ProblemError(f"{path}, line {number}: not in the known form")
+            rows.append((part, f"{entry['path']}.jpg", entry["name"]))
+    return _split(folder, rows, sorted({name for _, _, name in rows}))
 
 
 def from_cub(folder: Path, images: Path) -> Split:

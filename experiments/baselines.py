@@ -3,9 +3,8 @@
     python -m experiments baselines --features DIR --dataset NAME --out FOLDER
         [--methods NAME,NAME] [--backbone ViT-B/32] [options of train.py, such as --forget, --audit]
 
-DIR is a folder of feature bundles. Each method is a trainer and its config keys (`METHODS`), run by
-train.py into FOLDER/METHOD/seed_SEED, where its log is. What is done is skipped: the same command
-resumes.
+DIR is a folder of feature bundles. Each method of baselines.yaml is run by train.py into
+FOLDER/METHOD/seed_SEED, where its log is. The same command resumes.
 """
 
 from __future__ import annotations
@@ -16,45 +15,19 @@ from pathlib import Path
 import pandas as pd
 
 from engine.cli import SEED, Parser
+from engine.config import read_yaml
 from engine.log import logger
 from engine.ray import LauncherSettings
 from evaluation.tables import method_table
 from experiments.runs import launch, plan_run, refuse_failed
 from forgetting.errors import ProblemError, unknown
 
-# Name -> trainer and KEY VALUE pairs. "published" has the constants of the authors' code: 0.1 of
-# the mean eigenvalue is their 0.02 for hidden states of width 512 and squared length 100.
-METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "nothing": ("ForgetNothing", ()),
-    "name": ("ForgetName", ()),
-    "noise": ("ForgetNoise", ()),
-    "zero": ("ForgetZero", ()),
-    "ascent": ("ForgetAscent", ()),
-    "leace": ("ForgetLEACE", ()),
-    "null-space": ("ForgetNullSpace", ()),
-    "null-space-empty": ("ForgetNullSpace", ("FORGET.TARGET", "empty")),
-    "null-space-published": (
-        "ForgetNullSpace",
-        ("TRAINER.FORGETNULLSPACE.THRESHOLD", "0.1", "TRAINER.FORGETNULLSPACE.DAMPING", "10"),
-    ),
-    "uce": ("ForgetUCE", ()),
-    "uce-empty": ("ForgetUCE", ("FORGET.TARGET", "empty")),
-    "uce-published": ("ForgetUCE", ("TRAINER.FORGETUCE.ERASE", "1")),
-    "lora": ("ForgetLoRA", ()),
-    "optimum": ("ForgetOptimum", ()),
-    "exact-empty": ("ForgetExact", ("FORGET.TARGET", "empty")),
-    "exact-orthogonal": ("ForgetExact", ("FORGET.TARGET", "orthogonal")),
-    "exact-opposite": ("ForgetExact", ("FORGET.TARGET", "opposite")),
-    "exact-specific": ("ForgetExact", ("FORGET.TARGET", "specific")),
-}
+METHODS = read_yaml(Path(__file__).with_name("baselines.yaml"))  # name -> trainer, config keys
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Run the methods, print their table, and say where their results are."""
-    parser = Parser(
-        prog="python -m experiments baselines",
-        description=__doc__.splitlines()[0],
-    )
+    parser = Parser(prog="python -m experiments baselines", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32")
     parser.add_argument("--dataset", required=True, help="name of a bundle there")
@@ -76,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     options = [option for option in options if option != "--multiclass"]
     runs, folders = [], {}
     for method in methods:
-        trainer, pairs = METHODS[method]
+        given = dict(METHODS[method])
+        trainer = given.pop("trainer")
+        pairs = [str(text) for pair in given.items() for text in pair]
         folders[method] = args.out / method / f"seed_{args.seed}"
         keys = args.backbone, trainer, method, mode, args.dataset
         argv = ["--features", args.features, "--quiet", *options, *pairs]

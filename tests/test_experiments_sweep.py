@@ -161,8 +161,11 @@ def test_methods_side_by_side_resume(features, tmp_path, capsys):
 
 
 def test_every_method_can_be_run(features, tmp_path):
-    assert {trainer for trainer, _ in baselines.METHODS.values()} == set(SETTINGS)
-    for trainer, keys in baselines.METHODS.values():
+    assert {given["trainer"] for given in baselines.METHODS.values()} == set(SETTINGS)
+    for method in baselines.METHODS.values():
+        given = dict(method)
+        trainer = given.pop("trainer")
+        keys = [str(text) for pair in given.items() for text in pair]
         argv = ["--features", str(features), "--dataset", "ToyAnimals", "--backbone", "ViT-B/32"]
         argv += ["--output-dir", str(tmp_path), "--forget", "owl", "--trainer", trainer, *keys]
         cfg = train.setup_cfg(train.parse(argv))
