@@ -160,7 +160,7 @@ def _forget(option: Option, parse: Parse) -> None:
     model, tokenize = load_model(args.model)
     answer = forget(model, tokenize, args.names, also, retain, templates, args.protect, **changes)
     answer.save(args.out, args.overwrite)
-    _say(f"{args.out}: forgets {', '.join(answer.names)} by {len(answer.texts)} texts")
+    _say(f"{args.out}: forgets {', '.join(answer.names)}; texts: {len(answer.texts)}")
     for note in answer.notes:
         if not args.quiet or note.startswith("warning"):
             _say(f"  {note}")

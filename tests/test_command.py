@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,8 +22,9 @@ from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from forgetting.models.modules import tensor_sha256, tensors
 from forgetting.problem import LowRankEdit
+from tests.clip_fixtures import open_clip_folder
 from tests.conftest import REPOSITORY
-from tests.encoder_fixtures import IMAGE, LENGTH, OUT, needs_transformers, tiny
+from tests.encoder_fixtures import needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]
 QUICK = [*(word for name in RETAIN for word in ("--retain", name)), "--no-generic"]
@@ -36,8 +36,7 @@ def run(capsys):
 
     def run(*argv: object) -> tuple[int, str, str]:
         status = cli([str(word) for word in argv])
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        return status, *capsys.readouterr()
 
     return run
 
@@ -56,6 +55,8 @@ def succeeds(run):
 
 @pytest.fixture
 def refused(run):
+    """The one line of a command that refuses."""
+
     def refused(*argv: object) -> str:
         status, _, err = run(*argv)
         lines = [text for text in err.splitlines() if text.startswith("error:")]
@@ -65,25 +66,10 @@ def refused(run):
     return refused
 
 
-TEXT = {"context_length": LENGTH, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2}
-CONFIG = {"model_cfg": {"embed_dim": OUT, "vision_cfg": IMAGE, "text_cfg": TEXT}}
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder as open_clip writes it, with random weights."""
-    import open_clip
-
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "open_clip_config.json").write_text(json.dumps(CONFIG | {"preprocess_cfg": {}}))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = open_clip.model.CLIP(OUT, dict(IMAGE), dict(TEXT))
-        for x in (model.token_embedding.weight, model.positional_embedding):
-            torch.nn.init.normal_(x, std=0.5)
-    save_file({k: x.contiguous() for k, x in model.state_dict().items()}, _weights(path))
-    return path
+    return open_clip_folder(tmp_path / "model", "ViT")
 
 
 def _weights(path):
@@ -94,7 +80,7 @@ def _weights(path):
 def adapter(folder, tmp_path, succeeds):
     path = tmp_path / "acme.safetensors"
     said = succeeds("forget", folder, "Acme Cola", *QUICK, "--out", path)
-    assert "forgets Acme Cola by" in said and "proved optimal" in said
+    assert "forgets Acme Cola; texts: " in said and "proved optimal" in said
     return path
 
 
@@ -183,6 +169,7 @@ def test_adapters_that_are_made_with_other_threads_compose(folder, tmp_path, suc
     paths = [tmp_path / f"{count}.safetensors" for count in (1, 2)]
     for count, name, path in zip((1, 2), ("Acme Cola", "Zeta Tea"), paths, strict=True):
         argv = [sys.executable, "-m", "forgetting", "forget", folder, name, *QUICK, "--out", path]
+        argv += ["--min-displacement", "1"]  # so that paraphrases are forgotten too
         env = os.environ | {"OMP_NUM_THREADS": str(count)}
         subprocess.run(list(map(str, argv)), check=True, cwd=REPOSITORY, env=env)
     both = tmp_path / "both.safetensors"
@@ -214,47 +201,23 @@ def test_folders_of_transformers(family, tmp_path, succeeds):
     succeeds("verify", adapter, "--model", f"hf:{out}")
 
 
-MODELS = {
-    "nowhere": ("nowhere", "no model 'nowhere'"),
-    "empty": ("hf:", "no model"),
-    "folder": ("{tmp}", "config.json"),
-    "hf folder": ("hf:{tmp}", "config.json"),
-    "hf absent": ("hf:./nowhere", "no such folder"),
-    "openai": ("openai:{tmp}/w.pt", "OpenAI published"),
-    "openai absent": ("openai:{tmp}/v.pt", "v.pt"),
-    "plain file": ("{tmp}/w.pt", "activation"),
-    "name": ("open_clip:ViT-B-33/x", "ViT-B-33"),
-    "no weights": ("open_clip:ViT-B-32", "weights"),
-    "tag": ("open_clip:ViT-B-32/laion9b", "laion9b"),
-}
-
-
-@pytest.mark.parametrize("row", MODELS)
-def test_models_that_are_refused(row, tmp_path, refused):
-    pytest.importorskip("open_clip")
-    if row.startswith("hf") and row != "hf folder":
-        pytest.importorskip("transformers")
-    (tmp_path / "w.pt").write_bytes(b"weights")
-    name, message = MODELS[row]
-    out = tmp_path / "a.safetensors"
-    line = refused("forget", name.replace("{tmp}", str(tmp_path)), "cat", "--out", out)
-    assert message in line and not out.exists()
-
-
 def test_command_lines_that_are_refused(folder, tmp_path, refused):
     adapter = tmp_path / "a.safetensors"
     adapter.write_bytes(b"something")
     assert "exists and is not overwritten" in refused("forget", folder, "x", "--out", adapter)
     assert "a.safetensors" in refused("verify", adapter, "--model", folder)
     out = ["--out", tmp_path / "b.safetensors"]
-    assert "write NAME=WORD" in refused("forget", folder, "x", "--also", "y", *out)
-    assert "cannot be read" in refused("forget", folder, "x", "--retain", "@nowhere", *out)
-    assert "'opposite'" in refused("forget", folder, "x", "--target", "oposite", *out)
-    assert "'--retain'" in refused("forget", folder, "x", "--retian", "y", *out)
-    assert "clip-forget forget --help" in refused("forget", folder, *out)
+    for token, *argv in (
+        ("write NAME=WORD", "x", "--also", "y", *out),
+        ("cannot be read", "x", "--retain", "@nowhere", *out),
+        ("'opposite'", "x", "--target", "oposite", *out),
+        ("'--retain'", "x", "--retian", "y", *out),
+        ("clip-forget forget --help", *out),
+        ("cannot write", "x", *QUICK, "--out", tmp_path / ("x" * 300)),
+    ):
+        assert token in refused("forget", folder, *argv)
     assert "'forget'" in refused("forgett")
-    full = tmp_path / ("x" * 300)
-    assert "cannot write" in refused("forget", folder, "x", *QUICK, "--out", full)
+    assert "no model 'nowhere'" in refused("forget", "nowhere", "x", *out)
 
 
 def test_help_and_version_import_nothing():
@@ -280,7 +243,9 @@ def test_every_command_has_help(command, capsys):
     assert COMMANDS[command].__doc__ in " ".join(said.split())
 
 
-def _wheel(tmp_path):
+@pytest.mark.slow
+def test_the_wheel_holds_the_library_alone(tmp_path):
+    pytest.importorskip("setuptools")
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -289,44 +254,35 @@ def _wheel(tmp_path):
         skip = shutil.ignore_patterns("__pycache__", "*.safetensors")
         shutil.copytree(REPOSITORY / name, source / name, ignore=skip)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    return wheel
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_library_alone(tmp_path):
-    pytest.importorskip("setuptools")
-    wheel = _wheel(tmp_path)
-    assert wheel.name.startswith("clip_forgetting-")
+    subprocess.run([*pip, "-w", tmp_path, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("clip_forgetting-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert roots == {"forgetting"} and "forgetting/py.typed" in names
     assert "forgetting/models/words/birds.txt" in names
     venv.create(tmp_path / "bare", with_pip=True)
     python = tmp_path / "bare/bin/python"
-    install = [str(python), "-m", "pip", "install", "-q", str(wheel)]
+    install = [python, "-m", "pip", "install", "-q", wheel]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.splitlines()[-1]}")
-    program = (
-        "import torch, forgetting, sys, importlib.util as u\n"
-        "from forgetting import Forgotten, forget\n"
-        "from forgetting.models.vocabulary import generic_names\n"
-        "assert len(generic_names()) > 5000\n"
-        "assert not [n for n in ('clip', 'datasets', 'utils', 'yaml') if u.find_spec(n)]\n"
-        "class M(torch.nn.Module):\n"
-        "    def __init__(s):\n"
-        "        super().__init__()\n"
-        "        s.t = torch.nn.Embedding(256, 8); s.p = torch.nn.Linear(8, 8)\n"
-        "    def forward(s, x): return s.p(torch.tanh(s.t(x).sum(1)))\n"
-        "def tok(t): return torch.tensor([[*x.encode()[:9]] + [0] * (9 - len(x.encode()[:9]))"
-        " for x in t])\n"
-        "m = M(); a = forget(m, tok, ['cat'], cache='cache'); a.apply(); a.verify()\n"
-        "a.save('a.safetensors'); Forgotten.load('a.safetensors', m).verify(); a.undo()\n"
-    )
-    run = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    program = """
+import torch, importlib.util as u
+from forgetting import Forgotten, forget
+from forgetting.models.vocabulary import generic_names
+assert len(generic_names()) > 5000
+assert not [n for n in ('clip', 'datasets', 'utils', 'yaml') if u.find_spec(n)]
+class M(torch.nn.Module):
+    def __init__(s):
+        super().__init__()
+        s.t = torch.nn.Embedding(256, 8); s.p = torch.nn.Linear(8, 8)
+    def forward(s, x): return s.p(torch.tanh(s.t(x).sum(1)))
+def tok(t): return torch.tensor([[*x.encode()[:9].ljust(9, bytes(1))] for x in t])
+m = M(); a = forget(m, tok, ['cat'], cache='cache'); a.apply(); a.verify()
+a.save('a.safetensors'); Forgotten.load('a.safetensors', m).verify(); a.undo()
+"""
+    run = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    command = tmp_path / "bare/bin/clip-forget"
-    run = subprocess.run([str(command), "--help"], capture_output=True, text=True)
+    command = [tmp_path / "bare/bin/clip-forget", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and "verify" in run.stdout
