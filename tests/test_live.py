@@ -6,7 +6,6 @@ import base64
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -101,38 +100,24 @@ def test_names_that_are_typed(live, monkeypatch):
 
 
 def test_uploads_are_looked_at_before_they_are_decoded(live, tmp_path):
-    picture = Image.new("RGB", (40, 20), "red")
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
-    picture.save(tmp_path / "good.jpg", exif=exif)
-    picture.save(tmp_path / "garbage.png", exif=b"garbage, and no header of a TIFF file")
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "torn.png").write_bytes(Path(live.items[0].impath).read_bytes()[:300])
-    picture.save(tmp_path / "page.eps")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "good.jpg", exif=exif)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "page.eps")
     (tmp_path / "picture.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(MEGABYTES * 10**6 + 1)
-    for side, other in ((8000, 8000), (60_000, 60_000), (1_000_000, 1)):
-        blank_png(tmp_path / f"{side}.png", side, other)
-    bad = {
-        "text.png": "identify",
-        "page.eps": "identify",
-        "picture.svg": "identify",
-        "large.png": "larger than",
-        "torn.png": "truncated",
-        "none.png": "no such file",
-        "8000.png": "million pixels",
-        "60000.png": "pixels",
-        "1000000.png": "one side",
-    }
-    good = [tmp_path / "good.jpg", tmp_path / "garbage.png"]
-    view = live.look([], [], uploads=[*good, *(tmp_path / name for name in bad)])
-    assert [x[0] for x in view.pictures[:2]] == ["good.jpg (yours)", "garbage.png (yours)"]
+    blank_png(tmp_path / "wide.png", 8000, 8000)
+    bad = {"page.eps": "identify", "picture.svg": "identify", "large.png": "larger than"}
+    bad |= {"wide.png": "million pixels", "none.png": "no such file"}
+    good = tmp_path / "good.jpg"
+    view = live.look([], [], uploads=[good, *(tmp_path / name for name in bad)])
+    assert [x[0] for x in view.pictures if "yours" in x[0]] == ["good.jpg (yours)"]
     shown = base64.b64decode(view.pictures[0][1].partition(",")[2])
     assert Image.open(io.BytesIO(shown)).size == (20, 40)
     for line, (name, why) in zip(view.refused, bad.items(), strict=True):
         assert line.startswith(f"{name}: ") and why in line and "\n" not in line
-    many = live.look([], [], uploads=good[:1] * (UPLOADS + 8))
+    many = live.look([], [], uploads=[good] * (UPLOADS + 8))
     assert sum("yours" in x[0] for x in many.pictures) == 12 and "8 files" in many.refused[0]
 
 
