@@ -44,7 +44,8 @@ class OwnEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         there = (tokens > 0)[..., None]
         hidden = torch.tanh(self.layer((self.table(tokens) * there).sum(dim=1))) * 3
-        found = nn.functional.linear(hidden, self.last.T, self.shift)
+        found = hidden @ self.last
+        found = found if self.shift is None else found + self.shift
         return nn.functional.normalize(found, dim=1) if self.normalised else found
 
 

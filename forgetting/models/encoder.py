@@ -215,14 +215,17 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         )
     weight = product.parameter
     names = [name for name, tensor in tensors(model).items() if share_memory(tensor, weight)]
-    if weight.dtype not in FLOATS or type(weight.data) is not Tensor or not weight.numel():
-        raise ProblemError(f"the projection {names[0]} is empty, quantised or wrapped")
+    plain = type(weight.data) is Tensor and weight.layout == torch.strided
+    if weight.dtype not in FLOATS or not plain or not weight.numel():
+        raise ProblemError(f"the projection {names[0]} is empty, sparse, quantised or wrapped")
     projection = maybe_transpose(weight, product.transposed)
-    bias = None if product.bias is None else product.bias.detach()
-    for normalised in (False, True):
-        if _is_linear(features, product.entered, projection, bias, normalised):
-            break
-    else:
+    biases = [product.bias]
+    if product.bias is None:  # a model may add a parameter behind the product
+        biases += [x for x in tensors(model).values() if x.shape == features.shape[1:]]
+    ways = [(bias, normalised) for normalised in (False, True) for bias in biases]
+    fits = (way for way in ways if _is_linear(features, product.entered, projection, *way))
+    bias, normalised = next(fits, (None, None))
+    if normalised is None:
         raise ProblemError(
             f"no single last linear map: the text features of {kind} are not hidden @ W + b with "
             f"its last weight, {names[0]}"
@@ -230,6 +233,7 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
     if len(names) > 1:
         raise ProblemError(f"tied weights: the projection {names[0]} is {', '.join(names[1:])} too")
     padding, stamp = _padding(model, inputs, product), _stamp(model, tokenize, product)
+    bias = None if bias is None else bias.detach()
     own = names[0], weight, product.transposed, bias, normalised
     return Encoder(model, tokenize, *own, padding, stamp)
 
