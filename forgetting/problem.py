@@ -271,8 +271,8 @@ def pad_indices(mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return indices, padded
 
 
-def pad_rows(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (B, n', w) of (n, w) that each row of a mask (B, n) marks, zero where a list is
-    padded, and 1 for those that are not padding, (B, n', 1)."""
+def pad_rows(mask: Tensor, rows: Tensor) -> Tensor:
+    """The rows (B, n', w) of (n, w) that each row of a mask (B, n) marks; zeros where a list is
+    padded."""
     indices, present = pad_indices(mask, rows.new_ones(len(rows)))
-    return rows[indices] * present[..., None], present[..., None]
+    return rows[indices] * present[..., None]

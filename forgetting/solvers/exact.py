@@ -177,7 +177,7 @@ def _solve(
         texts: (B, k), rows of `problem.forget_hidden`; excluded: (B, m) bool.
     """
     part = problem.part(texts.flatten(), slice(0)).double
-    reduced = _Reduced(part, spectrum, pad_rows(excluded, rows)[0])
+    reduced = _Reduced(part, spectrum, pad_rows(excluded, rows))
     mu_start, start = reduced.start()
     reach = start if texts.shape[1] == 1 else torch.maximum(start, reduced.reach())
     if problem.lamb_forget == AUTO:

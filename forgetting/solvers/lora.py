@@ -23,8 +23,6 @@ from forgetting.problem import AUTO, ForgetProblem, LowRankEdit, pad_rows
 from forgetting.settings import setting, validate
 from forgetting.solvers.exact import solve_each
 
-BATCH_NUMBERS = 2**22  # numbers of all adapters that are descended together; Adam holds eight such
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -94,14 +92,12 @@ def solve_lora(
     A trial starts from `A` (r, w) Kaiming-uniform with a = sqrt(5) and `B` (d, r) zero. Within a
     trial the adapter of lowest objective is kept. While the forget norm falls by less than
     `settings.reduction`, `lamb_forget` grows and a fresh adapter is trained. If no trial reaches
-    the threshold, the one of highest reduction is kept. With `lamb_forget = 0` the forget term is
-    switched off, so there is nothing to retry for and one trial runs. The base projection is only
-    ever read.
+    the threshold, the one of highest reduction is kept. With `lamb_forget = 0` one trial runs.
 
     Args:
         problem: what to forget and to retain; the descent has its tensors' dtype and device.
         generator: draws the adapters, on the CPU so that every device starts from the same numbers;
-            None takes a generator seeded with 0. With the same state it gives the same factors.
+            None: seeded with 0.
         on_step: for a progress bar, see `OnStep`.
 
     Source: Kravets and Namboodiri, TMLR 2025 (objective, LoRA, Adam, retry).
@@ -134,34 +130,26 @@ def solve_lora_each(
         ProblemError: an owner, a mask or a number of generators that does not fit; numbers that
             leave the range of the dtype.
     """
-    device, (w, d) = problem.projection.device, problem.projection.shape
+    device = problem.projection.device
     excluded = mask("excluded", excluded, len(problem.retain_hidden)).to(device)
     owner = indices("owner", owner, len(problem.forget_hidden), len(excluded)).to(device)
-    if not isinstance(generators, Sequence) or not all(
-        isinstance(one, torch.Generator) for one in generators
-    ):
-        raise ProblemError(f"generators must be torch.Generator objects, not {shown(generators)}")
-    if len(generators) != len(excluded):
-        raise ProblemError(f"{len(generators)} generators for {len(excluded)} requests")
+    drawn = isinstance(generators, Sequence) and len(generators) == len(excluded)
+    if not drawn or not all(isinstance(one, torch.Generator) for one in generators):
+        words = f"generators must be {len(excluded)} objects of torch.Generator"
+        raise ProblemError(f"{words}, not {shown(generators)}")
     lamb_forget = [problem.lamb_forget] * len(excluded)
     if problem.lamb_forget == AUTO:
         lamb_forget = [one.lamb_forget for one in solve_each(problem, owner, excluded)]
     gram = problem.retain_hidden.double().T @ problem.retain_hidden.double()  # (w, w)
-    solutions: list[LoraSolution] = []
-    size = max(1, BATCH_NUMBERS // (problem.rank * (w + d)))
-    for requests in torch.arange(len(excluded), device=device).split(size):
-        of_batch = (owner[:, None] == requests).T  # (B, k)
-        objective = _Objective(
-            problem,
-            pad_rows(of_batch, problem.forget_hidden)[0],
-            pad_rows(of_batch, problem.displacement)[0],
-            pad_rows(excluded[requests], problem.retain_hidden)[0],
-            gram.to(problem.projection),
-        )
-        chosen = requests.tolist()
-        draws = [generators[i] for i in chosen]
-        solutions += _descend(objective, [lamb_forget[i] for i in chosen], draws, settings, on_step)
-    return solutions
+    texts = owner == torch.arange(len(excluded), device=device)[:, None]  # (R, k)
+    objective = _Objective(
+        problem,
+        pad_rows(texts, problem.forget_hidden),
+        pad_rows(texts, problem.displacement),
+        pad_rows(excluded, problem.retain_hidden),
+        gram.to(problem.projection),
+    )
+    return _descend(objective, lamb_forget, generators, settings, on_step)
 
 
 def _descend(
