@@ -9,7 +9,7 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -291,7 +291,7 @@ class ForgetContext:
         hidden = batch.hidden.double().to(target.device)
         displacement = target - self.inputs.embed(hidden)  # D = P - (H W + b)
         edits = solve_constrained_each(self.ridge, hidden, displacement, batch.of_text, any_class)
-        margins = self.classifier.margins(self.classifier.texts.edited(edits), self._rows(batch))
+        margins = self._each(self.classifier.margins, batch, edits)
         displacements = displacement.split(batch.sizes)
         by_class = excluded.split([len(request.classes) for request in batch])
         return [
@@ -310,9 +310,12 @@ class ForgetContext:
             for i, request in enumerate(batch)
         ]
 
-    def _rows(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The rows of the requests' classes among the classifier's texts."""
-        return [[self.classifier.label[name] for name in r.classes] for r in requests]
+    def _each(
+        self, of: Callable[..., list], batch: Batch, edits: Sequence[ConstrainedSolution]
+    ) -> list[list]:
+        """What the classifier says of each edit and the rows of its classes."""
+        rows = [[self.classifier.label[name] for name in request.classes] for request in batch]
+        return list(map(of, self.classifier.texts.edited(edits), rows))
 
     def _lagging(self, request: Request, edit: ConstrainedSolution) -> tuple[int, list[Lagging]]:
         """The number of paraphrases that are checked, and those that lag: each by how far it moves
@@ -356,7 +359,7 @@ class ForgetContext:
         classified, and of names like the retained ones that nobody listed."""
         retain, batch = self.retain, Batch([answer.request for answer in answers])
         edits = [answer.edit for answer in answers]
-        affected = self.classifier.affected(self.classifier.texts.edited(edits), self._rows(batch))
+        affected = self._each(self.classifier.affected, batch, edits)
         excluded = torch.stack([answer.excluded.any(dim=0) for answer in answers])
         moved = torch.cat([answer.displacement for answer in answers])
         of_batch = batch.hidden, moved, batch.of_text, excluded

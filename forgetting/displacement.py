@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -170,57 +171,34 @@ class ClassifierTexts:
     label: Mapping[str, int]
     n_classes: int
 
-    def affected(
-        self, edited: Sequence[EditedTexts], forgotten: Sequence[Sequence[int]]
-    ) -> list[list[AffectedName]]:
-        """For each edit the names that lose most cosine, but for the rows that it forgets."""
-        tops = []
-        for texts, own in zip(edited, forgotten, strict=True):
-            cosines = texts.cosines_with_before.index_fill(0, self._index(own), torch.inf)
-            count = min(MOST_AFFECTED, len(cosines) - len(set(own)))
-            tops.append(cosines.topk(count, largest=False).indices.tolist())
-        margins = self._margins_before(sorted({row for top in tops for row in top}))
-        found = []
-        for texts, own, top in zip(edited, forgotten, tops, strict=True):
-            moved = texts.distances / texts.distances[list(own)].mean().clamp_min(SHORTEST)
-            loss = 1 - texts.cosines_with_before
-            found.append(
-                [
-                    AffectedName(self.names[i], float(moved[i]), float(loss[i]), margins[i])
-                    for i in top
-                ]
-            )
-        return found
+    @cached_property
+    def directions(self) -> Tensor:
+        return self.texts.embeddings / self.texts.lengths[:, None]  # (n, d)
 
-    def _margins_before(self, rows: list[int]) -> dict[int, float]:
-        """Of some texts 1 minus the cosine with the nearest other text."""
-        directions = self.texts.embeddings / self.texts.lengths[:, None]
-        cosine = directions[rows] @ directions.T  # (b, d) @ (d, n)
-        cosine.scatter_(1, self._index(rows)[:, None], -1.0)
-        return dict(zip(rows, (1 - cosine.amax(dim=1)).tolist(), strict=True))
+    def affected(self, texts: EditedTexts, forgotten: Sequence[int]) -> list[AffectedName]:
+        """The names that lose most cosine by an edit, but for the rows that it forgets."""
+        own = torch.tensor(forgotten, device=self.directions.device)
+        cosines = texts.cosines_with_before.index_fill(0, own, torch.inf)
+        count = min(MOST_AFFECTED, len(cosines) - len(own.unique()))
+        top = cosines.topk(count, largest=False).indices
+        others = self.directions[top] @ self.directions.T  # (b, d) @ (d, n)
+        nearest = others.scatter_(1, top[:, None], -1.0).amax(dim=1)
+        moved = texts.distances / texts.distances[own].mean().clamp_min(SHORTEST)
+        numbers = (x.tolist() for x in (moved[top], 1 - cosines[top], 1 - nearest))
+        return list(map(AffectedName, [self.names[i] for i in top.tolist()], *numbers))
 
-    def margins(
-        self, edited: Sequence[EditedTexts], forgotten: Sequence[Sequence[int]]
-    ) -> list[list[Margin]]:
-        """For each edit the margin of each row that it forgets, among the other classes."""
-        found, n = [], self.n_classes
-        for texts, own in zip(edited, forgotten, strict=True):
-            index = self._index(own)
-            was = self.texts.embeddings[index] / self.texts.lengths[index, None]  # (o, d)
-            products = was @ self.texts.embeddings.T  # (o, n)
-            before = products / self.texts.lengths
-            after = texts.image_cosines(products, was @ texts.right.T)
-            others = torch.ones(n, dtype=torch.bool, device=was.device)
-            others[index] = False
-            nearest = [
-                x[:, :n].masked_fill(~others, -torch.inf).amax(dim=1) for x in (before, after)
-            ]
-            mine = after.gather(1, index[:, None])[:, 0]
-            known = (texts.lengths > VANISHED * self.texts.lengths)[index] & others.any()
-            numbers = (nearest[1] - mine).tolist(), (1 - nearest[0]).tolist(), known.tolist()
-            triples = zip(*numbers, strict=True)
-            found.append([Margin(m, g) if k else Margin(None, None) for m, g, k in triples])
-        return found
-
-    def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(list(rows), dtype=torch.int64, device=self.texts.hidden.device)
+    def margins(self, texts: EditedTexts, forgotten: Sequence[int]) -> list[Margin]:
+        """The margin of each row that an edit forgets, among the other classes."""
+        own = torch.tensor(forgotten, device=self.directions.device)
+        was = self.directions[own]  # (o, d)
+        products = was @ self.texts.embeddings.T  # (o, n)
+        after = texts.image_cosines(products, was @ texts.right.T)
+        others = torch.arange(self.n_classes, device=own.device)
+        others = others[~torch.isin(others, own)]
+        known = (texts.lengths > VANISHED * self.texts.lengths)[own].tolist()
+        if not len(others):
+            return [Margin(None, None)] * len(known)
+        gap = 1 - (products / self.texts.lengths)[:, others].amax(dim=1)
+        margin = after[:, others].amax(dim=1) - after.gather(1, own[:, None])[:, 0]
+        pairs = zip(margin.tolist(), gap.tolist(), known, strict=True)
+        return [Margin(m, g) if is_known else Margin(None, None) for m, g, is_known in pairs]

@@ -108,8 +108,8 @@ def test_affected_names_and_margins_by_plain_arithmetic():
     for edit, own, names, margins in zip(
         edits,
         forgotten,
-        texts.affected(moved, forgotten),
-        texts.margins(moved, forgotten),
+        map(texts.affected, moved, forgotten),
+        map(texts.margins, moved, forgotten),
         strict=True,
     ):
         after = before + hidden @ edit.delta
@@ -133,14 +133,14 @@ def test_affected_names_and_margins_by_plain_arithmetic():
             assert one.gap == pytest.approx(float(1 - was[others].max()))
     # Among fewer names than are shown, those that are left.
     few = ClassifierTexts([*"abc"], EmbeddedTexts(hidden[:3], hidden[:3] @ w), {}, 3)
-    assert {x.name for x in few.affected(few.texts.edited(edits[:1]), [[1]])[0]} == {"a", "c"}
+    assert {x.name for x in few.affected(few.texts.edited(edits)[0], [1])} == {"a", "c"}
 
 
 def test_without_another_class_there_is_no_margin():
     hidden, w = normal(1, W), normal(W, D, seed=2)
     texts = ClassifierTexts(["a"], EmbeddedTexts(hidden, hidden @ w), {"a": 0}, 1)
     moved = texts.texts.edited([LowRankEdit(normal(W, 1), normal(1, D))])
-    assert texts.margins(moved, [[0]]) == [[(None, None)]] and texts.affected(moved, [[0]]) == [[]]
+    assert texts.margins(moved[0], [0]) == [(None, None)] and texts.affected(moved[0], [0]) == []
 
 
 # The ridge
