@@ -142,22 +142,6 @@ def only(bundle: FeatureBundle, keep: Tensor) -> FeatureBundle:
     return replace(bundle, image_features=bundle.image_features[keep], labels=bundle.labels[keep])
 
 
-def hidden_mark(images: int = 60) -> FeatureBundle:
-    """Three classes; images of class 0 lie at the text of class 1 with a mark along the text of
-    class 0, those of class 1 with a mark of the same size where no text points.
-
-    So the logit of class 0, and no other, tells these two apart.
-    """
-    bundle = world(classes=3, images=images, words=4, noise=0.0)
-    generator = torch.Generator().manual_seed(1)
-    directions = bundle.text_projection[[0, -1]]  # text of class 0; no text: the last hidden axis
-    x = bundle.text_projection[1] + 0.05 * torch.randn(3 * images, WIDTH, generator=generator)
-    for label, direction in enumerate(directions):
-        x[bundle.labels == label] += 0.5 * direction
-    x[bundle.labels == 2] = bundle.text_projection[2]
-    return replace(bundle, image_features=normalize(x, dim=1))
-
-
 def edges() -> dict[str, tuple[Case, set[str]]]:
     """Cases at the edge of what can be measured, and the measures that must say so (words and
     attacks aside)."""

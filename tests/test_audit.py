@@ -17,7 +17,7 @@ import train
 from clip.bundle import bundle_path, load_bundles
 from clip.source import ClipSource
 from evaluation.audit import __main__ as audit
-from evaluation.audit.case import AuditData, Model, accuracy, highest
+from evaluation.audit.case import AuditData, Model, accuracy
 from evaluation.audit.inputs import Places
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import MEASURES, audit_folder, cases_of
@@ -42,11 +42,7 @@ def test_an_interval_is_scipys_holds_its_value_and_narrows_with_images(n, k):
     assert found["low"] <= found["value"] <= found["high"]
     wider = accuracy(4 * k, 4 * n)
     assert wider["high"] - wider["low"] < found["high"] - found["low"] + 1e-12
-
-
-def test_nothing_has_no_accuracy_and_equal_values_keep_their_order():
     assert accuracy(0, 0) == {"value": None, "low": None, "high": None, "n": 0}
-    assert highest(torch.tensor([1.0, 3.0, 1.0, 3.0]), 3).tolist() == [1, 3, 0]
 
 
 @settings(max_examples=30)
@@ -131,11 +127,6 @@ def results(toy_args, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def places(features) -> Places:
-    return Places(features=str(features))
-
-
 def run(folder: Path, features: Path, *argv: str) -> int:
     return audit.cli([str(folder), "--features", str(features), *argv])
 
@@ -160,10 +151,8 @@ def test_from_the_command_line_to_its_own_table(results, features, capsys):
     json.dumps(audits, allow_nan=False)
 
 
-def test_an_interrupted_audit_goes_on_and_what_was_audited_is_not_audited_again(
-    results, places, monkeypatch
-):
-    calls = []
+def test_an_interrupted_audit_goes_on_and_nothing_is_audited_twice(results, features, monkeypatch):
+    calls, places = [], Places(features=str(features))
 
     def undo(case):
         calls.append(case.name)

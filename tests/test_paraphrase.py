@@ -150,14 +150,12 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
     bundle = toy_bundle("ToyAnimals")
     generator = torch.Generator().manual_seed(seed)
     w, d = bundle.text_projection.shape
-    edit = LowRankEdit(
-        torch.randn(w, 2, generator=generator), torch.randn(2, d, generator=generator)
-    )
-    own, noise = bundle.class_hidden[label], torch.randn(5, w, generator=generator)
+    left, right, noise = (torch.randn(*n, generator=generator) for n in ((w, 2), (2, d), (5, w)))
+    own = bundle.class_hidden[label]
     hidden = torch.cat([own[None], own + 4 * noise, noise])
     prompts = [Prompt(str(i), "template", False, row) for i, row in enumerate(hidden)]
     name, other = bundle.classnames[label], (label + 1) % 6
-    model = Model(AuditData(bundle), edit, (other,) if remove else ())
+    model = Model(AuditData(bundle), LowRankEdit(left, right), (other,) if remove else ())
     case = Case(name, [name], model, prompts=prompts)
     found = measure(case)
     for key, model in (("before", case.before), ("after", case.after)):
@@ -169,7 +167,6 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
                 scores[:, other] = -torch.inf
             expected = (scores.argmax(dim=1) == label).double().mean()
             assert entry[key]["value"] == pytest.approx(float(expected))
-    assert case.before.scores.isfinite().all()
 
 
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
@@ -205,19 +202,17 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     assert texts[:2] == ["trumpet creeper", "a photo of a trumpet creeper."]
 
 
-@pytest.mark.parametrize(
-    ("texts", "seen"),
-    [
+def test_which_prompts_forgetting_saw() -> None:
+    data = AuditData(world(rows=[*GONE, EFT]))
+    for texts, seen in (
         (set(), {"newt", "nwet"}),  # read by this model as the bare name
         ({"newt", "owl"}, {"newt", "nwet"}),
         ({"a photo of a newt."}, {"a photo of a newt."}),
         ({"eft"}, {"eft"}),
         ({"something else"}, set()),
-    ],
-)
-def test_which_prompts_forgetting_saw(texts: set[str], seen: set[str]) -> None:
-    prompts, _ = prompts_for(AuditData(world(rows=[*GONE, EFT])), "newt", texts)
-    assert {prompt.text for prompt in prompts if prompt.seen} == seen
+    ):
+        prompts, _ = prompts_for(data, "newt", texts)
+        assert {prompt.text for prompt in prompts if prompt.seen} == seen
 
 
 def test_a_model_stands_in_for_rows() -> None:
@@ -251,8 +246,6 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
     ((text, kind, hidden),) = audit_rows(again)["owl"]
     assert (text, kind) == ("Eule “ü”", "synonym") and torch.equal(hidden, unit(1, 5))
     assert "elk" not in audit_rows(again) and audit_rows(world()) == {}
-    half = replace(again, extra_tensors={HIDDEN: again.extra_tensors[HIDDEN].half()})
-    assert audit_rows(half)["owl"][0][2].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
