@@ -75,9 +75,6 @@ def place(*names: str) -> str:
     return "/".join(short)
 
 
-# Written by a run
-
-
 @dataclass(frozen=True)
 class Record:
     """What an adapter of a run says of itself.
@@ -92,20 +89,6 @@ class Record:
     indices: list[int]
     settings: dict[str, Any]
     entry: dict[str, Any]
-
-    def refuse_other(self, settings: Mapping[str, Any]) -> None:
-        """ProblemError unless it was made with these settings of its method."""
-        before = self.entry["solver"].get("settings", {})
-        changed = [
-            f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
-            for key in sorted({*before, *settings})
-            if before.get(key) != settings.get(key)
-        ]
-        if changed:
-            raise ProblemError(
-                f"{self.label!r} of {self.dataset} has results with other settings "
-                f"({', '.join(changed)}); use --overwrite to replace them, or another ATTEMPT"
-            )
 
 
 class Results:
@@ -179,7 +162,17 @@ class Results:
             return False
         if (record := self.record(path)) is None:
             raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
-        record.refuse_other(settings)
+        before = record.entry["solver"].get("settings", {})
+        changed = [
+            f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if changed:
+            raise ProblemError(
+                f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
+                "use --overwrite to replace them, or another ATTEMPT"
+            )
         return not model or all(file.is_file() for file in model_files(path))
 
     def add(
@@ -192,10 +185,9 @@ class Results:
         """
         from forgetting.io import write_bytes  # who only reads results does not wait for torch
 
-        path = self.path(dataset, label)
-        if settings is not None and (other := self.record(path)):
-            other.refuse_other(settings)
-        write_bytes(data, path)
+        if settings is not None:
+            self.is_done(dataset, label, settings)
+        write_bytes(data, self.path(dataset, label))
         if time.monotonic() >= self._due:
             self.compile()
 
@@ -229,9 +221,6 @@ def add_args(folder: str | Path, line: str) -> None:
     if _lines(path)[-1:] != [line]:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
-
-
-# Read again
 
 
 def no_results(folder: Path) -> ProblemError:

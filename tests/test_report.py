@@ -261,7 +261,7 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     worst = min(row.rest.points for row in exact.rows)
     assert value == points(mean)
     assert remark.startswith(f"± {deviation:.1f}; worst {points(worst)}, ")
-    assert f"exact {points(mean)} ± {deviation:.1f}." in charts([exact])[2].about
+    assert f"exact {points(mean)} ± {deviation:.1f}." in charts([exact])[2][1]
     assert "seed" not in exact.about.partition("mean of 3 seeds")[0]  # they differ in it
     stay = Counter(row.name for row in exact.rows if row.tag == "not forgotten").values()
     said = re.findall(r"not forgotten in (\d) of 3", page_of(tmp_path).text)
@@ -284,7 +284,7 @@ def test_charts_draw_every_class_and_the_whole_names_of_methods(tmp_path, monkey
     plant(tmp_path / names[1], 5, left=0.5, audit=False)
     drawn = charts(read_methods(tmp_path))
     assert dots == [7, 5, 7, 7, 5, 7, 5]  # other words: of the audited folder alone
-    assert all(f"exact ({name})" in drawn[0].about for name in names)
+    assert all(f"exact ({name})" in drawn[0][1] for name in names)
     for figure in figures:
         box = figure.get_tightbbox()
         assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()

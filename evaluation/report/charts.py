@@ -5,7 +5,6 @@ from __future__ import annotations
 from base64 import b64encode
 from io import BytesIO
 from textwrap import fill
-from typing import NamedTuple
 
 from evaluation.plots import styled_figure
 from evaluation.report.runs import Method
@@ -23,16 +22,9 @@ PANELS = (  # title, what the axis says, a quantity, and what it is multiplied b
 )
 
 
-class Chart(NamedTuple):
-    """A drawing with its title, what it says in words, and an address that holds it."""
-
-    title: str
-    about: str
-    source: str
-
-
-def charts(methods: list[Method]) -> list[Chart]:
-    """What is left of each class, and what all else lost; measured quantities only.
+def charts(methods: list[Method]) -> list[tuple[str, str, str]]:
+    """What is left of each class, and what all else lost; measured quantities only. Of each drawing
+    its title, what it says in words, and an address that holds it.
 
     With several seeds a dot is the class's mean, and a bar spans the standard deviation of the
     seeds' means.
@@ -44,7 +36,9 @@ def charts(methods: list[Method]) -> list[Chart]:
     ]
 
 
-def _chart(methods: list[Method], title: str, axis_text: str, quantity: str, scale: int) -> Chart:
+def _chart(
+    methods: list[Method], title: str, axis_text: str, quantity: str, scale: int
+) -> tuple[str, str, str]:
     labels = [fill(method.label, LETTERS) for method in methods]
     height = 0.9 + sum(0.6 + 0.25 * label.count("\n") for label in labels)
     texts, drawn = [], BytesIO()
@@ -73,4 +67,4 @@ def _chart(methods: list[Method], title: str, axis_text: str, quantity: str, sca
         axis.spines[:].set_visible(False)
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     about = f"{title}, {axis_text}. On average: {'; '.join(texts)}."
-    return Chart(title, about, f"data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}")
+    return title, about, f"data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}"
