@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from engine.cli import add_setting
 from engine.log import logger
@@ -24,7 +24,6 @@ from forgetting.settings import setting
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORE = 2**27  # bytes of memory for what passes between processes, which is small
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def launcher(args: Namespace) -> LauncherSettings:
 
 
 def spread(
-    task: Callable[[Item], Result], items: Sequence[Item], how: LauncherSettings
-) -> Iterator[tuple[Item, Result | ProblemError]]:
+    task: Callable[[Any], Any], items: Sequence[Any], how: LauncherSettings
+) -> Iterator[tuple[Any, Any]]:
     """Yield each item with the result of `task(item)` as soon as it is there. A ProblemError that
     the task raises is its result; one is raised if no machine of Ray has what a task requests.
     `task` is what Ray can pickle, such as a function of a module or a `partial` of one."""
@@ -132,7 +131,7 @@ def _import_ray() -> ModuleType:
         ) from error
 
 
-def _in_folder(folder: str, task: Callable[[Item], Result], item: Item) -> Result:
+def _in_folder(folder: str, task: Callable[[Any], Any], item: Any) -> Any:
     """Run a task on a worker in the folder to which its paths are relative."""
     try:
         os.chdir(folder)

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from forgetting.errors import ProblemError
 from forgetting.io import need
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TENSORBOARD = "torch.utils.tensorboard"
 PROJECT = "class-forgetting"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import import_module
 from statistics import fmean
 from textwrap import shorten
 from typing import Any
@@ -69,9 +70,9 @@ class Solved(LowRankEdit):
 class ForgetTrainer(RunInputs, SimpleTrainer):
     """Forgets classes of one data set with one backbone and one seed.
 
-    Images never train anything, so there are no training loaders: the feature bundles (made by
-    CLIP, cached, or given) are read when the first request is solved, and `train` walks over the
-    requests. A method has `solve`, of a batch of requests, or `solve_one`, of one of them.
+    No image trains anything: the feature bundles (made by CLIP, cached, or given) are read when the
+    first request is solved, and `train` walks over the requests. A method has `solve`, of a batch
+    of requests, or `solve_one`, of one of them.
 
     Attributes of a method:
         settings_type: dataclass of its own settings; None: it has none.
@@ -93,9 +94,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         is written or encoded."""
         check(cfg)
         if cfg.LOG:
-            from engine.sink import require
-
-            require(cfg.LOG)
+            import_module("engine.sink").require(cfg.LOG)
         kind, name = cfg.FORGET.TARGET, cls.__name__
         if kind and not cls.targets:
             raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
@@ -224,19 +223,15 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     # The walk
 
     def train(self) -> None:
-        """Forget every request of the plan that is not done yet, each from the original model.
-
-        Each adapter is written as soon as it is evaluated: a killed run loses the requests that
-        are solved together at that moment.
-        """
+        """Forget every request of the plan that is not done yet, each from the original model. A
+        killed run loses the requests that are solved together at that moment."""
         dataset, folder, pending = self.plan.dataset, self.results.folder, self.pending
         remove_stale(folder)
         self.results.compile()
         self.sink: Any = nullcontext()
         if self.cfg.LOG:
-            from engine.sink import Sink
-
-            self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
+            sink = import_module("engine.sink").Sink
+            self.sink = sink(self.cfg.LOG, folder / place(dataset) / SINK)
         self.bar = progress(desc=dataset, total=len(pending))
         try:
             with self.sink, self.bar:

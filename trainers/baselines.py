@@ -38,10 +38,7 @@ class ForgetNothing(ForgetTrainer):
 @register
 class ForgetName(ForgetNothing):
     """The class's name leaves the list that images are classified by; the model stays as it was.
-
-    No image is given that name any more, which is all that an accuracy on the list sees. Any other
-    word for the class still finds its images: nothing was forgotten.
-    """
+    Any other word for the class still finds its images: nothing was forgotten."""
 
     def solve_one(self, request: Request) -> Solved:
         notes = ["the name leaves the list of classes; the projection stays as it was"]
@@ -50,11 +47,11 @@ class ForgetName(ForgetNothing):
 
 @register
 class ForgetZero(ForgetTrainer):
-    """The least change after which nothing is left of the texts: `Delta = -H_f^+ H_f W`.
+    """The least change after which nothing is left of the texts: `Delta = -H_f^+ H_f W`. Nothing is
+    retained, on purpose.
 
-    Nothing is retained, on purpose: what this costs the rest is what a retain set is for. Cosines
-    see no length, and float32 leaves a millionth of a zeroed text in a direction of chance. So the
-    change goes a hundred-thousandth beyond zero, which decides this in the method's favour.
+    Cosines see no length, and float32 leaves a millionth of a zeroed text in a direction of chance.
+    So the change goes a hundred-thousandth beyond zero, which decides this in the method's favour.
     """
 
     def solve_one(self, request: Request) -> Solved:
@@ -75,11 +72,9 @@ class AscentSettings:
 
 @register
 class ForgetAscent(ForgetTrainer):
-    """Fine-tuning of the projection by ascent on the texts' zero-shot cross-entropy.
-
-    A text is classified among the untouched embeddings of the set's evaluation prompts; steps are
-    taken until the probability of its own class is below chance. Nothing is retained, on purpose.
-    """
+    """Fine-tuning of the projection by ascent on the texts' zero-shot cross-entropy, among the
+    untouched embeddings of the set's evaluation prompts, until the probability of its own class is
+    below chance. Nothing is retained, on purpose."""
 
     settings_type = AscentSettings
 
@@ -107,11 +102,8 @@ class ForgetAscent(ForgetTrainer):
 
 @register
 class ForgetNoise(ForgetExact):
-    """A random change of the Frobenius norm and the rank of ForgetExact's answer.
-
-    Of that size a text of average length is moved as far as by full Gaussian noise on the
-    projection (see `forgetting.baselines.noise`), so low rank is no favour.
-    """
+    """A random change of the norm and the rank of ForgetExact's answer: it moves a text of average
+    length as far as full Gaussian noise (see `forgetting.baselines.noise`)."""
 
     def solve(self, requests: Batch) -> list[Solved]:
         answers = []
@@ -217,11 +209,8 @@ class ForgetNullSpace(EditTrainer):
 @register
 class ForgetLEACE(RetainingTrainer):
     """LEACE (Belrose et al. 2023, arXiv 2306.03819): no linear classifier tells the class's texts
-    from the retained ones any more, at the least change of the retained hidden states.
-
-    The class's texts are those of the request and its evaluation prompt, which no other method
-    sees. What it equals are means, so they end on the mean of the retained ones.
-    """
+    from the retained ones any more, at the least change of the retained hidden states. The class's
+    texts are those of the request and its evaluation prompt, which no other method sees."""
 
     @classmethod
     def check_settings(cls, cfg: CfgNode) -> None:

@@ -81,10 +81,8 @@ class PaperTrainer(ForgetTrainer):
 
 @register
 class ForgetLoRA(PaperTrainer):
-    """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective.
-
-    Requests are descended together, each with its own adapter, random numbers and retry.
-    """
+    """Kravets and Namboodiri (TMLR 2025): Adam on LoRA factors of the three-term objective, many
+    requests together, each with its own adapter, random numbers and retry."""
 
     settings_type = LoraSettings
     batch_size = 64
@@ -157,11 +155,9 @@ def exact_settings(cfg: CfgNode, d: int | None = None) -> ExactSettings:
 
 @register
 class ForgetExact(ForgetTrainer):
-    """The forgotten texts on their target, and the least disturbance of everything retained.
-
-    Retained are weighted groups of names: the other classes of the set, its vocabulary with a
-    generic one beside it, if there is a model to encode that, and the classes of the other sets.
-    """
+    """The forgotten texts on their target, and the least disturbance of weighted groups of names:
+    the other classes of the set, its vocabulary with a generic one beside it, if there is a model
+    to encode that, and the classes of the other sets."""
 
     settings_type = ExactSettings
     targets = ("specific", *TARGETS)
