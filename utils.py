@@ -67,7 +67,8 @@ def create_results(
             together, or `before` of another model.
     """
     folders = [folder] if isinstance(folder, str | PathLike) else folder
-    if not folders or not all(isinstance(each, str | PathLike) for each in folders):
+    is_list = isinstance(folders, Sequence) and len(folders) > 0
+    if not is_list or not all(isinstance(each, str | PathLike) for each in folders):
         raise ProblemError(f"a results folder is given by its path, not by {shown(folder)}")
     parts = []
     for each in folders:
@@ -169,6 +170,8 @@ def compare_results(
     Raises:
         ProblemError: no class is in all folders, or folders of several models.
     """
+    if not isinstance(folders, Mapping) or not folders:
+        raise ProblemError(f"folders must map names to results folders, not {shown(folders)}")
     summaries, places, models, keys = {}, [], [], ["data set", "forgotten"]
     for name, each in folders.items():
         if name in {"before", *(f"± {other}" for other in folders)}:

@@ -51,7 +51,7 @@ PANELS = {
 
 @contextmanager
 def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) -> Iterator[Figure]:
-    """An empty figure in the common style, of a size in inches; it is drawn and saved within."""
+    """An empty figure in the common style, which is drawn and saved within."""
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
@@ -61,11 +61,8 @@ def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) ->
 
 @contextmanager
 def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure in the common style; what the body drew on it is saved, whole or not at all.
-
-    Args:
-        path: of the picture; its suffix says the format. width, height: inches.
-    """
+    """An empty figure of a size in inches; what the body drew on it is saved, whole or not at all,
+    in the format of the path's suffix."""
     from forgetting.io import write_bytes
 
     path, drawn = Path(path), BytesIO()
@@ -108,8 +105,8 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
             axes[2].scatter([], [], s=48, color=colour, label=name)
         figure.legend(loc="outside upper right", ncols=len(colours) + 1)
         if len(shown) < len(table):
-            rows = f"the {len(shown)} of {len(table):,} rows with most left of the class"
-            figure.suptitle(rows)
+            text = f"the {len(shown)} of {len(table):,} rows with most left of the class"
+            figure.suptitle(text)
     return Path(path)
 
 

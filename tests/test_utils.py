@@ -157,7 +157,7 @@ def test_what_is_no_seed_is_refused(seeds, tmp_path, key, value):
         create_results(seeds)
     with pytest.raises(ProblemError, match="given twice"):
         create_results([seeds[0], f"{seeds[0]}/"])
-    for wrong in ([], [3], (), [seeds[:1]]):
+    for wrong in ([], [3], (), [seeds[:1]], 3, None, {}):
         with pytest.raises(ProblemError, match="given by its path"):
             create_results(wrong)
 
@@ -263,6 +263,9 @@ def test_methods_side_by_side(seeds, public, tmp_path):
     for name in ("before", "± s"):
         with pytest.raises(ProblemError, match="can be called"):
             compare_results({"s": seeds, name: other})
+    for wrong in ({}, seeds):
+        with pytest.raises(ProblemError, match="must map names"):
+            compare_results(wrong)
     elsewhere = write(tmp_path / "x", {"B": {"x": entry("B", "x", others=())}})
     with pytest.raises(ProblemError, match="no class is in all"):
         compare_results({"s": elsewhere, "a": other})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -15,16 +14,8 @@ from evaluation.rules import Fate, holds
 
 NAMED = 3  # classes named in a finding; the list of classes has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
-COLUMNS = (
-    *("Method", "Gone", "Come back under other words", "Recognised, %"),
-    *("Rest of their set, points", "Other sets, points", "Seconds"),
-)
-
-
-def _is_named_first(attack: str, row: Row) -> bool:
-    return row.measured("undo", "attacks", attack, "place") == 1
-
-
+COLUMNS = ("Method", "Gone", "Come back under other words", "Recognised, %")
+COLUMNS += ("Rest of their set, points", "Other sets, points", "Seconds")
 FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting first
     "Not forgotten": lambda row: row.fate is Fate.STAYS,
     "Recognised again under other words": lambda row: row.back and row.fate is not Fate.STAYS,
@@ -41,7 +32,9 @@ FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting 
         way["needed"] is not None for way in (row.measured("relearning", "methods") or {}).values()
     ),
     **{
-        f"Named first by an attacker who has {who}": partial(_is_named_first, attack)
+        f"Named first by an attacker who has {who}": lambda row, attack=attack: (
+            row.measured("undo", "attacks", attack, "place") == 1
+        )
         for attack, who in ATTACKERS.items()
     },
     "Not proved optimal": lambda row: row.gap is not None and row.gap > PROVED,
