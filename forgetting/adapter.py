@@ -124,15 +124,8 @@ class Adapter:
 
 
 def projection_sha256(projection: Tensor) -> str:
-    """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter.
-
-    One in float64 that float32 cannot hold exactly is hashed as it is: two projections of one name
-    are equal.
-    """
-    projection = matrix("projection", projection).cpu()
-    single = projection.float()
-    exact = projection.dtype != torch.float64 or torch.equal(single.double(), projection)
-    return hashlib.sha256(raw(single if exact else projection)).hexdigest()
+    """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
+    return hashlib.sha256(raw(matrix("projection", projection).float())).hexdigest()
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:

@@ -9,13 +9,12 @@ import sys
 import tomllib
 import venv
 import zipfile
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetting import Forgotten, __version__, load_adapter, save_adapter
+from forgetting import Forgotten, __version__, load_adapter
 from forgetting.cli import COMMANDS, OTHER_TEMPLATES, cli
 from forgetting.displacement import displacement_along
 from forgetting.models.encoder import read_encoder
@@ -119,30 +118,6 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, succeeds):
     least = min(zip(ratios.tolist(), others, strict=True))
     assert f"{least[0]:5.2f}  {least[1]}" in said
     assert "names like those of the group own" in said and "most affected by text alone" in said
-
-
-def test_adapters_of_the_driver_are_audited_and_not_verified(
-    folder, adapter, tmp_path, succeeds, refused
-):
-    """They do not say what the rest of their model is."""
-    save_adapter(replace(load_adapter(adapter), model=None, changed_sha256=[]), adapter)
-    succeeds("audit", adapter, "--model", folder)
-    changed = tmp_path / "changed"
-    succeeds("export", adapter, "--base", folder, "--to", "open_clip", "--out", changed)
-    line = refused("verify", adapter, "--model", changed, "--base", folder)
-    assert "does not say what the rest of its model is" in line
-
-
-def test_an_export_in_half_precision_is_verified(folder, tmp_path, succeeds):
-    """Computed with in float32, it keeps its precision in files."""
-    adapter, changed = tmp_path / "a.st", tmp_path / "changed"
-    halves = {name: x.half() for name, x in load_file(_weights(folder)).items()}
-    save_file(halves, _weights(folder))
-    succeeds("forget", folder, "Acme Cola", *QUICK, "--out", adapter)
-    succeeds("export", adapter, "--base", folder, "--to", "open_clip", "--out", changed)
-    assert load_file(_weights(changed))["text_projection"].dtype == torch.float16
-    for more in ([], ["--base", folder]):
-        succeeds("verify", adapter, "--model", changed, *more)
 
 
 def test_options_of_forget(folder, tmp_path, run):

@@ -100,23 +100,6 @@ def test_other_precisions(family, dtype):
     assert not different(before, state(model))
 
 
-def test_in_float64_a_change_below_float32_is_a_change():
-    model, words = tiny("own")
-    model = model.double()
-    answer = forget(model, words, ["Acme Cola"], **PLAIN)
-    small = replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 1e-12))
-    before = state(model)
-    small.apply()
-    once = state(model)
-    assert different(before, once) == ["last"] and small.verify()
-    small.apply()
-    assert not different(once, state(model))
-    small.undo()
-    assert not different(before, state(model))
-    single = before["last"].float()  # what float32 holds has one name in all precisions
-    assert projection_sha256(single) == projection_sha256(single.double())
-
-
 TAMPERED = {  # a change of the model, and what verify says
     "other": (lambda m, _: flip_bit(m.visual.ln_post.bias), "is not what it was"),  # of images
     "projection": (lambda m, _: flip_bit(m.text.text_projection), "is neither"),
@@ -193,12 +176,6 @@ def test_changes_do_not_add_up(acme):
     assert forget(other, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
     # What gives the original back gives the model free.
     model.load_state_dict({"text_projection": first.original}, strict=False)
-    assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
-
-
-def test_a_change_that_changes_nothing_leaves_the_model_free(acme):
-    model, words, answer, _ = acme()
-    replace(answer, adapter=replace(answer.adapter, left=answer.adapter.left * 0)).apply()
     assert forget(model, words, ["Zeta Tea"], **PLAIN).names == ["Zeta Tea"]
 
 

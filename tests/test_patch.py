@@ -122,27 +122,6 @@ def test_the_rank_condition():
     refused("w = 36 > d = 32", patch, before, tall, made.left, made.right)
 
 
-def test_a_head_of_averaged_templates():
-    """Patch templates, then average. Averaged first, a text weighs what it weighed before."""
-    weight, adapter, hidden, _, _ = case()
-    run = (weight, adapter.left, adapter.right)
-    changed = weight.double() + adapter.left.double() @ adapter.right.double()
-    templates = hidden.reshape(8, 5, W)  # 8 classes, 5 templates
-
-    def head(embeddings: Tensor) -> Tensor:
-        return normalize(normalize(embeddings, dim=-1).mean(dim=1), dim=-1)
-
-    wanted = head(templates @ changed)
-    before = normalize(templates @ weight.double(), dim=-1)
-    patched = patch(before.reshape(40, D), *run)[0].reshape(8, 5, D)
-    assert farthest(head(patched), wanted) < 1e-10
-    averaged, _ = patch(head(before), *run)
-    assert farthest(averaged, wanted) > 0.01
-    # What it is instead: the same templates, weighted by how long they were.
-    lengths = (templates @ weight.double()).norm(dim=-1, keepdim=True)
-    assert farthest(averaged, normalize((templates @ changed / lengths).mean(1), dim=-1)) < 1e-10
-
-
 def test_a_text_of_which_nothing_is_left_is_named():
     weight, _, hidden, before, _ = case()
     h = hidden[3]
