@@ -221,12 +221,8 @@ def test_ray_gives_the_results_of_one_process_bit_for_bit(workers, lists, tmp_pa
     assert run(sweep.main, argv) == 0
     assert "ray: 8 tasks" in capsys.readouterr().out
     assert adapters(tmp_path / "here") == adapters(tmp_path / "ray")
-    for wrong, message in (
-        ("--cpus=512", "no machine of Ray has 512 CPU"),
-        ("--forget=saw", "no class"),
-    ):
-        assert run(sweep.main, [*argv, wrong]) == 2
-        assert message in capsys.readouterr().err
+    assert run(sweep.main, [*argv, "--cpus=512"]) == 2
+    assert "no machine of Ray has 512 CPU" in capsys.readouterr().err
 
 
 def dying(marks: str, word: str) -> str:
