@@ -376,17 +376,8 @@ def test_vocabulary_of_a_set_of_photographs(name):
     marked = datasets.same_meaning(forgotten, name)
     assert all(datasets.same_meaning([key], name) > {key} for key in forgotten)
     assert marked <= {*words, *forgotten} and len(set(words) - marked) >= 100
-
-
-def test_synonyms_are_those_of_classes():
-    from torchvision.datasets import Flowers102
-
-    poodles = [name for name in datasets.retain_vocabulary("StanfordDogs") if "poodle" in name]
-    assert datasets.same_meaning(["Pekinese"], "StanfordDogs") >= {"pekinese", "pekingese"}
-    assert "miniature poodle" in poodles, "a neighbour is no synonym"
-    assert "miniature poodle" not in datasets.same_meaning(["toy poodle"], "StanfordDogs")
-    meant = set().union(*vocabulary._read("OxfordFlowers").values())
-    assert meant <= set(Flowers102.classes)
+    if name == "StanfordDogs":
+        assert "miniature poodle" in set(words) - marked, "a neighbour is no synonym"
 
 
 def test_vocabulary_format(tmp_path, monkeypatch, request):

@@ -16,7 +16,6 @@ import datasets
 import train
 from clip.architectures import ARCHITECTURES
 from clip.bundle import bundle_path
-from engine.cli import run
 from engine.config import paper_weights, settings
 from evaluation.rows import read_rows
 from experiments import faithfulness
@@ -214,10 +213,3 @@ def test_distance_from_ours_is_of_the_same_problem():
     for name in faithfulness.ACCURACIES:
         assert [kept[f"{name}: {key}"] for key in ("mean", "mean size", "largest")] == [0, 3, 3]
     assert (table.drop(index="last step kept") == 0).all(axis=None)
-
-
-def test_wrong_arguments_are_one_line(capsys):
-    for argv, key in ((["--classes", "0"], "--classes"), ([], "no folder of feature bundles")):
-        assert run(faithfulness.main, ["--features", "nowhere", *argv]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and key in error and error.count("\n") == 1

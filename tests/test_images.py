@@ -7,7 +7,6 @@ import shlex
 import struct
 import subprocess
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -277,12 +276,9 @@ def test_an_image_that_would_fill_the_memory_is_one_line(tmp_path, size, message
 def test_exif_turns_an_image_only_where_that_is_wanted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "rotated.jpg", exif=exif)
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.save(tmp_path / "rotated.jpg", exif=exif)
     assert read_image(tmp_path / "rotated.jpg").size == (40, 20)  # as CLIP's benchmarks read it
     assert read_image(tmp_path / "rotated.jpg", upright=True).size == (20, 40)
-    picture = Image.new("RGB", (40, 20), "red")
     picture.save(tmp_path / "garbage.png", exif=b"garbage, and no header of a TIFF file")
     assert read_image(tmp_path / "garbage.png", upright=True).size == (40, 20)
-    picture.save(tmp_path / "torn.png", exif=b"II*\0" + b"\xff" * 40)
-    with suppress(ProblemError):  # whatever is in it, it is one line or an image
-        read_image(tmp_path / "torn.png", upright=True)
