@@ -84,33 +84,7 @@ def candidates(problem: ForgetProblem, answer: torch.Tensor) -> list[torch.Tenso
     return [one for one in [*found, *parts] if torch.isfinite(one).all()]
 
 
-def descended(problem: ForgetProblem, start: torch.Tensor) -> torch.Tensor:
-    """L-BFGS on the objective with smoothed norms, from a start."""
-    exact = problem.double
-    delta = start.clone().requires_grad_()
-    size = float(problem.objective(start.double())) + 1e-300
-    smooth = (1e-9 * size) ** 2
-
-    def norm(x, weight):
-        return (weight**2 * x.square().sum() + smooth).sqrt() if weight else 0 * x.sum()
-
-    optimizer = torch.optim.LBFGS([delta], max_iter=60, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (
-            norm(exact.displacement - exact.forget_hidden @ delta, exact.lamb_forget)
-            + norm(exact.retain_hidden @ delta, exact.lamb_preserve)
-            + norm(delta, exact.lw)
-        ) / size
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return delta.detach()
-
-
-def attack(problem: ForgetProblem, thorough: bool) -> Certificate:
+def attack(problem: ForgetProblem) -> Certificate:
     """Solve, and fail if anything beats what is claimed."""
     solution = solve_exact(problem)
     proof, judge, answer = solution.certificate, Judge(problem), solution.delta
@@ -119,27 +93,23 @@ def attack(problem: ForgetProblem, thorough: bool) -> Certificate:
     assert judge(answer) <= nothing * (1 + 1e-9) + proof.rounding
     assert abs(judge(answer) - proof.primal) <= proof.rounding + 1e-15 * proof.primal
     claimed = proof.primal * (1 - proof.gap)
-    tries = candidates(problem, answer)
-    if thorough:
-        starts = sorted(tries, key=judge)[:2]
-        tries += [one for one in (descended(problem, x) for x in starts) if one.isfinite().all()]
-    for one in tries:
+    for one in candidates(problem, answer):
         if float(one.norm()) <= proof.radius:
             assert judge(one) >= claimed * (1 - 1e-15), (judge(one), proof)
     return proof
 
 
-@settings(max_examples=300, **EVERY)
-@given(problems(), st.integers(0, 4))
-def test_nobody_finds_anything_better(problem, turn):
-    attack(problem, thorough=turn == 0)
+@settings(max_examples=400, **EVERY)
+@given(problems())
+def test_nobody_finds_anything_better(problem):
+    attack(problem)
 
 
 @pytest.mark.slow
 @settings(max_examples=20_000, derandomize=False, **EVERY)
-@given(problems(), st.integers(0, 9))
-def test_nobody_finds_anything_better_in_twenty_thousand(problem, turn):
-    attack(problem, thorough=turn == 0)
+@given(problems())
+def test_nobody_finds_anything_better_in_twenty_thousand(problem):
+    attack(problem)
 
 
 @settings(max_examples=150, **EVERY)
@@ -161,7 +131,7 @@ def test_what_cannot_be_proved_is_not_called_so():
     for weight, provable in ((1e13, True), (1e30, False)):
         tensors = normal(16, 4, seed=4), normal(3, 16, seed=2), normal(60, 16, seed=1)
         problem = ForgetProblem(*tensors, normal(3, 4, seed=5), weight, 0.3, 0.2)
-        assert (attack(problem, thorough=True).gap < 1) == provable
+        assert (attack(problem).gap < 1) == provable
 
 
 # In exact rationals, for one text: at any mu an upper bound of the optimum, at the best one it.

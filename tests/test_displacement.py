@@ -251,24 +251,18 @@ def test_similar_names_are_excluded_but_those_of_a_list():
 
 def test_the_gram_matrix_weighs_groups():
     rows, w, b = normal(6, W), normal(W, D, seed=1), normal(D, seed=2)
-    retain = RetainSet(
-        {
-            "a": Group([*"ab"], rows[:2], 3.0),
-            "b": Group([*"cdef"], rows[2:]),
-            "none": Group([], rows[:0]),
-        }
-    )
+    groups = {"a": Group([*"ab"], rows[:2], 3.0), "b": Group([*"cdef"], rows[2:])}
+    retain = RetainSet(groups | {"none": Group([], rows[:0])})
     weights = torch.tensor([1.5, 1.5, 1, 1, 1, 1]).double()
     assert torch.allclose(retain.gram, rows.T @ (weights[:, None] * rows))
+    assert set(retain.counts) == {"a", "b"} and retain.weights == {"a": 3.0, "b": 4.0}
     for bias in (None, b):
         e = rows @ w + (0 if bias is None else bias)
         specific = TargetInputs(w, bias, retain=retain, lam=0.5).specific
         assert torch.allclose(specific.gram, e.T @ (weights[:, None] * e)) and specific.mu == 0.5
         mean = float((weights * e.square().sum(dim=1)).sum()) / 7
         assert retain.squared_embedding(w, bias) == pytest.approx(mean)
-    assert set(retain.counts) == {"a", "b"} and retain.weights == {"a": 3.0, "b": 4.0}
-    mean = float((weights * rows.square().sum(dim=1)).sum()) / 7
-    assert retain.ridge(0.5).mu == pytest.approx(0.5 * mean)
+    assert retain.ridge(0.5).mu == pytest.approx(0.5 * float(retain.gram.trace()) / 7)
 
 
 def test_a_digest_is_of_names_and_weights_not_of_float_bits():
@@ -290,11 +284,9 @@ def test_a_digest_is_of_names_and_weights_not_of_float_bits():
         ({"a": Group(["a"], torch.ones(2, W))}, "1 names, 2"),
         ({"a": Group(["a"], torch.ones(1, W)), "b": Group(["b"], torch.ones(1, 3))}, "group 'b'"),
         ({"a": Group(["a"], torch.ones(1, W), -1.0)}, "weight of group 'a'"),
-        ({"a": Group(["a"], torch.full((1, W), torch.nan))}, "group 'a'"),
+        ({"a": Group(["a"], torch.ones(1, W), 0.0)}, "weight"),
     ],
 )
 def test_impossible_groups_are_refused(groups, token):
     with pytest.raises(ProblemError, match=token):
-        RetainSet(groups)
-    with pytest.raises(ProblemError, match="weight"):
-        _ = RetainSet({"a": Group(["a"], torch.ones(1, W), 0.0)}).squared_length
+        _ = RetainSet(groups).squared_length
