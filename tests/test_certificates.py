@@ -99,7 +99,7 @@ def attack(problem: ForgetProblem) -> Certificate:
     return proof
 
 
-@settings(max_examples=400, **EVERY)
+@settings(max_examples=300, **EVERY)
 @given(problems())
 def test_nobody_finds_anything_better(problem):
     attack(problem)
@@ -112,7 +112,7 @@ def test_nobody_finds_anything_better_in_twenty_thousand(problem):
     attack(problem)
 
 
-@settings(max_examples=150, **EVERY)
+@settings(max_examples=100, **EVERY)
 @given(problems(), st.integers(0, 2**31))
 def test_what_is_claimed_of_each_request_holds_too(problem, seed):
     """Solved together, some names excluded."""

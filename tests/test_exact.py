@@ -51,7 +51,7 @@ needs_clip = pytest.mark.skipif(
 )
 
 
-@settings(max_examples=300, **EVERY)
+@settings(max_examples=200, **EVERY)
 @given(**RANDOM)
 def test_every_answer_is_proved(**drawn):
     problem = random_problem(**drawn)
@@ -88,7 +88,7 @@ def test_an_independent_solver_finds_the_same_value(**drawn):
         assert proof.bound <= value + 1e-7 * scale
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     k=st.integers(1, 5),
     m=st.integers(0, 12),
@@ -129,7 +129,7 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed, lamb_preserve, l
     if limits.reach > 1.01 * limits.start + 1e-6:
         assert at(0.999 * limits.reach).rho > 0
     auto = at("auto")
-    assert auto.lamb_forget == pytest.approx(1.001 * limits.reach)
+    assert auto.lamb_forget == pytest.approx(1.001 * limits.reach, rel=1e-12)
     if auto.lamb_forget > 1e-9:
         assert problem.reduction(auto.delta) == pytest.approx(1, abs=1e-6)
 
@@ -162,7 +162,7 @@ def test_very_many_retained_texts_are_seen_through_their_triangle():
     assert solution.certificate.gap < GAP
 
 
-@settings(max_examples=80, **EVERY)
+@settings(max_examples=50, **EVERY)
 @given(owner=st.permutations([0, 1, 1, 2, 3, 3, 3]), auto=st.booleans(), **RANDOM | MODERATE)
 def test_many_requests_are_as_each_alone(owner, auto, **drawn):
     drawn |= {"k": 7, "lamb_forget": "auto"} if auto else {"k": 7}
@@ -189,7 +189,7 @@ def test_many_requests_are_as_each_alone(owner, auto, **drawn):
             assert norm(together.delta - one.delta) <= 1e-7 * norm(one.delta) + 1e-9
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     further=st.integers(20, 60),
     w=st.integers(8, 16),

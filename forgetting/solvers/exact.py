@@ -106,8 +106,9 @@ def solve_exact(problem: ForgetProblem) -> ExactSolution:
         ProblemError: `lamb_forget` is "auto" and the target cannot be reached.
     """
     spectrum = Spectrum(problem.retain_hidden[: None if problem.lamb_preserve else 0])
-    texts = torch.arange(len(problem.forget_hidden))[None]
-    nothing = torch.zeros(1, len(spectrum.rows), dtype=torch.bool)
+    device = problem.projection.device
+    texts = torch.arange(len(problem.forget_hidden), device=device)[None]
+    nothing = torch.zeros(1, len(spectrum.rows), dtype=torch.bool, device=device)
     (solution,) = _solve(problem, spectrum, spectrum.rows, texts, nothing)
     if not solution.certificate.gap <= GOOD_GAP:
         (still,) = _solve(problem, spectrum, spectrum.rows, texts, nothing, move=False)
@@ -181,7 +182,7 @@ def _solve(
     mu_start, start = reduced.start()
     reach = start if texts.shape[1] == 1 else torch.maximum(start, reduced.reach())
     if problem.lamb_forget == AUTO:
-        lf = torch.tensor([auto_weight(x) for x in reach.tolist()]).to(start)
+        lf = start.new_tensor([auto_weight(x) for x in reach.tolist()])
     else:
         lf = torch.full_like(start, problem.lamb_forget)
 
