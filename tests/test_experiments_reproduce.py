@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 import datasets
 from engine.cli import run
@@ -20,6 +19,7 @@ from experiments.reproduce import WHOLE, compare, whole_set
 from forget_cls import all_ds, forget_classes_all
 from tests.clip_fixtures import reduce_depth, save_openai
 from tests.conftest import REPOSITORY
+from tests.test_datasets import picture
 
 QUICK = ["TRAINER.FORGETLORA.STEPS", "5", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
 MINI = ["FORGET.LAMB_PRESERVE", "0.3", "FORGET.LAMB_FORGET", "1.5"]
@@ -28,17 +28,13 @@ IMAGES = 2  # of a class
 
 
 def image_root(root: Path, names: list[str] = all_ds) -> Path:
-    """The four sets in CoOp's layout with their published split files; a few images of noise."""
-    rng = np.random.default_rng(0)
+    """Sets in CoOp's layout with their published split files; a few images of noise."""
     for name in names:
         row, entries = datasets.spec(name), []
-        folder = root / row.folder / row.image_folder
         for label, title in enumerate([*forget_classes_all[name], *OTHERS]):
             for number in range(IMAGES):
                 path = f"class_{label}/image_{number}.jpg"
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / path)
+                picture(root / row.folder / row.image_folder / path, 2 * label + number)
                 entries.append([path, label, title])
         split = {"train": [], "val": [], "test": entries}
         (root / row.folder / row.split_file).write_text(json.dumps(split))

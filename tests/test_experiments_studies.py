@@ -116,6 +116,9 @@ def test_ranks_bind_the_descent_only(features, tmp_path):
     ranks = [f"rank {number}" for number in (1, 2, 5, 10, 50)]
     optimum = together.loc["ForgetOptimum"].droplevel("mode").loc[ranks]
     assert optimum["norm"].is_monotonic_decreasing and optimum["norm"].nunique() == 5
+    assert "auto" in STUDIES["rank"](None, "", "lora")["rank 50"], (
+        "the paper's weight moves nothing"
+    )
     for solver, rank in (("lora", 1), ("optimum", 3)):
         folder = tmp_path / "ViT-B-32/ToyAnimals/rank" / solver / "rank 1/seed_0/ToyAnimals"
         (path,) = [p for p in folder.glob("*.safetensors") if len(load_adapter(p).classes) == 3]
@@ -126,7 +129,8 @@ def test_the_texts_of_templates_are_forgotten(features, tmp_path):
     rows = study(features, tmp_path, "templates", "--forget", "Dog")
     assert rows.xs("prompt", level="setting")["carry"].tolist() == pytest.approx([1, 1, 1])
     folder = tmp_path / "ViT-B-32/ToyAnimals/templates/constrained/both/seed_0/ToyAnimals"
-    assert load_adapter(folder / "Dog.safetensors").texts == ["Dog", "a photo of a Dog."]
+    adapter = load_adapter(folder / "Dog.safetensors")
+    assert adapter.texts == ["Dog", "a photo of a Dog."] and adapter.solver["beta"] == 0
 
 
 # The command
