@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from evaluation.audit.verdict import verdict
-from evaluation.results import LOGS
-from evaluation.rows import Change, Row, current_audits, rows_of
+from evaluation.rows import Change, Row, rows_of
 from evaluation.rules import Fate
-from tests.report_fixtures import acc, audit_of, plant
+from tests.report_fixtures import acc, audit_of
 from trainers.base import outcomes
 
 
@@ -50,11 +47,3 @@ def test_several_classes_under_one_name_are_rows_of_their_own():
     own = {"a|b": {"cls_acc_test": 0.1, "no_cls_acc": 0.5}}  # a class name may hold the separator
     (row,) = rows_of({"A": {"a|b": {"final_results": {"A": own}}}})
     assert (row.name, row.together) == ("a|b", 1)
-
-
-def test_rows_keep_the_order_of_the_logs(tmp_path):
-    folder = plant(tmp_path, 6)
-    logs = json.loads((folder / LOGS).read_text())
-    rows = rows_of(logs, current_audits(folder, logs)[0])
-    assert [row.label for row in rows] == [x for x in logs["ToyAnimals"] if x != "settings"]
-    assert all(row.audit for row in rows)
