@@ -114,13 +114,7 @@ def test_settings_are_what_a_run_freezes():
     assert {name: parsed[name] for name in OPTIONS} == dict.fromkeys(OPTIONS)
 
 
-def test_a_default_stands_in_one_place():
-    for name in SETTINGS:
-        file = CONFIGS / "trainers" / f"{name}.yaml"
-        tree = read_yaml(file) if file.exists() else {}
-        assert set(tree) <= {"TRAINER", "FORGET"} and tree.get("TRAINER") in (None, {"NAME": name})
-        for key, value in tree.get("FORGET", {}).items():
-            assert value != declared()[f"FORGET.{key}"].default, (name, key)
+def test_methods_have_their_own_defaults():
     lora, exact, uce = (settings(f"Forget{name}").FORGET for name in ("LoRA", "Exact", "UCE"))
     assert (lora.TARGET, lora.SIMILARITY) == ("empty", 1.0)
     assert (exact.TARGET, exact.BETA, exact.SIMILARITY) == ("specific", 0.0, 0.95)
