@@ -8,7 +8,6 @@ damage, each kind of option by each kind of bad value.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import resource
@@ -368,25 +367,6 @@ def test_a_wrong_command_line_says_what_is_right(row, place, refusal):
     argv, message = WRONG_LINES[row]
     whole = argv if argv[:1] == ["train"] else [*ARGS, *argv]
     assert re.search(message, refusal(whole[0], whole[1:]))
-
-
-def entry_of(label: object = 0, file: str = "euphonium/image_0000.jpg", name: str = "euphonium"):
-    return {"train": [], "val": [], "test": [[file, label, name]]}
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (entry_of(label="one"), "label"),
-        (entry_of(file="euphonium/none.jpg"), "none.jpg"),
-        (entry_of(file="../../../x.jpg"), "leads out of"),
-        (entry_of(file="/x.jpg"), "leads out of"),
-        (entry_of(name="\ud800"), "a name that is no text"),
-    ],
-)
-def test_a_wrong_split_is_named(entry, message, place, refusal):
-    (place / "data/caltech-101/split_zhou_Caltech101.json").write_text(json.dumps(entry))
-    assert message in refusal("features", WHOLE["features"][1:])
 
 
 def test_a_broken_image_and_a_checkpoint_of_another_architecture_are_named(place, refusal):
