@@ -75,11 +75,11 @@ def planted() -> dict:
     worst = {"text": "pooch", "kind": "synonym", **sides(0.8, 0.1)}
     methods = {name: {"forgotten": [0.1], "needed": None} for name in ("cache", "probe")}
     return {
-        "residue": {"zero_shot": sides(0.9, 0), "linear_probe": sides(0.2, 0.2)},
+        "residue": {"zero_shot": sides(0.9, 0), "linear_probe": sides(0.48, 0.48)},
         "paraphrase": {"worst": worst, "back": [], "prompts": prompts},
         "neighbours": {"classes": [{"name": "wolf", **sides(0.8, 0.8)}]},
         "relearning": {"methods": methods},
-        "undo": {"names": 900, "attacks": {"alone": {"place": 400}}},
+        "undo": {"names": 900, "attacks": {"alone": {"place": 6}}},
     }
 
 
@@ -89,23 +89,24 @@ def test_the_verdict_has_bad_news_first():
         "found by 0 of 1 other texts; most by 'pooch' (synonym): 80.0 % -> 10.0 %",
         "its 1 nearest classes change by +0.0 points",
         "no number of images that was tried brings half of it back",
-        "a classifier trained on images (linear probe) finds 20.0 % of its images",
-        "whoever has the changed weights alone finds its name in place 400 of 900",
+        "a classifier trained on images (linear probe) finds 48.0 % of its images",
+        "whoever has the changed weights alone finds its name in place 6 of 900",
     ]
     bad = planted()
     bad["paraphrase"]["back"] = ["pooch"]
-    bad["neighbours"]["classes"][0] |= sides(0.9, 0.3)
-    bad["neighbours"]["classes"].append({"name": "fox", **sides(0.7, 0.8)})
+    bad["neighbours"]["classes"][0] |= sides(0.9, 0.68)
+    bad["neighbours"]["classes"].append({"name": "fox", **sides(0.7, 0.84)})
+    bad["residue"]["linear_probe"] = sides(0.52, 0.52)
     areas = {"auc_before": 0.5, "auc_after": 0.6}
-    leak = [{"name": "fox", **areas}, {"name": "wolf", **areas, "auc_after": 0.9}]
+    leak = [{"name": "fox", **areas}, {"name": "wolf", **areas, "auc_after": 0.82}]
     bad["destinations"] = {"leak": leak}
     bad["relearning"]["methods"] = {"cache": {"needed": 8}, "probe": {"needed": 1}}
-    bad["undo"]["attacks"] = {"original_known": {"place": 1}, "alone": {"place": None}}
-    heads = ["found by 1 of 1", "its 2 nearest classes change by -25.0 points"]
-    heads += ["'wolf', a neighbour, falls from 90.0 % to 30.0 %", "own prompt: 90.0 % -> 0.0 %"]
-    heads += ["a classifier trained", "limit: half of it comes back with 1 of its images"]
-    heads += ["limit: the full list of scores tells its images from those of 'wolf' in 90 of 100"]
-    heads += ["limit: whoever has the changed weights and the original"]
+    bad["undo"]["attacks"] = {"original_known": {"place": 5}, "alone": {"place": None}}
+    heads = ["found by 1 of 1", "its 2 nearest classes change by -4.0 points"]
+    heads += ["'wolf', a neighbour, falls from 90.0 % to 68.0 %", "own prompt: 90.0 % -> 0.0 %"]
+    heads += ["limit: half of it comes back with 1 of its images"]
+    heads += ["limit: the full list of scores tells its images from those of 'wolf' in 82 of 100"]
+    heads += ["limit: a classifier", "limit: whoever has the changed weights and the original"]
     pairs = zip(verdict(bad), heads, strict=True)
     assert all(line.startswith(head) for line, head in pairs), verdict(bad)
 

@@ -144,8 +144,8 @@ def test_one_image_of_a_tight_cluster_brings_the_class_back():
     once = {"forgotten": [1.0] * 5, "no_text": [1.0] * 5, "needed": 1}
     assert found["methods"] == dict.fromkeys(METHODS, once)
     assert found["shots"] == [1, 2, 4, 8, 16]
-    # A text sent to its opposite holds the cache back by one image: 100 cos is -100 for the class,
-    # an image of the cluster is worth 100 exp(-5.5 0.03) = 87.
+    # A text sent to its opposite holds the cache back by one image: the cosine is -1 for the class,
+    # an image of the cluster is worth exp(-5.5 0.03) = 0.87.
     methods = relearning.measure(gone())["methods"]
     assert methods["cache"]["forgotten"][:2] == [0.0, 1.0] and methods["cache"]["no_text"][0] == 1.0
     needed = {method: methods[method]["needed"] for method in METHODS}

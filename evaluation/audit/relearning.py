@@ -21,7 +21,6 @@ from forgetting import solve_constrained
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
-SCALE = 100.0  # CLIP's logit scale
 SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
 PROBE_RIDGE = 0.3  # from 0.1 to 1 it matters by two or three points on photographs
 Curve = list[float | None]
@@ -123,10 +122,10 @@ def displacement_ratios(data: AuditData, label: int) -> Tensor:
 def cache(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
     """Tip-Adapter (Zhang et al., ECCV 2022) without training.
 
-    Logits `100 cos(x, text) + alpha sum exp(-beta (1 - cos(x, s)))` over the k images s of a class.
-    alpha is CLIP's logit scale too, so that an image weighs as much as a text: with the published 1
-    sixteen images do not outweigh a text that was sent away. A class without a text has the mean of
-    the other classes' cosines: nothing for it and nothing against.
+    Logits `cos(x, text) + sum exp(-beta (1 - cos(x, s)))` over the k images s of a class, so that
+    an image weighs as much as a text: with the published hundredth of that sixteen images do not
+    outweigh a text that was sent away. A class without a text has the mean of the other classes'
+    cosines: nothing for it and nothing against.
     """
     model, features = case.after if named else case.before, case.data.images
     known, classes = case.data.once(held, draw, k)
@@ -135,7 +134,7 @@ def cache(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
     if not named or case.label in model.removed:
         cosines[:, case.label] = torch.nan
         cosines[:, case.label] = cosines.masked_fill(cosines.isinf(), torch.nan).nanmean(dim=1)
-    return (SCALE * (cosines + affinity @ classes)).argmax(dim=1)
+    return (cosines + affinity @ classes).argmax(dim=1)
 
 
 def probe(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
