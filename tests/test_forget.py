@@ -12,7 +12,7 @@ from forgetting import api, forget
 from forgetting.api import ENOUGH
 from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
-from forgetting.models.encoder import Encoder, read_encoder
+from forgetting.models.encoder import read_encoder
 from tests.encoder_fixtures import OUT, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car", "seven", "tree"]
@@ -50,15 +50,6 @@ def test_targets(family, target):
         assert float(now.norm()) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_bias_counts():
-    """`P = 0` is reached with the bias, which stays; without it the text would end at b."""
-    model, words = tiny("own with bias")
-    shift = model.shift.detach().clone()
-    forget(model, words, ["Acme Cola"], target="opposite", **PLAIN).apply()
-    assert float(read_encoder(model, words).embeddings(["Acme Cola"]).norm()) < 1e-3
-    assert torch.equal(shift, model.shift) and float(shift.norm()) > 1
-
-
 def test_other_words_and_templates():
     """The first template forgets, the others are paraphrases; a text that two words share once."""
     model, words = tiny("own")
@@ -70,21 +61,6 @@ def test_other_words_and_templates():
     assert set(answer.texts[4:]) == set(answer.adapter.solver["paraphrases"]["added"])
     once = forget(model, words, ["Acme Cola", "Oslo boat"], also, templates=forms, **ONCE, **PLAIN)
     assert len(once.texts) == 4 and once.adapter.solver["paraphrases"]["checked"] == 0
-
-
-def test_each_class_goes_as_far_as_it_needs():
-    """One beta for a request would send a class elsewhere than where it goes alone."""
-    model, words = tiny("own")
-
-    names = ["Acme Cola", "Zeta Tea", "Oslo boat"]
-    low, high = (
-        forget(model, words, names, **ONCE | {"min_margin": margin}, **PLAIN).adapter.recipe.parts
-        for margin in (0.0, 2.0)
-    )
-    pairs = zip(low, high, strict=True)
-    moved = [float((a.displacement - b.displacement).norm()) > 1e-3 for a, b in pairs]
-    assert [part.texts for part in low] == [[name] for name in names]
-    assert 0 < sum(moved) < len(names)
 
 
 def test_what_is_forgotten_is_not_retained():
@@ -145,23 +121,6 @@ def test_the_ridge_is_chosen_by_a_callers_list_where_it_is_long(common, monkeypa
     assert [count for count, _ in found] == [ENOUGH, ENOUGH, 40] and found[0] == found[1]
 
 
-def test_the_generic_vocabulary_is_read_once(common, tmp_path, monkeypatch):
-    model, words = tiny("open_clip ViT")
-    read, hidden = [], Encoder.hidden
-
-    def counted(self, texts, *args, **kwargs):
-        read.extend(texts)
-        return hidden(self, texts, *args, **kwargs)
-
-    monkeypatch.setattr(Encoder, "hidden", counted)
-    for _ in range(2):  # a hidden state does not depend on the projection
-        answer = forget(model, words, ["Acme Cola"], cache=tmp_path, progress=False)
-        assert set(answer.forecast.unlisted) == {"generic"} and read.count("w3") == 1
-        with torch.no_grad():
-            model.text_projection.mul_(2.0)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch):
     model, words = tiny("own")
     first = forget(model, words, ["Acme Cola"], **PLAIN)
@@ -184,9 +143,8 @@ def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch
     assert torch.allclose(other.adapter.delta(), 2 * first.adapter.delta(), rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         model.layer.weight.mul_(0.5)
-    assert not torch.allclose(
-        forget(model, words, ["Acme Cola"], **PLAIN).adapter.delta(), other.adapter.delta()
-    )
+    last = forget(model, words, ["Acme Cola"], **PLAIN)
+    assert not torch.allclose(last.adapter.delta(), other.adapter.delta())
 
 
 def test_threads_are_given_back_whoever_is_last():

@@ -19,14 +19,6 @@ from tests.encoder_fixtures import (
 )
 
 
-def test_training_mode_comes_back():
-    model, words = tiny("own")
-    model.train()
-    model.layer.eval()
-    read_encoder(model, words)
-    assert model.training and not model.layer.training
-
-
 class Odd(OwnEncoder):
     def __init__(self, how: str) -> None:
         super().__init__()

@@ -103,17 +103,11 @@ def test_where_nearly_nothing_is_left_the_arithmetic_is_counted():
 
 
 def test_the_rank_condition():
-    weight, adapter, hidden, before, _ = case()
+    weight, adapter, _, before, _ = case()
     assert condition(weight) == pytest.approx(float(torch.linalg.cond(weight.double())))
-    # Rank w - 1: two texts with one embedding that the change moves apart.
     low = weight.clone()
-    low[-1] = low[0] - low[1]
+    low[-1] = low[0] - low[1]  # two texts with one embedding that the change moves apart
     assert condition(low) == math.inf
-    null = torch.zeros(W, dtype=torch.float64)
-    null[0], null[1], null[-1] = 1, -1, -1
-    a, b = hidden[0], hidden[0] + null
-    assert torch.allclose(a @ low.double(), b @ low.double(), atol=1e-6)
-    assert (a @ adapter.delta().double() - b @ adapter.delta().double()).norm() > 0.01
     refused("no full row rank.*rank is less", patch, before, low, adapter.left, adapter.right)
     # Full column rank is no help: w > d always has such texts.
     tall = random(D + 4, D).float()

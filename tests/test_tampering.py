@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from forgetting import Adapter, Forgotten, load_adapter, save_adapter
-from forgetting.adapter import FORMAT, Part, Recipe, adapter_bytes
+from forgetting.adapter import FORMAT, adapter_bytes
 from forgetting.cli import cli
 from forgetting.errors import ProblemError
 from forgetting.io import atomic_path, container, pack, remove_stale, unpack, write_bytes
@@ -25,18 +25,6 @@ def make() -> Adapter:
     """An adapter with a recipe of two classes."""
     made = Animals().adapter("cat", "dog", left=normal(W, 2, seed=4), right=normal(2, D, seed=5))
     return replace(made, record={"solver": {"gap": 1e-12, "texts": ["cat", "dog"]}})
-
-
-def same(a: Adapter, b: Adapter) -> bool:
-    """Whether two adapters hold the same, their recipes too."""
-
-    def flat(x) -> list:
-        if isinstance(x, Adapter | Recipe | Part):
-            return [item for value in vars(x).values() for item in flat(value)]
-        return [item for part in x for item in flat(part)] if isinstance(x, list) else [x]
-
-    pairs = list(zip(flat(a), flat(b), strict=True))
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +48,12 @@ def refused(path) -> str:
 
 
 def test_what_was_written_is_read_and_the_same_adapter_is_the_same_bytes(adapter, path):
-    assert same(load_adapter(path), adapter)
-    assert adapter_bytes(make()) == adapter_bytes(load_adapter(path)) == path.read_bytes()
+    assert (
+        adapter_bytes(adapter)
+        == adapter_bytes(make())
+        == adapter_bytes(load_adapter(path))
+        == path.read_bytes()
+    )
     assert load_file(path)["left"].dtype == torch.float32  # any reader of safetensors reads it
 
 
@@ -85,7 +77,7 @@ def test_any_byte(adapter, path, data):
     except ProblemError:
         refused(target)
     else:
-        assert same(found, adapter)
+        assert adapter_bytes(found) == content
 
 
 def test_another_format_is_named(path, tmp_path):
@@ -106,23 +98,22 @@ def test_what_does_not_fit_together_is_one_line(path, tmp_path):
         assert "does not fit together" in refused(tmp_path / "odd.st")
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
+def test_factors_that_are_none(adapter):
+    good = normal(W, 2, seed=0)
+    odd = [
         None,
         [[1.0]],
-        normal(W, 2, seed=0).numpy(),
-        normal(W, 2, seed=0).to_sparse(),
-        normal(W, 2, seed=0).to("meta"),
-        torch.full((W, 2), torch.inf),
-        normal(W, seed=0),
-        normal(W, 3, seed=0),
-    ],
-    ids=lambda x: type(x).__name__,
-)
-def test_factors_that_are_none(adapter, tensor):
-    with pytest.raises(ProblemError, match=r"left|factors|right"):
-        replace(adapter, left=tensor)
+        good.numpy(),
+        good.to_sparse(),
+        good.to("meta"),
+        good[0],
+        good * torch.inf,
+    ]
+    for bad in [*odd, normal(W, 3, seed=0)]:
+        with pytest.raises(ProblemError, match=r"left|right"):
+            replace(adapter, left=bad)
+    with pytest.raises(ProblemError, match="classes"):
+        replace(adapter, classes=[])
 
 
 def test_what_is_no_file(tmp_path):
