@@ -6,10 +6,12 @@ import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clip.architectures import ARCHITECTURES
 from clip.source import ClipSource
 from forgetting.errors import ProblemError
 from forgetting.models import loading
@@ -48,12 +50,11 @@ def source(tmp_path: Path) -> ClipSource:
 
 def test_weights_are_fetched_once(requests, tmp_path, monkeypatch) -> None:
     sha256 = hashlib.sha256(CONTENT).hexdigest()
-    made = source(tmp_path)
-    spec = made.architecture
     monkeypatch.setitem(loading.OPENAI, sha256, "RN50")
+    spec = replace(ARCHITECTURES["RN50"], sha256=sha256)
+    monkeypatch.setitem(ARCHITECTURES, "RN50", spec)
     for _ in range(2):
         made = source(tmp_path)
-        made.architecture = type(spec)(spec.name, spec.config, explicit=False, sha256=sha256)
         assert made.weights_sha256 == sha256
         assert made.weights_files[0].read_bytes() == CONTENT
     assert requests == [f"/{sha256}/RN50.pt"], "what is there is not fetched again"

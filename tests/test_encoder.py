@@ -24,7 +24,6 @@ from tests.encoder_fixtures import (
     OUT,
     WIDTH,
     OwnEncoder,
-    needs_transformers,
     tiny,
     tokenize,
 )
@@ -139,16 +138,12 @@ def test_a_model_in_evaluation_mode_is_not_touched(monkeypatch) -> None:
     assert read_encoder(model, words).hidden(TEXTS).isfinite().all()
 
 
-class Projected(OwnEncoder):
-    def __init__(self, projection: torch.Tensor) -> None:
-        super().__init__()
-        self.last = nn.Parameter(projection)
-
-
 def test_odd_projections_and_tokens_are_refused() -> None:
     for projection in (torch.zeros(WIDTH, 0), torch.randn(WIDTH, OUT).to_sparse()):
+        model = OwnEncoder().eval()
+        model.last = nn.Parameter(projection)
         with pytest.raises(ProblemError, match=r"is empty|data pointer"):
-            read_encoder(Projected(projection).eval(), tokenize)
+            read_encoder(model, tokenize)
     with pytest.raises(ProblemError, match="the tokenizer fails"):
         read_encoder(OwnEncoder().eval(), lambda texts: tokenize(texts).to("meta"))
 
@@ -187,6 +182,8 @@ def test_the_vocabulary_is_encoded_once(encoded, tmp_path) -> None:
     assert encoded == [3, 3, 3]
     generic_hidden(read_encoder(model, words), None)
     assert encoded == [3, 3, 3, 3] and len(list(tmp_path.iterdir())) == 1
+    generic_hidden(read_encoder(model, lambda texts: tokenize([t.upper() for t in texts])), None)
+    assert encoded == 5 * [3], "another tokenizer is another encoder"
 
 
 CHANGES = {
@@ -214,13 +211,6 @@ def test_what_is_remembered_is_of_the_model_as_it_is(change, encoded) -> None:
     assert not torch.equal(generic_hidden(other, None)[1], before[0]) and encoded == [3, 3]
 
 
-def test_another_tokenizer_is_another_encoder(encoded) -> None:
-    model, words = tiny("own")
-    generic_hidden(read_encoder(model, words), None)
-    generic_hidden(read_encoder(model, lambda texts: tokenize([t.upper() for t in texts])), None)
-    assert encoded == [3, 3]
-
-
 def test_memories_end_with_their_model() -> None:
     model, words = tiny("own")
     read_encoder(model, words).remembered("x", lambda: 1)
@@ -240,13 +230,3 @@ def test_threads_encode_the_vocabulary_once(encoded) -> None:
     with ThreadPoolExecutor(4) as pool:
         rows = [run.result() for run in [pool.submit(work) for _ in range(4)]]
     assert encoded == [3] and all(torch.equal(rows[0], other) for other in rows)
-
-
-@needs_transformers
-def test_lengths_of_transformers_are_theirs_alone(monkeypatch) -> None:
-    """A text is encoded in the same way beside short and beside long ones."""
-    model, words = tiny("transformers CLIPModel")
-    found = read_encoder(model, words)
-    monkeypatch.setattr(encoding, "BATCH", 1)
-    alone, beside = found.hidden(["owl"]), found.hidden(["owl", "x" * 40])
-    assert torch.allclose(alone[0], beside[0], atol=1e-6)

@@ -76,19 +76,13 @@ def test_vocabulary_has_no_fault_and_is_read_whole(kinds) -> None:
 @pytest.mark.parametrize(
     ("added", "fault"),
     [
-        ("EAGLE", "EAGLE in more and in birds"),
-        ("eagles", "eagles and eagle"),
-        ("goldfinches", "goldfinches and goldfinch"),
-        ("canaries", "canaries and canary"),
-        ("aa  name", "misshapen"),
-        (" aa", "misshapen"),
-        ("", "misshapen"),
-        ("one of those six word names", "too long"),
-        ("a" * 41, "too long"),
-        ("cafe\u0301 table", "misshapen"),
-        ("птица", "misshapen"),
-        ("bird, small", "misshapen"),
-        ("zz bird", "after zz bird"),
+        *(("EAGLE", "EAGLE in more and in birds"), ("zz bird", "after zz bird")),
+        *(("eagles", "and eagle"), ("goldfinches", "and goldfinch"), ("canaries", "and canary")),
+        *(
+            (name, "misshapen")
+            for name in ("aa  name", " aa", "", "cafe\u0301 table", "птица", "a, b")
+        ),
+        *((name, "too long") for name in ("one of those six word names", "a" * 41)),
     ],
 )
 def test_a_fault_is_found(kinds, added: str, fault: str) -> None:
@@ -96,8 +90,3 @@ def test_a_fault_is_found(kinds, added: str, fault: str) -> None:
     more = [f"zy{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(A_KIND)]
     assert not list(faults({**kinds, "more": more}))
     assert any(fault in found for found in faults({**kinds, "more": [added, *more]}))
-
-
-def test_too_few_are_found(kinds) -> None:
-    found = list(faults({"birds": kinds["birds.txt"][: A_KIND - 1]}))
-    assert "birds: 39 names" in found and "39 names in all" in found
