@@ -26,6 +26,7 @@ from forgetting import load_adapter
 from forgetting.adapter import Adapter, projection_sha256, save_adapter
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import read_checkpoint
+from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from tests.clip_fixtures import (
     CONFIGS,
@@ -149,6 +150,16 @@ def test_a_folder_of_hugging_face(tmp_path, kind):
     assert torch.allclose(embedded(source, SHORT), expected, atol=1e-5)
     assert (source.bias is not None) == (kind == "SiglipModel")
     assert (len(list(folder.glob("*-of-*.safetensors"))) > 1) == (kind == "CLIPModel")
+
+
+@needs_transformers
+def test_a_folder_brings_its_weights_and_reads_images(tmp_path):
+    folder = hugging_face(tmp_path / "m", "CLIPTextModelWithProjection")
+    with pytest.raises(ProblemError, match="brings its weights"):
+        source_of(tmp_path, f"hf:{folder}", folder / "model.safetensors")
+    with pytest.raises(ProblemError, match="reads no images"):
+        _ = source_of(tmp_path, f"hf:{folder}").model
+    assert read_encoder(str(folder)).embeddings(SHORT).shape == (3, 16), "texts it does read"
 
 
 def test_identity_is_part_of_the_cache(tmp_path):

@@ -148,6 +148,15 @@ def test_odd_projections_and_tokens_are_refused() -> None:
         read_encoder(OwnEncoder().eval(), lambda texts: tokenize(texts).to("meta"))
 
 
+def test_what_cannot_be_written_is_one_line() -> None:
+    model, words = tiny("own")
+    encoder = read_encoder(model.half(), words)
+    with pytest.raises(ProblemError, match="out of the range"):
+        encoder.write(encoder.projection.float() * 1e9)
+    encoder.write(2 * encoder.projection.float())
+    assert torch.equal(model.last, encoder.projection)
+
+
 # --- What a process remembers ------------------------------------------------------------------
 
 

@@ -283,6 +283,24 @@ def test_pretrained_tags_say_how_they_compute(tmp_path: Path, monkeypatch) -> No
         one_line(error)
 
 
+@needs_transformers
+def test_a_model_of_the_hub_is_fetched_in_safetensors_if_it_has_them(tmp_path, monkeypatch) -> None:
+    folder, fetched = hugging_face(tmp_path / "m", "CLIPModel"), []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        fetched.append((name, allow_patterns[-1]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_model("hf:org/model")[0].get_text_features is not None
+    assert fetched == [("org/model", "*.safetensors")]
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ProblemError, match="no folder with model"):
+        load_model("hf:org/model")
+    assert fetched[1:] == [("org/model", "*.safetensors"), ("org/model", "*.bin")]
+
+
 def test_no_model_library_is_imported_for_a_name() -> None:
     """It takes seconds, and a run that finds all encoded needs none."""
     code = (

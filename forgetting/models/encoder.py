@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from forgetting.errors import ProblemError, line, shown
+from forgetting.errors import ProblemError, shown
 from forgetting.io import FLOATS, raw
 from forgetting.models import modules, reading
 from forgetting.models.loading import load_model
@@ -73,15 +73,12 @@ class Encoder:
 
     def write(self, projection: Tensor) -> None:
         """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype;
-        ProblemError for numbers out of its range, or a model that cannot be written to."""
+        ProblemError for numbers out of its range."""
         rounded = projection.to(self.weight)
         if not torch.isfinite(rounded).all():
             raise ProblemError(f"the changed projection is out of the range of {rounded.dtype}")
-        try:
-            with torch.no_grad():
-                self.projection.copy_(rounded)
-        except RuntimeError as error:  # made in inference mode, or shared memory that is read-only
-            raise ProblemError(f"the projection cannot be written ({line(error)})") from error
+        with torch.no_grad():
+            self.projection.copy_(rounded)
 
     def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
         """What enters the last linear map, (n, w), on the CPU: float32, or float64 if the model is.
