@@ -78,6 +78,15 @@ def test_what_comes_while_logs_are_written_is_in_them(tmp_path, monkeypatch):
     assert set(read_logs(tmp_path)["A"]) == {"settings", "cat", "dog"}
 
 
+def test_logs_are_not_written_anew_for_every_class(tmp_path):
+    results = Results(tmp_path)
+    for name in ("cat", "dog"):
+        results.add(adapter("A", name, entry(name=name)), "A", name, CHOSEN)
+    assert set(read_logs(tmp_path)["A"]) == {"settings", "cat"}
+    results.compile()
+    assert set(read_logs(tmp_path)["A"]) == {"settings", "cat", "dog"}
+
+
 @pytest.mark.parametrize("key", ["trainer", "backbone", "precision", "weights"])
 def test_results_of_another_kind_are_refused(tmp_path, key):
     kept = SETTINGS | {"precision": "fp32"}

@@ -47,3 +47,9 @@ def test_several_classes_under_one_name_are_rows_of_their_own():
     own = {"a|b": {"cls_acc_test": 0.1, "no_cls_acc": 0.5}}  # a class name may hold the separator
     (row,) = rows_of({"A": {"a|b": {"final_results": {"A": own}}}})
     assert (row.name, row.together) == ("a|b", 1)
+
+
+def test_others_are_compared_where_they_were_measured_before_and_after():
+    others = {"B": Change(0.5, 0.4), "C": Change(None, 0.9)}
+    row = Row("A", "cat", "cat", 1, Change(0.9, 0.0), Change(0.8, 0.7), others)
+    assert row.others_mean == (0.5, 0.4) and row.harm == pytest.approx(20)
