@@ -172,11 +172,17 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
         assert torch.allclose(found[i], empty[0]) == (i != nearest)
         assert int((near @ found[i]).argmax()) != i
 
-    def drawn(seed: int) -> Tensor:
+    def drawn(seed: int) -> tuple[Tensor, int]:
         request = replace(planted.request(nearest), seed=seed)
-        return targets("empty", Batch([request]), context.inputs)[0]
+        target, (draws,) = targets("empty", Batch([request]), context.inputs)
+        return target, draws
 
-    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    assert torch.equal(drawn(1)[0], drawn(1)[0]) and not torch.equal(drawn(1)[0], drawn(2)[0])
+    seed, draws = next((s, drawn(s)[1]) for s in range(100) if drawn(s)[1] > 1)
+    generator = torch.Generator().manual_seed(seed)
+    *_, last = (torch.randn(1, D, generator=generator) for _ in range(draws))
+    noisy = context.inputs.embed(context.inputs.empty) + 0.5 * last.double()
+    assert torch.allclose(drawn(seed)[0], normalize(noisy, dim=1))
     with pytest.raises(ProblemError, match="every class"):
         targets("empty", Batch([planted.request(*range(CLASSES))]), context.inputs)
     still = replace(context.inputs, noise_std=0.0)
