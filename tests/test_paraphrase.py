@@ -19,7 +19,7 @@ from clip.bundle import FeatureBundle
 from clip.features import main
 from clip.source import ClipSource
 from datasets.words.paraphrases import paraphrases
-from evaluation.audit.case import AuditData, Case, Model, Prompt
+from evaluation.audit.case import AuditData, Case, Model, Prompt, accuracy
 from evaluation.audit.paraphrase import measure
 from evaluation.audit.prompts import prompts_for
 from forgetting.errors import ProblemError
@@ -110,8 +110,7 @@ def test_a_class_that_is_gone_under_every_prompt_and_one_that_comes_back_under_a
     assert values(found, "before") == dict.fromkeys(texts, 1.0)
     assert values(found, "after") == dict.fromkeys(texts, 0.0)
     assert found["mean_before"] == 1.0 and found["mean_after"] == 0.0
-    assert found["back"] == [] and found["worst"]["after"]["value"] == 0.0
-    assert found["prompts"][0]["after"]["n"] == 10 and found["prompts"][0]["after"]["high"] > 0
+    assert found["back"] == [] and found["worst"]["after"] == accuracy(0, 10)
     found = audited([*GONE, EFT, NONSENSE])
     assert values(found, "after")["eft"] == 1.0 and found["back"] == ["eft"]
     worst = found["worst"]
@@ -294,7 +293,6 @@ def test_the_command_writes_what_the_model_says(tmp_path: Path, monkeypatch, cap
         assert [row[:2] for row in rows[name]] == [(entry.text, entry.kind) for entry in words]
         hidden = torch.stack([row[2] for row in rows[name]])
         assert torch.equal(hidden, source.encode_hidden([entry.text for entry in words]))
-    assert bundle.extra["forget_template"] == "{}"
     assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows["sea_horse"]]
     prompts, missing = prompts_for(AuditData(bundle), "sea_horse", set())
     assert missing == [] and len(prompts) == 2 + len(rows["sea_horse"])
