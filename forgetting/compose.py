@@ -29,13 +29,12 @@ MISSED = 1e-6  # of the way to the targets: an answer beyond this is none
 def make_recipe(context: ForgetContext, answer: Answer, dataset: str, encoder: str) -> Recipe:
     """The recipe of an answer; `dataset`: of the request's classes, `encoder`: see `Recipe`."""
     retain, ridge, request = context.retain, context.ridge, answer.request
-    excluded = answer.excluded & (retain.name_weights > 0)  # (C, n)
     hidden, gram = request.hidden.float(), ridge.gram
     base = ridge.solve(hidden.to(gram)).cpu()
     parts = []
     for i, name in enumerate(request.classes):
         own = [row for row, owner in enumerate(request.owner) if owner == i]
-        used = excluded[i].nonzero()[:, 0].tolist()
+        used = answer.excluded[i].nonzero()[:, 0].tolist()
         rows = retain.rows[used].float()
         parts.append(
             Part(
@@ -150,12 +149,11 @@ def _is_near(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_same(a: Part, b: Part) -> bool:
-    """Whether two parts forget one class by the same texts, with the same targets and names."""
+    """Whether two parts forget one class by the same texts, with the same targets."""
     if (a.dataset, a.name, set(a.texts)) != (b.dataset, b.name, set(b.texts)):
         return False
     order = [a.texts.index(text) for text in b.texts]
-    same_names = set(a.excluded) == set(b.excluded)
-    return same_names and _is_near(b.displacement, a.displacement[order])
+    return _is_near(b.displacement, a.displacement[order])
 
 
 def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:

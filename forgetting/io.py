@@ -140,7 +140,6 @@ def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
     except (OSError, TypeError, ValueError) as error:
         raise ProblemError(f"cannot write {line(path)} ({line(error)})") from error
-    refuse_existing(path, overwrite)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ProblemError(f"{line(path)} is not a regular file; choose another name")
     try:

@@ -127,12 +127,14 @@ def test_options_of_forget(folder, tmp_path, run):
     names = [" Acme Cola", "--also", "Acme Cola =acme soda", "--retain", f"@{file}"]
     rest = ["--no-generic", "--keep", " seven ", "--protect", "eight", "--ridge", "0.01"]
     rest += ["--min-displacement", "0", "--template", "{}", "--out", adapter]
+    rest += ["--target", "opposite", "--beta", "0.25"]
     status, out, err = run("forget", folder, *names, *rest, "--quiet")
     assert status == 0 and "proved" not in out, (out, err)
     found = load_adapter(adapter)
     assert found.classes == ["Acme Cola"] and found.texts == ["Acme Cola", "acme soda"]
     assert found.settings["retain"] == ["Pepsi", "lemonade", "Oslo"]
     assert found.settings["protect_names"] == ["seven", "eight"]
+    assert found.settings["target"] == "opposite" and found.settings["beta"] == 0.25
     assert found.settings["ridge"] == 0.01 and found.settings["min_displacement"] == 0
     assert run("forget", folder, "Oslo", *QUICK, "--out", adapter)[0] == 2
     assert run("forget", folder, "sea", *QUICK, "--out", adapter, "--overwrite")[0] == 0

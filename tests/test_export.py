@@ -258,6 +258,7 @@ def test_patched_graph(tmp_path, nodes, dtype):
     export(adapter, base, "onnx", out, original=original)
     held = onnx.load(out).graph
     tensor = held.initializer[0] if held.initializer else held.node[0].attribute[0].t
+    assert not tensor.float_data and not tensor.int32_data
     data = torch.frombuffer(bytearray(tensor.raw_data), dtype=dtype).reshape(*tensor.dims)
     wanted = (weight.double() + adapter.left.double() @ adapter.right.double()).to(dtype)
     assert torch.equal(data, wanted.T if nodes == "transposed" else wanted)

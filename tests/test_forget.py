@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from forgetting import api, forget
-from forgetting.api import ENOUGH
 from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
@@ -107,18 +106,23 @@ def test_a_name_that_is_common_and_retained_is_looked_at_once(common, tmp_path):
 
 
 def test_the_ridge_is_chosen_by_a_callers_list_where_it_is_long(common, monkeypatch):
-    """And by no request, so that requests compose."""
-    found, choose = [], api.choose_ridge
+    """And by no request, so that requests compose. Generic names limit it where they are alone, and
+    images are classified among the caller's names where there are others."""
+    found, among, choose, texts = [], [], api.choose_ridge, api.ClassifierTexts
 
     def record(retain, projection, likely, *rest):
-        found.append((len(likely), choose(retain, projection, likely, *rest)))
-        return found[-1][1]
+        ridge = choose(retain, projection, likely, *rest)
+        found.append((len(likely), retain.groups["generic"].limit_displacement, ridge))
+        return ridge
 
+    monkeypatch.setattr(api, "LIKELY", 5)
     monkeypatch.setattr(api, "choose_ridge", record)
-    for count, name in ((ENOUGH, "Acme Cola"), (ENOUGH, "Zeta Tea"), (ENOUGH - 1, "Acme Cola")):
+    monkeypatch.setattr(api, "ClassifierTexts", lambda *a: among.append(a[-1]) or texts(*a))
+    for count, name in ((16, "Acme Cola"), (16, "Zeta Tea"), (15, "Acme Cola"), (0, "Acme Cola")):
         retain = [f"{i} things" for i in range(count)]
         forget(*tiny("own"), [name], retain=retain, cache=None, progress=False)
-    assert [count for count, _ in found] == [ENOUGH, ENOUGH, 40] and found[0] == found[1]
+    assert [one[:2] for one in found] == [(6, False), (6, False), (5, False), (5, True)]
+    assert found[0] == found[1] and among == [17, 17, 16, 41]
 
 
 def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch):
@@ -193,6 +197,7 @@ ARGUMENTS = {
     "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target"),
     "vector": ({"target": torch.zeros(3)}, "target"),
     "beta": ({"beta": -2.0}, "beta"),
+    "tiny beta": ({"target": "opposite", "beta": 1e-45}, "beta"),
     "beta of none": ({"target": "empty", "beta": 0.1}, "beta"),
     "no setting": ({"betta": 0.1}, "did you mean 'beta'"),
     "tiny ridge": ({"ridge": 1e-30}, "ridge"),
