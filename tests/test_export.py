@@ -23,7 +23,7 @@ from forgetting.models.loading import load_model
 from forgetting.models.reading import tokens
 from tests.clip_fixtures import hugging_face, open_clip_folder
 from tests.encoder_fixtures import SIZE
-from tests.export_fixtures import make_adapter
+from tests.test_patch import make_adapter
 
 W, D = 24, 16
 EXACT, HALF = 1e-5, 2e-3

@@ -15,17 +15,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting import save_adapter
+from forgetting import Adapter, projection_sha256, save_adapter
 from forgetting.cli import cli
 from forgetting.deploy.embeddings import condition, patch, patch_file, rounding
 from forgetting.errors import ProblemError
-from tests.export_fixtures import make_adapter
 
 W, D, N = 24, 32, 40
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_adapter(projection: Tensor, seed: int = 5, rank: int = 2) -> Adapter:
+    """A change of (w, d) about a third as large as the projection."""
+    generator = torch.Generator().manual_seed(seed)
+    w, d = projection.shape
+    left, right = (torch.randn(*shape, generator=generator) for shape in ((w, rank), (rank, d)))
+    scale = 0.3 * projection.float().norm() / (left @ right).norm()
+    return Adapter(
+        left=left * scale,
+        right=right,
+        projection_sha256=projection_sha256(projection),
+        backbone="tiny",
+        weights="random",
+        dataset="Set",
+        classes=["cat"],
+        trainer="ForgetExact",
+    )
 
 
 def case(w: int = W, d: int = D, seed: int = 0):
