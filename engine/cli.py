@@ -78,9 +78,6 @@ COUNT = whole(1, 10**6)
 
 def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> int:
     """`forgetting.cli.run` for commands that log."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it: `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
     with quiet(False):  # restores the level that `--quiet` sets
         return cli.run(main, argv, "interrupted; the same command goes on where it stopped")
 

@@ -59,6 +59,9 @@ def run(
 ) -> int:
     """Exit status of `main(argv)`: what it returns if that is a number, else 0; 2 if it refuses.
     What the user must know of a failure is one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -67,17 +70,26 @@ def run(
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except ProblemError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: Python would report it once more at its end
+            _drop_output()
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     print(f"error: {line(message)}", file=sys.stderr)
     return 2
+
+
+def _drop_output() -> None:
+    """Send what is left for stdout nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
