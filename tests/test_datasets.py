@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scipy.io import savemat
 
 import datasets
 import forget_cls
-from datasets import check, download, layouts, vocabulary
+from datasets import check, download, vocabulary
 from engine import DATASET_REGISTRY
 from engine.cli import run
 from engine.config import settings
@@ -31,15 +32,10 @@ def picture(path: Path, seed: int = 0) -> None:
     Image.fromarray(noise).save(path)
 
 
-def fill(folder: Path, *paths: str) -> None:
-    for path in paths:
-        picture(folder / path)
-
-
-def caltech(root: Path, images: int = 10) -> Path:
+def caltech(root: Path) -> Path:
     """A tiny download in Caltech101's layout; the folder of the set."""
     for group in CALTECH_FOLDERS:
-        for number in range(images):
+        for number in range(10):
             folder = root / "caltech-101/101_ObjectCategories" / group
             picture(folder / f"image_{number:04d}.jpg", number)
     return root / "caltech-101"
@@ -59,17 +55,16 @@ def good_split() -> dict[str, list]:
 
 def publish(folder: Path, split: object, name: str = "split_zhou_Caltech101.json") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(split if isinstance(split, str) else json.dumps(split))
+    (folder / name).write_text(json.dumps(split))
 
 
 def counts(images: datasets.ImageSet) -> tuple[int, int, int]:
     return len(images.train_x), len(images.val), len(images.test)
 
 
-def run_check(capsys, *arguments: object) -> tuple[int, str, str]:
+def run_check(capsys, *arguments: object) -> tuple[int, str]:
     status = run(check.main, [str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return status, capsys.readouterr().out
 
 
 # The published split file
@@ -81,15 +76,18 @@ def test_published_split_is_read_as_it_is(tmp_path):
     (tmp_path / "data/caltech-101").symlink_to(folder)  # images may lie on another disk
     split = good_split()
     split["train"] = entries("airplanes", 0, range(5))  # classes come from all parts together
+    split["val"] += entries("airplanes", 0, range(1))  # an image may be in two parts
+    # Names may differ in case alone: ImageNet has a dog "Cardigan" and a garment "cardigan".
+    split["test"].append(["Faces/image_0000.jpg", 2, "Airplanes"])
     publish(folder, split)
     cfg = settings(dataset="Caltech101", opts=["DATASET.ROOT", str(tmp_path / "data")])
     data = DATASET_REGISTRY.get("Caltech101")(cfg)
-    assert counts(data) == (5, 4, 6) and data.comparable
-    assert data.classnames == ["airplanes", "sea_horse"]  # spelling kept, folders not renamed
-    assert data.num_classes == 2 and data.lab2cname == {0: "airplanes", 1: "sea_horse"}
+    assert counts(data) == (5, 5, 7) and data.comparable
+    assert data.classnames == ["airplanes", "sea_horse", "Airplanes"]  # folders not renamed
+    assert data.num_classes == 3 and data.lab2cname == dict(enumerate(data.classnames))
     assert data.test[0].impath.endswith("101_ObjectCategories/airplanes/image_0007.jpg")
     assert data.test[0].domain == 0 and data.train_u is None
-    assert {(x.label, x.classname) for x in data.test} == {(0, "airplanes"), (1, "sea_horse")}
+    assert {(x.label, x.classname) for x in data.test} == set(enumerate(data.classnames))
 
 
 def split_of(*entries: list) -> dict[str, list]:
@@ -98,9 +96,6 @@ def split_of(*entries: list) -> dict[str, list]:
 
 # fmt: off
 BROKEN = {
-    "no JSON": ('{"train": [', "is not JSON"),
-    "deep nesting": ("[" * 100_000, "is not JSON"),
-    "a list": ("[1, 2]", "lists 'train'"),
     "no lists": (split_of() | {"train": {}}, "lists 'train', 'val' and 'test'"),
     "empty test": (split_of(), "'test' is empty"),
     "a pair": (split_of(["a.jpg", 0]), r"test\[0\]: must be \[path"),
@@ -131,14 +126,6 @@ def test_broken_split_is_one_line(tmp_path, split, message):
     assert "split_zhou_Caltech101.json" in text and "\n" not in text
 
 
-def test_names_that_differ_in_case_and_an_image_in_two_parts_are_read(tmp_path):
-    """Negative control: ImageNet has a dog "Cardigan" and a garment "cardigan"."""
-    fill(tmp_path / "caltech-101/101_ObjectCategories", "a.jpg", "b.jpg")
-    both = [["a.jpg", 0, "Cardigan"], ["b.jpg", 1, "cardigan"]]
-    publish(tmp_path / "caltech-101", {"train": both, "val": [], "test": both})
-    assert datasets.load("Caltech101", tmp_path).classnames == ["Cardigan", "cardigan"]
-
-
 @pytest.mark.parametrize(
     "name", [name for name, row in datasets.SETS.items() if row.split_file and not row.rendered]
 )
@@ -167,26 +154,23 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
 
 
 def test_an_absent_set_names_the_path_and_the_document(tmp_path):
+    root = tmp_path / "data"
+    images = root / "caltech-101/101_ObjectCategories"
     for folder, message in {
-        "": r"no data root at .*; see DATASETS\.md",
-        "caltech-101": r"no folder .*caltech-101; see DATASETS\.md",
-        "101_ObjectCategories": r"no image folder .*101_ObjectCategories; see DATASETS\.md",
-        ".": r"no split file .*none can be made: .*no folder with",
+        tmp_path: r"no data root at .*; see DATASETS\.md",
+        root: r"no folder .*caltech-101; see DATASETS\.md",
+        images.parent: r"no image folder .*101_ObjectCategories; see DATASETS\.md",
+        images: r"no split file .*none can be made: .*no folder with",
     }.items():
-        root = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
         with pytest.raises(ProblemError, match=f"Caltech101: {message}"):
             datasets.load("Caltech101", root)
-        made = {"": "", "caltech-101": "caltech-101"}
-        (root / made.get(folder, "caltech-101/101_ObjectCategories")).mkdir(
-            parents=True, exist_ok=True
-        )
     states = datasets.available(root)
     assert list(states) == list(datasets.SETS)
     assert states["Caltech101"] is None and states["MiniDigits"] is None
     assert "try `python -m datasets.download CIFAR10`" in states["CIFAR10"]
-    for name, meant in {"StandfordDogs": "StanfordDogs", "Mine": "--images FOLDER"}.items():
-        with pytest.raises(ProblemError, match=meant):
-            datasets.load(name, tmp_path)
+    with pytest.raises(ProblemError, match=r"StanfordDogs.*--images FOLDER"):
+        datasets.load("StandfordDogs", tmp_path)
 
 
 # Splits made from a raw download
@@ -206,14 +190,6 @@ def test_a_made_split_is_the_same_every_time_and_said_to_be_incomparable(tmp_pat
     assert datasets.load("Caltech101", tmp_path).comparable  # the published file wins
 
 
-def test_test_images_of_a_class_are_drawn_by_its_name():
-    paths = [f"{number}.jpg" for number in range(20)]
-    chosen = layouts.tested("ant", paths)
-    assert len(chosen) == 6 and set(chosen) <= set(paths) and chosen != paths[:6]
-    assert layouts.tested("ant", paths) == chosen != layouts.tested("bee", paths)
-    assert layouts.tested("ant", paths[:1]) == [] and len(layouts.tested("ant", paths[:2])) == 1
-
-
 def test_flowers_from_the_official_parts(tmp_path):
     folder = tmp_path / "oxford_flowers"
     for number in range(1, 10):
@@ -229,14 +205,12 @@ def test_flowers_from_the_official_parts(tmp_path):
     (folder / "cat_to_name.json").write_text(json.dumps(names))
     assert datasets.load("OxfordFlowers", tmp_path).classnames == [*names.values()]
     labels = folder / "imagelabels.mat"
-    for content, message in (
-        (labels.read_bytes()[:60], r"imagelabels\.mat: is not a readable \.mat file"),
-        ((folder / "setid.mat").read_bytes(), "not in the known form"),
-        (None, r"no imagelabels\.mat at .*; see DATASETS\.md"),
-    ):
-        labels.write_bytes(content) if content else labels.unlink()
-        with pytest.raises(ProblemError, match=message):
-            datasets.load("OxfordFlowers", tmp_path)
+    labels.write_bytes(labels.read_bytes()[:60])
+    with pytest.raises(ProblemError, match=r"imagelabels\.mat: is not a readable \.mat file"):
+        datasets.load("OxfordFlowers", tmp_path)
+    labels.unlink()
+    with pytest.raises(ProblemError, match=r"no imagelabels\.mat at .*; see DATASETS\.md"):
+        datasets.load("OxfordFlowers", tmp_path)
 
 
 # fmt: off
@@ -287,11 +261,12 @@ def test_splits_are_made_of_lists_and_folders_in_either_layout(tmp_path, name, c
     for file, text in files.items():
         (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / file).write_text(text)
-    fill(tmp_path / folder, *(path.replace("%", " ") for path in images.split()))
+    for path in images.split():
+        picture(tmp_path / folder / path.replace("%", " "))
     data, row = datasets.load(name, tmp_path), datasets.spec(name)
     assert sorted(data.classnames) == classnames and counts(data) == expected
     assert data.comparable == (not row.split_file)
-    status, out, _ = run_check(capsys, tmp_path, "--set", name)
+    status, out = run_check(capsys, tmp_path, "--set", name)
     assert status == 0 and (f"has {row.classes} classes" in out) == bool(row.classes)
     for file in files:
         (tmp_path / folder / file).write_text("?\n")
@@ -325,10 +300,6 @@ def test_imagenet_and_its_kin(tmp_path, name):
     picture(folder / row.image_folder / "n99/x.JPEG")
     with pytest.raises(ProblemError, match=r"no line for the folder .*n99"):
         datasets.load(name, tmp_path)
-    names.unlink()
-    os.mkfifo(names)
-    with pytest.raises(ProblemError, match=r"classnames\.txt is not a regular file"):
-        datasets.load(name, tmp_path)
 
 
 # The table, names, vocabularies
@@ -340,17 +311,8 @@ def test_every_set_is_registered_under_its_name_and_has_torchvisions():
     for name, row in datasets.SETS.items():
         assert DATASET_REGISTRY.get(name).__name__ == name
         assert row.template.count("{}") == 1
-    wanted = "CIFAR10 CIFAR100 Food101 OxfordIIITPet DTD EuroSAT FGVCAircraft SUN397 Caltech101"
-    assert set(datasets.NAMES) == {*wanted.split(), "Flowers102", "ImageNet"}
     assert all(hasattr(torchvision.datasets, name) for name in datasets.NAMES)
     assert datasets.spec("DTD").name == "DescribableTextures"
-
-
-def test_a_mini_set_is_drawn_once(tmp_path, capsys):
-    for said in (True, False):
-        data = datasets.load("MiniShapes", tmp_path / "new")
-        assert data.num_classes == 30 and data.comparable
-        assert ("drawing" in capsys.readouterr().out) == said
 
 
 def test_match_prefers_the_exact_spelling():
@@ -368,16 +330,10 @@ def test_match_prefers_the_exact_spelling():
 
 @pytest.mark.parametrize("name", FORGOTTEN)
 def test_vocabulary_of_a_set_of_photographs(name):
-    words = datasets.retain_vocabulary(name)
-    assert len(words) >= 110
-    assert len(set(words)) == len(words) and words == [word.lower() for word in words]
+    words, forgotten = set(datasets.retain_vocabulary(name)), FORGOTTEN[name]
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9'. -]*", word) for word in words)
-    forgotten = [key.lower() for key in FORGOTTEN[name]]
-    marked = datasets.same_meaning(forgotten, name)
-    assert all(datasets.same_meaning([key], name) > {key} for key in forgotten)
-    assert marked <= {*words, *forgotten} and len(set(words) - marked) >= 100
-    if name == "StanfordDogs":
-        assert "miniature poodle" in set(words) - marked, "a neighbour is no synonym"
+    assert all(len(datasets.same_meaning([each], name)) > 1 for each in forgotten)
+    assert len(words - datasets.same_meaning(forgotten, name)) >= 100
 
 
 def test_vocabulary_format(tmp_path, monkeypatch, request):
@@ -402,37 +358,31 @@ def test_vocabulary_format(tmp_path, monkeypatch, request):
 # python -m datasets.check, python -m datasets.download
 
 
-def test_check_names_each_broken_image(tmp_path, capsys):
+def test_check_names_each_broken_image(tmp_path, capsys, refused):
     folder = caltech(tmp_path)
     only = "--set", "Caltech101"
-    status, out, _ = run_check(capsys, tmp_path, *only)
+    status, out = run_check(capsys, tmp_path, *only)
     assert status == 0 and "put split_zhou_Caltech101.json into caltech-101/" in out
     publish(folder, good_split())
-    status, out, _ = run_check(capsys, tmp_path)
+    status, out = run_check(capsys, tmp_path)
     assert status == 0 and "Caltech101: present, 20 of 20 images, 2 classes" in out
     assert "OxfordFlowers: missing, no folder" in out and "unreadable" not in out
-
-    torn, text, gone = (
-        folder / f"101_ObjectCategories/sea_horse/image_000{number}.jpg" for number in range(3)
-    )
+    images = folder / "101_ObjectCategories/sea_horse"
+    torn, text, gone = (images / f"image_000{number}.jpg" for number in range(3))
     torn.write_bytes(torn.read_bytes()[:-200])
     text.write_text("<html>404</html>")
     gone.unlink()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    status, out, _ = run_check(capsys, tmp_path, *only)
+    status, out = run_check(capsys, tmp_path, *only)
     assert status == 1 and "Caltech101: broken, 19 of 20 images" in out
-    assert f"unreadable: {torn} (image file is truncated" in out
-    assert f"unreadable: {text} (cannot identify image file" in out
-    assert f"missing: {gone}" in out and out.count("unreadable: ") == 2 and "where to get" in out
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-    publish(folder, "{")
-    status, out, _ = run_check(capsys, tmp_path, *only, "--set", "StanfordDogs")
+    for line in (f"unreadable: {torn} (", f"unreadable: {text} (", f"missing: {gone}\n"):
+        assert line in out
+    assert out.count("unreadable: ") == 2 and "where to get" in out
+    publish(folder, [])
+    status, out = run_check(capsys, tmp_path, *only, "--set", "StanfordDogs")
     assert status == 1
-    assert "Caltech101: broken, split file" in out and "StanfordDogs: missing" in out
-    for wrong in (["nowhere"], [tmp_path, "--set", "Caltech"], []):
-        status, out, err = run_check(capsys, *wrong)
-        assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert "Caltech101: broken, split" in out and "StanfordDogs: missing" in out
+    for wrong in (["nowhere"], []):
+        refused(wrong, lambda argv: run(check.main, argv))
 
 
 def test_cifar_is_saved_as_files_once(tmp_path, monkeypatch, capsys):
@@ -452,10 +402,7 @@ def test_cifar_is_saved_as_files_once(tmp_path, monkeypatch, capsys):
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
-    def fail(root, **_):
-        raise RuntimeError("no\nnetwork")
-
-    monkeypatch.setattr("torchvision.datasets.DTD", fail)
+    monkeypatch.setattr("torchvision.datasets.DTD", Mock(side_effect=OSError("no\nnetwork")))
     for name, message in {"DTD": "fetched (no network)", "UCF101": "get it by hand"}.items():
         assert run(download.main, [name, "--root", str(tmp_path)]) == 2
         error = capsys.readouterr().err

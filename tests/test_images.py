@@ -47,9 +47,6 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-# A folder per class
-
-
 @pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA"])
 def test_a_folder_of_ones_own_is_forgotten_from_and_audited(tmp_path, capsys, trainer):
     images = shapes(tmp_path / "my shapes")
@@ -60,20 +57,16 @@ def test_a_folder_of_ones_own_is_forgotten_from_and_audited(tmp_path, capsys, tr
     folder = train.main(argv)
     df, args = create_results(folder)
     assert df.ds.tolist() == ["my shapes"] and df.name.tolist() == ["green_triangle"]
-    assert df.cls_Noforget[0] > 0.8 and df.full_Noforget[0] > 0.8
-    assert df.cls_forget[0] < 0.2 and df.full_forget[0] > 0.8
+    assert df.cls_Noforget[0] > 0.8 and df.cls_forget[0] < 0.2 and df.full_forget[0] > 0.8
     assert args.images == str(images)
     assert tree(images) == before, "nothing is written among the user's images"
-    audit = audit_folder(
-        folder,
-        without=["relearning"],
-        places=Places(images=str(images), cache=str(tmp_path / "cache")),
-    )
+    places = Places(images=str(images), cache=str(tmp_path / "cache"))
+    audit = audit_folder(folder, without=["relearning"], places=places)
     assert audit["my shapes"]["green_triangle"]["classes"]
     out = capsys.readouterr().out
     assert "not evaluated" not in out
-    common = f"{len(generic_names())} generic"  # what an exact solve retains without a vocabulary
-    assert (common in out) == (trainer == "ForgetExact")
+    # Without a vocabulary an exact solve retains the generic names.
+    assert (f"{len(generic_names())} generic" in out) == (trainer == "ForgetExact")
 
 
 def test_all_images_are_test_images_at_any_depth(tmp_path):
@@ -118,9 +111,6 @@ def test_folders_are_renamed_by_a_list(tmp_path):
         datasets.load("", "none", str(tmp_path / "own"))
 
 
-# A table
-
-
 def test_a_table_of_ones_own(tmp_path, capsys):
     for path in ("a/1.png", "a/2.png", "elsewhere/3.png"):
         picture(tmp_path / path)
@@ -139,26 +129,16 @@ def test_a_table_of_ones_own(tmp_path, capsys):
         images = datasets.load("", "none", str(table))
         assert images.row.name == "my birds"
         assert set(images.classnames) == {"sea horse", "crab"} and counts(images) == (1, 1, 1)
-    status, out, _ = run_check(capsys, "--images", table)
+    status, out = run_check(capsys, "--images", table)
     assert status == 0 and "my birds: present, 3 of 3 images, 2 classes, 1 train" in out
-    (tmp_path / "a/1.png").write_text("<html>")
-    (tmp_path / "a/2.png").unlink()
-    status, out, _ = run_check(capsys, "--images", table)
-    assert status == 1 and "missing: " in out and "unreadable: " in out and "split:" not in out
-    with pytest.raises(ProblemError, match=r"1 of 3 images .*a/2\.png"):
-        datasets.load("", "none", str(table))
 
 
 BROKEN = {
     "": "its first line must name the columns path and class",
-    "a.png,cat\n": "its first line must name",
-    "path,class\n": "'test' is empty",
     "path,class\n\n\na.png\n": "line 4: not 2 cells",
     "path,class,split\na.png,cat,dev\n": "line 2: split must be train, val or test",
     'path,class\n"a.png,cat\n': "cannot be read as CSV",
     "path,class\na.png, \n": "line 2: the class is empty",
-    "path,class\na.png,cat\na.png,dog\n": "has label 1, but 0 before",
-    "path,class\na.png,sea horse\nb.png,sea_horse\n": "are both called",
     "path,class\na\0.png,cat\n": "leads out|cannot be read",
     "path,class\na.png,\udcff\n": "UTF-8",
 }
@@ -197,8 +177,8 @@ def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
     """All in this process; the driver by a Python that prints what it is called with."""
     for name in ("robin", "wren", "magpie"):
         picture(tmp_path / "birds" / name / "1.png")
-    rows = [f"birds/{name}/1.png,{name}" for name in ("robin", "wren")]
-    (tmp_path / "birds.csv").write_text("\n".join(["path,class", *rows]))
+    table = "path,class\nbirds/robin/1.png,robin\nbirds/wren/1.png,wren"
+    (tmp_path / "birds.csv").write_text(table)
     echo = tmp_path / "echo"
     echo.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     echo.chmod(0o755)
@@ -206,25 +186,21 @@ def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "DATASETS.md").read_text().partition("## Your own images")[2]
-    commands = [line.strip() for line in text.split("```")[1].splitlines()[1:] if line]
-    assert len(commands) == 4
+    lines = text.split("```")[1].replace("/my/", f"{tmp_path}/").splitlines()[1:]
+    assert len(lines) == 4
     mains = {"train.py": train.cli, "clip.features": features.main, "datasets.check": check.main}
-    for line in commands:
-        words = shlex.split(line.replace("/my/", f"{tmp_path}/").replace("-m ", ""))[1:]
+    for line in lines:
+        words = shlex.split(line.replace("-m ", ""))[1:]
         if "forget_clip.sh" in line:
-            line = line.replace("/my/", f"{tmp_path}/").replace(" forget", f" {REPOSITORY}/forget")
+            line = line.replace(" forget", f" {REPOSITORY}/forget")
             ran = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
             words = ["train.py", *ran.stdout.splitlines()[2:]]
         assert mains[words[0]](words[1:]) in (0, None)
-    df, _ = create_results(tmp_path / "results/birds")
-    assert df.ds.tolist() == ["birds"] and df.name.tolist() == ["robin"]
-    df, _ = create_results(tmp_path / "results/results9/seed_0")
-    assert df.ds.tolist() == ["Birds"] and df.name.tolist() == ["robin"]
+    for folder, name in {"birds": "birds", "results9/seed_0": "Birds"}.items():
+        df, _ = create_results(tmp_path / "results" / folder)
+        assert df.ds.tolist() == [name] and df.name.tolist() == ["robin"]
     bundle = FeatureBundle.load(tmp_path / "bundles/mini/Birds.safetensors")
     assert bundle.classnames == ["magpie", "robin", "wren"] and bundle.retain_names == []
-
-
-# An image file
 
 
 def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
@@ -232,8 +208,6 @@ def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
     Image.fromarray(shades).save(tmp_path / "deep.png")
     Image.fromarray((shades >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
     Image.fromarray(shades.astype(np.float32)).save(tmp_path / "float.tiff")
-    with Image.open(tmp_path / "deep.png") as image:
-        assert np.asarray(image.convert("RGB")).mean() > 250, "what Pillow alone makes of it"
     deep, flat = (read_image(tmp_path / f"{name}.png") for name in ("deep", "flat"))
     assert deep.mode == "RGB" and np.array_equal(np.asarray(deep), np.asarray(flat))
     with pytest.raises(ProblemError, match="mode F has no known range"):
@@ -241,16 +215,11 @@ def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
 
 
 def blank_png(path: Path, width: int, height: int) -> Path:
-    """A small PNG file of one bit per pixel; its header is right, its data may be cut."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    size = min(height * (1 + -(-width // 8)), 2**24)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(size))) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    """A PNG file of one pixel whose header names another size."""
+    Image.new("1", (1, 1)).save(path)
+    content = path.read_bytes()
+    header = content[12:16] + struct.pack(">II", width, height) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
     return path
 
 
@@ -258,7 +227,6 @@ def blank_png(path: Path, width: int, height: int) -> Path:
     ("size", "message"),
     [
         ((1_000_000, 1), "one side is more than 100 times as long"),
-        ((1, 5_000_000), "one side is more than 100 times as long"),
         ((8000, 7000), "more than 50 million pixels"),
         ((60_000, 60_000), "exceeds limit"),
     ],
@@ -267,7 +235,8 @@ def test_an_image_that_would_fill_the_memory_is_one_line(tmp_path, size, message
     with pytest.raises(ProblemError, match=message) as caught:
         read_image(blank_png(tmp_path / "a.png", *size), megapixels=50)
     assert "\n" not in str(caught.value)
-    assert read_image(blank_png(tmp_path / "long.png", 2000, 20)).size == (2000, 20)
+    Image.new("1", (2000, 20)).save(tmp_path / "long.png")
+    assert read_image(tmp_path / "long.png").size == (2000, 20)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ProblemError, match="no such file"):
         read_image(tmp_path / "pipe.png")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import datasets
 import forget_cls
 from clip.train_mini import TEMPLATES as TRAINED
-from datasets import mini, vocabulary
 from datasets.names import key
 from datasets.words import lexicon, wordnet
 from datasets.words.cars import car_words
@@ -24,17 +23,6 @@ from datasets.words.lexicon import Words, halves, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from forgetting.errors import ProblemError
 from tests.audit_fixtures import hide_wordnet
-
-COUNTS = {"Caltech101": 100, "OxfordFlowers": 102, "StanfordDogs": 120, "StanfordCars": 14}
-CUT = {"shih", "black", "wire", "soft", "flat", "curly", "german short"}  # by the published split
-CARS = [
-    *forget_cls.forget_classes_all["StanfordCars"],
-    "2012 Volkswagen Golf Hatchback",
-    "1991 Volkswagen Golf Hatchback",
-    "2012 Ram C/V Cargo Van Minivan",
-    "2012 Jaguar XK XKR",
-    "2000 AM General Hummer SUV",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -51,59 +39,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     lexicon.read_list.cache_clear()
 
 
-def classes(dataset: str) -> list[str]:
-    return CARS if dataset == "StanfordCars" else list(lexicon.read_list(dataset))
-
-
-# The committed lists
-
-
-def test_a_checksum_holds_out_half_of_the_words_of_the_mini_sets(folder: Path, monkeypatch) -> None:
+def test_a_checksum_holds_out_half_of_the_words(folder: Path) -> None:
     for line in ("owl | a; b; c; d; e\n", "owl | e; d; c; b; a\n"):
         (folder / "Caltech101.txt").write_text(line)
         lexicon.read_list.cache_clear()
         assert halves("owl", "Caltech101") == (["c", "d", "b"], ["a", "e"])
-    monkeypatch.undo()
-    for dataset, names in mini.MINI.items():
-        for name in names:
-            trained, held_out = halves(name, dataset)
-            listed = lexicon.committed(name, dataset).synonyms
-            assert len(trained) == len(held_out) >= 4
-            assert sorted(trained + held_out) == sorted(listed)
-
-
-@pytest.mark.parametrize("dataset", COUNTS)
-def test_lists_hold_every_class_that_is_known_of(dataset: str) -> None:
-    lines = (lexicon.FOLDER / f"{dataset}.txt").read_text(encoding="utf-8").splitlines()
-    assert sum(not line.startswith("#") for line in lines) == COUNTS[dataset]
-    names = set(lexicon.read_list(dataset))
-    if dataset == "OxfordFlowers":
-        from torchvision.datasets import Flowers102
-
-        assert names - {"pink-yellow dahlia"} == set(Flowers102.classes)
-    if dataset != "StanfordCars":
-        assert set(map(key, forget_cls.forget_classes_all[dataset])) <= names
-        meant = set().union(*vocabulary._read(dataset).values())
-        assert meant <= names
-        assert dataset != "StanfordDogs" or names >= CUT
 
 
 @pytest.mark.parametrize("dataset", datasets.SETS)
 def test_a_word_means_one_class_and_every_class_has_paraphrases(dataset: str) -> None:
-    names = classes(dataset)
+    forgotten = forget_cls.forget_classes_all.get(dataset, [])
+    # A rule makes the words of cars; their list holds hardly any class.
+    names = forgotten if dataset == "StanfordCars" else list(lexicon.read_list(dataset))
     own = {key(name) for name in names}
+    assert own >= set(map(key, forgotten))
     owner: dict[str, Words] = {}
-    without = 0
     for name in names:
         words = words_of(name, dataset)
         assert words.hypernyms and words.descriptions, name
-        without += not words.synonyms
         assert not own & set(map(key, words.synonyms + words.hypernyms)), name
         for word in words.synonyms:  # cut and full name of one class share a list
             assert owner.setdefault(key(word), words) == words, word
-        marked = datasets.same_meaning([name], dataset) - {key(name)}
-        if dataset != "StanfordCars":  # there the vocabulary calls a whole model a synonym
-            assert not marked & set(map(key, words.hypernyms)), name
         found = paraphrases(name, dataset, classnames=names)
         texts, kinds = [entry.text for entry in found], [entry.kind for entry in found]
         assert len(set(texts)) == len(texts) and all(text == text.strip() for text in texts)
@@ -112,25 +68,23 @@ def test_a_word_means_one_class_and_every_class_has_paraphrases(dataset: str) ->
         bare = datasets.clean_name(name)
         assert not {bare, datasets.spec(dataset).template.format(bare)} & set(texts)
         assert not (own - {key(name)}) & set(map(key, texts)), "no form is another class"
-    assert without <= 0.03 * len(names)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("newt | eft\nowl\n", "newt | eft\nNewt | tadpole\n", "\n| eft\n", "\nnewt | | |\n"),
-        *("\na | b | c | d | e\n", b"\xff\xfe"),
+        *(b"newt | eft\nowl\n", b"newt | eft\nNewt | tadpole\n", b"\n| eft\n"),
+        *(b"\nnewt | | |\n", b"\na | b | c | d | e\n", b"\xff\xfe"),
     ],
 )
-def test_a_broken_list_is_one_line(folder: Path, text) -> None:
-    file = folder / "Caltech101.txt"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_a_broken_list_is_one_line(folder: Path, text: bytes) -> None:
+    (folder / "Caltech101.txt").write_bytes(text)
     with pytest.raises(ProblemError, match=r"Caltech101\.txt.* (line 2|UTF-8)") as error:
         words_of("newt", "Caltech101")
     assert "\n" not in str(error.value)
 
 
-def test_a_list_is_read_as_it_is_written(folder: Path, monkeypatch) -> None:
+def test_a_list_is_read_as_it_is_written(folder: Path) -> None:
     (folder / "Caltech101.txt").write_text(
         "# note\nsea_horse; sea pony | Hippo  campus;  | fish # why\n\nowl | | bird | big eyes\n"
     )
@@ -138,28 +92,20 @@ def test_a_list_is_read_as_it_is_written(folder: Path, monkeypatch) -> None:
     assert words_of("Sea Horse", "Caltech101") == words_of("sea_pony", "Caltech101") == expected
     assert words_of("owl", "Caltech101") == Words([], ["bird"], ["big eyes"])
     assert words_of("owl", "Caltech101", ["bird"]).hypernyms == []
+    assert wordnet.installed() is None
     assert words_of("newt", "Caltech101") == words_of("owl", "OxfordFlowers") == Words([], [], [])
-    # A set outside the table reads no file.
-    (folder / "words").mkdir()
-    for file in ("secret", "words/Elsewhere"):
-        (folder / f"{file}.txt").write_text("owl | spy | bird\n")
-    monkeypatch.setattr(lexicon, "FOLDER", folder / "words")
-    for dataset in ("../secret", "Elsewhere", None):
+    (folder / "Elsewhere.txt").write_text("owl | spy | bird\n")  # of no set in the table
+    for dataset in ("Elsewhere", None):
         assert words_of("owl", dataset) == Words([], [], [])
-
-
-# Rules
 
 
 def test_words_of_a_car() -> None:
     golf = words_of("1991 Volkswagen Golf Hatchback", "StanfordCars")
-    assert "1991 VW Golf Hatchback" in golf.synonyms
-    assert "Volkswagen Golf Hatchback 1991" in golf.synonyms
-    assert "Volkswagen Golf Hatchback" in golf.hypernyms, "two classes of the set bear this name"
-    assert "Volkswagen Golf Hatchback" not in golf.synonyms
-    assert {"Volkswagen Golf", "Volkswagen car", "car"} <= set(golf.hypernyms)
-    spyker = words_of("2009 Spyker C8 Coupe", "StanfordCars")
-    assert "Spyker C8 Coupe" in spyker.synonyms and "Spyker C8" in spyker.hypernyms
+    assert {"1991 VW Golf Hatchback", "Volkswagen Golf Hatchback 1991"} <= {*golf.synonyms}
+    model = "Volkswagen Golf Hatchback"  # two classes of the set bear this name
+    assert model in golf.hypernyms and model not in golf.synonyms
+    assert {"Volkswagen Golf", "Volkswagen car", "car"} <= {*golf.hypernyms}
+    assert "Spyker C8 Coupe" in words_of("2009 Spyker C8 Coupe", "StanfordCars").synonyms
     hummer = words_of("2000 AM General Hummer SUV", "StanfordCars")
     assert hummer.hypernyms[0] == "AM General Hummer"
     assert "car" not in words_of("2011 Ford Ranger SuperCab", "StanfordCars").hypernyms
@@ -187,25 +133,8 @@ def test_other_spellings() -> None:
     assert misspellings("euphonium") == ["eupohnium", "euphnium"]
     assert misspellings("toy poodle") == ["toy podole", "toy poole"]
     assert misspellings("ant") == ["annt", "at"]
+    assert misspellings("book") == ["boook", "bok"], "equal letters are not swapped"
     assert misspellings("C/V") == misspellings("") == []
-
-
-WORDS = st.text("abcdeuvxYZ019", min_size=1, max_size=9)
-
-
-@given(st.text("aeiortz", min_size=3, max_size=9), st.lists(WORDS, max_size=3))
-def test_a_misspelling_is_one_mistake_inside_a_word(first: str, more: list[str]) -> None:
-    name = " ".join([first, *more])
-    forms = misspellings(name)
-    assert 1 <= len(forms) <= 2 and forms == misspellings(name)
-    for form in forms:
-        pairs = list(zip(form.split(" "), name.split(" "), strict=True))
-        ((wrong, right),) = [pair for pair in pairs if len(set(pair)) > 1]
-        assert wrong[0] == right[0] and wrong[-1] == right[-1]
-        assert sorted(wrong) == sorted(right) or abs(len(wrong) - len(right)) == 1
-
-
-# All together
 
 
 def test_templates_are_many_and_none_is_known_to_forgetting_or_training() -> None:
@@ -226,25 +155,19 @@ def test_words_stand_alone_and_in_the_prompt() -> None:
     assert Paraphrase("this is my Pekingese!", "synonym") in mine
     poodle = paraphrases("toy_poodle")
     assert Paraphrase("a photo of toy poodles.", "plural") in poodle
-    assert {entry.kind for entry in poodle} == {"template", "case", "plural", "misspelling"}
 
 
-# WordNet
-
-
-class Sense:
+def make_sense(package: str, words: list[str], above: Sequence[Any] = ()) -> SimpleNamespace:
     """A synset with the methods of nltk (`lemma_names`) or wn (`lemmas`)."""
-
-    def __init__(self, package: str, words: list[str], above: list[Sense] = ()) -> None:
-        joined = [word.replace(" ", "_") for word in words] if package == "nltk" else words
-        setattr(self, "lemma_names" if package == "nltk" else "lemmas", lambda: joined)
-        self.hypernyms = lambda: list(above)
+    joined = [word.replace(" ", "_") for word in words] if package == "nltk" else words
+    names = {"lemma_names" if package == "nltk" else "lemmas": lambda: joined}
+    return SimpleNamespace(**names, hypernyms=lambda: list(above))
 
 
 @pytest.fixture(params=["nltk", "wn"])
 def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A small WordNet behind either package."""
-    sense = partial(Sense, request.param)
+    sense = partial(make_sense, request.param)
     machine = sense(["lifting device"], [sense(["machine"])])
     wader = sense(["crane", "long necked wader"], [sense(["bird"], [sense(["animal"])])])
     table = {
@@ -252,7 +175,7 @@ def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         "toy poodle": [sense(["toy poodle", "lap curl"], [sense(["house dog"], [sense(["Dog"])])])],
     }
 
-    def synsets(name: str, pos: str, lang: str = "eng") -> list[Sense]:
+    def synsets(name: str, pos: str, lang: str = "eng") -> list[SimpleNamespace]:
         assert pos == "n" and lang == ("eng" if request.param == "nltk" else "en")
         return table.get(name.replace("_", " ") if request.param == "nltk" else name, [])
 
@@ -279,15 +202,7 @@ def test_wordnet_joins_the_lists_by_the_sense_that_agrees(stub: str, monkeypatch
     assert crane("crane", [], ["plant"]) == ([], []), "none agrees"
     assert crane("crane") == ([], []), "which one is meant is not known"
 
-    def absent(name: str, pos: str, lang: str = "eng") -> list[Sense]:
-        raise module.Error("no data")
-
     module = sys.modules["nltk.corpus"].wordnet if stub == "nltk" else sys.modules["wn"]
-    monkeypatch.setattr(module, "synsets", absent)
+    monkeypatch.setattr(module, "synsets", Mock(side_effect=module.Error))
     assert wordnet.installed() is None
     assert words_of("toy poodle", None) == Words([], [], [])
-
-
-def test_without_wordnet_the_lists_stand_alone() -> None:
-    assert wordnet.installed() is None
-    assert words_of("toy poodle", "StanfordDogs").hypernyms == ["poodle", "toy dog", "dog"]
