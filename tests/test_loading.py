@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,15 +28,7 @@ from forgetting.errors import ProblemError
 from forgetting.models import configs, loading
 from forgetting.models.checkpoint import parse_tensors, read_checkpoint
 from forgetting.models.loading import load_model
-from tests.clip_fixtures import (
-    TEXT,
-    hugging_face,
-    one_line,
-    open_clip_folder,
-    openai_state_dict,
-    random_model,
-    tiny,
-)
+from tests.clip_fixtures import TEXT, hugging_face, one_line, open_clip_folder, random_model, tiny
 from tests.conftest import REPOSITORY
 from tests.encoder_fixtures import needs_transformers
 
@@ -72,11 +64,11 @@ def test_every_form_of_a_checkpoint_is_read(mini: Path, tmp_path: Path) -> None:
         assert {x.dtype for x in source.model.state_dict().values()} == {torch.float32}
 
 
+@dataclass
 class Trap:
     """A pickle that would make a folder when it is loaded."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path.mkdir, (self.folder,)
@@ -126,9 +118,17 @@ def test_a_published_archive_is_read_and_not_run(mini: Path, tmp_path: Path, mon
         load_model(f"openai:{tmp_path}/none.pt")
 
 
-@settings(max_examples=60)
-@given(part=st.floats(0, 0.999), form=st.sampled_from(["zip", "legacy", "safetensors", "jit"]))
-def test_a_torn_file_is_one_line(tmp_path_factory, part: float, form: str) -> None:
+STARTS = [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"\x10" + 7 * b"\0"]
+
+
+@settings(max_examples=80)
+@given(
+    part=st.floats(0, 0.999),
+    form=st.sampled_from(["zip", "legacy", "safetensors", "jit"]),
+    start=st.sampled_from(STARTS),
+    noise=st.binary(max_size=60),
+)
+def test_torn_files_and_random_bytes_are_one_line(tmp_path_factory, part, form, start, noise):
     path = tmp_path_factory.mktemp("torn") / "w"
     state = {"text_projection": torch.randn(8, 4), "x": torch.randn(5)}
     if form == "safetensors":
@@ -139,20 +139,10 @@ def test_a_torn_file_is_one_line(tmp_path_factory, part: float, form: str) -> No
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
     whole = path.read_bytes()
     assert parse_tensors(whole)
-    with pytest.raises(ProblemError) as error:
-        parse_tensors(whole[: int(part * len(whole))])
-    one_line(error)
-
-
-STARTS = [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q\x00", b"\x10" + 7 * b"\0"]
-
-
-@settings(max_examples=100)
-@given(start=st.sampled_from(STARTS), noise=st.binary(max_size=60))
-def test_random_bytes_are_one_line(start: bytes, noise: bytes) -> None:
-    with pytest.raises(ProblemError) as error:
-        parse_tensors(start + noise)
-    one_line(error)
+    for content in (whole[: int(part * len(whole))], start + noise):
+        with pytest.raises(ProblemError) as error:
+            parse_tensors(content)
+        one_line(error)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # nested and quantised tensors are announced so
@@ -206,9 +196,6 @@ def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> No
             _ = ClipSource(arch, path, tmp_path / "cache", "cpu").model
         one_line(error, path)
 
-    torch.save(openai_state_dict("mini"), tmp_path / "w.pt")
-    (tmp_path / "w.json").write_text(json.dumps({"model_cfg": architecture("RN50").model_config()}))
-    refused(tmp_path / "w.pt", "RN50", "RN50 cannot be made")
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
     refused(tmp_path / "fc.pt", "mini", "Missing key")
     state = random_model("mini").state_dict()
@@ -223,8 +210,8 @@ def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> No
     torch.save(random_model("mini", seed=1).state_dict(), mini)
     with pytest.raises(ProblemError, match="has changed since"):
         _ = source.model
-    fresh = ClipSource("mini", mini, tmp_path / "cache", "cpu")
-    assert fresh.weights_sha256 != source.weights_sha256 and fresh.model is not None
+    with pytest.raises(ProblemError, match="no such user"):
+        ClipSource("mini", cache="~nobody-of-that-name/x")
 
 
 # --- Names -------------------------------------------------------------------------------------
@@ -258,9 +245,8 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
             with pytest.raises(ProblemError, match=message) as error:
                 find(name)
             one_line(error)
-    for name, message in (("ViT-B/33", "'ViT-B/32'"), ("mini-gelu", "unknown architecture")):
-        with pytest.raises(ProblemError, match=message):
-            architecture(name)
+    with pytest.raises(ProblemError, match="'ViT-B/32'"):
+        architecture("ViT-B/33")
 
 
 def test_pretrained_tags_say_how_they_compute(tmp_path: Path, monkeypatch) -> None:
@@ -274,10 +260,7 @@ def test_pretrained_tags_say_how_they_compute(tmp_path: Path, monkeypatch) -> No
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr("open_clip.download_pretrained", fail)
-    for find in (
-        load_model,
-        lambda name: ClipSource(name, cache=tmp_path).weights_files,
-    ):
+    for find in (load_model, lambda name: ClipSource(name, cache=tmp_path).weights_files):
         with pytest.raises(ProblemError, match="cannot be fetched") as error:
             find("open_clip:ViT-B-32/laion2b_s34b_b79k")
         one_line(error)
@@ -403,11 +386,27 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def evil(folder: Path, trap: Path) -> None:
-    """A folder whose tokenizer and config name code that lies beside them."""
-    (folder / "evil.py").write_text(EVIL.format(trap=str(trap)))
-    auto = {"AutoTokenizer": ["evil.EvilTok", None]}
-    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTok", auto_map=auto)
+def made(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A folder of open_clip or of Hugging Face, and the file of its config."""
+    if kind == "ViT":
+        return open_clip_folder(folder, kind), folder / "open_clip_config.json"
+    return hugging_face(folder, kind), folder / "config.json"
+
+
+def opened(folder: Path, match: str = "") -> list[str]:
+    """What opens a folder of all that may; whatever else happens is one line."""
+    done = []
+    for name, load in (
+        ("load_model", lambda: load_model(str(folder))),
+        ("hf", lambda: load_model(f"hf:{folder}")),
+        ("source", lambda: ClipSource(f"hf:{folder}", cache=f"{folder}-c").encode_hidden(["a"])),
+    ):
+        try:
+            load()
+            done.append(name)
+        except ProblemError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000 and match in str(error)
+    return done
 
 
 TEXT_CFG, VISION_CFG = "model_cfg__text_cfg__", "model_cfg__vision_cfg__"
@@ -418,8 +417,6 @@ ATTACKS = {  # kind of the folder, changes of its config, and what its refusal n
     "open_clip tokenizer, unasked": ("ViT", TOKENIZER, ""),
     "text tower": ("ViT", {f"{TEXT_CFG}hf_model_name": "{folder}"}, "_model_name"),
     "image tower": ("ViT", {f"{VISION_CFG}timm_model_name": "local-dir:{folder}"}, "_model_name"),
-    "hub text tower": ("ViT", {f"{TEXT_CFG}hf_model_name": "org/x"}, "_model_name"),
-    "hub image tower": ("ViT", {f"{VISION_CFG}timm_model_name": "hf-hub:org/x"}, "_model_name"),
     "bpe": ("ViT", {f"{TEXT_CFG}tokenizer_kwargs": {"bpe_path": "{folder}/pipe"}}, "bpe_path"),
     "hf unknown model": ("CLIPModel", {"model_type": "evil"}, ""),
     "hf known model": ("CLIPModel", {}, ""),
@@ -432,34 +429,21 @@ ATTACKS = {  # kind of the folder, changes of its config, and what its refusal n
 def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkeypatch) -> None:
     """Refused, or loaded without it; and there is no prompt whether it may run."""
     kind, changes, names = ATTACKS[attack]
-    folder, trap = tmp_path / "m", tmp_path / "trap"
-    make = open_clip_folder if kind == "ViT" else hugging_face
-    make(folder, kind)
-    evil(folder, trap)
+    trap = tmp_path / "trap"
+    folder, config = made(tmp_path / "m", kind)
+    (folder / "evil.py").write_text(EVIL.format(trap=str(trap)))
+    auto = {"AutoTokenizer": ["evil.EvilTok", None]}
+    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTok", auto_map=auto)
     os.mkfifo(folder / "pipe")
-    config = folder / ("open_clip_config.json" if kind == "ViT" else "config.json")
     if kind != "ViT":
         auto = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
         changes = {"auto_map": auto} | changes
     edit(config, **json.loads(json.dumps(changes).replace("{folder}", str(folder))))
 
-    def fail(*_: object, **__: object) -> None:
-        pytest.fail("a prompt, or a network was used")
-
-    monkeypatch.setattr(builtins, "input", fail)
-    monkeypatch.setattr(socket.socket, "connect", fail)
-    loaded = []
-    for load in (
-        lambda: load_model(str(folder)),
-        lambda: load_model(f"hf:{folder}"),
-        lambda: ClipSource(f"hf:{folder}", cache=tmp_path / "cache").encode_hidden(TEXTS),
-    ):
-        try:
-            loaded.append(load())
-        except ProblemError as error:
-            assert "\n" not in str(error) and names in str(error)
-        assert not trap.exists()
-    assert bool(loaded) == (attack in ("hf known model", "hf kernels"))
+    for module, name in ((builtins, "input"), (socket.socket, "connect")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a prompt, or a network"))
+    assert bool(opened(folder, names)) == (attack in ("hf known model", "hf kernels"))
+    assert not trap.exists()
     if attack == "open_clip tokenizer":  # negative control: the trap works
         import transformers
 
@@ -491,57 +475,39 @@ ODD_KEYS = {
 def test_odd_numbers_in_a_config_are_one_line(kind, tmp_path_factory, data) -> None:
     """Whatever number stands in a config, it is refused in one line and in no time, or it is what
     the model computes with."""
-    folder = tmp_path_factory.mktemp("odd") / "m"
-    make, name = (
-        (open_clip_folder, "open_clip_config") if kind == "ViT" else (hugging_face, "config")
-    )
-    config = make(folder, kind) / f"{name}.json"
+    folder, config = made(tmp_path_factory.mktemp("odd") / "m", kind)
     edit(config, **{data.draw(st.sampled_from(ODD_KEYS[kind])): data.draw(st.sampled_from(ODD))})
-    for load in (
-        lambda: load_model(str(folder)),
-        lambda: ClipSource(f"hf:{folder}", cache=folder.parent / "cache").encode_hidden(["a"]),
-    ):
-        try:
-            load()
-        except ProblemError as error:
-            assert "\n" not in str(error) and len(str(error)) < 1000
+    opened(folder)
 
 
-OPEN_CLIP_IMAGES = [
-    *({"size": -32}, {"size": [32, 32.5]}, {"size": 0}, {"size": [32]}, {"size": 10**9}),
-    *({"mean": [0.5]}, {"mean": [0.5, float("nan"), 0.5]}, {"std": [0.5, 0, 0.5]}),
-    *({"interpolation": "random"}, {"resize_mode": 3}),
-]
-HF_IMAGES = [
-    *({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": 3}),
-    *({"image_mean": [0.5]}, {"size": {"height": -32, "width": 32.5}, "do_center_crop": False}),
-    *({"rescale_factor": 1.0}, {"do_center_crop": False}),
-]
+IMAGES = {
+    "ViT": [
+        *({"size": -32}, {"size": [32, 32.5]}, {"size": 0}, {"size": [32]}, {"size": 10**9}),
+        *({"mean": [0.5]}, {"mean": [0.5, float("nan"), 0.5]}, {"std": [0.5, 0, 0.5]}),
+        *({"interpolation": "random"}, {"resize_mode": 3}),
+    ],
+    "CLIPModel": [
+        *({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": 3}),
+        *({"image_mean": [0.5]}, {"size": {"height": -32, "width": 32.5}, "do_center_crop": False}),
+        *({"rescale_factor": 1.0}, {"do_center_crop": False}),
+    ],
+}
 
 
 @needs_transformers
-def test_impossible_preprocessing_is_one_line(tmp_path) -> None:
+@pytest.mark.parametrize("kind", IMAGES)
+def test_impossible_preprocessing_is_one_line(kind, tmp_path) -> None:
     """Before any work."""
-    folders = [(open_clip_folder(tmp_path / "ViT", "ViT"), "open_clip_config.json")]
-    folders += [(hugging_face(tmp_path / "hf", "CLIPModel"), "preprocessor_config.json")]
-    for (folder, name), images in zip(folders, (OPEN_CLIP_IMAGES, HF_IMAGES), strict=True):
-        good = (folder / name).read_text()
-        for change in images:
-            (folder / name).write_text(good)
-            if folder.name == "ViT":
-                change = {f"preprocess_cfg__{key}": value for key, value in change.items()}
-            edit(folder / name, **change)
-            with pytest.raises(ProblemError, match="preprocessing that is not known") as error:
-                ClipSource(f"hf:{folder}", cache=tmp_path / "cache")
-            one_line(error)
-    (folder / name).unlink()
-    with pytest.raises(ProblemError, match=r"no .*preprocessor_config\.json"):
+    folder, file = made(tmp_path / "m", kind)
+    file = file if kind == "ViT" else folder / "preprocessor_config.json"
+    good = file.read_text()
+    for change in IMAGES[kind]:
+        file.write_text(good)
+        before = "preprocess_cfg__" if kind == "ViT" else ""
+        edit(file, **{before + key: value for key, value in change.items()})
+        with pytest.raises(ProblemError, match="preprocessing that is not known") as error:
+            ClipSource(f"hf:{folder}", cache=tmp_path / "cache")
+        one_line(error)
+    file.unlink()
+    with pytest.raises(ProblemError, match=file.name):
         ClipSource(f"hf:{folder}", cache=tmp_path / "cache")
-
-
-def test_home_is_expanded(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert ClipSource("mini", cache="~/cache").cache == tmp_path / "cache"
-    with pytest.raises(ProblemError, match="no such user") as error:
-        ClipSource("mini", cache="~nobody-of-that-name/x")
-    one_line(error)
