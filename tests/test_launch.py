@@ -20,7 +20,7 @@ from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.source import ClipSource
 from engine.cli import run
-from engine.ray import LauncherSettings, spread
+from engine.ray import LauncherSettings, cluster, spread
 from evaluation.results import read_logs
 from experiments import sweep
 from forgetting import load_adapter
@@ -69,8 +69,6 @@ def test_the_driver_loops_over_each_name_once(driver, tmp_path):
         assert list(dict.fromkeys(one[option] for one in values)) == names
     assert values[-1]["--output-dir"] == f"{tmp_path}/out/results1/hf:a b/ForgetLoRA/seed_10"
     assert all(run[-3:] == ["--multiclass", "--forget", "x y"] for run in runs)
-    quiet = driver("1", "0", "A", "RN50", "0", "--quiet").stdout
-    assert quiet.count("\n") == 1 and "<--quiet>" in quiet
 
 
 def test_a_run_that_fails_stops_no_other_and_an_interrupted_one_is_the_last(driver, tmp_path):
@@ -92,17 +90,15 @@ REFUSED = [
     (["1", " ", *FIVE[2:]], "SEED must be integers.*' '"),
     ([*FIVE[:4], "2"], "MULTICLASS must be 0 or 1, got '2'"),
     (["1", "0", "A,,B", "mini", "0"], "DATASETS must be names.*'A,,B'"),
-    (["1", "0", "A", "mini,", "0"], "ARCH must be names.*'mini,'"),
-    ([*FIVE, "--seed=5"], "--seed is set for each run"),
+    ([*FIVE, "--seed=5"], "--seed is set"),
     ([*FIVE, "TRAINER.NAME", "x"], "TRAINER.NAME is set for each run"),
     *(
-        ([*FIVE, f"--{option}", "x"], f"--{option} is set for each run")
-        for option in ("trainer", "dataset", "backbone", "output-dir", "multiclass")
+        ([*FIVE, f"--{option}", "x"], f"--{option} is set")
+        for option in ("seed", "trainer", "dataset", "backbone", "output-dir", "multiclass")
     ),
     ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
     ({"LAUNCHER": "slurm"}, "LAUNCHER must be local or ray.*"),
     ({"IMAGES": "x"}, "IMAGES is one data set"),
-    ({"TRAINER": "a,,b"}, "TRAINER must be names"),
 ]
 
 
@@ -115,12 +111,11 @@ def test_the_driver_refuses_before_python_starts(driver, tmp_path, wrong, messag
 
 def test_the_driver_hands_its_loops_to_a_sweep(driver, tmp_path):
     done = driver("1", "0,1", "A,B", "mini", "0", "--cpus", "2", LAUNCHER="ray", TRAINER="X")
-    words = re.findall("<(.*?)>", done.stdout)
-    assert words[:12] == [
+    assert re.findall("<(.*?)>", done.stdout)[:14] == [
         *("experiments", "sweep", "--datasets", "A,B", "--seeds", "0,1", "--backbones", "mini"),
-        *("--trainers", "X", "--out", f"{tmp_path}/out/results1"),
+        *("--trainers", "X", "--out", f"{tmp_path}/out/results1", "--launcher", "ray"),
     ]
-    assert words[12:14] == ["--launcher", "ray"] and words[-2:] == ["--cpus", "2"]
+    assert "<--cpus><2>" in done.stdout
 
 
 @pytest.fixture
@@ -174,7 +169,6 @@ def test_parts_of_a_set_have_the_ridge_and_the_results_of_all_of_it(lists, tmp_p
     ("extra", "message"),
     [
         (["--seeds", "0,99999999999"], "SEED must be a whole number"),
-        (["--cpus", "a"], "--cpus"),
         (["--launcher", "slurm"], "--launcher"),
         (["--eval-only"], "--eval-only"),
         (["--launcher", "ray"], "pip install -r requirements-ray.txt"),
@@ -196,18 +190,15 @@ def shout(word: str) -> str:
 
 
 def test_a_map_in_this_process_yields_results_and_refusals_in_order():
-    found = list(spread(shout, ["a", "bad", "b"], HERE))
-    assert [item for item, _ in found] == ["a", "bad", "b"]
-    assert found[0][1] == "A" and isinstance(found[1][1], ProblemError) and found[2][1] == "B"
+    found = [(item, str(result)) for item, result in spread(shout, ["a", "bad", "b"], HERE)]
+    assert found == [("a", "A"), ("bad", "refused"), ("b", "B")]
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[object]:
     """A Ray of two workers, started as the launcher does it."""
     if find_spec("ray") is None:  # not imported here: Ray reads its token when it is
-        pytest.skip("needs Ray: pip install -r requirements-ray.txt")
-    from engine.ray import cluster
-
+        pytest.skip("needs Ray")
     token = Path.home() / ".ray" / "auth_token"
     existed = token.exists()
     with cluster(cores=2) as ray:
