@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clip.architectures import ARCHITECTURES, architecture
 from forgetting.errors import ProblemError
 from tests import encoder_fixtures
-from tests.encoder_fixtures import SIZE, transformers_tokenizer
+from tests.encoder_fixtures import IMAGE, SIZE, transformers_tokenizer
 
 OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
 
@@ -55,13 +55,10 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
 def openai_state_dict(name: str, seed: int = 0) -> dict[str, Tensor]:
     """Random weights as OpenAI's archives hold them: partly float16, with three integers."""
     model = random_model(name, seed)
-    size, context, words = model.visual.image_size, model.context_length, model.vocab_size
+    size, context, words = np.max(model.visual.image_size), model.context_length, model.vocab_size
     convert_weights_to_fp16(model)
     integers = {"input_resolution": size, "context_length": context, "vocab_size": words}
-    return model.state_dict() | {
-        key: torch.tensor(value[0] if isinstance(value, tuple) else value)
-        for key, value in integers.items()
-    }
+    return model.state_dict() | {k: torch.tensor(int(x)) for k, x in integers.items()}
 
 
 def save_openai(name: str, path: Path, seed: int = 0) -> None:
@@ -88,7 +85,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch, folder: Path, width: int = 8) -> Path:
     return weights
 
 
-IMAGE = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIGS = {
     "ResNet": {"vision_cfg": IMAGE | {"layers": [1, 1, 1, 1], "patch_size": None}},
@@ -139,11 +135,13 @@ def images(root: Path) -> Path:
     """A folder with an image of each of three classes."""
     rng = np.random.default_rng(0)
     for name in ("sea horse", "crab", "owl"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
-            root / name / "1.png"
-        )
+        _noise(rng, root / name / "1.png")
     return root
+
+
+def _noise(rng: np.random.Generator, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
 
 
 def caltech(root: Path, images_per_class: int = 30) -> Path:
@@ -152,11 +150,9 @@ def caltech(root: Path, images_per_class: int = 30) -> Path:
     folder = root / "caltech-101"
     test = []
     for label, name in enumerate(("crab", "sea_horse", "wild_cat", "yin_yang")):
-        (folder / "101_ObjectCategories" / name).mkdir(parents=True)
         for number in range(images_per_class):
             path = f"{name}/image_{number:04d}.jpg"
-            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "101_ObjectCategories" / path)
+            _noise(rng, folder / "101_ObjectCategories" / path)
             test.append([path, label, name])
     split = {"train": [], "val": [], "test": test}
     (folder / "split_zhou_Caltech101.json").write_text(json.dumps(split))

@@ -72,10 +72,8 @@ def _scaled(model: nn.Module) -> nn.Module:
     return model
 
 
-ENDS, OUT_DIM = (
-    {"bos_token_id": START, "eos_token_id": END, "pad_token_id": 0},
-    {"projection_dim": OUT},
-)
+ENDS = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": 0}
+OUT_DIM = {"projection_dim": OUT}
 SIGLIP = ENDS | {"projection_size": OUT}
 ALT = {"pad_token_id": 0, "project_dim": WIDTH, "max_position_embeddings": LENGTH + 8}
 HUGGING_FACE = {  # kind -> what its texts, its images and the whole have beside the rest
@@ -98,11 +96,10 @@ def _transformers(kind: str) -> nn.Module:
     vision = layers | {"hidden_size": 32, "num_hidden_layers": 1, "patch_size": 16} | of_vision
     vision |= {} if kind == "Siglip2Model" else {"image_size": SIZE}
     if kind == "CLIPTextModelWithProjection":
-        config = transformers.CLIPTextConfig(**text)
-    else:
-        of_kind = getattr(transformers, kind.replace("Model", "Config"))
-        config = of_kind(text_config=text, vision_config=vision, **more)
-    return getattr(transformers, kind)(config)
+        return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text))
+    config = getattr(transformers, kind.replace("Model", "Config"))
+    made = config(text_config=text, vision_config=vision, **more)
+    return getattr(transformers, kind)(made)
 
 
 def transformers_tokenizer() -> Any:
@@ -117,13 +114,8 @@ def transformers_tokenizer() -> Any:
     inner.post_processor = processors.TemplateProcessing(
         single="[S] $A [E]", special_tokens=[("[S]", START), ("[E]", END)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="[S]",
-        eos_token="[E]",
-        pad_token="[PAD]",
-        model_max_length=LENGTH,
-    )
+    ends = {"bos_token": "[S]", "eos_token": "[E]", "pad_token": "[PAD]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=LENGTH, **ends)
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -33,15 +34,11 @@ from tests.conftest import REPOSITORY
 from tests.encoder_fixtures import needs_transformers
 
 TEXTS = ["", "sea horse", "a photo of a crab."]
-BOTH = [architecture, load_model]
 
 
 @pytest.fixture
 def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny(monkeypatch, tmp_path / "mini")
-
-
-# --- Files of weights --------------------------------------------------------------------------
 
 
 def test_every_form_of_a_checkpoint_is_read(mini: Path, tmp_path: Path) -> None:
@@ -179,7 +176,6 @@ def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
     (folder / "open_clip_model.safetensors").unlink()
     os.mkfifo(folder / "open_clip_model.safetensors")
     for open_it in (
-        lambda: read_checkpoint([tmp_path / "pipe"]),
         lambda: read_checkpoint([tmp_path]),
         lambda: ClipSource("mini", tmp_path / "pipe", tmp_path / "cache"),
         lambda: load_model(str(folder)),
@@ -191,19 +187,17 @@ def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> None:
-    def refused(path: Path, arch: str, message: str) -> None:
-        with pytest.raises(ProblemError, match=message) as error:
-            _ = ClipSource(arch, path, tmp_path / "cache", "cpu").model
-        one_line(error, path)
-
-    torch.save({"fc.weight": torch.ones(2)}, tmp_path / "fc.pt")
-    refused(tmp_path / "fc.pt", "mini", "Missing key")
     state = random_model("mini").state_dict()
-    torch.save(state | {"more": torch.ones(2)}, tmp_path / "more.pt")
-    refused(tmp_path / "more.pt", "mini", "Unexpected key")
-    state["ln_final.weight"][3] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    refused(tmp_path / "nan.pt", "mini", r"ln_final\.weight' holds NaN")
+    for tensors, message in (
+        ({"fc.weight": torch.ones(2)}, "Missing key"),
+        (state | {"more": torch.ones(2)}, "Unexpected key"),
+        (state | {"ln_final.weight": torch.full((8,), torch.nan)}, "ln_final.weight' holds NaN"),
+    ):
+        path = tmp_path / f"{len(tensors)}.pt"
+        torch.save(tensors, path)
+        with pytest.raises(ProblemError, match=re.escape(message)) as error:
+            _ = ClipSource("mini", path, tmp_path / "cache", "cpu").model
+        one_line(error, path)
     # What is hashed is what is loaded: a file that is exchanged between the two is refused.
     source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
     assert source.weights_sha256
@@ -212,9 +206,6 @@ def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> No
         _ = source.model
     with pytest.raises(ProblemError, match="no such user"):
         ClipSource("mini", cache="~nobody-of-that-name/x")
-
-
-# --- Names -------------------------------------------------------------------------------------
 
 
 def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
@@ -240,11 +231,9 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
         "open_clip:ViT-B-32": "has no weights",
         str(tmp_path / "bare"): "no folder with open_clip_model",
     }.items():
-        finds = [load_model] if "weights" in message or "folder with" in message else BOTH
-        for find in finds:
-            with pytest.raises(ProblemError, match=message) as error:
-                find(name)
-            one_line(error)
+        with pytest.raises(ProblemError, match=message) as error:
+            load_model(name)
+        one_line(error)
     with pytest.raises(ProblemError, match="'ViT-B/32'"):
         architecture("ViT-B/33")
 
@@ -287,11 +276,8 @@ def test_a_model_of_the_hub_is_fetched_in_safetensors_if_it_has_them(tmp_path, m
 def test_no_model_library_is_imported_for_a_name() -> None:
     """It takes seconds, and a run that finds all encoded needs none."""
     code = (
-        "import sys, clip.features\n"
-        "from clip.source import ClipSource\n"
-        "source = ClipSource('mini')\n"
-        "source.fingerprint\n"
-        "ClipSource('ViT-B/16')\n"
+        "import sys, clip.features; from clip.source import ClipSource\n"
+        "ClipSource('mini').fingerprint, ClipSource('ViT-B/16')\n"
         "print([m for m in ('open_clip', 'torchvision', 'transformers') if m in sys.modules])\n"
     )
     run = [sys.executable, "-c", code]
@@ -299,9 +285,13 @@ def test_no_model_library_is_imported_for_a_name() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.fixture
-def two_activations(mini: Path, tmp_path: Path, monkeypatch) -> Path:
-    """Weights in the shapes of a small ViT-B/32, of which nobody knows the activation."""
+def features(name: str) -> torch.Tensor:
+    model, tokenizer = load_model(name)
+    return model.encode_text(tokenizer(TEXTS))
+
+
+def test_weights_of_unknown_activation_are_refused(mini: Path, tmp_path, monkeypatch) -> None:
+    """In the shapes of a small ViT-B/32."""
     config = json.loads(mini.with_suffix(".json").read_text())
     del config["quick_gelu"]
     files = {}
@@ -311,16 +301,6 @@ def two_activations(mini: Path, tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(configs, "open_clip_configs", lambda: files)
     path = tmp_path / "laion.pt"
     torch.save(random_model("ViT-B/32").state_dict(), path)
-    return path
-
-
-def features(name: str) -> torch.Tensor:
-    model, tokenizer = load_model(name)
-    return model.encode_text(tokenizer(TEXTS))
-
-
-def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, monkeypatch) -> None:
-    path = two_activations
 
     def source(arch: str) -> ClipSource:
         return ClipSource(arch, path, tmp_path / "cache", "cpu")
@@ -330,7 +310,7 @@ def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, mo
             _ = source(arch).fingerprint
         one_line(error, path, f"{arch}-quickgelu", "-gelu")
     with pytest.raises(ProblemError, match="how they compute is not known"):
-        load_model(f"open_clip:ViT-B-32/{path}")
+        features(f"open_clip:ViT-B-32/{path}")
     quick, gelu = source("ViT-B/32-quickgelu"), source("open_clip:ViT-B-32-gelu")
     apart = quick.encode_hidden(TEXTS) - gelu.encode_hidden(TEXTS)
     assert apart.abs().max() > 1e-3, "the two are different models"
@@ -362,8 +342,6 @@ def test_weights_of_unknown_activation_are_refused(two_activations, tmp_path, mo
     with pytest.raises(ProblemError, match="have quick_gelu"):
         features(f"open_clip:ViT-B-32-gelu/{path}")
 
-
-# --- Folders that somebody wrote ---------------------------------------------------------------
 
 EVIL = """
 from pathlib import Path
@@ -482,13 +460,12 @@ def test_odd_numbers_in_a_config_are_one_line(kind, tmp_path_factory, data) -> N
 
 IMAGES = {
     "ViT": [
-        *({"size": -32}, {"size": [32, 32.5]}, {"size": 0}, {"size": [32]}, {"size": 10**9}),
-        *({"mean": [0.5]}, {"mean": [0.5, float("nan"), 0.5]}, {"std": [0.5, 0, 0.5]}),
-        *({"interpolation": "random"}, {"resize_mode": 3}),
+        *({"size": -32}, {"size": [32, 32.5]}, {"size": 0}, {"size": [32]}, {"std": [0.5, 0, 0.5]}),
+        *({"mean": [0.5, float("nan"), 0.5]}, {"interpolation": "random"}, {"resize_mode": 3}),
     ],
     "CLIPModel": [
-        *({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": 3}),
-        *({"image_mean": [0.5]}, {"size": {"height": -32, "width": 32.5}, "do_center_crop": False}),
+        *({"crop_size": 16}, {"resample": 99}, {"do_rescale": False}, {"image_mean": [0.5]}),
+        *({"size": {"height": -32, "width": 32.5}, "do_center_crop": False}, {"image_mean": 3}),
         *({"rescale_factor": 1.0}, {"do_center_crop": False}),
     ],
 }

