@@ -134,9 +134,6 @@ def test_what_cannot_be_proved_is_not_called_so():
         assert (attack(problem).gap < 1) == provable
 
 
-# In exact rationals, for one text: at any mu an upper bound of the optimum, at the best one it.
-
-
 def rational(matrix: torch.Tensor) -> sympy.Matrix:
     return sympy.Matrix([[sympy.Rational(x) for x in row] for row in matrix.tolist()])
 
@@ -163,15 +160,9 @@ def overclaims_of_classes(seed: int) -> list[float]:
         if solution.mu > 0:
             h, mu = rational(h_f[[i]]), sympy.Rational(solution.mu)
             k_matrix = ridge_matrix(h_r[~excluded[i]], solution.mu)
-            lp, lw, lf, bound = map(
-                sympy.Rational,
-                (
-                    problem.lamb_preserve,
-                    problem.lw,
-                    solution.lamb_forget,
-                    solution.certificate.bound,
-                ),
-            )
+            numbers = problem.lamb_preserve, problem.lw, solution.lamb_forget
+            lp, lw, lf = map(sympy.Rational, numbers)
+            bound = sympy.Rational(solution.certificate.bound)
             least = (lp**2 * mu + lw**2) / (mu * (h * k_matrix.LUsolve(h.T))[0])
             d = rational(target[[i]]) - h * rational(projection)
             found.append(float(bound**2 / (min(least, lf**2) * (d * d.T)[0]) - 1))
@@ -184,9 +175,6 @@ def test_the_bound_of_each_class_is_below_what_is_reached_in_exact_rationals(mon
     assert sum(x > -1e-9 for x in found) > 80  # nor is it far below
     monkeypatch.setattr(certificate, "ROUNDING", 0.0)  # negative control
     assert max(x for seed in range(50) for x in overclaims_of_classes(seed)) > 0
-
-
-# Negative controls: a worse answer, and multipliers that are none.
 
 
 @pytest.fixture(params=["one text", "several, between", "several, on target", "kernel"])
@@ -243,9 +231,8 @@ def test_wrong_multipliers_show_a_gap(solved, factor):
     h_f, mu = problem.forget_hidden, factor * solution.mu
     gram = problem.retain_hidden.T @ problem.retain_hidden
     left = torch.linalg.solve(gram + mu * torch.eye(24).double(), h_f.T)
-    z = torch.linalg.solve(
-        h_f @ left + solution.rho * torch.eye(len(h_f)).double(), problem.displacement
-    )
+    inner = h_f @ left + solution.rho * torch.eye(len(h_f)).double()
+    z = torch.linalg.solve(inner, problem.displacement)
     y = problem.lw / torch.linalg.matrix_norm(left @ z) / mu * z
     proof = proof_of(arguments, left=left, right=z, y=y, u_left=left, u_right=y)
     assert proof.gap > 1e-5
@@ -259,9 +246,6 @@ def test_a_bound_without_v_would_be_no_bound(solved):
     y = 3 * arguments[6][0]
     assert float((y * problem.displacement).sum()) > solution.certificate.primal
     assert proof_of(arguments, y=y).bound <= solution.certificate.primal * (1 + 1e-12)
-
-
-# The constrained form.
 
 
 def overclaims(seed: int) -> float | None:

@@ -33,14 +33,10 @@ class Planted:
         self.prompts = self.bare + 0.2 * normal(CLASSES, W, seed=seed + 1)
         self.words = normal(9, W, seed=seed + 2)
         self.w, self.b = normal(W, D, seed=seed + 3), normal(D, seed=seed + 4) if bias else None
-        self.weights = {"own": 1.0, "words": 0.3}
-        groups = {
-            "own": Group(
-                names * 2, torch.cat([self.bare, self.prompts]), 1.0, prompt_variants=True
-            ),
-            "words": Group([f"word {i}" for i in range(9)], self.words, 0.3),
-        }
-        self.retain = RetainSet(groups)
+        both = torch.cat([self.bare, self.prompts])
+        words = Group([f"word {i}" for i in range(9)], self.words, 0.3)
+        own = Group(names * 2, both, 1.0, prompt_variants=True)
+        self.retain = RetainSet({"own": own, "words": words})
         self.names, self.vector = names, normal(D, seed=seed + 5)
 
     def context(self, settings: ExactSettings = PLAIN, ridge: float = 0.01) -> ForgetContext:
@@ -75,7 +71,7 @@ class Planted:
 
     def answer(self, classes: tuple[int, ...], kind: str, beta: float, ridge: float) -> Tensor:
         """Delta by the formulas of the documentation."""
-        own, everything = torch.cat([self.bare, self.prompts]), []
+        own = torch.cat([self.bare, self.prompts])
         stays = [i % CLASSES not in classes for i in range(2 * CLASSES)]
         everything = [(h, 1.0 / len(own), s) for h, s in zip(own, stays, strict=True)]
         everything += [(h, 0.3 / len(self.words), True) for h in self.words]
@@ -95,10 +91,8 @@ class Planted:
             elif kind == "specific":
                 rows = [(self.embed(h), c) for h, c, _ in everything]
                 lam = 0.5 * float(sum(c * x @ x for x, c in rows)) / 1.3
-                mine = [j % CLASSES == i and j < 2 * CLASSES for j in range(len(rows))]
-                t = sum(
-                    c * torch.outer(x, x) for (x, c), m in zip(rows, mine, strict=True) if not m
-                )
+                del rows[i + CLASSES], rows[i]
+                t = sum(c * torch.outer(x, x) for x, c in rows)
                 r = torch.linalg.solve(t + lam * torch.eye(D), e)
                 goal.append(e - (1 + beta) * (e @ r) / (r @ r) * r)
         way = torch.stack(goal) - self.embed(hidden)
@@ -193,10 +187,8 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
 @pytest.mark.parametrize(
     ("target", "beta", "word"),
     [
-        *(
-            (wrong, 0.0, "target")
-            for wrong in ("mean", "text: ", None, torch.full((D,), torch.nan))
-        ),
+        *(("mean", 0.0, "target"), ("text: ", 0.0, "target"), (None, 0.0, "target")),
+        (torch.full((D,), torch.nan), 0.0, "target"),
         *(("opposite", -0.1, "beta"), ("specific", -1.0, "beta"), ("empty", 0.1, "beta")),
     ],
 )
@@ -207,9 +199,6 @@ def test_what_is_no_target_or_no_beta_for_it_is_refused(target, beta, word):
         planted = Planted()
         with pytest.raises(ProblemError, match="unknown target 'mean'"):
             targets("mean", Batch([planted.request(0)]), planted.context().inputs)
-
-
-# The second look
 
 
 def opposed(planted: Planted, count: int, *classes: int) -> Tensor:
@@ -242,11 +231,8 @@ def test_at_most_a_few_paraphrases_of_each_class_are_added():
     owners = answer.request.owner[2:]
     assert owners == [0] * MAX_ADDED == [0] * len(answer.added)
     (first,) = planted.context(PLAIN).forget([request])
-    direct = [
-        float((row @ first.edit.delta) @ first.displacement[0] / first.displacement[0].norm() ** 2)
-        for row in rows[0]
-    ]
-    assert answer.added[0] == f"class 1, said {direct.index(min(direct))}"
+    direct = rows[0] @ first.edit.delta @ first.displacement[0]
+    assert answer.added[0] == f"class 1, said {int(direct.argmin())}"
     assert answer.report()["paraphrases"]["lagging"].keys().isdisjoint(answer.added)
 
 
@@ -286,11 +272,6 @@ def test_what_a_report_says():
     planted = Planted()
     (answer,) = planted.context(ExactSettings()).forget([planted.request(2)])
     report = answer.report()
-    assert set(report) == {
-        *("certificate", "residual", "texts", "excluded", "target_draws", "mu", "beta"),
-        *("forecast", "paraphrases", "notes"),
-    }
-    assert set(report["forecast"]) == {"unlisted", "affected", "margin", "gap"}
     assert set(report["forecast"]["unlisted"]) == {"own", "words"}
     assert report["excluded"] == ["class 2"] and report["texts"][0] == "class 2"
     affected = report["forecast"]["affected"]
@@ -299,11 +280,8 @@ def test_what_a_report_says():
     assert not any("excluded" in note for note in report["notes"])  # but for the class itself
 
 
-# Settings
-
-
 def test_defaults_depend_on_whether_other_sets_are_listed():
-    def chosen(listed: bool, **changes) -> tuple:
+    def chosen(listed: bool, **changes) -> tuple[float, float]:
         settings = ExactSettings(**changes).chosen(listed)
         return settings.vocabulary, settings.max_displacement
 
@@ -318,7 +296,6 @@ def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
         assert (found["own"], found["protect"], found["others"]) == (1.0, 0.1, 0.1 * listed)
         return [found["vocabulary"], found["generic"]]
 
-    assert weights(False, True, True) == [0.25, 0.25]
     assert weights(True, True, True) == [0.015, 0.015]
     assert weights(False, True, True, 0.2) == pytest.approx([0.4, 0.1])
     assert weights(False, True, True, 0.0) == weights(False, True, False) == [0.5, 0.0]
