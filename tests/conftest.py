@@ -148,3 +148,15 @@ def refused(capsys: pytest.CaptureFixture):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What matplotlib draws into files, as its own objects."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: save(self, *a, **k) or saved.append(self)
+    )
+    return saved

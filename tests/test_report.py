@@ -8,12 +8,13 @@ import statistics
 import tempfile
 from collections import Counter
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from matplotlib.collections import PathCollection
 
 from datasets.mini import MINI
 from engine.cli import run
@@ -28,11 +29,9 @@ from evaluation.report.summary import COLUMNS, findings, headline, line, points
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import Fate
 from tests.report_fixtures import ANIMALS, NASTY, changed, plant, plant_shapes, plant_sparse
-from tests.results_fixtures import entry
 from utils import create_results
 
 SOURCES = Path(page_module.__file__).parent
-UNDER = ("page", "quiet")
 VOID = {"meta", "link", "input", "br", "img"}
 
 
@@ -43,7 +42,6 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict]] = []
         self.open: list[str] = []
-        self.scripts: list[str] = []
         self.text = ""
         self.feed(html)
         self.close()
@@ -52,19 +50,12 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif "style" not in self.open:
+        if not {"script", "style"} & {*self.open}:
             self.text += data
 
     def all(self, tag: str, **wanted: str) -> list[dict]:
@@ -73,10 +64,6 @@ class Page(HTMLParser):
 
 def page_of(folder: Path) -> Page:
     return Page(render(read_methods(folder)))
-
-
-def classes_of(folder: Path):
-    return forgotten_classes(read_methods(folder))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +107,7 @@ def test_nothing_comes_from_elsewhere(page):
     assert "@import" not in style and "url(" not in style
     (script,) = SOURCES.glob("*.js")
     text = script.read_text(encoding="utf-8")
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", r"eval\(", r"document\.write"):
-        assert not re.search(rf"\b{word}", text)
-    assert "</" not in text and "{{" not in text  # nothing of the results is ever script
+    assert not re.search(r"(inner|outer|Adjacent)HTML|\beval\(|document\.write|</|{{", text)
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
@@ -134,7 +119,7 @@ def test_contrast(scheme):
     for name, *channels in re.findall(r"--([\w-]+): #(..)(..)(..)", block):
         linear = [((int(x, 16) / 255 + 0.055) / 1.055) ** 2.4 for x in channels]
         light[name] = sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-    pairs = {(text, under): 4.5 for text in ("ink", "muted", "accent") for under in UNDER}
+    pairs = dict.fromkeys(product(("ink", "muted", "accent"), ("page", "quiet")), 4.5)
     pairs |= {("strong", "page"): 3, ("accent-ink", "accent"): 4.5}
     pairs |= {(f"m{number}", "page"): 3 for number in range(4)}
     for (one, other), least in pairs.items():
@@ -146,8 +131,7 @@ def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, 
     one, _ = read_methods(planted)
     assert page.text.count("exact (<script>alert(1)<|script>)") > 3
     assert "exact (<script>alert(1)<|script>)" in page.all("img")[0]["alt"]
-    shown = page.all("details", **{"class": "class"})
-    shown = [attributes for attributes in shown if attributes["data-name"] != "hammer"]
+    shown = [a for a in page.all("details", **{"class": "class"}) if a["data-name"] != "hammer"]
     names = [attributes["data-name"] for attributes in shown]
     assert names == [row.name for row in one.rows] and set(names) == {*ANIMALS[:6], *NASTY}
     assert sum("data-back" in each for each in shown) == sum(r.comes_back for r in one.rows) > 0
@@ -167,15 +151,20 @@ def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, 
 @settings(max_examples=6, deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")))
 def test_any_name_is_one_row_and_no_element(name):
+    """In logs of the paper's public code: no zero_shot, no solver, no settings."""
+
     def page(name):
-        logs = {"Set": {"settings": {}, "label": entry("Set", name)}}
+        own = {each: {"cls_acc_test": 0.1, "no_cls_acc": 0.5} for each in (name, "toy poodle")}
+        results = {"Set": own, "Caltech101": {"all": {"all_ds": 0.85}}}
         with tempfile.TemporaryDirectory() as folder:
+            logs = {"Set": {"label": {"final_results": results}}}
             (Path(folder) / LOGS).write_text(json.dumps(logs))
             return page_of(Path(folder))
 
     found, harmless = page(name), page("cat")  # the second is the control
     assert [tag for tag, _ in found.elements] == [tag for tag, _ in harmless.elements]
-    assert name in found.text
+    assert len(found.all("img")) == 1  # what is left
+    assert all(text in found.text for text in (name, "with 1 other", "85.0"))
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
@@ -192,7 +181,6 @@ def test_without_an_audit_the_report_says_how_to_make_one(tmp_path, capsys):
     assert f"{folder / 'report.html'} (1 methods, 3 rows, 0 of them audited)" in said
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert command in page.text and "No audit" in page.text
-    assert " to 1" not in page.text  # no interval was measured
 
 
 def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
@@ -212,29 +200,22 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
     stay = sum(row.fate is Fate.STAYS for row in compared[1].rows)
     assert stay and cells[1]["Gone"] == (f"{6 - stay} of 6", f"{stay} not forgotten")
     page = page_of(tmp_path)
-    ids = [attributes.get("id") for attributes in page.all("section")]
-    assert ids.index("methods") < ids.index("forgotten")
     for one in compared:  # in the open, on paper too
         assert page.text.count(f"{one.label}: what to know, bad news first") == 1
 
 
 def test_folders_of_a_sweep(tmp_path):
-    for trainer in ("ForgetExact", "ForgetNoise"):
-        for setting in ("mild", "strong"):
-            for seed in (0, 1):
-                plant(tmp_path / trainer / setting / f"seed_{seed}", 2, trainer=trainer, seed=seed)
+    varied = ("ForgetExact", "ForgetNoise"), ("mild", "strong"), (0, 1)
+    for trainer, setting, seed in product(*varied):
+        plant(tmp_path / trainer / setting / f"seed_{seed}", 2, trainer=trainer, seed=seed)
     plant(tmp_path / "other", 3, trainer="ForgetZero")
     for seed in (0, 1):  # not of one setting, so no seeds
         folder = tmp_path / f"apart/seed_{seed}"
         plant(folder, 2, trainer="ForgetUCE", seed=seed, settings={"beta": 0.1 * seed})
     found = read_methods(tmp_path)
-    seeds = {method.label: len(method.runs) for method in found}
-    assert seeds == {
-        **{
-            f"{x} ({y}/{z})": 2
-            for x, y in (("exact", "ForgetExact"), ("noise", "ForgetNoise"))
-            for z in ("mild", "strong")
-        },
+    assert {method.label: len(method.runs) for method in found} == {
+        **{f"exact (ForgetExact/{setting})": 2 for setting in ("mild", "strong")},
+        **{f"noise (ForgetNoise/{setting})": 2 for setting in ("mild", "strong")},
         **{"zero": 1, "uce (apart/seed_0)": 1, "uce (apart/seed_1)": 1},
     }
     audited = [len(method.audited) for method in found]
@@ -248,19 +229,18 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     seeds = [plant(tmp_path / f"r/seed_{n}", 6, seed=n, left=0.3, harm=0.02) for n in range(3)]
     frame, _ = create_results(seeds)
     (exact,) = read_methods(tmp_path)
-    for row in exact.runs[0].rows:
-        expected = frame.set_index("name").loc[row.name]
-        after = expected.cls_forget, expected.std_cls_forget
-        assert exact.of_class(row, "after") == pytest.approx(after)
-        lost = expected.full_forget - expected.full_Noforget
-        assert exact.of_class(row, "rest")[0] == pytest.approx(100 * lost)
+    row = exact.runs[0].rows[0]
+    expected = frame.set_index("name").loc[row.name]
+    after = expected.cls_forget, expected.std_cls_forget
+    assert exact.of_class(row, "after") == pytest.approx(after)
+    lost = expected.full_forget - expected.full_Noforget
+    assert exact.of_class(row, "rest")[0] == pytest.approx(100 * lost)
     means = [statistics.mean(row.rest.points for row in run.rows) for run in exact.runs]
     mean, deviation = statistics.mean(means), statistics.stdev(means)
-    assert exact.mean("rest") == pytest.approx((mean, deviation)) and deviation > 0.05
+    assert exact.mean("rest") == pytest.approx((mean, deviation))
+    worst = points(min(row.rest.points for row in exact.rows))
     value, remark = dict(zip(COLUMNS[1:], line(exact), strict=True))["Rest of their set, points"]
-    worst = min(row.rest.points for row in exact.rows)
-    assert value == points(mean)
-    assert remark.startswith(f"± {deviation:.1f}; worst {points(worst)}, ")
+    assert value == points(mean) and remark.startswith(f"± {deviation:.1f}; worst {worst}, ")
     assert f"exact {points(mean)} ± {deviation:.1f}." in charts([exact])[2][1]
     assert "seed" not in exact.about.partition("mean of 3 seeds")[0]  # they differ in it
     stay = Counter(row.name for row in exact.rows if row.tag == "not forgotten").values()
@@ -268,37 +248,18 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     assert said and sorted(map(int, said)) == sorted(count for count in stay if count < 3)
 
 
-def test_charts_draw_every_class_and_the_whole_names_of_methods(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    dots, figures, draw, save = [], [], Axes.scatter, Figure.savefig
-    monkeypatch.setattr(
-        Axes, "scatter", lambda self, x, y, **how: dots.append(len(x)) or draw(self, x, y, **how)
-    )
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: save(self, *a, **k) or figures.append(self)
-    )
+def test_charts_draw_every_class_and_the_whole_names_of_methods(tmp_path, figures):
     names = ["a" * 70, "a setting of many words, each of them a part of its name"]
     plant(tmp_path / names[0], 7)
     plant(tmp_path / names[1], 5, left=0.5, audit=False)
     drawn = charts(read_methods(tmp_path))
+    drawings = [x for figure in figures for axis in figure.axes for x in axis.collections]
+    dots = [len(x.get_offsets()) for x in drawings if isinstance(x, PathCollection)]
     assert dots == [7, 5, 7, 7, 5, 7, 5]  # other words: of the audited folder alone
     assert all(f"exact ({name})" in drawn[0][1] for name in names)
     for figure in figures:
         box = figure.get_tightbbox()
         assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()
-
-
-def test_logs_of_the_papers_public_code(tmp_path):
-    """No zero_shot, no solver, no settings."""
-    own = {name: {"cls_acc_test": 0.1, "no_cls_acc": 0.5} for name in ("Pekinese", "toy poodle")}
-    results = {"StanfordDogs": own, "Caltech101": {"all": {"all_ds": 0.85}}}
-    logs = {"StanfordDogs": {"Pekinese|toy poodle": {"final_results": results}}}
-    tmp_path.joinpath(LOGS).write_text(json.dumps(logs))
-    page = page_of(tmp_path)
-    assert len(page.all("img")) == 1  # what is left
-    assert "with 1 other" in page.text and "85.0" in page.text
 
 
 def test_any_measure_and_any_number_may_be_absent(tmp_path):
@@ -310,7 +271,7 @@ def test_any_measure_and_any_number_may_be_absent(tmp_path):
 
 
 def test_pictures_are_of_the_class_they_are_under(tmp_path):
-    (one,) = classes_of(plant_shapes(tmp_path, 1, range(20)))
+    (one,) = forgotten_classes(read_methods(plant_shapes(tmp_path, 1, range(20))))
     own, *harmed = strips(one)
     assert (own.name, own.by) == ("red circle", "")
     assert [(x.name, x.by) for x in harmed] == [("red square", "exact"), ("red triangle", "exact")]
@@ -341,7 +302,7 @@ def test_every_class_has_its_pictures_above_or_where_it_is_opened(tmp_path, coun
 def test_what_is_no_picture_of_the_class_is_not_shown(tmp_path, rows, features):
     folder = plant_shapes(tmp_path, 1, rows)
     (folder / ARGS).write_text(f"Namespace(dataset='MiniShapes', features={features!r})")
-    for strip in strips(classes_of(folder)[0]):
+    for strip in strips(forgotten_classes(read_methods(folder))[0]):
         assert [picture.source for picture in strip.pictures] == [""]
         assert strip.pictures[0].before and strip.pictures[0].after["exact"]
     assert "Image 1" in page_of(folder).text
@@ -385,21 +346,24 @@ def test_findings_say_of_how_many_classes_and_which_bad_news_first(tmp_path):
     lines = findings(one)
     assert lines[0] == f"Not forgotten (1 of 4): {ANIMALS[3]}."
     said = dict(text.removesuffix(".").split("): ") for text in lines)
-    named = {title.rpartition(" (")[0]: {*names.split(", ")} for title, names in said.items()}
-    first, second, third, fourth = ANIMALS[:4]
-    assert first in named["Recognised again under other words"]
-    assert named["Not tried with other words"] == {second}
-    assert third not in named["Another class loses more than half of its images"]
-    assert named["Other names are likely to be lost, by texts alone"] == {second}
-    assert named["Still found by a linear probe on images, which do not change"] == {
-        *(first, third, fourth)
+    named = {
+        title.rpartition(" (")[0]: {ANIMALS.index(name) for name in names.split(", ")}
+        for title, names in said.items()
     }
-    assert named["Learnt again from a few images"] == {first, fourth}
+    assert 0 in named["Recognised again under other words"]
+    assert 2 not in named["Another class loses more than half of its images"]
     attacker = "Named first by an attacker who has the changed weights"
-    assert named[f"{attacker} and the original"] == {first, fourth}
-    assert named[f"{attacker} alone"] == {first, third, fourth}
-    assert named["Not proved optimal"] == {first}
-    assert named["Proved optimal"] == {second, third, fourth}
+    expected = {
+        "Not tried with other words": {1},
+        "Other names are likely to be lost, by texts alone": {1},
+        "Still found by a linear probe on images, which do not change": {0, 2, 3},
+        "Learnt again from a few images": {0, 3},
+        f"{attacker} and the original": {0, 3},
+        f"{attacker} alone": {0, 2, 3},
+        "Not proved optimal": {0},
+        "Proved optimal": {1, 2, 3},
+    }
+    assert expected.items() <= named.items()
     assert "Likely to be recognised less, by their names alone: puma." in page_of(folder).text
 
 
@@ -412,9 +376,7 @@ def test_points_have_a_sign_and_no_minus_zero(value, text):
 
 
 @pytest.mark.parametrize("text", [None, "{}"])
-def test_a_folder_without_results_is_one_line(tmp_path, capsys, text):
+def test_a_folder_without_results_is_one_line(tmp_path, refused, text):
     if text:
         (tmp_path / LOGS).write_text(text)
-    assert run(main, [str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "no results" in said and said.count("\n") == 1
+    assert "no results" in refused([str(tmp_path)], lambda argv: run(main, argv))
