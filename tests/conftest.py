@@ -41,7 +41,6 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chr
 def toy_bundle(dataset: str, images_per_class: int = 12) -> FeatureBundle:
     """Separable classes: images lie around the text embedding of their class."""
     names = TOY_CLASSES[dataset]
-    # One generator a data set, one projection for both: they are of one backbone.
     generator = torch.Generator().manual_seed(sorted(TOY_CLASSES).index(dataset))
     projection = torch.randn(W, D, generator=torch.Generator().manual_seed(99)) / W**0.5
     hidden = torch.randn(len(names), W, generator=generator) * 4
@@ -98,7 +97,6 @@ def caltech(root: Path) -> Path:
 
 @pytest.fixture
 def features(tmp_path: Path) -> Path:
-    """A folder with two bundles of one backbone."""
     for dataset in TOY_CLASSES:
         toy_bundle(dataset).save(bundle_path(tmp_path / "features", BACKBONE, dataset))
     return tmp_path / "features"

@@ -28,7 +28,6 @@ from utils import create_results
 BASELINES = [
     name for name in trainers.SETTINGS if name not in ("ForgetLoRA", "ForgetOptimum", "ForgetExact")
 ]
-FORGETS = ("ForgetName", "ForgetZero", "ForgetNullSpace", "ForgetUCE")
 BUNDLE = toy_bundle("ToyAnimals")
 
 
@@ -116,7 +115,12 @@ def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
     if name not in ("ForgetName", "ForgetNothing", "ForgetLEACE"):
         assert adapter.left.shape[1] == 2
     left = create_results(folder)[0].set_index("name").cls_forget
-    if name in FORGETS:  # both of its texts, the evaluation prompt among them
+    if name in (
+        "ForgetName",
+        "ForgetZero",
+        "ForgetNullSpace",
+        "ForgetUCE",
+    ):  # by both texts
         assert left["owl"] == 0
     elif name == "ForgetLEACE":
         assert left.mean() < 0.5

@@ -101,6 +101,8 @@ WRONG = [
     ("classnames", '["owl", "a b", "a_b", "c", "d", "e"]', "1 and 2 are both called 'a_b'"),
     ("classnames", '["owl", "_ ", "elk", "c", "d", "e"]', "label 1 has an empty name"),
     ("retain_names", "[" * 100_000, "not valid JSON"),
+    ("classnames", "9" * 5000, "classnames"),
+    ("retain_names", '["\\ud800"]', "retain_names"),
     ("template", "a photo", "must hold {} once"),
     ("image_features", torch.eye(N), r"\(72, 72\)"),
     ("labels", torch.zeros(N + 1, dtype=torch.int64), r"\(73,\)"),

@@ -66,7 +66,6 @@ def test_a_round_trip_of_every_family(family, tmp_path):
         assert torch.allclose(now[:2], -was[:2], atol=1e-3)
     else:
         assert torch.allclose(now[:2], -0.1 * was[:2], atol=1e-3 * float(was.norm(dim=1).max()))
-    assert not torch.allclose(was[:2], now[:2], atol=1e-2)
     assert answer.verify() and answer.verify(model)
     file = tmp_path / "acme.safetensors"
     answer.save(file)
@@ -277,13 +276,8 @@ def test_a_union_is_applied_verified_and_undone(tmp_path):
 @pytest.mark.parametrize("change", ["tokenizer", "prompts", "names", "weights", "ridge"])
 def test_answers_that_were_not_made_alike_do_not_compose(change):
     model, words = tiny("own")
-    options = {
-        "tokenizer": {},
-        "prompts": {"templates": ["{}", "the {}"]},
-        "names": {"retain": RETAIN[:-1]},
-        "weights": {"own": 0.5},
-        "ridge": {"ridge": 0.3},
-    }
+    options = {"tokenizer": {}, "weights": {"own": 0.5}, "ridge": {"ridge": 0.3}}
+    options |= {"prompts": {"templates": ["{}", "the {}"]}, "names": {"retain": RETAIN[:-1]}}
     upper = (lambda texts: words([x.upper() for x in texts])) if change == "tokenizer" else words
     a = forget(model, words, ["Acme Cola"], **PLAIN).adapter
     b = forget(model, upper, ["Zeta Tea"], **(PLAIN | options[change])).adapter

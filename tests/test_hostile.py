@@ -1,9 +1,5 @@
-"""What a user's hand can do to a file, a folder or an option ends in one line that says what is
-wrong and what would be right, and writes nothing.
-
-Every entry point, in process; the inputs are made by rule: each kind of file by each kind of
-damage, each kind of option by each kind of bad value.
-"""
+"""What a user can do wrong to a file, a folder or an option ends in one line, and nothing written:
+every entry point, each kind of file by each damage, each kind of option by each bad value."""
 
 from __future__ import annotations
 
@@ -17,12 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import benchmarks.__main__
 import datasets.check
@@ -38,27 +33,23 @@ from clip.source import ClipSource
 from engine.cli import run
 from evaluation.results import join_label
 from evaluation.results import place as place_of
-from forgetting import Adapter, projection_sha256
 from forgetting.adapter import save_adapter
 from forgetting.io import STALE
 from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, caltech, toy_bundle
+from tests.test_patch import make_adapter
 
 Cli = Callable[[Sequence[str]], int]
 
 
-def of(main: Callable) -> Cli:
-    return lambda argv: run(main, argv)
-
-
 CLI: dict[str, Cli] = {
     "train": train.cli,
-    "utils": of(utils.main),
-    "check": of(datasets.check.main),
-    "features": of(features.main),
-    "apply": of(apply.main),
-    "train_mini": of(train_mini.main),
+    "utils": partial(run, utils.main),
+    "check": partial(run, datasets.check.main),
+    "features": partial(run, features.main),
+    "apply": partial(run, apply.main),
+    "train_mini": partial(run, train_mini.main),
     "audit": evaluation.audit.__main__.cli,
-    "report": of(evaluation.report.__main__.main),
+    "report": partial(run, evaluation.report.__main__.main),
     "compose": lambda argv: forgetting.cli.cli(["compose", *argv]),
     "experiments": experiments.__main__.cli,
     "benchmarks": benchmarks.__main__.cli,
@@ -77,16 +68,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert CLI["report"]([str(place / "out")]) == 0 and CLI["utils"]([str(place / "out")]) == 0
     caltech(place / "data")
     w = ClipSource("mini", None, str(place / "cache")).projection
-    adapter = Adapter(
-        left=torch.zeros(w.shape[0], 1),
-        right=torch.zeros(1, w.shape[1]),
-        projection_sha256=projection_sha256(w),
-        backbone="mini",
-        weights="embedded",
-        dataset="MiniDigits",
-        classes=["digit two"],
-        trainer="ForgetZero",
-    )
+    adapter = replace(make_adapter(w), backbone="mini", weights="embedded")
     save_adapter(adapter, place / "mini.safetensors")
     return place
 
@@ -134,30 +116,20 @@ def refusal(place: Path, capsys: pytest.CaptureFixture) -> Callable[[str, Sequen
 # Files of JSON: each by each damage, read by each entry point that reads it.
 
 
-def twice(text: bytes) -> bytes:
-    return text.replace(b"{", b'{"x": 1, "x": 2, ', 1)
-
-
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda text: b"",
     "torn": lambda text: text[: len(text) // 2],
     "null": lambda text: b"null",
     "list": lambda text: b"[]",
-    "number": lambda text: b"3",
-    "text": lambda text: b'"x"',
-    "texts": lambda text: b'["x", "y"]',
     "null within": lambda text: b'{"ToyAnimals": null, "cat": null}',
-    "list within": lambda text: b'{"ToyAnimals": [1], "cat": [1]}',
     "number within": lambda text: b'{"ToyAnimals": 1e999, "cat": NaN}',
     "deep lists": lambda text: b"[" * 200_000,
     "deep objects": lambda text: b'{"a":' * 200_000,
     "many digits": lambda text: b'{"ToyAnimals": ' + b"1" * 5000 + b"}",
     "latin 1": lambda text: b'{"ToyAnimals": "\xe9"}',
     "bytes": lambda text: bytes(range(256)),
-    "UTF-16": lambda text: text.decode().encode("utf-16"),
-    "a key twice": twice,
+    "a key twice": lambda text: text.replace(b"{", b'{"x": 1, "x": 2, ', 1),
     "two in one": lambda text: text + text,
-    "Python": lambda text: b"{'cat': ['{}']}",
 }
 # What changes nothing that is read of a list of command lines.
 GOOD = [("args", "empty"), ("args", "a key twice"), ("args", "two in one")]
@@ -167,10 +139,7 @@ JSON = {
     "audits": ("out/audit.json", [["report", "out"]]),
     "audit": ("out/ToyAnimals/cat.audit.json", [["audit", "out", "--features=features"]]),
     "args": ("out/args.txt", [["utils", "out"]]),
-    "prompts": (
-        "prompts.json",
-        [[*ARGS, "--forget", "cat", "--overwrite", "FORGET.PROMPTS", "prompts.json"]],
-    ),
+    "prompts": ("prompts.json", [[*ARGS, "--forget=Dog", "FORGET.PROMPTS", "prompts.json"]]),
     "split": (
         "data/caltech-101/split_zhou_Caltech101.json",
         [
@@ -194,7 +163,7 @@ def test_damaged_json(kind, damage, place, refusal):
         assert path.name in line or "Caltech101" in line
 
 
-# Files of tensors: each piece of metadata by each wrong value.
+# Files of tensors.
 
 
 def bundle(place: Path) -> tuple[Path, list[str]]:
@@ -206,54 +175,13 @@ def adapter(place: Path) -> tuple[Path, list[str]]:
     return place / "mini.safetensors", ["apply", "mini.safetensors", "out.pt"]
 
 
-WRONG = {
-    "missing": None,
-    "empty": "",
-    "null": "null",
-    "list": "[]",
-    "number within": "[1]",
-    "null within": "[null]",
-    "object": "{}",
-    "torn": "{",
-    "deep": "[" * 100_000,
-    "digits": "9" * 5000,
-    "surrogate": '["\\ud800"]',
-}
-FREE = ("weights", "split", "forget_template")  # any text will do
-KEYS = {
-    bundle: ["format", "backbone", "dataset", "template", "classnames", "retain_names"],
-    adapter: [
-        *("format", "projection_sha256", "backbone", "weights", "dataset", "classes", "trainer"),
-        *("settings", "record", "recipe", "model", "changed_sha256"),
-    ],
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("of_kind", KEYS, ids=lambda make: make.__name__)
-def test_wrong_metadata(of_kind, wrong, place, refusal):
-    path, (name, *argv) = of_kind(place)
-    with safe_open(path, framework="pt") as file:
-        good = file.metadata()
-    tensors = load_file(path)
-    for key in KEYS[of_kind]:
-        metadata = {k: v for k, v in good.items() if k != key}
-        if WRONG[wrong] is not None:
-            metadata[key] = WRONG[wrong]
-        if metadata != good:
-            save_file(tensors, path, metadata)
-            line = refusal(name, argv)
-            assert path.name in line or key in line
-
-
 def adapter_of_a_run(place: Path) -> tuple[Path, list[str]]:
-    names = ("cat", "owl")
-    paths = [f"out/ToyAnimals/{name}.safetensors" for name in names]
+    paths = [f"out/ToyAnimals/{name}.safetensors" for name in ("cat", "owl")]
     return place / paths[0], ["compose", *paths, "--out", "new.safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "null", "deep objects", "bytes", "two in one"])
-@pytest.mark.parametrize("of_kind", [*KEYS, adapter_of_a_run], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("of_kind", [bundle, adapter, adapter_of_a_run])
 def test_damaged_files_of_tensors(of_kind, damage, place, refusal):
     path, (name, *argv) = of_kind(place)
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -330,14 +258,12 @@ WRONG_LINES = {
     "data set": (["--dataset", "ToyAnimls"], "'ToyAnimls'.*ToyAnimals"),
     "spelling of CoOp": ([*MINI, "data", "--dataset", "caltech101"], "did you mean 'Caltech101'"),
     "no data set": (["--dataset", ""], "pass --dataset NAME"),
-    "data set upwards": (["--dataset", ".."], "'..' is none"),
     "architecture": ([*MINI, "data", "--backbone", "vit_b16"], "did you mean 'ViT-B/16'"),
     "class": (["--forget", "sea_hors"], "'sea_hors'.*'sea_horse'"),
     "no class listed": ([], "forget_cls.py or use --forget"),
     "all beside another": (["--forget", "all", "--forget", "cat"], "stands for every class"),
     "all classes at once": (["--forget", "all", "--multiclass"], "leave none to retain"),
     "trainer": (["--trainer", "ForgetLora"], "did you mean 'ForgetLoRA'"),
-    "no fixed seed": (["--seed", "-1"], "SEED must be .*-1"),
     "part": (["--forget", "all", "FORGET.PART", "3/2"], "FORGET.PART must be i/n.*3/2"),
     "evaluation alone": (["--eval-only"], "--eval-only.*same command"),
     "domains": (["--source-domains", "a", "b"], "--source-domains.*--dataset"),
@@ -346,18 +272,10 @@ WRONG_LINES = {
     "model without weights": (["--forget", "cat", "--save-model"], "--save-model"),
     "data folder": ([*MINI, "features"], "caltech-101.*DATASETS.md"),
     "target of none": (["--trainer", "ForgetZero", "--target", "empty"], "FORGET.TARGET"),
-    "specific": (
-        ["--trainer", "ForgetLoRA", "--target", "specific"],
-        "specific.*ForgetLoRA: empty",
-    ),
+    "specific": (["--trainer=ForgetLoRA", "--target=specific"], "specific.*ForgetLoRA: empty"),
     "target": (["--trainer", "ForgetUCE", "--target", "oposite"], "did you mean 'opposite'"),
     "terms": (["--forget", "cat", "FORGET.TERMS", "('forget',)"], "TERMS has no effect"),
-    "protect": (
-        ["--trainer", "ForgetZero", "--forget", "owl", "--protect", "cat"],
-        "PROTECT has no effect",
-    ),
-    "erase": (["TRAINER.FORGETUCE.ERASE", "0"], "ERASE must be a number above 0"),
-    "steps": (["TRAINER.FORGETASCENT.STEPS", "0"], "STEPS must be a whole number"),
+    "protect": (["--trainer=ForgetZero", "--forget=owl", "--protect=cat"], "PROTECT has no"),
     "another architecture": (["--trainer", "ForgetUCE", "--forget", "cat"], "ForgetExact.*another"),
 }
 
@@ -379,16 +297,13 @@ def test_a_broken_image_and_a_checkpoint_of_another_architecture_are_named(place
 
 
 def test_full_disk(place):
-    """A limit on the size of a file stands in for a full disk."""
-
-    def limit():
+    def limit():  # on the size of a file: it stands in for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 
     command = [sys.executable, str(REPOSITORY / "train.py"), *WHOLE["train"][1:]]
     command += ["--output-dir", "new"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.lower().count("error") == 1
     assert not (place / "new/logs.json").exists()
 
 
@@ -396,21 +311,12 @@ def test_full_disk(place):
 
 TAKEN = {
     "report on a folder": ["report", "out", "--out", "data"],
-    "report below a file": ["report", "out", "--out", "prompts.json/x.html"],
     "report in place of a pipe": ["report", "out", "--out", "fifo"],
-    "table in place of a pipe": ["utils", "out", "--csv", "fifo"],
     "picture in place of a pipe": ["utils", "out", "--draw", "fifo.png"],
     "checkpoint": ["apply", "mini.safetensors", "prompts.json"],
-    "checkpoint nowhere": ["apply", "mini.safetensors", "no/such/place.pt"],
-    "composition": [
-        *("compose", "out/ToyAnimals/cat.safetensors", "out/ToyAnimals/owl.safetensors"),
-        *("--out", "prompts.json"),
-    ],
     "weights": ["train_mini", "--out", "prompts.json"],
-    "results": ["train", *arguments(Path()), "--forget=Dog", "--output-dir", "prompts.json"],
-    "results below a file": [
-        *("train", *arguments(Path()), "--forget=Dog", "--output-dir=prompts.json/x")
-    ],
+    "results": [*WHOLE["train"], "--output-dir=prompts.json"],
+    "results below a file": [*WHOLE["train"], "--output-dir=prompts.json/x"],
     "bundle": ["features", "Caltech101", "mini", "--root", "data", "--out", "bundles"],
     "methods": [*WHOLE["baselines"][:-1], "prompts.json"],
     "config that is a pipe": [*WHOLE["train"], "--config-file=fifo.yaml"],
@@ -440,18 +346,11 @@ def test_an_adapter_that_is_none_of_ours_stays(place, capsys):
 
 LISTS = "all_ds = []\nmini_ds = []\nforget_classes_all = {}\n"
 EDITED = {
-    "number": ("all_ds = 3", "all_ds must be a list"),
     "element": ("all_ds = [\n'a',\n3]", "all_ds / 1 must be a text"),
-    "class": ("forget_classes_all = {\n'A': [\n'x', None]}", "/ A / 1 must be a text"),
     "prompts": ("forget_prompts = {'A': {'x':\n 'text'}}", "A / x must be a list"),
-    "no prompts": ("forget_prompts = {'A': {'x': []}}", "not empty"),
     "many digits": ("all_ds = 9**9999", "must be a list"),
     "exit": ("import sys\nsys.exit(0)", "SystemExit"),
-    "import": ("import no_such_module", "No module named 'no_such_module'"),
     "name": ("\nall_ds = [StanfordDogs]", "need quotes"),
-    "recursion": ("def f(): return f()\nf()", "RecursionError"),
-    "memory": ("raise MemoryError", "MemoryError"),
-    "bracket": ("all_ds = [", "was never closed"),
     "encoding": ("# coding: no-such", "no-such"),
 }
 
@@ -485,17 +384,8 @@ def test_a_forget_cls_that_does_not_read(content, place, refusal, edited):
 
 # Names of every kind that a system allows.
 
-ODD = [
-    "naïve ž",
-    "日本語",
-    "👩‍🚀 crew",
-    "שלום",
-    "a\u0301",
-    "tab\tand\nline",
-    "\x1b[31mred",
-    "$x^2$",
-    "a|b",
-]
+ODD = ["日本語", "👩‍🚀 crew", "שלום", "a\u0301", "tab\tand\nline", "a|b"]
+ODD += ["naïve ž", "\x1b[31mred", "$x^2$"]
 
 
 @pytest.fixture
@@ -516,12 +406,8 @@ def test_any_name_end_to_end(encoding, odd, place, monkeypatch):
     argv = ["--dataset", "Ödd", "--backbone", BACKBONE, "--features", str(odd)]
     argv += ["--trainer", "ForgetExact", "--forget", "all", "--output-dir", out]
     assert CLI["train"](argv) == 0
-    for name, *argv in (
-        ["audit", out, "--without=relearning", f"--features={odd}"],
-        ["utils", out],
-        ["report", out],
-    ):
-        assert CLI[name](argv) == 0
+    assert CLI["audit"]([out, "--without=relearning", f"--features={odd}"]) == 0
+    assert CLI["utils"]([out]) == 0 and CLI["report"]([out]) == 0
     assert "\\udcff" in Path(out, place_of("Ödd"), "log.txt").read_text(encoding="utf-8")
     assert set(utils.create_results(out)[0]["name"]) >= {join_label([name]) for name in ODD[:6]}
 
