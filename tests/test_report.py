@@ -83,8 +83,7 @@ def page(planted) -> Page:
 def test_landmarks_and_headings_are_in_order(page):
     tags = [tag for tag, _ in page.elements]
     assert [tags.count(tag) for tag in ("html", "h1", "main", "nav", "footer")] == [1] * 5
-    levels = [int(tag[1]) for tag in tags if tag in ("h1", "h2", "h3", "h4", "h5")]
-    assert levels[0] == 1
+    levels = [0, *(int(tag[1]) for tag in tags if tag in ("h1", "h2", "h3", "h4", "h5"))]
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert page.open == [] and page.all("html") == [{"lang": "en"}]
     links = [attributes["href"] for attributes in page.all("a")]
@@ -137,13 +136,11 @@ def test_every_class_stands_once_with_its_numbers_and_its_name_is_text(planted, 
     assert sum("data-back" in each for each in shown) == sum(r.comes_back for r in one.rows) > 0
     assert [float(a["data-left"]) for a in shown] == [row.own.after for row in one.rows]
     assert [float(a["data-harm"]) for a in shown] == [row.harm for row in one.rows]
-    measures = [a["data-measure"] for a in page.all("section") if "data-measure" in a]
-    assert len(measures) == 8 * len(shown) + 1
+    assert sum("data-measure" in a for a in page.all("section")) == 8 * len(shown) + 1
     own = {"hide", "onload", "onmouseover", "onerror"}
     assert not any(own & attributes.keys() for _, attributes in page.elements)
     assert len(page.all("img")) == 4 and len(page.all("script")) == 1  # charts
-    for name in NASTY:
-        assert name in page.text
+    assert all(name in page.text for name in NASTY)
     interval = one.rows[0].audit["residue"]["zero_shot"]["before"]
     assert f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}" in page.text
 
@@ -173,24 +170,14 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert pages[0].read_bytes() == pages[1].read_bytes() and b"? cat" in pages[0].read_bytes()
 
 
-def test_without_an_audit_the_report_says_how_to_make_one(tmp_path, capsys):
-    folder = plant(tmp_path / "my results", 3, audit=False)
-    assert run(main, [str(folder)]) == 0
-    said = capsys.readouterr().out
-    command = f"python -m evaluation.audit '{folder}'"
-    assert f"{folder / 'report.html'} (1 methods, 3 rows, 0 of them audited)" in said
-    page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert command in page.text and "No audit" in page.text
-
-
-def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
+def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path, capsys):
     """What was not measured is not counted as if it had been."""
 
     def audit_first(audits) -> None:
         audits["ToyAnimals"] = {ANIMALS[0]: audits["ToyAnimals"][ANIMALS[0]]}
 
     changed(plant(tmp_path / "a", 6), AUDIT, audit_first)
-    plant(tmp_path / "b", 6, trainer="ForgetLoRA", left=0.6, audit=False)
+    plant(tmp_path / "no audit", 6, trainer="ForgetLoRA", left=0.6, audit=False)
     compared = read_methods(tmp_path)
     assert headline(compared) == "ViT-B/32 was made to forget 6 classes by 2 methods."
     cells = [dict(zip(COLUMNS[1:], line(method), strict=True)) for method in compared]
@@ -199,9 +186,13 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path):
     assert cells[0][back][0].endswith(" of 1") and cells[1][back] == ("–", "not tried")
     stay = sum(row.fate is Fate.STAYS for row in compared[1].rows)
     assert stay and cells[1]["Gone"] == (f"{6 - stay} of 6", f"{stay} not forgotten")
-    page = page_of(tmp_path)
+    assert run(main, [str(tmp_path)]) == 0
+    path = tmp_path / "report.html"
+    assert f"{path} (2 methods, 12 rows, 1 of them audited)" in capsys.readouterr().out
+    text = Page(path.read_text(encoding="utf-8")).text
     for one in compared:  # in the open, on paper too
-        assert page.text.count(f"{one.label}: what to know, bad news first") == 1
+        assert text.count(f"{one.label}: what to know, bad news first") == 1
+    assert f"python -m evaluation.audit '{tmp_path / 'no audit'}'" in text
 
 
 def test_folders_of_a_sweep(tmp_path):
@@ -218,9 +209,8 @@ def test_folders_of_a_sweep(tmp_path):
         **{f"noise (ForgetNoise/{setting})": 2 for setting in ("mild", "strong")},
         **{"zero": 1, "uce (apart/seed_0)": 1, "uce (apart/seed_1)": 1},
     }
-    audited = [len(method.audited) for method in found]
-    assert audited == sorted(audited, reverse=True)
     only = {(tmp_path / name).resolve() for name in ("other", "apart/seed_1")}
+    # Those with most audits come first.
     assert [method.label for method in read_methods(tmp_path, only)] == ["zero", "uce"]
     assert page_of(tmp_path).text.count("mean of 2 seeds, ±") == 4
 
@@ -233,8 +223,6 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     expected = frame.set_index("name").loc[row.name]
     after = expected.cls_forget, expected.std_cls_forget
     assert exact.of_class(row, "after") == pytest.approx(after)
-    lost = expected.full_forget - expected.full_Noforget
-    assert exact.of_class(row, "rest")[0] == pytest.approx(100 * lost)
     means = [statistics.mean(row.rest.points for row in run.rows) for run in exact.runs]
     mean, deviation = statistics.mean(means), statistics.stdev(means)
     assert exact.mean("rest") == pytest.approx((mean, deviation))
@@ -278,7 +266,6 @@ def test_pictures_are_of_the_class_they_are_under(tmp_path):
     sources = [picture.source for strip in (own, *harmed) for picture in strip.pictures]
     assert len(set(sources)) == 60
     assert min(map(len, sources)) > 200 and max(map(len, sources)) < 8_000
-    assert not (tmp_path / "gone").exists()  # drawn in code, and written nowhere
 
 
 @pytest.mark.parametrize("count", [12, 14])
@@ -296,8 +283,7 @@ def test_every_class_has_its_pictures_above_or_where_it_is_opened(tmp_path, coun
 
 @pytest.mark.parametrize(
     ("rows", "features"),
-    [([999_999], None), ([-1], None), ([40], None), ([0], "bundles")],
-    ids=["no such row", "below the first", "another class", "bundles"],
+    [([999_999], None), ([-1], None), ([40], None), ([0], "bundles")],  # 40: of another class
 )
 def test_what_is_no_picture_of_the_class_is_not_shown(tmp_path, rows, features):
     folder = plant_shapes(tmp_path, 1, rows)
@@ -367,12 +353,9 @@ def test_findings_say_of_how_many_classes_and_which_bad_news_first(tmp_path):
     assert "Likely to be recognised less, by their names alone: puma." in page_of(folder).text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "–"), (0.04, "0.0"), (-0.04, "0.0"), (-0.06, "−0.1"), (12.34, "+12.3")],
-)
-def test_points_have_a_sign_and_no_minus_zero(value, text):
-    assert points(value) == text
+def test_points_have_a_sign_and_no_minus_zero():
+    values = {None: "–", 0.04: "0.0", -0.04: "0.0", -0.06: "−0.1", 12.34: "+12.3"}
+    assert {value: points(value) for value in values} == values
 
 
 @pytest.mark.parametrize("text", [None, "{}"])
