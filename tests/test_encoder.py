@@ -1,5 +1,4 @@
-"""The text encoder: padding is left out only where it changes nothing, threads do not meet, and
-what is remembered is of the model as it is."""
+"""The text encoder: padding is left out only where it changes nothing, and threads do not meet."""
 
 from __future__ import annotations
 
@@ -12,10 +11,11 @@ import torch
 from torch import nn
 
 from forgetting.errors import ProblemError
+from forgetting.io import pack
 from forgetting.models import encoder as encoding
 from forgetting.models.encoder import read_encoder
 from forgetting.models.identity import identity
-from forgetting.models.vocabulary import generic_hidden
+from forgetting.models.vocabulary import FORMAT, generic_hidden
 from tests.encoder_fixtures import ALL, END, LENGTH, OUT, WIDTH, OwnEncoder, tiny, tokenize
 
 TEXTS = ["owl", "", "a photo of a crab.", "!", "sea horse", "x" * 40, "wow!"]
@@ -146,15 +146,16 @@ def test_the_vocabulary_is_encoded_once(encoded, tmp_path) -> None:
     names, first = generic_hidden(read_encoder(model, words), tmp_path)
     assert names == ["a", "b", "c"] and encoded == [3]
     (file,) = tmp_path.iterdir()
-    for count in (1, 2, 3):  # in this process; in another; and of a file that is torn
+    whole = file.read_bytes()
+    other = pack(FORMAT, {"texts": 3}, {"hidden": 2 * first})
+    # In this process; in the next; of a file that is torn; of one that is looked at in vain.
+    for content, count in ((whole, 1), (whole[:-4], 2), (other, 3), (whole, 5)):
         assert torch.equal(generic_hidden(read_encoder(model, words), tmp_path)[1], first)
         assert encoded == count * [3] and list(tmp_path.iterdir()) == [file]
         encoding._memories.clear()
-        file.write_bytes(file.read_bytes()[: -4 if count == 2 else None])
-    generic_hidden(read_encoder(model, words), None)
-    assert encoded == 4 * [3]
+        file.write_bytes(content)
     generic_hidden(read_encoder(model, lambda texts: tokenize([t.upper() for t in texts])), None)
-    assert encoded == 5 * [3], "another tokenizer is another encoder"
+    assert encoded == 6 * [3]
 
 
 CHANGES = {

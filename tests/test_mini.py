@@ -42,7 +42,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held_out() -> dict[str, list[list[str]]]:
     """Of each class of each set the synonyms that training holds out."""
     known = train_mini.taught_words()
-    assert known["black heart"] == ["black heart"], "a shape's own name"
     assert "black heart" not in known["black heart suit"]
     return {
         dataset: [[w for w in halves(name, dataset)[1] if w not in known] for name in names]
