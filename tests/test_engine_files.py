@@ -40,4 +40,4 @@ def test_a_name_is_escaped_reversibly_to_that_of_a_file(name):
     assert unquote(escaped, errors="surrogatepass") == (name or "%")
     assert escaped and not set(escaped) & set("/\\\0:|") and escaped.isascii()
     assert not escaped.startswith(".")
-    assert escape("2011 Audi C/V (2)") == "2011 Audi C%2FV (2)"  # plain names stay readable
+    assert escape(".2011 Audi C/V (2)") == "%2E2011 Audi C%2FV (2)"  # readable
