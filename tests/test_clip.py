@@ -1,5 +1,4 @@
-"""clip/: the numbers are those of open_clip and transformers, for models of every family, and a
-full checkpoint is one that others load."""
+"""The numbers are those of open_clip and transformers, and a checkpoint is one that others load."""
 
 from __future__ import annotations
 

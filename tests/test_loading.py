@@ -1,5 +1,4 @@
-"""The one loader of models: every form is read, nothing foreign is run or fetched, and what cannot
-be read is one line."""
+"""The loader of models: every form is read, nothing foreign is run, what is refused is one line."""
 
 from __future__ import annotations
 
