@@ -112,3 +112,13 @@ def test_tokenizers_of_transformers(how):
 def test_the_families_are_told_apart():
     fingerprints = {read_encoder(*tiny(family)).fingerprint for family in FAMILIES}
     assert len(fingerprints) >= len(FAMILIES) - 1  # RN and ViT may share a text tower
+
+
+@needs_transformers
+def test_where_a_model_lies_is_no_part_of_its_fingerprint_and_how_it_computes_is():
+    model, words = tiny("transformers CLIPModel")
+    before = read_encoder(model, words).fingerprint
+    model.config._name_or_path = model.config.text_config._name_or_path = "another/folder"
+    assert read_encoder(model, words).fingerprint == before
+    model.config.text_config.hidden_act = "gelu"
+    assert read_encoder(model, words).fingerprint != before
