@@ -64,7 +64,5 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     shown = table.drop(columns=before)
     digits = {"classes": 0, "words back": 0, "bytes": 0, "seconds": 3, "avg_gain": 4}
     print(shown.to_string(formatters={c: f"{{:.{digits.get(c, 2)}f}}".format for c in shown}))
-    if table["classes"].nunique() > 1:
-        logger.warning("the methods ran on different numbers of classes; means are not of one set")
     logger.info(f"results: {args.out / 'METHOD' / f'seed_{args.seed}'}")
     return table
