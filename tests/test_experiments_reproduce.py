@@ -61,6 +61,7 @@ def test_one_backbone_on_tiny_images(tmp_path, monkeypatch, capsys, refused):
     printed = capsys.readouterr().out
     assert "== OxfordFlowers, RN50, ForgetLoRA, at once, seed 0: done (4 of 4" in printed
     assert "0.6606" in printed and "not the paper's settings" in printed
+    assert "average gain" in printed.partition("After, in percent; ")[2].partition("\n")[2]
     # Measured numbers everywhere, the paper's beside them; means after forgetting.
     assert len(before) == 2 * (1 + 3) and before["ours"].between(0, 1).all()
     assert np.allclose(before["difference"], before["ours"] - before["paper"])
