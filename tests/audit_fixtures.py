@@ -1,4 +1,4 @@
-"""Worlds with a planted answer: it is known beforehand what an audit of them must find."""
+"""Sets with a planted answer: it is known beforehand what an audit of them must find."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH = 64  # w = d: every text has a direction of its own, and some are left ov
 LENGTH = 10.0  # of a hidden state, as in CLIP
 
 
-def world(
+def planted(
     classes: int = 12,
     images: int = 20,
     words: int = 24,
@@ -133,7 +133,7 @@ def case(
 
 def gone(bundle: FeatureBundle | None = None, name: str = "class 0", **options) -> Case:
     """A case whose class surely is gone and where nothing else moves."""
-    bundle = bundle or world()
+    bundle = bundle or planted()
     return case(bundle, name, opposite(bundle, name), **options)
 
 
@@ -146,7 +146,7 @@ def edges() -> dict[str, tuple[Case, set[str]]]:
     """Cases at the edge of what can be measured, and the measures that must say so (words and
     attacks aside)."""
     near = {column: 0.5 - 0.04 * column for column in range(1, 12)}
-    bundle, small = world(images=6, similar=near, noise=0.001), world(classes=4, words=3)
+    bundle, small = planted(images=6, similar=near, noise=0.001), planted(classes=4, words=3)
     labels, number = bundle.labels, torch.arange(len(bundle.labels))
     whole = case(small, edit=opposite(small, *small.classnames), forgotten=small.classnames)
     some = ["class 0", "class 3", "class 4"]
@@ -160,8 +160,8 @@ def edges() -> dict[str, tuple[Case, set[str]]]:
         ),
         "no image at all": (gone(only(bundle, number < 0)), alone),
         "images of the class alone": (gone(only(bundle, labels == 0)), alone | {"destinations"}),
-        "two classes": (gone(world(classes=2, words=0)), {"retrieval"}),
-        "a set of one class": (gone(world(classes=1, words=0)), alone),
+        "two classes": (gone(planted(classes=2, words=0)), {"retrieval"}),
+        "a set of one class": (gone(planted(classes=1, words=0)), alone),
         "the whole set": (whole, {"neighbours", "retrieval"}),
         "several, removed": (several, {"retrieval", "relearning"}),
     }

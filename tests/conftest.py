@@ -1,4 +1,4 @@
-"""What many tests start from: a small world of feature bundles, and the command line in process."""
+"""What many tests start from: small feature bundles, and the command line in process."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from evaluation.audit.run import audit_class
 from evaluation.audit.verdict import verdict
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import holds
-from tests.audit_fixtures import EDGES, case, edge, move, opposite, text, world
+from tests.audit_fixtures import EDGES, case, edge, move, opposite, planted, text
 from tests.results_fixtures import entry
 
 NASTY = [
@@ -45,7 +45,7 @@ def acc(value: float, n: int = 40) -> dict[str, Any]:
 @cache
 def audited() -> str:
     """What all measures find for class 0, which is gone and class 1 with it, as JSON."""
-    bundle = world()
+    bundle = planted()
     moved = {"class 0": -text(bundle, "class 0"), "class 1": text(bundle, "class 2")}
     texts = [("{}", "bare"), ("a photo of a {}", "evaluation")]
     texts += [(words, kind) for kind, several in WORDS.items() for words in several]

@@ -28,8 +28,8 @@ from tests.audit_fixtures import (
     move,
     needs_real_clip,
     only,
+    planted,
     text,
-    world,
 )
 
 
@@ -39,8 +39,8 @@ def test_probes_that_surely_find_the_class_and_that_surely_cannot():
         assert found[probe]["before"] == found[probe]["after"] == accuracy(20, 20)
     assert found["zero_shot"]["before"]["value"] == 1 and found["zero_shot"]["after"]["value"] == 0
     assert found["nearest_neighbours"]["k"] == 5
-    assert residue.measure(case(world()))["zero_shot"]["after"]["value"] == 1  # nothing changed
-    found = residue.measure(gone(world(classes=2, copies={0: 1})))
+    assert residue.measure(case(planted()))["zero_shot"]["after"]["value"] == 1  # nothing changed
+    found = residue.measure(gone(planted(classes=2, copies={0: 1})))
     assert found["linear_probe"]["before"]["value"] < 0.6
     assert found["nearest_neighbours"]["before"]["value"] < 0.5
 
@@ -59,7 +59,7 @@ def test_probes_do_not_see_the_image_that_they_judge():
 
 def test_the_linear_probe_weighs_classes_equally_and_reports_what_it_cannot_learn():
     """By their numbers the few would be called by the other's name in every fourth case."""
-    bundle = world(classes=2, images=200, noise=0.4)
+    bundle = planted(classes=2, images=200, noise=0.4)
     few = only(bundle, (bundle.labels > 0) | (torch.arange(400) < 20))
     predicted = residue.probe(few.image_features, few.labels, 0)
     assert float((predicted == few.labels)[few.labels == 0].double().mean()) >= 0.85
@@ -89,7 +89,7 @@ def test_search_for_a_class_that_is_gone():
         assert sides["after"]["10"] == accuracy(0, count)
     assert found["not_measured"] == []
     # A removed name is not found, but can be typed.
-    removed = retrieval.measure(case(world(), "class 3", removed=("class 3",)))
+    removed = retrieval.measure(case(planted(), "class 3", removed=("class 3",)))
     assert removed["image_to_text"]["forgotten"]["after"]["10"]["value"] == 0.0
     assert removed["text_to_image"]["forgotten"]["after"]["1"]["value"] == 1.0
 
@@ -97,8 +97,8 @@ def test_search_for_a_class_that_is_gone():
 @settings(max_examples=20)
 @given(st.integers(0, 10_000))
 def test_recall_against_sorted_lists(seed):
-    """Noisy worlds, three classes forgotten, a removed name, a class without images."""
-    bundle = world(images=4, noise=0.4, seed=seed)
+    """Noisy sets, three classes forgotten, a removed name, a class without images."""
+    bundle = planted(images=4, noise=0.4, seed=seed)
     bundle = only(bundle, bundle.labels != 7)
     forgotten = ["class 0", "class 1", "class 2"]
     edit = move(bundle, {n: text(bundle, n).roll(1) for n in forgotten})
@@ -129,7 +129,7 @@ def sent_aside(bundle: FeatureBundle, axis: int = -1) -> Case:
 def scattered() -> FeatureBundle:
     """Each image of class 0 is a copy of an image of another class. Its text, the mean of the
     others' images, finds them all; learnt from, they lead nowhere."""
-    bundle = world(classes=12, images=11, words=10, noise=0.004)
+    bundle = planted(classes=12, images=11, words=10, noise=0.004)
     hidden = bundle.class_hidden.clone()
     hidden[0] = LENGTH * normalize(torch.eye(WIDTH)[1:12].sum(dim=0), dim=0)  # cosines of 0.30
     spare = torch.eye(WIDTH)[40:51]
@@ -140,7 +140,7 @@ def scattered() -> FeatureBundle:
 
 
 def test_one_image_of_a_tight_cluster_brings_the_class_back():
-    found = relearning.measure(sent_aside(world()))
+    found = relearning.measure(sent_aside(planted()))
     once = {"forgotten": [1.0] * 5, "no_text": [1.0] * 5, "needed": 1}
     assert found["methods"] == dict.fromkeys(METHODS, once)
     assert found["shots"] == [1, 2, 4, 8, 16]
@@ -162,14 +162,14 @@ def test_images_that_are_those_of_others_bring_nothing_back():
 
 def test_no_method_calls_everything_by_the_class_and_the_probe_is_scikit_learns():
     """What is taught from few images must leave the images of other classes theirs."""
-    subject = sent_aside(world())
+    subject = sent_aside(planted())
     labels = subject.bundle.labels
     for draw in range(REPEATS):
         for method in METHODS.values():
             assert torch.equal(method(subject, True, draw, 1, torch.arange(240)), labels)
     # A class without a text gets one of its own: its column is where the images point.
     assert torch.equal(relearning.refit(subject, False, 0, 1, torch.arange(240)), labels)
-    noisy = gone(world(noise=0.3))
+    noisy = gone(planted(noise=0.3))
     images, _ = relearning.held(noisy.data, 2, 4)
     x = noisy.bundle.image_features.numpy()
     reference = RidgeClassifier(alpha=relearning.PROBE_RIDGE).fit(x[images], labels[images])
@@ -184,7 +184,7 @@ def test_no_method_calls_everything_by_the_class_and_the_probe_is_scikit_learns(
 def test_images_and_texts_lie_apart_in_clip():
     """With a direction that all images share, and another that all texts do, the mean of a class's
     images as its text would take in every image; the difference from the others' does not."""
-    bundle = world()
+    bundle = planted()
     pull = 2 * bundle.text_projection[-1]
     bundle = replace(bundle, image_features=normalize(bundle.image_features + pull, dim=1))
     subject = sent_aside(bundle, axis=-2)
@@ -195,7 +195,7 @@ def test_images_and_texts_lie_apart_in_clip():
 
 
 def test_the_attacker_has_k_images_of_every_class_and_is_judged_on_others(monkeypatch):
-    bundle = only(world(), torch.arange(240) % 20 < 12)
+    bundle = only(planted(), torch.arange(240) % 20 < 12)
     data, held = AuditData(bundle), {}
     for draw in range(REPEATS):
         for k in SHOTS:
@@ -221,7 +221,7 @@ def test_the_attacker_has_k_images_of_every_class_and_is_judged_on_others(monkey
 
 
 def test_removed_names():
-    bundle = world(similar={1: 0.9}, noise=0.3)
+    bundle = planted(similar={1: 0.9}, noise=0.3)
     alone = relearning.measure(case(bundle, removed=("class 0",)))["methods"]
     # It starts as a class that was never known, but a text can be given again.
     assert alone["cache"]["forgotten"] == alone["cache"]["no_text"]
@@ -238,7 +238,7 @@ def test_needed_is_the_least_that_reaches_half_and_a_seed_is_a_draw():
     curve = [0.1, 0.44, 0.45, 0.2, None]
     needed = [relearning._needed(SHOTS, curve, own) for own in (0.9, 0.92, 0.0, None)]
     assert needed == [4, None, None, None]
-    bundle = world(noise=0.3)
+    bundle = planted(noise=0.3)
     one, again, other = (relearning.measure(gone(bundle, seed=seed)) for seed in (0, 0, 1))
     assert one == again and one != other
 
@@ -250,7 +250,7 @@ def word(axis: int) -> Tensor:
 def by_words(axes: list[int], seen: tuple[Prompt, ...] = (), seed: int = 0) -> dict:
     """What words that lean to these axes bring back, where the class's text goes to its opposite,
     but not a text that leans to the last axis."""
-    bundle = world()
+    bundle = planted()
     text, last = bundle.class_hidden[0], torch.eye(WIDTH)[-1]
     left = (text / LENGTH - last * 0.8 / 0.6) / LENGTH  # 1 at the text, 0 at `word(-1)`
     edit = LowRankEdit(left[:, None], -2 * (text @ bundle.text_projection)[None])

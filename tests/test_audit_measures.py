@@ -1,4 +1,4 @@
-"""Neighbours, destinations, examples in planted worlds, and the edges of all measures."""
+"""Neighbours, destinations, examples in planted sets, and the edges of all measures."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from tests.audit_fixtures import (
     move,
     only,
     opposite,
+    planted,
     text,
-    world,
 )
 
 NEAR = {1: 0.9, 2: 0.8, 3: 0.6}  # cosines with the text of class 0
 
 
 def test_neighbours_that_suffer_and_neighbours_that_stay():
-    bundle = world(similar=NEAR)
+    bundle = planted(similar=NEAR)
     found = neighbours.measure(case(bundle, edit=opposite(bundle, "class 0", "class 2")))
     names = [entry["name"] for entry in found["classes"]]
     assert names[:3] == ["class 1", "class 2", "class 3"]
@@ -59,7 +59,7 @@ def test_neighbours_that_suffer_and_neighbours_that_stay():
 @settings(max_examples=10)
 @given(st.integers(0, 10_000))
 def test_movement_is_that_of_the_changed_projection(seed):
-    bundle, generator = world(similar=NEAR), torch.Generator().manual_seed(seed)
+    bundle, generator = planted(similar=NEAR), torch.Generator().manual_seed(seed)
     edit = move(bundle, {"class 4": torch.randn(64, generator=generator), "word 3": torch.ones(64)})
     subject = case(bundle, edit=edit)
     hidden = torch.cat([bundle.class_hidden[1:], bundle.retain_hidden])
@@ -75,7 +75,7 @@ def test_movement_is_that_of_the_changed_projection(seed):
 def test_names_that_mean_the_class_are_not_retained_texts():
     names = ["osteospermum", "snapdragon", "rose"]
     words = ["african daisy", "Snapdragon", "allium"]  # the first is marked as osteospermum
-    bundle = replace(world(classes=3, words=3), classnames=names, retain_names=words)
+    bundle = replace(planted(classes=3, words=3), classnames=names, retain_names=words)
     flowers = replace(bundle, dataset="OxfordFlowers")
     other = replace(bundle, classnames=["tulip", "African_daisy", "rose"])
 
@@ -92,27 +92,27 @@ def test_names_that_mean_the_class_are_not_retained_texts():
     # Negative control: a set whose vocabulary marks nothing keeps it.
     assert "african daisy" in texts(bundle, "osteospermum")
     # The text of another set's class may be that of the forgotten one: its name is not.
-    other = replace(world(dataset="Elsewhere"), classnames=[f"elsewhere {i}" for i in range(12)])
+    other = replace(planted(dataset="Elsewhere"), classnames=[f"elsewhere {i}" for i in range(12)])
     moved = neighbours.measure(gone(others={"Elsewhere": other}))["moved"]
     assert moved["worst"][0]["text"] == "elsewhere 0" and moved["count"] == 11 + 24 + 12
 
 
 def test_images_that_surely_go_to_one_class_leak_by_their_looks():
     """Images that lean to class 5 go there, but their scores are not those of class 5."""
-    found = destinations.measure(gone(world(lean={0: [5]})))
+    found = destinations.measure(gone(planted(lean={0: [5]})))
     assert found["before"] == [{"name": "class 0", "share": 1.0}]
     assert found["leak"] == [{"name": "class 5", "auc_before": 1.0, "auc_after": 1.0}]
     assert found["worst_auc"] == 1.0
-    uneven = destinations.measure(gone(world(lean={0: [3, 3, 3, 4]})))["after"]
+    uneven = destinations.measure(gone(planted(lean={0: [3, 3, 3, 4]})))["after"]
     assert uneven == [{"name": "class 3", "share": 0.75}, {"name": "class 4", "share": 0.25}]
-    many = destinations.measure(gone(world(classes=14, images=26, lean={0: list(range(1, 14))})))
+    many = destinations.measure(gone(planted(classes=14, images=26, lean={0: list(range(1, 14))})))
     assert len(many["after"]) == 10 and sum(e["share"] for e in many["after"]) < 1
     assert [e["name"] for e in many["leak"]] == [e["name"] for e in many["after"][:5]]
     # Controls: images that are those of class 5 do not leak, and nothing changed.
-    found = destinations.measure(gone(world(copies={0: 5})))
+    found = destinations.measure(gone(planted(copies={0: 5})))
     assert found["after"][0] == {"name": "class 5", "share": 1.0}
     assert max(found["leak"][0]["auc_before"], found["worst_auc"]) < 0.6
-    same = destinations.measure(case(world(lean={0: [3, 4, 5, 6]})))
+    same = destinations.measure(case(planted(lean={0: [3, 4, 5, 6]})))
     assert same["after"] == same["before"] and same["leak"] == same["not_measured"] == []
 
 
@@ -120,7 +120,7 @@ def test_a_leak_through_the_forgotten_text_ends_where_its_name_is_removed():
     """Images of class 0 lie at the text of class 1 with a mark along the text of class 0, those of
     class 1 with a mark where no text points: the logit of class 0 tells them apart, if it is sent
     to its opposite too, but a removed class has none."""
-    bundle = world(classes=3, images=60, words=4, noise=0.0)
+    bundle = planted(classes=3, images=60, words=4, noise=0.0)
     x = 0.05 * torch.randn(180, WIDTH, generator=torch.Generator().manual_seed(1))
     x[:120] += bundle.text_projection[1]
     x[:60] += 0.5 * bundle.text_projection[0]
@@ -142,7 +142,7 @@ def test_a_leak_through_the_forgotten_text_ends_where_its_name_is_removed():
 
 @pytest.mark.parametrize(("label", "count"), [(0, 3), (5, 3), (0, 4), (5, 4)])
 def test_too_few_images_for_a_leak_are_reported(label, count):
-    bundle = world(lean={0: [5]})
+    bundle = planted(lean={0: [5]})
     few = only(bundle, (bundle.labels != label) | (torch.arange(240) % 20 < count))
     found = destinations.measure(gone(few))
     assert len(found["leak"]) == (count == 4) != len(found["not_measured"])
@@ -171,7 +171,7 @@ def test_a_separation_is_that_of_a_pipeline_of_scikit_learn(seed, first, second,
 
 def test_confusion_counts_are_scikit_learns():
     near = {1: 0.3, 2: 0.2, 3: 0.1}
-    bundle = world(classes=20, similar=near, noise=0.1, lean={0: [15, 16, 16]}, words=4)
+    bundle = planted(classes=20, similar=near, noise=0.1, lean={0: [15, 16, 16]}, words=4)
     subject = case(bundle, edit=opposite(bundle, "class 0", "class 2"))
     found = destinations.measure(subject)["confusion"]
     assert found["names"][:4] == ["class 0", "class 1", "class 2", "class 3"]
@@ -186,7 +186,7 @@ def test_confusion_counts_are_scikit_learns():
 
 def test_pictures_of_the_class_are_spaced_and_named_as_the_model_predicts():
     assert highest(torch.tensor([1.0, 3.0] * 50), 3).tolist() == [1, 3, 5]
-    subject = gone(world(images=20, lean={0: [3, 5]}))
+    subject = gone(planted(images=20, lean={0: [3, 5]}))
     own = examples.measure(subject)["classes"][0]
     assert (own["name"], own["before"]["value"], own["after"]["value"]) == ("class 0", 1.0, 0.0)
     assert [one["row"] for one in own["pictures"]] == [0, 5, 10, 15]
@@ -195,13 +195,13 @@ def test_pictures_of_the_class_are_spaced_and_named_as_the_model_predicts():
             order = np.argsort(-model.scores[picture["row"]].numpy(), kind="stable")[:5]
             assert picture[side] == [f"class {column}" for column in order]
         assert picture["before"][0] == "class 0" and picture["after"][0] in ("class 3", "class 5")
-    removed = examples.measure(case(world(classes=4), removed=("class 0",)))["classes"][0]
+    removed = examples.measure(case(planted(classes=4), removed=("class 0",)))["classes"][0]
     for one in removed["pictures"]:
         assert len(one["before"]) == 4 and len(one["after"]) == 3 and "class 0" not in one["after"]
 
 
 def test_those_that_lost_most_are_shown_by_what_they_lost():
-    bundle = world(noise=0.05)
+    bundle = planted(noise=0.05)
     away = {f"class {c}": -text(bundle, f"class {c}") for c in (0, 3)}
     half = text(bundle, "class 5") + 1.1 * text(bundle, "class 6")  # some of its images go there
     subject = case(bundle, edit=move(bundle, away | {"class 6": half, "class 5": half}))

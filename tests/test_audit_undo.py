@@ -18,7 +18,7 @@ from evaluation.audit.undo import Attacker
 from forgetting import ForgetProblem, solve_exact
 from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
-from tests.audit_fixtures import REAL_CLIP, exact, needs_real_clip, world
+from tests.audit_fixtures import REAL_CLIP, exact, needs_real_clip, planted
 
 W, D = 48, 40
 
@@ -35,7 +35,7 @@ def names(classes: int = 8, words: int = 60, seed: int = 0, dataset: str = "Name
     generator = torch.Generator().manual_seed(7)
     hidden = texts(classes, seed)
     return replace(
-        world(classes, images=0, words=0, dataset=dataset),
+        planted(classes, images=0, words=0, dataset=dataset),
         image_features=torch.zeros(0, D),
         class_hidden=hidden,
         forget_hidden=hidden,

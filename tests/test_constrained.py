@@ -15,7 +15,7 @@ from tests.solver_fixtures import normal, tight
 SEEDS = st.integers(0, 2**31)
 
 
-def world(k, m, w, d, seed):
+def random_problem(k, m, w, d, seed):
     """Forgotten texts, retained rows and displacements."""
     return normal(k, w, seed=seed), normal(m, w, seed=seed + 1), normal(k, d, seed=seed + 2)
 
@@ -30,7 +30,7 @@ def world(k, m, w, d, seed):
     mu=st.floats(1e-4, 10),
 )
 def test_on_target_proved_and_as_an_independent_solver_finds_it(k, m, w, d, seed, mu):
-    h_f, rows, displacement = world(k, m, w, d, seed)
+    h_f, rows, displacement = random_problem(k, m, w, d, seed)
     solution = solve_constrained(Ridge(rows, mu), h_f, displacement)
     assert solution.residual < 1e-9 and tight(solution.certificate)
     if mu < 1e-2:
@@ -49,7 +49,7 @@ def test_excluded_names_are_as_if_they_had_never_been_listed(seed, requests):
     """Many requests of one to three texts at once; some names have no weight."""
     generator = torch.Generator().manual_seed(seed)
     owner = torch.cat([torch.arange(requests), torch.randint(requests, (5,), generator=generator)])
-    hidden, rows, displacement = world(len(owner), 14, 8, 5, seed)
+    hidden, rows, displacement = random_problem(len(owner), 14, 8, 5, seed)
     weights = torch.rand(14, generator=generator, dtype=torch.float64)
     weights[::5] = 0.0
     excluded = torch.rand(requests, 14, generator=generator) < 0.3
@@ -66,7 +66,7 @@ def test_excluded_names_are_as_if_they_had_never_been_listed(seed, requests):
 
 def test_retaining_the_text_itself_would_be_another_answer():
     """Negative control: the forgotten text, retained, holds itself back."""
-    h_f, rows, displacement = world(1, 12, 8, 5, 0)
+    h_f, rows, displacement = random_problem(1, 12, 8, 5, 0)
     ridge = Ridge(torch.cat([rows, h_f]), 0.05)
     retained = solve_constrained(ridge, h_f, displacement).certificate.primal
     own = torch.arange(13) == 12
@@ -78,7 +78,7 @@ def test_retaining_the_text_itself_would_be_another_answer():
 def test_all_names_can_be_excluded(seed, mu, weight):
     """Only listed names can be, so that `K >= mu I` whatever is excluded; then the ridge alone is
     left. Where rounding hides it, no proof is claimed."""
-    h_f, rows, displacement = world(2, 5, 7, 3, seed)
+    h_f, rows, displacement = random_problem(2, 5, 7, 3, seed)
     try:
         ridge = Ridge(rows, mu, torch.full((5,), float(weight)))
         answer = solve_constrained(ridge, h_f, displacement, torch.ones(5).bool())
@@ -99,7 +99,7 @@ def certified(ridge, h_f, d, left, right):
 
 
 def test_a_worse_change_shows_a_gap():
-    h_f, rows, displacement = world(2, 12, 8, 5, 0)
+    h_f, rows, displacement = random_problem(2, 12, 8, 5, 0)
     ridge = Ridge(rows, 0.05)
     good = solve_constrained(ridge, h_f, displacement)
     # On target as well, by the pseudo-inverse, which disturbs more; a miss of 1%; NaN.
@@ -109,7 +109,7 @@ def test_a_worse_change_shows_a_gap():
 
 
 def test_texts_that_repeat_each_other_share_one_constraint():
-    h_f, rows, displacement = world(2, 12, 8, 5, 0)
+    h_f, rows, displacement = random_problem(2, 12, 8, 5, 0)
     ridge, twice = Ridge(rows, 0.05), torch.cat([h_f, h_f[:1]])
     same = solve_constrained(ridge, twice, torch.cat([displacement, displacement[:1]]))
     expected = solve_constrained(ridge, h_f, displacement)
@@ -122,14 +122,14 @@ def test_texts_that_repeat_each_other_share_one_constraint():
 def test_nearly_equal_texts_reach_targets_of_their_own(apart, residual):
     """Eight classes in three prompts each: 24 constraints, however ill conditioned. Without the
     step of refinement they are missed by seven times as much."""
-    h_f, rows, displacement = world(8, 300, 60, 30, 0)
+    h_f, rows, displacement = random_problem(8, 300, 60, 30, 0)
     h_f = (h_f[:, None] + apart * normal(8, 3, 60, seed=9)).flatten(0, 1)
     displacement = normal(24, 30, seed=2)
     assert solve_constrained(Ridge(rows, 1e-3), h_f, displacement).residual < residual
 
 
 def test_more_texts_than_dimensions_are_of_rank_w():
-    h_f, rows, displacement = world(9, 12, 4, 6, 0)
+    h_f, rows, displacement = random_problem(9, 12, 4, 6, 0)
     ridge = Ridge(rows, 0.05)
     answer = solve_constrained(ridge, h_f, displacement)
     assert answer.left.shape == (4, 4) and answer.right.shape == (4, 6)
@@ -150,4 +150,4 @@ def test_more_texts_than_dimensions_are_of_rank_w():
 )
 def test_refused(call, word):
     with pytest.raises(ProblemError, match=word):
-        call(*world(1, 4, 6, 3, 0)[1::-1], normal(1, 3))
+        call(*random_problem(1, 4, 6, 3, 0)[1::-1], normal(1, 3))

@@ -37,15 +37,15 @@ def unit(*places: int) -> Tensor:
     return torch.eye(WIDTH)[list(places)].sum(dim=0)
 
 
-def world(rows: list[tuple[str, str, str, Tensor]] = (), images: int = 10) -> FeatureBundle:
+def four_animals(rows: list[tuple[str, str, str, Tensor]] = (), images: int = 10) -> FeatureBundle:
     """Four classes, whose texts are basis vectors 0 to 3.
 
     Args:
         rows: class, kind, text and hidden state of other words that the bundle brings along.
     """
-    planted = audit_fixtures.world(classes=4, images=images, words=0)
+    bundle = audit_fixtures.planted(classes=4, images=images, words=0)
     hidden = torch.stack([unit(i) for i in range(4)])
-    projection = planted.text_projection.clone()
+    projection = bundle.text_projection.clone()
     projection[OTHER_WAY] = projection[0]
     extra, tensors = {}, {}
     if rows:
@@ -54,7 +54,7 @@ def world(rows: list[tuple[str, str, str, Tensor]] = (), images: int = 10) -> Fe
         extra = {key: json.dumps(values) for key, values in lists.items()}
         tensors = {"audit_hidden": torch.stack(states)}
     return replace(
-        planted,
+        bundle,
         class_hidden=hidden + 0.1 * unit(8),
         forget_hidden=hidden,
         retain_hidden=torch.stack([unit(9), unit(0, 10), unit(11)]),
@@ -70,7 +70,7 @@ def world(rows: list[tuple[str, str, str, Tensor]] = (), images: int = 10) -> Fe
 
 def forget_first() -> LowRankEdit:
     """A change of the projection that sends hidden direction 0 to a little of its opposite."""
-    return LowRankEdit(unit(0)[:, None], -1.2 * world().text_projection[:1])
+    return LowRankEdit(unit(0)[:, None], -1.2 * four_animals().text_projection[:1])
 
 
 # All words for the newt here are moved by `forget_first`, but for what "eft" means.
@@ -92,7 +92,7 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
 def audited(
     rows: list, edit: LowRankEdit | None = None, removed: tuple[int, ...] = (), **changes
 ) -> dict:
-    data = AuditData(replace(world(rows=rows), **changes))
+    data = AuditData(replace(four_animals(rows=rows), **changes))
     prompts, missing = prompts_for(data, "newt", set())
     after = Model(data, edit or forget_first(), removed)
     found = measure(Case("newt", ["newt"], after, prompts, missing))
@@ -131,15 +131,15 @@ def test_what_could_not_be_measured_is_reported() -> None:
     (line,) = found["not_measured"]
     assert "Planted" in line and "python -m clip.features" in line
     # Only forgotten texts: nothing shows how far forgetting carries.
-    after = Model(AuditData(world()), forget_first())
+    after = Model(AuditData(four_animals()), forget_first())
     seen = Prompt("newt", "bare", True, unit(0))
     found = measure(Case("newt", ["newt"], after, prompts=[seen]))
     assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
     assert "than its own prompt" in found["not_measured"][0]
-    bundle = world(images=0)
+    bundle = four_animals(images=0)
     found = audited([*GONE, EFT], image_features=bundle.image_features, labels=bundle.labels)
     assert found["back"] == [] and found["worst"] is None
-    never = audited([*GONE, EFT], class_hidden=world().class_hidden[[3, 0, 2, 3]])
+    never = audited([*GONE, EFT], class_hidden=four_animals().class_hidden[[3, 0, 2, 3]])
     assert never["back"] == [] and never["worst"]["text"] == "eft"
 
 
@@ -170,7 +170,7 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
 
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
     rows = [*GONE, ("newt", "template", "NEWT", unit(0)), ("newt", "case", "NEWT", unit(0)), EFT]
-    bundle = world(rows=[*rows, ("owl", "synonym", "o", unit(1))])
+    bundle = four_animals(rows=[*rows, ("owl", "synonym", "o", unit(1))])
     prompts, missing = prompts_for(AuditData(bundle), "newt", set())
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
         ("newt", "bare"),
@@ -202,7 +202,7 @@ def test_vocabulary_names_that_mean_the_same() -> None:
 
 
 def test_which_prompts_forgetting_saw() -> None:
-    data = AuditData(world(rows=[*GONE, EFT]))
+    data = AuditData(four_animals(rows=[*GONE, EFT]))
     for texts, seen in (
         (set(), {"newt", "nwet"}),  # read by this model as the bare name
         ({"newt", "owl"}, {"newt", "nwet"}),
@@ -221,30 +221,30 @@ def test_a_model_stands_in_for_rows() -> None:
         encoded.extend(texts)
         return torch.arange(len(texts) * float(WIDTH)).reshape(-1, WIDTH)
 
-    prompts, missing = prompts_for(AuditData(world(), encode=encode), "newt", set())
+    prompts, missing = prompts_for(AuditData(four_animals(), encode=encode), "newt", set())
     words = paraphrases("newt", None, "a photo of a {}.")
     assert encoded == [entry.text for entry in words]
     assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
     assert torch.equal(prompts[3].hidden, torch.arange(WIDTH, 2 * WIDTH))
     assert "no synonym and no hypernym and no description is known" in missing[0]
     encoded.clear()
-    prompts_for(AuditData(world(rows=GONE), encode=encode), "newt", set())
+    prompts_for(AuditData(four_animals(rows=GONE), encode=encode), "newt", set())
     assert not encoded, "rows in the bundle come first"
     # A bundle may call its template anything.
-    bundle = replace(world(), template="ensemble")
+    bundle = replace(four_animals(), template="ensemble")
     texts = [entry.text for entry in other_words(bundle, "newt")]
     assert "a photo of newts." in texts and "a photo of a NEWT." not in texts
     assert prompts_for(AuditData(bundle), "newt", set())[0][1].text == "ensemble"
 
 
 def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
-    bundle = world(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
+    bundle = four_animals(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
     bundle.save(tmp_path / "a.safetensors")
     again = FeatureBundle.load(tmp_path / "a.safetensors")
     assert [row[:2] for row in audit_rows(again)["newt"]] == [(t, k) for _, k, t, _ in GONE]
     ((text, kind, hidden),) = audit_rows(again)["owl"]
     assert (text, kind) == ("Eule “ü”", "synonym") and torch.equal(hidden, unit(1, 5))
-    assert "elk" not in audit_rows(again) and audit_rows(world()) == {}
+    assert "elk" not in audit_rows(again) and audit_rows(four_animals()) == {}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_broken_rows_are_refused_in_one_line(key: str, value: object) -> None:
-    bundle = world(rows=GONE)
+    bundle = four_animals(rows=GONE)
     bundle.check("whole")
     extra, tensors = dict(bundle.extra), dict(bundle.extra_tensors)
     where = tensors if key == HIDDEN else extra
