@@ -163,3 +163,7 @@ def test_one_thread_is_given_back():
         raise ValueError
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
+
+
+def test_the_environment_names_python_and_torch():
+    assert environment().startswith("Python: ") and "\ntorch: " in environment()
