@@ -94,10 +94,8 @@ class FeatureCache:
         """Embeddings (N, d) of shards; each is written as soon as it is complete, and not encoded
         if it is there."""
         device = self.source.device.type
-        batch, total = (
-            batch_size or BATCH.get(device, BATCH["cuda"]),
-            sum(map(len, shards.values())),
-        )
+        batch = batch_size or BATCH.get(device, BATCH["cuda"])
+        total = sum(map(len, shards.values()))
         parts = {part: _read(part) for part in shards}
         missing = {part: shards[part] for part in shards if parts[part] is None}
         done = total - sum(map(len, missing.values()))

@@ -40,8 +40,17 @@ VALUES = {
     "named, original known": ("undo", "attacks", "original_known", "place"),
     "named, alone": ("undo", "attacks", "alone", "place"),
 }
-SHOWN = ("before", "after", "words mean", "words worst", "neighbours before", "neighbours after")
-SHOWN += ("probe", "images in a cache", "named, alone")
+SHOWN = (
+    "before",
+    "after",
+    "words mean",
+    "words worst",
+    "neighbours before",
+    "neighbours after",
+    "probe",
+    "images in a cache",
+    "named, alone",
+)
 FEW = 3  # classes whose findings are all printed
 
 

@@ -103,7 +103,7 @@ def _run(run: Run, captured: bool) -> tuple[int, str, str]:
             logger.info(f"== {run.title}")
         try:
             status = train.cli(run.argv)
-        except Exception:
+        except Exception:  # a bug in one run must not end the others of a long sweep
             traceback.print_exc()
             status = 1
     # Of a progress bar the last state is enough.

@@ -56,8 +56,15 @@ DEFAULTS: dict[str, Any] = {
     "classes": [],
     "settings": {"": {}},
 }
-RUN_KEYS = ["DATASET.NAME", "SEED", "MODEL.BACKBONE.NAME", "TRAINER.NAME", "OUTPUT_DIR"]
-RUN_KEYS += ["FORGET.MULTICLASS", "FORGET.PART"]
+RUN_KEYS = [
+    "DATASET.NAME",
+    "SEED",
+    "MODEL.BACKBONE.NAME",
+    "TRAINER.NAME",
+    "OUTPUT_DIR",
+    "FORGET.MULTICLASS",
+    "FORGET.PART",
+]
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:

@@ -23,12 +23,24 @@ from forgetting.errors import ProblemError, line, unknown
 
 MODEL = "hf:DIR_OR_ID, open_clip:NAME/PRETRAINED, openai:FILE, or a folder"
 OTHER_TEMPLATES = (  # by which an audit asks whether paraphrases move too
-    *("a {}", "the {}", "a picture of a {}.", "a photo of the {}.", "a good photo of a {}."),
-    *("a photo of one {}.", "an image of a {}", "a close-up photo of a {}.", "this is a {}."),
+    "a {}",
+    "the {}",
+    "a picture of a {}.",
+    "a photo of the {}.",
+    "a good photo of a {}.",
+    "a photo of one {}.",
+    "an image of a {}",
+    "a close-up photo of a {}.",
+    "this is a {}.",
 )
 NUMBERS = (  # of ExactSettings, as options of `forget`
-    *("beta", "ridge", "max_displacement", "specific_ridge", "similarity"),
-    *("min_margin", "min_displacement"),
+    "beta",
+    "ridge",
+    "max_displacement",
+    "specific_ridge",
+    "similarity",
+    "min_margin",
+    "min_displacement",
 )
 SHOWN = 5  # paraphrases that an audit shows, those that move least
 

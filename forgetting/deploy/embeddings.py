@@ -168,7 +168,7 @@ def patch_file(
 
     Raises:
         ProblemError: `out` exists; a file that cannot be read, or says that it was patched already;
-            another projection; see also `patch_rows`.
+            another projection; see also `patch`.
     """
     path, out = Path(path), Path(out)
     if path.suffix not in (".npy", ".safetensors") or out.suffix != path.suffix:
