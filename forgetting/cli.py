@@ -320,10 +320,12 @@ def _export(option: Option, parse: Parse) -> None:
         "open_clip's configuration and weights (NAME/TAG), or a JSON file, if the base has none"
     )
     option("--config", help=config)
+    base_id = "the base's name on the Hub, ID or ID@REVISION, for the model card and for PEFT"
+    option("--base-id", help=base_id)
     _out(option, "file or folder")
     args = parse()
-    adapter, base = load_adapter(args.adapter), args.base
-    export(adapter, base, args.to, args.out, args.original, args.config, args.overwrite)
+    adapter, files = load_adapter(args.adapter), (args.base, args.to, args.out, args.original)
+    export(adapter, *files, args.config, args.overwrite, args.base_id)
     _say(f"{args.out}: {args.to}, without {', '.join(adapter.classes)}")
 
 

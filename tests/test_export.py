@@ -114,6 +114,7 @@ def test_folders(tmp_path, kind):
     base, encoder, adapter = base_of(tmp_path, kind)
     (base / "tokenizer.json").write_text('{"a": 1}')
     (base / "other_tool.h5").write_bytes(b"the unchanged model")
+    (base / "README.md").write_text("---\nlicense: mit\n---\nThe unchanged model.")
     before = {x.name: x.read_bytes() for x in base.iterdir()}
     to = "open_clip" if kind in OPEN_CLIP else "hf"
     out = export(adapter, base, to, tmp_path / "out")
@@ -127,7 +128,8 @@ def test_folders(tmp_path, kind):
     # Neither the unchanged weights of another tool nor an index of files that are not there.
     copied = {name for name in before if not name.endswith((".safetensors", ".h5", ".index.json"))}
     assert {x.name for x in out.iterdir()} == {*copied, weights.name}
-    for name in copied - {"open_clip_config.json"}:
+    assert "unchanged model" not in (out / "README.md").read_text("utf-8")
+    for name in copied - {"open_clip_config.json", "README.md"}:
         assert (out / name).read_bytes() == before[name]
     if kind in OPEN_CLIP:
         names = ("preprocess_cfg", "model_cfg")
@@ -180,7 +182,7 @@ def test_peft_adapter(tmp_path, kind):
     peft = pytest.importorskip("peft")
     base, encoder, adapter = base_of(tmp_path, kind)
     out = export(adapter, base, "peft", tmp_path / "out")
-    names = ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(x.name for x in out.iterdir()) == names
     model = type(encoder.model).from_pretrained(base).eval()
     wrapped, expected = peft.PeftModel.from_pretrained(model, out), wanted(encoder, adapter)

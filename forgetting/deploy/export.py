@@ -9,7 +9,8 @@
 | `onnx` | an `.onnx` file | the file with its projection changed |
 
 `W + Delta` is rounded once, to the dtype that W has there (to float32 for `openai`, whose files are
-in half precision), and every other tensor is what it was, to the bit.
+in half precision), and every other tensor is what it was, to the bit. A folder has a model card,
+README.md, in the place of the base's own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from forgetting.adapter import Adapter
+from forgetting.deploy.card import CARD, Base, model_card
 from forgetting.deploy.onnx import patch_graph
 from forgetting.errors import ProblemError, line, unknown
 from forgetting.io import atomic_path, container, naming, refuse_existing, write_bytes
@@ -55,6 +57,7 @@ def export(
     original: str | Path | None = None,
     config: str | None = None,
     overwrite: bool = False,
+    base_id: str | None = None,
 ) -> Path:
     """Write the changed model for another tool, whole or not at all; returns `out`.
 
@@ -66,6 +69,8 @@ def export(
         config: for a checkpoint of open_clip that has none beside it: NAME/TAG of its
             configurations and weights, or a JSON file.
         overwrite: whether a file at `out` may be replaced, or files in a folder there.
+        base_id: the base's name on the Hub, ID or ID@REVISION, for cards and for PEFT. None: what
+            the Hub's own cache says, if `base` is in it.
 
     Raises:
         ProblemError: an unknown format; `out` exists or cannot be written; a base that cannot be
@@ -79,6 +84,7 @@ def export(
     if config is not None and to != "open_clip":
         raise ProblemError("a configuration is for a checkpoint of open_clip: leave it out")
     exact = None if original is None else read_projection(original, adapter)[0]
+    origin = Base.of(base, base_id)
     if to == "onnx":
         patch_graph(adapter, base, out, exact, overwrite)
         return out
@@ -92,23 +98,24 @@ def export(
             data = openai_bytes(tensors, adapter, exact)
         else:
             found = find(tensors, adapter, exact)
-            lora = _lora(adapter, found) if to == "peft" else {}
+            content = _lora(adapter, found, origin, files[0].parent) if to == "peft" else {}
             tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
     if to == "openai":
         _require_openai(beside)
         write_bytes(data, out, overwrite)
-    elif to == "peft":
-        _write_folder(out, lora, overwrite)
-    elif to == "hf":
-        _write_folder(out, {HF_WEIGHTS[0]: tensors}, overwrite, base)
-    else:
+        return out
+    if to == "hf":
+        content = {HF_WEIGHTS[0]: tensors}
+    elif to == "open_clip":
         model, images = _open_clip_config(config, beside)
         if model["embed_dim"] != (d := adapter.right.shape[1]):
             said = model["embed_dim"]
             raise ProblemError(f"the config says embed_dim {said}, the projection has {d}")
         content = {"model_cfg": model, "preprocess_cfg": images}
         content = {OPEN_CLIP_CONFIG: content, OPEN_CLIP_WEIGHTS[0]: tensors}
-        _write_folder(out, content, overwrite, base if base.is_dir() else None)
+    content[CARD] = model_card(adapter, to, origin)
+    copied = base if base.is_dir() and to != "peft" else None
+    _write_folder(out, content, overwrite, copied)
     return out
 
 
@@ -155,8 +162,9 @@ def _open_clip_config(named: str | None, beside: Path) -> tuple[dict[str, Any], 
     return spec.model_config(), spec.images
 
 
-def _lora(adapter: Adapter, found: Found) -> dict[str, Any]:
-    """Files of a LoRA of `peft`: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T."""
+def _lora(adapter: Adapter, found: Found, origin: Base, folder: Path) -> dict[str, Any]:
+    """Files of a LoRA of `peft`: `W^T + B A` for a torch.nn.Linear, B = right^T, A = left^T.
+    It names the base, `folder` where its id is not known, and AutoPeftModel loads both."""
     module, _, last = found.name.rpartition(".")
     if last != "weight" or not found.transposed:
         raise ProblemError(
@@ -166,6 +174,9 @@ def _lora(adapter: Adapter, found: Found) -> dict[str, Any]:
     left, right = adapter.left.float(), adapter.right.float()
     rank = left.shape[1]  # over lora_alpha a factor of 1
     config = {"peft_type": "LORA", "target_modules": [module], "r": rank, "lora_alpha": rank}
+    config |= {"base_model_name_or_path": origin.name or str(folder.absolute())}
+    config |= {"revision": origin.revision, "inference_mode": True}
+    config["auto_mapping"] = {"base_model_class": origin.kind, "parent_library": "transformers"}
     stem = f"base_model.model.{module}"
     tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
     return {"adapter_config.json": config, "adapter_model.safetensors": tensors}
@@ -174,8 +185,8 @@ def _lora(adapter: Adapter, found: Found) -> dict[str, Any]:
 def _write_folder(
     out: Path, files: dict[str, Any], overwrite: bool, base: Path | None = None
 ) -> None:
-    """Write tensors and JSON files into a folder; and config, tokenizer and card of the folder
-    `base`, and nothing that could hold weights.
+    """Write tensors, JSON and text files into a folder; and config and tokenizer of the folder
+    `base`, and nothing that could hold weights, nor its card.
 
     Raises:
         ProblemError: a link that leads out of `base`, to what may not be meant to be copied.
@@ -188,9 +199,12 @@ def _write_folder(
                 # The hub's cache keeps the files of a snapshot as links to ../../blobs.
                 if file.resolve().parent not in (base.resolve(), (base / "../../blobs").resolve()):
                     raise ProblemError(f"{line(file)} is a link that leads out of the folder")
-                shutil.copyfile(file, folder / file.name)
+                if file.name.lower() != CARD.lower():
+                    shutil.copyfile(file, folder / file.name)
         for name, content in files.items():
-            if name.endswith(".json"):
+            if isinstance(content, str):
+                (folder / name).write_text(content, "utf-8")
+            elif name.endswith(".json"):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
             else:  # transformers wants them to say that they are of torch
                 (folder / name).write_bytes(container(content, {"format": "pt"}))
