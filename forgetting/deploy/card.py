@@ -187,8 +187,8 @@ def _how(adapter: Adapter) -> Iterable[tuple[str, str]]:
         yield (
             "certificate",
             (
-                f"the objective is {proof['primal']:.6g}, and no change goes below {proof['bound']:.6g}: "
-                f"none is better by more than a part of {proof['gap']:.1e}"
+                f"the objective is {proof['primal']:.6g}, and no change goes below "
+                f"{proof['bound']:.6g}: none is better by more than a part of {proof['gap']:.1e}"
             ),
         )
     yield "made for the projection with SHA-256", code(adapter.projection_sha256)
