@@ -71,24 +71,22 @@ def _opened(transform: Callable[[Image.Image], Tensor], paths: Sequence[str]) ->
     return torch.stack([transform(Image.open(path)) for path in paths])
 
 
-def ours(source: ClipSource, precision: str, paths: Sequence[str], workers: int) -> Tensor:
+def ours(source: ClipSource, paths: Sequence[str], workers: int) -> Tensor:
     """Embeddings (N, d), by what `clip.features` does."""
-    if source.precision != precision:
-        source.precision = precision
-        vars(source).pop("_rounded", None)  # a copy in another
     with tempfile.TemporaryDirectory() as folder:
         source.cache = Path(folder)
         return FeatureCache(source).images("photographs", paths, None, workers)
 
 
 def compare(
-    source: ClipSource, paths: Sequence[str], rounds: int, batch: int, precisions: Sequence[str]
+    sources: Sequence[ClipSource], paths: Sequence[str], rounds: int, batch: int
 ) -> pd.DataFrame:
     """A row for each way to encode: images a second, how many times the plain loop's that is, and
-    how far its embeddings are from the plain loop's."""
+    how far its embeddings are from the plain loop's. `sources` are of several precisions."""
+    source = sources[0]
     workers = loaders(source.device)
     ways = {PLAIN: partial(plain(source, batch), paths, workers)}
-    ways |= {f"ours, {p}": partial(ours, source, p, paths, workers) for p in precisions}
+    ways |= {f"ours, {each.precision}": partial(ours, each, paths, workers) for each in sources}
     seconds, found = dict.fromkeys(ways, float("inf")), {}
     for _ in progress(range(rounds), f"{source.arch}, round"):
         for name, encode in ways.items():
@@ -133,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         paths = photographs(Path(folder), args.images)
         for arch in args.archs:
             weights = random_weights(arch, Path(folder) / "random.pt")
-            source = ClipSource(arch, weights, folder, precision=args.precision)
-            ways = ["fp32", args.precision]
-            tables.append(compare(source, paths, args.rounds, args.batch, ways))
+            precisions = ("fp32", args.precision)
+            sources = [ClipSource(arch, weights, folder, precision=p) for p in precisions]
+            tables.append(compare(sources, paths, args.rounds, args.batch))
     table = pd.concat(tables, ignore_index=True)
-    device = torch.cuda.get_device_name() if source.device.type == "cuda" else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.images} images on {device}, {torch.get_num_threads()} CPU threads")
     print(table.to_string(index=False, float_format="{:.3g}".format))
     return table

@@ -27,9 +27,6 @@ class Parser(cli.Parser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        for text in args or ():
-            if "\0" in text:  # no file has such a name, and no shell passes it on
-                self.error(f"the argument {text!r:.80} holds a NUL character")
         parsed = self.parse_intermixed_args(args, namespace)
         if vars(parsed).pop("quiet"):  # it changes nothing that a command does
             screen.setLevel(logging.WARNING)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from forgetting.errors import ProblemError, line, shown
+from forgetting.errors import ProblemError, in_range, line, shown
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
@@ -86,15 +85,9 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-FRACTION = Kind(
-    "a number from 0 to 1", lambda value: value is None or (_number(value) and 0 <= value <= 1)
-)
+FRACTION = Kind("a number from 0 to 1", lambda value: value is None or in_range(value, 0, 1))
 
 
 def check(value: Any, shape: Any, where: str | Path, *path: str | int) -> None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
-from forgetting.edited_texts import EditedTexts, EmbeddedTexts
+from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
-
-if TYPE_CHECKING:
-    from forgetting.problem import LowRankEdit
+from forgetting.problem import LowRankEdit
 
 BLOCK = 256  # images at once: their scores stay in the processor's cache
 
@@ -45,7 +43,7 @@ class ZeroShot:
     @cached_property
     def correct_before(self) -> Tensor:
         """(N,) bool: whether the untouched model recognises each image."""
-        return self._predict([self.texts.unedited], [()])[0] == self.bundle.labels
+        return self.correct([LowRankEdit.none(self.bundle.text_projection)])[0]
 
     def correct(
         self, edits: Sequence[LowRankEdit], removed: Sequence[Sequence[str]] | None = None
@@ -59,10 +57,8 @@ class ZeroShot:
         """The class of highest cosine similarity for every image under each of R edits, (R, N).
         `removed`: for each edit, class names that no image is given; ProblemError if none is left.
         """
-        return self._predict(self.texts.edited(edits), removed or [()] * len(edits))
-
-    def _predict(self, edited: list[EditedTexts], removed: Sequence[Sequence[str]]) -> Tensor:
-        names = self.bundle.classnames
+        edited, names = self.texts.edited(edits), self.bundle.classnames
+        removed = removed or [()] * len(edits)
         if any(set(names) <= set(each) for each in removed):
             raise ProblemError(f"every class of {self.bundle.dataset} is removed: none is left")
         columns = [[names.index(name) for name in each] for each in removed]
@@ -117,11 +113,8 @@ class Evaluator:
 
     def before(self, classes: list[str]) -> dict[str, Any]:
         """The accuracies of the untouched model, as `zero_shot` of a log entry."""
-        return self._entry(classes, self.own.correct_before, self._others_before)
-
-    @cached_property
-    def _others_before(self) -> dict[str, float | None]:
-        return {name: accuracy(other.correct_before) for name, other in self.others.items()}
+        others = {name: accuracy(other.correct_before) for name, other in self.others.items()}
+        return self._entry(classes, self.own.correct_before, others)
 
     def after(
         self,

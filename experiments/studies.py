@@ -38,7 +38,7 @@ from evaluation.tables import write_table
 from experiments.runs import Run, launch, plan_run, refuse_failed
 from experiments.sweep import results_of
 from forgetting import load_adapter
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError
 from forgetting.io import write_bytes
 
 ALL = "all"  # as NAME: every study; of --forget: every class
@@ -259,8 +259,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m experiments studies", description=__doc__.splitlines()[0])
-    names = f"{', '.join(STUDIES)} or {ALL} (default)"
-    parser.add_argument("name", nargs="?", default=ALL, metavar="NAME", help=names)
+    parser.add_argument("name", nargs="?", default=ALL, choices=[*STUDIES, ALL])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
     parser.add_argument("--dataset", help="the set to forget from; default: each in turn")
@@ -268,17 +267,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several = {"action": "append", "default": []}
     about = "a class instead of random ones (repeatable), or all"
     parser.add_argument("--forget", metavar="NAME", help=about, **several)
-    about = f"only this one of {', '.join(SOLVERS)} (repeatable)"
-    parser.add_argument("--solver", metavar="SOLVER", help=about, **several)
+    about = "only this one (repeatable)"
+    parser.add_argument("--solver", choices=SOLVERS, help=about, **several)
     parser.add_argument("--seed", type=SEED, default=0, help="of classes, names and descents")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of the tables")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
-    if args.name not in (*STUDIES, ALL):
-        raise unknown("study", args.name, [*STUDIES, ALL])
-    for solver in args.solver:
-        if solver not in SOLVERS:
-            raise unknown("solver", solver, SOLVERS)
     if args.forget and not args.dataset:
         raise ProblemError("--forget NAME needs --dataset SET: a class belongs to a set")
     return args

@@ -28,12 +28,6 @@ class EmbeddedTexts:
         self.embeddings = embeddings.double()  # (T, d), h W + b, not normalised
         self.lengths = self.embeddings.norm(dim=1).clamp_min(SHORTEST)  # (T,)
 
-    @property
-    def unedited(self) -> EditedTexts:
-        """The texts as they are: after an edit of rank 0."""
-        none = self.embeddings.new_zeros
-        return EditedTexts(self, none(len(self.hidden), 0), none(0, self.embeddings.shape[1]))
-
     def edited(self, edits: Sequence[LowRankEdit]) -> list[EditedTexts]:
         """The texts after each of several edits of the projection."""
         if not edits:

@@ -29,6 +29,11 @@ class LowRankEdit:
         """(w, d)."""
         return self.left @ self.right
 
+    @classmethod
+    def none(cls, projection: Tensor) -> LowRankEdit:
+        """No change of a projection (w, d), of rank 0."""
+        return cls(projection[:, :0], projection[:0])
+
 
 @dataclass(frozen=True)
 class ForgetProblem:

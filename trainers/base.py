@@ -32,7 +32,7 @@ from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.retain import RetainSet
 from forgetting.targets import WITH_BETA, check_target, targets
-from trainers.inputs import Plan, RunInputs, make_plan, read_target
+from trainers.inputs import RunInputs, make_plan, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
@@ -88,37 +88,31 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     options: tuple[str, ...] = ()
     batch_size = 1
 
-    @classmethod
-    def preflight(cls, cfg: CfgNode) -> Plan:
-        """The plan of a run. Whatever cannot run is refused from names and settings alone; nothing
-        is written or encoded."""
-        check(cfg)
-        if cfg.LOG:
-            import_module("engine.sink").require(cfg.LOG)
-        kind, name = cfg.FORGET.TARGET, cls.__name__
-        if kind and not cls.targets:
-            raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
-        if kind == "specific" and kind not in cls.targets:
-            kinds = ", ".join(cls.targets)
-            raise ProblemError(f"target specific needs ForgetExact's weights; {name}: {kinds}")
-        if cls.targets:
-            check_target(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
-        cls.check_settings(cfg)
-        plan = make_plan(cfg)
-        used = {"PROTECT": bool(plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(TERMS)}
-        for option in used:
-            if used[option] and option not in cls.options:
-                raise ProblemError(f"FORGET.{option} has no effect on {name}; leave it out")
-        return plan
-
-    @classmethod
-    def check_settings(cls, cfg: CfgNode) -> None:
-        """Refuse settings that are impossible together."""
-
     # Dassl's hooks, in its order
 
     def check_cfg(self, cfg: CfgNode) -> None:
-        self.plan = self.preflight(cfg)
+        """Make the plan of a run. Whatever cannot run is refused from names and settings alone;
+        nothing is written or encoded."""
+        check(cfg)
+        if cfg.LOG:
+            import_module("engine.sink").require(cfg.LOG)
+        kind, name = cfg.FORGET.TARGET, type(self).__name__
+        if kind and not self.targets:
+            raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
+        if kind == "specific" and kind not in self.targets:
+            kinds = ", ".join(self.targets)
+            raise ProblemError(f"target specific needs ForgetExact's weights; {name}: {kinds}")
+        if self.targets:
+            check_target(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
+        self.check_settings(cfg)
+        self.plan = make_plan(cfg)
+        used = {"PROTECT": bool(self.plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(TERMS)}
+        for option in used:
+            if used[option] and option not in self.options:
+                raise ProblemError(f"FORGET.{option} has no effect on {name}; leave it out")
+
+    def check_settings(self, cfg: CfgNode) -> None:
+        """Refuse settings that are impossible together."""
 
     def build_data_loader(self) -> None:
         """Find out which requests are not done yet; read features only if there are some."""

@@ -31,8 +31,7 @@ class ForgetNothing(ForgetTrainer):
     """`Delta = 0`, as factors of rank 0: the untouched model in a row of its own."""
 
     def solve_one(self, request: Request) -> Solved:
-        w, d = self.projection.shape
-        return Solved(torch.zeros(w, 0), torch.zeros(0, d))
+        return Solved.none(self.projection)
 
 
 @register
@@ -212,8 +211,7 @@ class ForgetLEACE(RetainingTrainer):
     from the retained ones any more, at the least change of the retained hidden states. The class's
     texts are those of the request and its evaluation prompt, which no other method sees."""
 
-    @classmethod
-    def check_settings(cls, cfg: CfgNode) -> None:
+    def check_settings(self, cfg: CfgNode) -> None:
         need("concept_erasure", "concept-erasure")
 
     def solve_one(self, request: Request) -> Solved:

@@ -38,8 +38,7 @@ class PaperTrainer(ForgetTrainer):
     retains = ("vocabulary",)
     options = ("TERMS",)
 
-    @classmethod
-    def check_settings(cls, cfg: CfgNode) -> None:
+    def check_settings(self, cfg: CfgNode) -> None:
         paper_weights(cfg)
 
     def build_model(self) -> None:
@@ -165,8 +164,7 @@ class ForgetExact(ForgetTrainer):
     options = ("PROTECT",)
     batch_size = 256
 
-    @classmethod
-    def check_settings(cls, cfg: CfgNode) -> None:
+    def check_settings(self, cfg: CfgNode) -> None:
         settings = exact_settings(cfg).chosen(listed=True)
         if not settings.own + settings.vocabulary + settings.others:
             raise ProblemError(

@@ -23,12 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED"
     )
-    for option, metavar, about in (
-        ("dataset", "NAME", "only this set (repeatable)"),
-        ("forget", "LABEL", "only this label of the logs (repeatable)"),
-        ("without", "MEASURE", f"leave one out: {', '.join(MEASURES)}"),
-    ):
-        parser.add_argument(f"--{option}", metavar=metavar, help=about, action="append", default=[])
+    several = {"action": "append", "default": []}
+    parser.add_argument("--dataset", help="only this set (repeatable)", **several)
+    parser.add_argument("--forget", metavar="LABEL", help="only this label (repeatable)", **several)
+    parser.add_argument("--without", choices=MEASURES, help="leave this one out", **several)
     parser.add_argument("--seed", type=SEED, default=0, help="of the audit's random choices")
     names = [place.name for place in fields(Places)]
     for name in names:

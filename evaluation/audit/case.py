@@ -89,8 +89,7 @@ class AuditData:
     @cached_property
     def before(self) -> Model:
         """The untouched model."""
-        w, d = self.bundle.text_projection.shape
-        return Model(self, LowRankEdit(torch.zeros(w, 0), torch.zeros(0, d)))
+        return Model(self, LowRankEdit.none(self.bundle.text_projection))
 
     @cached_property
     def counts(self) -> Tensor:

@@ -27,7 +27,8 @@ def measure(case: Case) -> dict[str, Any]:
     """
     labels, depicted = case.bundle.labels, case.data.counts > 0
     groups = {"forgotten": torch.arange(len(depicted)) == case.label, "retained": case.retained}
-    ranks = {"before": case.data.once(_ranks_before), "after": _ranks(case.after)}
+    before = case.data.once(_ranks, case.before)
+    ranks = {"before": before, "after": _ranks(case.data, case.after)}
     texts = len(depicted) - len(case.after.removed)
     report: dict[str, Any] = {"image_to_text": {}, "text_to_image": {}, "not_measured": []}
     for name, group in groups.items():
@@ -43,16 +44,12 @@ def measure(case: Case) -> dict[str, Any]:
     return report
 
 
-def _ranks_before(data: AuditData) -> dict[str, Tensor]:
-    return _ranks(data.before)
-
-
-def _ranks(model: Model) -> dict[str, Tensor]:
+def _ranks(data: AuditData, model: Model) -> dict[str, Tensor]:
     """Direction -> how many answers come before the right one: (N,) per image, (C,) per class.
 
     Among equal cosines the right answer comes first; a class without images comes last.
     """
-    labels, scores, cosines = model.data.bundle.labels[:, None], model.scores, model.cosines
+    labels, scores, cosines = data.bundle.labels[:, None], model.scores, model.cosines
     own = cosines.gather(1, labels)[:, 0]  # (N,)
     best = own.new_full((scores.shape[1],), -torch.inf).scatter_reduce(0, labels[:, 0], own, "amax")
     return {

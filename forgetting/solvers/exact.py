@@ -152,17 +152,6 @@ def solve_each(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> list[
     return [solutions[request] for request in range(len(excluded))]
 
 
-def auto_weight(reach: float) -> float:
-    """The `lamb_forget` that "auto" stands for: just above c*, so that the texts reach P. The
-    paper's retry loop in one step."""
-    if reach == math.inf:
-        raise ProblemError(
-            "no lamb_forget takes the texts to their target: texts that repeat each other have "
-            "different targets, or there are more texts than dimensions; choose lamb_forget"
-        )
-    return (1 + AUTO_MARGIN) * reach
-
-
 def _solve(
     problem: ForgetProblem,
     spectrum: Spectrum,
@@ -181,10 +170,15 @@ def _solve(
     reduced = _Reduced(part, spectrum, pad_rows(excluded, rows))
     mu_start, start = reduced.start()
     reach = start if texts.shape[1] == 1 else torch.maximum(start, reduced.reach())
-    if problem.lamb_forget == AUTO:
-        lf = start.new_tensor([auto_weight(x) for x in reach.tolist()])
-    else:
+    if problem.lamb_forget != AUTO:
         lf = torch.full_like(start, problem.lamb_forget)
+    elif (reach == math.inf).any():
+        raise ProblemError(
+            "no lamb_forget takes the texts to their target: texts that repeat each other have "
+            "different targets, or there are more texts than dimensions; choose lamb_forget"
+        )
+    else:  # just above c*: the paper's retry loop in one step
+        lf = (1 + AUTO_MARGIN) * reach
 
     mu = mu_start
     if texts.shape[1] > 1:  # one text alone reaches P, or does not move, at the same mu
