@@ -23,6 +23,8 @@ _MODULES = {
     "adapter": ("Adapter", "load_adapter", "projection_sha256", "save_adapter"),
     "forgotten": ("Forgotten",),
     "api": ("forget",),
+    "models.text_embeddings": ("TextEmbeddings",),
+    "deploy.embeddings": ("hide_in_index", "restore_index"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -96,6 +96,11 @@ class Adapter:
         return self.record.get("solver", {})
 
     @property
+    def of_embeddings(self) -> bool:
+        """Whether what it changes are embeddings as they are: its projection is the identity."""
+        return self.projection_sha256 == projection_sha256(torch.eye(self.right.shape[1]))
+
+    @property
     def texts(self) -> list[str]:
         """By which texts: the names, their other words, and paraphrases that were added."""
         return list(self.solver.get("texts", self.classes))

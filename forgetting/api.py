@@ -30,6 +30,7 @@ from forgetting.io import finite
 from forgetting.models.encoder import Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import changed_sha256, identity, refuse_applied, texts_sha256
 from forgetting.models.reading import Tokenize
+from forgetting.models.text_embeddings import TextEmbeddings
 from forgetting.models.vocabulary import CACHE, MAX_SIMILAR, generic_hidden
 from forgetting.problem import Paraphrases, Request
 from forgetting.retain import Group, RetainSet, key
@@ -45,8 +46,8 @@ _lock = Lock()
 
 
 def forget(
-    model: nn.Module,
-    tokenize: Tokenize,
+    model: nn.Module | TextEmbeddings,
+    tokenize: Tokenize | None,
     names: Sequence[str],
     also: Mapping[str, Sequence[str]] | None = None,
     retain: Sequence[str] | None = None,
@@ -62,7 +63,9 @@ def forget(
     """Forget names in a CLIP from text alone. The model is read, and not changed until `apply`.
 
     Args:
-        model, tokenize: see `forgetting.models.encoder.read_encoder`.
+        model, tokenize: see `forgetting.models.encoder.read_encoder`. Or `TextEmbeddings` and None,
+            for an adapter of embeddings, which changes an index of images instead of a model: see
+            `forgetting.deploy.embeddings.hide_in_index`.
         names: what to forget, at once; also: name -> other words for it, forgotten too.
         retain: names that are retained, such as the other classes of a list; protect: names that
             must not be harmed; they weigh more.
@@ -78,8 +81,10 @@ def forget(
         ProblemError: names that are no names, a model that does not end in one linear map, settings
             out of range.
     """
-    encoder = read_encoder(model, tokenize)
-    refuse_applied(encoder)
+    encoder = model if isinstance(model, TextEmbeddings) else read_encoder(model, tokenize)
+    read_by = encoder if isinstance(encoder, Encoder) else encoder.encoder
+    if read_by is not None:
+        refuse_applied(read_by)
     settings = ExactSettings() if settings is None else settings
     for name, value, kind in (
         ("generic", generic, bool),
@@ -95,7 +100,7 @@ def forget(
             raise unknown("setting of forget()", name, vars(settings))
     settings = replace(settings, **changes)
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
-    settings = settings.chosen(listed=False)
+    settings = settings.chosen(listed=False, index=isinstance(encoder, TextEmbeddings))
     settings = settings if generic else replace(settings, generic=0.0)
     also, retain = {} if also is None else also, () if retain is None else retain
     call = _Call(encoder, settings, names, also, retain, templates, protect)
@@ -122,7 +127,7 @@ def _one_thread() -> Iterator[None]:
 class _Call:
     """What a caller named, and what is made of it; ProblemError for names that are none."""
 
-    encoder: Encoder
+    encoder: Encoder | TextEmbeddings
     settings: ExactSettings
     names: Sequence[str]
     also: Mapping[str, Sequence[str]]  # name -> its texts, itself first
@@ -296,8 +301,10 @@ class _Call:
             settings=settings,
             record={"solver": finite({"name": "exact", **answer.report(), "notes": notes})},
             recipe=make_recipe(context, answer, DATASET, texts_sha256(encoder, self.templates[:2])),
-            model=identity(encoder),
+            model=identity(encoder) if isinstance(encoder, Encoder) else None,
         )
+        if isinstance(encoder, TextEmbeddings):
+            return Forgotten(adapter, encoder, notes=tuple(notes))
         changed = changed_sha256(adapter, encoder.projection, encoder.transposed)
         adapter = replace(adapter, changed_sha256=changed)
         return Forgotten(adapter, encoder, encoder.weight.detach().clone(), tuple(notes))

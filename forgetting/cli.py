@@ -151,6 +151,7 @@ def _forget(option: Option, parse: Parse) -> None:
     from forgetting.api import TEMPLATES, forget
     from forgetting.context import ExactSettings
     from forgetting.models.loading import load_model
+    from forgetting.models.text_embeddings import TextEmbeddings
 
     settings = {spec.name: spec for spec in fields(ExactSettings)}
     many = {"action": "append", "default": []}
@@ -167,6 +168,8 @@ def _forget(option: Option, parse: Parse) -> None:
     for name in NUMBERS:
         about = settings[name].metadata.get("help", "see docs/exact.md").replace("%", "%%")
         option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
+    about = "make an adapter for an index of images (clip-forget index), which changes no model"
+    option("--embeddings", action="store_true", help=about)
     option("--no-generic", action="store_true", help="retain no generic vocabulary")
     option("--cache", help="folder of the vocabulary's hidden states (~/.cache/clip-forget)")
     _out(option, "adapter")
@@ -182,6 +185,8 @@ def _forget(option: Option, parse: Parse) -> None:
     changes |= {"cache": args.cache} if args.cache else {}
     retain, templates = _names(args.retain), tuple(args.template) or TEMPLATES
     model, tokenize = load_model(args.model)
+    if args.embeddings:
+        model, tokenize = TextEmbeddings.of(model, tokenize), None
     answer = forget(model, tokenize, args.names, also, retain, templates, args.protect, **changes)
     answer.save(args.out, args.overwrite)
     _say(f"{args.out}: forgets {', '.join(answer.names)}; texts: {len(answer.texts)}")
@@ -284,19 +289,19 @@ def _verify(option: Option, parse: Parse) -> None:
 def _patch(option: Option, parse: Parse) -> None:
     """Change cached text embeddings, without a model."""
     from forgetting.adapter import load_adapter
-    from forgetting.deploy.embeddings import patch_file
-    from forgetting.models.checkpoint import read_projection
+    from forgetting.deploy.embeddings import patch_file, projection_of
 
     option("adapter", metavar="ADAPTER")
     option("embeddings", metavar="FILE", help="cached texts: .npy or .safetensors")
-    option("--base", required=True, help="the original checkpoint, file or folder")
+    about = "the original checkpoint, file or folder; none for an adapter of embeddings"
+    option("--base", help=about)
     option("--key", help="tensor, where the file holds several")
     about = "the embeddings are as the projection gave them, not of length 1"
     option("--unnormalised", action="store_true", help=about)
     _out(option, "file")
     args = parse()
     adapter = load_adapter(args.adapter)
-    projection, bias = read_projection(args.base, adapter)
+    projection, bias = projection_of(adapter, args.base)
     options = {"normalised": not args.unnormalised, "overwrite": args.overwrite}
     file = args.embeddings, args.out
     report = patch_file(*file, projection, adapter, args.key, bias, **options)

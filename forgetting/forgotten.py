@@ -15,7 +15,13 @@ from forgetting.io import matrix
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import changed_sha256, find, refuse_tied, set_applied, verify
 from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
+from forgetting.models.text_embeddings import TextEmbeddings
 from forgetting.solvers.certificate import Certificate
+
+EMBEDDINGS = (
+    "this adapter is of embeddings: it changes no model, but an index of images (hide_in_index, "
+    "clip-forget index), or cached texts (clip-forget patch)"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,13 +30,13 @@ class Forgotten:
 
     Attributes:
         adapter: the change itself, and all that is stored of it.
-        encoder: the model that it belongs to; None where it was loaded without.
+        encoder: the model that it belongs to, or `TextEmbeddings`; None: loaded without.
         original: the projection's tensor as it came in, bit for bit; None if that is not known.
         notes: what a reader should know, a line each.
     """
 
     adapter: Adapter
-    encoder: Encoder | None = None
+    encoder: Encoder | TextEmbeddings | None = None
     original: Tensor | None = None
     notes: tuple[str, ...] = ()
 
@@ -116,6 +122,8 @@ class Forgotten:
             original = right[0]  # (w, d)
         if model is None:
             return cls(adapter, notes=notes)
+        if adapter.of_embeddings:
+            raise ProblemError(EMBEDDINGS)
         encoder = find(model, adapter, original)
         if original is not None:
             original = maybe_transpose(original, encoder.transposed).to(encoder.weight).contiguous()
@@ -127,6 +135,8 @@ class Forgotten:
 
     def _model(self) -> Encoder:
         """The model as it is now, in which another tensor may stand for the projection."""
+        if self.adapter.of_embeddings:
+            raise ProblemError(EMBEDDINGS)
         if self.encoder is None:
             raise ProblemError("there is no model: Forgotten.load(path, model) gives one")
         # By name: load_state_dict(assign=True), say, puts another tensor in its place.

@@ -1,4 +1,7 @@
-"""Cached text embeddings, changed as the projection was, without the model.
+"""Embeddings that are stored: cached texts, changed as the projection was, and indexes of images,
+in which what was forgotten is hidden.
+
+## Texts
 
 An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. After the change it is
 `x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
@@ -17,11 +20,23 @@ is not known: such embeddings can only be patched before they are normalised.
 **How exact.** Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at
 most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values). The arithmetic
 is float64; its error grows with the condition of W, and is what counts where M is nearly 0.
+
+## Images
+The score of a text x with an image y is `x M y^T` after the change, so it is that of the unchanged
+text with the image `y M^T`: an index of images can be changed in place of the text encoder, and the
+certificate holds for it. Where the index is of unit norm, `y M^T` is normalised again: images of
+what was forgotten have grown long in the changed direction, and lose the rest of their scores too.
+
+M turns and stretches images, which lie where no text does. Under OpenAI's own W the condition of M
+is 4e5, and normalising again ruins the other images' scores. So an adapter for an index is made in
+the space of embeddings (`forget(TextEmbeddings.of(model, tokenize), None, names)`): W is the
+identity, and the condition of M is about 20. One of a text projection is refused where it is worse.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +48,12 @@ from torch.nn.functional import normalize
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line, shown
 from forgetting.io import FLOATS, atomic_path, container, matrix, naming, read_safetensors, tensor
+from forgetting.models.checkpoint import read_projection
 
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
 INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
+ROWS = 16384  # vectors of an index that are changed at once
+CONDITION = 100  # of a change of an index, at most
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
 PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
 
@@ -52,6 +70,7 @@ NOT_UNIT = (
 FOREIGN = (
     "is no text embedding of this projection, but an image's, another model's or patched already"
 )
+OF_EMBEDDINGS = "make an adapter of embeddings for an index (TextEmbeddings, --embeddings)"
 LOST = "keeps so little of its length that rounding would decide its direction: take this text out"
 
 
@@ -107,10 +126,7 @@ def patch(
     given = tensor("embeddings", embeddings, FLOATS, (None, d))
     rows = given.double().cpu()
     sizes = rows.norm(dim=1)
-    worst = condition(projection)
-    if math.isinf(worst):
-        why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
-        raise ProblemError(f"the projection has no full row rank ({why}), {SINGULAR}")
+    worst = _full_rank(projection)
     far = (sizes - 1).abs() > UNIT
     if bias is not None:
         bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
@@ -118,9 +134,7 @@ def patch(
             raise ProblemError(UNKNOWN_LENGTH)
     if normalised:
         _refuse(far, NOT_UNIT)
-    # W^T = Q R, so W^+ left = Q R^-T left; Q (d, w) is an orthonormal basis of W's rows.
-    basis, triangle = torch.linalg.qr(projection.detach().double().cpu().T)
-    left = basis @ torch.linalg.solve_triangular(triangle.T, left, upper=False)  # (d, r)
+    basis, left = _inverse(projection, left)
     x = rows if bias is None else rows - bias
     outside = (x - x @ basis @ basis.T).norm(dim=1)
     _refuse(outside > INSIDE * sizes, FOREIGN)
@@ -140,9 +154,140 @@ def patch(
     return x.to(given), max(error.tolist(), default=0.0)
 
 
-def _refuse(wrong: Tensor, message: str) -> None:
+def _full_rank(projection: Tensor) -> float:
+    """The condition of W (w, d); ProblemError if it has no full row rank."""
+    w, d = projection.shape
+    worst = condition(projection)
+    if math.isinf(worst):
+        why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
+        raise ProblemError(f"the projection has no full row rank ({why}), {SINGULAR}")
+    return worst
+
+
+def _inverse(projection: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the rows of W, (d, w), and `W^+ left`, (d, r): W^T = Q R, so that
+    W^+ left = Q R^-T left."""
+    basis, triangle = torch.linalg.qr(projection.detach().double().cpu().T)
+    return basis, basis @ torch.linalg.solve_triangular(triangle.T, left, upper=False)
+
+
+@dataclass(frozen=True)
+class IndexEdit:
+    """A change of vectors (n, d): `y M^T = y + (y @ down) @ up`. `index_edit` makes one.
+
+    Attributes:
+        down, up: (d, r) and (r, d), float64.
+        condition: of M: largest over smallest singular value. By this factor rounding grows at most
+            in vectors that are restored.
+    """
+
+    down: Tensor
+    up: Tensor
+    condition: float
+
+    def __call__(self, vectors: Tensor | np.ndarray, normalised: bool = True) -> Any:
+        """Changed vectors (n, d), of the same kind, dtype and device; of unit norm again if
+        `normalised`. Nothing stays nothing. The arithmetic is float64, on blocks of rows.
+
+        Raises:
+            ProblemError: no matrix of floating-point numbers, another width, NaN or infinite
+                values; a row that is not of unit norm, if `normalised`.
+        """
+        is_array = isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f"
+        if not is_array and not isinstance(vectors, Tensor):
+            raise ProblemError("vectors must be a tensor or an array of floating-point numbers")
+        made = np.empty_like(vectors) if is_array else torch.empty_like(vectors)
+        for start in range(0, len(vectors), ROWS):
+            block = vectors[start : start + ROWS]
+            block = torch.from_numpy(np.array(block)) if is_array else block
+            block = tensor("vectors", block, FLOATS, (None, len(self.down))).double().cpu()
+            sizes = block.norm(dim=1)
+            if normalised:
+                _refuse(((sizes - 1).abs() > UNIT) & (sizes > 0), NOT_UNIT, start)
+            block = block + (block @ self.down) @ self.up  # (b, d) @ (d, r) @ (r, d) -> (b, d)
+            block = normalize(block, dim=1) if normalised else block
+            made[start : start + ROWS] = block.numpy() if is_array else block.to(made)
+        return made
+
+    @property
+    def inverse(self) -> IndexEdit:
+        """The change back, by Woodbury's formula: `(I + D U)^-1 = I - D (I + U D)^-1 U`."""
+        small = torch.eye(len(self.up)).double() + self.up @ self.down  # (r, r)
+        return IndexEdit(self.down, -torch.linalg.solve(small, self.up), self.condition)
+
+    def restored_to(self, dtype: torch.dtype) -> float:
+        """By how much a vector of `dtype` that was hidden and restored may be off, relative to its
+        length: `condition` times the rounding of what is stored, and that of the result."""
+        return (self.condition + 1) * rounding(dtype, len(self.down))
+
+
+def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Tensor, Tensor | None]:
+    """W (w, d) and the bias (d,) of what an adapter changes: of the checkpoint `base`, a file or
+    folder; the identity and None for an adapter of embeddings. ProblemError if `base` is missing,
+    or is not what the adapter was made for."""
+    if adapter.of_embeddings and base is None:
+        return torch.eye(adapter.right.shape[1]), None
+    if base is None:
+        raise ProblemError("this adapter changes a text projection: name its checkpoint (--base)")
+    return read_projection(base, adapter)
+
+
+def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
+    """What an adapter does to an index of images.
+
+    Args:
+        projection: the original W (w, d) of an adapter of a text projection; None for one of
+            embeddings, whose W is the identity.
+
+    Raises:
+        ProblemError: an adapter of a text projection without W, or with another W; a W without full
+            row rank; a change that could not be restored, since M is nearly singular.
+    """
+    left, right = adapter.left.double().cpu(), adapter.right.double().cpu()
+    if not adapter.of_embeddings:
+        if projection is None:
+            raise ProblemError(f"this adapter changes a text projection: {OF_EMBEDDINGS}")
+        adapter.apply(projection)  # refuses another projection
+        _full_rank(projection)
+        left = _inverse(projection, left)[1]
+    both = torch.linalg.qr(torch.cat([left, right.T], dim=1))[0]  # M is the identity beside these
+    inside = torch.eye(both.shape[1]).double() + (both.T @ left) @ (right @ both)
+    values = torch.linalg.svdvals(inside)
+    condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
+    if condition > CONDITION:
+        raise ProblemError(
+            f"this change stretches images {condition:.3g} times as much in one direction as in "
+            f"another, which would ruin an index: "
+            + ("choose another target or beta" if adapter.of_embeddings else OF_EMBEDDINGS)
+        )
+    return IndexEdit(right.T, left.T, condition)
+
+
+def hide_in_index(
+    vectors: Tensor | np.ndarray,
+    adapter: Adapter,
+    projection: Tensor | None = None,
+    normalised: bool = True,
+) -> Any:
+    """Vectors of images (n, d) in which no text finds what was forgotten; see `IndexEdit` and
+    `index_edit` for what is taken, given and refused. Whether vectors are changed already cannot be
+    seen in them: `clip-forget index` keeps account of that."""
+    return index_edit(adapter, projection)(vectors, normalised)
+
+
+def restore_index(
+    vectors: Tensor | np.ndarray,
+    adapter: Adapter,
+    projection: Tensor | None = None,
+    normalised: bool = True,
+) -> Any:
+    """The vectors that `hide_in_index` was given, to `IndexEdit.restored_to` of their dtype."""
+    return index_edit(adapter, projection).inverse(vectors, normalised)
+
+
+def _refuse(wrong: Tensor, message: str, start: int = 0) -> None:
     if wrong.any():
-        raise ProblemError(f"row {int(wrong.nonzero()[0])} {message}")
+        raise ProblemError(f"row {start + int(wrong.nonzero()[0])} {message}")
 
 
 def patch_file(
