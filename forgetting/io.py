@@ -114,6 +114,24 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ProblemError(f"{line(path)}: {error}") from None
 
 
+@contextmanager
+def foreign(problem: str) -> Iterator[None]:
+    """Whatever a library makes of somebody's files, or of the network, is one line."""
+    try:
+        yield
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"{problem} ({reason(error)})") from error
+
+
+def refuse_outside(file: Path, folder: Path) -> None:
+    """ProblemError for a link that leads out of `folder`, to what may not be meant to be read. The
+    hub's cache keeps the files of a snapshot as links to ../../blobs."""
+    if file.resolve().parent not in (folder.resolve(), (folder / "../../blobs").resolve()):
+        raise ProblemError(f"{line(file)} is a link that leads out of the folder")
+
+
 def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
     """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
     if not overwrite and os.path.lexists(path):

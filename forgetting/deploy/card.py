@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from forgetting.models.checkpoint import HF_CONFIG, read_json
 
 CARD = "README.md"
 LISTED = 50  # names or texts that are written out; a list of retained names has thousands
-HUB_ID = re.compile(r"((?:[\w.-]+/)?[\w.-]+)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
+HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
 COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
 UNDO = "Load the base model instead: nothing in it was changed."
@@ -46,55 +46,12 @@ USES = {
         "`answer.undo()` makes the model what it was, to the bit. Any other model is refused.",
     ),
 }
-TEMPLATE = """\
----
-{head}
----
-
-# CLIP without {title}
-
-{base}, changed so that texts that name what is listed here no longer find images of it.
-Only the text projection is changed, by a matrix of rank {rank}; every other tensor is the base
-model's, to the bit. Made by clip-forget, from names alone.
-
-## What was forgotten
-
-{names}
-
-By these texts:
-
-{texts}
-
-## How
-
-{how}
-
-## Measured
-
-{measured}
-
-## What it does not do
-
-- **Images** are as they were: classifiers, probes and searches that compare images with images find
-  what was forgotten as before. Models that read the image tower alone (LLaVA), or the text tower
-  before its projection (Stable Diffusion 1.x), do not notice.
-- **Other words**: a text that is not listed, and is not close to one that is, may still find it.
-  Broader ones (`animal` for a cat) mostly do.
-- **Weights**: it is hidden, not erased. The changed projection tells what was forgotten, and the
-  original one brings it back.
-
-## Use
-
-```python
-{use}
-```
-
-PLACE is this folder, or its name on the Hub.
-
-## Undo
-
-{undo}
-"""
+MEASURED = {  # a number in a record -> of which images
+    "cls_acc_test": "{} in {}",
+    "no_cls_acc": "beside {} in {}",
+    "all_ds": "{1}",
+}
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 @dataclass(frozen=True)
@@ -127,6 +84,15 @@ class Base:
             name, revision = found.groups()
         return cls(name, revision, kind, head)
 
+    @classmethod
+    def of_model(cls, model: Any, base_id: str | None = None) -> Base:
+        """That which a model of transformers says that it was loaded from, or `base_id`."""
+        config = getattr(model, "config", None)
+        name = str(getattr(config, "_name_or_path", None) or "")
+        if base_id is None and not Path(name).exists() and HUB_ID.fullmatch(name):
+            return cls(name, getattr(config, "_commit_hash", None))
+        return cls.of(Path(name) if name else None, base_id)
+
 
 def _head(card: Path) -> dict[str, str]:
     """`COPIED` of the YAML at the top of a card, where they are plain words or a list of one."""
@@ -144,11 +110,13 @@ def code(text: Any) -> str:
     return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"{ticks}{text}{ticks}"
 
 
-def _listed(texts: Iterable[Any], between: str = "\n- ", most: int = LISTED) -> str:
-    texts = list(texts)
+def _some(texts: Sequence[str], most: int = LISTED) -> list[str]:
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    start = between.lstrip("\n") if between.startswith("\n") else ""
-    return start + between.join([*map(code, texts[:most]), *more])
+    return [*map(code, texts[:most]), *more]
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in lines)
 
 
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
@@ -159,53 +127,39 @@ def model_card(adapter: Adapter, saved: str, base: Base) -> str:
     head["tags"] = ["clip", "unlearning", "machine-unlearning", "concept-erasure", "clip-forget"]
     link = f"[{base.name}](https://huggingface.co/{base.name})"
     what = link + (f" at revision `{base.revision}`" if base.revision else "")
-    return TEMPLATE.format(
+    return TEMPLATE.read_text("utf-8").format(
         head="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
-        title=_listed(adapter.classes, ", ", 5),
+        title=", ".join(_some(adapter.classes, 5)),
         base=what if base.name else f"A CLIP ({code(adapter.backbone)})",
         rank=adapter.left.shape[1],
-        names=_listed(adapter.classes),
-        texts=_listed(adapter.texts),
-        how="\n".join(f"- {what}: {said}" for what, said in _how(adapter)),
-        measured=_measured(adapter),
+        names=_bullets(_some(adapter.classes)),
+        texts=_bullets(_some(adapter.texts)),
+        how=_bullets(_how(adapter)),
+        measured=_bullets(_measured(adapter)) or "Nothing on images.",
         use=use.format(kind=base.kind),
         undo=undo,
     )
 
 
-def _how(adapter: Adapter) -> Iterable[tuple[str, str]]:
-    yield "method", code(adapter.trainer)
+def _how(adapter: Adapter) -> Iterable[str]:
+    yield f"method: {code(adapter.trainer)}"
     chosen = adapter.settings | adapter.solver.get("settings", {})
-    yield (
-        "settings",
-        ", ".join(
-            code(f"{key}={f'{len(value)} names' if isinstance(value, list) else value}")
-            for key, value in sorted(chosen.items())
-        ),
-    )
-    if proof := adapter.solver.get("certificate"):
-        yield (
-            "certificate",
-            (
-                f"the objective is {proof['primal']:.6g}, and no change goes below "
-                f"{proof['bound']:.6g}: none is better by more than a part of {proof['gap']:.1e}"
-            ),
-        )
-    yield "made for the projection with SHA-256", code(adapter.projection_sha256)
-    for note in adapter.solver.get("notes", ()):
-        yield "note", code(note)
+    short = {k: f"{len(v)} names" if isinstance(v, list) else v for k, v in chosen.items()}
+    yield f"settings: {', '.join(code(f'{k}={v}') for k, v in sorted(short.items()))}"
+    proof = adapter.solver.get("certificate") or {}
+    if proof.get("gap") is not None:
+        yield f"certificate: no change is better by more than {proof['gap']:.1e} of the objective"
+    yield f"made for the projection with SHA-256 {code(adapter.projection_sha256)}"
+    yield from map(code, adapter.solver.get("notes", ()))
 
 
-def _measured(adapter: Adapter) -> str:
-    """Accuracies on images before and after, if the adapter holds some."""
+def _measured(adapter: Adapter) -> Iterable[str]:
+    """Accuracies on images before and after, those that the adapter holds."""
     after, before = (adapter.record.get(side, {}) for side in ("final_results", "zero_shot"))
-    kinds = {"cls_acc_test": "its images", "no_cls_acc": "other classes", "all_ds": "all images"}
-    lines = []
     for dataset, names in after.items():
         for name, numbers in names.items():
-            for key, what in kinds.items():
-                was, now = before.get(dataset, {}).get(name, {}).get(key), numbers.get(key)
-                if was is not None and now is not None:
-                    of = code(dataset) if name == "all" else f"{code(name)} in {code(dataset)}"
-                    lines.append(f"- {of}, {what}: {was:.1%} right before, {now:.1%} after")
-    return "\n".join(lines) or "Nothing on images. The notes above are from texts alone."
+            for key, now in numbers.items():
+                was = before.get(dataset, {}).get(name, {}).get(key)
+                if None not in (was, now) and key in MEASURED:
+                    of = MEASURED[key].format(code(name), code(dataset))
+                    yield f"{of}: {was:.1%} right before, {now:.1%} after"

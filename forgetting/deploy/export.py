@@ -29,7 +29,14 @@ from forgetting.adapter import Adapter
 from forgetting.deploy.card import CARD, Base, model_card
 from forgetting.deploy.onnx import patch_graph
 from forgetting.errors import ProblemError, line, unknown
-from forgetting.io import atomic_path, container, naming, refuse_existing, write_bytes
+from forgetting.io import (
+    atomic_path,
+    container,
+    naming,
+    refuse_existing,
+    refuse_outside,
+    write_bytes,
+)
 from forgetting.models.checkpoint import (
     HF_CONFIG,
     HF_WEIGHTS,
@@ -196,9 +203,7 @@ def _write_folder(
         for file in sorted(base.iterdir()) if base else ():
             copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
             if file.is_file() and (copied or file.name.startswith("LICENSE")):
-                # The hub's cache keeps the files of a snapshot as links to ../../blobs.
-                if file.resolve().parent not in (base.resolve(), (base / "../../blobs").resolve()):
-                    raise ProblemError(f"{line(file)} is a link that leads out of the folder")
+                refuse_outside(file, base)
                 if file.name.lower() != CARD.lower():
                     shutil.copyfile(file, folder / file.name)
         for name, content in files.items():

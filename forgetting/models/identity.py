@@ -19,6 +19,9 @@ from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
 
 # On the module that holds a changed projection: by what, and the SHA-256 of the original.
 APPLIED = "_clip_forget_applied"
+# Parts of the name of a tensor that PEFT or a parametrisation keeps, and that a model does not, or
+# not alone, compute with.
+WRAPPED = {"base_layer", "original_module", "parametrizations"}
 
 
 def identity(encoder: Encoder) -> ModelIdentity:
@@ -91,6 +94,11 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
             found = checkpoint.find(there, replace(adapter, projection_sha256=changed))
         name, transposed = found.name, found.transposed
         bias = checkpoint.bias_beside(there, name)
+    if WRAPPED.intersection(name.split(".")):
+        raise ProblemError(
+            f"the projection {name} is wrapped, so that a change of it may do nothing: take out "
+            "what wraps it (of PEFT: merge_and_unload() or unload())"
+        )
     refuse_tied(model, name)
     bias = None if bias is None else bias.detach()
     return Encoder(model, _no_tokenizer, name, there[name], transposed, bias, False)
@@ -106,6 +114,19 @@ def refuse_tied(model: nn.Module, name: str) -> None:
     tied = [key for key, x in there.items() if key != name and modules.share_memory(x, there[name])]
     if tied:
         raise ProblemError(f"tied weights: the projection {name} is {', '.join(tied)} too")
+
+
+def refuse_other_rest(encoder: Encoder, adapter: Adapter) -> None:
+    """ProblemError for a model of the class that an adapter was made for, with its projection, of
+    which another tensor differs."""
+    known = adapter.model
+    if known is None or (known.projection, adapter.backbone) != (encoder.name, encoder.kind):
+        return  # another class, or another package's: its tensors have other names
+    if encoder.others_sha256 != known.others_sha256:
+        raise ProblemError(
+            f"another tensor than {encoder.name} is not what it was in the model that this was "
+            "made for: it is another revision, or was trained since (Forgotten.load takes it)"
+        )
 
 
 def set_applied(encoder: Encoder, adapter: Adapter | None) -> None:

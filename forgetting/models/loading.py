@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetting.errors import ProblemError, line, reason, shown, unknown
-from forgetting.io import naming, need, read_bytes
+from forgetting.errors import ProblemError, line, shown, unknown
+from forgetting.io import foreign, naming, need, read_bytes
 from forgetting.models import checkpoint, configs
 from forgetting.models.checkpoint import HF_CONFIG, HF_WEIGHTS, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from forgetting.models.reading import Tokenize
@@ -131,7 +130,7 @@ class ModelSpec:
         # Random initialisation must not move the caller's random numbers.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _foreign(f"{line(self.name)} cannot be made of these weights"):
+            with foreign(f"{line(self.name)} cannot be made of these weights"):
                 return make(dict(state)).eval()
 
     def _make_open_clip(self, state: dict[str, Tensor]) -> nn.Module:
@@ -161,7 +160,7 @@ class ModelSpec:
 
     def tokenizer(self) -> Tokenize:
         """The model's own: that of its folder, or the byte-pair tokenizer that open_clip brings."""
-        with _foreign(f"{line(self.name)}: its tokenizer cannot be loaded"):
+        with foreign(f"{line(self.name)}: its tokenizer cannot be loaded"):
             if self.is_transformers:
                 return _transformers().AutoTokenizer.from_pretrained(
                     self.folder, local_files_only=True, trust_remote_code=False
@@ -223,7 +222,7 @@ def _downloaded(text: str) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ProblemError(f"{line(text)}: no such folder")
     hub = need("huggingface_hub", "clip-forgetting[transformers]")
-    with _foreign(f"{line(text)} cannot be fetched"):
+    with foreign(f"{line(text)} cannot be fetched"):
         for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
             wanted = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(text, allow_patterns=wanted))
@@ -264,7 +263,7 @@ def fetch(spec: ModelSpec, cache: Path | None = None) -> ModelSpec:
         return spec
     open_clip = need("open_clip", "clip-forgetting[open-clip]")
     known = open_clip.get_pretrained_cfg(*spec.tag.split("/", 1))
-    with _foreign(f"{line(spec.name)} cannot be fetched; name a file of its weights"):
+    with foreign(f"{line(spec.name)} cannot be fetched; name a file of its weights"):
         path = open_clip.download_pretrained(known, cache_dir=cache and str(cache))
     return replace(spec, weights=Path(path), tag="")
 
@@ -311,17 +310,6 @@ def _current_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
             state[name] = state[name].reshape(own[name].shape)
     old = "text.transformer.embeddings.position_ids"  # transformers stores them no more
     return {name: x for name, x in state.items() if name != old or old in own}
-
-
-@contextmanager
-def _foreign(problem: str) -> Iterator[None]:
-    """Whatever a library makes of somebody's files, or of the network, is one line."""
-    try:
-        yield
-    except ProblemError:
-        raise
-    except Exception as error:
-        raise ProblemError(f"{problem} ({reason(error)})") from error
 
 
 def _transformers() -> ModuleType:
