@@ -15,7 +15,7 @@ from forgetting import Forgotten, TextEmbeddings, forget, hide_in_index, load_ad
 from forgetting.adapter import projection_sha256
 from forgetting.cli import cli
 from forgetting.compose import compose
-from forgetting.deploy.embeddings import CONDITION, index_edit, patch
+from forgetting.deploy.embeddings import RESTORABLE, index_edit, patch
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
@@ -122,7 +122,7 @@ def test_an_adapter_of_a_text_projection_needs_its_projection():
 def test_what_cannot_be_restored_is_refused(texts):
     lost = hidden_names(texts, "cat", target="opposite", beta=0.0)
     values = torch.linalg.svdvals(torch.eye(D) + lost.adapter.delta())
-    assert values[-1] * CONDITION < values[0]
+    assert values[-1] * RESTORABLE < values[0]
     with pytest.raises(ProblemError, match="stretches"):
         hide_in_index(random(2, D), lost.adapter)
 

@@ -53,7 +53,9 @@ from forgetting.models.checkpoint import read_projection
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
 INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
 ROWS = 16384  # vectors of an index that are changed at once
-CONDITION = 100  # of a change of an index, at most
+# Condition of a change of an index, at most: of embeddings, so that it can be restored; of a text
+# projection, whose pseudo-inverse ruins the searches for other things from about 100 on.
+RESTORABLE, STRETCHED = 1000, 100
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
 PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
 
@@ -254,10 +256,10 @@ def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
     inside = torch.eye(both.shape[1]).double() + (both.T @ left) @ (right @ both)
     values = torch.linalg.svdvals(inside)
     condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
-    if condition > CONDITION:
+    if condition > (RESTORABLE if adapter.of_embeddings else STRETCHED):
         raise ProblemError(
             f"this change stretches images {condition:.3g} times as much in one direction as in "
-            f"another, which would ruin an index: "
+            "another, and would ruin an index: "
             + ("choose another target or beta" if adapter.of_embeddings else OF_EMBEDDINGS)
         )
     return IndexEdit(right.T, left.T, condition)
