@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_adapter
 from forgetting.deploy import hub
-from forgetting.deploy.card import Base
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.io import matrix
@@ -145,34 +144,23 @@ class Forgotten:
     def save_pretrained(
         self, folder: str | Path, overwrite: bool = False, base_id: str | None = None
     ) -> None:
-        """Write a folder to share: `adapter.safetensors` and README.md, its model card.
-
-        Args:
-            overwrite: whether these two may be replaced in a folder that is there.
-            base_id: the name of the original model on the Hub, ID or ID@REVISION. None: what the
-                model itself says, if it is of transformers.
-
-        Raises:
-            ProblemError: it cannot be written, is there already, or a name that is none.
-        """
-        hub.save(self.adapter, folder, self._base(base_id), overwrite)
+        """Write a folder to share: `adapter.safetensors` and its model card, README.md. `base_id`
+        is the original model's name on the Hub, ID or ID@REVISION; None: as a model of transformers
+        says. ProblemError if it cannot be written, or is there and `overwrite` is False."""
+        hub.save(hub.files(self, base_id), folder, overwrite)
 
     def push_to_hub(
         self,
         repo_id: str,
         base_id: str | None = None,
-        *,
         overwrite: bool = False,
         private: bool | None = None,
-        token: str | bool | None = None,
         revision: str | None = None,
     ) -> str:
-        """Put what `save_pretrained` writes into a repository of the Hub, in one commit, and give
-        its address; the repository is made if need be. It takes the package huggingface_hub, which
-        knows `private`, `token` and `revision` (a branch). ProblemError where the Hub refuses, or
-        has these files already and `overwrite` is False."""
-        base = self._base(base_id)
-        return hub.push(self.adapter, repo_id, base, overwrite, private, token, revision)
+        """Put what `save_pretrained` writes into a repository of the Hub, made if need be, in one
+        commit to its branch `revision`, and give the address. The login is huggingface_hub's.
+        ProblemError where that fails, or the files are there and `overwrite` is False."""
+        return hub.push(hub.files(self, base_id), repo_id, overwrite, private, revision)
 
     @classmethod
     def from_pretrained(
@@ -180,27 +168,15 @@ class Forgotten:
         folder_or_id: str | Path,
         model: nn.Module | None = None,
         revision: str | None = None,
-        original: Tensor | None = None,
     ) -> Forgotten:
-        """Read what `save_pretrained` or `push_to_hub` wrote: `adapter.safetensors` and nothing
-        else. As with `load`, `apply` changes the model.
-
-        Args:
-            folder_or_id: a local folder, or a repository's name, for huggingface_hub to fetch.
-            revision: a commit, branch or tag of that repository.
-            model, original: see `load`.
-
-        Raises:
-            ProblemError: see `load`; it cannot be fetched; or the model is of the class that this
-                was made for, and any tensor of it beside the projection is not what it was.
-        """
-        found = cls.load(hub.adapter_file(folder_or_id, revision), model, original)
+        """Read what `save_pretrained` wrote, and no file but `adapter.safetensors`, from a folder,
+        or from `revision` (commit, branch, tag) of a repository on the Hub. As with `load`, `apply`
+        changes the model. ProblemError: see `load`; it cannot be fetched; or the model is of the
+        class that it was made for, and a tensor beside the projection is not what it was."""
+        found = cls.load(hub.adapter_file(folder_or_id, revision), model)
         if found.encoder is not None:
             refuse_other_rest(found.encoder, found.adapter)
         return found
-
-    def _base(self, base_id: str | None) -> Base:
-        return Base.of_model(None if self.encoder is None else self.encoder.model, base_id)
 
     def _model(self) -> Encoder:
         """The model as it is now, in which another tensor may stand for the projection."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from forgetting import Forgotten, forget
+from forgetting import Forgotten, TextEmbeddings, forget
 from forgetting.cli import main
 from forgetting.deploy.card import Base, model_card
+from forgetting.deploy.export import export
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
@@ -70,10 +71,10 @@ def test_exported_folders_have_cards(acme, tmp_path):
     base, _, words, answer = acme
     peft = pytest.importorskip("peft")
     answer.save(tmp_path / "a.safetensors")
-    export = ["export", str(tmp_path / "a.safetensors"), "--overwrite", "--base"]
+    argv = ["export", str(tmp_path / "a.safetensors"), "--overwrite", "--base"]
     for to, library, relation in (("hf", "transformers", "finetune"), ("peft", "peft", "adapter")):
         out = tmp_path / to
-        main([*export, str(base), "--to", to, "--out", str(out)])
+        main([*argv, str(base), "--to", to, "--out", str(out)])
         head, text = head_of(out), (out / "README.md").read_text("utf-8")
         assert (head["base_model"], head["base_model_revision"]) == ("me/my-clip", COMMIT)
         assert (head["library_name"], head["base_model_relation"]) == (library, relation)
@@ -81,12 +82,12 @@ def test_exported_folders_have_cards(acme, tmp_path):
         assert "`Acme Cola`" in text and "hidden, not erased" in text and "The base." not in text
     config = peft.PeftConfig.from_pretrained(out)
     assert (config.base_model_name_or_path, config.revision) == ("me/my-clip", COMMIT)
-    export += [str(base.rename(tmp_path / "plain")), "--to", "peft", "--out", str(out)]
-    main([*export, "--base-id", "you/clip@v1"])
+    argv += [str(base.rename(tmp_path / "plain")), "--to", "peft", "--out", str(out)]
+    main([*argv, "--base-id", "you/clip@v1"])
     assert head_of(out)["base_model"] == "you/clip"
     with pytest.raises(ProblemError, match="base_id must be ID"):
-        main([*export, "--base-id", "a\nb: c"])
-    main(export)  # its id is not known: PEFT finds the base by its folder
+        main([*argv, "--base-id", "a\nb: c"])
+    main(argv)  # its id is not known: PEFT finds the base by its folder
     assert "base_model" not in head_of(out)
     loaded = peft.AutoPeftModel.from_pretrained(out).merge_and_unload().eval()
     answer.apply()
@@ -172,3 +173,18 @@ def test_no_adapter_is_ignored_in_silence(acme, tmp_path):
     other.text_projection.weight.data.add_(1)
     with pytest.raises(ProblemError, match="neither the projection"):
         Forgotten.from_pretrained(tmp_path / "share", other)
+
+
+def test_an_adapter_of_embeddings(acme, tmp_path):
+    base, new, words, _ = acme
+    answer = forget(TextEmbeddings.of(new(), words), None, ["Acme Cola"], **PLAIN)
+    answer.save_pretrained(tmp_path / "share")
+    text = (tmp_path / "share/README.md").read_text()
+    assert "hide_in_index" in text and "projection is changed" not in text
+    assert head_of(tmp_path / "share")["base_model"] == "me/my-clip"
+    for use in (
+        lambda: Forgotten.from_pretrained(tmp_path / "share", new()),
+        lambda: export(answer.adapter, base, "hf", tmp_path / "out"),
+    ):
+        with pytest.raises(ProblemError, match="of embeddings: it changes no model"):
+            use()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,37 @@ LISTED = 50  # names or texts that are written out; a list of retained names has
 HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
 COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
-UNDO = "Load the base model instead: nothing in it was changed."
-# What is saved -> library, its relation to the base model, how it is loaded, how it is undone.
+CHANGED = "Only the text projection is changed; every other tensor is the base model's, to the bit"
+BASE = "Load the base model instead: nothing in it was changed."
+# What is saved -> library, its relation to the base model, how it is used, how it is undone.
 USES = {
-    "hf": ("transformers", "finetune", "model = {kind}.from_pretrained(PLACE)", UNDO),
+    "hf": ("transformers", "finetune", "model = {kind}.from_pretrained(PLACE)", BASE),
     "open_clip": (
         "open_clip",
         "finetune",
-        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")',
-        UNDO,
+        'open_clip.create_model_from_pretrained("local-dir:PLACE")  # on the Hub: hf-hub:PLACE',
+        BASE,
     ),
     "peft": (
         "peft",
         "adapter",
         "model = PeftModel.from_pretrained({kind}.from_pretrained(BASE), PLACE)",
-        "`model.unload()` gives the base model back. PEFT loads this into any model with layers of "
-        "the same names and does not notice that it is another one.",
+        "`model.unload()`. PEFT does not notice a base model that is another one.",
     ),
     "adapter": (
         "clip-forgetting",
         "adapter",
         "answer = Forgotten.from_pretrained(PLACE, model)\nanswer.apply()",
-        "`answer.undo()` makes the model what it was, to the bit. Any other model is refused.",
+        "`answer.undo()`, to the bit. Another model is refused.",
+    ),
+    "embeddings": (
+        "clip-forgetting",
+        "adapter",
+        "vectors = hide_in_index(vectors, Forgotten.from_pretrained(PLACE).adapter)",
+        "`restore_index`, with the same arguments, to rounding.",
     ),
 }
-MEASURED = {  # a number in a record -> of which images
-    "cls_acc_test": "{} in {}",
-    "no_cls_acc": "beside {} in {}",
-    "all_ds": "{1}",
-}
+MEASURED = {"cls_acc_test": "{} in {}", "no_cls_acc": "beside {} in {}", "all_ds": "{1}"}
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
@@ -67,28 +69,27 @@ class Base:
     def of(cls, path: Path | None, base_id: str | None = None) -> Base:
         """That at a local file or folder: its class, where the Hub's cache keeps it, the license
         that its card names; or of a `base_id`, ID or ID@REVISION; ProblemError if it is none."""
-        name, revision, kind, head = None, None, cls.kind, {}
-        if path is not None:
-            folder = path if path.is_dir() else path.parent
-            if named := CACHED.fullmatch(folder.absolute().as_posix()):
-                name, revision = named[1].replace("--", "/"), named[2]
-            config, card = folder / HF_CONFIG, path / CARD
-            said = read_json(config) if config.is_file() else None
-            names = said.get("architectures") if isinstance(said, dict) else None
-            if isinstance(names, list) and names and str(names[0]).isidentifier():
-                kind = names[0]
-            head = _head(card) if card.is_file() else {}
-        if base_id is not None:
-            if not (found := HUB_ID.fullmatch(base_id)):
-                raise ProblemError(f"base_id must be ID or ID@REVISION, not {shown(base_id)}")
-            name, revision = found.groups()
-        return cls(name, revision, kind, head)
+        if base_id is not None and not HUB_ID.fullmatch(base_id):
+            raise ProblemError(f"base_id must be ID or ID@REVISION, not {shown(base_id)}")
+        found = cls(*HUB_ID.fullmatch(base_id).groups()) if base_id else cls()
+        if path is None:
+            return found
+        folder = path if path.is_dir() else path.parent
+        cached = CACHED.fullmatch(folder.absolute().as_posix())
+        if cached and base_id is None:
+            found = cls(cached[1].replace("--", "/"), cached[2])
+        config = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).is_file() else {}
+        kinds = config.get("architectures") if isinstance(config, dict) else None
+        kind = str(kinds[0]) if isinstance(kinds, list) and kinds else cls.kind
+        return replace(
+            found, kind=kind if kind.isidentifier() else cls.kind, head=_head(path / CARD)
+        )
 
     @classmethod
     def of_model(cls, model: Any, base_id: str | None = None) -> Base:
         """That which a model of transformers says that it was loaded from, or `base_id`."""
         config = getattr(model, "config", None)
-        name = str(getattr(config, "_name_or_path", None) or "")
+        name = getattr(config, "_name_or_path", None) or ""
         if base_id is None and not Path(name).exists() and HUB_ID.fullmatch(name):
             return cls(name, getattr(config, "_commit_hash", None))
         return cls.of(Path(name) if name else None, base_id)
@@ -96,7 +97,8 @@ class Base:
 
 def _head(card: Path) -> dict[str, str]:
     """`COPIED` of the YAML at the top of a card, where they are plain words or a list of one."""
-    text = read_bytes(card).decode("utf-8", "replace").replace("\r\n", "\n")
+    data = read_bytes(card) if card.is_file() else b""
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
     head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     word = r"""^{}:(?: +| *\n *- +)["']?([\w.:/-]+)["']? *$"""
     found = ((k, re.search(word.format(k), head[1] if head else "", re.M | re.A)) for k in COPIED)
@@ -121,6 +123,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
     """The card of an adapter, or of the changed model; saved: one of `USES`."""
+    saved = "embeddings" if adapter.of_embeddings else saved
     library, relation, use, undo = USES[saved]
     head = {"base_model": base.name, "base_model_revision": base.revision}
     head |= {"base_model_relation": relation, "library_name": library, **base.head}
@@ -131,6 +134,7 @@ def model_card(adapter: Adapter, saved: str, base: Base) -> str:
         head="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
         title=", ".join(_some(adapter.classes, 5)),
         base=what if base.name else f"A CLIP ({code(adapter.backbone)})",
+        changed="No model is changed, but stored vectors are" if adapter.of_embeddings else CHANGED,
         rank=adapter.left.shape[1],
         names=_bullets(_some(adapter.classes)),
         texts=_bullets(_some(adapter.texts)),

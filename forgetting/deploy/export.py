@@ -29,6 +29,7 @@ from forgetting.adapter import Adapter
 from forgetting.deploy.card import CARD, Base, model_card
 from forgetting.deploy.onnx import patch_graph
 from forgetting.errors import ProblemError, line, unknown
+from forgetting.forgotten import EMBEDDINGS
 from forgetting.io import (
     atomic_path,
     container,
@@ -80,12 +81,15 @@ def export(
             the Hub's own cache says, if `base` is in it.
 
     Raises:
-        ProblemError: an unknown format; `out` exists or cannot be written; a base that cannot be
-            read, is not of the format, or does not hold the projection of the adapter exactly
-            once (another model's, or changed already); a package that is missing.
+        ProblemError: an unknown format; an adapter of embeddings; `out` exists or cannot be
+            written; a base that cannot be read, is not of the format, or does not hold the
+            projection of the adapter exactly once (another model's, or changed already); a package
+            that is missing.
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
+    if adapter.of_embeddings:
+        raise ProblemError(EMBEDDINGS)
     out, base = Path(out), Path(base)
     refuse_existing(out, overwrite)
     if config is not None and to != "open_clip":
