@@ -84,7 +84,14 @@ def blocks(live: Live, folder: Path) -> Any:
                         0, 1, ExactSettings.beta, step=0.05, label="Strength", info=about
                     )
             with gr.Column(scale=3, min_width=300):
-                result = gr.HTML(**bare)
+                about = "Any text. The images that it finds first are shown."
+                query = gr.Textbox(
+                    label="Search the images",
+                    info=about,
+                    submit_btn="Search",
+                    visible=bool(live.items),
+                )
+                found, result = gr.HTML(**bare), gr.HTML(**bare)
                 about, kinds = "Images of your own", ["image"]
                 files = gr.File(label=about, file_count="multiple", file_types=kinds, height=140)
                 adapter = gr.DownloadButton("Download the adapter", interactive=False)
@@ -96,7 +103,7 @@ def blocks(live: Live, folder: Path) -> Any:
         def show(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
             """The page while `names` are forgotten and others are picked."""
             try:
-                view = live.look(names, picked, *rest[:-1], rest[-1] or ())
+                view = live.look(names, picked, *rest)
                 path = view.save(folder)
             except ProblemError as error:
                 return alert(str(error))
@@ -104,6 +111,7 @@ def blocks(live: Live, folder: Path) -> Any:
             shown = {
                 problem: gr.HTML("", visible=False),
                 forecast: view.html("forecast"),
+                found: view.html("search"),
                 result: view.html("result"),
                 adapter: gr.DownloadButton(value=path, interactive=path is not None),
                 state: names,
@@ -120,12 +128,13 @@ def blocks(live: Live, folder: Path) -> Any:
         def restore(ticked: list[str], names: list[str], *rest: Any) -> dict[Any, Any]:
             return show([name for name in names if name in ticked], *rest)
 
-        inputs = [state, chosen, protect, target, beta, files]
-        outputs = [problem, forecast, result, adapter, state, forgotten, chosen]
+        inputs = [state, chosen, protect, target, beta, files, query]
+        outputs = [problem, forecast, found, result, adapter, state, forgotten, chosen]
         how = {"outputs": outputs, "concurrency_id": "look"}
         how |= {"api_visibility": "private", "show_progress": "minimal"}
         # Names that are typed are no input to Gradio, but a change.
         changes = [chosen.change, protect.change, target.input, beta.input, files.change]
+        changes.append(query.submit)
         gr.on([page.load, *changes], show, inputs, trigger_mode="always_last", **how)
         for box in (chosen, protect):
             box.change(None, js=CLOSE_LIST)

@@ -102,6 +102,12 @@ def test_forget_see_it_go_and_restore_it(page, tmp_path):
     assert pictures(page, TRIANGLE, TRIANGLE).count() == 0
     pick(page, "Names to forget", TWO)
     pictures(page, TWO, TWO).nth(1).wait_for()
+    page.get_by_label("Search the images").fill("triangle")
+    assert page.locator("[data-found]").count() == 0
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator(f"[data-found=before] img[alt='{TRIANGLE}']").first.wait_for()
+    assert page.locator("[data-found='index changed'] img").count() == 12
+    assert page.locator(f"[data-found='index changed'] img[alt='{TRIANGLE}']").count() == 0
     page.set_viewport_size(PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 

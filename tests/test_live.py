@@ -17,6 +17,7 @@ from evaluation.live.look import MEGABYTES, UPLOADS, Live, View
 from forgetting import load_adapter
 from forgetting.compose import compose
 from forgetting.errors import ProblemError
+from forgetting.models.vocabulary import generic_hidden
 from forgetting.targets import TARGETS
 from tests.clip_fixtures import images, open_clip_folder
 from tests.conftest import REPOSITORY
@@ -48,6 +49,29 @@ def test_a_name_goes_and_returns(live):
     assert live.look([], [TWO]) == nothing
     other = live.look([ANCHOR], [TWO])  # the control: forgetting something else leaves it
     assert taken_for(other, TWO) == [TWO, TWO] and ANCHOR not in taken_for(other, ANCHOR)
+
+
+def test_what_a_search_finds_before_and_after(live):
+    assert live.look([TWO], query=" ").found == [] and "data-found" not in live.look().html(
+        "search"
+    )
+
+    def found(*names: str, **more) -> list[list[str] | str]:
+        """The names of the first images, or why there are none."""
+        ways = [images for _, images in live.look(names, query="two", **more).found]
+        return [x if isinstance(x, str) else [hit[0] for hit in x] for x in ways]
+
+    (before,), changed = found(), found(TWO)
+    assert changed[0] == before and changed[1] != changed[2], (
+        "by texts and by index is not the same"
+    )
+    assert [names.count(TWO) for names in changed] == [3, 0, 0]
+    assert [names.count(TWO) for names in found(ANCHOR)] == [3, 3, 3]  # the control
+    assert "stretches" in found(TWO, target="orthogonal")[2]
+    view = live.look([TWO, "<b>"], query="<i>two")
+    shown, framed = view.html("search"), [hit[2] for _, images in view.found for hit in images]
+    assert shown.count('class="bad"') == sum(framed) == 3
+    assert "&lt;i&gt;two" in shown and "<i>" not in shown and "&lt;b&gt;" not in shown
 
 
 def test_settings_may_change_after_forgetting(live, tmp_path):
@@ -129,11 +153,14 @@ def test_a_model_and_images_of_ones_own(tmp_path, kind, monkeypatch, capsys):
     some = [f"thing {number}" for number in range(20)]  # instead of thousands
     monkeypatch.setattr("forgetting.models.vocabulary.generic_names", lambda: some)
     capsys.readouterr()
-    view = live.look(["crab"], ["a name that nobody listed"])
+    view = live.look(["crab"], ["a name that nobody listed"], query="crab")
     assert capsys.readouterr().err == ""  # no bar where nobody sees it
-    assert live.names == ["crab", "owl", "sea horse"] and view.pictures
+    assert live.names == ["crab", "owl", "sea horse"] and view.pictures and len(view.found) == 3
+    common = generic_hidden(live._texts, words := tmp_path / "cache" / "words", False)[1]
+    assert torch.allclose(common, live._texts.hidden(some), atol=1e-5)
+    assert len(list(words.iterdir())) == 1, "common names are encoded once"
     text = live.source.encode_hidden(["crab"]) @ live.source.projection
-    now = live._embeddings(live.names, view.answer)[1][0]
+    now = live._embeddings(live.hidden, view.answer)[1][0]
     view.answer.apply()
     changed = live.source.encoder.embeddings([live.template.replace("{}", "crab")])[0]
     assert not torch.allclose(changed, text, atol=1e-3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -28,12 +28,15 @@ from evaluation.results import join_label, place
 from evaluation.zero_shot import accuracy
 from forgetting.api import TEMPLATES, Forgotten, forget
 from forgetting.context import ExactSettings
+from forgetting.deploy.embeddings import index_edit
 from forgetting.displacement import Forecast
 from forgetting.errors import ProblemError, nearest
+from forgetting.models.text_embeddings import TextEmbeddings
 from forgetting.models.vocabulary import generic_names
 
 GUESSES, AFFECTED = 3, 3  # names that are shown of an image, and beside those forgotten
 PICTURES, REMEMBERED = 12, 128  # images of no chosen name that are shown; answers in memory
+FOUND = 12  # images that a search shows
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them starts a program
 UPLOADS, MEGABYTES, MEGAPIXELS = 12, 20, 50  # at most: at once, of a file, of what it unpacks to
 THUMBNAIL = 192  # pixels of the longer side
@@ -41,6 +44,7 @@ THUMBNAIL = 192  # pixels of the longer side
 _page = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
 )
+Hit = tuple[str, str, bool]  # an image that a search finds: name, data URI, whether it is forgotten
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class View:
         pictures: an image's class or file name, a data URI, and the names that it is taken for with
             their probabilities, before and now.
         refused: files that cannot be read, one line each.
+        query: a text to search images by; found: what is changed for the search, and the first
+            images, or why there are none.
     """
 
     answer: Forgotten | None
@@ -66,9 +72,11 @@ class View:
     recognised: list[tuple[str, float | None, float | None]]
     pictures: list[tuple[Any, ...]]
     refused: list[str]
+    query: str
+    found: list[tuple[str, list[Hit] | str]]
 
     def html(self, part: str) -> str:
-        """The part `forecast` or `result` of the page."""
+        """The part `forecast`, `search` or `result` of the page."""
         return _page.get_template("page.html").render(view=self, part=part)
 
     def save(self, folder: str | Path) -> Path | None:
@@ -112,7 +120,7 @@ class Live:
         self.features = torch.cat([none, *(bundle.image_features for bundle in bundles)])
         labels = [self.names.index(datasets.clean_name(item.classname)) for item in self.items]
         self.labels = torch.tensor(labels, dtype=torch.int64)
-        self._ridges: dict[tuple[str, ...], float] = {}
+        self._ridges: dict[Any, float] = {}
         self._solve = lru_cache(REMEMBERED)(self._forget)
         self._thumbnail = lru_cache(REMEMBERED)(lambda path: thumbnail(read_image(path), THUMBNAIL))
         self._upload = lru_cache(REMEMBERED)(self._encoded)
@@ -141,17 +149,20 @@ class Live:
         protect: Sequence[str] = (),
         target: str = ExactSettings.target,
         beta: float = ExactSettings.beta,
-        uploads: Sequence[str | Path] = (),
+        uploads: Sequence[str | Path] | None = None,
+        query: str = "",
     ) -> View:
-        """What there is to see while some names are forgotten and others are about to be, and
-        image files are shown as well. Raises ProblemError for what cannot be solved."""
+        """What there is to see while some names are forgotten and others are about to be, image
+        files are shown as well, and images are searched. Raises ProblemError for what cannot be
+        solved."""
         forgotten, protect = self.listed(forgotten), self.listed(protect)
         chosen = tuple(name for name in self.listed(chosen) if name not in forgotten)
         both = forgotten + chosen
         answer = self._solve(forgotten, protect, target, beta) if forgotten else None
         forecast = self._solve(both, protect, target, beta).forecast if both else None
         names = self.names + [name for name in both if name not in self.names]
-        texts = self._embeddings(names, answer)  # (C, d), before and now
+        hidden = self.source.encode_hidden(self._prompts(names[len(self.names) :]))
+        texts = self._embeddings(torch.cat([self.hidden, hidden]), answer)  # (C, d), before and now
         correct = [(self.features @ x.T).argmax(dim=1) == self.labels for x in texts]  # (N,) each
 
         def recognised(title: str, some: Sequence[str]) -> tuple[str, float | None, float | None]:
@@ -170,7 +181,7 @@ class Live:
         table.append(recognised("all other names" if both else "all names", rest))
         table += [recognised(name, [name]) for name in near]
 
-        pictures, refused = [], []
+        pictures, refused, uploads = [], [], uploads or ()
         for path in map(Path, uploads[:UPLOADS]):
             try:
                 data, features = self._upload(path)
@@ -186,32 +197,68 @@ class Live:
                 data = self._thumbnail(self.items[row].impath)
                 pictures.append((name, data, *guesses(self.features[row])))
         unlisted = {name: nearest(name, self.names) for name in names[len(self.names) :]}
-        return View(answer, chosen, forecast, unlisted, table, pictures, refused)
+        found, query = [], query.strip()
+        if query and self.items:
+            found = self._search(query, forgotten, protect, target, beta)
+        return View(answer, chosen, forecast, unlisted, table, pictures, refused, query, found)
+
+    def _search(
+        self, query: str, names: tuple[str, ...], *how: Any
+    ) -> list[tuple[str, list[Hit] | str]]:
+        """What a query finds before and after names are forgotten; see `View`."""
+        answer = self._solve(names, *how) if names else None
+        before, now = self._embeddings(self.source.encode_hidden([query]), answer)  # (1, d) each
+
+        def first(vectors: Tensor, text: Tensor) -> list[Hit]:
+            hits = []
+            for row in (vectors @ text[0]).topk(min(FOUND, len(vectors))).indices.tolist():
+                name = self.names[self.labels[row]]
+                hits.append((name, self._thumbnail(self.items[row].impath), name in names))
+            return hits
+
+        found: list[tuple[str, list[Hit] | str]] = [("before", first(self.features, before))]
+        if answer is not None:
+            found.append(("texts changed", first(self.features, now)))
+            try:
+                hide = index_edit(self._solve(names, *how, index=True).adapter)
+                found.append(("index changed", first(hide(self.features), before)))
+            except ProblemError as error:  # other settings are too much for an index
+                found.append(("index changed", str(error)))
+        return found
 
     def _forget(
-        self, names: tuple[str, ...], protect: tuple[str, ...], target: str, beta: float
+        self,
+        names: tuple[str, ...],
+        protect: tuple[str, ...],
+        target: str,
+        beta: float,
+        index: bool = False,
     ) -> Forgotten:
+        """The answer for the text encoder, or for an index of images."""
+        encoder = self.source.encoder
         answer = forget(
-            self.source.model,
-            self.source.encoder.tokenize,
+            self._texts if index else encoder.model,
+            None if index else encoder.tokenize,
             names,
             retain=self.names if self.items else None,  # common names are retained anyhow
             templates=(TEMPLATES[0], self.template),
             protect=protect,
             target=target,
             beta=beta,
-            ridge=self._ridges.get(protect),
+            ridge=self._ridges.get((protect, index)),
             generic=self.generic,
             cache=self.folder / "words",
             progress=False,
         )
-        self._ridges[protect] = answer.adapter.settings["ridge"]  # whatever is forgotten
+        self._ridges[protect, index] = answer.adapter.settings["ridge"]  # whatever is forgotten
         return answer
 
-    def _embeddings(self, names: Sequence[str], answer: Forgotten | None) -> list[Tensor]:
-        """Unit-norm embeddings (C, d) of the list's names and those behind them, before and now."""
-        hidden = self.source.encode_hidden(self._prompts(names[len(self.names) :]))
-        hidden = torch.cat([self.hidden, hidden])
+    @cached_property
+    def _texts(self) -> TextEmbeddings:
+        return TextEmbeddings.of(self.source.model, self.source.encoder.tokenize)
+
+    def _embeddings(self, hidden: Tensor, answer: Forgotten | None) -> list[Tensor]:
+        """Unit-norm embeddings (n, d) of texts with hidden states (n, w), before and now."""
         before = now = hidden @ self.source.projection
         if self.source.bias is not None:
             before = now = before + self.source.bias

@@ -10,11 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from forgetting.errors import ProblemError
 from forgetting.io import pack, unpack, write_bytes
 from forgetting.models import words
 from forgetting.models.encoder import Encoder
+from forgetting.models.text_embeddings import TextEmbeddings
 
 FORMAT = "clip-forget-hidden/1"
 MAX_SIMILAR = 16  # generic names that are excluded for being similar to a forgotten text, at most
@@ -32,7 +34,7 @@ def generic_names() -> list[str]:
 
 
 def generic_hidden(
-    encoder: Encoder, cache: str | Path | None = CACHE, progress: bool = True
+    encoder: Encoder | TextEmbeddings, cache: str | Path | None = CACHE, progress: bool = True
 ) -> tuple[list[str], Tensor]:
     """The names, and their hidden states (n, w), encoded once for a model and tokenizer. A file
     that is damaged, or of another model, is replaced.
@@ -41,6 +43,11 @@ def generic_hidden(
         cache: the folder of files; None: no file is read or written.
         progress: whether to show a bar where they are encoded.
     """
+    if isinstance(encoder, TextEmbeddings) and (clip := encoder.encoder) is not None:
+        names, hidden = generic_hidden(clip, cache, progress)  # nothing is encoded twice
+        embeddings = hidden @ clip.projection.detach().to(hidden)
+        embeddings = embeddings if clip.bias is None else embeddings + clip.bias.to(embeddings)
+        return names, normalize(embeddings, dim=1)
     names, title = generic_names(), "generic vocabulary" if progress else ""
     folder = None if cache is None else expand(cache)
 
