@@ -1,7 +1,5 @@
 """Sets with a planted answer: it is known beforehand what an audit of them must find."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 

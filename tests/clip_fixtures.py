@@ -1,8 +1,7 @@
 """Checkpoints in OpenAI's format with random weights, and small image sets to encode."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,12 +143,16 @@ def _noise(rng: np.random.Generator, path: Path) -> None:
     Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
 
 
-def caltech(root: Path, images_per_class: int = 30) -> Path:
-    """A tiny Caltech101 in CoOp's layout, four classes of noise; returns `root`."""
+def caltech(
+    root: Path,
+    images_per_class: int = 30,
+    names: Sequence[str] = ("crab", "sea_horse", "wild_cat", "yin_yang"),
+) -> Path:
+    """A tiny Caltech101 in CoOp's layout, classes of noise; returns `root`."""
     rng = np.random.default_rng(0)
     folder = root / "caltech-101"
     test = []
-    for label, name in enumerate(("crab", "sea_horse", "wild_cat", "yin_yang")):
+    for label, name in enumerate(names):
         for number in range(images_per_class):
             path = f"{name}/image_{number:04d}.jpg"
             _noise(rng, folder / "101_ObjectCategories" / path)

@@ -1,8 +1,5 @@
 """What many tests start from: small feature bundles, and the command line in process."""
 
-from __future__ import annotations
-
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +7,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from PIL import Image
 from torch.nn.functional import normalize
 
 import train
@@ -79,20 +75,6 @@ def whole_set(bundle: FeatureBundle, edit=None) -> float | None:
     """The accuracy over all images of a set, under an edit if there is one."""
     zero_shot = ZeroShot(bundle)
     return accuracy(zero_shot.correct_before if edit is None else zero_shot.correct([edit])[0])
-
-
-def caltech(root: Path) -> Path:
-    """A tiny Caltech101 of generated JPEGs, with a split file."""
-    images, entries = root / "caltech-101" / "101_ObjectCategories", []
-    for label, name in enumerate(["euphonium", "minaret", "platypus"]):
-        (images / name).mkdir(parents=True)
-        for number in range(2):
-            file = f"{name}/image_{number:04}.jpg"
-            Image.new("RGB", (40, 40), (80 * label, 30 * number, 90)).save(images / file)
-            entries.append([file, label, name])
-    split = json.dumps({"train": [], "val": [], "test": entries})
-    (root / "caltech-101" / "split_zhou_Caltech101.json").write_text(split)
-    return root
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Tiny, randomly initialised CLIPs of every family, and tokenizers for them; nothing is fetched."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from typing import Any

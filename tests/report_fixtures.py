@@ -1,8 +1,6 @@
 """Results folders for the report: logs.json and audits of the real measures, under planted names
 and with planted accuracies."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

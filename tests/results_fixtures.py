@@ -1,7 +1,5 @@
 """Results folders for tests, written as a run writes them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random problems for the solvers, ordinary ones and ones with a defect."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The audit of a results folder: its intervals, its models, its findings in words, its files."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -197,29 +195,6 @@ def test_a_stranger_forgets_none_of_the_classes(results):
     assert stranger(folder / "w" / other.name) is None
     with pytest.raises(ProblemError, match="another text projection"):
         cases_of(folder / "w" / other.name, [], data)
-
-
-def test_the_driver_audits(toy_args, tmp_path, capsys):
-    train.main([*toy_args, "--forget", "owl", "--audit"])
-    assert "own prompt" in capsys.readouterr().out
-    assert set(read_audits(tmp_path / "out")["ToyAnimals"]) == {"owl"}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--dataset", "ToyAnimal"], "'ToyAnimals'"),
-        (["--forget", "cats"], "'cat'"),
-        (["--without", "relearn"], "'relearning'"),
-        (["--features", "nowhere"], "nowhere"),
-    ],
-)
-def test_mistakes_are_one_line(results, features, capsys, argv, message):
-    capsys.readouterr()
-    assert run(results, features, *argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error:") and message in lines[0]
-    assert not (results / "audit.json").exists()
 
 
 def test_folders_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """What images and words bring back: probes, search, relearning."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

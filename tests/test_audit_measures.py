@@ -1,7 +1,5 @@
 """Neighbours, destinations, examples in planted sets, and the edges of all measures."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Attacks on changes whose text is known, beside changes that betray nobody."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

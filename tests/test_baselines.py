@@ -104,7 +104,7 @@ def test_the_adapter_gives_the_logged_accuracies(name, method):
     assert torch.equal(same.left, adapter.left) and torch.equal(same.right, adapter.right)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [*BASELINES, "ForgetExact"])
 def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"owl": ["{}", "a photo of a {}."]}))
@@ -115,12 +115,7 @@ def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
     if name not in ("ForgetName", "ForgetNothing", "ForgetLEACE"):
         assert adapter.left.shape[1] == 2
     left = create_results(folder)[0].set_index("name").cls_forget
-    if name in (
-        "ForgetName",
-        "ForgetZero",
-        "ForgetNullSpace",
-        "ForgetUCE",
-    ):  # by both texts
+    if name in [f"Forget{each}" for each in ("Name", "Zero", "NullSpace", "UCE", "Exact")]:
         assert left["owl"] == 0
     elif name == "ForgetLEACE":
         assert left.mean() < 0.5

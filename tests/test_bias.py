@@ -4,8 +4,6 @@ The embedding is `h W + b` and b is fixed, so an adapter of train.py is one of `
 is loaded, applied, undone, composed and exported as any other.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

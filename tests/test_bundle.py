@@ -1,7 +1,5 @@
 """FeatureBundle files: what is written comes back, and what is wrong is named."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

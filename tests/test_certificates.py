@@ -5,8 +5,6 @@ candidates that know nothing of the solver and judged in extended precision, or,
 form, compared with the optimum in exact rationals.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Every command line: 0 for help, 2 and one line for a mistake, the nearest option named."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys

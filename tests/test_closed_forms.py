@@ -1,7 +1,5 @@
 """Closed forms to compare with, concept erasure and ascent: planted answers, without a trainer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """clip-forget on models that lie in files: there, back, and refused in one line."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Compose and undo: unions from adapters alone equal the union solved at once, and nothing else."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

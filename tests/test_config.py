@@ -9,11 +9,11 @@ import pytest
 from yacs.config import CfgNode
 
 import train
-from engine import extend_cfg
 from engine.config import (
     CONFIGS,
     check,
     declared,
+    extend_cfg,
     page,
     paper_weights,
     read_yaml,

@@ -1,7 +1,5 @@
 """The constrained form: on target, least disturbance, proved, and without the excluded names."""
 
-from __future__ import annotations
-
 import cvxpy
 import pytest
 import torch

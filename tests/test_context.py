@@ -1,7 +1,5 @@
 """Complete forgetting of planted texts, against arithmetic that shares no code with it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

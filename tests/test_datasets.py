@@ -1,7 +1,5 @@
 """The image sets of the table: split files, made splits, names, vocabularies, checks, downloads."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

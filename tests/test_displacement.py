@@ -1,7 +1,5 @@
 """What text alone says of an edit, and the ridge that is chosen by it, against plain arithmetic."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Published weights: fetched once, and checked."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The text encoder: padding is left out only where it changes nothing, and threads do not meet."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Encoding fast changes no embedding beyond rounding, and another precision is reported apart."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

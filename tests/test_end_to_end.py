@@ -1,7 +1,5 @@
 """The real command line, from `sh forget_clip.sh` to a DataFrame of its own results."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -18,8 +16,8 @@ from clip.architectures import ARCHITECTURES
 from clip.source import ClipSource
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
-from tests.clip_fixtures import save_openai
-from tests.conftest import BACKBONE, REPOSITORY, caltech
+from tests.clip_fixtures import caltech, save_openai
+from tests.conftest import BACKBONE, REPOSITORY
 from trainers import inputs
 from utils import create_results
 
@@ -55,7 +53,7 @@ def test_jpegs_and_a_random_rn50_checkpoint(tmp_path):
     """Caltech101's layout, OpenAI's checkpoint format, a full model saved and loaded again."""
     weights = tmp_path / "RN50.pt"
     save_openai("RN50", weights)
-    caltech(tmp_path / "data")
+    caltech(tmp_path / "data", 2, ["euphonium", "minaret", "platypus"])
     options = ["--weights", str(weights), "--forget", "minaret", "--save-model"]
     keys = ["TRAINER.FORGETLORA.STEPS", "40", "TRAINER.FORGETLORA.MAX_TRIALS", "2"]
     done = run_driver(tmp_path / "out", "1", "0", "Caltech101", "RN50", "0", *options, *keys)

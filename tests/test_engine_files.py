@@ -1,7 +1,5 @@
 """Errors, files and names that do not depend on which engine runs."""
 
-from __future__ import annotations
-
 from urllib.parse import unquote
 
 import pytest

@@ -1,7 +1,5 @@
 """One run under Dassl and under its built-in equivalents gives the same logs and adapters."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Accuracies before and after edits: counted by hand, and against embedding every text again."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

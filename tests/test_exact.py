@@ -1,8 +1,6 @@
 """The optimum of the paper's objective: proved on every call, and equal to an independent solver's;
 many requests at once equal each alone."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

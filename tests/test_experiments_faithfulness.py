@@ -1,7 +1,5 @@
 """The paper's numbers against configs, lists and documents, and the cost of its code's slips."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Studies: what each varies, what is measured of its edits, and rows that are not made twice."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +13,10 @@ from experiments.__main__ import cli
 from experiments.studies import STUDIES, Inputs, carry_over, main
 from forgetting import load_adapter
 from tests.conftest import BACKBONE, toy_bundle
+from tests.solver_fixtures import normal
 
 SHORT = ["TRAINER.FORGETLORA.STEPS", "200", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
 EXACT = ["--solver", "optimum", "--solver", "constrained"]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def command(features: Path, out: Path, name: str, *more: str) -> list[str]:
@@ -141,13 +136,3 @@ def test_sets_without_images_are_studied_all_the_same(tmp_path):
     rows = pd.read_csv(path)
     assert len(rows) == 2 * (6 + 7) and (rows["carry"] > 0.5).all()
     assert rows[["class after", "others after"]].isna().all(axis=None)
-
-
-def test_mistakes_are_refused_in_one_line_before_work(features, tmp_path, refused):
-    for name, more, key in (
-        ("retaind", [], "'retained'"),
-        ("terms", ["--forget", "dgo"], "'Dog'"),
-        ("terms", ["--classes", "7"], "6 classes"),
-    ):
-        assert key in refused(["studies", *command(features, tmp_path / "out", name, *more)], cli)
-        assert not (tmp_path / "out").exists()

@@ -1,7 +1,5 @@
 """Many runs and their table: sweeps, the methods side by side, and the lists of commands."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`forget()`: one call on any model. What it solves stands in tests/test_context.py."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -27,7 +25,7 @@ def common(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("target", ["specific", "orthogonal", "empty", "text:a dog", "vector"])
+@pytest.mark.parametrize("target", ["specific", "empty", "text:a dog", "vector"])
 @pytest.mark.parametrize("family", ["own", "own with bias"])
 def test_targets(family, target):
     model, words = tiny(family)
@@ -193,13 +191,9 @@ ARGUMENTS = {
         {"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "protect": ["cat"]},
         "protected",
     ),
-    "target": ({"target": "oposite"}, "did you mean 'opposite'"),
-    "list as target": ({"target": [1.0]}, "no target"),
     "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target"),
     "vector": ({"target": torch.zeros(3)}, "target"),
-    "beta": ({"beta": -2.0}, "beta"),
     "tiny beta": ({"target": "opposite", "beta": 1e-45}, "beta"),
-    "beta of none": ({"target": "empty", "beta": 0.1}, "beta"),
     "no setting": ({"betta": 0.1}, "did you mean 'beta'"),
     "tiny ridge": ({"ridge": 1e-30}, "ridge"),
     "settings": ({"settings": {"beta": 0.1}}, "settings must be ExactSettings"),

@@ -1,7 +1,5 @@
 """A change that is put into a model, taken out again to the bit, verified and patched."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

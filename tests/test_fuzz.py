@@ -4,8 +4,6 @@ From arguments that work, one is replaced by each of many that may not: other ty
 tensors, shapes, values.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator

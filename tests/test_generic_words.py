@@ -1,7 +1,5 @@
 """The generic vocabulary: enough names, of enough kinds, each once and in one form."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from importlib.resources import files

@@ -1,8 +1,6 @@
 """What a user can do wrong to a file, a folder or an option ends in one line, and nothing written:
 every entry point, each kind of file by each damage, each kind of option by each bad value."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -33,9 +31,11 @@ from clip.source import ClipSource
 from engine.cli import run
 from evaluation.results import join_label
 from evaluation.results import place as place_of
+from forget_cls import forget_classes_all
 from forgetting.adapter import save_adapter
 from forgetting.io import STALE
-from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, caltech, toy_bundle
+from tests.clip_fixtures import caltech
+from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
 from tests.test_patch import make_adapter
 
 Cli = Callable[[Sequence[str]], int]
@@ -66,7 +66,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = [*arguments(place), "--forget", "cat", "--forget", "owl", "--audit"]
     assert train.cli([*argv, "FORGET.PROMPTS", str(place / "prompts.json")]) == 0
     assert CLI["report"]([str(place / "out")]) == 0 and CLI["utils"]([str(place / "out")]) == 0
-    caltech(place / "data")
+    caltech(place / "data", 2, forget_classes_all["Caltech101"])
     w = ClipSource("mini", None, str(place / "cache")).projection
     adapter = replace(make_adapter(w), backbone="mini", weights="embedded")
     save_adapter(adapter, place / "mini.safetensors")

@@ -1,7 +1,5 @@
 """Images of one's own: folders, tables, and how an image file is read."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import struct

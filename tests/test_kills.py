@@ -3,8 +3,6 @@
 Children are forked, so that a kill costs no start of Python; what they would print goes nowhere.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import random

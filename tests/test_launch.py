@@ -1,7 +1,5 @@
 """Many runs: the loops of forget_clip.sh, and a map over Ray with workers that die."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

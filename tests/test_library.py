@@ -1,7 +1,5 @@
 """Models and tokenizers that are read, and those that are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The paper's descent: its objective, its retry, and many requests at once."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

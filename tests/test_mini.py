@@ -1,7 +1,5 @@
 """`mini`: its four sets, its vocabularies, its committed weights and the script that made them."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

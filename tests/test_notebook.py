@@ -1,7 +1,5 @@
 """results.ipynb runs on results of the demo's kind, from top to bottom, in a kernel of its own."""
 
-from __future__ import annotations
-
 import nbformat
 import pytest
 from nbclient import NotebookClient

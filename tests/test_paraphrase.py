@@ -1,7 +1,5 @@
 """Other words for a class in an audit: encoded, kept in a bundle, and what they bring back."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from clip.audit_texts import audit_rows, other_words, with_audit
 from clip.bundle import AUDIT_HIDDEN as HIDDEN
 from clip.bundle import FeatureBundle
 from clip.features import main
-from clip.source import ClipSource
 from datasets.words.paraphrases import paraphrases
 from evaluation.audit.case import AuditData, Case, Model, Prompt, accuracy
 from evaluation.audit.paraphrase import measure
@@ -28,6 +25,7 @@ from tests import audit_fixtures
 from tests.audit_fixtures import WIDTH, hide_wordnet
 from tests.clip_fixtures import caltech, one_line, tiny
 from tests.conftest import toy_bundle
+from tests.test_features import Counting
 
 OTHER_WAY = 12  # hidden direction that the projection sends to the first class too
 
@@ -268,16 +266,6 @@ def test_broken_rows_are_refused_in_one_line(key: str, value: object) -> None:
     with pytest.raises(ProblemError) as error:
         replace(bundle, extra=extra, extra_tensors=tensors).check("mine.safetensors")
     one_line(error, key, "mine.safetensors")
-
-
-class Counting(ClipSource):
-    """A ClipSource that counts the texts that it encodes."""
-
-    texts = 0
-
-    def encode_hidden(self, texts: list[str]) -> Tensor:
-        self.texts += len(texts)
-        return super().encode_hidden(texts)
 
 
 def test_the_command_writes_what_the_model_says(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,7 +1,5 @@
 """The paper's objective, and requests stacked in a batch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

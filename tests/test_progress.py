@@ -1,7 +1,5 @@
 """Messages, progress bars and the log of a run: on a terminal, in a file, and under --quiet."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

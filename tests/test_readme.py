@@ -1,7 +1,5 @@
 """What README.md tells its two readers to type runs as printed."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

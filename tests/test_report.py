@@ -1,7 +1,5 @@
 """The report: what it says first, its numbers, its pictures, and that no name is markup."""
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

@@ -1,8 +1,6 @@
 """The report in a real browser: headless Chromium, opened from file://, with every network call,
 console error and dialog counted."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from pathlib import Path

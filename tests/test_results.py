@@ -1,7 +1,5 @@
 """Adapters as records, logs.json compiled from them, and create_results on top."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -100,9 +98,6 @@ def test_results_of_another_kind_are_refused(tmp_path, key):
     else:
         with pytest.raises(ProblemError, match="another ATTEMPT"):
             results.check("B", kept | {key: "other"})
-    for name in ("logs.json", "args.txt", "audit.csv"):
-        with pytest.raises(ProblemError, match="rename the data set"):
-            results.check(name, kept)
 
 
 def test_done_means_an_adapter_with_the_same_settings(tmp_path):

@@ -1,7 +1,5 @@
 """Rows of logs and audits, and the rules by which report, audit and driver call a class gone."""
 
-from __future__ import annotations
-
 import pytest
 
 from evaluation.audit.verdict import verdict

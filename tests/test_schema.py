@@ -1,7 +1,5 @@
 """The shapes of foreign JSON: what is accepted, and what a refusal says."""
 
-from __future__ import annotations
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Files of the library: written whole or not at all, and refused if changed since."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

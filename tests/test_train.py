@@ -1,23 +1,15 @@
 """train.py in process on toy bundles: results, skipping, resuming, options."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 import train
+from evaluation.results import read_logs as logs_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, accuracies, toy_bundle
 from trainers.methods import ForgetLoRA
 from utils import create_results
-
-
-def logs_of(folder: Path) -> dict:
-    return json.loads((folder / "logs.json").read_text())
 
 
 def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
@@ -94,15 +86,3 @@ def test_seed_zero_is_a_seed_and_seeds_differ(toy_args, tmp_path):
     first = factors("0", "a")
     assert torch.equal(first, factors("0", "b"))
     assert not torch.equal(first, factors("1", "c"))
-
-
-def test_multiclass_stands_beside_single_classes(toy_args):
-    names = ["--forget", "cat", "--forget", "owl"]
-    train.main([*toy_args, *names])
-    folder = train.main([*toy_args, *names, "--multiclass"])
-    logs = logs_of(folder)["ToyAnimals"]
-    assert set(logs) == {"settings", "cat", "owl", "cat|owl"}
-    assert set(logs["cat|owl"]["final_results"]["ToyAnimals"]) == {"cat", "owl"}
-    df, _ = create_results(folder, multiclass=True)
-    assert df.name.tolist() == ["cat|owl"] and set(df.cls_forget_all[0]) == {"cat", "owl"}
-    assert len(create_results(folder)[0]) == 2

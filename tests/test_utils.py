@@ -1,7 +1,5 @@
 """Results as data frames: a folder, seeds, methods side by side, pictures, the command line."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Other words for the sets' classes: the lists, the rules, WordNet where it is installed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
