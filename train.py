@@ -5,8 +5,6 @@
 `sh forget_clip.sh` loops over several of each. docs/settings.md lists every setting.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -85,11 +83,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     given = {key: getattr(args, name) for name, key in OPTIONS.items()}
     given = {key: value for key, value in given.items() if value is not None}
     cfg = load(given, args.opts, args.config_file, args.dataset_config_file)
-    name = cfg.DATASET.NAME
-    if not name:
+    if not cfg.DATASET.NAME:
         raise ProblemError("no data set: pass --dataset NAME, or --images PATH")
-    if name in (".", "..") or "/" in name:
-        raise ProblemError(f"a data set's results go to a folder of its name; {name!r} is none")
     for option, key in OPTIONS.items():
         setattr(args, option, attrgetter(key)(cfg))
     return cfg

@@ -4,8 +4,6 @@ from utils import create_results
 df, args = create_results("results/results1/seed_0/", rn=True, multiclass=False)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import warnings
@@ -111,8 +109,7 @@ def _of_folder(
         df = df.set_index(KEYS).fillna(known.astype(float)).reset_index()
     if df[lacking[:2]].isna().all(axis=None):
         warnings.warn(
-            f"{folder / LOGS} holds no accuracies before forgetting (logs of the paper's public "
-            "code have none): the columns full_Noforget, cls_Noforget and full_X are NaN; "
+            f"{folder / LOGS} holds no accuracies before forgetting, so those columns are NaN; "
             "before=FOLDER takes them from other results of the same model and classes",
             stacklevel=3,
         )
@@ -137,9 +134,8 @@ def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
     check_columns(df, FRAME, "create_results")
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         raise ProblemError(
-            "no average gain: these results hold no accuracies before forgetting, which it is "
-            "relative to; create_results(FOLDER, before=OTHER) or utils.py --before OTHER takes "
-            "them from any run on the same classes"
+            "no average gain without accuracies before forgetting: create_results(FOLDER, "
+            "before=OTHER) or utils.py --before OTHER takes them from a run on the same classes"
         )
     return tables.average_gains(df)
 
@@ -204,10 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the results of a folder as a table; seeds of one run as mean and deviation; several
     runs side by side. Nothing is written unless a file is named."""
     parser = Parser(prog="utils.py", description=main.__doc__)
-    about = (
-        "results/resultsATTEMPT/seed_SEED; folders of one NAME, or seeds of one ATTEMPT, belong "
-        "together"
-    )
+    about = "results/resultsATTEMPT/seed_SEED; folders of one NAME or ATTEMPT belong together"
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help=about)
     parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
     about = "results that hold the accuracies before forgetting"

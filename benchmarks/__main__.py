@@ -1,7 +1,5 @@
 """python -m benchmarks NAME ...: what is timed. Without a name: the list of names."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ Every class is forgotten alone: of bundles of random texts, or of the one that i
 numbers of one run: seconds of a machine that others use waver.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

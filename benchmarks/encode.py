@@ -9,8 +9,6 @@ float32. Ours is that of `clip.features`, nothing cached, in float32 and in --pr
 turns, so that a busy machine is so to all, and the fastest of each counts.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Sequence

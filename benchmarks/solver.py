@@ -8,8 +8,6 @@ of one run on one CPU thread, as the trainers solve (a second thread waits in a 
 that others use). Seconds vary with the load of the machine, ratios less so.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 import timeit

@@ -6,8 +6,6 @@ OUT is a plain state dict in OpenAI's layout: for open_clip as `pretrained=OUT`,
 as `clip.model.build_model(torch.load(OUT))`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -61,10 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     source = ClipSource(adapter.backbone, args.weights, args.cache)
     own = identity_sha256(source.architecture)
     if adapter.settings.get("model", own) != own:
-        raise ProblemError(
-            f"adapter {args.adapter} was made for a model of other activation, preprocessing or "
-            f"tokenizer than {source.arch} has now"
-        )
+        what = "other activation, preprocessing or tokenizer"
+        raise ProblemError(f"adapter {args.adapter} was made for another {source.arch}: {what}")
     save_full_model(source, adapter, out)
     logger.info(f"clip: {adapter.backbone} without {', '.join(adapter.classes)} written to {out}")
 

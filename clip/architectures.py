@@ -6,8 +6,6 @@ A name stands for all that is computed, activation and preprocessing included: O
 activation of weights of one's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace

@@ -5,8 +5,6 @@ hidden states came along: as the tensor `audit_hidden` (A, w) and the JSON lists
 `audit_classes` and `audit_kinds`, of A entries each, in the metadata.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -242,10 +242,8 @@ def load_bundles(
         }
         if differ := [what for what, is_same in same.items() if not is_same]:
             places = [bundle_path(folder, backbone, dataset) for dataset in (first.dataset, name)]
-            raise ProblemError(
-                f"feature bundles {places[0]} and {places[1]} were made with different "
-                f"{differ[0]}; the bundles of a run must come from one model"
-            )
+            which = f"feature bundles {places[0]} and {places[1]}"
+            raise ProblemError(f"{which} were made with different {differ[0]}; a run has one model")
     return bundles
 
 

@@ -189,10 +189,7 @@ def _cache(*source: Any) -> FeatureCache:
 
 
 def _broken(path: str, reason: object) -> str:
-    return (
-        f"image {path} cannot be read ({reason}); "
-        "`python -m datasets.check ROOT` lists every broken image"
-    )
+    return f"image {path} cannot be read ({reason}); `python -m datasets.check ROOT` lists them all"
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:

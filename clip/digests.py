@@ -1,7 +1,5 @@
 """SHA-256 of files, which are read again only when they have changed."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

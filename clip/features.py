@@ -63,8 +63,6 @@ def build_bundle(
         raise ProblemError(f"template {template!r} must hold the class name's place {BARE} once")
     images = datasets.load(dataset, root, own)
     items = images.test
-    if not items:
-        raise ProblemError(f"data set {dataset} in {root} has no test images")
     classnames = list(images.classnames)
     names = [datasets.clean_name(name) for name in classnames]
     retain_names = [datasets.clean_name(name) for name in datasets.retain_vocabulary(dataset)]
@@ -120,11 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     add_setting(parser, "--cache", FeatureSettings, "cache")
     add_setting(parser, "--precision", ModelSettings, "precision")
     parser.add_argument("--out", help="also write the bundle into this folder")
-    parser.add_argument(
-        "--audit",
-        action="store_true",
-        help="also encode every class in other words, for an audit that has the bundle alone",
-    )
+    about = "also encode every class in other words, for an audit that has the bundle alone"
+    parser.add_argument("--audit", action="store_true", help=about)
     add_launcher(parser)
     args = parser.parse_args(argv)
     how = launcher(args)

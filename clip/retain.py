@@ -1,7 +1,5 @@
 """What is retained while classes of a set are forgotten, from feature bundles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

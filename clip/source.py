@@ -1,7 +1,5 @@
 """ClipSource: texts to hidden states, images to embeddings, with one set of CLIP weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from copy import deepcopy

@@ -21,8 +21,6 @@ training text. Most held-out words share parts with trained ones.
 Names are harder to part than in a real CLIP: they share 64 directions, not 512.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -4,8 +4,6 @@ Importing this package registers every set of the table, so that Dassl's `build_
 them by name; `load(name, root)` reads one without a config.
 """
 
-from __future__ import annotations
-
 from engine import DATASET_REGISTRY
 
 from .names import clean_name, key, match  # noqa: F401

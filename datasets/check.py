@@ -4,8 +4,6 @@ Opens every image that a set's split names. Writes nothing. Exit status 1 if som
 present is broken, 2 if there is no such root; 0 otherwise, also where sets are absent.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -45,10 +43,8 @@ def check(row: SetSpec, root: Path) -> tuple[str, list[str]]:
     lines = [f"{len(files)} of {total} images, {count} classes, {split.sizes()}", *problems]
     lines += hint if problems else []
     if not comparable:
-        lines.append(
-            f"-> put {row.split_file} into {row.folder}/ (DATASETS.md says where it is): numbers "
-            "on any other split are not comparable with published ones"
-        )
+        why = "numbers on another split are not comparable (DATASETS.md)"
+        lines.append(f"-> put {row.split_file} into {row.folder}/: {why}")
     if row.classes and row.classes != count:
         lines.append(f"-> the published set has {row.classes} classes, not {count}")
     return "broken" if problems else "present", lines

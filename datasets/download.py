@@ -5,8 +5,6 @@ beside CoOp's layout; its split files must still be fetched by hand (DATASETS.md
 already is kept.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +18,8 @@ from forgetting.io import atomic_path
 from .check import report
 from .mini import render
 from .table import NAMES, SETS, SetSpec, spec
+
+BY_HAND = "get it by hand, as DATASETS.md says"
 
 
 def download(row: SetSpec, root: Path) -> None:
@@ -37,9 +37,7 @@ def download(row: SetSpec, root: Path) -> None:
         )
     except Exception as error:  # of the network, of archives, of Google Drive
         reason = " ".join((str(error) or type(error).__name__).split())
-        raise ProblemError(
-            f"{row.name} cannot be fetched ({reason:.300}); get it by hand, as DATASETS.md says"
-        ) from error
+        raise ProblemError(f"{row.name} cannot be fetched ({reason:.300}); {BY_HAND}") from error
     if is_cifar and not row.images(folder).is_dir():
         with atomic_path(row.images(folder)) as whole:  # a folder for each class
             for number, (image, label) in enumerate(images):
@@ -58,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [spec(name) for name in options.names]
     for row in rows:
         if not row.torchvision and not row.rendered:
-            raise ProblemError(
-                f"{row.name} cannot be fetched: get it by hand, as DATASETS.md says; fetched are "
-                f"{', '.join(fetched)}"
-            )
+            raise ProblemError(f"{row.name} cannot be fetched; {BY_HAND}")
     root, states = Path(os.path.expanduser(options.root)), []
     for row in rows:
         render(row.name, root / row.folder) if row.rendered else download(row, root)

@@ -3,8 +3,6 @@ otherwise 30 % of each class are test images by a fixed shuffle. Of images of on
 images, unless they say otherwise.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import os

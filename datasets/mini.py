@@ -3,8 +3,6 @@ characters in matplotlib's fonts (by their names in `unicodedata`), coloured sha
 and the training of `mini` (`clip.train_mini`) draw on random streams that never meet.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ A data set keeps its own spelling in `.classnames` (Caltech101 writes `sea_horse
 `2012 Ram C/V Cargo Van Minivan`); a text made for CLIP uses `clean_name(name)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,9 +38,7 @@ def match(name: str, classnames: Sequence[str], dataset: str = "") -> str:
         choices = ", ".join(map(repr, same))
         raise ProblemError(f"class {name!r} of {where} is ambiguous: write one of {choices}")
     close = ", ".join(map(repr, nearest(name, classnames)))
-    raise ProblemError(
-        f"{where} has no class {name!r}; nearest: {close} ({len(classnames)} classes in all)"
-    )
+    raise ProblemError(f"{where} has no class {name!r}; nearest: {close}")
 
 
 def flaw(classnames: Sequence[str]) -> str:

@@ -2,8 +2,6 @@
 photographs and rendered ones, goes through `ImageSet`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
@@ -77,9 +75,7 @@ def find_split(row: SetSpec, root: Path) -> tuple[Split, bool]:
     except ProblemError as error:
         raise ProblemError(f"{where} {error}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ProblemError(
-            f"{where} the official lists in {folder} are not in the known form ({error!r})"
-        ) from error
+        raise ProblemError(f"{where} lists are not in the known form ({error!r})") from error
 
 
 class ImageSet:
@@ -107,17 +103,13 @@ class ImageSet:
         images = row.images(root / row.folder)
         if missing := split.missing(images):
             raise ProblemError(
-                f"data set {row.name}: {len(missing)} of {len(split.paths())} images that the "
-                f"split names are missing, first {images / missing[0]}; `python -m "
-                "datasets.check` lists them, DATASETS.md says where they come from"
+                f"data set {row.name}: {len(missing)} of {len(split.paths())} images are missing, "
+                f"first {images / missing[0]}; `python -m datasets.check` lists them"
             )
         once(logging.INFO, f"{row.name}: {len(split.classnames)} classes, {split.sizes()}")
         if not self.comparable:
-            once(
-                logging.WARNING,
-                f"{row.name}: this is not the published split {row.split_file}: numbers are not "
-                "comparable with published ones (DATASETS.md says where to get it)",
-            )
+            about = f"not the published split {row.split_file}: numbers are not comparable"
+            once(logging.WARNING, f"{row.name}: {about} (DATASETS.md)")
         self.train_x, self.val, self.test = (
             [Datum(str(images / path), label, name) for path, label, name in items]
             for items in split.parts.values()
@@ -128,9 +120,7 @@ class ImageSet:
 
 
 # Dassl registers classes under their own names, so each row needs a class called like the set.
-CLASSES: dict[str, type[ImageSet]] = {
-    name: type(name, (ImageSet,), {"row": row}) for name, row in SETS.items()
-}
+CLASSES = {name: type(name, (ImageSet,), {"row": row}) for name, row in SETS.items()}
 
 
 def load(name: str, root: str | Path, images: str = "") -> ImageSet:

@@ -3,8 +3,6 @@
 `{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

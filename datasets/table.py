@@ -1,7 +1,5 @@
 """The image sets of sets.yaml, and the row that images of one's own get (see DATASETS.md)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ says that `name` means the same as those classes. It is not retained when one of
 a synonym that is retained keeps the forgotten class alive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path

@@ -4,8 +4,6 @@ Trainers are Dassl's SimpleTrainers, data sets and trainers stand in its registr
 are added to its config. `CLIP_FORGET_ENGINE=dassl|builtin` forces one.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import cache
@@ -21,13 +19,6 @@ from forgetting.errors import reason, unknown
 OF_DASSL = ("DATASET_REGISTRY", "TRAINER_REGISTRY", "SimpleTrainer", "get_cfg_default")
 VARIABLE = "CLIP_FORGET_ENGINE"
 ENGINES = ("dassl", "builtin")
-
-
-def extend_cfg(cfg: CfgNode) -> None:
-    """Add this project's keys to a config, as CoOp's `train.py` does to Dassl's."""
-    from engine.config import extend_cfg
-
-    extend_cfg(cfg)
 
 
 def __getattr__(name: str) -> Any:
@@ -54,10 +45,8 @@ def choose() -> SimpleNamespace:
             why = "Dassl is not installed"
         if wanted == "dassl":
             raise SystemExit(f"error: {VARIABLE}=dassl, but {why}; put Dassl on PYTHONPATH")
-    builtin = Registry(), Registry(), SimpleTrainer, CfgNode
-    return SimpleNamespace(
-        description=f"engine: builtin ({why})", **dict(zip(OF_DASSL, builtin, strict=True))
-    )
+    builtin = dict(zip(OF_DASSL, (Registry(), Registry(), SimpleTrainer, CfgNode), strict=True))
+    return SimpleNamespace(description=f"engine: builtin ({why})", **builtin)
 
 
 def _dassl() -> SimpleNamespace:

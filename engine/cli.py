@@ -1,7 +1,5 @@
 """Command lines that answer a mistake with one line on stderr."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -75,9 +75,7 @@ INSTEAD = {
 @dataclass(frozen=True)
 class RunSettings:
     output_dir: str = setting("output", "folder of the results", low=1)
-    seed: int = setting(
-        0, "seed of all random numbers; there is no run without one (Dassl's -1)", 0, 2**32 - 1
-    )
+    seed: int = setting(0, "seed of all random numbers; Dassl's -1 is refused", 0, 2**32 - 1)
     log: str = setting(
         "",
         "also send the numbers of logs.json, and a descent's objective, to tensorboard or wandb",
@@ -91,17 +89,13 @@ class RunSettings:
 class DatasetSettings:
     name: str = setting("", "name of the data set")
     root: str = setting("data", "folder that holds the image sets", low=1)
-    images: str = setting(
-        "", "images of your own: a folder with a folder per class, or a CSV of path and class"
-    )
+    images: str = setting("", "your own images: a folder per class, or a CSV of path and class")
     template: str = setting("", "evaluation prompt, {} for the class; empty: the data set's own")
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    num_workers: int | None = setting(
-        None, "processes that load images; none: by the cores", 0, 128
-    )
+    num_workers: int | None = setting(None, "processes that load images; none: by cores", 0, 128)
     test__batch_size: int | None = setting(
         None, "images that are encoded at once; none: 32 on a CPU, 256 on a GPU", 1, 65536
     )
@@ -141,12 +135,8 @@ class ForgetSettings:
     protect: tuple[str, ...] = setting(
         (), "name that must not be harmed (repeatable); beside those of protect in forget_cls.py"
     )
-    prompts: str = setting(
-        "", "JSON file, class name -> texts; empty: forget_prompts of forget_cls.py"
-    )
-    retain_names: str = setting(
-        "", "file of names to retain, one per line; empty: the data set's vocabulary"
-    )
+    prompts: str = setting("", "JSON file, class -> texts; empty: forget_prompts of forget_cls.py")
+    retain_names: str = setting("", "file of names to retain; empty: the data set's vocabulary")
     target: str = setting(
         "", "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE"
     )
@@ -159,9 +149,7 @@ class ForgetSettings:
     terms: tuple[str, ...] = setting(
         TERMS, "terms of the paper's loss; leave one out to switch it off", low=1, choices=TERMS
     )
-    lamb_preserve: float | None = setting(
-        None, "weight of the retained texts; none: that of WEIGHTS", 0, 1e6
-    )
+    lamb_preserve: float | None = setting(None, "weight of retained texts; none: WEIGHTS", 0, 1e6)
     lamb_forget: float | str | None = setting(
         None,
         "weight of the forgotten texts; auto: just above the one from which they reach their "
@@ -173,9 +161,7 @@ class ForgetSettings:
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)
     alpha: float = setting(1.0, "scale of the adapter: times alpha / rank", 1e-6, 1e6)
-    noise_std: float = setting(
-        0.5, "noise on the empty prompt while it lies nearest to a class to forget", 0, 1e6
-    )
+    noise_std: float = setting(0.5, "noise on an empty prompt near a class to forget", 0, 1e6)
 
 
 SECTIONS = {

@@ -1,7 +1,5 @@
 """What makes a computation give the same numbers again: its own random numbers, and one thread."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Iterator

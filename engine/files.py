@@ -3,8 +3,6 @@
 Files are written by `forgetting.io.atomic_path`: whole or not at all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ for what a reader of the numbers must know, `debug` for `log.txt` alone. Dassl's
 used: it closes the console once it is collected.
 """
 
-from __future__ import annotations
-
 import logging
 import platform
 import sys

@@ -36,9 +36,7 @@ class LauncherSettings:
         choices=("local", "ray"),
     )
     cpus: float = setting(1.0, "cores that a task requests from Ray", 0, 1024)
-    gpus: float = setting(
-        1.0, "GPUs that a task requests where there are any; 0.25: four tasks share one", 0, 64
-    )
+    gpus: float = setting(1.0, "GPUs of a task where there are any; 0.25: four share one", 0, 64)
     tries: int = setting(3, "how often a task is begun again whose worker died", 0, 100)
 
 
@@ -126,9 +124,7 @@ def _import_ray() -> ModuleType:
     try:
         return import_module("ray")
     except ImportError as error:
-        raise ProblemError(
-            "the launcher ray needs the package ray: pip install -r requirements-ray.txt"
-        ) from error
+        raise ProblemError("ray is missing: pip install -r requirements-ray.txt") from error
 
 
 def _in_folder(folder: str, task: Callable[[Any], Any], item: Any) -> Any:
@@ -136,7 +132,5 @@ def _in_folder(folder: str, task: Callable[[Any], Any], item: Any) -> Any:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise ProblemError(
-            f"{os.uname().nodename} has no folder {folder} (docs/scale.md)"
-        ) from error
+        raise ProblemError(f"{os.uname().nodename} has no folder {folder}") from error
     return task(item)

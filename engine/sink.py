@@ -1,7 +1,5 @@
 """Numbers of a run for TensorBoard or Weights & Biases: what logs.json gets, as it comes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import import_module

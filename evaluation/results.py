@@ -13,8 +13,6 @@ Accuracies are fractions at full precision. Logs of the paper's public code have
 no "solver"; their reader knows "settings" by its key "kwargs".
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib
@@ -35,7 +33,6 @@ ARGS = "args.txt"
 AUDIT = "audit.json"
 CSV = "audit.csv"  # its numbers as a table
 REPORT = "report.html"
-FILES = (LOGS, ARGS, AUDIT, CSV, REPORT)  # of a results folder, beside folders of data sets
 SUFFIX = ".safetensors"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # what accuracies before forgetting depend on
@@ -103,10 +100,8 @@ class Results:
         self.folder, self.logs_path = Path(folder), Path(folder) / LOGS
         self._due = 0.0
         if self.logs_path.exists() and not (self.logs_path.is_file() and self.records()):
-            raise ProblemError(
-                f"{self.logs_path} was not made from adapters of this program; choose another "
-                "ATTEMPT (or output folder), or move it away"
-            )
+            where = "choose another ATTEMPT, or move it away"
+            raise ProblemError(f"{self.logs_path} was not made from adapters; {where}")
 
     def path(self, dataset: str, label: str) -> Path:
         """Where the adapter of a label is."""
@@ -141,15 +136,12 @@ class Results:
         One folder holds one backbone and one trainer: `create_results` reads it as a whole.
         Compared are those of `settings` that are `SHARED`, and all of them for the same data set.
         """
-        if place(dataset) in FILES:
-            raise ProblemError(f"a results folder has a file {dataset}; rename the data set")
         for record in self.records():
             for key in settings if record.dataset == dataset else settings.keys() & SHARED:
                 if key in record.settings and record.settings[key] != settings[key]:
                     raise ProblemError(
-                        f"{self.folder} holds results of {record.dataset} with {key} "
-                        f"{shown(record.settings[key])}, this run has {shown(settings[key])}; "
-                        "choose another ATTEMPT (or output folder)"
+                        f"{self.folder} holds results with {key} {shown(record.settings[key])}, "
+                        f"this run has {shown(settings[key])}; choose another ATTEMPT"
                     )
 
     def is_done(
@@ -284,10 +276,8 @@ def same_kind(
         for whose, key, value in _settings(sets, model_alone):
             other_folder, other = known.setdefault((whose, key), (folder, value))
             if other != value:
-                raise ProblemError(
-                    f"{other_folder} and {folder} do not belong together: {key} is {shown(other)} "
-                    f"and {shown(value)}"
-                )
+                both = f"{key} is {shown(other)} and {shown(value)}"
+                raise ProblemError(f"{other_folder} and {folder} do not belong together: {both}")
 
 
 def _settings(logs: Logs, model_alone: bool) -> Iterator[tuple[str, str, Any]]:

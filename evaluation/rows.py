@@ -1,7 +1,5 @@
 """Logs and audits as rows, one per forgotten class: the only place that reads numbers from them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

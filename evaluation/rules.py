@@ -1,7 +1,5 @@
 """What counts as forgotten, as still there, and as back: the one place that says so."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 HALF = 0.5  # of the accuracy before forgetting: from there on a class counts as there

@@ -1,7 +1,5 @@
 """Rows as data frames: of one results folder, of methods side by side, and of an audit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +66,7 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
             after.setdefault((row.dataset, row.label), {})[row.name] = row.own.after
     if not lines:
         kind = "multiclass" if multiclass else "single-class"
-        raise ProblemError(
-            f"{folder / LOGS} holds no {kind} results; try multiclass={not multiclass}"
-        )
+        raise ProblemError(f"no {kind} results in {folder / LOGS}: multiclass={not multiclass}?")
     numbers = pd.DataFrame(lines).set_index(KEYS).astype(float)  # None to NaN
     table = numbers.groupby(KEYS, sort=False).mean().reset_index()
     if multiclass:

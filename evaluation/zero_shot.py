@@ -5,8 +5,6 @@ text (`forgetting.edited_texts`), so that thousands of edits are evaluated by tw
 Accuracies are computed in float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any

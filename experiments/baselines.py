@@ -7,8 +7,6 @@ DIR is a folder of feature bundles. Each method of baselines.yaml is run by trai
 FOLDER/METHOD/seed_SEED, where its log is. The same command resumes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--dataset", required=True, help="name of a bundle there")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument(
-        "--methods", metavar="LIST", help=f"with commas between: {', '.join(METHODS)}"
-    )
+    parser.add_argument("--methods", metavar="LIST", help=f"with commas: {', '.join(METHODS)}")
     args, options = parser.parse_known_args(argv)
     methods = args.methods.split(",") if args.methods else list(METHODS)
     for method in methods:

@@ -7,8 +7,6 @@ Works on a folder of feature bundles, and measures accuracies where they hold im
 those of the trainer ForgetLoRA with its weights and its retry (see `variants.py`). One CPU thread.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,13 +110,11 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     shared = ["--features", args.features, "--backbone", args.backbone, "--trainer", "ForgetLoRA"]
     with one_thread(), tempfile.TemporaryDirectory() as temporary:
         shared += ["--output-dir", f"{temporary}/out", *args.opts]
-        table = pd.concat(
-            [
-                run_problem(["--dataset", dataset, *shared], classes)
-                for dataset, classes in progress(work, "problems")
-            ],
-            ignore_index=True,
-        )
+        frames = [
+            run_problem(["--dataset", dataset, *shared], classes)
+            for dataset, classes in progress(work, "problems")
+        ]
+    table = pd.concat(frames, ignore_index=True)
     tables = {f"{args.backbone}: the descent's variants": by_variant(table)}
     if table["class after"].notna().any():
         tables["Distance from ours, percentage points"] = apart_from_ours(table)

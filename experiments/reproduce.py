@@ -11,8 +11,6 @@ OUT/reproduce/BACKBONE/ForgetLoRA/seed_0; the tables are derived from the logs t
 written to OUT/reproduce/paper.csv (before forgetting) and sweep.csv (after).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence

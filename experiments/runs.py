@@ -1,7 +1,5 @@
 """Runs of train.py: planned and checked before the first starts, and run here or by Ray."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

@@ -8,8 +8,6 @@ OUT/BACKBONE/DATASET/NAME, their rows in NAME.csv beside it, drawn in NAME.png. 
 resumes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -22,8 +22,6 @@ are several. The same command resumes. At the end the means over classes, and ov
 standard deviation, are printed and written to sweep.csv beside a report.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -189,9 +187,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         text = f"{name} with commas between, in place of a file"
         parser.add_argument(f"--{name}", metavar="LIST", help=text)
     parser.add_argument("--out", default="results", help="folder of the results")
-    parser.add_argument(
-        "--parts", type=COUNT, default=1, help="parts of a set's requests, a run each"
-    )
+    parser.add_argument("--parts", type=COUNT, default=1, help="runs that share a set's requests")
     add_launcher(parser)
     args, options = parser.parse_known_args(argv)
     options += ["--quiet"] if args.quiet else []

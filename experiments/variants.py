@@ -3,8 +3,6 @@
 Written from a description of those slips (docs/faithfulness.md), not from anybody's code.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -13,8 +13,6 @@ Their constants are those of their authors' code, in the authors' units. All ten
 - `zeroing`, `noise`, `ascend`: the least that can be compared with.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ request, so an adapter that keeps `K_0^-1 h` of its texts can be solved again wi
 without G and without W (`forgetting.solvers.constrained.solve_constraints`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -112,16 +110,13 @@ def solve(parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
     h, base, d = _rows(parts, "texts", TEXTS)
     excluded = Excluded(*_rows(parts, "excluded", EXCLUDED))
     right, missed = torch.zeros_like(d), d
-    try:
-        # Rows of recipes from two machines are of a K_0 that differs in its last digits.
-        for _ in range(REFINEMENTS):
-            left, step = solve_constraints(h, downdate(h, base, excluded), missed)
-            rest = d - h @ left @ (right + step)
-            if not rest.norm() < missed.norm():
-                break
-            right, missed = right + step, rest
-    except torch.linalg.LinAlgError as error:
-        raise ProblemError("the recipes hold numbers too large to solve") from error
+    # Rows of recipes from two machines are of a K_0 that differs in its last digits.
+    for _ in range(REFINEMENTS):
+        left, step = solve_constraints(h, downdate(h, base, excluded), missed)
+        rest = d - h @ left @ (right + step)
+        if not rest.norm() < missed.norm():
+            break
+        right, missed = right + step, rest
     size, rest = float(d.norm()), float(missed.norm())
     residual = rest / size if size else rest
     if not residual <= MISSED:  # NaN neither
@@ -159,10 +154,8 @@ def _is_same(a: Part, b: Part) -> bool:
 def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:
     """Refuse two adapters that are not of one model, one set of retained names, and one ridge."""
     if b.recipe is None:
-        raise ProblemError(
-            f"{b_path}: adapters of {line(b.trainer)} cannot be composed; forget the classes again "
-            "with ForgetExact, or with forget()"
-        )
+        why = f"adapters of {line(b.trainer)} do not compose, those of ForgetExact and forget() do"
+        raise ProblemError(f"{b_path}: {why}")
     for name, ours, theirs in (
         ("backbone", a.backbone, b.backbone),
         ("projection_sha256", a.projection_sha256, b.projection_sha256),
@@ -172,7 +165,5 @@ def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:
     ):
         is_near = name == "the ridge" and abs(ours - theirs) <= SAME_RIDGE * ours
         if ours != theirs and not is_near:
-            raise ProblemError(
-                f"{name} differs: {shown(ours)} in {line(a_path)}, {shown(theirs)} in "
-                f"{line(b_path)}; only adapters of one model, made in the same way, compose"
-            )
+            sides = f"{shown(ours)} in {line(a_path)}, {shown(theirs)} in {line(b_path)}"
+            raise ProblemError(f"{name} differs: {sides}; only adapters of one kind compose")

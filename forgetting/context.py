@@ -78,9 +78,7 @@ class ExactSettings:
         high=1,
     )
     others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
-    protect: float = setting(
-        0.1, "weight of the protected names, beside that of their own group", above=0, high=1e6
-    )
+    protect: float = setting(0.1, "weight of the protected names, as a group", above=0, high=1e6)
     ridge: float | None = setting(
         None,
         "in mean squared lengths of a retained hidden state; none: chosen from the names",
@@ -219,10 +217,8 @@ class Answer:
         notes = [proof(self.edit.certificate.gap)]
         notes += excluded_note(self.excluded_names, self.request.classes)
         if self.edit.residual > POOR:
-            notes.append(
-                f"warning: the texts miss their targets by {self.edit.residual:.1e} of the way; "
-                "texts that repeat each other have different targets"
-            )
+            missed = f"the texts miss their targets by {self.edit.residual:.1e} of the way"
+            notes.append(f"warning: {missed}; texts that repeat each other have different targets")
         if self.added:
             notes.append(f"forgotten too, since they hardly moved: {', '.join(self.added)}")
         if self.lagging:
@@ -235,10 +231,7 @@ class Answer:
             names = ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in most)
             notes.append(f"most affected by text alone: {names}")
         if names := [one.name for one in self.affected if one.likely_misclassified]:
-            notes.append(
-                f"warning: likely to be misclassified: {', '.join(names)} (protect them to prevent "
-                "it: --protect NAME)"
-            )
+            notes.append(f"warning: likely misclassified: {', '.join(names)} (--protect them)")
         return notes
 
 

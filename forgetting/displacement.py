@@ -11,8 +11,6 @@ A name that is retained in two prompts leaves with both: then r is (2, w), and `
 matrix. So the list itself tells how far names *like* those in it move that nobody listed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """One error class, its one-line messages, and checks of names and numbers, without torch."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable
 from difflib import SequenceMatcher

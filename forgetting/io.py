@@ -4,8 +4,6 @@ A file of this library is safetensors. Its metadata holds a `format`, fields as 
 SHA-256 of all of that together with every tensor.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -226,9 +224,7 @@ def tensor(
         words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         shape = ", ".join("any" if dim is None else str(dim) for dim in dims)
         found = f"{value.dtype} {tuple(value.shape) if dense else value.layout} on {value.device}"
-        raise ProblemError(
-            f"{name} must be a dense tensor of {words} and of shape ({shape}), not {found}"
-        )
+        raise ProblemError(f"{name} must be a dense tensor of {words} ({shape}), not {found}")
     if not math.isfinite(largest(value)):
         raise ProblemError(f"{name} holds NaN or infinite values")
     value = value.detach()

@@ -1,7 +1,5 @@
 """Names to retain, in weighted groups, and which of them are excluded when a class is forgotten."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
@@ -99,9 +97,7 @@ class RetainSet:
             rows = matrix(f"group {name!r}", group.rows, width)
             width = rows.shape[1]
             if len(group.names) != len(rows):
-                raise ProblemError(
-                    f"group {name!r}: {len(group.names)} names, {len(rows)} hidden states"
-                )
+                raise ProblemError(f"group {name!r}: {len(group.names)} names, {len(rows)} rows")
             if group.weight is not None:
                 number(f"the weight of group {name!r}", group.weight, low=0)
         self.groups = {name: group for name, group in groups.items() if len(group.names)}
@@ -191,12 +187,8 @@ class RetainSet:
         cosine = normalize(hidden, dim=1) @ self._directions.T  # (b, w) @ (w, n)
         similar = (cosine > self.similarity) & self._exclude_similar
         if self.max_similar is not None and self.max_similar < len(self.names):
-            least = (
-                cosine.masked_fill(~self._exclude_similar, -1.0)
-                .topk(self.max_similar, dim=1)
-                .values[:, -1:]
-            )
-            similar &= cosine >= least
+            allowed = cosine.masked_fill(~self._exclude_similar, -1.0)
+            similar &= cosine >= allowed.topk(self.max_similar, dim=1).values[:, -1:]
         return similar
 
     @cached_property

@@ -15,8 +15,6 @@ names would then move more than `TOLERATED`, the ridge is no smaller than the sm
 within 10 % of the best for them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

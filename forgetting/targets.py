@@ -13,8 +13,6 @@ All of them are functions of embeddings `e = h W + b`. The target decides whethe
 a forgotten class keep it recognised (docs/exact.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,10 +159,7 @@ def empty_target(
             return unit, draws
         noise = torch.randn(empty.shape, generator=generator, dtype=torch.float32)
         candidate = empty + noise_std * noise.to(empty)
-    raise ProblemError(
-        f"{MAX_DRAWS} noisy empty prompts all lie nearest to a class to forget; "
-        "forget fewer classes at once"
-    )
+    raise ProblemError(f"{MAX_DRAWS} noisy empty prompts are near classes to forget: forget fewer")
 
 
 def specific_target(e: Tensor, retained: Ridge, beta: Tensor, excluded: Tensor) -> Tensor:

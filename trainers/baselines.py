@@ -61,9 +61,7 @@ class ForgetZero(ForgetTrainer):
 
 @dataclass(frozen=True)
 class AscentSettings:
-    lr: float = setting(
-        1e-4, "step; 0.01 of a text's length at 1e-4 on any backbone", above=0, high=1e6
-    )
+    lr: float = setting(1e-4, "step; at 1e-4 0.01 of a text's length", above=0, high=1e6)
     steps: int = setting(1000, "steps at most; a hundred are enough", 1, 10**6)
     # Images know the class long after its text is at chance.
     below: float = setting(1.0, "part of chance at which ascent stops", above=0, high=1)
@@ -162,9 +160,7 @@ class EditTrainer(RetainingTrainer):
 @dataclass(frozen=True)
 class UceSettings:
     # With the authors' 1 a text goes a quarter of its way; from 100 on it reaches its target.
-    erase: float = setting(
-        1000.0, "weight of a forgotten text beside a retained one's 1", above=0, high=1e6
-    )
+    erase: float = setting(1000.0, "weight of a forgotten text; retained: 1", above=0, high=1e6)
     ridge: float = setting(0.5, "the authors' lambda", above=0, high=1e6)
 
 

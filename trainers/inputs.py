@@ -1,8 +1,6 @@
 """What a run reads: a plan from names alone, checked before anything is encoded; then the model or
 bundles of features, and from class names the requests: their texts and hidden states."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -89,7 +87,7 @@ def make_plan(cfg: CfgNode) -> Plan:
         if any(model_options) or cfg.MODEL.PRECISION != "fp32":
             raise ProblemError(
                 "--images, --save-model, --weights and --precision need a model, and --features "
-                "runs without one; leave them out, or use `python -m clip.apply` afterwards"
+                "has none; leave them out (`python -m clip.apply` saves a model afterwards)"
             )
         bundle = load_bundle(cfg.FEATURES.DIR, backbone, dataset)
         classnames, vocabulary = bundle.classnames, bundle.retain_names
@@ -124,9 +122,7 @@ def make_plan(cfg: CfgNode) -> Plan:
         if not name.strip():
             raise ProblemError("a name to protect (FORGET.PROTECT) is empty")
         if key(name) in forgotten:
-            raise ProblemError(
-                f"{name!r} is to be forgotten and to be protected (FORGET.PROTECT); choose one"
-            )
+            raise ProblemError(f"{name!r} is to be forgotten and to be protected; choose one")
     prompts = _prompts(cfg, classnames, getattr(lists, "forget_prompts", {}).get(dataset, {}))
     return Plan(dataset, classnames, requests, others, protect, prompts, vocabulary)
 
@@ -189,9 +185,7 @@ def read_target(kind: str, d: int | None = None) -> str | Tensor:
         vector = load(read_bytes(path))["target"].float().flatten()
         check_target(vector, d=d)
     except (ProblemError, KeyError, SafetensorError) as error:
-        raise ProblemError(
-            f"target vector {path}: no safetensors file with a tensor 'target' ({error})"
-        ) from error
+        raise ProblemError(f"target vector {path}: no tensor 'target' there ({error})") from error
     return vector
 
 

@@ -1,8 +1,6 @@
 """The methods as trainers: the paper's descent, its objective at the proved optimum, and complete
 forgetting, solved exactly and proved."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cached_property
@@ -167,9 +165,7 @@ class ForgetExact(ForgetTrainer):
     def check_settings(self, cfg: CfgNode) -> None:
         settings = exact_settings(cfg).chosen(listed=True)
         if not settings.own + settings.vocabulary + settings.others:
-            raise ProblemError(
-                "TRAINER.FORGETEXACT: one of OWN, VOCABULARY, OTHERS must be above 0"
-            )
+            raise ProblemError("TRAINER.FORGETEXACT: OWN, VOCABULARY or OTHERS must be above 0")
 
     def method_settings(self) -> dict[str, Any]:
         chosen = {key.lower(): value for key, value in self.cfg.TRAINER.FORGETEXACT.items()}

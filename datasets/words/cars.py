@@ -3,8 +3,6 @@
 `2012 Volkswagen Golf Hatchback` is also called `2012 VW Golf Hatchback`, and is a hatchback.
 """
 
-from __future__ import annotations
-
 import re
 
 TWO_WORDS = ("AM General", "Aston Martin", "Land Rover")  # makes; all others are one word

@@ -1,7 +1,5 @@
 """Other spellings of a name: another case, the plural, typing mistakes."""
 
-from __future__ import annotations
-
 import re
 
 # fmt: off

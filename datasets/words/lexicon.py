@@ -7,8 +7,6 @@
 Cells at the end may be left out. Other spellings are of a published split that cut names.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterable
 from functools import cache

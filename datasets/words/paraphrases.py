@@ -2,8 +2,6 @@
 no data set need be there. A set's evaluation prompt and the bare name are never among them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple

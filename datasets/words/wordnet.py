@@ -1,7 +1,5 @@
 """WordNet, where it is installed: `nltk` with its wordnet data, or `wn` with an English lexicon."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

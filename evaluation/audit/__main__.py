@@ -4,8 +4,6 @@ Writes DATASET/LABEL.audit.json beside each adapter, audit.json and audit.csv of
 table. An audit that was interrupted goes on where it was.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,9 +18,7 @@ from evaluation.tables import report_audit
 def main(argv: Sequence[str] | None = None) -> None:
     """Audit results folders and print their tables."""
     parser = Parser(prog="python -m evaluation.audit", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folders", nargs="+", metavar="RUN_FOLDER", help="results/resultsATTEMPT/seed_SEED"
-    )
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="results/.../seed_SEED")
     several = {"action": "append", "default": []}
     parser.add_argument("--dataset", help="only this set (repeatable)", **several)
     parser.add_argument("--forget", metavar="LABEL", help="only this label (repeatable)", **several)

@@ -1,7 +1,5 @@
 """Where the images of a forgotten class go now, and whether their scores give them away."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The first names that the model gives to single pictures, before and after."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from evaluation.audit.case import Case, Model, highest

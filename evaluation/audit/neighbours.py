@@ -1,7 +1,5 @@
 """Which other texts change: the classes nearest to the forgotten one, and all that should stay."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Each prompt in turn replaces the class's own column of the classifier; all other
 evaluation prompts. Nobody who looks for a class is bound to the words that it was forgotten by.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """All texts that stand for a class in an audit."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch

@@ -7,8 +7,6 @@
 `label` is that of logs.json. Each measure's own file says what its numbers are.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ The attacker holds k images of every class of the set: with images of the lost o
 could call every image by its name. He tunes nothing on the images that he is judged on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What stays in the images: probes on image embeddings, which the method never touches."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -77,12 +75,8 @@ def vote(x: Tensor, labels: Tensor) -> Tensor:
     Cross-validated by leaving out the image itself. A vote counts 1 + its cosine, so that the
     nearer ones decide between classes with equally many.
     """
-    classifier = KNeighborsClassifier(
-        min(NEIGHBOURS, len(x) - 1),
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distances: 2 - distances,
-    )
+    k = min(NEIGHBOURS, len(x) - 1)
+    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distances: 2 - distances)
     # None: every training image, by its neighbours without itself.
     return torch.from_numpy(classifier.fit(x.numpy(), labels.numpy()).predict(None))
 

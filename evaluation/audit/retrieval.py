@@ -1,7 +1,5 @@
 """Search: texts for an image, images for a text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

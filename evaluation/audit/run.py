@@ -1,7 +1,5 @@
 """The audit of results: every measure for every forgotten class, one file per label."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +24,7 @@ from forgetting.errors import ProblemError, unknown
 from forgetting.problem import LowRankEdit
 
 Measure = Callable[[Case], dict[str, Any]]
-MEASURES: dict[str, Measure] = {
-    name: import_module(f"evaluation.audit.{name}").measure for name in record.MEASURES
-}
+MEASURES = {name: import_module(f"evaluation.audit.{name}").measure for name in record.MEASURES}
 
 
 def audit_folder(

@@ -55,9 +55,7 @@ def measure(case: Case) -> dict[str, Any]:
         "two_adapters": (known.recognise(*difference(case.after, other)), classes),
         "alone": (known.oddness(case.after), []),
     }
-    missing = [
-        f"{name}: no other projection" for name, (scores, _) in attacks.items() if scores is None
-    ]
+    missing = [f"{who}: no other projection" for who, (hits, _) in attacks.items() if hits is None]
     w = case.bundle.text_projection
     if torch.equal(w, torch.eye(*w.shape)):
         missing.append("alone, beside a trained projection: here it is folded into hidden states")

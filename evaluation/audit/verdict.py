@@ -1,7 +1,5 @@
 """What the numbers of an audit say in words, bad news first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from evaluation.audit.record import ATTACKERS, RELEARNING

@@ -1,7 +1,5 @@
 """Command line: one HTML file from a results folder, or from a folder that holds several."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

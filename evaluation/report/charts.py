@@ -1,7 +1,5 @@
 """The charts of the page: one line per method, one dot per class, as SVG images in the page."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from io import BytesIO
 from textwrap import fill

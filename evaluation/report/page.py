@@ -1,7 +1,5 @@
 """The report as one HTML file: template, style and a short script, nothing from elsewhere."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Test images of a forgotten class, and of the classes that lost most, as small pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path

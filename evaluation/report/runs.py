@@ -1,7 +1,5 @@
 """The results folders of a report as methods, and the classes that they forgot."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence

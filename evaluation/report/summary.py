@@ -1,7 +1,5 @@
 """What a report says first: a table of methods, and findings, bad news first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

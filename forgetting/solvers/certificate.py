@@ -179,9 +179,8 @@ def certify_constrained(
     # One product of two matrices; root @ delta would be B products of a matrix and k columns.
     seen = delta.mT @ root.T  # (B, k, q)
     seen_excluded = excluded_rows @ delta  # (B, n, k)
-    image = (
-        (seen @ root).mT + mu * delta - excluded_rows.mT @ (weights[..., None] * seen_excluded)
-    )  # K Delta
+    pulled = excluded_rows.mT @ (weights[..., None] * seen_excluded)
+    image = (seen @ root).mT + mu * delta - pulled  # K Delta
     of_all, of_excluded = norm(seen), norm(weights.sqrt()[..., None] * seen_excluded)  # (B,)
     primal = of_all.square() - of_excluded.square() + mu * norm(delta).square()
     error = norm(h_f.mT @ y - image)  # ||E||

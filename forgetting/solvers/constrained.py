@@ -12,8 +12,6 @@ And solutions compose: from the rows of `K_0^-1` of each forgotten and each excl
 is solved again without G (`solve_constraints`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,10 +59,7 @@ class Ridge:
         self.root, self.gram = root, root.T @ root
         self._cholesky, info = torch.linalg.cholesky_ex(self.gram + mu * torch.eye(w).to(root))
         if info:
-            raise ProblemError(
-                f"the ridge mu {mu:.1e} is lost beside the Gram matrix of the names (trace "
-                f"{float(self.gram.trace()):.1e}): choose a larger one"
-            )
+            raise ProblemError(f"the ridge mu {mu:.1e} is too small: choose a larger one")
 
     @cached_property
     def base(self) -> Tensor:
@@ -161,9 +156,7 @@ class Excluded(NamedTuple):
         inner = torch.diag_embed(diagonal) - self.rows @ self.base.mT  # (B, n, n)
         root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
         if info.any():
-            raise ProblemError(
-                "the ridge is too small beside the names that are excluded: choose a larger one"
-            )
+            raise ProblemError("the ridge is too small for what is excluded: choose a larger one")
         return root
 
 

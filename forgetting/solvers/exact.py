@@ -27,8 +27,6 @@ Requests that share what is retained are solved together. What one of them exclu
 `B = (G + mu I)^-1` and `C = H B L^T (I - L B L^T)^-1`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -30,12 +30,8 @@ class LoraSettings:
 
     steps: int = setting(2000, "optimiser steps of one trial, full batch", 1, 10**6)
     lr: float = setting(0.01, "Adam's learning rate, constant", above=0, high=1e6)
-    reduction: float = setting(
-        0.7, "part of the forget norm that must go, else another trial follows", 0, 1
-    )
-    lamb_forget_step: float = setting(
-        0.05, "added to lamb_forget before every further trial", 0, 1e6
-    )
+    reduction: float = setting(0.7, "part of the forget norm to go, else another trial", 0, 1)
+    lamb_forget_step: float = setting(0.05, "added to lamb_forget before a further trial", 0, 1e6)
     max_trials: int = setting(100, "trials at most; then the best is kept", 1, 10**4)
 
     def __post_init__(self) -> None:

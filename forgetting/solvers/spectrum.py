@@ -1,7 +1,5 @@
 """The retained texts, factorised once, and the scalar roots in which every exact solution ends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
