@@ -105,6 +105,11 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
     assert head_of(folder)["base_model"] == "me/my-clip"
     with pytest.raises(ProblemError, match="exists and is not overwritten"):
         answer.save_pretrained(folder)
+    config = answer.encoder.model.config
+    config._name_or_path, config._commit_hash = "me/by-name", COMMIT
+    answer.save_pretrained(folder, overwrite=True)
+    assert head_of(folder)["base_model"] == "me/by-name"
+    assert head_of(folder)["base_model_revision"] == COMMIT
     fetch = mock.create_autospec(hub.hf_hub_download, return_value=folder / "adapter.safetensors")
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
     for wrap in (lambda model: model, nn.DataParallel, torch.compile):
@@ -115,13 +120,14 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
             assert found.verify(model)
     assert fetch.call_args == mock.call("me/no-cola", "adapter.safetensors", revision="v1")
     fetch.side_effect = OSError("offline\nhere")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "leads-out").mkdir()
     (tmp_path / "leads-out/adapter.safetensors").symlink_to(folder / "adapter.safetensors")
     for place, revision, words in (
         ("me/no-cola", None, "me/no-cola cannot be fetched.*offline"),
         (folder, "v1", "has no revision"),
         (tmp_path / "none", None, "no folder, nor a name on the Hub"),
-        (folder / "adapter.safetensors", None, "no folder, nor"),
+        ("share/adapter.safetensors", None, "no folder, nor"),
         (tmp_path / "leads-out", None, "leads out"),
         (tmp_path, None, "no such file"),
     ):
@@ -138,6 +144,7 @@ def test_push_to_hub(acme, monkeypatch):
     api.list_repo_files.return_value = [".gitattributes"]
     api.create_commit.return_value.commit_url = "https://there"
     assert answer.push_to_hub("no-cola", private=True, revision="main") == "https://there"
+    api.create_repo.assert_called_with("no-cola", private=True, exist_ok=True)
     (repo, added), options = api.create_commit.call_args
     assert repo == "me/no-cola" and options["revision"] == "main"
     assert [x.path_in_repo for x in added] == ["adapter.safetensors", "README.md"]

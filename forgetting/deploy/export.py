@@ -197,7 +197,7 @@ def _write_folder(
     out: Path, files: dict[str, Any], overwrite: bool, base: Path | None = None
 ) -> None:
     """Write tensors, JSON and text files into a folder; and config and tokenizer of the folder
-    `base`, and nothing that could hold weights, nor its card.
+    `base`, and nothing that could hold weights. Its card gives way to ours.
 
     Raises:
         ProblemError: a link that leads out of `base`, to what may not be meant to be copied.
@@ -208,8 +208,7 @@ def _write_folder(
             copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
             if file.is_file() and (copied or file.name.startswith("LICENSE")):
                 refuse_outside(file, base)
-                if file.name.lower() != CARD.lower():
-                    shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
         for name, content in files.items():
             if isinstance(content, str):
                 (folder / name).write_text(content, "utf-8")
