@@ -6,17 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_adapter
 from forgetting.deploy import hub
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
+from forgetting.flag import SCALE, Vectors, none_of_these
 from forgetting.io import matrix
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import (
     changed_sha256,
     find,
+    refuse_applied,
     refuse_other_rest,
     refuse_tied,
     set_applied,
@@ -24,6 +27,8 @@ from forgetting.models.identity import (
 )
 from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
 from forgetting.models.text_embeddings import TextEmbeddings
+from forgetting.models.vocabulary import CACHE, generic_hidden
+from forgetting.retain import key
 from forgetting.solvers.certificate import Certificate
 
 EMBEDDINGS = (
@@ -91,9 +96,7 @@ class Forgotten:
         model was changed already when this was loaded."""
         encoder = self._model()
         if not self._is_original(encoder):
-            if self.original is None:
-                raise ProblemError("the original projection is not known: load it with (original=)")
-            encoder.write(maybe_transpose(self.original, encoder.transposed))
+            encoder.write(self._original(encoder))
         set_applied(encoder, None)
 
     def verify(self, model: nn.Module | None = None) -> bool:
@@ -102,6 +105,54 @@ class Forgotten:
         tensor that is not what it was, is missing, or is new."""
         verify(self._model().model if model is None else model, self.adapter, self._changed)
         return True
+
+    def flag(
+        self,
+        vectors: Vectors,
+        false_alarms: float = 0.005,
+        reference: Vectors | None = None,
+        texts: TextEmbeddings | None = None,
+        cache: str | Path | None = CACHE,
+        progress: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Which images show what was forgotten, by names alone, whatever was applied; nothing is
+        changed. Each name is sought by all texts that it was forgotten by, in the original model,
+        beside the generic vocabulary and what was retained or protected by name.
+
+        Args:
+            vectors: embeddings (n, d) of images, as the original model gives them.
+            false_alarms, reference: see `forgetting.flag.flag`, as for what is returned and raised.
+            texts: of the original model, where this was loaded; cache, progress: see `forget`.
+        """
+        encoder = self.encoder if texts is None else texts
+        if encoder is None:
+            raise ProblemError("there is no model to read texts by: name TextEmbeddings (texts=)")
+        projection = encoder.projection
+        if isinstance(encoder, Encoder):
+            encoder = read_by = self._model()
+            projection = self._original(encoder)
+        elif (read_by := encoder.encoder) is not None:
+            refuse_applied(read_by)
+        recipe, settings = self.adapter.recipe, self.adapter.settings
+        names = [part.texts for part in recipe.parts] if recipe else [[x] for x in self.texts]
+        sought = {key(text) for some in names for text in some}
+        template = settings.get("templates", ["{}"])[0]
+        listed = [*settings.get("retain", ()), *settings.get("protect_names", ())]
+        listed = [template.replace("{}", name) for name in listed]
+        listed = [text for text in listed if key(text) not in sought]
+
+        def embed(hidden: Tensor) -> Tensor:
+            embedded = hidden.double() @ projection.cpu().double()  # (n, w) @ (w, d)
+            return embedded if encoder.bias is None else embedded + encoder.bias.cpu().double()
+
+        common = generic_hidden(encoder, cache, progress, template)[1]
+        more = encoder.remembered(("listed", *listed), lambda: encoder.hidden(listed))
+        learnt = getattr(read_by and read_by.model, "logit_scale", None)
+        scale = SCALE if learnt is None else float(learnt.detach().exp()) / 2
+        named = [embed(encoder.hidden(some)) for some in names]
+        rate = false_alarms, reference, scale
+        shares, none = none_of_these(vectors, named, embed(torch.cat([common, more])), *rate)
+        return 1 - shares, ~none
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the adapter; see `forgetting.save_adapter`."""
@@ -198,6 +249,14 @@ class Forgotten:
             return self.adapter.changed_sha256
         w = maybe_transpose(self.original, self.encoder.transposed)
         return changed_sha256(self.adapter, w, self.encoder.transposed)
+
+    def _original(self, encoder: Encoder) -> Tensor:
+        """W (w, d) as it was before; ProblemError if that is not known."""
+        if self._is_original(encoder):
+            return encoder.projection
+        if self.original is None:
+            raise ProblemError("the original projection is not known: load it with (original=)")
+        return maybe_transpose(self.original, encoder.transposed)
 
     def _is_original(self, encoder: Encoder) -> bool:
         """Whether the projection is the original; ProblemError if it is not the changed either."""

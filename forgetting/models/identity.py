@@ -105,7 +105,7 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
 
 
 def _no_tokenizer(texts: list[str]) -> Any:
-    raise ProblemError("this model was loaded without a tokenizer")
+    raise ProblemError("this model was loaded without a tokenizer: name TextEmbeddings (texts=)")
 
 
 def refuse_tied(model: nn.Module, name: str) -> None:

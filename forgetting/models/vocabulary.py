@@ -34,7 +34,10 @@ def generic_names() -> list[str]:
 
 
 def generic_hidden(
-    encoder: Encoder | TextEmbeddings, cache: str | Path | None = CACHE, progress: bool = True
+    encoder: Encoder | TextEmbeddings,
+    cache: str | Path | None = CACHE,
+    progress: bool = True,
+    template: str = "{}",
 ) -> tuple[list[str], Tensor]:
     """The names, and their hidden states (n, w), encoded once for a model and tokenizer. A file
     that is damaged, or of another model, is replaced.
@@ -42,34 +45,36 @@ def generic_hidden(
     Args:
         cache: the folder of files; None: no file is read or written.
         progress: whether to show a bar where they are encoded.
+        template: a text with {} for a name.
     """
     if isinstance(encoder, TextEmbeddings) and (clip := encoder.encoder) is not None:
-        names, hidden = generic_hidden(clip, cache, progress)  # nothing is encoded twice
+        names, hidden = generic_hidden(clip, cache, progress, template)  # nothing is encoded twice
         embeddings = hidden @ clip.projection.detach().to(hidden)
         embeddings = embeddings if clip.bias is None else embeddings + clip.bias.to(embeddings)
         return names, normalize(embeddings, dim=1)
     names, title = generic_names(), "generic vocabulary" if progress else ""
+    texts = [template.replace("{}", name) for name in names]
     folder = None if cache is None else expand(cache)
 
     def read_or_encode() -> Tensor:
         if folder is None:
-            return encoder.hidden(names, progress=title)
-        parts = [encoder.fingerprint, encoder.tokens_sha256(names), names]
+            return encoder.hidden(texts, progress=title)
+        parts = [encoder.fingerprint, encoder.tokens_sha256(texts), texts]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = folder / f"generic-{key[:32]}.safetensors"
         with suppress(ProblemError):  # damaged, or not there yet
             hidden = unpack(path, FORMAT)[1]["hidden"]
-            step = max(1, len(names) // SAMPLED)
-            fresh = encoder.hidden(names[::step])
+            step = max(1, len(texts) // SAMPLED)
+            fresh = encoder.hidden(texts[::step])
             distances = (hidden[::step] - fresh).norm(dim=1)
             if (distances <= TOLERANCE * fresh.norm(dim=1)).all():
                 return hidden
-        hidden = encoder.hidden(names, progress=title)
+        hidden = encoder.hidden(texts, progress=title)
         with suppress(ProblemError):  # a disk that is full, or not ours
-            write_bytes(pack(FORMAT, {"texts": len(names)}, {"hidden": hidden}), path)
+            write_bytes(pack(FORMAT, {"texts": len(texts)}, {"hidden": hidden}), path)
         return hidden
 
-    return names, encoder.remembered(("generic", str(folder)), read_or_encode)
+    return names, encoder.remembered(("generic", str(folder), template), read_or_encode)
 
 
 def expand(path: str | Path) -> Path:

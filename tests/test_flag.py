@@ -1,0 +1,123 @@
+"""A flag from names alone: the rate that is asked for, and nothing taken from the encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from forgetting import Forgotten, ProblemError, TextEmbeddings, forget
+from forgetting.flag import flag, none_of_these
+from tests.encoder_fixtures import tiny
+from tests.test_patch import random
+
+D = 1024  # where cosines of random directions spread as CLIP's do, by 0.03
+NAMES = normalize(random(200, D, seed=1), dim=1)
+CAT, DOG = normalize(random(2, D, seed=2), dim=1)
+FEW = "the rate may not hold"
+
+
+def images(count: int, text: Tensor | None = None, seed: int = 3) -> Tensor:
+    """Of what a text names, or of things that common names name."""
+    texts = NAMES[torch.arange(count) % len(NAMES)] if text is None else text
+    return normalize(
+        random(count, D, seed=seed) / D**0.5 + (0.1 + 0.1 * (text is not None)) * texts
+    )
+
+
+OTHERS = images(2000)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.02, 0.01])
+@pytest.mark.filterwarnings("error")
+def test_the_rate_is_held_on_images_of_other_things(rate):
+    scores, flags = flag(torch.cat([images(60, CAT), OTHERS]), CAT, NAMES, rate)
+    assert torch.equal(flags, scores >= 1 - rate) and scores.min() >= 0 and scores.max() <= 1
+    assert flags[:60].float().mean() > 0.8
+    assert rate / 4 < flags[60:].float().mean() < 2 * rate
+    # Of another text, one of the same numbers, these are images of other things.
+    other = flag(torch.cat([images(60, CAT), OTHERS]), CAT[torch.randperm(D)], NAMES, rate)[1]
+    assert other.float().mean() < 2 * rate
+
+
+def test_order_length_and_kind_of_the_vectors_do_not_matter():
+    vectors, order = torch.cat([images(60, CAT), OTHERS[:500]]), torch.randperm(560)
+    scores = flag(vectors, CAT, NAMES)[0]
+    lengths = torch.rand(560, 1) + 0.5
+    for same in (vectors * lengths, vectors.double(), vectors.double().numpy()):
+        assert torch.allclose(flag(same, 3 * CAT, 2 * NAMES)[0], scores, atol=1e-4)
+    assert torch.allclose(flag(vectors[order], CAT, NAMES)[0], scores[order], atol=1e-6)
+    assert torch.allclose(flag(vectors.half(), CAT, NAMES.half())[0], scores, atol=1e-2)
+    assert torch.allclose(flag(vectors, torch.stack([CAT, CAT]), NAMES)[0], scores, atol=1e-4)
+
+
+def test_few_vectors_and_what_tells_instead_of_them():
+    one = images(1, CAT)
+    with pytest.warns(UserWarning, match=FEW):
+        assert flag(torch.cat([one, OTHERS[:1]]), CAT, NAMES)[1].tolist() == [True, False]
+    with pytest.warns(UserWarning, match=FEW):
+        assert [len(x) for x in flag(one[:0], CAT, NAMES)] == [0, 0]
+    with pytest.warns(UserWarning, match="100% of which"):
+        flag(images(300, CAT), CAT, NAMES)
+    among = flag(OTHERS, CAT, NAMES, reference=OTHERS)[0]
+    assert torch.allclose(flag(OTHERS[:1], CAT, NAMES, reference=OTHERS)[0], among[:1], atol=1e-4)
+    assert torch.allclose(flag(OTHERS, CAT, NAMES)[0], among)
+    assert flag(images(300, CAT), CAT, NAMES, reference=OTHERS)[1].float().mean() > 0.8
+
+
+def test_none_of_these():
+    vectors = torch.cat([images(60, CAT), images(60, DOG, seed=4), OTHERS])
+    shares, none = none_of_these(vectors, torch.stack([CAT, DOG]), NAMES, 0.01)
+    assert none[:120].float().mean() < 0.2 and (~none[120:]).float().mean() < 0.02
+    least = 1 - torch.maximum(flag(vectors, CAT, NAMES)[0], flag(vectors, DOG, NAMES)[0])
+    assert torch.allclose(shares, (2 * least).clamp(max=1.0))  # two names are two chances to err
+
+
+@pytest.mark.parametrize(
+    ("change", "token"),
+    [
+        *(({"false_alarms": rate}, "false_alarms") for rate in (0, 1, True, float("nan"), "1 %")),
+        ({"vectors": OTHERS[:, 1:]}, "vectors"),
+        ({"vectors": OTHERS[0]}, "vectors"),
+        ({"vectors": OTHERS * float("nan")}, "vectors holds NaN"),
+        ({"vectors": np.zeros((3, D), int)}, "vectors"),
+        ({"text": CAT[1:]}, "text"),
+        ({"vocabulary": NAMES[:0]}, "vocabulary"),
+    ],
+)
+def test_what_cannot_be_flagged(change, token):
+    with pytest.raises(ProblemError, match=token):
+        flag(**{"vectors": OTHERS, "text": CAT, "vocabulary": NAMES} | change)
+
+
+@pytest.mark.filterwarnings(f"ignore:{FEW}")
+@pytest.mark.parametrize("family", ["open_clip ViT", "own with bias"])
+def test_what_was_forgotten_is_flagged_in_the_original_space(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("forgetting.models.vocabulary.generic_names", lambda: ["a", "bee", "sea"])
+    (model, words), alone = tiny(family), {"cache": None, "progress": False}
+    before, vectors = {k: x.clone() for k, x in model.state_dict().items()}, random(9, 16, seed=1)
+    also = {"Acme Cola": ["acme soda"]}
+    names = ["Acme Cola", "Oslo boat"]
+    answer = forget(
+        model, words, names, also, ["Pepsi", "acme soda"], templates=["the {}"], **alone
+    )
+    scores, flags = answer.flag(vectors, 0.2, **alone)
+    assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+    texts = TextEmbeddings.of(model, words)
+    scale = getattr(model, "logit_scale", torch.tensor(100.0).log()).exp().item() / 2
+    named = [["the Acme Cola", "the acme soda"], ["the Oslo boat"]]
+    common = texts.hidden(["the a", "the bee", "the sea", "the Pepsi"])
+    found = none_of_these(vectors, list(map(texts.hidden, named)), common, 0.2, scale=scale)
+    assert torch.allclose(1 - found[0], scores, atol=1e-4) and torch.equal(~found[1], flags)
+    assert scores.max() > 0.5 > scores.min()
+    answer.save(tmp_path / "a")
+    loaded = Forgotten.load(tmp_path / "a")
+    with pytest.raises(ProblemError, match="texts="):
+        loaded.flag(vectors)
+    assert torch.allclose(loaded.flag(vectors, 0.2, texts=texts, **alone)[0], scores, atol=1e-4)
+    answer.apply()
+    assert torch.equal(answer.flag(vectors, 0.2, **alone)[0], scores)
+    with pytest.raises(ProblemError, match="forgotten Acme Cola"):
+        loaded.flag(vectors, texts=texts)
