@@ -1,4 +1,4 @@
-"""The command `clip-forget`: forget, audit, compose, verify, patch, export.
+"""The command `clip-forget`: forget, audit, compose, verify, patch, index, export.
 
     clip-forget forget hf:DIR "Acme Cola" --also "Acme Cola=acme soda" --out acme.safetensors
     clip-forget verify acme.safetensors --model hf:CHANGED
@@ -106,7 +106,9 @@ def _drop_output() -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """`main` for the shell."""
-    return run(main, argv)
+    return run(
+        main, argv, "interrupted; no file was written; a database goes on by the same command"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from forgetting.io import refuse_existing
 
             args = parser.parse_intermixed_args(rest)
-            if "out" in args:  # refused before anything is computed
+            if getattr(args, "out", None):  # refused before anything is computed
                 refuse_existing(args.out, args.overwrite)
             return args
 
@@ -334,11 +336,51 @@ def _export(option: Option, parse: Parse) -> None:
     _say(f"{args.out}: {args.to}, without {', '.join(adapter.classes)}")
 
 
+def _index(option: Option, parse: Parse) -> None:
+    """Hide what was forgotten in a store of image vectors, or restore it."""
+    from forgetting.adapter import load_adapter
+    from forgetting.deploy.embeddings import projection_of
+    from forgetting.deploy.stores import change_store
+
+    places = {
+        "column": "with the vectors: parquet, PostgreSQL",
+        "collection": "of Qdrant",
+        "vector": "its name, in a collection with several",
+        "table": "of PostgreSQL",
+        "id": "the table's primary key",
+    }
+    option("action", choices=("hide", "restore"))
+    option("adapter", metavar="ADAPTER")
+    about = "*.npy, *.parquet, *.faiss, *.index, qdrant:FOLDER_OR_URL or postgresql://..."
+    option("store", metavar="STORE", help=about)
+    for name, about in places.items():
+        option(f"--{name}", help=about)
+    option("--base", help="the original checkpoint, of an adapter that changes a text encoder")
+    option("--unnormalised", action="store_true", help="the vectors are not of length 1")
+    option("--dry-run", action="store_true", help="read and compute, and change nothing")
+    option("--batch", type=int, metavar="ROWS", help="how many rows to change at once")
+    option("--out", metavar="PATH", help="the new file, where the store is one")
+    option("--overwrite", action="store_true", help="replace what is at PATH")
+    args = parse()
+    adapter, hide = load_adapter(args.adapter), args.action == "hide"
+    options = {name: getattr(args, name) for name in (*places, "out", "overwrite", "batch")}
+    options |= {"normalised": not args.unnormalised, "progress": not args.quiet}
+    projection = projection_of(adapter, args.base)[0]
+    done = change_store(adapter, args.store, hide, projection, dry_run=args.dry_run, **options)
+    _say(
+        f"{done.where}: {done.rows} vectors, {done.changed} "
+        f"{'would be ' if args.dry_run else ''}{'hidden' if hide else 'restored'}; CRC-32 before "
+        f"{done.before:08x}, after {done.after:08x}; condition {done.edit.condition:.3g}, "
+        f"restoring is right to {done.error:.1e}"
+    )
+
+
 COMMANDS = {
     "forget": _forget,
     "audit": _audit,
     "compose": _compose,
     "verify": _verify,
     "patch": _patch,
+    "index": _index,
     "export": _export,
 }
