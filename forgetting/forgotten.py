@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_adapter
+from forgetting.adapter import Adapter, adapter_bytes, load_adapter, projection_sha256, save_adapter
 from forgetting.deploy import hub
+from forgetting.deploy.card import CARD, Base, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.flag import SCALE, Vectors, none_of_these
-from forgetting.io import matrix
+from forgetting.io import atomic_path, matrix
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import (
     changed_sha256,
@@ -198,7 +199,11 @@ class Forgotten:
         """Write a folder to share: `adapter.safetensors` and its model card, README.md. `base_id`
         is the original model's name on the Hub, ID or ID@REVISION; None: as a model of transformers
         says. ProblemError if it cannot be written, or is there and `overwrite` is False."""
-        hub.save(hub.files(self, base_id), folder, overwrite)
+        files = self._shared(base_id)
+        with atomic_path(folder, overwrite) as temporary:
+            temporary.mkdir()
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
 
     def push_to_hub(
         self,
@@ -211,7 +216,7 @@ class Forgotten:
         """Put what `save_pretrained` writes into a repository of the Hub, made if need be, in one
         commit to its branch `revision`, and give the address. The login is huggingface_hub's.
         ProblemError where that fails, or the files are there and `overwrite` is False."""
-        return hub.push(hub.files(self, base_id), repo_id, overwrite, private, revision)
+        return hub.push(self._shared(base_id), repo_id, overwrite, private, revision)
 
     @classmethod
     def from_pretrained(
@@ -228,6 +233,13 @@ class Forgotten:
         if found.encoder is not None:
             refuse_other_rest(found.encoder, found.adapter)
         return found
+
+    def _shared(self, base_id: str | None) -> dict[str, bytes]:
+        """Names and contents of the files that are shared."""
+        encoder = getattr(self.encoder, "encoder", self.encoder)  # of text embeddings
+        base = Base.of_model(encoder and encoder.model, base_id)
+        card = model_card(self.adapter, "adapter", base)
+        return {hub.ADAPTER: adapter_bytes(self.adapter), CARD: card.encode()}
 
     def _model(self) -> Encoder:
         """The model as it is now, in which another tensor may stand for the projection."""

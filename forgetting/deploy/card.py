@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,17 @@ HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # 
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
 COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
 CHANGED = "Only the text projection is changed; every other tensor is the base model's, to the bit"
-BASE = "Load the base model instead: nothing in it was changed."
-# What is saved -> library, its relation to the base model, how it is used, how it is undone.
-USES = {
-    "hf": ("transformers", "finetune", "model = {kind}.from_pretrained(PLACE)", BASE),
-    "open_clip": (
-        "open_clip",
-        "finetune",
-        'open_clip.create_model_from_pretrained("local-dir:PLACE")  # on the Hub: hf-hub:PLACE',
-        BASE,
-    ),
-    "peft": (
-        "peft",
-        "adapter",
-        "model = PeftModel.from_pretrained({kind}.from_pretrained(BASE), PLACE)",
-        "`model.unload()`. PEFT does not notice a base model that is another one.",
-    ),
-    "adapter": (
-        "clip-forgetting",
-        "adapter",
-        "answer = Forgotten.from_pretrained(PLACE, model)\nanswer.apply()",
-        "`answer.undo()`, to the bit. Another model is refused.",
-    ),
+ADAPTERS = ("adapter", "embeddings", "peft")
+USES = {  # what is saved -> its library, and how it is used
+    "hf": ("transformers", "{kind}.from_pretrained(PLACE)"),
+    "open_clip": ("open_clip", 'open_clip.create_model_from_pretrained("local-dir:PLACE")'),
+    "sentence-transformers": ("sentence-transformers", "SentenceTransformer(PLACE)"),
+    "immich": ("onnx", "# Copy textual/ over the same folder in immich's cache."),
+    "peft": ("peft", "PeftModel.from_pretrained({kind}.from_pretrained(BASE), PLACE)"),
+    "adapter": ("clip-forgetting", "Forgotten.from_pretrained(PLACE, model).apply()"),
     "embeddings": (
         "clip-forgetting",
-        "adapter",
-        "vectors = hide_in_index(vectors, Forgotten.from_pretrained(PLACE).adapter)",
-        "`restore_index`, with the same arguments, to rounding.",
+        "hide_in_index(vectors, Forgotten.from_pretrained(PLACE).adapter)",
     ),
 }
 MEASURED = {"cls_acc_test": "{} in {}", "no_cls_acc": "beside {} in {}", "all_ds": "{1}"}
@@ -71,25 +55,22 @@ class Base:
         that its card names; or of a `base_id`, ID or ID@REVISION; ProblemError if it is none."""
         if base_id is not None and not HUB_ID.fullmatch(base_id):
             raise ProblemError(f"base_id must be ID or ID@REVISION, not {shown(base_id)}")
-        found = cls(*HUB_ID.fullmatch(base_id).groups()) if base_id else cls()
+        name, revision = HUB_ID.fullmatch(base_id).groups() if base_id else (None, None)
         if path is None:
-            return found
+            return cls(name, revision)
         folder = path if path.is_dir() else path.parent
-        cached = CACHED.fullmatch(folder.absolute().as_posix())
-        if cached and base_id is None:
-            found = cls(cached[1].replace("--", "/"), cached[2])
+        if not name and (cached := CACHED.fullmatch(folder.absolute().as_posix())):
+            name, revision = cached[1].replace("--", "/"), cached[2]
         config = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).is_file() else {}
         kinds = config.get("architectures") if isinstance(config, dict) else None
-        kind = str(kinds[0]) if isinstance(kinds, list) and kinds else cls.kind
-        return replace(
-            found, kind=kind if kind.isidentifier() else cls.kind, head=_head(path / CARD)
-        )
+        kind = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
+        return cls(name, revision, kind if kind.isidentifier() else cls.kind, _head(path / CARD))
 
     @classmethod
     def of_model(cls, model: Any, base_id: str | None = None) -> Base:
         """That which a model of transformers says that it was loaded from, or `base_id`."""
         config = getattr(model, "config", None)
-        name = getattr(config, "_name_or_path", None) or ""
+        name = str(getattr(config, "_name_or_path", None) or "")
         if base_id is None and not Path(name).exists() and HUB_ID.fullmatch(name):
             return cls(name, getattr(config, "_commit_hash", None))
         return cls.of(Path(name) if name else None, base_id)
@@ -124,9 +105,10 @@ def _bullets(lines: Iterable[str]) -> str:
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
     """The card of an adapter, or of the changed model; saved: one of `USES`."""
     saved = "embeddings" if adapter.of_embeddings else saved
-    library, relation, use, undo = USES[saved]
+    library, use = USES[saved]
     head = {"base_model": base.name, "base_model_revision": base.revision}
-    head |= {"base_model_relation": relation, "library_name": library, **base.head}
+    head["base_model_relation"] = "adapter" if saved in ADAPTERS else "finetune"
+    head |= {"library_name": library, **base.head}
     head["tags"] = ["clip", "unlearning", "machine-unlearning", "concept-erasure", "clip-forget"]
     link = f"[{base.name}](https://huggingface.co/{base.name})"
     what = link + (f" at revision `{base.revision}`" if base.revision else "")
@@ -141,7 +123,6 @@ def model_card(adapter: Adapter, saved: str, base: Base) -> str:
         how=_bullets(_how(adapter)),
         measured=_bullets(_measured(adapter)) or "Nothing on images.",
         use=use.format(kind=base.kind),
-        undo=undo,
     )
 
 

@@ -1,34 +1,16 @@
-"""An adapter as people share it: a folder, or a repository of the Hub, with its model card."""
+"""Where adapters are shared: folders, and repositories of the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from forgetting.adapter import adapter_bytes
-from forgetting.deploy.card import CARD, HUB_ID, Base, model_card
+from forgetting.deploy.card import HUB_ID
 from forgetting.errors import ProblemError, line
-from forgetting.io import atomic_path, foreign, need, refuse_outside
+from forgetting.io import foreign, need, refuse_outside
 
 ADAPTER = "adapter.safetensors"
 PACKAGE = "huggingface_hub", "clip-forgetting[hub]"
-
-
-def files(forgotten: Any, base_id: str | None) -> dict[str, bytes]:
-    """Names and contents of what a `Forgotten` is shared as."""
-    encoder = getattr(forgotten.encoder, "encoder", forgotten.encoder)  # of text embeddings
-    base = Base.of_model(None if encoder is None else encoder.model, base_id)
-    card = model_card(forgotten.adapter, "adapter", base)
-    return {ADAPTER: adapter_bytes(forgotten.adapter), CARD: card.encode()}
-
-
-def save(files: Mapping[str, bytes], folder: str | Path, overwrite: bool) -> None:
-    """Write them into a folder, all or none."""
-    with atomic_path(folder, overwrite) as temporary:
-        temporary.mkdir()
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
 
 
 def push(
@@ -38,7 +20,7 @@ def push(
     private: bool | None,
     revision: str | None,
 ) -> str:
-    """Write them into a repository, in one commit, and give its address."""
+    """Write files, contents by name, in one commit, and give its address."""
     hub = need(*PACKAGE)
     with foreign(f"{line(repo_id)} cannot be written"):
         api = hub.HfApi()
