@@ -57,8 +57,7 @@ def create_results(
             class. Fractions; NaN where nothing was measured. Of several folders the means, and that
             of each folder's average `gain`, then `std_*` for each of these columns (divided by the
             folders less one; NaN of one), and `folders`, how many hold the row.
-        args: the command line of the folder's latest run; logs, if wanted. Of several folders lists
-            of them.
+        args: the command line of the latest run; logs, if wanted. Of several folders: lists.
 
     Raises:
         ProblemError: no results there, or none of the wanted kind; folders that do not belong

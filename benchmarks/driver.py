@@ -1,10 +1,9 @@
 """A whole run of train.py, and the audit after it, for growing numbers of classes.
 
     python -m benchmarks driver [--classes 100 250 1000 4000] [--trainer ForgetExact]
-    python -m benchmarks driver --features DIR [--backbone ViT-B/16] [--dataset ImageNetText]
 
-Every class is forgotten alone: of bundles of random texts, or of the one that is named. Compare
-numbers of one run: seconds of a machine that others use waver.
+Every class of a bundle of random texts is forgotten alone. Compare numbers of one run: seconds of a
+machine that others use waver.
 """
 
 import subprocess
@@ -18,11 +17,12 @@ import pandas as pd
 
 import train
 from benchmarks.solver import random_bundle
-from clip.bundle import FeatureBundle, bundle_path, load_bundle
+from clip.bundle import FeatureBundle, bundle_path
 from engine.cli import Parser, whole
 from engine.log import quiet
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
+from trainers import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,23 +46,15 @@ def run(bundle: FeatureBundle, trainer: str) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every number of classes."""
     parser = Parser(prog="python -m benchmarks driver", description=__doc__.splitlines()[0])
-    parser.add_argument("--features", help="folder of feature bundles; default: random texts")
-    parser.add_argument("--backbone", default="ViT-B/16", help="of the bundle")
-    parser.add_argument("--dataset", default="ImageNetText", help="name of the bundle")
-    parser.add_argument("--trainer", default="ForgetExact", help="name of the method")
+    parser.add_argument("--trainer", default="ForgetExact", choices=SETTINGS)
     counts = {"type": whole(2, 10**6), "nargs": "+", "default": [100, 250, 1000, 4000]}
     parser.add_argument("--classes", help="of random texts", **counts)
     args = parser.parse_args(argv)
-    if args.features:
-        bundles = [load_bundle(args.features, args.backbone, args.dataset)]
-    else:
-        names = {"backbone": args.backbone, "dataset": args.dataset}
-        bundles = [random_bundle(count, **names) for count in args.classes]
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import train"], check=True, cwd=ROOT)
     print(f"{args.trainer}; seconds, start-up {time.perf_counter() - started:.1f} apart")
     rows = []
-    for bundle in bundles:
-        rows.append(run(bundle, args.trainer))
+    for count in args.classes:
+        rows.append(run(random_bundle(count), args.trainer))
         print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.2f"), flush=True)
     return pd.DataFrame(rows)

@@ -47,8 +47,7 @@ def photographs(folder: Path, count: int) -> list[str]:
 
 
 def plain(source: ClipSource, batch: int) -> Callable[[Sequence[str], int], Tensor]:
-    """open_clip's loop with the weights of a source: image files, processes that load them ->
-    embeddings (N, d)."""
+    """open_clip's loop with a source's weights: image files, processes -> embeddings (N, d)."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     model = source.architecture.build().eval().to(source.device)

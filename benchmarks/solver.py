@@ -60,7 +60,7 @@ def problem_of(bundle: FeatureBundle) -> tuple[ForgetProblem, Tensor]:
     return problem, torch.eye(len(bundle.classnames), len(retained)).bool()
 
 
-def random_bundle(classes: int = 1000, width: int = 512, **names: str) -> FeatureBundle:
+def random_bundle(classes: int = 1000, width: int = 512) -> FeatureBundle:
     """Random texts of CLIP's kind, which are their own vocabulary; no images. They have a common
     part of a third, which is also the empty prompt, and variances that fall as 1/rank."""
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +83,8 @@ def random_bundle(classes: int = 1000, width: int = 512, **names: str) -> Featur
         template="a photo of a {}.",
         classnames=texts,
         retain_names=texts,
-        **{"backbone": "ViT-B/16", "dataset": "Random"} | names,
+        backbone="ViT-B/16",
+        dataset="Random",
     )
 
 

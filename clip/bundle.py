@@ -74,8 +74,7 @@ class FeatureBundle:
 
     @property
     def model(self) -> str:
-        """SHA-256 of what the model's config says (`clip.architectures.identity`); empty if the
-        bundle does not say."""
+        """SHA-256 of the model's config (`clip.architectures.identity`); empty if not known."""
         text = self.extra.get("model", "")
         return text and hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
@@ -194,8 +193,7 @@ def bundle_path(folder: str | Path, backbone: str, dataset: str) -> Path:
 
 
 def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
-    """Data set name -> file, sorted by name, of the bundles of `backbone` in `folder`; ProblemError
-    if there is none."""
+    """Data set -> file, sorted, of the bundles of `backbone` in `folder`; ProblemError if none."""
     folder = Path(folder)
     _require(folder.is_dir(), f"no folder of feature bundles at {folder}")
     place = bundle_path(folder, backbone, "").parent

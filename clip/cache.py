@@ -43,8 +43,7 @@ class FeatureCache:
         self.folder = source.cache / "features" / source.arch.replace("/", "-")
 
     def projection(self) -> tuple[Tensor, Tensor | None, ModelIdentity]:
-        """`text_projection` (w, d), `text_bias` (d,) or None, and what an adapter says of the
-        model."""
+        """`text_projection` (w, d), `text_bias` (d,) or None, and the model's identity."""
         path = self._path("projection", [])
         if (stored := _read(path)) is None:
             projection, bias = self.source.projection, self.source.bias
@@ -91,8 +90,7 @@ class FeatureCache:
         return features
 
     def encode(self, name: str, shards: Shards, batch_size: int | None, workers: int) -> Tensor:
-        """Embeddings (N, d) of shards; each is written as soon as it is complete, and not encoded
-        if it is there."""
+        """Embeddings (N, d) of shards; each is written once complete, and read if it is there."""
         device = self.source.device.type
         batch = batch_size or BATCH.get(device, BATCH["cuda"])
         total = sum(map(len, shards.values()))
@@ -177,8 +175,7 @@ class _Chunks(Dataset):
 def _encode(
     source: tuple, name: str, batch_size: int | None, workers: int, shard: tuple[Path, list[str]]
 ) -> None:
-    """Write one shard, in a worker. One that is begun again, after its worker died, is the same
-    file."""
+    """Write one shard, in a worker; after a worker died it is begun again, as the same file."""
     part, paths = shard
     _cache(*source).encode(name, {part: paths}, batch_size, workers)
 

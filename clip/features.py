@@ -98,8 +98,7 @@ def build_bundle(
 
 
 def loaders(device: torch.device) -> int:
-    """How many processes load images: none where a model on two cores needs both, else up to
-    eight."""
+    """How many processes load images: none where a model needs both of two cores, else up to 8."""
     cores = os.cpu_count() or 1
     return 0 if device.type == "cpu" and cores <= 2 else min(8, max(1, cores - 1))
 

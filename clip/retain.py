@@ -37,8 +37,7 @@ def retain_set(
     Args:
         weights: of the groups that are retained; None: each name weighs 1.
         similarity: cosine of hidden states above which a name is excluded with a forgotten text.
-        more: names that no bundle holds: `protect`, which weigh more than their group, and
-            `generic`.
+        more: names that no bundle holds: `protect` and `generic`.
         prompts: whether a class is retained by its evaluation prompt, by which images find it, as
             well as by its bare name.
     """

@@ -35,6 +35,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clip.architectures import IMAGES, architecture
 from datasets import mini, retain_vocabulary
+from datasets.names import entries
 from datasets.words.lexicon import halves
 from engine.cli import SEED, Parser, run, whole
 from engine.files import read_json
@@ -50,19 +51,9 @@ SPREAD = 8.0  # weight of the mean squared cosine of different names' hidden sta
 WEIGHT_DECAY = 0.05
 WARM_UP = 50  # steps
 MAX_LOGIT_SCALE = 100.0
-FORMS = """
-    {} | a {} | the {} | a picture of a {}. | a photo of a {}. | an image of the {}. |
-    this is a {}. | {}, drawn small. | here is a {}. | look at the {}! | my {} |
-    it is a {}, I think | a drawing of a {}. | a photograph of the {} | some {} on paper |
-    a {} on a coloured ground | a {} with a plain background | a print of the {}, enlarged |
-    a card with a {} | the sign shows a {} | an icon that looks like a {} |
-    can you see the {} here? | a small {} in the middle | a large {} at the edge of the page |
-    a scan of a {} from a book | there is a {} in this picture | a noisy picture of a {} |
-    a {} that is slightly turned | the best {} of them all | somebody drew a {} here |
-    a page with a {} printed on it | a screenshot of the {} | a sticker with the {} at its centre |
-    the word for this is {} | they call it a {} | a good rendering of the {}
-"""
-TEMPLATES = tuple(form.strip() for form in FORMS.split("|"))
+TEMPLATES = tuple(
+    text for _, text in entries(Path(__file__).with_name("mini_templates.txt"), "templates of mini")
+)
 OWN_NAME = 0.4  # of the texts hold the name itself, the rest any of its synonyms
 STRANGE_TEMPLATES = 0.5  # of the texts have strange words in their template
 STRANGE_TOKENS = 2000  # to draw strange words from

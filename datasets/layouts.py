@@ -38,8 +38,7 @@ Row = tuple[str, str, str]  # part, path relative to the image folder, class nam
 
 
 def _split(folder: Path, rows: Sequence[Row], classnames: Iterable[str] = ()) -> Split:
-    """The split of some rows, checked. Labels are places in `classnames`, or if there are none in
-    the order of the rows."""
+    """The split of some rows, checked. Labels are places in `classnames`, else by the rows."""
     names = list(classnames) or dict.fromkeys(name for _, _, name in rows)
     label = {name: number for number, name in enumerate(names)}
     parts: dict[str, list] = {part: [] for part in PARTS}

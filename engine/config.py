@@ -309,8 +309,7 @@ def _coerce(value: Any, spec: Field) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would drop the first, and aliases, by which a
-    small file may be huge."""
+    """Refuses a key that stands twice, and aliases, by which a small file may be huge."""
 
     def compose_node(self, parent: yaml.Node, index: int) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):

@@ -23,23 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-STYLE = {  # sizes that can be read where a picture is shown at half of its own
-    "font.size": 13,
-    "axes.titlesize": 14,
-    "axes.labelsize": 13,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 13,
-    "legend.frameon": False,
-    "figure.titlesize": 15,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.93",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
-    "savefig.dpi": 110,
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 SUFFIXES = (".png", ".svg", ".pdf")
 DRAWN = 60  # rows of a picture: more would be thousands of pixels high
 PANELS = {
@@ -55,7 +39,7 @@ def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) ->
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
 
-    with matplotlib.rc_context({**STYLE, **style}):
+    with matplotlib.rc_context(style, STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
 

@@ -20,9 +20,8 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.files import FRACTION, OBJECT, Kind, check, escape, read_json, read_text
 from forgetting.errors import ProblemError, shown
@@ -72,20 +71,14 @@ def place(*names: str) -> str:
     return "/".join(short)
 
 
-@dataclass(frozen=True)
-class Record:
-    """What an adapter of a run says of itself.
-
-    Attributes:
-        indices: of the classes in their data set, by which logs are sorted.
-        settings: of the run (model, trainer, seed); entry: of the logs.
-    """
+class Record(NamedTuple):
+    """What an adapter of a run says of itself."""
 
     dataset: str
     label: str
-    indices: list[int]
-    settings: dict[str, Any]
-    entry: dict[str, Any]
+    indices: list[int]  # of the classes in their data set, by which logs are sorted
+    settings: dict[str, Any]  # of the run: model, trainer, seed
+    entry: dict[str, Any]  # of the logs
 
 
 class Results:

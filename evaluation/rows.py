@@ -98,8 +98,7 @@ class Row:
 
     @property
     def harmed(self) -> list[dict[str, Any]]:
-        """The classes that lost most by it, those measured, with `name`, `before`, `after` and a
-        few `pictures`."""
+        """The measured classes that lost most by it: `name`, `before`, `after`, `pictures`."""
         others = (self.measured("examples", "classes") or [])[1:]
         return [x for x in others if None not in (x["before"]["value"], x["after"]["value"])]
 

@@ -16,9 +16,8 @@ class Fate(StrEnum):
 
 
 def holds(accuracy: float | None, before: float | None) -> bool:
-    """Whether an accuracy is at least half of what the class had before forgetting: the threshold
-    for a class that stays, that comes back, and that images bring back. False if unknown, or where
-    there was nothing to lose."""
+    """Whether an accuracy is at least half of that before forgetting: then a class stays, comes
+    back, or is brought back by images. False if unknown, or where there was nothing to lose."""
     return bool(before) and accuracy is not None and accuracy >= HALF * before
 
 
@@ -32,6 +31,5 @@ def fate(before: float | None, after: float | None) -> Fate:
 
 
 def is_other_word(kind: str, seen: bool) -> bool:
-    """Whether a prompt asks for the class in words that forgetting did not see, and is not the
-    evaluation prompt."""
+    """Whether a prompt's words were not seen by forgetting, and it is not the evaluation prompt."""
     return not seen and kind != EVALUATION

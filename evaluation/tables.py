@@ -75,9 +75,8 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
 
 
 def over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean and standard deviation of every row over the frames of several folders, such as one a
-    seed: the means, `std_*` of each (divided by the folders less one; NaN of one), and `folders`,
-    how many hold the row."""
+    """Every row over the frames of several folders, such as one a seed: the means, the standard
+    deviation `std_*` of each (NaN of one folder), and `folders`, how many hold the row."""
     rows = pd.concat([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
     groups = rows.groupby(KEYS, sort=False)
     numbers = [column for column in rows.columns if column not in (*KEYS, FOR_EACH)]
@@ -163,8 +162,7 @@ def side_by_side(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataFrame:
-    """A row for every method, from its results folder; accuracies in percent, NaN where nothing was
-    measured.
+    """A row for every method, from its results folder; percent, NaN where nothing was measured.
 
     `classes` counts requests; `forgotten`, `rest` and `others` have the mean `before` and `after`,
     and `worst` (the most that is left of a class; the most that one class cost the rest, or one

@@ -21,12 +21,11 @@ from engine.determinism import one_thread
 from engine.log import logger, progress, quiet
 from evaluation.results import join_label
 from evaluation.rows import rows_of
-from evaluation.tables import result_table, summarise, write_table
+from evaluation.tables import QUANTITIES, result_table, summarise, write_table
 from experiments.variants import VARIANTS, run_variants
 from forgetting.problem import Batch, LowRankEdit
 
 TOGETHER = 3  # classes forgotten at once, as many as the paper's lists hold
-ACCURACIES = ("class", "rest", "others")
 
 
 def run_problem(options: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
@@ -61,11 +60,11 @@ def by_variant(table: pd.DataFrame) -> pd.DataFrame:
         "reduction, %": ("reduction", "mean"),
         "length of Delta": ("size", "mean"),
         "drift of W, %": ("drift", "mean"),
-    } | {f"{name}, %": (f"{name} after", "mean") for name in ACCURACIES}
+    } | {f"{name}, %": (f"{name} after", "mean") for name in QUANTITIES}
     percent = table.assign(**{name: 100 * table[name] for name in ("above", "reduction", "drift")})
     was = percent[percent["variant"] == VARIANTS[0].name].assign(variant="before")
     was[["trials", "above", "reduction", "size", "drift"]] = float("nan")
-    for name in ACCURACIES:
+    for name in QUANTITIES:
         was[f"{name} after"] = was[f"{name} before"]
     both = pd.concat([was.dropna(subset="class before"), percent])
     means = both.groupby(["data set", "variant"], sort=False).agg(**columns).reset_index()
@@ -73,18 +72,17 @@ def by_variant(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def apart_from_ours(table: pd.DataFrame) -> pd.DataFrame:
-    """How far each variant's accuracies lie from ours on the same problem, in percentage points: a
-    row a variant; for each accuracy its mean difference, the mean and the largest of its size over
-    all problems with images."""
+    """How far each variant's accuracies lie from ours on the same problem, in points: the mean
+    difference, and the mean and the largest of its size, over all problems with images."""
     problem = ["data set", "mode", "classes"]
-    found = table.set_index([*problem, "variant"])[[f"{name} after" for name in ACCURACIES]]
+    found = table.set_index([*problem, "variant"])[[f"{name} after" for name in QUANTITIES]]
     apart = found - found.groupby(level=problem).transform("first")  # the first variant is ours
     groups, sizes = (x.groupby(level="variant", sort=False) for x in (apart, apart.abs()))
     numbers = {"mean": groups.mean(), "mean size": sizes.mean(), "largest": sizes.max()}
     shown = pd.DataFrame(
         {
             f"{name}: {key}": values[f"{name} after"]
-            for name in ACCURACIES
+            for name in QUANTITIES
             for key, values in numbers.items()
         }
     )

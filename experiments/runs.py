@@ -61,8 +61,7 @@ def plan_run(
 
 
 def launch(runs: Sequence[Run], how: LauncherSettings) -> list[Run]:
-    """Run all, one that fails stops no other; returns those that failed. SystemExit if one was
-    interrupted."""
+    """Run all; returns those that failed, which stop no other. SystemExit if one is interrupted."""
     started, failed = time.monotonic(), []
     task = partial(_run, captured=how.launcher == "ray")
     for number, (run, ended) in enumerate(spread(task, runs, how), 1):
@@ -90,8 +89,7 @@ def refuse_failed(failed: Sequence[Run]) -> None:
 
 
 def _run(run: Run, captured: bool) -> tuple[int, str, str]:
-    """The exit status of a run, and if `captured` what it printed. An error of ours is shown whole
-    and stops no other run."""
+    """The exit status of a run, and if `captured` what it printed; a bug stops no other run."""
     out, err = StringIO(), StringIO()
     with ExitStack() as stack:
         if captured:
@@ -101,7 +99,7 @@ def _run(run: Run, captured: bool) -> tuple[int, str, str]:
             logger.info(f"== {run.title}")
         try:
             status = train.cli(run.argv)
-        except Exception:  # a bug in one run must not end the others of a long sweep
+        except Exception:
             traceback.print_exc()
             status = 1
     # Of a progress bar the last state is enough.

@@ -32,7 +32,7 @@ from engine.ray import LauncherSettings
 from evaluation.plots import COLOURS, draw_results
 from evaluation.results import split_label
 from evaluation.rows import mean, read_rows
-from evaluation.tables import write_table
+from evaluation.tables import QUANTITIES, write_table
 from experiments.runs import Run, launch, plan_run, refuse_failed
 from experiments.sweep import results_of
 from forgetting import load_adapter
@@ -230,8 +230,7 @@ def carry_over(
 
 
 def report(table: pd.DataFrame) -> None:
-    """Print means over the classes for every method, setting and mode, with the class that kept
-    most (`class most`)."""
+    """Print means over the classes, and `class most`, that of the class that kept most."""
     groups = table.groupby(["trainer", "setting", "mode"], sort=False)
     columns = ["class after", "rest change", "others change"]
     means = groups[[*columns, "carry", "objective", "gap", "norm", "seconds"]].mean()
@@ -241,14 +240,13 @@ def report(table: pd.DataFrame) -> None:
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Draw the means over the classes, a row for every setting and mode, side by side for the
-    methods."""
+    """Draw the means over the classes, a row per setting and mode, the methods side by side."""
     trainers = list(dict.fromkeys(table["trainer"]))
     groups = table.groupby(["setting", "mode", "trainer"], sort=False)
     means = groups.mean(numeric_only=True).unstack("trainer")
     drawn = pd.DataFrame({"data set": table["data set"].iloc[0]}, index=means.index)
     drawn["forgotten"] = [", ".join(keys) for keys in means.index]
-    for stem in ("class", "rest", "others"):
+    for stem in QUANTITIES:
         drawn[f"{stem} before"] = means[f"{stem} before"].mean(axis=1)
         for trainer in trainers:
             drawn[f"{stem} {trainer}"] = means[f"{stem} after", trainer]

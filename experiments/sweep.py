@@ -66,8 +66,7 @@ RUN_KEYS = [
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
-    """What a file varies, with defaults for what it leaves out. ProblemError for a key, name or
-    value that does not fit."""
+    """What a file varies, with defaults; ProblemError for a key, name or value that is none."""
     varied = dict(DEFAULTS)
     for key, value in read_yaml(Path(path)).items():
         if key not in DEFAULTS:
@@ -156,8 +155,7 @@ def table_of(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def results_of(run: Run) -> pd.DataFrame:
-    """A row of `utils.summarise` for every request of a run that has results, with its average
-    gain, seed and `KEYS`."""
+    """A row of `summarise` for every finished request of a run, with its gain, seed and `KEYS`."""
     try:
         rows = rows_of(read_logs(run.folder))
         rows = [row for row in rows if row.dataset == run.keys[-1] and row.label in run.labels]

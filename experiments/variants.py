@@ -60,9 +60,7 @@ def descend(
     live: Tensor | None,
 ) -> Trial:
     """`solve_lora`'s descent as a variant runs it; `live` (w, d) is the projection that the adapter
-    is merged into, changed in place. The last update is never seen by the weights that are kept, as
-    in the paper's public code.
-    """
+    is merged into, changed in place. The last update is never kept, as in the paper's code."""
     w, d = problem.projection.shape
     scale, bound = problem.alpha / problem.rank, 1 / math.sqrt(w)
     a = ((torch.rand(problem.rank, w, generator=generator) * 2 - 1) * bound).requires_grad_()

@@ -92,8 +92,7 @@ def _left_out(
 
 
 def displacement_along(edit: LowRankEdit, text: Tensor, others: Tensor) -> Tensor:
-    """How far other texts (n, w) move along the displacement of a text (w,), (n,): 1 is as far, 0
-    not at all."""
+    """How far other texts (n, w) move along the displacement of a text (w,): (n,), 1 is as far."""
     moved = (torch.stack([text, *others]).to(edit.left) @ edit.left) @ edit.right  # (1 + n, d)
     size = moved[0] @ moved[0]
     return torch.where(size > 0, (moved[1:] @ moved[0]) / size, 1.0)
@@ -160,8 +159,7 @@ class ClassifierTexts:
 
     Attributes:
         names: their names; texts: in the untouched model.
-        label: class -> its row; n_classes: among how many of them, the first, images are
-            classified.
+        label: class -> its row; n_classes: images are classified among so many of the first.
     """
 
     names: Sequence[str]

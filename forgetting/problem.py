@@ -54,8 +54,7 @@ class ForgetProblem:
         retain_hidden: `H_r`, (m, w), hidden states of the texts to retain, m >= 0.
         target: `P`, (k, d), where the forgotten texts are sent.
         lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
-            `lamb_forget` may be "auto": just above the threshold c*, where the paper's retry loop
-            ends.
+            `lamb_forget` may be "auto": just above c*, where the paper's retry loop ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
     Raises:
@@ -239,8 +238,7 @@ def equal_sizes(owner: Tensor, excluded: Tensor, most: int) -> Iterator[tuple[Te
         owner: (K,) int64, the request of each text; excluded: (R, n) bool, what each excludes.
 
     Yields:
-        Requests (B,), sorted by how many names they exclude (less padding), and the indices (B, k)
-        of their texts.
+        Requests (B,), by how many names they exclude (less padding), and the rows (B, k) of texts.
 
     Raises:
         ProblemError: a request without a text.
@@ -277,7 +275,6 @@ def pad_indices(mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pad_rows(mask: Tensor, rows: Tensor) -> Tensor:
-    """The rows (B, n', w) of (n, w) that each row of a mask (B, n) marks; zeros where a list is
-    padded."""
+    """The rows (B, n', w) of (n, w) that each row of a mask (B, n) marks, padded with zeros."""
     indices, present = pad_indices(mask, rows.new_ones(len(rows)))
     return rows[indices] * present[..., None]

@@ -36,8 +36,7 @@ class Group:
             a forgotten text. The other classes of a set are different things, however similar.
         limit_displacement: whether the ridge limits how far these names move
             (`forgetting.ridge`). The names of other groups stand for those that nobody listed.
-        prompt_variants: whether the second half of the names repeats the first half in another
-            prompt.
+        prompt_variants: whether the second half of the names repeats the first in another prompt.
     """
 
     names: Sequence[str]
@@ -65,12 +64,10 @@ class RetainSet:
         groups: the groups that hold names; counts: the number of names of each; weights: w_g.
         names: n names, group by group; rows: (n, w), their hidden states.
         name_weights: (n,) float64, the weight of each name in G.
-        variant_of: (n,) int64, the same name in its other prompt; the name itself where there is
-            none.
+        variant_of: (n,) int64, the same name in its other prompt, or itself without one.
 
     Args:
-        similarity: a name is excluded with a text if the cosine of their hidden states is above
-            it; 1: none is.
+        similarity: cosine of hidden states above which a name is excluded with a text; 1: none is.
         device: where `rows`, `gram` and all that is computed from them lie.
         max_similar: names that one text excludes for their similarity, at most (the nearest);
             None: any number. A weak text encoder finds thousands of names similar.

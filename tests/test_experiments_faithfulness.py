@@ -166,6 +166,6 @@ def test_distance_from_ours_is_of_the_same_problem():
     table = faithfulness.apart_from_ours(pd.DataFrame(rows)).set_index("variant")
     assert (table.pop("problems") == 2).all()
     kept = table.loc["last step kept"].to_dict()
-    for name in faithfulness.ACCURACIES:
+    for name in faithfulness.QUANTITIES:
         assert [kept[f"{name}: {key}"] for key in ("mean", "mean size", "largest")] == [0, 3, 3]
     assert (table.drop(index="last step kept") == 0).all(axis=None)

@@ -207,7 +207,7 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
     "faithfulness": ["experiments", "faithfulness", *FEATURES],
     "reproduce": ["experiments", "reproduce", "--data", "data"],
     "baselines": ["experiments", "baselines", *ANIMALS, "--out", "new"],
-    "driver": ["benchmarks", "driver", *ANIMALS],
+    "driver": ["benchmarks", "driver"],
     "solver": ["benchmarks", "solver"],
 }
 OPTIONS = {  # of each, some that take a number, a name, or a file that must be there
@@ -223,7 +223,7 @@ OPTIONS = {  # of each, some that take a number, a name, or a file that must be 
     "faithfulness": "classes features",
     "reproduce": "datasets backbones data weights",
     "baselines": "seed dataset backbone forget methods features",
-    "driver": "classes dataset backbone trainer features",
+    "driver": "classes trainer",
     "solver": "features",
 }
 NUMBERS = ["", "-1", "1.5", "nan", "1e9", "0x1", "9" * 5000, "٣", "one", "\udcff"]

@@ -107,7 +107,7 @@ def test_words_of_a_car() -> None:
     hummer = words_of("2000 AM General Hummer SUV", "StanfordCars")
     assert hummer.hypernyms[0] == "AM General Hummer"
     assert "car" not in words_of("2011 Ford Ranger SuperCab", "StanfordCars").hypernyms
-    assert car_words("Golf") == ([], [], [])
+    assert car_words("Golf", {}) == ([], [], [])
     assert words_of("1991 Volkswagen Golf Hatchback", "StanfordDogs") == Words([], [], [])
 
 

@@ -147,8 +147,7 @@ def _classes(cfg: CfgNode, classnames: list[str], listed: list[str]) -> list[str
 def _prompts(
     cfg: CfgNode, classnames: list[str], listed: dict[str, list[str]]
 ) -> dict[str, list[str]]:
-    """The texts by which classes are forgotten: those of the file `FORGET.PROMPTS`, else those that
-    forget_cls.py lists."""
+    """The texts by which classes are forgotten: of the file `FORGET.PROMPTS`, or forget_cls.py."""
     path, prompts = cfg.FORGET.PROMPTS, {}
     if path:
         listed = read_json(path, "file of prompts")
@@ -289,8 +288,7 @@ class RunInputs:
         )
 
     def _held(self, name: str) -> dict[str, Tensor]:
-        """The hidden states (w,) of a class that the bundle holds: its bare name's and its
-        evaluation prompt's."""
+        """Hidden states (w,) that the bundle holds: of the bare name and the evaluation prompt."""
         bundle, plain = self.bundle, clean_name(name)
         label = bundle.classnames.index(name)
         return {

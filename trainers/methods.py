@@ -107,8 +107,7 @@ class ForgetLoRA(PaperTrainer):
         return answers
 
     def show_step(self, trial: int, step: int, norms: Tensor) -> None:
-        """Show where a descent is, and now and then its three norms (3, R), the mean over
-        requests."""
+        """Show where a descent is, and now and then the means of its three norms (3, R)."""
         settings, count = self.settings, norms.shape[1]
         where = f"{count} at once, trial {trial + 1} of at most {settings.max_trials}, step {step}"
         self.bar.set_postfix_str(f"{where} of {settings.steps}")

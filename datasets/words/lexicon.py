@@ -48,7 +48,8 @@ def words_of(name: str, dataset: str | None, others: Collection[str] = ()) -> Wo
 def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
     """The same from the committed lists and rules alone, whatever is installed."""
     own = committed(name, dataset)
-    rule = car_words(clean_name(name)) if dataset == "StanfordCars" else NONE
+    is_car = dataset == "StanfordCars"
+    rule = car_words(clean_name(name), read_list("bodies")) if is_car else NONE
     # The list decides what is a hypernym, over the rule and over WordNet.
     synonyms = _without(own.synonyms + rule[0], [name, *others, *own.hypernyms])
     hypernyms = _without(own.hypernyms + rule[1], [name, *others, *synonyms])

@@ -24,8 +24,7 @@ def charts(methods: list[Method]) -> list[tuple[str, str, str]]:
     """What is left of each class, and what all else lost; measured quantities only. Of each drawing
     its title, what it says in words, and an address that holds it.
 
-    With several seeds a dot is the class's mean, and a bar spans the standard deviation of the
-    seeds' means.
+    With several seeds a dot is the class's mean, a bar the standard deviation of the seeds' means.
     """
     return [
         _chart(measured, *panel)

@@ -86,8 +86,7 @@ def headline(methods: list[Method]) -> str:
 
 
 def line(method: Method) -> list[tuple[str, str]]:
-    """A line of the table, a value and a remark for each of `COLUMNS` but the first. Counts are of
-    all classes of all seeds."""
+    """A line of the table: a value and a remark for each of `COLUMNS` but the first."""
     rows = method.rows
     gone = [row for row in rows if row.fate is Fate.GONE]
     stay = sum(row.fate is Fate.STAYS for row in rows)

@@ -77,8 +77,7 @@ def certify(
         <Y, D> = <Y, D - H_f Delta> + <U, H_r Delta> + <V, Delta>
               <= ||Y|| ||D - H_f Delta|| + ||U|| ||H_r Delta|| + ||V|| ||Delta||,
 
-    and dividing by `max(1, ||Y|| / lf, ||U|| / lp, ||V|| / lw)` makes the right side at most the
-    objective.
+    and division by `max(1, ||Y|| / lf, ||U|| / lp, ||V|| / lw)` makes that at most the objective.
 
     Args:
         problem: of B * k texts, k for each answer, in any dtype; its own `retain_hidden` and

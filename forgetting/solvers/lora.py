@@ -188,8 +188,7 @@ def _trial(
     settings: LoraSettings,
     on_step: Callable[[int, Tensor], None] | None,
 ) -> list[tuple[LoraTrial, Tensor, Tensor]]:
-    """One trial of B requests: for each its summary, and left (w, r) and right (r, d) of lowest
-    objective."""
+    """One trial of B requests: for each its summary, and its best left (w, r) and right (r, d)."""
     problem, like = objective.problem, objective.displacement
     (w, d), r = problem.projection.shape, problem.rank
     bound = 1 / math.sqrt(w)  # kaiming_uniform_(a=sqrt(5)) of a (r, w) matrix
