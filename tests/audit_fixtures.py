@@ -14,9 +14,8 @@ from evaluation.audit.case import AuditData, Case, Model, Prompt
 from forgetting import solve_constrained
 from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
-from tests.conftest import REPOSITORY
+from tests.solver_fixtures import REAL_CLIP
 
-REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 needs_real_clip = pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs shared/real_clip")
 WIDTH = 64  # w = d: every text has a direction of its own, and some are left over
 LENGTH = 10.0  # of a hidden state, as in CLIP

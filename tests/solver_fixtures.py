@@ -1,6 +1,7 @@
 """Random problems for the solvers, ordinary ones and ones with a defect."""
 
 import torch
+from hypothesis import HealthCheck
 from torch import Tensor
 
 from forgetting import Certificate, ForgetProblem
@@ -8,6 +9,7 @@ from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"
 GAP = 1e-9
+EVERY = dict(suppress_health_check=list(HealthCheck))
 TENSORS = ("projection", "forget_hidden", "retain_hidden", "target")
 SPOILS = [
     *("", "duplicate", "collinear", "same target", "retained", "spanned", "graded", "still"),

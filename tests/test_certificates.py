@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgetting import Certificate, ForgetProblem, Ridge, solve_constrained, solve_each, solve_exact
 from forgetting import thresholds as thresholds_of
 from forgetting.solvers import certificate, exact
 from forgetting.solvers.certificate import certify, certify_constrained
-from tests.solver_fixtures import GAP, TENSORS, normal, random_problem, tight
+from tests.solver_fixtures import EVERY, GAP, TENSORS, normal, random_problem, tight
 
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 WEIGHTS = st.one_of(st.just(0.0), st.just(1.0), SCALES, st.floats(1e-2, 1e2))
 SPOILS = ("", "zero row", "duplicate", "collinear", "mean", "retained", "rank one")
-EVERY = dict(suppress_health_check=list(HealthCheck))
 
 
 @st.composite

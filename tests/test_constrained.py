@@ -136,16 +136,6 @@ def test_more_texts_than_dimensions_are_of_rank_w():
     assert reachable.left.shape == (4, 4) and reachable.residual < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("call", "word"),
-    [
-        (lambda rows, h, d: Ridge(torch.ones(1, 2), 1e-30), "mu"),
-        (lambda rows, h, d: Ridge(rows[:, :0], 0.1), "dimension"),
-        (lambda rows, h, d: Ridge(rows, 0.1, -torch.ones(4)), "weights"),
-        (lambda rows, h, d: solve_constrained(Ridge(rows, 0.1), h, d[:0]), "displacement"),
-        (lambda rows, h, d: solve_constrained(Ridge(rows, 0.1), h[:0], d[:0]), "text"),
-    ],
-)
-def test_refused(call, word):
-    with pytest.raises(ProblemError, match=word):
-        call(*random_problem(1, 4, 6, 3, 0)[1::-1], normal(1, 3))
+def test_a_ridge_that_is_lost_in_rounding_is_refused():
+    with pytest.raises(ProblemError, match="too small"):
+        Ridge(torch.ones(1, 2), 1e-30)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import cvxpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip.bundle import load_bundle
 from forgetting import ForgetProblem, ProblemError, solve_each, solve_exact, thresholds
 from forgetting.solvers import exact
-from tests.solver_fixtures import GAP, REAL_CLIP, SPOILS, class_set, random_problem, tight
+from tests.audit_fixtures import REAL_CLIP, needs_real_clip
+from tests.solver_fixtures import EVERY, GAP, SPOILS, class_set, random_problem, tight
 
 WEIGHTS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-2, 1e2))
 SEEDS = st.integers(0, 2**31)
@@ -34,7 +35,6 @@ MODERATE = {
     "lamb_preserve": st.sampled_from([0.0, 0.05, 1.0]),
     "lamb_weight": st.sampled_from([0.0, 0.05, 1.0]),
 }
-EVERY = dict(suppress_health_check=list(HealthCheck))
 norm = torch.linalg.matrix_norm
 
 
@@ -185,7 +185,7 @@ def test_ordinary_classes_need_no_fall_back(further, w, seed, scale, lamb_forget
         assert costs[4][0] <= costs[4][1] * (1 + 1e-12)
 
 
-@pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs bundles of real CLIP features")
+@needs_real_clip
 @pytest.mark.parametrize("lamb_forget", [0.4, 0.8, 1.3])
 def test_a_thousand_classes_of_real_clip(lamb_forget):
     """0.4: none moves; 0.8: some do; 1.3: all do."""

@@ -235,16 +235,6 @@ def test_a_model_stands_in_for_rows() -> None:
     assert prompts_for(AuditData(bundle), "newt", set())[0][1].text == "ensemble"
 
 
-def test_rows_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
-    bundle = four_animals(rows=[*GONE, ("owl", "synonym", "Eule “ü”", unit(1, 5))])
-    bundle.save(tmp_path / "a.safetensors")
-    again = FeatureBundle.load(tmp_path / "a.safetensors")
-    assert [row[:2] for row in audit_rows(again)["newt"]] == [(t, k) for _, k, t, _ in GONE]
-    ((text, kind, hidden),) = audit_rows(again)["owl"]
-    assert (text, kind) == ("Eule “ü”", "synonym") and torch.equal(hidden, unit(1, 5))
-    assert "elk" not in audit_rows(again) and audit_rows(four_animals()) == {}
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

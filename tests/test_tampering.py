@@ -1,7 +1,6 @@
 """Files of the library: written whole or not at all, and refused if changed since."""
 
 import os
-import threading
 import time
 from dataclasses import replace
 
@@ -158,22 +157,6 @@ def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(t
         os.utime(path, (time.time() - 7200,) * 2)
     remove_stale(tmp_path)
     assert not old.exists() and not folder.exists() and new.exists() and mine.exists()
-
-
-def test_many_writers_of_one_file(tmp_path):
-    """A reader sees one of them whole, always."""
-    contents = [bytes([i]) * 200_000 for i in range(6)]
-    path = tmp_path / "a"
-    write_bytes(contents[0], path)
-    writers = [
-        threading.Thread(target=lambda c=c: [write_bytes(c, path) for _ in range(20)])
-        for c in contents
-    ]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        assert path.read_bytes() in contents
-    assert {p.name for p in tmp_path.iterdir()} == {"a"}
 
 
 def test_a_name_that_cannot_be_shown(tmp_path, capsys):
