@@ -85,7 +85,8 @@ def none_of_these(
     if not len(texts) or not len(names):
         raise ProblemError("there must be a text, and a vocabulary of common names beside it")
     known = vectors if reference is None else reference
-    common, common_known = (_agreement(x, names, scale) for x in (vectors, known))
+    common = _agreement(vectors, names, scale)
+    common_known = common if reference is None else _agreement(reference, names, scale)
     shares, crowd = torch.ones(len(vectors), dtype=torch.float64), 0.0
     for text in texts:
         words = text[None] if isinstance(text, Tensor) and text.ndim == 1 else text

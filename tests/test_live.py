@@ -69,8 +69,10 @@ def test_what_a_search_finds_before_and_after(live):
     assert [names.count(TWO) for names in found(ANCHOR)] == [3, 3, 3]  # the control
     assert "stretches" in found(TWO, target="orthogonal")[2]
     view = live.look([TWO, "<b>"], query="<i>two")
-    shown, framed = view.html("search"), [hit[2] for _, images in view.found for hit in images]
-    assert shown.count('class="bad"') == sum(framed) == 3
+    shown, hits = view.html("search"), view.found[0][1]
+    assert [hit[2:] for hit in hits if hit[0] == TWO] == [(True, True)] * 3
+    assert not any(framed for name, _, framed, _ in hits if name != TWO)
+    assert shown.count('class="bad flagged"') == 3 and not view.doubt
     assert "&lt;i&gt;two" in shown and "<i>" not in shown and "&lt;b&gt;" not in shown
 
 
@@ -156,6 +158,7 @@ def test_a_model_and_images_of_ones_own(tmp_path, kind, monkeypatch, capsys):
     view = live.look(["crab"], ["a name that nobody listed"], query="crab")
     assert capsys.readouterr().err == ""  # no bar where nobody sees it
     assert live.names == ["crab", "owl", "sea horse"] and view.pictures and len(view.found) == 3
+    assert view.doubt and "Too many" in view.html("search")
     common = generic_hidden(live._texts, words := tmp_path / "cache" / "words", False)[1]
     assert torch.allclose(common, live._texts.hidden(some), atol=1e-5)
     assert len(list(words.iterdir())) == 1, "common names are encoded once"

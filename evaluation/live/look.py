@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -44,7 +45,9 @@ THUMBNAIL = 192  # pixels of the longer side
 _page = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
 )
-Hit = tuple[str, str, bool]  # an image that a search finds: name, data URI, whether it is forgotten
+# An image that a search finds: name, data URI, whether that is forgotten, whether it is flagged.
+Hit = tuple[str, str, bool, bool]
+FALSE_ALARMS = 0.005  # the share of other images that may be flagged
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class View:
             their probabilities, before and now.
         refused: files that cannot be read, one line each.
         query: a text to search images by; found: what is changed for the search, and the first
-            images, or why there are none.
+            images, or why there are none; doubt: whether too many of them may be flagged.
     """
 
     answer: Forgotten | None
@@ -74,6 +77,7 @@ class View:
     refused: list[str]
     query: str
     found: list[tuple[str, list[Hit] | str]]
+    doubt: bool
 
     def html(self, part: str) -> str:
         """The part `forecast`, `search` or `result` of the page."""
@@ -122,6 +126,7 @@ class Live:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self._ridges: dict[Any, float] = {}
         self._solve = lru_cache(REMEMBERED)(self._forget)
+        self._flagged = lru_cache(REMEMBERED)(self._flag)
         self._thumbnail = lru_cache(REMEMBERED)(lambda path: thumbnail(read_image(path), THUMBNAIL))
         self._upload = lru_cache(REMEMBERED)(self._encoded)
 
@@ -197,23 +202,25 @@ class Live:
                 data = self._thumbnail(self.items[row].impath)
                 pictures.append((name, data, *guesses(self.features[row])))
         unlisted = {name: nearest(name, self.names) for name in names[len(self.names) :]}
-        found, query = [], query.strip()
-        if query and self.items:
-            found = self._search(query, forgotten, protect, target, beta)
-        return View(answer, chosen, forecast, unlisted, table, pictures, refused, query, found)
+        searched = [], False
+        if query.strip() and self.items:
+            searched = self._search(query.strip(), forgotten, protect, target, beta)
+        return View(answer, chosen, forecast, unlisted, table, pictures, refused, query, *searched)
 
     def _search(
         self, query: str, names: tuple[str, ...], *how: Any
-    ) -> list[tuple[str, list[Hit] | str]]:
-        """What a query finds before and after names are forgotten; see `View`."""
+    ) -> tuple[list[tuple[str, list[Hit] | str]], bool]:
+        """What a query finds before and after names are forgotten, and `View.doubt`."""
         answer = self._solve(names, *how) if names else None
         before, now = self._embeddings(self.source.encode_hidden([query]), answer)  # (1, d) each
+        flagged = [self._flagged(name) for name in names]
 
         def first(vectors: Tensor, text: Tensor) -> list[Hit]:
             hits = []
             for row in (vectors @ text[0]).topk(min(FOUND, len(vectors))).indices.tolist():
                 name = self.names[self.labels[row]]
-                hits.append((name, self._thumbnail(self.items[row].impath), name in names))
+                data = self._thumbnail(self.items[row].impath)
+                hits.append((name, data, name in names, any(flags[row] for flags, _ in flagged)))
             return hits
 
         found: list[tuple[str, list[Hit] | str]] = [("before", first(self.features, before))]
@@ -224,7 +231,15 @@ class Live:
                 found.append(("index changed", first(hide(self.features), before)))
             except ProblemError as error:  # other settings are too much for an index
                 found.append(("index changed", str(error)))
-        return found
+        return found, any(doubt for _, doubt in flagged)
+
+    def _flag(self, name: str) -> tuple[list[bool], bool]:
+        """Which images are flagged for a name, and whether the library warns of that."""
+        answer = self._solve((name,), (), ExactSettings.target, ExactSettings.beta)
+        with catch_warnings(record=True, action="always") as caught:
+            words = self.folder / "words"
+            flags = answer.flag(self.features, FALSE_ALARMS, cache=words, progress=False)[1]
+        return flags.tolist(), any("rate" in str(one.message) for one in caught)
 
     def _forget(
         self,
