@@ -124,10 +124,12 @@ def foreign(problem: str) -> Iterator[None]:
 
 
 def refuse_outside(file: Path, folder: Path) -> None:
-    """ProblemError for a link that leads out of `folder`, to what may not be meant to be read. The
-    hub's cache keeps the files of a snapshot as links to ../../blobs."""
-    if file.resolve().parent not in (folder.resolve(), (folder / "../../blobs").resolve()):
-        raise ProblemError(f"{line(file)} is a link that leads out of the folder")
+    """ProblemError for a name or a link that leads out of `folder`, to what may not be meant to be
+    read. The hub's cache keeps the files of its `snapshots` as links to `blobs` beside them."""
+    folder = folder.resolve()
+    allowed = [folder, *(x.parent / "blobs" for x in folder.parents if x.name == "snapshots")]
+    if not any(file.resolve().is_relative_to(x) for x in allowed):
+        raise ProblemError(f"{line(file)} leads out of the folder")
 
 
 def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
@@ -163,7 +165,9 @@ def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         refuse_existing(path, overwrite)
         if temporary.is_dir() and path.is_dir():
             for file in [x for x in temporary.rglob("*") if x.is_file()]:
-                os.replace(file, path / file.relative_to(temporary))
+                place = path / file.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
         else:
             os.replace(temporary, path)
     except OSError as error:

@@ -324,6 +324,12 @@ def small(folder: Path, to: str, weight: Tensor, quick_gelu: bool = True) -> Pat
     folder.mkdir(exist_ok=True)
     if to == "onnx":
         return graph(folder / "a.onnx", weight)
+    if to == "immich":
+        (folder / "visual").mkdir(exist_ok=True)
+        (folder / "visual/model.onnx").write_bytes(b"images")
+        (folder / "textual").mkdir(exist_ok=True)
+        graph(folder / "textual/model.onnx", weight)
+    (folder / "modules.json").write_text('[{"path": ""}]')
     (folder / "config.json").write_text("{}")
     config = {"model_cfg": CONFIG | {"quick_gelu": quick_gelu}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -363,9 +369,15 @@ def test_wrong_changed_and_taken(tmp_path, to):
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == kept
     assert not [x for x in tmp_path.rglob(".tmp*")]
     export(make_adapter(weight, seed=9), base, to, out, overwrite=True)
-    files = [out] if out.is_file() else list(out.iterdir())
+    files = [out] if out.is_file() else [x for x in out.rglob("*") if x.is_file()]
     assert any(x.read_bytes() != kept[x] for x in files) and set(files) <= kept.keys()
-    refused("no such|no folder", adapter, tmp_path / "none", to, tmp_path / "out2")
+    refused(
+        "no such|no folder|no model in immich's layout",
+        adapter,
+        tmp_path / "none",
+        to,
+        tmp_path / "out2",
+    )
 
 
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
@@ -373,10 +385,10 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
     weight = torch.randn(W, D)
     adapter = make_adapter(weight)
     (tmp_path / "secret").write_text("secret")
-    for to in ("hf", "open_clip"):
+    for to in ("hf", "open_clip", "sentence-transformers", "immich"):
         base = small(tmp_path / to, to, weight)
         (base / "notes.json").symlink_to(tmp_path / "secret")
-        refused("notes.json is a link", adapter, base, to, tmp_path / "out")
+        refused("notes.json leads out of the folder", adapter, base, to, tmp_path / "out")
     blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/1"
     for folder in (blobs, snapshot):
         folder.mkdir(parents=True)

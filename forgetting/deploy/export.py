@@ -7,6 +7,8 @@
 | `hf` | a folder of transformers | the same folder with changed weights |
 | `peft` | a folder of transformers, or its weights | a folder: a LoRA of the projection alone |
 | `onnx` | an `.onnx` file | the file with its projection changed |
+| `sentence-transformers` | its folder | the same folder with changed weights |
+| `immich` | a folder of a model of immich | the same folder with `textual/model.onnx` changed |
 
 `W + Delta` is rounded once, to the dtype that W has there (to float32 for `openai`, whose files are
 in half precision), and every other tensor is what it was, to the bit. A folder has a model card,
@@ -18,7 +20,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,14 @@ from forgetting.models.checkpoint import (
     find,
     read_checkpoint,
     read_projection,
+    sentence_modules,
     weight_files,
 )
 from forgetting.models.configs import read_open_clip
 from forgetting.models.loading import find_model
 
-FORMATS = ("openai", "open_clip", "hf", "peft", "onnx")
+FORMATS = ("openai", "open_clip", "hf", "peft", "onnx", "sentence-transformers", "immich")
+IMMICH = ("textual/model.onnx", "visual/model.onnx", "config.json")  # of a model of immich
 # What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
 
@@ -98,6 +103,12 @@ def export(
     origin = Base.of(base, base_id)
     if to == "onnx":
         patch_graph(adapter, base, out, exact, overwrite)
+        return out
+    if to in ("sentence-transformers", "immich"):
+        make = _immich if to == "immich" else _sentence_transformers
+        content, patterns = make(adapter, base, exact)
+        content[CARD] = model_card(adapter, to, origin)
+        _write_folder(out, content, overwrite, base, patterns)
         return out
     if to == "hf" and not (base / HF_CONFIG).is_file():
         raise ProblemError(f"{line(base)}: no folder of transformers: it has no {HF_CONFIG}")
@@ -193,24 +204,60 @@ def _lora(adapter: Adapter, found: Found, origin: Base, folder: Path) -> dict[st
     return {"adapter_config.json": config, "adapter_model.safetensors": tensors}
 
 
+def _sentence_transformers(
+    adapter: Adapter, base: Path, exact: Tensor | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The weights of all modules, of which one holds the projection; and what else is copied."""
+    files = sentence_modules(base)
+    modules = {part: read_checkpoint(held)[0] for part, held in files.items() if held}
+    tensors = {f"{part}:{name}": x for part, held in modules.items() for name, x in held.items()}
+    with naming(base):
+        found = find(tensors, adapter, exact)
+    part, _, name = found.name.partition(":")
+    modules[part][name] = found.changed(adapter, tensors[found.name].dtype)
+    content = {str(Path(part, HF_WEIGHTS[0])): held for part, held in modules.items()}
+    return content, [str(Path(part, "*")) for part in dict.fromkeys(("", *files))]
+
+
+def _immich(adapter: Adapter, base: Path, exact: Tensor | None) -> tuple[dict[str, Any], list[str]]:
+    """The text tower, and what is copied: all of the images' one, and of texts no other format."""
+    for name in IMMICH:
+        if not (base / name).is_file():
+            raise ProblemError(f"{line(base)}: no model in immich's layout: it has no {name}")
+    text = partial(patch_graph, adapter, base / IMMICH[0], original=exact)
+    return {IMMICH[0]: text}, ["*", "textual/*", "visual/**/*"]
+
+
 def _write_folder(
-    out: Path, files: dict[str, Any], overwrite: bool, base: Path | None = None
+    out: Path,
+    files: dict[str, Any],
+    overwrite: bool,
+    base: Path | None = None,
+    patterns: Iterable[str] = ("*",),
 ) -> None:
-    """Write tensors, JSON and text files into a folder; and config and tokenizer of the folder
-    `base`, and nothing that could hold weights. Its card gives way to ours.
+    """Write tensors, JSON and text files, and what functions write, into a folder; and of the
+    folder `base` what matches `patterns` and is no weights, or with ** anything. Its card gives
+    way to ours.
 
     Raises:
         ProblemError: a link that leads out of `base`, to what may not be meant to be copied.
     """
     with atomic_path(out, overwrite) as folder:
         folder.mkdir()
-        for file in sorted(base.iterdir()) if base else ():
-            copied = file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
-            if file.is_file() and (copied or file.name.startswith("LICENSE")):
+        found = [(x, "**" in p) for p in patterns for x in base.glob(p)] if base else []
+        for file, copied in sorted(found):
+            copied |= file.name.startswith("LICENSE")
+            copied |= file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
+            if file.is_file() and copied:
+                place = folder / file.relative_to(base)
+                place.parent.mkdir(parents=True, exist_ok=True)
                 refuse_outside(file, base)
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, place)
         for name, content in files.items():
-            if isinstance(content, str):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if callable(content):
+                content(folder / name)
+            elif isinstance(content, str):
                 (folder / name).write_text(content, "utf-8")
             elif name.endswith(".json"):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,17 +1,20 @@
-"""The projection inside of somebody's `.onnx` file."""
+"""The projection inside of somebody's `.onnx` file. One of more than 2 GB keeps its weights beside
+it, as external data: so does the changed one, in OUT.data, and they are never all in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line
-from forgetting.io import naming, need, write_bytes
+from forgetting.io import atomic_path, foreign, naming, need, refuse_existing, refuse_outside
 from forgetting.models.checkpoint import find
 
 USES = ("MatMul", "Gemm", "FusedMatMul")
@@ -32,7 +35,8 @@ def patch_graph(
 
     Raises:
         ProblemError: no readable file; no such projection (quantised, folded into something else,
-            another one, changed already), or two; one that is used for anything but one product.
+            another one, changed already), or two; one that is used for anything but one product;
+            external data that are missing or lie outside of the folder.
     """
     onnx = need("onnx", "clip-forgetting[onnx]")
     kinds = {
@@ -43,20 +47,22 @@ def patch_graph(
     with naming(path):
         if not path.is_file():
             raise ProblemError("no such file")
-        try:
-            model = onnx.load(path)  # with what it keeps in files beside it
-        except Exception as error:  # the reader raises whatever foreign bytes lead it to
-            raise ProblemError(f"not a readable ONNX file ({line(error)})") from error
-        nodes = list(_nodes(model.graph))
-        protos = [(proto.name, proto) for proto in model.graph.initializer]
-        for node in nodes:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                protos.append((node.output[0], node.attribute[0].t))
-        weights = {}
-        for i, (_, proto) in enumerate(protos):
-            if proto.data_type in kinds and len(proto.dims) == 2:
-                array = onnx.numpy_helper.to_array(proto).astype("float32")
-                weights[i] = torch.tensor(array).to(kinds[proto.data_type])
+        with foreign("not a readable ONNX file"):
+            model = onnx.load(path, load_external_data=False)
+            nodes = list(_nodes(model.graph))
+            protos = [(proto.name, proto) for proto in model.graph.initializer]
+            for node in nodes:
+                if node.op_type == "Constant" and node.attribute[0].name == "value":
+                    protos.append((node.output[0], node.attribute[0].t))
+            weights, shape = {}, sorted((adapter.left.shape[0], adapter.right.shape[1]))
+            for i, (_, proto) in enumerate(protos):
+                if proto.data_type in kinds and sorted(proto.dims) == shape:
+                    inline = proto
+                    if proto.data_location == proto.EXTERNAL:
+                        inline = onnx.TensorProto(data_type=proto.data_type, dims=proto.dims)
+                        inline.raw_data = _stored(proto, path.parent).tobytes()
+                    array = onnx.numpy_helper.to_array(inline).astype("float32")
+                    weights[i] = torch.tensor(array).to(kinds[proto.data_type])
         found = find({f"{protos[i][0]} ({i})": x for i, x in weights.items()}, adapter, original)
         index = int(found.name.rpartition(" (")[2][:-1])
         name, proto = protos[index]
@@ -65,11 +71,42 @@ def patch_graph(
         proto.raw_data = changed.view(torch.uint8).numpy().tobytes()
         for field in ("float_data", "int32_data"):
             proto.ClearField(field)
-        try:
-            data = model.SerializeToString()
-        except ValueError as error:
-            raise ProblemError(f"too large for one ONNX file ({line(error)})") from error
-    write_bytes(data, out, overwrite)
+        held = onnx.external_data_helper._get_all_tensors(model)
+        external = [proto for proto in held if proto.data_location == proto.EXTERNAL]
+    beside = out.with_name(f"{out.name}.data")
+    if external:
+        refuse_existing(beside, overwrite)
+    place = atomic_path(beside, overwrite) if external else nullcontext()
+    with atomic_path(out, overwrite) as graph, naming(path), place as data:
+        if external:
+            _copy(external, path.parent, data, beside.name)
+        graph.write_bytes(model.SerializeToString())
+
+
+def _copy(external: list[Any], folder: Path, data: Path, name: str) -> None:
+    """Copy the bytes of tensors to a file that is to be called `name`: those that a changed one has
+    itself, and of all others those in `folder`."""
+    with data.open("wb") as file:
+        for proto in external:
+            stored = proto.raw_data if proto.HasField("raw_data") else _stored(proto, folder)
+            file.write(bytes(-file.tell() % 4096))  # what starts at a page can be mapped to memory
+            place = {"location": name, "offset": file.tell(), "length": len(stored)}
+            file.write(stored)
+            proto.ClearField("raw_data")
+            del proto.external_data[:]
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+
+
+def _stored(proto: Any, folder: Path) -> np.ndarray:
+    """The bytes of a tensor of external data, (n,) uint8, mapped to memory."""
+    place = {entry.key: entry.value for entry in proto.external_data}
+    file = folder / place.get("location", "")
+    refuse_outside(file, folder)
+    with foreign(f"external data {line(file)} cannot be read"):
+        start = int(place.get("offset", 0))
+        count = int(place.get("length", file.stat().st_size - start))
+        return np.memmap(file, np.uint8, "r", start, (count,)) if count else np.empty(0, np.uint8)
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import FLOATS, naming, read_bytes
+from forgetting.io import FLOATS, naming, read_bytes, refuse_outside
 from forgetting.models.modules import maybe_transpose
 from forgetting.models.torchscript import read_torchscript
 
 OPEN_CLIP_CONFIG, HF_CONFIG = "open_clip_config.json", "config.json"
+SENTENCE_MODULES = "modules.json"  # in a folder of sentence-transformers
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # OpenAI's archives keep these three integers beside the weights.
@@ -53,6 +54,22 @@ def weight_files(
                 raise ProblemError(f"{line(index)} does not map weights to files of its folder")
             return [base / part for part in parts]
     raise ProblemError(f"{line(base)}: no such file, or no folder with {' or '.join(names)}")
+
+
+def sentence_modules(folder: Path) -> dict[str, list[Path]]:
+    """The modules of a folder of sentence-transformers, as paths in it ("" is the folder itself),
+    each with its files of weights, if it has any; ProblemError for another layout."""
+    path = folder / SENTENCE_MODULES
+    try:
+        places = {str(x["path"]): folder / x["path"] for x in read_json(path)}
+    except (TypeError, KeyError) as error:
+        raise ProblemError(f"{line(path)} is no list of modules with their paths") from error
+    found = {}
+    for part, place in places.items():
+        refuse_outside(place, folder)
+        held = [x for name in HF_WEIGHTS for x in place.glob(f"{name}*")]
+        found[part] = weight_files(place, HF_WEIGHTS) if held else []
+    return found
 
 
 def read_json(path: Path) -> Any:

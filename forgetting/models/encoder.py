@@ -199,7 +199,7 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         ProblemError: no single last linear map, or tied, quantised, shared or absent weights.
     """
     model, tokenize = load_model(model, tokenize)
-    model = modules.unwrap_compiled(model)
+    model = modules.unwrap(model)
     if not callable(tokenize):
         raise ProblemError(f"tokenize must be callable, from texts to tensors, not {tokenize!r}")
     inputs = reading.tokens(model, tokenize, PROBES)

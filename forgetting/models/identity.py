@@ -59,7 +59,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
             "what the change makes of the projection is not known: load the adapter "
             "with the original model first"
         )
-    model = modules.unwrap_compiled(model)
+    model = modules.unwrap(model)
     held = tensors(model).get(known.projection)
     if held is None:
         raise ProblemError(f"the model has no tensor {line(known.projection)}")
@@ -78,7 +78,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
 def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> Encoder:
     """The projection of an adapter within a model, as an encoder that reads no text: by name, else
     by what it holds, a changed one by `original` (w, d)."""
-    model = modules.unwrap_compiled(model)
+    model = modules.unwrap(model)
     there, known = tensors(model), adapter.model
     shape = (adapter.left.shape[0], adapter.right.shape[1])
     held = None if known is None else there.get(known.projection)

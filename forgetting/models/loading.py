@@ -3,7 +3,7 @@
 hf:DIR_OR_ID                  transformers; configuration and tokenizer of the checkpoint
 open_clip:NAME/PRETRAINED     a configuration of open_clip with its weights, or a file of them
 openai:FILE                   a file that OpenAI published, known by its SHA-256
-DIR                           a folder that holds either configuration
+DIR                           a folder that holds either configuration, or CLIP's modules.json
 
 A local folder is read without a network: what its configuration would fetch is refused. Weights are
 read by `forgetting.models.checkpoint` alone, and only what a configuration may say of a model's
@@ -191,7 +191,7 @@ def load_model(
             does not say how it is to be read.
     """
     if not isinstance(model, str):
-        return model, tokenize
+        return model, tokenize or getattr(model, "tokenizer", None)  # of a SentenceTransformer
     spec = fetch(find_model(model))
     state, sha256 = spec.read()
     spec.check_activation(sha256)
@@ -226,7 +226,7 @@ def _downloaded(text: str) -> Path:
         for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
             wanted = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(text, allow_patterns=wanted))
-            if any(folder.glob(weights)):
+            if any(folder.rglob(weights)):
                 break
     return folder
 
@@ -280,6 +280,12 @@ def _openai(name: str, text: str) -> ModelSpec:
 
 
 def _folder(name: str, folder: Path) -> ModelSpec:
+    if (folder / checkpoint.SENTENCE_MODULES).is_file():
+        parts = [part for part, files in checkpoint.sentence_modules(folder).items() if files]
+        if len(parts) > 1:
+            several = f"{line(folder)} holds {len(parts)} modules of sentence-transformers"
+            raise ProblemError(f"{several}: give forget() the SentenceTransformer itself")
+        folder = folder.joinpath(*parts)
     path, theirs = folder / OPEN_CLIP_CONFIG, folder / HF_CONFIG
     if theirs.is_file() and (name.startswith("hf:") or not path.is_file()):
         config = checkpoint.read_json(theirs)

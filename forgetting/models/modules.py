@@ -12,15 +12,30 @@ from torch import Tensor, nn
 from forgetting.errors import ProblemError, shown
 from forgetting.io import raw
 
+SENTENCE = "sentence_embedding"  # what sentence-transformers calls the embedding of a text
 
-def unwrap_compiled(model: Any) -> nn.Module:
-    """The module that torch.compile or DataParallel wraps, or the module itself."""
+
+def unwrap(model: Any) -> nn.Module:
+    """The module that torch.compile or DataParallel wraps, the CLIP of a SentenceTransformer, or
+    the module itself."""
     if not isinstance(model, nn.Module):
         raise ProblemError(f"model must be a torch module, not {shown(model)}")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
     while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, parallel) else model._orig_mod
+    if is_sentence_transformer(model):
+        first, *others = model.children()
+        inner, given = getattr(first, "model", None), getattr(first, "module_output_name", None)
+        if hasattr(inner, "get_text_features") and given in (None, SENTENCE):
+            if any(tensors(module) for module in others):
+                raise ProblemError("a module behind the CLIP has weights, and images pass it too")
+            model = inner
     return model
+
+
+def is_sentence_transformer(model: nn.Module) -> bool:
+    """Whether a module passes a dictionary on, as those of sentence-transformers do."""
+    return any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

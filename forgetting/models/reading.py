@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from forgetting.errors import ProblemError, reason
-from forgetting.models.modules import tensors
+from forgetting.models.modules import SENTENCE, is_sentence_transformer, tensors
 
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
 SUMS = ("add", "__add__", "__radd__", "add_", "__iadd__")
@@ -198,7 +198,8 @@ def text_features(model: nn.Module, inputs: Tokens) -> Tensor:
     options = {name: x for name, x in inputs.items() if name in known and x is not ids}
     if "normalize" in known:
         options["normalize"] = False
-    found = read(ids, **options)
+    whole = is_sentence_transformer(model)
+    found = model(dict(inputs))[SENTENCE] if whole else read(ids, **options)
     for key in ("text_embeds", "pooler_output"):
         found = getattr(found, key, found)
     if isinstance(found, tuple | list) and found:
