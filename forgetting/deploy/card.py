@@ -22,7 +22,11 @@ LISTED = 50  # names or texts that are written out; a list of retained names has
 HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
 COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
-CHANGED = "Only the text projection is changed; every other tensor is the base model's, to the bit"
+OF_INDEX = "No model is changed, but stored vectors are, by a matrix of rank {}."
+OF_MODEL = (
+    "The text projection is changed by a matrix of rank {}, and every other tensor is the base "
+    "model's, to the bit."
+)
 ADAPTERS = ("adapter", "embeddings", "peft")
 USES = {  # what is saved -> its library, and how it is used
     "hf": ("transformers", "{kind}.from_pretrained(PLACE)"),
@@ -105,6 +109,7 @@ def _bullets(lines: Iterable[str]) -> str:
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
     """The card of an adapter, or of the changed model; saved: one of `USES`."""
     saved = "embeddings" if adapter.of_embeddings else saved
+    changed = OF_INDEX if adapter.of_embeddings else OF_MODEL
     library, use = USES[saved]
     head = {"base_model": base.name, "base_model_revision": base.revision}
     head["base_model_relation"] = "adapter" if saved in ADAPTERS else "finetune"
@@ -116,8 +121,7 @@ def model_card(adapter: Adapter, saved: str, base: Base) -> str:
         head="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
         title=", ".join(_some(adapter.classes, 5)),
         base=what if base.name else f"A CLIP ({code(adapter.backbone)})",
-        changed="No model is changed, but stored vectors are" if adapter.of_embeddings else CHANGED,
-        rank=adapter.left.shape[1],
+        changed=changed.format(adapter.left.shape[1]),
         names=_bullets(_some(adapter.classes)),
         texts=_bullets(_some(adapter.texts)),
         how=_bullets(_how(adapter)),
