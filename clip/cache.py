@@ -3,8 +3,6 @@ preprocessing, precision and the contents of the files; hidden states on the wei
 list of texts. So a change of labels, templates or vocabularies never encodes an image again, and
 never gives a stale result. Two processes that encode the same write the same files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +20,10 @@ from clip.digests import digests
 from clip.source import ClipSource
 from datasets.reader import read_image
 from engine.log import logger, progress
+from engine.ray import LauncherSettings, spread
 from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError
 from forgetting.io import container, read_safetensors, write_bytes
-
-if TYPE_CHECKING:
-    from engine.ray import LauncherSettings
 
 SHARD = 512  # images; what a killed run loses at most
 BATCH = {"cpu": 32, "cuda": 256}  # images that are encoded at once
@@ -122,8 +118,6 @@ class FeatureCache:
     def _spread(self, name: str, shards: Shards, batch_size: int | None) -> None:
         """Have many workers write the shards that are not there yet. A worker computes on one of
         the cores that it requests, and loads images on the others."""
-        from engine.ray import spread
-
         missing = [(part, list(paths)) for part, paths in shards.items() if not part.exists()]
         workers = max(0, int(self.how.cpus) - 1)
         task = partial(_encode, self.source.arguments, name, batch_size, workers)

@@ -4,14 +4,11 @@ python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PA
                         [--cache cache] [--precision fp32] [--out DIR] [--audit] [--launcher ray]
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,11 +20,9 @@ from clip.source import ClipSource
 from engine.cli import Parser, add_setting, run
 from engine.config import DatasetSettings, FeatureSettings, ModelSettings
 from engine.log import logger
+from engine.ray import LauncherSettings, add_launcher, launcher
 from forgetting.errors import ProblemError
 from forgetting.io import refuse_existing
-
-if TYPE_CHECKING:
-    from engine.ray import LauncherSettings
 
 SPLIT = "test"
 BARE = "{}"  # the template of the texts to forget and to retain
@@ -106,7 +101,6 @@ def loaders(device: torch.device) -> int:
 def main(argv: list[str] | None = None) -> None:
     """The command line of this stage alone."""
     from clip.audit_texts import with_audit
-    from engine.ray import add_launcher, launcher
 
     parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")

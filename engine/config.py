@@ -5,8 +5,6 @@ two underscores (FORGET.RANK). A method's own constants stand in `trainers.SETTI
 (TRAINER.FORGETLORA.LR). `python -m engine.config` prints docs/settings.md.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import re
@@ -30,6 +28,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ANY_DATASET = "other"  # the config of a data set that has none of its own
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
 UNLISTED = (0.3, "auto")  # of a backbone that is not named there
+AUTO = ("auto",)
 MODES = ("SINGLE", "MULTICLASS")
 TERMS = ("forget", "preserve", "weight")  # of the paper's loss
 # Options of train.py and the keys that they set.
@@ -152,11 +151,10 @@ class ForgetSettings:
     lamb_preserve: float | None = setting(None, "weight of retained texts; none: WEIGHTS", 0, 1e6)
     lamb_forget: float | str | None = setting(
         None,
-        "weight of the forgotten texts; auto: just above the one from which they reach their "
-        "target; none: that of WEIGHTS",
+        "weight of the texts; auto: just enough for the target; none: WEIGHTS",
         0,
         1e6,
-        ("auto",),
+        AUTO,
     )
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)

@@ -4,8 +4,6 @@ A task is a function of one item that can be begun again: what it finished befor
 machines of a cluster see the same files at the same places. Only this file knows Ray.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from argparse import ArgumentParser, Namespace

@@ -75,27 +75,6 @@ class ZeroShot:
         return predicted
 
 
-def own_accuracies(
-    bundle: FeatureBundle, classes: Sequence[str], correct: Tensor
-) -> dict[str, dict[str, float | None]]:
-    """The paper's two accuracies on the set that classes are forgotten from.
-
-    Args:
-        correct: (N,) bool, whether each image is recognised.
-
-    Returns:
-        For each name in `classes`: `cls_acc_test`, the accuracy over its own images, and
-        `no_cls_acc`, the accuracy over the images of all classes not in `classes`; both between 0
-        and 1, None where there is no such image. `acc_train` is None, kept for the format.
-    """
-    own = {name: bundle.labels == bundle.classnames.index(name) for name in classes}
-    rest = accuracy(correct, ~torch.stack(list(own.values())).any(dim=0))
-    return {
-        name: {"cls_acc_test": accuracy(correct, mine), "no_cls_acc": rest, "acc_train": None}
-        for name, mine in own.items()
-    }
-
-
 def accuracy(correct: Tensor, chosen: Tensor | None = None) -> float | None:
     """The fraction of the (chosen) images that are recognised; None of no image."""
     right = correct if chosen is None else correct[chosen]
@@ -131,6 +110,14 @@ class Evaluator:
     def _entry(
         self, classes: list[str], correct: Tensor, others: dict[str, float | None]
     ) -> dict[str, Any]:
-        bundle = self.own.bundle
-        entry = {bundle.dataset: own_accuracies(bundle, classes, correct)}
-        return entry | {name: {"all": {"all_ds": value}} for name, value in others.items()}
+        """The paper's two accuracies: `cls_acc_test` over a class's own images, `no_cls_acc` over
+        those of all that are not in `classes`; None where there is no such image. `acc_train` is
+        None, kept for the format. `correct`: (N,) bool, whether each image is recognised."""
+        bundle, found = self.own.bundle, {}
+        own = {name: bundle.labels == bundle.classnames.index(name) for name in classes}
+        rest = accuracy(correct, ~torch.stack(list(own.values())).any(dim=0))
+        for name, mine in own.items():
+            right = accuracy(correct, mine)
+            found[name] = {"cls_acc_test": right, "no_cls_acc": rest, "acc_train": None}
+        others = {name: {"all": {"all_ds": value}} for name, value in others.items()}
+        return {bundle.dataset: found} | others

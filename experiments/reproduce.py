@@ -29,7 +29,7 @@ from evaluation.rows import Row, read_rows
 from evaluation.tables import write_table
 from experiments.runs import MODES, Run, launch, refuse_failed
 from experiments.sweep import TABLE, print_table, runs_of, table_of
-from forgetting.errors import ProblemError, unknown
+from forgetting.errors import ProblemError
 from trainers.inputs import user_lists
 
 BACKBONES = ("RN50", "ViT-B/16")
@@ -112,14 +112,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     args.backbones = [architecture(name).name for name in args.backbones.split(",") if name]
     if not args.datasets or not args.backbones:
         raise ProblemError("--datasets and --backbones must name one at least")
-    weights = {}
-    for text in args.weights:
-        name, _, path = text.partition("=")
-        if not path:
-            raise ProblemError(f"--weights {text}: must be ARCH=PATH, such as RN50=RN50.pt")
-        if name not in args.backbones:
-            raise unknown("backbone of --weights", name, args.backbones)
-        weights[name] = path
+    weights = dict(text.partition("=")[::2] for text in args.weights)
+    for name, path in weights.items():
+        if name not in args.backbones or not path:
+            raise ProblemError(f"--weights {name}={path}: must be ARCH=PATH, such as RN50=RN50.pt")
     return args, weights
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import datasets
-from clip.bundle import FeatureBundle, bundle_path, list_bundles, load_bundle, load_bundles
+from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from engine.cli import COUNT, SEED, Parser
 from engine.config import TERMS
 from engine.determinism import seeded
@@ -36,7 +36,7 @@ from evaluation.tables import QUANTITIES, write_table
 from experiments.runs import Run, launch, plan_run, refuse_failed
 from experiments.sweep import results_of
 from forgetting import load_adapter
-from forgetting.errors import ProblemError
+from forgetting.errors import ProblemError, unknown
 from forgetting.io import write_bytes
 
 ALL = "all"  # as NAME: every study; of --forget: every class
@@ -277,14 +277,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run studies; returns the CSV files."""
     args = parse(argv)
-    files = list_bundles(args.features, args.backbone)
-    if args.dataset:
-        load_bundle(args.features, args.backbone, args.dataset)  # names the nearest
     bundles = load_bundles(args.features, args.backbone)
+    if args.dataset and args.dataset not in bundles:
+        raise unknown("data set of the bundles", args.dataset, bundles)
     options = ["--features", args.features, "--quiet", "TRAINER.FORGETLORA.MAX_TRIALS", "3"]
     options += args.opts
     paths = []
-    for dataset in [args.dataset] if args.dataset else files:
+    for dataset in [args.dataset] if args.dataset else bundles:
         others = {name: bundle for name, bundle in bundles.items() if name != dataset}
         names = bundles[dataset].classnames
         count = len(names) if args.forget == [ALL] else args.classes

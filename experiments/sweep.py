@@ -35,8 +35,9 @@ from engine.config import OPTIONS, read_yaml
 from engine.files import escape
 from engine.log import logger
 from engine.ray import add_launcher, launcher
-from evaluation.report import REPORT, read_methods, write_report
-from evaluation.results import read_logs
+from evaluation.report.page import write_report
+from evaluation.report.runs import read_methods
+from evaluation.results import REPORT, read_logs
 from evaluation.rows import rows_of
 from evaluation.tables import average_gains, result_table, summarise, write_table
 from experiments.runs import KEYS, MODES, Run, launch, plan_run, refuse_failed
@@ -54,15 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "classes": [],
     "settings": {"": {}},
 }
-RUN_KEYS = [
-    "DATASET.NAME",
-    "SEED",
-    "MODEL.BACKBONE.NAME",
-    "TRAINER.NAME",
-    "OUTPUT_DIR",
-    "FORGET.MULTICLASS",
-    "FORGET.PART",
-]
+VARIED = ("dataset", "seed", "backbone", "trainer", "output_dir", "multiclass")
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
@@ -103,7 +96,8 @@ def runs_of(
         parts: of the requests of a set whose classes are forgotten alone, a run each.
     """
     varied = DEFAULTS | dict(varied)
-    own = [*RUN_KEYS, *([OPTIONS["forget"]] if varied["classes"] else [])]
+    own = ["FORGET.PART", *(OPTIONS[name] for name in VARIED)]
+    own += [OPTIONS["forget"]] if varied["classes"] else []
     for setting, keys in [("", options), *varied["settings"].items()]:
         for key in own:
             if key in keys:

@@ -64,33 +64,22 @@ class ExactSettings:
     similarity: float = 0.95
     own: float = setting(1.0, "weight of the other classes of the set", 0, 1e6)
     vocabulary: float | None = setting(
-        None,
-        "weight of the retain vocabulary; none: 0.03 where the names of other sets are retained, "
-        "0.5 where they are not",
-        low=0,
-        high=1e6,
+        None, "weight of the vocabulary; none: 0.03 beside names of other sets, else 0.5", 0, 1e6
     )
     generic: float = setting(
-        0.5,
-        "part of that weight for a generic vocabulary, if there is a model to encode it (all of it "
-        "where the set has no vocabulary)",
-        low=0,
-        high=1,
+        0.5, "part of that for a generic vocabulary, all of it where the set has none", 0, 1
     )
     others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
     protect: float = setting(0.1, "weight of the protected names, as a group", above=0, high=1e6)
     ridge: float | None = setting(
-        None,
-        "in mean squared lengths of a retained hidden state; none: chosen from the names",
-        low=1e-12,
-        high=1e6,
+        None, "in mean squared lengths of a hidden state; none: chosen from the names", 1e-12, 1e6
     )
     max_displacement: float | None = setting(
         None,
         "how far the ridge lets retained names move, in distances to their nearest neighbour; "
-        "none: 0.045 where the names of other sets are retained, 0.1 where they are not",
-        low=1e-12,
-        high=1e6,
+        "none: 0.045 beside names of other sets, else 0.1",
+        1e-12,
+        1e6,
     )
     specific_ridge: float | None = setting(
         None,
@@ -100,17 +89,10 @@ class ExactSettings:
         high=1e6,
     )
     min_margin: float = setting(
-        1.0,
-        "beta is raised until another class lies this much nearer to the class's text than it does "
-        "itself, in units of the gap before; 0: never",
-        low=0,
-        high=1e3,
+        1.0, "beta is raised until the margin is so many times the gap before; 0: never", 0, 1e3
     )
     min_displacement: float = setting(
-        0.5,
-        "a paraphrase that moves a smaller part of its class's way is forgotten too; 0: none",
-        low=0,
-        high=1,
+        0.5, "a paraphrase that moves a smaller part of the way is forgotten too; 0: none", 0, 1
     )
 
     def __post_init__(self) -> None:

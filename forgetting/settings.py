@@ -1,7 +1,5 @@
 """Settings as dataclass fields: default, range and meaning stand beside the code that uses them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
 from typing import Any
@@ -31,7 +29,7 @@ def setting(
 
 def kind_of(spec: Field) -> type:
     """The type of a setting's values, from its annotation."""
-    words = spec.type if isinstance(spec.type, str) else spec.type.__name__
+    words = getattr(spec.type, "__name__", str(spec.type))
     return next(kind for kind in (bool, int, float, str, tuple) if words.startswith(kind.__name__))
 
 

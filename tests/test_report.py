@@ -17,13 +17,12 @@ from matplotlib.collections import PathCollection
 from datasets.mini import MINI
 from engine.cli import run
 from evaluation.report import page as page_module
-from evaluation.report import read_methods, write_report
 from evaluation.report.__main__ import main
 from evaluation.report.charts import charts
-from evaluation.report.page import render
+from evaluation.report.page import render, write_report
 from evaluation.report.pictures import strips
-from evaluation.report.runs import forgotten_classes
-from evaluation.report.summary import COLUMNS, findings, headline, line, points
+from evaluation.report.runs import forgotten_classes, read_methods
+from evaluation.report.summary import findings, headline, line, points
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import Fate
 from tests.report_fixtures import ANIMALS, NASTY, changed, plant, plant_shapes, plant_sparse
@@ -178,7 +177,7 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path, capsys):
     plant(tmp_path / "no audit", 6, trainer="ForgetLoRA", left=0.6, audit=False)
     compared = read_methods(tmp_path)
     assert headline(compared) == "ViT-B/32 was made to forget 6 classes by 2 methods."
-    cells = [dict(zip(COLUMNS[1:], line(method), strict=True)) for method in compared]
+    cells = list(map(line, compared))
     assert cells[0]["Gone"] == ("6 of 6", "")
     back = "Come back under other words"
     assert cells[0][back][0].endswith(" of 1") and cells[1][back] == ("–", "not tried")
@@ -225,7 +224,7 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     mean, deviation = statistics.mean(means), statistics.stdev(means)
     assert exact.mean("rest") == pytest.approx((mean, deviation))
     worst = points(min(row.rest.points for row in exact.rows))
-    value, remark = dict(zip(COLUMNS[1:], line(exact), strict=True))["Rest of their set, points"]
+    value, remark = line(exact)["Rest of their set, points"]
     assert value == points(mean) and remark.startswith(f"± {deviation:.1f}; worst {worst}, ")
     assert f"exact {points(mean)} ± {deviation:.1f}." in charts([exact])[2][1]
     assert "seed" not in exact.about.partition("mean of 3 seeds")[0]  # they differ in it

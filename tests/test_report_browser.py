@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.report import read_methods, write_report
+from evaluation.report.page import write_report
+from evaluation.report.runs import read_methods
 from tests.conftest import needs_chromium
 from tests.report_fixtures import ANIMALS, NASTY, plant, plant_shapes
 

@@ -239,9 +239,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         logger.info(
             f'from utils import create_results; df, args = create_results("{folder}/", {options})'
         )
-        seeds = sorted(str(path.parent) for path in folder.parent.glob(f"seed_*/{LOGS}"))
-        if folder.name.startswith("seed_") and len(seeds) > 1:
-            logger.info(f"all seeds: df, args = create_results({seeds}, {options})")
 
     def forget(self, block: list[list[str]]) -> None:
         """Solve a block of requests together, evaluate the answers, and keep them."""

@@ -1,7 +1,5 @@
 """What every method must beat, as trainers of a few lines: the mathematics is in `forgetting`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,10 +175,7 @@ class ForgetUCE(EditTrainer):
 @dataclass(frozen=True)
 class NullSpaceSettings:
     threshold: float = setting(
-        0.5,
-        "part of the mean eigenvalue of H^T H / m; directions below it are free",
-        above=0,
-        high=1e6,
+        0.5, "part of the mean eigenvalue of H^T H / m below which all is free", above=0, high=1e6
     )
     # With the authors' 10, for a language model, a text of CLIP goes a fifth of its way.
     damping: float = setting(0.0, "damping; the authors' is 10", 0, 1e6)

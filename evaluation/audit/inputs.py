@@ -4,8 +4,6 @@ No path is taken from the results folder, which may come from somebody else: the
 the audit says where everything is, and what is there is compared with what the results record.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

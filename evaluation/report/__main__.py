@@ -6,7 +6,9 @@ from pathlib import Path
 
 from engine.cli import Parser, run
 from engine.log import logger
-from evaluation.report import REPORT, read_methods, write_report
+from evaluation.report.page import write_report
+from evaluation.report.runs import read_methods
+from evaluation.results import REPORT
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,15 +12,6 @@ from evaluation.rules import Fate, holds
 
 NAMED = 3  # classes named in a finding; the list of classes has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
-COLUMNS = (
-    "Method",
-    "Gone",
-    "Come back under other words",
-    "Recognised, %",
-    "Rest of their set, points",
-    "Other sets, points",
-    "Seconds",
-)
 FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting first
     "Not forgotten": lambda row: row.fate is Fate.STAYS,
     "Recognised again under other words": lambda row: row.back and row.fate is not Fate.STAYS,
@@ -85,8 +76,8 @@ def headline(methods: list[Method]) -> str:
     return f"{model} was made to forget {count(len(classes), 'class', 'classes')}{ways}."
 
 
-def line(method: Method) -> list[tuple[str, str]]:
-    """A line of the table: a value and a remark for each of `COLUMNS` but the first."""
+def line(method: Method) -> dict[str, tuple[str, str]]:
+    """A line of the table: a value and a remark for each column, of all classes of all seeds."""
     rows = method.rows
     gone = [row for row in rows if row.fate is Fate.GONE]
     stay = sum(row.fate is Fate.STAYS for row in rows)
@@ -94,14 +85,14 @@ def line(method: Method) -> list[tuple[str, str]]:
     back = f"{sum(bool(row.back) for row in tried)} of {len(tried)}"
     before, (after, deviation) = method.mean("before")[0], method.mean("after")
     seconds = method.mean("seconds")[0]
-    return [
-        (f"{len(gone)} of {len(rows)}", f"{stay} not forgotten" if stay else ""),
-        (back, "") if tried else ("–", "not tried"),
-        (f"{percent(before)} → {percent(after)}", within(deviation, 100)),
-        _change(method, "rest"),
-        _change(method, "others"),
-        ("–" if pd.isna(seconds) else f"{seconds:.3f}", ""),
-    ]
+    return {
+        "Gone": (f"{len(gone)} of {len(rows)}", f"{stay} not forgotten" if stay else ""),
+        "Come back under other words": (back, "") if tried else ("–", "not tried"),
+        "Recognised, %": (f"{percent(before)} → {percent(after)}", within(deviation, 100)),
+        "Rest of their set, points": _change(method, "rest"),
+        "Other sets, points": _change(method, "others"),
+        "Seconds": ("–" if pd.isna(seconds) else f"{seconds:.3f}", ""),
+    }
 
 
 def _change(method: Method, quantity: str) -> tuple[str, str]:
