@@ -43,6 +43,21 @@ def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) ->
         yield Figure(figsize=(width, height), layout="constrained")
 
 
+@contextmanager
+def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of a size in inches; what the body drew on it is saved, whole or not at all,
+    in the format of the path's suffix."""
+    from forgetting.io import write_bytes
+
+    path, drawn = Path(path), BytesIO()
+    if path.suffix.lower() not in SUFFIXES:
+        raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
+    with styled_figure(width, height) as figure:
+        yield figure
+        figure.savefig(drawn, format=path.suffix[1:].lower())
+    write_bytes(drawn.getvalue(), path)
+
+
 def thumbnail(image: Image.Image, side: int) -> str:
     """A copy of an image of at most `side` pixels, as an address that holds it."""
     small, packed = image.copy(), BytesIO()
@@ -58,16 +73,10 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
     Args:
         table: of `summarise` or `compare_results`; colours: by the names in its columns
             `STEM NAME`, for the stems of `PANELS`. A row has a line for each.
-        path: of the picture, in the format of its suffix; it is written whole or not at all.
     """
-    from forgetting.io import write_bytes
-
-    path, drawn = Path(path), BytesIO()
-    if path.suffix.lower() not in SUFFIXES:
-        raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
     shown = table.nlargest(DRAWN, [f"class {name}" for name in colours]).sort_index()
     row_height = 0.16 + 0.17 * len(colours)  # inches
-    with styled_figure(13, 2.0 + row_height * len(shown)) as figure:
+    with drawing(path, 13, 2.0 + row_height * len(shown)) as figure:
         axes = figure.subplots(1, 3, sharey=True, width_ratios=(1.2, 1, 1))
         for axis, stem in zip(axes, PANELS, strict=True):
             _panel(axis, shown, stem, colours, row_height)
@@ -82,9 +91,7 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
         if len(shown) < len(table):
             text = f"the {len(shown)} of {len(table):,} rows with most left of the class"
             figure.suptitle(text)
-        figure.savefig(drawn, format=path.suffix[1:].lower())
-    write_bytes(drawn.getvalue(), path)
-    return path
+    return Path(path)
 
 
 def _panel(

@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "faithfulness": "what the known slips of the paper's public code cost",
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",
     "baselines": "every method on the same classes, side by side",
+    "hide": "what still finds a class that is forgotten, hidden in an index, or filtered out",
 }
 
 
