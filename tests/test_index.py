@@ -134,7 +134,7 @@ def test_vectors_that_are_none_are_refused(answer):
     assert torch.equal(hide_in_index(nothing, answer.adapter)[1], nothing[1])
     for vectors, words in (
         (2 * good, "row 0 is not of length 1"),
-        (good[:, :8], "shape"),
+        (good[:, :8], "any, 32"),
         (good * float("nan"), "NaN"),
         (good.int(), "dense tensor of"),
         (good.tolist(), "tensor or an array"),

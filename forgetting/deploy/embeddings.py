@@ -52,7 +52,7 @@ from forgetting.models.checkpoint import read_projection
 
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
 INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
-ROWS = 16384  # vectors of an index that are changed at once
+ROWS = 1024  # vectors of an index that are changed at once: more fall out of the cache
 # Condition of a change of an index, at most: of embeddings, so that it can be restored; of a text
 # projection, whose pseudo-inverse ruins the searches for other things from about 100 on.
 RESTORABLE, STRETCHED = 1000, 100
@@ -189,7 +189,7 @@ class IndexEdit:
 
     def __call__(self, vectors: Tensor | np.ndarray, normalised: bool = True) -> Any:
         """Changed vectors (n, d), of the same kind, dtype and device; of unit norm again if
-        `normalised`. Nothing stays nothing. The arithmetic is float64, on blocks of rows.
+        `normalised`. Nothing stays nothing. The arithmetic is that of the dtype, float32 at least.
 
         Raises:
             ProblemError: no matrix of floating-point numbers, another width, NaN or infinite
@@ -202,11 +202,13 @@ class IndexEdit:
         for start in range(0, len(vectors), ROWS):
             block = vectors[start : start + ROWS]
             block = torch.from_numpy(np.array(block)) if is_array else block
-            block = tensor("vectors", block, FLOATS, (None, len(self.down))).double().cpu()
+            block = tensor("vectors", block, FLOATS, (None, len(self.down)))
+            block = block.to("cpu", torch.promote_types(block.dtype, torch.float32))
             sizes = block.norm(dim=1)
             if normalised:
                 _refuse(((sizes - 1).abs() > UNIT) & (sizes > 0), NOT_UNIT, start)
-            block = block + (block @ self.down) @ self.up  # (b, d) @ (d, r) @ (r, d) -> (b, d)
+            down, up = self.down.to(block), self.up.to(block)
+            block = torch.addmm(block, block @ down, up)  # (b, d) + (b, r) @ (r, d) -> (b, d)
             block = normalize(block, dim=1) if normalised else block
             made[start : start + ROWS] = block.numpy() if is_array else block.to(made)
         return made
