@@ -52,6 +52,7 @@ demo: $(COMPLETE)
 	$(BIN)/python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0 --draw results/demo.png
 	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
+	$(BIN)/python -m experiments hide --draw results/search.png
 
 # OPTIONS are those of app.py, such as OPTIONS='--model hf:DIR --images FOLDER'.
 app: $(GRADIO)

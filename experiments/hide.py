@@ -341,7 +341,7 @@ def draw(index: Index, path: Path) -> None:
             count = sum(item.classname == name for item in first)
             part.suptitle(f"{title} ({count} of {SHOWN})", x=0.01, ha="left")
             for axis, item in zip(part.subplots(1, SHOWN), first, strict=True):
-                axis.imshow(read_image(item.impath))
+                axis.imshow(read_image(item.impath), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(visible=item.classname == name, color=COLOURS[1], linewidth=5)
 
