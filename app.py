@@ -86,6 +86,7 @@ def blocks(live: Live, folder: Path) -> Any:
             with gr.Column(scale=3, min_width=300):
                 about = "Any text. The images that it finds first are shown."
                 query = gr.Textbox(
+                    "",
                     label="Search the images",
                     info=about,
                     submit_btn="Search",

@@ -37,7 +37,7 @@ from forgetting.models.vocabulary import generic_names
 
 GUESSES, AFFECTED = 3, 3  # names that are shown of an image, and beside those forgotten
 PICTURES, REMEMBERED = 12, 128  # images of no chosen name that are shown; answers in memory
-FOUND = 12  # images that a search shows
+FOUND, FALSE_ALARMS = 12, 0.005  # images that a search shows; share of others that may be flagged
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them starts a program
 UPLOADS, MEGABYTES, MEGAPIXELS = 12, 20, 50  # at most: at once, of a file, of what it unpacks to
 THUMBNAIL = 192  # pixels of the longer side
@@ -47,7 +47,6 @@ _page = Environment(
 )
 # An image that a search finds: name, data URI, whether that is forgotten, whether it is flagged.
 Hit = tuple[str, str, bool, bool]
-FALSE_ALARMS = 0.005  # the share of other images that may be flagged
 
 
 @dataclass(frozen=True)
