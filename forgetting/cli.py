@@ -369,7 +369,7 @@ def _index(option: Option, parse: Parse) -> None:
     done = change_store(adapter, args.store, hide, projection, dry_run=args.dry_run, **options)
     _say(
         f"{done.where}: {done.rows} vectors, {done.changed} "
-        f"{'would be ' if args.dry_run else ''}{'hidden' if hide else 'restored'}; CRC-32 before "
+        f"{'would be ' if args.dry_run else ''}{'hidden' if hide else 'restored'}; checksum before "
         f"{done.before:08x}, after {done.after:08x}; condition {done.edit.condition:.3g}, "
         f"restoring is right to {done.error:.1e}"
     )

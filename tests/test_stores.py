@@ -14,6 +14,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -163,6 +164,10 @@ def postgres() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
+def uuid(number: int) -> UUID:
+    return UUID(int=number)
+
+
 def pgvector(url: str, kind: str) -> Place:
     import psycopg
 
@@ -175,13 +180,13 @@ def pgvector(url: str, kind: str) -> Place:
 
     def fill() -> None:
         run(f"CREATE EXTENSION IF NOT EXISTS vector; DROP TABLE IF EXISTS {table}, {MARK}")
-        run(f"CREATE TABLE {table} ({key} int PRIMARY KEY, {column} {kind}({D}))")
-        rows = [(k, str(v)) for k, v in zip(KEYS, VECTORS.tolist(), strict=True)]
-        run(f"INSERT INTO {table} VALUES (%s, %s)", [*rows, (0, None)])
+        run(f"CREATE TABLE {table} ({key} uuid PRIMARY KEY, {column} {kind}({D}))")
+        rows = zip(map(uuid, range(1, N + 1)), map(str, VECTORS.tolist()), strict=True)
+        run(f"INSERT INTO {table} VALUES (%s, %s)", [(uuid(0), None), *rows])
 
     def read() -> np.ndarray:
         found = run(f"SELECT {key}, {column}::text FROM {table} ORDER BY {key}")
-        assert [k for k, _ in found] == [0, *KEYS] and found[0][1] is None
+        assert [k for k, _ in found] == list(map(uuid, range(N + 1))) and found[0][1] is None
         return np.array([json.loads(v) for _, v in found[1:]])
 
     return url, {"table": table, "column": "Vector", "id": "assetId"}, fill, read
@@ -270,7 +275,7 @@ def test_a_row_that_was_replaced_since_is_new(postgres):
     change(place, CAT, True)
     with psycopg.connect(postgres) as connection:
         text = 'UPDATE "Smart search" SET "Vector" = %s WHERE "assetId" = %s'
-        connection.execute(text, (str(VECTORS[3].tolist()), KEYS[3]))
+        connection.execute(text, (str(VECTORS[3].tolist()), uuid(4)))
     assert change(place, CAT, True).changed == 1
     assert np.allclose(place[3](), HIDDEN, atol=1e-6)
 
@@ -315,7 +320,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     hide = ["index", "hide", "cat.safetensors", "a.npy", "--quiet"]
     assert cli([*hide, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"a.npy: {N} vectors, {N} would be hidden; CRC-32 before " in said and "11.3" in said
+    assert f"a.npy: {N} vectors, {N} would be hidden; checksum before " in said and "11.3" in said
     assert cli([*hide, "--out", "b.npy"]) == 0
     assert np.allclose(np.load("b.npy"), HIDDEN)
     restore = ["index", "restore", "cat.safetensors", "b.npy", "--out", "c.npy", "--quiet"]

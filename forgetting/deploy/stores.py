@@ -49,6 +49,12 @@ CHANGE = """WITH changed AS (UPDATE {table} SET {column} = %s WHERE {id} = %s RE
     ON CONFLICT (place, id) DO UPDATE SET adapter = excluded.adapter, md5 = excluded.md5"""
 
 
+def checksum(vectors: np.ndarray, before: int = 0) -> int:
+    """CRC-32 of each vector's sum of its numbers as integers, after that of `before`."""
+    sums = vectors.view(f"u{vectors.itemsize}").sum(axis=1, dtype=np.uint64)
+    return zlib.crc32(sums.data, before)
+
+
 @dataclass
 class Pass:
     """One pass over a store: what it does with each batch, and what it counted."""
@@ -64,7 +70,7 @@ class Pass:
     where: str = ""  # where the result is
     rows: int = 0
     changed: int = 0
-    before: int = 0  # CRC-32 of all vectors
+    before: int = 0  # checksum of all vectors
     after: int = 0
     error: float = 0.0  # by how much of its length a restored vector may be off
 
@@ -77,15 +83,15 @@ class Pass:
     def __call__(self, vectors: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The vectors (n, d) as they are to be, and which rows (k,) changed, of those that are
         `hidden` (n,) or not."""
-        self.before = zlib.crc32(vectors.data, self.before)
+        self.before = checksum(vectors, self.before)
         self.error = self.edit.restored_to(getattr(torch, vectors.dtype.name))
         rows = np.flatnonzero(hidden != self.hide)
         with naming(f"{self.where}, after row {self.rows}"):
-            if len(rows) == len(vectors) > 0:
+            if len(rows) == len(vectors):
                 vectors = self.edit(vectors, self.normalised)
             elif len(rows):
                 vectors[rows] = self.edit(vectors[rows], self.normalised)
-        self.after = zlib.crc32(vectors.data, self.after)
+        self.after = checksum(vectors, self.after)
         self.rows += len(vectors)
         self.changed += len(rows)
         self.bar.update(len(vectors))
@@ -196,7 +202,7 @@ def _npy(path: str, run: Pass, out: str | None = None, overwrite: bool = False) 
             raise ProblemError(f"{line(path)} must hold (n, d) of {', '.join(FLOATS)}")
         header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        size = run.begin(path, len(array), 1024)
+        size = run.begin(path, len(array), 512)
         for start in range(0, len(array), size):
             file.write(run.whole(np.ascontiguousarray(array[start : start + size])).data)
 
@@ -272,7 +278,9 @@ def _qdrant(store: str, run: Pass, collection: str, vector: str = "") -> None:
     where, is_url = f"collection {collection} of {name}", "://" in name
     if not is_url and not (Path(name) / "meta.json").is_file():  # the library would make one
         raise ProblemError(f"{line(name)} is neither a folder of Qdrant nor a URL")
-    place = {"url": name, "api_key": os.environ.get("QDRANT_API_KEY")} if is_url else {"path": name}
+    place = {"path": name}
+    if is_url:
+        place = {"url": name, "api_key": os.environ.get("QDRANT_API_KEY"), "timeout": 60}
     with _saying(where, *errors), closing(qdrant.QdrantClient(**place)) as client:
         specs = client.get_collection(collection).config.params.vectors or {}
         specs = specs if isinstance(specs, dict) else {"": specs}
@@ -297,6 +305,8 @@ def _qdrant(store: str, run: Pass, collection: str, vector: str = "") -> None:
                 if held.get(vector):
                     point = {"id": record.id, "vector": held, "payload": record.payload or {}}
                     points.append(models.PointStruct(**point))
+            if not points:
+                continue
             vectors = np.array([point.vector[vector] for point in points], np.float32)
             hidden = np.array([point.payload.pop(MARK, "") == run.mark for point in points])
             vectors, rows = run(vectors, hidden)
