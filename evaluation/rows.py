@@ -26,24 +26,17 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One forgotten class of one request.
-
-    Attributes:
-        label: what the logs call the request; together: how many classes it forgot at once.
-        own: accuracy on the class; rest: on the classes of its set that the request did not
-            forget; others: on each other set, by its name.
-        solver: what the solver recorded; audit: what the audit measured. Empty if there is none.
-    """
+    """One forgotten class of one request."""
 
     dataset: str
-    label: str
+    label: str  # what the logs call the request
     name: str
-    together: int
+    together: int  # how many classes the request forgot at once
     own: Change
-    rest: Change
-    others: dict[str, Change]
-    solver: dict[str, Any] = field(default_factory=dict)
-    audit: dict[str, Any] = field(default_factory=dict)
+    rest: Change  # on the classes of the set that the request did not forget
+    others: dict[str, Change]  # on each other set
+    solver: dict[str, Any] = field(default_factory=dict)  # what it recorded; empty: nothing
+    audit: dict[str, Any] = field(default_factory=dict)  # what it measured; empty: nothing
 
     @property
     def others_mean(self) -> Change:

@@ -25,19 +25,14 @@ INTERRUPTED = 130  # the exit status after Ctrl-C
 
 @dataclass(frozen=True)
 class Run:
-    """One run of train.py.
-
-    Attributes:
-        argv: its command line; folder: of its results; keys: values of `KEYS`.
-        labels: what the logs call its requests; part: such as "2/4", of the set's requests.
-    """
+    """One run of train.py."""
 
     argv: list[str]
-    folder: Path
-    keys: tuple[str, ...]
+    folder: Path  # of its results
+    keys: tuple[str, ...]  # values of `KEYS`
     seed: int
-    labels: list[str]
-    part: str = ""
+    labels: list[str]  # what the logs call its requests
+    part: str = ""  # such as "2/4", of the set's requests
 
     @property
     def title(self) -> str:

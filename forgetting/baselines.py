@@ -134,16 +134,11 @@ def noise(
 
 @dataclass(frozen=True)
 class Ascent(LowRankEdit):
-    """`Delta = left @ right`, left (w, k), right (k, d).
-
-    Attributes:
-        steps: number of steps taken; reached: whether all texts got below the limit.
-        before, after: (k,), each text's probability of its own class.
-    """
+    """`Delta = left @ right`, left (w, k), right (k, d)."""
 
     steps: int
-    reached: bool
-    before: Tensor
+    reached: bool  # whether all texts got below the limit
+    before: Tensor  # (k,), each text's probability of its own class
     after: Tensor
 
 

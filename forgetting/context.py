@@ -139,31 +139,20 @@ class Lagging(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """One request, completely forgotten.
+    """One request, completely forgotten."""
 
-    Attributes:
-        request: with the paraphrases that were added to its texts.
-        edit: the optimum and its certificate; displacement: `D = P - (H_f W + b)`, (k, d) float64.
-        excluded: (C, n) bool, the retained names that are excluded with each class;
-            excluded_names: of any class.
-        target_draws: of noise; mu: the ridge in absolute units; betas, margins: of each class.
-        checked: number of paraphrases that were checked; lagging: those that lag and are not
-            forgotten themselves, the least ratio first.
-        affected, unlisted: see `forgetting.displacement.Forecast`.
-    """
-
-    request: Request
+    request: Request  # with the paraphrases that were added to its texts
     edit: ConstrainedSolution
-    displacement: Tensor
-    excluded: Tensor
-    excluded_names: list[str]
-    target_draws: int
-    mu: float
-    betas: list[float]
+    displacement: Tensor  # `D = P - (H_f W + b)`, (k, d) float64
+    excluded: Tensor  # (C, n) bool, the retained names that are excluded with each class
+    excluded_names: list[str]  # with any class
+    target_draws: int  # of noise
+    mu: float  # the ridge in absolute units
+    betas: list[float]  # of each class
     margins: list[Margin]
-    checked: int
-    lagging: list[Lagging]
-    affected: list[AffectedName] = field(default_factory=list)
+    checked: int  # number of paraphrases that were checked
+    lagging: list[Lagging]  # those that lag and are not forgotten themselves, the least ratio first
+    affected: list[AffectedName] = field(default_factory=list)  # see `Forecast`
     unlisted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -233,20 +222,13 @@ def proof(gap: float) -> str:
 
 @dataclass(frozen=True)
 class ForgetContext:
-    """What requests are solved in, the same for all of them.
-
-    Attributes:
-        retain: the retained names; ridge: `G + mu I` of them, see `RetainSet.ridge`.
-        inputs: what targets are computed from; it holds W and b.
-        classifier: the texts by which images are classified.
-        settings: their ridge is not used: `ridge` was made by it.
-    """
+    """What requests are solved in, the same for all of them."""
 
     retain: RetainSet
-    ridge: Ridge
-    inputs: TargetInputs
+    ridge: Ridge  # `G + mu I` of the retained names, see `RetainSet.ridge`
+    inputs: TargetInputs  # what targets are computed from; it holds W and b
     classifier: ClassifierTexts
-    settings: ExactSettings = ExactSettings()
+    settings: ExactSettings = ExactSettings()  # their ridge is not used: `ridge` was made by it
 
     def forget(self, requests: Sequence[Request]) -> list[Answer]:
         """Forget each request from the original model.

@@ -99,18 +99,12 @@ def displacement_along(edit: LowRankEdit, text: Tensor, others: Tensor) -> Tenso
 
 
 class AffectedName(NamedTuple):
-    """A name whose text an edit moves.
-
-    Attributes:
-        displacement: how far its text moves, in units of the forgotten texts' displacement.
-        cosine_loss: 1 minus the cosine between its text before and after.
-        margin: 1 minus the cosine of its text with that of the nearest other name, before.
-    """
+    """A name whose text an edit moves."""
 
     name: str
-    displacement: float
-    cosine_loss: float
-    margin: float
+    displacement: float  # how far its text moves, in units of the forgotten texts' displacement
+    cosine_loss: float  # 1 minus the cosine between its text before and after
+    margin: float  # 1 minus the cosine of its text with that of the nearest other name, before
 
     @property
     def likely_misclassified(self) -> bool:
@@ -119,15 +113,10 @@ class AffectedName(NamedTuple):
 
 class Margin(NamedTuple):
     """How a forgotten class's text fares, in cosine; None where there is no other class, or nothing
-    is left of the text.
+    is left of the text."""
 
-    Attributes:
-        gap: how much nearer its text, as it was, lay to itself than to any other class.
-        margin: how much nearer that of another class lies to it after the edit.
-    """
-
-    margin: float | None
-    gap: float | None
+    margin: float | None  # how much nearer another class's text lies to it after the edit
+    gap: float | None  # how much nearer, as it was, it lay to itself than to any other class
 
 
 def worst(margins: Sequence[Margin]) -> Margin:
@@ -138,34 +127,24 @@ def worst(margins: Sequence[Margin]) -> Margin:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an edit does, as far as text tells.
+    """What an edit does, as far as text tells."""
 
-    Attributes:
-        unlisted: group of retained names -> root mean square and maximum of the displacement ratios
-            of names like them that nobody listed.
-        affected: the names that lose most cosine, most first.
-        margin, gap: see `Margin`; of the class that fares worst.
-    """
-
+    # Group of retained names -> root mean square and maximum of the displacement ratios of names
+    # like them that nobody listed.
     unlisted: dict[str, tuple[float, float]]
-    affected: list[AffectedName]
-    margin: float | None
+    affected: list[AffectedName]  # the names that lose most cosine, most first
+    margin: float | None  # see `Margin`; of the class that fares worst
     gap: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierTexts:
-    """Texts by which images are classified, n of them.
-
-    Attributes:
-        names: their names; texts: in the untouched model.
-        label: class -> its row; n_classes: images are classified among so many of the first.
-    """
+    """Texts by which images are classified, n of them."""
 
     names: Sequence[str]
-    texts: EmbeddedTexts
-    label: Mapping[str, int]
-    n_classes: int
+    texts: EmbeddedTexts  # in the untouched model
+    label: Mapping[str, int]  # class -> its row
+    n_classes: int  # images are classified among so many of the first
 
     @cached_property
     def directions(self) -> Tensor:

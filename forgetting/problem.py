@@ -159,27 +159,18 @@ class Paraphrases(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """Classes to forget at once, and all that a solve needs to know of them.
+    """Classes to forget at once, and all that a solve needs to know of them."""
 
-    Attributes:
-        classes: C names.
-        texts: k texts by which they are forgotten; hidden: (k, w), their hidden states.
-        owner: k indices into `classes`, the class of each text.
-        same: for each class the names, in small letters, that mean the same as it. They are not
-            retained while it is forgotten.
-        paraphrases: for each class other texts that mean it; empty if there are none to check.
-        seed: of the noise that a target may draw; added: how many of the texts, the last, are
-            paraphrases that were added.
-    """
-
-    classes: list[str]
-    texts: list[str]
-    hidden: Tensor
-    owner: list[int]
+    classes: list[str]  # C names
+    texts: list[str]  # k texts by which they are forgotten
+    hidden: Tensor  # (k, w), their hidden states
+    owner: list[int]  # k indices into `classes`, the class of each text
+    # Of each class the names, in small letters, that mean the same: not retained beside it.
     same: Sequence[Collection[str]] = ()
+    # Of each class other texts that mean it; empty if there are none to check.
     paraphrases: Sequence[Paraphrases] = field(default=(), repr=False)
-    seed: int = 0
-    added: int = 0
+    seed: int = 0  # of the noise that a target may draw
+    added: int = 0  # how many of the texts, the last, are paraphrases that were added
 
     def with_texts(self, more: Sequence[tuple[int, str, Tensor]]) -> Request:
         """The request with more texts: for each its class (an index), text and hidden state."""

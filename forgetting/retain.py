@@ -26,25 +26,18 @@ def key(name: str) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Names that are retained for one reason.
+    """Names that are retained for one reason."""
 
-    Attributes:
-        names: m names in any spelling; rows: (m, w), their hidden states.
-        weight: w_g of the whole group: each of its names weighs w_g / m in G. None: each name
-            weighs 1, as in the paper's plain sum.
-        exclude_similar: whether a name is excluded because its hidden state is similar to that of
-            a forgotten text. The other classes of a set are different things, however similar.
-        limit_displacement: whether the ridge limits how far these names move
-            (`forgetting.ridge`). The names of other groups stand for those that nobody listed.
-        prompt_variants: whether the second half of the names repeats the first in another prompt.
-    """
-
-    names: Sequence[str]
-    rows: Tensor
+    names: Sequence[str]  # m names in any spelling
+    rows: Tensor  # (m, w), their hidden states
+    # w_g of the whole group: each name weighs w_g / m in G. None: 1, as in the paper's plain sum.
     weight: float | None = None
+    # Whether names whose hidden state is similar to a forgotten text's are excluded. The other
+    # classes of a set are different things, however similar.
     exclude_similar: bool = True
+    # Whether the ridge limits how far these names move; others stand for those that nobody listed.
     limit_displacement: bool = True
-    prompt_variants: bool = False
+    prompt_variants: bool = False  # the second half repeats the first in another prompt
 
     @cached_property
     def root(self) -> Tensor:

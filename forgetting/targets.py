@@ -37,27 +37,18 @@ MAX_DRAWS = 10_000
 
 @dataclass(frozen=True)
 class TargetInputs:
-    """Hidden states (n, w) that targets are computed from; a target needs some of them only.
+    """Hidden states (n, w) that targets are computed from; a target needs some of them only."""
 
-    Attributes:
-        projection: `W`, (w, d); bias: `b`, (d,), or None.
-        classes: (C, w), the texts among which images are classified; label: class -> its row.
-        empty: (1, w), the empty prompt; text: (1, w), the TEXT of `text:TEXT`.
-        named: (n, w), all texts that are named anywhere, for `orthogonal`.
-        noise_std: standard deviation of the noise that `empty` may draw.
-        retain: the names that `specific` compares with; lam: its ridge.
-    """
-
-    projection: Tensor
-    bias: Tensor | None = None
-    classes: Tensor | None = None
-    label: Mapping[str, int] = field(default_factory=dict)
-    empty: Tensor | None = None
-    text: Tensor | None = None
-    named: Tensor | None = None
-    noise_std: float = 0.5
-    retain: RetainSet | None = None
-    lam: float = 1.0
+    projection: Tensor  # `W`, (w, d)
+    bias: Tensor | None = None  # `b`, (d,)
+    classes: Tensor | None = None  # (C, w), the texts among which images are classified
+    label: Mapping[str, int] = field(default_factory=dict)  # class -> its row
+    empty: Tensor | None = None  # (1, w), the empty prompt
+    text: Tensor | None = None  # (1, w), the TEXT of `text:TEXT`
+    named: Tensor | None = None  # (n, w), all texts that are named anywhere, for `orthogonal`
+    noise_std: float = 0.5  # of the noise that `empty` may draw
+    retain: RetainSet | None = None  # the names that `specific` compares with
+    lam: float = 1.0  # its ridge
 
     def embed(self, hidden: Tensor) -> Tensor:
         """`h W + b`, (n, d) float64, of hidden states (n, w)."""

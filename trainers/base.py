@@ -51,20 +51,13 @@ def register(method: type[ForgetTrainer]) -> type[ForgetTrainer]:
 
 @dataclass(frozen=True)
 class Solved(LowRankEdit):
-    """What a method found for one request.
+    """What a method found for one request."""
 
-    Attributes:
-        report: JSON values for the logs; notes: lines for the reader.
-        removed: class names that leave the deployed list (`ZeroShot.predict`).
-        recipe: what composing needs; None if the edit does not compose.
-        curves: what changed from step to step of a descent, for `--log`.
-    """
-
-    report: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    removed: tuple[str, ...] = ()
-    recipe: Recipe | None = None
-    curves: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)  # JSON values for the logs
+    notes: list[str] = field(default_factory=list)  # lines for the reader
+    removed: tuple[str, ...] = ()  # class names that leave the deployed list (`ZeroShot.predict`)
+    recipe: Recipe | None = None  # what composing needs; None if the edit does not compose
+    curves: dict[str, Tensor] = field(default_factory=dict)  # a descent's, for `--log`
 
 
 class ForgetTrainer(RunInputs, SimpleTrainer):
@@ -73,20 +66,13 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     No image trains anything: the feature bundles (made by CLIP, cached, or given) are read when the
     first request is solved, and `train` walks over the requests. A method has `solve`, of a batch
     of requests, or `solve_one`, of one of them.
-
-    Attributes of a method:
-        settings_type: dataclass of its own settings; None: it has none.
-        targets: where it can send texts; empty: it sends them nowhere.
-        retains: groups of names that it retains, each name with weight 1.
-        options: keys of FORGET that have an effect on some methods alone, and on this one.
-        batch_size: number of requests that are solved together.
     """
 
-    settings_type: type | None = None
-    targets: tuple[str, ...] = ()
-    retains: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    batch_size = 1
+    settings_type: type | None = None  # dataclass of the method's own settings
+    targets: tuple[str, ...] = ()  # where it can send texts
+    retains: tuple[str, ...] = ()  # groups of names that it retains, each name with weight 1
+    options: tuple[str, ...] = ()  # keys of FORGET that have an effect on some methods alone
+    batch_size = 1  # number of requests that are solved together
 
     # Dassl's hooks, in its order
 

@@ -55,23 +55,15 @@ LISTS_SHAPE = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set's run.
-
-    Attributes:
-        requests: lists of class names; each is forgotten at once, from the original model.
-        others: the other sets to evaluate on.
-        protect: names that must not be harmed.
-        prompts: class name -> texts by which it is forgotten, in place of its bare name.
-        vocabulary: names to retain beside the classes.
-    """
+    """One data set's run."""
 
     dataset: str
     classnames: list[str]
-    requests: list[list[str]]
-    others: list[str]
-    protect: list[str]
-    prompts: dict[str, list[str]]
-    vocabulary: list[str]
+    requests: list[list[str]]  # class names; each is forgotten at once, from the original model
+    others: list[str]  # the other sets to evaluate on
+    protect: list[str]  # names that must not be harmed
+    prompts: dict[str, list[str]]  # class -> texts by which it is forgotten, not its bare name
+    vocabulary: list[str]  # names to retain beside the classes
 
     @cached_property
     def vocabulary_sha256(self) -> str:

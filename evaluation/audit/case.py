@@ -41,19 +41,14 @@ def highest(values: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that stands for a class.
-
-    Attributes:
-        kind: bare, evaluation, retained (a vocabulary name that means the same), template,
-            synonym, hypernym, description, case, plural or misspelling.
-        seen: the class was forgotten by this text.
-        hidden: (w,), its hidden state.
-    """
+    """A text that stands for a class."""
 
     text: str
+    # bare, evaluation, retained (a vocabulary name that means the same), template, synonym,
+    # hypernym, description, case, plural or misspelling
     kind: str
-    seen: bool
-    hidden: Tensor
+    seen: bool  # the class was forgotten by this text
+    hidden: Tensor  # (w,), its hidden state
 
 
 class AuditData:
@@ -99,16 +94,11 @@ class AuditData:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A changed text projection on a data set.
-
-    Attributes:
-        edit: the change; of rank 0 for the untouched model.
-        removed: columns of classes that are no longer on the list; they are never predicted.
-    """
+    """A changed text projection on a data set."""
 
     data: AuditData
-    edit: LowRankEdit
-    removed: tuple[int, ...] = ()
+    edit: LowRankEdit  # of rank 0 for the untouched model
+    removed: tuple[int, ...] = ()  # columns of classes off the list, which are never predicted
 
     @cached_property
     def projection(self) -> Tensor:
@@ -153,21 +143,14 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One class under audit.
-
-    Attributes:
-        name: the class; forgotten: all classes that the adapter forgets, `name` among them.
-        after: the changed model.
-        prompts: texts that stand for the class; missing: why there are not more of them.
-        stranger: an adapter of other classes of the same run, as somebody who collects published
-            models would have it: its classes and its change. None if there is none.
-    """
+    """One class under audit."""
 
     name: str
-    forgotten: list[str]
+    forgotten: list[str]  # all classes that the adapter forgets, `name` among them
     after: Model
     prompts: list[Prompt] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # why there are not more prompts
+    # Classes and change of another adapter of the run, as who collects published models has it.
     stranger: tuple[list[str], LowRankEdit] | None = None
 
     @property

@@ -28,23 +28,17 @@ POOR = 1e-6  # a gap or residual above this is no answer to rely on
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was reached, and what no change can go below.
+    """What was reached, and what no change can go below."""
 
-    Attributes:
-        primal: the objective at the answer.
-        bound: a lower bound of the objective over all changes `Delta` with norm at most `radius`.
-            What the evaluations of `bound` and `primal` may have rounded off is taken off it.
-        gap: `(primal - bound) / primal`: no change is better than `primal (1 - gap)`. 0 if `primal`
-            is 0, and 1 where nothing is proved: rounding as large as the objective, or NaN.
-        rounding: the part of `primal - bound` that is rounding.
-        radius: infinite unless the weight term is off.
-    """
-
-    primal: float
+    primal: float  # the objective at the answer
+    # A lower bound of the objective over all changes `Delta` with norm at most `radius`. What the
+    # evaluations of `bound` and `primal` may have rounded off is taken off it.
     bound: float
+    # `(primal - bound) / primal`: no change is better than `primal (1 - gap)`. 0 if `primal` is 0,
+    # and 1 where nothing is proved: rounding as large as the objective, or NaN.
     gap: float
-    rounding: float = 0.0
-    radius: float = math.inf
+    rounding: float = 0.0  # the part of `primal - bound` that is rounding
+    radius: float = math.inf  # finite where the weight term is off
 
     @classmethod
     def of(

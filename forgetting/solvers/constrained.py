@@ -73,16 +73,12 @@ class Ridge:
 
 @dataclass(frozen=True)
 class ConstrainedSolution(LowRankEdit):
-    """The optimum, left (w, p), right (p, d), float64, p <= min(k, w), and its proof.
+    """The optimum, left (w, p), right (p, d), float64, p <= min(k, w), and its proof."""
 
-    Attributes:
-        certificate: of `tr Delta^T K Delta`; see `certify_constrained`.
-        residual: `||H_f Delta - D|| / ||D||`. It is above rounding if texts that repeat each other
-            were given different targets, or there are more texts than dimensions: no change reaches
-            those. Then the nearest is reached, and nothing is proved.
-    """
-
-    certificate: Certificate
+    certificate: Certificate  # of `tr Delta^T K Delta`; see `certify_constrained`
+    # `||H_f Delta - D|| / ||D||`. It is above rounding if texts that repeat each other were given
+    # different targets, or there are more texts than dimensions: no change reaches those. Then the
+    # nearest is reached, and nothing is proved.
     residual: float
 
 

@@ -64,20 +64,14 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class ExactSolution(LowRankEdit):
-    """The optimum, left (w, p), right (p, d), float64, p <= min(k, w), with its proof.
+    """The optimum, left (w, p), right (p, d), float64, p <= min(k, w), with its proof."""
 
-    Attributes:
-        branch: "generic", "kernel" (no retained text moves) or "none" (nothing moves).
-        mu: the ratio above; rho: `r / mu`, so that `(H_f (G + mu I)^-1 H_f^T + rho I) Z' = D` for
-            `Delta = (G + mu I)^-1 H_f^T Z'`; 0 where the texts reach P.
-        lamb_forget: the weight that it was solved with; thresholds: where that would matter.
-        certificate: primal value, lower bound and relative gap.
-    """
-
-    branch: str
-    mu: float
+    branch: str  # "generic", "kernel" (no retained text moves) or "none" (nothing moves)
+    mu: float  # the ratio above
+    # `r / mu`, so that `(H_f (G + mu I)^-1 H_f^T + rho I) Z' = D` for
+    # `Delta = (G + mu I)^-1 H_f^T Z'`; 0 where the texts reach P.
     rho: float
-    lamb_forget: float
+    lamb_forget: float  # that it was solved with
     thresholds: Thresholds
     certificate: Certificate
 

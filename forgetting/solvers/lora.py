@@ -40,36 +40,24 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class LoraTrial:
-    """One descent from a fresh adapter.
-
-    Attributes:
-        lamb_forget: of this trial; objective: the lowest; reduction: of the forget norm there.
-        step: number of updates after which the objective was lowest.
-        history: (steps + 1,), the objective before every update and after the last.
-    """
+    """One descent from a fresh adapter."""
 
     lamb_forget: float
-    objective: float
-    reduction: float
-    step: int
-    history: Tensor
+    objective: float  # the lowest
+    reduction: float  # of the forget norm there
+    step: int  # number of updates after which the objective was lowest
+    history: Tensor  # (steps + 1,), the objective before every update and after the last
 
 
 @dataclass(frozen=True)
 class LoraSolution(LowRankEdit):
-    """The change of the trial that was kept, and how it came about.
-
-    Attributes:
-        lamb_forget, objective, reduction: of the trial that was kept.
-        reached: whether its reduction reached the threshold (True if there was nothing to reach).
-        trials: all trials in the order in which they ran.
-    """
+    """The change of the trial that was kept, and how it came about."""
 
     lamb_forget: float
     objective: float
     reduction: float
-    reached: bool
-    trials: list[LoraTrial]
+    reached: bool  # the threshold; True if there was nothing to reach
+    trials: list[LoraTrial]  # in the order in which they ran
 
 
 # Called after every step with the trial, the step, and the norms (3, B) of the B requests that are
@@ -239,19 +227,13 @@ def _trial(
 
 @dataclass(frozen=True)
 class _Objective:
-    """The paper's objective of B requests, as a function of their LoRA factors.
-
-    Attributes:
-        hidden: (B, k, w), displacement: (B, k, d), the texts of each; excluded: (B, n, w), retained
-            rows that are not retained in a request. Each is padded with rows of zeros.
-        gram: `H_r^T H_r`, (w, w), of all names.
-    """
+    """The paper's objective of B requests, as a function of their LoRA factors."""
 
     problem: ForgetProblem
-    hidden: Tensor
-    displacement: Tensor
-    excluded: Tensor
-    gram: Tensor
+    hidden: Tensor  # (B, k, w), the texts of each, padded with rows of zeros, as is what follows
+    displacement: Tensor  # (B, k, d)
+    excluded: Tensor  # (B, n, w), rows that are not retained in a request
+    gram: Tensor  # `H_r^T H_r`, (w, w), of all names
 
     @property
     def scale(self) -> float:
