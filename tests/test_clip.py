@@ -218,13 +218,6 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(tmp_path, monkeypatch)
     others = [key for key in state if key != "text_projection"]
     assert all(torch.equal(state[key], original[key]) for key in others)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
-    model = ARCHITECTURES["mini"].build().eval()
-    open_clip.load_checkpoint(model, str(out))
-    tokens = source.encoder.tokenize(TEXTS)
-    assert torch.allclose(model.encode_text(tokens), expected, atol=1e-4, rtol=1e-5)
-    # The loader for OpenAI's layout, as in OpenAI's own code, rounds to float16.
-    loaded = build_model_from_openai_state_dict(dict(state)).float().eval().encode_text(tokens)
-    assert (normalize(loaded, dim=1) - normalize(expected, dim=1)).abs().max() < 1e-3
     mine = source_of(tmp_path, "mini", out)
     assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
     with pytest.raises(ProblemError, match="no folder"):

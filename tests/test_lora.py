@@ -69,23 +69,6 @@ def test_the_gradient_is_that_of_the_objective(weights):
     assert torch.allclose(gradient, factors.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_a_descent_is_autograd_and_adam():
-    """The history of the plainest implementation."""
-    problem = make_problem(2, lamb_preserve=0.4)
-    solution = solve_lora(problem, LoraSettings(steps=30, max_trials=1))
-    (w, d), r = problem.projection.shape, problem.rank
-    init = (torch.rand(r, w, generator=torch.Generator().manual_seed(0)) * 2 - 1) * w**-0.5
-    a, b = init.requires_grad_(), torch.zeros(d, r, requires_grad=True)
-    optimizer, history = torch.optim.Adam([a, b], lr=0.01), []
-    for _ in range(31):
-        loss = problem.objective((problem.alpha / r) * (b @ a).T)
-        history.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert solution.trials[0].history.tolist() == pytest.approx(history, rel=1e-4)
-
-
 def test_requests_descend_together_as_they_would_alone():
     """Texts, excluded names, random numbers and retries of each request are its own."""
     problem = make_problem(4, lamb_forget=1.0)

@@ -14,7 +14,6 @@ import tqdm.std
 import train
 from engine.cli import Parser, run
 from engine.log import INTERVAL, logger, once, progress, run_log
-from evaluation.audit.__main__ import main as audit
 
 
 class Terminal(io.StringIO):
@@ -72,17 +71,6 @@ def test_quiet_hides_messages_and_loops_and_leaves_the_rest(
     assert ("loop" in stderr.getvalue()) == (not argv)
     lines = (tmp_path / "log.txt").read_text().splitlines()  # each has its time in front
     assert [x.split(" ", 2)[2] for x in lines] == ["for the log", "a message", "a warning"]
-
-
-def test_a_quiet_run_and_audit_print_nothing_but_the_table(toy_args, tmp_path, capsys):
-    assert train.cli([*toy_args, "--forget", "owl", "--quiet"]) == 0
-    assert capsys.readouterr() == ("", "")
-    log = (tmp_path / "out/ToyAnimals/log.txt").read_text()
-    assert "ToyAnimals / owl" in log and "quiet=" not in (tmp_path / "out/args.txt").read_text()
-    argv = [str(tmp_path / "out"), "--without=relearning", f"--features={tmp_path / 'features'}"]
-    assert run(audit, [*argv, "--quiet"]) == 0
-    out, err = capsys.readouterr()
-    assert out.split()[:2] == ["data", "set"] and err == ""
 
 
 def test_a_missing_package_is_one_line_before_work(toy_args, tmp_path, refused, monkeypatch):

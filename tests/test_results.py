@@ -164,20 +164,6 @@ def test_labels_tell_classes_apart(classes):
     assert split_label(join_label(classes)) == classes
 
 
-def test_a_class_with_a_bar_and_two_classes_at_once(tmp_path):
-    assert join_label(["a", "b"]) == "a|b" and join_label(["a|b"]) == r"a\|b"
-    one, two = join_label(["a|b"]), join_label(["a", "b"])
-    both = entry(name="a")
-    for side in ("final_results", "zero_shot"):
-        both[side]["A"]["b"] = both[side]["A"]["a"]
-    store(tmp_path, "A", one, entry(name="a|b"))
-    store(tmp_path, "A", two, both)
-    results = Results(tmp_path)
-    assert all(results.is_done("A", label, CHOSEN) for label in (one, two))
-    assert create_results(tmp_path)[0].name.tolist() == [one]
-    assert create_results(tmp_path, multiclass=True)[0].name.tolist() == [two]
-
-
 def test_args_end_with_the_latest_command_line(tmp_path):
     for line in ("Namespace(a=1)", "Namespace(a=2)", "Namespace(a=2)", "Namespace(a=1)"):
         add_args(tmp_path, line)

@@ -8,7 +8,6 @@ from evaluation.results import read_logs as logs_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, accuracies, toy_bundle
-from trainers.methods import ForgetLoRA
 from utils import create_results
 
 
@@ -51,30 +50,6 @@ def test_done_classes_are_skipped_and_overwrite_does_them_again(toy_args, capsys
     third = logs_of(folder)["ToyAnimals"]
     assert third["cat"]["solver"]["seconds"] != first["solver"]["seconds"] and "owl" in third
     assert third["cat"]["final_results"] == first["final_results"]
-
-
-def test_a_killed_run_goes_on_at_its_block_with_the_same_results(toy_args, monkeypatch, tmp_path):
-    monkeypatch.setattr(ForgetLoRA, "batch_size", 2)
-    whole = [*toy_args, "--output-dir", str(tmp_path / "whole"), "--forget", "all"]
-    expected = logs_of(train.main(whole))["ToyAnimals"]
-    solve, calls = ForgetLoRA.solve, []
-
-    def dying(self, requests):
-        calls.append(requests.classes)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return solve(self, requests)
-
-    monkeypatch.setattr(ForgetLoRA, "solve", dying)
-    assert train.cli([*toy_args, "--forget", "all"]) == 130
-    train.main([*toy_args, "--forget", "all"])
-    interrupted = ["sea_horse", "C/V"]
-    assert calls == [["cat", "Dog"], interrupted, interrupted, ["owl", "newt"]]
-    resumed = logs_of(tmp_path / "out")["ToyAnimals"]
-    assert resumed.pop("settings") == expected.pop("settings")
-    for name, entry in expected.items():
-        assert resumed[name]["final_results"] == entry["final_results"]
-    assert len(resumed) == len(expected) == 6
 
 
 def test_seed_zero_is_a_seed_and_seeds_differ(toy_args, tmp_path):
