@@ -193,7 +193,8 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
             `get_text_features` or a `forward` that gives text features: of open_clip (CLIP,
             CustomTextCLIP, CoCa), of transformers (CLIPModel, SiglipModel, ...), OpenAI's own.
         tokenize: from a list of texts to a tensor or a mapping of tensors; a tokenizer of
-            transformers may be given as it is. None: that of a named model.
+            transformers may be given as it is. None: that of a named model, or of a
+            SentenceTransformer.
 
     Raises:
         ProblemError: no single last linear map, or tied, quantised, shared or absent weights.
