@@ -135,8 +135,7 @@ def blocks(live: Live, folder: Path) -> Any:
         how |= {"api_visibility": "private", "show_progress": "minimal"}
         # Names that are typed are no input to Gradio, but a change.
         changes = [chosen.change, protect.change, target.input, beta.input, files.change]
-        changes.append(query.submit)
-        gr.on([page.load, *changes], show, inputs, trigger_mode="always_last", **how)
+        gr.on([page.load, query.submit, *changes], show, inputs, trigger_mode="always_last", **how)
         for box in (chosen, protect):
             box.change(None, js=CLOSE_LIST)
         button.click(forget, inputs, **how)

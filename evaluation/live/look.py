@@ -45,8 +45,10 @@ THUMBNAIL = 192  # pixels of the longer side
 _page = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
 )
+Names = tuple[str, ...]
 # An image that a search finds: name, data URI, whether that is forgotten, whether it is flagged.
 Hit = tuple[str, str, bool, bool]
+Found = list[tuple[str, list[Hit] | str]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class View:
     pictures: list[tuple[Any, ...]]
     refused: list[str]
     query: str
-    found: list[tuple[str, list[Hit] | str]]
+    found: Found
     doubt: bool
 
     def html(self, part: str) -> str:
@@ -129,7 +131,7 @@ class Live:
         self._thumbnail = lru_cache(REMEMBERED)(lambda path: thumbnail(read_image(path), THUMBNAIL))
         self._upload = lru_cache(REMEMBERED)(self._encoded)
 
-    def listed(self, names: Sequence[str]) -> tuple[str, ...]:
+    def listed(self, names: Sequence[str]) -> Names:
         """Names as the list spells them, each once. The beginning of a class means that class, the
         shortest one if there are several; any other name is taken as it is. ProblemError if a name
         is no text."""
@@ -201,14 +203,13 @@ class Live:
                 data = self._thumbnail(self.items[row].impath)
                 pictures.append((name, data, *guesses(self.features[row])))
         unlisted = {name: nearest(name, self.names) for name in names[len(self.names) :]}
-        searched = [], False
-        if query.strip() and self.items:
-            searched = self._search(query.strip(), forgotten, protect, target, beta)
-        return View(answer, chosen, forecast, unlisted, table, pictures, refused, query, *searched)
+        found, doubt = [], False
+        if (query := query.strip()) and self.items:
+            found, doubt = self._search(query, forgotten, protect, target, beta)
+        result = answer, chosen, forecast, unlisted, table, pictures, refused
+        return View(*result, query, found, doubt)
 
-    def _search(
-        self, query: str, names: tuple[str, ...], *how: Any
-    ) -> tuple[list[tuple[str, list[Hit] | str]], bool]:
+    def _search(self, query: str, names: Names, *how: Any) -> tuple[Found, bool]:
         """What a query finds before and after names are forgotten, and `View.doubt`."""
         answer = self._solve(names, *how) if names else None
         before, now = self._embeddings(self.source.encode_hidden([query]), answer)  # (1, d) each
@@ -222,7 +223,7 @@ class Live:
                 hits.append((name, data, name in names, any(flags[row] for flags, _ in flagged)))
             return hits
 
-        found: list[tuple[str, list[Hit] | str]] = [("before", first(self.features, before))]
+        found: Found = [("before", first(self.features, before))]
         if answer is not None:
             found.append(("texts changed", first(self.features, now)))
             try:
@@ -241,12 +242,7 @@ class Live:
         return flags.tolist(), any("rate" in str(one.message) for one in caught)
 
     def _forget(
-        self,
-        names: tuple[str, ...],
-        protect: tuple[str, ...],
-        target: str,
-        beta: float,
-        index: bool = False,
+        self, names: Names, protect: Names, target: str, beta: float, index: bool = False
     ) -> Forgotten:
         """The answer for the text encoder, or for an index of images."""
         encoder = self.source.encoder
