@@ -20,7 +20,6 @@ from tests.encoder_fixtures import OUT, WIDTH
 from tests.test_export import EXACT, TEXTS, apart, graph, refused, run_onnx
 from tests.test_patch import make_adapter
 
-RETAIN = ["owl", "sea horse", "red shoe", "blue car"]
 HUB = {"idx": 0, "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
 
 
@@ -45,7 +44,7 @@ def test_sentence_transformer(tmp_path, monkeypatch, kind):
         load(modules=[*parts, modules.Normalize()]).save(str(base))
     model = load(str(base))
     before = torch.tensor(model.encode(TEXTS))
-    answer = forget(model, None, ["crab"], retain=RETAIN, generic=False, target="opposite")
+    answer = forget(model, None, ["crab"], retain=["owl", "red shoe", "blue car"], generic=False)
     answer.save(file)
     answer.apply()
     after = torch.tensor(model.encode(TEXTS))
@@ -116,7 +115,7 @@ def test_immich(tmp_path, kept):
         assert not (tmp_path / "a.onnx").exists()
 
 
-@pytest.mark.parametrize("place", ["../secret", "/etc/hostname", "link", "none", "short"])
+@pytest.mark.parametrize("place", [__file__, "link", "none", "short"])
 def test_external_data_that_are_elsewhere_or_not_whole(tmp_path, place):
     base = tmp_path / "base/model.onnx"
     onnx, weight = text_tower(base, "beside it")
@@ -124,9 +123,8 @@ def test_external_data_that_are_elsewhere_or_not_whole(tmp_path, place):
     for tensor in model.graph.initializer:
         tensor.external_data[0].value = place
     onnx.save(model, base)
-    (tmp_path / "secret").write_bytes(bytes(10**6))
-    (base.parent / "link").symlink_to(tmp_path / "secret")
+    (base.parent / "link").symlink_to(__file__)
     (base.parent / "short").write_bytes(bytes(100))
-    words = "leads out of the folder|cannot be read"
+    words = "leads out of the folder" if place in (__file__, "link") else "cannot be read"
     refused(words, make_adapter(weight), base, "onnx", tmp_path / "out.onnx")
     assert not list(tmp_path.glob("*out.onnx*"))
