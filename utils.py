@@ -59,9 +59,8 @@ def create_results(
             folders less one; NaN of one), and `folders`, how many hold the row.
         args: the command line of the latest run; logs, if wanted. Of several folders: lists.
 
-    Raises:
-        ProblemError: no results there, or none of the wanted kind; folders that do not belong
-            together, or `before` of another model.
+    Raises ProblemError: no results there, or none of the wanted kind; folders that do not belong
+    together, or `before` of another model.
     """
     folders = [folder] if isinstance(folder, str | PathLike) else folder
     is_list = isinstance(folders, Sequence) and len(folders) > 0
@@ -162,8 +161,7 @@ def compare_results(
     Returns:
         A row for every class that all folders hold, see `evaluation.tables.side_by_side`.
 
-    Raises:
-        ProblemError: no class is in all folders, or folders of several models.
+    Raises ProblemError: no class is in all folders, or folders of several models.
     """
     if not isinstance(folders, Mapping) or not folders:
         raise ProblemError(f"folders must map names to results folders, not {shown(folders)}")

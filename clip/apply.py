@@ -23,12 +23,9 @@ from forgetting.io import naming, refuse_existing, write_bytes
 
 def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> None:
     """Write the state dict of `source` with the adapter's change, and beside it a JSON file with
-    the model's config in open_clip's form: weights alone do not say how they compute.
-
-    Raises:
-        ProblemError: one of the two exists, or a model that is not in OpenAI's layout, or does not
-            hold the adapter's projection.
-    """
+    the model's config in open_clip's form: weights alone do not say how they compute. Raises
+    ProblemError: one of the two exists, or a model that is not in OpenAI's layout, or does not hold
+    the adapter's projection."""
     path, architecture = Path(path), source.architecture
     beside = path.with_suffix(".json")
     for file in (path, beside):

@@ -40,8 +40,7 @@ class ClipSource:
         device: None for the GPU if there is one, else the CPU.
         precision: of `PRECISIONS`, what images are encoded in, by a copy of the model.
 
-    Raises:
-        ProblemError: an unknown name, a missing file, or a precision that the device lacks.
+    Raises ProblemError: an unknown name, a missing file, or a precision that the device lacks.
     """
 
     def __init__(

@@ -54,11 +54,8 @@ def absent(row: SetSpec, root: Path) -> str | None:
 
 def find_split(row: SetSpec, root: Path) -> tuple[Split, bool]:
     """The split of a set under `root`, and whether numbers on it can be compared with published
-    ones: that of the published file, else one made of what is there, the same every time.
-
-    Raises:
-        ProblemError: the set is absent (names the path), or its split file or lists are broken.
-    """
+    ones: that of the published file, else one made of what is there, the same every time. Raises
+    ProblemError: the set is absent (names the path), or its split file or lists are broken."""
     where = f"data set {row.name}:"
     if reason := absent(row, root):
         raise ProblemError(f"{where} {reason}")
@@ -87,8 +84,7 @@ class ImageSet:
         classnames: as the split file spells them, in label order, from all three lists together.
         comparable: False for a split made here.
 
-    Raises:
-        ProblemError: anything missing or broken, named with its path.
+    Raises ProblemError: anything missing or broken, named with its path.
     """
 
     row: ClassVar[SetSpec]
@@ -148,8 +144,7 @@ def read_image(
         formats: Pillow's names of those that are read; megapixels: at most, beside Pillow's 179.
         upright: whether to turn the image as its Exif data says. CLIP's benchmarks do not.
 
-    Raises:
-        ProblemError: why it cannot be read, for a message that names the file.
+    Raises ProblemError: why it cannot be read, for a message that names the file.
     """
     try:
         if not Path(path).is_file():

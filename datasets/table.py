@@ -57,9 +57,8 @@ def spec(name: str, images: str = "") -> SetSpec:
         images: of one's own, a folder with a folder per class or a CSV of path and class; `name`
             is then what to call them, like the folder or file if empty.
 
-    Raises:
-        ProblemError: no such set (with the nearest names) or images; a name that no results can go
-            by, or that is another set's.
+    Raises ProblemError: no such set (with the nearest names) or images; a name that no results can
+    go by, or that is another set's.
     """
     if not images:
         name = NAMES.get(name, name)

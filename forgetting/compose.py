@@ -59,9 +59,8 @@ def compose(
     Both are named by where they come from. A class that two adapters forget stays forgotten until
     it was given back twice. That no other change costs less is not proved.
 
-    Raises:
-        ProblemError: no recipe; adapters that do not belong together; a text with two targets; a
-            class to be given back that is not there; nothing is left.
+    Raises ProblemError: no recipe; adapters that do not belong together; a text with two targets; a
+    class to be given back that is not there; nothing is left.
     """
     everyone = [*adapters.items(), *(without or {}).items()]
     first_path, first = everyone[0]

@@ -231,11 +231,8 @@ class ForgetContext:
     settings: ExactSettings = ExactSettings()  # their ridge is not used: `ridge` was made by it
 
     def forget(self, requests: Sequence[Request]) -> list[Answer]:
-        """Forget each request from the original model.
-
-        Raises:
-            ProblemError: a target that cannot be had, or a ridge that is too small.
-        """
+        """Forget each request from the original model. Raises ProblemError: a target that cannot be
+        had, or a ridge that is too small."""
         betas = [[float(self.settings.beta)] * len(request.classes) for request in requests]
         answers = self._solve(requests, betas)
         for _ in range(ROUNDS):

@@ -147,8 +147,7 @@ def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         overwrite: whether a file that is there may be replaced. Of a folder that is there the
             files are replaced one by one, and others stay.
 
-    Raises:
-        ProblemError: it cannot be written, something is there already, or a device or pipe is.
+    Raises ProblemError: it cannot be written, something is there already, or a device or pipe is.
     """
     try:
         path = Path(path)

@@ -57,8 +57,7 @@ class ForgetProblem:
             `lamb_forget` may be "auto": just above c*, where the paper's retry loop ends.
         rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
 
-    Raises:
-        ProblemError: a shape, dtype, device, weight or value that makes no problem.
+    Raises ProblemError: a shape, dtype, device, weight or value that makes no problem.
     """
 
     projection: Tensor
@@ -185,28 +184,21 @@ class Request:
 
 
 class Batch(Sequence[Request]):
-    """Requests that are solved together, each from the original model, their tensors stacked.
-
-    Attributes:
-        classes: C names, request by request; same: what means the same as each of them.
-        hidden: (K, w), the hidden states of all texts; sizes: the number of texts of each request.
-        of_class: (C,) int64, the request of each class; of_text: (K,) int64, that of each text.
-        owner: (K,) int64, the class (0 .. C - 1) of each text.
-    """
+    """Requests that are solved together, each from the original model, their tensors stacked."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests = list(requests)
-        self.classes = [name for request in requests for name in request.classes]
-        self.same = [names for request in requests for names in request.same]
-        self.hidden = torch.cat([request.hidden for request in requests])
+        self.classes = [name for request in requests for name in request.classes]  # C of them
+        self.same = [names for request in requests for names in request.same]  # of each class
+        self.hidden = torch.cat([request.hidden for request in requests])  # (K, w), of all texts
         sizes = torch.tensor([len(request.classes) for request in requests])
         first = sizes.cumsum(0) - sizes
         number = torch.arange(len(requests))
-        self.of_class = number.repeat_interleave(sizes)
+        self.of_class = number.repeat_interleave(sizes)  # (C,), the request of each class
         self.sizes = [len(request.texts) for request in requests]
-        self.of_text = number.repeat_interleave(torch.tensor(self.sizes))
+        self.of_text = number.repeat_interleave(torch.tensor(self.sizes))  # (K,), that of each text
         owner = [index for request in requests for index in request.owner]
-        self.owner = torch.tensor(owner) + first[self.of_text]
+        self.owner = torch.tensor(owner) + first[self.of_text]  # (K,), the class of each text
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -231,8 +223,7 @@ def equal_sizes(owner: Tensor, excluded: Tensor, most: int) -> Iterator[tuple[Te
     Yields:
         Requests (B,), by how many names they exclude (less padding), and the rows (B, k) of texts.
 
-    Raises:
-        ProblemError: a request without a text.
+    Raises ProblemError: a request without a text.
     """
     count = torch.bincount(owner, minlength=len(excluded))
     if not count.all():

@@ -53,20 +53,13 @@ class Group:
 class RetainSet:
     """Retained names in groups, and their weighted Gram matrix.
 
-    Attributes:
-        groups: the groups that hold names; counts: the number of names of each; weights: w_g.
-        names: n names, group by group; rows: (n, w), their hidden states.
-        name_weights: (n,) float64, the weight of each name in G.
-        variant_of: (n,) int64, the same name in its other prompt, or itself without one.
-
     Args:
         similarity: cosine of hidden states above which a name is excluded with a text; 1: none is.
         device: where `rows`, `gram` and all that is computed from them lie.
         max_similar: names that one text excludes for their similarity, at most (the nearest);
             None: any number. A weak text encoder finds thousands of names similar.
 
-    Raises:
-        ProblemError: no group, names and rows that do not fit, a negative weight.
+    Raises ProblemError: no group, names and rows that do not fit, a negative weight.
     """
 
     def __init__(
@@ -93,12 +86,12 @@ class RetainSet:
         self.groups = {name: group for name, group in groups.items() if len(group.names)}
         chosen = list(self.groups.values())
         self.counts = {name: len(group.names) for name, group in self.groups.items()}
-        self.weights = {n: g.name_weight * len(g.names) for n, g in self.groups.items()}
-        self.names = [name for group in chosen for name in group.names]
+        self.weights = {n: g.name_weight * len(g.names) for n, g in self.groups.items()}  # w_g
+        self.names = [name for group in chosen for name in group.names]  # n of them
         self.rows = torch.cat([rows[:0], *(group.rows for group in chosen)]).to(device)  # (n, w)
         sizes = torch.tensor(list(self.counts.values()), dtype=torch.int64)
         weights = torch.tensor([group.name_weight for group in chosen], dtype=torch.float64)
-        self.name_weights = weights.repeat_interleave(sizes).to(device)  # (n,)
+        self.name_weights = weights.repeat_interleave(sizes).to(device)  # (n,) float64, in G
         similar = torch.tensor([group.exclude_similar for group in chosen], dtype=torch.bool)
         self._exclude_similar = similar.repeat_interleave(sizes).to(device)  # (n,)
         variants, start = [torch.arange(0)], 0
@@ -107,7 +100,7 @@ class RetainSet:
             shift = count // 2 if group.prompt_variants else 0
             variants.append(start + torch.arange(count).roll(shift))
             start += count
-        self.variant_of = torch.cat(variants).to(device)  # (n,)
+        self.variant_of = torch.cat(variants).to(device)  # (n,), the same name in another prompt
         self._index: dict[str, list[int]] = defaultdict(list)
         for position, name in enumerate(self.names):
             self._index[key(name)].append(position)
@@ -158,8 +151,7 @@ class RetainSet:
                 class of each text. Names that are more similar to one of a class's texts than
                 `similarity` are excluded with it, where their group allows that.
 
-        Raises:
-            ProblemError: tensors that are no texts of this width, or of other classes.
+        Raises ProblemError: tensors that are no texts of this width, or of other classes.
         """
         hidden = matrix("hidden", hidden, self.rows.shape[1])
         owner = indices("owner", owner, len(hidden), len(same)).to(self.rows.device)

@@ -97,8 +97,8 @@ def targets(
     Returns:
         `P` (K, d) float64, and for each request how often noise was drawn (0 but for `empty`).
 
-    Raises:
-        ProblemError: an unknown target, or no draw of noise leads away from the forgotten classes.
+    Raises ProblemError: an unknown target, or no draw of noise leads away from the forgotten
+    classes.
     """
     e, draws = inputs.embed(batch.hidden), [0] * len(batch)  # (K, d)
     beyond = torch.as_tensor(beta, dtype=e.dtype).to(e.device).expand(len(e))[:, None]  # (K, 1)

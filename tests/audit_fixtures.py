@@ -121,7 +121,7 @@ def case(
     seed: int = 0,
 ) -> Case:
     """A case of the class `name`; the untouched model on both sides unless there is an `edit`."""
-    data = AuditData(bundle, others, seed)
+    data = AuditData(bundle, others or {}, seed)
     columns = tuple(map(bundle.classnames.index, removed))
     hidden = bundle.forget_hidden[bundle.classnames.index(name)]
     after = Model(data, edit or data.before.edit, columns)

@@ -51,25 +51,20 @@ class Prompt:
     hidden: Tensor  # (w,), its hidden state
 
 
+@dataclass(eq=False)
 class AuditData:
-    """What all classes of a data set share in an audit. Everything is computed once, in float64.
+    """What all classes of a data set share in an audit. Everything is computed once, in float64."""
 
-    Attributes:
-        bundle: of the set; others: of the other sets, same backbone. images: (N, d).
-        seed: of everything random in the audit.
-        encode: encodes further texts; None where there is no model.
-    """
+    bundle: FeatureBundle
+    others: dict[str, FeatureBundle] = field(default_factory=dict)  # other sets, same backbone
+    seed: int = 0  # of everything random in the audit
+    encode: Encode | None = None  # encodes further texts; None where there is no model
+    _results: dict[Any, Any] = field(default_factory=dict, init=False)
 
-    def __init__(
-        self,
-        bundle: FeatureBundle,
-        others: dict[str, FeatureBundle] | None = None,
-        seed: int = 0,
-        encode: Encode | None = None,
-    ) -> None:
-        self.bundle, self.others, self.seed, self.encode = bundle, others or {}, seed, encode
-        self.images = bundle.image_features.double()
-        self._results: dict[Any, Any] = {}
+    @cached_property
+    def images(self) -> Tensor:
+        """(N, d)."""
+        return self.bundle.image_features.double()
 
     def once(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function(self, *arguments)`, called the first time only."""

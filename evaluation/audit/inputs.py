@@ -37,11 +37,8 @@ def labels_of(logs: Logs, dataset: str) -> list[str]:
 
 
 def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places, seed: int) -> AuditData:
-    """What the classes of a data set's results were forgotten from.
-
-    Raises:
-        ProblemError: the results do not say what made them, or something else is at `places`.
-    """
+    """What the classes of a data set's results were forgotten from. Raises ProblemError: the
+    results do not say what made them, or something else is at `places`."""
     settings = {"precision": "fp32"} | logs[dataset].get(SETTINGS, {})
     if not settings.keys() >= set(RECORDED):
         raise ProblemError(f"the results of {dataset} in {folder} do not say what made them")

@@ -112,14 +112,8 @@ class Statistics:
 
 
 class Attacker:
-    """What an attacker knows of a data set, float64.
-
-    Attributes:
-        names: as words, the set's own classes first, each once; the classes always stay on the
-            list, the rest is drawn if there are too many. rows: key of a name -> its row.
-        unexplained: (n, w), unit norm, what the other names do not explain of each.
-        ridge: `G + mu I` of all names by ForgetExact's defaults; ratio: `lw / lp` of the paper.
-    """
+    """What an attacker knows of a data set, float64. The set's own classes come first and are all
+    on the list of names; the rest is drawn if there are too many."""
 
     def __init__(self, data: AuditData) -> None:
         bundle = data.bundle
@@ -133,13 +127,14 @@ class Attacker:
         drawn = order[: max(0, LIMIT - own)].sort().values.tolist()
         chosen = chosen[:own] + [chosen[own + index] for index in drawn]
         self.names = [datasets.clean_name(context.retain.names[row]) for row in chosen]
-        self.rows = {datasets.key(name): row for row, name in enumerate(self.names)}
+        self.rows = {datasets.key(name): row for row, name in enumerate(self.names)}  # by key
         hidden, vocabulary = context.retain.rows[chosen].double(), bundle.retain_hidden.double()
         # Ridge regression of h on all names leaves `mu (K - h^T h)^-1 h`, which is along `K^-1 h`.
         gram = hidden.T @ hidden
         uniform, mu = Statistics(gram, hidden), EXPLAINED * float(gram.trace()) / len(gram)
+        # (n, w), unit norm, what the other names do not explain of each
         self.unexplained = uniform.directions(mu) @ uniform.basis.T
-        self.ridge = context.ridge
+        self.ridge = context.ridge  # `G + mu I` of all names by ForgetExact's defaults
         exact = Statistics(self.ridge.gram, hidden), self.ridge.mu
         none = Statistics(torch.zeros_like(gram), hidden), 1.0
         self._methods = [exact, (uniform, mu), none]
@@ -147,7 +142,7 @@ class Attacker:
         cfg = settings("ForgetLoRA", bundle.dataset, bundle.backbone)
         weights = paper_weights(cfg)
         lw = weights["lamb_weight"] * cfg.FORGET.RANK / cfg.FORGET.ALPHA
-        self.ratio = lw / weights["lamb_preserve"]
+        self.ratio = lw / weights["lamb_preserve"]  # `lw / lp` of the paper
 
     def recognise(self, span: Tensor, values: Tensor) -> Tensor | None:
         """Which names a change forgets, by the known method that fits it best.

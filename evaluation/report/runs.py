@@ -152,8 +152,7 @@ def read_methods(folder: str | Path, only: Collection[Path] = ()) -> list[Method
     Args:
         only: the results folders that count; all of them if it is empty.
 
-    Raises:
-        ProblemError: no results there, or files that cannot be read.
+    Raises ProblemError: no results there, or files that cannot be read.
     """
     folder, runs = Path(folder), []
     for path in sorted(each.parent for each in folder.rglob(LOGS)):

@@ -33,16 +33,11 @@ DEPENDENT = 1e-10  # of M's eigenvalues: texts that repeat each other share one 
 class Ridge:
     """`K_0 = G + mu I` of everything that may be retained, factorised once.
 
-    Attributes:
-        rows: (n, w), hidden states of n names; weights: (n,) float64, the weight of each in G.
-        root: `R` (q, w) float64 with `R^T R = G`, see `triangle`; gram: `G`, (w, w).
-        mu: the ridge.
-
     Args:
-        weights: None: each name weighs 1; root: `R`, where it is known already.
+        rows: (n, w), hidden states of n names; weights: (n,), of each in G; None: 1.
+        root: `R` (q, w) float64 with `R^T R = G`, where it is known (see `triangle`).
 
-    Raises:
-        ProblemError: numbers that make no such matrix, or a ridge that is lost in its rounding.
+    Raises ProblemError: numbers that make no such matrix, or a ridge that is lost in its rounding.
     """
 
     def __init__(
@@ -56,7 +51,7 @@ class Ridge:
         self.weights = vector("weights", weights, n).to(self.rows.device)
         if root is None:
             root = triangle(self.weights.sqrt()[:, None] * self.rows.double())
-        self.root, self.gram = root, root.T @ root
+        self.root, self.gram = root, root.T @ root  # (q, w), (w, w)
         self._cholesky, info = torch.linalg.cholesky_ex(self.gram + mu * torch.eye(w).to(root))
         if info:
             raise ProblemError(f"the ridge mu {mu:.1e} is too small: choose a larger one")
@@ -109,8 +104,7 @@ def solve_constrained_each(
         owner: (K,) int64, the request of each text; each of 0 .. R - 1 has at least one.
         excluded: (R, n) bool, the names of `ridge` that are not retained in a request.
 
-    Raises:
-        ProblemError: shapes that do not fit, or a ridge too small beside an excluded name.
+    Raises ProblemError: shapes that do not fit, or a ridge too small beside an excluded name.
     """
     h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
@@ -143,11 +137,8 @@ class Excluded(NamedTuple):
 
     @property
     def root(self) -> Tensor:
-        """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`, see `downdate`.
-
-        Raises:
-            ProblemError: the ridge is lost in rounding beside the excluded rows.
-        """
+        """Cholesky root (B, n, n) of `C^-1 - R K_0^-1 R^T`, see `downdate`. Raises ProblemError:
+        the ridge is lost in rounding beside the excluded rows."""
         diagonal = torch.where(self.weights > 0, 1 / self.weights, 1.0)
         inner = torch.diag_embed(diagonal) - self.rows @ self.base.mT  # (B, n, n)
         root, info = torch.linalg.cholesky_ex((inner + inner.mT) / 2)

@@ -94,8 +94,7 @@ def solve_exact(problem: ForgetProblem) -> ExactSolution:
         on CLIP's features about 2e-13. Beyond that, and where there is no weight term, the answer
         carries its true gap.
 
-    Raises:
-        ProblemError: `lamb_forget` is "auto" and the target cannot be reached.
+    Raises ProblemError: `lamb_forget` is "auto" and the target cannot be reached.
     """
     spectrum = Spectrum(problem.retain_hidden[: None if problem.lamb_preserve else 0])
     device = problem.projection.device
@@ -124,8 +123,7 @@ def solve_each(problem: ForgetProblem, owner: Tensor, excluded: Tensor) -> list[
         owner: (K,) int64, the request of each text; each of 0 .. R - 1 has at least one.
         excluded: (R, m) bool, which rows of `retain_hidden` are not retained in a request.
 
-    Raises:
-        ProblemError: an owner or a mask that does not fit; see also `solve_exact`.
+    Raises ProblemError: an owner or a mask that does not fit; see also `solve_exact`.
     """
     device = problem.projection.device
     excluded = mask("excluded", excluded, len(problem.retain_hidden)).to(device)

@@ -110,9 +110,8 @@ def solve_lora_each(
         generators: R of them; each draws the adapters of its request's trials.
         settings, on_step: as in `solve_lora`.
 
-    Raises:
-        ProblemError: an owner, a mask or a number of generators that does not fit; numbers that
-            leave the range of the dtype.
+    Raises ProblemError: an owner, a mask or a number of generators that does not fit; numbers that
+    leave the range of the dtype.
     """
     device = problem.projection.device
     excluded = mask("excluded", excluded, len(problem.retain_hidden)).to(device)

@@ -24,20 +24,15 @@ def triangle(rows: Tensor) -> Tensor:
 
 
 class Spectrum:
-    """Singular values and right singular vectors of retained hidden states (m, w).
-
-    Attributes:
-        values: (q,) positive singular values `sigma`; vectors: (w, q).
-        rows: (m, w) float64, `H_r` itself, or its `triangle` if that is smaller.
-        noise: what rounding leaves of a row inside the span, as a fraction of its length.
-    """
+    """Singular values and right singular vectors of retained hidden states (m, w)."""
 
     def __init__(self, rows: Tensor) -> None:
+        # float64, `H_r` itself, or its `triangle` if that is smaller
         self.rows = triangle(rows) if len(rows) > rows.shape[1] else rows.double()
         _, values, vectors = torch.linalg.svd(self.rows, full_matrices=False)
-        self.noise = EPS * max(rows.shape)
+        self.noise = EPS * max(rows.shape)  # of the length of a row in the span, what is rounding
         keep = values > self.noise * values[:1].sum()
-        self.values, self.vectors = values[keep], vectors[keep].T
+        self.values, self.vectors = values[keep], vectors[keep].T  # (q,), (w, q)
 
     def outside(self, rows: Tensor) -> Tensor:
         """The parts of rows (..., w) outside the span; rounding counts as none."""
