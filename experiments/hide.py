@@ -87,6 +87,7 @@ class Index:
         retained = [each.retain_hidden for each in every if each.retain_names] or [self.prompts]
         self.vocabulary = self.embed(torch.cat(retained).unique(dim=0))  # (m, d)
         self.plain = Search(self.images, self.embed, torch.zeros(len(self.labels)).bool())
+        self.before = self.found(self.plain)
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Unit-norm embeddings (n, d) of hidden states (n, w)."""
@@ -100,10 +101,6 @@ class Index:
         nearest = scores.masked_fill(other_set, -torch.inf).argmax(dim=1)
         relevant = self.labels[:, None] == torch.arange(len(self.names))  # (N, C)
         return (nearest == self.labels) & ~search.flagged, average_precision(scores, relevant)
-
-    @cached_property
-    def before(self) -> tuple[Tensor, Tensor]:
-        return self.found(self.plain)
 
     @cached_property
     def broader(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -344,6 +341,7 @@ def draw(index: Index, path: Path) -> None:
                 axis.imshow(read_image(item.impath), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(visible=item.classname == name, color=COLOURS[1], linewidth=5)
+    logger.info(f"picture: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:

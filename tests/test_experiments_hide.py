@@ -46,8 +46,9 @@ def test_a_table_by_the_command_line(index, capsys):
         assert rows.loc["query 3q - 2n", "left"] > 90  # 3n - 2n is the name itself
 
 
-def test_the_index_edit_is_the_librarys(index):
-    """Left unnormalised it ranks images as the text edit in the space of embeddings does."""
+def test_ways_are_what_they_are_called(index):
+    """The index edit is the library's. Left unnormalised it ranks images as the text edit in the
+    space of embeddings does."""
     (edits,) = hide.both_edits(index, "ToyAnimals", ["cat"])
     left, right = edits[1].left, edits[1].right
     ways, queries = hide.ways(index, "ToyAnimals", 0, *edits), index.embed(index.prompts)
@@ -56,6 +57,10 @@ def test_the_index_edit_is_the_librarys(index):
     scores = index.images @ (queries + (queries @ left) @ right).T
     assert torch.allclose(ways["index edit, dot product"].scores(queries), scores)
     assert not torch.allclose(index.plain.scores(queries), scores, atol=0.1)
+    name = index.embed(index.bundles["ToyAnimals"].forget_hidden[:1])
+    expected = hide.unit(3 * queries - 2 * name)
+    assert torch.allclose(ways["query 3q - 2n"].query(index.prompts), expected)
+    assert (ways["projected off the name"].images @ name.T).abs().max() < 1e-9
 
 
 def test_a_flag_that_is_always_right(index):
