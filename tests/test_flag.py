@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from experiments import flag as measure
 from forgetting import Forgotten, ProblemError, TextEmbeddings, forget
 from forgetting.flag import flag, none_of_these
 from tests.encoder_fixtures import tiny
@@ -19,12 +20,10 @@ CAT, DOG = normalize(random(2, D, seed=2), dim=1)
 FEW = "the rate may not hold"
 
 
-def images(count: int, text: Tensor | None = None, seed: int = 3) -> Tensor:
+def images(count: int, text: Tensor | None = None, seed: int = 3, weight: float = 0.2) -> Tensor:
     """Of what a text names, or of things that common names name."""
-    texts = NAMES[torch.arange(count) % len(NAMES)] if text is None else text
-    return normalize(
-        random(count, D, seed=seed) / D**0.5 + (0.1 + 0.1 * (text is not None)) * texts
-    )
+    shown = 0.1 * NAMES[torch.arange(count) % len(NAMES)] if text is None else weight * text
+    return normalize(random(count, D, seed=seed) / D**0.5 + shown)
 
 
 OTHERS = images(2000)
@@ -65,6 +64,14 @@ def test_few_vectors_and_what_tells_instead_of_them():
     assert torch.allclose(flag(OTHERS[:1], CAT, NAMES, reference=OTHERS)[0], among[:1], atol=1e-4)
     assert torch.allclose(flag(OTHERS, CAT, NAMES)[0], among)
     assert flag(images(300, CAT), CAT, NAMES, reference=OTHERS)[1].float().mean() > 0.8
+
+
+@pytest.mark.filterwarnings(f"ignore:{FEW}")
+def test_an_index_of_siblings_and_one_with_much_of_the_class():
+    """Of the former little is flagged; of the latter more than a tail through all would leave."""
+    siblings, weak = images(1000, CAT, weight=0.1), images(700, CAT, weight=0.12)
+    assert flag(siblings, CAT, NAMES, 0.01)[1].float().mean() < 0.1
+    assert flag(torch.cat([weak, OTHERS[:1300]]), CAT, NAMES, 0.01)[1][:700].float().mean() > 0.6
 
 
 def test_none_of_these():
@@ -121,3 +128,12 @@ def test_what_was_forgotten_is_flagged_in_the_original_space(family, tmp_path, m
     assert torch.equal(answer.flag(vectors, 0.2, **alone)[0], scores)
     with pytest.raises(ProblemError, match="forgotten Acme Cola"):
         loaded.flag(vectors, texts=texts)
+
+
+def test_what_is_caught_is_measured(features, tmp_path):
+    table = measure.main(["--features", str(features), "--classes", "2", "--out", str(tmp_path)])
+    assert len(table) == 2 * 2 * 4 and (tmp_path / "flag.csv").is_file()
+    alone = table["images"].str.startswith("alone")
+    assert table.loc[alone, "false 1.0%"].isna().all() and table["caught 1.0%"].notna().all()
+    assert (table["caught 0.5%"] <= table["caught 1.0%"]).all()
+    assert table.loc[~alone, "false 1.0%"].between(0, 20).all()
