@@ -78,11 +78,8 @@ def run(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | No
 
 
 def commands(package: str, known: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
-    """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME.
-
-    Args:
-        known: each name, and what it does in one line; listed without a name, or with --help.
-    """
+    """`python -m PACKAGE NAME ...`: the exit status of `main` of the module PACKAGE.NAME. `known`:
+    each name, and what it does in one line; listed without a name, or with --help."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
 
     def main(_: object) -> None:

@@ -163,11 +163,8 @@ class Results:
     def add(
         self, data: bytes, dataset: str, label: str, settings: Mapping[str, Any] | None
     ) -> None:
-        """Write an adapter, and logs.json if it is time.
-
-        Args:
-            settings: of its method, which an adapter that is there must share; None: it need not.
-        """
+        """Write an adapter, and logs.json if it is time. `settings`: of its method, which an
+        adapter that is there must share; None: it need not."""
         from forgetting.io import write_bytes  # who only reads results does not wait for torch
 
         if settings is not None:
@@ -256,12 +253,9 @@ def check_logs(logs: Any, where: str | Path) -> None:
 def same_kind(
     folders: Sequence[str | Path], logs: Sequence[Logs], model_alone: bool = False
 ) -> None:
-    """ProblemError unless folders differ by chance alone, such as seeds.
-
-    Args:
-        model_alone: whether it is enough that they are of one model, whatever forgot: then what was
-            measured before forgetting is the same for all.
-    """
+    """ProblemError unless folders differ by chance alone, such as seeds. `model_alone`: whether it
+    is enough that they are of one model, whatever forgot: then what was measured before forgetting
+    is the same for all."""
     if not model_alone and len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ProblemError(f"a results folder is given twice: {', '.join(map(str, folders))}")
     known: dict[tuple[str, str], tuple[str | Path, Any]] = {}

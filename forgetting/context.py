@@ -111,12 +111,9 @@ class ExactSettings:
         return replace(self, **missing)
 
     def group_weights(self, listed: bool, vocabulary: bool, generic: bool) -> dict[str, float]:
-        """The weight of every group, some of them 0.
-
-        Args:
-            listed: whether the names of other sets can be retained; vocabulary, generic: whether
-                there is a vocabulary of the set, and a generic one.
-        """
+        """The weight of every group, some of them 0. `listed`: whether the names of other sets can
+        be retained; `vocabulary`, `generic`: whether there is a vocabulary of the set, and a
+        generic one."""
         common = self.chosen(listed).vocabulary
         part = (self.generic if vocabulary else float(self.generic > 0)) if generic else 0.0
         return {

@@ -84,13 +84,19 @@ def features(tmp_path: Path) -> Path:
     return tmp_path / "features"
 
 
+def toy_line(place: Path, *options: str) -> list[str]:
+    """A command line on ToyAnimals; the features, the results and the cache lie in `place`."""
+    return [
+        *("--dataset", "ToyAnimals", "--features", str(place / "features"), "--backbone", BACKBONE),
+        *("--output-dir", str(place / "out"), "--cache", str(place / "cache"), *options),
+    ]
+
+
 @pytest.fixture
 def toy_args(features: Path, tmp_path: Path) -> list[str]:
     """A quick command line on ToyAnimals; append flags or KEY VALUE pairs."""
     return [
-        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
-        *("--output-dir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")),
-        *("FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_FORGET", "3.0"),
+        *toy_line(tmp_path, "FORGET.LAMB_PRESERVE", "0.05", "FORGET.LAMB_FORGET", "3.0"),
         *("FORGET.LAMB_WEIGHT", "0.02"),
         *("TRAINER.FORGETLORA.STEPS", "100", "TRAINER.FORGETLORA.MAX_TRIALS", "2"),
     ]

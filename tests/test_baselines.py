@@ -20,7 +20,7 @@ from forgetting import load_adapter
 from forgetting.baselines import uce
 from forgetting.problem import Request
 from forgetting.settings import setting
-from tests.conftest import BACKBONE, accuracies, toy_bundle, whole_set
+from tests.conftest import accuracies, toy_bundle, toy_line, whole_set
 from trainers.base import Solved, register
 from trainers.baselines import RetainingTrainer
 from utils import create_results
@@ -36,16 +36,10 @@ def method(features, tmp_path):
     """Run a method on ToyAnimals and return the folder of its results."""
 
     def run(name: str, *options: str, out: str = "out"):
-        return train.main(arguments(features, tmp_path / out / name, name, *options))
+        place = "--output-dir", str(tmp_path / out / name)
+        return train.main(toy_line(tmp_path, *place, "--trainer", name, *options))
 
     return run
-
-
-def arguments(features, out, name: str, *options: str) -> list[str]:
-    return [
-        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
-        *("--output-dir", str(out), "--trainer", name, *options),
-    ]
 
 
 def landed(adapter, row: torch.Tensor) -> torch.Tensor:
@@ -235,12 +229,11 @@ def test_methods_need_their_package_and_something_to_retain(tmp_path, refused, m
         classnames=["cat"],
         retain_names=[],
     )
-    lonely.save(tmp_path / "lonely" / "ViT-B-32" / "ToyAnimals.safetensors")
+    lonely.save(tmp_path / "features" / "ViT-B-32" / "ToyAnimals.safetensors")
     monkeypatch.setitem(sys.modules, "concept_erasure", None)
     for name, message in (
         ("ForgetUCE", "no name is left"),
         ("ForgetAscent", "has one class"),
         ("ForgetLEACE", "pip install 'concept-erasure'"),
     ):
-        argv = arguments(tmp_path / "lonely", tmp_path / "out", name, "--forget", "cat")
-        assert message in refused(argv)
+        assert message in refused(toy_line(tmp_path, "--trainer", name, "--forget", "cat"))

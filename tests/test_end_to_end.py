@@ -17,7 +17,7 @@ from clip.source import ClipSource
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, save_openai
-from tests.conftest import BACKBONE, REPOSITORY
+from tests.conftest import REPOSITORY, toy_line
 from trainers import inputs
 from utils import create_results
 
@@ -122,15 +122,14 @@ def test_names_of_ones_own_are_retained_instead_of_the_vocabulary(mini_args, tmp
     names = tmp_path / "names.txt"
     names.write_text("# mine\nsecond hand of a clock\nhouse\nhouse\ndigit_two\n")
     argv = [*mini_args, "--trainer", "ForgetOptimum", "FORGET.RETAIN_NAMES", str(names)]
-    folder = train.main([*argv, "--output-dir", str(tmp_path / "out")])
+    folder = train.main([*argv, "--output-dir", str(tmp_path / "mini")])
     solver = json.loads((folder / "logs.json").read_text())["MiniDigits"]["digit two"]["solver"]
     assert solver["retained"] == 2 and solver["excluded"] == ["digit two"]
     names.write_text("house\n")
     with pytest.raises(ProblemError, match="vocabulary_sha256"):
-        train.main([*argv, "--output-dir", str(tmp_path / "out")])
+        train.main([*argv, "--output-dir", str(tmp_path / "mini")])
     # Without a model the bundle's names can be chosen from.
-    toy = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE]
-    toy += ["--trainer", "ForgetOptimum", "--forget", "owl", "--output-dir", str(tmp_path / "toy")]
+    toy = toy_line(tmp_path, "--trainer", "ForgetOptimum", "--forget", "owl")
     with pytest.raises(ProblemError, match="house"):
         train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
     names.write_text("Thing 3\nsea horse\nowl\n")

@@ -20,7 +20,7 @@ from experiments.reproduce import PAPER, WHOLE
 from experiments.variants import VARIANTS, choose, run_variants
 from forget_cls import all_ds, forget_classes_all
 from forgetting import ForgetProblem, LoraSettings, solve_lora
-from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
+from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle, toy_line
 from tests.test_datasets import FORGOTTEN
 from tests.test_lora import make_problem
 
@@ -143,9 +143,8 @@ def test_the_command_on_bundles(tmp_path, features, capsys):
     assert (seen["class after"] < seen["class before"]).any()
     assert table[table["data set"] == "Texts"]["class after"].isna().all()
     # Each problem is the trainer's, with its own names excluded: the same optimum.
-    options = ["--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE]
-    options += ["--trainer", "ForgetOptimum", "--forget=cat", "--output-dir", str(tmp_path / "out")]
-    (row,) = read_rows(train.main([*options, *keys]))
+    line = toy_line(tmp_path, "--trainer", "ForgetOptimum", "--forget=cat")
+    (row,) = read_rows(train.main([*line, *keys]))
     ours = seen[(seen["classes"] == "cat") & (seen["variant"] == "ours")].iloc[0]
     optimum = row.solver["certificate"]["primal"]
     assert ours["objective"] / (1 + ours["above"]) == pytest.approx(optimum, rel=1e-6)

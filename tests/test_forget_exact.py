@@ -13,7 +13,7 @@ from clip.bundle import bundle_path
 from clip.retain import exact_context
 from forgetting import load_adapter
 from forgetting.context import ExactSettings
-from tests.conftest import BACKBONE, toy_bundle
+from tests.conftest import BACKBONE, toy_bundle, toy_line
 from trainers.inputs import RunInputs
 from utils import create_results
 
@@ -22,10 +22,7 @@ NODE = "TRAINER.FORGETEXACT."
 
 @pytest.fixture
 def exact_args(features, tmp_path):
-    return [
-        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
-        *("--output-dir", str(tmp_path / "exact"), "--trainer", "ForgetExact"),
-    ]
+    return toy_line(tmp_path, "--trainer", "ForgetExact")
 
 
 def solver_of(folder, label):

@@ -35,12 +35,10 @@ from forget_cls import forget_classes_all
 from forgetting.adapter import save_adapter
 from forgetting.io import STALE
 from tests.clip_fixtures import caltech
-from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle
+from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle, toy_line
 from tests.test_patch import make_adapter
 
 Cli = Callable[[Sequence[str]], int]
-
-
 CLI: dict[str, Cli] = {
     "train": train.cli,
     "utils": partial(run, utils.main),
@@ -63,7 +61,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for dataset in TOY_CLASSES:
         toy_bundle(dataset).save(bundle_path(place / "features", BACKBONE, dataset))
     (place / "prompts.json").write_text('{"cat": ["{}", "a photo of a {}."]}')
-    argv = [*arguments(place), "--forget", "cat", "--forget", "owl", "--audit"]
+    argv = toy_line(place, "--trainer=ForgetExact", "--forget=cat", "--forget=owl", "--audit")
     assert train.cli([*argv, "FORGET.PROMPTS", str(place / "prompts.json")]) == 0
     assert CLI["report"]([str(place / "out")]) == 0 and CLI["utils"]([str(place / "out")]) == 0
     caltech(place / "data", 2, forget_classes_all["Caltech101"])
@@ -71,14 +69,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = replace(make_adapter(w), backbone="mini", weights="embedded")
     save_adapter(adapter, place / "mini.safetensors")
     return place
-
-
-def arguments(place: Path) -> list[str]:
-    return [
-        *("--dataset", "ToyAnimals", "--backbone", BACKBONE, "--trainer", "ForgetExact"),
-        *("--features", str(place / "features"), "--output-dir", str(place / "out")),
-        *("--cache", str(place / "cache")),
-    ]
 
 
 @pytest.fixture
@@ -133,7 +123,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 # What changes nothing that is read of a list of command lines.
 GOOD = [("args", "empty"), ("args", "a key twice"), ("args", "two in one")]
-ARGS = ["train", *arguments(Path())]
+ARGS = ["train", *toy_line(Path(), "--trainer=ForgetExact")]
 JSON = {
     "logs": ("out/logs.json", [["utils", "out"], ["audit", "out"], ["report", "out"]]),
     "audits": ("out/audit.json", [["report", "out"]]),
@@ -168,7 +158,7 @@ def test_damaged_json(kind, damage, place, refusal):
 
 def bundle(place: Path) -> tuple[Path, list[str]]:
     path = place / "features/ViT-B-32/ToyAnimals.safetensors"
-    return path, ["train", *arguments(Path()), "--forget", "Dog"]
+    return path, ["train", *toy_line(Path(), "--trainer=ForgetExact", "--forget=Dog")]
 
 
 def adapter(place: Path) -> tuple[Path, list[str]]:
@@ -195,7 +185,7 @@ def test_damaged_files_of_tensors(of_kind, damage, place, refusal):
 FEATURES = ["--features", "features"]
 ANIMALS = [*FEATURES, "--dataset", "ToyAnimals"]
 WHOLE = {  # command -> what makes it run, were it not for one more option
-    "train": ["train", *arguments(Path()), "--forget", "Dog"],
+    "train": ["train", *toy_line(Path(), "--trainer=ForgetExact", "--forget=Dog")],
     "audit": ["audit", "out", "--features=features"],
     "report": ["report", "out"],
     "check": ["check", "data"],
@@ -338,7 +328,7 @@ def test_nothing_of_the_users_is_written_over_or_waited_for(what, place, refusal
 def test_an_adapter_that_is_none_of_ours_stays(place, capsys):
     mine = place / "out/ToyAnimals/Dog.safetensors"
     mine.write_bytes(b"mine")
-    assert train.cli([*arguments(place), "--forget", "Dog", "--forget", "newt"]) == 2
+    assert train.cli(toy_line(place, "--trainer=ForgetExact", "--forget=Dog", "--forget=newt")) == 2
     assert "Dog.safetensors" in capsys.readouterr().err and mine.read_bytes() == b"mine"
 
 
@@ -369,7 +359,7 @@ def edited(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[b
 def test_mistakes_in_forget_cls(edit, refusal, edited):
     text, message = EDITED[edit]
     edited((text + "\n" + LISTS if edit == "encoding" else LISTS + text).encode())
-    line = refusal("train", arguments(Path()))
+    line = refusal("train", ARGS[1:])
     assert line.startswith("error: forget_cls.py") and message in line
 
 
@@ -379,7 +369,7 @@ def test_a_forget_cls_that_does_not_read(content, place, refusal, edited):
     if content is None:  # a folder of that name, which is looked at last
         (place / "forget_cls.py").unlink()
         (place / "forget_cls").mkdir()
-    assert "forget_cls.py" in refusal("train", arguments(Path()))
+    assert "forget_cls.py" in refusal("train", ARGS[1:])
 
 
 # Names of every kind that a system allows.
@@ -421,5 +411,5 @@ def test_a_run_removes_what_a_killed_one_left(place):
     fresh = left.with_name(f".tmp-{16 * 'b'}.safetensors")  # of a run at work
     fresh.write_text("half")
     os.utime(left, (0, time.time() - 2 * STALE))
-    assert train.cli([*arguments(place), "--forget", "Dog"]) == 0
+    assert train.cli(toy_line(place, "--trainer=ForgetExact", "--forget=Dog")) == 0
     assert not left.exists() and fresh.exists()

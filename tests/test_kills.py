@@ -24,7 +24,7 @@ from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
 from forgetting import load_adapter
 from forgetting.io import remove_stale
-from tests.conftest import BACKBONE
+from tests.conftest import toy_line
 from tests.results_fixtures import ended, fork
 
 FEW = 10
@@ -78,10 +78,7 @@ def agree(folder: Path) -> None:
 
 @pytest.fixture
 def command(features, tmp_path) -> list[str]:
-    return [
-        *("--dataset", "ToyAnimals", "--features", str(features), "--backbone", BACKBONE),
-        *("--output-dir", str(tmp_path / "out"), "--trainer", "ForgetUCE", "--forget", "all"),
-    ]
+    return toy_line(tmp_path, "--trainer", "ForgetUCE", "--forget", "all")
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)

@@ -111,14 +111,9 @@ def audit_class(case: Case, measures: dict[str, Measure] = MEASURES) -> dict[str
 
 
 def cases_of(path: Path, adapters: Sequence[Path], data: AuditData) -> dict[str, Case]:
-    """Class -> its case, for every class that the adapter at `path` forgets.
-
-    Args:
-        adapters: of the same results; one that forgets other classes is the stranger, always the
-            same one for a seed.
-
-    Raises ProblemError if there is no such adapter, or it is of another projection.
-    """
+    """Class -> its case, for every class that the adapter at `path` forgets. `adapters`: of the
+    same results; one that forgets other classes is the stranger, always the same one for a seed.
+    Raises ProblemError if there is no such adapter, or it is of another projection."""
     adapter, bundle = load_adapter(path), data.bundle
     if adapter.projection_sha256 != projection_sha256(bundle.text_projection):
         raise ProblemError(f"{path} was made for another text projection than that of the bundle")

@@ -148,12 +148,8 @@ def bad_news_first(row: Row) -> tuple:
 
 def read_methods(folder: str | Path, only: Collection[Path] = ()) -> list[Method]:
     """The results of a folder, or of every results folder below it, those with most audits first.
-
-    Args:
-        only: the results folders that count; all of them if it is empty.
-
-    Raises ProblemError: no results there, or files that cannot be read.
-    """
+    `only`: the results folders that count; all of them if it is empty. Raises ProblemError: no
+    results there, or files that cannot be read."""
     folder, runs = Path(folder), []
     for path in sorted(each.parent for each in folder.rglob(LOGS)):
         logs = read_logs(path)

@@ -80,13 +80,9 @@ class ConstrainedSolution(LowRankEdit):
 def solve_constrained(
     ridge: Ridge, hidden: Tensor, displacement: Tensor, excluded: Tensor | None = None
 ) -> ConstrainedSolution:
-    """Forget k texts at once.
-
-    Args:
-        hidden: `H_f`, (k, w); displacement: `D = P - H_f W`, (k, d).
-        excluded: (n,) bool, the names of `ridge` that are not retained: the forgotten ones
-            themselves and their synonyms. None: none. Errors as in `solve_constrained_each`.
-    """
+    """Forget k texts at once. `hidden`: `H_f`, (k, w); `displacement`: `D = P - H_f W`, (k, d).
+    `excluded`: (n,) bool, the names of `ridge` that are not retained: the forgotten ones themselves
+    and their synonyms. None: none. Errors as in `solve_constrained_each`."""
     if excluded is None:
         excluded = torch.zeros(len(ridge.rows), dtype=torch.bool)
     excluded = tensor("excluded", excluded, (torch.bool,), (len(ridge.rows),))[None]

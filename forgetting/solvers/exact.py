@@ -151,11 +151,8 @@ def _solve(
     move: bool = True,
 ) -> list[ExactSolution]:
     """The optima of B requests of k texts each; without `move` no change at all, with its proof.
-
-    Args:
-        rows: (m, w) float64, what is retained; spectrum: of them.
-        texts: (B, k), rows of `problem.forget_hidden`; excluded: (B, m) bool.
-    """
+    `rows`: (m, w) float64, what is retained; `spectrum`: of them. `texts`: (B, k), rows of
+    `problem.forget_hidden`; `excluded`: (B, m) bool."""
     part = problem.part(texts.flatten(), slice(0)).double
     reduced = _Reduced(part, spectrum, pad_rows(excluded, rows))
     mu_start, start = reduced.start()
