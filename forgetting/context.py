@@ -41,7 +41,7 @@ ALONE = {"vocabulary": 0.5, "max_displacement": 0.1}  # where they are not
 TEXTS = {"specific_ridge": 0.5}
 # Texts that are searched by do not get their length back, as an edited text encoder gives it to
 # them: names that are retained must move less, and what is removed holds less of what is common.
-INDEX = {"specific_ridge": 0.05, "ridge": 1e-4}
+INDEX = {"specific_ridge": 0.05, "ridge": 3e-4}
 
 
 @dataclass(frozen=True)
