@@ -138,19 +138,6 @@ def test_the_untouched_file_is_valid(tmp_path: Path) -> None:
     assert torch.equal(found, half.float())
 
 
-def test_what_is_no_bundle_is_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    whole = path.read_bytes()
-    for size in (0, 4, 8, 100, 500, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ProblemError, match="truncated") as error:
-            FeatureBundle.load(path)
-        one_line(error, path)
-    for path in (tmp_path, Path("no")):
-        with pytest.raises(ProblemError, match="no such file"):
-            FeatureBundle.load(path)
-
-
 def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="no folder"):
         list_bundles(tmp_path / "none", "RN50")

@@ -30,7 +30,7 @@ WORDS = [*NAMES, "pet", "kitty", "kitty ", *(f"word {i}" for i in range(33))]
 SYNONYMS = {"cat": {"cat", "pet", "kitty"}, "dog": {"dog", "pet", "kitty "}}
 
 
-def normal(*shape, seed):
+def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -152,15 +152,9 @@ def test_unions_and_rests_of_files(animals, files, tmp_path):
     added = animals.at_once("cat") + animals.at_once("dog")
     assert relative(added, animals.at_once("cat", "dog")) > 0.01
     composed(pair, owl, "--out", three)
-    for base, without, rest in (
-        (three, [cat], ["dog", "owl"]),
-        (three, [files("owl", "cat")], ["dog"]),  # a request of two classes, class by class
-        (files("cat", "dog"), [cat], ["dog"]),  # out of a request that was solved at once
-    ):
-        made = composed(base, *(x for path in without for x in ("--without", path)), "--out", out)
-        assert relative(made.delta(), animals.at_once(*rest)) < EQUAL
-        assert made.classes == rest
-        assert made.texts == [t for name in rest for t in (name, f"a {name}")]
+    made = composed(three, "--without", cat, "--out", out)
+    assert relative(made.delta(), animals.at_once("dog", "owl")) < EQUAL
+    assert made.classes == ["dog", "owl"] and made.texts == ["dog", "a dog", "owl", "a owl"]
 
 
 def test_a_text_of_two_classes_is_kept_for_the_other(animals):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import clip.cache
 from clip.bundle import FeatureBundle
-from clip.features import build_bundle, main
+from clip.features import build_bundle
 from clip.source import ClipSource
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, random_model, tiny
@@ -175,13 +175,3 @@ def test_a_broken_image_is_named_in_one_line(place: Path, encode: Callable) -> N
     image.write_bytes(whole)
     _, source = encode()
     assert source.images == IMAGES - 2 * BATCH, "the shard before the broken image was kept"
-
-
-def test_the_command_writes_an_exchangeable_bundle(place: Path, capsys) -> None:
-    options = ["--root", str(place / "data"), "--cache", str(place / "cache")]
-    out = place / "bundles"
-    main([SET, "mini", *options, "--out", str(out)])
-    bundle = FeatureBundle.load(out / "mini" / f"{SET}.safetensors")
-    assert len(bundle.labels) == IMAGES
-    log = capsys.readouterr().out
-    assert str(out / "mini") in log and str(place / "cache" / "features" / "mini") in log

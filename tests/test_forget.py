@@ -25,26 +25,18 @@ def common(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("target", ["specific", "empty", "text:a dog", "vector"])
+@pytest.mark.parametrize("target", ["text:a dog", "vector"])
 @pytest.mark.parametrize("family", ["own", "own with bias"])
-def test_targets(family, target):
+def test_targets_of_ones_own(family, target):
     model, words = tiny(family)
     encoder = read_encoder(model, words)
-    was, dog = encoder.embeddings(["Acme Cola"])[0], encoder.embeddings(["a dog"])[0]
-    vector = torch.randn(OUT, generator=torch.Generator().manual_seed(0))
+    vector, dog = torch.linspace(-1, 1, OUT), encoder.embeddings(["a dog"])[0]
     goal = vector if target == "vector" else target
     answer = forget(model, words, ["Acme Cola"], target=goal, **PLAIN)
     answer.apply()
-    now = encoder.embeddings(["Acme Cola"])[0]
+    wanted = vector if target == "vector" else dog / dog.norm()
+    assert torch.allclose(encoder.embeddings(["Acme Cola"])[0], wanted, atol=1e-4)
     assert answer.adapter.settings["target"] == target
-    if target == "vector":
-        assert torch.allclose(now, vector, atol=1e-4)
-    elif target == "text:a dog":
-        assert torch.allclose(now, dog / dog.norm(), atol=1e-4)
-    elif target == "specific":
-        assert float(torch.cosine_similarity(was, now, dim=0)) < 0.9
-    else:
-        assert float(now.norm()) == pytest.approx(1, abs=1e-3)
 
 
 def test_other_words_and_templates():

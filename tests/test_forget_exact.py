@@ -156,15 +156,12 @@ def test_a_paraphrase_that_lags_is_forgotten_too(exact_args, features):
 
 
 ROWS = {
-    "beta of opposite": (["--target", "opposite", "--beta", "-0.1"], "beta of opposite"),
     "key": ([NODE + "TARGET", "opposite"], "unknown config key"),
-    "huge weight": ([NODE + "VOCABULARY", "1e300"], "VOCABULARY"),
     "no weight": (
         [f"{NODE}{x}" for x in ("OWN 0", "VOCABULARY 0", "OTHERS 0")],
         "must be above 0",
     ),
     "ridge": ([NODE + "RIDGE", "0.0"], "RIDGE"),
-    "similarity": (["FORGET.SIMILARITY", "1.5"], "SIMILARITY"),
     "prompt file": (["FORGET.PROMPTS", "nowhere.json"], "nowhere.json"),
     "vector file": (["FORGET.TARGET", "vector:nowhere"], "target vector nowhere"),
     "target text": (["FORGET.TARGET", "text:zebra"], "target text 'zebra'"),

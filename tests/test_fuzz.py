@@ -35,12 +35,9 @@ from forgetting.context import ExactSettings
 from forgetting.deploy.embeddings import condition, patch
 from forgetting.errors import ProblemError
 from tests.encoder_fixtures import OUT, tiny
+from tests.test_compose import normal
 
 W, D, K, M, R = 6, 4, 3, 8, 2
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def strange(value: Any) -> Iterator[tuple[str, Any]]:
