@@ -88,7 +88,7 @@ def read_file(path: Path, kind: str, queries: np.ndarray) -> np.ndarray:
 )
 def test_files(tmp_path, kind):
     path = write_file(tmp_path, kind)
-    hidden, restored, no = (tmp_path / f"{name}{path.suffix}" for name in ("b", "c", "d"))
+    hidden = tmp_path / f"b{path.suffix}"
     options = {"batch": 7, "progress": False}
     original, dry = path.read_bytes(), change_store(CAT, path, True, dry_run=True, **options)
     assert len(list(tmp_path.iterdir())) == 1
@@ -97,20 +97,22 @@ def test_files(tmp_path, kind):
     close = 1e-3 if "parquet" in kind else 1e-6
     assert np.allclose(read_file(hidden, kind, HIDDEN), HIDDEN, atol=close)
     assert not np.allclose(VECTORS, HIDDEN, atol=0.1) and path.read_bytes() == original
-    back = change_store(CAT, hidden, False, out=restored, **options)
-    assert back.before == done.after and back.error == done.error < 20 * close
-    assert np.abs(read_file(restored, kind, VECTORS) - VECTORS).max() <= back.error
 
     def refused(words: str, adapter: Adapter, source: Path, hide: bool) -> None:
         with pytest.raises(ProblemError, match=words):
-            change_store(adapter, source, hide, out=no, **options)
+            change_store(adapter, source, hide, out=tmp_path / f"c{path.suffix}", **options)
 
     refused("says that it is hidden", CAT, hidden, True)
     refused("is hidden by adapter", DOG, hidden, False)
     refused("is missing", CAT, path, False)
+    content = hidden.read_bytes()
     hidden.write_bytes(original)
     refused("changed since", CAT, hidden, False)
-    assert len(list(tmp_path.iterdir())) == 4  # with what says that `hidden` is hidden
+    hidden.write_bytes(content)
+    back = change_store(CAT, hidden, False, out=hidden, overwrite=True, **options)
+    assert back.before == done.after and back.error == done.error < 20 * close
+    assert np.abs(read_file(hidden, kind, VECTORS) - VECTORS).max() <= back.error
+    assert sorted(tmp_path.iterdir()) == [path, hidden]
 
 
 def qdrant(folder: Path, kind: str) -> Place:
@@ -180,7 +182,7 @@ def pgvector(url: str, kind: str) -> Place:
 
     def fill() -> None:
         run(f"CREATE EXTENSION IF NOT EXISTS vector; DROP TABLE IF EXISTS {table}, {MARK}")
-        run(f"CREATE TABLE {table} ({key} uuid PRIMARY KEY, {column} {kind}({D}))")
+        run(f"CREATE TABLE {table} ({key} uuid PRIMARY KEY, {column} {kind}({D}), k int DEFAULT 1)")
         rows = zip(map(uuid, range(1, N + 1)), map(str, VECTORS.tolist()), strict=True)
         run(f"INSERT INTO {table} VALUES (%s, %s)", [(uuid(0), None), *rows])
 
@@ -217,7 +219,7 @@ def test_databases(place):
     assert again.changed == 0 and np.array_equal(read(), hidden)
     assert not np.allclose(index_edit(CAT)(HIDDEN), HIDDEN, atol=0.01)  # as twice would be
     for adapter, hide, normalised in ((DOG, True, True), (DOG, False, True), (CAT, False, False)):
-        with pytest.raises(ProblemError, match=r"by adapter|normalises"):
+        with pytest.raises(ProblemError, match="by adapter"):
             change(place, adapter, hide, normalised=normalised)
     back = change(place, CAT, False)
     assert back.changed == N and np.abs(read() - VECTORS).max() <= back.error < 20 * close
@@ -267,17 +269,31 @@ def test_killed_at_any_point(place, calls, step, monkeypatch):
     assert status == 0 and partly > 2
 
 
-def test_a_row_that_was_replaced_since_is_new(postgres):
+def test_postgres_alone(postgres):
+    """A dry run makes no table, a replaced row is new, nothing is left of what was restored."""
     import psycopg
 
     place = pgvector(postgres, "vector")
     place[2]()
-    change(place, CAT, True)
-    with psycopg.connect(postgres) as connection:
-        text = 'UPDATE "Smart search" SET "Vector" = %s WHERE "assetId" = %s'
-        connection.execute(text, (str(VECTORS[3].tolist()), uuid(4)))
-    assert change(place, CAT, True).changed == 1
-    assert np.allclose(place[3](), HIDDEN, atol=1e-6)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+
+        def ask(text: str, *values) -> object:
+            return connection.execute(text, values).fetchone()[0]
+
+        change(place, CAT, True, dry_run=True)
+        assert ask("SELECT to_regclass(%s)", MARK) is None
+        change(place, CAT, True)
+        new = 'UPDATE "Smart search" SET "Vector" = %s WHERE "assetId" = %s RETURNING 1'
+        ask(new, str(VECTORS[3].tolist()), uuid(4))
+        assert change(place, CAT, True).changed == 1
+        assert np.allclose(place[3](), HIDDEN, atol=1e-6)
+        change(place, CAT, False)
+        assert ask(f"SELECT count(*) FROM {MARK}") == 0
+        with pytest.raises(ProblemError, match="no key"):
+            change(place, CAT, True, id="k")
+        ask("SELECT pg_advisory_lock(hashtext('public.Smart search.Vector'))")
+        with pytest.raises(ProblemError, match="another run"):
+            change(place, CAT, True)
 
 
 OUT = {"out": "c.index"}

@@ -52,7 +52,7 @@ from forgetting.models.checkpoint import read_projection
 
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
 INSIDE = 2e-2  # the part of an embedding that may lie outside of W's rows, for the same reason
-ROWS = 1024  # vectors of an index that are changed at once: more fall out of the cache
+ROWS = 256  # vectors of an index that are changed at once: larger blocks fetch new memory each time
 # Condition of a change of an index, at most: of embeddings, so that it can be restored; of a text
 # projection, whose pseudo-inverse ruins the searches for other things from about 100 on.
 RESTORABLE, STRETCHED = 1000, 100

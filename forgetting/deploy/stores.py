@@ -202,7 +202,7 @@ def _npy(path: str, run: Pass, out: str | None = None, overwrite: bool = False) 
             raise ProblemError(f"{line(path)} must hold (n, d) of {', '.join(FLOATS)}")
         header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        size = run.begin(path, len(array), 512)
+        size = run.begin(path, len(array), 1024)
         for start in range(0, len(array), size):
             file.write(run.whole(np.ascontiguousarray(array[start : start + size])).data)
 
@@ -226,7 +226,7 @@ def _parquet(
         with parquet.ParquetWriter(new, schema, compression=codec) as writer:
             for batch in file.iter_batches(size):
                 values = batch.column(at)
-                if values.null_count or len(values.value_lengths().unique()) > 1:
+                if len(values.value_lengths().unique()) > 1:
                     raise ProblemError(f"{column}: rows without a vector, or of several sizes")
                 vectors = values.flatten().to_numpy(zero_copy_only=False)
                 made = arrow.array(list(run.whole(vectors.reshape(len(batch), -1))), type=kind)
@@ -247,8 +247,8 @@ def _faiss(path: str, run: Pass, out: str | None = None, overwrite: bool = False
         simple = type(inner).__name__ in FLAT or isinstance(lists, faiss.ArrayInvertedLists)
         if not simple or inner.metric_type not in (faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT):
             raise ProblemError(
-                f"{line(path)} is {type(inner).__name__}, and only Flat and IVF-Flat keep vectors "
-                "as they are: hide in the vectors that it was made of, and make it anew"
+                f"{line(path)} is {type(inner).__name__}, and keeps codes, or a graph over vectors "
+                "(Flat and IVF-Flat do not): hide in what it was made of, and make it anew"
             )
         if inverted:  # in the order of ids, whatever list they are in
             counts = [(part, lists.list_size(part)) for part in range(lists.nlist)]
@@ -261,11 +261,15 @@ def _faiss(path: str, run: Pass, out: str | None = None, overwrite: bool = False
             vectors, order = view(inner.get_xb(), index.ntotal * inner.d), np.arange(index.ntotal)
         vectors, done = vectors.reshape(-1, inner.d), faiss.clone_index(index)
         done.reset()
+        if inverted:
+            done.set_direct_map_type(faiss.DirectMap.NoMap)  # takes no ids
         size = run.begin(path, index.ntotal, 8192)
         for start in range(0, index.ntotal, size):
             some = order[start : start + size]
             changed = run.whole(vectors[some])
             done.add(changed) if ids is None else done.add_with_ids(changed, ids[some])
+        if inverted:
+            done.set_direct_map_type(inner.direct_map.type)
         faiss.write_index(done, str(temporary))
 
 
@@ -289,8 +293,6 @@ def _qdrant(store: str, run: Pass, collection: str, vector: str = "") -> None:
             raise unknown("vector (--vector)", vector, specs)
         if specs[vector].multivector_config or specs[vector].datatype == models.Datatype.UINT8:
             raise ProblemError(f"{where}: several vectors a point, or whole numbers")
-        if specs[vector].distance == models.Distance.COSINE and not run.normalised:
-            raise ProblemError(f"{where}: Qdrant normalises here, leave out --unnormalised")
         ours = models.FieldCondition(key=MARK, match=models.MatchValue(value=run.mark))
         unmarked = models.IsEmptyCondition(is_empty=models.PayloadField(key=MARK))
         for other in client.scroll(collection, models.Filter(must_not=[ours, unmarked]), 1)[0]:
