@@ -78,24 +78,17 @@ def find_split(row: SetSpec, root: Path) -> tuple[Split, bool]:
 class ImageSet:
     """One row of the table as a data set, with the attributes of Dassl's; Dassl's own class takes
     its class names from the training images alone, and fails on a set that is only evaluated.
-
-    Attributes:
-        train_x, val, test: images; train_u: None, no set has unlabelled ones.
-        classnames: as the split file spells them, in label order, from all three lists together.
-        comparable: False for a split made here.
-
-    Raises ProblemError: anything missing or broken, named with its path.
-    """
+    Raises ProblemError: anything missing or broken, named with its path."""
 
     row: ClassVar[SetSpec]
-    train_u = None
+    train_u = None  # no set has unlabelled images
 
     def __init__(self, cfg: Any) -> None:
         row = self.row
         root = Path(cfg.DATASET.ROOT).expanduser().absolute()
         if row.rendered:
             render(row.name, root / row.folder)
-        split, self.comparable = find_split(row, root)
+        split, self.comparable = find_split(row, root)  # not if it is made here
         images = row.images(root / row.folder)
         if missing := split.missing(images):
             raise ProblemError(
@@ -110,7 +103,7 @@ class ImageSet:
             [Datum(str(images / path), label, name) for path, label, name in items]
             for items in split.parts.values()
         )
-        self.classnames = list(split.classnames)
+        self.classnames = list(split.classnames)  # in label order, of all three parts
         self.lab2cname = dict(enumerate(self.classnames))
         self.num_classes = len(self.classnames)
 

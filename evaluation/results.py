@@ -61,7 +61,6 @@ def place(*names: str) -> str:
 
     Names are escaped, so that none leads elsewhere. A long one keeps its beginning and a checksum.
     """
-
     short = []
     for name in names:
         checksum = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]

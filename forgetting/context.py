@@ -50,18 +50,12 @@ class ExactSettings:
 
     They were chosen on real CLIP features and hold for every data set and backbone (docs/exact.md).
     The weights are of whole groups of names, see `forgetting.retain.Group`.
-
-    Attributes:
-        target: one of `forgetting.targets.TARGETS`, `text:TEXT`, or a vector (d,).
-        beta: how far beyond zero the targets `opposite` and `specific` go.
-        noise_std: noise on the empty prompt while it lies nearest to a class to forget.
-        similarity: cosine with a forgotten text above which a retained name is excluded; 1: none.
     """
 
-    target: str | Tensor = "specific"
-    beta: float = 0.0
-    noise_std: float = 0.5
-    similarity: float = 0.95
+    target: str | Tensor = "specific"  # of `forgetting.targets.TARGETS`, `text:TEXT`, or (d,)
+    beta: float = 0.0  # how far beyond zero the targets `opposite` and `specific` go
+    noise_std: float = 0.5  # on the empty prompt while it lies nearest to a class to forget
+    similarity: float = 0.95  # cosine with a forgotten text that excludes a name; 1: none
     own: float = setting(1.0, "weight of the other classes of the set", 0, 1e6)
     vocabulary: float | None = setting(
         None, "weight of the vocabulary; none: 0.03 beside names of other sets, else 0.5", 0, 1e6

@@ -48,26 +48,17 @@ class ForgetProblem:
     so that the weight term is `lamb_weight * (rank / alpha) * || Delta ||_F`. A weight of zero
     switches its term off (the paper's ablation).
 
-    Attributes:
-        projection: `W`, (w, d), the text projection of the untouched model.
-        forget_hidden: `H_f`, (k, w), hidden states of the texts to forget, k >= 1.
-        retain_hidden: `H_r`, (m, w), hidden states of the texts to retain, m >= 0.
-        target: `P`, (k, d), where the forgotten texts are sent.
-        lamb_forget, lamb_preserve, lamb_weight: weights of the three terms, finite and >= 0.
-            `lamb_forget` may be "auto": just above c*, where the paper's retry loop ends.
-        rank, alpha: LoRA's r and alpha; they scale the weight term for every solver.
-
     Raises ProblemError: a shape, dtype, device, weight or value that makes no problem.
     """
 
-    projection: Tensor
-    forget_hidden: Tensor
-    retain_hidden: Tensor
-    target: Tensor
-    lamb_forget: float | str
+    projection: Tensor  # `W`, (w, d), the text projection of the untouched model
+    forget_hidden: Tensor  # `H_f`, (k, w), hidden states of the texts to forget, k >= 1
+    retain_hidden: Tensor  # `H_r`, (m, w), hidden states of the texts to retain, m >= 0
+    target: Tensor  # `P`, (k, d), where the forgotten texts are sent
+    lamb_forget: float | str  # "auto": just above c*, where the paper's retry loop ends
     lamb_preserve: float
     lamb_weight: float = 1.0
-    rank: int = 5
+    rank: int = 5  # LoRA's r and alpha scale the weight term for every solver
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

@@ -212,12 +212,6 @@ class _Reduced:
 
     The rows of `H_f` and D are rotated together, so that dependent rows vanish: p of them are left,
     some of them zero. What of D no change can reach is kept apart.
-
-    Attributes:
-        rotation: (B, k, p); inside: (B, p, q) and kernel: (B, p, w), the rotated rows of `H_f`, in
-            the eigenbasis of G and outside it; removed: (B, n, q), the rows that are excluded.
-        d: (B, p, j), the rotated rows of D, and unreachable: (B, k, j), both in an orthonormal
-            basis of its rows, `basis` (B, j, d); length: (B,), of D.
     """
 
     def __init__(self, problem: ForgetProblem, spectrum: Spectrum, excluded: Tensor) -> None:
@@ -226,12 +220,12 @@ class _Reduced:
         batch = len(excluded), -1
         h_f, d = problem.forget_hidden.unflatten(0, batch), problem.displacement.unflatten(0, batch)
         basis, d = torch.linalg.qr(d.mT)
-        self.basis, d = basis.mT, d.mT  # (B, j, d), (B, k, j)
+        self.basis, d = basis.mT, d.mT  # (B, j, d) orthonormal, and D in it, (B, k, j)
         u, s, vh = torch.linalg.svd(h_f, full_matrices=False)
         keep = s > DEPENDENT * s.amax(dim=1, keepdim=True)  # (B, p)
         rows = (s * keep)[..., None] * vh  # (B, p, w)
-        self.rotation = u * keep[:, None]
-        self.d = self.rotation.mT @ d
+        self.rotation = u * keep[:, None]  # (B, k, p)
+        self.d = self.rotation.mT @ d  # (B, p, j)
         unreachable = d - self.rotation @ self.d
         unreachable = unreachable - self.rotation @ (self.rotation.mT @ unreachable)  # to rounding
         norm = torch.linalg.matrix_norm
@@ -239,14 +233,15 @@ class _Reduced:
         self.unreachable = unreachable.masked_fill(reached[:, None, None], 0.0)
         self.unreachable_sq = self.unreachable.square().sum(dim=(1, 2))
         self.spectrum, self.e = spectrum, spectrum.values.square()
+        # The rows in the eigenbasis of G, (B, p, q), and outside it, (B, p, w).
         self.inside, self.kernel = rows @ spectrum.vectors, spectrum.outside(rows)
-        self.removed = excluded @ spectrum.vectors
+        self.removed = excluded @ spectrum.vectors  # (B, n, q)
         self.lp, self.lw = problem.lamb_preserve, problem.lw
         self.free = torch.zeros_like(keep)  # (B, p), combinations of texts that move for free
         if self.lw == 0:
             self.lw = NO_WEIGHT * (self.lp * float(spectrum.values[:1].sum()) or 1.0)
             self._set_free_aside()
-        self.length = (self.d.square().sum(dim=(1, 2)) + self.unreachable_sq).sqrt()
+        self.length = (self.d.square().sum(dim=(1, 2)) + self.unreachable_sq).sqrt()  # of D
 
     def _set_free_aside(self) -> None:
         """Without a weight term what lies outside the retained span moves for free. The texts are
