@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.compose import make_recipe
-from forgetting.context import ExactSettings, ForgetContext
+from forgetting.context import INDEX, ExactSettings, ForgetContext
 from forgetting.displacement import ClassifierTexts
 from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError, shown, unknown
@@ -71,8 +71,8 @@ def forget(
             must not be harmed; they weigh more.
         templates: texts with {} for a name. Names are forgotten by the first one; the others are
             paraphrases to check. The last one stands for how images are classified.
-        settings: all numbers of the method; changes: some of them by name, such as
-            `target="opposite", beta=0.2, ridge=1e-3`; see `ExactSettings`.
+        settings: all numbers of the method, see `ExactSettings` (of an index, see `INDEX` there);
+            changes: some of them by name, such as `target="opposite", beta=0.2, ridge=1e-3`.
         generic: whether the generic vocabulary is retained; without it `retain` has to name all.
         cache: folder of the vocabulary's hidden states, a file for each model; None: not kept.
         progress: whether to show a bar while the vocabulary is encoded.
@@ -81,11 +81,12 @@ def forget(
         ProblemError: names that are no names, a model that does not end in one linear map, settings
             out of range.
     """
-    encoder = model if isinstance(model, TextEmbeddings) else read_encoder(model, tokenize)
-    read_by = encoder if isinstance(encoder, Encoder) else encoder.encoder
-    if read_by is not None:
+    for_index = isinstance(model, TextEmbeddings)
+    encoder = model if for_index else read_encoder(model, tokenize)
+    if (read_by := encoder.encoder if for_index else encoder) is not None:
         refuse_applied(read_by)
-    settings = ExactSettings() if settings is None else settings
+    if settings is None:
+        settings = ExactSettings(**INDEX) if for_index else ExactSettings()
     for name, value, kind in (
         ("generic", generic, bool),
         ("progress", progress, bool),
@@ -100,7 +101,7 @@ def forget(
             raise unknown("setting of forget()", name, vars(settings))
     settings = replace(settings, **changes)
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
-    settings = settings.chosen(listed=False, index=isinstance(encoder, TextEmbeddings))
+    settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)
     also, retain = {} if also is None else also, () if retain is None else retain
     call = _Call(encoder, settings, names, also, retain, templates, protect)

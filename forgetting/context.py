@@ -38,9 +38,8 @@ NOTED = 3  # affected names in a note
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps by which a target goes further
 LISTED = {"vocabulary": 0.03, "max_displacement": 0.045}  # where other sets' names are retained
 ALONE = {"vocabulary": 0.5, "max_displacement": 0.1}  # where they are not
-TEXTS = {"specific_ridge": 0.5}
-# Texts that are searched by do not get their length back, as an edited text encoder gives it to
-# them: names that are retained must move less, and what is removed holds less of what is common.
+# For an index of images. Texts that are searched by do not get their length back, as an edited text
+# encoder gives it to them: retained names must move less, and less of what is common is removed.
 INDEX = {"specific_ridge": 0.05, "ridge": 3e-4}
 
 
@@ -75,12 +74,8 @@ class ExactSettings:
         1e-12,
         1e6,
     )
-    specific_ridge: float | None = setting(
-        None,
-        "of the target specific, in mean squared lengths of an embedding; none: 0.5, or 0.05 for "
-        "an index of images",
-        low=1e-12,
-        high=1e6,
+    specific_ridge: float = setting(
+        0.5, "of the target specific, in mean squared lengths of an embedding", 1e-12, 1e6
     )
     min_margin: float = setting(
         1.0, "beta is raised until the margin is so many times the gap before; 0: never", 0, 1e3
@@ -96,11 +91,9 @@ class ExactSettings:
         number("beta", self.beta, above=-1, high=1e6)
         check_target(self.target, self.beta)
 
-    def chosen(self, listed: bool, index: bool = False) -> ExactSettings:
-        """With the values that depend on whether the names of other sets are retained, and whether
-        an index of images is to be changed."""
+    def chosen(self, listed: bool) -> ExactSettings:
+        """With the values that depend on whether the names of other sets are retained."""
         defaults = LISTED if listed and self.others > 0 else ALONE
-        defaults = defaults | (INDEX if index else TEXTS)
         missing = {name: x for name, x in defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
