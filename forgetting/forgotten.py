@@ -84,17 +84,16 @@ class Forgotten:
         return Forecast(unlisted, affected, stored["margin"], stored["gap"])
 
     def apply(self) -> None:
-        """Change the model in place; nothing happens if it is changed by this already.
-        ProblemError for no model, or a projection that is neither the original nor the changed."""
+        """Change the model in place, if it is not changed by this already. ProblemError for no
+        model, or a projection that is neither the original nor the changed one."""
         encoder = self._model()
         if self._is_original(encoder):
             encoder.write(self.adapter.changed(encoder.projection))
             set_applied(encoder, self.adapter)
 
     def undo(self) -> None:
-        """Make the model what it was, bit for bit; nothing happens if it is that already.
-        ProblemError for no model, another change since, or an original that is not known, since the
-        model was changed already when this was loaded."""
+        """Make the model what it was, bit for bit. ProblemError for no model, another change since,
+        or an original that is not known, since the model was changed when this was loaded."""
         encoder = self._model()
         if not self._is_original(encoder):
             encoder.write(self._original(encoder))
@@ -102,8 +101,7 @@ class Forgotten:
 
     def verify(self, model: nn.Module | None = None) -> bool:
         """True if a model (None: that which this belongs to) is the original with exactly this
-        change. ProblemError for a projection that is not the changed one, bit for bit, or any other
-        tensor that is not what it was, is missing, or is new."""
+        change, bit for bit; else ProblemError."""
         verify(self._model().model if model is None else model, self.adapter, self._changed)
         return True
 
@@ -126,7 +124,7 @@ class Forgotten:
             texts: of the original model, where this was loaded; cache, progress: see `forget`.
         """
         encoder = self.encoder if texts is None else texts
-        if encoder is None:
+        if encoder is None or (isinstance(encoder, Encoder) and encoder.tokenize is None):
             raise ProblemError("there is no model to read texts by: name TextEmbeddings (texts=)")
         projection = encoder.projection
         if isinstance(encoder, Encoder):
@@ -211,12 +209,11 @@ class Forgotten:
         base_id: str | None = None,
         overwrite: bool = False,
         private: bool | None = None,
-        revision: str | None = None,
     ) -> str:
         """Put what `save_pretrained` writes into a repository of the Hub, made if need be, in one
-        commit to its branch `revision`, and give the address. The login is huggingface_hub's.
-        ProblemError where that fails, or the files are there and `overwrite` is False."""
-        return hub.push(self._shared(base_id), repo_id, overwrite, private, revision)
+        commit, and give the address. The login is huggingface_hub's. ProblemError where that fails,
+        or the files are there and `overwrite` is False."""
+        return hub.push(self._shared(base_id), repo_id, overwrite, private)
 
     @classmethod
     def from_pretrained(

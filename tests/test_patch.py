@@ -124,12 +124,12 @@ def test_the_rank_condition():
     low = weight.clone()
     low[-1] = low[0] - low[1]  # two texts with one embedding that the change moves apart
     assert condition(low) == math.inf
-    refused("no full row rank.*rank is less", patch, before, low, adapter.left, adapter.right)
+    refused("no full row rank", patch, before, low, adapter.left, adapter.right)
     # Full column rank is no help: w > d always has such texts.
     tall = random(D + 4, D).float()
     made = make_adapter(tall)
     assert torch.linalg.matrix_rank(tall) == D and condition(tall) == math.inf
-    refused("w = 36 > d = 32", patch, before, tall, made.left, made.right)
+    refused(r"\(36, 32\) has no full row rank", patch, before, tall, made.left, made.right)
 
 
 def test_a_text_of_which_nothing_is_left_is_named():
@@ -147,8 +147,7 @@ def test_a_text_of_which_nothing_is_left_is_named():
     [
         ("row 0 is no text embedding", lambda _: normalize(random(N, D, seed=9), dim=1)),
         ("row 0 is not of length 1", lambda e: 3 * e),
-        ("shape", lambda e: e.T),
-        ("shape", lambda e: e[:, :-1]),
+        ("any, 32", lambda e: e.T),
         ("embeddings must be", lambda _: torch.empty(0)),
         ("NaN", lambda e: e * torch.nan),
         ("torch tensor", lambda _: [1.0]),

@@ -22,12 +22,6 @@ LISTED = 50  # names or texts that are written out; a list of retained names has
 HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
 COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
-OF_INDEX = "No model is changed, but stored vectors are, by a matrix of rank {}."
-OF_MODEL = (
-    "The text projection is changed by a matrix of rank {}, and every other tensor is the base "
-    "model's, to the bit."
-)
-ADAPTERS = ("adapter", "embeddings", "peft")
 USES = {  # what is saved -> its library, and how it is used
     "hf": ("transformers", "{kind}.from_pretrained(PLACE)"),
     "open_clip": ("open_clip", 'open_clip.create_model_from_pretrained("local-dir:PLACE")'),
@@ -91,41 +85,43 @@ def _head(card: Path) -> dict[str, str]:
 
 
 def code(text: Any) -> str:
-    """A text as Markdown shows it unread: in more backticks than it holds, on one line."""
-    text = line(text)
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"{ticks}{text}{ticks}"
+    """A text as Markdown shows it unread, on one line; a backtick in it becomes a quote."""
+    return "`{}`".format(line(text).replace("`", "'"))
 
 
-def _some(texts: Sequence[str], most: int = LISTED) -> list[str]:
+def _some(texts: Sequence[str], most: int = LISTED, between: str = "\n- ") -> str:
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return [*map(code, texts[:most]), *more]
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {text}" for text in lines)
+    return between.join([*map(code, texts[:most]), *more])
 
 
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
     """The card of an adapter, or of the changed model; saved: one of `USES`."""
-    saved = "embeddings" if adapter.of_embeddings else saved
-    changed = OF_INDEX if adapter.of_embeddings else OF_MODEL
+    changed = "The text projection is changed, and every other tensor is the base's, to the bit"
+    if adapter.of_embeddings:
+        saved, changed = "embeddings", "No model is changed, but stored vectors are"
     library, use = USES[saved]
-    head = {"base_model": base.name, "base_model_revision": base.revision}
-    head["base_model_relation"] = "adapter" if saved in ADAPTERS else "finetune"
-    head |= {"library_name": library, **base.head}
-    head["tags"] = ["clip", "unlearning", "machine-unlearning", "concept-erasure", "clip-forget"]
-    link = f"[{base.name}](https://huggingface.co/{base.name})"
-    what = link + (f" at revision `{base.revision}`" if base.revision else "")
+    is_adapter = saved in ("adapter", "embeddings", "peft")
+    head = {
+        "base_model": base.name,
+        "base_model_revision": base.revision,
+        "base_model_relation": "adapter" if is_adapter else "finetune",
+        "library_name": library,
+        **base.head,
+        "tags": ["clip", "unlearning", "machine-unlearning", "concept-erasure", "clip-forget"],
+    }
+    of = f"A CLIP ({code(adapter.backbone)})"
+    if base.name:
+        of = f"[{base.name}](https://huggingface.co/{base.name})"
+        of += f" at revision `{base.revision}`" if base.revision else ""
     return TEMPLATE.read_text("utf-8").format(
         head="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
-        title=", ".join(_some(adapter.classes, 5)),
-        base=what if base.name else f"A CLIP ({code(adapter.backbone)})",
-        changed=changed.format(adapter.left.shape[1]),
-        names=_bullets(_some(adapter.classes)),
-        texts=_bullets(_some(adapter.texts)),
-        how=_bullets(_how(adapter)),
-        measured=_bullets(_measured(adapter)) or "Nothing on images.",
+        title=_some(adapter.classes, 5, ", "),
+        base=of,
+        changed=f"{changed}, by a matrix of rank {adapter.left.shape[1]}.",
+        names=_some(adapter.classes),
+        texts=_some(adapter.texts),
+        how="\n- ".join(_how(adapter)),
+        measured="\n- ".join(_measured(adapter)) or "nothing on images",
         use=use.format(kind=base.kind),
     )
 

@@ -1,40 +1,31 @@
 """Embeddings that are stored: cached texts, changed as the projection was, and indexes of images,
 in which what was forgotten is hidden.
 
-## Texts
-
-An embedding is `x = h W`, or `x = h W + b`; what is cached is `e = x / |x|`. After the change it is
-`x' = h (W + Delta)`, so what has to be known of h is `h Delta`.
-
-**When x determines it.** x determines `h Delta` for every h and every Delta exactly if W (w, d) has
-full row rank, `rank W = w <= d`. (Full column rank does not help: with w > d every W has a left
-null space.) Then `W W^+ = I`, so `h = x W^+` and
+**Texts.** The embedding `x = h W` becomes `x' = h (W + Delta)`. It determines `h Delta` for every h
+and Delta exactly if W (w, d) has full row rank, `rank W = w <= d`. Then `W W^+ = I`, and
 
     x' = x + h Delta = x (I + W^+ Delta) =: x M
 
-A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings.
+A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. With
+a bias `x' = (x - b) M + b`, so embeddings can only be patched before they are normalised.
 
-**With a bias** `x' = (x - b) M + b`. A unit-norm embedding is x over an unknown length, so `x - b`
-is not known: such embeddings can only be patched before they are normalised.
+Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at most `u |M|`.
+The arithmetic is float64; its error grows with the condition of W, and is what counts where M is
+nearly 0.
 
-**How exact.** Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at
-most `u |M|`, and `|M| <= 1 + condition(W) |Delta| / |W|` (largest singular values). The arithmetic
-is float64; its error grows with the condition of W, and is what counts where M is nearly 0.
+**Images.** The score of a text x with an image y is `x M y^T` after the change, so it is that of
+the unchanged text with the image `y M^T`: an index of images can be changed in place of the text
+encoder, and the certificate holds for it. Where the index is of unit norm, `y M^T` is normalised
+again: images of what was forgotten have grown long, and lose the rest of their scores too.
 
-## Images
-The score of a text x with an image y is `x M y^T` after the change, so it is that of the unchanged
-text with the image `y M^T`: an index of images can be changed in place of the text encoder, and the
-certificate holds for it. Where the index is of unit norm, `y M^T` is normalised again: images of
-what was forgotten have grown long in the changed direction, and lose the rest of their scores too.
-
-M turns and stretches images, which lie where no text does. Under OpenAI's own W the condition of M
-is 4e5, and normalising again ruins the other images' scores. So an adapter for an index is made in
-the space of embeddings (`forget(TextEmbeddings.of(model, tokenize), None, names)`): W is the
-identity, and the condition of M is about 20. One of a text projection is refused where it is worse.
+M stretches images, which lie where no text does. Under OpenAI's own W the condition of M is 4e5,
+and normalising again ruins the other images' scores. So an adapter for an index is made in the
+space of embeddings (`TextEmbeddings`): W is the identity, and the condition of M is about 20.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +38,17 @@ from torch.nn.functional import normalize
 
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import FLOATS, atomic_path, container, matrix, naming, read_safetensors, tensor
+from forgetting.io import (
+    FLOATS,
+    atomic_path,
+    container,
+    foreign,
+    matrix,
+    naming,
+    read_bytes,
+    read_safetensors,
+    tensor,
+)
 from forgetting.models.checkpoint import read_projection
 
 UNIT = 1e-2  # how far from 1 the length of a unit-norm embedding may be: float16 sums are rough
@@ -59,30 +60,16 @@ RESTORABLE, STRETCHED = 1000, 100
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
 PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
 
-SINGULAR = (
-    "so embeddings do not tell how they change: encode the texts again with the changed model"
-)
-UNKNOWN_LENGTH = (
-    "this projection has a bias, and a unit-norm embedding does not tell how much of it that is: "
-    "patch embeddings that are not normalised, or encode again"
-)
 NOT_UNIT = (
     "is not of length 1: say so if they are not normalised (normalised=False, --unnormalised)"
 )
-FOREIGN = (
-    "is no text embedding of this projection, but an image's, another model's or patched already"
-)
 OF_EMBEDDINGS = "make an adapter of embeddings for an index (TextEmbeddings, --embeddings)"
-LOST = "keeps so little of its length that rounding would decide its direction: take this text out"
 
 
 def condition(projection: Tensor) -> float:
-    """Largest over smallest singular value of W (w, d); infinite without full row rank.
-
-    The rank is judged in float32, in which projections are stored: a singular value below four
-    machine epsilons of the largest one counts as 0. numpy's rule, `max(w, d)` epsilons, comes near
-    to refusing real models: the condition of OpenAI's ViT-B/16 is 6,391.
-    """
+    """Largest over smallest singular value of W (w, d); infinite without full row rank: where the
+    smallest is below four machine epsilons of float32, in which projections are stored. (By numpy's
+    `max(w, d)` epsilons OpenAI's ViT-B/16, with 6,391, would nearly be refused.)"""
     w, d = matrix("projection", projection).shape
     if not 0 < w <= d:
         return math.inf
@@ -118,9 +105,8 @@ def patch(
 
     Raises:
         ProblemError: tensors that do not fit; a W without full row rank; embeddings that are not of
-            unit norm, or not within the rows of W, where w < d (image embeddings, or another
-            model's); unit norm and a bias; a text of which so little is left that rounding decides
-            its direction.
+            unit norm, or not within the rows of W; unit norm and a bias; a text of which so little
+            is left that rounding decides its direction.
     """
     w, d = matrix("projection", projection).shape
     left = matrix("left", left, count=w).double().cpu()
@@ -128,20 +114,23 @@ def patch(
     given = tensor("embeddings", embeddings, FLOATS, (None, d))
     rows = given.double().cpu()
     sizes = rows.norm(dim=1)
-    worst = _full_rank(projection)
     far = (sizes - 1).abs() > UNIT
-    if bias is not None:
-        bias = tensor("bias", bias, FLOATS, (d,)).double().cpu()
-        if normalised or (len(rows) and not far.any()):
-            raise ProblemError(UNKNOWN_LENGTH)
+    if bias is not None and (normalised or (len(rows) and not far.any())):
+        raise ProblemError(
+            "this projection has a bias, and a unit-norm embedding does not tell how much of it "
+            "that is: patch embeddings that are not normalised, or encode again"
+        )
     if normalised:
         _refuse(far, NOT_UNIT)
-    basis, left = _inverse(projection, left)
-    x = rows if bias is None else rows - bias
+    basis, left, worst = _inverse(projection, left)
+    b = 0 if bias is None else tensor("bias", bias, FLOATS, (d,)).double().cpu()
+    x = rows - b
     outside = (x - x @ basis @ basis.T).norm(dim=1)
-    _refuse(outside > INSIDE * sizes, FOREIGN)
-    x = x + (x @ left) @ right  # (n, d) @ (d, r) @ (r, d) -> (n, d)
-    x = x if bias is None else x + bias
+    _refuse(
+        outside > INSIDE * sizes,
+        "is no text embedding of this projection (but an image's, another's, or patched already)",
+    )
+    x = x + (x @ left) @ right + b  # (n, d) @ (d, r) @ (r, d) -> (n, d)
     norm = float(torch.linalg.matrix_norm(torch.eye(d).double() + left @ right, 2))  # |M|
     size = float(left.norm() * right.norm())
     arithmetic = 8 * torch.finfo(torch.float64).eps * (1 + worst * size) * math.sqrt(d)
@@ -151,26 +140,21 @@ def patch(
     error = torch.where(2 * lengths > moved, 2 * moved / (2 * lengths - moved), math.inf) + unit
     error = error.where(sizes > 0, unit)  # nothing stays nothing
     if normalised:
-        _refuse(error > UNCERTAIN, LOST)
+        _refuse(error > UNCERTAIN, "keeps so little that rounding would decide: take this text out")
         x = normalize(x, dim=1)
     return x.to(given), max(error.tolist(), default=0.0)
 
 
-def _full_rank(projection: Tensor) -> float:
-    """The condition of W (w, d); ProblemError if it has no full row rank."""
-    w, d = projection.shape
-    worst = condition(projection)
-    if math.isinf(worst):
-        why = f"w = {w} > d = {d}" if w > d else f"its rank is less than w = {w}"
-        raise ProblemError(f"the projection has no full row rank ({why}), {SINGULAR}")
-    return worst
-
-
-def _inverse(projection: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the rows of W, (d, w), and `W^+ left`, (d, r): W^T = Q R, so that
-    W^+ left = Q R^-T left."""
+def _inverse(projection: Tensor, left: Tensor) -> tuple[Tensor, Tensor, float]:
+    """An orthonormal basis of the rows of W, (d, w), `W^+ left`, (d, r), and the condition of W:
+    W^T = Q R, so that W^+ left = Q R^-T left. ProblemError for a W without full row rank."""
+    if math.isinf(worst := condition(projection)):
+        raise ProblemError(
+            f"the projection {tuple(projection.shape)} has no full row rank, so embeddings do not "
+            "tell how they change: encode the texts again with the changed model"
+        )
     basis, triangle = torch.linalg.qr(projection.detach().double().cpu().T)
-    return basis, basis @ torch.linalg.solve_triangular(triangle.T, left, upper=False)
+    return basis, basis @ torch.linalg.solve_triangular(triangle.T, left, upper=False), worst
 
 
 @dataclass(frozen=True)
@@ -252,7 +236,6 @@ def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
         if projection is None:
             raise ProblemError(f"this adapter changes a text projection: {OF_EMBEDDINGS}")
         adapter.apply(projection)  # refuses another projection
-        _full_rank(projection)
         left = _inverse(projection, left)[1]
     both = torch.linalg.qr(torch.cat([left, right.T], dim=1))[0]  # M is the identity beside these
     inside = torch.eye(both.shape[1]).double() + (both.T @ left) @ (right @ both)
@@ -304,20 +287,14 @@ def patch_file(
     normalised: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Patch the embeddings in a file; `out` is a new one of the same kind.
+    """Patch the embeddings in a file, see `patch`; `out` is a new one of the same kind.
 
     Args:
         path: `.npy`, or `.safetensors`, of which `key` names the tensor, all others are kept, and
-            the metadata say that it was patched.
-        projection: the original W (w, d), which must be the one that `adapter` was made for.
-        bias, normalised: see `patch`; overwrite: whether `out` may be replaced.
+            the metadata say that it was patched, so that it is refused another time.
 
     Returns:
         `rows`, the `condition` of W, and `error`: by how much an embedding may be off.
-
-    Raises:
-        ProblemError: `out` exists; a file that cannot be read, or says that it was patched already;
-            another projection; see also `patch`.
     """
     path, out = Path(path), Path(out)
     if path.suffix not in (".npy", ".safetensors") or out.suffix != path.suffix:
@@ -345,9 +322,5 @@ def patch_file(
 
 
 def _read_npy(path: Path) -> Tensor:
-    if not path.is_file():  # nor a pipe, which would be waited for
-        raise ProblemError("no such file")
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
-        raise ProblemError(f"not a readable .npy file of numbers ({line(error)})") from error
+    with foreign("not a readable .npy file of numbers"):
+        return torch.from_numpy(np.load(io.BytesIO(read_bytes(path)), allow_pickle=False))

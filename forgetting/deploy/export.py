@@ -58,7 +58,6 @@ from forgetting.models.loading import find_model
 
 FORMATS = ("openai", "open_clip", "hf", "peft", "onnx", "sentence-transformers", "immich")
 IMMICH = ("textual/model.onnx", "visual/model.onnx", "config.json")  # of a model of immich
-# What is copied of a folder beside its weights: never other weights, which would be unchanged.
 COPIED = (".json", ".txt", ".model", ".vocab", ".jinja", ".md")
 
 
@@ -104,41 +103,46 @@ def export(
     if to == "onnx":
         patch_graph(adapter, base, out, exact, overwrite)
         return out
+    if to == "openai":
+        write_bytes(_openai(adapter, base, exact), out, overwrite)
+        return out
     if to in ("sentence-transformers", "immich"):
         make = _immich if to == "immich" else _sentence_transformers
-        content, patterns = make(adapter, base, exact)
-        content[CARD] = model_card(adapter, to, origin)
-        _write_folder(out, content, overwrite, base, patterns)
-        return out
-    if to == "hf" and not (base / HF_CONFIG).is_file():
-        raise ProblemError(f"{line(base)}: no folder of transformers: it has no {HF_CONFIG}")
-    files = weight_files(base, HF_WEIGHTS if to in ("hf", "peft") else OPEN_CLIP_WEIGHTS)
-    tensors, _ = read_checkpoint(files)
-    beside = files[0].with_name(OPEN_CLIP_CONFIG)
-    with naming(base):
-        if to == "openai":
-            data = openai_bytes(tensors, adapter, exact)
-        else:
+        content, copied = make(adapter, base, exact)
+    else:
+        if to == "hf" and not (base / HF_CONFIG).is_file():
+            raise ProblemError(f"{line(base)}: no folder of transformers: it has no {HF_CONFIG}")
+        names = OPEN_CLIP_WEIGHTS if to == "open_clip" else HF_WEIGHTS
+        files = weight_files(base, names)
+        tensors, _ = read_checkpoint(files)
+        with naming(base):
             found = find(tensors, adapter, exact)
-            content = _lora(adapter, found, origin, files[0].parent) if to == "peft" else {}
-            tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
-    if to == "openai":
-        _require_openai(beside)
-        write_bytes(data, out, overwrite)
-        return out
-    if to == "hf":
-        content = {HF_WEIGHTS[0]: tensors}
-    elif to == "open_clip":
-        model, images = _open_clip_config(config, beside)
-        if model["embed_dim"] != (d := adapter.right.shape[1]):
-            said = model["embed_dim"]
-            raise ProblemError(f"the config says embed_dim {said}, the projection has {d}")
-        content = {"model_cfg": model, "preprocess_cfg": images}
-        content = {OPEN_CLIP_CONFIG: content, OPEN_CLIP_WEIGHTS[0]: tensors}
+        tensors[found.name] = found.changed(adapter, tensors[found.name].dtype)
+        content, copied = {names[0]: tensors}, _beside_weights(base)
+        if to == "peft":
+            content, copied = _lora(adapter, found, origin, files[0].parent), []
+        if to == "open_clip":
+            model, images = _open_clip_config(config, files[0].with_name(OPEN_CLIP_CONFIG))
+            if (said := model["embed_dim"]) != (d := adapter.right.shape[1]):
+                raise ProblemError(f"the config says embed_dim {said}, the projection has {d}")
+            content[OPEN_CLIP_CONFIG] = {"model_cfg": model, "preprocess_cfg": images}
     content[CARD] = model_card(adapter, to, origin)
-    copied = base if base.is_dir() and to != "peft" else None
-    _write_folder(out, content, overwrite, copied)
+    _write_folder(out, content, overwrite, base, copied)
     return out
+
+
+def _openai(adapter: Adapter, base: Path, exact: Tensor | None) -> bytes:
+    """A state dict, of what OpenAI's code runs as the model that its config says."""
+    files = weight_files(base, OPEN_CLIP_WEIGHTS)
+    config = files[0].with_name(OPEN_CLIP_CONFIG)
+    with naming(base):
+        data = openai_bytes(read_checkpoint(files)[0], adapter, exact)
+    if config.is_file() and not read_open_clip(config)[0].get("quick_gelu"):
+        raise ProblemError(
+            f"{line(config)} says GELU, and OpenAI's code always computes QuickGELU: export it to "
+            "open_clip"
+        )
+    return data
 
 
 def openai_bytes(
@@ -157,24 +161,16 @@ def openai_bytes(
     return buffer.getvalue()
 
 
-def _require_openai(config: Path) -> None:
-    """Refuse what OpenAI's code would run as another model than its config says."""
-    if config.is_file() and not read_open_clip(config)[0].get("quick_gelu"):
-        raise ProblemError(
-            f"{line(config)} says GELU, and OpenAI's code always computes QuickGELU: export it to "
-            "open_clip"
-        )
-
-
 def _open_clip_config(named: str | None, beside: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`model_cfg` and `preprocess_cfg` (empty means OpenAI's) of a name, a file or the base."""
-    if named is None and not beside.is_file():
+    file = Path(named or beside)
+    if file.is_file():
+        return read_open_clip(file)
+    if named is None:
         raise ProblemError(
             f"{line(beside.parent)} has no {OPEN_CLIP_CONFIG}: name a configuration and its "
             "weights (--config ViT-B-32-quickgelu/openai, say), or a JSON file"
         )
-    if named is None or Path(named).is_file():
-        return read_open_clip(beside if named is None else Path(named))
     spec = find_model(f"open_clip:{named}")
     if not spec.tag:
         raise ProblemError(
@@ -206,7 +202,7 @@ def _lora(adapter: Adapter, found: Found, origin: Base, folder: Path) -> dict[st
 
 def _sentence_transformers(
     adapter: Adapter, base: Path, exact: Tensor | None
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[Path]]:
     """The weights of all modules, of which one holds the projection; and what else is copied."""
     files = sentence_modules(base)
     modules = {part: read_checkpoint(held)[0] for part, held in files.items() if held}
@@ -216,50 +212,53 @@ def _sentence_transformers(
     part, _, name = found.name.partition(":")
     modules[part][name] = found.changed(adapter, tensors[found.name].dtype)
     content = {str(Path(part, HF_WEIGHTS[0])): held for part, held in modules.items()}
-    return content, [str(Path(part, "*")) for part in dict.fromkeys(("", *files))]
+    return content, [file for part in {"", *files} for file in _beside_weights(base / part)]
 
 
-def _immich(adapter: Adapter, base: Path, exact: Tensor | None) -> tuple[dict[str, Any], list[str]]:
+def _immich(
+    adapter: Adapter, base: Path, exact: Tensor | None
+) -> tuple[dict[str, Any], list[Path]]:
     """The text tower, and what is copied: all of the images' one, and of texts no other format."""
     for name in IMMICH:
         if not (base / name).is_file():
             raise ProblemError(f"{line(base)}: no model in immich's layout: it has no {name}")
     text = partial(patch_graph, adapter, base / IMMICH[0], original=exact)
-    return {IMMICH[0]: text}, ["*", "textual/*", "visual/**/*"]
+    copied = [*_beside_weights(base), *_beside_weights(base / "textual")]
+    return {IMMICH[0]: text}, [*copied, *(base / "visual").rglob("*")]
+
+
+def _beside_weights(folder: Path) -> list[Path]:
+    """The files in a folder that are copied: never weights, which would be unchanged, nor an index
+    of them."""
+    return [
+        file
+        for file in folder.glob("*")
+        if file.name.startswith("LICENSE")
+        or (file.suffix in COPIED and not file.name.endswith(".index.json"))
+    ]
 
 
 def _write_folder(
-    out: Path,
-    files: dict[str, Any],
-    overwrite: bool,
-    base: Path | None = None,
-    patterns: Iterable[str] = ("*",),
+    out: Path, files: dict[str, Any], overwrite: bool, base: Path, copied: Iterable[Path]
 ) -> None:
-    """Write tensors, JSON and text files, and what functions write, into a folder; and of the
-    folder `base` what matches `patterns` and is no weights, or with ** anything. Its card gives
-    way to ours.
-
-    Raises:
-        ProblemError: a link that leads out of `base`, to what may not be meant to be copied.
-    """
+    """Write tensors, JSON and text files, and what functions write, into a folder, after copies of
+    files of the folder `base`; ProblemError for a link that leads out of that."""
     with atomic_path(out, overwrite) as folder:
         folder.mkdir()
-        found = [(x, "**" in p) for p in patterns for x in base.glob(p)] if base else []
-        for file, copied in sorted(found):
-            copied |= file.name.startswith("LICENSE")
-            copied |= file.suffix in COPIED and not file.name.endswith(".index.json")  # of weights
-            if file.is_file() and copied:
+        for file in copied:
+            if file.is_file():
+                refuse_outside(file, base)
                 place = folder / file.relative_to(base)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                refuse_outside(file, base)
                 shutil.copyfile(file, place)
         for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
             if callable(content):
-                content(folder / name)
+                content(place)
             elif isinstance(content, str):
-                (folder / name).write_text(content, "utf-8")
+                place.write_text(content, "utf-8")
             elif name.endswith(".json"):
-                (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+                place.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
             else:  # transformers wants them to say that they are of torch
-                (folder / name).write_bytes(container(content, {"format": "pt"}))
+                place.write_bytes(container(content, {"format": "pt"}))

@@ -13,25 +13,18 @@ ADAPTER = "adapter.safetensors"
 PACKAGE = "huggingface_hub", "clip-forgetting[hub]"
 
 
-def push(
-    files: Mapping[str, bytes],
-    repo_id: str,
-    overwrite: bool,
-    private: bool | None,
-    revision: str | None,
-) -> str:
+def push(files: Mapping[str, bytes], repo_id: str, overwrite: bool, private: bool | None) -> str:
     """Write files, contents by name, in one commit, and give its address."""
     hub = need(*PACKAGE)
     with foreign(f"{line(repo_id)} cannot be written"):
         api = hub.HfApi()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        there = files.keys() & set(api.list_repo_files(repo_id, revision=revision))
+        there = files.keys() & set(api.list_repo_files(repo_id))
         if there and not overwrite:
             raise ProblemError(f"{repo_id} has {min(there)} already: overwrite=True replaces it")
         added = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
         message = "An adapter of clip-forget and its card"
-        done = api.create_commit(repo_id, added, commit_message=message, revision=revision)
-    return done.commit_url
+        return api.create_commit(repo_id, added, commit_message=message).commit_url
 
 
 def adapter_file(place: str | Path, revision: str | None) -> Path:

@@ -3,7 +3,6 @@ it, as external data: so does the changed one, in OUT.data, and they are never a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line
-from forgetting.io import atomic_path, foreign, naming, need, refuse_existing, refuse_outside
+from forgetting.io import atomic_path, foreign, naming, need, raw, refuse_existing, refuse_outside
 from forgetting.models.checkpoint import find
 
 USES = ("MatMul", "Gemm", "FusedMatMul")
@@ -49,28 +48,25 @@ def patch_graph(
             raise ProblemError("no such file")
         with foreign("not a readable ONNX file"):
             model = onnx.load(path, load_external_data=False)
-            nodes = list(_nodes(model.graph))
-            protos = [(proto.name, proto) for proto in model.graph.initializer]
-            for node in nodes:
+            protos = {proto.name: proto for proto in model.graph.initializer}
+            for node in model.graph.node:
                 if node.op_type == "Constant" and node.attribute[0].name == "value":
-                    protos.append((node.output[0], node.attribute[0].t))
+                    protos[node.output[0]] = node.attribute[0].t
             weights, shape = {}, sorted((adapter.left.shape[0], adapter.right.shape[1]))
-            for i, (_, proto) in enumerate(protos):
+            for name, proto in protos.items():
                 if proto.data_type in kinds and sorted(proto.dims) == shape:
                     inline = proto
                     if proto.data_location == proto.EXTERNAL:
                         inline = onnx.TensorProto(data_type=proto.data_type, dims=proto.dims)
                         inline.raw_data = _stored(proto, path.parent).tobytes()
                     array = onnx.numpy_helper.to_array(inline).astype("float32")
-                    weights[i] = torch.tensor(array).to(kinds[proto.data_type])
-        found = find({f"{protos[i][0]} ({i})": x for i, x in weights.items()}, adapter, original)
-        index = int(found.name.rpartition(" (")[2][:-1])
-        name, proto = protos[index]
-        _require_product(model.graph, nodes, name)
-        changed = found.changed(adapter, weights[index].dtype)
-        proto.raw_data = changed.view(torch.uint8).numpy().tobytes()
-        for field in ("float_data", "int32_data"):
-            proto.ClearField(field)
+                    weights[name] = torch.tensor(array).to(kinds[proto.data_type])
+        found = find(weights, adapter, original)
+        _require_product(model.graph, found.name)
+        changed = found.changed(adapter, weights[found.name].dtype)
+        proto = protos[found.name]
+        same = {"name": proto.name, "dims": proto.dims, "data_type": proto.data_type}
+        proto.CopyFrom(onnx.TensorProto(**same, raw_data=raw(changed).tobytes()))
         held = onnx.external_data_helper._get_all_tensors(model)
         external = [proto for proto in held if proto.data_location == proto.EXTERNAL]
     beside = out.with_name(f"{out.name}.data")
@@ -84,15 +80,13 @@ def patch_graph(
 
 
 def _copy(external: list[Any], folder: Path, data: Path, name: str) -> None:
-    """Copy the bytes of tensors to a file that is to be called `name`: those that a changed one has
-    itself, and of all others those in `folder`."""
+    """Copy the bytes of tensors, which are in `folder`, to a file that is to be called `name`."""
     with data.open("wb") as file:
         for proto in external:
-            stored = proto.raw_data if proto.HasField("raw_data") else _stored(proto, folder)
+            stored = _stored(proto, folder)
             file.write(bytes(-file.tell() % 4096))  # what starts at a page can be mapped to memory
             place = {"location": name, "offset": file.tell(), "length": len(stored)}
             file.write(stored)
-            proto.ClearField("raw_data")
             del proto.external_data[:]
             for key, value in place.items():
                 proto.external_data.add(key=key, value=str(value))
@@ -109,22 +103,11 @@ def _stored(proto: Any, folder: Path) -> np.ndarray:
         return np.memmap(file, np.uint8, "r", start, (count,)) if count else np.empty(0, np.uint8)
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of a graph, and of those within: branches and loops."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
-
-
-def _require_product(graph: Any, nodes: list[Any], name: str) -> None:
+def _require_product(graph: Any, name: str) -> None:
     """Refuse a weight that is used for anything but one product."""
-    if name in {output.name for output in graph.output}:
-        raise ProblemError(f"{line(name)} is an output of the graph too")
-    users = [node for node in nodes if name in node.input]
+    users = [node for node in graph.node if name in node.input]
     while len(users) == 1 and users[0].op_type in PASSES:
-        users = [node for node in nodes if users[0].output[0] in node.input]
+        users = [node for node in graph.node if users[0].output[0] in node.input]
     if len(users) != 1 or users[0].op_type not in USES:
         kinds = ", ".join(node.op_type for node in users) or "nothing in its graph"
         raise ProblemError(

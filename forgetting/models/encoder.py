@@ -43,7 +43,7 @@ class Encoder:
     """A model whose text features are `hidden @ W (+ b)`. `read_encoder` makes one."""
 
     model: nn.Module
-    tokenize: Tokenize
+    tokenize: Tokenize | None  # None: it reads no texts
     name: str  # of the projection's tensor within the model
     weight: Tensor  # that tensor
     transposed: bool  # whether it holds `W^T`

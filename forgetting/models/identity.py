@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
     """ProblemError for a model that is not the original with exactly this change and nothing else.
     `changed`: what the changed projection's tensor may be, see `changed_sha256`; empty if that is
     not known."""
-    known = adapter.model
+    known, model = adapter.model, modules.unwrap(model)
     if known is None:
         raise ProblemError("this adapter does not say what the rest of its model is")
     if not changed:
@@ -59,15 +58,12 @@ def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
             "what the change makes of the projection is not known: load the adapter "
             "with the original model first"
         )
-    model = modules.unwrap(model)
     held = tensors(model).get(known.projection)
-    if held is None:
-        raise ProblemError(f"the model has no tensor {line(known.projection)}")
-    if tensor_sha256(held) not in changed:
-        upright = maybe_transpose(held, known.transposed)
-        if projection_sha256(upright) == adapter.projection_sha256:
-            raise ProblemError(f"{known.projection} is the original: nothing was applied")
-        raise ProblemError(f"{known.projection} is neither changed by this nor the original")
+    if held is None or tensor_sha256(held) not in changed:
+        raise ProblemError(
+            f"{known.projection} is not what this change makes of the original: it was not "
+            "applied, or something else was too"
+        )
     if modules.others_sha256(model, known.projection) != known.others_sha256:
         raise ProblemError(
             f"another tensor than {known.projection} is not what it was in the model that this "
@@ -101,11 +97,7 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
         )
     refuse_tied(model, name)
     bias = None if bias is None else bias.detach()
-    return Encoder(model, _no_tokenizer, name, there[name], transposed, bias, False)
-
-
-def _no_tokenizer(texts: list[str]) -> Any:
-    raise ProblemError("this model was loaded without a tokenizer: name TextEmbeddings (texts=)")
+    return Encoder(model, None, name, there[name], transposed, bias, False)
 
 
 def refuse_tied(model: nn.Module, name: str) -> None:
@@ -120,9 +112,9 @@ def refuse_other_rest(encoder: Encoder, adapter: Adapter) -> None:
     """ProblemError for a model of the class that an adapter was made for, with its projection, of
     which another tensor differs."""
     known = adapter.model
-    if known is None or (known.projection, adapter.backbone) != (encoder.name, encoder.kind):
-        return  # another class, or another package's: its tensors have other names
-    if encoder.others_sha256 != known.others_sha256:
+    # Of another class, or another package's, tensors have other names.
+    of_class = known and (known.projection, adapter.backbone) == (encoder.name, encoder.kind)
+    if of_class and encoder.others_sha256 != known.others_sha256:
         raise ProblemError(
             f"another tensor than {encoder.name} is not what it was in the model that this was "
             "made for: it is another revision, or was trained since (Forgotten.load takes it)"
@@ -131,13 +123,13 @@ def refuse_other_rest(encoder: Encoder, adapter: Adapter) -> None:
 
 def set_applied(encoder: Encoder, adapter: Adapter | None) -> None:
     """Note on a model that its projection is changed by an adapter; None: by none."""
-    applied = None if adapter is None else (tuple(adapter.classes), adapter.projection_sha256)
+    applied = (adapter.classes, adapter.projection_sha256) if adapter else ((), "")
     setattr(_holder(encoder), APPLIED, applied)
 
 
 def refuse_applied(encoder: Encoder) -> None:
     """ProblemError if a model's projection was changed by an adapter and not given back."""
-    names, original = getattr(_holder(encoder), APPLIED, None) or ((), "")
+    names, original = getattr(_holder(encoder), APPLIED, ((), ""))
     if names and projection_sha256(encoder.projection) != original:
         raise ProblemError(
             f"the model has forgotten {line(', '.join(names))} already, and changes do not add up: "
