@@ -87,15 +87,8 @@ def forget(
         refuse_applied(read_by)
     if settings is None:
         settings = ExactSettings(**INDEX) if for_index else ExactSettings()
-    for name, value, kind in (
-        ("generic", generic, bool),
-        ("progress", progress, bool),
-        ("cache", cache, str | Path | None),
-        ("settings", settings, ExactSettings),
-    ):
-        if not isinstance(value, kind):
-            words = getattr(kind, "__name__", kind)
-            raise ProblemError(f"{name} must be {words}, not {shown(value)}")
+    if not isinstance(settings, ExactSettings):
+        raise ProblemError(f"settings must be ExactSettings, not {shown(settings)}")
     for name in changes:
         if name not in vars(settings):
             raise unknown("setting of forget()", name, vars(settings))
@@ -103,8 +96,7 @@ def forget(
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
     settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)
-    also, retain = {} if also is None else also, () if retain is None else retain
-    call = _Call(encoder, settings, names, also, retain, templates, protect)
+    call = _Call(encoder, settings, names, also or {}, retain or (), templates, protect)
     if settings.generic > 0:
         call.common = generic_hidden(encoder, cache, progress)
     with _one_thread():
@@ -162,9 +154,9 @@ class _Call:
                 raise ProblemError(f"{name!r} is to be forgotten and to be protected; choose one")
         self.others = [name for name in self.retain if key(name) not in forgotten]
         self.known: dict[str, Tensor] = {}  # text -> hidden state (w,)
-        encoder, weight = self.encoder, self.encoder.weight
-        self.device = weight.device if weight.is_cuda else torch.device("cpu")
-        self.projection = encoder.projection.to(self.device)
+        encoder, projection = self.encoder, self.encoder.projection
+        self.device = projection.device if projection.is_cuda else torch.device("cpu")
+        self.projection = projection.to(self.device)
         self.bias = None if encoder.bias is None else encoder.bias.to(self.device)
 
     def hidden(self, texts: Sequence[str]) -> Tensor:
@@ -308,7 +300,7 @@ class _Call:
             return Forgotten(adapter, encoder, notes=tuple(notes))
         changed = changed_sha256(adapter, encoder.projection, encoder.transposed)
         adapter = replace(adapter, changed_sha256=changed)
-        return Forgotten(adapter, encoder, encoder.weight.detach().clone(), tuple(notes))
+        return Forgotten(adapter, encoder, encoder.projection.clone(), tuple(notes))
 
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from forgetting.deploy.card import CARD, Base, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.flag import SCALE, Vectors, none_of_these
-from forgetting.io import atomic_path, matrix
+from forgetting.io import atomic_path
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import (
     changed_sha256,
@@ -26,7 +26,7 @@ from forgetting.models.identity import (
     set_applied,
     verify,
 )
-from forgetting.models.modules import maybe_transpose, tensor_sha256, tensors
+from forgetting.models.modules import tensor_sha256, tensors
 from forgetting.models.text_embeddings import TextEmbeddings
 from forgetting.models.vocabulary import CACHE, generic_hidden
 from forgetting.retain import key
@@ -45,7 +45,7 @@ class Forgotten:
     Attributes:
         adapter: the change itself, and all that is stored of it.
         encoder: the model that it belongs to, or `TextEmbeddings`; None: loaded without.
-        original: the projection's tensor as it came in, bit for bit; None if that is not known.
+        original: the projection W (w, d) as it came in, bit for bit; None if that is not known.
         notes: what a reader should know, a line each.
     """
 
@@ -165,7 +165,7 @@ class Forgotten:
 
         Args:
             model: to be changed; it may be changed already. None: only to read.
-            original: W, (w, d) or (d, w), where the model is changed already.
+            original: W, (w, d), where the model is changed already.
 
         Raises:
             ProblemError: no adapter, a damaged one, or a model that has no such projection.
@@ -173,21 +173,16 @@ class Forgotten:
         adapter = load_adapter(path)
         notes = tuple(adapter.solver.get("notes", ()))
         if original is not None:
-            ways = matrix("original", original), original.T
-            right = [w for w in ways if projection_sha256(w) == adapter.projection_sha256]
-            if not right:
-                raise ProblemError("the original projection is not the one of the adapter")
-            original = right[0]  # (w, d)
+            adapter.apply(original)  # refuses another projection
         if model is None:
             return cls(adapter, notes=notes)
         if adapter.of_embeddings:
             raise ProblemError(EMBEDDINGS)
         encoder = find(model, adapter, original)
-        if original is not None:
-            original = maybe_transpose(original, encoder.transposed).to(encoder.weight).contiguous()
+        original = None if original is None else original.detach().to(encoder.weight)
         found = cls(adapter, encoder, original, notes)
         if found._is_original(encoder):
-            return replace(found, original=encoder.weight.detach().clone())
+            return replace(found, original=encoder.projection.clone())
         set_applied(encoder, adapter)  # changed by this, in another process
         return found
 
@@ -256,8 +251,7 @@ class Forgotten:
         """What the changed projection's tensor may be, see `changed_sha256`; empty: not known."""
         if self.original is None or self.encoder is None:
             return self.adapter.changed_sha256
-        w = maybe_transpose(self.original, self.encoder.transposed)
-        return changed_sha256(self.adapter, w, self.encoder.transposed)
+        return changed_sha256(self.adapter, self.original, self.encoder.transposed)
 
     def _original(self, encoder: Encoder) -> Tensor:
         """W (w, d) as it was before; ProblemError if that is not known."""
@@ -265,7 +259,7 @@ class Forgotten:
             return encoder.projection
         if self.original is None:
             raise ProblemError("the original projection is not known: load it with (original=)")
-        return maybe_transpose(self.original, encoder.transposed)
+        return self.original
 
     def _is_original(self, encoder: Encoder) -> bool:
         """Whether the projection is the original; ProblemError if it is not the changed either."""

@@ -191,9 +191,6 @@ ARGUMENTS = {
     "settings": ({"settings": {"beta": 0.1}}, "settings must be ExactSettings"),
     "nothing": ({"retain": None, "generic": False}, "nothing to retain"),
     "no weight": ({"settings": ExactSettings(own=0.0)}, "nothing to retain"),
-    "cache": ({"cache": 3}, "cache"),
-    "progress": ({"progress": 1}, "progress"),
-    "generic": ({"generic": 0}, "generic"),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forgetting.adapter import Adapter
 from forgetting.errors import ProblemError, line
-from forgetting.io import atomic_path, foreign, naming, need, raw, refuse_existing, refuse_outside
+from forgetting.io import atomic_path, foreign, naming, need, raw, refuse_outside
 from forgetting.models.checkpoint import find
 
 USES = ("MatMul", "Gemm", "FusedMatMul")
@@ -70,8 +70,6 @@ def patch_graph(
         held = onnx.external_data_helper._get_all_tensors(model)
         external = [proto for proto in held if proto.data_location == proto.EXTERNAL]
     beside = out.with_name(f"{out.name}.data")
-    if external:
-        refuse_existing(beside, overwrite)
     place = atomic_path(beside, overwrite) if external else nullcontext()
     with atomic_path(out, overwrite) as graph, naming(path), place as data:
         if external:

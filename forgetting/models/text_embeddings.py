@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from forgetting.adapter import projection_sha256
-from forgetting.errors import ProblemError, line
-from forgetting.io import FLOATS, tensor
+from forgetting.errors import ProblemError
+from forgetting.io import FLOATS, foreign, tensor
 from forgetting.models.encoder import BATCH, PROBES, Encoder, read_encoder
 from forgetting.models.identity import refuse_applied
 from forgetting.models.reading import Tokenize
@@ -46,7 +46,6 @@ class TextEmbeddings:
     _memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     bias = None
-    transposed = False
 
     def __post_init__(self) -> None:
         if not callable(self.encode) or not isinstance(self.name, str) or not self.name.strip():
@@ -65,11 +64,6 @@ class TextEmbeddings:
     def projection(self) -> Tensor:
         """The identity, (d, d)."""
         return torch.eye(self.hidden(PROBES[1:2]).shape[1])
-
-    @property
-    def weight(self) -> Tensor:
-        """The identity too: nothing inside of the encoder is changed."""
-        return self.projection
 
     @property
     def kind(self) -> str:
@@ -103,15 +97,11 @@ class TextEmbeddings:
             for start in range(0, len(texts), BATCH):
                 some = texts[start : start + BATCH]
                 given = self.encode(some)
-                try:
+                with foreign("encode gave no numbers"):
                     given = given if isinstance(given, Tensor) else torch.tensor(np.asarray(given))
-                except (TypeError, ValueError) as error:
-                    raise ProblemError(f"encode gave no numbers ({line(error)})") from error
                 rows = tensor("what encode gave", given.detach().cpu(), FLOATS, (len(some), None))
                 if not rows.any(dim=1).all():
-                    raise ProblemError(
-                        "encode gave a text a vector of zeros, which has no direction"
-                    )
+                    raise ProblemError("encode gave a vector of zeros, which has no direction")
                 parts.append(normalize(rows.double(), dim=1).float())
                 bar.update(len(some))
         return torch.cat(parts) if parts else torch.empty(0, len(self.projection))
