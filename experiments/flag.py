@@ -7,19 +7,16 @@ sets' classes that mean the same; and alone, where images of the other sets may 
 things look like. Without --features: the sets of the embedded `mini`, whose --scale is 20.
 """
 
-import random
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 
-from engine.cli import COUNT, Parser
-from engine.log import logger, progress
-from evaluation.tables import write_table
-from experiments.hide import Index, load_bundles, mini
+from engine.log import progress
+from experiments.hide import Index, index_parser, table_of
 from forgetting.flag import SCALE, flag
 from forgetting.models.vocabulary import generic_names
 
@@ -28,15 +25,13 @@ SAME = 0.9  # cosine of two classes' names above which they mean the same
 
 
 def rows_of(
-    index: Index, dataset: str, count: int | None, scale: float
+    index: Index, dataset: str, names: Sequence[str], scale: float
 ) -> Iterator[dict[str, Any]]:
-    """Percent caught and false alarms of each class, or of `count` random ones, at each rate."""
-    names, vocabulary = index.bundles[dataset].classnames, index.vocabulary
+    """Percent caught and false alarms of each class at each rate."""
+    vocabulary = index.vocabulary
     every = index.embed(torch.cat([each.forget_hidden for each in index.bundles.values()]))
     if index.encode:
         vocabulary = index.embed(index.encode(generic_names()))
-    if count and count < len(names):
-        names = random.Random(dataset).sample(names, count)
     for name in progress(names, f"{dataset}: flags"):
         label = index.first[dataset] + index.bundles[dataset].classnames.index(name)
         own, own_set = index.labels == label, (index.set_of == index.set_of[label])[index.labels]
@@ -61,25 +56,13 @@ def rows_of(
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every class and either set of images."""
-    parser = Parser(prog="python -m experiments flag", description=__doc__.splitlines()[0])
-    parser.add_argument("--features", help="folder of feature bundles; default: mini's four sets")
-    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
-    parser.add_argument("--dataset", metavar="SET", action="append", help="default: all there are")
-    parser.add_argument("--classes", metavar="N", type=COUNT, help="random ones; default: all")
+    parser = index_parser("flag", __doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=SCALE, help="half of the logit scale")
-    parser.add_argument("--out", type=Path, default=Path("flag"), help="folder of the table")
     args = parser.parse_args(argv)
-    bundles = load_bundles(args.features, args.backbone, args.dataset) if args.features else None
-    index = Index(bundles) if bundles else mini(words=False)
-    rows = []
-    for name in args.dataset or index.bundles:
-        rows += rows_of(index, name, args.classes, args.scale)
-    table = pd.DataFrame(rows)
+    table = table_of("flag", args, partial(rows_of, scale=args.scale), words=False)
     groups = table.drop(columns="class").groupby(["images", "data set"], sort=False)
     worst = [groups[k].agg("min" if "caught" in k else "max") for k in table.columns[3:]]
     worst = pd.concat(worst, axis=1)
     for title, part in {"Mean over classes": groups.mean(), "The worst class": worst}.items():
         print(f"\n{title}, percent\n{part.to_string(float_format='{:.2f}'.format, na_rep='-')}")
-    write_table(table, args.out / "flag.csv")
-    logger.info(f"table: {args.out / 'flag.csv'}")
     return table

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -155,13 +156,11 @@ def of_embeddings(index: Index) -> Index:
     def embedded(bundle: FeatureBundle) -> FeatureBundle:
         names = "class_hidden", "forget_hidden", "retain_hidden", "neutral_hidden"
         rows = {name: index.embed(getattr(bundle, name)).float() for name in names}
-        extra = dict(bundle.extra_tensors)
-        if AUDIT_HIDDEN in extra:
-            extra[AUDIT_HIDDEN] = index.embed(extra[AUDIT_HIDDEN]).float()
+        extra = bundle.extra_tensors.items()
+        words = {key: index.embed(x).float() for key, x in extra if key == AUDIT_HIDDEN}
         identity = torch.eye(bundle.image_features.shape[1])
-        return replace(
-            bundle, text_projection=identity, text_bias=None, extra_tensors=extra, **rows
-        )
+        changed = {"text_projection": identity, "text_bias": None, "extra_tensors": words}
+        return replace(bundle, **rows | changed)
 
     encode = index.encode and (lambda texts: index.embed(index.encode(texts)).float())
     return Index({name: embedded(bundle) for name, bundle in index.bundles.items()}, encode)
@@ -317,6 +316,37 @@ def mini(words: bool) -> Index:
     return Index(bundles, FeatureCache(source).texts)
 
 
+def index_parser(name: str, description: str) -> Parser:
+    """The options of an experiment on an index."""
+    parser = Parser(prog=f"python -m experiments {name}", description=description)
+    parser.add_argument("--features", help="folder of feature bundles; default: mini's four sets")
+    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
+    about = "a set to forget from and to search (repeatable); default: every one there is"
+    parser.add_argument("--dataset", metavar="SET", action="append", help=about)
+    count = {"type": lambda text: None if text == ALL else COUNT(text), "metavar": "N"}
+    parser.add_argument("--classes", help="random ones of each set; default: all", **count)
+    parser.add_argument("--out", type=Path, default=Path(name), help="folder of the table")
+    return parser
+
+
+def table_of(name: str, args: Namespace, rows_of: Callable, words: bool) -> pd.DataFrame:
+    """What `rows_of` yields for some classes of each set of an index, also written to NAME.csv."""
+    if args.features:
+        index = Index(load_bundles(args.features, args.backbone, args.dataset))
+    else:
+        index = mini(words)
+    rows = []
+    for dataset in args.dataset or index.bundles:
+        names = index.bundles[dataset].classnames
+        count = min(args.classes or len(names), len(names))
+        some = random.Random(dataset).sample(names, count)
+        rows += rows_of(index, dataset, sorted(some, key=names.index))
+    table, path = pd.DataFrame(rows), args.out / f"{name}.csv"
+    write_table(table, path)
+    logger.info(f"table: {path}")
+    return table
+
+
 def draw(index: Index, path: Path) -> None:
     """The first images of a broad search of mini's; those of the class to hide are framed."""
     dataset, name, query = PICTURE
@@ -346,30 +376,11 @@ def draw(index: Index, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:
     """Measure every way on classes of each set, or draw one search; returns the table."""
-    parser = Parser(prog="python -m experiments hide", description=__doc__)
-    parser.add_argument("--features", help="folder of feature bundles; default: mini's four sets")
-    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
-    about = "a set to forget from and to search (repeatable); default: every one there is"
-    parser.add_argument("--dataset", metavar="SET", action="append", help=about)
-    count = {"type": lambda text: None if text == ALL else COUNT(text), "metavar": "N"}
-    parser.add_argument("--classes", help="random ones of each set; default: all", **count)
-    parser.add_argument("--out", type=Path, default=Path("hide"), help="folder of the table")
+    parser = index_parser("hide", __doc__)
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw a search of mini instead")
     args = parser.parse_args(argv)
     if args.draw:
         return draw(mini(words=False), args.draw)
-    if args.features:
-        index = Index(load_bundles(args.features, args.backbone, args.dataset))
-    else:
-        index = mini(words=True)
-    rows = []
-    for dataset in args.dataset or index.bundles:
-        names = index.bundles[dataset].classnames
-        count = min(args.classes or len(names), len(names))
-        some = random.Random(dataset).sample(names, count)
-        rows += rows_of(index, dataset, sorted(some, key=names.index))
-    table = pd.DataFrame(rows)
-    write_table(table, args.out / "hide.csv")
+    table = table_of("hide", args, rows_of, words=True)
     report(table)
-    logger.info(f"table: {args.out / 'hide.csv'}")
     return table

@@ -53,32 +53,22 @@ Found = list[tuple[str, list[Hit] | str]]
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see.
+    """What there is to see."""
 
-    Attributes:
-        answer: for the names that are forgotten; None if none is.
-        chosen: names that are about to be forgotten; forecast: of them and the forgotten, together.
-        unlisted: those of both that are no classes, each with the nearest class names.
-        recognised: a name, and the fraction of its images that are recognised before and now, None
-            without images: of these names, of all others together, and of those most affected and
-            protected.
-        pictures: an image's class or file name, a data URI, and the names that it is taken for with
-            their probabilities, before and now.
-        refused: files that cannot be read, one line each.
-        query: a text to search images by; found: what is changed for the search, and the first
-            images, or why there are none; doubt: whether too many of them may be flagged.
-    """
-
-    answer: Forgotten | None
-    chosen: tuple[str, ...]
-    forecast: Forecast | None
-    unlisted: dict[str, list[str]]
+    answer: Forgotten | None  # for the names that are forgotten; None if none is
+    chosen: tuple[str, ...]  # names that are about to be forgotten
+    forecast: Forecast | None  # of them and the forgotten, together
+    unlisted: dict[str, list[str]]  # those of both that are no classes: the nearest class names
+    # A name, and the fraction of its images that are recognised before and now, None without
+    # images: of these names, of all others together, and of those most affected and protected.
     recognised: list[tuple[str, float | None, float | None]]
+    # An image's class or file name, a data URI, and the names that it is taken for with their
+    # probabilities, before and now.
     pictures: list[tuple[Any, ...]]
-    refused: list[str]
-    query: str
-    found: Found
-    doubt: bool
+    refused: list[str]  # files that cannot be read, one line each
+    query: str  # a text to search images by
+    found: Found  # what is changed for the search, and the first images, or why there are none
+    doubt: bool  # whether too many of them may be flagged
 
     def html(self, part: str) -> str:
         """The part `forecast`, `search` or `result` of the page."""
@@ -102,10 +92,6 @@ class Live:
         model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV file;
             without, `mini` has its four sets, and any other model no image and the common names.
         root: of the image sets; folder: for what is encoded once.
-
-    Attributes:
-        names: as they stand in texts; hidden: (C, w) of their prompts.
-        items: the images; features: (N, d), unit norm; labels: (N,), numbers of names.
     """
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
@@ -118,13 +104,13 @@ class Live:
         bundles = [build_bundle(name, self.source, root, own=images) for name in sets]
         self.items = [item for name in sets for item in datasets.load(name, root, images).test]
         self.template = bundles[0].template if sets else TEMPLATES[-1]
-        self.names = [datasets.clean_name(name) for each in bundles for name in each.classnames]
-        self.names = self.names or generic_names()
-        self.hidden = FeatureCache(self.source).texts(self._prompts(self.names))
+        names = [datasets.clean_name(name) for each in bundles for name in each.classnames]
+        self.names = names or generic_names()  # as they stand in texts
+        self.hidden = FeatureCache(self.source).texts(self._prompts(self.names))  # (C, w)
         none = torch.empty(0, self.source.projection.shape[1])
-        self.features = torch.cat([none, *(bundle.image_features for bundle in bundles)])
+        self.features = torch.cat([none, *(bundle.image_features for bundle in bundles)])  # (N, d)
         labels = [self.names.index(datasets.clean_name(item.classname)) for item in self.items]
-        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.labels = torch.tensor(labels, dtype=torch.int64)  # (N,), numbers of names
         self._ridges: dict[Any, float] = {}
         self._solve = lru_cache(REMEMBERED)(self._forget)
         self._flagged = lru_cache(REMEMBERED)(self._flag)
