@@ -28,14 +28,12 @@ from forgetting.settings import kind_of
 from trainers.base import SINK
 
 # Flags of CoOp and of the paper's public code, and what stands in for each here.
+AGAIN = "every run evaluates, and the same command again goes on where it stopped"
+DOMAIN = "a data set has one domain; choose it by --dataset"
 INSTEAD = {
-    "--eval-only": "every run evaluates; the same command again shows what is done",
-    "--no-train": "every run evaluates; the same command again shows what is done",
-    "--resume": "the same command goes on where it stopped",
-    "--model-dir": "adapters are read again from --output-dir; the same command goes on there",
+    **dict.fromkeys(("--eval-only", "--no-train", "--resume", "--model-dir"), AGAIN),
+    **dict.fromkeys(("--source-domains", "--target-domains"), DOMAIN),
     "--load-epoch": "an adapter has no epochs",
-    "--source-domains": "a data set has one domain; choose it by --dataset",
-    "--target-domains": "a data set has one domain; choose it by --dataset",
     "--transforms": "a backbone brings its own preprocessing",
     "--head": "classes are classified by their texts; there is no head",
     "--run-ds": "--dataset NAME, or forget_clip.sh with several names",

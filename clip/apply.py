@@ -40,7 +40,6 @@ def save_full_model(source: ClipSource, adapter: Adapter, path: str | Path) -> N
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
     parser = Parser(prog="python -m clip.apply", description=__doc__.splitlines()[0])
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter file of a forgotten class")
     parser.add_argument("out", metavar="OUT", help="checkpoint to write; must not exist")

@@ -86,7 +86,6 @@ def identity(spec: ModelSpec) -> str:
 
 
 def identity_sha256(spec: ModelSpec) -> str:
-    """SHA-256 of the identity."""
     return hashlib.sha256(identity(spec).encode()).hexdigest()
 
 

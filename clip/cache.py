@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip.digests import digests
-from clip.source import ClipSource
+from clip.source import ClipSource, digests
 from datasets.reader import read_image
 from engine.log import logger, progress
 from engine.ray import LauncherSettings, spread

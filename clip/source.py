@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -13,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip.architectures import architecture, identity, openai_url, preprocessing
-from clip.digests import digests
-from engine.log import logger
+from engine.files import sha256_file
+from engine.log import logger, progress
 from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError, reason, unknown
-from forgetting.io import naming
-from forgetting.models.checkpoint import combined_sha256
+from forgetting.io import naming, write_bytes
+from forgetting.models.checkpoint import combined_sha256, read_json
 from forgetting.models.encoder import BATCH, Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import identity as identity_of
 from forgetting.models.loading import fetch
@@ -191,3 +194,31 @@ class ClipSource:
         """The model in its own precision. Not by autocast, which rounds all weights again for every
         batch: on a CPU that makes ViT-B/16 slower than in float32."""
         return deepcopy(self.model).to(PRECISIONS[self.precision])
+
+
+def digests(paths: Sequence[str | Path], register: Path) -> list[str]:
+    """The SHA-256 of each file, in hex.
+
+    The JSON file `register` remembers them by size, times and inode, for hashing 350 MB takes a
+    second. Where it cannot be written, the files are read again next time. Raises OSError for a
+    file that cannot be read.
+    """
+    known, found = _read(register), {}
+    absolute = [os.path.abspath(path) for path in paths]
+    for path in progress(absolute, "reading files"):
+        stat = os.stat(path)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = known.get(path, [None])
+        found[path] = entry if entry[:-1] == stamp else [*stamp, sha256_file(path)]
+    if any(known.get(path) != entry for path, entry in found.items()):
+        with suppress(ProblemError):
+            write_bytes(json.dumps(_read(register) | found).encode(), register)
+    return [found[path][-1] for path in absolute]
+
+
+def _read(register: Path) -> dict[str, list]:
+    """What is remembered; nothing if the file is damaged or missing."""
+    with suppress(ProblemError):
+        if isinstance(content := read_json(register), dict):
+            return content
+    return {}

@@ -203,7 +203,6 @@ def train(seed: int, steps: int) -> nn.Module:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line above."""
     parser = Parser(prog="python -m clip.train_mini", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("mini.safetensors"), help="file to write")
     parser.add_argument("--seed", type=SEED, default=0)

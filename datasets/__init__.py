@@ -7,7 +7,7 @@ them by name; `load(name, root)` reads one without a config.
 from engine import DATASET_REGISTRY
 
 from .names import clean_name, key, match  # noqa: F401
-from .reader import CLASSES, ImageSet, available, load  # noqa: F401
+from .reader import CLASSES, ImageSet, absent, load  # noqa: F401
 from .table import NAMES, SETS, SetSpec, spec  # noqa: F401
 from .vocabulary import retain_vocabulary, same_meaning  # noqa: F401
 

@@ -120,11 +120,6 @@ def load(name: str, root: str | Path, images: str = "") -> ImageSet:
     return kind(SimpleNamespace(DATASET=SimpleNamespace(ROOT=str(root))))
 
 
-def available(root: str | Path) -> dict[str, str | None]:
-    """For each set of the table why it cannot be read, as `absent` says it."""
-    return {name: absent(row, Path(root).expanduser()) for name, row in SETS.items()}
-
-
 def read_image(
     path: str | Path,
     formats: Sequence[str] | None = None,

@@ -176,7 +176,6 @@ def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataF
 
 
 def _method(folder: Path, multiclass: bool) -> dict[str, float]:
-    """One row of `method_table`."""
     rows = [row for row in read_rows(folder) if (row.together > 1) == multiclass]
     df = result_table(folder, rows, multiclass)
     line: dict[str, float] = {"classes": len(df)}

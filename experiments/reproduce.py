@@ -93,8 +93,8 @@ def write(
     return before
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The command line, checked, and checkpoint paths by backbone."""
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Run what is not done yet, then compare; returns the table of numbers side by side."""
     parser = Parser(prog="python -m experiments reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the image sets")
     parser.add_argument("--out", default="results", help="folder of the results")
@@ -102,9 +102,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     lists = ",".join(user_lists().all_ds)
     parser.add_argument("--datasets", default=lists, help="names with commas between")
     parser.add_argument("--backbones", default=",".join(BACKBONES), help="the same")
-    parser.add_argument(
-        "--weights", action="append", default=[], metavar="ARCH=PATH", help="a local checkpoint"
-    )
+    several = {"action": "append", "default": []}
+    parser.add_argument("--weights", metavar="ARCH=PATH", help="a local checkpoint", **several)
     add_launcher(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
@@ -112,16 +111,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     args.backbones = [architecture(name).name for name in args.backbones.split(",") if name]
     if not args.datasets or not args.backbones:
         raise ProblemError("--datasets and --backbones must name one at least")
-    weights = dict(text.partition("=")[::2] for text in args.weights)
+    weights = dict(text.partition("=")[::2] for text in args.weights)  # by backbone
     for name, path in weights.items():
         if name not in args.backbones or not path:
             raise ProblemError(f"--weights {name}={path}: must be ARCH=PATH, such as RN50=RN50.pt")
-    return args, weights
-
-
-def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Run what is not done yet, then compare; returns the table of numbers side by side."""
-    args, weights = parse(argv)
     sets, runs = {name: datasets.load(name, args.data) for name in args.datasets}, []
     for backbone in args.backbones:
         ClipSource(backbone, weights.get(backbone), args.cache)  # downloads what is missing

@@ -161,7 +161,6 @@ def results_of(run: Run) -> pd.DataFrame:
 
 
 def print_table(table: pd.DataFrame) -> None:
-    """Print a table of `table_of`."""
     formats = {c: "{:.4f}".format for c in table if c.endswith("average gain")}
     formats |= {c: "{:.0f}".format for c in ("classes", "seeds")}
     text = {"index": False, "float_format": "{:.1f}".format, "na_rep": "-"}

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 import train
 from clip.bundle import bundle_path, load_bundles
 from clip.source import ClipSource
+from engine.cli import run
 from evaluation.audit import __main__ as audit
 from evaluation.audit.case import AuditData, Model, accuracy
 from evaluation.audit.inputs import Places
@@ -126,12 +127,12 @@ def results(toy_args, tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def run(folder: Path, features: Path, *argv: str) -> int:
-    return audit.cli([str(folder), "--features", str(features), *argv])
+def audited(folder: Path, features: Path) -> int:
+    return run(audit.main, [str(folder), "--features", str(features)])
 
 
 def test_from_the_command_line_to_its_own_table(results, features, capsys):
-    assert run(results, features) == 0
+    assert audited(results, features) == 0
     printed = capsys.readouterr().out
     assert str(results / "audit.json") in printed and "own prompt" in printed
     audits = read_audits(results)
@@ -199,14 +200,14 @@ def test_a_stranger_forgets_none_of_the_classes(results):
 
 def test_folders_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):
     for folder, message in ((tmp_path / "none", "logs.json"), (results.parent, str(results))):
-        assert run(folder, features) == 2 and message in capsys.readouterr().err
+        assert audited(folder, features) == 2 and message in capsys.readouterr().err
     (results / "ToyAnimals" / "cat.safetensors").unlink()
-    assert run(results, features) == 2 and "cat.safetensors" in capsys.readouterr().err
+    assert audited(results, features) == 2 and "cat.safetensors" in capsys.readouterr().err
     for name, bundle in load_bundles(features, BACKBONE).items():
         path = bundle_path(features, BACKBONE, name)
         path.unlink()
         replace(bundle, weights="others").save(path)
-    assert run(results, features) == 2
+    assert audited(results, features) == 2
     assert "made with weights 'toy'" in capsys.readouterr().err
 
 
@@ -221,6 +222,6 @@ def test_no_path_is_taken_from_the_results(results, tmp_path, monkeypatch, capsy
     lines = (results / "args.txt").read_text()
     (results / "args.txt").write_text(lines.replace(str(tmp_path / "cache"), str(foreign)))
     monkeypatch.setattr(ClipSource, "__init__", lambda *a, **b: pytest.fail("a model was opened"))
-    assert audit.cli([str(results), "--root", str(tmp_path)]) == 2
+    assert run(audit.main, [str(results), "--root", str(tmp_path)]) == 2
     assert "--backbone" in capsys.readouterr().err
     assert not foreign.exists()

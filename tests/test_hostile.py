@@ -46,7 +46,7 @@ CLI: dict[str, Cli] = {
     "features": partial(run, features.main),
     "apply": partial(run, apply.main),
     "train_mini": partial(run, train_mini.main),
-    "audit": evaluation.audit.__main__.cli,
+    "audit": partial(run, evaluation.audit.__main__.main),
     "report": partial(run, evaluation.report.__main__.main),
     "compose": lambda argv: forgetting.cli.cli(["compose", *argv]),
     "experiments": experiments.__main__.cli,

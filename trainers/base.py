@@ -140,7 +140,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
 
     @cached_property
     def settings(self) -> Any:
-        """The method's own settings."""
         node = self.cfg.TRAINER[type(self).__name__.upper()]
         return self.settings_type(**{key.lower(): value for key, value in node.items()})
 

@@ -88,12 +88,13 @@ def make_plan(cfg: CfgNode) -> Plan:
         classnames = datasets.load(dataset, cfg.DATASET.ROOT, cfg.DATASET.IMAGES).classnames
         vocabulary = datasets.retain_vocabulary(dataset)
         group = lists.mini_ds if dataset in lists.mini_ds else lists.all_ds
-        states = datasets.available(cfg.DATASET.ROOT)
-        wanted = [datasets.spec(name).name for name in group if name != dataset]
-        others = [name for name in wanted if states[name] is None]
-        for name in wanted if dataset in group else ():  # beside a set of one's own none is missed
-            if states[name] is not None:
-                logger.info(f"not evaluated: {name} ({states[name]})")
+        root = Path(cfg.DATASET.ROOT).expanduser()
+        wanted = [datasets.spec(name) for name in group if name != dataset]
+        absent = {row.name: datasets.absent(row, root) for row in wanted}
+        others = [name for name, why in absent.items() if why is None]
+        for name, why in absent.items() if dataset in group else ():  # none is missed by one's own
+            if why is not None:
+                logger.info(f"not evaluated: {name} ({why})")
     if forget.RETAIN_NAMES:
         what = "names to retain (FORGET.RETAIN_NAMES)"
         names = [text for _, text in entries(Path(forget.RETAIN_NAMES), what)]

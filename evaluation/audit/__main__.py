@@ -36,10 +36,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_audit(folder, args.dataset or list(audits))
 
 
-def cli(argv: Sequence[str] | None = None) -> int:
-    """`main` for the shell."""
-    return run(main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(run(main))

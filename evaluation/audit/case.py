@@ -175,6 +175,11 @@ class Case:
         """(C,) bool: the classes of the set that are not forgotten."""
         return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
 
+    def change(self, column: int) -> dict[str, Any]:
+        """A class's name, and the accuracies over its images before and after."""
+        sides = self.sides(lambda model: model.accuracy(column))
+        return {"name": self.bundle.classnames[column], **sides}
+
     def sides(self, function: Callable[[Model], T]) -> dict[str, T]:
         """`function` of the model before and of the model after."""
         return {"before": function(self.before), "after": function(self.after)}

@@ -32,17 +32,14 @@ def measure(case: Case) -> dict[str, Any]:
         chosen[column] = (misnamed & (labels == column)).nonzero()[:PICTURES_OF_HARMED, 0]
     return {
         "classes": [
-            {
-                "name": case.bundle.classnames[column],
-                **case.sides(lambda model, column=column: model.accuracy(column)),
-                "pictures": [
-                    {"row": row, **case.sides(lambda model, row=row: _names(model, row))}
-                    for row in rows.tolist()
-                ],
-            }
+            case.change(column) | {"pictures": [_picture(case, row) for row in rows.tolist()]}
             for column, rows in chosen.items()
         ]
     }
+
+
+def _picture(case: Case, row: int) -> dict[str, Any]:
+    return {"row": row, **case.sides(lambda model: _names(model, row))}
 
 
 def _names(model: Model, row: int) -> list[str]:

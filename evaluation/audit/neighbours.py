@@ -27,13 +27,7 @@ def measure(case: Case) -> dict[str, Any]:
         moved: count of texts; mean_cosine between a text's embeddings before and after; worst: the
             ten texts of lowest cosine.
     """
-    classes = [
-        {
-            "name": case.bundle.classnames[column],
-            **case.sides(lambda model, column=column: model.accuracy(column)),
-        }
-        for column in nearest_classes(case)
-    ]
+    classes = list(map(case.change, nearest_classes(case)))
     before, after = (mean(one[side]["value"] for one in classes) for side in ("before", "after"))
     names, keys, texts = case.data.once(all_texts)
     same = datasets.same_meaning(case.forgotten, case.bundle.dataset)

@@ -47,7 +47,6 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _accuracies(model: Model, case: Case) -> list[Accuracy]:
-    """The accuracy under each prompt."""
     images, scores = case.data.images[case.images], model.scores[case.images]  # (n, d), (n, C)
     hidden = torch.stack([prompt.hidden for prompt in case.prompts])  # (P, w)
     own = images @ normalize(model.embed(hidden), dim=1).T  # (n, P)

@@ -157,12 +157,15 @@ class Live:
         texts = self._embeddings(torch.cat([self.hidden, hidden]), answer)  # (C, d), before and now
         correct = [(self.features @ x.T).argmax(dim=1) == self.labels for x in texts]  # (N,) each
 
+        scale = getattr(self.source.model, "logit_scale", None)
+        sharpness = 100.0 if scale is None else float(scale.exp())  # that multiplies cosines
+
         def recognised(title: str, some: Sequence[str]) -> tuple[str, float | None, float | None]:
             images = torch.isin(self.labels, torch.tensor([names.index(name) for name in some]))
             return title, accuracy(correct[0], images), accuracy(correct[1], images)
 
         def guesses(image: Tensor) -> list[list[tuple[str, float]]]:
-            shares = [(self._sharpness * (x @ image)).softmax(dim=0) for x in texts]
+            shares = [(sharpness * (x @ image)).softmax(dim=0) for x in texts]
             best = [x.topk(min(GUESSES, len(names))).indices.tolist() for x in shares]
             return [[(names[i], float(x[i])) for i in b] for x, b in zip(shares, best, strict=True)]
 
@@ -272,9 +275,3 @@ class Live:
         image = read_image(path, FORMATS, MEGAPIXELS, upright=True)
         features = self.source.encode_images(self.source.preprocess(image)[None])[0]
         return thumbnail(image, THUMBNAIL), features
-
-    @property
-    def _sharpness(self) -> float:
-        """By which the model multiplies cosines before the softmax."""
-        scale = getattr(self.source.model, "logit_scale", None)
-        return 100.0 if scale is None else float(scale.exp())

@@ -44,7 +44,6 @@ def write_report(methods: list[Method], path: str | Path) -> Path:
 
 
 def render(methods: list[Method]) -> str:
-    """The report's HTML."""
     classes = forgotten_classes(methods)
     drawn = MOST // (5 * (1 + HARMED))  # classes whose images fit
     pictured = [(one, strips(one, number < drawn)) for number, one in enumerate(classes)]

@@ -19,7 +19,6 @@ from forgetting.errors import ProblemError
 SIDE = 84  # pixels of a thumbnail's longer side
 MOST = 2000  # thumbnails of a report, so that a browser opens it
 HARMED = 2  # classes that lost most, over all methods
-SPLITS = ("train_x", "val", "test")
 Example = tuple[Method, Run, dict[str, Any]]  # what the audit of a run shows of a class
 
 
@@ -80,7 +79,7 @@ def _strip(dataset: str, by: str, examples: list[Example], draw: bool) -> Strip:
 
 def _source(run: Run, dataset: str, name: str, row: int) -> str:
     """The picture in a row of the set's images, which must be one of class `name`."""
-    images = images_of(run.folder, dataset, str(run.settings[dataset].get("split")))
+    images = images_of(run.folder, dataset) if run.settings[dataset].get("split") == "test" else []
     if not 0 <= row < len(images) or images[row][0] != name:
         return ""
     try:
@@ -90,19 +89,17 @@ def _source(run: Run, dataset: str, name: str, row: int) -> str:
 
 
 @cache
-def images_of(
-    folder: Path, dataset: str, split: str
-) -> list[tuple[str, Callable[[], Image.Image]]]:
-    """The class of every image of a run's data set, in its order, and what opens it; empty where
-    the run had none (feature bundles), or they are no longer there, which is logged."""
+def images_of(folder: Path, dataset: str) -> list[tuple[str, Callable[[], Image.Image]]]:
+    """The class of every test image of a run's data set, in its order, and what opens it; empty
+    where the run had none (feature bundles), or they are no longer there, which is logged."""
     try:
         places = run_places(folder, dataset)
-        if places is None or places["features"] or split not in SPLITS:
+        if places is None or places["features"]:
             return []
-        if dataset in mini.MINI and split == "test":  # drawn in code, and written nowhere
-            drawn = mini.pictures(dataset, split)
+        if dataset in mini.MINI:  # drawn in code, and written nowhere
+            drawn = mini.pictures(dataset, "test")
             return [(name, partial(Image.fromarray, picture)) for name, _, picture in drawn]
-        items = getattr(datasets.load(dataset, places["root"], places["images"]), split)
+        items = datasets.load(dataset, places["root"], places["images"]).test
     except ProblemError as error:
         logger.warning(f"report: no pictures of {dataset}: {str(error).partition(';')[0]}")
         return []
