@@ -33,19 +33,20 @@ INSTALL = "clip-forgetting[index]"
 MARK = "clip_forget_hidden"  # key in a payload, name of a table
 FLOATS = ("float16", "float32", "float64")
 FLAT = ("IndexFlat", "IndexFlatIP", "IndexFlatL2")
-PGVECTOR = {"vector": np.float32, "halfvec": np.float16}
-COLUMN = """SELECT n.nspname, c.relname, t.typname FROM pg_class c
+PGVECTOR = {"vector": "f4", "halfvec": "f2"}
+COLUMN = """SELECT n.nspname, c.relname, t.typname, t.typsend::text FROM pg_class c
     JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
     JOIN pg_type t ON t.oid = a.atttypid WHERE c.oid = to_regclass(%s) AND a.attname = %s"""
 MARKS = """CREATE TABLE IF NOT EXISTS {marks}
     (place text, id text, adapter text, md5 text, PRIMARY KEY (place, id))"""
 MARKED = """{table} t LEFT JOIN {marks} m ON m.place = %(place)s AND m.id = t.{id}::text
-    AND m.md5 = md5(t.{column}::text)"""  # a vector that was replaced since is not hidden
+    AND m.md5 = md5({send}(t.{column}))"""  # a vector that was replaced since is not hidden
 OTHERS = f"SELECT m.adapter FROM {MARKED} WHERE m.adapter <> %(mark)s LIMIT 1"
-ROWS = f"""SELECT t.{{id}}, t.{{column}}::text, coalesce(m.adapter = %(mark)s, false)
+ROWS = f"""SELECT t.{{id}}, t.{{column}}, coalesce(m.adapter = %(mark)s, false)
     FROM {MARKED} WHERE t.{{column}} IS NOT NULL AND {{after}} ORDER BY t.{{id}} LIMIT %(size)s"""
-CHANGE = """WITH changed AS (UPDATE {table} SET {column} = %s WHERE {id} = %s RETURNING *)
-    INSERT INTO {marks} SELECT %s, {id}::text, %s, md5({column}::text) FROM changed
+CHANGE = """WITH changed AS (UPDATE {table} SET {column} = %b WHERE {id} = %s
+    RETURNING {id}::text, md5({send}({column})))
+    INSERT INTO {marks} (id, md5, place, adapter) SELECT *, %s, %s FROM changed
     ON CONFLICT (place, id) DO UPDATE SET adapter = excluded.adapter, md5 = excluded.md5"""
 
 
@@ -323,16 +324,22 @@ def _postgres(store: str, run: Pass, table: str, column: str, id: str) -> None:
     """A column of pgvector. Its table of marks knows what the vectors became."""
     psycopg, sql = need("psycopg", INSTALL), need("psycopg.sql", INSTALL)
     where, values = f"table {table}", {"mark": run.mark}
-    with _saying(where, psycopg.Error), psycopg.connect(store) as connection:
+    with _saying(where, psycopg.Error, ValueError), psycopg.connect(store) as connection:
         found = connection.execute(COLUMN, (table, column)).fetchone()
         if found is None or found[2] not in PGVECTOR:
             raise ProblemError(f"{where} has no column {line(column)} of {' or '.join(PGVECTOR)}")
-        place = values["place"] = ".".join([*found[:2], column])
-        words = {"table": sql.Identifier(*found[:2]), "marks": sql.Identifier(found[0], MARK)}
+        schema, relation, kind, send = found
+        place, dtype = f"{schema}.{relation}.{column}", PGVECTOR[kind]
+        values["place"] = place
+        words = {
+            "send": sql.SQL(send),
+            "table": sql.Identifier(schema, relation),
+            "marks": sql.Identifier(schema, MARK),
+        }
         words |= {"column": sql.Identifier(column), "id": sql.Identifier(id)}
 
         def query(text: str) -> list[tuple]:
-            cursor = connection.execute(sql.SQL(text).format(**words), values)
+            cursor = connection.execute(sql.SQL(text).format(**words), values, binary=True)
             return cursor.fetchall() if cursor.description else []
 
         if not query("SELECT pg_try_advisory_lock(hashtext(%(place)s))")[0][0]:
@@ -348,14 +355,15 @@ def _postgres(store: str, run: Pass, table: str, column: str, id: str) -> None:
         words["after"] = sql.SQL("true")
         change = sql.SQL(CHANGE).format(**words)
         while rows := query(select):
-            ids, texts, hidden = zip(*rows, strict=True)
-            vectors = np.array([json.loads(text) for text in texts], PGVECTOR[found[2]])
+            ids, sent, hidden = zip(*rows, strict=True)
+            vectors = np.frombuffer(b"".join(sent), f">{dtype}").reshape(len(ids), -1)
+            vectors = vectors[:, 4 // vectors.itemsize :].astype(dtype)  # after the size
             vectors, changed = run(vectors, np.array(hidden))
             words["after"] = sql.SQL("t.{id} > %(last)s").format(**words)
             values["last"] = ids[-1]
             if not run.dry:
                 mark = run.mark if run.hide else None
-                new = [(json.dumps(vectors[i].tolist()), ids[i], place, mark) for i in changed]
+                new = [(vectors[i].tolist(), ids[i], place, mark) for i in changed]
                 connection.cursor().executemany(change, new)
                 connection.commit()
         if run.dry:
