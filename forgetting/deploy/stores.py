@@ -13,6 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -204,8 +205,13 @@ def _npy(path: str, run: Pass, out: str | None = None, overwrite: bool = False) 
         header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
         size = run.begin(path, len(array), 1024)
-        for start in range(0, len(array), size):
-            file.write(run.whole(np.ascontiguousarray(array[start : start + size])).data)
+        with ThreadPoolExecutor(1) as pool:  # writes while the next rows are computed
+            written = pool.submit(int)
+            for start in range(0, len(array), size):
+                changed = run.whole(np.ascontiguousarray(array[start : start + size]))
+                written.result()
+                written = pool.submit(file.write, changed.data)
+            written.result()
 
 
 def _parquet(
