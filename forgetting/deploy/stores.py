@@ -329,23 +329,19 @@ def _qdrant(store: str, run: Pass, collection: str, vector: str = "") -> None:
 def _postgres(store: str, run: Pass, table: str, column: str, id: str) -> None:
     """A column of pgvector. Its table of marks knows what the vectors became."""
     psycopg, sql = need("psycopg", INSTALL), need("psycopg.sql", INSTALL)
-    where, values = f"table {table}", {"mark": run.mark}
+    where = f"table {table}"
     with _saying(where, psycopg.Error, ValueError), psycopg.connect(store) as connection:
         found = connection.execute(COLUMN, (table, column)).fetchone()
         if found is None or found[2] not in PGVECTOR:
             raise ProblemError(f"{where} has no column {line(column)} of {' or '.join(PGVECTOR)}")
         schema, relation, kind, send = found
-        place, dtype = f"{schema}.{relation}.{column}", PGVECTOR[kind]
-        values["place"] = place
-        words = {
-            "send": sql.SQL(send),
-            "table": sql.Identifier(schema, relation),
-            "marks": sql.Identifier(schema, MARK),
-        }
-        words |= {"column": sql.Identifier(column), "id": sql.Identifier(id)}
+        values = {"mark": run.mark, "place": f"{schema}.{relation}.{column}"}
+        name, plain = sql.Identifier, sql.SQL
+        words = {"table": name(schema, relation), "marks": name(schema, MARK), "id": name(id)}
+        words |= {"column": name(column), "send": plain(send), "after": plain("true")}
 
         def query(text: str) -> list[tuple]:
-            cursor = connection.execute(sql.SQL(text).format(**words), values, binary=True)
+            cursor = connection.execute(plain(text).format(**words), values, binary=True)
             return cursor.fetchall() if cursor.description else []
 
         if not query("SELECT pg_try_advisory_lock(hashtext(%(place)s))")[0][0]:
@@ -358,18 +354,17 @@ def _postgres(store: str, run: Pass, table: str, column: str, id: str) -> None:
             raise ProblemError(f"{where}: {count} rows have {keys} values of {id}, which is no key")
         values["size"] = run.begin(where, count, 1024)
         select = ROWS if run.dry else f"{ROWS} FOR UPDATE OF t"
-        words["after"] = sql.SQL("true")
-        change = sql.SQL(CHANGE).format(**words)
+        dtype, change = PGVECTOR[kind], plain(CHANGE).format(**words)
         while rows := query(select):
             ids, sent, hidden = zip(*rows, strict=True)
             vectors = np.frombuffer(b"".join(sent), f">{dtype}").reshape(len(ids), -1)
             vectors = vectors[:, 4 // vectors.itemsize :].astype(dtype)  # after the size
             vectors, changed = run(vectors, np.array(hidden))
-            words["after"] = sql.SQL("t.{id} > %(last)s").format(**words)
+            words["after"] = plain("t.{id} > %(last)s").format(**words)
             values["last"] = ids[-1]
             if not run.dry:
-                mark = run.mark if run.hide else None
-                new = [(vectors[i].tolist(), ids[i], place, mark) for i in changed]
+                rest = values["place"], run.mark if run.hide else None
+                new = [(vectors[i].tolist(), ids[i], *rest) for i in changed]
                 connection.cursor().executemany(change, new)
                 connection.commit()
         if run.dry:
