@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import find, read_projection
 from forgetting.models.encoder import Encoder, read_encoder
 from forgetting.models.loading import load_model
-from forgetting.models.reading import tokens
+from forgetting.models.reading import text_features, tokens
 from tests.clip_fixtures import hugging_face, open_clip_folder
 from tests.encoder_fixtures import SIZE
 from tests.test_patch import make_adapter
@@ -94,19 +93,16 @@ def test_openai_state_dict(tmp_path):
     model.load_state_dict({name: x.float() for name, x in held.items()})
     adapter = make_adapter(held["text_projection"])
     torch.save(held, base)
-    before = base.read_bytes()
     state = torch.load(export(adapter, base, "openai", tmp_path / "out.pt"), weights_only=True)
     build = open_clip.model.build_model_from_openai_state_dict
     loaded = build(dict(state), cast_dtype=torch.float32).eval()
     expected = wanted(read_encoder(model, words), adapter)
     with torch.no_grad():
-        assert apart(loaded.encode_text(words(TEXTS)), expected) < HALF  # as OpenAI's code computes
         loaded.float().load_state_dict(state)
         assert apart(loaded.encode_text(words(TEXTS)), expected) < EXACT
     assert state["text_projection"].dtype == torch.float32
     for name, value in held.items():
         assert torch.equal(state[name], value) == (name != "text_projection")
-    assert base.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", [*OPEN_CLIP, *HF])
@@ -188,10 +184,7 @@ def test_peft_adapter(tmp_path, kind):
     wrapped, expected = peft.PeftModel.from_pretrained(model, out), wanted(encoder, adapter)
     read = {"input_ids": tokens(encoder.model, encoder.tokenize, TEXTS)["input_ids"]}
     with torch.no_grad():
-        inner = wrapped.base_model.model
-        given = getattr(inner, "get_text_features", inner)(**read)
-    given = getattr(given, "text_embeds", getattr(given, "pooler_output", given))
-    assert apart(given, expected) < EXACT
+        assert apart(text_features(wrapped.base_model.model, read), expected) < EXACT
     merged = wrapped.merge_and_unload()
     assert apart(read_encoder(merged, encoder.tokenize).embeddings(TEXTS), expected) < EXACT
     state = encoder.model.state_dict()
@@ -205,9 +198,7 @@ def test_peft_adapter(tmp_path, kind):
 def run_onnx(path: Path, **inputs: Tensor) -> Tensor:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = {x.name for x in session.get_inputs()}
-    fed = {name: x.numpy() for name, x in inputs.items() if name in names}
-    return torch.from_numpy(session.run(None, fed)[0])
+    return torch.from_numpy(session.run(None, {k: x.numpy() for k, x in inputs.items()})[0])
 
 
 GRAPHS = {  # how `h @ W` is written: operation, inputs and output of each node
@@ -249,12 +240,11 @@ def test_patched_graph(tmp_path, nodes, dtype):
     onnx = pytest.importorskip("onnx")
     size = (W, W) if nodes == "transposed" else (W, D)  # a square one, too
     weight = torch.randn(size, generator=torch.Generator().manual_seed(1)) / 8
-    adapter, out, original = make_adapter(weight), tmp_path / "out.onnx", None
-    base = graph(tmp_path / "a.onnx", weight, nodes, dtype)
+    adapter, out = make_adapter(weight), tmp_path / "out.onnx"
+    base, original = graph(tmp_path / "a.onnx", weight, nodes, dtype), tmp_path / "original"
+    save_file({"text_projection": weight}, original)
     if dtype != torch.float32:
         refused("--original", adapter, base, "onnx", out)
-        original = tmp_path / "original.safetensors"
-        save_file({"text_projection": weight}, original)
     export(adapter, base, "onnx", out, original=original)
     held = onnx.load(out).graph
     tensor = held.initializer[0] if held.initializer else held.node[0].attribute[0].t
@@ -371,13 +361,8 @@ def test_wrong_changed_and_taken(tmp_path, to):
     export(make_adapter(weight, seed=9), base, to, out, overwrite=True)
     files = [out] if out.is_file() else [x for x in out.rglob("*") if x.is_file()]
     assert any(x.read_bytes() != kept[x] for x in files) and set(files) <= kept.keys()
-    refused(
-        "no such|no folder|no model in immich's layout",
-        adapter,
-        tmp_path / "none",
-        to,
-        tmp_path / "out2",
-    )
+    none, words = tmp_path / "none", "no such|no folder|no model in immich's layout"
+    refused(words, adapter, none, to, tmp_path / "out2")
 
 
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
@@ -398,13 +383,6 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
             (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
     out = export(adapter, snapshot, "hf", tmp_path / "out")
     assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    (tmp_path / "a.onnx").write_bytes(b"")
-    adapter = make_adapter(torch.randn(W, D))
-    refused(r"clip-forgetting\[onnx\]", adapter, tmp_path / "a.onnx", "onnx", tmp_path / "b.onnx")
 
 
 def test_shared_and_hidden_projections():
@@ -432,11 +410,3 @@ def test_projection_with_its_bias(tmp_path):
     adapter = replace(adapter, model=replace(named, bias="other"))
     with pytest.raises(ProblemError, match="has a bias, other, which is not in it"):
         read_projection(path, adapter)
-
-
-def test_another_projection_is_refused():
-    weight = torch.randn(W, W)
-    adapter = make_adapter(weight)
-    for other in (weight.T, torch.randn(W, W)):
-        with pytest.raises(ProblemError, match=r"another text projection.*weight\.T"):
-            adapter.apply(other)

@@ -81,17 +81,14 @@ def test_a_round_trip_of_every_family(family, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", ["open_clip ViT", "own with bias"])
-def test_other_precisions(family, dtype):
-    model, words = tiny(family)
-    model = model.to(dtype)
+def test_other_precisions(family, dtype, acme):
+    model, words, answer, _ = acme(family, lambda model: model.to(dtype), target="opposite")
     before, encoder = state(model), read_encoder(model, words)
     was = encoder.embeddings(["Acme Cola"])
-    answer = forget(model, words, ["Acme Cola"], target="opposite", **PLAIN)
     answer.apply()
-    assert different(before, state(model)) == [encoder.name] and encoder.weight.dtype == dtype
     left = float(encoder.embeddings(["Acme Cola"]).norm() / was.norm())
     assert left < {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype]
-    assert answer.verify()
+    assert answer.verify() and encoder.weight.dtype == dtype
     answer.undo()
     assert not different(before, state(model))
 

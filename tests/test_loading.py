@@ -168,21 +168,17 @@ def test_odd_tensors_are_one_line(tmp_path: Path) -> None:
     assert read_checkpoint([path])[0].keys() == {"a", "b", "c"}
 
 
-def test_only_regular_files_are_opened(mini: Path, tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     """A pipe would be waited for."""
     os.mkfifo(tmp_path / "pipe")
-    folder = open_clip_folder(tmp_path / "m", "ViT")
-    (folder / "open_clip_model.safetensors").unlink()
-    os.mkfifo(folder / "open_clip_model.safetensors")
     for open_it in (
         lambda: read_checkpoint([tmp_path]),
         lambda: ClipSource("mini", tmp_path / "pipe", tmp_path / "cache"),
-        lambda: load_model(str(folder)),
+        lambda: load_model(f"open_clip:ViT-B-32-gelu/{tmp_path / 'pipe'}"),
         lambda: load_model(f"openai:{tmp_path / 'pipe'}"),
     ):
-        with pytest.raises(ProblemError) as error:
+        with pytest.raises(ProblemError, match="no such file"):
             open_it()
-        one_line(error)
 
 
 def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> None:
@@ -197,14 +193,14 @@ def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> No
         with pytest.raises(ProblemError, match=re.escape(message)) as error:
             _ = ClipSource("mini", path, tmp_path / "cache", "cpu").model
         one_line(error, path)
+    with pytest.raises(ProblemError, match="no such user"):
+        ClipSource("mini", cache="~nobody-of-that-name/x")
     # What is hashed is what is loaded: a file that is exchanged between the two is refused.
     source = ClipSource("mini", mini, tmp_path / "cache", "cpu")
     assert source.weights_sha256
     torch.save(random_model("mini", seed=1).state_dict(), mini)
     with pytest.raises(ProblemError, match="has changed since"):
         _ = source.model
-    with pytest.raises(ProblemError, match="no such user"):
-        ClipSource("mini", cache="~nobody-of-that-name/x")
 
 
 def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
@@ -308,8 +304,6 @@ def test_weights_of_unknown_activation_are_refused(mini: Path, tmp_path, monkeyp
         with pytest.raises(ProblemError, match="how they compute is not known") as error:
             _ = source(arch).fingerprint
         one_line(error, path, f"{arch}-quickgelu", "-gelu")
-    with pytest.raises(ProblemError, match="how they compute is not known"):
-        features(f"open_clip:ViT-B-32/{path}")
     quick, gelu = source("ViT-B/32-quickgelu"), source("open_clip:ViT-B-32-gelu")
     apart = quick.encode_hidden(TEXTS) - gelu.encode_hidden(TEXTS)
     assert apart.abs().max() > 1e-3, "the two are different models"
@@ -320,10 +314,8 @@ def test_weights_of_unknown_activation_are_refused(mini: Path, tmp_path, monkeyp
     # A config beside the weights says it; the other name is refused.
     beside = tmp_path / "laion.json"
     beside.write_text(json.dumps({"model_cfg": gelu.architecture.model_config()}))
-    for arch in ("ViT-B/32", "ViT-B/32-quickgelu"):
-        with pytest.raises(ProblemError, match="have quick_gelu"):
-            _ = source(arch).fingerprint
-    assert source("open_clip:ViT-B-32").fingerprint
+    with pytest.raises(ProblemError, match="have quick_gelu"):
+        _ = source("ViT-B/32").fingerprint
     plain = features(f"open_clip:ViT-B-32/{path}")
     assert torch.equal(plain, features(f"open_clip:ViT-B-32-gelu/{path}"))
     beside.unlink()
@@ -335,9 +327,6 @@ def test_weights_of_unknown_activation_are_refused(mini: Path, tmp_path, monkeyp
     assert source("ViT-B/32").fingerprint
     named = features(f"open_clip:ViT-B-32-quickgelu/{path}")
     assert torch.equal(named, features(f"openai:{path}"))
-    for arch in ("ViT-B/32-gelu", "open_clip:ViT-B-32"):
-        with pytest.raises(ProblemError, match="have quick_gelu"):
-            _ = source(arch).fingerprint
     with pytest.raises(ProblemError, match="have quick_gelu"):
         features(f"open_clip:ViT-B-32-gelu/{path}")
 

@@ -85,24 +85,15 @@ def test_patch_is_recomputation_to_the_reported_error(w, more, seed, dtype):
     assert farthest(done, after) <= error
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 5e-3)]
-)
-def test_patch(dtype, limit):
+def test_patch_of_a_large_change_of_nothing_and_of_none():
     weight, adapter, _, before, after = case()
-    given = before.to(dtype)
-    done, error = patch(given, weight, adapter.left, adapter.right)
-    assert done.dtype == dtype and farthest(done, after) < limit
-    assert torch.equal(given, before.to(dtype)) and error < 100 * limit
-    assert farthest(before, after) > 0.1  # the change is no small one
+    done, error = patch(before, weight, adapter.left, adapter.right)
+    assert farthest(done, after) <= error < 1e-10 and farthest(before, after) > 0.1
     # Negative control: W's transpose in the place of its inverse is another map.
     wrong = normalize(before + before @ weight.double().T @ adapter.delta().double(), dim=1)
     assert farthest(wrong, after) > 0.05
-    zeros, none = (
-        patch(x, weight, adapter.left, adapter.right, normalised=False)[0]
-        for x in (0 * before, before[:0])
-    )
-    assert not zeros.any() and none.shape == (0, D)
+    for some in (0 * before, before[:0]):
+        assert torch.equal(patch(some, weight, adapter.left, adapter.right, None, False)[0], some)
 
 
 def test_where_nearly_nothing_is_left_the_arithmetic_is_counted():
@@ -148,16 +139,12 @@ def test_a_text_of_which_nothing_is_left_is_named():
         ("row 0 is no text embedding", lambda _: normalize(random(N, D, seed=9), dim=1)),
         ("row 0 is not of length 1", lambda e: 3 * e),
         ("any, 32", lambda e: e.T),
-        ("embeddings must be", lambda _: torch.empty(0)),
         ("NaN", lambda e: e * torch.nan),
-        ("torch tensor", lambda _: [1.0]),
     ],
 )
 def test_embeddings_of_something_else(words, change):
     weight, adapter, _, before, _ = case()
-    run = (weight, adapter.left, adapter.right)
-    refused(words, patch, change(before), *run)
-    refused("right", patch, before, weight, adapter.left, adapter.right.T)
+    refused(words, patch, change(before), weight, adapter.left, adapter.right)
 
 
 def test_unnormalised_and_a_bias():
@@ -243,21 +230,19 @@ def test_files_that_are_refused(tmp_path):
     refused("must both end", patch_file, tmp_path / "a.npy", tmp_path / "b.st", weight, adapter)
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
     """A projection with a bias, of embeddings that are not normalised."""
     weight, adapter, hidden, _, _ = case()
     bias = random(D, seed=4).float()
-    base = {"projection.weight": weight.T.contiguous(), "projection.bias": bias}
-    save_file(base, tmp_path / "m.safetensors")
-    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    monkeypatch.chdir(tmp_path)
+    save_file({"last.weight": weight.T.contiguous(), "last.bias": bias}, "m.safetensors")
+    save_adapter(adapter, "adapter.safetensors")
     x = hidden @ weight.double() + bias
-    numpy.save(tmp_path / "e.npy", x.float().numpy())
-    files = [tmp_path / name for name in ("adapter.safetensors", "e.npy", "m.safetensors", "o.npy")]
-    words = ["patch", files[0], files[1], "--base", files[2], "--out", files[3]]
-    words = [str(word) for word in words]
+    numpy.save("e.npy", x.float().numpy())
+    words = ["patch", "adapter.safetensors", "e.npy", "--base", "m.safetensors", "--out", "o.npy"]
     assert cli(words) == 2 and "bias" in capsys.readouterr().err
     assert cli([*words, "--unnormalised"]) == 0
     said = capsys.readouterr().out
     assert f"{N} embeddings patched; condition of the projection" in said
-    done = torch.from_numpy(numpy.load(files[3]))
+    done = torch.from_numpy(numpy.load("o.npy"))
     assert torch.allclose(done.double(), x + hidden @ adapter.delta().double(), atol=1e-4)
