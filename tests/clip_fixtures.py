@@ -132,15 +132,16 @@ def hugging_face(folder: Path, kind: str) -> Path:
 
 def images(root: Path) -> Path:
     """A folder with an image of each of three classes."""
-    rng = np.random.default_rng(0)
-    for name in ("sea horse", "crab", "owl"):
-        _noise(rng, root / name / "1.png")
+    for number, name in enumerate(("sea horse", "crab", "owl")):
+        picture(root / name / "1.png", number)
     return root
 
 
-def _noise(rng: np.random.Generator, path: Path) -> None:
+def picture(path: Path, seed: int = 0) -> None:
+    """An image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    noise = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
 
 
 def caltech(
@@ -149,13 +150,12 @@ def caltech(
     names: Sequence[str] = ("crab", "sea_horse", "wild_cat", "yin_yang"),
 ) -> Path:
     """A tiny Caltech101 in CoOp's layout, classes of noise; returns `root`."""
-    rng = np.random.default_rng(0)
     folder = root / "caltech-101"
     test = []
     for label, name in enumerate(names):
         for number in range(images_per_class):
             path = f"{name}/image_{number:04d}.jpg"
-            _noise(rng, folder / "101_ObjectCategories" / path)
+            picture(folder / "101_ObjectCategories" / path, 1000 * label + number)
             test.append([path, label, name])
     split = {"train": [], "val": [], "test": test}
     (folder / "split_zhou_Caltech101.json").write_text(json.dumps(split))

@@ -127,13 +127,6 @@ def files(animals, tmp_path):
     return write
 
 
-def one_line(capsys, *argv) -> str:
-    assert cli(["compose", *map(str, argv)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
 def composed(*argv) -> Adapter:
     assert cli(["compose", *map(str, argv), "--overwrite"]) == 0
     return load_adapter(argv[-1])
@@ -235,10 +228,14 @@ def test_what_does_not_belong_together_is_refused(animals, field):
             compose(*sides)
 
 
-def test_mistakes_are_one_line_and_write_nothing(animals, files, tmp_path, capsys):
+def test_mistakes_are_one_line_and_write_nothing(animals, files, tmp_path, refused):
     cat, dog, out = files("cat"), files("dog"), tmp_path / "out.st"
     copy, lora = files("cat", file="copy"), tmp_path / "lora.st"
     save_adapter(replace(animals.adapter("owl"), trainer="ForgetLoRA", recipe=None), lora)
+
+    def refusal(*argv) -> str:
+        return refused(["compose", *map(str, argv)], cli)
+
     for argv, word in (
         ([cat, lora], "ForgetExact"),
         ([cat], "nothing to compose"),
@@ -246,11 +243,11 @@ def test_mistakes_are_one_line_and_write_nothing(animals, files, tmp_path, capsy
         ([cat, "--without", dog], "forgets 'dog', and what is composed forgets 'cat'"),
         ([cat, dog, "--outt", "x"], "'--out'"),
     ):
-        assert word in one_line(capsys, *argv, "--out", out)
-    assert "--out" in one_line(capsys, cat, dog)
+        assert word in refusal(*argv, "--out", out)
+    assert "--out" in refusal(cat, dog)
     assert not out.exists()
     before = (tmp_path / "dog.safetensors").read_bytes()
-    assert "not overwritten" in one_line(capsys, cat, dog, "--out", dog)
+    assert "not overwritten" in refusal(cat, dog, "--out", dog)
     assert (tmp_path / "dog.safetensors").read_bytes() == before
 
 

@@ -18,16 +18,11 @@ from engine import DATASET_REGISTRY
 from engine.cli import run
 from engine.config import settings
 from forgetting.errors import ProblemError
+from tests.clip_fixtures import picture
 
 PAPER = ("StanfordDogs", "StanfordCars", "Caltech101", "OxfordFlowers")
 FORGOTTEN = {name: forget_cls.forget_classes_all[name] for name in PAPER}
 CALTECH_FOLDERS = ["BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse"]
-
-
-def picture(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
 
 
 def caltech(root: Path) -> Path:

@@ -3,6 +3,7 @@
 Tests of both engines run on Dassl where it imports (make test-dassl DASSL=PATH).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from engine import choose
 from engine.config import declared, settings
 from engine.determinism import one_thread
 from engine.log import environment, logger, run_log
+from forgetting import load_adapter
 from forgetting.errors import ProblemError
+from tests.conftest import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[1]
 HAS_DASSL = find_spec("dassl") is not None
 needs_dassl = pytest.mark.skipif(not HAS_DASSL, reason="needs Dassl: make test-dassl DASSL=PATH")
 
@@ -46,9 +48,9 @@ REPORT = "import sys, engine; print(engine.SimpleTrainer.__module__, engine.choo
 HIDDEN = f"import sys; sys.modules['dassl'] = None; {REPORT}"
 
 
-def python(code: str, path: Path = ROOT, wanted: str = "") -> subprocess.CompletedProcess:
+def python(code: str, path: Path = REPOSITORY, wanted: str = "") -> subprocess.CompletedProcess:
     """Run `code` in a process of its own; `path` comes before the repository on sys.path."""
-    paths = os.pathsep.join([str(path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(path), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "CLIP_FORGET_ENGINE": wanted}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
@@ -57,8 +59,8 @@ def test_an_engine_that_cannot_be_had_is_one_line(tmp_path):
     (tmp_path / "dassl").mkdir()
     (tmp_path / "dassl" / "__init__.py").write_text("import no_such_requirement\n")
     for code, path, wanted, message in (
-        (REPORT, ROOT, "dasl", "unknown engine 'dasl'; did you mean 'dassl'"),
-        (HIDDEN, ROOT, "dassl", "CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put"),
+        (REPORT, REPOSITORY, "dasl", "unknown engine 'dasl'; did you mean 'dassl'"),
+        (HIDDEN, REPOSITORY, "dassl", "CLIP_FORGET_ENGINE=dassl, but Dassl is not installed; put"),
         (REPORT, tmp_path, "dassl", "No module named 'no_such_requirement'"),
     ):
         ended = python(code, path, wanted)
@@ -84,7 +86,7 @@ def test_our_sets_are_dassls(tmp_path):
     import datasets
 
     data = import_module("dassl.data")
-    opts = ["DATASET.ROOT", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
+    opts = ["DATASET.REPOSITORY", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
     opts += ["DATALOADER.TEST.BATCH_SIZE", "3"]
     cfg = settings(dataset="MiniShapes", opts=opts)
     manager = data.DataManager(cfg)
@@ -162,3 +164,26 @@ def test_one_thread_is_given_back():
         raise ValueError
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
+
+
+def run_under(engine: str, argv: list[str], out) -> tuple[dict, torch.Tensor]:
+    """The logs of a run, without what differs between two runs, and its change."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), *argv, "--output-dir", str(out)]
+    env = os.environ | {"CLIP_FORGET_ENGINE": engine}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = (out / "ToyAnimals" / "log.txt").read_text()
+    assert f"engine: {engine}".lower() in log.lower()
+    logs = json.loads((out / "logs.json").read_text())
+    solver = logs["ToyAnimals"]["cat"]["solver"]
+    assert solver.pop("seconds") > 0 and solver.pop("adapter_sha256")
+    return logs, load_adapter(out / solver["adapter"]).delta()
+
+
+# The control: two runs of one engine agree.
+@pytest.mark.parametrize("engine", ["builtin", pytest.param("dassl", marks=needs_dassl)])
+def test_both_engines_give_the_same(engine, toy_args, tmp_path):
+    argv = [*toy_args, "--forget", "cat"]
+    logs, delta = run_under("builtin", argv, tmp_path / "a")
+    others, other = run_under(engine, argv, tmp_path / "b")
+    assert logs == others and torch.equal(delta, other)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,8 @@ from evaluation.rows import Change, Row
 from experiments import reproduce
 from experiments.reproduce import WHOLE, compare, whole_set
 from forget_cls import forget_classes_all
-from tests.clip_fixtures import reduce_depth, save_openai
+from tests.clip_fixtures import picture, reduce_depth, save_openai
 from tests.conftest import REPOSITORY
-from tests.test_datasets import picture
 
 QUICK = ["TRAINER.FORGETLORA.STEPS", "5", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
 OTHERS = ["something else", "another thing"]
@@ -41,10 +41,6 @@ def command(tmp_path: Path, *more: str) -> list[str]:
         *("--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")),
         *("--cache", str(tmp_path / "cache"), *more, *QUICK),
     ]
-
-
-def reproduce_cli(argv: list[str]) -> int:
-    return run(reproduce.main, argv)
 
 
 def test_one_backbone_on_tiny_images(tmp_path, monkeypatch, capsys, refused):
@@ -75,7 +71,8 @@ def test_one_backbone_on_tiny_images(tmp_path, monkeypatch, capsys, refused):
         assert ours[name, WHOLE] == pytest.approx(entry[name]["all"]["all_ds"])
     pd.testing.assert_frame_equal(reproduce.main(command(tmp_path, *options)), before)
     (tmp_path / "data/oxford_flowers/jpg").rename(tmp_path / "gone")
-    assert "OxfordFlowers: no image folder" in refused(command(tmp_path, *options), reproduce_cli)
+    line = refused(command(tmp_path, *options), partial(run, reproduce.main))
+    assert "OxfordFlowers: no image folder" in line
 
 
 def row(name: str, before: float | None, rest: float, label: str = "") -> Row:

@@ -22,8 +22,9 @@ from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
+from tests.clip_fixtures import picture
 from tests.conftest import REPOSITORY
-from tests.test_datasets import counts, picture, run_check
+from tests.test_datasets import counts, run_check
 from utils import create_results
 
 SHAPES = ("red circle", "green_triangle", "blue star")
