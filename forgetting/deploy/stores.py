@@ -153,7 +153,7 @@ def change_store(
         try:
             call = signature(STORES[kind]).bind(store, run, **given)
         except TypeError as error:
-            raise ProblemError(f"options of {kind}: {error}") from error
+            raise ProblemError(f"options of a {kind} store: {error}") from error
         STORES[kind](*call.args, **call.kwargs)
     return run
 
@@ -177,7 +177,7 @@ def _new_file(path: str, run: Pass, out: str | None, overwrite: bool) -> Iterato
     with naming(marks), _saying("not readable", ValueError):
         known = json.loads(read_bytes(marks)) if marks.exists() else None
     if run.hide == bool(known):
-        raise ProblemError(f"{line(marks)} says that it is hidden" if known else "is missing")
+        raise ProblemError(f"{line(marks)} {'says that it is hidden' if known else 'is missing'}")
     if known:
         run.check(path, known["adapter"])
     if out is None and not run.dry:
@@ -376,6 +376,7 @@ def _postgres(store: str, run: Pass, table: str, column: str, id: str) -> None:
 STORES = {
     "qdrant:": _qdrant,
     "postgresql:": _postgres,
+    "postgres:": _postgres,
     ".npy": _npy,
     ".parquet": _parquet,
     ".faiss": _faiss,
