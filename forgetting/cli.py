@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 from forgetting import __version__
@@ -106,9 +105,8 @@ def _drop_output() -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """`main` for the shell."""
-    return run(
-        main, argv, "interrupted; no file was written; a database goes on by the same command"
-    )
+    interrupted = "interrupted; no file was written; a database goes on by the same command"
+    return run(main, argv, interrupted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,15 +197,15 @@ def _forget(option: Option, parse: Parse) -> None:
 
 def _names(given: Sequence[str]) -> list[str]:
     """Names, and those of files (@FILE)."""
+    from forgetting.io import foreign, naming, read_bytes
+
     names: list[str] = []
     for text in given:
         if not text.startswith("@"):
             names.append(text)
             continue
-        try:
-            content = Path(text[1:]).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise ProblemError(f"names of {line(text[1:])} cannot be read ({error})") from error
+        with naming(text[1:]), foreign("names cannot be read"):
+            content = read_bytes(text[1:]).decode("utf-8-sig")
         names += [name for name in content.splitlines() if name.strip()]
     return names
 
@@ -240,12 +238,6 @@ def _audit(option: Option, parse: Parse) -> None:
         )
         for ratio, text in sorted(zip(ratios.tolist(), texts, strict=True))[:SHOWN]:
             _say(f"  {ratio:5.2f}  {text}")
-    unlisted = forgotten.forecast.unlisted if forgotten.forecast else {}
-    for group, (rms, most) in unlisted.items():
-        _say(
-            f"names like those of the group {group} that nobody listed move {rms:.3f} of the way "
-            f"(root mean square), at most {most:.3f}"
-        )
     for note in forgotten.notes:
         _say(note)
 
@@ -262,10 +254,8 @@ def _compose(option: Option, parse: Parse) -> None:
     args = parse()
     if len([*args.adapters, *args.without]) < 2:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
-    adapters, without = (
-        {path: load_adapter(path) for path in side} for side in (args.adapters, args.without)
-    )
-    made = compose(adapters, without)
+    sides = args.adapters, args.without
+    made = compose(*({path: load_adapter(path) for path in side} for side in sides))
     save_adapter(made, args.out, args.overwrite)
     missed = f"the texts miss their targets by {made.solver['residual']:.1e} of the way"
     _say(f"{args.out}: forgets {', '.join(made.classes)}; {missed}")
@@ -323,9 +313,7 @@ def _export(option: Option, parse: Parse) -> None:
     option("--to", required=True, choices=FORMATS, help="the tool to export for")
     original = "the checkpoint that the adapter was made from, if the base is a rounded copy of it"
     option("--original", help=original)
-    config = (
-        "open_clip's configuration and weights (NAME/TAG), or a JSON file, if the base has none"
-    )
+    config = "open_clip's configuration and weights (NAME/TAG) or a JSON file, if the base has none"
     option("--config", help=config)
     base_id = "the base's name on the Hub, ID or ID@REVISION, for the model card and for PEFT"
     option("--base-id", help=base_id)

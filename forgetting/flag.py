@@ -47,10 +47,9 @@ def flag(
     """Which images show what a text names. All are embeddings of one model, of any length.
 
     Args:
-        vectors: (n, d) of images.
-        text: (d,), or (m, d) of several that mean the same.
+        vectors: (n, d) of images; text: (d,), or (m, d) of several that mean the same.
         vocabulary: (v, d) of common names in the template of the text, a hundred or more.
-        false_alarms: the share of images of other things that may be flagged.
+        false_alarms: the share of images of other things that may be flagged, within (0, 1).
         reference: (k, d) of images of many kinds, which tell what other things look like; None:
             `vectors` do. For a few vectors, or where most of them show what is named.
         scale: half of the model's logit scale.
@@ -59,9 +58,6 @@ def flag(
         Scores (n,), 1 less the share of images of other things that would score as high, which is
         no probability of the class; and flags (n,), where that share is at most `false_alarms`.
         A warning says where the rate may not hold.
-
-    Raises:
-        ProblemError: not finite, of another width, no vocabulary; false_alarms not within (0, 1).
     """
     shares, none = none_of_these(vectors, [text], vocabulary, false_alarms, reference, scale)
     return 1 - shares, ~none

@@ -95,14 +95,13 @@ class Forgotten:
         """Make the model what it was, bit for bit. ProblemError for no model, another change since,
         or an original that is not known, since the model was changed when this was loaded."""
         encoder = self._model()
-        if not self._is_original(encoder):
-            encoder.write(self._original(encoder))
+        encoder.write(self._original(encoder))
         set_applied(encoder, None)
 
     def verify(self, model: nn.Module | None = None) -> bool:
         """True if a model (None: that which this belongs to) is the original with exactly this
         change, bit for bit; else ProblemError."""
-        verify(self._model().model if model is None else model, self.adapter, self._changed)
+        verify(self._model().model if model is None else model, self.adapter, self._changed())
         return True
 
     def flag(
@@ -161,14 +160,12 @@ class Forgotten:
     def load(
         cls, path: str | Path, model: nn.Module | None = None, original: Tensor | None = None
     ) -> Forgotten:
-        """Read what `save` wrote, or what `forgetting.compose` made of it.
+        """Read what `save` wrote, or `forgetting.compose` made of it. ProblemError: no adapter, a
+        damaged one, or a model that has no such projection.
 
         Args:
             model: to be changed; it may be changed already. None: only to read.
             original: W, (w, d), where the model is changed already.
-
-        Raises:
-            ProblemError: no adapter, a damaged one, or a model that has no such projection.
         """
         adapter = load_adapter(path)
         notes = tuple(adapter.solver.get("notes", ()))
@@ -191,11 +188,10 @@ class Forgotten:
     ) -> None:
         """Write a folder to share: `adapter.safetensors` and its model card, README.md. `base_id`
         is the original model's name on the Hub, ID or ID@REVISION; None: as a model of transformers
-        says. ProblemError if it cannot be written, or is there and `overwrite` is False."""
-        files = self._shared(base_id)
+        says. ProblemError if it is there and `overwrite` is False."""
         with atomic_path(folder, overwrite) as temporary:
             temporary.mkdir()
-            for name, content in files.items():
+            for name, content in self._shared(base_id).items():
                 (temporary / name).write_bytes(content)
 
     def push_to_hub(
@@ -206,8 +202,7 @@ class Forgotten:
         private: bool | None = None,
     ) -> str:
         """Put what `save_pretrained` writes into a repository of the Hub, made if need be, in one
-        commit, and give the address. The login is huggingface_hub's. ProblemError where that fails,
-        or the files are there and `overwrite` is False."""
+        commit, and give the address. The login is huggingface_hub's."""
         return hub.push(self._shared(base_id), repo_id, overwrite, private)
 
     @classmethod
@@ -217,10 +212,9 @@ class Forgotten:
         model: nn.Module | None = None,
         revision: str | None = None,
     ) -> Forgotten:
-        """Read what `save_pretrained` wrote, and no file but `adapter.safetensors`, from a folder,
-        or from `revision` (commit, branch, tag) of a repository on the Hub. As with `load`, `apply`
-        changes the model. ProblemError: see `load`; it cannot be fetched; or the model is of the
-        class that it was made for, and a tensor beside the projection is not what it was."""
+        """`load` what `save_pretrained` wrote, and no other file than `adapter.safetensors`, from
+        a folder, or `revision` (commit, branch, tag) of a repository on the Hub. ProblemError too
+        if the model is of the class that it was made for, and another tensor differs."""
         found = cls.load(hub.adapter_file(folder_or_id, revision), model)
         if found.encoder is not None:
             refuse_other_rest(found.encoder, found.adapter)
@@ -234,19 +228,18 @@ class Forgotten:
         return {hub.ADAPTER: adapter_bytes(self.adapter), CARD: card.encode()}
 
     def _model(self) -> Encoder:
-        """The model as it is now, in which another tensor may stand for the projection."""
+        """The model as it is now, in which another tensor may stand for the projection: that of
+        load_state_dict(assign=True), say."""
         if self.adapter.of_embeddings:
             raise ProblemError(EMBEDDINGS)
         if self.encoder is None:
             raise ProblemError("there is no model: Forgotten.load(path, model) gives one")
-        # By name: load_state_dict(assign=True), say, puts another tensor in its place.
         there = tensors(self.encoder.model).get(self.encoder.name)
         if there is None or there.shape != self.encoder.weight.shape:
             raise ProblemError(f"the model has no such projection any more: {self.encoder.name}")
         refuse_tied(self.encoder.model, self.encoder.name)
         return replace(self.encoder, weight=there)
 
-    @property
     def _changed(self) -> list[str]:
         """What the changed projection's tensor may be, see `changed_sha256`; empty: not known."""
         if self.original is None or self.encoder is None:
@@ -255,20 +248,18 @@ class Forgotten:
 
     def _original(self, encoder: Encoder) -> Tensor:
         """W (w, d) as it was before; ProblemError if that is not known."""
-        if self._is_original(encoder):
-            return encoder.projection
-        if self.original is None:
+        known = encoder.projection if self._is_original(encoder) else self.original
+        if known is None:
             raise ProblemError("the original projection is not known: load it with (original=)")
-        return self.original
+        return known
 
     def _is_original(self, encoder: Encoder) -> bool:
         """Whether the projection is the original; ProblemError if it is not the changed either."""
         if projection_sha256(encoder.projection) == self.adapter.projection_sha256:
             return True
-        if tensor_sha256(encoder.weight) in self._changed:
+        if tensor_sha256(encoder.weight) in self._changed():
             return False
-        names = ", ".join(self.names)
         raise ProblemError(
-            f"{encoder.name} is neither the projection that {line(names)!r} was forgotten from nor "
-            "what that made of it; another change came in between, or it is another model"
+            f"{encoder.name} is neither the projection that {line(', '.join(self.names))} was "
+            "forgotten from nor the changed one: it was changed since, or is another model"
         )

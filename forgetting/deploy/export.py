@@ -1,14 +1,4 @@
-"""A changed model in the format of the tool that is to run it.
-
-| format | `base` | what is written |
-|---|---|---|
-| `openai` | a state dict in OpenAI's layout | such a state dict, a `.pt` file |
-| `open_clip` | open_clip's folder, or a file with `config` | a folder: weights, config, tokenizer |
-| `hf` | a folder of transformers | the same folder with changed weights |
-| `peft` | a folder of transformers, or its weights | a folder: a LoRA of the projection alone |
-| `onnx` | an `.onnx` file | the file with its projection changed |
-| `sentence-transformers` | its folder | the same folder with changed weights |
-| `immich` | a folder of a model of immich | the same folder with `textual/model.onnx` changed |
+"""A changed model in the format of the tool that is to run it; docs/deploy.md has their table.
 
 `W + Delta` is rounded once, to the dtype that W has there (to float32 for `openai`, whose files are
 in half precision), and every other tensor is what it was, to the bit. A folder has a model card,
@@ -85,10 +75,8 @@ def export(
             the Hub's own cache says, if `base` is in it.
 
     Raises:
-        ProblemError: an unknown format; an adapter of embeddings; `out` exists or cannot be
-            written; a base that cannot be read, is not of the format, or does not hold the
-            projection of the adapter exactly once (another model's, or changed already); a package
-            that is missing.
+        ProblemError: `out` exists; a base that is not of the format, or does not hold the
+            projection of the adapter exactly once (another model's, or changed already).
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
@@ -189,14 +177,22 @@ def _lora(adapter: Adapter, found: Found, origin: Base, folder: Path) -> dict[st
             f"the projection {line(found.name)} is no torch.nn.Linear, which is what PEFT adapts: "
             "use a folder of transformers"
         )
-    left, right = adapter.left.float(), adapter.right.float()
-    rank = left.shape[1]  # over lora_alpha a factor of 1
-    config = {"peft_type": "LORA", "target_modules": [module], "r": rank, "lora_alpha": rank}
-    config |= {"base_model_name_or_path": origin.name or str(folder.absolute())}
-    config |= {"revision": origin.revision, "inference_mode": True}
-    config["auto_mapping"] = {"base_model_class": origin.kind, "parent_library": "transformers"}
+    rank = adapter.left.shape[1]
+    config = {
+        "peft_type": "LORA",
+        "target_modules": [module],
+        "r": rank,
+        "lora_alpha": rank,  # over r a factor of 1
+        "base_model_name_or_path": origin.name or str(folder.absolute()),
+        "revision": origin.revision,
+        "auto_mapping": {"base_model_class": origin.kind, "parent_library": "transformers"},
+        "inference_mode": True,
+    }
     stem = f"base_model.model.{module}"
-    tensors = {f"{stem}.lora_A.weight": left.T, f"{stem}.lora_B.weight": right.T}
+    tensors = {
+        f"{stem}.lora_A.weight": adapter.left.float().T,
+        f"{stem}.lora_B.weight": adapter.right.float().T,
+    }
     return {"adapter_config.json": config, "adapter_model.safetensors": tensors}
 
 

@@ -31,11 +31,8 @@ def patch_graph(
 
     It is found by its numbers, among initialisers and constants in float16, float32 or bfloat16;
     original: W (w, d), where the file holds it in another dtype than it was forgotten in.
-
-    Raises:
-        ProblemError: no readable file; no such projection (quantised, folded into something else,
-            another one, changed already), or two; one that is used for anything but one product;
-            external data that are missing or lie outside of the folder.
+    ProblemError for none (quantised, folded into something else, changed already), or two, or one
+    that is used for anything but one product; for external data outside of the folder.
     """
     onnx = need("onnx", "clip-forgetting[onnx]")
     kinds = {

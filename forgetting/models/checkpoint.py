@@ -193,12 +193,6 @@ def _is_projection(weight: Tensor, adapter: Adapter, original: Tensor | None) ->
     return bool(((weight.double().cpu() - exact).abs() <= slack).all())
 
 
-def bias_beside(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """The bias of a torch.nn.Linear whose weight is called `name`, if it is one and has one."""
-    stem, _, last = name.rpartition(".")
-    return tensors.get(f"{stem}.bias") if last == "weight" else None
-
-
 def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """W (w, d) of an adapter from a checkpoint, a file or folder, and the bias (d,) of it: that
     which the adapter names, else one that stands beside the projection, if any."""
@@ -208,5 +202,6 @@ def read_projection(base: str | Path, adapter: Adapter) -> tuple[Tensor, Tensor 
         named = None if adapter.model is None else adapter.model.bias
         if named and named not in tensors:
             raise ProblemError(f"the projection has a bias, {line(named)}, which is not in it")
-        bias = tensors[named] if named else bias_beside(tensors, found.name)
-    return found.exact.clone(), bias
+        stem, _, last = found.name.rpartition(".")
+        beside = f"{stem}.bias" if last == "weight" else None  # of a torch.nn.Linear
+    return found.exact.clone(), tensors.get(named or beside)

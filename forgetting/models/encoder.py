@@ -238,12 +238,8 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
 
 def _padding(model: nn.Module, inputs: Tokens, product: Product) -> Padding | None:
     """What may be left out behind the end of a text without a change of hidden states, if any."""
-    hidden, ids, rows = (
-        product.entered,
-        reading.token_ids(inputs),
-        torch.tensor(PROBED, device="cpu"),
-    )
-    width = ids.shape[-1]
+    hidden, ids = product.entered, reading.token_ids(inputs)
+    rows, width = torch.tensor(PROBED, device="cpu"), ids.shape[-1]
 
     def unchanged(inputs: Tokens, expected: Tensor) -> bool:
         try:

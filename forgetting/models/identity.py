@@ -48,16 +48,12 @@ def changed_sha256(adapter: Adapter, projection: Tensor, transposed: bool) -> li
 
 def verify(model: nn.Module, adapter: Adapter, changed: Sequence[str]) -> None:
     """ProblemError for a model that is not the original with exactly this change and nothing else.
-    `changed`: what the changed projection's tensor may be, see `changed_sha256`; empty if that is
-    not known."""
+    `changed`: what the changed projection's tensor may be, see `changed_sha256`."""
     known, model = adapter.model, modules.unwrap(model)
     if known is None:
         raise ProblemError("this adapter does not say what the rest of its model is")
     if not changed:
-        raise ProblemError(
-            "what the change makes of the projection is not known: load the adapter "
-            "with the original model first"
-        )
+        raise ProblemError("the changed projection is not known: load it with the original first")
     held = tensors(model).get(known.projection)
     if held is None or tensor_sha256(held) not in changed:
         raise ProblemError(
@@ -79,7 +75,7 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
     shape = (adapter.left.shape[0], adapter.right.shape[1])
     held = None if known is None else there.get(known.projection)
     if held is not None and maybe_transpose(held, known.transposed).shape == shape:
-        name, transposed, bias = known.projection, known.transposed, there.get(known.bias)
+        name, transposed = known.projection, known.transposed
     else:
         try:
             found = checkpoint.find(there, adapter)
@@ -89,15 +85,13 @@ def find(model: nn.Module, adapter: Adapter, original: Tensor | None = None) -> 
             changed = projection_sha256(adapter.changed(original))
             found = checkpoint.find(there, replace(adapter, projection_sha256=changed))
         name, transposed = found.name, found.transposed
-        bias = checkpoint.bias_beside(there, name)
     if WRAPPED.intersection(name.split(".")):
         raise ProblemError(
             f"the projection {name} is wrapped, so that a change of it may do nothing: take out "
             "what wraps it (of PEFT: merge_and_unload() or unload())"
         )
     refuse_tied(model, name)
-    bias = None if bias is None else bias.detach()
-    return Encoder(model, None, name, there[name], transposed, bias, False)
+    return Encoder(model, None, name, there[name], transposed, bias=None, normalised=False)
 
 
 def refuse_tied(model: nn.Module, name: str) -> None:

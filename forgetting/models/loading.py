@@ -185,11 +185,7 @@ def load_model(
     model: str | nn.Module, tokenize: Tokenize | None = None
 ) -> tuple[nn.Module, Tokenize | None]:
     """A model in evaluation mode and its tokenizer by a name; what is no name is given back.
-
-    Raises:
-        ProblemError: one line: an unknown kind, a missing file or package, or a checkpoint that
-            does not say how it is to be read.
-    """
+    ProblemError: there is no such model, or a checkpoint does not say how it is to be read."""
     if not isinstance(model, str):
         return model, tokenize or getattr(model, "tokenizer", None)  # of a SentenceTransformer
     spec = fetch(find_model(model))

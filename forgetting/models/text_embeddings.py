@@ -30,18 +30,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """An encoder of texts of which only its embeddings are known. `forget` takes it as a model.
+    """An encoder of texts of which only its embeddings are known. `forget` takes it as a model."""
 
-    Args:
-        encode: from a list of texts to their embeddings (n, d), a tensor or an array.
-        name: which encoder that is, with its version: adapters compose where names are the same.
-
-    Raises:
-        ProblemError: from `hidden`, if `encode` gives something else, or no direction for a text.
-    """
-
-    encode: Callable[[list[str]], Any]
-    name: str
+    encode: Callable[[list[str]], Any]  # from texts to embeddings (n, d), a tensor or an array
+    name: str  # of the encoder, with its version: adapters compose where names are the same
     encoder: Encoder | None = None  # of the model that the texts are read by, if it is here
     _memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -90,8 +82,8 @@ class TextEmbeddings:
         return self._memory[key]
 
     def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
-        """Unit-norm embeddings (n, d), float32, on the CPU, in the order of the texts. `progress`
-        stands beside a progress bar; there is none without."""
+        """Unit-norm embeddings (n, d), float32, on the CPU. `progress` stands beside a progress
+        bar; there is none without. ProblemError if `encode` gives something else."""
         texts, parts = list(texts), []
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), BATCH):
