@@ -54,9 +54,8 @@ def create_results(
             (`full_*` is the accuracy over all other classes of the set, `cls_*` over the forgotten
             one, before and after), then `res_X` (after) and `full_X` (before) for every other data
             set X. With `multiclass` the `cls_*` are means and `cls_forget_all` is the dictionary by
-            class. Fractions; NaN where nothing was measured. Of several folders the means, and that
-            of each folder's average `gain`, then `std_*` for each of these columns (divided by the
-            folders less one; NaN of one), and `folders`, how many hold the row.
+            class. Fractions; NaN where nothing was measured. Of several folders see
+            `evaluation.tables.over_folders`.
         args: the command line of the latest run; logs, if wanted. Of several folders: lists.
 
     Raises ProblemError: no results there, or none of the wanted kind; folders that do not belong
@@ -123,12 +122,8 @@ def _with_backbone(args: argparse.Namespace, logs: Logs) -> Logs:
 
 def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
     """The paper's summary of every row of a frame of `create_results`; lower is better, 0 is
-    perfect. `compute_avg_gain(df).mean()` is the number of a table.
-
-    It is the mean of what is left of the forgotten class's accuracy and of what the rest of its
-    set and each other set lost, all relative to before (see `evaluation.tables.average_gains`).
-    Raises ProblemError without accuracies before forgetting.
-    """
+    perfect (see `evaluation.tables.average_gains`). `compute_avg_gain(df).mean()` is the number of
+    a table. Raises ProblemError without accuracies before forgetting."""
     check_columns(df, FRAME, "create_results")
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         raise ProblemError(

@@ -1,7 +1,7 @@
 """python -m benchmarks NAME ...: what is timed. Without a name: the list of names."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from engine.cli import commands
 
@@ -10,12 +10,7 @@ BENCHMARKS = {
     "driver": "a whole run of train.py and its audit, for 100 to 4,000 classes, by part",
     "solver": "the solvers: many requests together, against descents, in growth",
 }
-
-
-def cli(argv: Sequence[str] | None = None) -> int:
-    """Exit status of a benchmark: 2 if it is refused."""
-    return commands("benchmarks", BENCHMARKS, argv)
-
+cli = partial(commands, "benchmarks", BENCHMARKS)  # of arguments: the exit status, 2 if refused
 
 if __name__ == "__main__":
     sys.exit(cli())

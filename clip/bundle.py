@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,10 +196,8 @@ def list_bundles(folder: str | Path, backbone: str) -> dict[str, Path]:
     folder = Path(folder)
     _require(folder.is_dir(), f"no folder of feature bundles at {folder}")
     place = bundle_path(folder, backbone, "").parent
-    # Not by glob, which takes a folder that may not be entered for an empty one. No hidden file is
-    # a bundle: it is what a killed run left, or a data set called "..".
-    paths = [place / name for name in (os.listdir(place) if place.is_dir() else ())]
-    found = {p.stem: p for p in paths if p.suffix == SUFFIX and not p.name.startswith(".")}
+    # No hidden file is a bundle: it is what a killed run left, or a data set called "..".
+    found = {path.stem: path for path in place.glob(f"[!.]*{SUFFIX}")}
     others = ", ".join(sorted({path.parent.name for path in folder.glob(f"*/*{SUFFIX}")}))
     _require(found, f"no feature bundle of {backbone} in {folder}; backbones there: {others}")
     return dict(sorted(found.items()))

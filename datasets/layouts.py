@@ -128,9 +128,7 @@ def from_own_folders(folder: Path, images: Path) -> Split:
 
 
 def _by_folder(
-    images: Path,
-    rename: Mapping[str, str | None],
-    group: Callable[[str], str] = top_folder,
+    images: Path, rename: Mapping[str, str | None], group: Callable[[str], str] = top_folder
 ) -> dict[str, list[str]]:
     """The images below `images` by class. Folders that are numbers are in numerical order.
     ProblemError if two folders have one class."""

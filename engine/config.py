@@ -64,11 +64,6 @@ OF_DASSL = re.compile(
     r"|ALL_AS_UNLABELED|SUBSAMPLE_CLASSES)"
 )
 NO_EFFECT = "without effect here, where no image trains anything"
-INSTEAD = {
-    "OPTIM.LR": "TRAINER.FORGETLORA.LR",
-    "OPTIM.MAX_EPOCH": "TRAINER.FORGETLORA.STEPS",
-    "DATASET.SUBSAMPLE_CLASSES": "--forget NAME",
-}
 
 
 @dataclass(frozen=True)
@@ -150,11 +145,7 @@ class ForgetSettings:
     )
     lamb_preserve: float | None = setting(None, "weight of retained texts; none: WEIGHTS", 0, 1e6)
     lamb_forget: float | str | None = setting(
-        None,
-        "weight of the texts; auto: just enough for the target; none: WEIGHTS",
-        0,
-        1e6,
-        AUTO,
+        None, "weight of the texts; auto: just enough for the target; none: WEIGHTS", 0, 1e6, AUTO
     )
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)
@@ -273,8 +264,7 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], file: str = "") -> No
                 raise ProblemError(f"{key} must be {WEIGHTS}.BACKBONE.SINGLE or MULTICLASS{where}")
             _set(cfg.FORGET.WEIGHTS, [backbone, mode], _literal(value))
         elif OF_DASSL.fullmatch(key):
-            instead = f"; instead: {INSTEAD[key]}" if key in INSTEAD else ""
-            raise ProblemError(f"{key}, a key of Dassl's or CoOp's, is {NO_EFFECT}{instead}")
+            raise ProblemError(f"{key}, a key of Dassl's or CoOp's, is {NO_EFFECT}")
         elif value is not None or not any(one.startswith(f"{key}.") for one in (*keys, WEIGHTS)):
             close = nearest(key, [*keys, f"{WEIGHTS}.BACKBONE.SINGLE"])
             meant = f"; did you mean {' or '.join(close[:2])}?" if close else ""

@@ -75,8 +75,9 @@ def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) ->
 
 
 def over_folders(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Every row over the frames of several folders, such as one a seed: the means, the standard
-    deviation `std_*` of each (NaN of one folder), and `folders`, how many hold the row."""
+    """Every row over the frames of several folders, such as one a seed: the means, and that of each
+    folder's average `gain`; the standard deviation `std_*` of each column (divided by the folders
+    less one; NaN of one); and `folders`, how many hold the row."""
     rows = pd.concat([frame.assign(**{GAIN: average_gains(frame)}) for frame in frames])
     groups = rows.groupby(KEYS, sort=False)
     numbers = [column for column in rows.columns if column not in (*KEYS, FOR_EACH)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from engine.cli import commands
 
@@ -16,12 +16,7 @@ EXPERIMENTS = {
     "baselines": "every method on the same classes, side by side",
     "hide": "what still finds a class that is forgotten, hidden in an index, or filtered out",
 }
-
-
-def cli(argv: Sequence[str] | None = None) -> int:
-    """Exit status of an experiment: 2 if it is refused."""
-    return commands("experiments", EXPERIMENTS, argv)
-
+cli = partial(commands, "experiments", EXPERIMENTS)  # of arguments: the exit status, 2 if refused
 
 if __name__ == "__main__":
     sys.exit(cli())

@@ -146,8 +146,7 @@ def forget_each(
     more = {GENERIC: (generic_names(), index.encode(generic_names()))} if index.encode else {}
     context = exact_context(settings, own, list(inputs.others.values()), more=more)
     answers = context.forget(inputs.with_paraphrases(list(map(inputs.request, requests))))
-    factors = [(answer.edit.left.double(), answer.edit.right.double()) for answer in answers]
-    return [LowRankEdit(left, right) for left, right in factors]
+    return [LowRankEdit(a.edit.left.double(), a.edit.right.double()) for a in answers]
 
 
 def of_embeddings(index: Index) -> Index:

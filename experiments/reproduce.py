@@ -107,10 +107,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     add_launcher(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to change")
     args = parser.parse_args(argv)
-    args.datasets = [datasets.spec(name).name for name in args.datasets.split(",") if name]
-    args.backbones = [architecture(name).name for name in args.backbones.split(",") if name]
-    if not args.datasets or not args.backbones:
-        raise ProblemError("--datasets and --backbones must name one at least")
+    args.datasets = [datasets.spec(name).name for name in args.datasets.split(",")]
+    args.backbones = [architecture(name).name for name in args.backbones.split(",")]
     weights = dict(text.partition("=")[::2] for text in args.weights)  # by backbone
     for name, path in weights.items():
         if name not in args.backbones or not path:

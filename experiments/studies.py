@@ -8,7 +8,6 @@ OUT/BACKBONE/DATASET/NAME, their rows in NAME.csv beside it, drawn in NAME.png. 
 resumes.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -253,7 +252,8 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     draw_results(drawn.reset_index(drop=True), dict(zip(trainers, COLOURS[1:], strict=False)), path)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Run studies; returns the CSV files."""
     parser = Parser(prog="python -m experiments studies", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default=ALL, choices=[*STUDIES, ALL])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
@@ -271,12 +271,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.forget and not args.dataset:
         raise ProblemError("--forget NAME needs --dataset SET: a class belongs to a set")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Run studies; returns the CSV files."""
-    args = parse(argv)
     bundles = load_bundles(args.features, args.backbone)
     if args.dataset and args.dataset not in bundles:
         raise unknown("data set of the bundles", args.dataset, bundles)

@@ -4,17 +4,7 @@
     python -m experiments sweep --datasets A,B --seeds 0,1 --backbones mini
         --trainers ForgetLoRA,ForgetExact --out FOLDER [--launcher ray] [options of train.py]
 
-The file names what is varied; all but the data sets may be left out:
-
-    datasets: [MiniDigits, MiniShapes]
-    backbones: [mini]                    # what is left out is not varied
-    trainers: [ForgetLoRA, ForgetExact]
-    seeds: [0, 1, 2]
-    modes: [alone, at once]              # each class alone; all classes of a set at once
-    classes: [all]                       # for every set; without it the lists of forget_cls.py
-    settings:                            # a name, and the keys that it stands for
-      rank 1: {FORGET.RANK: 1}
-      rank 5: {FORGET.RANK: 5}
+The file names what is varied, as docs/scale.md shows it; what `DEFAULTS` has may be left out.
 
 Results of a file go to OUT/FILE/BACKBONE/TRAINER/SETTING/seed_SEED; those of the second form to
 OUT/seed_SEED as `forget_clip.sh` has them, below a folder for each backbone and method where there
@@ -51,9 +41,9 @@ DEFAULTS: dict[str, Any] = {
     "backbones": ["mini"],
     "trainers": ["ForgetLoRA"],
     "seeds": [0],
-    "modes": ["alone"],
-    "classes": [],
-    "settings": {"": {}},
+    "modes": ["alone"],  # or "at once": all classes of a set
+    "classes": [],  # of every set, or all; without them the lists of forget_cls.py
+    "settings": {"": {}},  # a name, and the keys that it stands for
 }
 VARIED = ("dataset", "seed", "backbone", "trainer", "output_dir", "multiclass")
 
@@ -182,8 +172,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add_launcher(parser)
     args, options = parser.parse_known_args(argv)
     options += ["--quiet"] if args.quiet else []
-    if args.file and (args.file.startswith("-") or not Path(args.file).stem.strip(".")):
-        raise ProblemError(f"{args.file}: the results need a file with a name")
     return args, options
 
 

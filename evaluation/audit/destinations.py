@@ -62,16 +62,12 @@ def confusion(case: Case, new: list[int]) -> dict[str, Any]:
 
 
 def separation(scores: Tensor, first: int, seed: int) -> float:
-    """How well a model's scores tell two groups of images apart: an AUC.
+    """How well scores (n, C) tell the `first` images (at least two, and as many others) from those
+    behind them: an AUC. `seed`: of the folds.
 
     A logistic regression on standardised scores, cross-validated in stratified folds. The AUC is
     the mean over folds: decision values of different folds are not comparable, and pooling them
     would pull the AUC of groups that look the same below one half.
-
-    Args:
-        scores: (n, C), the images of the first group first.
-        first: images of the first group; at least two, and as many in the second.
-        seed: of the folds.
     """
     truth = np.arange(len(scores)) < first
     folds = StratifiedKFold(min(FOLDS, first, len(truth) - first), shuffle=True, random_state=seed)

@@ -56,10 +56,8 @@ def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places, seed: in
         encode = FeatureCache(source).texts
         own = {"template": settings["template"], "own": places.images}
         try:
-            bundles = {
-                name: build_bundle(name, source, places.root, **more)
-                for name, more in [(dataset, own), *((name, {}) for name in names[1:])]
-            }
+            bundles = {dataset: build_bundle(dataset, source, places.root, **own)}
+            bundles |= {name: build_bundle(name, source, places.root) for name in names[1:]}
         except ProblemError as error:
             hint = "--features, --root or --images says where the run had its inputs"
             raise ProblemError(f"{error} ({hint})") from error

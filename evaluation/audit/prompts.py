@@ -19,17 +19,11 @@ def prompts_for(
     data: AuditData, name: str, seen_texts: Collection[str]
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
-    retain vocabulary that mean the same, then other words.
+    retain vocabulary that mean the same, then other words; and a line for each kind of words that
+    is not available. `seen_texts`: by which the class was forgotten; empty for its bare name.
 
     A prompt counts as seen if its text was forgotten, or if the model encodes it as such a text
     (CLIP's tokenizer knows no capitals): what is moved itself says nothing about other words.
-
-    Args:
-        name: class of the bundle, in its spelling.
-        seen_texts: the texts that the class was forgotten by; empty for its bare name.
-
-    Returns:
-        The prompts, and a line for each kind of words that is not available.
     """
     bundle, bare = data.bundle, clean_name(name)
     label = bundle.classnames.index(name)

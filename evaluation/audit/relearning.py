@@ -28,8 +28,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Accuracy of the class's other images, among all classes of the set, from k images or words.
 
     Returns:
-        shots: numbers of images; methods: `cache`, `probe`, `refit`, each with a list of
-        accuracies, one per number of images, None where no image is left to test, for
+        shots: numbers of images; methods: of each the accuracies (means over `REPEATS` draws, None
+        where no image is left to test)
 
         - forgotten: the class, learnt on top of the changed model;
         - no_text: the same on the untouched model without any text for the class: what images
@@ -37,10 +37,7 @@ def measure(case: Case) -> dict[str, Any]:
           (a text sent to its opposite speaks against its class) that protects nobody;
 
         and `needed`, the least number that reaches half of what the class had before forgetting.
-        words: `counts`, and accuracy `forgotten` with the mean of so many prompts that forgetting
-        did not see as the class's text, under the changed model; needed.
-
-        An accuracy is the mean over `REPEATS` draws of images (or prompts).
+        words: the same with the mean of `counts` unseen prompts as the class's text.
     """
     own = case.before.accuracy(case.label)["value"]
     methods = {}

@@ -42,17 +42,12 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def probe(x: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """The class (N,) that a linear classifier learnt from other images sees in each image.
+    """The class (N,) that a linear classifier learnt from other images sees in each image, by
+    embeddings x (N, d); -1 where there are too few other images to learn from. `seed`: of the
+    folds, in which each class is spread evenly.
 
     Linear discriminant analysis (Fisher, 1936) with equal weight for every class. Ridge regression
     on one-hot targets finds fewer images of real cars, and an audit must not understate.
-
-    Args:
-        x: (N, d) image embeddings; labels: (N,).
-        seed: of the folds, in which each class is spread evenly.
-
-    Returns:
-        -1 where there are too few other images to learn from.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     order = order[labels[order].argsort(stable=True)]

@@ -40,12 +40,8 @@ def measure(case: Case) -> dict[str, Any]:
     Returns:
         names: size of the list; attacks: attacker -> `top`, the names that it puts first, and
         `place`: 1 plus the names before the class that nobody forgot and that mean something else
-        (ties count half).
-
-        - original_known: names are ranked by how well they fit `W' - W`, `Attacker.recognise`.
-        - two_adapters: the same for the difference of this model and one with another adapter of
-          the same run; both adapters' names should come first.
-        - alone: `W'` only; names are ranked by `Attacker.oddness`.
+        (ties count half). Names are ranked by `Attacker.recognise`: of `W' - W`, or of two adapters
+        of a run, whose names should both come first; of `W'` alone by `Attacker.oddness`.
     """
     known = case.data.once(Attacker)
     classes, edit = case.stranger or ([], None)
