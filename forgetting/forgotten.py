@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, adapter_bytes, load_adapter, projection_sha256, save_adapter
-from forgetting.deploy import hub
-from forgetting.deploy.card import CARD, Base, model_card
+from forgetting.deploy.card import CARD, HUB_ID, Base, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.flag import SCALE, Vectors, none_of_these
-from forgetting.io import atomic_path
+from forgetting.io import atomic_path, foreign, need, refuse_outside
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import (
     changed_sha256,
@@ -32,6 +31,8 @@ from forgetting.models.vocabulary import CACHE, generic_hidden
 from forgetting.retain import key
 from forgetting.solvers.certificate import Certificate
 
+ADAPTER = "adapter.safetensors"  # in a folder to share
+HUB_PACKAGE = "huggingface_hub", "clip-forgetting[hub]"
 EMBEDDINGS = (
     "this adapter is of embeddings: it changes no model, but an index of images (hide_in_index, "
     "clip-forget index), or cached texts (clip-forget patch)"
@@ -203,7 +204,16 @@ class Forgotten:
     ) -> str:
         """Put what `save_pretrained` writes into a repository of the Hub, made if need be, in one
         commit, and give the address. The login is huggingface_hub's."""
-        return hub.push(self._shared(base_id), repo_id, overwrite, private)
+        hub, files = need(*HUB_PACKAGE), self._shared(base_id)
+        with foreign(f"{line(repo_id)} cannot be written"):
+            api = hub.HfApi()
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            there = files.keys() & set(api.list_repo_files(repo_id))
+            if there and not overwrite:
+                raise ProblemError(f"{repo_id} has {min(there)}: overwrite=True replaces it")
+            added = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
+            message = "An adapter of clip-forget and its card"
+            return api.create_commit(repo_id, added, commit_message=message).commit_url
 
     @classmethod
     def from_pretrained(
@@ -215,7 +225,7 @@ class Forgotten:
         """`load` what `save_pretrained` wrote, and no other file than `adapter.safetensors`, from
         a folder, or `revision` (commit, branch, tag) of a repository on the Hub. ProblemError too
         if the model is of the class that it was made for, and another tensor differs."""
-        found = cls.load(hub.adapter_file(folder_or_id, revision), model)
+        found = cls.load(_adapter_file(folder_or_id, revision), model)
         if found.encoder is not None:
             refuse_other_rest(found.encoder, found.adapter)
         return found
@@ -225,7 +235,7 @@ class Forgotten:
         encoder = getattr(self.encoder, "encoder", self.encoder)  # of text embeddings
         base = Base.of_model(encoder and encoder.model, base_id)
         card = model_card(self.adapter, "adapter", base)
-        return {hub.ADAPTER: adapter_bytes(self.adapter), CARD: card.encode()}
+        return {ADAPTER: adapter_bytes(self.adapter), CARD: card.encode()}
 
     def _model(self) -> Encoder:
         """The model as it is now, in which another tensor may stand for the projection: that of
@@ -263,3 +273,17 @@ class Forgotten:
             f"{encoder.name} is neither the projection that {line(', '.join(self.names))} was "
             "forgotten from nor the changed one: it was changed since, or is another model"
         )
+
+
+def _adapter_file(place: str | Path, revision: str | None) -> Path:
+    """The adapter in a folder, or a repository of which it is downloaded."""
+    if (folder := Path(place)).is_dir():
+        if revision is not None:
+            raise ProblemError(f"{line(place)} is a folder, which has no revision: leave it out")
+        refuse_outside(folder / ADAPTER, folder)
+        return folder / ADAPTER
+    if folder.exists() or "@" in str(place) or not HUB_ID.fullmatch(str(place)):
+        raise ProblemError(f"{line(place)}: no folder, nor a name on the Hub (of a file: load)")
+    hub = need(*HUB_PACKAGE)
+    with foreign(f"{line(place)} cannot be fetched"):
+        return Path(hub.hf_hub_download(str(place), ADAPTER, revision=revision))

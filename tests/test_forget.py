@@ -183,9 +183,7 @@ ARGUMENTS = {
         {"names": ["cat", " cat "], "also": {"cat ": [" cat"]}, "protect": ["cat"]},
         "protected",
     ),
-    "complex": ({"target": torch.zeros(OUT, dtype=torch.complex64)}, "target"),
     "vector": ({"target": torch.zeros(3)}, "target"),
-    "tiny beta": ({"target": "opposite", "beta": 1e-45}, "beta"),
     "no setting": ({"betta": 0.1}, "did you mean 'beta'"),
     "tiny ridge": ({"ridge": 1e-30}, "ridge"),
     "settings": ({"settings": {"beta": 0.1}}, "settings must be ExactSettings"),
@@ -204,13 +202,11 @@ def test_arguments_that_are_refused(row):
 def test_settings_come_whole_or_by_name():
     model, words = tiny("own")
     whole = ExactSettings(target="opposite", beta=0.2, ridge=0.01)
-    a, b, c = (
-        forget(model, words, ["Acme Cola"], **options, **PLAIN).adapter
-        for options in (
-            {"settings": whole},
-            {"target": "opposite", "beta": 0.2, "ridge": 0.01},
-            {"settings": replace(whole, beta=0.0), "beta": 0.2},
-        )
-    )
-    assert torch.equal(a.delta(), b.delta()) and torch.equal(a.delta(), c.delta())
+    a = forget(model, words, ["Acme Cola"], settings=whole, **PLAIN).adapter
     assert a.settings["ridge"] == pytest.approx(0.01)
+    for options in (
+        {"target": "opposite", "beta": 0.2, "ridge": 0.01},
+        {"settings": replace(whole, beta=0.0), "beta": 0.2},
+    ):
+        same = forget(model, words, ["Acme Cola"], **options, **PLAIN).adapter
+        assert torch.equal(a.delta(), same.delta())

@@ -118,11 +118,8 @@ def test_an_adapter_is_refused_by_another_model(acme):
     other, _ = tiny("own", seed=1)
     with pytest.raises(ProblemError, match="neither the projection"):
         Forgotten.load(file, other)
-    flat = nn.Module()
-    flat.register_parameter("last", nn.Parameter(torch.zeros(3)))
-    for wrong in (nn.Linear(3, 3), flat):
-        with pytest.raises(ProblemError, match="no tensor is the text projection"):
-            Forgotten.load(file, wrong)
+    with pytest.raises(ProblemError, match="no tensor is the text projection"):
+        Forgotten.load(file, nn.Linear(3, 3))
     with pytest.raises(ProblemError, match="must be a torch module"):
         answer.verify("x")
     with pytest.raises(ProblemError, match="there is no model"):
@@ -182,7 +179,7 @@ def test_tied_weights_are_refused_where_they_would_change_too(acme):
     Forgotten.load(file, model).apply()
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_adapters_of_wrapped_models_are_those_of_the_plain_ones(wrap, acme):
     model, _, answer, file = acme(change=wrap)
     plain = Forgotten.load(file, model)

@@ -23,7 +23,6 @@ from tests.test_patch import make_adapter
 
 hub = pytest.importorskip("huggingface_hub")
 COMMIT = 40 * "a"
-TEXTS = ["Acme Cola", "Pepsi"]
 NAMES = ["---", 'a"b: [c', "x\n---\n# y", "`` a`b ```", "<b>|</b>", "[z](http://z)", "{rank}"]
 
 
@@ -72,13 +71,12 @@ def test_exported_folders_have_cards(acme, tmp_path):
     peft = pytest.importorskip("peft")
     answer.save(tmp_path / "a.safetensors")
     argv = ["export", str(tmp_path / "a.safetensors"), "--overwrite", "--base"]
-    for to, library, relation in (("hf", "transformers", "finetune"), ("peft", "peft", "adapter")):
+    for to, relation in (("hf", "finetune"), ("peft", "adapter")):
         out = tmp_path / to
         main([*argv, str(base), "--to", to, "--out", str(out)])
         head, text = head_of(out), (out / "README.md").read_text("utf-8")
         assert (head["base_model"], head["base_model_revision"]) == ("me/my-clip", COMMIT)
-        assert (head["library_name"], head["base_model_relation"]) == (library, relation)
-        assert head["license"] == "apache-2.0" and "concept-erasure" in head["tags"]
+        assert (head["base_model_relation"], head["license"]) == (relation, "apache-2.0")
         assert "`Acme Cola`" in text and "hidden, not erased" in text and "The base." not in text
     config = peft.PeftConfig.from_pretrained(out)
     assert (config.base_model_name_or_path, config.revision) == ("me/my-clip", COMMIT)
@@ -91,10 +89,8 @@ def test_exported_folders_have_cards(acme, tmp_path):
     assert "base_model" not in head_of(out)
     loaded = peft.AutoPeftModel.from_pretrained(out).merge_and_unload().eval()
     answer.apply()
-    found, wanted = (
-        read_encoder(m, words).embeddings(TEXTS) for m in (loaded, answer.encoder.model)
-    )
-    assert torch.allclose(found, wanted, atol=1e-4)
+    found = read_encoder(loaded, words).embeddings(["Acme Cola", "Pepsi"])
+    assert torch.allclose(found, answer.encoder.embeddings(["Acme Cola", "Pepsi"]), atol=1e-4)
 
 
 def test_a_folder_to_share(acme, tmp_path, monkeypatch):
@@ -124,16 +120,15 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
     (tmp_path / "leads-out").mkdir()
     (tmp_path / "leads-out/adapter.safetensors").symlink_to(folder / "adapter.safetensors")
     for place, revision, words in (
-        ("me/no-cola", None, "me/no-cola cannot be fetched.*offline"),
+        ("me/no-cola", None, r"me/no-cola cannot be fetched.*offline here"),
         (folder, "v1", "has no revision"),
         (tmp_path / "none", None, "no folder, nor a name on the Hub"),
         ("share/adapter.safetensors", None, "no folder, nor"),
         (tmp_path / "leads-out", None, "leads out"),
         (tmp_path, None, "no such file"),
     ):
-        with pytest.raises(ProblemError, match=words) as caught:
+        with pytest.raises(ProblemError, match=words):
             Forgotten.from_pretrained(place, revision=revision)
-        assert "\n" not in str(caught.value)
 
 
 def test_push_to_hub(acme, monkeypatch):
@@ -165,10 +160,10 @@ def test_no_adapter_is_ignored_in_silence(acme, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["text_projection"])
     head = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["text_projection"])
-    tuned, trained, bent = peft.get_peft_model(new(), lora), peft.get_peft_model(new(), head), new()
+    trained, bent = peft.get_peft_model(new(), head), new()
     trained.base_model.model.text_projection.modules_to_save["default"].weight.data.add_(1)
     register_parametrization(bent.text_projection, "weight", nn.Tanh(), unsafe=True)
-    for model in (tuned, trained, bent):
+    for model in (peft.get_peft_model(new(), lora), trained, bent):
         with pytest.raises(ProblemError, match="is wrapped"):
             Forgotten.from_pretrained(tmp_path / "share", model)
     beside = peft.LoraConfig(r=2, target_modules=["fc1"])  # of another part: that is no obstacle
@@ -176,9 +171,6 @@ def test_no_adapter_is_ignored_in_silence(acme, tmp_path):
     other = new()
     other.text_model.final_layer_norm.weight.data.add_(1)
     with pytest.raises(ProblemError, match="another revision"):
-        Forgotten.from_pretrained(tmp_path / "share", other)
-    other.text_projection.weight.data.add_(1)
-    with pytest.raises(ProblemError, match="neither the projection"):
         Forgotten.from_pretrained(tmp_path / "share", other)
 
 
@@ -189,9 +181,7 @@ def test_an_adapter_of_embeddings(acme, tmp_path):
     text = (tmp_path / "share/README.md").read_text()
     assert "hide_in_index" in text and "projection is changed" not in text
     assert head_of(tmp_path / "share")["base_model"] == "me/my-clip"
-    for use in (
-        lambda: Forgotten.from_pretrained(tmp_path / "share", new()),
-        lambda: export(answer.adapter, base, "hf", tmp_path / "out"),
-    ):
-        with pytest.raises(ProblemError, match="of embeddings: it changes no model"):
-            use()
+    with pytest.raises(ProblemError, match="of embeddings: it changes no model"):
+        Forgotten.from_pretrained(tmp_path / "share", new())
+    with pytest.raises(ProblemError, match="of embeddings: it changes no model"):
+        export(answer.adapter, base, "hf", tmp_path / "out")

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from forgetting import Forgotten, TextEmbeddings, forget, hide_in_index, load_adapter, restore_index
-from forgetting.adapter import projection_sha256
 from forgetting.cli import cli
 from forgetting.compose import compose
 from forgetting.deploy.embeddings import RESTORABLE, index_edit, patch
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
-from forgetting.models.loading import load_model
 from tests.clip_fixtures import open_clip_folder
 from tests.encoder_fixtures import tiny
 from tests.test_patch import make_adapter, random
@@ -137,7 +135,6 @@ def test_vectors_that_are_none_are_refused(answer):
         (good[:, :8], "any, 32"),
         (good * float("nan"), "NaN"),
         (good.int(), "dense tensor of"),
-        (good.tolist(), "tensor or an array"),
         (np.array([["a"]]), "floating-point"),
     ):
         with pytest.raises(ProblemError, match=words):
@@ -186,9 +183,5 @@ def test_on_the_command_line(tmp_path, capsys):
     vectors = normalize(random(3, adapter.right.shape[1]), dim=1).float()
     np.save(cached, vectors.numpy())
     assert cli(["patch", str(out), str(cached), "--out", str(tmp_path / "new.npy")]) == 0
-    identity = torch.eye(vectors.shape[1])
-    assert projection_sha256(identity) == adapter.projection_sha256
-    expected, _ = patch(vectors, identity, adapter.left, adapter.right)
+    expected, _ = patch(vectors, torch.eye(vectors.shape[1]), adapter.left, adapter.right)
     assert np.array_equal(np.load(tmp_path / "new.npy"), expected.numpy())
-    with pytest.raises(ProblemError, match="of embeddings"):
-        Forgotten.load(out, load_model(str(folder))[0])

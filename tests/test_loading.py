@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import socket
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -183,14 +183,14 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> None:
     state = random_model("mini").state_dict()
+    path = tmp_path / "weights.pt"
     for tensors, message in (
         ({"fc.weight": torch.ones(2)}, "Missing key"),
         (state | {"more": torch.ones(2)}, "Unexpected key"),
         (state | {"ln_final.weight": torch.full((8,), torch.nan)}, "ln_final.weight' holds NaN"),
     ):
-        path = tmp_path / f"{len(tensors)}.pt"
         torch.save(tensors, path)
-        with pytest.raises(ProblemError, match=re.escape(message)) as error:
+        with pytest.raises(ProblemError, match=message) as error:
             _ = ClipSource("mini", path, tmp_path / "cache", "cpu").model
         one_line(error, path)
     with pytest.raises(ProblemError, match="no such user"):
@@ -204,12 +204,11 @@ def test_weights_that_do_not_fit_are_described(mini: Path, tmp_path: Path) -> No
 
 
 def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
-    contents = {"empty": None, "torn": "{", "none": '{"model_cfg": {"embed_dim": 3}}'}
-    for name, content in contents.items():
+    for name, content in {"torn": "{", "none": '{"model_cfg": {"embed_dim": 3}}'}.items():
         (tmp_path / name).mkdir()
-        if content is not None:
-            (tmp_path / name / "open_clip_config.json").write_text(content)
+        (tmp_path / name / "open_clip_config.json").write_text(content)
     (tmp_path / "w.pt").touch()
+    (tmp_path / "empty").mkdir()
     open_clip_folder(tmp_path / "bare", "ViT")
     (tmp_path / "bare/open_clip_model.safetensors").unlink()
     for name, message in {
@@ -240,32 +239,25 @@ def test_pretrained_tags_say_how_they_compute(tmp_path: Path, monkeypatch) -> No
     siglip = architecture("open_clip:ViT-B-16-SigLIP/webli")
     assert preprocessing(siglip)["mean"] == [0.5, 0.5, 0.5]
 
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("no\nnetwork")
-
+    fail = mock.Mock(side_effect=OSError("no\nnetwork"))
     monkeypatch.setattr("open_clip.download_pretrained", fail)
-    for find in (load_model, lambda name: ClipSource(name, cache=tmp_path).weights_files):
-        with pytest.raises(ProblemError, match="cannot be fetched") as error:
-            find("open_clip:ViT-B-32/laion2b_s34b_b79k")
-        one_line(error)
+    with pytest.raises(ProblemError, match="cannot be fetched") as error:
+        load_model("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    one_line(error)
 
 
 @needs_transformers
 def test_a_model_of_the_hub_is_fetched_in_safetensors_if_it_has_them(tmp_path, monkeypatch) -> None:
-    folder, fetched = hugging_face(tmp_path / "m", "CLIPModel"), []
-
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        fetched.append((name, allow_patterns[-1]))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder = hugging_face(tmp_path / "m", "CLIPModel")
+    fetch = mock.Mock(return_value=str(folder))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert load_model("hf:org/model")[0].get_text_features is not None
-    assert fetched == [("org/model", "*.safetensors")]
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(ProblemError, match="no folder with model"):
         load_model("hf:org/model")
-    assert fetched[1:] == [("org/model", "*.safetensors"), ("org/model", "*.bin")]
+    fetched = [call.kwargs["allow_patterns"][-1] for call in fetch.call_args_list]
+    assert fetched == ["*.safetensors", "*.safetensors", "*.bin"]
 
 
 def test_no_model_library_is_imported_for_a_name() -> None:
@@ -473,6 +465,3 @@ def test_impossible_preprocessing_is_one_line(kind, tmp_path) -> None:
         with pytest.raises(ProblemError, match="preprocessing that is not known") as error:
             ClipSource(f"hf:{folder}", cache=tmp_path / "cache")
         one_line(error)
-    file.unlink()
-    with pytest.raises(ProblemError, match=file.name):
-        ClipSource(f"hf:{folder}", cache=tmp_path / "cache")

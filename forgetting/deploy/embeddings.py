@@ -302,7 +302,9 @@ def patch_file(
     adapter.apply(projection)  # refuses another projection
     with atomic_path(out, overwrite) as temporary, naming(path):
         if path.suffix == ".npy":
-            name, metadata, tensors = key, {}, {None: _read_npy(path)}
+            with foreign("not a readable .npy file of numbers"):
+                array = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+                name, metadata, tensors = key, {}, {None: torch.from_numpy(array)}
         else:
             metadata, tensors = read_safetensors(path)
             name = next(iter(tensors)) if key is None and len(tensors) == 1 else key
@@ -319,8 +321,3 @@ def patch_file(
             metadata |= {PATCHED: ", ".join(adapter.classes)}
             temporary.write_bytes(container(tensors | {name: done}, metadata))
     return {"rows": len(done), "condition": condition(projection), "error": error}
-
-
-def _read_npy(path: Path) -> Tensor:
-    with foreign("not a readable .npy file of numbers"):
-        return torch.from_numpy(np.load(io.BytesIO(read_bytes(path)), allow_pickle=False))
