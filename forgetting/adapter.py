@@ -61,11 +61,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank change of one particular text projection: `W' = W + left @ right`.
-
-    Raises:
-        ProblemError: no class, or factors that do not fit or are not finite.
-    """
+    """A low-rank change of one particular text projection: `W' = W + left @ right`. ProblemError
+    for no class, or factors that do not fit or are not finite."""
 
     left: Tensor  # (w, r), stored in float32
     right: Tensor  # (r, d), stored in float32
@@ -154,12 +151,8 @@ def adapter_bytes(adapter: Adapter) -> bytes:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter, which is as it was written.
-
-    Raises:
-        ProblemError: no such file, no adapter, one of an older format, or one that is damaged or
-            was changed; the message names the file and what is wrong.
-    """
+    """Read an adapter, which is as it was written. ProblemError for another file, an older format,
+    or one that is damaged or was changed."""
     fields, tensors = unpack(path, FORMAT)
     with naming(path):
         try:

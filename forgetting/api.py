@@ -61,6 +61,7 @@ def forget(
     **changes: Any,
 ) -> Forgotten:
     """Forget names in a CLIP from text alone. The model is read, and not changed until `apply`.
+    ProblemError for names that are none, or a model that does not end in one linear map.
 
     Args:
         model, tokenize: see `forgetting.models.encoder.read_encoder`. Or `TextEmbeddings` and None,
@@ -76,10 +77,6 @@ def forget(
         generic: whether the generic vocabulary is retained; without it `retain` has to name all.
         cache: folder of the vocabulary's hidden states, a file for each model; None: not kept.
         progress: whether to show a bar while the vocabulary is encoded.
-
-    Raises:
-        ProblemError: names that are no names, a model that does not end in one linear map, settings
-            out of range.
     """
     for_index = isinstance(model, TextEmbeddings)
     encoder = model if for_index else read_encoder(model, tokenize)
@@ -280,7 +277,7 @@ class _Call:
             "retain": list(self.retain),
             "protect_names": list(self.protect),
         }
-        if isinstance(settings["target"], Tensor):
+        if isinstance(self.settings.target, Tensor):
             settings["target"] = "vector"
         adapter = Adapter(
             answer.edit.left.float().cpu(),

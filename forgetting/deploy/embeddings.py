@@ -92,7 +92,9 @@ def patch(
     bias: Tensor | None = None,
     normalised: bool = True,
 ) -> tuple[Tensor, float]:
-    """Text embeddings after `W' = W + left @ right`, and how exact that is.
+    """Text embeddings after `W' = W + left @ right`, and how exact that is. ProblemError for a W
+    without full row rank, embeddings of something else, and texts of which so little is left that
+    rounding decides their direction.
 
     Args:
         embeddings: (n, d), of unit norm if `normalised`; else as the projection gave them.
@@ -102,11 +104,6 @@ def patch(
     Returns:
         The patched ones, likewise, in the same dtype and on the same device; and by how much any of
         them may be wrong, relative to its length, since the cached ones were rounded.
-
-    Raises:
-        ProblemError: tensors that do not fit; a W without full row rank; embeddings that are not of
-            unit norm, or not within the rows of W; unit norm and a bias; a text of which so little
-            is left that rounding decides its direction.
     """
     w, d = matrix("projection", projection).shape
     left = matrix("left", left, count=w).double().cpu()
@@ -159,25 +156,16 @@ def _inverse(projection: Tensor, left: Tensor) -> tuple[Tensor, Tensor, float]:
 
 @dataclass(frozen=True)
 class IndexEdit:
-    """A change of vectors (n, d): `y M^T = y + (y @ down) @ up`. `index_edit` makes one.
+    """A change of vectors (n, d): `y M^T = y + (y @ down) @ up`. `index_edit` makes one."""
 
-    Attributes:
-        down, up: (d, r) and (r, d), float64.
-        condition: of M: largest over smallest singular value. By this factor rounding grows at most
-            in vectors that are restored.
-    """
-
-    down: Tensor
-    up: Tensor
-    condition: float
+    down: Tensor  # (d, r) float64
+    up: Tensor  # (r, d) float64
+    condition: float  # of M: by this factor rounding grows at most in vectors that are restored
 
     def __call__(self, vectors: Tensor | np.ndarray, normalised: bool = True) -> Any:
         """Changed vectors (n, d), of the same kind, dtype and device; of unit norm again if
         `normalised`. Nothing stays nothing. The arithmetic is that of the dtype, float32 at least.
-
-        Raises:
-            ProblemError: no matrix of floating-point numbers, another width, NaN or infinite
-                values; a row that is not of unit norm, if `normalised`.
+        ProblemError for what is no such matrix, or a row that is not of unit norm, if it should be.
         """
         is_array = isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f"
         if not is_array and not isinstance(vectors, Tensor):
@@ -188,8 +176,8 @@ class IndexEdit:
             block = torch.from_numpy(np.array(block)) if is_array else block
             block = tensor("vectors", block, FLOATS, (None, len(self.down)))
             block = block.to("cpu", torch.promote_types(block.dtype, torch.float32))
-            sizes = block.norm(dim=1)
             if normalised:
+                sizes = block.norm(dim=1)
                 _refuse(((sizes - 1).abs() > UNIT) & (sizes > 0), NOT_UNIT, start)
             down, up = self.down.to(block), self.up.to(block)
             block = torch.addmm(block, block @ down, up)  # (b, d) + (b, r) @ (r, d) -> (b, d)
@@ -221,18 +209,13 @@ def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Ten
 
 
 def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
-    """What an adapter does to an index of images.
-
-    Args:
-        projection: the original W (w, d) of an adapter of a text projection; None for one of
-            embeddings, whose W is the identity.
-
-    Raises:
-        ProblemError: an adapter of a text projection without W, or with another W; a W without full
-            row rank; a change that could not be restored, since M is nearly singular.
-    """
+    """What an adapter does to an index of images. `projection`: the original W (w, d) of an adapter
+    of a text projection; None for one of embeddings, whose W is the identity. ProblemError for a W
+    that is missing, another or without full row rank, and for an M that is nearly singular."""
     left, right = adapter.left.double().cpu(), adapter.right.double().cpu()
+    limit, instead = RESTORABLE, "choose another target or beta"
     if not adapter.of_embeddings:
+        limit, instead = STRETCHED, OF_EMBEDDINGS
         if projection is None:
             raise ProblemError(f"this adapter changes a text projection: {OF_EMBEDDINGS}")
         adapter.apply(projection)  # refuses another projection
@@ -241,11 +224,10 @@ def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
     inside = torch.eye(both.shape[1]).double() + (both.T @ left) @ (right @ both)
     values = torch.linalg.svdvals(inside)
     condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
-    if condition > (RESTORABLE if adapter.of_embeddings else STRETCHED):
+    if condition > limit:
         raise ProblemError(
             f"this change stretches images {condition:.3g} times as much in one direction as in "
-            "another, and would ruin an index: "
-            + ("choose another target or beta" if adapter.of_embeddings else OF_EMBEDDINGS)
+            f"another, and would ruin an index: {instead}"
         )
     return IndexEdit(right.T, left.T, condition)
 

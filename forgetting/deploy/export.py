@@ -61,7 +61,8 @@ def export(
     overwrite: bool = False,
     base_id: str | None = None,
 ) -> Path:
-    """Write the changed model for another tool, whole or not at all; returns `out`.
+    """Write the changed model for another tool, whole or not at all; returns `out`. ProblemError if
+    that exists, or for a base that does not hold the projection of the adapter exactly once.
 
     Args:
         base: the original model, a local file or folder; to: one of `FORMATS`.
@@ -73,10 +74,6 @@ def export(
         overwrite: whether a file at `out` may be replaced, or files in a folder there.
         base_id: the base's name on the Hub, ID or ID@REVISION, for cards and for PEFT. None: what
             the Hub's own cache says, if `base` is in it.
-
-    Raises:
-        ProblemError: `out` exists; a base that is not of the format, or does not hold the
-            projection of the adapter exactly once (another model's, or changed already).
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)

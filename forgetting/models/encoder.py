@@ -186,7 +186,8 @@ def truncation_warning(truncated: Sequence[str]) -> str:
 
 
 def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
-    """Find the last linear map of a model's text side.
+    """Find the last linear map of a model's text side. ProblemError: there is no single one, or
+    weights are tied, quantised, shared or absent.
 
     Args:
         model: a name, see `forgetting.models.loading`; or any module with `encode_text`,
@@ -195,9 +196,6 @@ def read_encoder(model: Any, tokenize: Tokenize | None = None) -> Encoder:
         tokenize: from a list of texts to a tensor or a mapping of tensors; a tokenizer of
             transformers may be given as it is. None: that of a named model, or of a
             SentenceTransformer.
-
-    Raises:
-        ProblemError: no single last linear map, or tied, quantised, shared or absent weights.
     """
     model, tokenize = load_model(model, tokenize)
     model = modules.unwrap(model)

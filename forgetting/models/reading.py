@@ -89,14 +89,12 @@ def run(
     model: nn.Module, inputs: Tokens, weight: Tensor | None = None, context: int = 0
 ) -> tuple[Tensor, Product | None]:
     """The features (n, d) of texts, and the product that made them, in evaluation mode. A model
-    that is in that mode is not touched.
+    that is in that mode is not touched. ProblemError if it cannot read the tokens, or uses the
+    parameter more than once.
 
     Args:
         weight: the parameter of that product; None: of the last one.
         context: the number of tokens before padding was left out of `inputs`; 0: none was.
-
-    Raises:
-        ProblemError: a model that cannot read the tokens, or uses the parameter more than once.
     """
     parameters = list(tensors(model).values())
     if any(x.is_meta for x in parameters):
