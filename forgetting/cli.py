@@ -327,7 +327,7 @@ def _export(option: Option, parse: Parse) -> None:
 def _index(option: Option, parse: Parse) -> None:
     """Hide what was forgotten in a store of image vectors, or restore it."""
     from forgetting.adapter import load_adapter
-    from forgetting.deploy.embeddings import projection_of
+    from forgetting.deploy.embeddings import index_edit, projection_of
     from forgetting.deploy.stores import change_store
 
     places = {
@@ -353,7 +353,8 @@ def _index(option: Option, parse: Parse) -> None:
     adapter, hide = load_adapter(args.adapter), args.action == "hide"
     options = {name: getattr(args, name) for name in (*places, "out", "overwrite", "batch")}
     options |= {"normalised": not args.unnormalised, "progress": not args.quiet}
-    projection = projection_of(adapter, args.base)[0]
+    projection, bias = projection_of(adapter, args.base)
+    index_edit(adapter, projection, bias)  # refuses a bias
     done = change_store(adapter, args.store, hide, projection, dry_run=args.dry_run, **options)
     _say(
         f"{done.where}: {done.rows} vectors, {done.changed} "

@@ -130,8 +130,11 @@ class Forgotten:
         if isinstance(encoder, Encoder):
             encoder = read_by = self._model()
             projection = self._original(encoder)
-        elif (read_by := encoder.encoder) is not None:
-            refuse_applied(read_by)
+        else:
+            if (read_by := encoder.encoder) is not None:
+                refuse_applied(read_by)
+            if not self._reads_as_original(encoder):
+                raise ProblemError("these texts are not read by the model that this was made for")
         recipe, settings = self.adapter.recipe, self.adapter.settings
         names = [part.texts for part in recipe.parts] if recipe else [[x] for x in self.texts]
         sought = {key(text) for some in names for text in some}
@@ -262,6 +265,15 @@ class Forgotten:
         if known is None:
             raise ProblemError("the original projection is not known: load it with (original=)")
         return known
+
+    def _reads_as_original(self, texts: TextEmbeddings) -> bool:
+        """Whether texts are embedded by the model that this was made for, unchanged."""
+        if self.adapter.of_embeddings:
+            return texts.fingerprint == self.adapter.weights
+        read_by = texts.encoder
+        return read_by is not None and (
+            projection_sha256(read_by.projection) == self.adapter.projection_sha256
+        )
 
     def _is_original(self, encoder: Encoder) -> bool:
         """Whether the projection is the original; ProblemError if it is not the changed either."""

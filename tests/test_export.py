@@ -268,6 +268,24 @@ def test_graphs_that_are_refused(tmp_path):
     ):
         refused(words, adapter, graph(file, weight, nodes), "onnx", out)
     refused("no tensor", adapter, graph(file, torch.randn(W, D)), "onnx", out)
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(graph(file, weight))
+    for name, words in (("W", "MatMul, MatMul"), ("copy", "more than once")):
+        branch = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["h", name], ["z"])], "b", [], []
+        )
+        if name != "W":
+            branch.initializer.add().CopyFrom(model.graph.initializer[0])
+            branch.initializer[0].name = name
+        twice = onnx.ModelProto()
+        twice.CopyFrom(model)
+        branches = {"then_branch": branch, "else_branch": onnx.helper.make_graph([], "e", [], [])}
+        twice.graph.node.append(onnx.helper.make_node("If", ["c"], ["z"], **branches))
+        file.write_bytes(twice.SerializeToString())
+        refused(words, adapter, file, "onnx", out)
+    model.graph.output.add(name="W")
+    file.write_bytes(model.SerializeToString())
+    refused("the output", adapter, file, "onnx", out)
     file.write_text("no graph")
     refused("not a readable ONNX", adapter, file, "onnx", out)
     assert not out.exists()

@@ -122,6 +122,8 @@ def test_what_was_forgotten_is_flagged_in_the_original_space(family, tmp_path, m
     with pytest.raises(ProblemError, match="texts="):
         loaded.flag(vectors)
     assert torch.allclose(loaded.flag(vectors, 0.2, texts=texts, **alone)[0], scores, atol=1e-4)
+    with pytest.raises(ProblemError, match="not read by the model"):
+        loaded.flag(vectors, texts=TextEmbeddings.of(*tiny(family, seed=1)))
     answer.apply()
     assert torch.equal(answer.flag(vectors, 0.2, **alone)[0], scores)
     with pytest.raises(ProblemError, match="forgotten Acme Cola"):

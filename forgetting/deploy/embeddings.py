@@ -57,6 +57,7 @@ ROWS = 256  # vectors of an index that are changed at once: larger blocks fetch 
 # Condition of a change of an index, at most: of embeddings, so that it can be restored; of a text
 # projection, whose pseudo-inverse ruins the searches for other things from about 100 on.
 RESTORABLE, STRETCHED = 1000, 100
+ARRAYS = (np.float16, np.float32, np.float64)
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
 PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
 
@@ -167,11 +168,11 @@ class IndexEdit:
         `normalised`. Nothing stays nothing. The arithmetic is that of the dtype, float32 at least.
         ProblemError for what is no such matrix, or a row that is not of unit norm, if it should be.
         """
-        is_array = isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f"
-        if not is_array and not isinstance(vectors, Tensor):
-            raise ProblemError("vectors must be a tensor or an array of floating-point numbers")
+        is_array = isinstance(vectors, np.ndarray) and vectors.dtype in ARRAYS
+        if not (is_array or isinstance(vectors, Tensor)) or vectors.ndim != 2:
+            raise ProblemError("vectors must be a tensor or an array (n, d) of 16, 32 or 64 bits")
         made = np.empty_like(vectors) if is_array else torch.empty_like(vectors)
-        for start in range(0, len(vectors), ROWS):
+        for start in range(0, max(1, len(vectors)), ROWS):
             block = vectors[start : start + ROWS]
             block = torch.from_numpy(np.array(block)) if is_array else block
             block = tensor("vectors", block, FLOATS, (None, len(self.down)))
@@ -193,8 +194,11 @@ class IndexEdit:
 
     def restored_to(self, dtype: torch.dtype) -> float:
         """By how much a vector of `dtype` that was hidden and restored may be off, relative to its
-        length: `condition` times the rounding of what is stored, and that of the result."""
-        return (self.condition + 1) * rounding(dtype, len(self.down))
+        length: the rounding of what is stored and of the arithmetic, which grows by `condition`."""
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        size = torch.linalg.matrix_norm(self.down, 2) * torch.linalg.matrix_norm(self.up, 2)
+        stored = rounding(dtype, len(self.down))
+        return (self.condition + 1) * (stored + 2 * eps * (1 + float(size)))
 
 
 def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Tensor, Tensor | None]:
@@ -208,28 +212,37 @@ def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Ten
     return read_projection(base, adapter)
 
 
-def index_edit(adapter: Adapter, projection: Tensor | None = None) -> IndexEdit:
+def index_edit(
+    adapter: Adapter, projection: Tensor | None = None, bias: Tensor | None = None
+) -> IndexEdit:
     """What an adapter does to an index of images. `projection`: the original W (w, d) of an adapter
-    of a text projection; None for one of embeddings, whose W is the identity. ProblemError for a W
-    that is missing, another or without full row rank, and for an M that is nearly singular."""
+    of a text projection, and its bias (d,); None for one of embeddings, whose W is the identity.
+    ProblemError for a W that is missing, another or without full row rank; for a bias b, which adds
+    -b W^+ Delta y^T to the scores of an image y, as no vector can; for an M that is nearly singular.
+    """
     left, right = adapter.left.double().cpu(), adapter.right.double().cpu()
     limit, instead = RESTORABLE, "choose another target or beta"
     if not adapter.of_embeddings:
         limit, instead = STRETCHED, OF_EMBEDDINGS
         if projection is None:
             raise ProblemError(f"this adapter changes a text projection: {OF_EMBEDDINGS}")
+        if bias is not None or (adapter.model is not None and adapter.model.bias is not None):
+            raise ProblemError(f"the projection has a bias, which an index lacks: {OF_EMBEDDINGS}")
         adapter.apply(projection)  # refuses another projection
         left = _inverse(projection, left)[1]
     both = torch.linalg.qr(torch.cat([left, right.T], dim=1))[0]  # M is the identity beside these
-    inside = torch.eye(both.shape[1]).double() + (both.T @ left) @ (right @ both)
-    values = torch.linalg.svdvals(inside)
+    change = (both.T @ left) @ (right @ both)  # (2r, 2r)
+    values = torch.linalg.svdvals(torch.eye(len(change)).double() + change)
     condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
     if condition > limit:
         raise ProblemError(
             f"this change stretches images {condition:.3g} times as much in one direction as in "
             f"another, and would ruin an index: {instead}"
         )
-    return IndexEdit(right.T, left.T, condition)
+    u, sizes, v = torch.linalg.svd(change)  # factors of one size round least
+    rank = left.shape[1]
+    scale = sizes[:rank].sqrt()
+    return IndexEdit(both @ v[:rank].T * scale, (both @ u[:, :rank] * scale).T, condition)
 
 
 def hide_in_index(

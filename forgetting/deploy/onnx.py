@@ -3,6 +3,7 @@ it, as external data: so does the changed one, in OUT.data, and they are never a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def patch_graph(
             raise ProblemError("no such file")
         with foreign("not a readable ONNX file"):
             model = onnx.load(path, load_external_data=False)
-            protos = {proto.name: proto for proto in model.graph.initializer}
-            for node in model.graph.node:
+            graphs = list(_graphs(model.graph))
+            nodes = [node for graph in graphs for node in graph.node]
+            protos = {proto.name: proto for graph in graphs for proto in graph.initializer}
+            for node in nodes:
                 if node.op_type == "Constant" and node.attribute[0].name == "value":
                     protos[node.output[0]] = node.attribute[0].t
             weights, shape = {}, sorted((adapter.left.shape[0], adapter.right.shape[1]))
@@ -59,7 +62,7 @@ def patch_graph(
                     array = onnx.numpy_helper.to_array(inline).astype("float32")
                     weights[name] = torch.tensor(array).to(kinds[proto.data_type])
         found = find(weights, adapter, original)
-        _require_product(model.graph, found.name)
+        _require_product(model.graph, nodes, found.name)
         changed = found.changed(adapter, weights[found.name].dtype)
         proto = protos[found.name]
         same = {"name": proto.name, "dims": proto.dims, "data_type": proto.data_type}
@@ -98,13 +101,24 @@ def _stored(proto: Any, folder: Path) -> np.ndarray:
         return np.memmap(file, np.uint8, "r", start, (count,)) if count else np.empty(0, np.uint8)
 
 
-def _require_product(graph: Any, name: str) -> None:
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph, and all within: branches and loops."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _require_product(graph: Any, nodes: list[Any], name: str) -> None:
     """Refuse a weight that is used for anything but one product."""
-    users = [node for node in graph.node if name in node.input]
+    users = [node for node in nodes if name in node.input]
     while len(users) == 1 and users[0].op_type in PASSES:
-        users = [node for node in graph.node if users[0].output[0] in node.input]
-    if len(users) != 1 or users[0].op_type not in USES:
+        users = [node for node in nodes if users[0].output[0] in node.input]
+    is_output = name in {output.name for output in graph.output}
+    if is_output or len(users) != 1 or users[0].op_type not in USES:
         kinds = ", ".join(node.op_type for node in users) or "nothing in its graph"
+        kinds = "the output" if is_output else kinds
         raise ProblemError(
             f"the projection {line(name)} is used by {line(kinds)}, not by one MatMul or Gemm"
         )
