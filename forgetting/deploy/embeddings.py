@@ -218,7 +218,7 @@ def index_edit(
     """What an adapter does to an index of images. `projection`: the original W (w, d) of an adapter
     of a text projection, and its bias (d,); None for one of embeddings, whose W is the identity.
     ProblemError for a W that is missing, another or without full row rank; for a bias b, which adds
-    -b W^+ Delta y^T to the scores of an image y, as no vector can; for an M that is nearly singular.
+    -b W^+ Delta y^T to the scores of an image y, as no vector can; and for an M nearly singular.
     """
     left, right = adapter.left.double().cpu(), adapter.right.double().cpu()
     limit, instead = RESTORABLE, "choose another target or beta"
