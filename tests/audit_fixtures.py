@@ -1,6 +1,5 @@
 """Sets with a planted answer: it is known beforehand what an audit of them must find."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -169,9 +168,3 @@ EDGES = {name: gaps for name, (_, gaps) in edges().items()}
 
 def edge(name: str) -> Case:
     return edges()[name][0]
-
-
-def hide_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed on this machine must not decide."""
-    for name in ("nltk", "nltk.corpus", "wn"):
-        monkeypatch.setitem(sys.modules, name, None)

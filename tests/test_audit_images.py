@@ -11,20 +11,17 @@ from sklearn.linear_model import RidgeClassifier
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip.bundle import FeatureBundle, load_bundle
+from clip.bundle import FeatureBundle
 from evaluation.audit import relearning, residue, retrieval
 from evaluation.audit.case import AuditData, Case, Prompt, accuracy
 from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
 from forgetting.problem import LowRankEdit
 from tests.audit_fixtures import (
     LENGTH,
-    REAL_CLIP,
     WIDTH,
     case,
-    exact,
     gone,
     move,
-    needs_real_clip,
     only,
     planted,
     text,
@@ -269,14 +266,3 @@ def test_words_that_did_not_move_bring_the_class_back():
     # Five draws of one word, four of the five words lost: the mean is over draws.
     some = by_words([-1, -2, -2, -2, -2], seed=3)["words"]["forgotten"][0]
     assert 0 < some < 1 and some * REPEATS % 1 == 0
-
-
-@needs_real_clip
-def test_a_few_photographs_bring_a_class_back():
-    bundle = load_bundle(REAL_CLIP, "ViT-B/32", "CaltechNature")
-    subject = case(bundle, "dolphin", exact(bundle, bundle.classnames.index("dolphin")))
-    assert not (subject.after.predicted[subject.images] == subject.label).any()
-    methods = relearning.measure(subject)["methods"]
-    assert methods["probe"]["needed"] <= 2 and methods["refit"]["needed"] <= 2
-    # The opposite text works against the cache: more images than a class without a text.
-    assert methods["cache"]["forgotten"][0] <= methods["cache"]["no_text"][0]

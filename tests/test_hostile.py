@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 import benchmarks.__main__
 import datasets.check
@@ -275,15 +274,6 @@ def test_a_wrong_command_line_says_what_is_right(row, place, refusal):
     argv, message = WRONG_LINES[row]
     whole = argv if argv[:1] == ["train"] else [*ARGS, *argv]
     assert re.search(message, refusal(whole[0], whole[1:]))
-
-
-def test_a_broken_image_and_a_checkpoint_of_another_architecture_are_named(place, refusal):
-    (place / "data/caltech-101/101_ObjectCategories/minaret/image_0001.jpg").write_bytes(b"no jpeg")
-    argv = [*MINI[1:], "data", "--forget", "minaret", "--cache", "cache", "--output-dir", "new"]
-    assert re.search("image_0001.jpg.*datasets.check", refusal("train", argv))
-    weights = {"visual.proj": torch.ones(768, 512), "text_projection": torch.ones(512, 512)}
-    torch.save(weights, place / "weights.pt")
-    assert re.search("weights.pt.*mini", refusal("train", [*argv, "--weights", "weights.pt"]))
 
 
 def test_full_disk(place):

@@ -22,11 +22,12 @@ from evaluation.audit.prompts import prompts_for
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
 from tests import audit_fixtures
-from tests.audit_fixtures import WIDTH, hide_wordnet
+from tests.audit_fixtures import WIDTH
 from tests.clip_fixtures import caltech, one_line, tiny
 from tests.conftest import toy_bundle
 from tests.test_features import Counting
 
+pytestmark = pytest.mark.usefixtures("no_wordnet")
 OTHER_WAY = 12  # hidden direction that the projection sends to the first class too
 
 
@@ -80,11 +81,6 @@ GONE = [
 EFT = ("newt", "synonym", "eft", unit(OTHER_WAY))
 NONSENSE = ("newt", "description", "a wet thing", unit(1) - unit(OTHER_WAY))  # found nothing ever
 NO_CHANGE = LowRankEdit(torch.zeros(WIDTH, 1), torch.zeros(1, WIDTH))
-
-
-@pytest.fixture(autouse=True)
-def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_wordnet(monkeypatch)
 
 
 def audited(

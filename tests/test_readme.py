@@ -1,4 +1,4 @@
-"""What README.md tells its two readers to type runs as printed."""
+"""What README.md tells its two readers to type runs as printed, and so does results.ipynb."""
 
 import os
 import re
@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from forgetting.cli import cli
 from tests.conftest import REPOSITORY
 from tests.encoder_fixtures import needs_transformers, tiny
+from tests.test_end_to_end import run_driver
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -57,3 +60,40 @@ def test_make_demo(tmp_path):
     printed = [" ".join(line.split()[:-2]) for line in done.stdout.splitlines()]  # but the seconds
     output = [" ".join(line.split()[:-2]) for line in table.splitlines()[3:]]
     assert len(output) == 12 and set(output) <= set(printed)
+
+
+NOTEBOOK = REPOSITORY / "results.ipynb"
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """results/results1 and results/results2 of one set, as `make demo` makes them."""
+    for attempt, trainer in (("1", "ForgetLoRA"), ("2", "ForgetExact")):
+        arguments = [attempt, "0", "MiniDigits", "mini", "0", "--forget", "digit two"]
+        done = run_driver(tmp_path / "results", *arguments, TRAINER=trainer)
+        assert done.returncode == 0, done.stderr
+    return tmp_path
+
+
+def test_the_notebook_runs_on_the_demos_results(demo, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(demo)}})
+    client.execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in shown)
+    assert "ForgetExact forgot ['digit two'] of mini" in text
+    assert "own prompt: 100.0 % -> 0.0 %" in text
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 1
+    assert (demo / "results/results2/seed_0/audit.json").is_file()
+
+
+def test_the_committed_notebook_was_run_and_is_small():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not any(
+        "error" in output.output_type for c in notebook.cells for output in c.get("outputs", [])
+    )
+    assert NOTEBOOK.stat().st_size < 400_000

@@ -25,12 +25,8 @@ from datasets.words.lexicon import Words, halves, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
-from tests.audit_fixtures import hide_wordnet
 
-
-@pytest.fixture(autouse=True)
-def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_wordnet(monkeypatch)
+pytestmark = pytest.mark.usefixtures("no_wordnet")
 
 
 @pytest.fixture
