@@ -68,11 +68,10 @@ def leace(
     The eraser is fitted without its bias (`affine=False`). Then it is a linear map of the hidden
     state and folds into the projection as a change of rank k.
 
-    A class's indicator is standardised. LEACE does not depend on its scale, but the package drops
-    singular values of the whitened cross-covariance below 0.01, and for 2 texts among n an
-    indicator of 0 and 1 has one of at most sqrt(2 / n): from 20,000 names on nothing would be
-    erased, without a word. `constrain_cov_trace` is off: it exists for erasing layer after layer,
-    and where it acts the eraser has full rank and folds into no small adapter.
+    A class's indicator is standardised: the package drops singular values of the whitened
+    cross-covariance below 0.01, so that with an indicator of 0 and 1 nothing would be erased from
+    20,000 names on. `constrain_cov_trace` is off: where it acts the eraser has full rank, and folds
+    into no small adapter.
 
     Args:
         texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d).
@@ -101,10 +100,9 @@ def leace(
 def zeroing(h_f: Tensor, projection: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The least change that leaves nothing of the texts: `Delta = -H_f^+ (H_f W + b)`.
 
-    `H_f (W + Delta) + b = 0`, and no smaller `||Delta||_F` does that. The factors left (w, r),
-    right (r, d), r the rank of `h_f` (k, w), are `-V` and `V^T W` with V an orthonormal basis of
-    the texts' span, not `-H_f^+` and `H_f W`: texts that nearly repeat each other have a huge
-    pseudo-inverse, which float32 would not hold.
+    The factors left (w, r), right (r, d), r the rank of `h_f` (k, w), are `-V` and `V^T W` with V
+    an orthonormal basis of the texts' span, not `-H_f^+` and `H_f W`: texts that nearly repeat each
+    other have a huge pseudo-inverse, which float32 would not hold.
     """
     u, values, basis = torch.linalg.svd(h_f, full_matrices=False)
     keep = values > torch.finfo(h_f.dtype).eps * max(h_f.shape) * values.max()
@@ -121,10 +119,8 @@ def noise(
     """A random change of given size: Gaussian left (width, rank), right (rank, d) with
     `||left @ right||_F = norm`; the generator is on the CPU.
 
-    A text h is moved by `h left right`. Whatever the rank, the direction of `left`'s rows is
-    uniform, so the mean of `||h Delta||^2` over draws is `||h||^2 norm^2 / width`: that of full
-    Gaussian noise of the same Frobenius norm. Low rank only makes one text's displacement vary more
-    from draw to draw, and takes `rank (width + d)` numbers to store instead of `width d`.
+    Whatever the rank, the mean of `||h Delta||^2` over draws is `||h||^2 norm^2 / width`: that of
+    full Gaussian noise of the same Frobenius norm.
     """
     left = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, d, generator=generator, dtype=torch.float64)

@@ -147,13 +147,12 @@ class Forgotten:
             embedded = hidden.double() @ projection.cpu().double()  # (n, w) @ (w, d)
             return embedded if encoder.bias is None else embedded + encoder.bias.cpu().double()
 
-        common = generic_hidden(encoder, cache, progress, template)[1]
-        more = encoder.remembered(("listed", *listed), lambda: encoder.hidden(listed))
+        _, common = generic_hidden(encoder, cache, progress, template)
+        common = embed(torch.cat([common, encoder.hidden(listed)]))
+        named = [embed(encoder.hidden(some)) for some in names]
         learnt = getattr(read_by and read_by.model, "logit_scale", None)
         scale = SCALE if learnt is None else float(learnt.detach().exp()) / 2
-        named = [embed(encoder.hidden(some)) for some in names]
-        rate = false_alarms, reference, scale
-        shares, none = none_of_these(vectors, named, embed(torch.cat([common, more])), *rate)
+        shares, none = none_of_these(vectors, named, common, false_alarms, reference, scale)
         return 1 - shares, ~none
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:

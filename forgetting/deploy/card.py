@@ -140,11 +140,11 @@ def _how(adapter: Adapter) -> Iterable[str]:
 
 def _measured(adapter: Adapter) -> Iterable[str]:
     """Accuracies on images before and after, those that the adapter holds."""
-    after, before = (adapter.record.get(side, {}) for side in ("final_results", "zero_shot"))
-    for dataset, names in after.items():
+    before = adapter.record.get("zero_shot", {})
+    for dataset, names in adapter.record.get("final_results", {}).items():
         for name, numbers in names.items():
-            for key, now in numbers.items():
-                was = before.get(dataset, {}).get(name, {}).get(key)
-                if None not in (was, now) and key in MEASURED:
-                    of = MEASURED[key].format(code(name), code(dataset))
+            for key, of in MEASURED.items():
+                now, was = numbers.get(key), before.get(dataset, {}).get(name, {}).get(key)
+                if None not in (was, now):
+                    of = of.format(code(name), code(dataset))
                     yield f"{of}: {was:.1%} right before, {now:.1%} after"

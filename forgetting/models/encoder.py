@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -66,19 +66,13 @@ class Encoder:
     @property
     def bias_name(self) -> str | None:
         """Name of the bias's tensor within the model; None: there is no bias."""
-        bias, held = self.bias, tensors(self.model)
-        return next(
-            (k for k, x in held.items() if bias is not None and share_memory(x, bias)), None
-        )
+        names = (k for k, x in tensors(self.model).items() if share_memory(x, self.bias))
+        return None if self.bias is None else next(names, None)
 
     def write(self, projection: Tensor) -> None:
-        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype;
-        ProblemError for numbers out of its range."""
-        rounded = projection.to(self.weight)
-        if not torch.isfinite(rounded).all():
-            raise ProblemError(f"the changed projection is out of the range of {rounded.dtype}")
+        """Put `projection` (w, d) in the place of `W`, rounded once to the model's dtype."""
         with torch.no_grad():
-            self.projection.copy_(rounded)
+            self.projection.copy_(projection)
 
     def hidden(self, texts: Sequence[str], progress: str = "") -> Tensor:
         """What enters the last linear map, (n, w), on the CPU: float32, or float64 if the model is.
@@ -95,9 +89,18 @@ class Encoder:
         w, d = self.projection.shape
         hidden = torch.empty(len(texts), w, dtype=dtype, device="cpu")
         embeddings = torch.empty(len(texts), d, dtype=dtype, device="cpu")
+        if not len(texts):
+            return hidden, embeddings
+        inputs = reading.tokens(self.model, self.tokenize, texts)
+        ids = reading.token_ids(inputs)
+        width = ids.shape[-1]
+        lengths = torch.full((len(ids),), width, device="cpu")
+        if self.padding is not None:
+            lengths = self.padding.lengths(ids)
         with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
-            for rows, inputs, context in self._batches(texts):
-                features, product = reading.run(self.model, inputs, self.weight, context)
+            for rows in lengths.argsort(stable=True).split(BATCH):
+                some = reading.select(inputs, rows, int(lengths[rows].max()))
+                features, product = reading.run(self.model, some, self.weight, width)
                 if product is None or not _is_linear(
                     features, product.entered, self.projection, self.bias, self.normalised
                 ):
@@ -108,19 +111,6 @@ class Encoder:
                 embeddings[rows] = features.to("cpu", dtype)
                 bar.update(len(rows))
         return hidden, embeddings
-
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tokens, int]]:
-        """Rows of texts that are read together, their tokens, and their length with padding."""
-        if not len(texts):
-            return
-        inputs = reading.tokens(self.model, self.tokenize, texts)
-        ids = reading.token_ids(inputs)
-        width = ids.shape[-1]
-        lengths = torch.full((len(ids),), width, device="cpu")
-        if self.padding is not None:
-            lengths = self.padding.lengths(ids)
-        for rows in lengths.argsort(stable=True).split(BATCH):
-            yield rows, reading.select(inputs, rows, int(lengths[rows].max())), width
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """The texts of which the tokenizer does not read the end: without their last letter or

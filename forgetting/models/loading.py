@@ -67,10 +67,9 @@ class ModelSpec:
         """What the model is built from; a copy."""
         if isinstance(self.config, dict):
             return deepcopy(self.config)
-        named = isinstance(self.config, str)
-        return checkpoint.read_json(
-            configs.open_clip_configs()[self.config] if named else self.config
-        )
+        path = self.config
+        path = configs.open_clip_configs()[path] if isinstance(path, str) else path
+        return checkpoint.read_json(path)
 
     def files(self) -> list[Path]:
         """The files of its weights; ProblemError if there are none."""
@@ -134,9 +133,20 @@ class ModelSpec:
                 return make(dict(state)).eval()
 
     def _make_open_clip(self, state: dict[str, Tensor]) -> nn.Module:
+        from open_clip.convert import convert_state_dict
+        from open_clip.model import convert_to_custom_text_state_dict
+
         with torch.device("meta"):  # names and shapes, without memory
             shapes = self.build()
-        state = _current_form(shapes, state)
+        # Of earlier forms and other makers, as `open_clip.load_checkpoint`, but of no file.
+        state, own = convert_state_dict(shapes, state), shapes.state_dict()
+        if "positional_embedding" in state and "positional_embedding" not in own:
+            state = convert_to_custom_text_state_dict(state)
+        for name in ("logit_scale", "logit_bias"):
+            if name in own and name in state and state[name].numel() == 1:
+                state[name] = state[name].reshape(own[name].shape)
+        old = "text.transformer.embeddings.position_ids"  # transformers stores them no more
+        state = {name: x for name, x in state.items() if name != old or old in own}
         shapes.load_state_dict(state)  # says what does not fit
         model = self.build()
         model.load_state_dict({name: x.float() for name, x in state.items()})
@@ -296,22 +306,6 @@ def _folder(name: str, folder: Path) -> ModelSpec:
         f"{line(folder)} holds neither {HF_CONFIG} with a model_type (transformers) nor "
         f"{OPEN_CLIP_CONFIG}, so how its weights are to be read is not known"
     )
-
-
-def _current_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of earlier open_clip, or of makers that it knows, as its model has it now: the
-    steps of `open_clip.load_checkpoint`, which reads a file itself."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    state, own = convert_state_dict(model, state), model.state_dict()
-    if "positional_embedding" in state and "positional_embedding" not in own:
-        state = convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):
-        if name in own and name in state and state[name].numel() == 1:
-            state[name] = state[name].reshape(own[name].shape)
-    old = "text.transformer.embeddings.position_ids"  # transformers stores them no more
-    return {name: x for name, x in state.items() if name != old or old in own}
 
 
 def _transformers() -> ModuleType:
