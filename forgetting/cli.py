@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from forgetting import __version__
@@ -197,15 +198,15 @@ def _forget(option: Option, parse: Parse) -> None:
 
 def _names(given: Sequence[str]) -> list[str]:
     """Names, and those of files (@FILE)."""
-    from forgetting.io import foreign, naming, read_bytes
+    from forgetting.io import foreign
 
     names: list[str] = []
     for text in given:
         if not text.startswith("@"):
             names.append(text)
             continue
-        with naming(text[1:]), foreign("names cannot be read"):
-            content = read_bytes(text[1:]).decode("utf-8-sig")
+        with foreign(f"names of {line(text[1:])} cannot be read"):
+            content = Path(text[1:]).read_text(encoding="utf-8-sig")
         names += [name for name in content.splitlines() if name.strip()]
     return names
 

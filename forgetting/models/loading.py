@@ -138,7 +138,7 @@ class ModelSpec:
 
         with torch.device("meta"):  # names and shapes, without memory
             shapes = self.build()
-        # Of earlier forms and other makers, as `open_clip.load_checkpoint`, but of no file.
+        # Earlier forms and those of other makers: the steps of `open_clip.load_checkpoint`.
         state, own = convert_state_dict(shapes, state), shapes.state_dict()
         if "positional_embedding" in state and "positional_embedding" not in own:
             state = convert_to_custom_text_state_dict(state)
