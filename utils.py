@@ -134,11 +134,8 @@ def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
 
 
 def plot_results(df: pd.DataFrame, path: Folder) -> Path:
-    """Draw a frame of `create_results` and save it as a picture, in the format of its suffix.
-
-    Three panels: what is left of the forgotten class (should be nothing), what the rest of its data
-    set and what the other data sets lost (should be nothing too).
-    """
+    """Draw a frame of `create_results` and save it as a picture, in the format of its suffix: what
+    is left of the forgotten class, what the rest of its data set and what the others lost."""
     return draw_results(summarise(df), {"after": COLOURS[1]}, path)
 
 
@@ -147,14 +144,12 @@ def compare_results(
     multiclass: bool = False,
     before: Folder | pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Several methods on the same classes, side by side, in percent: before, then each method.
+    """Several methods on the same classes, side by side, in percent: before, then each method. A
+    row for every class that all folders hold, see `evaluation.tables.side_by_side`.
 
     Args:
-        folders: what to call a method -> its results folder, or several (see `create_results`).
-        before: see `create_results`.
-
-    Returns:
-        A row for every class that all folders hold, see `evaluation.tables.side_by_side`.
+        folders: what to call a method -> its results folder, or several; before: see
+            `create_results`.
 
     Raises ProblemError: no class is in all folders, or folders of several models.
     """

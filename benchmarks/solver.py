@@ -3,9 +3,8 @@
     python -m benchmarks solver [--features BUNDLE.safetensors]
 
 Every class of the bundle (of 1,000 random texts without one) is forgotten alone while all others
-and the vocabulary are retained, the paper's objective with its target and weights. All numbers are
-of one run on one CPU thread, as the trainers solve (a second thread waits in a spin on a machine
-that others use). Seconds vary with the load of the machine, ratios less so.
+and the vocabulary are retained, the paper's objective with its target and weights, in one run on
+one CPU thread, as the trainers solve. Seconds vary with the load of the machine, ratios less so.
 """
 
 import statistics

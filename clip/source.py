@@ -34,14 +34,9 @@ ENCODING = "open_clip's preprocessing of the model's own config; state before th
 
 
 class ClipSource:
-    """One CLIP, loaded when something must be encoded and not before.
-
-    Args:
-        arch: a name that `architecture` knows.
-        weights: a checkpoint of that architecture; None for its published or embedded weights.
-        cache: folder for downloads and for what was encoded.
-        device: None for the GPU if there is one, else the CPU.
-        precision: of `PRECISIONS`, what images are encoded in, by a copy of the model.
+    """The CLIP of a name that `architecture` knows, loaded when something must be encoded and not
+    before. Without `weights` its published or embedded ones; without a `device` the GPU if there is
+    one. Images are encoded in a precision of `PRECISIONS`, by a copy of the model.
 
     Raises ProblemError: an unknown name, a missing file, or a precision that the device lacks.
     """

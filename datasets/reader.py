@@ -128,10 +128,8 @@ def read_image(
 ) -> Image.Image:
     """An image file as RGB, decoded to the last pixel. Its size is checked before it is decoded.
 
-    Args:
-        formats: Pillow's names of those that are read; megapixels: at most, beside Pillow's 179.
-        upright: whether to turn the image as its Exif data says. CLIP's benchmarks do not.
-
+    `formats`: Pillow's names of those that are read; `megapixels`: at most, beside Pillow's 179;
+    `upright`: whether to turn the image as its Exif data says, which CLIP's benchmarks do not.
     Raises ProblemError: why it cannot be read, for a message that names the file.
     """
     try:

@@ -25,10 +25,8 @@ from forgetting.errors import ProblemError, nearest, shown, unknown
 from forgetting.settings import allowed, check_value, kind_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-ANY_DATASET = "other"  # the config of a data set that has none of its own
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
 UNLISTED = (0.3, "auto")  # of a backbone that is not named there
-AUTO = ("auto",)
 MODES = ("SINGLE", "MULTICLASS")
 TERMS = ("forget", "preserve", "weight")  # of the paper's loss
 # Options of train.py and the keys that they set.
@@ -145,7 +143,11 @@ class ForgetSettings:
     )
     lamb_preserve: float | None = setting(None, "weight of retained texts; none: WEIGHTS", 0, 1e6)
     lamb_forget: float | str | None = setting(
-        None, "weight of the texts; auto: just enough for the target; none: WEIGHTS", 0, 1e6, AUTO
+        None,
+        "weight of the texts; auto: just enough for the target; none: WEIGHTS",
+        0,
+        1e6,
+        ("auto",),
     )
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)
@@ -222,7 +224,7 @@ def load(
 
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    _merge(cfg, _read(ours.get(dataset, ours[ANY_DATASET])))
+    _merge(cfg, _read(ours.get(dataset, ours["other"])))  # if it has none of its own
     _merge(cfg, of_set, dataset_config_file)
     _merge(cfg, _read(ours.get(trainer, "")))
     _merge(cfg, of_user, config_file)

@@ -79,12 +79,8 @@ def runs_of(
     parts: int = 1,
 ) -> list[Run]:
     """All runs of a sweep; ProblemError for one that would be refused, before anything is written.
-
-    Args:
-        varied: as `DEFAULTS`, of which it may leave out keys; options: of train.py.
-        always: whether there is a folder for each backbone and trainer even if there is one only.
-        parts: of the requests of a set whose classes are forgotten alone, a run each.
-    """
+    `always`: whether there is a folder for each backbone and trainer even if there is one only;
+    `parts`: of the requests of a set whose classes are forgotten alone, a run each."""
     varied = DEFAULTS | dict(varied)
     own = ["FORGET.PART", *(OPTIONS[name] for name in VARIED)]
     own += [OPTIONS["forget"]] if varied["classes"] else []

@@ -31,18 +31,13 @@ class Places:
     weights: str = setting("", "a checkpoint of the backbone; default: the published one")
 
 
-def labels_of(logs: Logs, dataset: str) -> list[str]:
-    """The labels of a data set's results, in the order of the logs."""
-    return [label for label in logs[dataset] if label != SETTINGS]
-
-
 def load_inputs(folder: Path, logs: Logs, dataset: str, places: Places, seed: int) -> AuditData:
     """What the classes of a data set's results were forgotten from. Raises ProblemError: the
     results do not say what made them, or something else is at `places`."""
     settings = {"precision": "fp32"} | logs[dataset].get(SETTINGS, {})
     if not settings.keys() >= set(RECORDED):
         raise ProblemError(f"the results of {dataset} in {folder} do not say what made them")
-    results = [logs[dataset][label]["final_results"] for label in labels_of(logs, dataset)]
+    results = [one["final_results"] for key, one in logs[dataset].items() if key != SETTINGS]
     names, encode = [dataset, *sorted(set().union(*results) - {dataset})], None
     backbone = places.backbone or settings["backbone"]
     if places.features:

@@ -22,10 +22,9 @@ def measure(case: Case) -> dict[str, Any]:
     forgotten class or is marked as its synonym. Texts are listed by their names.
 
     Returns:
-        classes: the at most ten retained classes of highest cosine to the class in the untouched
-            model, nearest first; mean_before, mean_after: over those that have images.
-        moved: count of texts; mean_cosine between a text's embeddings before and after; worst: the
-            ten texts of lowest cosine.
+        classes: see `nearest_classes`; mean_before, mean_after: over those that have images; moved:
+        count of texts; mean_cosine between a text's embeddings before and after; worst: the ten
+        texts of lowest cosine.
     """
     classes = list(map(case.change, nearest_classes(case)))
     before, after = (mean(one[side]["value"] for one in classes) for side in ("before", "after"))

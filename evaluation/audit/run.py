@@ -13,12 +13,12 @@ from engine.files import sha256_file, write_json_atomic
 from engine.log import progress
 from evaluation.audit import record
 from evaluation.audit.case import AuditData, Case, Model
-from evaluation.audit.inputs import Places, labels_of, load_inputs
+from evaluation.audit.inputs import Places, load_inputs
 from evaluation.audit.prompts import prompts_for
 from evaluation.audit.record import Audits, compile_audits, read_audit, read_audits
 from evaluation.audit.verdict import verdict
+from evaluation.results import SETTINGS, no_results, place, read_logs
 from evaluation.results import SUFFIX as ADAPTER
-from evaluation.results import no_results, place, read_logs
 from forgetting import load_adapter, projection_sha256
 from forgetting.errors import ProblemError, unknown
 from forgetting.problem import LowRankEdit
@@ -35,15 +35,9 @@ def audit_folder(
     seed: int = 0,
     places: Places | None = None,
 ) -> Audits:
-    """Audit the results of a folder, all or those of some data sets and labels.
-
-    Args:
-        folder: `results/resultsATTEMPT/seed_SEED`; without: measures to leave out.
-        places: where the bundles or images of the run are.
-
-    Returns what the folder's audit.json now holds. Raises ProblemError for names that are not
-    there, and for inputs that are missing or not those of the run.
-    """
+    """Audit the results of a folder, all or those of some data sets and labels, `without` some of
+    the measures; returns what the folder's audit.json now holds. Raises ProblemError for names that
+    are not there, and for inputs that are missing or not those of the run."""
     folder = Path(folder)
     logs = read_logs(folder)
     if not logs:
@@ -51,7 +45,7 @@ def audit_folder(
     for name in datasets:
         if name not in logs:
             raise unknown(f"data set in {folder}", name, list(logs))
-    known = {name: labels_of(logs, name) for name in datasets or logs}
+    known = {name: [key for key in logs[name] if key != SETTINGS] for name in datasets or logs}
     everything = [label for some in known.values() for label in some]
     for label in labels:
         if label not in everything:
