@@ -291,13 +291,12 @@ class _Call:
             settings=settings,
             record={"solver": finite({"name": "exact", **answer.report(), "notes": notes})},
             recipe=make_recipe(context, answer, DATASET, texts_sha256(encoder, self.templates[:2])),
-            model=identity(encoder) if isinstance(encoder, Encoder) else None,
         )
         if isinstance(encoder, TextEmbeddings):
-            return Forgotten(adapter, encoder, notes=tuple(notes))
+            return Forgotten(adapter, encoder)
         changed = changed_sha256(adapter, encoder.projection, encoder.transposed)
-        adapter = replace(adapter, changed_sha256=changed)
-        return Forgotten(adapter, encoder, encoder.projection.clone(), tuple(notes))
+        adapter = replace(adapter, model=identity(encoder), changed_sha256=changed)
+        return Forgotten(adapter, encoder, encoder.projection.clone())
 
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:

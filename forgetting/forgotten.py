@@ -41,19 +41,11 @@ EMBEDDINGS = (
 
 @dataclass(frozen=True, repr=False)
 class Forgotten:
-    """What was forgotten, as a change that can be put into a model and taken out again.
+    """What was forgotten, as a change that can be put into a model and taken out again."""
 
-    Attributes:
-        adapter: the change itself, and all that is stored of it.
-        encoder: the model that it belongs to, or `TextEmbeddings`; None: loaded without.
-        original: the projection W (w, d) as it came in, bit for bit; None if that is not known.
-        notes: what a reader should know, a line each.
-    """
-
-    adapter: Adapter
-    encoder: Encoder | TextEmbeddings | None = None
-    original: Tensor | None = None
-    notes: tuple[str, ...] = ()
+    adapter: Adapter  # the change itself, and all that is stored of it
+    encoder: Encoder | TextEmbeddings | None = None  # what it belongs to; None: loaded without
+    original: Tensor | None = None  # W (w, d) as it came in, bit for bit; None: not known
 
     def __repr__(self) -> str:
         return "\n".join([f"{', '.join(self.names)} forgotten", *self.notes])
@@ -62,6 +54,11 @@ class Forgotten:
     def names(self) -> list[str]:
         """What was forgotten."""
         return self.adapter.classes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know, a line each."""
+        return tuple(self.adapter.solver.get("notes", ()))
 
     @property
     def texts(self) -> list[str]:
@@ -171,16 +168,15 @@ class Forgotten:
             original: W, (w, d), where the model is changed already.
         """
         adapter = load_adapter(path)
-        notes = tuple(adapter.solver.get("notes", ()))
         if original is not None:
             adapter.apply(original)  # refuses another projection
         if model is None:
-            return cls(adapter, notes=notes)
+            return cls(adapter)
         if adapter.of_embeddings:
             raise ProblemError(EMBEDDINGS)
         encoder = find(model, adapter, original)
         original = None if original is None else original.detach().to(encoder.weight)
-        found = cls(adapter, encoder, original, notes)
+        found = cls(adapter, encoder, original)
         if found._is_original(encoder):
             return replace(found, original=encoder.projection.clone())
         set_applied(encoder, adapter)  # changed by this, in another process
