@@ -26,6 +26,7 @@ from forgetting.settings import allowed, check_value, kind_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WEIGHTS = "FORGET.WEIGHTS"  # backbone -> mode -> [lamb_preserve, lamb_forget]; not a single setting
+AUTO = ("auto",)
 UNLISTED = (0.3, "auto")  # of a backbone that is not named there
 MODES = ("SINGLE", "MULTICLASS")
 TERMS = ("forget", "preserve", "weight")  # of the paper's loss
@@ -143,11 +144,7 @@ class ForgetSettings:
     )
     lamb_preserve: float | None = setting(None, "weight of retained texts; none: WEIGHTS", 0, 1e6)
     lamb_forget: float | str | None = setting(
-        None,
-        "weight of the texts; auto: just enough for the target; none: WEIGHTS",
-        0,
-        1e6,
-        ("auto",),
+        None, "weight of the texts; auto: just enough for the target; none: WEIGHTS", 0, 1e6, AUTO
     )
     lamb_weight: float = setting(1.0, "weight of the size of the change", 0, 1e6)
     rank: int = setting(5, "rank of the adapter", 1, 1024)
@@ -399,6 +396,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    from engine.config import page  # the module under its own name
-
     print(page(), end="")
