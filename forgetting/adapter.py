@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forgetting.errors import ProblemError, shown
-from forgetting.io import FLOATS, matrix, naming, pack, raw, tensor, unpack, write_bytes
+from forgetting.io import FLOATS, foreign, matrix, naming, pack, raw, tensor, unpack, write_bytes
 
 FORMAT = "clip-forget-adapter/4"
 
@@ -154,17 +154,14 @@ def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter, which is as it was written. ProblemError for another file, an older format,
     or one that is damaged or was changed."""
     fields, tensors = unpack(path, FORMAT)
-    with naming(path):
-        try:
-            if (model := fields["model"]) is not None:
-                fields["model"] = ModelIdentity(**model)
-            if (recipe := fields["recipe"]) is not None:
-                parts = []
-                for i, part in enumerate(recipe["parts"]):
-                    excluded = [(group, name, row) for group, name, row in part["excluded"]]
-                    rows = {name: tensors[f"{i}.{name}"] for name in TEXTS + EXCLUDED}
-                    parts.append(Part(**part | rows | {"excluded": excluded}))
-                fields["recipe"] = Recipe(**recipe | {"parts": parts})
-            return Adapter(tensors["left"], tensors["right"], **fields)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ProblemError(f"an adapter that does not fit together ({error})") from error
+    with naming(path), foreign("an adapter that does not fit together"):
+        if (model := fields["model"]) is not None:
+            fields["model"] = ModelIdentity(**model)
+        if (recipe := fields["recipe"]) is not None:
+            parts = []
+            for i, part in enumerate(recipe["parts"]):
+                excluded = [(group, name, row) for group, name, row in part["excluded"]]
+                rows = {name: tensors[f"{i}.{name}"] for name in TEXTS + EXCLUDED}
+                parts.append(Part(**part | rows | {"excluded": excluded}))
+            fields["recipe"] = Recipe(**recipe | {"parts": parts})
+        return Adapter(tensors["left"], tensors["right"], **fields)

@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -54,10 +53,8 @@ def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 def container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A file of safetensors, with its header in the order of names: the library's own is random.
     ProblemError for a tensor that such files do not hold."""
-    try:
+    with foreign("safetensors cannot hold these tensors"):
         data = save({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, dict(metadata))
-    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise ProblemError(f"safetensors cannot hold these tensors ({reason(error)})") from error
     header, start = _header(data)
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
@@ -87,10 +84,8 @@ def unpack(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file of safetensors; ProblemError if it is none."""
     data = read_bytes(path)
-    try:
+    with foreign("truncated, or not a safetensors file"):
         return _header(data)[0].get("__metadata__", {}), load(data)
-    except (SafetensorError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        raise ProblemError(f"truncated, or not a safetensors file ({line(error)})") from error
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import FLOATS, naming, read_bytes, refuse_outside
+from forgetting.io import FLOATS, foreign, naming, read_bytes, refuse_outside
 from forgetting.models.modules import maybe_transpose
 from forgetting.models.torchscript import read_torchscript
 
@@ -45,14 +45,9 @@ def weight_files(
         if (base / name).is_file():
             return [base / name]
         if index.is_file():
-            try:
-                parts = sorted(set(read_json(index)["weight_map"].values()))
-                outside = any(Path(part).name != part for part in parts)
-            except (TypeError, KeyError, AttributeError):
-                outside = True
-            if outside:
-                raise ProblemError(f"{line(index)} does not map weights to files of its folder")
-            return [base / part for part in parts]
+            with foreign(f"{line(index)} does not map weights to files of its folder"):
+                parts = set(read_json(index)["weight_map"].values())
+                return [base / Path(part).name for part in sorted(parts)]
     raise ProblemError(f"{line(base)}: no such file, or no folder with {' or '.join(names)}")
 
 
@@ -60,10 +55,8 @@ def sentence_modules(folder: Path) -> dict[str, list[Path]]:
     """The modules of a folder of sentence-transformers, as paths in it ("" is the folder itself),
     each with its files of weights, if it has any; ProblemError for another layout."""
     path = folder / SENTENCE_MODULES
-    try:
+    with foreign(f"{line(path)} is no list of modules with their paths"):
         places = {str(x["path"]): folder / x["path"] for x in read_json(path)}
-    except (TypeError, KeyError) as error:
-        raise ProblemError(f"{line(path)} is no list of modules with their paths") from error
     found = {}
     for part, place in places.items():
         refuse_outside(place, folder)
@@ -76,10 +69,8 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; ProblemError if it is none."""
     with naming(path):
         data = read_bytes(path)
-        try:
+        with foreign("is not JSON"):
             return json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ProblemError(f"is not JSON ({line(error)})") from error
 
 
 def read_checkpoint(files: Sequence[str | Path]) -> tuple[dict[str, Tensor], str]:
@@ -106,13 +97,8 @@ def parse_tensors(data: bytes) -> dict[str, Tensor]:
     """The tensors of a checkpoint file with this content: safetensors, what `torch.save` wrote (a
     state dict, plain or under "state_dict", with or without a "module." prefix), or a TorchScript
     archive. Nothing in it is run; ProblemError if it is anything but tensors of plain numbers."""
-    try:
+    with foreign("cannot be read as tensors without running code from it: give a state dict"):
         state = _parsed(data)
-    except Exception as error:  # the readers raise whatever foreign bytes lead them to
-        raise ProblemError(
-            "cannot be read as tensors without running code from it: give a whole file of a state "
-            f"dict ({line(str(error).partition(chr(10))[0])})"
-        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state:

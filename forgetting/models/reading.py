@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from forgetting.errors import ProblemError, reason
+from forgetting.errors import ProblemError
+from forgetting.io import foreign
 from forgetting.models.modules import SENTENCE, is_sentence_transformer, tensors
 
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
@@ -109,15 +110,8 @@ def run(
         for module in training:
             module.training = False
         try:
-            with observer:
+            with observer, foreign(f"{type(model).__name__} cannot read what the tokenizer gives"):
                 features = text_features(model, inputs)
-        except ProblemError:
-            raise
-        except Exception as error:  # whatever somebody's model raises
-            raise ProblemError(
-                f"{type(model).__name__} cannot read what the tokenizer gives ({reason(error)}); "
-                "do the two belong together?"
-            ) from error
         finally:
             for module in training:
                 module.training = True
@@ -128,15 +122,13 @@ def run(
 
 def tokens(model: nn.Module, tokenize: Tokenize, texts: Sequence[str]) -> Tokens:
     """What a tokenizer makes of texts, as tensors on the CPU; ProblemError if it fails."""
-    try:
+    with foreign("the tokenizer fails"):
         found = tokenize(list(texts), **_options(model, tokenize))
         found = found if isinstance(found, Mapping) else {"": found}
         inputs = {str(name): torch.as_tensor(value).cpu() for name, value in found.items()}
         if not inputs or any(len(x) != len(texts) for x in inputs.values()):
             shapes = [tuple(x.shape) for x in inputs.values()]
             raise ValueError(f"tensors of shape {shapes} for {len(texts)} texts")
-    except Exception as error:  # whatever somebody's tokenizer raises
-        raise ProblemError(f"the tokenizer fails ({reason(error)})") from error
     if _is_siglip(model):  # trained without a mask
         inputs.pop("attention_mask", None)
     return inputs

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from forgetting.errors import ProblemError
-from forgetting.io import pack, unpack, write_bytes
+from forgetting.io import foreign, pack, unpack, write_bytes
 from forgetting.models import words
 from forgetting.models.encoder import Encoder
 from forgetting.models.text_embeddings import TextEmbeddings
@@ -79,7 +79,5 @@ def generic_hidden(
 
 def expand(path: str | Path) -> Path:
     """A path with `~` and `~user` replaced by the home folder; ProblemError for an unknown user."""
-    try:
+    with foreign(f"{path}: there is no such user"):
         return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ProblemError(f"{path}: there is no such user ({error})") from error
