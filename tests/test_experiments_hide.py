@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from clip.bundle import bundle_path, load_bundles
+from clip.bundle import load_bundles
 from datasets import mini
 from evaluation.zero_shot import ZeroShot
 from experiments import hide
@@ -19,20 +19,15 @@ from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hide.Index:
+def index(features: Path, monkeypatch: pytest.MonkeyPatch) -> hide.Index:
     """Two sets, and a broader name for three classes of the first."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(hide.BROADER, "animal", ["cat", "Dog", "sea horse"])
-    row = toy_bundle("ToyAnimals").forget_hidden[:3].mean(dim=0, keepdim=True)
-    for bundle in map(toy_bundle, TOY_CLASSES):
-        names, rows = [*bundle.retain_names, "animal"], torch.cat([bundle.retain_hidden, row])
-        bundle = replace(bundle, retain_names=names, retain_hidden=rows)
-        bundle.save(bundle_path("toys", BACKBONE, bundle.dataset))
-    return hide.Index(load_bundles("toys", BACKBONE))
+    monkeypatch.chdir(features.parent)
+    monkeypatch.setitem(hide.BROADER, "thing 1", ["cat", "Dog", "sea horse"])
+    return hide.Index(load_bundles("features", BACKBONE))
 
 
 def test_a_table_by_the_command_line(index, capsys):
-    assert cli(["hide", "--features", "toys", "--classes", "2"]) == 0
+    assert cli(["hide", "--features", "features", "--classes", "2"]) == 0
     assert "most that is lost" in capsys.readouterr().out
     table = pd.read_csv("hide/hide.csv").set_index(["data set", "class", "way"])
     assert len(table) == 2 * 2 * 10
@@ -63,13 +58,38 @@ def test_ways_are_what_they_are_called(index):
     assert (ways["projected off the name"].images @ name.T).abs().max() < 1e-9
 
 
-def test_a_flag_that_is_always_right(index):
-    words = index.bundles["ToyAnimals"].class_hidden[:1]
-    found = hide.measure(index, 0, words, index.plain)
-    assert found["animal 10"] > 0 and found["words"] == found["left"] > 90
-    hidden = hide.measure(index, 0, words, index.plain._replace(flagged=index.labels == 0))
-    assert hidden["animal 10"] == hidden["own"] == hidden["left"] == hidden["similar"] == 0
-    assert hidden["animal"] > found["animal"] > 0 and hidden["rest"] == 0
+def test_measures_by_hand(monkeypatch):
+    """Classes a, b of one set and c, d of another, whose texts are the axes: a digit is a score.
+    Images of a (4; the third is flagged), b (3), c and d (2)."""
+    monkeypatch.setitem(hide.BROADER, "letter", ["a", "b"])
+    monkeypatch.setattr(hide, "FIRST", (2, 10))
+    eye, bundles = torch.eye(4), {}
+    both = {"ab": [0, 0, 0, 0, 1, 1, 1], "cd": [0, 1, 1]}
+    for name, own, (letters, labels) in zip(TOY_CLASSES, eye.split(2), both.items(), strict=True):
+        images = {"image_features": own[labels], "labels": torch.tensor(labels)}
+        texts = {"class_hidden": own, "classnames": list(letters), "text_projection": eye}
+        broader = {"retain_names": ["letter"], "retain_hidden": eye[:1] + eye[1:2]}
+        bundles[name] = replace(toy_bundle(name), **images, **texts, **broader)
+    index = hide.Index(bundles)
+    table = ["9000", "0105", "8900", "8600", "0800", "7500", "0700", "0034", "0056", "0072"]
+    scores = torch.tensor([list(map(float, row)) for row in table]).double()
+    search = hide.Search(scores, index.embed, torch.arange(10) == 2)
+    percent = {
+        "left": 2 / 4,
+        "words": (2 / 4 + 1 / 4) / 2,  # a itself, and d
+        "worst word": 2 / 4,
+        "rest": -1 / 3,
+        "others": -2 / 3,
+        "searches": (-1 / 12 - 2 / 3 - 1 / 4) / 3,  # b: 1, 1, 3/4; c: third; d: 1, 2/4
+        "worst search": -2 / 3,
+        "similar": (5 / 9 + 5 / 36 + 13 / 18 + 3 / 10) / 4,
+        "mean": 1 / 2,  # the second is nearest to b's mean, the fourth to a's
+        "own": (1 + 1 + 3 / 4 + 0) / 4,
+        "letter": (1 / 2 + 2 / 4 + 3 / 5) / 3,
+    }
+    counts = {"own 2": 2, "own 10": 3, "letter 2": 1, "letter 10": 3, "harmed": "c"}
+    found = hide.measure(index, 0, eye[[0, 3]], search)
+    assert found == pytest.approx({k: 100 * x for k, x in percent.items()} | counts)
 
 
 def test_the_picture_frames_the_class(tmp_path, monkeypatch, figures):
@@ -79,7 +99,6 @@ def test_the_picture_frames_the_class(tmp_path, monkeypatch, figures):
     monkeypatch.setattr(hide, "generic_names", lambda: ["dog", "house"])
     assert cli(["hide", "--draw", "search.png"]) == 0 and Path("search.png").stat().st_size
     framed = [sum(x.spines["top"].get_visible() for x in row.axes) for row in figures[0].subfigs]
-    shown = [
-        f"({count} of 12)" in figures[0].subfigs[i].get_suptitle() for i, count in enumerate(framed)
-    ]
-    assert all(shown) and framed[0] > framed[2] == 0
+    titles = [row.get_suptitle() for row in figures[0].subfigs]
+    assert all(f"({n} of 12)" in title for n, title in zip(framed, titles, strict=True))
+    assert framed[0] > framed[2] == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.nn.functional import normalize
 from experiments import flag as measure
 from forgetting import Forgotten, ProblemError, TextEmbeddings, forget
 from forgetting.flag import flag, none_of_these
+from tests.conftest import TOY_CLASSES, toy_bundle
 from tests.encoder_fixtures import tiny
 from tests.test_patch import random
 
@@ -57,8 +61,14 @@ def test_few_vectors_and_what_tells_instead_of_them():
         assert flag(torch.cat([one, OTHERS[:1]]), CAT, NAMES)[1].tolist() == [True, False]
     with pytest.warns(UserWarning, match=FEW):
         assert [len(x) for x in flag(one[:0], CAT, NAMES)] == [0, 0]
-    with pytest.warns(UserWarning, match="100% of which"):
-        flag(images(300, CAT), CAT, NAMES)
+    with pytest.warns(UserWarning, match="3.% of which"):
+        flag(torch.cat([images(300, CAT), OTHERS[:700]]), CAT, NAMES)
+    with pytest.warns(UserWarning, match="2000 images"):
+        flag(OTHERS, CAT, NAMES, 1 / 2001)
+    eye, score = torch.eye(2), 0.85 * (math.log(99) - 1)  # by texts alone, 1 % score higher
+    with pytest.warns(UserWarning, match="0 images"):
+        found = flag(eye[:1], eye[0], eye[1:], reference=eye[:0], scale=score)[0]
+    assert 0.7 < (1 - float(found)) / 0.01 < 1
     among = flag(OTHERS, CAT, NAMES, reference=OTHERS)[0]
     assert torch.allclose(flag(OTHERS[:1], CAT, NAMES, reference=OTHERS)[0], among[:1], atol=1e-4)
     assert torch.allclose(flag(OTHERS, CAT, NAMES)[0], among)
@@ -104,16 +114,14 @@ def test_what_was_forgotten_is_flagged_in_the_original_space(family, tmp_path, m
     (model, words), alone = tiny(family), {"cache": None, "progress": False}
     before, vectors = {k: x.clone() for k, x in model.state_dict().items()}, random(9, 16, seed=1)
     also = {"Acme Cola": ["acme soda"]}
-    names = ["Acme Cola", "Oslo boat"]
-    answer = forget(
-        model, words, names, also, ["Pepsi", "acme soda"], templates=["the {}"], **alone
-    )
+    listed = {"retain": ["Pepsi", "acme soda"], "protect": ["Fanta"], "templates": ["the {}"]}
+    answer = forget(model, words, ["Acme Cola", "Oslo boat"], also, **listed, **alone)
     scores, flags = answer.flag(vectors, 0.2, **alone)
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
     texts = TextEmbeddings.of(model, words)
     scale = getattr(model, "logit_scale", torch.tensor(100.0).log()).exp().item() / 2
     named = [["the Acme Cola", "the acme soda"], ["the Oslo boat"]]
-    common = texts.hidden(["the a", "the bee", "the sea", "the Pepsi"])
+    common = texts.hidden(["the a", "the bee", "the sea", "the Pepsi", "the Fanta"])
     found = none_of_these(vectors, list(map(texts.hidden, named)), common, 0.2, scale=scale)
     assert torch.allclose(1 - found[0], scores, atol=1e-4) and torch.equal(~found[1], flags)
     assert scores.max() > 0.5 > scores.min()
@@ -137,3 +145,14 @@ def test_what_is_caught_is_measured(features, tmp_path):
     assert table.loc[alone, "false 1.0%"].isna().all() and table["caught 1.0%"].notna().all()
     assert (table["caught 0.5%"] <= table["caught 1.0%"]).all()
     assert table.loc[~alone, "false 1.0%"].between(0, 20).all()
+
+
+def test_neither_the_class_nor_one_that_means_the_same_is_taken_for_another():
+    bundles = {name: toy_bundle(name) for name in TOY_CLASSES}
+    bundles["ToyTools"].forget_hidden[0] = bundles["ToyAnimals"].forget_hidden[0]
+    index = measure.Index(bundles)
+    with mock.patch.object(measure, "flag", wraps=flag) as spy:
+        list(measure.rows_of(index, "ToyAnimals", ["cat"], 50.0))
+    images, reference = spy.call_args_list[1].args[0], spy.call_args_list[3].kwargs["reference"]
+    assert torch.equal(images, index.images[index.labels != 6])
+    assert torch.equal(reference, index.images[index.labels > 6])

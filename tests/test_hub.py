@@ -36,6 +36,8 @@ def acme(tmp_path):
     """A folder in the Hub's cache; its model, as new; its tokenizer; an answer for it."""
     transformers = pytest.importorskip("transformers")
     base = tmp_path / f"models--me--my-clip/snapshots/{COMMIT}"
+    evil = tmp_path / f"models--x](http:evil)<script>/snapshots/{COMMIT}/model.safetensors"
+    assert Base.of(evil).name is None and Base.of(base / evil.name).name == "me/my-clip"
     base.parent.mkdir(parents=True)
     hugging_face(base, "CLIPModel")
     (base / "README.md").write_text("---\nlicense:\n- apache-2.0\n---\nThe base.")

@@ -57,8 +57,9 @@ class Base:
         if path is None:
             return cls(name, revision)
         folder = path if path.is_dir() else path.parent
-        if not name and (cached := CACHED.fullmatch(folder.absolute().as_posix())):
-            name, revision = cached[1].replace("--", "/"), cached[2]
+        cached = CACHED.fullmatch(folder.absolute().as_posix())
+        if not name and cached and (known := HUB_ID.fullmatch(cached[1].replace("--", "/"))):
+            name, revision = known[1], cached[2]
         config = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).is_file() else {}
         kinds = config.get("architectures") if isinstance(config, dict) else None
         kind = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
