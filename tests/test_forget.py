@@ -136,10 +136,6 @@ def test_a_second_request_computes_nothing_of_what_is_retained_again(monkeypatch
         model.last.mul_(2.0)
     other = forget(model, words, ["Acme Cola"], **PLAIN)
     assert torch.allclose(other.adapter.delta(), 2 * first.adapter.delta(), rtol=1e-3, atol=1e-4)
-    with torch.no_grad():
-        model.layer.weight.mul_(0.5)
-    last = forget(model, words, ["Acme Cola"], **PLAIN)
-    assert not torch.allclose(last.adapter.delta(), other.adapter.delta())
 
 
 def test_threads_are_given_back_whoever_is_last():
