@@ -336,7 +336,7 @@ def _index(option: Option, parse: Parse) -> None:
         "collection": "of Qdrant",
         "vector": "its name, in a collection with several",
         "table": "of PostgreSQL",
-        "id": "the table's primary key",
+        "key": "the table's primary key",
     }
     option("action", choices=("hide", "restore"))
     option("adapter", metavar="ADAPTER")

@@ -23,8 +23,9 @@ from torch.nn.functional import normalize
 
 from forgetting import Adapter, save_adapter
 from forgetting.cli import cli
+from forgetting.deploy.databases import MARK
 from forgetting.deploy.embeddings import index_edit
-from forgetting.deploy.stores import MARK, Pass, change_store
+from forgetting.deploy.stores import Pass, change_store
 from forgetting.errors import ProblemError
 from tests.results_fixtures import ended, fork
 from tests.test_patch import make_adapter, random
@@ -50,10 +51,15 @@ def write_file(folder: Path, kind: str) -> Path:
         lists = arrow.list_(half, D) if "fixed" in kind else arrow.large_list(half)
         vectors = arrow.array(list(VECTORS.astype(np.float16)), lists)
         table = arrow.table({"id": KEYS, "vector": vectors, "tag": [["x"]] * N})
-        files.write_table(table.replace_schema_metadata({"by": "me"}), folder / "a.parquet")
+        table, codec = (
+            table.replace_schema_metadata({"by": "me"}),
+            "none" if "fixed" in kind else "zstd",
+        )
+        files.write_table(table, folder / "a.parquet", compression=codec)
         return folder / "a.parquet"
     faiss = pytest.importorskip("faiss")
-    index = faiss.index_factory(D, kind, faiss.METRIC_INNER_PRODUCT)
+    metric = faiss.METRIC_L1 if kind == "L1" else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(D, "Flat" if kind == "L1" else kind, metric)
     index.train(VECTORS)
     index.add_with_ids(VECTORS, np.array(KEYS)) if "," in kind else index.add(VECTORS)
     faiss.write_index(index, str(folder / "a.index"))
@@ -89,28 +95,63 @@ def test_files(tmp_path, kind):
     assert np.allclose(read_file(hidden, kind, HIDDEN), HIDDEN, atol=close)
     assert not np.allclose(VECTORS, HIDDEN, atol=0.1) and path.read_bytes() == original
 
-    def refused(words: str, adapter: Adapter, source: Path, hide: bool) -> None:
-        with pytest.raises(ProblemError, match=words):
-            change_store(adapter, source, hide, out=tmp_path / f"c{path.suffix}", **options)
+    marks, link = tmp_path / f"{hidden.name}.hidden.json", tmp_path / f"link{path.suffix}"
+    said, out = marks.read_text(), tmp_path / f"c{path.suffix}"
+    link.symlink_to(hidden)
 
-    refused("says that it is hidden", CAT, hidden, True)
+    def refused(words: str, adapter: Adapter, source: Path, hide: bool, out: Path = out) -> None:
+        with pytest.raises(ProblemError, match=words):
+            change_store(adapter, source, hide, out=out, **options)
+
+    refused("says that it is hidden", CAT, link, True)
     refused("is hidden by adapter", DOG, hidden, False)
     refused(r"\.json is missing", CAT, path, False)
-    content = hidden.read_bytes()
-    hidden.write_bytes(original)
-    refused("changed since", CAT, hidden, False)
-    hidden.write_bytes(content)
+    refused("exists", DOG, path, True, hidden)
+    assert marks.read_text() == said
+    for text, words in (("{}", "is missing"), ('{"0": null}', "changed since"), ("[]", "no marks")):
+        marks.write_text(text)
+        refused(words, CAT, hidden, False)
+    marks.write_text(said)
+    link.unlink()
     back = change_store(CAT, hidden, False, out=hidden, overwrite=True, **options)
     assert back.before == done.after and max(back.error, done.error) < 200 * close
     assert np.abs(read_file(hidden, kind, VECTORS) - VECTORS).max() <= back.error
     assert sorted(tmp_path.iterdir()) == [path, hidden]
 
 
+@pytest.mark.parametrize("turn", [1, 2])
+def test_stopped_between_a_file_and_its_marks(tmp_path, monkeypatch, turn):
+    path, out, left = write_file(tmp_path, "npy"), tmp_path / "b.npy", count(1)
+    options = {"out": out, "overwrite": True, "progress": False}
+    change_store(DOG, path, True, **options)
+
+    def stop(*names, replace=os.replace):
+        if next(left) == turn:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        change_store(CAT, path, True, **options)
+    change_store(DOG, out, False, **options)  # it is still there, and known
+    assert np.allclose(np.load(out), VECTORS, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF4,Flat"])
+def test_nothing(tmp_path, kind):
+    path, faiss = write_file(tmp_path, kind), pytest.importorskip("faiss")
+    index = faiss.read_index(str(path))
+    index.reset()
+    faiss.write_index(index, str(path))
+    assert change_store(CAT, path, True, out=tmp_path / "b.index", progress=False).rows == 0
+
+
 def qdrant(folder: Path, kind: str) -> Place:
     client = pytest.importorskip("qdrant_client")
     models, place, named = client.models, str(folder / "q"), kind != "cosine"
     distance = models.Distance.DOT if named else models.Distance.COSINE
-    one = models.VectorParams(size=D, distance=distance)
+    half = models.Datatype.FLOAT16 if named else None
+    one = models.VectorParams(size=D, distance=distance, datatype=half)
 
     def fill() -> None:
         with closing(client.QdrantClient(path=place)) as store:
@@ -178,7 +219,7 @@ def pgvector(url: str, kind: str) -> Place:
         assert [k for k, _ in found] == IDS and found[0][1] is None
         return np.array([json.loads(v) for _, v in found[1:]])
 
-    return url, {"table": table, "column": "Vector", "id": "assetId"}, fill, read
+    return url, {"table": table, "column": "Vector", "key": "assetId"}, fill, read
 
 
 @pytest.fixture
@@ -194,10 +235,11 @@ def change(place: Place, adapter: Adapter, hide: bool, **more) -> Pass:
 
 
 @pytest.mark.parametrize("place", ["cosine", "named", "vector", "halfvec"], indirect=True)
-def test_databases(place):
+def test_databases(place, request):
     _, options, fill, read = place
     fill()
-    close = 1e-3 if change(place, CAT, True, dry_run=True).error > 1e-4 else 1e-6
+    close = 1e-6 if request.node.callspec.params["place"] in ("cosine", "vector") else 1e-3
+    assert (change(place, CAT, True, dry_run=True).error > 1e-4) == (close > 1e-4)
     assert np.allclose(read(), VECTORS, atol=close)
     done = change(place, CAT, True)
     hidden = read()
@@ -218,7 +260,7 @@ def test_databases(place):
 @pytest.mark.parametrize(
     ("place", "calls", "step"),
     [
-        ("cosine", ["qdrant_client.local.persistence:CollectionPersistence.persist"], 7),
+        ("cosine", ["qdrant_client.local.persistence:CollectionPersistence.persist"], 11),
         ("vector", ["psycopg:Connection.execute", "psycopg:Connection.commit"], 1),
     ],
     indirect=["place"],
@@ -256,8 +298,28 @@ def test_killed_at_any_point(place, calls, step, monkeypatch):
     assert status == 0 and partly > 2
 
 
-def test_postgres_alone(postgres):
-    """A dry run makes no table, a replaced row is new, nothing is left of what was restored."""
+def test_qdrant_alone(tmp_path):
+    """Marks stay when payloads go, and are found by an alias; a replaced vector is new."""
+    place = qdrant(tmp_path, "cosine")
+    place[2]()
+    change(place, CAT, True)
+    library = pytest.importorskip("qdrant_client")
+    to = library.models.CreateAlias(collection_name="c", alias_name="d")
+    with closing(library.QdrantClient(path=str(tmp_path / "q"))) as client:
+        client.overwrite_payload("c", {"k": KEYS[0]}, KEYS[:1])
+        new = library.models.PointVectors(id=KEYS[3], vector=VECTORS[3].tolist())
+        client.update_vectors("c", [new])
+        client.update_collection_aliases([library.models.CreateAliasOperation(create_alias=to)])
+    assert change(place, CAT, True, collection="d").changed == 1
+    assert np.allclose(place[3](), HIDDEN, atol=1e-6)
+    change(place, CAT, False)
+    with closing(library.QdrantClient(path=str(tmp_path / "q"))) as client:
+        assert [x.name for x in client.get_collections().collections] == ["c"]
+
+
+def test_postgres_alone(postgres, monkeypatch):
+    """A dry run needs no more than to read; a vector is known wherever it went, and another is new;
+    rows are locked; what cannot be changed is refused before anything is."""
     import psycopg
 
     place = pgvector(postgres, "vector")
@@ -265,40 +327,70 @@ def test_postgres_alone(postgres):
     with psycopg.connect(postgres, autocommit=True) as connection:
 
         def ask(text: str, *values) -> object:
-            return connection.execute(text, values).fetchone()[0]
+            cursor = connection.execute(text, values or None)
+            return cursor.fetchone()[0] if cursor.description else None
 
-        change(place, CAT, True, dry_run=True)
+        def refused(words: str, **options) -> None:
+            with pytest.raises(ProblemError, match=words):
+                change(place, CAT, True, **options)
+
+        ask('CREATE ROLE reader LOGIN; GRANT SELECT ON "Smart search" TO reader')
+        reader = (postgres.replace("postgres@", "reader@"), *place[1:])
+        assert change(reader, CAT, True, dry_run=True).changed == N
         assert ask("SELECT to_regclass(%s)", MARK) is None
-        change(place, CAT, True)
-        new = 'UPDATE "Smart search" SET "Vector" = %s WHERE "assetId" = %s RETURNING 1'
-        ask(new, str(VECTORS[3].tolist()), IDS[4])
+        vector = VECTORS[3].tolist()
+        new = f"""SET lock_timeout = '50ms'; UPDATE "Smart search" SET "Vector" = '{vector}'
+            WHERE "assetId" = '{IDS[4]}'"""
+
+        def meanwhile(self, vectors, hidden, call=Pass.__call__):
+            if self.rows == 0:
+                with pytest.raises(psycopg.errors.LockNotAvailable):
+                    ask(new)
+            return call(self, vectors, hidden)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pass, "__call__", meanwhile)
+            change(place, CAT, True)
+        ask(new)
         assert change(place, CAT, True).changed == 1
         assert np.allclose(place[3](), HIDDEN, atol=1e-6)
-        change(place, CAT, False)
-        assert ask(f"SELECT count(*) FROM {MARK}") == 0
-        with pytest.raises(ProblemError, match="no key"):
-            change(place, CAT, True, id="k")
-        ask("SELECT pg_advisory_lock(hashtext('public.Smart search.Vector'))")
-        with pytest.raises(ProblemError, match="another run"):
-            change(place, CAT, True)
+        ask("""CREATE TABLE "50%s" AS SELECT row_number() OVER () n, "Vector"::halfvec "v%"
+            FROM "Smart search"; DROP TABLE IF EXISTS odd; CREATE TABLE odd (n int, v vector)""")
+        copy = {"table": '"50%s"', "column": "v%", "key": "n"}
+        assert change(place, CAT, True, **copy).changed == 0
+        assert change(place, CAT, False, **copy).changed == N
+        assert change(place, CAT, True, **copy).changed == N
+        ask("INSERT INTO odd VALUES (1, %s), (2, %s)", str([0.25] * 15), str([0.25] * 17))
+        refused("2 vectors are not of 16", table="odd", column="v", key="n")
+        refused("no key", key="k")
+        ask("""CREATE FUNCTION old() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END';
+            CREATE TRIGGER old BEFORE UPDATE ON "Smart search" FOR EACH ROW
+            EXECUTE FUNCTION old()""")
+        with pytest.raises(ProblemError, match="a trigger"):
+            change(place, CAT, False)
+        ask("SELECT pg_advisory_lock(hashtext(%s))", MARK)
+        refused("another run")
 
 
 OUT = {"out": "c.index"}
-TABLE = {"table": "pg_am", "column": "oid", "id": "oid"}
+TABLE = {"table": "pg_am", "column": "oid", "key": "oid"}
 
 
 @pytest.mark.parametrize(
     ("store", "options", "words"),
     [
         ("a.txt", {}, "unknown kind of store"),
-        ("a.npy", OUT, "No such file"),
+        ("a.npy", {"out": "c.npy"}, "No such file"),
+        ("b.npy", OUT, ".npy as this one is"),
         ("HNSW8", OUT, "IndexHNSWFlat"),
         ("PQ4x4", OUT, "IndexPQ"),
+        ("L1", OUT, "IndexFlat"),
+        ("big.npy", {"out": "c.npy"}, "not .* of >f4"),
         ("b.npy", {}, "--out"),
-        ("b.npy", {"table": "a"}, "options of a .npy.*table"),
-        ("b.npy", OUT, "must hold"),
+        ("b.npy", {"table": "a"}, "takes no --table"),
+        ("b.npy", {"out": "c.npy"}, "must hold"),
         ("qdrant:nowhere", {"collection": "c"}, "neither a folder"),
-        ("qdrant:nowhere", {}, "collection"),
+        ("qdrant:nowhere", {}, "needs --collection"),
         ("postgres", TABLE | {"table": "b"}, "no column oid"),
         ("postgres", TABLE, "no column oid of vector"),
     ],
@@ -306,7 +398,8 @@ TABLE = {"table": "pg_am", "column": "oid", "id": "oid"}
 def test_what_is_refused(tmp_path, monkeypatch, request, store, options, words):
     monkeypatch.chdir(tmp_path)
     np.save("b.npy", VECTORS[0])
-    if store in ("HNSW8", "PQ4x4"):
+    np.save("big.npy", VECTORS.astype(">f4"))
+    if store in ("HNSW8", "PQ4x4", "L1"):
         store = write_file(tmp_path, store)
     if store == "postgres":
         store = request.getfixturevalue("postgres")
@@ -321,12 +414,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     write_file(tmp_path, "npy")
     save_adapter(CAT, "cat.safetensors")
     hide = ["index", "hide", "cat.safetensors", "a.npy", "--quiet"]
-    assert cli([*hide, "--dry-run"]) == 0
+    assert cli([*hide, "--dry-run"]) == 0 and len(os.listdir()) == 2
     said = capsys.readouterr().out
     assert (
         f"a.npy: {N} vectors, {N} would be hidden; checksum before " in said
         and "condition 2.36" in said
     )
+    assert cli([*hide, "--base", "b.pt"]) == 2 and "needs no" in capsys.readouterr().err
     assert cli([*hide, "--out", "b.npy"]) == 0
     assert np.allclose(np.load("b.npy"), HIDDEN)
     restore = ["index", "restore", "cat.safetensors", "b.npy", "--out", "c.npy", "--quiet"]

@@ -204,8 +204,10 @@ class IndexEdit:
 def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Tensor, Tensor | None]:
     """W (w, d) and the bias (d,) of what an adapter changes: of the checkpoint `base`, a file or
     folder; the identity and None for an adapter of embeddings. ProblemError if `base` is missing,
-    or is not what the adapter was made for."""
-    if adapter.of_embeddings and base is None:
+    not needed, or not what the adapter was made for."""
+    if adapter.of_embeddings:
+        if base is not None:
+            raise ProblemError("an adapter of embeddings needs no checkpoint (--base)")
         return torch.eye(adapter.right.shape[1]), None
     if base is None:
         raise ProblemError("this adapter changes a text projection: name its checkpoint (--base)")
