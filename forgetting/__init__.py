@@ -24,6 +24,7 @@ _MODULES = {
     "forgotten": ("Forgotten",),
     "api": ("forget",),
     "models.text_embeddings": ("TextEmbeddings",),
+    "flag": ("none_of_these",),
     "deploy.embeddings": ("hide_in_index", "restore_index"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

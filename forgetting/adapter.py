@@ -14,6 +14,7 @@ from forgetting.errors import ProblemError, shown
 from forgetting.io import FLOATS, foreign, matrix, naming, pack, raw, tensor, unpack, write_bytes
 
 FORMAT = "clip-forget-adapter/4"
+ADAPTER = "adapter.safetensors"  # in a folder that is shared
 
 Excluded = tuple[str, str, int]  # a retained name: its group, the name, and which of its prompts
 
@@ -151,8 +152,9 @@ def adapter_bytes(adapter: Adapter) -> bytes:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter, which is as it was written. ProblemError for another file, an older format,
-    or one that is damaged or was changed."""
+    """Read an adapter, which is as it was written, or that of a folder of `save_pretrained`.
+    ProblemError for another file, an older format, or one that is damaged or was changed."""
+    path = path / ADAPTER if (path := Path(path)).is_dir() else path
     fields, tensors = unpack(path, FORMAT)
     with naming(path), foreign("an adapter that does not fit together"):
         if (model := fields["model"]) is not None:

@@ -38,8 +38,8 @@ Vectors = Tensor | np.ndarray
 
 def flag(
     vectors: Vectors,
-    text: Tensor,
-    vocabulary: Tensor,
+    text: Vectors,
+    vocabulary: Vectors,
     false_alarms: float = 0.005,
     reference: Vectors | None = None,
     scale: float = SCALE,
@@ -65,8 +65,8 @@ def flag(
 
 def none_of_these(
     vectors: Vectors,
-    texts: Sequence[Tensor] | Tensor,
-    vocabulary: Tensor,
+    texts: Sequence[Vectors] | Vectors,
+    vocabulary: Vectors,
     false_alarms: float = 0.005,
     reference: Vectors | None = None,
     scale: float = SCALE,
@@ -77,7 +77,7 @@ def none_of_these(
     number("scale", scale, above=0.0)
     if number("false_alarms", false_alarms, above=0.0) >= 1:
         raise ProblemError(f"false_alarms must be a share of images below 1, not {false_alarms}")
-    names = normalize(matrix("vocabulary", vocabulary).cpu().float(), dim=1)
+    names = _unit("vocabulary", vocabulary)
     if not len(texts) or not len(names):
         raise ProblemError("there must be a text, and a vocabulary of common names beside it")
     known = vectors if reference is None else reference
@@ -85,18 +85,15 @@ def none_of_these(
     common_known = common if reference is None else _agreement(reference, names, scale)
     shares, crowd = torch.ones(len(vectors), dtype=torch.float64), 0.0
     for text in texts:
-        words = text[None] if isinstance(text, Tensor) and text.ndim == 1 else text
-        words = normalize(matrix("text", words, names.shape[1]).cpu().float(), dim=1)
+        words = _unit("text", text[None] if text.ndim == 1 else text, names.shape[1])
         others = _agreement(known, words, scale) - common_known
         share = _share(_agreement(vectors, words, scale) - common, others)
         shares = torch.minimum(shares, len(texts) * share)
         crowd = max(crowd, float((others > CUT).sum()) / max(1, len(others)))
-    if len(others) < max(FEW, 1 / false_alarms) or crowd > MANY:
-        warnings.warn(
-            f"the rate may not hold: {len(others)} images, {crowd:.0%} of which look like what is "
-            "named, tell little of other things (reference= takes other images)",
-            stacklevel=2,
-        )
+    few = len(others) < max(FEW, 1 / false_alarms)
+    if few or crowd > MANY:
+        why = f"{len(others)} images are few" if few else f"{crowd:.0%} look like what is named"
+        warnings.warn(f"the rate may not hold: {why} (reference= takes others)", stacklevel=2)
     return shares, shares > false_alarms
 
 
@@ -116,12 +113,16 @@ def _share(scores: Tensor, others: Tensor) -> Tensor:
     return 0.2 * torch.exp((low - scores) / fall)
 
 
+def _unit(name: str, rows: Vectors, d: int | None = None) -> Tensor:
+    """Rows (n, d) of unit length, float32, on the CPU."""
+    rows = torch.tensor(rows) if isinstance(rows, np.ndarray) else rows
+    return normalize(matrix(name, rows, d).cpu().float(), dim=1)
+
+
 def _agreement(vectors: Vectors, names: Tensor, scale: float) -> Tensor:
     """log of the mean of exp(scale cos) over unit-norm names (m, d), of each vector, (n,)."""
     found = torch.empty(len(vectors), dtype=torch.float64)
     for start in range(0, len(vectors), ROWS):
-        block = vectors[start : start + ROWS]
-        block = torch.tensor(block) if isinstance(block, np.ndarray) else block
-        block = normalize(matrix("vectors", block, names.shape[1]).cpu().float(), dim=1)
+        block = _unit("vectors", vectors[start : start + ROWS], names.shape[1])
         found[start : start + ROWS] = torch.logsumexp(scale * block @ names.T, dim=1)
     return found - math.log(len(names))

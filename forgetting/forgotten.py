@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import Adapter, adapter_bytes, load_adapter, projection_sha256, save_adapter
+from forgetting.adapter import (
+    ADAPTER,
+    Adapter,
+    adapter_bytes,
+    load_adapter,
+    projection_sha256,
+    save_adapter,
+)
 from forgetting.deploy.card import CARD, HUB_ID, Base, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.flag import SCALE, Vectors, none_of_these
-from forgetting.io import atomic_path, foreign, need, refuse_outside
+from forgetting.io import atomic_path, foreign, need, refuse_existing, refuse_outside, write_bytes
 from forgetting.models.encoder import Encoder
 from forgetting.models.identity import (
     changed_sha256,
@@ -31,7 +38,6 @@ from forgetting.models.vocabulary import CACHE, generic_hidden
 from forgetting.retain import key
 from forgetting.solvers.certificate import Certificate
 
-ADAPTER = "adapter.safetensors"  # in a folder to share
 HUB_PACKAGE = "huggingface_hub", "clip-forgetting[hub]"
 EMBEDDINGS = (
     "this adapter is of embeddings: it changes no model, but an index of images (hide_in_index, "
@@ -153,8 +159,11 @@ class Forgotten:
         return 1 - shares, ~none
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the adapter; see `forgetting.save_adapter`."""
+        """Write the adapter, and its model card beside it (`PATH.md`): see `save_adapter`."""
+        card = f"{path}.md"
+        refuse_existing(card, overwrite)
         save_adapter(self.adapter, path, overwrite)
+        write_bytes(self._shared(None)[CARD], card, overwrite)
 
     @classmethod
     def load(

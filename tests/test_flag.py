@@ -61,7 +61,7 @@ def test_few_vectors_and_what_tells_instead_of_them():
         assert flag(torch.cat([one, OTHERS[:1]]), CAT, NAMES)[1].tolist() == [True, False]
     with pytest.warns(UserWarning, match=FEW):
         assert [len(x) for x in flag(one[:0], CAT, NAMES)] == [0, 0]
-    with pytest.warns(UserWarning, match="3.% of which"):
+    with pytest.warns(UserWarning, match="3.% look like"):
         flag(torch.cat([images(300, CAT), OTHERS[:700]]), CAT, NAMES)
     with pytest.warns(UserWarning, match="2000 images"):
         flag(OTHERS, CAT, NAMES, 1 / 2001)

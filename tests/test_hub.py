@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from forgetting import Forgotten, TextEmbeddings, forget
+from forgetting import Forgotten, TextEmbeddings, forget, load_adapter
 from forgetting.cli import main
 from forgetting.deploy.card import Base, model_card
 from forgetting.deploy.export import export
@@ -72,6 +72,11 @@ def test_exported_folders_have_cards(acme, tmp_path):
     base, _, words, answer = acme
     peft = pytest.importorskip("peft")
     answer.save(tmp_path / "a.safetensors")
+    assert "`Acme Cola`" in (tmp_path / "a.safetensors.md").read_text("utf-8")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ProblemError, match=r"a\.safetensors\.md exists"):
+        answer.save(tmp_path / "a.safetensors")
+    answer.save(tmp_path / "a.safetensors", overwrite=True)
     argv = ["export", str(tmp_path / "a.safetensors"), "--overwrite", "--base"]
     for to, relation in (("hf", "finetune"), ("peft", "adapter")):
         out = tmp_path / to
@@ -99,6 +104,7 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
     _, new, _, answer = acme
     folder = tmp_path / "share"
     answer.save_pretrained(folder)
+    assert load_adapter(folder).classes == answer.names
     assert sorted(x.name for x in folder.iterdir()) == ["README.md", "adapter.safetensors"]
     assert head_of(folder)["base_model"] == "me/my-clip"
     with pytest.raises(ProblemError, match="exists and is not overwritten"):

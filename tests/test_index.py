@@ -129,6 +129,8 @@ def test_what_cannot_be_restored_is_refused(texts):
 
 
 def test_vectors_that_are_none_are_refused(answer):
+    with pytest.raises(ProblemError, match=r"answer\.adapter"):
+        hide_in_index(random(3, D), answer)
     good = normalize(random(3, D), dim=1)
     nothing = good.clone()
     nothing[1] = 0

@@ -210,7 +210,10 @@ def projection_of(adapter: Adapter, base: str | Path | None = None) -> tuple[Ten
             raise ProblemError("an adapter of embeddings needs no checkpoint (--base)")
         return torch.eye(adapter.right.shape[1]), None
     if base is None:
-        raise ProblemError("this adapter changes a text projection: name its checkpoint (--base)")
+        raise ProblemError(
+            "this adapter changes a text projection: name its checkpoint (--base); or for an index "
+            "make one of embeddings (clip-forget forget --embeddings)"
+        )
     return read_projection(base, adapter)
 
 
@@ -222,6 +225,8 @@ def index_edit(
     ProblemError for a W that is missing, another or without full row rank; for a bias b, which adds
     -b W^+ Delta y^T to the scores of an image y, as no vector can; and for an M nearly singular.
     """
+    if not isinstance(adapter, Adapter):
+        raise ProblemError(f"an adapter (answer.adapter), not {shown(adapter)}")
     left, right = adapter.left.double().cpu(), adapter.right.double().cpu()
     limit, instead = RESTORABLE, "choose another target or beta"
     if not adapter.of_embeddings:
