@@ -86,6 +86,8 @@ def forget(
         settings = ExactSettings(**INDEX) if for_index else ExactSettings()
     if not isinstance(settings, ExactSettings):
         raise ProblemError(f"settings must be ExactSettings, not {shown(settings)}")
+    if not isinstance(generic, bool):
+        raise ProblemError(f"generic must be True or False, not {shown(generic)}")
     for name in changes:
         if name not in vars(settings):
             raise unknown("setting of forget()", name, vars(settings))
@@ -93,7 +95,8 @@ def forget(
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
     settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)
-    call = _Call(encoder, settings, names, also or {}, retain or (), templates, protect)
+    also, retain = {} if also is None else also, () if retain is None else retain
+    call = _Call(encoder, settings, names, also, retain, templates, protect)
     if settings.generic > 0:
         call.common = generic_hidden(encoder, cache, progress)
     with _one_thread():
