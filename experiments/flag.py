@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser = index_parser("flag", __doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=SCALE, help="half of the logit scale")
     args = parser.parse_args(argv)
-    table = table_of("flag", args, partial(rows_of, scale=args.scale), words=False)
+    table = table_of("flag", args, partial(rows_of, scale=args.scale))
     groups = table.drop(columns="class").groupby(["images", "data set"], sort=False)
     worst = [groups[k].agg("min" if "caught" in k else "max") for k in table.columns[3:]]
     worst = pd.concat(worst, axis=1)

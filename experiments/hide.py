@@ -306,12 +306,10 @@ def report(table: pd.DataFrame) -> None:
         print(f"\n{title}\n{part.to_string(float_format='{:.2f}'.format, na_rep='-')}")
 
 
-def mini(words: bool) -> Index:
-    """The four sets of the embedded model; `words`: with other words for their classes."""
+def mini() -> Index:
+    """The four sets of the embedded model, with other words for their classes."""
     source = ClipSource("mini")
-    bundles = {name: build_bundle(name, source, "data") for name in MINI}
-    if words:
-        bundles = {name: with_audit(bundle, source) for name, bundle in bundles.items()}
+    bundles = {name: with_audit(build_bundle(name, source, "data"), source) for name in MINI}
     return Index(bundles, FeatureCache(source).texts)
 
 
@@ -328,12 +326,12 @@ def index_parser(name: str, description: str) -> Parser:
     return parser
 
 
-def table_of(name: str, args: Namespace, rows_of: Callable, words: bool) -> pd.DataFrame:
+def table_of(name: str, args: Namespace, rows_of: Callable) -> pd.DataFrame:
     """What `rows_of` yields for some classes of each set of an index, also written to NAME.csv."""
     if args.features:
         index = Index(load_bundles(args.features, args.backbone, args.dataset))
     else:
-        index = mini(words)
+        index = mini()
     rows = []
     for dataset in args.dataset or index.bundles:
         names = index.bundles[dataset].classnames
@@ -379,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw a search of mini instead")
     args = parser.parse_args(argv)
     if args.draw:
-        return draw(mini(words=False), args.draw)
-    table = table_of("hide", args, rows_of, words=True)
+        return draw(mini(), args.draw)
+    table = table_of("hide", args, rows_of)
     report(table)
     return table
