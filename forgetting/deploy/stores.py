@@ -141,10 +141,10 @@ def change_store(
         raise unknown("kind of store", store, STORES)
     given = {option: value for option, value in options.items() if value}
     takes = list(signature(STORES[kind]).parameters.values())[2:]
-    for option in given.keys() - {x.name for x in takes}:
-        raise ProblemError(f"a store {kind} takes no --{option}")
-    for option in [x.name for x in takes if x.default is x.empty and x.name not in given]:
+    for option in sorted({x.name for x in takes if x.default is x.empty} - given.keys()):
         raise ProblemError(f"a store {kind} needs --{option}")
+    for option in sorted(given.keys() - {x.name for x in takes}):
+        raise ProblemError(f"a store {kind} takes no --{option}")
     factors = {"left": adapter.left.float(), "right": adapter.right.float()}
     mark = digest({"projection": adapter.projection_sha256}, factors)[:32]
     mark += "" if normalised else "-unnormalised"
@@ -205,9 +205,9 @@ def _npy(path: str, run: Pass, out: str | None = None, overwrite: bool = False) 
     with _new_file(path, run, out, overwrite) as temporary, open(temporary, "wb") as file:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != 2 or array.dtype not in ARRAYS:
+            found = f"{array.shape} of {array.dtype.str}"
             raise ProblemError(
-                f"{line(path)} must hold (n, d) of 16, 32 or 64 bits in this machine's order, not "
-                f"{array.shape} of {array.dtype.str}"
+                f"{line(path)} must hold (n, d) of this machine's floats, not {found}"
             )
         header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
