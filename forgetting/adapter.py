@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def adapter_bytes(adapter: Adapter) -> bytes:
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter, which is as it was written, or that of a folder of `save_pretrained`.
     ProblemError for another file, an older format, or one that is damaged or was changed."""
-    path = path / ADAPTER if (path := Path(path)).is_dir() else path
+    path = Path(path, ADAPTER) if os.path.isdir(path) else path  # which no odd name stops
     fields, tensors = unpack(path, FORMAT)
     with naming(path), foreign("an adapter that does not fit together"):
         if (model := fields["model"]) is not None:
