@@ -168,7 +168,8 @@ def qdrant(folder: Path, kind: str) -> Place:
 
     def fill() -> None:
         with closing(client.QdrantClient(path=place)) as store:
-            store.delete_collection("c")
+            for old in store.get_collections().collections:  # with its marks
+                store.delete_collection(old.name)
             store.create_collection("c", {"v": one, "w": one} if named else one)
             vectors = [{"v": v, "w": v} if named else v for v in VECTORS.tolist()]
             pairs = list(zip(KEYS, vectors, strict=True))
@@ -273,7 +274,7 @@ def test_databases(place, request):
 @pytest.mark.parametrize(
     ("place", "calls", "step"),
     [
-        ("cosine", ["qdrant_client.local.persistence:CollectionPersistence.persist"], 11),
+        ("cosine", ["qdrant_client.local.persistence:CollectionPersistence.persist"], 7),
         ("vector", ["psycopg:Connection.execute", "psycopg:Connection.commit"], 1),
     ],
     indirect=["place"],

@@ -80,7 +80,8 @@ class Pass:
         if self.normalised:
             wide = np.promote_types(vectors.dtype, np.float32)
             sizes = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=wide))
-            self.length = max(self.length, np.abs(sizes[sizes > 0] - 1).max(initial=0))
+            far = np.abs(sizes[sizes > 0] - 1).max(initial=0)
+            self.length = max(self.length, float(far))
         rows, made = np.flatnonzero(hidden != self.hide), vectors
         with naming(f"{self.where}, after row {self.rows}"):
             if len(rows) == len(vectors):
