@@ -3,8 +3,6 @@
 Everything stays on this machine: one address, no telemetry, nothing loaded from elsewhere.
 """
 
-from __future__ import annotations
-
 import html
 import os
 import shutil

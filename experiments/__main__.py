@@ -1,7 +1,5 @@
 """python -m experiments NAME ...: what was found out. Without a name: the list of names."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 

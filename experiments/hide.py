@@ -8,8 +8,6 @@ those of the embedded `mini`; --draw shows one broad search of theirs. What each
 in stands in broader.yaml. docs/search.md has the table, and `measure` says what its columns are.
 """
 
-from __future__ import annotations
-
 import random
 import warnings
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """What is stored of forgotten classes: one low-rank change, what it belongs to, and its recipe."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import asdict, dataclass, field

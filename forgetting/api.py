@@ -7,8 +7,6 @@
 The method is that of the trainer ForgetExact: see `forgetting.context`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace

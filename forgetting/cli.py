@@ -7,8 +7,6 @@ In a clone `python -m forgetting` is the same. What a command computes with is i
 runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -10,8 +10,6 @@ are put beside them, and an exponential tail goes through their 80 and 95 % poin
 were fitted to OpenAI's ViT-B/32; docs/search.md has what was measured.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

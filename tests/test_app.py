@@ -1,7 +1,5 @@
 """The app in a real browser: names go and return, and no other machine is contacted."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from importlib.util import find_spec

@@ -1,8 +1,6 @@
 """The baselines: does each do what its nature says, and nothing else? Then their closed forms and
 ascent by planted answers, without a trainer."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,8 +1,6 @@
 """engine/config: settings as dataclass fields, the layers of a run's config, and YAML as it is
 read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

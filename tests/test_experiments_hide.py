@@ -1,7 +1,5 @@
 """What still finds a hidden class: on small bundles, by the command line."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every format is loaded back by its own library and gives the texts that `W + Delta` gives."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import replace

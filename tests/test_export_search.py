@@ -1,7 +1,5 @@
 """What search engines run: SentenceTransformer's CLIP, large ONNX files, immich's models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

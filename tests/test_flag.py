@@ -1,7 +1,5 @@
 """A flag from names alone: the rate that is asked for, and nothing taken from the encoder."""
 
-from __future__ import annotations
-
 import math
 from unittest import mock
 

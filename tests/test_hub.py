@@ -1,7 +1,5 @@
 """Adapters and exported models as people share them: folders, repositories and their cards."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """An index of images in which names are hidden: for every text the scores of the text edit."""
 
-from __future__ import annotations
-
 import re
 import zlib
 

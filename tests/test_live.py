@@ -1,7 +1,5 @@
 """What the app shows, without a browser: names go and return, forecasts, uploads, any model."""
 
-from __future__ import annotations
-
 import base64
 import io
 import subprocess

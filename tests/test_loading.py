@@ -1,7 +1,5 @@
 """The loader of models: every form is read, nothing foreign is run, what is refused is one line."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """Patched embeddings are those that the changed projection gives, to the error that is reported."""
 
-from __future__ import annotations
-
 import math
 import os
 

@@ -1,7 +1,5 @@
 """Images are hidden where their vectors are, in the real stores, killed at any point; restored."""
 
-from __future__ import annotations
-
 import json
 import os
 import pkgutil

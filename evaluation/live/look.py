@@ -4,8 +4,6 @@ Nothing is written to the model: what is shown are its embeddings under the chan
 solved from the original, so that restoring one name is solving again without it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

@@ -5,8 +5,6 @@ in half precision), and every other tensor is what it was, to the bit. A folder 
 README.md, in the place of the base's own.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

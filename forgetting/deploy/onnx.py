@@ -1,8 +1,6 @@
 """The projection inside of somebody's `.onnx` file. One of more than 2 GB keeps its weights beside
 it, as external data: so does the changed one, in OUT.data, and they are never all in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path

@@ -7,8 +7,6 @@ this vector. So it is written before what it is about, or with it; one that is t
 is about nothing, and a run that was killed is continued by running it again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib

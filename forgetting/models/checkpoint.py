@@ -1,8 +1,6 @@
 """Checkpoints of any tool as plain tensors, and the text projection in them, found by its value: it
 has many names and two orientations, (w, d), and (d, w) in a torch.nn.Linear."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

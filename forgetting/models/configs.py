@@ -1,8 +1,6 @@
 """Configurations of models, which somebody wrote. Only what describes a model reaches the library
 that builds it: no key that names code, no part that would be fetched, no number without bounds."""
 
-from __future__ import annotations
-
 import re
 from importlib.util import find_spec
 from pathlib import Path

@@ -6,8 +6,6 @@ whenever texts are read. They are sorted by length and read without the padding 
 where a few texts show that this changes no hidden state (by a mask over it, or a causal one).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Which model an adapter belongs to: the projection in it, the rest of it, and what was applied."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ read by `forgetting.models.checkpoint` alone, and only what a configuration may 
 shape reaches the library that builds it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a module holds: its tensors by name, and their hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

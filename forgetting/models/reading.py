@@ -1,8 +1,6 @@
 """One forward pass of a model's text side, in which its last product with a parameter is noted.
 No model library is imported."""
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Its weights are a pickle in which modules are named by their class and tensors b
 numbers are. Both are read as data: a module becomes an empty object, no other name is looked up.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from typing import Any

@@ -1,8 +1,6 @@
 """The generic vocabulary: common names that are retained whatever somebody forgets. Their hidden
 states are kept in a folder of files and in this process."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress
