@@ -367,7 +367,9 @@ def test_postgres_alone(postgres, monkeypatch):
         assert change(place, CAT, True).changed == 1
         assert np.allclose(place[3](), HIDDEN, atol=1e-6)
         ask("""CREATE TABLE "50%s" AS SELECT row_number() OVER () n, "Vector"::halfvec "v%"
-            FROM "Smart search"; DROP TABLE IF EXISTS odd; CREATE TABLE odd (n int, v vector)""")
+            FROM "Smart search"; CREATE TABLE odd (n int, v vector);
+            CREATE SCHEMA other; CREATE VIEW other.seen AS TABLE "Smart search" """)
+        assert change(place, CAT, True, table="other.seen").changed == 0
         copy = {"table": '"50%s"', "column": "v%", "key": "n"}
         assert change(place, CAT, True, **copy).changed == 0
         assert change(place, CAT, False, **copy).changed == N
