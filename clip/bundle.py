@@ -207,9 +207,8 @@ def load_bundle(folder: str | Path, backbone: str, dataset: str) -> FeatureBundl
     """Load one bundle of a folder by its names; ProblemError if there is none, or if the file is of
     another backbone or data set than its place says."""
     bundles = list_bundles(folder, backbone)
-    there = ", ".join(bundles)
     message = f"no feature bundle of {dataset!r} for {backbone} in {folder}; data sets there: "
-    _require(dataset in bundles, message + there)
+    _require(dataset in bundles, message + ", ".join(bundles))
     bundle = FeatureBundle.load(bundles[dataset])
     for key, wanted in (("backbone", backbone), ("dataset", dataset)):
         found = getattr(bundle, key)

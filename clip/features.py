@@ -14,6 +14,7 @@ import torch
 
 import datasets
 from clip.architectures import architecture, identity
+from clip.audit_texts import with_audit
 from clip.bundle import AUDIT_HIDDEN, FeatureBundle, bundle_path
 from clip.cache import FeatureCache
 from clip.source import ClipSource
@@ -26,28 +27,19 @@ from forgetting.io import refuse_existing
 
 SPLIT = "test"
 BARE = "{}"  # the template of the texts to forget and to retain
-EMPTY_PROMPT = ""
 
 
 def build_bundle(
-    dataset: str,
+    dataset: str,  # of `datasets.SETS`; any other name for images of one's own
     source: ClipSource,
-    root: str | Path,
-    template: str | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    own: str = "",
-    how: LauncherSettings | None = None,
+    root: str | Path,  # holds the images of the sets of the table
+    template: str | None = None,  # the evaluation prompt with one `{}`; None: the set's own
+    batch_size: int | None = None,  # images encoded at once; None: 32 on a CPU, 256 on a GPU
+    workers: int | None = None,  # processes that load images; None: see `loaders`
+    own: str = "",  # images of one's own, a folder or a CSV file (see `datasets.spec`)
+    how: LauncherSettings | None = None,  # where images are encoded; None: here
 ) -> FeatureBundle:
     """Encode a data set's test images and texts, or read what the source's cache has of them.
-
-    Args:
-        dataset: name in `datasets.SETS`; `root` holds its images. Any other name for images of
-            one's `own`, a folder or a CSV file (see `datasets.spec`).
-        template: the evaluation prompt with one `{}`; None for the data set's own.
-        batch_size: images that are encoded at once; None: 32 on a CPU, 256 on a GPU.
-        workers: processes that load images; None: see `loaders`.
-        how: where images are encoded; None: here.
 
     Class names keep the data set's spelling in `classnames`; in texts underscores are spaces.
     Raises ProblemError for an unknown name, missing or broken images, or weights that do not fit.
@@ -76,7 +68,7 @@ def build_bundle(
         class_hidden=stored.texts([template.replace(BARE, name) for name in names]),
         forget_hidden=stored.texts(names),
         retain_hidden=stored.texts(retain_names),
-        neutral_hidden=stored.texts([EMPTY_PROMPT]),
+        neutral_hidden=stored.texts([""]),
         text_projection=projection,
         text_bias=bias,
         backbone=source.arch,
@@ -100,8 +92,6 @@ def loaders(device: torch.device) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of this stage alone."""
-    from clip.audit_texts import with_audit
-
     parser = Parser(prog="python -m clip.features", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="DATASET", help="data set, for example StanfordDogs")
     parser.add_argument("arch", metavar="ARCH", help="architecture, for example ViT-B/16")

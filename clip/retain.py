@@ -26,21 +26,14 @@ Names = tuple[list[str], Tensor]  # names, and their hidden states (n, w)
 def retain_set(
     bundle: FeatureBundle,
     others: Sequence[FeatureBundle],
-    weights: Mapping[str, float | None],
-    similarity: float,
+    weights: Mapping[str, float | None],  # of the retained groups; None: each name weighs 1
+    similarity: float,  # cosine of hidden states above which a name is excluded with a text
     device: torch.device | str = "cpu",
-    more: Mapping[str, Names] | None = None,
+    more: Mapping[str, Names] | None = None,  # names of no bundle: `protect` and `generic`
     prompts: bool = False,
 ) -> RetainSet:
-    """The retained names of a set: its own classes, its vocabulary, the other sets' classes.
-
-    Args:
-        weights: of the groups that are retained; None: each name weighs 1.
-        similarity: cosine of hidden states above which a name is excluded with a forgotten text.
-        more: names that no bundle holds: `protect` and `generic`.
-        prompts: whether a class is retained by its evaluation prompt, by which images find it, as
-            well as by its bare name.
-    """
+    """The retained names of a set: its own classes, its vocabulary, the other sets' classes. With
+    `prompts` a class is retained by its evaluation prompt too, by which images find it."""
 
     def classes(*bundles: FeatureBundle) -> Names:
         names = [datasets.clean_name(name) for each in bundles for name in each.classnames]
@@ -73,19 +66,15 @@ def retain_set(
 def exact_context(
     settings: ExactSettings,
     bundle: FeatureBundle,
-    others: Sequence[FeatureBundle] = (),
+    others: Sequence[FeatureBundle] = (),  # of other sets, whose names are listed
     device: torch.device | str = "cpu",
-    more: Mapping[str, Names] | None = None,
-    text: Tensor | None = None,
+    more: Mapping[str, Names] | None = None,  # see `retain_set`
+    text: Tensor | None = None,  # (1, w), hidden state of the TEXT of a target `text:TEXT`
 ) -> ForgetContext:
     """What classes of a bundle are forgotten in.
 
     Classes are retained by name and prompt: on real features the rest of the set and other sets
     lose less by it, under templates that nobody listed as well (docs/exact.md).
-
-    Args:
-        others: bundles of other sets, whose names are listed; more: see `retain_set`.
-        text: (1, w), hidden state of the TEXT of a target `text:TEXT`.
     """
     settings, more = settings.chosen(bool(others)), more or {}
     weights = settings.group_weights(bool(others), bool(bundle.retain_names), GENERIC in more)

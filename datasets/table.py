@@ -51,11 +51,8 @@ NAMES: dict[str, str] = {row.torchvision: row.name for row in SETS.values() if r
 
 
 def spec(name: str, images: str = "") -> SetSpec:
-    """The row of a set, by its name or torchvision's.
-
-    Args:
-        images: of one's own, a folder with a folder per class or a CSV of path and class; `name`
-            is then what to call them, like the folder or file if empty.
+    """The row of a set, by its name or torchvision's; or of `images` of one's own, a folder with a
+    folder per class or a CSV of path and class, called `name`, else like the folder or file.
 
     Raises ProblemError: no such set (with the nearest names) or images; a name that no results can
     go by, or that is another set's.

@@ -89,14 +89,10 @@ FRACTION = Kind("a number from 0 to 1", lambda value: value is None or in_range(
 
 
 def check(value: Any, shape: Any, where: str | Path, *path: str | int) -> None:
-    """Raise ProblemError, one line, unless a value of foreign JSON or of a list has a shape.
-
-    Args:
-        shape: a `Kind`; a list of one shape (`[TEXT]`), or of one and `...` for at least one
-            element; `{str: shape}` for an object with any keys; or an object with the keys that are
-            named, where "?" behind a name lets it be missing and other keys hold anything.
-        where: the file; path: the keys that lead to the value in it.
-    """
+    """Raise ProblemError unless a value, at the keys `path` of the file `where`, has a shape: a
+    `Kind`; a list of one shape (`[TEXT]`), or of one and `...` for at least one element;
+    `{str: shape}` for an object with any keys; or an object with the keys that are named, where "?"
+    behind a name lets it be missing and other keys hold anything."""
 
     def refuse(words: str) -> ProblemError:
         keys = line(" / ".join(map(str, path))) or "all of it"

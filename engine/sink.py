@@ -23,13 +23,10 @@ def require(kind: str) -> None:
 
 
 class Sink(ExitStack):
-    """Takes the numbers of a run while it is open."""
+    """Takes the numbers of a run while it is open, in a new file of `folder`. ProblemError if
+    Weights & Biases does not let the run in."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        """`folder`: a new file is written there, and nothing that is there is touched.
-
-        Raises ProblemError if Weights & Biases does not let the run in.
-        """
         super().__init__()
         if kind == "wandb":  # it takes what TensorBoard is given
             folder.mkdir(parents=True, exist_ok=True)

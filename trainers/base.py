@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib import import_module
 from statistics import fmean
 from textwrap import shorten
 from typing import Any
@@ -24,6 +23,7 @@ from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import TERMS, check
 from engine.determinism import one_thread
 from engine.log import logger, progress
+from engine.sink import Sink, require
 from evaluation.results import LOGS, Results, join_label, model_files, place
 from evaluation.rules import Fate, fate
 from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
@@ -81,7 +81,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         nothing is written or encoded."""
         check(cfg)
         if cfg.LOG:
-            import_module("engine.sink").require(cfg.LOG)
+            require(cfg.LOG)
         kind, name = cfg.FORGET.TARGET, type(self).__name__
         if kind and not self.targets:
             raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
@@ -209,8 +209,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         self.results.compile()
         self.sink: Any = nullcontext()
         if self.cfg.LOG:
-            sink = import_module("engine.sink").Sink
-            self.sink = sink(self.cfg.LOG, folder / place(dataset) / SINK)
+            self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
         self.bar = progress(desc=dataset, total=len(pending))
         try:
             with self.sink, self.bar:

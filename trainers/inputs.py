@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 import datasets
 from clip.architectures import identity_sha256
+from clip.audit_texts import audit_rows
 from clip.bundle import FeatureBundle, list_bundles, load_bundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
@@ -297,11 +298,7 @@ class RunInputs:
         without one what the bundle brought for an audit. A text that the model takes for another
         class of the set is left out.
         """
-        brought: dict[str, list] = {}
-        if self.encode is None:
-            from clip.audit_texts import audit_rows
-
-            brought = audit_rows(self.bundle)
+        brought = audit_rows(self.bundle) if self.encode is None else {}
         known: dict[str, dict[str, Tensor]] = {}  # of each class: text -> hidden state
         new: dict[str, list[str]] = {}  # of each class: texts to encode
         for name in dict.fromkeys(name for request in requests for name in request.classes):

@@ -35,17 +35,14 @@ def cases(name: str) -> list[str]:
 def plural(name: str) -> str | None:
     """The plural of a name by the rules of English; None if it is plural already or no word."""
     *front, last = name.split(" ")
-    if not last[-1:].isalnum() or (last.lower() not in IRREGULAR and _is_plural(last)):
+    small = last.lower()
+    is_plural = small in SAME or SAME_ENDING.search(small)
+    is_plural = is_plural and not last[-1:].isupper()  # an abbreviation: "Regal GS"
+    if not last[-1:].isalnum() or (is_plural and small not in IRREGULAR):
         return None
     if head := HEAD.fullmatch(name):
         return _plural(head[1]) + head[2] + head[3]
     return " ".join([*front, _plural(last)])
-
-
-def _is_plural(word: str) -> bool:
-    if word[-1:].isupper():  # an abbreviation: "Regal GS"
-        return False
-    return word.lower() in SAME or bool(SAME_ENDING.search(word.lower()))
 
 
 def _plural(word: str) -> str:
@@ -60,10 +57,8 @@ def _plural(word: str) -> str:
 
 
 def misspellings(name: str) -> list[str]:
-    """Two mistakes: two inner letters swapped in the longest word, one left out in the last one.
-
-    Fewer where no word is long enough. First and last letters of the words stay.
-    """
+    """Two mistakes: two inner letters swapped in the longest word, one left out in the last one;
+    fewer where no word is long enough. First and last letters of the words stay."""
     words = [match for match in re.finditer(r"[^\W\d_]+", name) if len(match[0]) >= SHORTEST]
     if not words:
         return []

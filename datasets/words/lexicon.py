@@ -16,6 +16,7 @@ from typing import NamedTuple
 from datasets.names import clean_name, entries, key
 from datasets.table import SETS
 from datasets.words.cars import car_words
+from datasets.words.wordnet import wordnet_words
 from forgetting.errors import ProblemError
 
 FOLDER = Path(__file__).parent
@@ -35,8 +36,6 @@ NONE = Words([], [], [])
 def words_of(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
     """Other words for a class, committed ones first, without its own name and those of `others`.
     ProblemError if the list of its set cannot be read or is not in the form above."""
-    from datasets.words.wordnet import wordnet_words
-
     words = listed_words(name, dataset, others)
     same, above = wordnet_words(clean_name(name), words.synonyms, words.hypernyms)
     listed = [name, *others, *words.synonyms, *words.hypernyms]

@@ -24,20 +24,14 @@ class Paraphrase(NamedTuple):
 
 def paraphrases(
     name: str,
-    dataset: str | None = None,
-    template: str | None = None,
-    classnames: Iterable[str] = (),
+    dataset: str | None = None,  # None or not of the table: no listed words
+    template: str | None = None,  # the evaluation prompt with one `{}`; None: the set's own
+    classnames: Iterable[str] = (),  # of the set; no word is the name of another class
 ) -> list[Paraphrase]:
     """Other texts for a class, each once, in the order of `KINDS`.
 
     Synonyms, hypernyms, plurals and misspellings come bare and in the evaluation prompt, so that
     they compete with the other classes' prompts on equal terms.
-
-    Args:
-        dataset: the set of the class; None or one that is not in the table: only what follows from
-            the name, and from WordNet where it is installed.
-        template: the evaluation prompt with one `{}`; None for the set's own.
-        classnames: the set's classes; a word that is the name of another class is left out.
     """
     name = clean_name(name)
     template = template or (SETS[dataset].template if dataset in SETS else SetSpec.template)
