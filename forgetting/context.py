@@ -223,9 +223,8 @@ class ForgetContext:
             steps = {i: step for i, answer in enumerate(answers) if (step := self._step(answer))}
             if not steps:
                 break
-            for i, answer in zip(
-                steps, self._solve(*zip(*steps.values(), strict=True)), strict=True
-            ):
+            again = self._solve(*zip(*steps.values(), strict=True))
+            for i, answer in zip(steps, again, strict=True):
                 answers[i] = answer
         return self._with_forecast(answers)
 

@@ -36,16 +36,14 @@ def displacement_ratios(
     excluded: Tensor,
     variant_of: Tensor | None = None,
 ) -> Tensor:
-    """How far each of R requests moves each name of `ridge`, (R, n) float64.
+    """How far each of R requests moves each name of `ridge`, (R, n) float64: `||s D||` in units of
+    the root mean square of the rows of D, for one text `|s|`.
 
     Args:
         hidden: (K, w), the texts of all requests; displacement: `D`, (K, d); owner: (K,) int64, the
             request of each text; excluded: (R, n) bool, the names that are not retained in it.
         variant_of: (n,) int64, the same name in its other prompt; itself where there is none. With
             it each name moves as if it had not been listed. Those that are excluded are not.
-
-    Returns:
-        `||s D||` in units of the root mean square of the rows of D: for one text `|s|`.
     """
     h, ratios = hidden.to(ridge.weights), ridge.weights.new_zeros(excluded.shape)
     rows = ridge.rows.to(ridge.weights)

@@ -206,16 +206,10 @@ class Batch(Sequence[Request]):
 
 
 def equal_sizes(owner: Tensor, excluded: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of requests with the same number of texts, of at most about `most` rows.
-
-    Args:
-        owner: (K,) int64, the request of each text; excluded: (R, n) bool, what each excludes.
-
-    Yields:
-        Requests (B,), by how many names they exclude (less padding), and the rows (B, k) of texts.
-
-    Raises ProblemError: a request without a text.
-    """
+    """Batches of requests with the same number of texts, of at most about `most` rows: requests
+    (B,), by how many names they exclude (less padding), and the rows (B, k) of their texts, from
+    the request of each text, `owner` (K,), and what each excludes, (R, n) bool. ProblemError: a
+    request without a text."""
     count = torch.bincount(owner, minlength=len(excluded))
     if not count.all():
         raise ProblemError("each request needs at least one text")
@@ -230,14 +224,8 @@ def equal_sizes(owner: Tensor, excluded: Tensor, most: int) -> Iterator[tuple[Te
 
 
 def pad_indices(mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that each row of a mask marks, as lists of equal length.
-
-    Args:
-        mask: (B, n) bool; weights: (n,), of the columns.
-
-    Returns:
-        indices (B, n') of columns, and their weights (B, n'), which are 0 where a list is padded.
-    """
+    """The columns that each row of a mask (B, n) marks, as lists of equal length (B, n'), and their
+    weights, of `weights` (n,), which are 0 where a list is padded."""
     row, column = mask.nonzero(as_tuple=True)  # row by row
     count = torch.bincount(row, minlength=len(mask))  # (B,)
     slot = torch.arange(len(column), device=column.device) - (count.cumsum(0) - count)[row]

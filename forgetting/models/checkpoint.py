@@ -168,10 +168,9 @@ def _is_projection(weight: Tensor, adapter: Adapter, original: Tensor | None) ->
         return False
     if not weight.double().abs().max() < 1e30:  # NaN neither
         return False
-    if projection_sha256(weight) == adapter.projection_sha256:
-        return True
-    if original is None:
-        return False
+    is_same = projection_sha256(weight) == adapter.projection_sha256
+    if is_same or original is None:
+        return is_same
     info, exact = torch.finfo(weight.dtype), original.double().cpu()
     slack = exact.abs() * (0.51 * info.eps) + (CLAMPED if info.bits == 16 else 0.0)
     return bool(((weight.double().cpu() - exact).abs() <= slack).all())

@@ -65,7 +65,5 @@ def maybe_transpose(matrix: Tensor, transposed: bool) -> Tensor:
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors start at the same place in memory, as tied weights do."""
-    if a is b:
-        return True
     stored = all(x.layout == torch.strided and x.numel() for x in (a, b))
-    return stored and a.data_ptr() == b.data_ptr()
+    return a is b or (stored and a.data_ptr() == b.data_ptr())

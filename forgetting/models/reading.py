@@ -89,12 +89,8 @@ def run(
 ) -> tuple[Tensor, Product | None]:
     """The features (n, d) of texts, and the product that made them, in evaluation mode. A model
     that is in that mode is not touched. ProblemError if it cannot read the tokens, or uses the
-    parameter more than once.
-
-    Args:
-        weight: the parameter of that product; None: of the last one.
-        context: the number of tokens before padding was left out of `inputs`; 0: none was.
-    """
+    parameter more than once. `weight`: the parameter of that product; None: of the last one.
+    `context`: the number of tokens before padding was left out of `inputs`; 0: none was."""
     parameters = list(tensors(model).values())
     if any(x.is_meta for x in parameters):
         raise ProblemError("weights that are not there (on the device meta): load them first")

@@ -17,7 +17,6 @@ DTYPES = {
     "HalfStorage": torch.float16,
     "LongStorage": torch.int64,
 }
-MASK = "attn_mask"  # the one tensor of OpenAI's models that is no weight
 
 
 class _Module:
@@ -75,7 +74,7 @@ def read_torchscript(archive: ZipFile) -> dict[str, Tensor]:
 
 def _collect(module: _Module, prefix: str, state: dict[str, Tensor]) -> None:
     for name, value in vars(module).items():
-        if isinstance(value, Tensor) and name != MASK:
+        if isinstance(value, Tensor) and name != "attn_mask":  # which is no weight
             state[prefix + name] = value
         elif isinstance(value, _Module):  # one within itself ends in a RecursionError
             _collect(value, f"{prefix}{name}.", state)

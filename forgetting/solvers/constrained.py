@@ -93,15 +93,10 @@ def solve_constrained(
 def solve_constrained_each(
     ridge: Ridge, hidden: Tensor, displacement: Tensor, owner: Tensor, excluded: Tensor
 ) -> list[ConstrainedSolution]:
-    """R requests, each forgotten alone from the same retain set.
-
-    Args:
-        hidden: (K, w), the texts of all requests; displacement: (K, d), `D = P - H W` of each.
-        owner: (K,) int64, the request of each text; each of 0 .. R - 1 has at least one.
-        excluded: (R, n) bool, the names of `ridge` that are not retained in a request.
-
-    Raises ProblemError: shapes that do not fit, or a ridge too small beside an excluded name.
-    """
+    """R requests, each forgotten alone from the same retain set. `hidden`: (K, w), the texts of
+    all; `displacement`: (K, d); `owner`: (K,) int64, the request of each text, each of 0 .. R - 1
+    has at least one; `excluded`: (R, n) bool, the names of `ridge` that are not retained in each.
+    ProblemError: shapes that do not fit, or a ridge too small beside an excluded name."""
     h = matrix("hidden", hidden, len(ridge.gram)).to(ridge.gram)
     all_d = matrix("displacement", displacement, count=len(h)).to(h)
     excluded = mask("excluded", excluded, len(ridge.rows))
@@ -157,12 +152,9 @@ def downdate(h: Tensor, base: Tensor, excluded: Excluded) -> Tensor:
 def request_batches(
     ridge: Ridge, h: Tensor, owner: Tensor, excluded: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Excluded]]:
-    """Batches of B requests with the same number of texts; h: (K, w) float64, the texts of all.
-
-    Yields:
-        The requests (B,); the indices of their texts (B, k); `columns`, (B, k, w), the texts' rows
-        of `K^-1`; and the names that each excludes.
-    """
+    """Batches of B requests with the same number of texts; h: (K, w) float64, the texts of all: the
+    requests (B,); the indices of their texts (B, k); `columns`, (B, k, w), the texts' rows of
+    `K^-1`; and the names that each excludes."""
     excluded, owner = excluded.to(ridge.weights.device), owner.to(ridge.weights.device)
     used = excluded.any(dim=0) & (ridge.weights > 0)
     rows, weights, excluded = ridge.rows[used].to(h), ridge.weights[used], excluded[:, used]

@@ -103,10 +103,7 @@ def solve_lora_each(
     """`solve_lora` for R requests together; each ends as it would alone, to rounding.
 
     Args:
-        problem: the texts of all requests, and everything that may be retained beside them. A
-            `lamb_forget` of "auto" is each request's own.
-        owner: (k,) int64, the request of each text; each of 0 .. R - 1 has at least one.
-        excluded: (R, m) bool, which rows of `retain_hidden` are not retained in a request.
+        problem, owner, excluded: as in `forgetting.solvers.exact.solve_each`.
         generators: R of them; each draws the adapters of its request's trials.
         settings, on_step: as in `solve_lora`.
 

@@ -44,15 +44,9 @@ class Spectrum:
 
 
 def find_roots(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """A sign change of each component of `function` between `low` and `high`.
-
-    Args:
-        function: (B,) -> (B,), componentwise; not positive at `low`, not negative at `high`.
-        low, high: (B,) float64, the brackets.
-
-    Returns:
-        (B,), where the function changes sign, to the resolution of float64. A component without
-        a sign change in its bracket gives the end where the function is nearer to zero.
+    """Where each component of `function` (B,) changes sign between `low` and `high`, (B,) float64,
+    to their resolution. It is not positive at `low` and not negative at `high`; a component without
+    a sign change gives the end where it is nearer to zero.
 
     Source: Chandrupatla (Advances in Engineering Software 28, 1997): inverse quadratic
     interpolation where it is safe, bisection elsewhere.
