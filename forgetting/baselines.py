@@ -47,11 +47,8 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
 
     `left = N N^T H_f^T (H_f N N^T H_f^T + damping I)^-1`, (w, k), minimises
     `||H_f Delta - D||^2 + damping ||Delta||^2` there. Without damping the texts reach their target.
-    It is zero if no direction lies below the threshold.
-
-    Args:
-        h_f: (k, w); gram: `G`, (w, w), of `count` texts.
-    """
+    It is zero if no direction lies below the threshold. h_f: (k, w); gram: `G`, (w, w),
+    of `count` texts."""
     values, vectors = torch.linalg.eigh(gram / count)
     free = vectors[:, values < threshold]  # (w, q)
     inside = h_f @ free  # (k, q)
@@ -63,7 +60,8 @@ def null_space(h_f: Tensor, gram: Tensor, count: int, damping: float, threshold:
 def leace(
     texts: Sequence[Tensor], retained: Tensor, projection: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """Erase k classes of texts at once: factors of the change, and what is left of the concept.
+    """Erase k classes of texts at once: left (w, k), right (k, d), and the largest part, over the
+    classes, of the distance between the class's mean and that of all other texts that is left.
 
     The eraser is fitted without its bias (`affine=False`). Then it is a linear map of the hidden
     state and folds into the projection as a change of rank k.
@@ -73,13 +71,7 @@ def leace(
     20,000 names on. `constrain_cov_trace` is off: where it acts the eraser has full rank, and folds
     into no small adapter.
 
-    Args:
-        texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d).
-
-    Returns:
-        left (w, k), right (k, d), and the largest part, over the classes, of the distance between
-        the class's mean and the mean of all other texts that is left after erasing.
-    """
+    texts: for each class (n_i, w) hidden states; retained: (m, w); projection: (w, d)."""
     with warnings.catch_warnings():
         # torch 2.14 says so of the package's own use of it, on import.
         warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)

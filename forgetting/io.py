@@ -136,14 +136,9 @@ def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
 @contextmanager
 def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """A path beside `path` at which to write a file or make a folder; it becomes `path` when all
-    is written, and is removed if that fails. Missing folders above are made.
-
-    Args:
-        overwrite: whether a file that is there may be replaced. Of a folder that is there the
-            files are replaced one by one, and others stay.
-
-    Raises ProblemError: it cannot be written, something is there already, or a device or pipe is.
-    """
+    is written, and is removed if that fails. Missing folders above are made. `overwrite`: whether a
+    file that is there may be replaced; of a folder the files are replaced one by one, and others
+    stay. ProblemError: it cannot be written, or something, a device or a pipe is there already."""
     try:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,15 +87,13 @@ def targets(
     beta: float | Tensor = 0.0,
     excluded: Tensor | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Where the texts of requests are sent.
+    """Where the texts of requests are sent, `P` (K, d) float64, and for each request how often
+    noise was drawn (0 but for `empty`).
 
     Args:
         kind: one of `TARGETS`, `text:TEXT`, or a vector (d,).
         beta: of `opposite` and `specific`; one number, or one for each text, (K,).
         excluded: (C, n) bool, which retained names are excluded with each class; for `specific`.
-
-    Returns:
-        `P` (K, d) float64, and for each request how often noise was drawn (0 but for `empty`).
 
     Raises ProblemError: an unknown target, or no draw of noise leads away from the forgotten
     classes.

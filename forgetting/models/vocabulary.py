@@ -37,14 +37,9 @@ def generic_hidden(
     progress: bool = True,
     template: str = "{}",
 ) -> tuple[list[str], Tensor]:
-    """The names, and their hidden states (n, w), encoded once for a model and tokenizer. A file
-    that is damaged, or of another model, is replaced.
-
-    Args:
-        cache: the folder of files; None: no file is read or written.
-        progress: whether to show a bar where they are encoded.
-        template: a text with {} for a name.
-    """
+    """The names, and their hidden states (n, w), encoded once for a model and tokenizer, in the
+    `template`, a text with {} for a name. `cache`: the folder of files; None: no file is read or
+    written. A file that is damaged, or of another model, is replaced."""
     if isinstance(encoder, TextEmbeddings) and (clip := encoder.encoder) is not None:
         names, hidden = generic_hidden(clip, cache, progress, template)  # nothing is encoded twice
         embeddings = hidden @ clip.projection.detach().to(hidden)

@@ -77,22 +77,16 @@ class ExactSolution(LowRankEdit):
 
     def report(self) -> dict[str, Any]:
         """Everything but the factors, in JSON values."""
-        names = ("branch", "mu", "rho", "lamb_forget")
-        found = {name: getattr(self, name) for name in names}
-        return found | {name: asdict(getattr(self, name)) for name in ("thresholds", "certificate")}
+        return {name: x for name, x in asdict(self).items() if name not in ("left", "right")}
 
 
 def solve_exact(problem: ForgetProblem) -> ExactSolution:
-    """The minimum of the paper's objective over all changes of the projection, and its proof.
+    """The minimum of the paper's objective over all changes of the projection, and its proof, in
+    float64 on the problem's device.
 
-    Args:
-        problem: any k, m, w, d; the arithmetic is float64 on the problem's device.
-
-    Returns:
-        The solution with its certificate. For weights within a factor 1e4 of each other and hidden
-        states whose singular values span up to four decades the gap is at most 1e-9 (and rounding),
-        on CLIP's features about 2e-13. Beyond that, and where there is no weight term, the answer
-        carries its true gap.
+    For weights within a factor 1e4 of each other and hidden states whose singular values span up to
+    four decades the gap is at most 1e-9 (and rounding), on CLIP's features about 2e-13. Beyond
+    that, and where there is no weight term, the answer carries its true gap.
 
     Raises ProblemError: `lamb_forget` is "auto" and the target cannot be reached.
     """

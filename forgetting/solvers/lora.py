@@ -242,14 +242,9 @@ class _Objective:
         return _Objective(self.problem, *rows, self.gram)
 
     def norms_and_gradient(self, factors: Tensor, lamb_forget: Tensor, gradient: Tensor) -> Tensor:
-        """The three norms (3, B), see `OnStep`.
-
-        Args:
-            factors: (B, r, w + d), A and the transpose of B side by side.
-            lamb_forget: (B,), in the place of the problem's.
-            gradient: (B, r, w + d), overwritten by the objective's gradient in `factors`. A norm
-                that is zero (B starts there) has none.
-        """
+        """The three norms (3, B), see `OnStep`, at `factors` (B, r, w + d), A and the transpose of
+        B side by side; `gradient` is overwritten by the objective's there, with `lamb_forget` (B,)
+        in the place of the problem's. A norm that is zero (B starts there) has none."""
         w, scale = self.gram.shape[0], self.scale
         a, b = factors[..., :w], factors[..., w:]
         states = self.hidden @ a.mT  # (B, k, w) @ (B, w, r) -> (B, k, r)
