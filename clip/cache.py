@@ -20,7 +20,6 @@ from clip.source import ClipSource, digests
 from datasets.reader import read_image
 from engine.log import logger, progress
 from engine.ray import LauncherSettings, spread
-from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError
 from forgetting.io import container, read_safetensors, write_bytes
 
@@ -37,8 +36,8 @@ class FeatureCache:
         self.source, self.how = source, how
         self.folder = source.cache / "features" / source.arch.replace("/", "-")
 
-    def projection(self) -> tuple[Tensor, Tensor | None, ModelIdentity]:
-        """`text_projection` (w, d), `text_bias` (d,) or None, and the model's identity."""
+    def projection(self) -> tuple[Tensor, Tensor | None, str]:
+        """`text_projection` (w, d), `text_bias` (d,) or None, and the model's identity in JSON."""
         path = self._path("projection", [])
         if (stored := _read(path)) is None:
             projection, bias = self.source.projection, self.source.bias
@@ -46,8 +45,7 @@ class FeatureCache:
             stored = {"identity": json.dumps(asdict(self.source.identity))}, tensors
             write_bytes(container(stored[1], stored[0]), path)
         metadata, tensors = stored
-        known = ModelIdentity(**json.loads(metadata["identity"]))
-        return tensors["projection"], tensors.get("bias"), known
+        return tensors["projection"], tensors.get("bias"), metadata["identity"]
 
     def texts(self, texts: list[str]) -> Tensor:
         """Hidden states (n, w) of `texts`."""

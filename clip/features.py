@@ -4,10 +4,8 @@ python -m clip.features DATASET ARCH [--root data] [--images PATH] [--weights PA
                         [--cache cache] [--precision fp32] [--out DIR] [--audit] [--launcher ray]
 """
 
-import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,8 +56,8 @@ def build_bundle(
     workers = loaders(source.device) if workers is None else workers
     files = [item.impath for item in items]
     projection, bias, known = stored.projection()
-    extra = {"forget_template": BARE, "model": identity(source.architecture)}
-    extra["identity"] = json.dumps(asdict(known))
+    model = identity(source.architecture)
+    extra = {"forget_template": BARE, "model": model, "identity": known}
     if source.precision != "fp32":
         extra["precision"] = source.precision
     bundle = FeatureBundle(

@@ -39,7 +39,6 @@ from forgetting.io import refuse_existing, write_bytes
 STEPS = 1500
 BATCH = 256  # pictures a step: one of each class, then of vocabulary names in random order
 DIGIT_REPEATS = 3  # pictures more of each digit: handwriting varies more than fonts do
-THREADS = 1  # the same sums in the same order on any machine, however busy
 LEARNING_RATE = 3e-3
 SPREAD = 8.0  # weight of the mean squared cosine of different names' hidden states
 WEIGHT_DECAY = 0.05
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=whole(1, 10**9), default=STEPS)
     args = parser.parse_args(argv)
     refuse_existing(args.out)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)  # the same sums in the same order on any machine
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in train(args.seed, args.steps).state_dict().items()

@@ -12,7 +12,6 @@ are several. The same command resumes. At the end the means over classes, and ov
 standard deviation, are printed and written to sweep.csv beside a report.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -153,14 +152,16 @@ def print_table(table: pd.DataFrame) -> None:
     print(table.to_string(formatters=formats, **text))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and the options of train.py that it hands on."""
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Run what is not done yet, then print and write the table of all of it. ProblemError before
+    any work for a run that cannot be; at the end for those that failed."""
     parser = Parser(prog="python -m experiments sweep", description=__doc__.splitlines()[0])
     lists = any(word.partition("=")[0] == "--datasets" for word in argv or ())
     parser.set_defaults(file=None)
     if not lists:  # else KEY VALUE pairs are the only words without a dash
         parser.add_argument("file", metavar="FILE.yaml", help="what is varied")
-    for name in ("datasets", "seeds", "backbones", "trainers"):
+    names = ("datasets", "seeds", "backbones", "trainers")
+    for name in names:
         text = f"{name} with commas between, in place of a file"
         parser.add_argument(f"--{name}", metavar="LIST", help=text)
     parser.add_argument("--out", default="results", help="folder of the results")
@@ -168,19 +169,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add_launcher(parser)
     args, options = parser.parse_known_args(argv)
     options += ["--quiet"] if args.quiet else []
-    return args, options
-
-
-def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Run what is not done yet, then print and write the table of all of it. ProblemError before
-    any work for a run that cannot be; at the end for those that failed."""
-    args, options = parse(argv)
     how = launcher(args)
     if args.file:
         varied, root = read_sweep(args.file), Path(args.out) / Path(args.file).stem
     else:
-        lists = {key: getattr(args, key) for key in ("datasets", "seeds", "backbones", "trainers")}
-        varied = {key: text.split(",") for key, text in lists.items() if text}
+        given = {name: getattr(args, name) for name in names}
+        varied = {name: text.split(",") for name, text in given.items() if text}
         if not all(seed.isdecimal() for seed in varied.get("seeds", [])):
             raise ProblemError(f"--seeds {args.seeds}: whole numbers with commas between")
         varied["seeds"] = list(map(int, varied.get("seeds", ["0"])))
