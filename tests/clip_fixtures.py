@@ -14,18 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip.architectures import ARCHITECTURES, architecture
-from forgetting.errors import ProblemError
 from tests import encoder_fixtures
 from tests.encoder_fixtures import IMAGE, SIZE, transformers_tokenizer
 
 OPENAI = ("RN50", "ViT-B/16", "ViT-B/32")
-
-
-def one_line(error: pytest.ExceptionInfo[ProblemError], *parts: object) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text
 
 
 def reduce_depth(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,7 @@ from clip.bundle import FeatureBundle, bundle_path
 from datasets import mini
 from evaluation.live.look import Live
 from evaluation.zero_shot import Evaluator, ZeroShot, accuracy
+from forgetting.errors import ProblemError
 
 # The same examples in every run: a test that fails must fail again. `make test-slow` draws anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -121,6 +123,21 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
         patch.setattr(mini, "TEST_IMAGES", 3)
         patch.setattr(mini, "TRAIN_IMAGES", 1)
         return Live("mini", "", folder / "data", folder / "cache")
+
+
+@contextmanager
+def one_line(match: str | None, *parts: object) -> Iterator[None]:
+    """A refusal of one line, in which a pattern and all `parts` stand."""
+    with pytest.raises(ProblemError, match=match) as error:
+        yield
+    text = str(error.value)
+    assert len(text.splitlines()) == 1 and all(str(part) in text for part in parts), text
+
+
+def refuses(match: str | None, call: Callable, /, *args: object, **options: object) -> None:
+    """A call that must be refused, in one line."""
+    with one_line(match):
+        call(*args, **options)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from engine.config import (
 )
 from forgetting.errors import ProblemError
 from forgetting.settings import check_value, is_optional, kind_of, setting, validate
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, refuses
 from trainers import SETTINGS
 
 
@@ -36,8 +36,7 @@ def test_a_setting_takes_its_default_and_refuses_other_types(key):
     others = {bool: [1], int: [0.5, True], float: [True, "x", float("nan"), float("inf")]}
     others |= {str: [3], tuple: [3, (1,), ["list"]]}
     for bad in (*others[kind_of(spec)], *([] if is_optional(spec) else [None])):
-        with pytest.raises(ProblemError, match=key):
-            check_value(bad, spec, key)
+        refuses(key, check_value, bad, spec, key)
 
 
 def test_ranges_include_their_ends_and_exclude_above():
@@ -54,8 +53,7 @@ def test_ranges_include_their_ends_and_exclude_above():
         for value in values:
             validate(Example(**{name: value}))
         for value in bad[name]:
-            with pytest.raises(ProblemError, match=name):
-                validate(Example(**{name: value}))
+            refuses(name, validate, Example(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -193,9 +191,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n 
 def test_a_broken_file_is_one_line(name, text, word, tmp_path):
     file = tmp_path / name
     file.write_text(text)
-    with pytest.raises(ProblemError, match=word) as caught:
-        config("--dataset", "A", "--config-file", str(file))
-    assert "\n" not in str(caught.value)
+    refuses(word, config, "--dataset", "A", "--config-file", str(file))
 
 
 def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
@@ -215,8 +211,7 @@ def test_weights_may_be_given_for_a_backbone_and_are_checked(tmp_path):
     assert weights("--multiclass") == ["auto", 0.3, 1.0]
     for pair, word in (("[1]", "must be"), ("[1, x]", "LAMB_FORGET"), ("[-1, 2]", "-1")):
         file.write_text(f"FORGET: {{WEIGHTS: {{own/1.5: {{SINGLE: {pair}}}}}}}")
-        with pytest.raises(ProblemError, match=word):
-            weights()
+        refuses(word, weights)
 
 
 def test_the_page_of_settings_is_what_the_fields_say():

@@ -16,6 +16,7 @@ from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import Group, RetainSet
 from forgetting.targets import TARGETS, TargetInputs, specific_target, targets
+from tests.conftest import refuses
 from tests.solver_fixtures import normal
 
 W, D, CLASSES = 8, 6, 5
@@ -178,8 +179,7 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
     with pytest.raises(ProblemError, match="every class"):
         targets("empty", Batch([planted.request(*range(CLASSES))]), context.inputs)
     still = replace(context.inputs, noise_std=0.0)
-    with pytest.raises(ProblemError, match="noisy"):
-        targets("empty", Batch([planted.request(nearest)]), still)
+    refuses("noisy", targets, "empty", Batch([planted.request(nearest)]), still)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,7 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
     ],
 )
 def test_what_is_no_target_or_no_beta_for_it_is_refused(target, beta, word):
-    with pytest.raises(ProblemError, match=word):
-        ExactSettings(target=target, beta=beta)
+    refuses(word, ExactSettings, target=target, beta=beta)
     if target == "mean":  # nor does it fall through to another one
         planted = Planted()
         with pytest.raises(ProblemError, match="unknown target 'mean'"):
@@ -309,5 +308,4 @@ def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):
-    with pytest.raises(ProblemError, match=name):
-        ExactSettings(**{name: value})
+    refuses(name, ExactSettings, **{name: value})

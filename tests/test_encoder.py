@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from forgetting.errors import ProblemError
 from forgetting.io import pack
 from forgetting.models import encoder as encoding
 from forgetting.models.encoder import read_encoder
 from forgetting.models.identity import identity
 from forgetting.models.vocabulary import FORMAT, generic_hidden
+from tests.conftest import refuses
 from tests.encoder_fixtures import (
     ALL,
     END,
@@ -123,8 +123,7 @@ def test_odd_projections_are_refused() -> None:
     for projection in (torch.zeros(WIDTH, 0), torch.randn(WIDTH, OUT).to_sparse()):
         model = OwnEncoder().eval()
         model.last = nn.Parameter(projection)
-        with pytest.raises(ProblemError, match=r"is empty|data pointer"):
-            read_encoder(model, tokenize)
+        refuses(r"is empty|data pointer", read_encoder, model, tokenize)
 
 
 @pytest.fixture
@@ -232,20 +231,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_models_that_are_refused(how):
-    with pytest.raises(ProblemError, match=REFUSED[how]) as refused:
-        read_encoder(Odd(how).eval(), tokenize)
-    assert "\n" not in str(refused.value)
+    refuses(REFUSED[how], read_encoder, Odd(how).eval(), tokenize)
 
 
 def test_quantised_scripted_and_absent_weights_are_refused():
     model = OwnEncoder().eval()
     model.layer.weight.requires_grad_(False)
-    with pytest.raises(ProblemError, match="cannot read"):
-        read_encoder(torch.jit.trace(model, tokenize(["a"])), tokenize)
-    with pytest.raises(ProblemError, match="meta"):
-        read_encoder(OwnEncoder().to("meta"), tokenize)
-    with pytest.raises(ProblemError, match="must be a torch module"):
-        read_encoder(3, tokenize)
+    refuses("cannot read", read_encoder, torch.jit.trace(model, tokenize(["a"])), tokenize)
+    refuses("meta", read_encoder, OwnEncoder().to("meta"), tokenize)
+    refuses("must be a torch module", read_encoder, 3, tokenize)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +252,7 @@ def test_quantised_scripted_and_absent_weights_are_refused():
     ],
 )
 def test_tokenizers_that_are_refused(words, message):
-    with pytest.raises(ProblemError, match=message):
-        read_encoder(OwnEncoder().eval(), words)
+    refuses(message, read_encoder, OwnEncoder().eval(), words)
 
 
 @needs_transformers

@@ -19,7 +19,7 @@ from evaluation.results import read_logs as logs_of
 from forgetting import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, save_openai
-from tests.conftest import BACKBONE, REPOSITORY, accuracies, toy_bundle, toy_line
+from tests.conftest import BACKBONE, REPOSITORY, accuracies, refuses, toy_bundle, toy_line
 from trainers import inputs
 from utils import create_results
 
@@ -128,19 +128,16 @@ def test_names_of_ones_own_are_retained_instead_of_the_vocabulary(mini_args, tmp
     solver = json.loads((folder / "logs.json").read_text())["MiniDigits"]["digit two"]["solver"]
     assert solver["retained"] == 2 and solver["excluded"] == ["digit two"]
     names.write_text("house\n")
-    with pytest.raises(ProblemError, match="vocabulary_sha256"):
-        train.main([*argv, "--output-dir", str(tmp_path / "mini")])
+    refuses("vocabulary_sha256", train.main, [*argv, "--output-dir", str(tmp_path / "mini")])
     # Without a model the bundle's names can be chosen from.
     toy = toy_line(tmp_path, "--trainer", "ForgetOptimum", "--forget", "owl")
-    with pytest.raises(ProblemError, match="house"):
-        train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
+    refuses("house", train.main, [*toy, "FORGET.RETAIN_NAMES", str(names)])
     names.write_text("Thing 3\nsea horse\nowl\n")
     folder = train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
     solver = json.loads((folder / "logs.json").read_text())["ToyAnimals"]["owl"]["solver"]
     assert solver["retained"] == 2 and solver["excluded"] == ["owl"]
     names.write_text("# nothing\n")
-    with pytest.raises(ProblemError, match="holds no name"):
-        train.main([*toy, "FORGET.RETAIN_NAMES", str(names)])
+    refuses("holds no name", train.main, [*toy, "FORGET.RETAIN_NAMES", str(names)])
 
 
 def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
@@ -176,8 +173,7 @@ def test_done_classes_are_skipped_and_overwrite_does_them_again(toy_args, capsys
     assert "done before, skipped: ToyAnimals, 1 of 2 (cat)" in capsys.readouterr().out
     second = logs_of(folder)["ToyAnimals"]
     assert second["cat"] == first and "owl" in second
-    with pytest.raises(ProblemError, match=r"max_trials 2 -> 3.*--overwrite"):
-        train.main([*toy_args[:-1], "3", "--forget", "cat"])
+    refuses(r"max_trials 2 -> 3.*--overwrite", train.main, [*toy_args[:-1], "3", "--forget", "cat"])
     train.main([*toy_args, "--forget", "cat", "--overwrite"])
     third = logs_of(folder)["ToyAnimals"]
     assert third["cat"]["solver"]["seconds"] != first["solver"]["seconds"] and "owl" in third

@@ -16,6 +16,7 @@ from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from tests.clip_fixtures import hugging_face
+from tests.conftest import refuses
 from tests.test_forget import PLAIN
 from tests.test_patch import make_adapter
 
@@ -72,8 +73,7 @@ def test_exported_folders_have_cards(acme, tmp_path):
     answer.save(tmp_path / "a.safetensors")
     assert "`Acme Cola`" in (tmp_path / "a.safetensors.md").read_text("utf-8")
     (tmp_path / "a.safetensors").unlink()
-    with pytest.raises(ProblemError, match=r"a\.safetensors\.md exists"):
-        answer.save(tmp_path / "a.safetensors")
+    refuses(r"a\.safetensors\.md exists", answer.save, tmp_path / "a.safetensors")
     answer.save(tmp_path / "a.safetensors", overwrite=True)
     argv = ["export", str(tmp_path / "a.safetensors"), "--overwrite", "--base"]
     for to, relation in (("hf", "finetune"), ("peft", "adapter")):
@@ -88,8 +88,7 @@ def test_exported_folders_have_cards(acme, tmp_path):
     argv += [str(base.rename(tmp_path / "plain")), "--to", "peft", "--out", str(out)]
     main([*argv, "--base-id", "you/clip@v1"])
     assert head_of(out)["base_model"] == "you/clip"
-    with pytest.raises(ProblemError, match="base_id must be ID"):
-        main([*argv, "--base-id", "a\nb: c"])
+    refuses("base_id must be ID", main, [*argv, "--base-id", "a\nb: c"])
     main(argv)  # its id is not known: PEFT finds the base by its folder
     assert "base_model" not in head_of(out)
     loaded = peft.AutoPeftModel.from_pretrained(out).merge_and_unload().eval()
@@ -105,8 +104,7 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
     assert load_adapter(folder).classes == answer.names
     assert sorted(x.name for x in folder.iterdir()) == ["README.md", "adapter.safetensors"]
     assert head_of(folder)["base_model"] == "me/my-clip"
-    with pytest.raises(ProblemError, match="exists and is not overwritten"):
-        answer.save_pretrained(folder)
+    refuses("exists and is not overwritten", answer.save_pretrained, folder)
     config = answer.encoder.model.config
     config._name_or_path, config._commit_hash = "me/by-name", COMMIT
     answer.save_pretrained(folder, overwrite=True)
@@ -133,8 +131,7 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
         (tmp_path / "leads-out", None, "leads out"),
         (tmp_path, None, "no such file"),
     ):
-        with pytest.raises(ProblemError, match=words):
-            Forgotten.from_pretrained(place, revision=revision)
+        refuses(words, Forgotten.from_pretrained, place, revision=revision)
 
 
 def test_push_to_hub(acme, monkeypatch):
@@ -150,13 +147,11 @@ def test_push_to_hub(acme, monkeypatch):
     assert repo == "me/no-cola"
     assert [x.path_in_repo for x in added] == ["adapter.safetensors", "README.md"]
     api.list_repo_files.return_value = ["README.md"]
-    with pytest.raises(ProblemError, match="has README"):
-        answer.push_to_hub("no-cola")
+    refuses("has README", answer.push_to_hub, "no-cola")
     assert api.create_commit.call_count == 1
     answer.push_to_hub("no-cola", overwrite=True)
     api.create_repo.side_effect = OSError("no token")
-    with pytest.raises(ProblemError, match=r"no-cola cannot be written.*no token"):
-        answer.push_to_hub("no-cola")
+    refuses(r"no-cola cannot be written.*no token", answer.push_to_hub, "no-cola")
 
 
 def test_no_adapter_is_ignored_in_silence(acme, tmp_path):
@@ -170,14 +165,12 @@ def test_no_adapter_is_ignored_in_silence(acme, tmp_path):
     trained.base_model.model.text_projection.modules_to_save["default"].weight.data.add_(1)
     register_parametrization(bent.text_projection, "weight", nn.Tanh(), unsafe=True)
     for model in (peft.get_peft_model(new(), lora), trained, bent):
-        with pytest.raises(ProblemError, match="is wrapped"):
-            Forgotten.from_pretrained(tmp_path / "share", model)
+        refuses("is wrapped", Forgotten.from_pretrained, tmp_path / "share", model)
     beside = peft.LoraConfig(r=2, target_modules=["fc1"])  # of another part: that is no obstacle
     Forgotten.from_pretrained(tmp_path / "share", peft.get_peft_model(new(), beside)).apply()
     other = new()
     other.text_model.final_layer_norm.weight.data.add_(1)
-    with pytest.raises(ProblemError, match="another revision"):
-        Forgotten.from_pretrained(tmp_path / "share", other)
+    refuses("another revision", Forgotten.from_pretrained, tmp_path / "share", other)
 
 
 def test_an_adapter_of_embeddings(acme, tmp_path):

@@ -23,7 +23,7 @@ from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from tests.clip_fixtures import picture
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, one_line, refuses
 from tests.test_datasets import counts, run_check
 from utils import create_results
 
@@ -146,9 +146,8 @@ BROKEN = {
 @pytest.mark.parametrize(("text", "message"), BROKEN.items(), ids=range(len(BROKEN)))
 def test_a_broken_table_is_one_line(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text, errors="surrogateescape")
-    with pytest.raises(ProblemError, match=message) as caught:
+    with one_line(message, "t.csv"):
         datasets.load("", "none", str(tmp_path / "t.csv"))
-    assert "\n" not in str(caught.value) and "t.csv" in str(caught.value)
 
 
 def test_what_are_no_images_is_one_line(tmp_path, refused):
@@ -209,8 +208,7 @@ def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
     Image.fromarray(shades.astype(np.float32)).save(tmp_path / "float.tiff")
     deep, flat = (read_image(tmp_path / f"{name}.png") for name in ("deep", "flat"))
     assert deep.mode == "RGB" and np.array_equal(np.asarray(deep), np.asarray(flat))
-    with pytest.raises(ProblemError, match="mode F has no known range"):
-        read_image(tmp_path / "float.tiff")
+    refuses("mode F has no known range", read_image, tmp_path / "float.tiff")
 
 
 def blank_png(path: Path, width: int, height: int) -> Path:
@@ -231,14 +229,11 @@ def blank_png(path: Path, width: int, height: int) -> Path:
     ],
 )
 def test_an_image_that_would_fill_the_memory_is_one_line(tmp_path, size, message):
-    with pytest.raises(ProblemError, match=message) as caught:
-        read_image(blank_png(tmp_path / "a.png", *size), megapixels=50)
-    assert "\n" not in str(caught.value)
+    refuses(message, read_image, blank_png(tmp_path / "a.png", *size), megapixels=50)
     Image.new("1", (2000, 20)).save(tmp_path / "long.png")
     assert read_image(tmp_path / "long.png").size == (2000, 20)
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ProblemError, match="no such file"):
-        read_image(tmp_path / "pipe.png")
+    refuses("no such file", read_image, tmp_path / "pipe.png")
 
 
 def test_exif_turns_an_image_only_where_that_is_wanted(tmp_path):

@@ -14,9 +14,9 @@ from forgetting import Forgotten, TextEmbeddings, forget, hide_in_index, load_ad
 from forgetting.cli import cli
 from forgetting.compose import compose
 from forgetting.deploy.embeddings import RESTORABLE, index_edit, patch
-from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder
 from tests.clip_fixtures import open_clip_folder
+from tests.conftest import refuses
 from tests.encoder_fixtures import tiny
 from tests.test_patch import make_adapter, random
 
@@ -106,29 +106,23 @@ def test_an_adapter_of_a_text_projection_needs_its_projection():
     expected = hidden @ (weight.double() + adapter.delta().double()) @ vectors.T
     assert torch.allclose(hidden @ weight.double() @ changed.T, expected, atol=1e-9)
     for projection, words in ((None, "embeddings"), (weight + 1, "another text projection")):
-        with pytest.raises(ProblemError, match=words):
-            hide_in_index(vectors, adapter, projection)
-    with pytest.raises(ProblemError, match="bias"):
-        index_edit(adapter, weight, torch.ones(D))
+        refuses(words, hide_in_index, vectors, adapter, projection)
+    refuses("bias", index_edit, adapter, weight, torch.ones(D))
     wide = random(40, D).float()
-    with pytest.raises(ProblemError, match="row rank"):
-        hide_in_index(vectors, make_adapter(wide), wide)
+    refuses("row rank", hide_in_index, vectors, make_adapter(wide), wide)
     bad = weight @ torch.diag(torch.logspace(0, -5, D))  # as OpenAI's own is
-    with pytest.raises(ProblemError, match="stretches"):
-        hide_in_index(vectors, make_adapter(bad), bad)
+    refuses("stretches", hide_in_index, vectors, make_adapter(bad), bad)
 
 
 def test_what_cannot_be_restored_is_refused(texts):
     lost = hidden_names(texts, "cat", target="opposite", beta=0.0)
     values = torch.linalg.svdvals(torch.eye(D) + lost.adapter.delta())
     assert values[-1] * RESTORABLE < values[0]
-    with pytest.raises(ProblemError, match="stretches"):
-        hide_in_index(random(2, D), lost.adapter)
+    refuses("stretches", hide_in_index, random(2, D), lost.adapter)
 
 
 def test_vectors_that_are_none_are_refused(answer):
-    with pytest.raises(ProblemError, match=r"answer\.adapter"):
-        hide_in_index(random(3, D), answer)
+    refuses(r"answer\.adapter", hide_in_index, random(3, D), answer)
     good = normalize(random(3, D), dim=1)
     nothing = good.clone()
     nothing[1] = 0
@@ -142,8 +136,7 @@ def test_vectors_that_are_none_are_refused(answer):
         (good[0], "(n, d)"),
         (torch.empty(0, 3), "any, 32"),
     ):
-        with pytest.raises(ProblemError, match=re.escape(words)):
-            hide_in_index(vectors, answer.adapter)
+        refuses(re.escape(words), hide_in_index, vectors, answer.adapter)
 
 
 @pytest.mark.parametrize("family", ["open_clip ViT", "own with bias"])
@@ -155,10 +148,8 @@ def test_the_embeddings_of_a_model(family, answer):
     assert torch.allclose(texts.hidden(OTHERS), expected, atol=1e-6)
     hidden = hidden_names(texts, "cat")
     assert hidden.adapter.of_embeddings and not answer.adapter.model
-    with pytest.raises(ProblemError, match="of embeddings"):
-        hidden.apply()
-    with pytest.raises(ProblemError, match="backbone differs"):
-        compose({"a": hidden.adapter, "b": answer.adapter})
+    refuses("of embeddings", hidden.apply)
+    refuses("backbone differs", compose, {"a": hidden.adapter, "b": answer.adapter})
 
 
 @pytest.mark.parametrize(
@@ -171,10 +162,8 @@ def test_the_embeddings_of_a_model(family, answer):
     ],
 )
 def test_an_encoder_that_gives_something_else(broken):
-    with pytest.raises(ProblemError, match="encode"):
-        hidden_names(TextEmbeddings(broken, "broken"), "cat")
-    with pytest.raises(ProblemError, match="a name"):
-        TextEmbeddings(broken, "")
+    refuses("encode", hidden_names, TextEmbeddings(broken, "broken"), "cat")
+    refuses("a name", TextEmbeddings, broken, "")
 
 
 def test_on_the_command_line(tmp_path, capsys):

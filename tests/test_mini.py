@@ -20,7 +20,7 @@ from clip.source import ClipSource
 from datasets import mini
 from datasets.words.lexicon import halves
 from datasets.words.paraphrases import TEMPLATES
-from forgetting.errors import ProblemError
+from tests.conftest import refuses
 
 WEIGHTS = architecture("mini").weights
 ABOUT = safe_open(WEIGHTS, "pt").metadata()
@@ -148,15 +148,12 @@ def test_vocabularies(name: str) -> None:
 def test_mistakes_are_named_and_leave_nothing(tmp_path: Path, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     for name in ("red sprout", "cuneiform sign a"):
-        with pytest.raises(ProblemError, match=name):
-            mini.draw(name, rng)
+        refuses(name, mini.draw, name, rng)
     assert np.ptp(mini.draw("", rng), axis=(0, 1)).max() < 150  # nothing stands out
-    with pytest.raises(ProblemError, match="MiniDigits"):
-        mini.render("MiniDigit", tmp_path / "x")
+    refuses("MiniDigits", mini.render, "MiniDigit", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    with pytest.raises(ProblemError, match="full"):
-        mini.render("MiniShapes", tmp_path / "full")
+    refuses("full", mini.render, "MiniShapes", tmp_path / "full")
 
     def torn(*_: object, **__: object) -> None:
         raise RuntimeError("power cut")
@@ -186,5 +183,4 @@ def test_training_is_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     known = train_mini.TextSampler(32, np.random.default_rng(3)).known
     moved = (first["token_embedding.weight"] != untrained).any(dim=1)
     assert moved.sum() > 50 and set(moved.nonzero()[:, 0].tolist()) <= set(known.tolist())
-    with pytest.raises(ProblemError, match="not overwritten"):
-        train_mini.main(["--out", str(tmp_path / "a.safetensors")])
+    refuses("not overwritten", train_mini.main, ["--out", str(tmp_path / "a.safetensors")])

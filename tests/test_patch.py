@@ -17,12 +17,10 @@ from forgetting import Adapter, projection_sha256, save_adapter
 from forgetting.cli import cli
 from forgetting.deploy.embeddings import condition, patch, patch_file, rounding
 from forgetting.errors import ProblemError
+from tests.conftest import refuses
+from tests.solver_fixtures import normal as random
 
 W, D, N = 24, 32, 40
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def make_adapter(projection: Tensor, seed: int = 5, rank: int = 2) -> Adapter:
@@ -52,12 +50,6 @@ def case(w: int = W, d: int = D, seed: int = 0):
     before = normalize(hidden @ weight.double(), dim=1)
     after = normalize(hidden @ (weight.double() + delta), dim=1)
     return weight, adapter, hidden, before, after
-
-
-def refused(words: str, run, *args, **options) -> None:
-    with pytest.raises(ProblemError, match=words) as caught:
-        run(*args, **options)
-    assert "\n" not in str(caught.value)
 
 
 def farthest(a: Tensor, b: Tensor) -> float:
@@ -113,12 +105,12 @@ def test_the_rank_condition():
     low = weight.clone()
     low[-1] = low[0] - low[1]  # two texts with one embedding that the change moves apart
     assert condition(low) == math.inf
-    refused("no full row rank", patch, before, low, adapter.left, adapter.right)
+    refuses("no full row rank", patch, before, low, adapter.left, adapter.right)
     # Full column rank is no help: w > d always has such texts.
     tall = random(D + 4, D).float()
     made = make_adapter(tall)
     assert torch.linalg.matrix_rank(tall) == D and condition(tall) == math.inf
-    refused(r"\(36, 32\) has no full row rank", patch, before, tall, made.left, made.right)
+    refuses(r"\(36, 32\) has no full row rank", patch, before, tall, made.left, made.right)
 
 
 def test_a_text_of_which_nothing_is_left_is_named():
@@ -126,7 +118,7 @@ def test_a_text_of_which_nothing_is_left_is_named():
     h = hidden[3]
     # The change that sends text 3 to zero.
     left, right = (h / h.square().sum())[:, None], -(h @ weight.double())[None]
-    refused("row 3 keeps so little", patch, before.float(), weight, left, right)
+    refuses("row 3 keeps so little", patch, before.float(), weight, left, right)
     others = torch.cat([before[:3], before[4:]])
     patch(others.float(), weight, left, right)
 
@@ -142,7 +134,7 @@ def test_a_text_of_which_nothing_is_left_is_named():
 )
 def test_embeddings_of_something_else(words, change):
     weight, adapter, _, before, _ = case()
-    refused(words, patch, change(before), weight, adapter.left, adapter.right)
+    refuses(words, patch, change(before), weight, adapter.left, adapter.right)
 
 
 def test_unnormalised_and_a_bias():
@@ -156,8 +148,8 @@ def test_unnormalised_and_a_bias():
     done, _ = patch(x + bias, *run, bias=bias, normalised=False)
     assert torch.allclose(done, x + hidden @ delta + bias, atol=1e-10)
     unit = normalize(x + bias, dim=1)
-    refused("bias.*not normalised", patch, unit, *run, bias=bias)
-    refused("bias.*not normalised", patch, unit, *run, bias=bias, normalised=False)
+    refuses("bias.*not normalised", patch, unit, *run, bias=bias)
+    refuses("bias.*not normalised", patch, unit, *run, bias=bias, normalised=False)
 
 
 # --- Files
@@ -194,11 +186,11 @@ def test_files(tmp_path, suffix, dtype):
     assert farthest(done, after) <= report["error"]
     assert report["rows"] == N and report["condition"] == condition(weight)
     for taken in (out, path):
-        refused("exists", patch_file, path, taken, weight, adapter, key=key)
+        refuses("exists", patch_file, path, taken, weight, adapter, key=key)
     for projection in (weight + 1, weight.T, adapter.apply(weight)):  # or changed already
-        refused("projection", patch_file, path, other, projection, adapter, key=key)
+        refuses("projection", patch_file, path, other, projection, adapter, key=key)
     if suffix != ".npy":  # which cannot say it
-        refused("patched already", patch_file, out, other, weight, adapter, key=key)
+        refuses("patched already", patch_file, out, other, weight, adapter, key=key)
     assert {x: x.read_bytes() for x in tmp_path.iterdir()} == kept
     patch_file(path, out, weight, make_adapter(weight, seed=77), key=key, overwrite=True)
     assert farthest(read(out), done) > 0.01
@@ -223,9 +215,9 @@ def test_files_that_are_refused(tmp_path):
         ("name the tensor.*'a', 'b'", "two.safetensors", None),
     ):
         out = (tmp_path / "out").with_suffix((tmp_path / name).suffix)
-        refused(words, patch_file, tmp_path / name, out, weight, adapter, key=key)
+        refuses(words, patch_file, tmp_path / name, out, weight, adapter, key=key)
         assert not out.exists()
-    refused("must both end", patch_file, tmp_path / "a.npy", tmp_path / "b.st", weight, adapter)
+    refuses("must both end", patch_file, tmp_path / "a.npy", tmp_path / "b.st", weight, adapter)
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from engine.files import sha256_file
 from evaluation.results import Results, add_args, join_label, place, read_logs, split_label
 from forgetting import io
 from forgetting.errors import ProblemError
+from tests.conftest import refuses
 from tests.results_fixtures import SETTINGS, adapter, entry, store
 from utils import create_results
 
@@ -91,13 +92,11 @@ def test_results_of_another_kind_are_refused(tmp_path, key):
     store(tmp_path, "A", "cat", entry(), kept)
     results = Results(tmp_path)
     results.check("A", kept)
-    with pytest.raises(ProblemError, match=f"{key}.*another ATTEMPT"):
-        results.check("A", kept | {key: "other"})
+    refuses(f"{key}.*another ATTEMPT", results.check, "A", kept | {key: "other"})
     if key == "weights":  # a set of its own may be of others
         results.check("B", kept | {key: "other"})
     else:
-        with pytest.raises(ProblemError, match="another ATTEMPT"):
-            results.check("B", kept | {key: "other"})
+        refuses("another ATTEMPT", results.check, "B", kept | {key: "other"})
 
 
 def test_done_means_an_adapter_with_the_same_settings(tmp_path):
@@ -125,8 +124,7 @@ def test_of_two_runs_with_other_settings_the_first_stays(tmp_path):
     store(tmp_path, "A", "cat", entry())
     before = (tmp_path / "A/cat.safetensors").read_bytes()
     data = adapter("A", "cat", entry(settings={"lamb_forget": 1.1}), scale=2.0)
-    with pytest.raises(ProblemError, match="--overwrite"):
-        late.add(data, "A", "cat", {"lamb_forget": 1.1})
+    refuses("--overwrite", late.add, data, "A", "cat", {"lamb_forget": 1.1})
     assert (tmp_path / "A/cat.safetensors").read_bytes() == before
     late.add(data, "A", "cat", None)
     assert Results(tmp_path).is_done("A", "cat", {"lamb_forget": 1.1})
@@ -137,11 +135,9 @@ def test_logs_that_were_not_made_from_adapters_are_left_alone(tmp_path):
     theirs = json.dumps({"A": {"cat": {"final_results": entry()["final_results"]}}})
     for text in (theirs, "[1, 2]", '{"A": 3}', "my notes", "", '{"A": {"cat"'):
         path.write_text(text)
-        with pytest.raises(ProblemError, match="another ATTEMPT"):
-            Results(tmp_path)
+        refuses("another ATTEMPT", Results, tmp_path)
         if text != theirs:
-            with pytest.raises(ProblemError, match=r"logs\.json"):
-                read_logs(tmp_path)
+            refuses(r"logs\.json", read_logs, tmp_path)
         assert path.read_text() == text
     path.unlink()
     os.mkfifo(path)

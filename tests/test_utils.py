@@ -14,6 +14,7 @@ import utils
 from engine.cli import run
 from evaluation.tables import method_table, summarise
 from forgetting.errors import ProblemError
+from tests.conftest import refuses
 from tests.results_fixtures import SETTINGS, entry
 from utils import compare_results, compute_avg_gain, create_results, plot_comparison
 
@@ -87,8 +88,7 @@ def test_columns_and_values_of_one_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_such_results_is_one_line(tmp_path):
-    with pytest.raises(ProblemError, match=r"run forget_clip\.sh"):
-        create_results(tmp_path)
+    refuses(r"run forget_clip\.sh", create_results, tmp_path)
     one = {"A": {"cat": {"final_results": {"A": {"cat": {}}}}}}
     for logs, word in ((one, "multiclass"), ({"A": {"settings": {}}}, "single-class")):
         with pytest.raises(ProblemError, match=f"no {word} results"):
@@ -97,11 +97,9 @@ def test_a_folder_without_such_results_is_one_line(tmp_path):
 
 def test_args_are_read_and_never_run(seeds):
     (seeds[0] / "args.txt").write_text("Namespace(a=__import__('os').system('touch owned'))")
-    with pytest.raises(ProblemError, match=r"args\.txt"):
-        create_results(seeds[0])
+    refuses(r"args\.txt", create_results, seeds[0])
     assert not Path("owned").exists()
-    with pytest.raises(ProblemError, match=f"did you mean {seeds[0]} or "):
-        create_results(seeds[0].parent)
+    refuses(f"did you mean {seeds[0]} or ", create_results, seeds[0].parent)
 
 
 def test_seeds_are_mean_and_standard_deviation(seeds, tmp_path, capsys):
@@ -128,17 +126,13 @@ def test_seeds_are_mean_and_standard_deviation(seeds, tmp_path, capsys):
 
 def test_what_is_no_seed_is_refused(seeds, tmp_path):
     other = results(tmp_path / "other", 0.3, trainer="ForgetExact")
-    with pytest.raises(ProblemError, match="belong together: trainer is"):
-        create_results([seeds[0], other])
+    refuses("belong together: trainer is", create_results, [seeds[0], other])
     path = seeds[1] / "logs.json"
     path.write_text(path.read_text().replace('"lamb_forget": 1.3', '"lamb_forget": 1.4'))
-    with pytest.raises(ProblemError, match=r"lamb_forget is 1\.3 and 1\.4"):
-        create_results(seeds)
-    with pytest.raises(ProblemError, match="given twice"):
-        create_results([seeds[0], f"{seeds[0]}/"])
+    refuses(r"lamb_forget is 1\.3 and 1\.4", create_results, seeds)
+    refuses("given twice", create_results, [seeds[0], f"{seeds[0]}/"])
     for wrong in ([], [3], (), [seeds[:1]], 3, None, {}):
-        with pytest.raises(ProblemError, match="given by its path"):
-            create_results(wrong)
+        refuses("given by its path", create_results, wrong)
 
 
 def test_create_results_takes_and_gives_what_the_public_code_does(public):
@@ -159,8 +153,7 @@ def test_create_results_takes_and_gives_what_the_public_code_does(public):
 
 @pytest.mark.filterwarnings("ignore:.*holds no accuracies before")
 def test_before_comes_from_other_results_of_the_same_model(public, seeds, tmp_path, capsys):
-    with pytest.raises(ProblemError, match="no average gain"):
-        compute_avg_gain(create_results(public)[0])
+    refuses("no average gain", compute_avg_gain, create_results(public)[0])
     expected = (0.2 / 0.9 + (0.8 - 0.7) / 0.8 + (0.6 - 0.5) / 0.6) / 3
     frame, _ = create_results(seeds[0])
     for before in (seeds[0], frame):
@@ -182,8 +175,7 @@ def test_before_comes_from_other_results_of_the_same_model(public, seeds, tmp_pa
         with pytest.raises(ProblemError):
             create_results(public, before=wrong)
     other = results(tmp_path / "other", 0.3, backbone="RN50")
-    with pytest.raises(ProblemError, match="backbone is 'mini' and 'RN50'"):
-        create_results(public, before=other)
+    refuses("backbone is 'mini' and 'RN50'", create_results, public, before=other)
 
 
 def test_the_table_of_methods_counts_by_hand(tmp_path):
@@ -221,27 +213,21 @@ def test_methods_side_by_side(seeds, public, tmp_path):
         first = compare_results({"theirs": public, "ours": seeds})
     assert first["class before"].tolist() == [90]  # of the first method that has it
     for name in ("before", "± s"):
-        with pytest.raises(ProblemError, match="can be called"):
-            compare_results({"s": seeds, name: other})
+        refuses("can be called", compare_results, {"s": seeds, name: other})
     for wrong in ({}, seeds):
-        with pytest.raises(ProblemError, match="must map names"):
-            compare_results(wrong)
+        refuses("must map names", compare_results, wrong)
     elsewhere = write(tmp_path / "x", {"B": {"x": entry("B", "x", others=())}})
-    with pytest.raises(ProblemError, match="no class is in all"):
-        compare_results({"s": elsewhere, "a": other})
+    refuses("no class is in all", compare_results, {"s": elsewhere, "a": other})
     one = results(tmp_path / "one", 0.3, template="t")
     for key in ("backbone", "weights", "template"):
         two = results(tmp_path / key, 0.3, **{"template": "t"} | {key: "another"})
-        with pytest.raises(ProblemError, match=f"belong together: {key} is"):
-            compare_results({"a": one, "b": two})
+        refuses(f"belong together: {key} is", compare_results, {"a": one, "b": two})
     for wrong in (pd.DataFrame({"x": [1]}), table, 3):
         for take in (summarise, compute_avg_gain):
-            with pytest.raises(ProblemError, match="not a frame of create_results"):
-                take(wrong)
+            refuses("not a frame of create_results", take, wrong)
     with pytest.raises(ProblemError, match="not a frame of compare_results"):
         plot_comparison(create_results(seeds)[0], tmp_path / "p.png")
-    with pytest.raises(ProblemError, match="jpg"):
-        plot_comparison(table, tmp_path / "p.jpg")
+    refuses("jpg", plot_comparison, table, tmp_path / "p.jpg")
 
 
 def test_the_command_writes_what_is_named_and_nothing_else(seeds, tmp_path, capsys, monkeypatch):
