@@ -27,7 +27,6 @@ from forgetting.io import need
 
 HOST = "127.0.0.1"
 TITLE = "Make CLIP forget a name"
-STYLE = Path(__file__).with_name("evaluation") / "live" / "style.css"
 # What a page may load, and where it may send: this address alone, whatever Gradio's own page wants.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -40,7 +39,6 @@ TARGETS = {
     "Replace it by the empty text (the paper's)": "empty",
     "Move it to where no text is": "orthogonal",
 }
-CLOSE_LIST = "() => document.activeElement.blur()"  # it would cover what stands below it
 PREFIX = "clip-forget-app-"  # of temporary folders
 
 
@@ -134,8 +132,8 @@ def blocks(live: Live, folder: Path) -> Any:
         # Names that are typed are no input to Gradio, but a change.
         changes = [chosen.change, protect.change, target.input, beta.input, files.change]
         gr.on([page.load, query.submit, *changes], show, inputs, trigger_mode="always_last", **how)
-        for box in (chosen, protect):
-            box.change(None, js=CLOSE_LIST)
+        for box in (chosen, protect):  # its list would cover what stands below it
+            box.change(None, js="() => document.activeElement.blur()")
         button.click(forget, inputs, **how)
         forgotten.input(restore, [forgotten, *inputs], **how)
     return page
@@ -175,7 +173,7 @@ def start(live: Live, folder: Path, port: int | None = None) -> Any:
         footer_links=[],
         max_file_size=f"{MEGABYTES}mb",
         theme=theme,
-        css_paths=STYLE,
+        css_paths=Path(__file__).with_name("evaluation") / "live" / "style.css",
         app_kwargs={
             "middleware": [  # a page of elsewhere whose name comes to lead here is none of ours
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),

@@ -145,14 +145,9 @@ def compare_results(
     before: Folder | pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Several methods on the same classes, side by side, in percent: before, then each method. A
-    row for every class that all folders hold, see `evaluation.tables.side_by_side`.
-
-    Args:
-        folders: what to call a method -> its results folder, or several; before: see
-            `create_results`.
-
-    Raises ProblemError: no class is in all folders, or folders of several models.
-    """
+    row for every class that all folders hold, see `evaluation.tables.side_by_side`. `folders`: what
+    to call a method -> its results folder, or several; `before`: see `create_results`. Raises
+    ProblemError: no class is in all folders, or folders of several models."""
     if not isinstance(folders, Mapping) or not folders:
         raise ProblemError(f"folders must map names to results folders, not {shown(folders)}")
     summaries, places, models, keys = {}, [], [], ["data set", "forgotten"]

@@ -24,8 +24,6 @@ from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from trainers import SETTINGS
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def run(bundle: FeatureBundle, trainer: str) -> dict[str, float]:
     """Seconds of a run of train.py over all classes, and of the audit after it."""
@@ -51,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--classes", help="of random texts", **counts)
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import train"], check=True, cwd=ROOT)
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", "import train"], check=True, cwd=root)
     print(f"{args.trainer}; seconds, start-up {time.perf_counter() - started:.1f} apart")
     rows = []
     for count in args.classes:

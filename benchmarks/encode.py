@@ -31,7 +31,6 @@ from engine.cli import COUNT, Parser
 from engine.files import write_json_atomic
 from engine.log import progress
 
-SIDES = 500, 375  # pixels
 PLAIN = "open_clip, fp32"
 
 
@@ -42,7 +41,7 @@ def photographs(folder: Path, count: int) -> list[str]:
         pixels = rng.integers(0, 256, (47, 63, 3)) * rng.uniform(0.2, 1)  # light or dark
         coarse = Image.fromarray(pixels.astype(np.uint8))
         paths.append(str(folder / f"{number:05d}.jpg"))
-        coarse.resize(SIDES, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
     return paths
 
 

@@ -34,7 +34,6 @@ from forgetting import (
 )
 
 DESCENTS = (1, 4, 16, 64)  # that are computed together
-REPEATS = 3
 
 
 def problem_of(bundle: FeatureBundle) -> tuple[ForgetProblem, Tensor]:
@@ -99,7 +98,7 @@ def together(problem: ForgetProblem, excluded: Tensor) -> pd.DataFrame:
         "paper's objective": lambda: solve_each(problem, owner, excluded),
         "constrained form": lambda: solve_constrained_each(ridge, *texts),
     }.items():
-        seconds = statistics.median(timeit.repeat(solve, number=1, repeat=REPEATS))
+        seconds = statistics.median(timeit.repeat(solve, number=1, repeat=3))
         answers = solve()
         lines.append((name, len(owner), seconds, max(x.certificate.gap for x in answers)))
     return pd.DataFrame(lines, columns=["solver", "classes", "seconds", "largest gap"])

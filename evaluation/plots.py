@@ -68,12 +68,9 @@ def thumbnail(image: Image.Image, side: int) -> str:
 
 def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path) -> Path:
     """Draw what is left of each forgotten class, and what the rest of its set and the other data
-    sets lost, for the `DRAWN` rows with most left.
-
-    Args:
-        table: of `summarise` or `compare_results`; colours: by the names in its columns
-            `STEM NAME`, for the stems of `PANELS`. A row has a line for each.
-    """
+    sets lost, for the `DRAWN` rows with most left of a table of `summarise` or `compare_results`.
+    `colours`: by the names in its columns `STEM NAME`, for the stems of `PANELS`. A row has a line
+    for each."""
     shown = table.nlargest(DRAWN, [f"class {name}" for name in colours]).sort_index()
     row_height = 0.16 + 0.17 * len(colours)  # inches
     with drawing(path, 13, 2.0 + row_height * len(shown)) as figure:
@@ -81,16 +78,14 @@ def draw_results(table: pd.DataFrame, colours: dict[str, str], path: str | Path)
         for axis, stem in zip(axes, PANELS, strict=True):
             _panel(axis, shown, stem, colours, row_height)
         names = shown["forgotten"].map(lambda label: ", ".join(split_label(label)))
-        rows = range(len(shown))
-        axes[0].set_yticks(rows, shown["data set"] + ": " + names, parse_math=False)
+        axes[0].set_yticks(range(len(shown)), shown["data set"] + ": " + names, parse_math=False)
         axes[0].set_ylim(len(shown) - 0.45, -0.55)  # the first row on top
         axes[2].scatter([], [], s=120, marker="|", color="0.25", label="before")
         for name, colour in colours.items():
             axes[2].scatter([], [], s=48, color=colour, label=name)
         figure.legend(loc="outside upper right", ncols=len(colours) + 1)
         if len(shown) < len(table):
-            text = f"the {len(shown)} of {len(table):,} rows with most left of the class"
-            figure.suptitle(text)
+            figure.suptitle(f"the {len(shown)} of {len(table):,} rows with most left of the class")
     return Path(path)
 
 

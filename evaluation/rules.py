@@ -2,9 +2,6 @@
 
 from enum import StrEnum
 
-HALF = 0.5  # of the accuracy before forgetting: from there on a class counts as there
-EVALUATION = "evaluation"  # the kind of the prompt that accuracies are measured with
-
 
 class Fate(StrEnum):
     """What became of a class under one prompt."""
@@ -18,7 +15,7 @@ class Fate(StrEnum):
 def holds(accuracy: float | None, before: float | None) -> bool:
     """Whether an accuracy is at least half of that before forgetting: then a class stays, comes
     back, or is brought back by images. False if unknown, or where there was nothing to lose."""
-    return bool(before) and accuracy is not None and accuracy >= HALF * before
+    return bool(before) and accuracy is not None and accuracy >= 0.5 * before
 
 
 def fate(before: float | None, after: float | None) -> Fate:
@@ -32,4 +29,4 @@ def fate(before: float | None, after: float | None) -> Fate:
 
 def is_other_word(kind: str, seen: bool) -> bool:
     """Whether a prompt's words were not seen by forgetting, and it is not the evaluation prompt."""
-    return not seen and kind != EVALUATION
+    return not seen and kind != "evaluation"

@@ -20,7 +20,6 @@ from forgetting.problem import LowRankEdit
 T = TypeVar("T")
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 Accuracy = dict[str, Any]  # {"value", "low", "high", "n"}: fractions, and the number of images
-LEVEL = 0.95  # of its interval
 
 
 def accuracy(right: int, n: int) -> Accuracy:
@@ -28,7 +27,7 @@ def accuracy(right: int, n: int) -> Accuracy:
     true proportion at least 95 % of the time for any n. None where n is 0."""
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
-    tail = (1 - LEVEL) / 2  # the ends are quantiles of beta distributions
+    tail = (1 - 0.95) / 2  # the ends are quantiles of beta distributions
     low = float(betaincinv(right, n - right + 1, tail)) if right > 0 else 0.0
     high = float(betaincinv(right + 1, n - right, 1 - tail)) if right < n else 1.0
     return {"value": right / n, "low": low, "high": high, "n": n}
@@ -62,8 +61,7 @@ class AuditData:
     _results: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
-    def images(self) -> Tensor:
-        """(N, d)."""
+    def images(self) -> Tensor:  # (N, d)
         return self.bundle.image_features.double()
 
     def once(self, function: Callable[..., T], *arguments: Any) -> T:

@@ -69,7 +69,6 @@ def _other_words(data: AuditData, name: str) -> tuple[list[Row], list[str]]:
 
 
 def _vocabulary(data: AuditData) -> list[str]:
-    """Keys of the retained names."""
     return list(map(key, data.bundle.retain_names))
 
 

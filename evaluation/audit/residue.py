@@ -26,6 +26,7 @@ def measure(case: Case) -> dict[str, Any]:
         where the class has a single image, or no other class has any.
     """
     images = case.images
+    missing = ["the probes need two images of it and one of another class"]
     probed = 1 < len(images) < len(case.bundle.labels)
     linear = voted = accuracy(0, 0)
     if probed:
@@ -35,9 +36,7 @@ def measure(case: Case) -> dict[str, Any]:
         "linear_probe": {"before": linear, "after": linear},
         "nearest_neighbours": {"k": NEIGHBOURS, "before": voted, "after": voted},
         "zero_shot": case.sides(lambda model: model.accuracy(case.label)),
-        "not_measured": []
-        if probed
-        else ["the probes need two images of it and one of another class"],
+        "not_measured": [] if probed else missing,
     }
 
 

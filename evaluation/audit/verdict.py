@@ -72,9 +72,8 @@ def _relearned(methods: dict[str, Any]) -> Lines:
     few = {name: one["needed"] for name, one in methods.items() if one["needed"] is not None}
     if few:
         name = min(few, key=few.get)
-        return [
-            (LIMIT, f"half of it comes back with {few[name]} of its images ({RELEARNING[name]})")
-        ]
+        line = f"half of it comes back with {few[name]} of its images ({RELEARNING[name]})"
+        return [(LIMIT, line)]
     tried = any(value is not None for one in methods.values() for value in one["forgotten"])
     return [(GOOD, "no number of images that was tried brings half of it back")] if tried else []
 
@@ -91,9 +90,8 @@ def _images(found: dict[str, Any]) -> Lines:
         lines.append((LIMIT if worst["auc_after"] >= LEAK else GOOD, line))
     probe = found.get("residue", {}).get("linear_probe", {}).get("after", {})
     if probe.get("value") is not None:
-        line = (
-            f"a classifier trained on images (linear probe) finds {_percent(probe)} of its images"
-        )
+        who = "a classifier trained on images (linear probe)"
+        line = f"{who} finds {_percent(probe)} of its images"
         lines.append((LIMIT if probe["value"] > PROBED else GOOD, line))
     return lines
 

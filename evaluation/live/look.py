@@ -84,13 +84,10 @@ class View:
 
 
 class Live:
-    """One CLIP, names that images are classified by, and images.
-
-    Args:
-        model: see `clip.architectures.architecture`. images: of one's own, a folder or a CSV file;
-            without, `mini` has its four sets, and any other model no image and the common names.
-        root: of the image sets; folder: for what is encoded once.
-    """
+    """One CLIP, names that images are classified by, and images. `model`: see
+    `clip.architectures.architecture`. `images`: of one's own, a folder or a CSV file; without,
+    `mini` has its four sets, and any other model no image and the common names. `root`: of the
+    image sets; `folder`: for what is encoded once."""
 
     def __init__(self, model: str, images: str, root: str | Path, folder: str | Path) -> None:
         self.source, self.folder = ClipSource(model, cache=folder), Path(folder)
@@ -125,9 +122,7 @@ class Live:
             if not isinstance(name, str) or not (key := datasets.key(name)):
                 raise ProblemError("a name must be a text that is not empty")
             if name not in self.names:  # two names may differ in case alone
-                begun = [
-                    spelled[other] for other in spelled if self.items and other.startswith(key)
-                ]
+                begun = [x for other, x in spelled.items() if self.items and other.startswith(key)]
                 name = spelled.get(key) or min(begun, key=len, default=name.strip())
             chosen.append(name)
         return tuple(dict.fromkeys(chosen))

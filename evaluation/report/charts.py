@@ -50,9 +50,7 @@ def _chart(
             text = f"{text} {within(deviation)}".strip()
             axis.plot([average - deviation, average + deviation], [row, row], color=INK)
             axis.plot([average, average], [row - 0.3, row + 0.3], color=INK, linewidth=3)
-            axis.annotate(
-                text, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK
-            )
+            axis.text(1.02, row, text, transform=axis.get_yaxis_transform(), va="center", color=INK)
             texts.append(f"{method.label} {text}")
         axis.set_yticks(range(len(labels)), labels, parse_math=False)
         axis.set_ylim(len(labels) - 0.5, -0.5)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from evaluation.audit.record import ATTACKERS, RELEARNING
 from evaluation.report import summary
@@ -14,25 +13,20 @@ from evaluation.report.pictures import HARMED, MOST, strips
 from evaluation.report.runs import Method, forgotten_classes, tags
 from forgetting.io import write_bytes
 
-HERE = Path(__file__).resolve().parent
 OPENING = 12  # classes whose pictures come first
 TEXTS = 12  # other words that are written out
 DETAILED = 400  # classes of which everything is written out; a browser must lay it out
 ENVIRONMENT = Environment(
-    loader=FileSystemLoader(HERE),
+    loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
 ENVIRONMENT.tests["startswith"] = str.startswith
-ENVIRONMENT.filters |= {
-    "percent": summary.percent,
-    "points": summary.points,
-    "listed": summary.listed,
-    "within": summary.within,
-    "indented": partial(json.dumps, indent=1, ensure_ascii=False),
-}
+ENVIRONMENT.filters["indented"] = partial(json.dumps, indent=1, ensure_ascii=False)
+for each in (summary.percent, summary.points, summary.listed, summary.within):
+    ENVIRONMENT.filters[each.__name__] = each
 
 
 def write_report(methods: list[Method], path: str | Path) -> Path:
@@ -58,8 +52,6 @@ def render(methods: list[Method]) -> str:
         opened={number for number, *_ in opening},
         classes=pictured,
         charts=charts(methods),
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "search.js").read_text(encoding="utf-8")),
         summary=summary,
         tags=tags,
         attackers=ATTACKERS,
