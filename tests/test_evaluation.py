@@ -14,9 +14,8 @@ from evaluation.audit.verdict import verdict
 from evaluation.rows import Change, Row, rows_of
 from evaluation.rules import Fate
 from evaluation.zero_shot import Evaluator, ZeroShot, embedded_texts
-from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
-from tests.conftest import accuracies, toy_bundle, whole_set
+from tests.conftest import accuracies, refuses, toy_bundle, whole_set
 from tests.report_fixtures import acc, audit_of
 from trainers.base import outcomes
 
@@ -113,8 +112,7 @@ def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
     assert 4 in before and 4 not in after
     rest = accuracies(BUNDLE, ["owl", "newt"], nothing, ["owl"])
     assert rest["owl"]["cls_acc_test"] == 0.0 and rest["newt"]["cls_acc_test"] > 0.9
-    with pytest.raises(ProblemError, match="none is left"):
-        zero_shot.predict([nothing], [BUNDLE.classnames])
+    refuses("none is left", zero_shot.predict, [nothing], [BUNDLE.classnames])
 
 
 @pytest.mark.parametrize(

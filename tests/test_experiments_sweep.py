@@ -17,7 +17,7 @@ from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
 from forgetting.errors import ProblemError
-from tests.conftest import BACKBONE
+from tests.conftest import BACKBONE, refuses
 from trainers import SETTINGS
 from utils import create_results
 
@@ -110,8 +110,7 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, tmp_pa
         return build(cfg)
 
     monkeypatch.setattr(train, "build_trainer", lose_one)
-    with pytest.raises(ProblemError, match="failed: ToyTools, ViT-B/32, ForgetNoise, strong"):
-        sweep.main(command)
+    refuses("failed: ToyTools, ViT-B/32, ForgetNoise, strong", sweep.main, command)
     table = pd.read_csv(tmp_path / "out/mine/sweep.csv")
     lost = table[(table["setting"] == "strong") & (table["data set"] == "ToyTools")]
     assert (lost["seeds"] == 1).all() and table["seeds"].max() == 2
@@ -129,8 +128,7 @@ def test_methods_side_by_side_resume(features, tmp_path, capsys):
     assert list(every.index) == list(baselines.METHODS) and (every["classes"] == 2).all()
     assert every.loc["name", "seconds"] == table.loc["name", "seconds"]
     assert {given["trainer"] for given in baselines.METHODS.values()} == set(SETTINGS)
-    with pytest.raises(ProblemError, match="'uce'"):
-        baselines.main([*argv, "--methods", "uec"])
+    refuses("'uce'", baselines.main, [*argv, "--methods", "uec"])
 
 
 def test_benchmarks_measure_all_that_they_say(features, capsys):

@@ -14,11 +14,10 @@ from engine.cli import run
 from evaluation.live.look import MEGABYTES, UPLOADS, Live, View
 from forgetting import load_adapter
 from forgetting.compose import compose
-from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_hidden
 from forgetting.targets import TARGETS
 from tests.clip_fixtures import images, open_clip_folder
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, refuses
 from tests.test_images import blank_png
 
 TWO, ANCHOR, STAR, CROSS = "digit two", "anchor", "green star", "green cross"
@@ -103,8 +102,7 @@ def test_the_forecast_comes_first_and_protecting_a_name_helps(live):
         recognised(live.look([STAR], protect=names, **FAR))[CROSS][1] for names in ([], [CROSS])
     )
     assert bare == 0 and protected > 0.5
-    with pytest.raises(ProblemError, match="choose one"):
-        live.look([], [TWO], [TWO])
+    refuses("choose one", live.look, [], [TWO], [TWO])
 
 
 def test_names_that_are_typed(live, monkeypatch):
@@ -117,8 +115,7 @@ def test_names_that_are_typed(live, monkeypatch):
     shown = view.html("forecast") + view.html("result")
     assert "&lt;b&gt;cat" in shown and "<b>cat" not in shown and "Did you mean" in shown
     for wrong in ([1], [None], [" _"], [["digit two"]]):
-        with pytest.raises(ProblemError, match="text"):
-            live.listed(wrong)
+        refuses("text", live.listed, wrong)
     monkeypatch.setattr(live, "names", ["Turkey", "turkey", "Anchor"])
     assert live.listed(["Turkey", "turkey", "anchor"]) == ("Turkey", "turkey", "Anchor")
 
