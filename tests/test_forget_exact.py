@@ -74,6 +74,12 @@ def test_what_is_retained_of_bundles():
     assert set(without.counts) == {"own", "vocabulary"}
 
 
+def test_an_evaluation_template_that_is_the_bare_name(exact_args, features):
+    path = bundle_path(features, BACKBONE, "ToyAnimals")
+    replace(toy_bundle("ToyAnimals"), template="{}").save(path)
+    assert (create_results(train.main([*exact_args, "--forget", "all"]))[0].cls_forget == 0).all()
+
+
 @pytest.mark.parametrize("weight", [0.1, 0.0])
 def test_other_sets_may_be_affected_where_they_are_listed(weight):
     animals, tools = toy_bundle("ToyAnimals"), toy_bundle("ToyTools")

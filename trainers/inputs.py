@@ -302,7 +302,7 @@ class RunInputs:
         known: dict[str, dict[str, Tensor]] = {}  # of each class: text -> hidden state
         new: dict[str, list[str]] = {}  # of each class: texts to encode
         for name in dict.fromkeys(name for request in requests for name in request.classes):
-            _, prompt = self._held(name).items()
+            *_, prompt = self._held(name).items()
             rows = [row for row in brought.get(name, ()) if row[1] in SAME_CLASS]
             known[name] = dict([prompt]) | {text: hidden for text, _, hidden in rows}
             others = self._other_texts(name) if self.encode is not None else []
