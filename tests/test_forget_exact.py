@@ -76,6 +76,7 @@ def test_what_is_retained_of_bundles():
 
 def test_an_evaluation_template_that_is_the_bare_name(exact_args, features):
     path = bundle_path(features, BACKBONE, "ToyAnimals")
+    path.unlink()
     replace(toy_bundle("ToyAnimals"), template="{}").save(path)
     assert (create_results(train.main([*exact_args, "--forget", "all"]))[0].cls_forget == 0).all()
 
