@@ -78,8 +78,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     took. Raises ProblemError for a key or value that does not fit."""
     if args.images or args.dataset in datasets.NAMES:
         args.dataset = datasets.spec(args.dataset or "", args.images or "").name
-    given = {key: getattr(args, name) for name, key in OPTIONS.items()}
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: x for name, key in OPTIONS.items() if (x := getattr(args, name)) is not None}
     cfg = load(given, args.opts, args.config_file, args.dataset_config_file)
     if not cfg.DATASET.NAME:
         raise ProblemError("no data set: pass --dataset NAME, or --images PATH")

@@ -203,9 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(groups) == 1:
             groups = {"after": next(iter(groups.values()))}
         # A list of one folder would have deviations, which are NaN.
-        table = compare_results(
-            {n: f if len(f) > 1 else f[0] for n, f in groups.items()}, **options
-        )
+        methods = {name: x if len(x) > 1 else x[0] for name, x in groups.items()}
+        table = compare_results(methods, **options)
     if args.csv:
         tables.write_table(table, args.csv)
     if args.draw:

@@ -9,7 +9,6 @@ from evaluation.report.runs import Method
 from evaluation.report.summary import points, within
 
 GOLDEN = 0.6180339887  # spreads dots of one value evenly, however many they are
-LETTERS = 22  # of a line of a method's name
 COLOURS = ("#1d5b8f", "#b34a12", "#2c7468", "#7c4f86", "#6b7076")  # those of style.css
 INK, MUTED = "#1a2127", "#55606a"
 PANELS = (  # title, what the axis says, a quantity, and what it is multiplied by
@@ -36,7 +35,7 @@ def charts(methods: list[Method]) -> list[tuple[str, str, str]]:
 def _chart(
     methods: list[Method], title: str, axis_text: str, quantity: str, scale: int
 ) -> tuple[str, str, str]:
-    labels = [fill(method.label, LETTERS) for method in methods]
+    labels = [fill(method.label, width=22) for method in methods]
     height = 0.9 + sum(0.6 + 0.25 * label.count("\n") for label in labels)
     texts, drawn = [], BytesIO()
     with styled_figure(6, height, {"svg.hashsalt": title, "axes.grid": False}) as figure:

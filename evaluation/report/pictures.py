@@ -57,9 +57,8 @@ def strips(forgotten: ForgottenClass, draw: bool = True) -> list[Strip]:
     worst: dict[str, Example] = {}
     for example in sorted(harmed, key=lambda x: x[2]["after"]["value"] - x[2]["before"]["value"]):
         worst.setdefault(example[2]["name"], example)
-    for example in list(worst.values())[:HARMED]:
-        found.append(_strip(forgotten.dataset, example[0].label, [example], draw))
-    return found
+    examples = list(worst.values())[:HARMED]
+    return found + [_strip(forgotten.dataset, x[0].label, [x], draw) for x in examples]
 
 
 def _strip(dataset: str, by: str, examples: list[Example], draw: bool) -> Strip:
