@@ -49,7 +49,6 @@ SHOWN = (
     "images in a cache",
     "named, alone",
 )
-FEW = 3  # classes whose findings are all printed
 
 
 def result_table(folder: Path, rows: Sequence[Row], multiclass: bool = False) -> pd.DataFrame:
@@ -236,7 +235,7 @@ def report_audit(folder: Path, datasets: Sequence[str]) -> None:
     for row in rows:
         if row.dataset in datasets:
             # One line a class where there are many; the report shows all of them.
-            lines = row.audit["verdict"][: None if len(chosen) <= FEW else 1]
+            lines = row.audit["verdict"][: None if len(chosen) <= 3 else 1]
             print("\n  ".join([f"{row.dataset} / {row.name}:", *lines]))
     logger.info(f"audit: {folder / AUDIT}")
     logger.info(f"table: {folder / CSV}")

@@ -11,9 +11,7 @@ from torch import Tensor
 from evaluation.audit.case import Case, Model, highest
 from evaluation.audit.neighbours import nearest_classes
 
-LISTED = 10  # classes written out
 COMPARED = 5  # new classes that the class is compared with
-CONFUSED = 16  # classes of the confusion counts
 FOLDS = 5
 CONSTANT = 1e-9  # the standard deviation of a score below which it says nothing
 FEWEST = 4  # images of either class: with fewer an AUC has hardly any values to take
@@ -35,7 +33,7 @@ def measure(case: Case) -> dict[str, Any]:
     missing = f"leak: fewer than {FEWEST} images of {case.name!r} or of a class that they go to"
     leak = [_leak(case, column) for column in enough]
     return {
-        side: [{"name": case.bundle.classnames[c], "share": share} for c, share in ranked[:LISTED]]
+        side: [{"name": case.bundle.classnames[c], "share": share} for c, share in ranked[:10]]
         for side, ranked in columns.items()
     } | {
         "leak": leak,
@@ -49,7 +47,7 @@ def confusion(case: Case, new: list[int]) -> dict[str, Any]:
     """Confusion counts among `names`: the forgotten class and at most 15 others, its ten nearest
     retained classes and `new`, where its images go. `before`, `after`: a list per true class; the
     last column counts predictions of no class named."""
-    columns = list(dict.fromkeys([case.label, *nearest_classes(case), *new]))[:CONFUSED]
+    columns = list(dict.fromkeys([case.label, *nearest_classes(case), *new]))[:16]
     n = len(columns)
     place = torch.full((len(case.bundle.classnames),), n)
     place[columns] = torch.arange(n)

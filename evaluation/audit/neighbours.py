@@ -10,8 +10,7 @@ from evaluation.rows import mean
 from evaluation.zero_shot import embedded_texts
 from forgetting.edited_texts import EmbeddedTexts
 
-NEAREST = 10  # classes listed
-WORST = 10  # texts listed
+LISTED = 10  # classes, and texts
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def measure(case: Case) -> dict[str, Any]:
     stay[: len(case.retained)] = case.retained
     cosines = texts.edited([case.after.edit])[0].cosines_with_before.clamp(-1, 1)  # (T,)
     count = int(stay.sum())
-    worst = highest(-cosines.masked_fill(~stay, torch.inf), min(WORST, count)).tolist()
+    worst = highest(-cosines.masked_fill(~stay, torch.inf), min(LISTED, count)).tolist()
     return {
         "classes": classes,
         "mean_before": before,
@@ -53,7 +52,7 @@ def nearest_classes(case: Case) -> list[int]:
     evaluation prompts in the untouched model, nearest first."""
     cosines = case.before.classes @ case.before.classes[case.label]  # (C, d) @ (d,)
     cosines[~case.retained] = -torch.inf
-    return highest(cosines, min(NEAREST, int(case.retained.sum()))).tolist()
+    return highest(cosines, min(LISTED, int(case.retained.sum()))).tolist()
 
 
 def all_texts(data: AuditData) -> tuple[list[str], list[str], EmbeddedTexts]:

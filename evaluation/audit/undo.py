@@ -22,7 +22,6 @@ from engine.config import paper_weights, settings
 from evaluation.audit.case import AuditData, Case, Model, highest
 from forgetting.context import ExactSettings
 
-SHOWN = 5  # names that an attack puts first
 EPSILON = torch.finfo(torch.float32).eps
 NAMING = ("retained", "synonym")  # kinds of prompts that name the class as well as its own name
 LIMIT = 1000  # names that a class is looked for among
@@ -30,7 +29,6 @@ LIMIT = 1000  # names that a class is looked for among
 # class is named first with any from 0.001 to 0.1; of several at once this names most.
 EXPLAINED = 1e-2
 TINY = torch.finfo(torch.float64).tiny
-DIGITS = 12  # of a score that are more than rounding
 KERNEL = 1e-9  # of the trace: the least ridge where the paper's own is 0
 
 
@@ -85,7 +83,7 @@ def _place(case: Case, known: Attacker, scores: Tensor | None, others: list[str]
     rivals = scores[[row for row in range(len(scores)) if row not in excluded]]
     own = scores[known.rows[datasets.key(case.name)]]  # all classes of the set are on the list
     place = 1 + int((rivals > own).sum()) + int((rivals == own).sum()) // 2
-    return {"place": place, "top": [known.names[row] for row in highest(scores, SHOWN).tolist()]}
+    return {"place": place, "top": [known.names[row] for row in highest(scores, 5).tolist()]}
 
 
 class Statistics:
@@ -104,7 +102,7 @@ class Statistics:
         """Cosine (n,) of every name's direction with the span of orthonormal columns (w, r)."""
         cosines = (self.directions(mu) @ (self.basis.T @ span)).norm(dim=1)
         # Names that are forgotten together all score 1: rounding does not put one of them first.
-        return cosines.round(decimals=DIGITS)
+        return cosines.round(decimals=12)
 
 
 class Attacker:
