@@ -86,7 +86,7 @@ def test_our_sets_are_dassls(tmp_path):
     import datasets
 
     data = import_module("dassl.data")
-    opts = ["DATASET.REPOSITORY", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
+    opts = ["DATASET.ROOT", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"]
     opts += ["DATALOADER.TEST.BATCH_SIZE", "3"]
     cfg = settings(dataset="MiniShapes", opts=opts)
     manager = data.DataManager(cfg)
