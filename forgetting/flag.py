@@ -96,8 +96,8 @@ def none_of_these(
 
 
 def _share(scores: Tensor, others: Tensor) -> Tensor:
-    """The share of other things above each of `scores` (n,), told by `others` (k,), in which what
-    is sought may be too, and by the prior."""
+    """The share of other things above each of `scores` (n,), estimated from the prior and `others`
+    (k,), in which what is sought may be too."""
     quantiles = (np.arange(PRIOR) + 0.5) / PRIOR
     prior = SPREAD * (np.log(quantiles / (1 - quantiles)) - 1)
     pool = others.numpy()

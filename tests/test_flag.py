@@ -1,4 +1,4 @@
-"""A flag from names alone: the rate that is asked for, and nothing taken from the encoder."""
+"""A flag from names alone: the stated rate, and nothing taken from the encoder."""
 
 import math
 from unittest import mock
