@@ -326,7 +326,7 @@ def _export(option: Option, parse: Parse) -> None:
 def _index(option: Option, parse: Parse) -> None:
     """Hide what was forgotten in a store of image vectors, or restore it."""
     from forgetting.adapter import load_adapter
-    from forgetting.deploy.embeddings import index_edit, projection_of
+    from forgetting.deploy.embeddings import projection_of
     from forgetting.deploy.stores import change_store
 
     places = {
@@ -353,8 +353,8 @@ def _index(option: Option, parse: Parse) -> None:
     options = {name: getattr(args, name) for name in (*places, "out", "overwrite", "batch")}
     options |= {"normalised": not args.unnormalised, "progress": not args.quiet}
     projection, bias = projection_of(adapter, args.base)
-    index_edit(adapter, projection, bias)  # refuses a bias
-    done = change_store(adapter, args.store, hide, projection, dry_run=args.dry_run, **options)
+    options |= {"bias": bias, "dry_run": args.dry_run}
+    done = change_store(adapter, args.store, hide, projection, **options)
     _say(
         f"{done.where}: {done.rows} vectors, {done.changed} "
         f"{'would be ' if args.dry_run else ''}{'hidden' if hide else 'restored'}; checksum before "

@@ -112,6 +112,7 @@ def change_store(
     store: str | Path,
     hide: bool,
     projection: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     normalised: bool = True,
     batch: int | None = None,
@@ -124,7 +125,7 @@ def change_store(
     Args:
         store: `*.npy`, `*.parquet`, `*.faiss` or `*.index`, of which a new file is made; or
             `qdrant:FOLDER`, `qdrant:http://HOST:6333` or `postgresql://...`, changed in place.
-        hide: False to restore; projection: see `index_edit`.
+        hide: False to restore; projection, bias: see `index_edit`.
         normalised: whether vectors are, and stay, of length 1.
         batch: rows at once; dry_run: read and compute, and change nothing.
         options: `out` and `overwrite` of files; `column` of parquet; `collection` and `vector` (its
@@ -134,7 +135,7 @@ def change_store(
         ProblemError: a store that cannot be read, or holds no plain vectors; one that is hidden by
             another adapter; see also `index_edit`.
     """
-    store, edit = str(store), index_edit(adapter, projection)
+    store, edit = str(store), index_edit(adapter, projection, bias)
     kind = next((k for k in STORES if store.startswith(k) or store.endswith(k)), None)
     if kind is None:
         raise unknown("kind of store", store, STORES)
