@@ -1,17 +1,15 @@
 """Encoding images: this repository's loop against open_clip's plain one, in one run.
 
-    python -m benchmarks encode [ARCH ...] [--images 512] [--rounds 3] [--batch 64]
-                                [--precision bf16]
+    python -m benchmarks encode [ARCH ...] [--images 512] [--rounds 3] [--precision bf16]
 
 From JPEG files of 500 x 375 to embeddings, on the GPU if there is one. The plain loop is that of
-open_clip's own evaluation: its transform in a DataLoader, a batch of BATCH, `encode_image` in
+open_clip's own evaluation: its transform in a DataLoader, a batch of 64, `encode_image` in
 float32. Ours is that of `clip.features`, nothing cached, in float32 and in --precision. Rounds take
 turns, so that a busy machine is so to all, and the fastest of each counts.
 """
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
+from benchmarks import timed
 from clip.architectures import architecture
 from clip.cache import FeatureCache
 from clip.features import loaders
@@ -32,10 +32,12 @@ from engine.files import write_json_atomic
 from engine.log import progress
 
 PLAIN = "open_clip, fp32"
+BATCH = 64  # of the plain loop
 
 
 def photographs(folder: Path, count: int) -> list[str]:
     """JPEG files of smooth noise, which compresses about as a photograph does."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng, paths = np.random.default_rng(0), []
     for number in range(count):
         pixels = rng.integers(0, 256, (47, 63, 3)) * rng.uniform(0.2, 1)  # light or dark
@@ -45,26 +47,11 @@ def photographs(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def plain(source: ClipSource, batch: int) -> Callable[[Sequence[str], int], Tensor]:
-    """open_clip's loop with a source's weights: image files, processes -> embeddings (N, d)."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    model = source.architecture.build().eval().to(source.device)
-    model.load_state_dict(source.model.state_dict())
-    transform = image_transform_v2(PreprocessCfg(**source.reading), is_train=False)
-
-    @torch.no_grad()
-    def encode(paths: Sequence[str], workers: int) -> Tensor:
-        opened = partial(_opened, transform)
-        loader = DataLoader(paths, batch, num_workers=workers, collate_fn=opened)
-        rows = [model.encode_image(images.to(source.device)) for images in loader]
-        return torch.cat([normalize(row, dim=-1).cpu() for row in rows])
-
-    return encode
-
-
-def _opened(transform: Callable[[Image.Image], Tensor], paths: Sequence[str]) -> Tensor:
-    return torch.stack([transform(Image.open(path)) for path in paths])
+@torch.no_grad()
+def plain(model: torch.nn.Module, loader: DataLoader, device: torch.device) -> Tensor:
+    """Embeddings (N, d), by open_clip's loop."""
+    rows = [model.encode_image(images.to(device)) for images, _ in loader]
+    return normalize(torch.cat(rows), dim=-1).cpu()
 
 
 def ours(source: ClipSource, paths: Sequence[str], workers: int) -> Tensor:
@@ -74,21 +61,25 @@ def ours(source: ClipSource, paths: Sequence[str], workers: int) -> Tensor:
         return FeatureCache(source).images("photographs", paths, None, workers)
 
 
-def compare(
-    sources: Sequence[ClipSource], paths: Sequence[str], rounds: int, batch: int
-) -> pd.DataFrame:
+def compare(sources: Sequence[ClipSource], paths: Sequence[str], rounds: int) -> pd.DataFrame:
     """A row for each way to encode: images a second, how many times the plain loop's that is, and
-    how far its embeddings are from the plain loop's. `sources` are of several precisions."""
+    how far its embeddings are from the plain loop's. `sources` are of several precisions, `paths`
+    all files of a folder."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     source = sources[0]
-    workers = loaders(source.device)
-    ways = {PLAIN: partial(plain(source, batch), paths, workers)}
+    device, workers = source.device, loaders(source.device)
+    model = source.architecture.build().eval().to(device)
+    model.load_state_dict(source.model.state_dict())
+    transform = image_transform_v2(PreprocessCfg(**source.reading), is_train=False)
+    images = ImageFolder(Path(paths[0]).parents[1], transform)
+    ways = {PLAIN: partial(plain, model, DataLoader(images, BATCH, num_workers=workers), device)}
     ways |= {f"ours, {each.precision}": partial(ours, each, paths, workers) for each in sources}
     seconds, found = dict.fromkeys(ways, float("inf")), {}
     for _ in progress(range(rounds), f"{source.arch}, round"):
         for name, encode in ways.items():
-            started = time.perf_counter()
-            found[name] = encode()
-            seconds[name] = min(seconds[name], time.perf_counter() - started)
+            taken, found[name] = timed(encode)
+            seconds[name] = min(seconds[name], taken)
     exact = found[PLAIN]
     return pd.DataFrame(
         {
@@ -118,18 +109,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("archs", nargs="*", metavar="ARCH", default=["RN50", "ViT-B/16"])
     parser.add_argument("--images", type=COUNT, default=512, help="how many")
     parser.add_argument("--rounds", type=COUNT, default=3, help="of which the fastest counts")
-    parser.add_argument("--batch", type=COUNT, default=64, help="of the plain loop")
     choices = [p for p in PRECISIONS if p != "fp32"]
     parser.add_argument("--precision", choices=choices, default="bf16", help="beside fp32")
     args = parser.parse_args(argv)
     tables = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = photographs(Path(folder), args.images)
+        paths = photographs(Path(folder) / "images/noise", args.images)
         for arch in args.archs:
             weights = random_weights(arch, Path(folder) / "random.pt")
             precisions = ("fp32", args.precision)
             sources = [ClipSource(arch, weights, folder, precision=p) for p in precisions]
-            tables.append(compare(sources, paths, args.rounds, args.batch))
+            tables.append(compare(sources, paths, args.rounds))
     table = pd.concat(tables, ignore_index=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{args.images} images on {device}, {torch.get_num_threads()} CPU threads")

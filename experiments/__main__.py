@@ -9,7 +9,6 @@ EXPERIMENTS = {
     "sweep": "data sets x backbones x seeds x methods x settings of one file, and their table",
     "studies": "what each choice of the method does, by descent and exactly",
     "flag": "what a flag from names alone catches, and its false alarms, at stated rates",
-    "faithfulness": "what the known slips of the paper's public code cost",
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",
     "baselines": "every method on the same classes, side by side",
     "hide": "what still finds a class that is forgotten, hidden in an index, or filtered out",

@@ -137,6 +137,8 @@ def test_benchmarks_measure_all_that_they_say(features, capsys):
     assert exact["classes"].tolist() == [6, 6] and (exact["largest gap"] < 1e-9).all()
     assert descents["classes"].tolist() == [1, 1, 4] and (descents["seconds per class"] > 0).all()
     assert descents["above optimum"].between(0, 0.5).all()
+    plain, alone, _ = descents["above optimum"]  # the same descent twice
+    assert plain == pytest.approx(alone, abs=1e-3)
     table = driver.main(["--classes", "3", "5", "--trainer", "ForgetZero"])
     assert table["classes"].tolist() == [3, 5] and (table > 0).all(axis=None)
 

@@ -1,38 +1,29 @@
-"""The paper's numbers against configs, lists and documents, the cost of its code's slips, and its
-experiments in one command."""
+"""The paper's numbers against configs, lists and documents, and its experiments in one command."""
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import datasets
-import train
-from clip.bundle import bundle_path
 from engine.cli import run
 from engine.config import paper_weights, settings
 from evaluation.results import read_logs
-from evaluation.rows import Change, Row, read_rows
-from experiments import faithfulness, reproduce
+from evaluation.rows import Change, Row
+from experiments import reproduce
 from experiments.reproduce import PAPER, WHOLE, compare, whole_set
-from experiments.variants import VARIANTS, choose, run_variants
 from forget_cls import all_ds, forget_classes_all
-from forgetting import ForgetProblem, LoraSettings, solve_lora
+from forgetting import LoraSettings
 from tests.clip_fixtures import picture, reduce_depth, save_openai
-from tests.conftest import BACKBONE, REPOSITORY, TOY_CLASSES, toy_bundle, toy_line
+from tests.conftest import REPOSITORY
 from tests.test_datasets import FORGOTTEN
-from tests.test_lora import make_problem
 
-NAMES = {variant.name: variant for variant in VARIANTS}
 DOCUMENT = (REPOSITORY / "docs" / "faithfulness.md").read_text(encoding="utf-8")
 
 
@@ -87,95 +78,6 @@ def test_every_check_that_the_document_names_exists():
     named = set(re.findall(r"`(test_\w+)`", DOCUMENT))
     assert len(named) == 8
     assert all(f"def {name}(" in sources for name in named)
-
-
-def answers(problem: ForgetProblem, names: list[str], **settings) -> pd.DataFrame:
-    settings = LoraSettings(**{"steps": 200, "max_trials": 1} | settings)
-    return run_variants(problem, settings, [NAMES[name] for name in names]).set_index("variant")
-
-
-@pytest.mark.parametrize("m", [6, 20])
-def test_ours_is_solve_lora(m):
-    """The same numbers as long as rounding has not grown; then trials and weights, where the first
-    trials fail and the retry must go on."""
-    problem = make_problem(m=m, lamb_forget=0.02, lamb_preserve=0.05, lamb_weight=0.02)
-    short, long = {"steps": 30}, {"steps": 200, "lamb_forget_step": 0.5, "max_trials": 6}
-    for constants, close in ((short, 1e-5), (long, 0.01)):
-        ours = answers(problem, ["ours"], **constants).loc["ours"]
-        solution = solve_lora(problem, LoraSettings(**{"max_trials": 1} | constants))
-        assert ours["trials"] == len(solution.trials)
-        assert ours["lamb_forget"] == solution.lamb_forget
-        assert ours["objective"] == pytest.approx(solution.objective, rel=close)
-        if constants is short:
-            assert torch.allclose(ours["answer"], solution.delta, atol=1e-4)
-    assert ours["trials"] > 1
-
-
-def test_the_last_step_is_kept_before_its_update():
-    problem, settings = make_problem(), LoraSettings(steps=7, max_trials=1)
-    kept = answers(problem, ["last step kept"], steps=7).loc["last step kept"]
-    # While the objective falls, the lowest of a descent that is one step shorter is its end.
-    shorter = solve_lora(problem, replace(settings, steps=6))
-    assert shorter.trials[0].step == 6
-    assert torch.allclose(kept["answer"], shorter.delta, atol=1e-6)
-
-
-def test_merging_drifts_and_more_so_in_float16():
-    problem = make_problem(w=32, d=16)
-    before = problem.projection.clone()
-    drift = answers(problem, list(NAMES))["drift"]
-    merged = {dtype: drift[f"merged and unmerged, {dtype}"] for dtype in ("float32", "float16")}
-    assert drift["ours"] == drift["ours, another seed"] == drift["last step kept"] == 0
-    assert 0 < merged["float32"] < 1e-5 < merged["float16"]
-    assert torch.equal(problem.projection, before)  # our own input is only read
-
-
-def test_the_trial_of_highest_reduction_or_the_last():
-    walked = [SimpleNamespace(reduction=share) for share in (0.1, 0.6, 0.3)]
-    assert choose(walked, NAMES["ours"]) is walked[1]
-    assert choose(walked, NAMES["last trial kept"]) is walked[2]
-
-
-def test_the_command_on_bundles(tmp_path, features, capsys):
-    """Accuracies of all variants; a set without images has none."""
-    empty = replace(toy_bundle("ToyTools", images_per_class=0), dataset="Texts")
-    empty.save(bundle_path(features, BACKBONE, "Texts"))
-    argv = ["--features", str(features), "--classes", "1", "--csv", str(tmp_path / "rows.csv")]
-    keys = ["FORGET.LAMB_WEIGHT", "0.02", "TRAINER.FORGETLORA.STEPS", "100"]
-    keys += ["TRAINER.FORGETLORA.MAX_TRIALS", "2", "FORGET.LAMB_FORGET", "3.0"]
-    table = faithfulness.main([*argv, *keys])
-    assert len(table) == 3 * 2 * len(VARIANTS)
-    assert pd.read_csv(tmp_path / "rows.csv")["variant"].tolist() == table["variant"].tolist()
-    seen = table[table["data set"].isin(TOY_CLASSES)]
-    assert seen["class after"].between(0, 100).all() and (seen["rest before"] > 50).all()
-    assert (seen["class after"] < seen["class before"]).any()
-    assert table[table["data set"] == "Texts"]["class after"].isna().all()
-    # Each problem is the trainer's, with its own names excluded: the same optimum.
-    line = toy_line(tmp_path, "--trainer", "ForgetOptimum", "--forget=cat")
-    (row,) = read_rows(train.main([*line, *keys]))
-    ours = seen[(seen["classes"] == "cat") & (seen["variant"] == "ours")].iloc[0]
-    optimum = row.solver["certificate"]["primal"]
-    assert ours["objective"] / (1 + ours["above"]) == pytest.approx(optimum, rel=1e-6)
-    by_set = faithfulness.by_variant(table).set_index(["data set", "variant"])
-    assert by_set.loc["ToyAnimals", "before"]["class, %"] == seen["class before"].iloc[0]
-    assert (by_set["problems"] == 2).all() and len(by_set) == 2 * 8 + 7
-    printed = capsys.readouterr().out
-    assert "all three, float16" in printed and "Distance from ours" in printed
-
-
-def test_distance_from_ours_is_of_the_same_problem():
-    rows = []
-    for problem, ours, apart in (("a", 50.0, 3), ("b", 10.0, -3), ("no images", float("nan"), 3)):
-        for variant in VARIANTS:
-            value = ours + apart * (variant.name == "last step kept")
-            row = {"data set": "x", "mode": "alone", "classes": problem, "variant": variant.name}
-            rows.append(row | dict.fromkeys(("class after", "rest after", "others after"), value))
-    table = faithfulness.apart_from_ours(pd.DataFrame(rows)).set_index("variant")
-    assert (table.pop("problems") == 2).all()
-    kept = table.loc["last step kept"].to_dict()
-    for name in faithfulness.QUANTITIES:
-        assert [kept[f"{name}: {key}"] for key in ("mean", "mean size", "largest")] == [0, 3, 3]
-    assert (table.drop(index="last step kept") == 0).all(axis=None)
 
 
 QUICK = ["TRAINER.FORGETLORA.STEPS", "5", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
