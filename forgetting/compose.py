@@ -100,7 +100,9 @@ def compose(
 
 def solve(parts: Sequence[Part]) -> tuple[Tensor, Tensor, float]:
     """The change that forgets all parts: left (w, p) orthonormal, right (p, d), float64, and by how
-    much of the way the texts miss their targets; ProblemError if they do, or a text has two."""
+    much of the way the texts miss their targets; ProblemError if they do, or a text has two. It is
+    the same bytes in whatever order the parts come."""
+    parts = sorted(parts, key=lambda part: (part.dataset, part.name, part.texts))
     targets: dict[str, Tensor] = {}
     for part in parts:
         for text, target in zip(part.texts, part.displacement, strict=True):

@@ -1,0 +1,189 @@
+"""What one to a thousand forgotten classes cost, at once and request after request.
+
+    python -m experiments requests --features DIR --dataset SET [--counts 1 5 10 50 100 300 1000]
+        [--seeds 3] [--methods NAME NAME] [--unlisted SET] [--out requests] [--draw FILE]
+
+The first classes of a random order are forgotten: at once; and one after another, each from the
+projection that the request before left. Instead of that ForgetExact composes what it forgot alone;
+beside it stands the sum of these changes. Methods are those of baselines.yaml, and `MENDED`.
+docs/truth.md has the table.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import torch
+
+import datasets
+import train
+from clip.bundle import FeatureBundle, load_bundles
+from engine.cli import COUNT, Parser
+from engine.log import logger, progress
+from evaluation.plots import COLOURS, drawing
+from evaluation.tables import write_table
+from evaluation.zero_shot import ZeroShot, accuracy
+from experiments.baselines import METHODS
+from forgetting.compose import make_recipe, solve
+from forgetting.errors import ProblemError
+from forgetting.problem import Batch, LowRankEdit
+from forgetting.retain import key
+from trainers.base import ForgetTrainer
+from trainers.methods import ForgetExact
+
+EXACT = "TRAINER.FORGETEXACT"
+NARROW = {"trainer": "ForgetExact", f"{EXACT}.MIN_MARGIN": 0, f"{EXACT}.SPECIFIC_RIDGE": 0.02}
+MENDED = {
+    "exact": {"trainer": "ForgetExact"},
+    "exact-beta-0": {"trainer": "ForgetExact", f"{EXACT}.MIN_MARGIN": 0},
+    "exact-narrow": NARROW,
+    "exact-narrow-ridge": NARROW | {f"{EXACT}.RIDGE": 1e-5},
+}
+NAMED = METHODS | MENDED  # name -> trainer, config keys
+KEYS = ["data set", "method", "way", "count"]
+DRAWN = {"left": "left of the forgotten, %", "rest": "rest, points", "unlisted": "unlisted, points"}
+
+
+def measure(
+    sets: dict[str, ZeroShot], unlisted: str | None, classes: Sequence[str], edit: LowRankEdit
+) -> dict[str, float]:
+    """Percent and points after an edit that forgets `classes`, the first first, of the first set.
+
+    `left`, `worst`, `first`: accuracy of their images, the mean, the most, that of the first;
+    `rest`: change of the set's other images; `others`, `unlisted`: of the other sets, without
+    classes that mean a forgotten one, and of a set without names that are retained; `moved`: how
+    far names of that set move, the mean, in percent of the length of their embeddings.
+    """
+    own, *_ = sets.values()
+    bundle = own.bundle
+    names = {name: list(map(key, images.bundle.classnames)) for name, images in sets.items()}
+    listed = {name for dataset in sets if dataset != unlisted for name in names[dataset]}
+    listed |= set(map(key, bundle.retain_names))
+    gone = datasets.same_meaning(classes, bundle.dataset)
+    changes, found = {}, {}
+    for name, images in sets.items():
+        without = gone | listed if name == unlisted else gone
+        kept = torch.tensor([each not in without for each in names[name]])
+        correct, labels = images.correct([edit])[0], images.bundle.labels
+        gain = correct.double() - images.correct_before.double()
+        changes[name] = float(gain[kept[labels]].mean())
+        if images is own:
+            rows = map(bundle.classnames.index, classes)
+            each = [accuracy(correct, labels == row) for row in rows]
+            some = [one for one in each if one is not None]
+            found = {"left": fmean(some), "worst": max(some), "first": each[0]}
+        if name == unlisted:
+            hidden = images.bundle.forget_hidden[kept].double()
+            far = ((hidden @ edit.left) @ edit.right).norm(dim=1)
+            found["moved"] = float((far / images.bundle.embed(hidden).norm(dim=1)).mean())
+    found["rest"] = changes.pop(bundle.dataset)
+    found["unlisted"] = changes.pop(unlisted, torch.nan)
+    found["others"] = fmean(changes.values()) if changes else torch.nan
+    return {name: 100 * x for name, x in found.items()}
+
+
+def make_trainer(
+    method: str, bundles: dict[str, FeatureBundle], options: Sequence[str]
+) -> ForgetTrainer:
+    """A trainer of a method that knows `bundles` alone, the set's own first; it writes nothing."""
+    given = dict(NAMED[method])
+    argv = ["--trainer", given.pop("trainer"), "--forget", "all", *options]
+    argv += [str(text) for pair in given.items() for text in pair]
+    trainer = train.build_trainer(train.setup_cfg(train.parse(argv)))
+    trainer.plan, trainer.bundles = replace(trainer.plan, others=list(bundles)[1:]), dict(bundles)
+    return trainer
+
+
+def summed(edits: Sequence[LowRankEdit]) -> LowRankEdit:
+    lefts, rights = zip(*((edit.left.double(), edit.right.double()) for edit in edits), strict=True)
+    return LowRankEdit(torch.cat(lefts, dim=1), torch.cat(rights))
+
+
+def edits_of(
+    trainer: ForgetTrainer, names: Sequence[str], counts: Sequence[int]
+) -> Iterator[tuple[str, int, LowRankEdit]]:
+    """Way, count and edit, float64: the first `counts` of some classes, forgotten in each way."""
+    for count in counts:
+        yield "at once", count, summed(trainer.solve(Batch(trainer.requests([names[:count]]))))
+    if isinstance(trainer, ForgetExact):
+        answers = trainer.context.forget(trainer.requests([[name] for name in names]))
+        recipes = [make_recipe(trainer.context, each, trainer.plan.dataset, "") for each in answers]
+        for count in counts:
+            yield "added", count, summed([answer.edit for answer in answers[:count]])
+            with suppress(ProblemError):  # more texts than dimensions
+                parts = [part for recipe in recipes[:count] for part in recipe.parts]
+                yield "composed", count, LowRankEdit(*solve(parts)[:2])
+        return
+    own, edits = trainer.bundle, []
+    for name in progress(names, f"{type(trainer).__name__}: one after another"):
+        edits += trainer.solve(Batch(trainer.requests([[name]])))
+        change = summed(edits)
+        changed = (own.text_projection.double() + change.left @ change.right).float()
+        trainer.projection = changed
+        trainer.bundles[own.dataset] = replace(own, text_projection=changed)
+        if len(edits) in counts:
+            yield "one after another", len(edits), change
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Draw the means over seeds against the number of classes, a line for each method and way."""
+    groups = table.groupby(KEYS, sort=False).mean(numeric_only=True).reset_index()
+    groups = list(groups.groupby(["method", "way"], sort=False))
+    with drawing(path, 12, 4.2) as figure:
+        for axis, (column, title) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
+            for number, ((method, way), rows) in enumerate(groups):
+                look = {"color": COLOURS[number % len(COLOURS)], "label": f"{method}, {way}"}
+                style = ("-", "--", ":")[number // len(COLOURS) % 3]
+                axis.plot(rows["count"], rows[column], style, marker=".", **look)
+            axis.set(xscale="log", xlabel="classes forgotten", title=title)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    logger.info(f"picture: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Measure, print the means over seeds, and draw them; returns a row for each seed."""
+    parser = Parser(prog="python -m experiments requests", description=__doc__.splitlines()[0])
+    parser.add_argument("--features", required=True, help="folder of feature bundles")
+    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
+    parser.add_argument("--dataset", required=True, help="the set to forget from")
+    parser.add_argument("--unlisted", metavar="SET", help="a set whose names are not retained")
+    how = {"type": COUNT, "default": (1, 5, 10, 50, 100, 300, 1000), "nargs": "+"}
+    parser.add_argument("--counts", help="numbers of classes", **how)
+    parser.add_argument("--seeds", type=COUNT, default=3, help="random orders of the classes")
+    about = "of baselines.yaml, and ForgetExact's"
+    how = {"nargs": "+", "choices": NAMED, "metavar": "NAME"}
+    parser.add_argument("--methods", default=["exact"], help=about, **how)
+    parser.add_argument("--out", type=Path, default=Path("requests"), help="folder of the table")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the table")
+    args = parser.parse_args(argv)
+    where = args.features, args.backbone
+    bundles = load_bundles(*where, [args.dataset]) | load_bundles(*where)  # its own comes first
+    sets = {name: ZeroShot(bundle) for name, bundle in bundles.items()}
+    names = bundles[args.dataset].classnames
+    counts = sorted({count for count in args.counts if count < len(names)})
+    if args.unlisted in (args.dataset, "") or not counts:
+        raise ProblemError("--unlisted is another set, and --counts are below the classes' number")
+    if args.unlisted:
+        bundles.pop(load_bundles(*where, [args.unlisted])[args.unlisted].dataset)
+    options = ["--features", args.features, "--backbone", args.backbone, "--dataset", args.dataset]
+    options += ["--output-dir", str(args.out)]
+    rows: list[dict[str, Any]] = []
+    for method in args.methods:
+        for seed in range(args.seeds):
+            order = Random(f"{seed}/{args.dataset}").sample(names, len(names))[: max(counts)]
+            trainer = make_trainer(method, bundles, [*options, "--seed", str(seed)])
+            for way, count, edit in edits_of(trainer, order, counts):
+                keys = dict(zip(KEYS, (args.dataset, method, way, count), strict=True))
+                rows.append(keys | measure(sets, args.unlisted, order[:count], edit))
+    table = pd.DataFrame(rows)
+    write_table(table, args.out / "requests.csv")
+    means = table.groupby(KEYS, sort=False).mean()
+    print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
+    if args.draw:
+        draw(table, args.draw)
+    return table
