@@ -1,6 +1,7 @@
 """Results on disk: one adapter per request, and the logs.json that is compiled from the adapters.
 
     FOLDER/DATASET/LABEL.safetensors    adapter; its metadata holds the settings and the log entry
+    FOLDER/DATASET/LABEL.safetensors.md its model card, compiled from it like logs.json
     FOLDER/logs.json                    {dataset: {"settings": {...},
         label: {"final_results": {dataset: {class: {"cls_acc_test", "no_cls_acc", "acc_train"}},
                                   other_dataset: {"all": {"all_ds": accuracy}}},
@@ -17,9 +18,11 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,12 +171,16 @@ class Results:
 
         if settings is not None:
             self.is_done(dataset, label, settings)
-        write_bytes(data, self.path(dataset, label))
+        path = self.path(dataset, label)
+        Path(f"{path}.md").unlink(missing_ok=True)  # of an adapter that is replaced
+        write_bytes(data, path)
         if time.monotonic() >= self._due:
             self.compile()
 
     def compile(self) -> None:
-        """Write logs.json from all adapters, again if one has come while it was written."""
+        """Write logs.json from all adapters, again if one has come while it was written, and the
+        cards that are missing."""
+        from forgetting.deploy.card import write_card
         from forgetting.io import write_bytes
 
         started, written = time.monotonic(), []
@@ -189,6 +196,10 @@ class Results:
             written = records
         ended = time.monotonic()
         self._due = ended + max(INTERVAL, PATIENCE * (ended - started))
+        for path in (self.path(record.dataset, record.label) for record in records):
+            if not os.path.lexists(f"{path}.md"):
+                with suppress(ProblemError):  # a damaged adapter has no card
+                    write_card(path)
 
 
 def model_files(adapter_path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ class Adapter:
     classes: list[str]  # what was forgotten
     trainer: str  # the method
     settings: dict[str, Any] = field(default_factory=dict)  # its constants
-    # The entry of logs.json: accuracies (none by the library), and `solver`, the solver's report.
+    # The entry of logs.json: accuracies (none by the library), and `solver`, the solver's report;
+    # and `audit`, where `deploy.card.audited` read one.
     record: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None  # None if the method does not compose
     model: ModelIdentity | None = None  # None if it was not made from one
@@ -95,7 +97,7 @@ class Adapter:
     @property
     def of_embeddings(self) -> bool:
         """Whether what it changes are embeddings as they are: its projection is the identity."""
-        return self.projection_sha256 == projection_sha256(torch.eye(self.right.shape[1]))
+        return self.projection_sha256 == _identity_sha256(self.right.shape[1])
 
     @property
     def texts(self) -> list[str]:
@@ -128,6 +130,11 @@ class Adapter:
 def projection_sha256(projection: Tensor) -> str:
     """SHA-256 of a projection's float32 little-endian bytes, row by row: its name in an adapter."""
     return hashlib.sha256(raw(matrix("projection", projection).float())).hexdigest()
+
+
+@cache
+def _identity_sha256(size: int) -> str:
+    return projection_sha256(torch.eye(size))
 
 
 def save_adapter(adapter: Adapter, path: str | Path, overwrite: bool = True) -> None:

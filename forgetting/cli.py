@@ -243,8 +243,9 @@ def _audit(option: Option, parse: Parse) -> None:
 
 def _compose(option: Option, parse: Parse) -> None:
     """Join adapters, or give classes back, by solving again."""
-    from forgetting.adapter import load_adapter, save_adapter
+    from forgetting.adapter import load_adapter
     from forgetting.compose import compose
+    from forgetting.forgotten import Forgotten
 
     option("adapters", nargs="+", metavar="ADAPTER", help="adapters to join")
     given_back = "adapter whose classes are given back; may be repeated"
@@ -255,7 +256,7 @@ def _compose(option: Option, parse: Parse) -> None:
         raise ProblemError("one adapter alone is nothing to compose: name another, or --without")
     sides = args.adapters, args.without
     made = compose(*({path: load_adapter(path) for path in side} for side in sides))
-    save_adapter(made, args.out, args.overwrite)
+    Forgotten(made).save(args.out, args.overwrite)
     missed = f"the texts miss their targets by {made.solver['residual']:.1e} of the way"
     _say(f"{args.out}: forgets {', '.join(made.classes)}; {missed}")
 
@@ -304,7 +305,7 @@ def _patch(option: Option, parse: Parse) -> None:
 
 def _export(option: Option, parse: Parse) -> None:
     """Write the changed model for another tool."""
-    from forgetting.adapter import load_adapter
+    from forgetting.deploy.card import audited
     from forgetting.deploy.export import FORMATS, export
 
     option("adapter", metavar="ADAPTER")
@@ -318,7 +319,7 @@ def _export(option: Option, parse: Parse) -> None:
     option("--base-id", help=base_id)
     _out(option, "file or folder")
     args = parse()
-    adapter, files = load_adapter(args.adapter), (args.base, args.to, args.out, args.original)
+    adapter, files = audited(args.adapter), (args.base, args.to, args.out, args.original)
     export(adapter, *files, args.config, args.overwrite, args.base_id)
     _say(f"{args.out}: {args.to}, without {', '.join(adapter.classes)}")
 

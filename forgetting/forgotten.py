@@ -13,11 +13,10 @@ from forgetting.adapter import (
     ADAPTER,
     Adapter,
     adapter_bytes,
-    load_adapter,
     projection_sha256,
     save_adapter,
 )
-from forgetting.deploy.card import CARD, HUB_ID, Base, model_card
+from forgetting.deploy.card import CARD, HUB_ID, Base, audited, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
 from forgetting.flag import SCALE, Vectors, none_of_these
@@ -170,13 +169,14 @@ class Forgotten:
         cls, path: str | Path, model: nn.Module | None = None, original: Tensor | None = None
     ) -> Forgotten:
         """Read what `save` wrote, or `forgetting.compose` made of it. ProblemError: no adapter, a
-        damaged one, or a model that has no such projection.
+        damaged one, or a model that has no such projection. What an audit beside it found is in its
+        record, and in cards.
 
         Args:
             model: to be changed; it may be changed already. None: only to read.
             original: W, (w, d), where the model is changed already.
         """
-        adapter = load_adapter(path)
+        adapter = audited(path)
         if original is not None:
             adapter.apply(original)  # refuses another projection
         if model is None:

@@ -142,6 +142,7 @@ def test_adapters_that_are_made_with_other_threads_compose(folder, tmp_path, suc
         subprocess.run(list(map(str, argv)), check=True, cwd=REPOSITORY, env=env)
     both = tmp_path / "both.safetensors"
     assert "forgets Acme Cola, Zeta Tea" in succeeds("compose", *paths, "--out", both)
+    assert "`Zeta Tea`" in (tmp_path / "both.safetensors.md").read_text("utf-8")
     parts = [load_adapter(path).texts for path in paths]
     assert load_adapter(both).texts == [*parts[0], *parts[1]] != ["Acme Cola", "Zeta Tea"]
     succeeds("compose", both, "--without", paths[0], "--out", tmp_path / "back.st", "--quiet")

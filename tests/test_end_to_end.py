@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import clip.apply
+import forgetting.cli
 import train
 from clip.architectures import ARCHITECTURES
 from clip.source import ClipSource
 from evaluation.results import read_logs as logs_of
-from forgetting import load_adapter
+from forgetting import Forgotten, load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, save_openai
 from tests.conftest import BACKBONE, REPOSITORY, accuracies, refuses, toy_bundle, toy_line
@@ -118,6 +119,31 @@ def test_a_finished_run_encodes_nothing_and_reads_no_features(mini_args, tmp_pat
     assert train.cli(argv) == 0
     with pytest.raises(TypeError):  # negative control: a run that has work to do
         train.main([*argv, "--overwrite"])
+
+
+def test_cards_quote_the_audit_of_this_very_adapter(mini_args, tmp_path):
+    argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path), "--save-model"]
+    path = tmp_path / "MiniDigits/digit two.safetensors"
+    audit, base = path.with_suffix(".audit.json"), str(ARCHITECTURES["mini"].weights)
+    export = ["export", str(path), "--base", base, "--config", str(path.with_suffix(".json"))]
+    export += ["--to", "open_clip", "--overwrite", "--out", str(tmp_path / "exported")]
+
+    def cards() -> list[str]:
+        assert forgetting.cli.cli(export) == 0
+        Forgotten.load(path).save_pretrained(tmp_path / "shared", overwrite=True)
+        Forgotten.load(tmp_path / "shared").save_pretrained(tmp_path / "again", overwrite=True)
+        folders = [tmp_path / name / "README.md" for name in ("exported", "shared", "again")]
+        return [card.read_text("utf-8") for card in (Path(f"{path}.md"), *folders)]
+
+    assert train.cli([*argv, "--audit"]) == 0
+    written = audit.read_bytes()
+    quoted = json.loads(written)["classes"]["digit two"]["verdict"]
+    assert quoted[0].startswith("own prompt")
+    assert all(f"audit of `digit two`: `{line}`" in card for line in quoted for card in cards())
+    assert train.cli([*argv, "--overwrite"]) == 0
+    for left in (written, b"", b"[1]", b'{"classes": ' * 20_000, b"\xff"):  # none is of the new one
+        audit.write_bytes(left)
+        assert all("100.0% right before" in x and "audit of" not in x for x in cards())
 
 
 def test_names_of_ones_own_are_retained_instead_of_the_vocabulary(mini_args, tmp_path, features):

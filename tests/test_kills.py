@@ -23,6 +23,7 @@ from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
 from forgetting import load_adapter
+from forgetting.deploy.card import Base, model_card
 from forgetting.io import remove_stale
 from tests.conftest import toy_line
 from tests.results_fixtures import ended, fork
@@ -66,7 +67,7 @@ def repeatable(value: object) -> object:
 
 
 def agree(folder: Path) -> None:
-    """Every entry of the logs names the adapter that is there."""
+    """Every entry of the logs, and every card, is of the adapter that is there."""
     logs = read_logs(folder) if (folder / "logs.json").exists() else {}
     for dataset, entries in logs.items():
         for label in entries.keys() - {"settings"}:
@@ -74,6 +75,8 @@ def agree(folder: Path) -> None:
             path = folder / solver["adapter"]
             assert sha256_file(path) == solver["adapter_sha256"], (dataset, label)
             assert load_adapter(path).solver["settings"] == solver["settings"]
+            card = model_card(load_adapter(path), "adapter", Base())
+            assert Path(f"{path}.md").read_text("utf-8") == card
 
 
 @pytest.fixture

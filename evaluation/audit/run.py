@@ -20,6 +20,7 @@ from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, no_results, place, read_logs
 from evaluation.results import SUFFIX as ADAPTER
 from forgetting import load_adapter, projection_sha256
+from forgetting.deploy.card import write_card
 from forgetting.errors import ProblemError, unknown
 from forgetting.problem import LowRankEdit
 
@@ -60,8 +61,9 @@ def audit_folder(
 def audit_dataset(
     folder: Path, labels: Sequence[str], data: AuditData, without: Sequence[str] = ()
 ) -> None:
-    """Audit labels of one data set, each into its own file, and compile audit.json. A label that
-    was audited with the same adapter, seed, texts and measures is not audited again."""
+    """Audit labels of one data set, each into its own file and its adapter's card, and compile
+    audit.json. A label that was audited with the same adapter, seed, texts and measures is not
+    audited again."""
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     dataset = data.bundle.dataset
     adapters = sorted((folder / place(dataset)).glob(f"*{ADAPTER}"))
@@ -85,6 +87,7 @@ def audit_dataset(
                 if not done or any(measures.keys() - known["classes"][name] for name in cases):
                     classes = {name: audit_class(case, measures) for name, case in cases.items()}
                     write_json_atomic(stamp | {"classes": classes}, path)
+                write_card(adapter)
                 bar.update()
     finally:  # also on an error or Ctrl-C: what is done counts
         compile_audits(folder)

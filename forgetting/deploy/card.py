@@ -1,27 +1,33 @@
-"""The model card of what forgot something: README.md in an exported folder and beside an adapter.
+"""The model card of what forgot something: README.md in a folder, FILE.md beside an adapter.
 
 Texts of users stand in it as code, so that none of them is read as Markdown, and never in its YAML.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forgetting.adapter import Adapter
+from forgetting.adapter import Adapter, load_adapter
 from forgetting.errors import ProblemError, line, shown
-from forgetting.io import read_bytes
+from forgetting.io import foreign, read_bytes, write_bytes
 from forgetting.models.checkpoint import HF_CONFIG, read_json
 
 CARD = "README.md"
+AUDIT = ".audit.json"  # of an adapter FILE.safetensors: FILE.audit.json beside it
 LISTED = 50  # names or texts that are written out; a list of retained names has thousands
 HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
-COPIED = ("license", "license_name", "license_link", "pipeline_tag")  # of the base's own card
+COPIED = re.compile(  # of the YAML of the base's own card: plain words, or a list of one
+    r"""^(license(?:_name|_link)?|pipeline_tag):(?: +| *\n *- +)["']?([\w.:/-]+)["']? *$""",
+    re.MULTILINE | re.ASCII,
+)
 USES = {  # what is saved -> its library, and how it is used
     "hf": ("transformers", "{kind}.from_pretrained(PLACE)"),
     "open_clip": ("open_clip", 'open_clip.create_model_from_pretrained("local-dir:PLACE")'),
@@ -76,13 +82,11 @@ class Base:
 
 
 def _head(card: Path) -> dict[str, str]:
-    """`COPIED` of the YAML at the top of a card, where they are plain words or a list of one."""
+    """`COPIED` of the YAML at the top of a card."""
     data = read_bytes(card) if card.is_file() else b""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n")
     head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    word = r"""^{}:(?: +| *\n *- +)["']?([\w.:/-]+)["']? *$"""
-    found = ((k, re.search(word.format(k), head[1] if head else "", re.M | re.A)) for k in COPIED)
-    return {key: match[1] for key, match in found if match}
+    return dict(COPIED.findall(head[1] if head else ""))
 
 
 def code(text: Any) -> str:
@@ -93,6 +97,22 @@ def code(text: Any) -> str:
 def _some(texts: Sequence[str], most: int = LISTED, between: str = "\n- ") -> str:
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return between.join([*map(code, texts[:most]), *more])
+
+
+def audited(path: str | Path) -> Adapter:
+    """`load_adapter`, and in its record what an audit of this very file found, if one that can be
+    read is beside it: class -> lines."""
+    adapter, audit = load_adapter(path), {}
+    with suppress(ProblemError), foreign("no audit"):
+        found = read_json(Path(path).with_suffix(AUDIT))
+        if found["adapter_sha256"] == hashlib.sha256(read_bytes(path)).hexdigest():
+            audit = {name: [*map(str, of["verdict"])] for name, of in found["classes"].items()}
+    return replace(adapter, record=adapter.record | {"audit": audit}) if audit else adapter
+
+
+def write_card(path: str | Path) -> None:
+    """Write the card of the adapter in a file beside it, over one that is there."""
+    write_bytes(model_card(audited(path), "adapter", Base()).encode(), f"{path}.md")
 
 
 def model_card(adapter: Adapter, saved: str, base: Base) -> str:
@@ -140,7 +160,7 @@ def _how(adapter: Adapter) -> Iterable[str]:
 
 
 def _measured(adapter: Adapter) -> Iterable[str]:
-    """Accuracies on images before and after, those that the adapter holds."""
+    """Accuracies on images before and after, and an audit's findings, as far as they are known."""
     before = adapter.record.get("zero_shot", {})
     for dataset, names in adapter.record.get("final_results", {}).items():
         for name, numbers in names.items():
@@ -149,3 +169,5 @@ def _measured(adapter: Adapter) -> Iterable[str]:
                 if None not in (was, now):
                     of = of.format(code(name), code(dataset))
                     yield f"{of}: {was:.1%} right before, {now:.1%} after"
+    for name, lines in adapter.record.get("audit", {}).items():
+        yield from (f"audit of {code(name)}: {code(text)}" for text in lines)
