@@ -178,8 +178,7 @@ class Results:
             self.compile()
 
     def compile(self) -> None:
-        """Write logs.json from all adapters, again if one has come while it was written, and the
-        cards that are missing."""
+        """Write logs.json from all adapters, again if one came meanwhile, and missing cards."""
         from forgetting.deploy.card import write_card
         from forgetting.io import write_bytes
 

@@ -74,8 +74,7 @@ class Adapter:
     classes: list[str]  # what was forgotten
     trainer: str  # the method
     settings: dict[str, Any] = field(default_factory=dict)  # its constants
-    # The entry of logs.json: accuracies (none by the library), and `solver`, the solver's report;
-    # and `audit`, where `deploy.card.audited` read one.
+    # As in logs.json: accuracies (none by the library), the `solver`'s report; an `audit`'s lines.
     record: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None  # None if the method does not compose
     model: ModelIdentity | None = None  # None if it was not made from one

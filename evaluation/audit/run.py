@@ -61,9 +61,8 @@ def audit_folder(
 def audit_dataset(
     folder: Path, labels: Sequence[str], data: AuditData, without: Sequence[str] = ()
 ) -> None:
-    """Audit labels of one data set, each into its own file and its adapter's card, and compile
-    audit.json. A label that was audited with the same adapter, seed, texts and measures is not
-    audited again."""
+    """Audit labels of one data set, each into its own file and card, and compile audit.json. What
+    was audited with the same adapter, seed, texts and measures is not audited again."""
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     dataset = data.bundle.dataset
     adapters = sorted((folder / place(dataset)).glob(f"*{ADAPTER}"))

@@ -24,10 +24,8 @@ AUDIT = ".audit.json"  # of an adapter FILE.safetensors: FILE.audit.json beside 
 LISTED = 50  # names or texts that are written out; a list of retained names has thousands
 HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # ID or ID@REVISION
 CACHED = re.compile(r".*/models--(.+)/snapshots/([0-9a-f]{40})")  # where the Hub's cache keeps one
-COPIED = re.compile(  # of the YAML of the base's own card: plain words, or a list of one
-    r"""^(license(?:_name|_link)?|pipeline_tag):(?: +| *\n *- +)["']?([\w.:/-]+)["']? *$""",
-    re.MULTILINE | re.ASCII,
-)
+# What of the YAML of the base's own card is copied: plain words, or a list of one.
+HEAD = r"""(?am)^(license(?:_name|_link)?|pipeline_tag):(?: +| *\n *- +)["']?([\w.:/-]+)["']? *$"""
 USES = {  # what is saved -> its library, and how it is used
     "hf": ("transformers", "{kind}.from_pretrained(PLACE)"),
     "open_clip": ("open_clip", 'open_clip.create_model_from_pretrained("local-dir:PLACE")'),
@@ -51,7 +49,7 @@ class Base:
     name: str | None = None  # its id on the Hub
     revision: str | None = None
     kind: str = "CLIPModel"  # its class in transformers
-    head: Mapping[str, str] = field(default_factory=dict)  # what its own card says: COPIED
+    head: Mapping[str, str] = field(default_factory=dict)  # what its own card says: HEAD
 
     @classmethod
     def of(cls, path: Path | None, base_id: str | None = None) -> Base:
@@ -82,11 +80,11 @@ class Base:
 
 
 def _head(card: Path) -> dict[str, str]:
-    """`COPIED` of the YAML at the top of a card."""
+    """`HEAD` at the top of a card."""
     data = read_bytes(card) if card.is_file() else b""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n")
     head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    return dict(COPIED.findall(head[1] if head else ""))
+    return dict(re.findall(HEAD, head[1] if head else ""))
 
 
 def code(text: Any) -> str:
