@@ -6,7 +6,7 @@
 The first classes of a random order are forgotten: at once; and one after another, each from the
 projection that the request before left. Instead of that ForgetExact composes what it forgot alone;
 beside it stands the sum of these changes. Methods are those of baselines.yaml, and `MENDED`.
-docs/truth.md has the table.
+Tables of one folder are printed and drawn together. docs/truth.md has them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
 
 import pandas as pd
 import torch
@@ -30,19 +29,23 @@ from evaluation.tables import write_table
 from evaluation.zero_shot import ZeroShot, accuracy
 from experiments.baselines import METHODS
 from forgetting.compose import make_recipe, solve
+from forgetting.context import Answer, ForgetContext
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, LowRankEdit
 from forgetting.retain import key
+from forgetting.solvers.constrained import request_batches
 from trainers.base import ForgetTrainer
 from trainers.methods import ForgetExact
 
-EXACT = "TRAINER.FORGETEXACT"
-NARROW = {"trainer": "ForgetExact", f"{EXACT}.MIN_MARGIN": 0, f"{EXACT}.SPECIFIC_RIDGE": 0.02}
+SOFT = 0.1  # of the mean diagonal of `M = H_f K^-1 H_f^T`
+KEY = "TRAINER.FORGETEXACT."
+BETA = {"trainer": "ForgetExact", KEY + "MIN_MARGIN": 0}
+TARGET = BETA | {KEY + "SPECIFIC_RIDGE": 0.05}
 MENDED = {
     "exact": {"trainer": "ForgetExact"},
-    "exact-beta-0": {"trainer": "ForgetExact", f"{EXACT}.MIN_MARGIN": 0},
-    "exact-narrow": NARROW,
-    "exact-narrow-ridge": NARROW | {f"{EXACT}.RIDGE": 1e-5},
+    "exact-beta": BETA,  # never raised
+    "exact-target": TARGET,  # and less of what is common is removed
+    "exact-ridge": TARGET | {KEY + "RIDGE": 1e-4},  # and names that nobody lists move less
 }
 NAMED = METHODS | MENDED  # name -> trainer, config keys
 KEYS = ["data set", "method", "way", "count"]
@@ -60,29 +63,27 @@ def measure(
     far names of that set move, the mean, in percent of the length of their embeddings.
     """
     own, *_ = sets.values()
-    bundle = own.bundle
+    bundle, gone = own.bundle, datasets.same_meaning(classes, own.bundle.dataset)
     names = {name: list(map(key, images.bundle.classnames)) for name, images in sets.items()}
-    listed = {name for dataset in sets if dataset != unlisted for name in names[dataset]}
+    listed = {word for name in sets if name != unlisted for word in names[name]}
     listed |= set(map(key, bundle.retain_names))
-    gone = datasets.same_meaning(classes, bundle.dataset)
-    changes, found = {}, {}
+    found, changes = {}, {}
     for name, images in sets.items():
         without = gone | listed if name == unlisted else gone
-        kept = torch.tensor([each not in without for each in names[name]])
+        kept = torch.tensor([word not in without for word in names[name]])
         correct, labels = images.correct([edit])[0], images.bundle.labels
-        gain = correct.double() - images.correct_before.double()
-        changes[name] = float(gain[kept[labels]].mean())
+        changes[name] = float(
+            (correct.double() - images.correct_before.double())[kept[labels]].mean()
+        )
         if images is own:
-            rows = map(bundle.classnames.index, classes)
-            each = [accuracy(correct, labels == row) for row in rows]
+            each = [accuracy(correct, labels == bundle.classnames.index(x)) for x in classes]
             some = [one for one in each if one is not None]
-            found = {"left": fmean(some), "worst": max(some), "first": each[0]}
+            found |= {"left": fmean(some), "worst": max(some), "first": each[0]}
         if name == unlisted:
             hidden = images.bundle.forget_hidden[kept].double()
             far = ((hidden @ edit.left) @ edit.right).norm(dim=1)
             found["moved"] = float((far / images.bundle.embed(hidden).norm(dim=1)).mean())
-    found["rest"] = changes.pop(bundle.dataset)
-    found["unlisted"] = changes.pop(unlisted, torch.nan)
+    found |= {"rest": changes.pop(bundle.dataset), "unlisted": changes.pop(unlisted, torch.nan)}
     found["others"] = fmean(changes.values()) if changes else torch.nan
     return {name: 100 * x for name, x in found.items()}
 
@@ -99,6 +100,19 @@ def make_trainer(
     return trainer
 
 
+def soft(context: ForgetContext, answer: Answer) -> LowRankEdit:
+    """The same request where several texts need not go all of their way: with `rho I` beside M.
+
+    `rho` is `SOFT (1 - 1 / k)` of M's mean diagonal: one text goes all of its way. The directions
+    that many texts share with what is retained, in which M is small, cost most; those are left."""
+    h, excluded = answer.request.hidden.double(), answer.excluded.any(dim=0)
+    owner, k = torch.zeros(len(h), dtype=torch.int64), len(h)
+    ((_, _, (base,), _),) = request_batches(context.ridge, h, owner, excluded[None])  # H_f K^-1
+    inner = h @ base.T  # M, (k, k)
+    inner += SOFT * (1 - 1 / k) * inner.diagonal().mean() * torch.eye(k).to(inner)
+    return LowRankEdit(torch.linalg.solve(inner, base).T, answer.displacement)
+
+
 def summed(edits: Sequence[LowRankEdit]) -> LowRankEdit:
     lefts, rights = zip(*((edit.left.double(), edit.right.double()) for edit in edits), strict=True)
     return LowRankEdit(torch.cat(lefts, dim=1), torch.cat(rights))
@@ -108,17 +122,20 @@ def edits_of(
     trainer: ForgetTrainer, names: Sequence[str], counts: Sequence[int]
 ) -> Iterator[tuple[str, int, LowRankEdit]]:
     """Way, count and edit, float64: the first `counts` of some classes, forgotten in each way."""
-    for count in counts:
-        yield "at once", count, summed(trainer.solve(Batch(trainer.requests([names[:count]]))))
     if isinstance(trainer, ForgetExact):
-        answers = trainer.context.forget(trainer.requests([[name] for name in names]))
-        recipes = [make_recipe(trainer.context, each, trainer.plan.dataset, "") for each in answers]
+        alone = trainer.context.forget(trainer.requests([[name] for name in names]))
         for count in counts:
-            yield "added", count, summed([answer.edit for answer in answers[:count]])
+            (answer,) = trainer.context.forget(trainer.requests([names[:count]]))
+            yield "at once", count, answer.edit
+            yield "at once, soft", count, soft(trainer.context, answer)
+            yield "added", count, summed([each.edit for each in alone[:count]])
             with suppress(ProblemError):  # more texts than dimensions
-                parts = [part for recipe in recipes[:count] for part in recipe.parts]
+                recipes = [make_recipe(trainer.context, each, "", "") for each in alone[:count]]
+                parts = [part for recipe in recipes for part in recipe.parts]
                 yield "composed", count, LowRankEdit(*solve(parts)[:2])
         return
+    for count in counts:
+        yield "at once", count, summed(trainer.solve(Batch(trainer.requests([names[:count]]))))
     own, edits = trainer.bundle, []
     for name in progress(names, f"{type(trainer).__name__}: one after another"):
         edits += trainer.solve(Batch(trainer.requests([[name]])))
@@ -146,7 +163,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Measure, print the means over seeds, and draw them; returns a row for each seed."""
+    """Measure, print and draw the means over seeds of all in the folder; returns a row for each."""
     parser = Parser(prog="python -m experiments requests", description=__doc__.splitlines()[0])
     parser.add_argument("--features", required=True, help="folder of feature bundles")
     parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
@@ -172,16 +189,17 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         bundles.pop(load_bundles(*where, [args.unlisted])[args.unlisted].dataset)
     options = ["--features", args.features, "--backbone", args.backbone, "--dataset", args.dataset]
     options += ["--output-dir", str(args.out)]
-    rows: list[dict[str, Any]] = []
     for method in args.methods:
+        rows = []
         for seed in range(args.seeds):
             order = Random(f"{seed}/{args.dataset}").sample(names, len(names))[: max(counts)]
             trainer = make_trainer(method, bundles, [*options, "--seed", str(seed)])
             for way, count, edit in edits_of(trainer, order, counts):
                 keys = dict(zip(KEYS, (args.dataset, method, way, count), strict=True))
                 rows.append(keys | measure(sets, args.unlisted, order[:count], edit))
-    table = pd.DataFrame(rows)
-    write_table(table, args.out / "requests.csv")
+        write_table(pd.DataFrame(rows), args.out / f"{args.dataset}-{method}.csv")
+    # Also what was measured before.
+    table = pd.concat(map(pd.read_csv, sorted(args.out.glob(f"{args.dataset}-*.csv"))))
     means = table.groupby(KEYS, sort=False).mean()
     print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
     if args.draw:

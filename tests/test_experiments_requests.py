@@ -8,7 +8,7 @@ import torch
 
 from clip.bundle import load_bundles
 from evaluation.zero_shot import ZeroShot
-from experiments import requests
+from experiments import name, requests
 from experiments.__main__ import cli
 from forgetting.problem import Batch, LowRankEdit
 from tests.conftest import BACKBONE, toy_bundle
@@ -27,14 +27,15 @@ def test_a_table_and_a_picture_by_the_command_line(sets, capsys, figures):
     line += ["--counts", "1", "3", "6", "--seeds", "2", "--methods", "exact", "uce"]
     assert cli([*line, "--draw", "limits.png"]) == 0 and Path("limits.png").stat().st_size
     assert "one after another" in capsys.readouterr().out
-    table = pd.read_csv("requests/requests.csv")
+    table = pd.concat(map(pd.read_csv, sorted(Path("requests").glob("*.csv"))))
     assert set(table["count"]) == {1, 3}  # six are all there are
     ways = table.groupby(["method", "way"]).size().to_dict()
-    exact = {("exact", way): 4 for way in ("at once", "added", "composed")}
-    assert ways == exact | {("uce", way): 4 for way in ("at once", "one after another")}
-    assert (table.loc[table["way"] != "added", "left"] == 0).all()
+    names = {"exact": ["at once", "at once, soft", "added", "composed"]}
+    names["uce"] = ["at once", "one after another"]
+    assert ways == {(method, way): 4 for method in names for way in names[method]}
+    assert (table.loc[table["way"].isin(["at once", "composed"]), "left"] == 0).all()
     assert [axis.get_title() for axis in figures[0].axes] == list(requests.DRAWN.values())
-    assert len(figures[0].axes[0].lines) == 5
+    assert len(figures[0].axes[0].lines) == 6
 
 
 def test_measures_by_hand(sets):
@@ -60,11 +61,20 @@ def test_one_after_another_starts_from_what_the_request_before_left(sets):
     *_, (way, count, edit) = requests.edits_of(trainer, ["cat", "Dog"], [1, 2])
     assert (way, count) == ("one after another", 2)
     text = own.forget_hidden[1].double()
-    lengths = [
-        float((text @ (own.text_projection.double() + each.left @ each.right)).norm())
-        for each in (edit, requests.summed(alone))
-    ]
-    assert lengths[0] < 1e-3 < 0.1 < lengths[1]
+    w, added = own.text_projection.double(), requests.summed(alone)
+    assert (text @ (w + edit.left @ edit.right)).norm() < 1e-3
+    assert (text @ (w + added.left @ added.right)).norm() > 0.1
+
+
+def test_a_name_hides_among_what_is_forgotten_with_it(sets, monkeypatch):
+    """One of 1 + n that share the change; names that go half of the way do not hide it."""
+    ways = {"alone": 0, "decoys": 4, "half": 4}
+    rows = {way: ("exact", "decoys", n, 0.5 if way == "half" else 1.0) for way, n in ways.items()}
+    monkeypatch.setattr(name, "WAYS", rows)
+    assert cli(["name", "--features", "features", "--classes", "3"]) == 0
+    table = pd.read_csv("name/name.csv").groupby("way").mean(numeric_only=True)
+    assert table.loc["alone", ["left", "moved"]].tolist() == [0, 1] and table["known"]["alone"] < 2
+    assert table["known"]["decoys"] >= 3 and table["moved"]["decoys"] > 1 == table["moved"]["half"]
 
 
 def test_an_unknown_name_is_refused(sets, refused):
