@@ -161,46 +161,6 @@ def side_by_side(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
-def method_table(folders: dict[str, Path], multiclass: bool = False) -> pd.DataFrame:
-    """A row for every method, from its results folder; percent, NaN where nothing was measured.
-
-    `classes` counts requests; `forgotten`, `rest` and `others` have the mean `before` and `after`,
-    and `worst` (the most that is left of a class; the most that one class cost the rest, or one
-    other set, in points); `seconds`, `bytes` (of an adapter) and `avg_gain` are means. Of audited
-    classes: `words worst` (mean accuracy under the other words that find a class best), `words
-    back` (classes that come back), `neighbours`, `retrieval` (changes in points) and `retrieval
-    forgotten`.
-    """
-    lines = {name: _method(Path(folder), multiclass) for name, folder in folders.items()}
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
-
-
-def _method(folder: Path, multiclass: bool) -> dict[str, float]:
-    rows = [row for row in read_rows(folder) if (row.together > 1) == multiclass]
-    df = result_table(folder, rows, multiclass)
-    line: dict[str, float] = {"classes": len(df)}
-    for quantity, (olds, news) in quantities(df).items():
-        name = "forgotten" if quantity == "class" else quantity
-        before, after = (pd.Series(100 * df[x].to_numpy().ravel()) for x in (olds, news))
-        lost = after if quantity == "class" else before - after
-        line |= {f"{name} before": before.mean(), f"{name} after": after.mean()}
-        line[f"{name} worst"] = lost.max()
-    solvers = {(row.dataset, row.label): row.solver for row in rows}.values()
-    line["seconds"] = pd.Series([s.get("seconds") for s in solvers], dtype=float).mean()
-    files = [folder / solver.get("adapter", "") for solver in solvers]
-    line["bytes"] = pd.Series([f.stat().st_size for f in files if f.is_file()], dtype=float).mean()
-    line["avg_gain"] = average_gains(df).mean()
-    audits = audit_table(rows)
-    if len(audits):
-        line["words worst"] = audits["words worst"].mean()
-        back = audits["words back"].gt(0).astype(float).where(audits["words worst"].notna())
-        line["words back"] = back.sum(min_count=1)
-        for name in ("neighbours", "retrieval"):
-            line[name] = (audits[f"{name} after"] - audits[f"{name} before"]).mean()
-        line["retrieval forgotten"] = audits["retrieval forgotten"].mean()
-    return line
-
-
 def audit_table(rows: Sequence[Row]) -> pd.DataFrame:
     """A row for every audited class, as audit.csv has it: `FRACTIONS` in percent, `VALUES`, by how
     many other words it comes back, and the seconds that the audit took without relearning."""

@@ -37,12 +37,11 @@ from engine.config import read_yaml
 from engine.log import logger, progress
 from evaluation.plots import COLOURS, drawing
 from evaluation.tables import write_table
-from experiments.studies import ALL
 from forgetting.context import INDEX, ExactSettings
 from forgetting.flag import flag
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import LowRankEdit
-from trainers.inputs import Plan, RunInputs
+from trainers.inputs import ALL, Plan, RunInputs
 
 BROADER: dict[str, list[str]] = read_yaml(Path(__file__).with_name("broader.yaml"))
 FALSE_ALARMS = 0.005  # of the flag

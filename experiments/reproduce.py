@@ -8,7 +8,7 @@
 Every class of forget_cls.py alone, then a set's list at once, for each set and backbone, as
 `sh forget_clip.sh` does it with seed 0. A run that was killed goes on at its class. Results go to
 OUT/reproduce/BACKBONE/ForgetLoRA/seed_0; the tables are derived from the logs there, printed, and
-written to OUT/reproduce/paper.csv (before forgetting) and sweep.csv (after).
+written to OUT/reproduce/sweep.csv (after forgetting) and paper.csv (before).
 """
 
 import argparse
@@ -27,8 +27,8 @@ from engine.log import logger
 from engine.ray import add_launcher, launcher
 from evaluation.rows import Row, read_rows
 from evaluation.tables import write_table
-from experiments.runs import MODES, Run, launch, refuse_failed
-from experiments.sweep import TABLE, print_table, runs_of, table_of
+from experiments.runs import MODES, Run, refuse_failed, runs_of
+from experiments.sweep import run_sweep
 from forgetting.errors import ProblemError
 from trainers.inputs import user_lists
 
@@ -65,32 +65,24 @@ def compare(
     return table.assign(difference=table["ours"] - table["paper"])
 
 
-def write(
+def compare_all(
     args: argparse.Namespace, runs: Sequence[Run], sets: Mapping[str, datasets.ImageSet]
 ) -> pd.DataFrame:
-    """Derive the tables from the logs, print and write them; returns the one of before."""
+    """Derive the accuracies before forgetting from the logs, print and write them."""
     images = {name: Counter(x.classname for x in each.test) for name, each in sets.items()}
-    after, root = table_of(runs), Path(args.out, "reproduce")
-    if after.empty:
-        raise ProblemError(f"no results in {root}: every run failed, see the messages above")
     folders = {run.keys[0]: run.folder for run in runs if run.folder.exists()}
-    before = pd.concat(
-        [compare(name, read_rows(folder), images) for name, folder in folders.items()],
-        ignore_index=True,
-    )
+    tables = [compare(name, read_rows(folder), images) for name, folder in folders.items()]
+    table, path = pd.concat(tables, ignore_index=True), Path(args.out, "reproduce", "paper.csv")
     print("\nBefore forgetting, fractions; difference: ours less the paper's\n")
-    print(before.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
-    print("\nAfter, in percent; average gain: 0 is perfect, lower is better\n")
-    print_table(after)
+    print(table.to_string(index=False, float_format="{:.4f}".format, na_rep="-"))
     for name, each in sets.items():
         if not each.comparable:
             print(f"{name}: not the published split, not comparable with the paper's numbers")
     if args.opts:
         print(f"not the paper's settings: {' '.join(args.opts)}")
-    for table, name in ((before, "paper.csv"), (after, TABLE)):
-        write_table(table, root / name)
-        logger.info(f"written: {root / name}")
-    return before
+    write_table(table, path)
+    logger.info(f"written: {path}")
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
@@ -113,14 +105,15 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     for name, path in weights.items():
         if name not in args.backbones or not path:
             raise ProblemError(f"--weights {name}={path}: must be ARCH=PATH, such as RN50=RN50.pt")
-    sets, runs = {name: datasets.load(name, args.data) for name in args.datasets}, []
+    sets = {name: datasets.load(name, args.data) for name in args.datasets}
+    root, runs = Path(args.out, "reproduce"), []
     for backbone in args.backbones:
         ClipSource(backbone, weights.get(backbone), args.cache)  # downloads what is missing
         options = ["--root", args.data, "--cache", args.cache]
         options += ["--weights", weights.get(backbone, ""), *args.opts]
         varied = {"backbones": [backbone], "datasets": args.datasets, "modes": list(MODES)}
-        runs += runs_of(varied, Path(args.out, "reproduce"), options)
-    failed = launch(runs, launcher(args))
-    table = write(args, runs, sets)
+        runs += runs_of(varied, root, options)
+    _, failed = run_sweep(runs, root, launcher(args))
+    table = compare_all(args, runs, sets)
     refuse_failed(failed)
     return table

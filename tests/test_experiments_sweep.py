@@ -1,5 +1,7 @@
 """Many runs and their table: sweeps, the methods side by side, and the lists of commands."""
 
+import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,15 +18,18 @@ from evaluation.tables import average_gains
 from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
+from experiments.runs import Run
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, refuses
+from tests.results_fixtures import entry
 from trainers import SETTINGS
 from utils import create_results
 
 FILE = """
 datasets: [ToyAnimals, ToyTools]
 backbones: [ViT-B/32]
-trainers: [ForgetNoise, ForgetExact]
+trainers: [ForgetNoise]
+methods: {ours: {trainer: ForgetExact}}
 seeds: [0, 1]
 classes: [all]
 settings:
@@ -48,10 +53,9 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     assert (root / "report.html").stat().st_size > 10_000
     pd.testing.assert_frame_equal(pd.read_csv(root / "sweep.csv"), table, check_dtype=False)
     out = capsys.readouterr().out
-    assert "== ToyTools, ViT-B/32, ForgetExact, strong, alone, seed 1: done (16 of 16" in out
-    row = table[(table["trainer"] == "ForgetNoise") & (table["setting"] == "mild")]
-    row = row.set_index("data set")
-    folders = [root / f"ViT-B-32/ForgetNoise/mild/seed_{seed}" for seed in (0, 1)]
+    assert "== ToyTools, ViT-B/32, ForgetNoise strong, alone, seed 1: done (16 of 16" in out
+    row = table[table["method"] == "ForgetNoise mild"].set_index("data set")
+    folders = [root / f"ViT-B-32/ForgetNoise mild/seed_{seed}" for seed in (0, 1)]
     frames = [create_results(folder)[0] for folder in folders]
     gains = pd.Series([average_gains(frame).mean() for frame in frames])
     assert row.loc["all of them", "average gain"] == pytest.approx(gains.mean())
@@ -86,10 +90,12 @@ REFUSED = {
     "datasets: [A]\ntrainer: [x]": "'trainers'",
     "datasets: [A]\ntrainers: [ForgetExat]": "'ForgetExact'",
     "datasets: ToyAnimals": "datasets must be a list",
-    "datasets: [A]\nmodes: [twice]": "unknown mode",
-    "seeds: [0]": "names no data set",
+    "datasets: [A]\nmodes: [twice]": "modes / 0 must be alone or at once",
+    "seeds: [0]": "needs a data set",
     "datasets: []": "datasets must be",
-    "datasets: [A]\nsettings: {}": "settings must",
+    "seeds: [x]": "must be a whole number",
+    "datasets: [A]\nsettings: {a: 1}": "settings / a must",
+    "datasets: [A]\nmethods: [ForgetZero]": "methods must",
     TOOLS + "classes: [sew]": "'saw'",
     TOOLS + "settings: {a: {FORGET.RANK: 0}}": "FORGET.RANK must be",
     TOOLS + "classes: [saw]\nsettings: {a: {FORGET.CLASSES: [axe]}}": "FORGET.CLASSES is varied",
@@ -110,25 +116,51 @@ def test_runs_that_fail_are_named_and_the_table_holds_the_others(command, tmp_pa
         return build(cfg)
 
     monkeypatch.setattr(train, "build_trainer", lose_one)
-    refuses("failed: ToyTools, ViT-B/32, ForgetNoise, strong", sweep.main, command)
+    refuses("failed: ToyTools, ViT-B/32, ours strong", sweep.main, command)
     table = pd.read_csv(tmp_path / "out/mine/sweep.csv")
-    lost = table[(table["setting"] == "strong") & (table["data set"] == "ToyTools")]
+    lost = table[table["method"].str.contains("strong") & (table["data set"] == "ToyTools")]
     assert (lost["seeds"] == 1).all() and table["seeds"].max() == 2
 
 
 def test_methods_side_by_side_resume(features, tmp_path, capsys):
     argv = ["--features", str(features), "--dataset", "ToyAnimals", "--out", str(tmp_path / "out")]
     argv += ["--forget", "owl", "--forget", "cat", "TRAINER.FORGETLORA.STEPS", "5"]
-    table = baselines.main([*argv, "--methods", "name,exact-opposite"])
+    table = baselines.main([*argv, "--methods", "name,exact-opposite", "--audit"])
     out = capsys.readouterr().out
     assert "config:" not in out and "exact-opposite" in out
-    assert (table["forgotten after"] == 0).all() and (table["forgotten before"] > 90).all()
+    table = table.set_index("method")
+    assert (table["class after"] == 0).all() and (table["class before"] > 90).all()
+    assert (table["neighbours"].abs() < 100).all()
     assert table.loc["name", "bytes"] < table.loc["exact-opposite", "bytes"]
-    every = baselines.main(argv)
+    every = baselines.main(argv).set_index("method")
     assert list(every.index) == list(baselines.METHODS) and (every["classes"] == 2).all()
     assert every.loc["name", "seconds"] == table.loc["name", "seconds"]
     assert {given["trainer"] for given in baselines.METHODS.values()} == set(SETTINGS)
     refuses("'uce'", baselines.main, [*argv, "--methods", "uec"])
+
+
+def test_the_numbers_of_a_sweep_by_hand(tmp_path):
+    def logged(name, own, rest, b, c, adapter):
+        one = entry("A", name, *own, ("B",), rest, b, seconds=2.0 * len(name), adapter=adapter)
+        for side, value in zip(("zero_shot", "final_results"), c, strict=True):
+            one[side]["C"] = {"all": {"all_ds": value}}
+        return one
+
+    a = logged("a", (0.8, 0.2), (0.9, 0.8), (0.5, 0.4), (0.6, 0.6), "x")
+    bb = logged("bb", (1.0, 0.0), (0.7, 0.8), (0.5, 0.2), (0.6, 0.5), "gone")
+    (tmp_path / "logs.json").write_text(json.dumps({"A": {"settings": {}, "a": a, "bb": bb}}))
+    (tmp_path / "x").write_bytes(b"12345678")
+    run = Run([], tmp_path, ("mini", "m", "alone", "A"), 0, ["a", "bb"])
+    (row,) = sweep.table_of([run]).to_dict("records")
+    by_hand = ((0.2 / 0.8 + 0.1 / 0.9 + 0.1 / 0.5 + 0) / 4, (0 + 0 + 0.3 / 0.5 + 0.1 / 0.6) / 4)
+    expected = {
+        **{"classes": 2, "class before": 90, "class after": 10, "class worst": 20},
+        **{"rest before": 80, "rest after": 80, "rest change": 0, "rest worst": 10},
+        **{"others before": 55, "others after": 42.5, "others change": -12.5, "others worst": 30},
+        **{"average gain": sum(by_hand) / 2, "seconds": 3.0, "bytes": 8},
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    assert sweep.table_of([replace(run, labels=["a", "bb", "c"])]).empty, "not all is done"
 
 
 def test_benchmarks_measure_all_that_they_say(features, capsys):

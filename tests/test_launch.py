@@ -166,7 +166,7 @@ def test_parts_of_a_set_have_the_ridge_and_the_results_of_all_of_it(lists, tmp_p
 def test_what_a_sweep_cannot_run_is_refused_first(lists, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     for extra, word in (
-        (["--seeds", "0,99999999999"], "SEED"),
+        (["--seeds", "0,99999999999"], "--seed"),
         (["--eval-only"], "--eval-only"),
         (["--launcher", "ray"], "requirements-ray.txt"),
     ):

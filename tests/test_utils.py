@@ -12,7 +12,7 @@ from PIL import Image
 
 import utils
 from engine.cli import run
-from evaluation.tables import method_table, summarise
+from evaluation.tables import summarise
 from forgetting.errors import ProblemError
 from tests.conftest import refuses
 from tests.results_fixtures import SETTINGS, entry
@@ -176,30 +176,6 @@ def test_before_comes_from_other_results_of_the_same_model(public, seeds, tmp_pa
             create_results(public, before=wrong)
     other = results(tmp_path / "other", 0.3, backbone="RN50")
     refuses("backbone is 'mini' and 'RN50'", create_results, public, before=other)
-
-
-def test_the_table_of_methods_counts_by_hand(tmp_path):
-    def logged(name, own, rest, b, c, adapter):
-        one = entry("A", name, *own, ("B",), rest, b, seconds=2.0 * len(name), adapter=adapter)
-        for side, value in zip(("zero_shot", "final_results"), c, strict=True):
-            one[side]["C"] = {"all": {"all_ds": value}}
-        return one
-
-    a = logged("a", (0.8, 0.2), (0.9, 0.8), (0.5, 0.4), (0.6, 0.6), "x")
-    bb = logged("bb", (1.0, 0.0), (0.7, 0.8), (0.5, 0.2), (0.6, 0.5), "gone")
-    write(tmp_path, {"A": {"settings": {}, "a": a, "bb": bb}})
-    (tmp_path / "x").write_bytes(b"12345678")
-    row = method_table({"m": tmp_path}).loc["m"]
-    expected = {
-        "classes": 2,
-        **{"forgotten before": 90, "forgotten after": 10, "forgotten worst": 20},
-        **{"rest before": 80, "rest after": 80, "rest worst": 10},
-        **{"others before": 55, "others after": 42.5, "others worst": 30},
-        **{"seconds": 3.0, "bytes": 8},
-    }
-    assert {key: row[key] for key in expected} == pytest.approx(expected)
-    by_hand = ((0.2 / 0.8 + 0.1 / 0.9 + 0.1 / 0.5 + 0) / 4, (0 + 0 + 0.3 / 0.5 + 0.1 / 0.6) / 4)
-    assert row["avg_gain"] == pytest.approx(sum(by_hand) / 2) == gains(tmp_path)
 
 
 def test_methods_side_by_side(seeds, public, tmp_path):
