@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     methods = read_methods(args.folder)
     path = write_report(methods, args.out or Path(args.folder) / REPORT)
-    rows, audited = sum(len(x.rows) for x in methods), sum(len(x.audited) for x in methods)
-    logger.info(f"report: {path} ({len(methods)} methods, {rows} rows, {audited} of them audited)")
+    logger.info(f"report: {path} ({', '.join(method.label for method in methods)})")
 
 
 if __name__ == "__main__":

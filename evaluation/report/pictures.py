@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -12,78 +12,59 @@ from datasets import mini
 from datasets.reader import read_image
 from engine.log import logger
 from evaluation.plots import thumbnail
-from evaluation.report.runs import ForgottenClass, Method, Run
+from evaluation.report.runs import Method, Run
 from evaluation.results import run_places
 from forgetting.errors import ProblemError
 
 SIDE = 84  # pixels of a thumbnail's longer side
-MOST = 2000  # thumbnails of a report, so that a browser opens it
 HARMED = 2  # classes that lost most, over all methods
-Example = tuple[Method, Run, dict[str, Any]]  # what the audit of a run shows of a class
+Example = tuple[str, Run, dict[str, Any]]  # a method's label, and what the audit of its run shows
+# A class, its accuracies before and after by method, and its images: an address that holds one, and
+# the names that it is given before, and after by each method.
+Strip = tuple[str, list[tuple[str, float, float]], list[tuple[str, dict[str, list[str]]]]]
 
 
-class Picture(NamedTuple):
-    """A test image as an address that holds it ("" if it is not there), the names that the model
-    gives it before forgetting, and after it by the label of the method."""
-
-    source: str
-    before: list[str]
-    after: dict[str, list[str]]
-
-
-class Strip(NamedTuple):
-    """Pictures of one class, its name and accuracy before and after; `by`: the method by which it
-    lost so much, "" for the forgotten class itself."""
-
-    name: str
-    by: str
-    before: float | None
-    after: float | None
-    pictures: list[Picture]
-
-
-def strips(forgotten: ForgottenClass, draw: bool = True) -> list[Strip]:
-    """The class's own pictures, then those of the classes that lost most; [] without an audit.
-    Unless `draw`, the names that the model gives them are shown alone."""
-    examples, harmed = [], []
-    for method, pairs in forgotten.results:
-        shown = [(run, row.measured("examples", "classes")) for run, row in pairs]
-        # Of each method by its first seed: the run, and what the audit shows of the class.
-        examples += [(method, run, classes[0]) for run, classes in shown if classes][:1]
-        harmed += [(method, run, one) for run, row in pairs for one in row.harmed]
-    if not examples:
-        return []
-    found = [_strip(forgotten.dataset, "", examples, draw)]
-    worst: dict[str, Example] = {}
-    for example in sorted(harmed, key=lambda x: x[2]["after"]["value"] - x[2]["before"]["value"]):
-        worst.setdefault(example[2]["name"], example)
-    examples = list(worst.values())[:HARMED]
-    return found + [_strip(forgotten.dataset, x[0].label, [x], draw) for x in examples]
+def strips(dataset: str, results: list[Method]) -> list[Strip]:
+    """A class's own pictures, then those of the classes that lost most by it, as the first audit of
+    each method shows them; [] without an audit. `results`: of `forgotten_classes`."""
+    own: list[Example] = []
+    harmed: dict[str, list[Example]] = {}
+    for method in results:
+        audited = [
+            (run, row) for run in method.runs for row in run.rows if row.measured("examples")
+        ]
+        for run, row in audited[:1]:
+            own.append((method.label, run, row.audit["examples"]["classes"][0]))
+            for one in row.harmed:
+                harmed.setdefault(one["name"], []).append((method.label, run, one))
+    shown = sorted(
+        harmed.values(),
+        key=lambda some: min(x["after"]["value"] - x["before"]["value"] for *_, x in some),
+    )
+    return [_strip(dataset, some) for some in [own, *shown[:HARMED]] if some]
 
 
-def _strip(dataset: str, by: str, examples: list[Example], draw: bool) -> Strip:
-    """The pictures of a class as the first example shows them, with the guesses of all."""
-    _, run, one = examples[0]
-    pictures: dict[int, Picture] = {}
-    for method, _, example in examples:
-        for picture in example["pictures"]:
+def _strip(dataset: str, examples: list[Example]) -> Strip:
+    name = examples[0][2]["name"]
+    sources: dict[int, str] = {}
+    guesses: dict[int, dict[str, list[str]]] = {}
+    for label, run, one in examples:
+        for picture in one["pictures"]:
             row = picture["row"]
-            if row not in pictures:
-                source = _source(run, dataset, one["name"], row) if draw else ""
-                pictures[row] = Picture(source, picture["before"], {})
-            pictures[row].after[method.label] = picture["after"]
-    sides = (one[side]["value"] for side in ("before", "after"))
-    return Strip(one["name"], by, *sides, list(pictures.values()))
+            sources[row] = sources.get(row) or _source(run, dataset, name, row)
+            guesses.setdefault(row, {"before": picture["before"]})
+            guesses[row][f"after, {label}"] = picture["after"]
+    accuracies = [(label, x["before"]["value"], x["after"]["value"]) for label, _, x in examples]
+    return name, accuracies, [(sources[row], guesses[row]) for row in sources]
 
 
 def _source(run: Run, dataset: str, name: str, row: int) -> str:
     """The picture in a row of the set's images, which must be one of class `name`."""
     images = images_of(run.folder, dataset) if run.settings[dataset].get("split") == "test" else []
-    if not 0 <= row < len(images) or images[row][0] != name:
-        return ""
     try:
-        return thumbnail(images[row][1](), SIDE)
-    except ProblemError:
+        found, opened = images[row]
+        return thumbnail(opened(), SIDE) if found == name and row >= 0 else ""
+    except (IndexError, ProblemError):
         return ""
 
 

@@ -1,31 +1,29 @@
 """The results folders of a report as methods, and the classes that they forgot."""
 
 import os
-import shlex
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from evaluation.results import LOGS, SETTINGS, Logs, no_results, read_logs, same_kind
-from evaluation.rows import Row, current_audits, rows_of
+from evaluation.rows import Change, Row, current_audits, rows_of
 from forgetting.errors import ProblemError
 
 SEED = "seed_"  # the beginning of a folder's name
 WORDS = {"ForgetLoRA": "paper", "ForgetOptimum": "paper, at its optimum", "ForgetExact": "exact"}
 ABOUT = ("trainer", "objective", "target", "beta", "backbone", "seed")
-QUANTITIES: dict[str, Callable[[Row], float | None]] = {
-    "before": lambda row: row.own.before,
-    "after": lambda row: row.own.after,
-    "worst": lambda row: row.worst,
+QUANTITIES: dict[str, Callable[[Row], float | None]] = {  # in percent, changes in points
+    "before": lambda row: Change(0, row.own.before).points,
+    "after": lambda row: Change(0, row.own.after).points,
+    "worst": lambda row: Change(0, row.worst).points,
     "rest": lambda row: row.rest.points,
     "others": lambda row: row.others_mean.points,
-    "seconds": lambda row: row.solver.get("seconds"),
+    "ms": lambda row: 1000 * row.solver["seconds"] if "seconds" in row.solver else None,
 }
-Spread = tuple[float, float]  # a mean, and the standard deviation over seeds; NaN if there is none
 
 
 @dataclass(frozen=True)
@@ -43,25 +41,18 @@ class Run:
         """Data set -> what all its results share."""
         return {dataset: entries.get(SETTINGS, {}) for dataset, entries in self.logs.items()}
 
-    @property
-    def audit_command(self) -> str:
-        return f"python -m evaluation.audit {shlex.quote(str(self.folder))}"
-
 
 @dataclass(frozen=True)
 class Method:
-    """Folders that differ in their seed alone, or one folder; the label tells methods apart."""
+    """Runs that differ in their seed alone, below `folder`; the label tells methods apart."""
 
     label: str
+    folder: Path
     runs: list[Run]
 
-    @cached_property
+    @property
     def rows(self) -> list[Row]:
         return [row for run in self.runs for row in run.rows]
-
-    @cached_property
-    def audited(self) -> list[Row]:
-        return [row for row in self.rows if row.audit]
 
     @property
     def about(self) -> str:
@@ -71,74 +62,29 @@ class Method:
         parts = [f"{key} {value}" for key in ABOUT if (value := shared(settings, key))]
         if len(self.runs) > 1:
             parts.append(f"mean of {len(self.runs)} seeds, ± is their standard deviation")
-        return ", ".join([*parts, f"folder {common_folder(self.runs)}"])
+        return ", ".join([*parts, f"folder {self.folder}"])
 
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """A row for every class of every seed: the seed's number, the class, and `QUANTITIES`."""
-        lines = [
-            {"seed": seed, "class": _key(row)} | {n: of(row) for n, of in QUANTITIES.items()}
-            for seed, run in enumerate(self.runs)
-            for row in run.rows
-        ]
-        return pd.DataFrame(lines).astype(dict.fromkeys(QUANTITIES, float))
+    def values(self, quantity: str) -> list[float]:
+        """A quantity of all classes of all seeds in which it was measured."""
+        return [x for x in map(QUANTITIES[quantity], self.rows) if x is not None]
 
-    def mean(self, quantity: str) -> Spread:
-        """A quantity, averaged over the classes of each seed and then over seeds."""
-        means = self.table.groupby("seed")[quantity].mean()
-        return means.mean(), means.std()
-
-    def of_classes(self, quantity: str) -> pd.Series:
-        """The mean over seeds of every class in which it was measured."""
-        return self.table.groupby("class")[quantity].mean().dropna()
-
-    def of_class(self, row: Row, quantity: str) -> Spread:
-        """A quantity of one class, averaged over seeds."""
-        values = self.table.loc[self.table["class"] == _key(row), quantity]
-        return values.mean(), values.std()
+    def mean(self, quantity: str) -> tuple[float, float]:
+        """A quantity, averaged over the classes of each seed, and over seeds with its deviation."""
+        return spread(spread(map(QUANTITIES[quantity], run.rows))[0] for run in self.runs)
 
 
-@dataclass(frozen=True)
-class ForgottenClass:
-    """A class with its rows of every folder that forgot it, by method and request."""
-
-    dataset: str
-    name: str
-    results: list[tuple[Method, list[tuple[Run, Row]]]]
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for _, pairs in self.results for _, row in pairs]
-
-    @property
-    def comes_back(self) -> bool:
-        return any(row.comes_back for row in self.rows)
-
-    def most(self, quantity: str) -> float:
-        """Of all methods the most that is left of it ("left"), or that all else lost ("harm")."""
-        values = [row.own.after if quantity == "left" else row.harm for row in self.rows]
-        return max(value or 0 for value in values)
-
-
-def tags(pairs: Sequence[tuple[Run, Row]]) -> list[str]:
-    """What is wrong with a class, and in how many of the seeds."""
-    labels = [row.tag for _, row in pairs if row.tag]
-    return [
-        tag if labels.count(tag) == len(pairs) else f"{tag} in {labels.count(tag)} of {len(pairs)}"
-        for tag in dict.fromkeys(labels)
-    ]
-
-
-def forgotten_classes(methods: Iterable[Method]) -> list[ForgottenClass]:
-    """Every class once, the worst news first, whichever method they are of."""
-    classes: dict[tuple[str, str], dict[tuple[str, str], tuple[Method, list]]] = {}
+def forgotten_classes(methods: Iterable[Method]) -> dict[tuple[str, str], list[Method]]:
+    """Data set and class -> for each request that forgot it, the method with its rows of this class
+    alone, one for each seed; the class with the worst news first, whichever method it is of."""
+    classes: dict[tuple[str, str], dict[tuple[str, str], Method]] = {}
     for method in methods:
         for run in method.runs:
             for row in run.rows:
-                requests = classes.setdefault((row.dataset, row.name), {})
-                requests.setdefault((method.label, row.label), (method, []))[1].append((run, row))
-    found = [ForgottenClass(*name, list(requests.values())) for name, requests in classes.items()]
-    return sorted(found, key=lambda one: min(map(bad_news_first, one.rows)))
+                parts = classes.setdefault((row.dataset, row.name), {})
+                part = parts.setdefault((method.label, row.label), replace(method, runs=[]))
+                part.runs.append(replace(run, rows=[row]))
+    found = [(name, [*parts.values()]) for name, parts in classes.items()]
+    return dict(sorted(found, key=lambda x: min(bad_news_first(r) for m in x[1] for r in m.rows)))
 
 
 def bad_news_first(row: Row) -> tuple:
@@ -159,35 +105,32 @@ def read_methods(folder: str | Path, only: Collection[Path] = ()) -> list[Method
             runs.append(Run(path, logs, rows, outdated))
     if not runs:
         raise no_results(folder)
-    groups = _by_seed(runs)
-    names = [shared(group[0].settings.values(), "trainer") for group in groups]
-    names = [WORDS.get(name, name.removeprefix("Forget").lower()) for name in names]
+    groups = list(_by_seed(runs))
+    trainers = [shared(group[0].settings.values(), "trainer") for group in groups]
+    names = [WORDS.get(name, name.removeprefix("Forget").lower()) for name in trainers]
     methods = []
     for group, name in zip(groups, names, strict=True):
-        path = os.path.relpath(common_folder(group), folder)
+        path = group[0].folder.parent if len(group) > 1 else group[0].folder
         is_alone = name and names.count(name) == 1
-        methods.append(Method(name if is_alone else f"{name} ({path})".strip(), group))
-    return sorted(methods, key=lambda method: -len(method.audited))
+        label = name if is_alone else f"{name} ({os.path.relpath(path, folder)})".strip()
+        methods.append(Method(label, path, group))
+    return sorted(methods, key=lambda method: -sum(bool(row.audit) for row in method.rows))
 
 
-def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone together, the others alone; in their order."""
-    groups: dict[Path, list[Run]] = {}
-    for run in runs:
-        seed = run.folder.name.startswith(SEED)
-        groups.setdefault(run.folder.parent / SEED if seed else run.folder, []).append(run)
-    split = []
-    for group in groups.values():
+def _by_seed(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Runs that differ in their seed alone together, the others alone."""
+
+    def parent(run: Run) -> Path:
+        is_seed = run.folder.name.startswith(SEED)
+        return run.folder.parent / SEED if is_seed else run.folder
+
+    for _, group in groupby(sorted(runs, key=parent), parent):
+        runs = list(group)
         try:
-            same_kind([run.folder for run in group], [run.logs for run in group])
-            split.append(group)
+            same_kind([run.folder for run in runs], [run.logs for run in runs])
+            yield runs
         except ProblemError:
-            split += [[run] for run in group]
-    return split
-
-
-def common_folder(runs: Sequence[Run]) -> Path:
-    return runs[0].folder.parent if len(runs) > 1 else runs[0].folder
+            yield from ([run] for run in runs)
 
 
 def shared(sources: Iterable[dict[str, Any]], key: str) -> str:
@@ -196,5 +139,7 @@ def shared(sources: Iterable[dict[str, Any]], key: str) -> str:
     return values.pop() if len(values) == 1 else ""
 
 
-def _key(row: Row) -> str:
-    return repr((row.dataset, row.label, row.name))
+def spread(values: Iterable[float | None]) -> tuple[float, float]:
+    """The mean and the standard deviation of what was measured; NaN where there is none."""
+    known = pd.Series(list(values), dtype=float)
+    return known.mean(), known.std()

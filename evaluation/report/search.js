@@ -1,36 +1,22 @@
-// The list of classes: a search, an order, and the class that an address names. Without this script
-// the list stands as it is.
+// The list of classes: a search and an order. Without this script the list stands as it is.
 const byId = (id) => document.getElementById(id);
-const list = byId("classes");
-const items = [...list.children];
-const texts = new Map(items.map((item) => [item, item.firstElementChild.textContent.toLowerCase()]));
+const items = [...byId("classes").children];
 
 function show() {
-  const words = byId("search").value.trim().toLowerCase();
-  for (const item of items)
-    item.hidden = !texts.get(item).includes(words) || (byId("back").checked && !("back" in item.dataset));
+  const key = byId("order").value;
+  items.sort((one, { dataset: other }) =>
+    key === "name"
+      ? one.dataset.name.localeCompare(other.name, "en", { numeric: true })
+      : (key === "place" ? 1 : -1) * (one.dataset[key] - other[key]),
+  );
+  for (const item of items) {
+    const found = item.firstElementChild.textContent.toLowerCase().includes(byId("search").value.trim().toLowerCase());
+    item.hidden = !found || (byId("back").checked && !("back" in item.dataset));
+  }
+  byId("classes").append(...items);
   byId("status").textContent = `${items.filter((item) => !item.hidden).length} of ${items.length}`;
 }
 
-function sort() {
-  const key = byId("order").value;
-  const sign = key === "place" ? 1 : -1;
-  items.sort((one, other) =>
-    key === "name"
-      ? one.dataset.name.localeCompare(other.dataset.name, "en", { numeric: true })
-      : sign * (one.dataset[key] - other.dataset[key]),
-  );
-  list.append(...items);
-}
-
-function open() {
-  const item = byId(location.hash.slice(1));
-  if (items.includes(item)) item.open = true;
-}
-
-for (const id of ["search", "back"]) byId(id).addEventListener("input", show);
-byId("order").addEventListener("input", sort);
-window.addEventListener("hashchange", open);
+byId("filters").addEventListener("input", show);
 byId("filters").hidden = false;
 show();
-open();

@@ -1,4 +1,4 @@
-"""What a report says first: a table of methods, and findings, bad news first."""
+"""What a report says first: tables of methods and classes, and findings, bad news first."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,12 +6,21 @@ from typing import Any
 import pandas as pd
 
 from evaluation.audit.record import ATTACKERS
-from evaluation.report.runs import QUANTITIES, Method, shared
-from evaluation.rows import Row
+from evaluation.report.runs import Method, shared
+from evaluation.rows import Change, Row, mean
 from evaluation.rules import Fate, holds
 
 NAMED = 3  # classes named in a finding; the list of classes has them all
 PROVED = 1e-6  # a relative gap of the certificate above this proves nothing
+CHANGES = {"rest": lambda row: row.rest, "others": lambda row: row.others_mean}  # in points
+COLUMNS = {
+    "before": "Recognised before, %",
+    "after": "Recognised after, %",
+    "worst": "By other words, %",
+    "rest": "Rest of its set, points",
+    "others": "Other sets, points",
+    "ms": "Solved in ms",
+}
 FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting first
     "Not forgotten": lambda row: row.fate is Fate.STAYS,
     "Recognised again under other words": lambda row: row.back and row.fate is not Fate.STAYS,
@@ -38,33 +47,20 @@ FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting 
 }
 
 
+def number(value: float | None, sign: str = "-") -> str:
+    """One decimal; no minus before a zero, a dash for None and NaN. `sign`: "+" for always."""
+    return "–" if pd.isna(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+
+
 def percent(fraction: float | None) -> str:
-    """A fraction in percent, one decimal; a dash for None and NaN."""
-    return "–" if pd.isna(fraction) else f"{100 * fraction:.1f}"
+    return number(Change(0, fraction).points)
 
 
-def points(value: float | None) -> str:
-    """Percentage points with their sign, one decimal; a dash for None and NaN."""
-    if pd.isna(value):
-        return "–"
-    rounded = round(value, 1) + 0.0  # no minus before a zero
-    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-
-
-def within(deviation: float, scale: float = 1) -> str:
-    """A standard deviation over seeds; "" for a single one."""
-    return "" if pd.isna(deviation) else f"± {scale * deviation:.1f}"
-
-
-def listed(names: Iterable[str], limit: int = NAMED) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def headline(methods: list[Method]) -> str:
@@ -72,39 +68,31 @@ def headline(methods: list[Method]) -> str:
     classes = {(row.dataset, row.name) for method in methods for row in method.rows}
     settings = [x for method in methods for run in method.runs for x in run.settings.values()]
     model = shared(settings, "backbone") or "A model"
+    count = f"{len(classes):,} {'classes' if len(classes) > 1 else 'class'}"
     ways = f" by {len(methods)} methods" if len(methods) > 1 else ""
-    return f"{model} was made to forget {count(len(classes), 'class', 'classes')}{ways}."
+    return f"{model} was made to forget {count}{ways}."
 
 
-def line(method: Method) -> dict[str, tuple[str, str]]:
-    """A line of the table: a value and a remark for each column, of all classes of all seeds."""
-    rows = method.rows
-    gone = [row for row in rows if row.fate is Fate.GONE]
-    stay = sum(row.fate is Fate.STAYS for row in rows)
+def cell(method: Method, quantity: str) -> list[str]:
+    """The mean of a quantity; then its deviation over seeds, and the accuracies of a change."""
+    average, deviation = method.mean(quantity)
+    remarks = [] if pd.isna(deviation) else [f"± {deviation:.1f}"]
+    if quantity not in CHANGES:
+        return [number(average), *remarks]
+    sides = zip(*map(CHANGES[quantity], method.rows), strict=True)
+    return [number(average, "+"), *remarks, " → ".join(percent(mean(side)) for side in sides)]
+
+
+def cells(method: Method) -> dict[str, list[str]]:
+    """The line of a method, or of a method narrowed to a class: by title a value and remarks."""
+    gone = [row for row in method.rows if row.fate is Fate.GONE]
     tried = [row for row in gone if row.worst is not None]
     back = f"{sum(bool(row.back) for row in tried)} of {len(tried)}"
-    before, (after, deviation) = method.mean("before")[0], method.mean("after")
-    seconds = method.mean("seconds")[0]
     return {
-        "Gone": (f"{len(gone)} of {len(rows)}", f"{stay} not forgotten" if stay else ""),
-        "Come back under other words": (back, "") if tried else ("–", "not tried"),
-        "Recognised, %": (f"{percent(before)} → {percent(after)}", within(deviation, 100)),
-        "Rest of their set, points": _change(method, "rest"),
-        "Other sets, points": _change(method, "others"),
-        "Seconds": ("–" if pd.isna(seconds) else f"{seconds:.3f}", ""),
+        "Gone": [f"{len(gone)} of {len(method.rows)}"],
+        "Back by other words": [back if tried else "–"],
+        **{title: cell(method, quantity) for quantity, title in COLUMNS.items()},
     }
-
-
-def _change(method: Method, quantity: str) -> tuple[str, str]:
-    """The mean change in points, and the class that cost most."""
-    changes = [(QUANTITIES[quantity](row), row.name) for row in method.rows]
-    known = [pair for pair in changes if pair[0] is not None]
-    if not known:
-        return "–", ""
-    mean, deviation = method.mean(quantity)
-    worst, name = min(known)
-    remarks = [within(deviation), f"worst {points(worst)}, {name}"]
-    return points(mean), "; ".join(filter(None, remarks))
 
 
 def findings(method: Method) -> list[str]:
