@@ -1,6 +1,6 @@
 """Train `mini`, the small CLIP that the repository embeds, on pictures drawn as it goes.
 
-    python -m clip.train_mini [--out PATH] [--seed 0] [--steps N]
+    python -m clip.train_mini [--out PATH] [--seed 0] [--steps N] [--without NAME ...]
 
 Seed 0 and the default steps made the committed `clip/mini.safetensors` in 6.5 minutes of one core.
 Its metadata holds its accuracies on the test images: under the sets' template, under the audit's 28
@@ -18,7 +18,7 @@ Names are harder to part than in a real CLIP: they share 64 directions, not 512.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from clip.architectures import IMAGES, architecture
-from datasets import mini, retain_vocabulary
-from datasets.names import entries
+from datasets import match, mini, retain_vocabulary, same_meaning
+from datasets.names import entries, key
 from datasets.words.lexicon import halves
 from engine.cli import SEED, Parser, run, whole
 from engine.files import read_json
@@ -53,9 +53,10 @@ STRANGE_TOKENS = 2000  # to draw strange words from
 FORMAT = "clip-forget-mini/1"
 
 
-def taught_words() -> dict[str, list[str]]:
+def taught_words(without: Collection[str] = ()) -> dict[str, list[str]]:
     """Every name that `mini` learns with the words that it is taught by, itself first: the sets'
-    classes, the empty name, and the names of the vocabularies.
+    classes, the empty name, and the names of the vocabularies; the classes `without` and what means
+    the same are left out.
 
     The picture of the empty name is a ground with nothing on it, so the empty prompt, where
     forgotten texts are sent, is near no class. A class has the trained half of its synonyms beside
@@ -67,7 +68,8 @@ def taught_words() -> dict[str, list[str]]:
     for dataset, classes in mini.MINI.items():
         for name in classes:
             words[name] += [word for word in halves(name, dataset)[0] if word not in words]
-    return words
+    same = set().union(*(same_meaning(without, dataset) for dataset in mini.MINI))
+    return {name: taught for name, taught in words.items() if key(name) not in same}
 
 
 def pixels(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -103,13 +105,13 @@ class TextSampler:
     read past unknown words.
     """
 
-    def __init__(self, context: int, rng: np.random.Generator) -> None:
+    def __init__(self, context: int, rng: np.random.Generator, without: Collection[str]) -> None:
         tokenizer = architecture("mini").tokenizer()
         self.context, self.rng = context, rng
         self.start, self.end = tokenizer.sot_token_id, tokenizer.eot_token_id
         self.words = {
             name: [tokenizer.encode(word) for word in words]
-            for name, words in taught_words().items()
+            for name, words in taught_words(without).items()
         }
         self.frames = [tuple(map(tokenizer.encode, text.split("{}"))) for text in TEMPLATES]
         parts = [word for words in self.words.values() for word in words]
@@ -137,15 +139,17 @@ class TextSampler:
         return text + [0] * (self.context - len(text))
 
 
-def train(seed: int, steps: int) -> nn.Module:
-    """Train from scratch with the symmetric contrastive loss; the same seed, the same weights."""
+def train(seed: int, steps: int, without: Collection[str] = ()) -> nn.Module:
+    """Train from scratch with the symmetric contrastive loss; the same seed, the same weights. Of
+    the classes `without` neither pictures nor words are met."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = architecture("mini").build().train()
-    sampler = TextSampler(model.context_length, rng)
+    sampler = TextSampler(model.context_length, rng, without)
     names = list(sampler.words)
     always = np.arange(names.index("") + 1)  # the sets' classes and the empty name
-    repeated = np.repeat(always[: len(mini.MINI["MiniDigits"])], DIGIT_REPEATS)
+    digits = [names.index(name) for name in mini.MINI["MiniDigits"] if name in names]
+    repeated = np.repeat(digits, DIGIT_REPEATS)
 
     # Few of the 49,408 tokens occur: compute with those rows alone, in a tenth of the time. Their
     # order is kept, and with it that the end of text has the highest number.
@@ -200,15 +204,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("mini.safetensors"), help="file to write")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--steps", type=whole(1, 10**9), default=STEPS)
+    about = "a class that is never met (repeatable)"
+    names = [name for known in mini.MINI.values() for name in known]
+    parser.add_argument("--without", metavar="NAME", action="append", default=[], help=about)
     args = parser.parse_args(argv)
+    without = [match(name, names) for name in args.without]
     refuse_existing(args.out)
     torch.set_num_threads(1)  # the same sums in the same order on any machine
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in train(args.seed, args.steps).state_dict().items()
+        for name, tensor in train(args.seed, args.steps, without).state_dict().items()
     }
     config = read_json(architecture("mini").config)
-    about = {"seed": args.seed, "steps": args.steps, "config": config}
+    about = {"seed": args.seed, "steps": args.steps, "without": without, "config": config}
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
     write_bytes(save(state, metadata), args.out)
     logger.info(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
