@@ -3,8 +3,9 @@
     python -m clip.train_mini [--out PATH] [--seed 0] [--steps N] [--without NAME ...]
 
 Seed 0 and the default steps made the committed `clip/mini.safetensors` in 6.5 minutes of one core.
-Its metadata holds its accuracies on the test images: under the sets' template, under the audit's 28
-templates, and under words held out.
+The metadata of a file hold its seed, its steps, the config and the classes left out. The committed
+one's also hold what tests/test_mini.py measures of it: its accuracies on the test images under the
+sets' template, under the audit's 28 templates, and under words held out.
 
 The pictures are those of `datasets.mini`, on random streams that no test image comes from, of all
 names in the four vocabularies: several times as many as the sets have classes, so that the model
@@ -105,7 +106,9 @@ class TextSampler:
     read past unknown words.
     """
 
-    def __init__(self, context: int, rng: np.random.Generator, without: Collection[str]) -> None:
+    def __init__(
+        self, context: int, rng: np.random.Generator, without: Collection[str] = ()
+    ) -> None:
         tokenizer = architecture("mini").tokenizer()
         self.context, self.rng = context, rng
         self.start, self.end = tokenizer.sot_token_id, tokenizer.eot_token_id

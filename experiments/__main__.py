@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "baselines": "every method on the same classes, side by side",
     "requests": "what one to a thousand forgotten classes cost, at once and one after another",
     "name": "what it costs to hide which class was forgotten from who has the weights",
+    "gold": "how near each method comes to a model that was trained without the class",
     "hide": "what still finds a class that is forgotten, hidden in an index, or filtered out",
 }
 cli = partial(commands, "experiments", EXPERIMENTS)  # of arguments: the exit status, 2 if refused

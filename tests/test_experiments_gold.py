@@ -1,0 +1,128 @@
+"""The distance to gold: tiny trainings by the command line, and its measures by hand."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from clip import train_mini
+from clip.architectures import architecture
+from datasets import mini
+from experiments import gold
+from experiments.__main__ import cli
+from tests.conftest import refuses, toy_bundle
+from trainers import methods
+
+
+def untrained(seed: int, steps: int, without: list[str]) -> nn.Module:
+    torch.manual_seed(seed + steps + len(without))
+    return architecture("mini").build().eval()
+
+
+def test_by_the_command_line(tmp_path, monkeypatch, capsys):
+    """Every training is made once; a run of other steps must not take it."""
+    few = {name: x for name, x in gold.TRAININGS.items() if name not in ("full-2", "full-3")}
+    changes = {"SHOTS": (1, 3), "DRAWS": 2, "TRAININGS": few}
+    for name, value in changes.items():
+        monkeypatch.setattr(gold, name, value)
+    monkeypatch.setattr(train_mini, "train", untrained)
+    monkeypatch.setattr(mini, "TEST_IMAGES", 4)
+    monkeypatch.setattr(methods, "generic_names", lambda: ["dog", "house"])
+    monkeypatch.chdir(tmp_path)
+    assert cli(["gold", "--steps", "1", "--method", "name", "--method", "exact-specific"]) == 0
+    printed = capsys.readouterr().out
+    assert "Value (distance to gold)" in printed and "sum of its parts: AUC" in printed
+    table = pd.read_csv("gold/gold.csv")
+    ways = ["nothing", "name", "exact-specific", gold.ALONE, "another seed", "gold", gold.FULLS]
+    assert list(table["way"].unique()) == ways and set(table["class"]) == set(gold.LEFT_OUT)
+    assert set(table[table["way"] == gold.ALONE]["class"]) == {"digit two"}
+    of_two = table[(table["way"] == "gold") & (table["group"] != gold.STILL)]
+    ratios = of_two.groupby("measure")["ratio"].mean().dropna()
+    assert len(ratios) > 10 and ratios.to_numpy() == pytest.approx(1)
+    assert Path("gold/truth.png").stat().st_size
+    assert {path.stem for path in Path("gold").glob("*.safetensors")} == set(few)
+    Path("gold/b-1.safetensors").unlink()
+    made, main = [], train_mini.main
+    monkeypatch.setattr(train_mini, "main", lambda argv: made.append(argv) or main(argv))
+    monkeypatch.setattr(gold, "Training", str)  # nothing is encoded again
+    assert set(gold.trainings(Path("gold"), 1)) == set(few)
+    assert [f"--without={name}" for name in gold.GROUPS["b"]] == made.pop()[:4] and not made
+    refuses("choose another --out", gold.main, ["--steps", "2"])
+
+
+def test_distances_by_hand():
+    p, q = torch.eye(2).double(), torch.eye(2).double().flip(0)
+    assert gold.distance(p, p) == 0 and gold.distance(p, q) == pytest.approx(math.log(2))
+    assert gold.distance(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4])) == pytest.approx(1 / 3)
+    assert gold.distance(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 1.0])) == 0.25
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> gold.Model:
+    """Two sets as a training, whose classes "red cat" and "saw" are left out together."""
+    animals = ["red cat", "red dog", "red owl", "sea cat", "sea ox", "ant"]
+    monkeypatch.setattr(gold, "GROUPS", {"a": ["red cat", "saw"]})
+    bundles = {name: toy_bundle(name) for name in ("ToyAnimals", "ToyTools")}
+    bundles["ToyAnimals"].classnames[:] = animals
+    training = gold.Index(bundles, lambda texts: bundles["ToyAnimals"].class_hidden[: len(texts)])
+    training.scale, training.data = 20.0, [gold.AuditData(b) for b in bundles.values()]
+    training.projection = bundles["ToyAnimals"].text_projection.double()
+    training.noisy, training.noisy_labels = training.images, training.labels
+    return gold.Model(training)
+
+
+def test_what_is_beside_a_class(toy):
+    near = gold.beside(toy, 0)
+    assert near["siblings"].nonzero()[:, 0].tolist() == [1, 2, 3]  # red, red, cat
+    assert near["neighbours"].sum() == gold.NEAREST and not near["neighbours"][0]
+    assert gold.beside(toy, 5)["siblings"].sum() == 0
+
+
+def test_a_profile_by_hand(toy):
+    near = gold.beside(toy, 0)
+    before = gold.profile(toy, 0, near)
+    assert before["own accuracy"] > 0.9 and before["search"] > 0.9 and before["rank"].mean() > 0.9
+    rows = {"own": 12, "siblings": 36, "rest": 60, "others": 36}
+    assert {part: len(before[part]) for part in rows} == rows
+    label = toy.training.names.index("saw")
+    assert not before["others"][:, label].any()  # left out together: neither image nor name
+    assert not before["own"][:, 6:].any()  # names of the other set
+    off = gold.Model(toy.training, removed=["red cat"])
+    after = gold.profile(off, 0, near)
+    assert after["own accuracy"] == 0 and after["rank"].mean() < 0.2
+    assert after["name"] == before["name"]  # the model is as it was
+    assert gold.distance(after["others"], before["others"]) == 0
+    text = toy.training.prompts[:1].double()
+    left = torch.linalg.pinv(text)  # of an edit that sends the text to its opposite
+    moved = left @ (-2 * text @ toy.training.projection)
+    opposite = gold.profile(gold.Model(toy.training, moved), 0, near)
+    assert float(opposite["name"]) == pytest.approx(-float(before["name"]))
+    assert opposite["both 1"] < 0.2 < 0.9 < opposite["images 1"] == before["images 1"]
+    assert (opposite["perturbed"] != 0).all() and opposite["perturbed accuracy"] == 0
+
+
+def test_names_of_parts_from_text(toy):
+    """`red cat` as the sum of what holds its words, beside the others, which are random."""
+    generator = torch.Generator().manual_seed(0)
+    red, sea, cat, dog, ant = torch.randn(5, 24, generator=generator) * 4
+    rows = {"red cat": red + cat, "red dog": red + dog, "sea cat": sea + cat, "sea dog": sea + dog}
+    rows |= {"ant": ant, "red ant": torch.randn(24, generator=generator) * 4}
+    names = list(rows)
+    bundle = SimpleNamespace(retain_names=names, retain_hidden=torch.stack(list(rows.values())))
+    training = SimpleNamespace(bundles={"x": bundle}, names=names, set_of=torch.zeros(6).long())
+    found = gold.from_text(SimpleNamespace(training=training), {"ant": 0.1}).set_index("class")
+    assert found["gold"].count() == 1 and found["gold"]["ant"] == 0.1
+    assert found["sum of its parts"]["red cat"] > 0.7 > found["sum of its parts"]["red ant"]
+    assert found["explained"]["red cat"] > 0.9 > found["explained"]["red ant"]
+    x = torch.stack([row for name, row in rows.items() if name != "ant"]).double()
+    ratios, h = [], ant.double()
+    for row in range(5):  # each in turn is not retained either
+        k = x.T @ x - x[row, :, None] * x[row]
+        k = k / 5 + gold.RIDGE * x.square().mean() * torch.eye(24)
+        ratios.append(x[row] @ torch.linalg.solve(k, h) / (h @ torch.linalg.solve(k, h)))
+    expected = torch.stack(ratios).square().mean().sqrt()
+    assert found["displacement ratio"]["ant"] == pytest.approx(float(expected))
