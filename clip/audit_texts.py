@@ -15,8 +15,7 @@ from clip.bundle import AUDIT_HIDDEN, AUDIT_LISTS, FeatureBundle
 from clip.cache import FeatureCache
 from clip.source import ClipSource
 from datasets.words.paraphrases import Paraphrase, paraphrases
-from datasets.words.wordnet import ABSENT, installed
-from engine.log import logger, progress
+from engine.log import progress
 
 Row = tuple[str, str, Tensor]  # text, kind, hidden state (w,)
 
@@ -33,9 +32,6 @@ def with_audit(bundle: FeatureBundle, source: ClipSource) -> FeatureBundle:
     A class's texts are one entry of the cache, so a killed run goes on where it was, and the model
     is loaded only for classes whose texts have changed.
     """
-    package = installed()
-    joined = f"WordNet ({package})" if package else f"no WordNet: {ABSENT}"
-    logger.info(f"clip: {bundle.dataset}: other words from datasets/words, {joined}")
     words = {name: other_words(bundle, name) for name in bundle.classnames}
     stored, rows, entries = FeatureCache(source), [], []
     for name, found in progress(words.items(), f"clip: {bundle.dataset} in other words"):

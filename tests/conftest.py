@@ -1,7 +1,6 @@
 """What many tests start from: small feature bundles, and the command line in process."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,13 +151,6 @@ def refused(capsys: pytest.CaptureFixture):
         return lines[0]
 
     return run
-
-
-@pytest.fixture
-def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed on this machine must not decide."""
-    for name in ("nltk", "nltk.corpus", "wn"):
-        monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture

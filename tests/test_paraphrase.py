@@ -26,7 +26,6 @@ from tests.clip_fixtures import caltech, tiny
 from tests.conftest import one_line, toy_bundle
 from tests.test_features import Counting
 
-pytestmark = pytest.mark.usefixtures("no_wordnet")
 OTHER_WAY = 12  # hidden direction that the projection sends to the first class too
 
 

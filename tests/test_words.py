@@ -1,16 +1,10 @@
-"""Other words for the sets' classes: the lists, the rules, WordNet where it is installed; and the
-generic vocabulary."""
+"""Other words for the sets' classes: the lists, the rules; and the generic vocabulary."""
 
 import re
-import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -18,15 +12,13 @@ import datasets
 import forget_cls
 from clip.train_mini import TEMPLATES as TRAINED
 from datasets.names import key
-from datasets.words import lexicon, wordnet
+from datasets.words import lexicon
 from datasets.words.cars import car_words
 from datasets.words.forms import cases, misspellings, plural
 from datasets.words.lexicon import Words, halves, words_of
 from datasets.words.paraphrases import KINDS, TEMPLATES, Paraphrase, paraphrases
 from forgetting.models.vocabulary import generic_names
 from tests.conftest import refuses
-
-pytestmark = pytest.mark.usefixtures("no_wordnet")
 
 
 @pytest.fixture
@@ -89,7 +81,6 @@ def test_a_list_is_read_as_it_is_written(folder: Path) -> None:
     assert words_of("Sea Horse", "Caltech101") == words_of("sea_pony", "Caltech101") == expected
     assert words_of("owl", "Caltech101") == Words([], ["bird"], ["big eyes"])
     assert words_of("owl", "Caltech101", ["bird"]).hypernyms == []
-    assert wordnet.installed() is None
     assert words_of("newt", "Caltech101") == words_of("owl", "OxfordFlowers") == Words([], [], [])
     (folder / "Elsewhere.txt").write_text("owl | spy | bird\n")  # of no set in the table
     for dataset in ("Elsewhere", None):
@@ -152,57 +143,6 @@ def test_words_stand_alone_and_in_the_prompt() -> None:
     assert Paraphrase("this is my Pekingese!", "synonym") in mine
     poodle = paraphrases("toy_poodle")
     assert Paraphrase("a photo of toy poodles.", "plural") in poodle
-
-
-def make_sense(package: str, words: list[str], above: Sequence[Any] = ()) -> SimpleNamespace:
-    """A synset with the methods of nltk (`lemma_names`) or wn (`lemmas`)."""
-    joined = [word.replace(" ", "_") for word in words] if package == "nltk" else words
-    names = {"lemma_names" if package == "nltk" else "lemmas": lambda: joined}
-    return SimpleNamespace(**names, hypernyms=lambda: list(above))
-
-
-@pytest.fixture(params=["nltk", "wn"])
-def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A small WordNet behind either package."""
-    sense = partial(make_sense, request.param)
-    machine = sense(["lifting device"], [sense(["machine"])])
-    wader = sense(["crane", "long necked wader"], [sense(["bird"], [sense(["animal"])])])
-    table = {
-        "crane": [sense(["crane"], [machine]), sense(["Crane", "Stephen Crane"]), wader],
-        "toy poodle": [sense(["toy poodle", "lap curl"], [sense(["house dog"], [sense(["Dog"])])])],
-    }
-
-    def synsets(name: str, pos: str, lang: str = "eng") -> list[SimpleNamespace]:
-        assert pos == "n" and lang == ("eng" if request.param == "nltk" else "en")
-        return table.get(name.replace("_", " ") if request.param == "nltk" else name, [])
-
-    error = LookupError if request.param == "nltk" else type("Error", (Exception,), {})
-    reader = SimpleNamespace(synsets=synsets, Error=error)
-    corpus = SimpleNamespace(wordnet=reader)
-    modules = {"wn": reader, "nltk": SimpleNamespace(corpus=corpus), "nltk.corpus": corpus}
-    for name in filter(lambda name: name.startswith(request.param), modules):
-        monkeypatch.setitem(sys.modules, name, modules[name])
-    return request.param
-
-
-def test_wordnet_joins_the_lists_by_the_sense_that_agrees(stub: str, monkeypatch) -> None:
-    assert wordnet.installed() == stub
-    words = words_of("toy poodle", "StanfordDogs")
-    assert words.synonyms[-1] == "lap curl" and words.hypernyms[-1] == "house dog"
-    assert Paraphrase("lap curl", "synonym") in paraphrases("toy poodle", "StanfordDogs")
-    assert "lap curl" not in words_of("toy poodle", None, ["Lap_Curl"]).synonyms
-    assert words_of("toy poodle", None).synonyms == ["lap curl"], "a set without a list"
-    crane = wordnet.wordnet_words
-    assert crane("crane", [], ["animal"]) == (["crane", "long necked wader"], ["bird"])
-    assert crane("crane", ["stephen crane"], ["animal"])[0][1] == "Stephen Crane"
-    assert crane("crane", [], ["Machine"])[1] == ["lifting device"]
-    assert crane("crane", [], ["plant"]) == ([], []), "none agrees"
-    assert crane("crane") == ([], []), "which one is meant is not known"
-
-    module = sys.modules["nltk.corpus"].wordnet if stub == "nltk" else sys.modules["wn"]
-    monkeypatch.setattr(module, "synsets", Mock(side_effect=module.Error))
-    assert wordnet.installed() is None
-    assert words_of("toy poodle", None) == Words([], [], [])
 
 
 # Latin letters (with accents), digits, and what stands within names: O'Neill, AT&T, C-3PO, St. Paul

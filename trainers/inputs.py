@@ -27,7 +27,7 @@ from clip.features import build_bundle
 from clip.source import ClipSource
 from datasets import clean_name, key, same_meaning
 from datasets.names import entries
-from datasets.words.lexicon import listed_words
+from datasets.words.lexicon import words_of
 from engine.determinism import seeded
 from engine.files import TEXT, check, read_json
 from engine.log import logger
@@ -324,7 +324,7 @@ class RunInputs:
         plain, dataset, classnames = clean_name(name), self.plan.dataset, self.plan.classnames
         same = sorted(same_meaning([name], dataset) - set(map(key, classnames)))
         others = [other for other in classnames if other != name]
-        same += listed_words(name, dataset, others).synonyms
+        same += words_of(name, dataset, others).synonyms
         return [*dict.fromkeys([*(form.replace(BARE, plain) for form in TEMPLATES), *same])]
 
     def protected(self, names: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -1,4 +1,4 @@
-"""Other words for a set's classes: committed lists, a rule for cars, WordNet where installed.
+"""Other words for a set's classes: committed lists, and a rule for cars.
 
 `NAME.txt` has a class per line, `#` begins a comment:
 
@@ -16,7 +16,6 @@ from typing import NamedTuple
 from datasets.names import clean_name, entries, key
 from datasets.table import SETS
 from datasets.words.cars import car_words
-from datasets.words.wordnet import wordnet_words
 from forgetting.errors import ProblemError
 
 FOLDER = Path(__file__).parent
@@ -36,20 +35,10 @@ NONE = Words([], [], [])
 def words_of(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
     """Other words for a class, committed ones first, without its own name and those of `others`.
     ProblemError if the list of its set cannot be read or is not in the form above."""
-    words = listed_words(name, dataset, others)
-    same, above = wordnet_words(clean_name(name), words.synonyms, words.hypernyms)
-    listed = [name, *others, *words.synonyms, *words.hypernyms]
-    synonyms = words.synonyms + _without(same, listed)
-    hypernyms = words.hypernyms + _without(above, [*listed, *same])
-    return Words(synonyms, hypernyms, words.descriptions)
-
-
-def listed_words(name: str, dataset: str | None, others: Collection[str] = ()) -> Words:
-    """The same from the committed lists and rules alone, whatever is installed."""
     own = committed(name, dataset)
     is_car = dataset == "StanfordCars"
     rule = car_words(clean_name(name), read_list("bodies")) if is_car else NONE
-    # The list decides what is a hypernym, over the rule and over WordNet.
+    # The list decides what is a hypernym, over the rule.
     synonyms = _without(own.synonyms + rule[0], [name, *others, *own.hypernyms])
     hypernyms = _without(own.hypernyms + rule[1], [name, *others, *synonyms])
     return Words(synonyms, hypernyms, _without(own.descriptions + rule[2], [name, *others]))

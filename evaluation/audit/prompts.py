@@ -8,7 +8,6 @@ import datasets
 from clip.audit_texts import Row, audit_rows, other_words
 from datasets.names import clean_name, key
 from datasets.words.lexicon import words_of
-from datasets.words.wordnet import ABSENT, installed
 from evaluation.audit.case import AuditData, Prompt
 
 FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list of words
@@ -64,8 +63,7 @@ def _other_words(data: AuditData, name: str) -> tuple[list[Row], list[str]]:
         hidden = data.encode([word.text for word in words])
         rows = [(word.text, word.kind, row) for word, row in zip(words, hidden, strict=True)]
     absent = [kind for kind in FROM_LISTS if all(kind != other for _, other, _ in rows)]
-    hint = "" if installed() else f" ({ABSENT})"
-    return rows, [f"no {' and no '.join(absent)} is known{hint}"] if absent else []
+    return rows, [f"no {' and no '.join(absent)} is known"] if absent else []
 
 
 def _vocabulary(data: AuditData) -> list[str]:
