@@ -17,7 +17,7 @@ from engine.config import paper_weights, settings
 from evaluation.results import read_logs
 from evaluation.rows import Change, Row
 from experiments import reproduce
-from experiments.reproduce import PAPER, WHOLE, compare, whole_set
+from experiments.reproduce import PAPER, PUBLISHED, WHOLE, compare, whole_set
 from forget_cls import all_ds, forget_classes_all
 from forgetting import LoraSettings
 from tests.clip_fixtures import picture, reduce_depth, save_openai
@@ -73,6 +73,16 @@ def test_accuracies_that_reproduce_compares_with_are_those_of_document_and_lists
         assert list(PAPER["RN50"][dataset].values()) == shown
 
 
+def test_numbers_of_others_are_those_of_the_document():
+    sets = ["OxfordFlowers", "StanfordCars", "Caltech101"]
+    shown: dict[str, dict] = {name: {} for name in sets}
+    for method, *cells in rows_of("Published numbers beside ours"):
+        for name, cell in zip(sets, cells, strict=True):
+            if cell:
+                shown[name][method] = list(map(float, cell.split(" / ")))
+    assert {"ViT-B/16": shown} == PUBLISHED
+
+
 def test_every_check_that_the_document_names_exists():
     sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", DOCUMENT))
@@ -112,6 +122,7 @@ def test_one_backbone_on_tiny_images(tmp_path, monkeypatch, capsys, refused):
     save_openai("RN50", tmp_path / "weights.pt")
     options = ["--datasets", ",".join(names), "--backbones", "RN50"]
     options += ["--weights", f"RN50={tmp_path / 'weights.pt'}"]
+    monkeypatch.setitem(PUBLISHED, "RN50", {"OxfordFlowers": {"a method of others": [1.5, 62.5]}})
     before = reproduce.main(command(tmp_path, *options))
     printed = capsys.readouterr().out
     assert "== OxfordFlowers, RN50, ForgetLoRA, at once, seed 0: done (4 of 4" in printed
@@ -124,13 +135,22 @@ def test_one_backbone_on_tiny_images(tmp_path, monkeypatch, capsys, refused):
     after = pd.read_csv(out / "reproduce/sweep.csv")
     assert sorted(after["data set"]) == sorted([*names, "all of them"] * 2)
     assert set(after["mode"]) == {"alone", "at once"} and after["average gain"].notna().all()
+    # Others' numbers where there are any, and ours once: of classes forgotten alone.
+    others = printed.partition("as others print it")[2].partition("Before")[0]
+    others = " ".join(others.split())
+    ours = after.set_index(["data set", "mode"]).loc[("OxfordFlowers", "alone")]
+    assert "RN50 OxfordFlowers a method of others 1.50 62.50" in others
+    assert f"ForgetLoRA, here {ours['class after']:.2f} {ours['rest after']:.2f}" in others
+    assert others.count(", here") == 1 and "StanfordCars" not in others
     logs = read_logs(out / "reproduce/RN50/ForgetLoRA/seed_0")
     assert {len(logs[name]) for name in names} == {1 + 3 + 1}  # settings, alone, at once
     ours = before.set_index(["data set", "class"])["ours"]
     for name, other in (names, names[::-1]):  # what the runs on the other set logged for this one
         entry = logs[other][forget_classes_all[other][0]]["zero_shot"]
         assert ours[name, WHOLE] == pytest.approx(entry[name]["all"]["all_ds"])
+    monkeypatch.delitem(PUBLISHED, "RN50")
     pd.testing.assert_frame_equal(reproduce.main(command(tmp_path, *options)), before)
+    assert "as others print it" not in capsys.readouterr().out
     (tmp_path / "data/oxford_flowers/jpg").rename(tmp_path / "gone")
     line = refused(command(tmp_path, *options), partial(run, reproduce.main))
     assert "OxfordFlowers: no image folder" in line
