@@ -1,15 +1,16 @@
-"""The baselines: does each do what its nature says, and nothing else? Then their closed forms and
-ascent by planted answers, without a trainer."""
+"""The methods to compare with: does each do what its nature says, and nothing else? Then the
+functions behind them by their defining properties, without a trainer."""
 
 import json
 import re
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
 
 import train
 import trainers
@@ -18,13 +19,37 @@ from engine import TRAINER_REGISTRY
 from engine.config import declared
 from evaluation.results import read_logs
 from forgetting import load_adapter
-from forgetting.baselines import LOGIT_SCALE, ascend, leace, noise, null_space, uce, zeroing
-from forgetting.problem import Request
+from forgetting.baselines import (
+    BEYOND,
+    LOGIT_SCALE,
+    AscentSettings,
+    Edit,
+    EditInputs,
+    NullSpaceSettings,
+    UceSettings,
+    ascend,
+    null_space,
+    uce,
+    zero,
+)
+from forgetting.erasers import (
+    DoubleProjectionSettings,
+    OceSettings,
+    ProjectionSettings,
+    SpeedSettings,
+    SplinceSettings,
+    ccup,
+    double_projection,
+    leace,
+    oce,
+    pour,
+    speed,
+    splince,
+)
 from forgetting.settings import setting
 from tests.conftest import accuracies, toy_bundle, toy_line, whole_set
 from tests.solver_fixtures import normal
-from trainers.base import Solved, register
-from trainers.baselines import RetainingTrainer
+from trainers.baselines import closed_form
 from utils import create_results
 
 BASELINES = [
@@ -50,7 +75,20 @@ def landed(adapter, row: torch.Tensor) -> torch.Tensor:
     return row.double() @ (BUNDLE.text_projection.double() + delta)
 
 
-def test_a_new_method_is_one_class(method):
+def inputs(hidden, retained=None, w=None, displacement=None, **more) -> EditInputs:
+    """What a method sees; a target at zero, and each text a class of its own, by default."""
+    w = torch.eye(hidden.shape[1], dtype=torch.float64) if w is None else w
+    given = {"labels": torch.arange(len(hidden)), "names": normalize(hidden @ w, dim=1)} | more
+    return EditInputs(
+        hidden,
+        w,
+        hidden[:0] if retained is None else retained,
+        -hidden @ w if displacement is None else displacement,
+        **{"neutral": hidden[:1] * 0 + 1} | given,
+    )
+
+
+def test_a_new_method_is_one_function(method):
     """It is in Dassl's registry, and its settings on the command line; nothing else is needed."""
     declared.cache_clear()
 
@@ -58,25 +96,19 @@ def test_a_new_method_is_one_class(method):
     class MeanSettings:
         erase: float = setting(1000.0, "weight of a forgotten text", above=0)
 
-    @register
-    class ForgetMean(RetainingTrainer):
+    def mean(inputs: EditInputs, settings: MeanSettings) -> Edit:
         """A text goes to the mean of the retained ones."""
-
-        settings_type = MeanSettings
-
-        def solve_one(self, request: Request) -> Solved:
-            rows, report, notes = self.retained_beside(request)
-            left = uce(request.hidden.double(), rows.T @ rows, self.settings.erase, 0.5)
-            right = (rows.mean(dim=0) - request.hidden.double()) @ self.projection.double()
-            return Solved(left.float(), right.float(), report | {"texts": request.texts}, notes)
+        right = (inputs.retained.mean(dim=0) - inputs.hidden) @ inputs.projection
+        return Edit(uce(inputs, UceSettings(settings.erase)).left, right)
 
     try:
-        assert TRAINER_REGISTRY.get("ForgetMean") is ForgetMean
+        closed_form("ForgetMean", mean, MeanSettings)
+        assert TRAINER_REGISTRY.get("ForgetMean").__doc__ == mean.__doc__
         folder = method("ForgetMean", "--forget", "all", "TRAINER.FORGETMEAN.ERASE", "500")
         assert create_results(folder)[0].cls_forget.mean() < 0.3
         assert read_logs(folder)["ToyAnimals"]["owl"]["solver"]["settings"]["erase"] == 500
     finally:
-        del trainers.SETTINGS["ForgetMean"]
+        trainers.SETTINGS.pop("ForgetMean", None)
         declared.cache_clear()
 
 
@@ -108,15 +140,13 @@ def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
     logs = read_logs(folder)["ToyAnimals"]
     assert logs["owl"]["solver"]["texts"] == ["owl", "a photo of a owl."]
     adapter = load_adapter(folder / "ToyAnimals/owl.safetensors")
-    if name not in ("ForgetName", "ForgetNothing", "ForgetLEACE"):
-        assert adapter.left.shape[1] == 2
+    ranks = {"ForgetName": 0, "ForgetNothing": 0, "ForgetLEACE": 1, "ForgetSPLINCE": 1}
+    if name != "ForgetOCE":
+        assert adapter.left.shape[1] == ranks.get(name, 2)
     left = create_results(folder)[0].set_index("name").cls_forget
-    if name in [f"Forget{each}" for each in ("Name", "Zero", "NullSpace", "UCE", "Exact")]:
+    assert (left.mean() > 0.5) == (name in ("ForgetNothing", "ForgetNoise", "ForgetAscent"))
+    if name in [f"Forget{each}" for each in ("Name", "Zero", "NullSpace", "UCE", "Exact", "SPEED")]:
         assert left["owl"] == 0
-    elif name == "ForgetLEACE":
-        assert left.mean() < 0.5
-    else:
-        assert left.mean() > 0.5
 
 
 def test_nothing_changes_nothing(method):
@@ -222,7 +252,7 @@ def test_ascent_reports_what_it_reached(method, capsys):
     assert "warning: not below 0.167 after 1 steps" in capsys.readouterr().out
 
 
-def test_methods_need_their_package_and_something_to_retain(tmp_path, refused, monkeypatch):
+def test_methods_need_something_to_retain_or_to_go_to(tmp_path, refused):
     lonely = replace(
         BUNDLE,
         **{key: getattr(BUNDLE, key)[:1] for key in ("class_hidden", "forget_hidden")},
@@ -232,113 +262,179 @@ def test_methods_need_their_package_and_something_to_retain(tmp_path, refused, m
         retain_names=[],
     )
     lonely.save(tmp_path / "features" / "ViT-B-32" / "ToyAnimals.safetensors")
-    monkeypatch.setitem(sys.modules, "concept_erasure", None)
-    for name, message in (
-        ("ForgetUCE", "no name is left"),
-        ("ForgetAscent", "has one class"),
-        ("ForgetLEACE", "pip install 'concept-erasure'"),
-    ):
+    for name, message in (("ForgetUCE", "no name is left"), ("ForgetAscent", "one class")):
         assert message in refused(toy_line(tmp_path, "--trainer", name, "--forget", "cat"))
 
 
 @given(st.integers(1, 4), st.floats(1e-2, 1e4), st.floats(1e-2, 10), st.integers(0, 99))
 def test_uce_is_where_its_objective_is_stationary(k, erase, lam, seed):
     h_f, h_r, d = normal(k, 9, seed=seed), normal(14, 9, seed=seed + 1), normal(k, 5, seed=seed + 2)
-    delta = uce(h_f, h_r.T @ h_r, erase, lam) @ d
+    delta = uce(inputs(h_f, h_r, displacement=d), UceSettings(erase, lam)).delta
     slope = erase * h_f.T @ (h_f @ delta - d) + h_r.T @ h_r @ delta + lam * delta
     assert float(slope.norm()) <= 1e-9 * erase * float((h_f.T @ d).norm())
 
 
+NARROW = normal(6, 4) @ normal(4, 10, seed=1)  # retained texts that leave six directions free
+CROWDED = normal(40, 10, seed=4)
+
+
 def test_the_null_space_moves_a_text_and_leaves_what_is_retained():
-    h_r, h_f, d = normal(6, 4) @ normal(4, 10, seed=1), normal(2, 10, seed=2), normal(2, 3, seed=3)
-    delta = null_space(h_f, h_r.T @ h_r, 6, 0.0, 1e-9) @ d
-    assert torch.allclose(h_f @ delta, d, atol=1e-9) and float((h_r @ delta).norm()) < 1e-6
-    crowded = normal(40, 10, seed=4)
-    assert null_space(h_f, crowded.T @ crowded, 40, 0.0, 1e-9).eq(0).all()
+    h_f, d, settings = normal(2, 10, seed=2), normal(2, 3, seed=3), NullSpaceSettings(1e-9)
+    delta = null_space(inputs(h_f, NARROW, displacement=d), settings).delta
+    assert torch.allclose(h_f @ delta, d, atol=1e-9) and float((NARROW @ delta).norm()) < 1e-6
+    assert null_space(inputs(h_f, CROWDED, displacement=d), settings).left.eq(0).all()
 
 
 @given(st.integers(1, 4), st.integers(0, 99))
-def test_zeroing_is_the_least_change_that_zeroes(k, seed):
+def test_zero_is_the_least_change_that_zeroes(k, seed):
     h_f, w = normal(k, 8, seed=seed), normal(8, 5, seed=seed + 1)
-    left, right = zeroing(h_f, w)
-    delta = left @ right
-    assert left.shape[1] == k and float((h_f @ (w + delta)).norm()) < 1e-10
     b = normal(5, seed=seed + 3)
-    biased = torch.mm(*zeroing(h_f, w, b))
-    assert torch.allclose(biased, -torch.linalg.pinv(h_f) @ (h_f @ w + b), atol=1e-9)
-    assert torch.allclose(delta, -torch.linalg.pinv(h_f) @ h_f @ w, atol=1e-9)
-    again, right = zeroing(torch.cat([h_f, h_f.sum(dim=0, keepdim=True)]), w)
-    assert again.shape == left.shape and torch.allclose(again @ right, delta, atol=1e-9)
+    for bias in (torch.zeros_like(b), b):
+        edit = zero(inputs(h_f, w=w, displacement=-h_f @ w - bias))
+        least = -torch.linalg.pinv(h_f) @ (h_f @ w + bias) * (1 + BEYOND)
+        assert edit.left.shape[1] == k and torch.allclose(edit.delta, least, atol=1e-9)
+    repeated = zero(inputs(torch.cat([h_f, h_f.sum(dim=0, keepdim=True)]), w=w))
+    assert repeated.left.shape[1] == k
+    assert torch.allclose(repeated.delta, zero(inputs(h_f, w=w)).delta, atol=1e-9)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 12])
-def test_noise_moves_a_text_as_full_noise_of_its_norm_does(rank):
-    generator, h = torch.Generator().manual_seed(0), normal(1, 12)
-    moved = []
-    for _ in range(4000):
-        left, right = noise(12, 9, rank, 5.0, generator)
-        assert float((left @ right).norm()) == pytest.approx(5.0)
-        moved.append(float((h @ left @ right).square().sum()))
-    assert sum(moved) / len(moved) == pytest.approx(float(h.square().sum()) * 25 / 12, rel=0.1)
-
-
-def test_leace_leaves_no_linear_trace_of_its_classes():
-    retained, w = normal(200, 20), normal(20, 6, seed=1)
-    shift = 2 * normal(2, 20, seed=2)
-    texts = [retained[:3] + shift[0], retained[3:8] + shift[1]]
-    left, right, apart = leace(texts, retained[8:], w)
-    assert left.shape == (20, 2) and right.shape == (2, 6) and apart < 1e-9
-    x = torch.cat([*texts, retained[8:]])
+def labelled() -> tuple[EditInputs, Tensor, Tensor]:
+    """Texts of two classes, away from the retained ones; all texts (n, w), their class (n, 2)."""
+    retained, shift = normal(200, 20), 2 * normal(2, 20, seed=2)
+    hidden = torch.cat([retained[:3] + shift[0], retained[3:8] + shift[1]])
+    labels = torch.tensor([4, 4, 4, 1, 1, 1, 1, 1])
+    x = torch.cat([hidden, retained[8:]])
     z = torch.zeros(len(x), 2, dtype=torch.float64)
     z[:3, 0] = z[3:8, 1] = 1.0
-    for y, traced in ((x @ w, True), (x @ w + (x @ left) @ right, False)):
-        covariance = (y - y.mean(dim=0)).T @ (z - z.mean(dim=0)) / len(y)
-        assert (float(covariance.norm()) > 0.01) == traced
+    return inputs(hidden, retained[8:], normal(20, 6, seed=1), labels=labels), x, z
 
 
-def test_leace_erases_a_few_texts_among_very_many():
+def traced(x: Tensor, z: Tensor) -> Tensor:
+    """Cross-covariance of texts and labels."""
+    return (x - x.mean(dim=0)).T @ (z - z.mean(dim=0)) / len(x)
+
+
+@pytest.mark.parametrize("eraser", [leace, splince])
+def test_leace_and_splince_leave_no_linear_trace_of_their_classes(eraser):
+    given, x, z = labelled()
+    edit = eraser(given, SplinceSettings())
+    assert edit.left.shape == (20, 2) and edit.right.shape == (2, 6) and edit.report["apart"] < 1e-9
+    assert float(traced(x @ given.projection, z).norm()) > 0.01
+    assert float(traced(x @ (given.projection + edit.delta), z).norm()) < 1e-9
+
+
+def test_splince_keeps_a_covariance_that_leace_changes():
+    given, x, _ = labelled()
+    given = replace(given, projection=torch.eye(20, dtype=torch.float64))
+    near = given.hidden / given.hidden.norm(dim=1, keepdim=True)
+    cosines = given.retained @ near.mean(dim=0) / given.retained.norm(dim=1)
+    y = torch.zeros(len(x), 4, dtype=torch.float64)
+    y[len(given.hidden) + cosines.topk(4).indices, range(4)] = 1.0
+    before = traced(x, y)
+    for edit, kept in ((splince(given, SplinceSettings(4)), True), (leace(given), False)):
+        moved = float((traced(x + x @ edit.delta, y) - before).norm() / before.norm())
+        assert moved < 1e-9 if kept else moved > 1e-3
+
+
+def test_leace_is_its_authors_and_erases_a_few_texts_among_very_many():
     """Negative control: the package alone, with indicators of 0 and 1, erases nothing there."""
     from concept_erasure import LeaceFitter
 
+    options = {"affine": False, "constrain_cov_trace": False}
+    given, x, z = labelled()
+    given = replace(given, projection=torch.eye(20, dtype=torch.float64))
+    theirs = LeaceFitter.fit(x, z / z.std(dim=0), **options).eraser
+    assert torch.allclose(leace(given).delta, theirs.P.T - torch.eye(20), atol=1e-9)
     retained, text = normal(30_000, 6), normal(1, 6, seed=1) + 2
-    left, right, apart = leace([text], retained, torch.eye(6, dtype=torch.float64))
-    assert apart < 1e-9 and float((text @ left @ right).norm()) > 0.1
-    x = torch.cat([text, retained])
-    z = torch.zeros(len(x), 1, dtype=torch.float64)
+    edit = leace(inputs(text, retained))
+    assert edit.report["apart"] < 1e-9 and float((text @ edit.delta).norm()) > 0.1
+    x, z = torch.cat([text, retained]), torch.zeros(30_001, 1, dtype=torch.float64)
     z[0] = 1.0
-    alone = LeaceFitter.fit(x, z, affine=False).eraser
-    assert float((alone(text) - text).norm()) < 1e-9
+    assert float((LeaceFitter.fit(x, z, **options).eraser(text) - text).norm()) < 1e-9
+
+
+def test_ccup_and_pour_take_one_direction_from_every_embedding():
+    """CCUP the text's, as a vector store without it; POUR that from the mean of the others."""
+    h_f, h_r, w = normal(1, 10), normal(30, 10, seed=1), normal(10, 6, seed=2)
+    given, unit = inputs(h_f, h_r, w), normalize(h_f @ w, dim=1)
+    others = h_r @ w
+    after = h_r @ (w + ccup(given, ProjectionSettings()).delta)
+    assert torch.allclose(after, others - (others @ unit.T) * unit)
+    half = h_r @ (w + ccup(given, ProjectionSettings(0.5)).delta)
+    assert torch.allclose(half, (others + after) / 2)
+    off = normalize(unit - normalize(others, dim=1).mean(dim=0), dim=1)
+    change = pour(given, ProjectionSettings()).delta
+    assert float(((w + change) @ off.T).norm()) < 1e-9 < float(((w + change) @ unit.T).norm())
+
+
+def test_double_projection_sends_a_text_to_its_proxy_and_leaves_what_is_retained():
+    h_f, w, settings = normal(2, 10, seed=2), normal(10, 5, seed=3), DoubleProjectionSettings(1e-9)
+    delta = double_projection(inputs(h_f, NARROW, w), settings).delta
+    proxy = h_f @ torch.linalg.pinv(NARROW) @ NARROW
+    assert torch.allclose(h_f @ (w + delta), proxy @ w, atol=1e-9)
+    assert float((NARROW @ delta).norm()) < 1e-9 < float((h_f @ delta).norm())
+    assert double_projection(inputs(h_f, CROWDED, w), settings).left.shape[1] == 0
+
+
+def test_oce_turns_embeddings_and_does_nothing_without_a_reason():
+    h_f, h_r, w = normal(1, 10), normal(30, 10, seed=1), normal(10, 6, seed=2)
+    for erase in (1e-12, 1e4):
+        changed = w + oce(inputs(h_f, h_r, w), OceSettings(erase=erase)).delta
+        turn = torch.linalg.pinv(w) @ changed  # W' = W Q^T
+        assert torch.allclose(turn @ turn.T, torch.eye(6, dtype=turn.dtype), atol=1e-5)
+        assert float(torch.linalg.det(turn)) == pytest.approx(1, abs=1e-5)
+        cosine = torch.cosine_similarity(h_f @ changed, h_f @ w)
+        assert cosine > 0.999 if erase < 1 else cosine < 0
+
+
+def test_speed_lands_in_the_null_space_of_the_texts_that_it_would_move():
+    h_f, d, w = normal(1, 10, seed=2), normal(1, 3, seed=3), normal(10, 3, seed=4)
+    far = normal(20, 10, seed=5)
+    far = far - (far @ h_f.T) * h_f / h_f.square().sum()  # an edit for the text does not move them
+    given = inputs(h_f, torch.cat([NARROW, far]), w, d)
+    settings = SpeedSettings(threshold=1e-9, ridge=1e-4, augment=0)
+    edit = speed(given, settings)
+    assert edit.report["influenced"] <= len(NARROW) and float((far @ edit.delta).norm()) > 0.01
+    moved = (NARROW @ h_f.T)[:, 0].abs()
+    held = NARROW[moved > torch.cat([moved, torch.zeros(20)]).mean()]
+    assert torch.allclose(h_f @ edit.delta, d, atol=1e-3)
+    assert float((torch.cat([held, given.neutral]) @ edit.delta).norm()) < 1e-6
+    copies = speed(given, replace(settings, augment=5, threshold=1e-3))
+    least = torch.linalg.svd(w, full_matrices=False).U[:, -1]
+    assert float((least @ copies.delta).norm()) < 0.2 * float((least @ edit.delta).norm())
 
 
 def test_ascent_is_gradient_ascent_on_the_projection():
     """Against autograd on the whole matrix, two texts of one class and one of another."""
     h, w, own = normal(3, 8), normal(8, 6, seed=1), torch.tensor([0, 0, 2])
-    names = torch.nn.functional.normalize(torch.cat([h @ w, normal(2, 6, seed=2)]), dim=1)
-    names = names[[0, 3, 2, 4]]
+    names = normalize(torch.cat([h @ w, normal(2, 6, seed=2)]), dim=1)[[0, 3, 2, 4]]
     b = 0.1 * normal(6, seed=3)
-    found = ascend(h, w, names, own, lr=1e-3, steps=4, limit=1e-12, bias=b)
+    given = inputs(h, w=w, displacement=-h @ w - b, names=names, labels=own)
+    found = ascend(given, AscentSettings(lr=1e-3, steps=4, below=1e-12))
     rate = 1e-3 * float((h @ w + b).square().sum() / h.square().sum())
     matrix = w.clone().requires_grad_()
     for _ in range(4):
-        logits = LOGIT_SCALE * torch.nn.functional.normalize(h @ matrix + b, dim=1) @ names.T
+        logits = LOGIT_SCALE * normalize(h @ matrix + b, dim=1) @ names.T
         mine = torch.nn.functional.one_hot(own, 4).bool()
         odds = logits.masked_fill(mine, -torch.inf).logsumexp(dim=1) - logits[mine]
         (odds,) = torch.autograd.grad(odds.sum(), matrix)
         matrix = (matrix + rate * odds).detach().requires_grad_()
-    assert found.steps == 4 and not found.reached
-    assert torch.allclose(w + found.left @ found.right, matrix.detach(), atol=1e-9)
+    assert found.report["steps"] == 4 and not found.report["reached"]
+    assert torch.allclose(w + found.delta, matrix.detach(), atol=1e-9)
 
 
 def test_ascent_stops_as_soon_as_every_text_is_below_the_limit():
     h, w = normal(2, 8), normal(8, 6, seed=1)
-    names = torch.nn.functional.normalize(torch.cat([h @ w, normal(3, 6, seed=2)]), dim=1)
-    problem = (h, w, names, torch.tensor([0, 1]), 1e-3)
-    found = ascend(*problem, steps=500, limit=0.2)
-    assert found.reached and (found.before > 0.2).all() and (found.after < 0.2).all()
-    short = ascend(*problem, steps=found.steps - 1, limit=0.2)
-    assert not short.reached and (short.after >= 0.2).any()
-    still = ascend(*problem, steps=500, limit=1.1)
-    assert still.steps == 0 and still.right.eq(0).all()
+    names = normalize(torch.cat([h @ w, normal(3, 6, seed=2)]), dim=1)
+    given = inputs(h, w=w, names=names)
+    settings = AscentSettings(lr=1e-3, steps=500)  # chance is 0.2
+    found = ascend(given, settings)
+    before, after = (found.report[f"probability_{when}"] for when in ("before", "after"))
+    assert found.report["reached"] and min(before) > 0.2 > max(after)
+    short = ascend(given, replace(settings, steps=found.report["steps"] - 1)).report
+    assert not short["reached"] and max(short["probability_after"]) >= 0.2
+    still = ascend(given, replace(settings, below=5.5))
+    assert still.report["steps"] == 0 and still.right.eq(0).all()
     # The first text has a target that it is not on, and rests while the second moves.
-    resting = ascend(*problem[:3], torch.tensor([4, 1]), 1e-3, steps=3, limit=0.2)
+    resting = ascend(replace(given, labels=torch.tensor([4, 1])), replace(settings, steps=3))
     assert resting.right[0].eq(0).all() and resting.right[1].ne(0).any()
