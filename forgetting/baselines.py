@@ -17,6 +17,7 @@ from forgetting.problem import LowRankEdit
 from forgetting.settings import setting
 
 LOGIT_SCALE = 100.0  # CLIP's, where its training ends
+FREE = "part of the mean eigenvalue of H^T H / m below which all is free"
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 
 
@@ -69,9 +70,7 @@ def uce(inputs: EditInputs, settings: UceSettings) -> Edit:
 
 @dataclass(frozen=True)
 class NullSpaceSettings:
-    threshold: float = setting(
-        0.5, "part of the mean eigenvalue of H^T H / m below which all is free", above=0, high=1e6
-    )
+    threshold: float = setting(0.5, FREE, above=0, high=1e6)
     # With the authors' 10, for a language model, a text of CLIP goes a fifth of its way.
     damping: float = setting(0.0, "damping; the authors' is 10", 0, 1e6)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from forgetting.baselines import Edit, EditInputs, free_directions, svd
+from forgetting.baselines import FREE, Edit, EditInputs, free_directions, svd
 from forgetting.settings import setting
 
 ERASED = 0.5  # of the distance between the means; more than that left is no erasure
@@ -96,19 +96,15 @@ def pour(inputs: EditInputs, settings: ProjectionSettings) -> Edit:
 
     The simplex is centred, so w is the unit text embedding less the mean of the retained ones. The
     paper has means of images there."""
-    *_, basis = svd(
-        normalize(inputs.embeddings, dim=1)
-        - normalize(inputs.retained @ inputs.projection, dim=1).mean(dim=0)
-    )  # (r, d)
+    centre = normalize(inputs.retained @ inputs.projection, dim=1).mean(dim=0)  # (d,)
+    *_, basis = svd(normalize(inputs.embeddings, dim=1) - centre)  # (r, d)
     return Edit(-settings.strength * inputs.projection @ basis.T, basis)
 
 
 @dataclass(frozen=True)
 class DoubleProjectionSettings:
     # Of CaltechNature's classes 52 % are left at 3, 94 at 0.5 and 63 from 20 on.
-    threshold: float = setting(
-        3.0, "part of the mean eigenvalue of H^T H / m below which all is free", above=0, high=1e6
-    )
+    threshold: float = setting(3.0, FREE, above=0, high=1e6)
 
 
 def double_projection(inputs: EditInputs, settings: DoubleProjectionSettings) -> Edit:
@@ -146,9 +142,8 @@ def oce(inputs: EditInputs, settings: OceSettings) -> Edit:
     kept = settings.retain * embedded.T @ embedded / len(retained) + settings.ridge * w.T @ w
     *_, erased = svd(inputs.embeddings)  # (r, d)
     *_, guide = svd(inputs.neutral @ w)  # (1, d)
-    a, _, b = torch.linalg.svd(
-        kept - settings.erase * erased.T @ (erased - erased @ guide.T @ guide)
-    )
+    led = erased - erased @ guide.T @ guide
+    a, _, b = torch.linalg.svd(kept - settings.erase * erased.T @ led)
     a[:, -1] *= torch.linalg.det(a @ b).sign()
     u, values, basis = torch.linalg.svd((a @ b).T - torch.eye(len(a)).to(a))
     turned = values > TURNED
@@ -157,9 +152,7 @@ def oce(inputs: EditInputs, settings: OceSettings) -> Edit:
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    threshold: float = setting(
-        0.1, "part of the mean eigenvalue of H^T H / m below which all is free", above=0, high=1e6
-    )
+    threshold: float = setting(0.1, FREE, above=0, high=1e6)
     ridge: float = setting(1.0, "the authors' retain_scale", above=0, high=1e6)
     augment: int = setting(10, "noisy copies of a retained text", 0, 100)
 
