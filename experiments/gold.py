@@ -29,7 +29,6 @@ from datasets.mini import MINI
 from datasets.reader import read_image
 from datasets.words.lexicon import committed, halves
 from engine.cli import Parser, whole
-from engine.config import read_yaml
 from engine.log import progress
 from engine.ray import LauncherSettings
 from evaluation.audit.case import AuditData
@@ -38,11 +37,13 @@ from evaluation.audit.relearning import REPEATS, class_means, places, probed
 from evaluation.plots import COLOURS, drawing
 from evaluation.results import Results
 from evaluation.tables import write_table
+from experiments import baselines
 from experiments.hide import Index, average_precision, unit
-from experiments.runs import launch, plan_run, refuse_failed
+from experiments.runs import launch, refuse_failed, runs_of
 from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
 from forgetting.io import read_safetensors
+from forgetting.targets import WITH_BETA
 
 # One class of each set is left out together: the sets share no name.
 GROUPS = {
@@ -55,9 +56,10 @@ TRAININGS: dict[str, tuple[int, list[str]]] = {  # name -> seed, classes that ar
     **{f"full-{seed}": (seed, []) for seed in (1, 2, 3)},
     "alone-0": (0, ["digit two"]),
 }
-METHODS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("baselines.yaml"))
 NO_MARGIN = {"trainer": "ForgetExact", "FORGET.BETA": 0, "TRAINER.FORGETEXACT.MIN_MARGIN": 0}
-METHODS |= {f"exact-{x}-0": NO_MARGIN | {"FORGET.TARGET": x} for x in ("specific", "opposite")}
+METHODS: dict[str, dict[str, Any]] = baselines.METHODS | {
+    f"exact-{target}-0": NO_MARGIN | {"FORGET.TARGET": target} for target in WITH_BETA
+}
 ALONE, FULLS, STILL = "left out alone", "two full trainings", "gold still recognises"
 NEAREST = 5  # classes that are its neighbours
 SHOTS = (1, 5, 10)  # images of each class, to learn it again
@@ -229,22 +231,18 @@ def trainings(out: Path, steps: int) -> dict[str, Model]:
 
 def forgotten(out: Path, methods: Sequence[str], full: Training) -> dict[str, dict[str, Model]]:
     """Class -> method -> the committed model after the method forgot the class alone."""
-    runs, found = [], {name: {} for name in LEFT_OUT}
-    for method in methods:
-        given = dict(METHODS[method])
-        keys = "mini", given.pop("trainer"), method, "alone"
-        pairs = [str(text) for pair in given.items() for text in pair]
-        for dataset, classes in MINI.items():
-            names = [f"--forget={name}" for name in LEFT_OUT if name in classes]
-            options = ["--quiet", *names, *pairs]
-            runs.append(plan_run((*keys, dataset), out / method, options))
+    runs, varied = [], {"methods": {method: METHODS[method] for method in methods}}
+    for dataset, classes in MINI.items():
+        varied |= {"datasets": [dataset], "classes": [x for x in LEFT_OUT if x in classes]}
+        runs += runs_of(varied, out, ["--quiet"], ["methods"])
     refuse_failed(launch(runs, LauncherSettings()))
+    found: dict[str, dict[str, Model]] = {name: {} for name in LEFT_OUT}
     for run in runs:
         for label in run.labels:
             adapter = load_adapter(Results(run.folder).path(run.keys[-1], label))
             delta = adapter.left.double() @ adapter.right.double()
             removed = adapter.solver.get("removed_names", ())
-            found[label][run.keys[2]] = Model(full, delta, removed)
+            found[label][run.keys[1]] = Model(full, delta, removed)
     return found
 
 
