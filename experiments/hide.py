@@ -37,7 +37,7 @@ from engine.config import read_yaml
 from engine.log import logger, progress
 from evaluation.plots import COLOURS, drawing
 from evaluation.tables import write_table
-from forgetting.context import INDEX, ExactSettings
+from forgetting.context import INDEX, Answer, ExactSettings
 from forgetting.flag import flag
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import LowRankEdit
@@ -131,9 +131,9 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
     return (precision * found).sum(dim=0) / relevant.sum(dim=0)
 
 
-def forget_each(
+def answers(
     index: Index, dataset: str, classes: Sequence[str], settings: ExactSettings
-) -> list[LowRankEdit]:
+) -> list[Answer]:
     """Each class forgotten alone, as ForgetExact does it; other sets' names are listed."""
     inputs, own = RunInputs(), index.bundles[dataset]
     others = [name for name in index.bundles if name != dataset]
@@ -142,8 +142,18 @@ def forget_each(
     inputs.plan = Plan(dataset, own.classnames, requests, others, [], {}, own.retain_names)
     more = {GENERIC: (generic_names(), index.encode(generic_names()))} if index.encode else {}
     context = exact_context(settings, own, list(inputs.others.values()), more=more)
-    answers = context.forget(inputs.with_paraphrases(list(map(inputs.request, requests))))
-    return [LowRankEdit(a.edit.left.double(), a.edit.right.double()) for a in answers]
+    return context.forget(inputs.with_paraphrases(list(map(inputs.request, requests))))
+
+
+def edit_of(answer: Answer) -> LowRankEdit:
+    return LowRankEdit(answer.edit.left.double(), answer.edit.right.double())
+
+
+def forget_each(
+    index: Index, dataset: str, classes: Sequence[str], settings: ExactSettings
+) -> list[LowRankEdit]:
+    """The edits of `answers`."""
+    return list(map(edit_of, answers(index, dataset, classes, settings)))
 
 
 def of_embeddings(index: Index) -> Index:
@@ -323,12 +333,14 @@ def index_parser(name: str, description: str) -> Parser:
     return parser
 
 
-def table_of(name: str, args: Namespace, rows_of: Callable) -> pd.DataFrame:
+def table_of(
+    name: str, args: Namespace, rows_of: Callable, embedded: Callable[[], Index] = mini
+) -> pd.DataFrame:
     """What `rows_of` yields for some classes of each set of an index, also written to NAME.csv."""
     if args.features:
         index = Index(load_bundles(args.features, args.backbone, args.dataset))
     else:
-        index = mini()
+        index = embedded()
     rows = []
     for dataset in args.dataset or index.bundles:
         names = index.bundles[dataset].classnames

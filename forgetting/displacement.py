@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from forgetting.edited_texts import EditedTexts, EmbeddedTexts
 from forgetting.problem import LowRankEdit, pad_indices
@@ -116,6 +117,17 @@ class Margin(NamedTuple):
     margin: float | None  # how much nearer another class's text lies to it after the edit
     gap: float | None  # how much nearer, as it was, it lay to itself than to any other class
 
+    def survives(self, error: float) -> bool:
+        """Whether the text stays nearer to another class after rounding, see `rounding_error`."""
+        return self.margin is not None and self.margin > error
+
+
+def rounding_error(exact: Tensor, rounded: Tensor) -> float:
+    """By how much rounding changes the difference between two cosines at most: twice the largest
+    distance between the directions of vectors (n, d) before and after it. Of a rounded model they
+    are the embeddings of the classes' texts after the edit, of a rounded index its vectors."""
+    return 2 * float((normalize(exact.double()) - normalize(rounded.double())).norm(dim=1).max())
+
 
 def worst(margins: Sequence[Margin]) -> Margin:
     """That of the class which fares worst."""
@@ -133,6 +145,10 @@ class Forecast:
     affected: list[AffectedName]  # the names that lose most cosine, most first
     margin: float | None  # see `Margin`; of the class that fares worst
     gap: float | None
+
+    def survives(self, error: float) -> bool:
+        """Whether what is forgotten stays so after rounding, by text alone: see `Margin`."""
+        return Margin(self.margin, self.gap).survives(error)
 
 
 @dataclass(frozen=True, eq=False)
