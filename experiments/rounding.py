@@ -92,7 +92,8 @@ def rows_of(
     """A row for each class and way. In percent: `left exact` and `left`, its images that are found
     without rounding and with it. In points: `rest`, what rounding changes for the other classes of
     its set, and `rest untouched`, the same in the untouched model. `back`: whether it finds an
-    image again. `error`: see `rounding_error`. `bound`: the most that it can be in the format."""
+    image again. `error`: see `rounding_error`. `bound`: the most that it can be in the format.
+    `missed` (printed): classes that are back and were not at risk."""
     bundle = index.bundles[dataset]
     w, hidden = bundle.text_projection.double(), bundle.class_hidden.double()
     images, labels = unit(bundle.image_features), bundle.labels
@@ -155,9 +156,10 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     args = parser.parse_args(argv)
     settings = {"target": args.target, "min_margin": args.margin}
     table = table_of("rounding", args, partial(rows_of, settings=settings))
-    table["back, not at risk"] = table["back"] & ~table["at risk"]
-    groups, least = table.groupby(["data set", "way"], sort=False), {"margin": "min"}
-    how = dict.fromkeys(table.columns[3:7], "mean") | least | {"error": "max", "bound": "max"}
-    how |= dict.fromkeys(table.columns[10:], "sum")
-    print(groups.agg({"class": "size"} | how).to_string(float_format="{:.3f}".format, na_rep="-"))
+    shown = table.assign(missed=table["back"] & ~table["at risk"], most=table["left"])
+    how = dict.fromkeys(["left exact", "left", "rest", "rest untouched"], "mean")
+    how |= {"class": "size", "most": "max", "margin": "min", "error": "max", "bound": "max"}
+    how |= dict.fromkeys(["at risk", "at risk by bound", "back", "missed"], "sum")
+    groups = shown.groupby("way", sort=False)
+    print(groups.agg(how).to_string(float_format="{:.3f}".format, na_rep="-"))
     return table
