@@ -192,14 +192,15 @@ def compare(
     distance, means over pairs of models. `told apart`: the AUC of a classifier of log-probabilities
     of other images of the set, every second of which is seen by one model, the rest by the other.
     """
-    near = beside(fulls[0], label)
+    known, near = fulls[0].training, beside(fulls[0], label)
+    own_set = known.set_of == known.set_of[label]
     pairs = {way: [(model, gold) for gold in golds] for way, model in ways.items()}
     pairs["another seed"] = [(full, gold) for full in fulls[1:] for gold in golds]
     pairs |= {"gold": [*combinations(golds, 2)], FULLS: [*combinations(fulls, 2)]}
     profiles = {each: profile(each, label, near) for each in (*golds, *fulls, *ways.values())}
     for way, both in pairs.items():
         sides = [(profiles[a], profiles[b]) for a, b in both]
-        apart = [torch.cat([a["rest"][::2], b["rest"][1::2]]) for a, b in sides]
+        apart = [torch.cat([a["rest"][::2], b["rest"][1::2]])[:, own_set] for a, b in sides]
         areas = [separation(p.clamp_min(LEAST).log(), (len(p) + 1) // 2, 0) for p in apart]
         yield {"way": way, "measure": "told apart", "value": sum(areas) / len(areas)}
         for measure, example in profiles[golds[0]].items():
@@ -219,10 +220,8 @@ def trainings(out: Path, steps: int) -> dict[str, Model]:
         if not path.exists():
             options = [f"--without={each}" for each in without] + [f"--out={path}"]
             train_mini.main([*options, f"--seed={seed}", f"--steps={steps}"])
-        wanted, about = (
-            {"seed": seed, "steps": steps, "without": without},
-            read_safetensors(path)[0],
-        )
+        about = read_safetensors(path)[0]
+        wanted = {"seed": seed, "steps": steps, "without": without}
         if {key: json.loads(about.get(key, "null")) for key in wanted} != wanted:
             raise ProblemError(f"{path} was not trained with {wanted}; choose another --out")
         models[name] = Model(Training(path))
