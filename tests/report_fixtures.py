@@ -16,7 +16,7 @@ from evaluation.audit.run import audit_class
 from evaluation.audit.verdict import verdict
 from evaluation.results import ARGS, AUDIT, LOGS
 from evaluation.rules import holds
-from tests.audit_fixtures import EDGES, case, edge, move, opposite, planted, text
+from tests.audit_fixtures import EDGES, case, edge, move, planted, text
 from tests.results_fixtures import entry
 
 NASTY = [
@@ -51,9 +51,8 @@ def audited() -> str:
         Prompt(words.format("class 0"), kind, kind == "bare", bundle.class_hidden[0])
         for words, kind in texts
     ]
-    stranger = ["class 5"], opposite(bundle, "class 5")
     subject = case(bundle, edit=move(bundle, moved))
-    return json.dumps(audit_class(replace(subject, prompts=prompts, stranger=stranger)))
+    return json.dumps(audit_class(replace(subject, prompts=prompts)))
 
 
 def audit_of(name: str, before: dict, after: dict, back: float = 0.0) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def planted() -> dict:
     kinds = {"synonym": False, "evaluation": False, "bare": True}
     prompts = [{"seen": seen, "kind": kind} for kind, seen in kinds.items()]
     worst = {"text": "pooch", "kind": "synonym", **sides(0.8, 0.1)}
-    methods = {name: {"forgotten": [0.1], "needed": None} for name in ("cache", "probe")}
+    methods = {name: {"forgotten": [0.1], "needed": None} for name in ("cache", "refit")}
     return {
         "residue": {"zero_shot": sides(0.9, 0), "linear_probe": sides(0.48, 0.48)},
         "paraphrase": {"worst": worst, "back": [], "prompts": prompts},
@@ -98,7 +98,7 @@ def test_the_verdict_has_bad_news_first():
     areas = {"auc_before": 0.5, "auc_after": 0.6}
     leak = [{"name": "fox", **areas}, {"name": "wolf", **areas, "auc_after": 0.82}]
     bad["destinations"] = {"leak": leak}
-    bad["relearning"]["methods"] = {"cache": {"needed": 8}, "probe": {"needed": 1}}
+    bad["relearning"]["methods"] = {"cache": {"needed": 8}, "refit": {"needed": 1}}
     bad["undo"]["attacks"] = {"original_known": {"place": 5}, "alone": {"place": None}}
     heads = ["found by 1 of 1", "its 2 nearest classes change by -4.0 points"]
     heads += ["'wolf', a neighbour, falls from 90.0 % to 68.0 %", "own prompt: 90.0 % -> 0.0 %"]
@@ -179,21 +179,11 @@ def test_an_interrupted_audit_goes_on_and_nothing_is_audited_twice(results, feat
     assert calls[3:] == ["cat", "C/V"]
 
 
-def test_a_stranger_forgets_none_of_the_classes(results):
-    data, folder = AuditData(toy_bundle("ToyAnimals")), results / "ToyAnimals"
-    cat, other = folder / "cat.safetensors", folder / "C%2FV.safetensors"
-
-    def stranger(*adapters: Path):
-        return cases_of(cat, adapters, data)["cat"].stranger
-
-    classes, edit = stranger(cat, other)
-    assert classes == ["C/V"] and edit.left.shape[1] == 1
-    assert stranger(cat) is None, "it would cancel out"
-    (folder / "w").mkdir()
-    moved = replace(load_adapter(other), projection_sha256="0" * 64)
-    save_adapter(moved, folder / "w" / other.name)
-    assert stranger(folder / "w" / other.name) is None
-    refuses("another text projection", cases_of, folder / "w" / other.name, [], data)
+def test_an_adapter_of_another_projection_is_refused(results, tmp_path):
+    adapter = load_adapter(results / "ToyAnimals" / "cat.safetensors")
+    path = tmp_path / "cat.safetensors"
+    save_adapter(replace(adapter, projection_sha256="0" * 64), path)
+    refuses("another text projection", cases_of, path, AuditData(toy_bundle("ToyAnimals")))
 
 
 def test_folders_without_results_and_inputs_that_changed(results, features, tmp_path, capsys):

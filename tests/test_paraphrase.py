@@ -85,9 +85,9 @@ def audited(
     rows: list, edit: LowRankEdit | None = None, removed: tuple[int, ...] = (), **changes
 ) -> dict:
     data = AuditData(replace(four_animals(rows=rows), **changes))
-    prompts, missing = prompts_for(data, "newt", set())
+    prompts = prompts_for(data, "newt", set())
     after = Model(data, edit or forget_first(), removed)
-    found = measure(Case("newt", ["newt"], after, prompts, missing))
+    found = measure(Case("newt", ["newt"], after, prompts))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
 
@@ -122,10 +122,11 @@ def test_what_could_not_be_measured_is_reported() -> None:
     assert [entry["kind"] for entry in found["prompts"]] == ["bare", "evaluation"]
     (line,) = found["not_measured"]
     assert "Planted" in line and "python -m clip.features" in line
+    assert audited(GONE)["not_measured"] == ["no synonym and no description is known"]
     # Only forgotten texts: nothing shows how far forgetting carries.
     after = Model(AuditData(four_animals()), forget_first())
-    seen = Prompt("newt", "bare", True, unit(0))
-    found = measure(Case("newt", ["newt"], after, prompts=[seen]))
+    seen = [Prompt("newt", kind, True, unit(0)) for kind in ("synonym", "hypernym", "description")]
+    found = measure(Case("newt", ["newt"], after, seen))
     assert found["worst"] is None and found["mean_after"] is None and found["back"] == []
     assert "than its own prompt" in found["not_measured"][0]
     bundle = four_animals(images=0)
@@ -163,7 +164,7 @@ def test_each_prompt_takes_the_place_of_the_class(label: int, seed: int, remove:
 def test_prompts_of_a_class_in_order_and_each_once() -> None:
     rows = [*GONE, ("newt", "template", "NEWT", unit(0)), ("newt", "case", "NEWT", unit(0)), EFT]
     bundle = four_animals(rows=[*rows, ("owl", "synonym", "o", unit(1))])
-    prompts, missing = prompts_for(AuditData(bundle), "newt", set())
+    prompts = prompts_for(AuditData(bundle), "newt", set())
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
         ("newt", "bare"),
         ("a photo of a newt.", "evaluation"),
@@ -173,7 +174,6 @@ def test_prompts_of_a_class_in_order_and_each_once() -> None:
         ("NEWT", "case"),
         ("eft", "synonym"),
     ]
-    assert missing and "no description is known" in missing[0]
 
 
 def test_vocabulary_names_that_mean_the_same() -> None:
@@ -185,7 +185,7 @@ def test_vocabulary_names_that_mean_the_same() -> None:
     )
     # The words of the set know the one, marks in its vocabulary the other.
     for name, word in (("desert-rose", "Desert rose"), ("trumpet_creeper", "campsis")):
-        prompts, _ = prompts_for(AuditData(bundle), name, set())
+        prompts = prompts_for(AuditData(bundle), name, set())
         (retained,) = [prompt for prompt in prompts if prompt.kind == "retained"]
         row = bundle.retain_hidden[bundle.retain_names.index(word)]
         assert retained.text == word and torch.equal(retained.hidden, row)
@@ -202,7 +202,7 @@ def test_which_prompts_forgetting_saw() -> None:
         ({"eft"}, {"eft"}),
         ({"something else"}, set()),
     ):
-        prompts, _ = prompts_for(data, "newt", texts)
+        prompts = prompts_for(data, "newt", texts)
         assert {prompt.text for prompt in prompts if prompt.seen} == seen
 
 
@@ -213,12 +213,11 @@ def test_a_model_stands_in_for_rows() -> None:
         encoded.extend(texts)
         return torch.arange(len(texts) * float(WIDTH)).reshape(-1, WIDTH)
 
-    prompts, missing = prompts_for(AuditData(four_animals(), encode=encode), "newt", set())
+    prompts = prompts_for(AuditData(four_animals(), encode=encode), "newt", set())
     words = paraphrases("newt", None, "a photo of a {}.")
     assert encoded == [entry.text for entry in words]
     assert [(p.text, p.kind) for p in prompts[2:]] == [(e.text, e.kind) for e in words]
     assert torch.equal(prompts[3].hidden, torch.arange(WIDTH, 2 * WIDTH))
-    assert "no synonym and no hypernym and no description is known" in missing[0]
     encoded.clear()
     prompts_for(AuditData(four_animals(rows=GONE), encode=encode), "newt", set())
     assert not encoded, "rows in the bundle come first"
@@ -226,7 +225,7 @@ def test_a_model_stands_in_for_rows() -> None:
     bundle = replace(four_animals(), template="ensemble")
     texts = [entry.text for entry in other_words(bundle, "newt")]
     assert "a photo of newts." in texts and "a photo of a NEWT." not in texts
-    assert prompts_for(AuditData(bundle), "newt", set())[0][1].text == "ensemble"
+    assert prompts_for(AuditData(bundle), "newt", set())[1].text == "ensemble"
 
 
 @pytest.mark.parametrize(
@@ -265,8 +264,8 @@ def test_the_command_writes_what_the_model_says(tmp_path: Path, monkeypatch, cap
         hidden = torch.stack([row[2] for row in rows[name]])
         assert torch.equal(hidden, source.encode_hidden([entry.text for entry in words]))
     assert ("a photo of a seahorse.", "synonym") in [row[:2] for row in rows["sea_horse"]]
-    prompts, missing = prompts_for(AuditData(bundle), "sea_horse", set())
-    assert missing == [] and len(prompts) == 2 + len(rows["sea_horse"])
+    prompts = prompts_for(AuditData(bundle), "sea_horse", set())
+    assert len(prompts) == 2 + len(rows["sea_horse"])
     upper = next(prompt for prompt in prompts if prompt.text == "SEA HORSE")
     assert upper.kind == "case" and upper.seen, "CLIP reads small letters only"
     # Nothing is encoded twice; one class's other words encode that class alone.

@@ -264,7 +264,7 @@ def test_any_measure_and_any_number_may_be_absent(tmp_path):
     names = plant_sparse(tmp_path)
     page = page_of(tmp_path)
     assert {a["data-name"] for a in page.all("details", **{"class": "class"})} == set(names)
-    assert "not measured: residue: the probes need two images" in page.text
+    assert "not measured: residue: the probe needs two images" in page.text
     assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
 
 

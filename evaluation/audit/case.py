@@ -142,9 +142,6 @@ class Case:
     forgotten: list[str]  # all classes that the adapter forgets, `name` among them
     after: Model
     prompts: list[Prompt] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # why there are not more prompts
-    # Classes and change of another adapter of the run, as who collects published models has it.
-    stranger: tuple[list[str], LowRankEdit] | None = None
 
     @property
     def data(self) -> AuditData:
@@ -172,6 +169,13 @@ class Case:
     def retained(self) -> Tensor:
         """(C,) bool: the classes of the set that are not forgotten."""
         return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
+
+    def found_by(self, model: Model, texts: Tensor) -> Tensor:
+        """Which images (n, t) of the class each of t texts, unit-norm embeddings (t, d), finds in
+        the place of its evaluation prompt. A removed class is put back for them: its name was
+        deleted, words for it still exist."""
+        scores = model.scores[self.images].index_fill(1, torch.tensor(self.label), -torch.inf)
+        return self.data.images[self.images] @ texts.T >= scores.amax(dim=1, keepdim=True)
 
     def change(self, column: int) -> dict[str, Any]:
         """A class's name, and the accuracies over its images before and after."""

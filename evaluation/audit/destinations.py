@@ -9,7 +9,6 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from evaluation.audit.case import Case, Model, highest
-from evaluation.audit.neighbours import nearest_classes
 
 COMPARED = 5  # new classes that the class is compared with
 FOLDS = 5
@@ -24,12 +23,12 @@ def measure(case: Case) -> dict[str, Any]:
     Returns:
         before, after: the ten most frequent classes and their share of the images; leak: the AUC
         before and after for each of the at most five most frequent classes after, the class itself
-        aside; worst_auc: the highest AUC after, of up to five noisy ones; confusion: see there.
+        aside; worst_auc: the highest AUC after, of up to five noisy ones.
     """
     columns = case.sides(lambda model: _ranked(case, model))
-    new = [column for column, _ in columns["after"] if column != case.label]
+    new = [column for column, _ in columns["after"] if column != case.label][:COMPARED]
     images = case.data.counts.tolist()
-    enough = [c for c in new[:COMPARED] if min(images[c], images[case.label]) >= FEWEST]
+    enough = [c for c in new if min(images[c], images[case.label]) >= FEWEST]
     missing = f"leak: fewer than {FEWEST} images of {case.name!r} or of a class that they go to"
     leak = [_leak(case, column) for column in enough]
     return {
@@ -38,25 +37,8 @@ def measure(case: Case) -> dict[str, Any]:
     } | {
         "leak": leak,
         "worst_auc": max((entry["auc_after"] for entry in leak), default=None),
-        "confusion": confusion(case, new),
-        "not_measured": [] if len(enough) == len(new[:COMPARED]) else [missing],
+        "not_measured": [] if enough == new else [missing],
     }
-
-
-def confusion(case: Case, new: list[int]) -> dict[str, Any]:
-    """Confusion counts among `names`: the forgotten class and at most 15 others, its ten nearest
-    retained classes and `new`, where its images go. `before`, `after`: a list per true class; the
-    last column counts predictions of no class named."""
-    columns = list(dict.fromkeys([case.label, *nearest_classes(case), *new]))[:16]
-    n = len(columns)
-    place = torch.full((len(case.bundle.classnames),), n)
-    place[columns] = torch.arange(n)
-
-    def counts(model: Model) -> list[list[int]]:
-        pairs = place[case.bundle.labels] * (n + 1) + place[model.predicted]  # (N,)
-        return torch.bincount(pairs, minlength=(n + 1) ** 2).reshape(n + 1, n + 1)[:n].tolist()
-
-    return {"names": [case.bundle.classnames[column] for column in columns]} | case.sides(counts)
 
 
 def separation(scores: Tensor, first: int, seed: int) -> float:

@@ -13,11 +13,12 @@ from evaluation.audit.case import Accuracy, Case, Model, accuracy
 from evaluation.rows import mean
 from evaluation.rules import holds, is_other_word
 
+OWN = {"bare", "evaluation", "retained"}  # kinds of prompts that every bundle has
+LISTED = ("synonym", "hypernym", "description")  # kinds that need a list of words
+
 
 def measure(case: Case) -> dict[str, Any]:
     """Accuracy over the class's images under each prompt, before and after.
-
-    A removed class is put back for its prompt: its name was deleted, the words still exist.
 
     Returns:
         prompts: text, kind, seen, before and after of each; mean_before, mean_after, worst (the
@@ -33,23 +34,29 @@ def measure(case: Case) -> dict[str, Any]:
     unseen = [entry for entry in prompts if is_other_word(entry["kind"], entry["seen"])]
     own = case.before.accuracy(case.label)["value"]
     ranked = sorted(unseen, key=lambda e: -e["after"]["value"]) if own is not None else []
-    missing = list(case.missing)
-    if not unseen and not missing:
-        missing.append(f"no other text of {case.name!r} than its own prompt and what forgot it")
     return {
         "prompts": prompts,
         "mean_before": mean(entry["before"]["value"] for entry in unseen),
         "mean_after": mean(entry["after"]["value"] for entry in unseen),
         "worst": ranked[0] if ranked else None,
         "back": [entry["text"] for entry in ranked if holds(entry["after"]["value"], own)],
-        "not_measured": missing,
+        "not_measured": _missing(case, bool(unseen)),
     }
 
 
 def _accuracies(model: Model, case: Case) -> list[Accuracy]:
-    images, scores = case.data.images[case.images], model.scores[case.images]  # (n, d), (n, C)
     hidden = torch.stack([prompt.hidden for prompt in case.prompts])  # (P, w)
-    own = images @ normalize(model.embed(hidden), dim=1).T  # (n, P)
-    scores[:, case.label] = -torch.inf  # of a copy
-    correct = own >= scores.amax(dim=1, keepdim=True)  # (n, P)
-    return [accuracy(right, len(images)) for right in correct.sum(dim=0).tolist()]
+    found = case.found_by(model, normalize(model.embed(hidden), dim=1))  # (n, P)
+    return [accuracy(right, len(found)) for right in found.sum(dim=0).tolist()]
+
+
+def _missing(case: Case, unseen: bool) -> list[str]:
+    """A line on the words that there are none of."""
+    kinds = {prompt.kind for prompt in case.prompts}
+    if kinds <= OWN:
+        makes = "`python -m clip.features DATASET ARCH --out DIR --audit` makes them"
+        return [f"no other words in the bundle of {case.bundle.dataset} and no model: {makes}"]
+    if absent := [kind for kind in LISTED if kind not in kinds]:
+        return [f"no {' and no '.join(absent)} is known"]
+    nothing = f"no other text of {case.name!r} than its own prompt and what forgot it"
+    return [] if unseen else [nothing]

@@ -10,16 +10,13 @@ from datasets.names import clean_name, key
 from datasets.words.lexicon import words_of
 from evaluation.audit.case import AuditData, Prompt
 
-FROM_LISTS = ("synonym", "hypernym", "description")  # kinds that need a list of words
 SAME = 1e-4  # relative distance below which two hidden states are of one text: batches round apart
 
 
-def prompts_for(
-    data: AuditData, name: str, seen_texts: Collection[str]
-) -> tuple[list[Prompt], list[str]]:
+def prompts_for(data: AuditData, name: str, seen_texts: Collection[str]) -> list[Prompt]:
     """Prompts for a class, each text once: its bare name, the evaluation prompt, names of the
-    retain vocabulary that mean the same, then other words; and a line for each kind of words that
-    is not available. `seen_texts`: by which the class was forgotten; empty for its bare name.
+    retain vocabulary that mean the same, then other words: the bundle's, or else the model's.
+    `seen_texts`: by which the class was forgotten; empty for its bare name.
 
     A prompt counts as seen if its text was forgotten, or if the model encodes it as such a text
     (CLIP's tokenizer knows no capitals): what is moved itself says nothing about other words.
@@ -37,7 +34,11 @@ def prompts_for(
         for row, word in enumerate(data.once(_vocabulary))
         if word in same
     ]
-    others, missing = _other_words(data, name)
+    others = data.once(_rows).get(name, [])
+    if not others and data.encode:
+        words = other_words(bundle, name)
+        hidden = data.encode([word.text for word in words])
+        others = [(word.text, word.kind, row) for word, row in zip(words, hidden, strict=True)]
     unique: dict[str, Row] = {}
     for row in rows + others:
         text, kind, _ = row
@@ -48,22 +49,7 @@ def prompts_for(
     for text, kind, hidden in unique.values():
         equal = any(torch.dist(hidden, other) <= SAME * other.norm() for other in moved)
         prompts.append(Prompt(text, kind, text in seen_texts or equal, hidden))
-    return prompts, missing
-
-
-def _other_words(data: AuditData, name: str) -> tuple[list[Row], list[str]]:
-    """Rows (text, kind, hidden state) of other words, and lines on what there is none of."""
-    bundle = data.bundle
-    rows = data.once(_rows).get(name, [])
-    if not rows and data.encode is None:
-        makes = "`python -m clip.features DATASET ARCH --out DIR --audit` makes them"
-        return [], [f"no other words in the bundle of {bundle.dataset} and no model: {makes}"]
-    if not rows:
-        words = other_words(bundle, name)
-        hidden = data.encode([word.text for word in words])
-        rows = [(word.text, word.kind, row) for word, row in zip(words, hidden, strict=True)]
-    absent = [kind for kind in FROM_LISTS if all(kind != other for _, other, _ in rows)]
-    return rows, [f"no {' and no '.join(absent)} is known"] if absent else []
+    return prompts
 
 
 def _vocabulary(data: AuditData) -> list[str]:

@@ -14,7 +14,7 @@ from engine.files import read_json, write_json_atomic
 from evaluation.results import AUDIT
 from forgetting.errors import ProblemError
 
-FORMAT = "clip-forget-audit/2"
+FORMAT = "clip-forget-audit/3"
 SUFFIX = ".audit.json"
 Audits = dict[str, dict[str, dict[str, Any]]]  # data set -> label -> audit
 MEASURES = (  # each a module of this package with a function `measure`, in the order they run in
@@ -29,12 +29,10 @@ MEASURES = (  # each a module of this package with a function `measure`, in the 
 )
 ATTACKERS = {  # what each attacker holds
     "original_known": "the changed weights and the original",
-    "two_adapters": "two changed models",
     "alone": "the changed weights alone",
 }
 RELEARNING = {  # how each method uses the images
     "cache": "kept beside the model",
-    "probe": "a classifier on top",
     "refit": "its name learnt anew",
 }
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
@@ -20,7 +19,6 @@ from forgetting import solve_constrained
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
 SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
-PROBE_RIDGE = 0.3  # from 0.1 to 1 it matters by two or three points on photographs
 Curve = list[float | None]
 
 
@@ -92,15 +90,6 @@ def class_means(data: AuditData, draw: int, k: int) -> Tensor:
     return classes.T @ data.images[images] / classes.sum(dim=0)[:, None]
 
 
-def probed(data: AuditData, draw: int, k: int) -> Tensor:
-    """The class (N,) that a linear probe learnt from the held images sees in each image: ridge
-    regression on one-hot targets, which has a closed form."""
-    images, classes = data.once(held, draw, k)
-    x = data.bundle.image_features.float().numpy()  # (N, d)
-    fit = RidgeRegression(alpha=PROBE_RIDGE).fit(x[images.numpy()], classes.float().numpy())
-    return torch.from_numpy(fit.predict(x)).reshape(len(x), -1).argmax(dim=1)
-
-
 def displacement_ratios(data: AuditData, label: int) -> Tensor:
     """How far each class's text goes when the exact method moves the text of the class `label`, as
     a ratio to its displacement, (C, 1). The class's own name is not retained."""
@@ -132,11 +121,6 @@ def cache(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
     return (cosines + affinity @ classes).argmax(dim=1)
 
 
-def probe(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
-    """A linear probe on image embeddings; no text has a part in it, so neither has forgetting."""
-    return case.data.once(probed, draw, k)[images]
-
-
 def refit(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
     """The projection solved once more: the class's text goes to its images, all else stays.
 
@@ -165,7 +149,7 @@ def refit(case: Case, named: bool, draw: int, k: int, images: Tensor) -> Tensor:
     return scores.argmax(dim=1)
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {"cache": cache, "probe": probe, "refit": refit}
+METHODS: dict[str, Callable[..., Tensor]] = {"cache": cache, "refit": refit}
 
 
 def _learnt(case: Case, name: str, named: bool, k: int) -> float | None:
@@ -182,18 +166,15 @@ def _learnt(case: Case, name: str, named: bool, k: int) -> float | None:
 
 def _with_words(case: Case, unseen: list[Tensor], counts: list[int]) -> Curve:
     """Accuracy with the mean of so many of the prompts as the class's text."""
-    model, generator = case.after, case.data.generator(case.name, "words")
+    if not counts or not len(case.images):
+        return []
+    generator = case.data.generator(case.name, "words")
     orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
-    scores = model.scores[case.images]  # (n, C), a copy
+    embedded = normalize(case.after.embed(torch.stack(unseen)), dim=1)  # (u, d)
     curve: Curve = []
-    for count in counts if len(case.images) else ():
-        correct = []
-        for order in orders:
-            hidden = torch.stack([unseen[i] for i in order[:count]])
-            text = normalize(normalize(model.embed(hidden), dim=1).mean(0), dim=0)
-            scores[:, case.label] = case.data.images[case.images] @ text
-            correct.append(scores.argmax(dim=1) == case.label)
-        curve.append(float(torch.cat(correct).double().mean()))
+    for count in counts:
+        texts = torch.stack([embedded[order[:count]].mean(dim=0) for order in orders])
+        curve.append(float(case.found_by(case.after, normalize(texts, dim=1)).double().mean()))
     return curve
 
 

@@ -1,40 +1,35 @@
-"""What stays in the images: probes on image embeddings, which the method never touches."""
+"""What stays in the images: a probe on image embeddings, which the method never touches."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from evaluation.audit.case import AuditData, Case, accuracy
 
 FOLDS = 5
-NEIGHBOURS = 5
 SHRINKAGE = 0.5  # of the covariance within classes: as much of it as of its mean eigenvalue
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Whether the class's images are still found by somebody with a few labelled images.
 
-    Both probes see image embeddings only, which forgetting does not change: before is after.
+    The probe sees image embeddings only, which forgetting does not change: before is after.
 
     Returns:
         linear_probe: accuracy over the class's images in the problem of all classes, see `probe`;
-        nearest_neighbours: the same, `k` neighbours; zero_shot: accuracy of the model itself. None
-        where the class has a single image, or no other class has any.
+        None where the class has a single image, or no other class has any; zero_shot: accuracy of
+        the model itself.
     """
-    images = case.images
-    missing = ["the probes need two images of it and one of another class"]
+    images, linear = case.images, accuracy(0, 0)
+    missing = ["the probe needs two images of it and one of another class"]
     probed = 1 < len(images) < len(case.bundle.labels)
-    linear = voted = accuracy(0, 0)
     if probed:
-        right = [int((seen[images] == case.label).sum()) for seen in case.data.once(_seen)]
-        linear, voted = (accuracy(count, len(images)) for count in right)
+        linear = accuracy(int((case.data.once(_seen)[images] == case.label).sum()), len(images))
     return {
         "linear_probe": {"before": linear, "after": linear},
-        "nearest_neighbours": {"k": NEIGHBOURS, "before": voted, "after": voted},
         "zero_shot": case.sides(lambda model: model.accuracy(case.label)),
         "not_measured": [] if probed else missing,
     }
@@ -63,19 +58,6 @@ def probe(x: Tensor, labels: Tensor, seed: int) -> Tensor:
     return predicted
 
 
-def vote(x: Tensor, labels: Tensor) -> Tensor:
-    """The class (N,) that an image's nearest other images vote for; N is at least 2.
-
-    Cross-validated by leaving out the image itself. A vote counts 1 + its cosine, so that the
-    nearer ones decide between classes with equally many.
-    """
-    k = min(NEIGHBOURS, len(x) - 1)
-    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distances: 2 - distances)
-    # None: every training image, by its neighbours without itself.
-    return torch.from_numpy(classifier.fit(x.numpy(), labels.numpy()).predict(None))
-
-
-def _seen(data: AuditData) -> tuple[Tensor, Tensor]:
-    """What both probes see in the images, (N,) each: whatever is forgotten."""
-    x, labels = data.bundle.image_features, data.bundle.labels
-    return probe(x, labels, data.seed), vote(x, labels)
+def _seen(data: AuditData) -> Tensor:
+    """What the probe sees in the images, (N,): the same, whatever is forgotten."""
+    return probe(data.bundle.image_features, data.bundle.labels, data.seed)

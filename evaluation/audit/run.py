@@ -1,6 +1,5 @@
 """The audit of results: every measure for every forgotten class, one file per label."""
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -65,13 +64,12 @@ def audit_dataset(
     was audited with the same adapter, seed, texts and measures is not audited again."""
     measures = {name: measure for name, measure in MEASURES.items() if name not in without}
     dataset = data.bundle.dataset
-    adapters = sorted((folder / place(dataset)).glob(f"*{ADAPTER}"))
     try:
         with progress(desc=f"audit: {dataset}", total=len(labels)) as bar, one_thread():
             for label in labels:
                 bar.set_postfix_str(label[:40])
                 adapter = folder / (place(dataset, label) + ADAPTER)
-                cases = cases_of(adapter, adapters, data)
+                cases = cases_of(adapter, data)
                 texts = {name: len(case.prompts) for name, case in cases.items()}
                 stamp = {
                     "format": record.FORMAT,
@@ -106,26 +104,16 @@ def audit_class(case: Case, measures: dict[str, Measure] = MEASURES) -> dict[str
     return found | {"seconds": seconds, "verdict": lines}
 
 
-def cases_of(path: Path, adapters: Sequence[Path], data: AuditData) -> dict[str, Case]:
-    """Class -> its case, for every class that the adapter at `path` forgets. `adapters`: of the
-    same results; one that forgets other classes is the stranger, always the same one for a seed.
-    Raises ProblemError if there is no such adapter, or it is of another projection."""
+def cases_of(path: Path, data: AuditData) -> dict[str, Case]:
+    """Class -> its case, for every class that the adapter at `path` forgets. Raises ProblemError
+    if there is no such adapter, or it is of another projection."""
     adapter, bundle = load_adapter(path), data.bundle
     if adapter.projection_sha256 != projection_sha256(bundle.text_projection):
         raise ProblemError(f"{path} was made for another text projection than that of the bundle")
     removed = map(bundle.classnames.index, adapter.solver.get("removed_names", ()))
     after = Model(data, LowRankEdit(adapter.left, adapter.right), tuple(removed))
     seen = {*adapter.texts, *map(clean_name, adapter.texts)}
-    others = list(adapters)
-    random.Random(f"{data.seed}/{bundle.dataset}/{path.stem}").shuffle(others)
-    strangers = (
-        (other.classes, LowRankEdit(other.left, other.right))
-        for other in map(load_adapter, others)
-        if other.projection_sha256 == adapter.projection_sha256
-        and not set(other.classes) & set(adapter.classes)  # else they might cancel out
-    )
-    stranger = next(strangers, None)
     return {
-        name: Case(name, adapter.classes, after, *prompts_for(data, name, seen), stranger)
+        name: Case(name, adapter.classes, after, prompts_for(data, name, seen))
         for name in adapter.classes
     }

@@ -1,7 +1,7 @@
 """Which class was forgotten? What the changed weights give away.
 
-Three attackers hold the method, a list of names, and beside the changed weights: the public
-original, a second adapter of the same run, or nothing. Methods and constants are public, and every
+Two attackers hold the method, a list of names, and beside the changed weights the public original,
+or nothing. Methods and constants are public, and every
 candidate name can be encoded by CLIP's text encoder, which forgetting does not touch. The change
 that they look for is `Delta = K^-1 H_f^T Z` with `K = G + mu I` (`forgetting.solvers.constrained`;
 the paper's objective at its optimum and other closed forms have another K), so the column space of
@@ -38,48 +38,42 @@ def measure(case: Case) -> dict[str, Any]:
     Returns:
         names: size of the list; attacks: attacker -> `top`, the names that it puts first, and
         `place`: 1 plus the names before the class that nobody forgot and that mean something else
-        (ties count half). Names are ranked by `Attacker.recognise`: of `W' - W`, or of two adapters
-        of a run, whose names should both come first; of `W'` alone by `Attacker.oddness`.
+        (ties count half). Names are ranked by `Attacker.recognise` of `W' - W`, and of `W'` alone
+        by `Attacker.oddness`.
     """
     known = case.data.once(Attacker)
-    classes, edit = case.stranger or ([], None)
-    other = Model(case.data, edit) if edit else case.after
-    attacks = {  # scores of the names, and who is forgotten beside the case's classes
-        "original_known": (known.recognise(*difference(case.after, case.before)), []),
-        "two_adapters": (known.recognise(*difference(case.after, other)), classes),
-        "alone": (known.oddness(case.after), []),
-    }
-    missing = [f"{who}: no other projection" for who, (hits, _) in attacks.items() if hits is None]
+    recognised = known.recognise(*change(case))
+    attacks = {"original_known": recognised, "alone": known.oddness(case.after)}
+    missing = ["original_known: the projection is the same"] if recognised is None else []
     w = case.bundle.text_projection
     if torch.equal(w, torch.eye(*w.shape)):
         missing.append("alone, beside a trained projection: here it is folded into hidden states")
     return {
         "names": len(known.names),
-        "attacks": {name: _place(case, known, *attack) for name, attack in attacks.items()},
+        "attacks": {name: _place(case, known, scores) for name, scores in attacks.items()},
         "not_measured": missing,
     }
 
 
-def difference(model: Model, other: Model) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (w, r) and singular values (r,) of the difference of two published
-    projections that are more than rounding."""
+def change(case: Case) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (w, r) and singular values (r,) of `W' - W`, as both are published,
+    that are more than rounding."""
+    before, after = case.before.projection.double(), case.after.projection.double()
     # Both were rounded to float32, so the rounding's norm is below that of the entries times eps.
-    noise = EPSILON * float(model.projection.double().norm() + other.projection.double().norm())
-    rows = torch.cat([model.edit.right, other.edit.right]).double()  # (q, d)
-    # All that is not rounding lies in the span of these rows: q columns instead of d.
-    span = torch.linalg.qr(rows.T)[0]
-    change = (model.projection.double() - other.projection.double()) @ span  # (w, d) @ (d, q)
-    u, values, _ = torch.linalg.svd(change, full_matrices=False)
+    noise = EPSILON * float(after.norm() + before.norm())
+    # All that is not rounding lies in the span of these rows (q, d): q columns instead of d.
+    span = torch.linalg.qr(case.after.edit.right.double().T)[0]
+    u, values, _ = torch.linalg.svd((after - before) @ span, full_matrices=False)  # (w, q)
     rank = int((values > noise).sum())
     return u[:, :rank], values[:rank]
 
 
-def _place(case: Case, known: Attacker, scores: Tensor | None, others: list[str]) -> dict[str, Any]:
+def _place(case: Case, known: Attacker, scores: Tensor | None) -> dict[str, Any]:
     """The place of the class by these scores (n,), and the names of highest score."""
     if scores is None:
         return {"place": None, "top": []}
     same = [prompt.text for prompt in case.prompts if prompt.kind in NAMING]
-    excluded = {known.rows.get(datasets.key(name)) for name in [*case.forgotten, *others, *same]}
+    excluded = {known.rows.get(datasets.key(name)) for name in [*case.forgotten, *same]}
     rivals = scores[[row for row in range(len(scores)) if row not in excluded]]
     own = scores[known.rows[datasets.key(case.name)]]  # all classes of the set are on the list
     place = 1 + int((rivals > own).sum()) + int((rivals == own).sum()) // 2
@@ -148,7 +142,7 @@ class Attacker:
         it), or of the paper's vocabulary, whose ridge follows from the change: at the optimum
         `mu = (lw / lp) ||H_r Delta|| / ||Delta||`. The K under which some name scores highest wins.
 
-        Args: see `difference`. Returns every name's score, (n,); None where r is 0.
+        Args: see `change`. Returns every name's score, (n,); None where r is 0.
         """
         if not len(values):
             return None
