@@ -14,7 +14,7 @@ from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 
 COMMANDS = (
-    *("train", "utils", "clip.apply", "clip.features", "clip.train_mini", "datasets.check"),
+    *("train", "utils", "clip.features", "clip.train_mini", "datasets.check"),
     *("evaluation.audit", "evaluation.report"),
 )
 

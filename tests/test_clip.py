@@ -15,12 +15,11 @@ from torch.nn.functional import normalize
 from torchvision.transforms import Normalize
 
 import train
-from clip import apply as apply_command
 from clip.architectures import ARCHITECTURES, IMAGES, architecture, identity_sha256, openai_url
 from clip.source import ClipSource
 from evaluation.results import read_logs
 from forgetting import load_adapter
-from forgetting.adapter import Adapter, projection_sha256, save_adapter
+from forgetting.adapter import Adapter, projection_sha256
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import read_checkpoint
 from forgetting.models.encoder import read_encoder
@@ -178,37 +177,29 @@ def test_the_driver_takes_a_folder_and_gives_a_checkpoint(tmp_path):
     path = out / read_logs(out)["zoo"]["crab"]["solver"]["adapter"]
     sha256 = identity_sha256(architecture(f"hf:{folder}"))
     assert load_adapter(path).settings["model"] == sha256
-    made = tmp_path / "made.safetensors.pt"
-    apply_command.main([str(path), str(made), *cache])
-    config = json.loads(made.with_suffix(".json").read_text())
+    train.main([*argv, "--save-model"])
+    config = json.loads(path.with_suffix(".json").read_text())
     assert config["preprocess_cfg"]["size"] == [32, 32]
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["quick_gelu"] = False
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ProblemError, match="other activation, preprocessing or tokenizer"):
-        apply_command.main([str(path), str(tmp_path / "b.pt"), *cache])
     refuses("with model '", train.main, argv)
 
 
 def test_an_adapter_becomes_a_checkpoint_that_others_load(tmp_path, monkeypatch) -> None:
     fixtures.tiny(monkeypatch, tmp_path / "tiny", width=64)
-    weights, out, file = tmp_path / "w.pt", tmp_path / "out.pt", tmp_path / "a.safetensors"
+    weights, out = tmp_path / "w.pt", tmp_path / "out.pt"
     torch.save(openai_state_dict("mini"), weights)
     source = source_of(tmp_path, "mini", weights)
     factors = (normal(*shape, seed=3).float() for shape in ((64, 2), (2, 12)))
     belongs = projection_sha256(source.projection), source.arch, source.weights_sha256
     adapter = Adapter(*factors, *belongs, "Some", ["sea horse"], "ForgetLoRA")
-    save_adapter(adapter, file)
     other = tmp_path / "other.pt"
     torch.save(fixtures.random_model("mini", seed=1).state_dict(), other)
 
-    def apply(out: Path = out, weights: Path = weights) -> None:
-        cache = ["--cache", str(tmp_path / "cache")]
-        apply_command.main([str(file), str(out), *cache, "--weights", str(weights)])
-
     with one_line("adapter was made for", other):
-        apply(weights=other)
-    apply()
+        source_of(tmp_path, "mini", other).save_changed(adapter, out)
+    source.save_changed(adapter, out)
 
     state, original = torch.load(out, weights_only=True), read_checkpoint([weights])[0]
     assert state.keys() == original.keys()
@@ -218,4 +209,4 @@ def test_an_adapter_becomes_a_checkpoint_that_others_load(tmp_path, monkeypatch)
     expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
     mine = source_of(tmp_path, "mini", out)
     assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
-    refuses("no folder", apply, tmp_path / "no/new.pt")
+    refuses("exists", source.save_changed, adapter, out)

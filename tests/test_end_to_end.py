@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import clip.apply
 import forgetting.cli
 import train
 from clip.architectures import ARCHITECTURES
@@ -87,15 +86,15 @@ def test_a_full_model_is_part_of_what_is_done(mini_args, tmp_path, monkeypatch):
     path = tmp_path / "MiniDigits/digit two.safetensors"
     model, config, mine = path.with_suffix(".pt"), path.with_suffix(".json"), tmp_path / "mine.txt"
     mine.write_text("mine")
-    full = clip.apply.save_full_model
+    full = ClipSource.save_changed
 
     def full_disk(*_):
         raise ProblemError("no space left")
 
-    monkeypatch.setattr(clip.apply, "save_full_model", full_disk)
+    monkeypatch.setattr(ClipSource, "save_changed", full_disk)
     assert train.cli([*argv, "--save-model"]) == 2 and not path.exists()
     assert train.cli(argv) == 0 and path.exists() and not model.exists()
-    monkeypatch.setattr(clip.apply, "save_full_model", full)
+    monkeypatch.setattr(ClipSource, "save_changed", full)
     for lost in (None, model, config):
         if lost:
             lost.unlink()

@@ -24,7 +24,7 @@ import experiments.__main__
 import forgetting.cli
 import train
 import utils
-from clip import apply, features, train_mini
+from clip import features, train_mini
 from clip.bundle import bundle_path
 from clip.source import ClipSource
 from engine.cli import run
@@ -43,7 +43,6 @@ CLI: dict[str, Cli] = {
     "utils": partial(run, utils.main),
     "check": partial(run, datasets.check.main),
     "features": partial(run, features.main),
-    "apply": partial(run, apply.main),
     "train_mini": partial(run, train_mini.main),
     "audit": partial(run, evaluation.audit.__main__.main),
     "report": partial(run, evaluation.report.__main__.main),
@@ -160,17 +159,13 @@ def bundle(place: Path) -> tuple[Path, list[str]]:
     return path, ["train", *toy_line(Path(), "--trainer=ForgetExact", "--forget=Dog")]
 
 
-def adapter(place: Path) -> tuple[Path, list[str]]:
-    return place / "mini.safetensors", ["apply", "mini.safetensors", "out.pt"]
-
-
 def adapter_of_a_run(place: Path) -> tuple[Path, list[str]]:
     paths = [f"out/ToyAnimals/{name}.safetensors" for name in ("cat", "owl")]
     return place / paths[0], ["compose", *paths, "--out", "new.safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "null", "deep objects", "bytes", "two in one"])
-@pytest.mark.parametrize("of_kind", [bundle, adapter, adapter_of_a_run])
+@pytest.mark.parametrize("of_kind", [bundle, adapter_of_a_run])
 def test_damaged_files_of_tensors(of_kind, damage, place, refusal):
     path, (name, *argv) = of_kind(place)
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -189,7 +184,6 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
     "report": ["report", "out"],
     "check": ["check", "data"],
     "features": ["features", "Caltech101", "mini", "--root", "data"],
-    "apply": ["apply", "mini.safetensors", "out.pt"],
     "train_mini": ["train_mini", "--out", "new.safetensors"],
     "compose": ["compose", "mini.safetensors", "mini.safetensors", "--out", "new.safetensors"],
     "studies": ["experiments", "studies", "rank", *FEATURES],
@@ -204,7 +198,6 @@ OPTIONS = {  # of each, some that take a number, a name, or a file that must be 
     "report": "primary",
     "check": "set",
     "features": "root weights",
-    "apply": "weights",
     "train_mini": "seed steps",
     "compose": "without",
     "studies": "seed classes dataset backbone solver features",
@@ -291,7 +284,6 @@ TAKEN = {
     "report on a folder": ["report", "out", "--out", "data"],
     "report in place of a pipe": ["report", "out", "--out", "fifo"],
     "picture in place of a pipe": ["utils", "out", "--draw", "fifo.png"],
-    "checkpoint": ["apply", "mini.safetensors", "prompts.json"],
     "weights": ["train_mini", "--out", "prompts.json"],
     "results": [*WHOLE["train"], "--output-dir=prompts.json"],
     "results below a file": [*WHOLE["train"], "--output-dir=prompts.json/x"],

@@ -272,9 +272,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             for file in model:  # of an adapter that is replaced
                 file.unlink(missing_ok=True)
         if forget.SAVE_MODEL:  # before the adapter, which says that it is done
-            from clip.apply import save_full_model
-
-            save_full_model(self.source, adapter, model[0])
+            self.source.save_changed(adapter, model[0])
         mine = None if forget.OVERWRITE else solver["settings"]
         self.results.add(adapter_bytes(adapter), dataset, label, mine)
         lines = [*answer.notes, *outcomes(before[dataset], after[dataset])]

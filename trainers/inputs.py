@@ -80,7 +80,7 @@ def make_plan(cfg: CfgNode) -> Plan:
         if any(model_options) or cfg.MODEL.PRECISION != "fp32":
             raise ProblemError(
                 "--images, --save-model, --weights and --precision need a model, and --features "
-                "has none; leave them out (`python -m clip.apply` saves a model afterwards)"
+                "has none; leave them out (clip-forget export makes a model afterwards)"
             )
         bundle = load_bundle(cfg.FEATURES.DIR, backbone, dataset)
         classnames, vocabulary = bundle.classnames, bundle.retain_names
