@@ -49,6 +49,7 @@ MENDED = {
 }
 NAMED = METHODS | MENDED  # name -> trainer, config keys
 KEYS = ["data set", "method", "way", "count"]
+STYLES = ("-", "--", ":", "-.", (0, (6, 4)))
 DRAWN = {"left": "left of the forgotten, %", "rest": "rest, points", "unlisted": "unlisted, points"}
 
 
@@ -148,15 +149,16 @@ def edits_of(
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw the means over seeds against the number of classes, a line for each method and way."""
-    groups = table.groupby(KEYS, sort=False).mean(numeric_only=True).reset_index()
-    groups = list(groups.groupby(["method", "way"], sort=False))
+    """Draw the means over seeds against the number of classes: a method has a colour, a way a
+    style."""
+    means = table.groupby(KEYS, sort=False).mean().reset_index()
+    methods, ways = list(means["method"].unique()), list(means["way"].unique())
     with drawing(path, 12, 4.2) as figure:
         for axis, (column, title) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
-            for number, ((method, way), rows) in enumerate(groups):
-                look = {"color": COLOURS[number % len(COLOURS)], "label": f"{method}, {way}"}
-                style = ("-", "--", ":")[number // len(COLOURS) % 3]
-                axis.plot(rows["count"], rows[column], style, marker=".", **look)
+            for (method, way), rows in means.groupby(["method", "way"], sort=False):
+                look = {"color": COLOURS[methods.index(method) % len(COLOURS)], "marker": "."}
+                look |= {"linestyle": STYLES[ways.index(way)], "label": f"{method}, {way}"}
+                axis.plot(rows["count"], rows[column], **look)
             axis.set(xscale="log", xlabel="classes forgotten", title=title)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     logger.info(f"picture: {path}")
