@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 
 import datasets
 from engine.log import progress
-from evaluation.audit.case import AuditData, Model
-from evaluation.audit.undo import Attacker, difference
+from evaluation.audit.case import AuditData, Case, Model
+from evaluation.audit.undo import Attacker, change
 from evaluation.zero_shot import ZeroShot
 from experiments.hide import Index, index_parser, table_of
 from experiments.requests import make_trainer, measure, soft
@@ -74,7 +74,7 @@ def rows_of(
             model = Model(data, edit)
             found = measure(sets, None, [name], edit)
             for attack, scores in {
-                "known": attacker.recognise(*difference(model, data.before)),
+                "known": attacker.recognise(*change(Case(name, [name], model))),
                 "moved": ((rows @ edit.left) @ edit.right).norm(dim=1) / lengths,
                 "alone": attacker.oddness(model),
             }.items():
