@@ -1,4 +1,4 @@
-"""What images and words bring back: probes, search, relearning."""
+"""What images bring back: probes, search, relearning."""
 
 from dataclasses import replace
 
@@ -12,9 +12,8 @@ from torch.nn.functional import normalize
 
 from clip.bundle import FeatureBundle
 from evaluation.audit import relearning, residue, retrieval
-from evaluation.audit.case import AuditData, Case, Prompt, accuracy
+from evaluation.audit.case import AuditData, Case, accuracy
 from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
-from forgetting.problem import LowRankEdit
 from tests.audit_fixtures import (
     LENGTH,
     WIDTH,
@@ -206,38 +205,8 @@ def test_removed_names():
 
 def test_needed_is_the_least_that_reaches_half_and_a_seed_is_a_draw():
     curve = [0.1, 0.44, 0.45, 0.2, None]
-    needed = [relearning._needed(SHOTS, curve, own) for own in (0.9, 0.92, 0.0, None)]
+    needed = [relearning._needed(curve, own) for own in (0.9, 0.92, 0.0, None)]
     assert needed == [4, None, None, None]
     bundle = planted(noise=0.3)
     one, again, other = (relearning.measure(gone(bundle, seed=seed)) for seed in (0, 0, 1))
     assert one == again and one != other
-
-
-def word(axis: int) -> Tensor:
-    return LENGTH * (0.8 * torch.eye(WIDTH)[0] + 0.6 * torch.eye(WIDTH)[axis])
-
-
-def by_words(axes: list[int], seen: tuple[Prompt, ...] = (), seed: int = 0) -> dict:
-    """What words that lean to these axes bring back, where the class's text goes to its opposite,
-    but not a text that leans to the last axis."""
-    bundle = planted()
-    text, last = bundle.class_hidden[0], torch.eye(WIDTH)[-1]
-    left = (text / LENGTH - last * 0.8 / 0.6) / LENGTH  # 1 at the text, 0 at `word(-1)`
-    edit = LowRankEdit(left[:, None], -2 * (text @ bundle.text_projection)[None])
-    subject = case(bundle, edit=edit, seed=seed)
-    assert not (subject.after.predicted[subject.images] == 0).any()
-    prompts = [Prompt(f"word {i}", "synonym", False, word(axis)) for i, axis in enumerate(axes)]
-    return relearning.measure(replace(subject, prompts=[*prompts, *seen]))
-
-
-def test_words_that_did_not_move_bring_the_class_back():
-    found = by_words([-1] * 5)
-    assert found["words"] == {"counts": [1, 2, 4], "forgotten": [1.0] * 3, "needed": 1}
-    assert found["not_measured"] == ["from 16 words: 5 unseen prompts of 'class 0'"]
-    # Those that moved along do not, nor does a text that the class was forgotten by.
-    seen = Prompt("seen", "template", True, word(-1))
-    moved = by_words([-2] * 15, (seen,))["words"]
-    assert moved == {"counts": [1, 2, 4, 8], "forgotten": [0.0] * 4, "needed": None}
-    # Five draws of one word, four of the five words lost: the mean is over draws.
-    some = by_words([-1, -2, -2, -2, -2], seed=3)["words"]["forgotten"][0]
-    assert 0 < some < 1 and some * REPEATS % 1 == 0

@@ -170,13 +170,6 @@ class Case:
         """(C,) bool: the classes of the set that are not forgotten."""
         return torch.tensor([name not in self.forgotten for name in self.bundle.classnames])
 
-    def found_by(self, model: Model, texts: Tensor) -> Tensor:
-        """Which images (n, t) of the class each of t texts, unit-norm embeddings (t, d), finds in
-        the place of its evaluation prompt. A removed class is put back for them: its name was
-        deleted, words for it still exist."""
-        scores = model.scores[self.images].index_fill(1, torch.tensor(self.label), -torch.inf)
-        return self.data.images[self.images] @ texts.T >= scores.amax(dim=1, keepdim=True)
-
     def change(self, column: int) -> dict[str, Any]:
         """A class's name, and the accuracies over its images before and after."""
         sides = self.sides(lambda model: model.accuracy(column))

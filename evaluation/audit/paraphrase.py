@@ -20,6 +20,8 @@ LISTED = ("synonym", "hypernym", "description")  # kinds that need a list of wor
 def measure(case: Case) -> dict[str, Any]:
     """Accuracy over the class's images under each prompt, before and after.
 
+    A removed class is put back for its prompt: its name was deleted, the words still exist.
+
     Returns:
         prompts: text, kind, seen, before and after of each; mean_before, mean_after, worst (the
         unseen prompt that finds most afterwards) and back (texts that find at least half of what
@@ -45,9 +47,12 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _accuracies(model: Model, case: Case) -> list[Accuracy]:
+    images, scores = case.data.images[case.images], model.scores[case.images]  # (n, d), (n, C)
     hidden = torch.stack([prompt.hidden for prompt in case.prompts])  # (P, w)
-    found = case.found_by(model, normalize(model.embed(hidden), dim=1))  # (n, P)
-    return [accuracy(right, len(found)) for right in found.sum(dim=0).tolist()]
+    own = images @ normalize(model.embed(hidden), dim=1).T  # (n, P)
+    scores[:, case.label] = -torch.inf  # of a copy
+    correct = own >= scores.amax(dim=1, keepdim=True)  # (n, P)
+    return [accuracy(right, len(images)) for right in correct.sum(dim=0).tolist()]
 
 
 def _missing(case: Case, unseen: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""How many images, or how many words, bring the class back.
+"""How many images bring the class back.
 
 The attacker holds k images of every class of the set: with images of the lost one alone, any method
 could call every image by its name. He tunes nothing on the images that he is judged on.
@@ -13,17 +13,16 @@ from torch.nn.functional import normalize, one_hot
 
 from evaluation.audit.case import AuditData, Case
 from evaluation.audit.undo import Attacker
-from evaluation.rules import holds, is_other_word
+from evaluation.rules import holds
 from forgetting import solve_constrained
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged
 SHARPNESS = 5.5  # beta of Tip-Adapter, its published value
-Curve = list[float | None]
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Accuracy of the class's other images, among all classes of the set, from k images or words.
+    """Accuracy of the class's other images, among all classes of the set, from k images.
 
     Returns:
         shots: numbers of images; methods: of each the accuracies (means over `REPEATS` draws, None
@@ -35,7 +34,6 @@ def measure(case: Case) -> dict[str, Any]:
           (a text sent to its opposite speaks against its class) that protects nobody;
 
         and `needed`, the least number that reaches half of what the class had before forgetting.
-        words: the same with the mean of `counts` unseen prompts as the class's text.
     """
     own = case.before.accuracy(case.label)["value"]
     methods = {}
@@ -43,24 +41,14 @@ def measure(case: Case) -> dict[str, Any]:
         forgotten, no_text = (
             [_learnt(case, name, named, k) for k in SHOTS] for named in (True, False)
         )
-        needed = _needed(SHOTS, forgotten, own)
+        needed = _needed(forgotten, own)
         methods[name] = {"forgotten": forgotten, "no_text": no_text, "needed": needed}
-    unseen = [p.hidden for p in case.prompts if is_other_word(p.kind, p.seen)]
-    counts = [n for n in SHOTS if n <= len(unseen)]
-    curve = _with_words(case, unseen, counts)
     missing = []
     if len(case.images) == len(case.bundle.labels):
         missing.append("no image of another class to compare with")
     elif len(case.images) <= SHOTS[-1]:
         missing.append(f"from {SHOTS[-1]} images: {case.name!r} has {len(case.images)}")
-    if len(unseen) < SHOTS[-1]:
-        missing.append(f"from {SHOTS[-1]} words: {len(unseen)} unseen prompts of {case.name!r}")
-    return {
-        "shots": list(SHOTS),
-        "methods": methods,
-        "words": {"counts": counts, "forgotten": curve, "needed": _needed(counts, curve, own)},
-        "not_measured": missing,
-    }
+    return {"shots": list(SHOTS), "methods": methods, "not_measured": missing}
 
 
 # What the attacker has, the same for all classes of a data set
@@ -164,21 +152,6 @@ def _learnt(case: Case, name: str, named: bool, k: int) -> float | None:
     return float(torch.cat(correct).double().mean())
 
 
-def _with_words(case: Case, unseen: list[Tensor], counts: list[int]) -> Curve:
-    """Accuracy with the mean of so many of the prompts as the class's text."""
-    if not counts or not len(case.images):
-        return []
-    generator = case.data.generator(case.name, "words")
-    orders = [torch.randperm(len(unseen), generator=generator) for _ in range(REPEATS)]
-    embedded = normalize(case.after.embed(torch.stack(unseen)), dim=1)  # (u, d)
-    curve: Curve = []
-    for count in counts:
-        texts = torch.stack([embedded[order[:count]].mean(dim=0) for order in orders])
-        curve.append(float(case.found_by(case.after, normalize(texts, dim=1)).double().mean()))
-    return curve
-
-
-def _needed(counts: Sequence[int], curve: Curve, own: float | None) -> int | None:
-    """The least count with which the class is back; None if it is with none."""
-    back = (n for n, value in zip(counts, curve, strict=False) if holds(value, own))
-    return next(back, None)
+def _needed(curve: Sequence[float | None], own: float | None) -> int | None:
+    """The least number of images with which the class is back; None if it is with none."""
+    return next((k for k, v in zip(SHOTS, curve, strict=True) if holds(v, own)), None)
