@@ -7,7 +7,6 @@ from engine.cli import commands
 
 EXPERIMENTS = {
     "sweep": "data sets x backbones x seeds x methods x settings of one file, and their table",
-    "studies": "what each choice of the method does, by descent and exactly",
     "flag": "what a flag from names alone catches, and its false alarms, at stated rates",
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",
     "baselines": "every method on the same classes, side by side",

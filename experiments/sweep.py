@@ -1,10 +1,11 @@
 """Every data set with every backbone, method, setting and seed, and one table of it.
 
-    python -m experiments sweep FILE.yaml [--launcher ray] [--out results] [options of train.py]
+    python -m experiments sweep FILE.yaml [--datasets A,B] [--methods C,D] [--launcher ray]
+        [--out results] [options of train.py, such as --forget]
     python -m experiments sweep --datasets A,B --seeds 0,1 --backbones mini
         --trainers ForgetLoRA,ForgetExact --out FOLDER [--launcher ray] [options of train.py]
 
-The file names what is varied, as docs/scale.md shows it.
+The file names what is varied, as docs/scale.md shows it; lists and options go before it.
 
 Results of a file go to OUT/FILE/BACKBONE/METHOD/seed_SEED; those of the second form to
 OUT/seed_SEED as `forget_clip.sh` has them, below a folder for each backbone and method where there
@@ -173,7 +174,8 @@ def main(argv: Sequence[str] | None = None, file: Path | None = None) -> pd.Data
     name, about = file.stem if file else "sweep", __doc__.splitlines()[0]
     parser = Parser(prog=f"python -m experiments {name}", description=about)
     parser.set_defaults(file=file)
-    lists = "--datasets" in [word.partition("=")[0] for word in argv or ()]
+    words = argv or ["FILE.yaml"]
+    lists = words[0][:1] == "-" and "--datasets" in [word.partition("=")[0] for word in words]
     if not file and not lists:  # else KEY VALUE pairs are the only words without a dash
         parser.add_argument("file", type=Path, metavar="FILE.yaml", help="what is varied")
     for name in ("datasets", "backbones", "methods", "trainers", "seeds"):

@@ -14,11 +14,12 @@ from benchmarks.__main__ import BENCHMARKS
 from benchmarks.__main__ import cli as benchmarks
 from clip.bundle import bundle_path
 from engine.cli import run
+from engine.config import read_yaml
 from evaluation.tables import average_gains
 from experiments import baselines, sweep
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import cli as experiments
-from experiments.runs import Run
+from experiments.runs import Run, runs_of
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, refuses
 from tests.results_fixtures import entry
@@ -65,6 +66,18 @@ def test_a_sweep_and_its_table(command, tmp_path, capsys):
     assert row.loc["ToyTools", "class after"] == pytest.approx(tools.mean())
     again = sweep.main(command)
     pd.testing.assert_frame_equal(again, table)
+
+
+@pytest.mark.parametrize("file", sorted(Path("experiments").glob("**/*.yaml")), ids=str)
+def test_our_own_sweeps_can_be_run(file, features, tmp_path):
+    """Every method and setting is planned; the command takes another data set than the file's."""
+    if not {"methods", "trainers"} & (varied := read_yaml(file)).keys():
+        return  # not a sweep
+    sweep.read_sweep(file)
+    varied |= {"datasets": ["ToyAnimals"], "classes": ["Dog", "cat"]}
+    runs = runs_of(varied, tmp_path, ["--features", str(features)])
+    settings = len(varied.get("settings", [""])) * len(varied.get("modes", [""]))
+    assert len(runs) == settings * len(varied.get("methods") or varied["trainers"])
 
 
 def test_the_table_is_of_what_the_file_names_now(command, tmp_path):
