@@ -13,7 +13,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,11 +313,16 @@ def report(table: pd.DataFrame) -> None:
         print(f"\n{title}\n{part.to_string(float_format='{:.2f}'.format, na_rep='-')}")
 
 
-def mini() -> Index:
-    """The four sets of the embedded model, with other words for their classes."""
-    source = ClipSource("mini")
-    bundles = {name: with_audit(build_bundle(name, source, "data"), source) for name in MINI}
-    return Index(bundles, FeatureCache(source).texts)
+class Mini(Index):
+    """The four sets in a training of `mini`, the embedded one without a file of `weights`; with
+    `words` those for its classes too."""
+
+    def __init__(self, weights: Path | None = None, words: bool = False) -> None:
+        self.source = ClipSource("mini", weights)
+        bundles = {name: build_bundle(name, self.source, "data") for name in MINI}
+        if words:
+            bundles = {name: with_audit(each, self.source) for name, each in bundles.items()}
+        super().__init__(bundles, FeatureCache(self.source).texts)
 
 
 def index_parser(name: str, description: str) -> Parser:
@@ -334,7 +339,7 @@ def index_parser(name: str, description: str) -> Parser:
 
 
 def table_of(
-    name: str, args: Namespace, rows_of: Callable, embedded: Callable[[], Index] = mini
+    name: str, args: Namespace, rows_of: Callable, embedded: Callable[[], Index] = Mini
 ) -> pd.DataFrame:
     """What `rows_of` yields for some classes of each set of an index, also written to NAME.csv."""
     if args.features:
@@ -386,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw a search of mini instead")
     args = parser.parse_args(argv)
     if args.draw:
-        return draw(mini(), args.draw)
-    table = table_of("hide", args, rows_of)
+        return draw(Mini(), args.draw)
+    table = table_of("hide", args, rows_of, partial(Mini, words=True))
     report(table)
     return table

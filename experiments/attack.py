@@ -1,0 +1,178 @@
+"""Other words, attacked: which of them still find a forgotten class, and which can be searched out.
+
+    python -m experiments attack --features DIR [--dataset SET] [--classes N|all]
+    python -m experiments attack [--gold FOLDER] [--dataset SET] [--classes N|all]
+
+Each class is forgotten alone. Of bundles their own other words look for its images. On the embedded
+`mini` an attacker has K images of the class, and searches for a text that finds them, by the
+gradient of token embeddings or word by word; then it looks for the others. --gold: files of `mini`
+trained without some classes, to which the table is then limited. docs/truth.md has the tables.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from clip.audit_texts import audit_rows
+from engine.log import progress
+from experiments.hide import Index, Mini, forget_each, index_parser, table_of, unit
+from forgetting.context import ExactSettings
+from forgetting.displacement import displacement_along
+from forgetting.io import read_safetensors
+from forgetting.models.vocabulary import generic_names
+
+IMAGES = (1, 4, 16)  # that an attacker has
+STEPS, RATE, TOKENS = 60, 0.03, 4  # of Adam; token embeddings that are free
+WORDS, LISTED = 2, 200  # of a text that is searched word by word; common names it is made from
+SCALE = 20.0  # of cosines, in the loss
+
+
+def words_at_hand(index: Index, dataset: str, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Which part of a class's images each of its other words finds among the other names of its
+    set, `before` and `after`. By text alone: how far it moves along the name, `ratio`; how much
+    nearer to it than what is left of it lies the `nearest` other name, `margin`, in cosine."""
+    bundle, words = index.bundles[dataset], audit_rows(index.bundles[dataset])
+    if not words:
+        return
+    images, prompts = unit(bundle.image_features), bundle.class_hidden.double()  # (N, d), (C, w)
+    named = bundle.embed(prompts)  # (C, d)
+    edits = forget_each(index, dataset, classes, ExactSettings())
+    for name, edit in zip(classes, edits, strict=True):
+        own = bundle.classnames.index(name)
+        mine = images[bundle.labels == own]
+        for text, kind, state in words.get(name, ()):
+            row = torch.tensor([own])  # the text is in the place of the name
+            hidden = prompts.index_copy(0, row, state.double()[None])
+            before = named.index_copy(0, row, bundle.embed(hidden[row]))
+            both = unit(before), unit(before + (hidden @ edit.left) @ edit.right)
+            found = [((mine @ x.T).argmax(dim=1) == own).double().mean() for x in both]
+            cosines = both[1] @ both[0][own]  # (C,)
+            others = cosines.index_fill(0, row, -1.0)
+            yield {
+                **{"data set": dataset, "class": name, "kind": kind, "text": text},
+                **{"before": float(found[0]), "after": float(found[1])},
+                "ratio": float(displacement_along(edit, bundle.forget_hidden[own], state[None])),
+                "margin": float(others.max() - cosines[own]),
+                "nearest": bundle.classnames[int(others.argmax())],
+            }
+
+
+class Attack:
+    """On images of a class, in a model with a projection (w, d)."""
+
+    def __init__(self, mini: Mini, dataset: str, name: str, projection: Tensor) -> None:
+        bundle = mini.bundles[dataset]
+        own = bundle.classnames.index(name)
+        self.model, self.projection = deepcopy(mini.source.model), projection.float()
+        self.model.text_projection = None  # it gives hidden states
+        self.tokenize = mini.source.architecture.tokenizer()
+        self.images = normalize(bundle.image_features[bundle.labels == own], dim=1)  # (n, d)
+        self.name = bundle.forget_hidden[[own]]  # (1, w)
+        others = bundle.class_hidden[torch.arange(len(bundle.classnames)) != own]
+        self.rivals = self.cosines(others).amax(dim=0)  # (n,)
+
+    def cosines(self, hidden: Tensor) -> Tensor:
+        """Of texts (m, w) with the images, (m, n)."""
+        return normalize(hidden @ self.projection, dim=1) @ self.images.T
+
+    def losses(self, hidden: Tensor, known: int) -> Tensor:
+        """Small where texts (m, w) are nearer to the first images than all names, (m,)."""
+        return softplus(SCALE * (self.rivals - self.cosines(hidden))[:, :known]).mean(dim=1)
+
+    def gradient(self, known: int) -> Tensor:
+        """Hidden state (1, w) after some steps on the token embeddings of a text."""
+        tokens = self.tokenize([" ".join("a" * TOKENS)])
+        sizes = [1, TOKENS, tokens.shape[1] - 1 - TOKENS]
+        start, free, end = self.model.token_embedding(tokens).split(sizes, dim=1)
+        free = free.clone().requires_grad_()
+        hook = self.model.token_embedding.register_forward_hook(
+            lambda *_: torch.cat([start, free, end], dim=1)
+        )
+        optimiser = torch.optim.Adam([free], RATE)
+        for _ in range(STEPS):
+            optimiser.zero_grad()
+            self.losses(self.model.encode_text(tokens), known).sum().backward()
+            optimiser.step()
+        hidden = self.model.encode_text(tokens).detach()
+        hook.remove()
+        return hidden
+
+    def greedy(self, known: int, words: Sequence[str]) -> tuple[str, Tensor]:
+        """The best word, and the best behind it: text and hidden state (1, w)."""
+        text = ""
+        for _ in range(WORDS):
+            texts = [f"{text} {word}".strip() for word in words]
+            with torch.no_grad():
+                hidden = self.model.encode_text(self.tokenize(texts))
+            best = int(self.losses(hidden, known).argmin())
+            text = texts[best]
+        return text, hidden[[best]]
+
+    def rows(self, words: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Percent of the other images that are found, for each attack."""
+        found = {("its name", 0): ("", self.name)}
+        for known in IMAGES:
+            found["gradient", known] = "", self.gradient(known)
+            found["words", known] = self.greedy(known, words)
+        for (attack, known), (text, hidden) in found.items():
+            success = (self.cosines(hidden)[0] > self.rivals)[known:].double().mean()
+            yield {"attack": attack, "images": known, "text": text, "success": 100 * float(success)}
+
+
+def attacks(
+    mini: Mini, dataset: str, classes: Sequence[str], golds: Sequence[tuple[list[str], Mini]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of each class where it is forgotten, in the untouched model, where the class before it
+    is forgotten, and in each training without it: then of the classes that have one."""
+    names = generic_names()[:: len(generic_names()) // LISTED]
+    names += [name for bundle in mini.bundles.values() for name in bundle.retain_names]
+    words = sorted({word for name in names for word in name.split()})
+    if golds:
+        classes = [name for name in classes if any(name in without for without, _ in golds)]
+    w = mini.bundles[dataset].text_projection.double()
+    edits = forget_each(mini, dataset, classes, ExactSettings())
+    changed = [w + edit.left @ edit.right for edit in edits]
+    for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
+        cases = [("forgotten", mini, changed[i]), ("untouched", mini, w)]
+        cases += [("another is forgotten", mini, changed[i - 1])]
+        for without, gold in golds:
+            if name in without:
+                cases += [("never learnt", gold, gold.bundles[dataset].text_projection)]
+        for model, training, projection in cases:
+            for row in Attack(training, dataset, name, projection).rows(words):
+                yield {"data set": dataset, "class": name, "model": model} | row
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Look for forgotten classes by other words; returns the table."""
+    parser = index_parser("attack", __doc__)
+    parser.add_argument(
+        "--gold", type=Path, help="folder of trainings of mini without some classes"
+    )
+    args = parser.parse_args(argv)
+    if not args.features:
+        files = sorted(args.gold.glob("*.safetensors")) if args.gold else []
+        without = [json.loads(read_safetensors(file)[0].get("without", "[]")) for file in files]
+        golds = [(names, Mini(file)) for names, file in zip(without, files, strict=True) if names]
+        table = table_of("attack", args, partial(attacks, golds=golds))
+        means = table.pivot_table("success", ["attack", "images"], "model", sort=False)
+        print(means.to_string(float_format="{:.1f}".format))
+        return table
+    table = table_of("attack", args, words_at_hand)
+    for kind, rows in table[table["before"] > 0].groupby("kind"):
+        back = rows["after"] > 0
+        print(f"\n{kind}: {len(rows)} texts found an image before, of them after:")
+        print(rows[back].to_string(index=False, float_format="{:.3f}".format))
+        for score in ("ratio", "margin"):  # the smallest are suspect
+            area = roc_auc_score(~back, rows[score]) if 0 < back.sum() < len(rows) else torch.nan
+            print(f"{score}: AUC {area:.3f}, mean {rows[score].mean():.3f}")
+    return table
