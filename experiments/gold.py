@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.special import xlogy
@@ -33,7 +34,7 @@ from engine.log import progress
 from engine.ray import LauncherSettings
 from evaluation.audit.case import AuditData
 from evaluation.audit.destinations import separation
-from evaluation.audit.relearning import REPEATS, class_means, places, probed
+from evaluation.audit.relearning import REPEATS, class_means, held, places
 from evaluation.plots import COLOURS, drawing
 from evaluation.results import Results
 from evaluation.tables import write_table
@@ -64,13 +65,13 @@ ALONE, FULLS, STILL = "left out alone", "two full trainings", "gold still recogn
 NEAREST = 5  # classes that are its neighbours
 SHOTS = (1, 5, 10)  # images of each class, to learn it again
 DRAWS, NOISE = 10, 8.0  # small perturbations of an image; their standard deviation, of 255
-RIDGE = 0.01  # of the mean square of hidden states
+RIDGE, PROBE_RIDGE = 0.01, 0.3  # the first of the mean square of hidden states
 LEAST = 1e-30  # of a probability, for its logarithm
 WORDS = ["name", "held-out words", "descriptions"]
 COLUMNS = 10  # of a printed table
 DRAWN = {
-    "name": "cosine of its name with its images, less gold's:\nleft is over-forgotten",
-    "own": "where its images go: Jensen-Shannon divergence\nfrom gold, nats",
+    "name": "cosine of its name with its images,\nless gold's: left is over-forgotten",
+    "own": "where its images go:\nJensen-Shannon divergence from gold, nats",
 }
 
 
@@ -159,6 +160,15 @@ def profile(model: Model, label: int, near: Mapping[str, Tensor]) -> dict[str, T
     found["perturbed accuracy"] = (found["perturbed"] == label).double().mean()
     cosines = logits[own_set][:, known.set_of == number].nan_to_num(neginf=0.0) / known.scale
     return found | relearnt(known.data[number], label - known.first[dataset], cosines)
+
+
+def probed(data: AuditData, draw: int, k: int) -> Tensor:
+    """The class (N,) that a linear probe of the held images, a ridge regression of their classes,
+    sees in each image."""
+    images, classes = data.once(held, draw, k)
+    x = data.bundle.image_features
+    fit = Ridge(alpha=PROBE_RIDGE).fit(x[images], classes)
+    return torch.from_numpy(fit.predict(x)).argmax(dim=1)
 
 
 def relearnt(data: AuditData, label: int, cosines: Tensor) -> dict[str, Tensor]:
@@ -315,7 +325,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             axis.set_title(title)
         axes[0].set_yticks(range(len(ways)), ways)
         axes[0].invert_yaxis()
-        axes[1].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:

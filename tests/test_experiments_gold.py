@@ -80,8 +80,7 @@ def test_a_profile_by_hand(toy):
     near = gold.beside(toy, 0)
     before = gold.profile(toy, 0, near)
     assert before["own accuracy"] > 0.9 and before["search"] > 0.9 and before["rank"].mean() > 0.9
-    rows = {"own": 12, "siblings": 36, "rest": 60, "others": 36}
-    assert {part: len(before[part]) for part in rows} == rows
+    assert [len(before[x]) for x in ("own", "siblings", "rest", "others")] == [12, 36, 60, 36]
     assert not before["others"][:, 7].any()  # left out together: neither image nor name
     assert not before["own"][:, 6:].any()  # names of the other set
     off = gold.Model(toy.training, removed=["red cat"])
