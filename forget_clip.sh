@@ -25,7 +25,8 @@ environment:
   CACHE     folder for weights and encoded features (default: cache)
   TRAINER   ForgetLoRA (default, the paper), ForgetOptimum (its objective at the proved optimum),
             ForgetExact (complete forgetting), or a baseline: ForgetNothing, ForgetName, ForgetZero,
-            ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetAscent;
+            ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetSPLINCE, ForgetCCUP,
+            ForgetPOUR, ForgetDP, ForgetOCE, ForgetSPEED;
             several with commas: ForgetExact,ForgetLoRA
   LAUNCHER  local (default): one run after the other; ray: python -m experiments sweep spreads them
             over this machine, or over the cluster of RAY_ADDRESS (docs/scale.md)

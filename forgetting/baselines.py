@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
 
-from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
 from forgetting.settings import setting
 
-LOGIT_SCALE = 100.0  # CLIP's, where its training ends
 FREE = "part of the mean eigenvalue of H^T H / m below which all is free"
 BEYOND = 1e-5  # of the way to zero; float32 leaves a few 1e-7 of a text's length
 
@@ -30,7 +27,6 @@ class EditInputs:
     retained: Tensor  # `H_r`, (m, w), of the texts to retain; empty where a method has none
     displacement: Tensor  # `D`, (k, d), from each text to its target; to zero without a target
     labels: Tensor  # (k,) int64, the class of each text
-    names: Tensor  # (C, d), unit embeddings of the evaluation prompts of all classes
     neutral: Tensor  # (1, w), hidden state of the empty prompt
     seed: int = 0
 
@@ -119,58 +115,3 @@ def svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, values, basis = torch.linalg.svd(rows, full_matrices=False)
     kept = values > torch.finfo(rows.dtype).eps * max(rows.shape) * values.max()
     return u[:, kept], values[kept], basis[kept]
-
-
-@dataclass(frozen=True)
-class AscentSettings:
-    lr: float = setting(1e-4, "step; at 1e-4 0.01 of a text's length", above=0, high=1e6)
-    steps: int = setting(1000, "steps at most; a hundred are enough", 1, 10**6)
-    # Images know the class long after its text is at chance.
-    below: float = setting(1.0, "part of chance at which ascent stops", above=0, high=1)
-
-
-def ascend(inputs: EditInputs, settings: AscentSettings) -> Edit:
-    """Gradient ascent on the texts' zero-shot cross-entropy, among the untouched embeddings of the
-    evaluation prompts, until every text's own class is less likely than chance.
-
-    With p a text's probability of its own class, the gradient of `-log p` is 1 - p times that of
-    its log odds `log((1 - p) / p)`. At CLIP's scale 1 - p is 1e-3 to 1e-10 before the first step,
-    and 2,000 steps along the former left p at 1. Steps along the latter have the same direction for
-    every text and do not vanish; those are taken. A text below the limit rests while it stays
-    there.
-
-    In W the gradient is `H_f^T g` with g (k, d) the gradients in the texts' embeddings, so summing
-    g alone is exact. The step is `lr` of mean squared embedding length over mean squared hidden
-    length, so that one number means the same for every backbone."""
-    names, start = inputs.names, -inputs.displacement  # (C, d), (k, d) with the bias
-    if len(names) < 2:
-        raise ProblemError("the data set has one class: ascent has no other to go to")
-    limit = settings.below / len(names)
-    gram = inputs.hidden @ inputs.hidden.T  # (k, k)
-    rate = settings.lr * float(start.square().sum() / gram.trace())
-    own = one_hot(inputs.labels, len(names)).to(start)  # (k, C)
-    total = torch.zeros_like(start)  # B, (k, d)
-    before = None
-    for step in range(settings.steps + 1):
-        embedding = start + gram @ total
-        length = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
-        unit = normalize(embedding, dim=1)
-        p = (LOGIT_SCALE * unit @ names.T).softmax(dim=1)  # (k, C)
-        probability = (p * own).sum(dim=1)
-        before = probability if before is None else before
-        moving = probability >= limit
-        if step == settings.steps or not moving.any():
-            break
-        others = p * (1 - own)
-        others = others / others.sum(dim=1, keepdim=True)
-        slope = LOGIT_SCALE * (others - own) @ names  # of the log odds in `unit`, (k, d)
-        slope = slope - (slope * unit).sum(dim=1, keepdim=True) * unit
-        total = total + rate * moving[:, None] * slope / length
-    reached = not bool(moving.any())
-    was, now = float(before.max()), float(probability.max())
-    notes = [f"{step} steps: largest probability {was:.3g} -> {now:.3g}"]
-    if not reached:
-        notes.append(f"warning: not below {limit:.3g} after {settings.steps} steps")
-    report = {"steps": step, "reached": reached}
-    report |= {"probability_before": before.tolist(), "probability_after": probability.tolist()}
-    return Edit(inputs.hidden.T, total, report, notes)

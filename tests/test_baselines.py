@@ -18,7 +18,7 @@ from engine import TRAINER_REGISTRY
 from engine.config import declared
 from evaluation.results import read_logs
 from forgetting import baselines, erasers, load_adapter
-from forgetting.baselines import AscentSettings, Edit, EditInputs, ascend, uce
+from forgetting.baselines import Edit, EditInputs, uce
 from forgetting.settings import setting
 from tests.conftest import accuracies, toy_bundle, toy_line, whole_set
 from tests.solver_fixtures import normal
@@ -51,7 +51,7 @@ def landed(adapter, row: torch.Tensor) -> torch.Tensor:
 def inputs(hidden, retained=None, w=None, displacement=None, **more) -> EditInputs:
     """What a method sees; a target at zero, and each text a class of its own, by default."""
     w = torch.eye(hidden.shape[1], dtype=torch.float64) if w is None else w
-    given = {"labels": torch.arange(len(hidden)), "names": normalize(hidden @ w, dim=1)} | more
+    given = {"labels": torch.arange(len(hidden))} | more
     return EditInputs(
         hidden,
         w,
@@ -117,7 +117,7 @@ def test_given_texts_are_what_is_forgotten(name, method, tmp_path):
     if name != "ForgetOCE":
         assert adapter.left.shape[1] == ranks.get(name, 2)
     left = create_results(folder)[0].set_index("name").cls_forget
-    assert (left.mean() > 0.5) == (name in ("ForgetNothing", "ForgetNoise", "ForgetAscent"))
+    assert (left.mean() > 0.5) == (name in ("ForgetNothing", "ForgetNoise"))
     if name in ("ForgetName", "ForgetZero", "ForgetNullSpace", "ForgetUCE", "ForgetExact"):
         assert left["owl"] == 0
 
@@ -209,17 +209,7 @@ def test_erasers_see_the_evaluation_prompt_as_well(name, method):
     assert solver["texts"] == ["owl", "a photo of a owl."] and solver["apart"] < 1e-9
 
 
-def test_ascent_reports_what_it_reached(method, capsys):
-    folder = method("ForgetAscent", "--forget", "owl")
-    solver = read_logs(folder)["ToyAnimals"]["owl"]["solver"]
-    assert solver["reached"] and solver["probability_after"][0] < 1 / 6
-    keys = ["TRAINER.FORGETASCENT.STEPS", "1"]
-    folder = method("ForgetAscent", "--forget", "owl", *keys, out="short")
-    assert not read_logs(folder)["ToyAnimals"]["owl"]["solver"]["reached"]
-    assert "warning: not below 0.167 after 1 steps" in capsys.readouterr().out
-
-
-def test_methods_need_something_to_retain_or_to_go_to(tmp_path, refused):
+def test_methods_need_something_to_retain(tmp_path, refused):
     lonely = replace(
         BUNDLE,
         **{key: getattr(BUNDLE, key)[:1] for key in ("class_hidden", "forget_hidden")},
@@ -229,8 +219,8 @@ def test_methods_need_something_to_retain_or_to_go_to(tmp_path, refused):
         retain_names=[],
     )
     lonely.save(tmp_path / "features" / "ViT-B-32" / "ToyAnimals.safetensors")
-    for name, message in (("ForgetUCE", "no name is left"), ("ForgetAscent", "one class")):
-        assert message in refused(toy_line(tmp_path, "--trainer", name, "--forget", "cat"))
+    argv = toy_line(tmp_path, "--trainer", "ForgetUCE", "--forget", "cat")
+    assert "no name is left" in refused(argv)
 
 
 @given(st.integers(1, 4), st.floats(1e-2, 1e4), st.floats(1e-2, 10), st.integers(0, 99))
@@ -362,39 +352,3 @@ def test_speed_lands_in_the_null_space_of_the_texts_that_it_would_move():
     copies = erasers.speed(given, replace(settings, augment=5, threshold=1e-3))
     least = torch.linalg.svd(w, full_matrices=False).U[:, -1]
     assert float((least @ copies.delta).norm()) < 0.2 * float((least @ edit.delta).norm())
-
-
-def test_ascent_is_gradient_ascent_on_the_projection():
-    """Against autograd on the whole matrix, two texts of one class and one of another."""
-    h, w, own = normal(3, 8), normal(8, 6, seed=1), torch.tensor([0, 0, 2])
-    names = normalize(torch.cat([h @ w, normal(2, 6, seed=2)]), dim=1)[[0, 3, 2, 4]]
-    b = 0.1 * normal(6, seed=3)
-    given = inputs(h, w=w, displacement=-h @ w - b, names=names, labels=own)
-    found = ascend(given, AscentSettings(lr=1e-3, steps=4, below=1e-12))
-    rate = 1e-3 * float((h @ w + b).square().sum() / h.square().sum())
-    matrix = w.clone().requires_grad_()
-    for _ in range(4):
-        logits = baselines.LOGIT_SCALE * normalize(h @ matrix + b, dim=1) @ names.T
-        mine = torch.nn.functional.one_hot(own, 4).bool()
-        odds = logits.masked_fill(mine, -torch.inf).logsumexp(dim=1) - logits[mine]
-        (odds,) = torch.autograd.grad(odds.sum(), matrix)
-        matrix = (matrix + rate * odds).detach().requires_grad_()
-    assert found.report["steps"] == 4 and not found.report["reached"]
-    assert torch.allclose(w + found.delta, matrix.detach(), atol=1e-9)
-
-
-def test_ascent_stops_as_soon_as_every_text_is_below_the_limit():
-    h, w = normal(2, 8), normal(8, 6, seed=1)
-    names = normalize(torch.cat([h @ w, normal(3, 6, seed=2)]), dim=1)
-    given = inputs(h, w=w, names=names)
-    settings = AscentSettings(lr=1e-3, steps=500)  # chance is 0.2
-    found = ascend(given, settings)
-    before, after = (found.report[f"probability_{when}"] for when in ("before", "after"))
-    assert found.report["reached"] and min(before) > 0.2 > max(after)
-    short = ascend(given, replace(settings, steps=found.report["steps"] - 1)).report
-    assert not short["reached"] and max(short["probability_after"]) >= 0.2
-    still = ascend(given, replace(settings, below=5.5))
-    assert still.report["steps"] == 0 and still.right.eq(0).all()
-    # The first text has a target that it is not on, and rests while the second moves.
-    resting = ascend(replace(given, labels=torch.tensor([4, 1])), replace(settings, steps=3))
-    assert resting.right[0].eq(0).all() and resting.right[1].ne(0).any()

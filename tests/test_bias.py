@@ -88,12 +88,11 @@ def test_the_drivers_adapters_are_composed_exported_applied_and_undone(folder, t
     assert all(torch.equal(x, before[k]) for k, x in encoder.model.state_dict().items())
 
 
-@pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA", "ForgetUCE", "ForgetAscent"])
+@pytest.mark.parametrize("trainer", ["ForgetExact", "ForgetLoRA", "ForgetUCE"])
 def test_the_driver_judges_the_model_that_would_be_deployed(folder, tmp_path, trainer):
     """What the bundle says of a text after the change is what the changed model says."""
     steps = ["TRAINER.FORGETLORA.STEPS", "20", "TRAINER.FORGETLORA.MAX_TRIALS", "1"]
     target = ["FORGET.TARGET", "opposite", "FORGET.BETA", "0.5"]
-    target = [] if trainer == "ForgetAscent" else target
     path, _ = adapters(folder, tmp_path, "--trainer", trainer, *steps, *target)
     source = ClipSource(f"hf:{folder}", cache=tmp_path / "cache", device="cpu")
     hidden = source.encode_hidden(["crab", "owl"])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clip.retain import GROUPS
 from datasets import clean_name
-from evaluation.zero_shot import class_embeddings
 from forgetting import baselines, erasers
 from forgetting.baselines import Edit, EditInputs
 from forgetting.context import excluded_note
@@ -90,7 +89,6 @@ class ClosedForm(ForgetTrainer):
             retained=retained,
             displacement=target.to(w) - hidden @ w,  # (k, d)
             labels=torch.tensor(own, device=self.device)[request.owner],
-            names=class_embeddings(self.bundle).to(w),
             neutral=self.bundle.neutral_hidden.to(w),
             seed=request.seed,
         )
@@ -133,7 +131,6 @@ def closed_form(
 
 
 closed_form("ForgetZero", baselines.zero, retains=())
-closed_form("ForgetAscent", baselines.ascend, baselines.AscentSettings, retains=())
 closed_form("ForgetUCE", baselines.uce, baselines.UceSettings, targets=TARGETS)
 closed_form("ForgetNullSpace", baselines.null_space, baselines.NullSpaceSettings, targets=TARGETS)
 closed_form("ForgetLEACE", erasers.leace, prompts=True)
