@@ -21,11 +21,15 @@ def measure(case: Case) -> dict[str, Any]:
     forgotten class or is marked as its synonym. Texts are listed by their names.
 
     Returns:
-        classes: see `nearest_classes`; mean_before, mean_after: over those that have images; moved:
-        count of texts; mean_cosine between a text's embeddings before and after; worst: the ten
-        texts of lowest cosine.
+        classes: the at most ten retained ones nearest by the cosine of their evaluation prompts in
+        the untouched model, nearest first; mean_before, mean_after: over those that have images;
+        moved: count of texts; mean_cosine between a text's embeddings before and after; worst: the
+        ten texts of lowest cosine.
     """
-    classes = list(map(case.change, nearest_classes(case)))
+    similar = case.before.classes @ case.before.classes[case.label]  # (C, d) @ (d,)
+    similar[~case.retained] = -torch.inf
+    nearest = highest(similar, min(LISTED, int(case.retained.sum()))).tolist()
+    classes = list(map(case.change, nearest))
     before, after = (mean(one[side]["value"] for one in classes) for side in ("before", "after"))
     names, keys, texts = case.data.once(all_texts)
     same = datasets.same_meaning(case.forgotten, case.bundle.dataset)
@@ -45,14 +49,6 @@ def measure(case: Case) -> dict[str, Any]:
         },
         "not_measured": [] if before is not None else ["no image of a retained class"],
     }
-
-
-def nearest_classes(case: Case) -> list[int]:
-    """Columns of the at most ten retained classes nearest to the class by the cosine of their
-    evaluation prompts in the untouched model, nearest first."""
-    cosines = case.before.classes @ case.before.classes[case.label]  # (C, d) @ (d,)
-    cosines[~case.retained] = -torch.inf
-    return highest(cosines, min(LISTED, int(case.retained.sum()))).tolist()
 
 
 def all_texts(data: AuditData) -> tuple[list[str], list[str], EmbeddedTexts]:
