@@ -153,14 +153,14 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     style."""
     means = table.groupby(KEYS, sort=False).mean().reset_index()
     methods, ways = list(means["method"].unique()), list(means["way"].unique())
-    with drawing(path, 12, 4.2) as figure:
+    with drawing(path, 12, 5.4) as figure:
         for axis, (column, title) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
             for (method, way), rows in means.groupby(["method", "way"], sort=False):
                 look = {"color": COLOURS[methods.index(method) % len(COLOURS)], "marker": "."}
                 look |= {"linestyle": STYLES[ways.index(way)], "label": f"{method}, {way}"}
                 axis.plot(rows["count"], rows[column], **look)
             axis.set(xscale="log", xlabel="classes forgotten", title=title)
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     logger.info(f"picture: {path}")
 
 
