@@ -99,7 +99,6 @@ reproduce:
 benchmark: $(COMPLETE)
 	$(BIN)/python -m benchmarks driver
 	$(BIN)/python -m benchmarks solver
-	$(BIN)/python -m benchmarks encode
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix .

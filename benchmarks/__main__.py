@@ -6,7 +6,6 @@ from functools import partial
 from engine.cli import commands
 
 BENCHMARKS = {
-    "encode": "images to embeddings, against open_clip's plain loop",
     "driver": "a whole run of train.py and its audit, for 100 to 4,000 classes, by part",
     "solver": "the solvers: many requests together, against descents, in growth",
 }

@@ -15,8 +15,6 @@ from torch import Tensor
 
 import clip.cache
 import train
-from benchmarks import encode as benchmark
-from benchmarks.encode import photographs
 from clip.architectures import ARCHITECTURES
 from clip.bundle import FeatureBundle
 from clip.cache import FeatureCache
@@ -27,7 +25,7 @@ from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from forgetting.models import loading
-from tests.clip_fixtures import caltech, random_model, tiny
+from tests.clip_fixtures import caltech, picture, random_model, tiny
 from tests.conftest import one_line
 
 SET, IMAGES, BATCH = "Caltech101", 120, 16
@@ -235,6 +233,13 @@ def bundle_of(place: Path, precision: str = "fp32", **settings: object) -> Featu
     return build_bundle("Caltech101", source, place / "data", **settings)
 
 
+def images(place: Path, count: int) -> list[str]:
+    paths = [place / f"{number}.png" for number in range(count)]
+    for seed, path in enumerate(paths):
+        picture(path, seed)
+    return [str(path) for path in paths]
+
+
 def test_where_memory_ends_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ClipSource("mini", cache=place / "cache", device="cpu")
 
@@ -244,7 +249,7 @@ def test_where_memory_ends_is_one_line(place: Path, monkeypatch: pytest.MonkeyPa
         return pictures.float().mean(dim=(2, 3))
 
     monkeypatch.setattr(source, "encode_images", encode_images)
-    paths = photographs(place, 20)
+    paths = images(place, 20)
     with pytest.raises(ProblemError, match="out of memory for 32 images"):
         FeatureCache(source).images("some", paths, None, 0)
     rows = FeatureCache(source).images("some", paths, 8, 0)
@@ -266,7 +271,7 @@ def test_a_precision_is_part_of_the_identity(place: Path) -> None:
 
 
 def test_parts_of_a_killed_run_are_of_its_precision(place: Path, monkeypatch) -> None:
-    seen, paths = [], photographs(place, 3)
+    seen, paths = [], images(place, 3)
 
     def encode(self: FeatureCache, name: str, shards: dict, *_: object) -> Tensor:
         seen.append(set(shards))
@@ -308,10 +313,3 @@ def test_an_impossible_precision_is_refused_before_work(place: Path, refused, mo
     assert "'bf16'" in refused(arguments(place, "--precision", "bf61"))
     assert refused(arguments(place, "--features", "x", "--precision", "bf16"))
     assert not (place / "out").exists() and not (place / "cache/features").exists()
-
-
-def test_the_benchmark_measures_every_way(place: Path) -> None:
-    table = benchmark.main(["mini", "--images", "40", "--rounds", "1", "--precision", "bf16"])
-    assert table["way"].tolist() == ["open_clip, fp32", "ours, fp32", "ours, bf16"]
-    assert (table["images a second"] > 0).all() and table["times"][0] == 1
-    assert table["largest difference"][1] < 1e-5 < table["largest difference"][2]
