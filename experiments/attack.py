@@ -132,21 +132,20 @@ def attacks(
     mini: Mini, dataset: str, classes: Sequence[str], golds: Sequence[tuple[list[str], Mini]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of each class where it is forgotten, in the untouched model, where the class before it
-    is forgotten, and in each training without it: then of the classes that have one."""
+    is forgotten, and in each training without it; with `golds` of the classes that have one."""
     names = generic_names()[:: len(generic_names()) // LISTED]
     names += [name for bundle in mini.bundles.values() for name in bundle.retain_names]
     words = sorted({word for name in names for word in name.split()})
-    if golds:
-        classes = [name for name in classes if any(name in without for without, _ in golds)]
     w = mini.bundles[dataset].text_projection.double()
     edits = forget_each(mini, dataset, classes, ExactSettings())
     changed = [w + edit.left @ edit.right for edit in edits]
     for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
+        gone = [gold for without, gold in golds if name in without]
         cases = [("forgotten", mini, changed[i]), ("untouched", mini, w)]
         cases += [("another is forgotten", mini, changed[i - 1])]
-        for without, gold in golds:
-            if name in without:
-                cases += [("never learnt", gold, gold.bundles[dataset].text_projection)]
+        cases += [("never learnt", gold, gold.bundles[dataset].text_projection) for gold in gone]
+        if golds and not gone:
+            continue
         for model, training, projection in cases:
             for row in Attack(training, dataset, name, projection).rows(words):
                 yield {"data set": dataset, "class": name, "model": model} | row
@@ -155,9 +154,8 @@ def attacks(
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Look for forgotten classes by other words; returns the table."""
     parser = index_parser("attack", __doc__)
-    parser.add_argument(
-        "--gold", type=Path, help="folder of trainings of mini without some classes"
-    )
+    about = "folder of trainings of mini without some classes"
+    parser.add_argument("--gold", type=Path, metavar="FOLDER", help=about)
     args = parser.parse_args(argv)
     if not args.features:
         files = sorted(args.gold.glob("*.safetensors")) if args.gold else []

@@ -92,8 +92,10 @@ def rows_of(
     """A row for each class and way. In percent: `left exact` and `left`, its images that are found
     without rounding and with it. In points: `rest`, what rounding changes for the other classes of
     its set, and `rest untouched`, the same in the untouched model. `back`: whether it finds an
-    image again. `error`: see `rounding_error`. `bound`: the most that it can be in the format.
-    `missed` (printed): classes that are back and were not at risk."""
+    image again. `margin`: the forecast's; `margin after`: that of the rounded texts. `error`: see
+    `rounding_error`; `bound`: the most that it can be in the format. Printed: `missed`, classes
+    that are back and were not at risk; `suspects`, those whose margin after is no larger than that
+    of any that is back."""
     bundle = index.bundles[dataset]
     w, hidden = bundle.text_projection.double(), bundle.class_hidden.double()
     images, labels = unit(bundle.image_features), bundle.labels
@@ -118,7 +120,8 @@ def rows_of(
     spaces = (index, settings), (of_embeddings(index), INDEX | settings)
     both = [answers(space, dataset, classes, ExactSettings(**each)) for space, each in spaces]
     for name, text, vectors in zip(classes, *both, strict=True):
-        mine, edit, move = labels == bundle.classnames.index(name), edit_of(text), edit_of(vectors)
+        own, edit, move = bundle.classnames.index(name), edit_of(text), edit_of(vectors)
+        mine = labels == own
         moved = unit(images + (images @ move.right.T) @ move.left.T)
         states = {False: (text, w + edit.left @ edit.right, images), True: (vectors, w, moved)}
         before = {key: recognised(embed(state[1]), state[2]) for key, state in states.items()}
@@ -137,10 +140,14 @@ def rows_of(
                 "rest untouched": (untouched[way].double() - plain)[~mine],
             }
             margin = answer.margins[0]
+            cosines = unit(after[0]) @ unit(embed(w))[own]  # (C,)
+            others = cosines.index_fill(0, torch.tensor(own), -1.0)
+            margin_after = float(others.max() - cosines[own])
             yield {
                 **{"data set": dataset, "class": name, "way": way},
                 **{key: 100 * float(values.mean()) for key, values in shares.items()},
                 **{"margin": margin.margin, "error": error, "bound": bound},
+                "margin after": torch.nan if is_edited else margin_after,
                 "at risk": not margin.survives(error),
                 "at risk by bound": way in formats and not margin.survives(bound),
                 "back": bool((found & ~was)[mine].any()),
@@ -159,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     shown = table.assign(missed=table["back"] & ~table["at risk"], most=table["left"])
     how = dict.fromkeys(["left exact", "left", "rest", "rest untouched"], "mean")
     how |= {"class": "size", "most": "max", "margin": "min", "error": "max", "bound": "max"}
-    how |= dict.fromkeys(["at risk", "at risk by bound", "back", "missed"], "sum")
+    how |= dict.fromkeys(["at risk", "at risk by bound", "back", "missed", "suspects"], "sum")
+    worst = shown["margin after"].where(shown["back"]).groupby(shown["way"]).transform("max")
+    shown["suspects"] = shown["margin after"] <= worst
     groups = shown.groupby("way", sort=False)
     print(groups.agg(how).to_string(float_format="{:.3f}".format, na_rep="-"))
     return table

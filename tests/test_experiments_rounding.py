@@ -55,3 +55,4 @@ def test_a_table_by_the_command_line(features, monkeypatch):
     assert not fine[["at risk", "back", "rest", "rest untouched"]].any(axis=None)
     lost = table.loc["index in zero"]  # each image is taken for the first class
     assert lost["at risk"].all() and (lost["rest"] < -50).all() and lost["back"].any()
+    assert (table.loc["projection in float16", "margin after"] > 0).all()
