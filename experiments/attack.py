@@ -142,7 +142,8 @@ def attacks(
     for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
         gone = [gold for without, gold in golds if name in without]
         cases = [("forgotten", mini, changed[i]), ("untouched", mini, w)]
-        cases += [("another is forgotten", mini, changed[i - 1])]
+        if len(classes) > 1:
+            cases += [("another is forgotten", mini, changed[i - 1])]
         cases += [("never learnt", gold, gold.bundles[dataset].text_projection) for gold in gone]
         if golds and not gone:
             continue

@@ -23,9 +23,6 @@ from torch.special import xlogy
 
 import datasets
 from clip import train_mini
-from clip.cache import FeatureCache
-from clip.features import build_bundle
-from clip.source import ClipSource
 from datasets.mini import MINI
 from datasets.reader import read_image
 from datasets.words.lexicon import committed, halves
@@ -39,7 +36,7 @@ from evaluation.plots import COLOURS, drawing
 from evaluation.results import Results
 from evaluation.tables import write_table
 from experiments import baselines
-from experiments.hide import Index, average_precision, unit
+from experiments.hide import Mini, average_precision, unit
 from experiments.runs import launch, refuse_failed, runs_of
 from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
@@ -75,15 +72,14 @@ DRAWN = {
 }
 
 
-class Training(Index):
+class Training(Mini):
     """A training of `mini`, the committed one without `weights`, and the images of its sets."""
 
     def __init__(self, weights: Path | None = None) -> None:
-        source = ClipSource("mini", weights)
-        bundles = {name: build_bundle(name, source, "data") for name in MINI}
-        super().__init__(bundles, FeatureCache(source).texts)
+        super().__init__(weights)
+        source = self.source
         self.projection, self.scale = source.projection.double(), source.model.logit_scale.exp()
-        self.data = [AuditData(bundle) for bundle in bundles.values()]
+        self.data = [AuditData(bundle) for bundle in self.bundles.values()]
         items = [item for name in MINI for item in datasets.load(name, "data").test]
         rows = [row for row, item in enumerate(items) if item.classname in LEFT_OUT]
         images = [source.preprocess(read_image(items[row].impath)) for row in rows]

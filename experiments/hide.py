@@ -145,15 +145,11 @@ def answers(
     return context.forget(inputs.with_paraphrases(list(map(inputs.request, requests))))
 
 
-def edit_of(answer: Answer) -> LowRankEdit:
-    return LowRankEdit(answer.edit.left.double(), answer.edit.right.double())
-
-
 def forget_each(
     index: Index, dataset: str, classes: Sequence[str], settings: ExactSettings
 ) -> list[LowRankEdit]:
     """The edits of `answers`."""
-    return list(map(edit_of, answers(index, dataset, classes, settings)))
+    return [answer.edit for answer in answers(index, dataset, classes, settings)]
 
 
 def of_embeddings(index: Index) -> Index:

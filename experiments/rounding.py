@@ -19,9 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from clip.source import ClipSource
 from datasets import clean_name
-from experiments.hide import Index, answers, edit_of, index_parser, of_embeddings, table_of, unit
+from experiments.hide import Index, Mini, answers, index_parser, of_embeddings, table_of, unit
 from forgetting.context import INDEX, ExactSettings
 from forgetting.displacement import rounding_error
 from forgetting.io import need
@@ -108,8 +107,8 @@ def rows_of(
 
     formats = {f"projection in {name}": partial(rounded, name) for name in (*DTYPES, *LEVELS)}
     ways = {way: (lambda x, f=f: embed(f(x)[0]), Tensor.clone) for way, f in formats.items()}
-    if index.encode is not None:
-        source, names = ClipSource("mini"), map(clean_name, bundle.classnames)
+    if isinstance(index, Mini):
+        source, names = index.source, map(clean_name, bundle.classnames)
         tokens = source.architecture.tokenizer()([bundle.template.format(name) for name in names])
         for way in TOWERS:
             ways[f"model in {way}"] = partial(encode, way, source.model, tokens), Tensor.clone
@@ -120,19 +119,19 @@ def rows_of(
     spaces = (index, settings), (of_embeddings(index), INDEX | settings)
     both = [answers(space, dataset, classes, ExactSettings(**each)) for space, each in spaces]
     for name, text, vectors in zip(classes, *both, strict=True):
-        own, edit, move = bundle.classnames.index(name), edit_of(text), edit_of(vectors)
+        own, edit, move = bundle.classnames.index(name), text.edit, vectors.edit
         mine = labels == own
         moved = unit(images + (images @ move.right.T) @ move.left.T)
         states = {False: (text, w + edit.left @ edit.right, images), True: (vectors, w, moved)}
         before = {key: recognised(embed(state[1]), state[2]) for key, state in states.items()}
         for way, (text_way, image_way) in ways.items():
-            answer, projection, vectors = states[is_edited := way.startswith("edited")]
-            texts, after = embed(projection), (text_way(projection), image_way(vectors))
+            answer, projection, stored = states[is_edited := way.startswith("edited")]
+            texts, after = embed(projection), (text_way(projection), image_way(stored))
             was, found, bound = before[is_edited], recognised(*after), torch.nan
             if way in formats:
                 most = (hidden.abs() @ formats[way](projection)[1]).norm(dim=1)
                 bound = 2 * float((most / texts.norm(dim=1)).max())
-            error = max(map(rounding_error, (texts, vectors), after))
+            error = max(map(rounding_error, (texts, stored), after))
             shares = {
                 "left exact": was[mine].double(),
                 "left": found[mine].double(),

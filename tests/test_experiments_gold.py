@@ -14,6 +14,7 @@ from clip.architectures import architecture
 from datasets import mini
 from experiments import gold
 from experiments.__main__ import cli
+from experiments.hide import Index
 from tests.conftest import refuses, toy_bundle
 from trainers import methods
 
@@ -62,7 +63,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> gold.Model:
     monkeypatch.setattr(gold, "GROUPS", {"a": ["red cat", "saw"]})
     bundles = {name: toy_bundle(name) for name in ("ToyAnimals", "ToyTools")}
     own = bundles["ToyAnimals"] = replace(bundles["ToyAnimals"], classnames=animals)
-    training = gold.Index(bundles, lambda texts: own.class_hidden[: len(texts)])
+    training = Index(bundles, lambda texts: own.class_hidden[: len(texts)])
     training.scale, training.data = 20.0, [gold.AuditData(b) for b in bundles.values()]
     training.projection = own.text_projection.double()
     training.noisy, training.noisy_labels = training.images, training.labels

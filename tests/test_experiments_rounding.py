@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+from clip.source import ClipSource
 from experiments import rounding
 from experiments.__main__ import cli
 from forgetting.displacement import Forecast, Margin, rounding_error
@@ -36,7 +37,7 @@ def test_a_margin_above_the_error_survives_it():
 def test_towers_are_rounded_and_left_as_they_were(way):
     if way == "int8 by ONNX":
         pytest.importorskip("onnxruntime.quantization")
-    source = rounding.ClipSource("mini")
+    source = ClipSource("mini")
     tokens, w = source.architecture.tokenizer()(["a cat", "red square"]), source.projection
     exact = source.model.encode_text(tokens).double()
     assert 1e-4 < rounding_error(exact, rounding.encode(way, source.model, tokens, w)) < 0.9
