@@ -321,10 +321,11 @@ class Mini(Index):
         super().__init__(bundles, FeatureCache(self.source).texts)
 
 
-def index_parser(name: str, description: str) -> Parser:
-    """The options of an experiment on an index."""
+def index_parser(name: str, description: str, features: bool = False) -> Parser:
+    """The options of an experiment on an index; `features`: whether it needs bundles."""
     parser = Parser(prog=f"python -m experiments {name}", description=description)
-    parser.add_argument("--features", help="folder of feature bundles; default: mini's four sets")
+    about = "folder of feature bundles" + ("" if features else "; default: mini's four sets")
+    parser.add_argument("--features", required=features, help=about)
     parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
     about = "a set to forget from and to search (repeatable); default: every one there is"
     parser.add_argument("--dataset", metavar="SET", action="append", help=about)

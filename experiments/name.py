@@ -5,9 +5,10 @@
 Each class is forgotten alone, and among names that serve to hide it. Columns are what
 `experiments.requests.measure` returns, and the place of the class among up to 1,000 names by three
 attackers: `known` and `alone` of `evaluation.audit.undo`, with the original and without it; and
-`moved`, who has it and asks which name moves most for its length. docs/truth.md has the table.
+`moved`, who has it and asks which name moves most for its length.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,6 @@ from evaluation.audit.undo import Attacker, change
 from evaluation.zero_shot import ZeroShot
 from experiments.hide import Index, index_parser, table_of
 from experiments.requests import make_trainer, measure, soft
-from forgetting.errors import ProblemError
 from forgetting.retain import key
 
 NARROW = "exact-target"  # of `experiments.requests`
@@ -41,38 +41,35 @@ WAYS = {
 
 
 def rows_of(
-    index: Index, dataset: str, names: Sequence[str], options: Sequence[str]
+    index: Index, dataset: str, names: Sequence[str], args: Namespace
 ) -> Iterator[dict[str, Any]]:
     """A row for every class and way."""
     bundles = {dataset: index.bundles[dataset]} | index.bundles
-    sets = {name: ZeroShot(bundle) for name, bundle in bundles.items()}
-    options = [*options, "--dataset", dataset]
-    trainers = {m: make_trainer(m, bundles, options) for m in ("exact", NARROW)}
+    trainers = {method: make_trainer(method, args, bundles) for method in ("exact", NARROW)}
+    own_set = ZeroShot(bundles[dataset])
     data = AuditData(bundles.pop(dataset), bundles)
-    attacker, retain = Attacker(data), trainers["exact"].context.retain
-    first = {key(name): row for row, name in reversed(list(enumerate(retain.names)))}
-    rows = retain.rows[[first[name] for name in attacker.rows]].double()  # (n, w), of their names
+    attacker = Attacker(data)
+    rows = attacker.hidden  # (n, w), of their names
     lengths, cosines = data.bundle.embed(rows).norm(dim=1), normalize(rows, dim=1)
     classes = set(map(key, index.names))
     free = [row for name, row in attacker.rows.items() if name not in classes]
     for name in progress(names, f"{dataset}: attacks"):
         same, own = datasets.same_meaning([name], dataset), attacker.rows[key(name)]
         rivals = [row for word, row in attacker.rows.items() if word not in same]
-        nearest = (cosines @ cosines[own]).argsort(descending=True).tolist()
+        nearest = (cosines[rivals] @ cosines[own]).argsort(descending=True).tolist()
         pools = {
             "decoys": Random(name).sample(free, len(free)),  # names of no set
-            "neighbours": [row for row in nearest if row in rivals],
+            "neighbours": [rivals[i] for i in nearest],
         }
         for way, (method, pool, count, part) in WAYS.items():
+            context = trainers[method].context
             (request,) = trainers[method].requests([[name]])
             more = [(0, attacker.names[row], rows[row].float()) for row in pools[pool][:count]]
-            request = request.with_texts(more) if more else request
-            (answer,) = trainers[method].context.forget([request])
+            (answer,) = context.forget([request.with_texts(more) if more else request])
             moved = answer.displacement.clone()
-            moved[len(request.texts) - count : len(request.texts)] *= part
-            edit = soft(trainers[method].context, replace(answer, displacement=moved))
-            model = Model(data, edit)
-            found = measure(sets, None, [name], edit)
+            moved[len(request.texts) :][:count] *= part  # paraphrases come behind them
+            edit = soft(context, replace(answer, displacement=moved))
+            found, model = measure(own_set, [name], edit), Model(data, edit)
             for attack, scores in {
                 "known": attacker.recognise(*change(Case(name, [name], model))),
                 "moved": ((rows @ edit.left) @ edit.right).norm(dim=1) / lengths,
@@ -85,11 +82,8 @@ def rows_of(
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure, and print the means over classes; returns a row for every class and way."""
-    args = index_parser("name", __doc__.splitlines()[0]).parse_args(argv)
-    if not args.features:
-        raise ProblemError("--features: a folder of feature bundles is needed")
-    options = ["--features", args.features, "--backbone", args.backbone]
-    table = table_of("name", args, partial(rows_of, options=options))
+    args = index_parser("name", __doc__, features=True).parse_args(argv)
+    table = table_of("name", args, partial(rows_of, args=args))
     means = table.drop(columns="class").groupby(["data set", "way"], sort=False).mean()
     print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
     return table

@@ -1,20 +1,22 @@
 """What one to a thousand forgotten classes cost, at once and request after request.
 
-    python -m experiments requests --features DIR --dataset SET [--counts 1 5 10 50 100 300 1000]
-        [--seeds 3] [--methods NAME NAME] [--unlisted SET] [--out requests] [--draw FILE]
+    python -m experiments requests --features DIR --dataset SET --unlisted SET
+        [--counts 1 5 10 50 100 300 1000] [--seeds 3] [--methods NAME NAME] [--draw FILE]
 
 The first classes of a random order are forgotten: at once; and one after another, each from the
 projection that the request before left. Instead of that ForgetExact composes what it forgot alone;
 beside it stands the sum of these changes. Methods are those of baselines.yaml, and `MENDED`.
-Tables of one folder are printed and drawn together. docs/truth.md has them.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from random import Random
-from statistics import fmean
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,12 +24,12 @@ import torch
 import datasets
 import train
 from clip.bundle import FeatureBundle, load_bundles
-from engine.cli import COUNT, Parser
+from engine.cli import COUNT
 from engine.log import logger, progress
 from evaluation.plots import COLOURS, drawing
-from evaluation.tables import write_table
-from evaluation.zero_shot import ZeroShot, accuracy
+from evaluation.zero_shot import ZeroShot
 from experiments.baselines import METHODS
+from experiments.hide import Index, index_parser, table_of
 from forgetting.compose import make_recipe, solve
 from forgetting.context import Answer, ForgetContext
 from forgetting.errors import ProblemError
@@ -38,66 +40,47 @@ from trainers.base import ForgetTrainer
 from trainers.methods import ForgetExact
 
 SOFT = 0.1  # of the mean diagonal of `M = H_f K^-1 H_f^T`
-KEY = "TRAINER.FORGETEXACT."
-BETA = {"trainer": "ForgetExact", KEY + "MIN_MARGIN": 0}
-TARGET = BETA | {KEY + "SPECIFIC_RIDGE": 0.05}
+BETA = {"trainer": "ForgetExact", "TRAINER.FORGETEXACT.MIN_MARGIN": 0}
+TARGET = BETA | {"TRAINER.FORGETEXACT.SPECIFIC_RIDGE": 0.05}
 MENDED = {
     "exact": {"trainer": "ForgetExact"},
     "exact-beta": BETA,  # never raised
     "exact-target": TARGET,  # and less of what is common is removed
-    "exact-ridge": TARGET | {KEY + "RIDGE": 1e-4},  # and names that nobody lists move less
+    "exact-ridge": TARGET | {"TRAINER.FORGETEXACT.RIDGE": 1e-4},  # and unlisted names move less
 }
 NAMED = METHODS | MENDED  # name -> trainer, config keys
-KEYS = ["data set", "method", "way", "count"]
-STYLES = ("-", "--", ":", "-.", (0, (6, 4)))
+STYLES = ("-", "--", ":", "-.", (0, (6, 4)))  # of ways
 DRAWN = {"left": "left of the forgotten, %", "rest": "rest, points", "unlisted": "unlisted, points"}
 
 
-def measure(
-    sets: dict[str, ZeroShot], unlisted: str | None, classes: Sequence[str], edit: LowRankEdit
-) -> dict[str, float]:
-    """Percent and points after an edit that forgets `classes`, the first first, of the first set.
+def gain(images: ZeroShot, edit: LowRankEdit, without: set[str]) -> float:
+    """Points that images gain by an edit, but for those of classes `without` (keys)."""
+    kept = torch.tensor([key(name) not in without for name in images.bundle.classnames])
+    gains = images.correct([edit])[0].double() - images.correct_before.double()  # (N,)
+    return 100 * float(gains[kept[images.bundle.labels]].mean())
 
-    `left`, `worst`, `first`: accuracy of their images, the mean, the most, that of the first;
-    `rest`: change of the set's other images; `others`, `unlisted`: of the other sets, without
-    classes that mean a forgotten one, and of a set without names that are retained; `moved`: how
-    far names of that set move, the mean, in percent of the length of their embeddings.
-    """
-    own, *_ = sets.values()
-    bundle, gone = own.bundle, datasets.same_meaning(classes, own.bundle.dataset)
-    names = {name: list(map(key, images.bundle.classnames)) for name, images in sets.items()}
-    listed = {word for name in sets if name != unlisted for word in names[name]}
-    listed |= set(map(key, bundle.retain_names))
-    found, changes = {}, {}
-    for name, images in sets.items():
-        without = gone | listed if name == unlisted else gone
-        kept = torch.tensor([word not in without for word in names[name]])
-        correct, labels = images.correct([edit])[0], images.bundle.labels
-        changes[name] = float(
-            (correct.double() - images.correct_before.double())[kept[labels]].mean()
-        )
-        if images is own:
-            each = [accuracy(correct, labels == bundle.classnames.index(x)) for x in classes]
-            some = [one for one in each if one is not None]
-            found |= {"left": fmean(some), "worst": max(some), "first": each[0]}
-        if name == unlisted:
-            hidden = images.bundle.forget_hidden[kept].double()
-            far = ((hidden @ edit.left) @ edit.right).norm(dim=1)
-            found["moved"] = float((far / images.bundle.embed(hidden).norm(dim=1)).mean())
-    found |= {"rest": changes.pop(bundle.dataset), "unlisted": changes.pop(unlisted, torch.nan)}
-    found["others"] = fmean(changes.values()) if changes else torch.nan
-    return {name: 100 * x for name, x in found.items()}
+
+def measure(own: ZeroShot, classes: Sequence[str], edit: LowRankEdit) -> dict[str, float]:
+    """After an edit that forgets some classes of a set: percent of their images that are found, the
+    mean, the most, and of the first class; and points that the set's other images gain."""
+    bundle = own.bundle
+    correct = pd.Series(own.correct([edit])[0].double().numpy()).groupby(bundle.labels.numpy())
+    left = 100 * correct.mean().reindex(map(bundle.classnames.index, classes))
+    rest = gain(own, edit, datasets.same_meaning(classes, bundle.dataset))
+    return {"left": left.mean(), "worst": left.max(), "first": left.iloc[0], "rest": rest}
 
 
 def make_trainer(
-    method: str, bundles: dict[str, FeatureBundle], options: Sequence[str]
+    method: str, args: Namespace, bundles: dict[str, FeatureBundle], seed: int = 0
 ) -> ForgetTrainer:
     """A trainer of a method that knows `bundles` alone, the set's own first; it writes nothing."""
-    given = dict(NAMED[method])
-    argv = ["--trainer", given.pop("trainer"), "--forget", "all", *options]
-    argv += [str(text) for pair in given.items() for text in pair]
+    dataset, *others = bundles
+    keys = {"--features": args.features, "--backbone": args.backbone, "--dataset": dataset}
+    keys |= {"--forget": "all", "--seed": seed, "--output-dir": args.out}
+    keys |= {key.replace("trainer", "--trainer"): value for key, value in NAMED[method].items()}
+    argv = [str(text) for pair in keys.items() for text in pair]
     trainer = train.build_trainer(train.setup_cfg(train.parse(argv)))
-    trainer.plan, trainer.bundles = replace(trainer.plan, others=list(bundles)[1:]), dict(bundles)
+    trainer.plan, trainer.bundles = replace(trainer.plan, others=others), dict(bundles)
     return trainer
 
 
@@ -107,16 +90,16 @@ def soft(context: ForgetContext, answer: Answer) -> LowRankEdit:
     `rho` is `SOFT (1 - 1 / k)` of M's mean diagonal: one text goes all of its way. The directions
     that many texts share with what is retained, in which M is small, cost most; those are left."""
     h, excluded = answer.request.hidden.double(), answer.excluded.any(dim=0)
-    owner, k = torch.zeros(len(h), dtype=torch.int64), len(h)
+    owner = torch.zeros(len(h), dtype=torch.int64)
     ((_, _, (base,), _),) = request_batches(context.ridge, h, owner, excluded[None])  # H_f K^-1
-    inner = h @ base.T  # M, (k, k)
-    inner += SOFT * (1 - 1 / k) * inner.diagonal().mean() * torch.eye(k).to(inner)
-    return LowRankEdit(torch.linalg.solve(inner, base).T, answer.displacement)
+    m = h @ base.T  # (k, k)
+    m.diagonal().add_(SOFT * (1 - 1 / len(h)) * m.diagonal().mean())
+    return LowRankEdit(torch.linalg.solve(m, base).T, answer.displacement)
 
 
 def summed(edits: Sequence[LowRankEdit]) -> LowRankEdit:
-    lefts, rights = zip(*((edit.left.double(), edit.right.double()) for edit in edits), strict=True)
-    return LowRankEdit(torch.cat(lefts, dim=1), torch.cat(rights))
+    left = torch.cat([edit.left.double() for edit in edits], dim=1)
+    return LowRankEdit(left, torch.cat([edit.right.double() for edit in edits]))
 
 
 def edits_of(
@@ -124,16 +107,16 @@ def edits_of(
 ) -> Iterator[tuple[str, int, LowRankEdit]]:
     """Way, count and edit, float64: the first `counts` of some classes, forgotten in each way."""
     if isinstance(trainer, ForgetExact):
-        alone = trainer.context.forget(trainer.requests([[name] for name in names]))
+        context = trainer.context
+        alone = context.forget(trainer.requests([[name] for name in names]))
+        parts = [part for each in alone for part in make_recipe(context, each, "", "").parts]
         for count in counts:
-            (answer,) = trainer.context.forget(trainer.requests([names[:count]]))
+            (answer,) = context.forget(trainer.requests([names[:count]]))
             yield "at once", count, answer.edit
-            yield "at once, soft", count, soft(trainer.context, answer)
+            yield "at once, soft", count, soft(context, answer)
             yield "added", count, summed([each.edit for each in alone[:count]])
             with suppress(ProblemError):  # more texts than dimensions
-                recipes = [make_recipe(trainer.context, each, "", "") for each in alone[:count]]
-                parts = [part for recipe in recipes for part in recipe.parts]
-                yield "composed", count, LowRankEdit(*solve(parts)[:2])
+                yield "composed", count, LowRankEdit(*solve(parts[:count])[:2])
         return
     for count in counts:
         yield "at once", count, summed(trainer.solve(Batch(trainer.requests([names[:count]]))))
@@ -141,69 +124,64 @@ def edits_of(
     for name in progress(names, f"{type(trainer).__name__}: one after another"):
         edits += trainer.solve(Batch(trainer.requests([[name]])))
         change = summed(edits)
-        changed = (own.text_projection.double() + change.left @ change.right).float()
-        trainer.projection = changed
-        trainer.bundles[own.dataset] = replace(own, text_projection=changed)
+        trainer.projection = (own.text_projection.double() + change.delta).float()
+        trainer.bundles[own.dataset] = replace(own, text_projection=trainer.projection)
         if len(edits) in counts:
             yield "one after another", len(edits), change
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw the means over seeds against the number of classes: a method has a colour, a way a
-    style."""
-    means = table.groupby(KEYS, sort=False).mean().reset_index()
-    methods, ways = list(means["method"].unique()), list(means["way"].unique())
+def rows_of(
+    index: Index, dataset: str, classes: Sequence[str], args: Namespace
+) -> Iterator[dict[str, Any]]:
+    """A row for each method, seed, way and count. `unlisted`: points that images of that set gain,
+    but for those of names that are retained. All other sets of the folder are retained."""
+    where, bundles = (args.features, args.backbone), {dataset: index.bundles[dataset]}
+    bundles |= load_bundles(*where, [args.unlisted]) | load_bundles(*where)
+    own, apart = ZeroShot(bundles[dataset]), ZeroShot(bundles.pop(args.unlisted))
+    names = [name for bundle in bundles.values() for name in bundle.classnames]
+    listed = set(map(key, [*names, *own.bundle.retain_names]))
+    counts = sorted({min(count, len(classes) - 1) for count in args.counts})
+    for method, seed in product(args.methods, range(args.seeds)):
+        order = Random(f"{seed}/{dataset}").sample(classes, counts[-1])
+        trainer = make_trainer(method, args, bundles, seed)
+        for way, count, edit in edits_of(trainer, order, counts):
+            without = listed | datasets.same_meaning(order[:count], dataset)
+            row = {"data set": dataset, "method": method, "way": way, "count": count}
+            row |= measure(own, order[:count], edit)
+            yield row | {"unlisted": gain(apart, edit, without)}
+
+
+def draw(means: pd.DataFrame, path: Path) -> None:
+    """Draw what is lost against the number of classes: a method has a colour, a way a style."""
+    colours = dict(zip(means.index.unique("method"), cycle(COLOURS), strict=False))
+    styles = dict(zip(means.index.unique("way"), STYLES, strict=False))
     with drawing(path, 12, 5.4) as figure:
         for axis, (column, title) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
-            for (method, way), rows in means.groupby(["method", "way"], sort=False):
-                look = {"color": COLOURS[methods.index(method) % len(COLOURS)], "marker": "."}
-                look |= {"linestyle": STYLES[ways.index(way)], "label": f"{method}, {way}"}
-                axis.plot(rows["count"], rows[column], **look)
+            for (_, method, way), line in means[column].unstack("count").iterrows():
+                look = {"color": colours[method], "linestyle": styles[way], "marker": "."}
+                axis.plot(line, label=f"{method}, {way}", **look)
             axis.set(xscale="log", xlabel="classes forgotten", title=title)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     logger.info(f"picture: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Measure, print and draw the means over seeds of all in the folder; returns a row for each."""
-    parser = Parser(prog="python -m experiments requests", description=__doc__.splitlines()[0])
-    parser.add_argument("--features", required=True, help="folder of feature bundles")
-    parser.add_argument("--backbone", default="ViT-B/32", help="backbone of the bundles")
-    parser.add_argument("--dataset", required=True, help="the set to forget from")
-    parser.add_argument("--unlisted", metavar="SET", help="a set whose names are not retained")
+    """Measure, and print the means over seeds; returns the table."""
+    parser = index_parser("requests", __doc__, features=True)
+    about = "a set whose names are not retained"
+    parser.add_argument("--unlisted", metavar="SET", required=True, help=about)
     how = {"type": COUNT, "default": (1, 5, 10, 50, 100, 300, 1000), "nargs": "+"}
-    parser.add_argument("--counts", help="numbers of classes", **how)
+    parser.add_argument("--counts", help="numbers of classes, at most all but one", **how)
     parser.add_argument("--seeds", type=COUNT, default=3, help="random orders of the classes")
-    about = "of baselines.yaml, and ForgetExact's"
-    how = {"nargs": "+", "choices": NAMED, "metavar": "NAME"}
-    parser.add_argument("--methods", default=["exact"], help=about, **how)
-    parser.add_argument("--out", type=Path, default=Path("requests"), help="folder of the table")
+    how = {"nargs": "+", "choices": NAMED, "metavar": "NAME", "default": ["exact"]}
+    parser.add_argument("--methods", help="of baselines.yaml, and ForgetExact's", **how)
     parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the table")
     args = parser.parse_args(argv)
-    where = args.features, args.backbone
-    bundles = load_bundles(*where, [args.dataset]) | load_bundles(*where)  # its own comes first
-    sets = {name: ZeroShot(bundle) for name, bundle in bundles.items()}
-    names = bundles[args.dataset].classnames
-    counts = sorted({count for count in args.counts if count < len(names)})
-    if args.unlisted in (args.dataset, "") or not counts:
-        raise ProblemError("--unlisted is another set, and --counts are below the classes' number")
-    if args.unlisted:
-        bundles.pop(load_bundles(*where, [args.unlisted])[args.unlisted].dataset)
-    options = ["--features", args.features, "--backbone", args.backbone, "--dataset", args.dataset]
-    options += ["--output-dir", str(args.out)]
-    for method in args.methods:
-        rows = []
-        for seed in range(args.seeds):
-            order = Random(f"{seed}/{args.dataset}").sample(names, len(names))[: max(counts)]
-            trainer = make_trainer(method, bundles, [*options, "--seed", str(seed)])
-            for way, count, edit in edits_of(trainer, order, counts):
-                keys = dict(zip(KEYS, (args.dataset, method, way, count), strict=True))
-                rows.append(keys | measure(sets, args.unlisted, order[:count], edit))
-        write_table(pd.DataFrame(rows), args.out / f"{args.dataset}-{method}.csv")
-    # Also what was measured before.
-    table = pd.concat(map(pd.read_csv, sorted(args.out.glob(f"{args.dataset}-*.csv"))))
-    means = table.groupby(KEYS, sort=False).mean()
+    if args.unlisted in (args.dataset or [args.unlisted]):
+        raise ProblemError("--dataset: a set to forget from, other than --unlisted, is needed")
+    table = table_of("requests", args, partial(rows_of, args=args))
+    means = table.groupby(["data set", "method", "way", "count"], sort=False).mean()
     print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
     if args.draw:
-        draw(table, args.draw)
+        draw(means, args.draw)
     return table
