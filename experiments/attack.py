@@ -1,6 +1,6 @@
 """Other words, attacked: which of them still find a forgotten class, and which can be searched out.
 
-    python -m experiments attack --features DIR [--dataset SET] [--classes N|all]
+    python -m experiments attack --features DIR [--dataset SET] [--classes N|all] [--ridge X]
     python -m experiments attack [--gold FOLDER] [--dataset SET] [--classes N|all]
 
 Each class is forgotten alone. Of bundles their own other words look for its images. On the embedded
@@ -36,7 +36,9 @@ WORDS, LISTED = 2, 200  # of a text that is searched word by word; common names 
 SCALE = 20.0  # of cosines, in the loss
 
 
-def words_at_hand(index: Index, dataset: str, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def words_at_hand(
+    index: Index, dataset: str, classes: Sequence[str], ridge: float | None
+) -> Iterator[dict[str, Any]]:
     """Which part of a class's images each of its other words finds among the other names of its
     set, `before` and `after`. By text alone: how far it moves along the name, `ratio`; how much
     nearer to it than what is left of it lies the `nearest` other name, `margin`, in cosine."""
@@ -45,7 +47,7 @@ def words_at_hand(index: Index, dataset: str, classes: Sequence[str]) -> Iterato
         return
     images, prompts = unit(bundle.image_features), bundle.class_hidden.double()  # (N, d), (C, w)
     named = bundle.embed(prompts)  # (C, d)
-    edits = forget_each(index, dataset, classes, ExactSettings())
+    edits = forget_each(index, dataset, classes, ExactSettings(ridge=ridge))
     for name, edit in zip(classes, edits, strict=True):
         own = bundle.classnames.index(name)
         mine = images[bundle.labels == own]
@@ -157,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser = index_parser("attack", __doc__)
     about = "folder of trainings of mini without some classes"
     parser.add_argument("--gold", type=Path, metavar="FOLDER", help=about)
+    parser.add_argument("--ridge", type=float, help="of bundles; default: that of ForgetExact")
     args = parser.parse_args(argv)
     if not args.features:
         files = sorted(args.gold.glob("*.safetensors")) if args.gold else []
@@ -166,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         means = table.pivot_table("success", ["attack", "images"], "model", sort=False)
         print(means.to_string(float_format="{:.1f}".format))
         return table
-    table = table_of("attack", args, words_at_hand)
+    table = table_of("attack", args, partial(words_at_hand, ridge=args.ridge))
     for kind, rows in table[table["before"] > 0].groupby("kind"):
         back = rows["after"] > 0
         print(f"\n{kind}: {len(rows)} texts found an image before, of them after:")
