@@ -1,15 +1,14 @@
 """Other words, attacked: which of them still find a forgotten class, and which can be searched out.
 
     python -m experiments attack --features DIR [--dataset SET] [--classes N|all] [--ridge X]
-    python -m experiments attack [--gold FOLDER] [--dataset SET] [--classes N|all]
+    python -m experiments attack --gold FOLDER [--dataset SET] [--classes N|all]
 
 Each class is forgotten alone. Of bundles their own other words look for its images. On the embedded
 `mini` an attacker has K images of the class, and searches for a text that finds them, by the
-gradient of token embeddings or word by word; then it looks for the others. --gold: files of `mini`
-trained without some classes, to which the table is then limited. docs/truth.md has the tables.
+gradient of token embeddings or word by word; then it looks for the others. FOLDER: of `experiments
+gold`; the table has the classes that it trained `mini` without.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -24,10 +23,10 @@ from torch.nn.functional import normalize, softplus
 
 from clip.audit_texts import audit_rows
 from engine.log import progress
+from experiments.gold import TRAININGS
 from experiments.hide import Index, Mini, forget_each, index_parser, table_of, unit
 from forgetting.context import ExactSettings
 from forgetting.displacement import displacement_along
-from forgetting.io import read_safetensors
 from forgetting.models.vocabulary import generic_names
 
 IMAGES = (1, 4, 16)  # that an attacker has
@@ -41,30 +40,26 @@ def words_at_hand(
 ) -> Iterator[dict[str, Any]]:
     """Which part of a class's images each of its other words finds among the other names of its
     set, `before` and `after`. By text alone: how far it moves along the name, `ratio`; how much
-    nearer to it than what is left of it lies the `nearest` other name, `margin`, in cosine."""
+    nearer to it than what is left of it lies another name, `margin`, in cosine."""
     bundle, words = index.bundles[dataset], audit_rows(index.bundles[dataset])
-    if not words:
-        return
-    images, prompts = unit(bundle.image_features), bundle.class_hidden.double()  # (N, d), (C, w)
-    named = bundle.embed(prompts)  # (C, d)
-    edits = forget_each(index, dataset, classes, ExactSettings(ridge=ridge))
+    classes = [name for name in classes if name in words]
+    edits = forget_each(index, dataset, classes, ExactSettings(ridge=ridge)) if classes else []
     for name, edit in zip(classes, edits, strict=True):
         own = bundle.classnames.index(name)
-        mine = images[bundle.labels == own]
-        for text, kind, state in words.get(name, ()):
-            row = torch.tensor([own])  # the text is in the place of the name
-            hidden = prompts.index_copy(0, row, state.double()[None])
-            before = named.index_copy(0, row, bundle.embed(hidden[row]))
-            both = unit(before), unit(before + (hidden @ edit.left) @ edit.right)
-            found = [((mine @ x.T).argmax(dim=1) == own).double().mean() for x in both]
+        images = unit(bundle.image_features[bundle.labels == own])  # (n, d)
+        names = bundle.class_hidden.double().clone()  # (C, w)
+        for text, kind, state in words[name]:
+            names[own] = state  # the text is in the place of the name
+            before = bundle.embed(names)  # (C, d)
+            both = unit(before), unit(before + (names @ edit.left) @ edit.right)
+            found = [((images @ x.T).argmax(dim=1) == own).double().mean() for x in both]
             cosines = both[1] @ both[0][own]  # (C,)
-            others = cosines.index_fill(0, row, -1.0)
+            others = cosines.index_fill(0, torch.tensor(own), -1.0)
             yield {
                 **{"data set": dataset, "class": name, "kind": kind, "text": text},
                 **{"before": float(found[0]), "after": float(found[1])},
                 "ratio": float(displacement_along(edit, bundle.forget_hidden[own], state[None])),
                 "margin": float(others.max() - cosines[own]),
-                "nearest": bundle.classnames[int(others.argmax())],
             }
 
 
@@ -93,28 +88,25 @@ class Attack:
     def gradient(self, known: int) -> Tensor:
         """Hidden state (1, w) after some steps on the token embeddings of a text."""
         tokens = self.tokenize([" ".join("a" * TOKENS)])
-        sizes = [1, TOKENS, tokens.shape[1] - 1 - TOKENS]
-        start, free, end = self.model.token_embedding(tokens).split(sizes, dim=1)
-        free = free.clone().requires_grad_()
-        hook = self.model.token_embedding.register_forward_hook(
-            lambda *_: torch.cat([start, free, end], dim=1)
-        )
+        rows = self.model.token_embedding(tokens).detach()
+        free = rows[:, 1 : 1 + TOKENS].clone().requires_grad_()
         optimiser = torch.optim.Adam([free], RATE)
-        for _ in range(STEPS):
-            optimiser.zero_grad()
-            self.losses(self.model.encode_text(tokens), known).sum().backward()
-            optimiser.step()
-        hidden = self.model.encode_text(tokens).detach()
-        hook.remove()
-        return hidden
+        with self.model.token_embedding.register_forward_hook(
+            lambda *_: torch.cat([rows[:, :1], free, rows[:, 1 + TOKENS :]], dim=1)
+        ):
+            for _ in range(STEPS):
+                optimiser.zero_grad()
+                self.losses(self.model.encode_text(tokens), known).sum().backward()
+                optimiser.step()
+            return self.model.encode_text(tokens).detach()
 
+    @torch.no_grad()
     def greedy(self, known: int, words: Sequence[str]) -> tuple[str, Tensor]:
         """The best word, and the best behind it: text and hidden state (1, w)."""
         text = ""
         for _ in range(WORDS):
             texts = [f"{text} {word}".strip() for word in words]
-            with torch.no_grad():
-                hidden = self.model.encode_text(self.tokenize(texts))
+            hidden = self.model.encode_text(self.tokenize(texts))
             best = int(self.losses(hidden, known).argmin())
             text = texts[best]
         return text, hidden[[best]]
@@ -133,23 +125,19 @@ class Attack:
 def attacks(
     mini: Mini, dataset: str, classes: Sequence[str], golds: Sequence[tuple[list[str], Mini]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of each class where it is forgotten, in the untouched model, where the class before it
-    is forgotten, and in each training without it; with `golds` of the classes that have one."""
+    """Rows of each class that some of `golds` never learnt: in these, where it is forgotten, in the
+    untouched model, and where the class before it is forgotten."""
     names = generic_names()[:: len(generic_names()) // LISTED]
     names += [name for bundle in mini.bundles.values() for name in bundle.retain_names]
     words = sorted({word for name in names for word in name.split()})
     w = mini.bundles[dataset].text_projection.double()
-    edits = forget_each(mini, dataset, classes, ExactSettings())
-    changed = [w + edit.left @ edit.right for edit in edits]
+    changed = [w + edit.delta for edit in forget_each(mini, dataset, classes, ExactSettings())]
     for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
         gone = [gold for without, gold in golds if name in without]
         cases = [("forgotten", mini, changed[i]), ("untouched", mini, w)]
-        if len(classes) > 1:
-            cases += [("another is forgotten", mini, changed[i - 1])]
+        cases += [("another is forgotten", mini, changed[i - 1])] if len(classes) > 1 else []
         cases += [("never learnt", gold, gold.bundles[dataset].text_projection) for gold in gone]
-        if golds and not gone:
-            continue
-        for model, training, projection in cases:
+        for model, training, projection in cases if gone else ():
             for row in Attack(training, dataset, name, projection).rows(words):
                 yield {"data set": dataset, "class": name, "model": model} | row
 
@@ -157,14 +145,13 @@ def attacks(
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Look for forgotten classes by other words; returns the table."""
     parser = index_parser("attack", __doc__)
-    about = "folder of trainings of mini without some classes"
-    parser.add_argument("--gold", type=Path, metavar="FOLDER", help=about)
+    about = "folder of experiments gold, without --features"
+    parser.add_argument("--gold", type=Path, metavar="FOLDER", default=Path("gold"), help=about)
     parser.add_argument("--ridge", type=float, help="of bundles; default: that of ForgetExact")
     args = parser.parse_args(argv)
     if not args.features:
-        files = sorted(args.gold.glob("*.safetensors")) if args.gold else []
-        without = [json.loads(read_safetensors(file)[0].get("without", "[]")) for file in files]
-        golds = [(names, Mini(file)) for names, file in zip(without, files, strict=True) if names]
+        without = {f"{name}.safetensors": names for name, (_, names) in TRAININGS.items() if names}
+        golds = [(names, Mini(args.gold / file)) for file, names in without.items()]
         table = table_of("attack", args, partial(attacks, golds=golds))
         means = table.pivot_table("success", ["attack", "images"], "model", sort=False)
         print(means.to_string(float_format="{:.1f}".format))

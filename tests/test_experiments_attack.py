@@ -1,18 +1,18 @@
 """Attacks by other words: at hand in planted bundles, and searched out on `mini`."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from clip.bundle import bundle_path
 from datasets import mini
 from experiments import attack, hide
 from experiments.__main__ import cli
-from forgetting.io import read_safetensors
 from tests.audit_fixtures import planted
 from tests.conftest import BACKBONE, REPOSITORY
 
@@ -47,10 +47,11 @@ def test_texts_that_are_searched_out_on_mini(tmp_path, monkeypatch):
     monkeypatch.setattr(mini, "TEST_IMAGES", 6)
     for name, value in {"IMAGES": (2,), "STEPS": 30, "LISTED": 4}.items():
         monkeypatch.setattr(attack, name, value)
-    metadata, tensors = read_safetensors(REPOSITORY / "clip/mini.safetensors")
     names = ["digit two", "digit seven"]
-    save_file(tensors, "gold.safetensors", metadata | {"without": json.dumps(names)})
-    assert cli(["attack", "--gold", "."]) == 0
+    monkeypatch.setattr(attack, "TRAININGS", {"a": (0, names), "full": (1, [])})
+    Path("gold").mkdir()
+    shutil.copy(REPOSITORY / "clip/mini.safetensors", "gold/a.safetensors")
+    assert cli(["attack"]) == 0
     table = pd.read_csv("attack/attack.csv")
     assert set(table["class"]) == set(names)
     found = table.pivot_table("success", "attack", "model")
