@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 
 from engine.log import progress
-from experiments.hide import Index, index_parser, table_of
+from experiments.hide import Index, index_parser, report, table_of
 from forgetting.flag import SCALE, flag
 from forgetting.models.vocabulary import generic_names
 
@@ -28,12 +27,10 @@ def rows_of(
     index: Index, dataset: str, names: Sequence[str], scale: float
 ) -> Iterator[dict[str, Any]]:
     """Percent caught and false alarms of each class at each rate."""
-    vocabulary = index.vocabulary
-    every = index.embed(torch.cat([each.forget_hidden for each in index.bundles.values()]))
-    if index.encode:
-        vocabulary = index.embed(index.encode(generic_names()))
+    every = index.embed(index.bare)
+    vocabulary = index.embed(index.encode(generic_names())) if index.encode else index.vocabulary
     for name in progress(names, f"{dataset}: flags"):
-        label = index.first[dataset] + index.bundles[dataset].classnames.index(name)
+        label = index.label[dataset, name]
         own, own_set = index.labels == label, (index.set_of == index.set_of[label])[index.labels]
         others = (every @ every[label] < SAME)[index.labels] & ~own_set
         cases = {
@@ -60,9 +57,5 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--scale", type=float, default=SCALE, help="half of the logit scale")
     args = parser.parse_args(argv)
     table = table_of("flag", args, partial(rows_of, scale=args.scale))
-    groups = table.drop(columns="class").groupby(["images", "data set"], sort=False)
-    worst = [groups[k].agg("min" if "caught" in k else "max") for k in table.columns[3:]]
-    worst = pd.concat(worst, axis=1)
-    for title, part in {"Mean over classes": groups.mean(), "The worst class": worst}.items():
-        print(f"\n{title}, percent\n{part.to_string(float_format='{:.2f}'.format, na_rep='-')}")
+    report(table, ["images", "data set"])
     return table

@@ -4,16 +4,15 @@
     python -m experiments hide --draw FILE
 
 Each class is named alone. The images of all sets are searched together. Without --features they are
-those of the embedded `mini`; --draw shows one broad search of theirs. What each broader name takes
-in stands in broader.yaml. docs/search.md has the table, and `measure` says what its columns are.
+those of the embedded `mini`; --draw shows one broad search of theirs. docs/search.md has the table.
 """
 
 import random
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from yacs.config import CfgNode
 
 import datasets
 from clip.audit_texts import audit_rows, with_audit
-from clip.bundle import AUDIT_HIDDEN, FeatureBundle, load_bundles
+from clip.bundle import FeatureBundle, load_bundles
 from clip.cache import FeatureCache
 from clip.features import build_bundle
 from clip.retain import GENERIC, exact_context
@@ -46,13 +45,10 @@ from trainers.inputs import ALL, Plan, RunInputs
 BROADER: dict[str, list[str]] = read_yaml(Path(__file__).with_name("broader.yaml"))
 FALSE_ALARMS = 0.005  # of the flag
 SAME = 0.9999  # cosine from which a common name is the class's own
-FIRST = (10, 100)
-PRINTED = (
-    *("left", "words", "own", "own 100", "broader 10", "broader 100", "broader"),
-    *("rest", "others", "searches", "similar", "mean"),
-)
+FIRST = 100  # images of a broader search
 PICTURE = ("MiniShapes", "purple heart", "purple shape")  # of --draw: set, class, query
 SHOWN = 12  # images of a row
+WIDTH = 120  # of a printed line
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
@@ -74,14 +70,17 @@ class Index:
 
     def __init__(self, bundles: dict[str, FeatureBundle], encode: Encode | None = None) -> None:
         self.bundles, self.encode, every = bundles, encode, list(bundles.values())
-        counts = torch.tensor([len(bundle.classnames) for bundle in every])
-        first = counts.cumsum(0) - counts
-        self.first = dict(zip(bundles, first.tolist(), strict=True))  # class of each set
-        self.names = [datasets.clean_name(name) for each in every for name in each.classnames]
-        self.set_of = torch.arange(len(every)).repeat_interleave(counts)  # (C,)
-        self.labels = torch.cat([b.labels + i for b, i in zip(every, first, strict=True)])  # (N,)
+        pairs = [(dataset, name) for dataset, each in bundles.items() for name in each.classnames]
+        self.label = {pair: number for number, pair in enumerate(pairs)}
+        self.sets, names = zip(*pairs, strict=True)
+        self.names = list(map(datasets.clean_name, names))
+        self.set_of = torch.tensor(list(map(list(bundles).index, self.sets)))  # (C,)
+        self.labels = torch.cat(
+            [each.labels + self.label[name, each.classnames[0]] for name, each in bundles.items()]
+        )  # (N,)
         self.images = unit(torch.cat([bundle.image_features for bundle in every]))  # (N, d)
         self.prompts = torch.cat([bundle.class_hidden for bundle in every])  # (C, w)
+        self.bare = torch.cat([bundle.forget_hidden for bundle in every])  # (C, w)
         retained = [each.retain_hidden for each in every if each.retain_names] or [self.prompts]
         self.vocabulary = self.embed(torch.cat(retained).unique(dim=0))  # (m, d)
         self.plain = Search(self.images, self.embed, torch.zeros(len(self.labels)).bool())
@@ -103,14 +102,14 @@ class Index:
     @cached_property
     def broader(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Broader name -> hidden state (1, w), and which classes it takes in, (C,), two or more."""
-        sets, known, found = list(self.bundles), {}, {}
+        known, found = {}, {}
         for bundle in self.bundles.values():
             known |= zip(bundle.retain_names, bundle.retain_hidden[:, None], strict=True)
         for name, members in BROADER.items():
             hidden = self.encode([name]) if self.encode else known.get(name)
             is_in = [
-                word in members or name in word.split() or sets[number] in members
-                for word, number in zip(self.names, self.set_of.tolist(), strict=True)
+                word in members or name in word.split() or dataset in members
+                for word, dataset in zip(self.names, self.sets, strict=True)
             ]
             if hidden is not None and sum(is_in) > 1:
                 found[name] = hidden, torch.tensor(is_in)
@@ -156,34 +155,30 @@ def of_embeddings(index: Index) -> Index:
     """The same in the space of embeddings: hidden states are unit-norm embeddings, W is I."""
 
     def embedded(bundle: FeatureBundle) -> FeatureBundle:
-        names = "class_hidden", "forget_hidden", "retain_hidden", "neutral_hidden"
-        rows = {name: index.embed(getattr(bundle, name)).float() for name in names}
-        extra = bundle.extra_tensors.items()
-        words = {key: index.embed(x).float() for key, x in extra if key == AUDIT_HIDDEN}
-        identity = torch.eye(bundle.image_features.shape[1])
-        changed = {"text_projection": identity, "text_bias": None, "extra_tensors": words}
-        return replace(bundle, **rows | changed)
+        tensors = bundle.tensors.items()
+        rows = {name: index.embed(x).float() for name, x in tensors if name.endswith("_hidden")}
+        words = {name: rows.pop(name) for name in bundle.extra_tensors if name in rows}
+        rows["text_projection"] = torch.eye(bundle.image_features.shape[1])
+        return replace(bundle, **rows, text_bias=None, extra_tensors=words)
 
     encode = index.encode and (lambda texts: index.embed(index.encode(texts)).float())
     return Index({name: embedded(bundle) for name, bundle in index.bundles.items()}, encode)
 
 
-def both_edits(
-    index: Index, dataset: str, classes: Sequence[str]
-) -> list[tuple[LowRankEdit, LowRankEdit]]:
-    """Of each class the edit of the text projection, and that in the space of embeddings."""
-    texts = forget_each(index, dataset, classes, ExactSettings())
-    vectors = forget_each(of_embeddings(index), dataset, classes, ExactSettings(**INDEX))
-    return list(zip(texts, vectors, strict=True))
+def in_both_spaces(
+    index: Index, dataset: str, classes: Sequence[str], settings: Mapping[str, Any] = {}
+) -> Iterator[tuple[Answer, Answer]]:
+    """Of each class the answer for the text projection, and that in the space of embeddings."""
+    spaces = (index, {}), (of_embeddings(index), INDEX)
+    both = [answers(x, dataset, classes, ExactSettings(**how | settings)) for x, how in spaces]
+    return zip(*both, strict=True)
 
 
-def ways(
-    index: Index, dataset: str, own: int, text: LowRankEdit, vectors: LowRankEdit
-) -> dict[str, Search]:
-    """The ways to hide the class `own` of a set, whose edits are given."""
-    x, plain, bundle = index.images, index.embed, index.bundles[dataset]
-    name = plain(bundle.forget_hidden[[own]])  # (1, d)
-    mean = unit(x[index.labels == index.first[dataset] + own].mean(dim=0, keepdim=True))  # (1, d)
+def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> dict[str, Search]:
+    """The ways to hide a class whose edits are given."""
+    x, plain, bundle = index.images, index.embed, next(iter(index.bundles.values()))
+    name = plain(index.bare[[label]])  # (1, d)
+    mean = unit(x[index.labels == label].mean(dim=0, keepdim=True))  # (1, d)
 
     def edited(hidden: Tensor) -> Tensor:
         hidden = hidden.double()
@@ -218,46 +213,40 @@ def ways(
 def measure(index: Index, label: int, words: Tensor, search: Search) -> dict[str, Any]:
     """What is found of a class and what the others lose: percent, points, numbers of images.
 
-    `left`: accuracy of its images; `words`, `worst word`: by other words (n, w); `rest`, `others`,
-    `searches`, `worst search` (of the class `harmed`): changes of accuracy in its set and the other
-    sets, and of the other classes' average precision; `similar`: average precision of searches by
-    its images; `mean`: its images that are nearest to its own mean; `own N`, `NAME N`: its images
-    among the first N of its search and of a broader name; `own`, `NAME`: average precision of its
-    images, and of the others that the broader name takes in.
+    `left`: accuracy of its images; `words`, `worst word`: by other words (n, w); `rest`,
+    `searches`, `worst search` (of the class `harmed`): changes of accuracy in its set, and of all
+    other classes' average precision; `similar`: average precision of searches by its images;
+    `mean`: its images that are nearest to its own mean; `NAME 100`: its images among the first of
+    the search for a broader name; `NAME`: average precision of the others that this takes in.
     """
-    mine, kept = index.labels == label, torch.arange(len(index.names)) != label
-    own_set, of_image = index.set_of == index.set_of[label], index.set_of[index.labels]
+    mine, own_set = index.labels == label, index.set_of == index.set_of[label]
     recognised, precision = index.found(search)
     gain = recognised.double() - index.before[0].double()  # (N,)
-    others = [gain[of_image == number].mean() for number in index.set_of[~own_set].unique()]
     change = precision - index.before[1]  # (C,)
     change[label] = torch.nan
     harmed = int(change.nan_to_num(0.0).argmin())
-    rivals = search.scores(search.query(index.prompts[kept & own_set]))[mine]  # (n_c, C')
-    under = search.scores(search.query(words))[mine] > rivals.amax(dim=1, keepdim=True)
-    found = under.double().mean(dim=0)  # (n,)
+    rivals = index.prompts[own_set & (torch.arange(len(own_set)) != label)]
+    rivals = search.scores(search.query(rivals))[mine].amax(dim=1, keepdim=True)  # (n_c, 1)
+    found = (search.scores(search.query(words))[mine] > rivals).double().mean(dim=0)  # (n,)
     row = {
         "left": recognised[mine].double().mean(),
         "words": found.mean(),
         "worst word": found.max() if len(words) else torch.nan,
         "rest": gain[own_set[index.labels] & ~mine].mean(),
-        "others": torch.stack(others).mean() if others else torch.nan,
         "searches": change.nanmean(),
         "worst search": change[harmed],
         "similar": similar(search, mine),
         "mean": nearest_mean(index, label, unit(search.images)),
     }
-    counts, searched = {}, {"own": (index.prompts[[label]], mine)}
+    row = {name: 100 * float(value) for name, value in row.items()}
     for name, (hidden, takes_in) in index.broader.items():
         if takes_in[label]:
-            searched[name] = hidden, takes_in[index.labels] & ~mine
-    for name, (hidden, wanted) in searched.items():
-        scores = search.scores(search.query(hidden))  # (N, 1)
-        row[name] = average_precision(scores, wanted[:, None])[0]
-        ranked = (mine & ~search.flagged)[scores[:, 0].argsort(descending=True, stable=True)]
-        counts |= {f"{name} {number}": int(ranked[:number].sum()) for number in FIRST}
-    row = {name: 100 * float(value) for name, value in row.items()}
-    return row | counts | {"harmed": index.names[harmed]}
+            scores = search.scores(search.query(hidden))  # (N, 1)
+            wanted = takes_in[index.labels] & ~mine
+            row[name] = 100 * float(average_precision(scores, wanted[:, None]))
+            first = scores[:, 0].argsort(descending=True, stable=True)[:FIRST]
+            row[f"{name} {FIRST}"] = int((mine & ~search.flagged)[first].sum())
+    return row | {"harmed": index.names[harmed]}
 
 
 def similar(search: Search, mine: Tensor) -> Tensor:
@@ -282,42 +271,31 @@ def nearest_mean(index: Index, label: int, images: Tensor) -> Tensor:
 
 def rows_of(index: Index, dataset: str, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What `measure` finds of each class under each of `ways`."""
-    bundle, edits = index.bundles[dataset], both_edits(index, dataset, classes)
-    words, none = audit_rows(bundle), bundle.forget_hidden[:0]
-    for name, pair in zip(progress(classes, f"{dataset}: searches"), edits, strict=True):
-        own = bundle.classnames.index(name)
+    bundle, both = index.bundles[dataset], in_both_spaces(index, dataset, classes)
+    words = audit_rows(with_audit(bundle, index.source) if isinstance(index, Mini) else bundle)
+    for name, (text, vectors) in zip(progress(classes, f"{dataset}: searches"), both, strict=True):
+        label, none = index.label[dataset, name], bundle.forget_hidden[:0]
         same = [row[None] for _, kind, row in words.get(name, ()) if kind != "hypernym"]
-        for way, search in ways(index, dataset, own, *pair).items():
-            found = measure(index, index.first[dataset] + own, torch.cat([none, *same]), search)
+        for way, search in ways(index, label, text.edit, vectors.edit).items():
+            found = measure(index, label, torch.cat([none, *same]), search)
             yield {"data set": dataset, "class": name, "way": way} | found
 
 
-def report(table: pd.DataFrame) -> None:
-    """Print means over the classes of each set, the worst of them, and every broader name."""
-    names = [name for name in BROADER if name in table]
-    for number in ("", " 10", " 100"):
-        table[f"broader{number}"] = table[[name + number for name in names]].mean(axis=1)
-    groups = table.groupby(["data set", "way"], sort=False)
-    means = groups.mean(numeric_only=True)
-    parts = {
-        "means": means[list(PRINTED)],
-        "most that is left": groups[["left", "worst word"]].max(),
-        "most that is lost": groups[["rest", "others", "worst search"]].min(),
-        "images of the class among the first 100": means[[f"{name} 100" for name in names]],
-    }
-    for title, part in parts.items():
-        print(f"\n{title}\n{part.to_string(float_format='{:.2f}'.format, na_rep='-')}")
+def report(table: pd.DataFrame, keys: Sequence[str]) -> None:
+    """Print the mean, the least and the most of every number over the rows that share `keys`."""
+    groups = table.groupby(list(keys), sort=False)
+    for how in ("mean", "min", "max"):
+        part = groups.agg(how, numeric_only=True)
+        print(f"\n{how} over classes")
+        print(part.to_string(float_format="{:.2f}".format, na_rep="-", line_width=WIDTH))
 
 
 class Mini(Index):
-    """The four sets in a training of `mini`, the embedded one without a file of `weights`; with
-    `words` those for its classes too."""
+    """The four sets in a training of `mini`, the embedded one without a file of `weights`."""
 
-    def __init__(self, weights: Path | None = None, words: bool = False) -> None:
+    def __init__(self, weights: Path | None = None) -> None:
         self.source = ClipSource("mini", weights)
         bundles = {name: build_bundle(name, self.source, "data") for name in MINI}
-        if words:
-            bundles = {name: with_audit(each, self.source) for name, each in bundles.items()}
         super().__init__(bundles, FeatureCache(self.source).texts)
 
 
@@ -335,15 +313,10 @@ def index_parser(name: str, description: str, features: bool = False) -> Parser:
     return parser
 
 
-def table_of(
-    name: str, args: Namespace, rows_of: Callable, embedded: Callable[[], Index] = Mini
-) -> pd.DataFrame:
+def table_of(name: str, args: Namespace, rows_of: Callable) -> pd.DataFrame:
     """What `rows_of` yields for some classes of each set of an index, also written to NAME.csv."""
-    if args.features:
-        index = Index(load_bundles(args.features, args.backbone, args.dataset))
-    else:
-        index = embedded()
-    rows = []
+    where, rows = (args.features, args.backbone, args.dataset), []
+    index = Index(load_bundles(*where)) if args.features else Mini()
     for dataset in args.dataset or index.bundles:
         names = index.bundles[dataset].classnames
         count = min(args.classes or len(names), len(names))
@@ -358,8 +331,8 @@ def table_of(
 def draw(index: Index, path: Path) -> None:
     """The first images of a broad search of mini's; those of the class to hide are framed."""
     dataset, name, query = PICTURE
-    own = index.bundles[dataset].classnames.index(name)
-    searches = ways(index, dataset, own, *both_edits(index, dataset, [name])[0])
+    ((text, vectors),) = in_both_spaces(index, dataset, [name])
+    searches = ways(index, index.label[dataset, name], text.edit, vectors.edit)
     items = [item for each in index.bundles for item in datasets.load(each, "data").test]
     rows = {
         "nothing": "Before",
@@ -389,6 +362,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame | None:
     args = parser.parse_args(argv)
     if args.draw:
         return draw(Mini(), args.draw)
-    table = table_of("hide", args, rows_of, partial(Mini, words=True))
-    report(table)
+    table = table_of("hide", args, rows_of)
+    names = [name for name in BROADER if name in table]
+    table["broader"] = table[names].mean(axis=1)
+    table[f"broader {FIRST}"] = table[[f"{name} {FIRST}" for name in names]].mean(axis=1)
+    report(table, ["data set", "way"])
     return table

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import clean_name
-from experiments.hide import Index, Mini, answers, index_parser, of_embeddings, table_of, unit
-from forgetting.context import INDEX, ExactSettings
+from experiments.hide import Index, Mini, in_both_spaces, index_parser, table_of, unit
 from forgetting.displacement import rounding_error
 from forgetting.io import need
 
@@ -116,9 +115,8 @@ def rows_of(
         ways |= dict.fromkeys((f"index in {way}", f"edited index in {way}"), (embed, store))
     untouched = {way: recognised(text(w), image(images)) for way, (text, image) in ways.items()}
     plain = recognised(embed(w), images).double()
-    spaces = (index, settings), (of_embeddings(index), INDEX | settings)
-    both = [answers(space, dataset, classes, ExactSettings(**each)) for space, each in spaces]
-    for name, text, vectors in zip(classes, *both, strict=True):
+    both = in_both_spaces(index, dataset, classes, settings)
+    for name, (text, vectors) in zip(classes, both, strict=True):
         own, edit, move = bundle.classnames.index(name), text.edit, vectors.edit
         mine = labels == own
         moved = unit(images + (images @ move.right.T) @ move.left.T)
