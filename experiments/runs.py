@@ -89,8 +89,9 @@ def runs_of(
     if not varied["datasets"]:
         raise ProblemError("a sweep needs a data set, such as --datasets MiniDigits")
     methods = methods_of(varied)
-    own = ["FORGET.PART", *(OPTIONS[name] for name in VARIED)]
+    own = [OPTIONS[name] for name in VARIED]
     own += [OPTIONS["forget"]] if varied["classes"] else []
+    own += ["FORGET.PART"] if parts > 1 else []
     for name, keys in [("", options), *methods.items()]:
         for key in own:
             if key in keys:
