@@ -2,8 +2,8 @@
 
     python -m experiments name --features DIR [--dataset SET] [--classes N|all] [--out name]
 
-Each class is forgotten alone, and among names that serve to hide it. Columns are what
-`experiments.requests.measure` returns, and the place of the class among up to 1,000 names by three
+Each class is forgotten alone, and among names that serve to hide it (name.yaml). Columns are those
+of `experiments.requests.measure`, and the place of the class among up to 1,000 names by three
 attackers: `known` and `alone` of `evaluation.audit.undo`, with the original and without it; and
 `moved`, who has it and asks which name moves most for its length.
 """
@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,25 +20,16 @@ import pandas as pd
 from torch.nn.functional import normalize
 
 import datasets
+from engine.config import read_yaml
 from engine.log import progress
 from evaluation.audit.case import AuditData, Case, Model
 from evaluation.audit.undo import Attacker, change
 from evaluation.zero_shot import ZeroShot
-from experiments.hide import Index, index_parser, table_of
+from experiments.hide import Index, index_parser, report, table_of
 from experiments.requests import make_trainer, measure, soft
 from forgetting.retain import key
 
-NARROW = "exact-target"  # of `experiments.requests`
-# Way -> method; which names are forgotten too, how many, and which part of their way they go.
-WAYS = {
-    "default": ("exact", "decoys", 0, 1.0),
-    "gold-like": (NARROW, "decoys", 0, 1.0),
-    **{f"{n} decoys": ("exact", "decoys", n, 1.0) for n in (1, 3, 10, 30, 100)},
-    **{f"gold-like, {n} decoys": (NARROW, "decoys", n, 1.0) for n in (10, 100)},
-    "30 decoys, half": ("exact", "decoys", 30, 0.5),
-    "10 neighbours": ("exact", "neighbours", 10, 1.0),
-    "10 neighbours, half": ("exact", "neighbours", 10, 0.5),
-}
+WAYS: dict[str, tuple[str, str, int, float]] = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def rows_of(
@@ -45,7 +37,8 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """A row for every class and way."""
     bundles = {dataset: index.bundles[dataset]} | index.bundles
-    trainers = {method: make_trainer(method, args, bundles) for method in ("exact", NARROW)}
+    methods = {method for method, *_ in WAYS.values()}
+    trainers = {method: make_trainer(method, args, bundles) for method in methods}
     own_set = ZeroShot(bundles[dataset])
     data = AuditData(bundles.pop(dataset), bundles)
     attacker = Attacker(data)
@@ -84,6 +77,5 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure, and print the means over classes; returns a row for every class and way."""
     args = index_parser("name", __doc__, features=True).parse_args(argv)
     table = table_of("name", args, partial(rows_of, args=args))
-    means = table.drop(columns="class").groupby(["data set", "way"], sort=False).mean()
-    print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
+    report(table, ["data set", "way"])
     return table

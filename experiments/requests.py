@@ -1,11 +1,10 @@
 """What one to a thousand forgotten classes cost, at once and request after request.
 
     python -m experiments requests --features DIR --dataset SET --unlisted SET
-        [--counts 1 5 10 50 100 300 1000] [--seeds 3] [--methods NAME NAME] [--draw FILE]
 
 The first classes of a random order are forgotten: at once; and one after another, each from the
 projection that the request before left. Instead of that ForgetExact composes what it forgot alone;
-beside it stands the sum of these changes. Methods are those of baselines.yaml, and `MENDED`.
+beside it stands the sum of these changes. Methods are those of baselines.yaml and requests.yaml.
 """
 
 from argparse import Namespace
@@ -25,11 +24,12 @@ import datasets
 import train
 from clip.bundle import FeatureBundle, load_bundles
 from engine.cli import COUNT
+from engine.config import read_yaml
 from engine.log import logger, progress
 from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import ZeroShot
 from experiments.baselines import METHODS
-from experiments.hide import Index, index_parser, table_of
+from experiments.hide import Index, index_parser, report, table_of
 from forgetting.compose import make_recipe, solve
 from forgetting.context import Answer, ForgetContext
 from forgetting.errors import ProblemError
@@ -40,17 +40,11 @@ from trainers.base import ForgetTrainer
 from trainers.methods import ForgetExact
 
 SOFT = 0.1  # of the mean diagonal of `M = H_f K^-1 H_f^T`
-BETA = {"trainer": "ForgetExact", "TRAINER.FORGETEXACT.MIN_MARGIN": 0}
-TARGET = BETA | {"TRAINER.FORGETEXACT.SPECIFIC_RIDGE": 0.05}
-MENDED = {
-    "exact": {"trainer": "ForgetExact"},
-    "exact-beta": BETA,  # never raised
-    "exact-target": TARGET,  # and less of what is common is removed
-    "exact-ridge": TARGET | {"TRAINER.FORGETEXACT.RIDGE": 1e-4},  # and unlisted names move less
-}
-NAMED = METHODS | MENDED  # name -> trainer, config keys
+# name -> trainer, config keys
+NAMED: dict[str, dict[str, Any]] = METHODS | read_yaml(Path(__file__).with_suffix(".yaml"))
 STYLES = ("-", "--", ":", "-.", (0, (6, 4)))  # of ways
-DRAWN = {"left": "left of the forgotten, %", "rest": "rest, points", "unlisted": "unlisted, points"}
+DRAWN = ("left", "rest", "unlisted")
+KEYS = ["data set", "method", "way", "count"]
 
 
 def gain(images: ZeroShot, edit: LowRankEdit, without: set[str]) -> float:
@@ -151,16 +145,17 @@ def rows_of(
             yield row | {"unlisted": gain(apart, edit, without)}
 
 
-def draw(means: pd.DataFrame, path: Path) -> None:
-    """Draw what is lost against the number of classes: a method has a colour, a way a style."""
-    colours = dict(zip(means.index.unique("method"), cycle(COLOURS), strict=False))
-    styles = dict(zip(means.index.unique("way"), STYLES, strict=False))
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Draw the means against the number of classes: a method has a colour, a way a style."""
+    means = table.groupby(KEYS, sort=False).mean()
+    colours = dict(zip(table["method"].unique(), cycle(COLOURS), strict=False))
+    styles = dict(zip(table["way"].unique(), STYLES, strict=False))
     with drawing(path, 12, 5.4) as figure:
-        for axis, (column, title) in zip(figure.subplots(1, 3), DRAWN.items(), strict=True):
+        for axis, column in zip(figure.subplots(1, 3), DRAWN, strict=True):
             for (_, method, way), line in means[column].unstack("count").iterrows():
                 look = {"color": colours[method], "linestyle": styles[way], "marker": "."}
                 axis.plot(line, label=f"{method}, {way}", **look)
-            axis.set(xscale="log", xlabel="classes forgotten", title=title)
+            axis.set(xscale="log", xlabel="classes forgotten", title=column)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     logger.info(f"picture: {path}")
 
@@ -180,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     if args.unlisted in (args.dataset or [args.unlisted]):
         raise ProblemError("--dataset: a set to forget from, other than --unlisted, is needed")
     table = table_of("requests", args, partial(rows_of, args=args))
-    means = table.groupby(["data set", "method", "way", "count"], sort=False).mean()
-    print(means.to_string(float_format="{:.2f}".format, na_rep="-"))
+    report(table, KEYS)
     if args.draw:
-        draw(means, args.draw)
+        draw(table, args.draw)
     return table
