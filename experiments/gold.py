@@ -9,8 +9,6 @@ its own: what is compared does not depend on it. docs/truth.md has the tables, a
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -76,7 +74,7 @@ DRAWN = {
 
 
 class Training(Mini):
-    """A training of `mini`, whose projection may be changed and whose list may lose names."""
+    """A training of `mini`, whose list may lose names."""
 
     removed: Sequence[str] = ()
 
@@ -92,13 +90,6 @@ class Training(Mini):
         noisy = (pictures + NOISE * noise).round().clamp(0, 255).byte()
         self.noisy = unit(self.source.encode_images(noisy))
         self.noisy_labels = self.labels[rows].repeat(DRAWS)
-
-    def changed(self, projection: Tensor, removed: Sequence[str] = ()) -> "Training":
-        """The same with another text projection (w, d), and without some names."""
-        model = copy(self)
-        model.bundles = {k: replace(b, text_projection=projection) for k, b in self.bundles.items()}
-        model.removed = removed
-        return model
 
     def logits(self, images: Tensor, labels: Tensor, without: Sequence[str] = ()) -> Tensor:
         """(n, C) of images (n, d) with the names of their set; -inf for others, and `without`."""
@@ -123,8 +114,7 @@ def beside(full: Training, label: int) -> dict[str, Tensor]:
 def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is measured of a model around a class: numbers; of many images the probabilities (n, C)
     of the names of their set; and predictions (n,)."""
-    name, number = model.names[label], int(model.set_of[label])
-    dataset = model.sets[label]
+    name, dataset, number = model.names[label], model.sets[label], int(model.set_of[label])
     bundle = model.bundles[dataset]
     gone = next(names for names in GROUPS.values() if name in names)
     logits = model.logits(model.images, model.labels, [each for each in gone if each != name])
@@ -228,8 +218,8 @@ def forgotten(out: Path, methods: Sequence[str], full: Training) -> dict[str, di
     for run in runs:
         for name in run.labels:
             adapter = load_adapter(Results(run.folder).path(run.keys[-1], name))
-            projection = adapter.changed(full.source.projection, torch.float64)
-            model = full.changed(projection, adapter.solver.get("removed_names", ()))
+            model = full.changed(adapter.changed(full.source.projection, torch.float64))
+            model.removed = adapter.solver.get("removed_names", ())
             found[name][run.keys[1]] = model
     return found
 
@@ -246,13 +236,12 @@ def from_text(full: Training, truth: Mapping[str, float]) -> pd.DataFrame:
         others = {key: row for key, row in retained.items() if datasets.key(key) not in same}
         x, h = torch.stack(list(others.values())), retained[name][None]  # (m, w), (1, w)
         ridge = Ridge(x, RIDGE * len(x) * float(x.square().mean()))
-        owner, excluded = torch.zeros(1).long(), torch.zeros(1, len(x)).bool()
-        each = torch.arange(len(x))  # as if it were not retained
-        ratios = displacement_ratios(ridge, h, torch.ones(1, 1), owner, excluded, each)
-        holds = [[word in key.split() for key in others] for word in name.split()]
-        centre = x.mean(dim=0)
-        known = (x[torch.tensor(rows)].mean(dim=0) - centre for rows in holds if any(rows))
-        parts = sum(known, 0 * centre)
+        how = torch.zeros(1).long(), torch.zeros(1, len(x)).bool(), torch.arange(len(x))
+        ratios = displacement_ratios(ridge, h, torch.ones(1, 1), *how)  # each as if not retained
+        centre, parts = x.mean(dim=0), torch.zeros(x.shape[1])
+        for word in name.split():
+            if any(rows := [word in key.split() for key in others]):
+                parts = parts + x[rows].mean(dim=0) - centre
         scores = {
             "sum of its parts": float(unit(parts[None])[0] @ unit(h - centre)[0]),
             "explained": 1 - float(ridge.mu * ridge.solve(h).norm() / h.norm()),

@@ -11,10 +11,11 @@ import random
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import torch
@@ -48,7 +49,6 @@ SAME = 0.9999  # cosine from which a common name is the class's own
 FIRST = 100  # images of a broader search
 PICTURE = ("MiniShapes", "purple heart", "purple shape")  # of --draw: set, class, query
 SHOWN = 12  # images of a row
-WIDTH = 120  # of a printed line
 Encode = Callable[[list[str]], Tensor]  # n texts -> hidden states (n, w)
 
 
@@ -89,6 +89,12 @@ class Index:
     def embed(self, hidden: Tensor) -> Tensor:
         """Unit-norm embeddings (n, d) of hidden states (n, w)."""
         return unit(next(iter(self.bundles.values())).embed(hidden.double()))
+
+    def changed(self, projection: Tensor) -> Self:
+        """The same with another text projection (w, d), by which texts are embedded."""
+        index = copy(self)
+        index.bundles = {k: replace(b, text_projection=projection) for k, b in self.bundles.items()}
+        return index
 
     def found(self, search: Search) -> tuple[Tensor, Tensor]:
         """Whether each image is recognised in its own set, (N,), and each class's average precision
@@ -176,13 +182,10 @@ def in_both_spaces(
 
 def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> dict[str, Search]:
     """The ways to hide a class whose edits are given."""
-    x, plain, bundle = index.images, index.embed, next(iter(index.bundles.values()))
+    x, plain = index.images, index.embed
+    w = index.bundles[index.sets[label]].text_projection.double()  # (w, d)
     name = plain(index.bare[[label]])  # (1, d)
     mean = unit(x[index.labels == label].mean(dim=0, keepdim=True))  # (1, d)
-
-    def edited(hidden: Tensor) -> Tensor:
-        hidden = hidden.double()
-        return unit(bundle.embed(hidden) + (hidden @ text.left) @ text.right)
 
     def moved(left: Tensor, right: Tensor) -> Tensor:
         return x + (x @ right.T) @ left.T  # (N, d) @ (d, r) @ (r, d)
@@ -190,8 +193,8 @@ def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> d
     def without(direction: Tensor) -> Tensor:
         return unit(x - (x @ direction.T) @ direction)
 
-    hidden = moved(vectors.left, vectors.right)
-    inverse = torch.linalg.pinv(bundle.text_projection.double()) @ text.left  # (d, r)
+    edited, hidden = index.changed(w + text.delta).embed, moved(vectors.left, vectors.right)
+    inverse = torch.linalg.pinv(w) @ text.left  # (d, r)
     common = index.vocabulary[(index.vocabulary @ name.T)[:, 0] < SAME]
     with warnings.catch_warnings(action="ignore"):  # of a rate that is measured here
         flags = flag(x, name[0], common, FALSE_ALARMS)[1]
@@ -287,7 +290,7 @@ def report(table: pd.DataFrame, keys: Sequence[str]) -> None:
     for how in ("mean", "min", "max"):
         part = groups.agg(how, numeric_only=True)
         print(f"\n{how} over classes")
-        print(part.to_string(float_format="{:.2f}".format, na_rep="-", line_width=WIDTH))
+        print(part.to_string(float_format="{:.2f}".format, na_rep="-", line_width=120))
 
 
 class Mini(Index):

@@ -36,10 +36,8 @@ def test_by_the_command_line(tmp_path, monkeypatch, capsys):
     assert list(table["way"].unique()) == ways and set(table["class"]) == set(gold.LEFT_OUT)
     assert set(table[table["way"] == gold.ALONE]["class"]) == {"digit two"}
     of_two = table[(table["way"] == "gold") & (table["group"] != gold.STILL)]
-    ratios = of_two.groupby("measure")["ratio"].mean().dropna()
-    assert len(ratios) > 10 and ratios.to_numpy() == pytest.approx(1)
+    assert of_two.groupby("measure")["ratio"].mean().dropna().to_numpy() == pytest.approx(1)
     assert Path("gold/truth.png").stat().st_size
-    assert {path.stem for path in Path("gold").glob("*.safetensors")} == set(few)
     Path("gold/b-1.safetensors").unlink()
     made, main = [], train_mini.main
     monkeypatch.setattr(train_mini, "main", lambda argv: made.append(argv) or main(argv))
@@ -80,7 +78,9 @@ def test_a_profile_by_hand(toy):
     assert [len(before[x]) for x in ("own", "siblings", "rest", "others")] == [12, 36, 60, 36]
     assert not before["others"][:, 7].any()  # left out together: neither image nor name
     assert not before["own"][:, 6:].any()  # names of the other set
-    after = gold.profile(toy.changed(projection, ["red cat"]), 0, near)
+    off = toy.changed(projection)
+    off.removed = ["red cat"]
+    after = gold.profile(off, 0, near)
     assert after["own probability"] == 0 and after["name"] == before["name"]
     assert gold.distance(after["others"], before["others"]) == 0
     text = toy.prompts[:1].double()
