@@ -4,9 +4,8 @@
     python -m experiments attack --gold FOLDER [--dataset SET] [--classes N|all]
 
 Each class is forgotten alone. Of bundles their own other words look for its images. On the embedded
-`mini` an attacker has K images of the class, and searches for a text that finds them, by the
-gradient of token embeddings or word by word; then it looks for the others. FOLDER: of `experiments
-gold`; the table has the classes that it trained `mini` without.
+`mini` an attacker has K images of the class and searches for a text that finds the others, by the
+gradient of token embeddings or word by word. FOLDER: of `experiments gold`, whose classes it takes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from torch.nn.functional import normalize, softplus
 from clip.audit_texts import audit_rows
 from engine.log import progress
 from experiments.gold import TRAININGS
-from experiments.hide import Index, Mini, forget_each, index_parser, table_of, unit
+from experiments.hide import Index, Mini, forget_each, index_parser, report, table_of, unit
 from forgetting.context import ExactSettings
 from forgetting.displacement import displacement_along
 from forgetting.models.vocabulary import generic_names
@@ -68,13 +67,12 @@ class Attack:
 
     def __init__(self, mini: Mini, dataset: str, name: str, projection: Tensor) -> None:
         bundle = mini.bundles[dataset]
-        own = bundle.classnames.index(name)
+        own = torch.arange(len(bundle.classnames)) == bundle.classnames.index(name)  # (C,)
         self.model, self.projection = deepcopy(mini.source.model), projection.float()
         self.model.text_projection = None  # it gives hidden states
         self.tokenize = mini.source.architecture.tokenizer()
-        self.images = normalize(bundle.image_features[bundle.labels == own], dim=1)  # (n, d)
-        self.name = bundle.forget_hidden[[own]]  # (1, w)
-        others = bundle.class_hidden[torch.arange(len(bundle.classnames)) != own]
+        self.images = normalize(bundle.image_features[own[bundle.labels]], dim=1)  # (n, d)
+        self.name, others = bundle.forget_hidden[own], bundle.class_hidden[~own]
         self.rivals = self.cosines(others).amax(dim=0)  # (n,)
 
     def cosines(self, hidden: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ class Attack:
         ):
             for _ in range(STEPS):
                 optimiser.zero_grad()
-                self.losses(self.model.encode_text(tokens), known).sum().backward()
+                self.losses(self.model.encode_text(tokens), known).backward()
                 optimiser.step()
             return self.model.encode_text(tokens).detach()
 
@@ -153,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         without = {f"{name}.safetensors": names for name, (_, names) in TRAININGS.items() if names}
         golds = [(names, Mini(args.gold / file)) for file, names in without.items()]
         table = table_of("attack", args, partial(attacks, golds=golds))
-        means = table.pivot_table("success", ["attack", "images"], "model", sort=False)
-        print(means.to_string(float_format="{:.1f}".format))
+        report(table, ["attack", "images", "model"])
         return table
     table = table_of("attack", args, partial(words_at_hand, ridge=args.ridge))
     for kind, rows in table[table["before"] > 0].groupby("kind"):

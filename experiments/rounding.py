@@ -1,7 +1,6 @@
 """What rounding does to a forgotten class: whether it comes back, and whether text alone can tell.
 
-    python -m experiments rounding [--features DIR] [--dataset SET] [--classes N|all]
-        [--target TARGET] [--margin X] [--out rounding]
+    python -m experiments rounding [--features DIR] [--dataset SET] [--classes N|all] [--control]
 
 Each class is forgotten alone. Then the projection is rounded, or an index of images, or (without
 --features) the whole text tower of the embedded `mini`.
@@ -73,13 +72,12 @@ def encode(way: str, model: nn.Module, tokens: Tensor, projection: Tensor) -> Te
 def stores(images: Tensor) -> dict[str, Change]:
     """Name -> what an index that was made for images (N, d) keeps of any (n, d)."""
     d = images.shape[1]
-    quantiser = need("faiss", "faiss-cpu").ProductQuantizer(d, d // PER_BYTE, 8)
-    quantiser.train(images.float().numpy())
-
-    def product(x: Tensor) -> Tensor:
-        return torch.from_numpy(quantiser.decode(quantiser.compute_codes(x.float().numpy())))
-
-    return {"int8": partial(to_levels, most=127, of=images), "PQ": product}
+    product = need("faiss", "faiss-cpu").ProductQuantizer(d, d // PER_BYTE, 8)
+    product.train(images.float().numpy())
+    return {
+        "int8": partial(to_levels, most=127, of=images),
+        "PQ": lambda x: torch.from_numpy(product.decode(product.compute_codes(x.float().numpy()))),
+    }
 
 
 def percent(values: Tensor) -> float:
@@ -107,9 +105,8 @@ def rows_of(
         for name, f in FORMATS.items()
     }
     if isinstance(index, Mini):
-        names, model = map(clean_name, bundle.classnames), index.source.model
-        prompts = [bundle.template.format(name) for name in names]
-        tokens = index.source.architecture.tokenizer()(prompts)
+        prompts = [bundle.template.format(clean_name(name)) for name in bundle.classnames]
+        tokens, model = index.source.architecture.tokenizer()(prompts), index.source.model
         for way in TOWERS:
             ways[f"model in {way}"] = partial(encode, way, model, tokens), Tensor.clone
     for way, store in stores(index.images).items():
@@ -145,11 +142,9 @@ def rows_of(
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Round what is forgotten in every way; returns the table."""
     parser = index_parser("rounding", __doc__)
-    parser.add_argument("--target", default="specific", help="where a text is sent")
-    about = "beta is raised until the margin is so many times the gap before"
-    parser.add_argument("--margin", type=float, default=1.0, help=about)
+    parser.add_argument("--control", action="store_true", help="beta 0: little is left of a text")
     args = parser.parse_args(argv)
-    settings = {"target": args.target, "min_margin": args.margin}
+    settings = {"target": "opposite", "min_margin": 0.0} if args.control else {}
     table = table_of("rounding", args, partial(rows_of, settings=settings))
     worst = table["margin after"].where(table["back"]).groupby(table["way"]).transform("max")
     table["suspects"] = table["margin after"] <= worst
