@@ -46,11 +46,11 @@ def words_at_hand(
     for name, edit in zip(classes, edits, strict=True):
         own = bundle.classnames.index(name)
         images = unit(bundle.image_features[bundle.labels == own])  # (n, d)
-        names = bundle.class_hidden.double().clone()  # (C, w)
+        changed = index.changed(bundle.text_projection.double() + edit.delta)
+        names = bundle.class_hidden.clone()  # (C, w)
         for text, kind, state in words[name]:
             names[own] = state  # the text is in the place of the name
-            before = bundle.embed(names)  # (C, d)
-            both = unit(before), unit(before + (names @ edit.left) @ edit.right)
+            both = index.embed(names), changed.embed(names)
             found = [((images @ x.T).argmax(dim=1) == own).double().mean() for x in both]
             cosines = both[1] @ both[0][own]  # (C,)
             others = cosines.index_fill(0, torch.tensor(own), -1.0)
@@ -63,12 +63,12 @@ def words_at_hand(
 
 
 class Attack:
-    """On images of a class, in a model with a projection (w, d)."""
+    """On images of a class."""
 
-    def __init__(self, mini: Mini, dataset: str, name: str, projection: Tensor) -> None:
+    def __init__(self, mini: Mini, dataset: str, name: str) -> None:
         bundle = mini.bundles[dataset]
         own = torch.arange(len(bundle.classnames)) == bundle.classnames.index(name)  # (C,)
-        self.model, self.projection = deepcopy(mini.source.model), projection.float()
+        self.model, self.projection = deepcopy(mini.source.model), bundle.text_projection.float()
         self.model.text_projection = None  # it gives hidden states
         self.tokenize = mini.source.architecture.tokenizer()
         self.images = normalize(bundle.image_features[own[bundle.labels]], dim=1)  # (n, d)
@@ -129,14 +129,14 @@ def attacks(
     names += [name for bundle in mini.bundles.values() for name in bundle.retain_names]
     words = sorted({word for name in names for word in name.split()})
     w = mini.bundles[dataset].text_projection.double()
-    changed = [w + edit.delta for edit in forget_each(mini, dataset, classes, ExactSettings())]
+    edits = forget_each(mini, dataset, classes, ExactSettings())
+    changed = [mini.changed(w + edit.delta) for edit in edits]
     for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
-        gone = [gold for without, gold in golds if name in without]
-        cases = [("forgotten", mini, changed[i]), ("untouched", mini, w)]
-        cases += [("another is forgotten", mini, changed[i - 1])] if len(classes) > 1 else []
-        cases += [("never learnt", gold, gold.bundles[dataset].text_projection) for gold in gone]
-        for model, training, projection in cases if gone else ():
-            for row in Attack(training, dataset, name, projection).rows(words):
+        gone = [("never learnt", gold) for without, gold in golds if name in without]
+        cases = [("forgotten", changed[i]), ("untouched", mini)]
+        cases += [("another is forgotten", changed[i - 1])] if len(classes) > 1 else []
+        for model, training in cases + gone if gone else ():
+            for row in Attack(training, dataset, name).rows(words):
                 yield {"data set": dataset, "class": name, "model": model} | row
 
 

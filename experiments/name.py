@@ -2,10 +2,9 @@
 
     python -m experiments name --features DIR [--dataset SET] [--classes N|all] [--out name]
 
-Each class is forgotten alone, and among names that serve to hide it (name.yaml). Columns are those
-of `experiments.requests.measure`, and the place of the class among up to 1,000 names by three
-attackers: `known` and `alone` of `evaluation.audit.undo`, with the original and without it; and
-`moved`, who has it and asks which name moves most for its length.
+Each class is forgotten alone, and among names that serve to hide it (name.yaml). `known`, `alone`
+(of `evaluation.audit.undo`) and `moved` (who looks for the name that moves most for its length) are
+its places among up to 1,000 names; other columns are those of `experiments.requests.measure`.
 """
 
 from argparse import Namespace

@@ -2,9 +2,9 @@
 
     python -m experiments requests --features DIR --dataset SET --unlisted SET
 
-The first classes of a random order are forgotten: at once; and one after another, each from the
-projection that the request before left. Instead of that ForgetExact composes what it forgot alone;
-beside it stands the sum of these changes. Methods are those of baselines.yaml and requests.yaml.
+The first classes of a random order are forgotten at once, and one after another from the projection
+that the request before left; ForgetExact composes what it forgot alone, or adds it, instead.
+Methods are those of baselines.yaml and requests.yaml.
 """
 
 from argparse import Namespace
@@ -75,10 +75,8 @@ def make_trainer(
 
 
 def soft(context: ForgetContext, answer: Answer) -> LowRankEdit:
-    """The same request where several texts need not go all of their way: with `rho I` beside M.
-
-    `rho` is `SOFT (1 - 1 / k)` of M's mean diagonal: one text goes all of its way. The directions
-    that many texts share with what is retained, in which M is small, cost most; those are left."""
+    """The same request with `rho I` beside M, rho = SOFT (1 - 1 / k) of its mean diagonal: several
+    texts go less far in directions that they share with what is retained, in which M is small."""
     h, excluded = answer.request.hidden.double(), answer.excluded.any(dim=0)
     owner = torch.zeros(len(h), dtype=torch.int64)
     ((_, _, (base,), _),) = request_batches(context.ridge, h, owner, excluded[None])  # H_f K^-1
@@ -144,8 +142,8 @@ def rows_of(
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure, and print the means over seeds; returns the table."""
     parser = index_parser("requests", __doc__, features=True)
-    about = "a set whose names are not retained"
-    parser.add_argument("--unlisted", metavar="SET", required=True, help=about)
+    how = {"metavar": "SET", "required": True}
+    parser.add_argument("--unlisted", help="a set whose names are not retained", **how)
     how = {"type": COUNT, "default": (1, 5, 10, 50, 100, 300, 1000), "nargs": "+"}
     parser.add_argument("--counts", help="numbers of classes, at most all but one", **how)
     parser.add_argument("--seeds", type=COUNT, default=3, help="random orders of the classes")

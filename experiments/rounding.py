@@ -8,7 +8,6 @@ Each class is forgotten alone. Then the projection is rounded, or an index of im
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,11 +89,11 @@ def rows_of(
     """A row for each class and way: percent of its images that are found, points that rounding
     changes for the other classes of its set, and what text says; docs/truth.md has the columns."""
     bundle = index.bundles[dataset]
-    w, hidden = bundle.text_projection.double(), bundle.class_hidden.double()
-    images, labels = unit(bundle.image_features), bundle.labels
+    w, labels = bundle.text_projection.double(), bundle.labels
+    images = unit(bundle.image_features)
 
     def embed(projection: Tensor) -> Tensor:
-        return replace(bundle, text_projection=projection).embed(hidden)  # (C, d)
+        return index.changed(projection).embed(bundle.class_hidden)  # (C, d)
 
     def recognised(texts: Tensor, images: Tensor) -> Tensor:
         return (unit(images).float() @ unit(texts).float().T).argmax(dim=1) == labels  # (N,)
@@ -126,7 +125,7 @@ def rows_of(
             was, found = recognised(*exact), recognised(*after)
             margin = (vectors if is_edited else text).margins[0]
             error = max(map(rounding_error, exact, after))
-            near = unit(after[0]) @ unit(embed(w))[own]  # (C,)
+            near = unit(after[0]) @ embed(w)[own]  # (C,)
             margin_after = float((near[others] - near[own]).max())
             yield {
                 **{"data set": dataset, "class": name, "way": way},
