@@ -58,6 +58,7 @@ def test_one_after_another_starts_from_what_the_request_before_left(sets):
     alone = trainer.solve(Batch(trainer.requests([["cat"], ["Dog"]])))
     *_, (way, count, edit) = requests.edits_of(trainer, ["cat", "Dog"], [1, 2])
     assert (way, count) == (ONE, 2)
+    assert trainer.bundle.text_projection is trainer.projection  # of which targets are made
     text, w = own.forget_hidden[1].double(), own.text_projection.double()
     assert (text @ (w + edit.delta)).norm() < 1e-3
     assert (text @ (w + requests.summed(alone).delta)).norm() > 0.1
