@@ -36,8 +36,8 @@ MAX_ADDED = 3  # paraphrases of a class that are forgotten too: each harms the o
 ROUNDS = 8  # times that a request is solved again, at most
 NOTED = 3  # affected names in a note
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps by which a target goes further
-LISTED = {"vocabulary": 0.03, "ridge": 1e-6}  # where other sets' names are retained
-ALONE = {"vocabulary": 0.5}  # where they are not, and the ridge is chosen
+LISTED = {"vocabulary": 0.03, "max_displacement": 0.045}  # where other sets' names are retained
+ALONE = {"vocabulary": 0.5, "max_displacement": 0.1}  # where they are not
 # For an index of images. Texts that are searched by do not get their length back, as an edited text
 # encoder gives it to them: retained names must move less, and less of what is common is removed.
 INDEX = {"specific_ridge": 0.05, "ridge": 3e-4}
@@ -65,16 +65,12 @@ class ExactSettings:
     others: float = setting(0.1, "weight of the other sets' classes", 0, 1e6)
     protect: float = setting(0.1, "weight of the protected names, as a group", above=0, high=1e6)
     ridge: float | None = setting(
-        None,
-        "in mean squared lengths of a hidden state; none: 1e-6 beside names of other sets, else "
-        "chosen from the names",
-        1e-12,
-        1e6,
+        None, "in mean squared lengths of a hidden state; none: chosen from the names", 1e-12, 1e6
     )
-    max_displacement: float = setting(
-        0.1,
-        "how far a ridge that is chosen lets retained names move, in distances to their nearest "
-        "neighbour",
+    max_displacement: float | None = setting(
+        None,
+        "how far the ridge lets retained names move, in distances to their nearest neighbour; "
+        "none: 0.045 beside names of other sets, else 0.1",
         1e-12,
         1e6,
     )

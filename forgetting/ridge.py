@@ -1,14 +1,18 @@
 """Which ridge: one number for a retain set, chosen from text alone.
 
 A small ridge moves the listed names little and names that nobody listed far; a large one the other
-way round. Where the names of other sets are listed, the smallest is best (`ExactSettings.chosen`).
-Elsewhere it is the largest of a grid at which listed names move no farther than a limit.
+way round. Some texts stand, one after the other, for what is forgotten. For every ridge of a grid
 
-Some texts stand, one after the other, for what is forgotten. A listed name moves by its
-displacement ratio times the length of the forgotten embedding, in units of the distance from its
-embedding to the nearest other of its group, so that one limit serves different animals and similar
-cars. Of a group the root mean square counts, averaged with that at the smallest ridge: names that
-move far even there allow no larger one.
+- a listed name moves by its displacement ratio times the length of the forgotten embedding, in
+  units of the distance from its embedding to the nearest other of its group, so that one limit
+  serves unlike animals and similar cars;
+- how far unlisted names would move is estimated from the listed ones, each left out in turn
+  (`forgetting.displacement.displacement_ratios`).
+
+The largest ridge is taken at which the mean displacement of every group with
+`limit_displacement`, averaged with that at the smallest ridge, stays below the limit. If unlisted
+names would then move more than `TOLERATED`, the ridge is no smaller than the smallest one that is
+within 10 % of the best for them.
 """
 
 import torch
@@ -22,6 +26,10 @@ RIDGES = [10 ** (step / 4) for step in range(-24, -3)]  # 1e-6 to 0.1, in mean s
 BLOCK = 2048  # names that are compared with all others of their group at once
 MOST_NAMES = 1024  # names of a group that are looked at
 MOST_TEXTS = 128  # texts that stand for what is forgotten
+SLACK = 1.5  # times the displacement at the smallest ridge is accepted
+MOST_SLACK = 0.1  # displacement that SLACK may lead to
+TOLERATED = 0.15  # displacement ratio of unlisted names
+NEAR_BEST = 1.1  # times the least ratio of unlisted names is as good
 
 
 def choose_ridge(
@@ -49,21 +57,41 @@ def choose_ridge(
     lengths = (embeddings if bias is None else embeddings + bias.to(w)).norm(dim=1)  # (C,)
 
     some = (_sample(retain).to(excluded.device) | excluded.any(dim=0)).nonzero()[:, 0]
+    position = torch.zeros(len(retain.names), dtype=torch.int64, device=some.device)
+    position[some] = torch.arange(len(some), device=some.device)  # of the names looked at
     names = retain.rows[some], retain.name_weights[some], retain.root
+    variant_of = position[retain.variant_of[some]]
     of_texts = texts, texts.new_ones(len(texts), 1), torch.arange(len(texts)), excluded[:, some]
+
+    def ratios(ridge: float, variant_of: Tensor | None = None) -> Tensor:
+        """(C, n); NaN of names that are excluded or not looked at."""
+        of_names = Ridge(names[0], ridge * retain.squared_length, *names[1:])
+        values = torch.full_like(excluded, torch.nan, dtype=torch.float64)
+        values[:, some] = displacement_ratios(of_names, *of_texts, variant_of)
+        return values.masked_fill(excluded, torch.nan)
+
     units = lengths[:, None] / _nearest_distances(retain, w, some)  # (C, n)
     limited = [name for name, group in retain.groups.items() if group.limit_displacement]
 
     def displacement(ridge: float) -> float:
         """That of the group that moves most of those that are limited."""
-        of_names = Ridge(names[0], ridge * retain.squared_length, *names[1:])
-        ratios = torch.full_like(excluded, torch.nan, dtype=torch.float64)  # (C, n)
-        ratios[:, some] = displacement_ratios(of_names, *of_texts)
-        groups = retain.rms_and_max(ratios.masked_fill(excluded, torch.nan) * units)
+        groups = retain.rms_and_max(ratios(ridge) * units)
         return max((float(groups[name][0].mean()) for name in limited), default=0.0)
 
-    limit = 2 * limit - displacement(RIDGES[0])
-    return next((ridge for ridge in RIDGES[::-1] if displacement(ridge) <= limit), RIDGES[0])
+    def unlisted(ridge: float) -> float:
+        groups = retain.rms_and_max(ratios(ridge, variant_of)).values()
+        return (sum(float(rms.square().mean()) for rms, _ in groups) / len(groups)) ** 0.5
+
+    displacements = [displacement(ridge) for ridge in RIDGES]
+    least = displacements[0]
+    limit = max(2 * limit - least, min(SLACK * least, MOST_SLACK))
+    largest = max((i for i, moved in enumerate(displacements) if moved <= limit), default=0)
+    if unlisted(RIDGES[largest]) <= TOLERATED:
+        return RIDGES[largest]
+    estimates = [unlisted(ridge) for ridge in RIDGES]
+    good = max(TOLERATED, NEAR_BEST * min(estimates))
+    smallest = next(i for i, estimate in enumerate(estimates) if estimate <= good)
+    return RIDGES[max(largest, smallest)]
 
 
 def _sample(retain: RetainSet) -> Tensor:

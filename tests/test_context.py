@@ -278,13 +278,13 @@ def test_what_a_report_says():
 
 
 def test_defaults_depend_on_whether_other_sets_are_listed():
-    def chosen(listed: bool, **changes) -> tuple[float | None, float | None]:
+    def chosen(listed: bool, **changes) -> tuple[float, float]:
         settings = ExactSettings(**changes).chosen(listed)
-        return settings.vocabulary, settings.ridge
+        return settings.vocabulary, settings.max_displacement
 
-    assert chosen(True) == (0.03, 1e-6) and chosen(False) == (0.5, None)
-    assert chosen(True, others=0.0) == (0.5, None)
-    assert chosen(True, vocabulary=0.2, ridge=0.3) == (0.2, 0.3)
+    assert chosen(True) == (0.03, 0.045) and chosen(False) == (0.5, 0.1)
+    assert chosen(True, others=0.0) == (0.5, 0.1)
+    assert chosen(True, vocabulary=0.2, max_displacement=0.3) == (0.2, 0.3)
 
 
 def test_a_generic_vocabulary_takes_part_of_the_vocabularys_weight():

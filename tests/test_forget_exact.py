@@ -50,7 +50,7 @@ def test_generic_names_do_not_decide_on_the_ridge():
     bare = replace(animals, retain_names=[], retain_hidden=animals.retain_hidden[:0])
     rows = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
     names = {"generic": ([f"name {i}" for i in range(200)], rows)}
-    settings = ExactSettings(max_displacement=0.02)
+    settings = ExactSettings(max_displacement=0.001)
     without, beside, alone = (
         exact_context(settings, bundle, more=more)
         for bundle, more in ((animals, {}), (animals, names), (bare, names))
