@@ -11,9 +11,7 @@ EXPERIMENTS = {
     "reproduce": "the paper's experiments on your images, its numbers beside those measured",
     "baselines": "every method on the same classes, side by side",
     "requests": "what one to a thousand forgotten classes cost, at once and one after another",
-    "name": "what it costs to hide which class was forgotten from who has the weights",
     "gold": "how near each method comes to a model that was trained without the class",
-    "rounding": "what comes back when a changed model or an index is rounded, and who is at risk",
     "attack": "which other words still find a forgotten class, at hand or searched out",
     "hide": "what still finds a class that is forgotten, hidden in an index, or filtered out",
 }

@@ -170,7 +170,7 @@ def compare(
     label: int, golds: list[Training], fulls: list[Training], ways: Mapping[str, Training]
 ) -> Iterator[dict[str, Any]]:
     """A row for each way, pair of models and measure: the first's value (a distance where it is no
-    number), the second's, and their distance. `told apart`: the AUC of a classifier of
+    number), the second's, and their distance. `distinguished`: the AUC of a classifier of
     log-probabilities of other images of the set, every second of which is seen by one model, the
     rest by the other."""
     near = beside(fulls[0], label)
@@ -182,7 +182,7 @@ def compare(
         for a, b in ((profiles[one], profiles[other]) for one, other in both):
             seen = torch.cat([a["rest"][::2], b["rest"][1::2]]).clamp_min(LEAST).log()
             area = separation(seen, len(a["rest"][::2]), 0)
-            yield {"way": way, "measure": "told apart", "value": area}
+            yield {"way": way, "measure": "distinguished", "value": area}
             for measure, x in a.items():
                 far = distance(x, b[measure])
                 row = {"way": way, "measure": measure, "value": far, "distance": far}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +25,8 @@ import train
 from clip.bundle import FeatureBundle, load_bundles
 from engine.cli import COUNT
 from engine.config import read_yaml
-from engine.log import progress
+from engine.log import logger, progress
+from evaluation.plots import COLOURS, drawing
 from evaluation.zero_shot import ZeroShot
 from experiments.baselines import METHODS
 from experiments.hide import Index, index_parser, report, table_of
@@ -41,6 +42,9 @@ from trainers.methods import ForgetExact
 SOFT = 0.1  # of the mean diagonal of `M = H_f K^-1 H_f^T`
 # name -> trainer, config keys
 NAMED: dict[str, dict[str, Any]] = METHODS | read_yaml(Path(__file__).with_suffix(".yaml"))
+STYLES = ("-", "--", ":", "-.", (0, (6, 4)))  # of ways
+DRAWN = ("left", "rest", "unlisted")
+KEYS = ["data set", "method", "way", "count"]
 
 
 def gain(images: ZeroShot, edit: LowRankEdit, without: set[str]) -> float:
@@ -139,6 +143,20 @@ def rows_of(
             yield row | {"unlisted": gain(apart, edit, without)}
 
 
+def draw(means: pd.DataFrame, path: Path) -> None:
+    """Draw means against the number of classes: a method has a colour, a way a style."""
+    colours = dict(zip(means.index.unique("method"), cycle(COLOURS), strict=False))
+    styles = dict(zip(means.index.unique("way"), STYLES, strict=False))
+    with drawing(path, 12, 5.4) as figure:
+        for axis, column in zip(figure.subplots(1, 3), DRAWN, strict=True):
+            for (_, method, way), line in means[column].unstack("count").iterrows():
+                look = {"color": colours[method], "linestyle": styles[way], "marker": "."}
+                axis.plot(line, label=f"{method}, {way}", **look)
+            axis.set(xscale="log", xlabel="classes forgotten", title=column)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    logger.info(f"picture: {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure, and print the means over seeds; returns the table."""
     parser = index_parser("requests", __doc__, features=True)
@@ -149,9 +167,12 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--seeds", type=COUNT, default=3, help="random orders of the classes")
     how = {"nargs": "+", "choices": NAMED, "metavar": "NAME", "default": ["exact"]}
     parser.add_argument("--methods", help="of baselines.yaml, and ForgetExact's", **how)
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="picture of the table")
     args = parser.parse_args(argv)
     if args.unlisted in (args.dataset or [args.unlisted]):
         raise ProblemError("--dataset: a set to forget from, other than --unlisted, is needed")
     table = table_of("requests", args, partial(rows_of, args=args))
-    report(table, ["data set", "method", "way", "count"])
+    report(table, KEYS)
+    if args.draw:
+        draw(table.groupby(KEYS, sort=False).mean(), args.draw)
     return table

@@ -5,8 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from forgetting.displacement import ClassifierTexts, displacement_along, displacement_ratios
+from forgetting.displacement import (
+    ClassifierTexts,
+    Forecast,
+    Margin,
+    displacement_along,
+    displacement_ratios,
+    rounding_error,
+)
 from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
 from forgetting.problem import LowRankEdit
@@ -238,3 +246,16 @@ def test_a_digest_is_of_names_and_weights_not_of_float_bits():
 def test_impossible_groups_are_refused(groups, token):
     with pytest.raises(ProblemError, match=token):
         _ = RetainSet(groups).squared_length
+
+
+def test_a_margin_above_the_error_survives_it():
+    """The error bounds every difference of cosines, and is reached within a factor of two."""
+    exact = normal(6, 5)
+    rounded = exact + 0.1 * normal(6, 5, seed=1)
+    moved = normalize(rounded) - normalize(exact)
+    changes = moved @ normalize(moved)[moved.norm(dim=1).argmax()]
+    error = rounding_error(7 * exact, rounded)
+    assert error / 2 - 1e-12 < (changes[:, None] - changes).abs().max() <= error
+    assert Margin(1.01 * error, 0.2).survives(error) and not Margin(error, 0.2).survives(error)
+    assert Forecast({}, [], 2 * error, 0.2).survives(error)
+    assert not Margin(None, None).survives(0.0)

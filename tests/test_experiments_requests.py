@@ -9,7 +9,7 @@ import torch
 
 from clip.bundle import load_bundles
 from evaluation.zero_shot import ZeroShot
-from experiments import name, requests
+from experiments import requests
 from experiments.__main__ import cli
 from forgetting.problem import Batch, LowRankEdit
 from tests.conftest import BACKBONE
@@ -24,9 +24,10 @@ def sets(features: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, ZeroShot]
     return {name: ZeroShot(each) for name, each in load_bundles("features", BACKBONE).items()}
 
 
-def test_a_table_by_the_command_line(sets):
+def test_a_table_and_a_picture_by_the_command_line(sets, figures):
     line = [*LINE, "--unlisted", "ToyTools", "--counts", "1", "3", "9", "--seeds", "2"]
-    assert cli([*line, "--methods", "exact", "uce"]) == 0
+    assert cli([*line, "--methods", "exact", "uce", "--draw", "limits.png"]) == 0
+    assert len(figures[0].axes[0].lines) == 6
     table = pd.read_csv("requests/requests.csv")
     assert set(table["count"]) == {1, 3, 5}  # of six
     ways = table.groupby("method")["way"].value_counts().unstack(fill_value=0)
@@ -62,17 +63,6 @@ def test_one_after_another_starts_from_what_the_request_before_left(sets):
     text, w = own.forget_hidden[1].double(), own.text_projection.double()
     assert (text @ (w + edit.delta)).norm() < 1e-3
     assert (text @ (w + requests.summed(alone).delta)).norm() > 0.1
-
-
-def test_a_name_hides_among_what_is_forgotten_with_it(sets, monkeypatch):
-    """One of 1 + n that share the change; names that go half of the way do not hide it."""
-    ways = {"alone": (0, 1.0), "decoys": (4, 1.0), "half": (4, 0.5)}
-    ways = {way: ("exact", "decoys", *how) for way, how in ways.items()}
-    monkeypatch.setattr(name, "WAYS", ways)
-    assert cli(["name", "--features", "features", "--classes", "3"]) == 0
-    table = pd.read_csv("name/name.csv").groupby("way").mean(numeric_only=True)
-    assert table.loc["alone", ["left", "moved"]].tolist() == [0, 1] and table["known"]["alone"] < 2
-    assert table["known"]["decoys"] >= 3 and table["moved"]["decoys"] > 1 == table["moved"]["half"]
 
 
 def test_sets_that_are_not_there_are_refused(sets, refused):

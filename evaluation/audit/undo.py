@@ -116,7 +116,7 @@ class Attacker:
         chosen = chosen[:own] + [chosen[own + index] for index in drawn]
         self.names = [datasets.clean_name(context.retain.names[row]) for row in chosen]
         self.rows = {datasets.key(name): row for row, name in enumerate(self.names)}  # by key
-        self.hidden = hidden = context.retain.rows[chosen].double()  # (n, w)
+        hidden = context.retain.rows[chosen].double()  # (n, w)
         vocabulary = bundle.retain_hidden.double()
         # Ridge regression of h on all names leaves `mu (K - h^T h)^-1 h`, which is along `K^-1 h`.
         gram = hidden.T @ hidden
