@@ -369,29 +369,30 @@ def paper_weights(cfg: CfgNode) -> dict[str, float | str]:
 
 PAGE = """# Settings
 
-Every key of a run, as its code declares it (`python -m engine.config > docs/settings.md` makes this page).
-Set one by its option, by `KEY VALUE` behind the options, or in a YAML file (`--config-file`).
-`configs/datasets/` holds the loss weights of each data set (`FORGET.WEIGHTS`: backbone, then `SINGLE` or `MULTICLASS`, then `[lamb_preserve, lamb_forget]`), `configs/trainers/` where a method's default differs from the one below.
-"""  # noqa: E501
+Every key of a run and what it may hold, made by `python -m engine.config > docs/settings.md`.
+Set a key by its option, by `KEY VALUE` after all options, or in a YAML file (`--config-file`).
+`configs/datasets/` holds the loss weights of each data set, `[lamb_preserve, lamb_forget]`, under
+`FORGET.WEIGHTS.BACKBONE.SINGLE` and `FORGET.WEIGHTS.BACKBONE.MULTICLASS`.
+
+| key | option | default | values | meaning |
+| --- | --- | --- | --- | --- |
+"""
 
 
 def page() -> str:
     """docs/settings.md: every key with its default, its values and its meaning."""
-    lines, section = [PAGE.rstrip()], None
+    lines = [PAGE.rstrip()]
     options = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items()}
     for key, spec in declared().items():
-        if key.rpartition(".")[0] != section:
-            section = key.rpartition(".")[0]
-            lines += ["", f"## {section or 'Run'}", ""]
-            lines += ["| key | option | default | values | meaning |", "| --- " * 5 + "|"]
         default = "none" if spec.default is None else spec.default
         default = ", ".join(default) if isinstance(default, tuple) else default
         cells = (f"`{key}`", options.get(key, ""), default, allowed(spec), spec.metadata["help"])
         lines.append(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |")
-    lines += ["", "## Defaults that differ by method", "", "| method | key | default |"]
-    lines += ["| --- " * 3 + "|"]
+    lines += ["", "Methods with other defaults (`configs/trainers/`):", ""]
+    lines += ["| method | defaults |", "| --- | --- |"]
     for file in sorted((CONFIGS / "trainers").glob("*.yaml")):
-        lines += [f"| {file.stem} | `{k}` | {v} |" for k, v in _read(file) if k != "TRAINER.NAME"]
+        others = [f"`{key} {value}`" for key, value in _read(file) if key != "TRAINER.NAME"]
+        lines += [f"| {file.stem} | {', '.join(others)} |"] if others else []
     return "\n".join(lines) + "\n"
 
 
