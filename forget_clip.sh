@@ -8,7 +8,7 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
   ATTEMPT     results go to results/resultsATTEMPT/seed_SEED, or where there are several of ARCH or
               TRAINER to resultsATTEMPT/ARCH/TRAINER/seed_SEED, of the two those that are several;
               letters, digits, "_", "-", "."
-  SEED        0 or more; several with commas: 0,1,2
+  SEED        0 or more; several with commas: 0,1,2. ForgetExact gives the same for every seed
   DATASETS    StanfordDogs, StanfordCars, Caltech101, OxfordFlowers, Mini..., others of DATASETS.md;
               several with commas; with IMAGES a name of your own
   ARCH        RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/16, ViT-B/32, ViT-L/14, ViT-L/14@336px,
@@ -31,7 +31,7 @@ environment:
   LAUNCHER  local (default): one run after the other; ray: python -m experiments sweep spreads them
             over this machine, or over the cluster of RAY_ADDRESS (docs/scale.md)
   PYTHON    default: .venv/bin/python, else python3
-example: sh forget_clip.sh mine 0 "StanfordDogs,Caltech101" RN50 0'
+example, without a download: TRAINER=ForgetExact sh forget_clip.sh mine 0 MiniDigits mini 0'
 
 die() {
     printf 'error: %s\n' "$1" >&2

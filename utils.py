@@ -179,16 +179,16 @@ def plot_comparison(table: pd.DataFrame, path: Folder) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the results of a folder as a table; seeds of one run as mean and deviation; several
-    runs side by side. Nothing is written unless a file is named."""
-    parser = Parser(prog="utils.py", description=main.__doc__)
-    about = "results/resultsATTEMPT/seed_SEED; folders of one NAME or ATTEMPT belong together"
+    """Print results as a table: one folder, seeds as mean and deviation, or several methods."""
+    epilog = "example: python utils.py paper=results/results1/seed_0 exact=results/results2/seed_0"
+    parser = Parser(prog="utils.py", description=main.__doc__, epilog=epilog)
+    about = "results/resultsATTEMPT/seed_SEED; folders of one NAME or ATTEMPT are averaged"
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help=about)
     parser.add_argument("--multiclass", action="store_true", help="classes forgotten at once")
     about = "results that hold the accuracies before forgetting"
     parser.add_argument("--before", metavar="FOLDER", help=about)
-    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--draw", metavar="FILE", help="draw the table: .png, .svg or .pdf")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV, too")
+    parser.add_argument("--draw", metavar="FILE", help="draw the table, too: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     options: dict[str, Any] = {"multiclass": args.multiclass, "before": args.before}
     groups: dict[str, list[str]] = {}

@@ -68,14 +68,14 @@ NO_EFFECT = "without effect here, where no image trains anything"
 @dataclass(frozen=True)
 class RunSettings:
     output_dir: str = setting("output", "folder of the results", low=1)
-    seed: int = setting(0, "seed of all random numbers; Dassl's -1 is refused", 0, 2**32 - 1)
+    seed: int = setting(0, "seed (unused by ForgetExact); Dassl's -1 is refused", 0, 2**32 - 1)
     log: str = setting(
         "",
         "also send the numbers of logs.json, and a descent's objective, to tensorboard or wandb",
         choices=("", "tensorboard", "wandb"),
     )
     use_cuda: bool = setting(True, "use a GPU where there is one")
-    trainer__name: str = setting("ForgetLoRA", "name of the method")
+    trainer__name: str = setting("ForgetLoRA", "name of the method, such as ForgetExact")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ForgetSettings:
         "", "where texts are sent: specific, opposite, orthogonal, empty, text:TEXT or vector:FILE"
     )
     beta: float = setting(
-        0.1, "how far beyond zero opposite and specific go: margin against harm", above=-1, high=1e6
+        0.1, "how far past 0 opposite and specific go; ForgetExact starts at 0", above=-1, high=1e6
     )
     similarity: float = setting(
         0.95, "cosine with a forgotten text from which on a name is not retained", above=0, high=1

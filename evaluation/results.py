@@ -151,14 +151,14 @@ class Results:
             raise ProblemError(f"{path} was not written by a run; move it, or use --overwrite")
         before = record.entry["solver"].get("settings", {})
         changed = [
-            f"{key} {shown(before.get(key))} -> {shown(settings.get(key))}"
+            f"{key} was {shown(before.get(key))}, is now {shown(settings.get(key))}"
             for key in sorted({*before, *settings})
             if before.get(key) != settings.get(key)
         ]
         if changed:
             raise ProblemError(
-                f"{label!r} of {dataset} has results with other settings ({', '.join(changed)}); "
-                "use --overwrite to replace them, or another ATTEMPT"
+                f"{label!r} of {dataset} is done with other settings: {', '.join(changed)}; use "
+                "--overwrite to replace its results, or another ATTEMPT to keep both"
             )
         return not model or all(file.is_file() for file in model_files(path))
 

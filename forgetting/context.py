@@ -34,7 +34,7 @@ from forgetting.targets import WITH_BETA, TargetInputs, check_target, targets
 
 MAX_ADDED = 3  # paraphrases of a class that are forgotten too: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
-NOTED = 3  # affected names in a note
+NOTED = 3  # names in a note
 BETAS = (0.05, 0.1, 0.2, 0.4)  # steps by which a target goes further
 LISTED = {"vocabulary": 0.03, "max_displacement": 0.045}  # where other sets' names are retained
 ALONE = {"vocabulary": 0.5, "max_displacement": 0.1}  # where they are not
@@ -191,10 +191,11 @@ class Answer:
 
 
 def excluded_note(names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Which names are not retained, but for the forgotten classes themselves; at most one line."""
+    """How many names are not retained beside the classes themselves, and the first; one line."""
     own = {key(name) for name in classes}
     others = [name for name in names if key(name) not in own]
-    return [f"excluded from the retain set: {', '.join(others)}"] if others else []
+    some = f"{len(others)} ({', '.join(others[:NOTED])})"
+    return [f"names that the model reads like the class are not retained: {some}"] if others else []
 
 
 def proof(gap: float) -> str:

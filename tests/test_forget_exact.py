@@ -13,7 +13,7 @@ from clip.bundle import bundle_path
 from clip.retain import exact_context
 from forgetting import load_adapter
 from forgetting.context import ExactSettings
-from tests.conftest import BACKBONE, toy_bundle, toy_line
+from tests.conftest import BACKBONE, refuses, toy_bundle, toy_line
 from trainers.inputs import RunInputs
 from utils import create_results
 
@@ -133,6 +133,8 @@ def test_settings_reach_the_context(exact_args):
     protected = solver("--protect", name, NODE + "PROTECT", "10")["forecast"]["affected"]
     after = {x["name"]: x["cosine_loss"] for x in protected}
     assert after.get(name, 0) < affected[name]
+    other = [*exact_args, "--forget", "owl", NODE + "PROTECT", "10"]
+    refuses("protect_names", train.main, other)
 
 
 @pytest.mark.parametrize(("name", "close"), [("catt", "cat"), ("sea horse", None), ("kiwi", None)])

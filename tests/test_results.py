@@ -115,7 +115,7 @@ def test_done_means_an_adapter_with_the_same_settings(tmp_path):
     store(tmp_path, "A", "cat", entry())
     results = Results(tmp_path)
     assert results.is_done("A", "cat", CHOSEN) and not results.is_done("A", "dog", CHOSEN)
-    with pytest.raises(ProblemError, match=r"lamb_forget 1\.3 -> 1\.1.*--overwrite"):
+    with pytest.raises(ProblemError, match=r"lamb_forget was 1\.3, is now 1\.1.*--overwrite"):
         results.is_done("A", "cat", {"lamb_forget": 1.1})
     # With --save-model the model and its config are part of what is done.
     assert not results.is_done("A", "cat", CHOSEN, model=True)

@@ -151,7 +151,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             f"{count} {group} (each text weighs {retain.weights[group] / count:.3g})"
             for group, count in retain.counts.items()
         ]
-        logger.info(f"retained: {', '.join(counts) or 'nothing'}")
+        logger.info(f"retained: {', '.join(counts) or 'nothing; --retain-names FILE names some'}")
         return retain
 
     def retained_names(self) -> RetainSet:
@@ -178,7 +178,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             "noise_std": float(forget.NOISE_STD) if forget.TARGET == "empty" else None,
             "beta": float(forget.BETA) if forget.TARGET in WITH_BETA else None,
             "prompts": {name: plan.prompts[name] for name in classes if name in plan.prompts},
-            "protect": plan.protect,
+            "protect_names": plan.protect,
             "similarity": float(forget.SIMILARITY) if self.retains else None,
             "vocabulary_sha256": plan.vocabulary_sha256 if "vocabulary" in self.retains else "",
         }
