@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+import trainers  # noqa: F401  with targets of your own
 from engine.cli import Parser, add_setting, run, whole
 from engine.config import DatasetSettings, FeatureSettings
 from evaluation.live.look import MEGABYTES, Live
 from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.io import need
+from forgetting.targets import TARGETS
 
 HOST = "127.0.0.1"
 TITLE = "Make CLIP forget a name"
@@ -33,11 +35,11 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
-TARGETS = {
-    "Remove what only this name means (recommended)": "specific",
-    "Remove the name's whole direction": "opposite",
-    "Replace it by the empty text (the paper's)": "empty",
-    "Move it to where no text is": "orthogonal",
+ABOUT = {  # of a target; one of your own is shown by its name
+    "specific": "Remove what only this name means (recommended)",
+    "opposite": "Remove the name's whole direction",
+    "empty": "Replace it by the empty text (the paper's)",
+    "orthogonal": "Move it to where no text is",
 }
 PREFIX = "clip-forget-app-"  # of temporary folders
 
@@ -72,9 +74,8 @@ def blocks(live: Live, folder: Path) -> Any:
                 about = "Names that must stay recognised."
                 protect = gr.Dropdown(**names, label="Protect", info=about)
                 with gr.Accordion("Advanced", open=False):
-                    target = gr.Radio(
-                        list(TARGETS.items()), value=ExactSettings.target, label="A name turns into"
-                    )
+                    kinds = [(ABOUT.get(kind, kind), kind) for kind in ABOUT | TARGETS]
+                    target = gr.Radio(kinds, value=ExactSettings.target, label="A name turns into")
                     about = "Above 0 a name is moved further away, and others suffer more."
                     beta = gr.Slider(
                         0, 1, ExactSettings.beta, step=0.05, label="Strength", info=about

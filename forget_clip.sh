@@ -24,10 +24,8 @@ environment:
   OUT       folder of the results (default: results)
   CACHE     folder for weights and encoded features (default: cache)
   TRAINER   ForgetLoRA (default, the paper), ForgetOptimum (its objective at the proved optimum),
-            ForgetExact (complete forgetting), or a baseline: ForgetNothing, ForgetName, ForgetZero,
-            ForgetNoise, ForgetNullSpace, ForgetUCE, ForgetLEACE, ForgetSPLINCE, ForgetCCUP,
-            ForgetPOUR, ForgetDP, ForgetOCE, ForgetSPEED;
-            several with commas: ForgetExact,ForgetLoRA
+            ForgetExact (complete forgetting), or another that python train.py --help lists; several
+            with commas: ForgetExact,ForgetLoRA
   LAUNCHER  local (default): one run after the other; ray: python -m experiments sweep spreads them
             over this machine, or over the cluster of RAY_ADDRESS (docs/scale.md)
   PYTHON    default: .venv/bin/python, else python3

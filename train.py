@@ -17,7 +17,7 @@ import torch
 from yacs.config import CfgNode
 
 import datasets
-import trainers  # noqa: F401  registers the methods
+import trainers  # registers the methods
 from engine import TRAINER_REGISTRY, choose
 from engine.cli import Parser, about, run
 from engine.config import OPTIONS, declared, load
@@ -25,6 +25,7 @@ from engine.log import environment, logger, run_log
 from evaluation.results import add_args, place
 from forgetting.errors import ProblemError
 from forgetting.settings import kind_of
+from forgetting.targets import TARGETS
 from trainers.base import SINK
 
 # Flags of CoOp and of the paper's public code, and what stands in for each here.
@@ -51,7 +52,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ProblemError(f"there is no {word} here: {INSTEAD[flag]}")
         if word == "--multiclass" and value in ("0", "1"):
             raise ProblemError("--multiclass takes no value: give it alone, or leave it out")
-    parser = Parser(prog="train.py", description=__doc__)
+    known = ["methods, and their keys TRAINER.METHOD.KEY:"]
+    for name in trainers.METHODS:
+        own = [key.rpartition(".")[2] for key in declared() if f".{name.upper()}." in key]
+        known += [f"  {name:<17} {' '.join(own)}".rstrip()]
+    known += [f"targets: {', '.join(TARGETS)}, text:TEXT, vector:FILE"]
+    parser = Parser(prog="train.py", description=__doc__, epilog="\n".join(known))
     kinds: dict[type, dict[str, Any]] = {
         bool: {"action": "store_true"},
         tuple: {"action": "append", "metavar": "NAME"},

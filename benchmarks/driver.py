@@ -21,7 +21,7 @@ from engine.cli import Parser, whole
 from engine.log import quiet
 from evaluation.audit.inputs import Places
 from evaluation.audit.run import audit_folder
-from trainers import SETTINGS
+from trainers import METHODS
 
 
 def run(classes: int, trainer: str) -> dict[str, float]:
@@ -36,7 +36,7 @@ def run(classes: int, trainer: str) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Measure and print; returns a row for every number of classes."""
     parser = Parser(prog="python -m benchmarks driver", description=__doc__.splitlines()[0])
-    parser.add_argument("--trainer", default="ForgetExact", choices=SETTINGS)
+    parser.add_argument("--trainer", default="ForgetExact", choices=METHODS)
     counts = {"type": whole(2, 10**6), "nargs": "+", "default": [100, 250, 1000, 4000]}
     parser.add_argument("--classes", help="of random texts", **counts)
     args = parser.parse_args(argv)

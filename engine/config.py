@@ -1,7 +1,7 @@
 """The config of a run: dataclass fields declare its keys, YAML and the command line fill it.
 
 A class here is a section; a key is a field's name in capitals behind the section's, with a dot for
-two underscores (FORGET.RANK). A method's own constants stand in `trainers.SETTINGS`
+two underscores (FORGET.RANK). A method's own constants are those of its `settings_type`
 (TRAINER.FORGETLORA.LR). `python -m engine.config` prints docs/settings.md.
 """
 
@@ -165,9 +165,10 @@ SECTIONS = {
 @cache
 def declared() -> dict[str, Field]:
     """Every key of the config, and the dataclass field that declares it."""
-    from trainers import SETTINGS  # above this package: each method declares its own constants
+    from trainers import METHODS  # above this package: each method declares its own constants
 
-    own = {f"TRAINER.{name.upper()}": cls for name, cls in SETTINGS.items() if cls is not None}
+    types = {name: vars(method).get("settings_type") for name, method in METHODS.items()}
+    own = {f"TRAINER.{name.upper()}": cls for name, cls in types.items() if cls is not None}
     return {
         f"{section}.{spec.name.upper()}".lstrip(".").replace("__", "."): spec
         for section, cls in (SECTIONS | own).items()
@@ -202,28 +203,28 @@ def load(
     the user's; ProblemError for what does not fit, with the nearest known key.
 
     Layers, each over the one before, in CoOp's order: defaults, `configs/datasets/DATASET.yaml`, a
-    `dataset_config_file`, `configs/trainers/METHOD.yaml`, a `config_file`, options and pairs.
+    `dataset_config_file`, the method's own defaults, a `config_file`, options and pairs.
     """
     from engine import get_cfg_default  # Dassl's where it is installed
-    from trainers import SETTINGS
+    from trainers import METHODS
 
     if len(opts) % 2:
         raise ProblemError(f"config keys and values come in pairs, the last has none: {opts[-1]!r}")
     line = [*given.items(), *zip(opts[::2], opts[1::2], strict=True)]
     of_set, of_user = _read(dataset_config_file), _read(config_file)
-    # These two names decide which files of ours are read.
+    # These two names decide which of our defaults hold.
     named = dict([*of_set, *of_user, *line])
     trainer = str(named.get("TRAINER.NAME", RunSettings().trainer__name))
-    if trainer not in SETTINGS:
-        raise unknown("trainer", trainer, SETTINGS)
+    if trainer not in METHODS:
+        raise unknown("trainer", trainer, METHODS)
     dataset = str(named.get("DATASET.NAME", ""))
-    ours = {path.stem: path for path in CONFIGS.glob("*/*.yaml")}
+    ours = {path.stem: path for path in CONFIGS.glob("datasets/*.yaml")}
 
     cfg = get_cfg_default()
     extend_cfg(cfg)
     _merge(cfg, _read(ours.get(dataset, ours["other"])))  # if it has none of its own
     _merge(cfg, of_set, dataset_config_file)
-    _merge(cfg, _read(ours.get(trainer, "")))
+    _merge(cfg, METHODS[trainer].defaults.items())
     _merge(cfg, of_user, config_file)
     _merge(cfg, line)
     cfg.DATASET.NAME = dataset
@@ -318,9 +319,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(os.path.expanduser(path))
     if path.suffix not in (".yaml", ".yml"):
         raise ProblemError(f"config file {path}: only YAML is read, and its name ends in .yaml")
-    if not path.exists():
-        ours = [str(file.relative_to(CONFIGS.parent)) for file in CONFIGS.rglob("*.yaml")]
-        raise ProblemError(f"no config file {path}; did you mean {nearest(str(path), ours, 1)}?")
     text = read_text(path, "config file")
     try:
         tree = yaml.load(text, Loader=_Loader)
@@ -381,6 +379,8 @@ Set a key by its option, by `KEY VALUE` after all options, or in a YAML file (`-
 
 def page() -> str:
     """docs/settings.md: every key with its default, its values and its meaning."""
+    from trainers import METHODS
+
     lines = [PAGE.rstrip()]
     options = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items()}
     for key, spec in declared().items():
@@ -388,11 +388,11 @@ def page() -> str:
         default = ", ".join(default) if isinstance(default, tuple) else default
         cells = (f"`{key}`", options.get(key, ""), default, allowed(spec), spec.metadata["help"])
         lines.append(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |")
-    lines += ["", "Methods with other defaults (`configs/trainers/`):", ""]
+    lines += ["", "Methods with other defaults:", ""]
     lines += ["| method | defaults |", "| --- | --- |"]
-    for file in sorted((CONFIGS / "trainers").glob("*.yaml")):
-        others = [f"`{key} {value}`" for key, value in _read(file) if key != "TRAINER.NAME"]
-        lines += [f"| {file.stem} | {', '.join(others)} |"] if others else []
+    for name, method in METHODS.items():
+        others = [f"`{key} {value}`" for key, value in method.defaults.items()]
+        lines += [f"| {name} | {', '.join(others)} |"] if others else []
     return "\n".join(lines) + "\n"
 
 

@@ -167,16 +167,16 @@ def run_sweep(
     return table, failed
 
 
-def main(argv: Sequence[str] | None = None, file: Path | None = None) -> pd.DataFrame:
+def main(argv: Sequence[str] | None = None, ours: dict[str, Any] | None = None) -> pd.DataFrame:
     """Run what is not done yet, then print and write the table of all of it. ProblemError before
-    any work for a run that cannot be; at the end for those that failed. `file`: a sweep of ours
-    that has a command of its own; its runs are quiet."""
-    name, about = file.stem if file else "sweep", __doc__.splitlines()[0]
+    any work for a run that cannot be; at the end for those that failed. `ours`: what is varied,
+    without a file, by `experiments baselines`; its runs are quiet."""
+    name, about = "baselines" if ours else "sweep", __doc__.splitlines()[0]
     parser = Parser(prog=f"python -m experiments {name}", description=about)
-    parser.set_defaults(file=file)
+    parser.set_defaults(file=None)
     words = argv or ["FILE.yaml"]
     lists = words[0][:1] == "-" and "--datasets" in [word.partition("=")[0] for word in words]
-    if not file and not lists:  # else KEY VALUE pairs are the only words without a dash
+    if not ours and not lists:  # else KEY VALUE pairs are the only words without a dash
         parser.add_argument("file", type=Path, metavar="FILE.yaml", help="what is varied")
     for name in ("datasets", "backbones", "methods", "trainers", "seeds"):
         split = partial(_split, SEED if name == "seeds" else str)
@@ -186,8 +186,8 @@ def main(argv: Sequence[str] | None = None, file: Path | None = None) -> pd.Data
     parser.add_argument("--parts", type=COUNT, default=1, help="runs that share a set's requests")
     add_launcher(parser)
     args, options = parser.parse_known_args(argv)
-    options += ["--quiet"] if args.quiet or file else []
-    varied = read_sweep(args.file) if args.file else {}
+    options += ["--quiet"] if args.quiet or ours else []
+    varied = read_sweep(args.file) if args.file else dict(ours or {})
     known = varied.get("methods", {})
     for name in args.methods or ():
         if name not in known:
@@ -195,11 +195,11 @@ def main(argv: Sequence[str] | None = None, file: Path | None = None) -> pd.Data
     args.methods = {name: known[name] for name in args.methods or known}
     varied |= {name: given for name in DEFAULTS if (given := vars(args).get(name))}
     root, levels = args.out, ["methods"]
-    if not args.file:
+    if args.file:
+        root, levels = root / args.file.stem, LEVELS
+    elif not ours:
         several = {"backbones": args.backbones, "methods": args.trainers}
         levels = [level for level, names in several.items() if len(names or ()) > 1]
-    elif not file:
-        root, levels = root / args.file.stem, LEVELS
     runs = runs_of(varied, root, options, levels, args.parts)
     table, failed = run_sweep(runs, root, launcher(args))
     refuse_failed(failed)

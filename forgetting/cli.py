@@ -151,6 +151,7 @@ def _forget(option: Option, parse: Parse) -> None:
     from forgetting.context import ExactSettings
     from forgetting.models.loading import load_model
     from forgetting.models.text_embeddings import TextEmbeddings
+    from forgetting.targets import TARGETS
 
     settings = {spec.name: spec for spec in fields(ExactSettings)}
     many = {"action": "append", "default": []}
@@ -162,8 +163,7 @@ def _forget(option: Option, parse: Parse) -> None:
     protect = "a name that must not be harmed; may be repeated"
     option("--protect", "--keep", **many, metavar="NAME", help=protect)
     option("--template", **many, metavar="TEXT", help="with {} for the name")
-    target = "specific (default), opposite, orthogonal, empty, text:TEXT"
-    option("--target", default="specific", help=target)
+    option("--target", default="specific", help=f"one of {', '.join(TARGETS)} or text:TEXT")
     for name in NUMBERS:
         about = settings[name].metadata.get("help", "see docs/exact.md").replace("%", "%%")
         option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)

@@ -30,7 +30,7 @@ from forgetting.retain import RetainSet, key
 from forgetting.settings import setting, validate
 from forgetting.solvers.certificate import POOR
 from forgetting.solvers.constrained import ConstrainedSolution, Ridge, solve_constrained_each
-from forgetting.targets import WITH_BETA, TargetInputs, check_target, targets
+from forgetting.targets import TargetInputs, check_target, takes, targets
 
 MAX_ADDED = 3  # paraphrases of a class that are forgotten too: each harms the others a little more
 ROUNDS = 8  # times that a request is solved again, at most
@@ -88,7 +88,6 @@ class ExactSettings:
         validate(self)
         number("noise_std", self.noise_std, low=0, high=1e6)
         number("similarity", self.similarity, above=0, high=1)
-        number("beta", self.beta, above=-1, high=1e6)
         check_target(self.target, self.beta)
 
     def chosen(self, listed: bool) -> ExactSettings:
@@ -130,7 +129,6 @@ class Answer:
     displacement: Tensor  # `D = P - (H_f W + b)`, (k, d) float64
     excluded: Tensor  # (C, n) bool, the retained names that are excluded with each class
     excluded_names: list[str]  # with any class
-    target_draws: int  # of noise
     mu: float  # the ridge in absolute units
     betas: list[float]  # of each class
     margins: list[Margin]
@@ -151,7 +149,6 @@ class Answer:
             "residual": self.edit.residual,
             "texts": self.request.texts,
             "excluded": self.excluded_names,
-            "target_draws": self.target_draws,
             "mu": self.mu,
             "beta": max(self.betas),
             "forecast": {
@@ -235,7 +232,7 @@ class ForgetContext:
         excluded = retain.excluded(batch.same, batch.hidden, batch.owner)  # (C, n)
         any_class = batch.of_requests(excluded)  # a name that two classes exclude counts once
         beta = torch.tensor([x for row in betas for x in row], dtype=torch.float64)[batch.owner]
-        target, draws = targets(self.settings.target, batch, self.inputs, beta, excluded)
+        target = targets(self.settings.target, batch, self.inputs, beta, excluded)
         hidden = batch.hidden.double().to(target.device)
         displacement = target - self.inputs.embed(hidden)  # D = P - (H W + b)
         edits = solve_constrained_each(self.ridge, hidden, displacement, batch.of_text, any_class)
@@ -249,7 +246,6 @@ class ForgetContext:
                 displacements[i],
                 by_class[i],
                 retain.named(any_class[i]),
-                draws[i],
                 self.ridge.mu,
                 betas[i],
                 margins[i],
@@ -292,7 +288,7 @@ class ForgetContext:
                 least.setdefault(one.owner, one)
         if least:
             return request.with_texts([one[1:] for one in least.values()]), answer.betas
-        if settings.target not in WITH_BETA or not settings.min_margin:
+        if not takes(settings.target, "beta") or not settings.min_margin:
             return None
         betas = [
             next((step for step in BETAS if step > beta), beta)

@@ -15,7 +15,7 @@ from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Paraphrases, Request
 from forgetting.retain import Group, RetainSet
-from forgetting.targets import TARGETS, TargetInputs, specific_target, targets
+from forgetting.targets import TARGETS, TargetInputs, specific, targets
 from tests.conftest import refuses
 from tests.solver_fixtures import normal
 
@@ -130,11 +130,10 @@ def test_every_target_lands_where_its_name_says():
     e, found = context.inputs.embed(batch.hidden), {}
     for kind in (*TARGETS, "text:x", planted.vector):
         name = kind if isinstance(kind, str) else "vector"
-        found[name], draws = targets(kind, batch, context.inputs, 0.0, excluded)
-        assert len(draws) == 2
+        found[name] = targets(kind, batch, context.inputs, 0.0, excluded)
     assert torch.equal(found["opposite"], 0 * e)
     betas = torch.tensor([0.0, 0.1, 0.3]).double()
-    opposite, _ = targets("opposite", batch, context.inputs, betas)
+    opposite = targets("opposite", batch, context.inputs, betas)
     assert torch.allclose(opposite, -betas[:, None] * e)
     assert torch.equal(found["vector"], planted.vector.expand(3, -1))
     assert torch.allclose(found["text:x"], normalize(context.inputs.embed(planted.words[:1])))
@@ -148,8 +147,8 @@ def test_every_target_lands_where_its_name_says():
     nearest = normalize(context.inputs.embed(planted.prompts), dim=1) @ both[0]
     assert int(nearest.argmax()) not in (1, 2)
     nothing = torch.zeros(2, D).double()  # of a text without an embedding nothing is specific
-    retained, beta = context.inputs.specific, torch.full((2, 1), 0.1)
-    assert torch.equal(specific_target(nothing, retained, beta, excluded[:2]), nothing)
+    found = specific(nothing, context.inputs, torch.full((2, 1), 0.1), excluded[:2])
+    assert torch.equal(found, nothing)
 
 
 def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
@@ -159,25 +158,23 @@ def test_noise_is_drawn_by_the_request_and_away_from_what_is_forgotten():
     near = normalize(context.inputs.embed(planted.prompts), dim=1)
     empty = normalize(context.inputs.embed(context.inputs.empty), dim=1)
     nearest = int((empty @ near.T).argmax())
-    found, draws = targets("empty", batch, context.inputs)
-    assert [count > 0 for count in draws] == [i == nearest for i in range(CLASSES)]
+    found = targets("empty", batch, context.inputs)
     for i in range(CLASSES):
         assert torch.allclose(found[i], empty[0]) == (i != nearest)
         assert int((near @ found[i]).argmax()) != i
 
-    def drawn(seed: int) -> tuple[Tensor, int]:
+    def drawn(seed: int) -> Tensor:
         request = replace(planted.request(nearest), seed=seed)
-        target, (draws,) = targets("empty", Batch([request]), context.inputs)
-        return target, draws
+        return targets("empty", Batch([request]), context.inputs)
 
-    assert torch.equal(drawn(1)[0], drawn(1)[0]) and not torch.equal(drawn(1)[0], drawn(2)[0])
-    seed, draws = next((s, drawn(s)[1]) for s in range(100) if drawn(s)[1] > 1)
-    generator = torch.Generator().manual_seed(seed)
-    *_, last = (torch.randn(1, D, generator=generator) for _ in range(draws))
-    noisy = context.inputs.embed(context.inputs.empty) + 0.5 * last.double()
-    assert torch.allclose(drawn(seed)[0], normalize(noisy, dim=1))
-    with pytest.raises(ProblemError, match="every class"):
-        targets("empty", Batch([planted.request(*range(CLASSES))]), context.inputs)
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    generator, draws = torch.Generator().manual_seed(1), 0
+    found = empty
+    while int((found @ near.T).argmax()) == nearest:
+        noise = torch.randn(1, D, generator=generator)
+        found = normalize(context.inputs.embed(context.inputs.empty) + 0.5 * noise, dim=1)
+        draws += 1
+    assert draws > 1 and torch.allclose(drawn(1), found)
     still = replace(context.inputs, noise_std=0.0)
     refuses("noisy", targets, "empty", Batch([planted.request(nearest)]), still)
 

@@ -23,7 +23,7 @@ from experiments.runs import Run, runs_of
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, refuses
 from tests.results_fixtures import entry
-from trainers import SETTINGS
+from trainers import METHODS
 from utils import create_results
 
 FILE = """
@@ -148,7 +148,7 @@ def test_methods_side_by_side_resume(features, tmp_path, capsys):
     every = baselines.main(argv).set_index("method")
     assert list(every.index) == list(baselines.METHODS) and (every["classes"] == 2).all()
     assert every.loc["name", "seconds"] == table.loc["name", "seconds"]
-    assert {given["trainer"] for given in baselines.METHODS.values()} == set(SETTINGS)
+    assert {given["trainer"] for given in baselines.METHODS.values()} == set(METHODS)
     refuses("'uce'", baselines.main, [*argv, "--methods", "uec"])
 
 

@@ -252,7 +252,7 @@ WRONG_LINES = {
     "model without weights": (["--forget", "cat", "--save-model"], "--save-model"),
     "data folder": ([*MINI, "features"], "caltech-101.*DATASETS.md"),
     "target of none": (["--trainer", "ForgetZero", "--target", "empty"], "FORGET.TARGET"),
-    "specific": (["--trainer=ForgetLoRA", "--target=specific"], "specific.*ForgetLoRA: empty"),
+    "specific": (["--trainer=ForgetLoRA", "--target=specific"], "specific needs.*ForgetLoRA"),
     "target": (["--trainer", "ForgetUCE", "--target", "oposite"], "did you mean 'opposite'"),
     "terms": (["--forget", "cat", "FORGET.TERMS", "('forget',)"], "TERMS has no effect"),
     "protect": (["--trainer=ForgetZero", "--forget=owl", "--protect=cat"], "PROTECT has no"),

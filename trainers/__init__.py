@@ -1,7 +1,10 @@
-"""The methods, as Dassl trainers. Importing this package registers them, and their settings in
-`SETTINGS`: method -> dataclass of its own settings, or None."""
+"""The methods, as Dassl trainers. Importing this package imports each module in its folder, so that
+a file of your own needs no entry anywhere (docs/extend.md)."""
 
-from trainers import baselines, methods  # noqa: F401
-from trainers.base import SETTINGS
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["SETTINGS"]
+from trainers.base import METHODS  # noqa: F401
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

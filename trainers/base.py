@@ -7,13 +7,13 @@ targets it takes, and that solves requests: from class texts to low-rank edits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from statistics import fmean
 from textwrap import shorten
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from yacs.config import CfgNode
@@ -31,21 +31,18 @@ from forgetting.errors import ProblemError
 from forgetting.io import finite, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.retain import RetainSet
-from forgetting.targets import WITH_BETA, check_target, targets
+from forgetting.targets import check_target, takes, targets
 from trainers.inputs import RunInputs, make_plan, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
-TARGETS = ("empty", "opposite", "orthogonal", "text:TEXT", "vector:FILE")
 
-# Each method and the dataclass of its own settings, TRAINER.METHOD.FIELD in capitals; None: it has
-# none. `register` enters them.
-SETTINGS: dict[str, type | None] = {}
+METHODS: dict[str, type[ForgetTrainer]] = {}  # by their names
 
 
 def register(method: type[ForgetTrainer]) -> type[ForgetTrainer]:
-    """Enter a method in Dassl's registry of trainers, and its settings in `SETTINGS`."""
-    SETTINGS[method.__name__] = vars(method).get("settings_type")
+    """Enter a method in `METHODS` and in Dassl's registry of trainers."""
+    METHODS[method.__name__] = method
     return TRAINER_REGISTRY.register()(method)
 
 
@@ -68,8 +65,10 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
     of requests, or `solve_one`, of one of them.
     """
 
-    settings_type: type | None = None  # dataclass of the method's own settings
-    targets: tuple[str, ...] = ()  # where it can send texts
+    settings_type: type | None = None  # dataclass of its own settings, TRAINER.METHOD.FIELD
+    # Config keys with a default of the method's own. It has a target if FORGET.TARGET is one.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    weighted = False  # whether what it retains has weights, which the target `specific` needs
     retains: tuple[str, ...] = ()  # groups of names that it retains, each name with weight 1
     options: tuple[str, ...] = ()  # keys of FORGET that have an effect on some methods alone
     batch_size = 1  # number of requests that are solved together
@@ -83,13 +82,13 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         if cfg.LOG:
             require(cfg.LOG)
         kind, name = cfg.FORGET.TARGET, type(self).__name__
-        if kind and not self.targets:
+        has_target = "FORGET.TARGET" in self.defaults
+        if kind and not has_target:
             raise ProblemError(f"{name} has no target; leave FORGET.TARGET empty")
-        if kind == "specific" and kind not in self.targets:
-            kinds = ", ".join(self.targets)
-            raise ProblemError(f"target specific needs ForgetExact's weights; {name}: {kinds}")
-        if self.targets:
-            check_target(read_target(kind), cfg.FORGET.BETA if kind in WITH_BETA else 0.0)
+        if takes(kind, "excluded") and not self.weighted:
+            raise ProblemError(f"target {kind} needs ForgetExact's weights; {name} has none")
+        if has_target:
+            check_target(read_target(kind), cfg.FORGET.BETA if takes(kind, "beta") else 0.0)
         self.check_settings(cfg)
         self.plan = make_plan(cfg)
         used = {"PROTECT": bool(self.plan.protect), "TERMS": set(cfg.FORGET.TERMS) != set(TERMS)}
@@ -159,15 +158,14 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         others = list(self.others.values())
         return retain_set(self.bundle, others, weights, similarity, self.device)
 
-    def targets_without_bias(self, requests: Batch) -> tuple[Tensor, list[int]]:
-        """Where the texts are sent, (K, d), less the model's bias, which no edit moves; and how
-        often noise was drawn for each request."""
+    def targets_without_bias(self, requests: Batch) -> Tensor:
+        """Where the texts are sent, (K, d), less the model's bias, which no edit moves."""
         forget = self.cfg.FORGET
         kind = read_target(forget.TARGET, self.projection.shape[1])
         text, noise_std = self.target_text(kind), float(forget.NOISE_STD)
         inputs = target_inputs(self.bundle, noise_std=noise_std, text=text)
-        target, draws = targets(kind, requests, inputs, float(forget.BETA))
-        return target if inputs.bias is None else target - inputs.bias.to(target), draws
+        target = targets(kind, requests, inputs, float(forget.BETA))
+        return target if inputs.bias is None else target - inputs.bias.to(target)
 
     def chosen_settings(self, classes: Sequence[str]) -> dict[str, Any]:
         """The settings that were chosen for a request, by which its result is known: JSON values,
@@ -176,7 +174,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         chosen: dict[str, Any] = {
             "target": forget.TARGET,
             "noise_std": float(forget.NOISE_STD) if forget.TARGET == "empty" else None,
-            "beta": float(forget.BETA) if forget.TARGET in WITH_BETA else None,
+            "beta": float(forget.BETA) if takes(forget.TARGET, "beta") else None,
             "prompts": {name: plan.prompts[name] for name in classes if name in plan.prompts},
             "protect_names": plan.protect,
             "similarity": float(forget.SIMILARITY) if self.retains else None,

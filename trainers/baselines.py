@@ -15,7 +15,7 @@ from forgetting.baselines import Edit, EditInputs
 from forgetting.context import excluded_note
 from forgetting.errors import ProblemError
 from forgetting.problem import Batch, Request
-from trainers.base import TARGETS, ForgetTrainer, Solved, register
+from trainers.base import ForgetTrainer, Solved, register
 from trainers.inputs import BARE
 from trainers.methods import ForgetExact
 
@@ -80,9 +80,9 @@ class ClosedForm(ForgetTrainer):
             rows = self.bundle.class_hidden[own]
             request = request.with_texts(list(zip(range(len(own)), texts, rows, strict=True)))
         hidden, w = request.hidden.double().to(self.device), self.projection.double()
-        target, draws = w.new_zeros(1) if self.bias is None else -self.bias, [0]
-        if self.targets:
-            target, draws = self.targets_without_bias(Batch([request]))
+        target = w.new_zeros(1) if self.bias is None else -self.bias
+        if self.cfg.FORGET.TARGET:
+            target = self.targets_without_bias(Batch([request]))
         inputs = EditInputs(
             hidden=hidden,
             projection=w,
@@ -95,11 +95,11 @@ class ClosedForm(ForgetTrainer):
         edit = self.edit(inputs, self.settings if self.settings_type else None)
         report |= edit.report | {"texts": list(dict.fromkeys(request.texts))}
         notes = list(edit.notes)
-        if self.targets:
+        if self.cfg.FORGET.TARGET:
             size = torch.linalg.matrix_norm(inputs.displacement)
             missed = torch.linalg.matrix_norm(hidden @ edit.delta - inputs.displacement)
             residual = float(missed / size) if size > 0 else 0.0
-            report |= {"residual": residual, "target_draws": draws[0]}
+            report |= {"residual": residual}
             notes.append(f"the texts go {1 - residual:.1%} of their way to the target")
         return Solved(edit.left.float(), edit.right.float(), report, notes + excluded_notes)
 
@@ -124,19 +124,19 @@ def closed_form(
     **attributes: Any,
 ) -> None:
     """Register a closed form, with the dataclass of its settings, as the trainer `name`. Attributes
-    are those of `ClosedForm` in which it differs; the default of a target stands in
-    `configs/trainers/NAME.yaml`."""
+    are those of `ClosedForm` in which it differs, such as `defaults` for one with a target."""
     attributes |= {"__doc__": edit.__doc__, "edit": staticmethod(edit), "settings_type": settings}
     register(type(name, (ClosedForm,), attributes))
 
 
+OPPOSITE = {"FORGET.TARGET": "opposite"}  # it needs nothing but the text
 closed_form("ForgetZero", baselines.zero, retains=())
-closed_form("ForgetUCE", baselines.uce, baselines.UceSettings, targets=TARGETS)
-closed_form("ForgetNullSpace", baselines.null_space, baselines.NullSpaceSettings, targets=TARGETS)
+closed_form("ForgetUCE", baselines.uce, baselines.UceSettings, defaults=OPPOSITE)
+closed_form("ForgetNullSpace", baselines.null_space, baselines.NullSpaceSettings, defaults=OPPOSITE)
 closed_form("ForgetLEACE", erasers.leace, prompts=True)
 closed_form("ForgetSPLINCE", erasers.splince, erasers.SplinceSettings, prompts=True)
 closed_form("ForgetCCUP", erasers.ccup, erasers.ProjectionSettings, retains=())
 closed_form("ForgetPOUR", erasers.pour, erasers.ProjectionSettings)
 closed_form("ForgetDP", erasers.double_projection, erasers.DoubleProjectionSettings)
 closed_form("ForgetOCE", erasers.oce, erasers.OceSettings)
-closed_form("ForgetSPEED", erasers.speed, erasers.SpeedSettings, targets=TARGETS)
+closed_form("ForgetSPEED", erasers.speed, erasers.SpeedSettings, defaults=OPPOSITE)

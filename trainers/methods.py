@@ -4,7 +4,7 @@ forgetting, solved exactly and proved."""
 import hashlib
 import json
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from forgetting.problem import Batch, ForgetProblem, Request
 from forgetting.retain import RetainSet
 from forgetting.solvers.exact import solve_each
 from forgetting.solvers.lora import LoraSettings, solve_lora_each
-from forgetting.targets import WITH_BETA
-from trainers.base import TARGETS, ForgetTrainer, Solved, register
+from forgetting.targets import takes
+from trainers.base import ForgetTrainer, Solved, register
 from trainers.inputs import read_target
 
 SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
@@ -32,7 +32,7 @@ SHOWN_EVERY = 200  # steps of a descent between two lines with its norms
 class PaperTrainer(ForgetTrainer):
     """The paper's objective, with its retain set: the vocabulary, each name with weight 1."""
 
-    targets = TARGETS
+    defaults: ClassVar = {"FORGET.TARGET": "empty", "FORGET.SIMILARITY": 1.0}
     retains = ("vocabulary",)
     options = ("TERMS",)
 
@@ -52,7 +52,7 @@ class PaperTrainer(ForgetTrainer):
     def problem(self, requests: Batch) -> tuple[ForgetProblem, Tensor, list[dict[str, Any]]]:
         """The problem of all requests together, the retained names that are excluded with each
         request, (R, n) bool, and what to report of each request beside its solution."""
-        target, draws = self.targets_without_bias(requests)
+        target = self.targets_without_bias(requests)
         w = self.projection
         problem = ForgetProblem(
             projection=w,
@@ -66,12 +66,7 @@ class PaperTrainer(ForgetTrainer):
         by_class = self.retain.excluded(requests.same, requests.hidden, requests.owner)
         excluded = requests.of_requests(by_class)
         reports = [
-            {
-                "target_draws": drawn,
-                "retained": int((~row).sum()),
-                "excluded": self.retain.named(row),
-            }
-            for drawn, row in zip(draws, excluded, strict=True)
+            {"retained": int((~row).sum()), "excluded": self.retain.named(row)} for row in excluded
         ]
         return problem, excluded, reports
 
@@ -142,7 +137,7 @@ def exact_settings(cfg: CfgNode, d: int | None = None) -> ExactSettings:
     forget = cfg.FORGET
     return ExactSettings(
         target=read_target(forget.TARGET, d),
-        beta=float(forget.BETA) if forget.TARGET in WITH_BETA else 0.0,
+        beta=float(forget.BETA) if takes(forget.TARGET, "beta") else 0.0,
         noise_std=float(forget.NOISE_STD),
         similarity=float(forget.SIMILARITY),
         **{key.lower(): value for key, value in cfg.TRAINER.FORGETEXACT.items()},
@@ -156,7 +151,9 @@ class ForgetExact(ForgetTrainer):
     to encode that, and the classes of the other sets."""
 
     settings_type = ExactSettings
-    targets = ("specific", *TARGETS)
+    # One default for every data set and backbone, found on real CLIP features (docs/exact.md).
+    defaults: ClassVar = {"FORGET.TARGET": "specific", "FORGET.BETA": 0.0}
+    weighted = True
     retains = GROUPS
     options = ("PROTECT",)
     batch_size = 256
