@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     after, failed = run_sweep(runs, root, launcher(args))
     others = beside(after)
     if not others.empty:
-        print("\nAfter, as others print it; what differs: docs/faithfulness.md\n")
+        print("\nAfter, as others print it; what differs: docs/paper.md\n")
         print(others.to_string(index=False, float_format="{:.2f}".format))
     table = compare_all(args, runs, sets)
     refuse_failed(failed)
