@@ -74,7 +74,7 @@ def exact_context(
     """What classes of a bundle are forgotten in.
 
     Classes are retained by name and prompt: on real features the rest of the set and other sets
-    lose less by it, under templates that nobody listed as well (docs/exact.md).
+    lose less by it, under templates that nobody listed as well (docs/method.md).
     """
     settings, more = settings.chosen(bool(others)), more or {}
     weights = settings.group_weights(bool(others), bool(bundle.retain_names), GENERIC in more)

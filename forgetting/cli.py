@@ -165,7 +165,7 @@ def _forget(option: Option, parse: Parse) -> None:
     option("--template", **many, metavar="TEXT", help="with {} for the name")
     option("--target", default="specific", help=f"one of {', '.join(TARGETS)} or text:TEXT")
     for name in NUMBERS:
-        about = settings[name].metadata.get("help", "see docs/exact.md").replace("%", "%%")
+        about = settings[name].metadata.get("help", "see docs/method.md").replace("%", "%%")
         option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
     about = "make an adapter for an index of images (clip-forget index), which changes no model"
     option("--embeddings", action="store_true", help=about)

@@ -47,7 +47,7 @@ INDEX = {"specific_ridge": 0.05, "ridge": 3e-4}
 class ExactSettings:
     """Settings of complete forgetting, the same for `forget()` and the trainer ForgetExact.
 
-    They were chosen on real CLIP features and hold for every data set and backbone (docs/exact.md).
+    They were chosen on real CLIP features and serve every data set and backbone (docs/method.md).
     The weights are of whole groups of names, see `forgetting.retain.Group`.
     """
 

@@ -101,7 +101,7 @@ def specific(e: Tensor, inputs: TargetInputs, beta: Tensor, excluded: Tensor) ->
     With `T` the weighted Gram matrix of the retained embeddings, `r = lam (T + lam I)^-1 e` is the
     part of e that ridge regression on them does not explain. Only that direction is removed, and
     -beta times it is left (beta may be negative, down to -1). What the text shares with others, as
-    all CLIP texts do, stays. A large `lam` gives the target `opposite`; docs/exact.md compares.
+    all CLIP texts do, stays. A large `lam` gives the target `opposite`; docs/method.md compares.
     """
     r = torch.empty_like(e)
     for _, texts, columns, _ in request_batches(inputs.ridge, e, torch.arange(len(e)), excluded):

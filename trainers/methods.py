@@ -151,7 +151,7 @@ class ForgetExact(ForgetTrainer):
     to encode that, and the classes of the other sets."""
 
     settings_type = ExactSettings
-    # One default for every data set and backbone, found on real CLIP features (docs/exact.md).
+    # One default for every data set and backbone, found on real CLIP features (docs/method.md).
     defaults: ClassVar = {"FORGET.TARGET": "specific", "FORGET.BETA": 0.0}
     weighted = True
     retains = GROUPS

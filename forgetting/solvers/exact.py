@@ -20,7 +20,7 @@ quasi-convex in each ratio, and its minimum is found by one root inside another.
     Delta = (I + G / mu)^-1 H_f^T Z,    (A + r I) Z = D,    Y = (lw / ||Delta||) Z.
 
 `r = 0`: the texts reach P. `mu = 0` (the kernel branch): no retained text moves. `r` infinite:
-nothing moves. docs/exact.md has the derivation.
+nothing moves. docs/method.md has the derivation.
 
 Requests that share what is retained are solved together. What one of them excludes are few rows L:
 `G_i = G - L^T L`, and by Woodbury's formula `H (G_i + mu I)^-1 = (H + C L) B` with
