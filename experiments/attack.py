@@ -26,6 +26,7 @@ from experiments.gold import TRAININGS
 from experiments.hide import Index, Mini, forget_each, index_parser, report, table_of, unit
 from forgetting.context import ExactSettings
 from forgetting.displacement import displacement_along
+from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 
 IMAGES = (1, 4, 16)  # that an attacker has
@@ -148,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--ridge", type=float, help="of bundles; default: that of ForgetExact")
     args = parser.parse_args(argv)
     if not args.features:
+        if not args.gold.is_dir():
+            raise ProblemError(f"no folder {args.gold}: python -m experiments gold makes it")
         without = {f"{name}.safetensors": names for name, (_, names) in TRAININGS.items() if names}
         golds = [(names, Mini(args.gold / file)) for file, names in without.items()]
         table = table_of("attack", args, partial(attacks, golds=golds))
@@ -156,8 +159,9 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     table = table_of("attack", args, partial(words_at_hand, ridge=args.ridge))
     for kind, rows in table[table["before"] > 0].groupby("kind"):
         back = rows["after"] > 0
-        print(f"\n{kind}: {len(rows)} texts found an image before, of them after:")
-        print(rows[back].to_string(index=False, float_format="{:.3f}".format))
+        print(f"\n{kind}: {len(rows)} texts found an image before, {back.sum()} of them after")
+        if back.any():
+            print(rows[back].to_string(index=False, float_format="{:.3f}".format))
         for score in ("ratio", "margin"):  # the smallest are suspect
             area = roc_auc_score(~back, rows[score]) if 0 < back.sum() < len(rows) else torch.nan
             print(f"{score}: AUC {area:.3f}, mean {rows[score].mean():.3f}")

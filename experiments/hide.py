@@ -38,6 +38,7 @@ from engine.log import logger, progress
 from evaluation.plots import COLOURS, drawing
 from evaluation.tables import write_table
 from forgetting.context import INDEX, Answer, ExactSettings
+from forgetting.errors import ProblemError
 from forgetting.flag import flag
 from forgetting.models.vocabulary import generic_names
 from forgetting.problem import LowRankEdit
@@ -289,7 +290,7 @@ def report(table: pd.DataFrame, keys: Sequence[str]) -> None:
     groups = table.groupby(list(keys), sort=False)
     for how in ("mean", "min", "max"):
         part = groups.agg(how, numeric_only=True)
-        print(f"\n{how} over classes")
+        print(f"\n{how} of each group of rows")
         print(part.to_string(float_format="{:.2f}".format, na_rep="-", line_width=120))
 
 
@@ -325,6 +326,8 @@ def table_of(name: str, args: Namespace, rows_of: Callable) -> pd.DataFrame:
         count = min(args.classes or len(names), len(names))
         some = random.Random(dataset).sample(names, count)
         rows += rows_of(index, dataset, sorted(some, key=names.index))
+    if not rows:
+        raise ProblemError(f"{', '.join(index.bundles)}: no class with texts to measure by")
     table, path = pd.DataFrame(rows), args.out / f"{name}.csv"
     write_table(table, path)
     logger.info(f"table: {path}")

@@ -13,6 +13,7 @@ are several. The same command resumes. At the end the means over classes, and ov
 standard deviation, are printed and written to sweep.csv beside a report.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ import pandas as pd
 from engine.cli import COUNT, SEED, Parser
 from engine.config import read_yaml
 from engine.files import OBJECT, TEXT, Kind, check
-from engine.log import logger
+from engine.log import logger, screen
 from engine.ray import LauncherSettings, add_launcher, launcher
 from evaluation.report.page import write_report
 from evaluation.report.runs import read_methods
@@ -172,7 +173,8 @@ def main(argv: Sequence[str] | None = None, ours: dict[str, Any] | None = None) 
     any work for a run that cannot be; at the end for those that failed. `ours`: what is varied,
     without a file, by `experiments baselines`; its runs are quiet."""
     name, about = "baselines" if ours else "sweep", __doc__.splitlines()[0]
-    parser = Parser(prog=f"python -m experiments {name}", description=about)
+    more = "Options of train.py (--features, --forget, ...) and KEY VALUE pairs may follow."
+    parser = Parser(prog=f"python -m experiments {name}", description=about, epilog=more)
     parser.set_defaults(file=None)
     words = argv or ["FILE.yaml"]
     lists = words[0][:1] == "-" and "--datasets" in [word.partition("=")[0] for word in words]
@@ -187,6 +189,8 @@ def main(argv: Sequence[str] | None = None, ours: dict[str, Any] | None = None) 
     add_launcher(parser)
     args, options = parser.parse_known_args(argv)
     options += ["--quiet"] if args.quiet or ours else []
+    if args.quiet:
+        screen.setLevel(logging.WARNING)
     varied = read_sweep(args.file) if args.file else dict(ours or {})
     known = varied.get("methods", {})
     for name in args.methods or ():

@@ -14,7 +14,7 @@ from datasets import mini
 from experiments import attack, hide
 from experiments.__main__ import cli
 from tests.audit_fixtures import planted
-from tests.conftest import BACKBONE, REPOSITORY
+from tests.conftest import BACKBONE, REPOSITORY, refuses
 
 
 def test_a_word_that_does_not_move_with_the_name_still_finds_the_class(tmp_path, capsys):
@@ -24,6 +24,9 @@ def test_a_word_that_does_not_move_with_the_name_still_finds_the_class(tmp_path,
     x = bundle.image_features + 0.8 * own[:, None] * normalize(bundle.embed(apart))
     words = {"other": apart, "name": bundle.forget_hidden[[2]]}
     lists = {"texts": [*words], "classes": ["class 2"] * 2, "kinds": ["word"] * 2}
+    bare = str(tmp_path / "bare")
+    replace(bundle, backbone=BACKBONE).save(bundle_path(bare, BACKBONE, "Planted"))
+    refuses("no class with texts", attack.main, ["--features", bare])
     bundle = replace(
         bundle,
         image_features=normalize(x),
@@ -49,6 +52,7 @@ def test_texts_that_are_searched_out_on_mini(tmp_path, monkeypatch):
         monkeypatch.setattr(attack, name, value)
     names = ["digit two", "digit seven"]
     monkeypatch.setattr(attack, "TRAININGS", {"a": (0, names), "full": (1, [])})
+    refuses("experiments gold makes it", attack.main, [])
     Path("gold").mkdir()
     shutil.copy(REPOSITORY / "clip/mini.safetensors", "gold/a.safetensors")
     assert cli(["attack"]) == 0

@@ -26,7 +26,7 @@ def index(features: Path, monkeypatch: pytest.MonkeyPatch) -> hide.Index:
 
 def test_a_table_by_the_command_line(index, capsys):
     assert cli(["hide", "--features", "features", "--classes", "2"]) == 0
-    assert "min over classes" in capsys.readouterr().out
+    assert "min of each group" in capsys.readouterr().out
     table = pd.read_csv("hide/hide.csv").set_index(["data set", "class", "way"])
     assert len(table) == 2 * 2 * 10
     for (dataset, name), rows in table.groupby(level=[0, 1]):
