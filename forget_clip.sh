@@ -29,7 +29,7 @@ environment:
   LAUNCHER  local (default): one run after the other; ray: python -m experiments sweep spreads them
             over this machine, or over the cluster of RAY_ADDRESS (docs/scale.md)
   PYTHON    default: .venv/bin/python, else python3
-example, without a download: TRAINER=ForgetExact sh forget_clip.sh mine 0 MiniDigits mini 0'
+example, without a download: TRAINER=ForgetExact sh forget_clip.sh exact 0 MiniDigits mini 0'
 
 die() {
     printf 'error: %s\n' "$1" >&2
