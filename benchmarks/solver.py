@@ -24,15 +24,11 @@ from clip.bundle import FeatureBundle, bundle_path
 from engine.cli import Parser
 from engine.determinism import one_thread
 from engine.log import quiet
-from forgetting import (
-    ForgetProblem,
-    LoraSettings,
-    Ridge,
-    solve_constrained_each,
-    solve_each,
-    solve_lora_each,
-)
+from forgetting import ForgetProblem
 from forgetting.problem import Batch
+from forgetting.solvers.constrained import Ridge, solve_constrained_each
+from forgetting.solvers.exact import solve_each
+from forgetting.solvers.lora import LoraSettings, solve_lora_each
 
 DESCENTS = (1, 4, 16, 64)  # that are computed together
 KEYS = ["USE_CUDA", "False", "FORGET.LAMB_FORGET", "auto", "FORGET.LAMB_PRESERVE", "0.3"]

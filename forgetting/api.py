@@ -1,11 +1,4 @@
-"""One call: forget names in any CLIP, from text alone.
-
-    answer = forget(model, tokenize, ["Acme Cola"], also={"Acme Cola": ["acme soda"]})
-    answer.apply()                  # the model changes in place
-    answer.save("acme.safetensors")
-
-The method is that of the trainer ForgetExact: see `forgetting.context`.
-"""
+"""One call: forget names in any CLIP, by the method of ForgetExact (`forgetting.context`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,37 +37,59 @@ _lock = Lock()
 
 
 def forget(
-    model: nn.Module | TextEmbeddings,
+    model: nn.Module | TextEmbeddings | str,
     tokenize: Tokenize | None,
     names: Sequence[str],
     also: Mapping[str, Sequence[str]] | None = None,
     retain: Sequence[str] | None = None,
-    templates: Sequence[str] = TEMPLATES,
-    protect: Sequence[str] = (),
     *,
-    settings: ExactSettings | None = None,
+    protect: Sequence[str] = (),
     generic: bool = True,
+    templates: Sequence[str] = TEMPLATES,
+    target: str | Tensor | None = None,
+    beta: float | None = None,
+    settings: ExactSettings | None = None,
     cache: str | Path | None = CACHE,
     progress: bool = True,
-    **changes: Any,
+    **changes: float | None,
 ) -> Forgotten:
-    """Forget names in a CLIP from text alone. The model is read, and not changed until `apply`.
-    ProblemError for names that are none, or a model that does not end in one linear map.
+    """Forget names in a CLIP from text alone. The model is read; `Forgotten.apply` changes it.
 
     Args:
-        model, tokenize: see `forgetting.models.encoder.read_encoder`. Or `TextEmbeddings` and None,
-            for an adapter of embeddings, which changes an index of images instead of a model: see
-            `forgetting.deploy.embeddings.hide_in_index`.
-        names: what to forget, at once; also: name -> other words for it, forgotten too.
-        retain: names that are retained, such as the other classes of a list; protect: names that
-            must not be harmed; they weigh more.
-        templates: texts with {} for a name. Names are forgotten by the first one; the others are
-            paraphrases to check. The last one stands for how images are classified.
-        settings: all numbers of the method, see `ExactSettings` (of an index, see `INDEX` there);
-            changes: some of them by name, such as `target="opposite", beta=0.2, ridge=1e-3`.
-        generic: whether the generic vocabulary is retained; without it `retain` has to name all.
-        cache: folder of the vocabulary's hidden states, a file for each model; None: not kept.
-        progress: whether to show a bar while the vocabulary is encoded.
+        model: a CLIP of open_clip, transformers, sentence-transformers or OpenAI, or any module
+            whose text features are `hidden @ W (+ b)`. Or its name, such as "hf:my-clip". Or
+            `TextEmbeddings`, for a change of an index of images instead: see `hide_in_index`.
+        tokenize: from a list of texts to what the model reads; a tokenizer of transformers as it
+            is. None: for a name, a SentenceTransformer or `TextEmbeddings`.
+        names: what to forget, all at once.
+        also: other words for a name, which are forgotten with it.
+        retain: names that stay what they are, such as the other classes of a list.
+        protect: names that must not be harmed; they weigh more.
+        generic: whether 8,850 common names are retained too. Without them `retain` names all.
+        templates: texts with {} for a name. Names are forgotten by the first one. The others are
+            paraphrases to check, and the last one is what images are classified by.
+        target: where the names go: "specific" (default), "opposite", "orthogonal", "empty",
+            "text:TEXT", or a vector (d,).
+        beta: how far beyond zero "specific" and "opposite" go; raised where that is too little.
+        settings: all numbers of the method; changes: some of them by name, such as `ridge=1e-3`.
+        cache: folder for the hidden states of the common names, a file per model; None: not kept.
+        progress: whether to show a bar while these are encoded.
+
+    Returns:
+        The change `Delta` (w, d) of the text projection `W` (w, d), of low rank, with its proof.
+
+    Raises:
+        ProblemError: an argument that makes no sense, or a model without one last linear map.
+
+    Example:
+        >>> model = CLIPModel.from_pretrained("my-clip")
+        >>> tokenize = AutoTokenizer.from_pretrained("my-clip")
+        >>> answer = forget(model, tokenize, ["Acme Cola"], retain=["Pepsi", "lemonade"])
+        >>> answer.names
+        ['Acme Cola']
+        >>> answer.apply()
+        >>> answer.verify()
+        True
     """
     for_index = isinstance(model, TextEmbeddings)
     encoder = model if for_index else read_encoder(model, tokenize)
@@ -89,7 +104,9 @@ def forget(
     for name in changes:
         if name not in vars(settings):
             raise unknown("setting of forget()", name, vars(settings))
-    settings = replace(settings, **changes)
+    aim = {"target": target, "beta": beta}
+    aim = {name: value for name, value in aim.items() if value is not None}
+    settings = replace(settings, **aim, **changes)
     check_target(settings.target, settings.beta, encoder.projection.shape[1])
     settings = settings.chosen(listed=False)
     settings = settings if generic else replace(settings, generic=0.0)

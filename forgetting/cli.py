@@ -1,10 +1,6 @@
-"""The command `clip-forget`: forget, audit, compose, verify, patch, index, export.
+"""The command `clip-forget`; in a clone `python -m forgetting` is the same.
 
-    clip-forget forget hf:DIR "Acme Cola" --also "Acme Cola=acme soda" --out acme.safetensors
-    clip-forget verify acme.safetensors --model hf:CHANGED
-
-In a clone `python -m forgetting` is the same. What a command computes with is imported when it
-runs.
+What a command computes with is imported when it runs.
 """
 
 import argparse
@@ -31,15 +27,15 @@ OTHER_TEMPLATES = (  # by which an audit asks whether paraphrases move too
     "a close-up photo of a {}.",
     "this is a {}.",
 )
-NUMBERS = (  # of ExactSettings, as options of `forget`
-    "beta",
-    "ridge",
-    "max_displacement",
-    "specific_ridge",
-    "similarity",
-    "min_margin",
-    "min_displacement",
-)
+NUMBERS = {  # of ExactSettings, as options of `forget`; None: what the setting itself says
+    "beta": "how far beyond zero the targets specific and opposite go",
+    "ridge": None,
+    "max_displacement": None,
+    "specific_ridge": None,
+    "similarity": "cosine with a forgotten text from which a name is not retained; 1: none",
+    "min_margin": None,
+    "min_displacement": None,
+}
 SHOWN = 5  # paraphrases that an audit shows, those that move least
 
 Option = Callable[..., Any]  # `add_argument` of a command's parser
@@ -112,16 +108,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line; ProblemError for a mistake."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__.split("\n\n")[1], end="\n\n")
-        for command, function in COMMANDS.items():
-            print(f"  {command:<8}  {function.__doc__}")
-        print("\nclip-forget COMMAND --help says more.")
+        print("Forget names in a CLIP from text alone, and take the change where it is used.\n")
+        for command, (function, _) in COMMANDS.items():
+            print(f"  {command:<8} {function.__doc__}")
+        print(f"\nexample:\n  clip-forget forget {COMMANDS['forget'][1]}")
+        print("\nclip-forget COMMAND --help has the options and an example of each.")
     elif name == "--version":
         print(f"clip-forget {__version__}")
     elif name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     else:
-        parser = Parser(prog=f"clip-forget {name}", description=COMMANDS[name].__doc__)
+        function, example = COMMANDS[name]
+        parser = Parser(
+            prog=f"clip-forget {name}",
+            description=function.__doc__,
+            epilog=f"example:\n  clip-forget {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
         def parse() -> argparse.Namespace:
             from forgetting.io import refuse_existing
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_existing(args.out, args.overwrite)
             return args
 
-        COMMANDS[name](parser.add_argument, parse)
+        function(parser.add_argument, parse)
 
 
 def _say(text: str) -> None:
@@ -164,8 +167,8 @@ def _forget(option: Option, parse: Parse) -> None:
     option("--protect", "--keep", **many, metavar="NAME", help=protect)
     option("--template", **many, metavar="TEXT", help="with {} for the name")
     option("--target", default="specific", help=f"one of {', '.join(TARGETS)} or text:TEXT")
-    for name in NUMBERS:
-        about = settings[name].metadata.get("help", "see docs/method.md").replace("%", "%%")
+    for name, about in NUMBERS.items():
+        about = about or settings[name].metadata["help"]
         option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
     about = "make an adapter for an index of images (clip-forget index), which changes no model"
     option("--embeddings", action="store_true", help=about)
@@ -181,12 +184,12 @@ def _forget(option: Option, parse: Parse) -> None:
         also.setdefault(name.strip(), []).append(word)
     changes = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     changes |= {"target": args.target, "generic": not args.no_generic, "progress": not args.quiet}
+    changes |= {"templates": tuple(args.template) or TEMPLATES, "protect": args.protect}
     changes |= {"cache": args.cache} if args.cache else {}
-    retain, templates = _names(args.retain), tuple(args.template) or TEMPLATES
     model, tokenize = load_model(args.model)
     if args.embeddings:
         model, tokenize = TextEmbeddings.of(model, tokenize), None
-    answer = forget(model, tokenize, args.names, also, retain, templates, args.protect, **changes)
+    answer = forget(model, tokenize, args.names, also, _names(args.retain), **changes)
     answer.save(args.out, args.overwrite)
     _say(f"{args.out}: forgets {', '.join(answer.names)}; texts: {len(answer.texts)}")
     for note in answer.notes:
@@ -210,7 +213,7 @@ def _names(given: Sequence[str]) -> list[str]:
 
 
 def _audit(option: Option, parse: Parse) -> None:
-    """Say by text alone how far paraphrases move, and which other names are affected."""
+    """Say, by text alone, what else moves: paraphrases, and other names."""
     from forgetting.displacement import displacement_along
     from forgetting.forgotten import Forgotten
     from forgetting.models.encoder import read_encoder
@@ -242,7 +245,7 @@ def _audit(option: Option, parse: Parse) -> None:
 
 
 def _compose(option: Option, parse: Parse) -> None:
-    """Join adapters, or give classes back, by solving again."""
+    """Join adapters, or give names back, by solving again."""
     from forgetting.adapter import load_adapter
     from forgetting.compose import compose
     from forgetting.forgotten import Forgotten
@@ -262,7 +265,7 @@ def _compose(option: Option, parse: Parse) -> None:
 
 
 def _verify(option: Option, parse: Parse) -> None:
-    """Exactly this change of the original, and nothing else."""
+    """Check that a model is the original with this change and nothing else."""
     from forgetting.forgotten import Forgotten
     from forgetting.models.loading import load_model
 
@@ -279,7 +282,7 @@ def _verify(option: Option, parse: Parse) -> None:
 
 
 def _patch(option: Option, parse: Parse) -> None:
-    """Change cached text embeddings, without a model."""
+    """Change cached text embeddings; no model is run."""
     from forgetting.adapter import load_adapter
     from forgetting.deploy.embeddings import patch_file, projection_of
 
@@ -325,7 +328,7 @@ def _export(option: Option, parse: Parse) -> None:
 
 
 def _index(option: Option, parse: Parse) -> None:
-    """Hide what was forgotten in a store of image vectors, or restore it."""
+    """Hide what was forgotten in stored image vectors, or restore it."""
     from forgetting.adapter import load_adapter
     from forgetting.deploy.embeddings import projection_of
     from forgetting.deploy.stores import change_store
@@ -364,12 +367,12 @@ def _index(option: Option, parse: Parse) -> None:
     )
 
 
-COMMANDS = {
-    "forget": _forget,
-    "audit": _audit,
-    "compose": _compose,
-    "verify": _verify,
-    "patch": _patch,
-    "index": _index,
-    "export": _export,
+COMMANDS = {  # and an example of each
+    "forget": (_forget, 'hf:my-clip "Acme Cola" --retain tea --out cola.safetensors'),
+    "audit": (_audit, "cola.safetensors --model hf:my-clip --word cola"),
+    "compose": (_compose, "cola.safetensors fanta.safetensors --out both.safetensors"),
+    "verify": (_verify, "cola.safetensors --model hf:my-clip-without-cola"),
+    "patch": (_patch, "cola.safetensors texts.npy --base my-clip --out patched.npy"),
+    "index": (_index, "hide for-index.safetensors images.npy --out hidden.npy"),
+    "export": (_export, "cola.safetensors --base my-clip --to hf --out my-clip-without-cola"),
 }

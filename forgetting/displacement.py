@@ -61,12 +61,7 @@ def displacement_ratios(
 
 
 def _left_out(
-    ridge: Ridge,
-    excluded: Tensor,
-    variant: Tensor,
-    removed: Excluded,
-    product: Tensor,
-    s: Tensor,
+    ridge: Ridge, excluded: Tensor, variant: Tensor, removed: Excluded, product: Tensor, s: Tensor
 ) -> Tensor:
     """Ratios (B, k, n) as if each name had not been listed, from those as it is, s, and `product`,
     `H_f K^-1 r^T` of every name r; excluded: (B, n) bool, and the same as rows, `removed`."""

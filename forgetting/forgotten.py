@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from forgetting.adapter import (
-    ADAPTER,
-    Adapter,
-    adapter_bytes,
-    projection_sha256,
-    save_adapter,
-)
+from forgetting.adapter import ADAPTER, Adapter, adapter_bytes, projection_sha256, save_adapter
 from forgetting.deploy.card import CARD, HUB_ID, Base, audited, model_card
 from forgetting.displacement import AffectedName, Forecast
 from forgetting.errors import ProblemError, line
@@ -224,10 +218,7 @@ class Forgotten:
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder_or_id: str | Path,
-        model: nn.Module | None = None,
-        revision: str | None = None,
+        cls, folder_or_id: str | Path, model: nn.Module | None = None, revision: str | None = None
     ) -> Forgotten:
         """`load` what `save_pretrained` wrote, and no other file than `adapter.safetensors`, from
         a folder, or `revision` (commit, branch, tag) of a repository on the Hub. ProblemError too

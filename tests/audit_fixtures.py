@@ -10,9 +10,9 @@ from torch.nn.functional import normalize
 from clip.bundle import FeatureBundle
 from clip.retain import exact_context
 from evaluation.audit.case import AuditData, Case, Model, Prompt
-from forgetting import solve_constrained
 from forgetting.context import ExactSettings
 from forgetting.problem import LowRankEdit
+from forgetting.solvers.constrained import solve_constrained
 from tests.solver_fixtures import REAL_CLIP
 
 needs_real_clip = pytest.mark.skipif(not REAL_CLIP.is_dir(), reason="needs shared/real_clip")

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from evaluation.results import Results, split_label
-from forgetting import Adapter
-from forgetting.adapter import adapter_bytes
+from forgetting.adapter import Adapter, adapter_bytes
 
 SETTINGS = {"trainer": "ForgetLoRA", "backbone": "mini", "weights": "abc", "seed": 0}
 

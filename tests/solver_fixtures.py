@@ -4,7 +4,8 @@ import torch
 from hypothesis import HealthCheck
 from torch import Tensor
 
-from forgetting import Certificate, ForgetProblem
+from forgetting import ForgetProblem
+from forgetting.solvers.certificate import Certificate
 from tests.conftest import REPOSITORY
 
 REAL_CLIP = REPOSITORY.parent / "shared" / "real_clip"

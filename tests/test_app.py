@@ -10,7 +10,7 @@ from PIL import Image
 import app
 from engine.cli import run
 from evaluation.live.look import MEGABYTES
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from tests.conftest import needs_chromium
 from tests.test_report_browser import PHONE
 

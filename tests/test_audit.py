@@ -23,7 +23,7 @@ from evaluation.audit.run import MEASURES, audit_folder, cases_of
 from evaluation.audit.verdict import verdict
 from evaluation.rows import read_rows
 from evaluation.tables import audit_table
-from forgetting import load_adapter, save_adapter
+from forgetting.adapter import load_adapter, save_adapter
 from forgetting.problem import LowRankEdit
 from tests.conftest import BACKBONE, refuses, toy_bundle
 

@@ -14,16 +14,7 @@ from clip.bundle import FeatureBundle
 from evaluation.audit import relearning, residue, retrieval
 from evaluation.audit.case import AuditData, Case, accuracy
 from evaluation.audit.relearning import METHODS, REPEATS, SHOTS
-from tests.audit_fixtures import (
-    LENGTH,
-    WIDTH,
-    case,
-    gone,
-    move,
-    only,
-    planted,
-    text,
-)
+from tests.audit_fixtures import LENGTH, WIDTH, case, gone, move, only, planted, text
 
 
 def test_a_probe_that_surely_finds_the_class_and_one_that_surely_cannot():

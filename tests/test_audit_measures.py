@@ -19,18 +19,7 @@ from evaluation.audit import destinations, examples, neighbours
 from evaluation.audit.case import accuracy, highest
 from evaluation.audit.record import ATTACKERS, MEASURES, RELEARNING
 from evaluation.audit.run import audit_class
-from tests.audit_fixtures import (
-    EDGES,
-    WIDTH,
-    case,
-    edge,
-    gone,
-    move,
-    only,
-    opposite,
-    planted,
-    text,
-)
+from tests.audit_fixtures import EDGES, WIDTH, case, edge, gone, move, only, opposite, planted, text
 
 NEAR = {1: 0.9, 2: 0.8, 3: 0.6}  # cosines with the text of class 0
 

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 
 import train
 from evaluation.results import read_logs
-from forgetting import baselines, erasers, load_adapter
+from forgetting import baselines, erasers
+from forgetting.adapter import load_adapter
 from forgetting.baselines import EditInputs, uce
 from tests.conftest import accuracies, toy_bundle, toy_line, whole_set
 from tests.solver_fixtures import normal

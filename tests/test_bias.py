@@ -16,7 +16,8 @@ from clip.bundle import FeatureBundle, bundle_path, load_bundles
 from clip.source import ClipSource
 from evaluation.results import read_logs
 from evaluation.zero_shot import ZeroShot
-from forgetting import Forgotten, load_adapter, save_adapter
+from forgetting import Forgotten
+from forgetting.adapter import load_adapter, save_adapter
 from forgetting.compose import compose
 from forgetting.deploy.embeddings import patch
 from forgetting.deploy.export import export

@@ -15,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetting import Certificate, ForgetProblem, Ridge, solve_constrained, solve_each, solve_exact
-from forgetting import thresholds as thresholds_of
+from forgetting import ForgetProblem, solve_exact
 from forgetting.solvers import certificate, exact
-from forgetting.solvers.certificate import certify, certify_constrained
+from forgetting.solvers.certificate import Certificate, certify, certify_constrained
+from forgetting.solvers.constrained import Ridge, solve_constrained
+from forgetting.solvers.exact import solve_each
+from forgetting.solvers.exact import thresholds as thresholds_of
 from tests.solver_fixtures import EVERY, GAP, TENSORS, normal, random_problem, tight
 
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])

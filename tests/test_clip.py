@@ -18,8 +18,7 @@ import train
 from clip.architectures import ARCHITECTURES, IMAGES, architecture, identity_sha256, openai_url
 from clip.source import ClipSource
 from evaluation.results import read_logs
-from forgetting import load_adapter
-from forgetting.adapter import Adapter, projection_sha256
+from forgetting.adapter import Adapter, load_adapter, projection_sha256
 from forgetting.errors import ProblemError
 from forgetting.models.checkpoint import read_checkpoint
 from forgetting.models.encoder import read_encoder

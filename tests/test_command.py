@@ -1,6 +1,7 @@
 """clip-forget on models that lie in files: there, back, and refused in one line."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import tomllib
 import venv
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetting import Forgotten, __version__, load_adapter
+from forgetting import Forgotten, __version__
+from forgetting.adapter import load_adapter
 from forgetting.cli import COMMANDS, OTHER_TEMPLATES, cli
 from forgetting.displacement import displacement_along
 from forgetting.models.encoder import read_encoder
@@ -21,7 +24,7 @@ from forgetting.models.modules import tensor_sha256, tensors
 from forgetting.problem import LowRankEdit
 from tests.clip_fixtures import open_clip_folder
 from tests.conftest import REPOSITORY
-from tests.encoder_fixtures import needs_transformers, tiny
+from tests.encoder_fixtures import OUT_DIM, WIDTH, needs_transformers, tiny
 
 RETAIN = ["Pepsi", "lemonade", "a dog", "the moon", "Oslo", "blue car"]
 QUICK = [*(word for name in RETAIN for word in ("--retain", name)), "--no-generic"]
@@ -207,9 +210,31 @@ def test_help_and_version_import_nothing():
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli([command, "--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and f"clip-forget {command}" in said
-    assert COMMANDS[command].__doc__ in " ".join(said.split())
+    said, (function, example) = capsys.readouterr().out, COMMANDS[command]
+    assert ended.value.code == 0 and function.__doc__ in said
+    assert said.endswith(f"example:\n  clip-forget {command} {example}\n")
+
+
+@needs_transformers
+def test_the_examples_of_the_help_run(tmp_path, monkeypatch, succeeds):
+    """On a model whose cached texts can be patched: no more hidden states than embeddings."""
+    monkeypatch.setitem(OUT_DIM, "projection_dim", WIDTH)
+    monkeypatch.chdir(tmp_path)
+    model, words = tiny("transformers CLIPModel")
+    model.save_pretrained("my-clip")
+    words.save_pretrained("my-clip")
+    rows = read_encoder(model, words).embeddings(RETAIN)
+    rows = torch.nn.functional.normalize(rows, dim=1).numpy()
+    for name in ("texts.npy", "images.npy"):
+        np.save(name, rows)
+    succeeds("forget", "hf:my-clip", "Fanta", "--retain", "tea", "--out", "fanta.safetensors")
+    for_index = ["--embeddings", *QUICK, "--out", "for-index.safetensors"]
+    succeeds("forget", "hf:my-clip", "Acme Cola", *for_index)
+    for command in sorted(COMMANDS, key=["forget", "export", *COMMANDS].index):
+        succeeds(command, *shlex.split(COMMANDS[command][1]))
+    assert (tmp_path / "hidden.npy").is_file() and (tmp_path / "patched.npy").is_file()
+    lines = succeeds("--help").splitlines()
+    assert len(lines) < 24 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.slow

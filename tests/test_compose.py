@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetting import Adapter, RetainSet, load_adapter, projection_sha256, save_adapter
+from forgetting.adapter import Adapter, load_adapter, projection_sha256, save_adapter
 from forgetting.cli import cli
 from forgetting.compose import compose, make_recipe, solve
 from forgetting.errors import ProblemError
 from forgetting.problem import Request
-from forgetting.retain import Group
+from forgetting.retain import Group, RetainSet
 from forgetting.solvers.constrained import (
     Excluded,
     Ridge,

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetting import ProblemError, Ridge, solve_constrained, solve_constrained_each
+from forgetting import ProblemError
 from forgetting.solvers.certificate import certify_constrained
+from forgetting.solvers.constrained import Ridge, solve_constrained, solve_constrained_each
 from tests.solver_fixtures import normal, tight
 
 SEEDS = st.integers(0, 2**31)

@@ -16,7 +16,8 @@ import train
 from clip.architectures import ARCHITECTURES
 from clip.source import ClipSource
 from evaluation.results import read_logs as logs_of
-from forgetting import Forgotten, load_adapter
+from forgetting import Forgotten
+from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
 from tests.clip_fixtures import caltech, save_openai
 from tests.conftest import BACKBONE, REPOSITORY, accuracies, refuses, toy_bundle, toy_line

@@ -20,7 +20,7 @@ from engine import choose
 from engine.config import declared, settings
 from engine.determinism import one_thread
 from engine.log import environment, logger, run_log
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
 

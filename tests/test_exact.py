@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip.bundle import load_bundle
-from forgetting import ForgetProblem, ProblemError, solve_each, solve_exact, thresholds
+from forgetting import ForgetProblem, ProblemError, solve_exact
 from forgetting.solvers import exact
+from forgetting.solvers.exact import solve_each, thresholds
 from tests.audit_fixtures import REAL_CLIP, needs_real_clip
 from tests.solver_fixtures import EVERY, GAP, SPOILS, class_set, random_problem, tight
 

@@ -12,7 +12,8 @@ from datasets import mini
 from evaluation.zero_shot import ZeroShot
 from experiments import hide
 from experiments.__main__ import cli
-from forgetting import Adapter, hide_in_index, projection_sha256
+from forgetting import hide_in_index
+from forgetting.adapter import Adapter, projection_sha256
 from tests.conftest import BACKBONE, TOY_CLASSES, toy_bundle
 
 

@@ -19,7 +19,7 @@ from evaluation.rows import Change, Row
 from experiments import reproduce
 from experiments.reproduce import PAPER, PUBLISHED, WHOLE, compare, whole_set
 from forget_cls import all_ds, forget_classes_all
-from forgetting import LoraSettings
+from forgetting.solvers.lora import LoraSettings
 from tests.clip_fixtures import picture, reduce_depth, save_openai
 from tests.conftest import REPOSITORY
 from tests.test_datasets import FORGOTTEN

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetting import Adapter
-from forgetting.adapter import ModelIdentity
+from forgetting.adapter import Adapter, ModelIdentity
 from forgetting.deploy.export import FORMATS, _open_clip_config, export
 from forgetting.models.checkpoint import find, read_projection
 from forgetting.models.encoder import Encoder, read_encoder

@@ -1,5 +1,6 @@
 """`forget()`: one call on any model. What it solves stands in tests/test_context.py."""
 
+import doctest
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -164,6 +165,21 @@ def test_texts_that_are_cut_are_noted(family):
     assert not any("beginning" in note for note in notes)
     (note,) = (n for n in forget(model, words, [long], **PLAIN).notes if "beginning" in n)
     assert f"the beginning of '{long}' and of 1 more" in note and "\n" not in note
+
+
+@needs_transformers
+def test_the_example_of_the_docstring_runs(common, tmp_path, monkeypatch):
+    import transformers
+
+    for part in tiny("transformers CLIPModel"):
+        part.save_pretrained(tmp_path / "my-clip")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the vocabulary's hidden states are kept
+    (example,) = doctest.DocTestFinder(recurse=False).find(forget)
+    for name in ("AutoTokenizer", "CLIPModel"):
+        example.globs[name] = getattr(transformers, name)
+    done = doctest.DocTestRunner().run(example)
+    assert done.attempted == 6 and not done.failed
 
 
 ARGUMENTS = {

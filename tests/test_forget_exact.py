@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import train
 from clip.bundle import bundle_path
 from clip.retain import exact_context
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from forgetting.context import ExactSettings
 from tests.conftest import BACKBONE, refuses, toy_bundle, toy_line
 from trainers.inputs import RunInputs

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from forgetting import Forgotten, forget, save_adapter
+from forgetting import Forgotten, forget
+from forgetting.adapter import save_adapter
 from forgetting.compose import compose
 from forgetting.errors import ProblemError
 from forgetting.models.encoder import read_encoder

@@ -14,26 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgetting import (
-    Adapter,
-    ForgetProblem,
-    Group,
-    LoraSettings,
-    RetainSet,
-    Ridge,
-    forget,
-    projection_sha256,
-    solve_constrained,
-    solve_constrained_each,
-    solve_each,
-    solve_exact,
-    solve_lora,
-    solve_lora_each,
-    thresholds,
-)
+from forgetting import ForgetProblem, forget, solve_exact, solve_lora
+from forgetting.adapter import Adapter, projection_sha256
 from forgetting.context import ExactSettings
 from forgetting.deploy.embeddings import condition, patch
 from forgetting.errors import ProblemError
+from forgetting.retain import Group, RetainSet
+from forgetting.solvers.constrained import Ridge, solve_constrained, solve_constrained_each
+from forgetting.solvers.exact import solve_each, thresholds
+from forgetting.solvers.lora import LoraSettings, solve_lora_each
 from tests.encoder_fixtures import OUT, tiny
 from tests.test_compose import normal
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from forgetting import Forgotten, TextEmbeddings, forget, load_adapter
+from forgetting import Forgotten, TextEmbeddings, forget
+from forgetting.adapter import load_adapter
 from forgetting.cli import main
 from forgetting.deploy.card import Base, model_card
 from forgetting.deploy.export import export

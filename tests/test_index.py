@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from forgetting import Forgotten, TextEmbeddings, forget, hide_in_index, load_adapter, restore_index
+from forgetting import Forgotten, TextEmbeddings, forget, hide_in_index, restore_index
+from forgetting.adapter import load_adapter
 from forgetting.cli import cli
 from forgetting.compose import compose
 from forgetting.deploy.embeddings import RESTORABLE, index_edit, patch

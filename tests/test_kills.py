@@ -22,7 +22,7 @@ from evaluation.audit.inputs import Places
 from evaluation.audit.record import read_audits
 from evaluation.audit.run import audit_folder
 from evaluation.results import read_logs
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from forgetting.deploy.card import Base, model_card
 from forgetting.io import remove_stale
 from tests.conftest import toy_line

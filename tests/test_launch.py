@@ -21,7 +21,7 @@ from engine.cli import run
 from engine.ray import LauncherSettings, cluster, spread
 from evaluation.results import read_logs
 from experiments import sweep
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
 from tests.conftest import BACKBONE, REPOSITORY
 from tests.test_kills import no_leftovers

@@ -12,7 +12,7 @@ from PIL import Image
 import app
 from engine.cli import run
 from evaluation.live.look import MEGABYTES, UPLOADS, Live, View
-from forgetting import load_adapter
+from forgetting.adapter import load_adapter
 from forgetting.compose import compose
 from forgetting.models.vocabulary import generic_hidden
 from forgetting.targets import TARGETS

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forgetting import ForgetProblem, LoraSettings, ProblemError, solve_lora, solve_lora_each
-from forgetting.solvers.lora import _Objective
+from forgetting import ForgetProblem, ProblemError, solve_lora
+from forgetting.solvers.lora import LoraSettings, _Objective, solve_lora_each
 from tests.solver_fixtures import TENSORS, normal, random_problem
 
 SHORT = LoraSettings(steps=300, max_trials=3)

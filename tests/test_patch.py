@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetting import Adapter, projection_sha256, save_adapter
+from forgetting.adapter import Adapter, projection_sha256, save_adapter
 from forgetting.cli import cli
 from forgetting.deploy.embeddings import condition, patch, patch_file, rounding
 from forgetting.errors import ProblemError

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from forgetting import Adapter, save_adapter
+from forgetting.adapter import Adapter, save_adapter
 from forgetting.cli import cli
 from forgetting.deploy.databases import MARK
 from forgetting.deploy.embeddings import index_edit

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from forgetting import Adapter, Forgotten, load_adapter, save_adapter
-from forgetting.adapter import FORMAT, adapter_bytes
+from forgetting import Forgotten
+from forgetting.adapter import FORMAT, Adapter, adapter_bytes, load_adapter, save_adapter
 from forgetting.cli import cli
 from forgetting.errors import ProblemError
 from forgetting.io import atomic_path, container, pack, remove_stale, unpack, write_bytes

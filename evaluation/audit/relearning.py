@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, one_hot
 from evaluation.audit.case import AuditData, Case
 from evaluation.audit.undo import Attacker
 from evaluation.rules import holds
-from forgetting import solve_constrained
+from forgetting.solvers.constrained import solve_constrained
 
 SHOTS = (1, 2, 4, 8, 16)
 REPEATS = 5  # draws of the images, averaged

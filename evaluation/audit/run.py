@@ -18,7 +18,7 @@ from evaluation.audit.record import Audits, compile_audits, read_audit, read_aud
 from evaluation.audit.verdict import verdict
 from evaluation.results import SETTINGS, no_results, place, read_logs
 from evaluation.results import SUFFIX as ADAPTER
-from forgetting import load_adapter, projection_sha256
+from forgetting.adapter import load_adapter, projection_sha256
 from forgetting.deploy.card import write_card
 from forgetting.errors import ProblemError, unknown
 from forgetting.problem import LowRankEdit

@@ -29,7 +29,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ ROWS = 256  # vectors of an index that are changed at once: larger blocks fetch 
 # Condition of a change of an index, at most: of embeddings, so that it can be restored; of a text
 # projection, whose pseudo-inverse ruins the searches for other things from about 100 on.
 RESTORABLE, STRETCHED = 1000, 100
+Vectors = TypeVar("Vectors", Tensor, np.ndarray)  # of images, (n, d)
 ARRAYS = (np.float16, np.float32, np.float64)
 UNCERTAIN = 0.1  # a direction that rounding may turn by more than this is no answer
 PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by which adapter
@@ -253,23 +254,23 @@ def index_edit(
 
 
 def hide_in_index(
-    vectors: Tensor | np.ndarray,
+    vectors: Vectors,
     adapter: Adapter,
     projection: Tensor | None = None,
     normalised: bool = True,
-) -> Any:
-    """Vectors of images (n, d) in which no text finds what was forgotten; see `IndexEdit` and
-    `index_edit` for what is taken, given and refused. Whether vectors are changed already cannot be
-    seen in them: `clip-forget index` keeps account of that."""
+) -> Vectors:
+    """Vectors of images (n, d) in which no text finds what was forgotten, a tensor or an array as
+    they came; see `IndexEdit` and `index_edit` for the arguments and what is refused. Whether they
+    are changed already cannot be seen in them: `clip-forget index` keeps account of that."""
     return index_edit(adapter, projection)(vectors, normalised)
 
 
 def restore_index(
-    vectors: Tensor | np.ndarray,
+    vectors: Vectors,
     adapter: Adapter,
     projection: Tensor | None = None,
     normalised: bool = True,
-) -> Any:
+) -> Vectors:
     """The vectors that `hide_in_index` was given, to `IndexEdit.restored_to` of their dtype."""
     return index_edit(adapter, projection).inverse(vectors, normalised)
 

@@ -20,11 +20,7 @@ PASSES = ("Transpose", "Cast", "Identity")  # what may stand between a weight an
 
 
 def patch_graph(
-    adapter: Adapter,
-    path: Path,
-    out: Path,
-    original: Tensor | None = None,
-    overwrite: bool = False,
+    adapter: Adapter, path: Path, out: Path, original: Tensor | None = None, overwrite: bool = False
 ) -> None:
     """Write an `.onnx` file in which the projection is changed and nothing else.
 

@@ -12,11 +12,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "LongStorage": torch.int64,
-}
+DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}
 
 
 class _Module:
