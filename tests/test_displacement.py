@@ -217,8 +217,8 @@ def test_the_gram_matrix_weighs_groups():
     assert set(retain.counts) == {"a", "b"} and retain.weights == {"a": 3.0, "b": 4.0}
     for bias in (None, b):
         e = rows @ w + (0 if bias is None else bias)
-        specific = TargetInputs(w, bias, retain=retain, lam=0.5).specific
-        assert torch.allclose(specific.gram, e.T @ (weights[:, None] * e)) and specific.mu == 0.5
+        ridge = TargetInputs(w, bias, retain=retain, lam=0.5).ridge
+        assert torch.allclose(ridge.gram, e.T @ (weights[:, None] * e)) and ridge.mu == 0.5
         mean = float((weights * e.square().sum(dim=1)).sum()) / 7
         assert retain.squared_embedding(w, bias) == pytest.approx(mean)
     assert retain.ridge(0.5).mu == pytest.approx(0.5 * float(retain.gram.trace()) / 7)
