@@ -237,6 +237,10 @@ LAYOUTS = {  # the set: its folder, text files in it, images, classes, images in
         "eurosat/eurosat", {}, "2750/SeaLake/1.jpg 2750/SeaLake/2.jpg", ["Sea or Lake"], (1, 0, 1)),
     "PinsFaces": (
         "pins_faces", {}, "105_classes_pins_dataset/pins_Ann%Lee/1.jpg", ["Ann Lee"], (0, 0, 1)),
+    "CaltechObjects": (
+        "caltech-101/caltech101", {},
+        "101_ObjectCategories/Faces/1.jpg 101_ObjectCategories/emu/1.jpg",
+        ["human face"], (0, 0, 1)),
     "PLANTDOC": (
         "PlantDoc-Dataset", {}, "train/Rust%leaf/1.jpg train/Apple/1.jpg test/Apple/2.jpg",
         ["Apple", "Rust leaf"], (2, 0, 1)),
