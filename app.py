@@ -25,7 +25,7 @@ from evaluation.live.look import MEGABYTES, Live
 from forgetting.context import ExactSettings
 from forgetting.errors import ProblemError
 from forgetting.io import need
-from forgetting.targets import TARGETS
+from forgetting.targets import TARGETS, takes
 
 HOST = "127.0.0.1"
 TITLE = "Make CLIP forget a name"
@@ -61,38 +61,29 @@ def blocks(live: Live, folder: Path) -> Any:
             "is used for that, only the name; everything stays on this machine."
         )
         state = gr.State([])  # what is forgotten
-        with gr.Row():
+        with gr.Row(elem_classes="halves"):
             with gr.Column(scale=2, min_width=300):
                 about = "Pick names, or type any and press Enter."
                 chosen = gr.Dropdown(**names, label="Names to forget", info=about)
                 problem, forecast = gr.HTML(visible=False, **bare), gr.HTML(**bare)
                 button = gr.Button("Forget", variant="primary")
                 about = "Untick a name to restore it."
-                forgotten = gr.CheckboxGroup(
-                    [], label="Forgotten", info=about, interactive=True, visible=False
-                )
-                about = "Names that must stay recognised."
-                protect = gr.Dropdown(**names, label="Protect", info=about)
-                with gr.Accordion("Advanced", open=False):
-                    kinds = [(ABOUT.get(kind, kind), kind) for kind in ABOUT | TARGETS]
-                    target = gr.Radio(kinds, value=ExactSettings.target, label="A name turns into")
-                    about = "Above 0 a name is moved further away, and others suffer more."
-                    beta = gr.Slider(
-                        0, 1, ExactSettings.beta, step=0.05, label="Strength", info=about
-                    )
+                forgotten = gr.CheckboxGroup([], label="Forgotten", info=about, visible=False)
+                with gr.Column(elem_classes="last"):
+                    about = "Names that must stay recognised."
+                    protect = gr.Dropdown(**names, label="Protect", info=about)
+                    with gr.Accordion("Advanced", open=False):
+                        exact = ExactSettings
+                        ways = [(ABOUT.get(kind, kind), kind) for kind in ABOUT | TARGETS]
+                        target = gr.Radio(ways, value=exact.target, label="How a name is removed")
+                        about = "Of the first two: above 0 more is removed, and others suffer more."
+                        beta = gr.Slider(0, 1, exact.beta, step=0.05, label="Strength", info=about)
             with gr.Column(scale=3, min_width=300):
-                about = "Any text. The images that it finds first are shown."
-                query = gr.Textbox(
-                    "",
-                    label="Search the images",
-                    info=about,
-                    submit_btn="Search",
-                    visible=bool(live.items),
-                )
-                found, result = gr.HTML(**bare), gr.HTML(**bare)
-                about, kinds = "Images of your own", ["image"]
+                result, about = gr.HTML(**bare), "Search the images by any text"
+                query = gr.Textbox("", label=about, submit_btn="Search", visible=bool(live.items))
+                found, about, kinds = gr.HTML(**bare), "Images of your own", ["image"]
                 files = gr.File(label=about, file_count="multiple", file_types=kinds, height=140)
-                adapter = gr.DownloadButton("Download the adapter", interactive=False)
+                adapter = gr.DownloadButton("Download the adapter (a file)", interactive=False)
 
         def alert(text: str) -> dict[Any, Any]:
             text = f'<div class="live"><p class="bad" role="alert">{html.escape(text)}</p></div>'
@@ -100,8 +91,10 @@ def blocks(live: Live, folder: Path) -> Any:
 
         def show(names: list[str], picked: list[str], *rest: Any) -> dict[Any, Any]:
             """The page while `names` are forgotten and others are picked."""
+            kept, way, strength, *more = rest
+            strength = strength if takes(way, "beta") else 0.0
             try:
-                view = live.look(names, picked, *rest)
+                view = live.look(names, picked, kept, way, strength, *more)
                 path = view.save(folder)
             except ProblemError as error:
                 return alert(str(error))

@@ -104,9 +104,11 @@ def test_forget_see_it_go_and_restore_it(page, tmp_path):
     assert page.locator("[data-found]").count() == 0
     page.get_by_role("button", name="Search", exact=True).click()
     page.locator(f"[data-found=before] img[alt='{TRIANGLE}']").first.wait_for()
-    assert page.locator("[data-found='index changed'] img").count() == 12
-    assert page.locator(f"[data-found='index changed'] img[alt='{TRIANGLE}']").count() == 0
+    assert page.locator("[data-found='image index changed'] img").count() == 12
+    assert page.locator(f"[data-found^='image'] img[alt='{TRIANGLE}']").count() == 0
     page.set_viewport_size(PHONE)
+    button = page.get_by_role("button", name="Forget", exact=True).bounding_box()["y"]
+    assert page.locator(".goal").first.bounding_box()["y"] - button < PHONE["height"]
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
@@ -120,6 +122,8 @@ def test_settings_change_what_is_forgotten_and_uploads_are_shown(page, tmp_path)
     page.get_by_label("Remove the name's whole direction", exact=True).check()
     page.get_by_label("number input for Strength").fill("1")
     page.locator(f"[data-name='{CROSS}'] td", has_text="0 %").nth(1).wait_for()  # after forgetting
+    page.get_by_label("Replace it by the empty text (the paper's)", exact=True).check()
+    page.locator(f"[data-name='{CROSS}']:not(.bad)").wait_for()  # a strength it has not
     Image.new("RGB", (50, 50), "red").save(tmp_path / "mine.png")
     (tmp_path / "bad.png").write_text("<script>alert(1)</script>")
     files = [str(tmp_path / name) for name in ("mine.png", "bad.png")]

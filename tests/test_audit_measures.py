@@ -166,6 +166,8 @@ def test_pictures_of_the_class_are_spaced_and_named_as_the_model_predicts():
         for side, model in (("before", subject.before), ("after", subject.after)):
             order = np.argsort(-model.scores[picture["row"]].numpy(), kind="stable")[:5]
             assert picture[side] == [f"class {column}" for column in order]
+            shares = (100 * model.scores[picture["row"]]).softmax(0)
+            assert picture["shares"][side] == pytest.approx(shares[order.copy()].tolist())
         assert picture["before"][0] == "class 0" and picture["after"][0] in ("class 3", "class 5")
     removed = examples.measure(case(planted(classes=4), removed=("class 0",)))["classes"][0]
     for one in removed["pictures"]:

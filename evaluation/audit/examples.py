@@ -6,6 +6,7 @@ from evaluation.audit.case import Case, Model, highest
 
 PICTURES = 4  # of the forgotten class
 NAMES = 5  # that a picture is given
+SCALE = 100  # of cosines in the softmax, as in CLIP
 HARMED = 2  # classes that lost most
 PICTURES_OF_HARMED = 2  # of each of them
 
@@ -19,7 +20,8 @@ def measure(case: Case) -> dict[str, Any]:
     Returns:
         classes: the class itself, then at most two retained ones that lost the largest share of
         their images, each with `name`, accuracy `before` and `after`, and `pictures`: the `row` of
-        a picture in the split, and up to five names, most similar first, `before` and `after`.
+        a picture in the split, up to five names, most similar first, `before` and `after`, and
+        their probabilities in `shares`.
     """
     count = min(PICTURES, len(case.images))
     spaced = case.images[[i * len(case.images) // PICTURES for i in range(count)]]
@@ -39,11 +41,14 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _picture(case: Case, row: int) -> dict[str, Any]:
-    return {"row": row, **case.sides(lambda model: _names(model, row))}
+    sides = case.sides(lambda model: _names(model, row))
+    shares = {side: found[1] for side, found in sides.items()}
+    return {"row": row, **{side: found[0] for side, found in sides.items()}, "shares": shares}
 
 
-def _names(model: Model, row: int) -> list[str]:
-    """What a picture is called; a removed class has no score."""
+def _names(model: Model, row: int) -> tuple[list[str], list[float]]:
+    """What a picture is called, and how probably; a removed class has no score."""
     scores = model.scores[row]  # (C,)
     best = highest(scores, min(NAMES, int(scores.isfinite().sum())))
-    return [model.data.bundle.classnames[column] for column in best.tolist()]
+    names = [model.data.bundle.classnames[column] for column in best.tolist()]
+    return names, (SCALE * scores).softmax(dim=0)[best].tolist()

@@ -33,8 +33,8 @@ from forgetting.errors import ProblemError, nearest
 from forgetting.models.text_embeddings import TextEmbeddings
 from forgetting.models.vocabulary import generic_names
 
-GUESSES, AFFECTED = 3, 3  # names that are shown of an image, and beside those forgotten
-PICTURES, REMEMBERED = 12, 128  # images of no chosen name that are shown; answers in memory
+GUESSES, AFFECTED = 3, 3  # names that are shown for an image, and beside those forgotten
+PICTURES, REMEMBERED = 6, 128  # images of no chosen name that are shown; answers in memory
 FOUND, FALSE_ALARMS = 12, 0.005  # images that a search shows; share of others that may be flagged
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of them starts a program
 UPLOADS, MEGABYTES, MEGAPIXELS = 12, 20, 50  # at most: at once, of a file, of what it unpacks to
@@ -60,9 +60,8 @@ class View:
     # A name, and the fraction of its images that are recognised before and now, None without
     # images: of these names, of all others together, and of those most affected and protected.
     recognised: list[tuple[str, float | None, float | None]]
-    # An image's class or file name, a data URI, and the names that it is taken for with their
-    # probabilities, before and now.
-    pictures: list[tuple[Any, ...]]
+    # An image's class or file name, a data URI, and names with probabilities before and now.
+    pictures: list[tuple[str, str, list[tuple[str, float, float]]]]
     refused: list[str]  # files that cannot be read, one line each
     query: str  # a text to search images by
     found: Found  # what is changed for the search, and the first images, or why there are none
@@ -153,27 +152,26 @@ class Live:
         scale = getattr(self.source.model, "logit_scale", None)
         sharpness = 100.0 if scale is None else float(scale.exp())  # that multiplies cosines
 
-        def recognised(title: str, some: Sequence[str]) -> tuple[str, float | None, float | None]:
-            images = torch.isin(self.labels, torch.tensor([names.index(name) for name in some]))
-            return title, accuracy(correct[0], images), accuracy(correct[1], images)
-
-        def guesses(image: Tensor) -> list[list[tuple[str, float]]]:
-            shares = [(sharpness * (x @ image)).softmax(dim=0) for x in texts]
-            best = [x.topk(min(GUESSES, len(names))).indices.tolist() for x in shares]
-            return [[(names[i], float(x[i])) for i in b] for x, b in zip(shares, best, strict=True)]
+        def guesses(image: Tensor) -> list[tuple[str, float, float]]:
+            before, now = [(sharpness * (x @ image)).softmax(dim=0) for x in texts]
+            best = now.topk(min(GUESSES, len(names))).indices.tolist()
+            best = [*dict.fromkeys([int(before.argmax()), *best])][:GUESSES]
+            return [(names[i], float(before[i]), float(now[i])) for i in best]
 
         rest = [name for name in self.names if name not in both]
         near = [one.name for one in forecast.affected[:AFFECTED]] if forecast else []
         near = [name for name in dict.fromkeys([*near, *protect]) if name in rest]
-        table = [recognised(name, [name]) for name in both]
-        table.append(recognised("all other names" if both else "all names", rest))
-        table += [recognised(name, [name]) for name in near]
+        groups = {name: [name] for name in both} | {f"all {'other ' if both else ''}names": rest}
+        table = []
+        for title, some in (groups | {name: [name] for name in near}).items():
+            images = torch.isin(self.labels, torch.tensor([names.index(name) for name in some]))
+            table.append((title, accuracy(correct[0], images), accuracy(correct[1], images)))
 
         pictures, refused, uploads = [], [], uploads or ()
         for path in map(Path, uploads[:UPLOADS]):
             try:
                 data, features = self._upload(path)
-                pictures.append((f"{path.name} (yours)", data, *guesses(features)))
+                pictures.append((f"{path.name} (yours)", data, guesses(features)))
             except ProblemError as error:
                 refused.append(f"{path.name[-60:]}: {error}")
         if len(uploads) > UPLOADS:
@@ -183,7 +181,7 @@ class Live:
         for name, count in wanted.items():
             for row in (self.labels == names.index(name)).nonzero()[:count, 0].tolist():
                 data = self._thumbnail(self.items[row].impath)
-                pictures.append((name, data, *guesses(self.features[row])))
+                pictures.append((name, data, guesses(self.features[row])))
         unlisted = {name: nearest(name, self.names) for name in names[len(self.names) :]}
         found, doubt = [], False
         if (query := query.strip()) and self.items:
@@ -207,12 +205,12 @@ class Live:
 
         found: Found = [("before", first(self.features, before))]
         if answer is not None:
-            found.append(("texts changed", first(self.features, now)))
+            found.append(("text encoder changed", first(self.features, now)))
             try:
                 hide = index_edit(self._solve(names, *how, index=True).adapter)
-                found.append(("index changed", first(hide(self.features), before)))
+                found.append(("image index changed", first(hide(self.features), before)))
             except ProblemError as error:  # other settings are too much for an index
-                found.append(("index changed", str(error)))
+                found.append(("image index changed", str(error)))
         return found, any(doubt for _, doubt in flagged)
 
     def _flag(self, name: str) -> tuple[list[bool], bool]:

@@ -18,10 +18,10 @@ def tables(audit: dict[str, Any]) -> dict[str, list[Line]]:
     prompts = sorted(prompts, key=lambda x: x["after"]["value"] or 0, reverse=True)
     learnt = found["relearning"]
     return {
-        "Recognised under other words, by those that find most": [
+        "Recognised under other words, most first": [
             _line(f"{one['text']} ({one['kind']})", one) for one in prompts[:TEXTS]
         ],
-        "Recognised of the classes most like it": [
+        "Recognised images of the most similar classes": [
             _line(one["name"], one) for one in found["neighbours"].get("classes", ())
         ],
         "What its images are taken for": [
@@ -30,8 +30,8 @@ def tables(audit: dict[str, Any]) -> dict[str, list[Line]]:
         "Recognised by its name, and from images alone": [
             _line(by.replace("_", " "), one) for by, one in found["residue"].items()
         ],
-        "Search: the right one is among the first": [
-            _line(f"{k}, {way.replace('_', ' ')}, {who}", {x: sides[x][k] for x in sides})
+        "Search: the right one is first, or among five": [
+            _line(f"{way.replace('_', ' ')}, {who}, first {k}", {x: sides[x][k] for x in sides})
             for way, groups in found["retrieval"].items()
             for who, sides in groups.items()
             for k in ("1", "5")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from forgetting.errors import ProblemError
 
 SIDE = 84  # pixels of a thumbnail's longer side
 HARMED = 2  # classes that lost most, over all methods
+NAMES = 3  # of those that a picture is given
 Example = tuple[str, Run, dict[str, Any]]  # a method's label, and what the audit of its run shows
 # A class, its accuracies before and after by method, and its images: an address that holds one, and
-# the names that it is given before, and after by each method.
-Strip = tuple[str, list[tuple[str, float, float]], list[tuple[str, dict[str, list[str]]]]]
+# the names that it is given before, and after by each method, with probabilities or None.
+Strip = tuple[str, list[tuple[str, float, float]], list[tuple[str, dict[str, list]]]]
 
 
 def strips(dataset: str, results: list[Method]) -> list[Strip]:
@@ -47,13 +49,15 @@ def strips(dataset: str, results: list[Method]) -> list[Strip]:
 def _strip(dataset: str, examples: list[Example]) -> Strip:
     name = examples[0][2]["name"]
     sources: dict[int, str] = {}
-    guesses: dict[int, dict[str, list[str]]] = {}
+    guesses: dict[int, dict[str, list]] = {}
     for label, run, one in examples:
         for picture in one["pictures"]:
-            row = picture["row"]
+            row, shares = picture["row"], picture.get("shares", {"before": [], "after": []})
+            before, after = (
+                [*zip_longest(picture[x], shares[x])][:NAMES] for x in ("before", "after")
+            )
             sources[row] = sources.get(row) or _source(run, dataset, name, row)
-            guesses.setdefault(row, {"before": picture["before"]})
-            guesses[row][f"after, {label}"] = picture["after"]
+            guesses.setdefault(row, {"before": before})[f"after, {label}"] = after
     accuracies = [(label, x["before"]["value"], x["after"]["value"]) for label, _, x in examples]
     return name, accuracies, [(sources[row], guesses[row]) for row in sources]
 

@@ -16,7 +16,7 @@ CHANGES = {"rest": lambda row: row.rest, "others": lambda row: row.others_mean} 
 COLUMNS = {
     "before": "Recognised before, %",
     "after": "Recognised after, %",
-    "worst": "By other words, %",
+    "worst": "After, by other words, %",
     "rest": "Rest of its set, points",
     "others": "Other sets, points",
     "ms": "Solved in ms",
@@ -48,8 +48,9 @@ FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting 
 
 
 def number(value: float | None, sign: str = "-") -> str:
-    """One decimal; no minus before a zero, a dash for None and NaN. `sign`: "+" for always."""
-    return "–" if pd.isna(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+    """One decimal; no sign before a zero, a dash for None and NaN. `sign`: "+" for a change."""
+    text = "–" if pd.isna(value) else f"{round(value, 1) + 0.0:{sign}.1f}"
+    return "0.0" if text == "+0.0" else text.replace("-", "−")
 
 
 def percent(fraction: float | None) -> str:
