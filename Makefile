@@ -59,7 +59,7 @@ app: $(GRADIO)
 	$(BIN)/python app.py $(OPTIONS)
 
 notebook: $(DEVELOP)
-	$(BIN)/jupyter execute --inplace results.ipynb
+	$(BIN)/jupyter execute --inplace results.ipynb forget.ipynb
 
 test: $(DEVELOP)
 	$(BIN)/ruff check .

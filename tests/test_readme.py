@@ -1,4 +1,4 @@
-"""What README.md tells its two readers to type runs as printed, and so does results.ipynb."""
+"""What README.md tells its two readers to type runs as printed, and so do the notebooks."""
 
 import os
 import re
@@ -62,7 +62,18 @@ def test_make_demo(tmp_path):
     assert len(output) == 12 and set(output) <= set(printed)
 
 
-NOTEBOOK = REPOSITORY / "results.ipynb"
+NOTEBOOKS = [REPOSITORY / "results.ipynb", REPOSITORY / "forget.ipynb"]
+
+
+def run_notebook(path, folder, monkeypatch):
+    """Run a notebook in a folder: what it printed, and its other outputs by type."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=120, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    return "".join(output.get("text", "") for output in outputs), kinds
 
 
 @pytest.fixture
@@ -75,25 +86,28 @@ def demo(tmp_path):
     return tmp_path
 
 
-def test_the_notebook_runs_on_the_demos_results(demo, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(demo)}})
-    client.execute()
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in shown)
+def test_the_notebook_of_results_runs_on_the_demos(demo, monkeypatch):
+    text, kinds = run_notebook(NOTEBOOKS[0], demo, monkeypatch)
     assert "ForgetExact forgot ['digit two'] of mini" in text
     assert "own prompt: 100.0 % -> 0.0 %" in text
-    assert sum("image/png" in output.get("data", {}) for output in shown) == 1
+    assert kinds.count("image/png") == 1
     assert (demo / "results/results2/seed_0/audit.json").is_file()
 
 
-def test_the_committed_notebook_was_run_and_is_small():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_the_notebook_that_forgets_runs_anywhere(tmp_path, monkeypatch):
+    text, kinds = run_notebook(NOTEBOOKS[1], tmp_path, monkeypatch)
+    assert "purple heart forgotten\nproved optimal" in text
+    assert "only this change: True, changed: True\nbit for bit as before: True" in text
+    assert kinds.count("image/png") == 1 and kinds.count("text/html") == 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_committed_notebook_was_run_and_is_small(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
     assert not any(
         "error" in output.output_type for c in notebook.cells for output in c.get("outputs", [])
     )
-    assert NOTEBOOK.stat().st_size < 400_000
+    assert path.stat().st_size < 400_000 and str(REPOSITORY) not in path.read_text()
