@@ -286,7 +286,7 @@ def test_graphs_that_are_refused(tmp_path):
     assert not out.exists()
 
 
-# --- Which pipelines read what was changed (docs/deploy.md)
+# --- Which pipelines read what was changed (docs/your-clip.md)
 
 
 def test_what_other_pipelines_read(tmp_path):

@@ -1,4 +1,4 @@
-"""A changed model in the format of the tool that is to run it; docs/deploy.md has their table.
+"""A changed model in the format of the tool that is to run it; docs/your-clip.md has their table.
 
 `W + Delta` is rounded once, to the dtype that W has there (to float32 for `openai`, whose files are
 in half precision), and every other tensor is what it was, to the bit. A folder has a model card,
