@@ -280,3 +280,11 @@ a.save('a.safetensors'); Forgotten.load('a.safetensors', m).verify(); a.undo()
     command = [tmp_path / "bare/bin/clip-forget", "--help"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and "verify" in run.stdout
+
+
+@pytest.mark.slow
+def test_type_checkers_accept_the_public_names():
+    mypy = pytest.importorskip("mypy.api")
+    file, options = REPOSITORY / "tests/typed_usage.py", ["--strict", "--follow-imports=silent"]
+    said, _, status = mypy.run([str(file), *options, "--cache-dir=/dev/null"])
+    assert status == 0, said

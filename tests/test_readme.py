@@ -69,29 +69,22 @@ def run_notebook(path, folder, monkeypatch):
     """Run a notebook in a folder: what it printed, and its other outputs by type."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=120, resources=resources).execute()
+    NotebookClient(notebook, timeout=99, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     kinds = [kind for output in outputs for kind in output.get("data", {})]
     return "".join(output.get("text", "") for output in outputs), kinds
 
 
-@pytest.fixture
-def demo(tmp_path):
-    """results/results1 and results/results2 of one set, as `make demo` makes them."""
-    for attempt, trainer in (("1", "ForgetLoRA"), ("2", "ForgetExact")):
+def test_the_notebook_of_results_runs_on_the_demos(tmp_path, monkeypatch):
+    for attempt, trainer in (("1", "ForgetLoRA"), ("2", "ForgetExact")):  # one set of `make demo`
         arguments = [attempt, "0", "MiniDigits", "mini", "0", "--forget", "digit two"]
         done = run_driver(tmp_path / "results", *arguments, TRAINER=trainer)
         assert done.returncode == 0, done.stderr
-    return tmp_path
-
-
-def test_the_notebook_of_results_runs_on_the_demos(demo, monkeypatch):
-    text, kinds = run_notebook(NOTEBOOKS[0], demo, monkeypatch)
+    text, kinds = run_notebook(NOTEBOOKS[0], tmp_path, monkeypatch)
     assert "ForgetExact forgot ['digit two'] of mini" in text
     assert "own prompt: 100.0 % -> 0.0 %" in text
     assert kinds.count("image/png") == 1
-    assert (demo / "results/results2/seed_0/audit.json").is_file()
+    assert (tmp_path / "results/results2/seed_0/audit.json").is_file()
 
 
 def test_the_notebook_that_forgets_runs_anywhere(tmp_path, monkeypatch):
@@ -107,7 +100,6 @@ def test_a_committed_notebook_was_run_and_is_small(path):
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
-    assert not any(
-        "error" in output.output_type for c in notebook.cells for output in c.get("outputs", [])
-    )
-    assert path.stat().st_size < 400_000 and str(REPOSITORY) not in path.read_text()
+    text = path.read_text()
+    assert '"output_type": "error"' not in text and str(REPOSITORY) not in text
+    assert len(text) < 400_000
