@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, softplus
 from clip.audit_texts import audit_rows
 from engine.log import progress
 from experiments.gold import TRAININGS
-from experiments.hide import Index, Mini, forget_each, index_parser, report, table_of, unit
+from experiments.hide import Index, Mini, answers, index_parser, report, table_of, unit
 from forgetting.context import ExactSettings
 from forgetting.displacement import displacement_along
 from forgetting.errors import ProblemError
@@ -43,12 +43,12 @@ def words_at_hand(
     nearer to it than what is left of it lies another name, `margin`, in cosine."""
     bundle, words = index.bundles[dataset], audit_rows(index.bundles[dataset])
     classes = [name for name in classes if name in words]
-    edits = forget_each(index, dataset, classes, ExactSettings(ridge=ridge)) if classes else []
-    for name, edit in zip(classes, edits, strict=True):
+    given = answers(index, dataset, classes, ExactSettings(ridge=ridge)) if classes else []
+    for name, answer in zip(classes, given, strict=True):
         own = bundle.classnames.index(name)
         images = unit(bundle.image_features[bundle.labels == own])  # (n, d)
-        changed = index.changed(bundle.text_projection.double() + edit.delta)
-        names = bundle.class_hidden.clone()  # (C, w)
+        changed = index.changed(bundle.text_projection.double() + answer.edit.delta)
+        names, name_state = bundle.class_hidden.clone(), bundle.forget_hidden[own]  # (C, w), (w,)
         for text, kind, state in words[name]:
             names[own] = state  # the text is in the place of the name
             both = index.embed(names), changed.embed(names)
@@ -58,7 +58,7 @@ def words_at_hand(
             yield {
                 **{"data set": dataset, "class": name, "kind": kind, "text": text},
                 **{"before": float(found[0]), "after": float(found[1])},
-                "ratio": float(displacement_along(edit, bundle.forget_hidden[own], state[None])),
+                "ratio": float(displacement_along(answer.edit, name_state, state[None])),
                 "margin": float(others.max() - cosines[own]),
             }
 
@@ -130,8 +130,8 @@ def attacks(
     names += [name for bundle in mini.bundles.values() for name in bundle.retain_names]
     words = sorted({word for name in names for word in name.split()})
     w = mini.bundles[dataset].text_projection.double()
-    edits = forget_each(mini, dataset, classes, ExactSettings())
-    changed = [mini.changed(w + edit.delta) for edit in edits]
+    given = answers(mini, dataset, classes, ExactSettings())
+    changed = [mini.changed(w + answer.edit.delta) for answer in given]
     for i, name in enumerate(progress(classes, f"{dataset}: attacks")):
         gone = [("never learnt", gold) for without, gold in golds if name in without]
         cases = [("forgotten", changed[i]), ("untouched", mini)]

@@ -151,13 +151,6 @@ def answers(
     return context.forget(inputs.with_paraphrases(list(map(inputs.request, requests))))
 
 
-def forget_each(
-    index: Index, dataset: str, classes: Sequence[str], settings: ExactSettings
-) -> list[LowRankEdit]:
-    """The edits of `answers`."""
-    return [answer.edit for answer in answers(index, dataset, classes, settings)]
-
-
 def of_embeddings(index: Index) -> Index:
     """The same in the space of embeddings: hidden states are unit-norm embeddings, W is I."""
 

@@ -20,8 +20,8 @@ def measure(case: Case) -> dict[str, Any]:
     Returns:
         classes: the class itself, then at most two retained ones that lost the largest share of
         their images, each with `name`, accuracy `before` and `after`, and `pictures`: the `row` of
-        a picture in the split, up to five names, most similar first, `before` and `after`, and
-        their probabilities in `shares`.
+        a picture in the split, and the probabilities of up to five names, most similar first,
+        `before` and `after`.
     """
     count = min(PICTURES, len(case.images))
     spaced = case.images[[i * len(case.images) // PICTURES for i in range(count)]]
@@ -41,14 +41,12 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _picture(case: Case, row: int) -> dict[str, Any]:
-    sides = case.sides(lambda model: _names(model, row))
-    shares = {side: found[1] for side, found in sides.items()}
-    return {"row": row, **{side: found[0] for side, found in sides.items()}, "shares": shares}
+    return {"row": row, **case.sides(lambda model: _names(model, row))}
 
 
-def _names(model: Model, row: int) -> tuple[list[str], list[float]]:
+def _names(model: Model, row: int) -> dict[str, float]:
     """What a picture is called, and how probably; a removed class has no score."""
     scores = model.scores[row]  # (C,)
     best = highest(scores, min(NAMES, int(scores.isfinite().sum())))
-    names = [model.data.bundle.classnames[column] for column in best.tolist()]
-    return names, (SCALE * scores).softmax(dim=0)[best].tolist()
+    shares = (SCALE * scores).softmax(dim=0).tolist()
+    return {model.data.bundle.classnames[column]: shares[column] for column in best.tolist()}

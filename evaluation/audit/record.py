@@ -14,7 +14,7 @@ from engine.files import read_json, write_json_atomic
 from evaluation.results import AUDIT
 from forgetting.errors import ProblemError
 
-FORMAT = "clip-forget-audit/3"
+FORMAT = "clip-forget-audit/4"
 SUFFIX = ".audit.json"
 Audits = dict[str, dict[str, dict[str, Any]]]  # data set -> label -> audit
 MEASURES = (  # each a module of this package with a function `measure`, in the order they run in

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ HARMED = 2  # classes that lost most, over all methods
 NAMES = 3  # of those that a picture is given
 Example = tuple[str, Run, dict[str, Any]]  # a method's label, and what the audit of its run shows
 # A class, its accuracies before and after by method, and its images: an address that holds one, and
-# the names that it is given before, and after by each method, with probabilities or None.
+# the names that it is given before, and after by each method, with probabilities.
 Strip = tuple[str, list[tuple[str, float, float]], list[tuple[str, dict[str, list]]]]
 
 
@@ -52,10 +51,8 @@ def _strip(dataset: str, examples: list[Example]) -> Strip:
     guesses: dict[int, dict[str, list]] = {}
     for label, run, one in examples:
         for picture in one["pictures"]:
-            row, shares = picture["row"], picture.get("shares", {"before": [], "after": []})
-            before, after = (
-                [*zip_longest(picture[x], shares[x])][:NAMES] for x in ("before", "after")
-            )
+            row = picture["row"]
+            before, after = ([*picture[x].items()][:NAMES] for x in ("before", "after"))
             sources[row] = sources.get(row) or _source(run, dataset, name, row)
             guesses.setdefault(row, {"before": before})[f"after, {label}"] = after
     accuracies = [(label, x["before"]["value"], x["after"]["value"]) for label, _, x in examples]
