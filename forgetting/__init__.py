@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from forgetting.solvers.exact import solve_exact as solve_exact
     from forgetting.solvers.lora import solve_lora as solve_lora
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _MODULES = {
     "forget": "api",
     "Forgotten": "forgotten",
