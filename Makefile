@@ -5,7 +5,10 @@
 BIN = .venv/bin
 MINI = "MiniDigits,MiniLetters,MiniSymbols,MiniShapes"
 CLEAN = OUT= DATA= IMAGES= FEATURES= CACHE= LAUNCHER= PYTHON=$(BIN)/python
-# Tested with Python 3.11; PYTHON=/path/to/python names another of 3.11 or later.
+# PYTHON=/path/to/python names a Python of 3.11 to 3.13; LOCK= takes the newest versions that
+# requirements*.txt allow, instead of those that were tested together.
+LOCK = -c requirements.lock
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK)
 # Present only after an installation that ran to its end; one that was interrupted starts anew.
 COMPLETE = .venv/.complete
 # The same with what tests, style and the notebook need beside it.
@@ -16,33 +19,31 @@ RAY = .venv/.complete-ray
 
 venv: $(COMPLETE)
 
-$(COMPLETE): requirements.txt
+$(COMPLETE): requirements.txt requirements.lock
 	@test ! -L .venv || { echo "error: .venv is a link, and what it leads to is not this clone's to replace; remove the link" >&2; exit 2; }
 	@test -f $(COMPLETE) || rm -rf .venv
 	@rm -f $(COMPLETE)
 	@wanted="$(PYTHON)"; for python in $${wanted:-python3.11 python3.12 python3.13 python3 python}; do \
-		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
 			found=$$python; break; fi; done; \
 	if test -z "$$found"; then \
-		echo "error: $${wanted:-what is on the PATH} is no Python of 3.11 or later; make PYTHON=/path/to/python" >&2; \
+		echo "error: $${wanted:-what is on the PATH} is no Python of 3.11 to 3.13; make PYTHON=/path/to/python" >&2; \
 		exit 2; fi; \
 	echo "making .venv with $$found (torch is large: minutes on a first installation)"; \
 	$$found -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	@touch $(COMPLETE)
 
 $(DEVELOP): $(COMPLETE) requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $(DEVELOP)
 
-# Without dependencies, all of which are listed: Gradio asks for an older Pillow than ours, and runs
-# with this one.
 $(GRADIO): $(COMPLETE) requirements-app.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt
+	$(PIP) -r requirements-app.txt
 	@touch $(GRADIO)
 
 $(RAY): $(COMPLETE) requirements-ray.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
+	$(PIP) -r requirements-ray.txt
 	@touch $(RAY)
 
 # What the environment says to forget_clip.sh does not hold here: the steps belong together.
@@ -83,7 +84,7 @@ test-dassl:
 .venv-dassl/.complete: requirements.txt requirements-dev.txt
 	rm -rf .venv-dassl
 	$${PYTHON:-python3.11} -m venv .venv-dassl
-	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
+	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check $(LOCK) -r requirements-dev.txt \
 		gdown tensorboard future tabulate ogb outdated pytz littleutils
 	.venv-dassl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps wilds==1.2.2
 	touch $@

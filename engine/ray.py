@@ -5,6 +5,7 @@ machines of a cluster see the same files at the same places. Only this file know
 """
 
 import os
+import platform
 import secrets
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -114,8 +115,7 @@ def cluster(cores: int | None = None) -> Iterator[ModuleType]:
 
 
 def _import_ray() -> ModuleType:
-    # Ray reads these when it is imported. Usage is not reported. A Ray of our own listens on all
-    # interfaces; a token of its own, which is in no file, keeps others out.
+    # Read at import. Ray listens on all interfaces: a token that is in no file keeps others out.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -130,5 +130,5 @@ def _in_folder(folder: str, task: Callable[[Any], Any], item: Any) -> Any:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise ProblemError(f"{os.uname().nodename} has no folder {folder}") from error
+        raise ProblemError(f"{platform.node()} has no folder {folder}") from error
     return task(item)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -202,8 +203,10 @@ def test_help_and_version_import_nothing():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout.decode()
-    with open(REPOSITORY / "pyproject.toml", "rb") as file:
-        assert tomllib.load(file)["project"]["dynamic"] == ["version"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["version"]
+    lines = {x for file in REPOSITORY.glob("requirements*.txt") for x in file.read_text().split()}
+    assert lines >= {*chain(project["dependencies"], *project["optional-dependencies"].values())}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

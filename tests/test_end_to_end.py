@@ -178,6 +178,16 @@ def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
     assert "\n  BACKBONE:\n" in log and "engine: " in log
 
 
+def test_a_run_needs_nothing_that_windows_lacks(toy_args):
+    code = (
+        "import os, sys; sys.modules |= dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource'])\n"
+        "import app, forgetting, train, utils; del os.fork, os.uname\n"
+        "sys.exit(train.cli(sys.argv[1:]))"
+    )
+    run = [sys.executable, "-c", code, *toy_args, "--forget", "dog"]
+    subprocess.run(run, cwd=REPOSITORY, check=True)
+
+
 def test_forgotten_names_leave_the_retain_set_and_the_adapter_gives_what_is_logged(toy_args):
     """Forgotten names and their spellings are not retained."""
     folder = train.main([*toy_args, "--forget", "sea_horse"])

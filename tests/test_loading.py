@@ -376,7 +376,8 @@ def test_no_folder_runs_its_own_code_or_speaks_to_a_hub(attack, tmp_path, monkey
 
     for module, name in ((builtins, "input"), (socket.socket, "connect")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a prompt, or a network"))
-    assert bool(opened(folder, names)) == (attack in ("hf known model", "hf kernels"))
+    # transformers 4 refuses the tokenizer of these two, 5 opens the folder without it
+    assert bool(opened(folder, names)) <= (attack in ("hf known model", "hf kernels"))
     assert not trap.exists()
     if attack == "open_clip tokenizer":  # negative control: the trap works
         import transformers
