@@ -14,6 +14,7 @@ from clip.bundle import load_bundle
 from forgetting import ForgetProblem, ProblemError, solve_exact
 from forgetting.solvers import exact
 from forgetting.solvers.exact import solve_each, thresholds
+from forgetting.solvers.spectrum import find_roots
 from tests.audit_fixtures import REAL_CLIP, needs_real_clip
 from tests.solver_fixtures import EVERY, GAP, SPOILS, class_set, random_problem, tight
 
@@ -119,6 +120,21 @@ def test_thresholds_are_where_the_answer_changes(k, m, w, seed, lamb_preserve, l
     assert auto.lamb_forget == pytest.approx(1.001 * limits.reach, rel=1e-12)
     if auto.lamb_forget > 1e-9:
         assert problem.reduction(auto.delta) == pytest.approx(1, abs=1e-6)
+
+
+def test_roots_are_bracketed_from_the_first_step_and_found_in_a_few():
+    """Of functions on [0, 5], outside of which they must not be called."""
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return torch.stack([x[0] ** 3 - 2, x[1].exp() - 10, x[2].sqrt() - 1.5, x[3] - 5])
+
+    roots = find_roots(function, torch.zeros(4).double(), torch.full((4,), 5.0).double())
+    expected = torch.tensor([2 ** (1 / 3), math.log(10), 2.25, 5.0], dtype=torch.float64)
+    assert torch.allclose(roots, expected, rtol=1e-14, atol=0)
+    x = torch.stack(calls)
+    assert bool(((x >= 0) & (x <= 5)).all()) and len(calls) < 20
 
 
 def test_very_many_retained_texts_are_seen_through_their_triangle():
