@@ -2,8 +2,10 @@
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,3 +141,15 @@ def tiny(family: str, seed: int = 0) -> tuple[nn.Module, Any]:
         if family in FAMILIES:
             return _scaled(FAMILIES[family]()).eval(), tokenize
         return _scaled(_transformers(family.split()[1])).eval(), transformers_tokenizer()
+
+
+def my_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the working directory that the documentation supposes: a model whose projection can be
+    inverted, as that of ViT-B can, and embeddings."""
+    monkeypatch.setitem(OUT_DIM, "projection_dim", WIDTH)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the vocabulary's hidden states are kept
+    for part in tiny("transformers CLIPModel"):
+        part.save_pretrained("my-clip")
+    for name in ("images.npy", "texts.npy"):
+        np.save(name, nn.functional.normalize(torch.randn(50, WIDTH)).numpy())

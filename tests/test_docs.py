@@ -6,16 +6,13 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from torch.nn.functional import normalize
 
 import train
 from forgetting.cli import cli
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
-from tests.encoder_fixtures import OUT_DIM, WIDTH, needs_transformers, tiny
+from tests.encoder_fixtures import my_clip, needs_transformers
 
 PAGES = {
     str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
@@ -131,15 +128,8 @@ LIBRARY = [page for page, text in PAGES.items() if "```python" in text]
 @needs_transformers
 @pytest.mark.parametrize("page", LIBRARY)
 def test_code_runs_as_printed(page, tmp_path, monkeypatch, capsys):
-    """In a folder with a model, in order: the Python of a page, and `clip-forget` on files."""
-    monkeypatch.setitem(OUT_DIM, "projection_dim", WIDTH)  # an invertible projection, as in ViT-B
-    model, words = tiny("transformers CLIPModel")
-    model.save_pretrained(tmp_path / "my-clip")
-    words.save_pretrained(tmp_path / "my-clip")
-    for file in ("images.npy", "texts.npy"):
-        np.save(tmp_path / file, normalize(torch.randn(50, WIDTH)).numpy())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where the vocabulary's hidden states are kept
+    """In order: the Python of a page, and `clip-forget` on files."""
+    my_clip(tmp_path, monkeypatch)
     names: dict = {}
     for language, code in FENCE.findall(PAGES[page]):
         if language == "python":

@@ -270,20 +270,6 @@ def test_a_precision_is_part_of_the_identity(place: Path) -> None:
     assert FeatureBundle.load(place / "half.safetensors").precision == "bf16"
 
 
-def test_parts_of_a_killed_run_are_of_its_precision(place: Path, monkeypatch) -> None:
-    seen, paths = [], images(place, 3)
-
-    def encode(self: FeatureCache, name: str, shards: dict, *_: object) -> Tensor:
-        seen.append(set(shards))
-        return torch.zeros(3, 12)
-
-    monkeypatch.setattr(FeatureCache, "encode", encode)
-    for precision in ("fp32", "bf16"):
-        source = ClipSource("mini", cache=place / "cache", device="cpu", precision=precision)
-        FeatureCache(source).images("some", paths, None, 0)
-    assert not seen[0] & seen[1]
-
-
 def arguments(place: Path, *more: str) -> list[str]:
     return [
         *("--dataset", "Caltech101", "--root", str(place / "data"), "--backbone", "mini"),

@@ -195,7 +195,6 @@ WHOLE = {  # command -> what makes it run, were it not for one more option
 OPTIONS = {  # of each, some that take a number, a name, or a file that must be there
     "train": "seed dataset backbone trainer target forget features config-file dataset-config-file",
     "audit": "seed dataset forget without features",
-    "report": "primary",
     "check": "set",
     "features": "root weights",
     "train_mini": "seed steps",

@@ -1,9 +1,7 @@
 """Images of one's own: folders, tables, and how an image file is read."""
 
 import os
-import shlex
 import struct
-import subprocess
 import zlib
 from pathlib import Path
 
@@ -13,9 +11,6 @@ from PIL import Image
 
 import datasets
 import train
-from clip import features
-from clip.bundle import FeatureBundle
-from datasets import check
 from datasets.mini import draw
 from datasets.reader import read_image
 from evaluation.audit.inputs import Places
@@ -23,7 +18,7 @@ from evaluation.audit.run import audit_folder
 from forgetting.errors import ProblemError
 from forgetting.models.vocabulary import generic_names
 from tests.clip_fixtures import picture
-from tests.conftest import REPOSITORY, one_line, refuses
+from tests.conftest import one_line, refuses
 from tests.test_datasets import counts, run_check
 from utils import create_results
 
@@ -169,36 +164,6 @@ def test_what_are_no_images_is_one_line(tmp_path, refused):
     argv = ["--images", str(tmp_path / "Food101"), "--dataset", "pies", "--features", str(tmp_path)]
     assert "leave them out" in refused([*argv, "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
-    """All in this process; the driver by a Python that prints what it is called with."""
-    for name in ("robin", "wren", "magpie"):
-        picture(tmp_path / "birds" / name / "1.png")
-    table = "path,class\nbirds/robin/1.png,robin\nbirds/wren/1.png,wren"
-    (tmp_path / "birds.csv").write_text(table)
-    echo = tmp_path / "echo"
-    echo.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    echo.chmod(0o755)
-    for key, value in {"OUT": "results", "CACHE": "cache", "PYTHON": str(echo)}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.chdir(tmp_path)
-    text = (REPOSITORY / "DATASETS.md").read_text().partition("## Your own images")[2]
-    lines = text.split("```")[1].replace("/my/", f"{tmp_path}/").splitlines()[1:]
-    assert len(lines) == 4
-    mains = {"train.py": train.cli, "clip.features": features.main, "datasets.check": check.main}
-    for line in lines:
-        words = shlex.split(line.replace("-m ", ""))[1:]
-        if "forget_clip.sh" in line:
-            line = line.replace(" forget", f" {REPOSITORY}/forget")
-            ran = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-            words = ["train.py", *ran.stdout.splitlines()[2:]]
-        assert mains[words[0]](words[1:]) in (0, None)
-    for folder, name in {"birds": "birds", "results9/seed_0": "Birds"}.items():
-        df, _ = create_results(tmp_path / "results" / folder)
-        assert df.ds.tolist() == [name] and df.name.tolist() == ["robin"]
-    bundle = FeatureBundle.load(tmp_path / "bundles/mini/Birds.safetensors")
-    assert bundle.classnames == ["magpie", "robin", "wren"] and bundle.retain_names == []
 
 
 def test_images_of_more_than_8_bits_keep_their_shades(tmp_path):
