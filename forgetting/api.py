@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from forgetting.adapter import Adapter, projection_sha256
 from forgetting.compose import make_recipe
-from forgetting.context import INDEX, ExactSettings, ForgetContext
+from forgetting.context import INDEX, ExactSettings, ForgetContext, losses
 from forgetting.displacement import ClassifierTexts
 from forgetting.edited_texts import EmbeddedTexts
 from forgetting.errors import ProblemError, shown, unknown
@@ -103,7 +104,8 @@ def forget(
         raise ProblemError(f"generic must be True or False, not {shown(generic)}")
     for name in changes:
         if name not in vars(settings):
-            raise unknown("setting of forget()", name, vars(settings))
+            known = [*vars(settings), *signature(forget).parameters]
+            raise unknown("setting of forget()", name, known)
     aim = {"target": target, "beta": beta}
     aim = {name: value for name, value in aim.items() if value is not None}
     settings = replace(settings, **aim, **changes)
@@ -250,7 +252,8 @@ class _Call:
     def context(self, retain: RetainSet, ridge: Ridge, request: Request) -> ForgetContext:
         """What a request is solved in. Images are classified among the caller's names; of the
         generic names those may be affected that are neither among them nor excluded."""
-        names, target = [*self.names, *self.others], self.settings.target
+        names = [*dict.fromkeys([*self.names, *self.others, *self.protect])]
+        target, kept = self.settings.target, [names.index(name) for name in self.protect]
         kind, _, text = target.partition(":") if isinstance(target, str) else ("vector", "", "")
         hidden = self.hidden(_fill(self.templates[-1:], names)).to(self.device)
         among = len(names)
@@ -273,8 +276,8 @@ class _Call:
             lam=self.settings.specific_ridge * retain.squared_embedding(self.projection, self.bias),
         )
         texts = EmbeddedTexts(hidden, inputs.embed(hidden))
-        among = among if self.others else len(names)
-        classifier = ClassifierTexts(names, texts, inputs.label, among)
+        among = among if among > len(self.names) else len(names)
+        classifier = ClassifierTexts(names, texts, inputs.label, among, kept)
         return ForgetContext(retain, ridge, inputs, classifier, self.settings)
 
     def forgotten(self) -> Forgotten:
@@ -283,6 +286,8 @@ class _Call:
         context = self.context(retain, ridge, request)
         (answer,) = context.forget([request])
         notes = answer.notes()
+        if kept := [one for one in answer.affected if one.name in self.protect]:
+            notes.append(f"protected: {losses(kept)}")
         if not_retained := [name for name in self.retain if name not in self.others]:
             notes.append(f"not retained, since forgotten: {', '.join(not_retained)}")
         paraphrases = [text for some in request.paraphrases for text in some.texts]

@@ -36,6 +36,7 @@ NUMBERS = {  # of ExactSettings, as options of `forget`; None: what the setting 
     "min_margin": None,
     "min_displacement": None,
 }
+LOCAL = {"type": lambda text: text.removeprefix("hf:")}  # a file or folder
 SHOWN = 5  # paraphrases that an audit shows, those that move least
 
 Option = Callable[..., Any]  # `add_argument` of a command's parser
@@ -161,12 +162,14 @@ def _forget(option: Option, parse: Parse) -> None:
     option("model", metavar="MODEL", help=MODEL)
     option("names", nargs="+", metavar="NAME", help="what to forget, all at once")
     option("--also", **many, metavar="NAME=WORD", help="another word for a name")
-    retain = "a name to retain, or a file with one name on each line; may be repeated"
+    retain = "one name to retain, or a file with one on each line; may be repeated"
     option("--retain", **many, metavar="NAME|@FILE", help=retain)
-    protect = "a name that must not be harmed; may be repeated"
+    protect = "one name that must not be harmed; may be repeated"
     option("--protect", "--keep", **many, metavar="NAME", help=protect)
-    option("--template", **many, metavar="TEXT", help="with {} for the name")
-    option("--target", default="specific", help=f"one of {', '.join(TARGETS)} or text:TEXT")
+    form = f"with {{}} for the name; may be repeated (default: {', '.join(TEMPLATES)})"
+    option("--template", **many, metavar="TEXT", help=form)
+    goal = f"one of {', '.join(TARGETS)} or text:TEXT (default: %(default)s)"
+    option("--target", default="specific", help=goal)
     for name, about in NUMBERS.items():
         about = about or settings[name].metadata["help"]
         option(f"--{name.replace('_', '-')}", dest=name, type=float, metavar="NUMBER", help=about)
@@ -176,12 +179,7 @@ def _forget(option: Option, parse: Parse) -> None:
     option("--cache", help="folder of the vocabulary's hidden states (~/.cache/clip-forget)")
     _out(option, "adapter")
     args = parse()
-    also: dict[str, list[str]] = {}
-    for text in args.also:
-        name, equals, word = text.partition("=")
-        if not equals or not word.strip():
-            raise ProblemError(f"--also {line(text)!r}: write NAME=WORD")
-        also.setdefault(name.strip(), []).append(word)
+    also = _words(args.also)
     changes = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     changes |= {"target": args.target, "generic": not args.no_generic, "progress": not args.quiet}
     changes |= {"templates": tuple(args.template) or TEMPLATES, "protect": args.protect}
@@ -195,6 +193,17 @@ def _forget(option: Option, parse: Parse) -> None:
     for note in answer.notes:
         if not args.quiet or note.startswith("warning"):
             _say(f"  {note}")
+
+
+def _words(given: Sequence[str], names: Sequence[str] = ()) -> dict[str, list[str]]:
+    """NAME=WORD, of which the NAME may be missing where there is but one."""
+    words: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, word = text.rpartition("=")
+        if not word.strip() or (not equals and len(names) != 1):
+            raise ProblemError(f"{line(text)!r}: write NAME=WORD")
+        words.setdefault(name.strip() if equals else names[0], []).append(word)
+    return words
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -222,15 +231,19 @@ def _audit(option: Option, parse: Parse) -> None:
 
     option("adapter", metavar="ADAPTER")
     option("--model", required=True, help=f"the original: {MODEL}")
-    option("--word", action="append", default=[], help="another word for what was forgotten")
+    option("--word", action="append", default=[], metavar="NAME=WORD", help="a word for a name")
     args = parse()
     model, tokenize = load_model(args.model)
     forgotten, encoder = Forgotten.load(args.adapter, model), read_encoder(model, tokenize)
     adapter = forgotten.adapter
     edit = LowRankEdit(adapter.left.double(), adapter.right.double())
+    words = _words(args.word, adapter.classes)
+    if strange := words.keys() - set(adapter.classes):
+        raise unknown("forgotten name", min(strange), adapter.classes)
     first = {part.name: part.texts[0] for part in adapter.recipe.parts} if adapter.recipe else {}
     for name in adapter.classes:
-        texts = [*(form.replace("{}", name) for form in OTHER_TEMPLATES), *args.word]
+        own = words.get(name, [])
+        texts = [*(form.replace("{}", name) for form in OTHER_TEMPLATES), *own]
         texts = [text for text in texts if text not in adapter.texts]
         hidden = encoder.hidden([first.get(name, name), *texts]).double()
         ratios = displacement_along(edit, hidden[0], hidden[1:])
@@ -238,8 +251,9 @@ def _audit(option: Option, parse: Parse) -> None:
             f"{name}: {len(texts)} paraphrases move {ratios.mean():.2f} of the way on average, "
             f"{(ratios < 0.5).sum()} of them less than half of it"
         )
-        for ratio, text in sorted(zip(ratios.tolist(), texts, strict=True))[:SHOWN]:
-            _say(f"  {ratio:5.2f}  {text}")
+        for place, (ratio, text) in enumerate(sorted(zip(ratios.tolist(), texts, strict=True))):
+            if place < SHOWN or text in own:
+                _say(f"  {ratio:5.2f}  {text}")
     for note in forgotten.notes:
         _say(note)
 
@@ -271,7 +285,7 @@ def _verify(option: Option, parse: Parse) -> None:
 
     option("adapter", metavar="ADAPTER")
     option("--model", required=True, help=f"the changed one: {MODEL}")
-    option("--base", help="the original, for an adapter that was composed")
+    option("--base", help=f"the original, for an adapter that was composed: {MODEL}")
     args = parse()
     original = None
     if args.base:
@@ -289,7 +303,7 @@ def _patch(option: Option, parse: Parse) -> None:
     option("adapter", metavar="ADAPTER")
     option("embeddings", metavar="FILE", help="cached texts: .npy or .safetensors")
     about = "the original checkpoint, file or folder; none for an adapter of embeddings"
-    option("--base", help=about)
+    option("--base", **LOCAL, help=about)
     option("--key", help="tensor, where the file holds several")
     about = "the embeddings are as the projection gave them, not of length 1"
     option("--unnormalised", action="store_true", help=about)
@@ -312,7 +326,7 @@ def _export(option: Option, parse: Parse) -> None:
     from forgetting.deploy.export import FORMATS, export
 
     option("adapter", metavar="ADAPTER")
-    option("--base", required=True, help="the original model, a local file or folder")
+    option("--base", **LOCAL, required=True, help="the original model, a local file or folder")
     option("--to", required=True, choices=FORMATS, help="the tool to export for")
     original = "the checkpoint that the adapter was made from, if the base is a rounded copy of it"
     option("--original", help=original)
@@ -346,7 +360,8 @@ def _index(option: Option, parse: Parse) -> None:
     option("store", metavar="STORE", help=about)
     for name, about in places.items():
         option(f"--{name}", help=about)
-    option("--base", help="the original checkpoint, of an adapter that changes a text encoder")
+    about = "the original checkpoint, of an adapter that changes a text encoder"
+    option("--base", **LOCAL, help=about)
     option("--unnormalised", action="store_true", help="the vectors are not of length 1")
     option("--dry-run", action="store_true", help="read and compute, and change nothing")
     option("--batch", type=int, metavar="ROWS", help="how many rows to change at once")

@@ -167,4 +167,5 @@ def _check_fit(a: Adapter, a_path: str, b: Adapter, b_path: str) -> None:
         is_near = name == "the ridge" and abs(ours - theirs) <= SAME_RIDGE * ours
         if ours != theirs and not is_near:
             sides = f"{shown(ours)} in {line(a_path)}, {shown(theirs)} in {line(b_path)}"
-            raise ProblemError(f"{name} differs: {sides}; only adapters of one kind compose")
+            again = "forget one again with the other's names to retain and protect, and settings"
+            raise ProblemError(f"{name} differs: {sides}; {again}")

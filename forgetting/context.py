@@ -180,11 +180,15 @@ class Answer:
                 f"{least.text!r} ({least.ratio:.2f} of the way)"
             )
         if most := self.affected[:NOTED]:
-            names = ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in most)
-            notes.append(f"most affected by text alone: {names}")
+            notes.append(f"most affected by text alone: {losses(most)}")
         if names := [one.name for one in self.affected if one.likely_misclassified]:
-            notes.append(f"warning: likely misclassified: {', '.join(names)} (--protect them)")
+            notes.append(f"warning: likely misclassified: {', '.join(names)} (protect them)")
         return notes
+
+
+def losses(names: Sequence[AffectedName]) -> str:
+    """Names and the cosine that each loses, in words."""
+    return ", ".join(f"{one.name} (-{one.cosine_loss:.3f} cosine)" for one in names)
 
 
 def excluded_note(names: Sequence[str], classes: Sequence[str]) -> list[str]:

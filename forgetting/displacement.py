@@ -154,17 +154,21 @@ class ClassifierTexts:
     texts: EmbeddedTexts  # in the untouched model
     label: Mapping[str, int]  # class -> its row
     n_classes: int  # images are classified among so many of the first
+    watched: Sequence[int] = ()  # rows that `affected` says in any case
 
     @cached_property
     def directions(self) -> Tensor:
         return self.texts.embeddings / self.texts.lengths[:, None]  # (n, d)
 
     def affected(self, texts: EditedTexts, forgotten: Sequence[int]) -> list[AffectedName]:
-        """The names that lose most cosine by an edit, but for the rows that it forgets."""
+        """The names that lose most cosine by an edit, and those watched, but for the rows that it
+        forgets, most first."""
         own = torch.tensor(forgotten, device=self.directions.device)
         cosines = texts.cosines_with_before.index_fill(0, own, torch.inf)
         count = min(MOST_AFFECTED, len(cosines) - len(own.unique()))
         top = cosines.topk(count, largest=False).indices
+        top = torch.cat([top, top.new_tensor(self.watched)]).unique()
+        top = top[cosines[top].argsort()]
         others = self.directions[top] @ self.directions.T  # (b, d) @ (d, n)
         nearest = others.scatter_(1, top[:, None], -1.0).amax(dim=1)
         moved = texts.distances / texts.distances[own].mean().clamp_min(SHORTEST)

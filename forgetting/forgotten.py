@@ -47,7 +47,7 @@ class Forgotten:
     original: Tensor | None = None  # W (w, d) as it came in, bit for bit; None: not known
 
     def __repr__(self) -> str:
-        return "\n".join([f"{', '.join(self.names)} forgotten", *self.notes])
+        return "\n".join([f"forgets {', '.join(self.names)}", *self.notes])
 
     @property
     def names(self) -> list[str]:
@@ -258,7 +258,9 @@ class Forgotten:
         """W (w, d) as it was before; ProblemError if that is not known."""
         known = encoder.projection if self._is_original(encoder) else self.original
         if known is None:
-            raise ProblemError("the original projection is not known: load it with (original=)")
+            raise ProblemError(
+                "the original W is not known: Forgotten.load(path, model, original=W)"
+            )
         return known
 
     def _reads_as_original(self, texts: TextEmbeddings) -> bool:

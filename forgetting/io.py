@@ -130,7 +130,9 @@ def refuse_outside(file: Path, folder: Path) -> None:
 def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
     """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
     if not overwrite and os.path.lexists(path):
-        raise ProblemError(f"{line(path)} exists and is not overwritten; choose another name")
+        raise ProblemError(
+            f"{line(path)} exists; choose another name, or overwrite it (--overwrite)"
+        )
 
 
 @contextmanager

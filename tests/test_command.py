@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,11 +106,13 @@ def test_an_audit_asks_each_class_by_its_own_text(folder, tmp_path, succeeds):
     hidden = encoder.hidden(["Cola", *others]).double()
     edit = LowRankEdit(found.left.double(), found.right.double())
     ratios = displacement_along(edit, hidden[0], hidden[1:])
-    said = succeeds("audit", path, "--model", folder, "--word", "fizzy drink", "--word", "fizz")
+    said = succeeds(
+        "audit", path, "--model", folder, "--word", "Cola=fizzy drink", "--word", "Cola=fizz"
+    )
     words = f"Cola: {len(others)} paraphrases move {float(ratios.mean()):.2f} of the way"
     assert any(text.startswith(words) for text in said.splitlines()), said
     least = min(zip(ratios.tolist(), others, strict=True))
-    assert f"{least[0]:5.2f}  {least[1]}" in said
+    assert f"{least[0]:5.2f}  {least[1]}" in said and said.count("  fizzy drink\n") == 1
     assert "most affected by text alone" in said
 
 
@@ -168,14 +171,15 @@ def test_folders_of_transformers(family, tmp_path, succeeds):
         ours, theirs = tensors(model), tensors(loaded)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     succeeds("forget", f"hf:{folder}", "Acme Cola", *QUICK, "--out", adapter)
-    succeeds("export", adapter, "--base", folder, "--to", "hf", "--out", out)
+    assert "None" not in Path(f"{adapter}.md").read_text("utf-8")  # its base has no name
+    succeeds("export", adapter, "--base", f"hf:{folder}", "--to", "hf", "--out", out)
     succeeds("verify", adapter, "--model", f"hf:{out}")
 
 
 def test_command_lines_that_are_refused(folder, tmp_path, refused):
     adapter = tmp_path / "a.safetensors"
     adapter.write_bytes(b"something")
-    assert "exists and is not overwritten" in refused("forget", folder, "x", "--out", adapter)
+    assert "--overwrite" in refused("forget", folder, "x", "--out", adapter)
     assert "a.safetensors" in refused("verify", adapter, "--model", folder)
     out = ["--out", tmp_path / "b.safetensors"]
     for token, *argv in (

@@ -248,7 +248,7 @@ def test_mistakes_are_one_line_and_write_nothing(animals, files, tmp_path, refus
     assert "--out" in refusal(cat, dog)
     assert not out.exists()
     before = (tmp_path / "dog.safetensors").read_bytes()
-    assert "not overwritten" in refusal(cat, dog, "--out", dog)
+    assert "--overwrite" in refusal(cat, dog, "--out", dog)
     assert (tmp_path / "dog.safetensors").read_bytes() == before
 
 

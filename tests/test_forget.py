@@ -97,6 +97,17 @@ def test_a_name_that_is_common_and_retained_is_looked_at_once(common, tmp_path):
     assert not {"w3", "w5"} & {one.name for one in only.forecast.affected}
 
 
+def test_what_becomes_of_protected_names_is_said(common):
+    model, words = tiny("own")
+    names = ["Jane Doe", "w7"]
+    answer = forget(model, words, ["Acme Cola"], protect=names, cache=None, progress=False)
+    affected = {one.name: one.cosine_loss for one in answer.forecast.affected}
+    assert affected.keys() >= {*names} and len(affected) >= 5
+    assert list(affected.values()) == sorted(affected.values(), reverse=True)
+    (said,) = (note for note in answer.notes if note.startswith("protected: "))
+    assert all(f"{name} (-{affected[name]:.3f} cosine)" in said for name in names)
+
+
 def test_the_ridge_is_chosen_by_a_callers_list_where_it_is_long(common, monkeypatch):
     """And by no request, so that requests compose. Generic names limit it where they are alone, and
     images are classified among the caller's names where there are others."""
@@ -109,7 +120,7 @@ def test_the_ridge_is_chosen_by_a_callers_list_where_it_is_long(common, monkeypa
 
     monkeypatch.setattr(api, "LIKELY", 5)
     monkeypatch.setattr(api, "choose_ridge", record)
-    monkeypatch.setattr(api, "ClassifierTexts", lambda *a: among.append(a[-1]) or texts(*a))
+    monkeypatch.setattr(api, "ClassifierTexts", lambda *a: among.append(a[3]) or texts(*a))
     for count, name in ((16, "Acme Cola"), (16, "Zeta Tea"), (15, "Acme Cola"), (0, "Acme Cola")):
         retain = [f"{i} things" for i in range(count)]
         forget(*tiny("own"), [name], retain=retain, cache=None, progress=False)

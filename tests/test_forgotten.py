@@ -134,7 +134,7 @@ def test_a_model_that_is_changed_already(acme):
     changed.apply()
     assert changed.verify() and torch.equal(elsewhere.last, model.last)
     refuses("has forgotten Acme Cola already", forget, elsewhere, words, ["Zeta Tea"], **PLAIN)
-    refuses("original projection is not known", changed.undo)
+    refuses("the original W is not known", changed.undo)
     Forgotten.load(file, elsewhere, original=answer.original).undo()
     assert torch.equal(elsewhere.last, answer.original)
     with torch.no_grad():  # whatever becomes of it now, it is free

@@ -105,7 +105,7 @@ def test_a_folder_to_share(acme, tmp_path, monkeypatch):
     assert load_adapter(folder).classes == answer.names
     assert sorted(x.name for x in folder.iterdir()) == ["README.md", "adapter.safetensors"]
     assert head_of(folder)["base_model"] == "me/my-clip"
-    refuses("exists and is not overwritten", answer.save_pretrained, folder)
+    refuses("exists; choose", answer.save_pretrained, folder)
     config = answer.encoder.model.config
     config._name_or_path, config._commit_hash = "me/by-name", COMMIT
     answer.save_pretrained(folder, overwrite=True)

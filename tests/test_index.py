@@ -130,12 +130,12 @@ def test_vectors_that_are_none_are_refused(answer):
     assert torch.equal(hide_in_index(nothing, answer.adapter)[1], nothing[1])
     for vectors, words in (
         (2 * good, "row 0 is not of length 1"),
-        (good[:, :8], "any, 32"),
+        (good[:, :8], "(n, 32)"),
         (good * float("nan"), "NaN"),
         (good.int(), "dense tensor of"),
         (good.numpy().astype(">f4"), "tensor or an array"),
-        (good[0], "(n, d)"),
-        (torch.empty(0, 3), "any, 32"),
+        (good[0], "(n, 32)"),
+        (torch.empty(0, 3), "(n, 32)"),
     ):
         refuses(re.escape(words), hide_in_index, vectors, answer.adapter)
 

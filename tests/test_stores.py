@@ -57,8 +57,8 @@ def write_file(folder: Path, kind: str) -> Path:
         files.write_table(table, folder / "a.parquet", compression=codec)
         return folder / "a.parquet"
     faiss = pytest.importorskip("faiss")
-    metric = faiss.METRIC_L1 if kind == "L1" else faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(D, "Flat" if kind == "L1" else kind, metric)
+    metric = getattr(faiss, f"METRIC_{kind}", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(D, "Flat" if kind in ("L1", "L2") else kind, metric)
     index.train(VECTORS)
     index.add_with_ids(VECTORS, np.array(KEYS)) if "," in kind else index.add(VECTORS)
     faiss.write_index(index, str(folder / "a.index"))
@@ -111,7 +111,9 @@ def test_files(tmp_path, kind):
         marks.write_text(text)
         refused(words, CAT, hidden, False)
     marks.write_text(said)
-    link.unlink()
+    copied = shutil.copy(hidden, tmp_path / f"d{path.suffix}")  # without its record
+    refused("is hidden by adapter", DOG, copied, True)
+    link.unlink(), copied.unlink()
     back = change_store(CAT, hidden, False, out=hidden, overwrite=True, **options)
     assert back.before == done.after and max(back.error, done.error) < 200 * close
     assert np.abs(read_file(hidden, kind, VECTORS) - VECTORS).max() <= back.error
@@ -393,11 +395,12 @@ TABLE = {"table": "pg_am", "column": "oid", "key": "oid"}
     ("store", "options", "words"),
     [
         ("a.txt", {}, "unknown kind of store"),
-        ("a.npy", {"out": "c.npy"}, "No such file"),
+        ("a.npy", {"out": "c.npy"}, "no such file a.npy"),
         ("b.npy", OUT, ".npy as this one is"),
         ("HNSW8", OUT, "IndexHNSWFlat"),
         ("PQ4x4", OUT, "IndexPQ"),
         ("L1", OUT, "IndexFlat"),
+        ("L2", OUT | {"normalised": False}, "of length 1"),
         ("big.npy", {"out": "c.npy"}, "not .* of >f4"),
         ("b.npy", {}, "--out"),
         ("b.npy", {"table": "a"}, "takes no --table"),
@@ -412,7 +415,7 @@ def test_what_is_refused(tmp_path, monkeypatch, request, store, options, words):
     monkeypatch.chdir(tmp_path)
     np.save("b.npy", VECTORS[0])
     np.save("big.npy", VECTORS.astype(">f4"))
-    if store in ("HNSW8", "PQ4x4", "L1"):
+    if store in ("HNSW8", "PQ4x4", "L1", "L2"):
         store = write_file(tmp_path, store)
     if store == "postgres":
         store = request.getfixturevalue("postgres")

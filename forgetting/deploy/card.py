@@ -74,6 +74,7 @@ class Base:
         """That which a model of transformers says that it was loaded from, or `base_id`."""
         config = getattr(model, "config", None)
         name = str(getattr(config, "_name_or_path", None) or "")
+        name = "" if name == "None" else name  # what transformers says of a model without a place
         if base_id is None and not Path(name).exists() and HUB_ID.fullmatch(name):
             return cls(name, getattr(config, "_commit_hash", None))
         return cls.of(Path(name) if name else None, base_id)
@@ -152,7 +153,10 @@ def _how(adapter: Adapter) -> Iterable[str]:
     yield f"settings: {', '.join(code(f'{k}={v}') for k, v in sorted(short.items()))}"
     proof = adapter.solver.get("certificate") or {}
     if proof.get("gap") is not None:
-        yield f"certificate: no change is better by more than {proof['gap']:.1e} of the objective"
+        yield (
+            "certificate: no other change with the same targets disturbs the retained names less, "
+            f"to {proof['gap']:.1e} of the objective; it says nothing of images"
+        )
     yield f"made for the projection with SHA-256 {code(adapter.projection_sha256)}"
     yield from map(code, adapter.solver.get("notes", ()))
 

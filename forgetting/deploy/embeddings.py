@@ -170,8 +170,9 @@ class IndexEdit:
         ProblemError for what is no such matrix, or a row that is not of unit norm, if it should be.
         """
         is_array = isinstance(vectors, np.ndarray) and vectors.dtype in ARRAYS
-        if not (is_array or isinstance(vectors, Tensor)) or vectors.ndim != 2:
-            raise ProblemError("vectors must be a tensor or an array (n, d) of 16, 32 or 64 bits")
+        if not (is_array or isinstance(vectors, Tensor)) or vectors.shape[1:] != self.up.shape[1:]:
+            shape = f"(n, {self.up.shape[1]}), not {tuple(getattr(vectors, 'shape', ()))}"
+            raise ProblemError(f"vectors must be a tensor or an array of 16, 32 or 64 bits {shape}")
         made = np.empty_like(vectors) if is_array else torch.empty_like(vectors)
         for start in range(0, max(1, len(vectors)), ROWS):
             block = vectors[start : start + ROWS]
@@ -237,20 +238,22 @@ def index_edit(
         if bias is not None or (adapter.model is not None and adapter.model.bias is not None):
             raise ProblemError(f"the projection has a bias, which an index lacks: {OF_EMBEDDINGS}")
         adapter.apply(projection)  # refuses another projection
+        if math.isinf(condition(projection)):
+            raise ProblemError(f"the projection has no full row rank: {OF_EMBEDDINGS}")
         left = _inverse(projection, left)[1]
     both = torch.linalg.qr(torch.cat([left, right.T], dim=1))[0]  # M is the identity beside these
     change = (both.T @ left) @ (right @ both)  # (2r, 2r)
     values = torch.linalg.svdvals(torch.eye(len(change)).double() + change)
-    condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
-    if condition > limit:
+    stretch = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
+    if stretch > limit:
         raise ProblemError(
-            f"this change stretches images {condition:.3g} times as much in one direction as in "
+            f"this change stretches images {stretch:.3g} times as much in one direction as in "
             f"another, and would ruin an index: {instead}"
         )
     u, sizes, v = torch.linalg.svd(change)  # factors of one size round least
     rank = left.shape[1]
     scale = sizes[:rank].sqrt()
-    return IndexEdit(both @ v[:rank].T * scale, (both @ u[:, :rank] * scale).T, condition)
+    return IndexEdit(both @ v[:rank].T * scale, (both @ u[:, :rank] * scale).T, stretch)
 
 
 def hide_in_index(

@@ -149,7 +149,7 @@ def change_store(
     mark = digest({"projection": adapter.projection_sha256}, factors)[:32]
     mark += "" if normalised else "-unnormalised"
     mark += f" ({shorten(', '.join(adapter.classes), 60)})"
-    with tqdm(unit="row", disable=not progress, leave=False) as bar:
+    with tqdm(unit="row", disable=not progress, leave=False, delay=0.5) as bar:
         run = Pass(edit if hide else edit.inverse, hide, normalised, dry_run, batch, mark, bar)
         STORES[kind](store, run, **given)
     run.error += run.length
@@ -170,9 +170,12 @@ def _marks(path: str) -> tuple[Path, dict[str, str | None]]:
 @contextmanager
 def _new_file(path: str, run: Pass, out: str | None, overwrite: bool) -> Iterator[Path]:
     """Where to write the file that becomes `out`."""
+    if not Path(path).is_file():
+        raise ProblemError(f"no such file {line(path)}")
     marks, known = _marks(path)
     if not run.hide and not known:
-        raise ProblemError(f"{line(marks)} is missing")
+        why = "if this adapter hid it, put that file back, or use restore_index"
+        raise ProblemError(f"{line(marks)} is missing: {why}")
     opened = nullcontext(Path(os.devnull))
     if not run.dry:
         if out is None or Path(out).suffix != Path(path).suffix:
@@ -188,6 +191,8 @@ def _new_file(path: str, run: Pass, out: str | None, overwrite: bool) -> Iterato
                 f"it is hidden, remove {line(marks)}"
             )
         mark = known.get(before)
+        for record in () if known else marks.parent.glob("*.hidden.json"):  # of what was copied
+            mark = mark or _marks(str(record).removesuffix(".hidden.json"))[1].get(before)
         if mark:
             run.check(path, mark)
         if run.hide == bool(mark):
@@ -264,8 +269,10 @@ def _faiss(path: str, run: Pass, out: str | None = None, overwrite: bool = False
         if not simple or inner.metric_type not in (faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT):
             raise ProblemError(
                 f"{line(path)} is {type(inner).__name__}, and keeps codes, or a graph over vectors "
-                "(Flat and IVF-Flat do not): hide in what it was made of, and make it anew"
+                "(Flat, IVF-Flat do not): hide in the vectors it was built from, and build it again"
             )
+        if inner.metric_type == faiss.METRIC_L2 and not run.normalised:
+            raise ProblemError(f"{line(path)} compares by L2: its vectors must be of length 1")
         if inverted:  # in the order of ids, whatever list they are in
             read = need("faiss.contrib.inspect_tools").get_invlist
             parts = (read(lists, part) for part in range(lists.nlist))

@@ -63,7 +63,7 @@ def check_open_clip(model: Any) -> dict[str, Any]:
     parts = model if isinstance(model, dict) else {}
     text, vision = parts.get("text_cfg"), parts.get("vision_cfg")
     if not (isinstance(text, dict) and isinstance(vision, dict) and "embed_dim" in parts):
-        raise ProblemError("no model_cfg with embed_dim, vision_cfg and text_cfg in it")
+        raise ProblemError("no model_cfg in it, with embed_dim, vision_cfg and text_cfg")
     check_numbers(model)
     tower = text.get("hf_model_name") or vision.get("timm_model_name") or ""
     if text.get("hf_model_name") or not re.fullmatch(r"[\w.]*", str(tower)):

@@ -226,7 +226,7 @@ def _downloaded(text: str) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ProblemError(f"{line(text)}: no such folder")
     hub = need("huggingface_hub", "clip-forgetting[transformers]")
-    with foreign(f"{line(text)} cannot be fetched"):
+    with foreign(f"no folder {line(text)} is here, and it cannot be fetched"):
         for weights in ("*.safetensors", "*.bin"):  # the latter where the former are missing
             wanted = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(text, allow_patterns=wanted))
