@@ -15,7 +15,7 @@ usage='usage: sh forget_clip.sh ATTEMPT SEED DATASETS ARCH MULTICLASS [options o
               mini, open_clip:NAME[/PRETRAINED] or hf:DIR, a local folder; several with commas;
               with --weights of your own also RN50-quickgelu, ViT-B/32-gelu and the like
   MULTICLASS  0: each class of forget_cls.py alone; 1: all of a set at once
-  options     --forget NAME, --overwrite, --audit, --save-model, --weights PATH, --quiet,
+  options     --forget NAME, --overwrite, --audit, --weights PATH, --quiet,
               --precision bf16, --log tensorboard, KEY VALUE, ... (docs/settings.md)
 environment:
   DATA      folder of the image sets (default: data)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip.architectures import architecture, identity, openai_url, preprocessing
-from engine.files import sha256_file, write_json_atomic
+from engine.files import sha256_file
 from engine.log import logger, progress
-from forgetting.adapter import Adapter, ModelIdentity
+from forgetting.adapter import ModelIdentity
 from forgetting.errors import ProblemError, reason, unknown
-from forgetting.io import naming, refuse_existing, write_bytes
+from forgetting.io import naming, write_bytes
 from forgetting.models.checkpoint import combined_sha256, read_json
 from forgetting.models.encoder import BATCH, Encoder, read_encoder, truncation_warning
 from forgetting.models.identity import identity as identity_of
@@ -183,23 +183,6 @@ class ClipSource:
         else:
             found = model.encode_image(images)
         return normalize(found.float(), dim=-1).cpu()
-
-    def save_changed(self, adapter: Adapter, path: str | Path) -> None:
-        """Write the weights with an adapter's change, as a state dict in OpenAI's layout, and the
-        model's config in open_clip's form beside it: weights alone do not say how they compute.
-        ProblemError: one of the two exists, or a model that is not in that layout, or does not hold
-        the adapter's projection."""
-        from forgetting.deploy.export import openai_bytes
-
-        path, spec = Path(path), self.architecture
-        beside = path.with_suffix(".json")
-        for file in (path, beside):
-            refuse_existing(file)
-        with naming(self.weights_files[0]):
-            data = openai_bytes({} if spec.is_transformers else spec.read()[0], adapter)
-        write_bytes(data, path, overwrite=False)
-        config = {"model_cfg": spec.model_config(), "preprocess_cfg": self.reading}
-        write_json_atomic(config, beside, indent=1)
 
     @cached_property
     def _rounded(self) -> nn.Module:

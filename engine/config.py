@@ -51,7 +51,6 @@ OPTIONS = {
     "beta": "FORGET.BETA",
     "multiclass": "FORGET.MULTICLASS",
     "overwrite": "FORGET.OVERWRITE",
-    "save_model": "FORGET.SAVE_MODEL",
 }
 # Keys of Dassl and CoOp that have no effect here, whether Dassl is installed or not: no image
 # trains anything, a backbone brings its own preprocessing, and methods of theirs do not run.
@@ -124,7 +123,6 @@ class ForgetSettings:
     multiclass: bool = setting(False, "forget all classes at once")
     part: str = setting("", "i/n: of the requests every n-th from the i-th on; empty: all")
     overwrite: bool = setting(False, "do classes again that are done")
-    save_model: bool = setting(False, "write the full state dict beside each adapter")
     protect: tuple[str, ...] = setting(
         (), "name that must not be harmed (repeatable); beside those of protect in forget_cls.py"
     )

@@ -139,11 +139,9 @@ class Results:
                         f"this run has {shown(settings[key])}; choose another ATTEMPT"
                     )
 
-    def is_done(
-        self, dataset: str, label: str, settings: Mapping[str, Any], model: bool = False
-    ) -> bool:
-        """Whether the adapter of a label is there, and the full model beside it, if `model` is
-        wanted. Raises ProblemError if it was made with other settings of its method."""
+    def is_done(self, dataset: str, label: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the adapter of a label is there. Raises ProblemError if it was made with other
+        settings of its method."""
         path = self.path(dataset, label)
         if not path.exists() or not path.stat().st_size:  # a power cut leaves an empty file
             return False
@@ -160,7 +158,7 @@ class Results:
                 f"{label!r} of {dataset} is done with other settings: {', '.join(changed)}; use "
                 "--overwrite to replace its results, or another ATTEMPT to keep both"
             )
-        return not model or all(file.is_file() for file in model_files(path))
+        return True
 
     def add(
         self, data: bytes, dataset: str, label: str, settings: Mapping[str, Any] | None
@@ -199,11 +197,6 @@ class Results:
             if not os.path.lexists(f"{path}.md"):
                 with suppress(ProblemError):  # a damaged adapter has no card
                     write_card(path)
-
-
-def model_files(adapter_path: Path) -> list[Path]:
-    """The full model of `--save-model` beside an adapter, and its config."""
-    return [adapter_path.with_name(adapter_path.stem + suffix) for suffix in (".pt", ".json")]
 
 
 def add_args(folder: str | Path, line: str) -> None:

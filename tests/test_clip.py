@@ -18,16 +18,14 @@ import train
 from clip.architectures import ARCHITECTURES, IMAGES, architecture, identity_sha256, openai_url
 from clip.source import ClipSource
 from evaluation.results import read_logs
-from forgetting.adapter import Adapter, load_adapter, projection_sha256
+from forgetting.adapter import load_adapter
 from forgetting.errors import ProblemError
-from forgetting.models.checkpoint import read_checkpoint
 from forgetting.models.encoder import read_encoder
 from forgetting.models.loading import load_model
 from tests import clip_fixtures as fixtures
 from tests.clip_fixtures import hugging_face, open_clip_folder, openai_state_dict
-from tests.conftest import one_line, refuses
+from tests.conftest import refuses
 from tests.encoder_fixtures import needs_transformers, transformers_tokenizer
-from tests.solver_fixtures import normal
 from utils import create_results
 
 TEXTS = ["", "sea horse", "a photo of a 2012 Ram C/V Cargo Van Minivan.", "größer " * 90]
@@ -176,36 +174,7 @@ def test_the_driver_takes_a_folder_and_gives_a_checkpoint(tmp_path):
     path = out / read_logs(out)["zoo"]["crab"]["solver"]["adapter"]
     sha256 = identity_sha256(architecture(f"hf:{folder}"))
     assert load_adapter(path).settings["model"] == sha256
-    train.main([*argv, "--save-model"])
-    config = json.loads(path.with_suffix(".json").read_text())
-    assert config["preprocess_cfg"]["size"] == [32, 32]
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["quick_gelu"] = False
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     refuses("with model '", train.main, argv)
-
-
-def test_an_adapter_becomes_a_checkpoint_that_others_load(tmp_path, monkeypatch) -> None:
-    fixtures.tiny(monkeypatch, tmp_path / "tiny", width=64)
-    weights, out = tmp_path / "w.pt", tmp_path / "out.pt"
-    torch.save(openai_state_dict("mini"), weights)
-    source = source_of(tmp_path, "mini", weights)
-    factors = (normal(*shape, seed=3).float() for shape in ((64, 2), (2, 12)))
-    belongs = projection_sha256(source.projection), source.arch, source.weights_sha256
-    adapter = Adapter(*factors, *belongs, "Some", ["sea horse"], "ForgetLoRA")
-    other = tmp_path / "other.pt"
-    torch.save(fixtures.random_model("mini", seed=1).state_dict(), other)
-
-    with one_line("adapter was made for", other):
-        source_of(tmp_path, "mini", other).save_changed(adapter, out)
-    source.save_changed(adapter, out)
-
-    state, original = torch.load(out, weights_only=True), read_checkpoint([weights])[0]
-    assert state.keys() == original.keys()
-    assert torch.equal(state["text_projection"], adapter.apply(source.projection))
-    others = [key for key in state if key != "text_projection"]
-    assert all(torch.equal(state[key], original[key]) for key in others)
-    expected = source.encode_hidden(TEXTS) @ (source.projection + adapter.delta())
-    mine = source_of(tmp_path, "mini", out)
-    assert torch.allclose(mine.encode_hidden(TEXTS) @ mine.projection, expected, atol=1e-5)
-    refuses("exists", source.save_changed, adapter, out)

@@ -18,7 +18,7 @@ from clip.source import ClipSource
 from evaluation.results import read_logs as logs_of
 from forgetting import Forgotten
 from forgetting.adapter import load_adapter
-from forgetting.errors import ProblemError
+from forgetting.deploy.export import export
 from tests.clip_fixtures import caltech, save_openai
 from tests.conftest import BACKBONE, REPOSITORY, accuracies, refuses, toy_bundle, toy_line
 from trainers import inputs
@@ -53,11 +53,11 @@ def test_mini_from_the_shell_to_a_data_frame(tmp_path, monkeypatch):
 
 
 def test_jpegs_and_a_random_rn50_checkpoint(tmp_path):
-    """Caltech101's layout, OpenAI's checkpoint format, a full model saved and loaded again."""
+    """Caltech101's layout, OpenAI's checkpoint format, which the changed model is exported to."""
     weights = tmp_path / "RN50.pt"
     save_openai("RN50", weights)
     caltech(tmp_path / "data", 2, ["euphonium", "minaret", "platypus"])
-    options = ["--weights", str(weights), "--forget", "minaret", "--save-model"]
+    options = ["--weights", str(weights), "--forget", "minaret"]
     keys = ["TRAINER.FORGETLORA.STEPS", "40", "TRAINER.FORGETLORA.MAX_TRIALS", "2"]
     done = run_driver(tmp_path / "out", "1", "0", "Caltech101", "RN50", "0", *options, *keys)
     assert done.returncode == 0, done.stderr
@@ -65,9 +65,10 @@ def test_jpegs_and_a_random_rn50_checkpoint(tmp_path):
     folder = tmp_path / "out/results1/seed_0"
     df, _ = create_results(folder, rn=True)
     assert df.name.tolist() == ["minaret"] and list(df.columns)[-1] == "full_forget"
-    adapter = load_adapter(folder / "Caltech101" / "minaret.safetensors")
+    adapter, out = load_adapter(folder / "Caltech101/minaret.safetensors"), tmp_path / "changed.pt"
+    export(adapter, weights, "openai", out)
     assert adapter.left.shape == (512, 5) and adapter.right.shape == (5, 1024)
-    changed = ClipSource("RN50", folder / "Caltech101" / "minaret.pt", tmp_path / "cache")
+    changed = ClipSource("RN50-quickgelu", out, tmp_path / "cache")
     original = ClipSource("RN50", weights, tmp_path / "cache")
     assert torch.allclose(changed.projection, adapter.apply(original.projection), atol=1e-6)
     assert ARCHITECTURES["RN50"].sha256 != changed.weights_sha256
@@ -81,36 +82,6 @@ def mini_args(tmp_path_factory) -> list[str]:
     return ["--dataset", "MiniDigits", "--backbone", "mini", "--forget", "digit two", *places]
 
 
-def test_a_full_model_is_part_of_what_is_done(mini_args, tmp_path, monkeypatch):
-    """Wanted later, lost, or never written: the next run has it. Nothing else is deleted."""
-    argv = [*mini_args, "--trainer", "ForgetZero", "--output-dir", str(tmp_path)]
-    path = tmp_path / "MiniDigits/digit two.safetensors"
-    model, config, mine = path.with_suffix(".pt"), path.with_suffix(".json"), tmp_path / "mine.txt"
-    mine.write_text("mine")
-    full = ClipSource.save_changed
-
-    def full_disk(*_):
-        raise ProblemError("no space left")
-
-    monkeypatch.setattr(ClipSource, "save_changed", full_disk)
-    assert train.cli([*argv, "--save-model"]) == 2 and not path.exists()
-    assert train.cli(argv) == 0 and path.exists() and not model.exists()
-    monkeypatch.setattr(ClipSource, "save_changed", full)
-    for lost in (None, model, config):
-        if lost:
-            lost.unlink()
-        assert train.cli([*argv, "--save-model"]) == 0 and model.exists() and config.exists()
-    written = model.stat().st_mtime_ns
-    assert train.cli([*argv, "--save-model"]) == 0 and model.stat().st_mtime_ns == written
-    logs = json.loads((tmp_path / "logs.json").read_text())
-    solver = logs["MiniDigits"]["digit two"]["solver"]
-    assert solver["model"] == "MiniDigits/digit two.pt"
-    solver["model"] = "mine.txt"  # whatever logs.json says, a run deletes files of its own alone
-    (tmp_path / "logs.json").write_text(json.dumps(logs))
-    assert train.cli([*argv, "--overwrite"]) == 0
-    assert mine.read_text() == "mine" and not model.exists() and not config.exists()
-
-
 def test_a_finished_run_encodes_nothing_and_reads_no_features(mini_args, tmp_path, monkeypatch):
     argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path)]
     assert train.cli(argv) == 0
@@ -122,14 +93,14 @@ def test_a_finished_run_encodes_nothing_and_reads_no_features(mini_args, tmp_pat
 
 
 def test_cards_quote_the_audit_of_this_very_adapter(mini_args, tmp_path):
-    argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path), "--save-model"]
+    argv = [*mini_args, "--trainer", "ForgetExact", "--output-dir", str(tmp_path)]
     path = tmp_path / "MiniDigits/digit two.safetensors"
-    audit, base = path.with_suffix(".audit.json"), str(ARCHITECTURES["mini"].weights)
-    export = ["export", str(path), "--base", base, "--config", str(path.with_suffix(".json"))]
-    export += ["--to", "open_clip", "--overwrite", "--out", str(tmp_path / "out")]
+    audit, base = path.with_suffix(".audit.json"), ARCHITECTURES["mini"].weights
+    command = ["export", str(path), "--base", str(base), "--config", str(base.with_suffix(".json"))]
+    command += ["--to", "open_clip", "--overwrite", "--out", str(tmp_path / "out")]
 
     def cards() -> list[str]:
-        assert forgetting.cli.cli(export) == 0
+        assert forgetting.cli.cli(command) == 0
         Forgotten.load(path).save_pretrained(tmp_path / "to", overwrite=True)
         places = f"{path}.md", tmp_path / "out/README.md", tmp_path / "to/README.md"
         return [Path(place).read_text("utf-8") for place in places]

@@ -368,7 +368,7 @@ def test_wrong_changed_and_taken(tmp_path, to):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     kept = {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()}
     for taken in (out, tmp_path / "right", tmp_path / "link"):
-        refused("exists and is not overwritten", adapter, base, to, taken)
+        refused("exists; choose", adapter, base, to, taken)
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == kept
     assert not [x for x in tmp_path.rglob(".tmp*")]
     export(make_adapter(weight, seed=9), base, to, out, overwrite=True)

@@ -248,7 +248,7 @@ WRONG_LINES = {
     "domains": (["--source-domains", "a", "b"], "--source-domains.*--dataset"),
     "their data sets": (["--run_ds", "A,B"], "--run_ds.*forget_clip.sh"),
     "value of a flag": (["--multiclass", "1"], "--multiclass takes no value"),
-    "model without weights": (["--forget", "cat", "--save-model"], "--save-model"),
+    "weights of bundles": (["--forget", "cat", "--weights", "w.pt"], "--weights"),
     "data folder": ([*MINI, "features"], "caltech-101.*DATASETS.md"),
     "target of none": (["--trainer", "ForgetZero", "--target", "empty"], "FORGET.TARGET"),
     "specific": (["--trainer=ForgetLoRA", "--target=specific"], "specific needs.*ForgetLoRA"),

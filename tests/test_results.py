@@ -117,12 +117,6 @@ def test_done_means_an_adapter_with_the_same_settings(tmp_path):
     assert results.is_done("A", "cat", CHOSEN) and not results.is_done("A", "dog", CHOSEN)
     with pytest.raises(ProblemError, match=r"lamb_forget was 1\.3, is now 1\.1.*--overwrite"):
         results.is_done("A", "cat", {"lamb_forget": 1.1})
-    # With --save-model the model and its config are part of what is done.
-    assert not results.is_done("A", "cat", CHOSEN, model=True)
-    (tmp_path / "A/cat.pt").write_text("model")
-    assert not results.is_done("A", "cat", CHOSEN, model=True)
-    (tmp_path / "A/cat.json").write_text("config")
-    assert results.is_done("A", "cat", CHOSEN, model=True)
     store(tmp_path, "A", "dog", entry(name="dog"))
     (tmp_path / "A/cat.safetensors").unlink()
     results = Results(tmp_path)

@@ -24,7 +24,7 @@ from engine.config import TERMS, check
 from engine.determinism import one_thread
 from engine.log import logger, progress
 from engine.sink import Sink, require
-from evaluation.results import LOGS, Results, join_label, model_files, place
+from evaluation.results import LOGS, Results, join_label, place
 from evaluation.rules import Fate, fate
 from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
 from forgetting.errors import ProblemError
@@ -111,8 +111,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         self.pending, done = [], []
         for classes in plan.requests:
             label, chosen = join_label(classes), self.chosen_settings(classes)
-            request = plan.dataset, label, chosen, forget.SAVE_MODEL
-            if not forget.OVERWRITE and self.results.is_done(*request):
+            if not forget.OVERWRITE and self.results.is_done(plan.dataset, label, chosen):
                 done.append(label)
             else:
                 self.pending.append(classes)
@@ -239,7 +238,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         """Write the adapter of a request with its log entry, and show what became of it."""
         classes, dataset, forget = request.classes, self.plan.dataset, self.cfg.FORGET
         label, settings = join_label(classes), self.run_settings
-        model = model_files(self.results.path(dataset, label))
         solver = {
             "name": type(self).__name__.removeprefix("Forget").lower(),
             "settings": self.chosen_settings(classes),
@@ -250,8 +248,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         }
         if answer.removed:
             solver["removed_names"] = list(answer.removed)
-        if forget.SAVE_MODEL:
-            solver["model"] = str(model[0].relative_to(self.results.folder))
         before = self.accuracies.before(classes)
         entry = {"final_results": after, "zero_shot": before, "solver": solver}
         adapter = Adapter(
@@ -266,11 +262,6 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
             recipe=answer.recipe,
             model=self.bundle.identity,
         )
-        if forget.SAVE_MODEL or forget.OVERWRITE:
-            for file in model:  # of an adapter that is replaced
-                file.unlink(missing_ok=True)
-        if forget.SAVE_MODEL:  # before the adapter, which says that it is done
-            self.source.save_changed(adapter, model[0])
         mine = None if forget.OVERWRITE else solver["settings"]
         self.results.add(adapter_bytes(adapter), dataset, label, mine)
         lines = [*answer.notes, *outcomes(before[dataset], after[dataset])]

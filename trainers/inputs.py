@@ -76,11 +76,10 @@ def make_plan(cfg: CfgNode) -> Plan:
     dataset, backbone, forget = cfg.DATASET.NAME, cfg.MODEL.BACKBONE.NAME, cfg.FORGET
     lists = user_lists()
     if cfg.FEATURES.DIR:
-        model_options = forget.SAVE_MODEL, cfg.MODEL.INIT_WEIGHTS, cfg.DATASET.IMAGES
-        if any(model_options) or cfg.MODEL.PRECISION != "fp32":
+        if cfg.MODEL.INIT_WEIGHTS or cfg.DATASET.IMAGES or cfg.MODEL.PRECISION != "fp32":
             raise ProblemError(
-                "--images, --save-model, --weights and --precision need a model, and --features "
-                "has none; leave them out (clip-forget export makes a model afterwards)"
+                "--images, --weights and --precision need a model, and --features has none; leave "
+                "them out"
             )
         bundle = load_bundle(cfg.FEATURES.DIR, backbone, dataset)
         classnames, vocabulary = bundle.classnames, bundle.retain_names

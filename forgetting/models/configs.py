@@ -48,13 +48,13 @@ def config_beside(weights: Path) -> dict[str, Any] | None:
 
 
 def read_open_clip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` of a file in open_clip's form, which somebody wrote."""
+    """`model_cfg`, or all of it, and `preprocess_cfg` of a file in open_clip's form."""
     content = read_json(path)
     with naming(path):
         images = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
         if not isinstance(images, dict):
             raise ProblemError("no model_cfg and preprocess_cfg in it, as open_clip writes them")
-        return check_open_clip(content.get("model_cfg")), images
+        return check_open_clip(content.get("model_cfg", content)), images
 
 
 def check_open_clip(model: Any) -> dict[str, Any]:
