@@ -111,7 +111,7 @@ def test_what_is_there_stays(adapter, tmp_path):
     write_bytes(b"1", path, overwrite=False)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for taken in (path, tmp_path / "link", tmp_path):
-        with pytest.raises(ProblemError, match="exists and is not overwritten"):
+        with pytest.raises(ProblemError, match="exists; choose"):
             Forgotten(adapter).save(taken)
     for bad in (path / "below", tmp_path / "a\0b", "", tmp_path / ("x" * 300), None, 1, b"x"):
         refuses("cannot write", save_adapter, adapter, bad)
