@@ -227,6 +227,7 @@ def _audit(option: Option, parse: Parse) -> None:
     from forgetting.forgotten import Forgotten
     from forgetting.models.encoder import read_encoder
     from forgetting.models.loading import load_model
+    from forgetting.models.text_embeddings import TextEmbeddings
     from forgetting.problem import LowRankEdit
 
     option("adapter", metavar="ADAPTER")
@@ -234,8 +235,14 @@ def _audit(option: Option, parse: Parse) -> None:
     option("--word", action="append", default=[], metavar="NAME=WORD", help="a word for a name")
     args = parse()
     model, tokenize = load_model(args.model)
-    forgotten, encoder = Forgotten.load(args.adapter, model), read_encoder(model, tokenize)
-    adapter = forgotten.adapter
+    forgotten = Forgotten.load(args.adapter)
+    if (adapter := forgotten.adapter).of_embeddings:
+        encoder = TextEmbeddings.of(model, tokenize)
+        if encoder.fingerprint != adapter.weights:
+            raise ProblemError(f"{line(args.adapter)} was made for another model")
+    else:
+        Forgotten.load(args.adapter, model)  # refuses another model
+        encoder = read_encoder(model, tokenize)
     edit = LowRankEdit(adapter.left.double(), adapter.right.double())
     words = _words(args.word, adapter.classes)
     if strange := words.keys() - set(adapter.classes):

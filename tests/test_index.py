@@ -180,3 +180,9 @@ def test_on_the_command_line(tmp_path, capsys):
     assert cli(["patch", str(out), str(cached), "--out", str(tmp_path / "new.npy")]) == 0
     expected, _ = patch(vectors, torch.eye(vectors.shape[1]), adapter.left, adapter.right)
     assert np.array_equal(np.load(tmp_path / "new.npy"), expected.numpy())
+    capsys.readouterr()
+    assert cli(["audit", str(out), "--model", str(folder), "--word", "kitten"]) == 0
+    assert "cat: 10 paraphrases move" in (said := capsys.readouterr().out) and "  kitten" in said
+    other = open_clip_folder(tmp_path / "other", "custom with bias")
+    assert cli(["audit", str(out), "--model", str(other)]) == 2
+    assert "made for another model" in capsys.readouterr().err
