@@ -253,7 +253,7 @@ def from_flowers(folder: Path, images: Path) -> Split:
     else:
         from torchvision.datasets import Flowers102
 
-        names = Flowers102.classes
+        names = getattr(Flowers102, "classes", None) or read_json(path)  # 0.19 has no list
     beside = images.parent  # in torchvision's layout not the set's folder
     labels = _column(beside / "imagelabels.mat", "labels")
     rows = [

@@ -152,7 +152,7 @@ def test_one_class_from_command_line_to_data_frame(toy_args, tmp_path, capsys):
 def test_a_run_needs_nothing_that_windows_lacks(toy_args):
     code = (
         "import os, sys; sys.modules |= dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource'])\n"
-        "import app, forgetting, train, utils; del os.fork, os.uname\n"
+        "import app, forgetting, train, utils; del os.fork, os.getuid, os.geteuid\n"
         "sys.exit(train.cli(sys.argv[1:]))"
     )
     run = [sys.executable, "-c", code, *toy_args, "--forget", "dog"]
