@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
+from engine.log import quiet
 from forgetting.cli import cli
 from forgetting.errors import ProblemError
 from tests.conftest import REPOSITORY
@@ -133,7 +134,8 @@ def test_code_runs_as_printed(page, tmp_path, monkeypatch, capsys):
     names: dict = {}
     for language, code in FENCE.findall(PAGES[page]):
         if language == "python":
-            exec(compile(code, page, "exec"), names)
+            with quiet(False):  # a page may call main([..., "--quiet"])
+                exec(compile(code, page, "exec"), names)
         for words in commands(code) if language == "sh" else ():
             local = not re.search(
                 r"open_clip:|://|parquet|\b[A-Z]{3,}\b|onnx|\.pt", " ".join(words)
