@@ -6,11 +6,11 @@ Matplotlib is imported when the first picture is drawn.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evaluation.results import split_label
 from forgetting.errors import ProblemError
@@ -34,25 +34,19 @@ PANELS = {
 
 
 @contextmanager
-def styled_figure(width: float, height: float, style: Mapping[str, Any] = {}) -> Iterator[Figure]:
-    """An empty figure in the common style, which is drawn and saved within."""
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
-
-    with matplotlib.rc_context(style, STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-@contextmanager
 def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure of a size in inches; what the body drew on it is saved, whole or not at all,
     in the format of the path's suffix."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: works without a display and leaks nothing
+
     from forgetting.io import write_bytes
 
     path, drawn = Path(path), BytesIO()
     if path.suffix.lower() not in SUFFIXES:
         raise ProblemError(f"picture {path}: its name must end in {', '.join(SUFFIXES)}")
-    with styled_figure(width, height) as figure:
+    with matplotlib.rc_context(fname=STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(drawn, format=path.suffix[1:].lower())
     write_bytes(drawn.getvalue(), path)

@@ -16,14 +16,11 @@ from typing import Any
 import pandas as pd
 import torch
 from sklearn.linear_model import Ridge as RidgeRegression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.special import entr
 
-import datasets
 from clip import train_mini
 from datasets.mini import MINI
-from datasets.reader import read_image
 from datasets.words.lexicon import committed, halves
 from engine.cli import Parser, whole
 from engine.log import progress
@@ -38,10 +35,8 @@ from experiments import baselines
 from experiments.hide import Mini, report, unit
 from experiments.runs import launch, refuse_failed, runs_of
 from forgetting.adapter import load_adapter
-from forgetting.displacement import displacement_ratios
 from forgetting.errors import ProblemError
 from forgetting.io import read_safetensors
-from forgetting.solvers.constrained import Ridge
 
 # One class of each set is left out together: the sets share no name.
 GROUPS = {
@@ -62,8 +57,7 @@ ALONE, FULLS, STILL = "left out alone", "two full trainings", "gold still recogn
 KEYS = ["group", "class", "way", "measure"]
 NEAREST = 5  # classes that are its neighbours
 SHOTS = (1, 5, 10)  # images of each class, to learn it again
-DRAWS, NOISE = 10, 8.0  # small perturbations of an image; their standard deviation, of 255
-RIDGE, PROBE_RIDGE = 0.01, 0.3  # the first of the mean square of hidden states
+PROBE_RIDGE = 0.3
 LEAST = 1e-30  # of a probability, for its logarithm
 WORDS = ["name", "held-out words", "descriptions"]
 DRAWN = {
@@ -81,20 +75,12 @@ class Training(Mini):
         super().__init__(weights)
         self.scale = self.source.model.logit_scale.exp()
         self.data = [AuditData(bundle) for bundle in self.bundles.values()]
-        items = [item for name in MINI for item in datasets.load(name, "data").test]
-        rows = [row for row, item in enumerate(items) if item.classname in LEFT_OUT]
-        images = [self.source.preprocess(read_image(items[row].impath)) for row in rows]
-        pictures = torch.stack(images * DRAWS)  # (DRAWS n, 3, s, s)
-        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-        noisy = (pictures + NOISE * noise).round().clamp(0, 255).byte()
-        self.noisy = unit(self.source.encode_images(noisy))
-        self.noisy_labels = self.labels[rows].repeat(DRAWS)
 
-    def logits(self, images: Tensor, labels: Tensor, without: Sequence[str] = ()) -> Tensor:
-        """(n, C) of images (n, d) with the names of their set; -inf for others, and `without`."""
+    def logits(self, without: Sequence[str] = ()) -> Tensor:
+        """(N, C) of the images with the names of their set; -inf for others, and `without`."""
         gone = torch.tensor([name in (*self.removed, *without) for name in self.names])
-        gone = gone | (self.set_of[labels][:, None] != self.set_of)  # (n, C)
-        logits = self.scale * images @ self.embed(self.prompts).T
+        gone = gone | (self.set_of[self.labels][:, None] != self.set_of)  # (N, C)
+        logits = self.scale * self.images @ self.embed(self.prompts).T
         return logits.masked_fill(gone, -torch.inf)
 
 
@@ -111,12 +97,12 @@ def beside(full: Training, label: int) -> dict[str, Tensor]:
 
 
 def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is measured of a model around a class: numbers; of many images the probabilities (n, C)
-    of the names of their set; and predictions (n,)."""
+    """What is measured of a model around a class: numbers, and of many images the probabilities
+    (n, C) of the names of their set."""
     name, dataset, number = model.names[label], model.sets[label], int(model.set_of[label])
     bundle = model.bundles[dataset]
     gone = next(names for names in GROUPS.values() if name in names)
-    logits = model.logits(model.images, model.labels, [each for each in gone if each != name])
+    logits = model.logits([each for each in gone if each != name])
     mine, own_set = model.labels == label, model.set_of[model.labels] == number
     kept = torch.tensor([each not in gone for each in model.names])[model.labels]
     parts = {"own": mine} | {part: classes[model.labels] for part, classes in near.items()}
@@ -130,9 +116,6 @@ def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str
     words = (texts @ model.images[mine].mean(dim=0)).split([1, len(held_out), len(described)])
     found |= zip(WORDS, words, strict=True)
 
-    noisy = model.noisy_labels == label
-    found["perturbed"] = model.logits(model.noisy[noisy], model.noisy_labels[noisy]).argmax(dim=1)
-    found["perturbed accuracy"] = (found["perturbed"] == label).double().mean()
     cosines = logits[own_set][:, model.set_of == number].nan_to_num(neginf=0.0) / model.scale
     return found | relearnt(model.data[number], bundle.classnames.index(name), cosines)
 
@@ -159,10 +142,10 @@ def relearnt(data: AuditData, label: int, cosines: Tensor) -> dict[str, Tensor]:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Between entries of two profiles: of probabilities the mean Jensen-Shannon divergence (nats),
-    of predictions the part that differs, of numbers the mean absolute difference."""
+    of numbers the mean absolute difference."""
     if a.ndim == 2:
         return float((entr((a + b) / 2) - (entr(a) + entr(b)) / 2).sum(dim=1).mean())
-    return float((a - b).abs().mean() if a.is_floating_point() else (a != b).double().mean())
+    return float((a - b).abs().mean())
 
 
 def compare(
@@ -185,7 +168,7 @@ def compare(
             for measure, x in a.items():
                 far = distance(x, b[measure])
                 row = {"way": way, "measure": measure, "value": far, "distance": far}
-                if x.ndim < 2 and x.is_floating_point():
+                if x.ndim < 2:
                     row |= {"value": float(x.mean()), "gold": float(b[measure].mean())}
                 yield row
 
@@ -223,37 +206,9 @@ def forgotten(out: Path, methods: Sequence[str], full: Training) -> dict[str, di
     return found
 
 
-def from_text(full: Training, truth: Mapping[str, float]) -> pd.DataFrame:
-    """How well the other retained names explain each class name that there is a gold of, by text
-    alone. `truth`, `gold`: the probability that gold gives to the name for its images."""
-    retained: dict[str, Tensor] = {}
-    for bundle in full.bundles.values():
-        retained |= zip(bundle.retain_names, bundle.retain_hidden.double(), strict=True)
-    found = []
-    for name, gold in truth.items():
-        same = datasets.same_meaning([name], full.sets[full.names.index(name)])
-        others = {key: row for key, row in retained.items() if datasets.key(key) not in same}
-        x, h = torch.stack(list(others.values())), retained[name][None]  # (m, w), (1, w)
-        ridge = Ridge(x, RIDGE * len(x) * float(x.square().mean()))
-        how = torch.zeros(1).long(), torch.zeros(1, len(x)).bool(), torch.arange(len(x))
-        ratios = displacement_ratios(ridge, h, torch.ones(1, 1), *how)  # each as if not retained
-        centre, parts = x.mean(dim=0), torch.zeros(x.shape[1])
-        for word in name.split():
-            if any(rows := [word in key.split() for key in others]):
-                parts = parts + x[rows].mean(dim=0) - centre
-        scores = {
-            "sum of its parts": float(unit(parts[None])[0] @ unit(h - centre)[0]),
-            "explained": 1 - float(ridge.mu * ridge.solve(h).norm() / h.norm()),
-            "displacement ratio": float(ratios.square().mean().sqrt()),
-        }
-        found.append({"class": name, "gold": gold} | scores)
-    return pd.DataFrame(found)
-
-
-def report_all(table: pd.DataFrame, names: pd.DataFrame) -> None:
-    """Print values, distances in units of two golds', and what text tells of names. Below, above:
-    how often the cosine of a name, or of held-out words, differs from gold's by more than a unit.
-    """
+def report_all(table: pd.DataFrame) -> None:
+    """Print values and distances in units of two golds'. Below, above: how often the cosine of a
+    name, or of held-out words, differs from gold's by more than a unit."""
     for part in ("value", "ratio"):
         cells = table.pivot_table(part, KEYS[:3], "measure", sort=False).reset_index()
         print(f"\n{part.upper()}")
@@ -262,11 +217,6 @@ def report_all(table: pd.DataFrame, names: pd.DataFrame) -> None:
     off = (words["value"] - words["gold"]) / words["unit"]
     counts = words.assign(below=off < -1, above=off > 1).groupby(["group", "way"], sort=False)
     print(f"\n{counts[['below', 'above']].sum().to_string()}")
-    print(f"\n{names.round(2).to_string(index=False)}")
-    truth = names["gold"] > 0.5
-    for score in names.columns[2:]:
-        area = roc_auc_score(truth, names[score]) if truth.nunique() == 2 else torch.nan
-        print(f"{score}: AUC {area:.2f} ({truth.sum()} of {len(names)} names with a gold)")
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -314,6 +264,6 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     table["unit"] = table["measure"].map(units.where(units > 0))
     table["ratio"] = table["distance"] / table["unit"]
     write_table(table, args.out / "gold.csv")
-    report_all(table, from_text(full, truth))
+    report_all(table)
     draw(table, args.out / "truth.png")
     return table

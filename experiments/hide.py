@@ -176,19 +176,10 @@ def in_both_spaces(
 
 def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> dict[str, Search]:
     """The ways to hide a class whose edits are given."""
-    x, plain = index.images, index.embed
+    x, name = index.images, index.embed(index.bare[[label]])  # (N, d), (1, d)
     w = index.bundles[index.sets[label]].text_projection.double()  # (w, d)
-    name = plain(index.bare[[label]])  # (1, d)
-    mean = unit(x[index.labels == label].mean(dim=0, keepdim=True))  # (1, d)
-
-    def moved(left: Tensor, right: Tensor) -> Tensor:
-        return x + (x @ right.T) @ left.T  # (N, d) @ (d, r) @ (r, d)
-
-    def without(direction: Tensor) -> Tensor:
-        return unit(x - (x @ direction.T) @ direction)
-
-    edited, hidden = index.changed(w + text.delta).embed, moved(vectors.left, vectors.right)
-    inverse = torch.linalg.pinv(w) @ text.left  # (d, r)
+    edited = index.changed(w + text.delta).embed
+    hidden = x + (x @ vectors.right.T) @ vectors.left.T  # (N, d) @ (d, r) @ (r, d)
     common = index.vocabulary[(index.vocabulary @ name.T)[:, 0] < SAME]
     with warnings.catch_warnings(action="ignore"):  # of a rate that is measured here
         flags = flag(x, name[0], common, FALSE_ALARMS)[1]
@@ -199,10 +190,7 @@ def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> d
         "index edit, dot product": {"images": hidden},
         "text and index edit": {"images": unit(hidden), "query": edited},
         "flag as a filter": {"flagged": flags},
-        "query 3q - 2n": {"query": lambda hidden: unit(3 * plain(hidden) - 2 * name)},
-        "projected off the name": {"images": without(name)},
-        "projected off its images": {"images": without(mean)},
-        "index edit by W^+": {"images": unit(moved(inverse, text.right))},
+        "projected off the name": {"images": unit(x - (x @ name.T) @ name)},
     }
     return {way: index.plain._replace(**change) for way, change in changes.items()}
 

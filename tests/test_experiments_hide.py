@@ -29,7 +29,7 @@ def test_a_table_by_the_command_line(index, capsys):
     assert cli(["hide", "--features", "features", "--classes", "2"]) == 0
     assert "min of each group" in capsys.readouterr().out
     table = pd.read_csv("hide/hide.csv").set_index(["data set", "class", "way"])
-    assert len(table) == 2 * 2 * 10
+    assert len(table) == 2 * 2 * 7
     for (dataset, name), rows in table.groupby(level=[0, 1]):
         bundle, rows = index.bundles[dataset], rows.droplevel([0, 1])
         own = ZeroShot(bundle).correct_before[bundle.labels == bundle.classnames.index(name)]
@@ -37,7 +37,6 @@ def test_a_table_by_the_command_line(index, capsys):
         assert not rows.loc["nothing", ["rest", "searches", "worst search"]].any()
         for way in ("text edit", "index edit", "index edit, dot product"):
             assert rows.loc[way, "left"] == 0
-        assert rows.loc["query 3q - 2n", "left"] > 90  # 3n - 2n is the name itself
 
 
 def test_ways_are_what_they_are_called(index):
@@ -52,8 +51,6 @@ def test_ways_are_what_they_are_called(index):
     assert torch.allclose(ways["index edit, dot product"].scores(queries), scores)
     assert not torch.allclose(index.plain.scores(queries), scores, atol=0.1)
     name = index.embed(index.bundles["ToyAnimals"].forget_hidden[:1])
-    expected = hide.unit(3 * queries - 2 * name)
-    assert torch.allclose(ways["query 3q - 2n"].query(index.prompts), expected)
     assert (ways["projected off the name"].images @ name.T).abs().max() < 1e-9
 
 
