@@ -174,7 +174,7 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path, capsys):
     compared = read_methods(tmp_path)
     assert headline(compared) == "ViT-B/32 was made to forget 6 classes by 2 methods."
     exact, paper = map(cells, compared)
-    gone, back = "Gone", "Back by other words"
+    gone, back = "Below half", "Found by other words"
     assert exact[gone] == ["6 of 6"] and exact[back][0].endswith(" of 1") and paper[back] == ["–"]
     stay = sum(row.fate is Fate.STAYS for row in compared[1].rows)
     assert stay and paper[gone] == [f"{6 - stay} of 6"]
@@ -182,6 +182,7 @@ def test_the_head_is_one_sentence_and_one_line_per_method(tmp_path, capsys):
     path = tmp_path / "report.html"
     assert f"{path} (exact, paper)" in capsys.readouterr().out
     text = Page(path.read_text(encoding="utf-8")).text
+    assert "Class forgetting: exact, paper" in text
     for one in compared:
         assert text.count(f"{one.label}: what to know, bad news first") == 1
     assert f"python -m evaluation.audit '{tmp_path / 'no audit'}'" in text
@@ -226,7 +227,7 @@ def test_seeds_are_one_method_with_means_and_deviations(tmp_path):
     text = page_of(tmp_path).text
     assert text.count("mean of 3 seeds") == 1 + 6 and text.count("seed 2") == 6
     gone = sum(run.rows[0].fate is Fate.GONE for run in narrowed.runs)
-    assert cells(narrowed)["Gone"] == [f"{gone} of 3"]
+    assert cells(narrowed)["Below half"] == [f"{gone} of 3"]
 
 
 def test_charts_draw_every_class_on_one_axis(tmp_path):
@@ -319,14 +320,14 @@ def test_an_audit_of_another_adapter_is_not_shown(tmp_path):
 
 def test_findings_say_of_how_many_classes_and_which_bad_news_first(tmp_path):
     def audits(record) -> None:
-        first, second, third, _ = (record["ToyAnimals"][x]["classes"][x] for x in ANIMALS[:4])
+        first, second, third, last = (record["ToyAnimals"][x]["classes"][x] for x in ANIMALS[:4])
         del second["paraphrase"], second["undo"], second["residue"]
         third["undo"]["attacks"]["original_known"]["place"] = 2
         third["examples"]["classes"] = third["examples"]["classes"][::2]
         for found in (second, third):
             for method in found["relearning"]["methods"].values():
                 method["needed"] = None
-        first["paraphrase"]["back"] = ["a spotted cat"]
+        first["paraphrase"]["back"] = last["paraphrase"]["back"] = ["a spotted cat"]
 
     def logs(record) -> None:
         first, second, third, fourth = (record["ToyAnimals"][name] for name in ANIMALS[:4])
@@ -342,12 +343,15 @@ def test_findings_say_of_how_many_classes_and_which_bad_news_first(tmp_path):
     assert back == sorted(back, reverse=True) and 0 < sum(back) < len(back)
     lines = findings(one)
     assert lines[0] == f"Not forgotten (1 of 4): {ANIMALS[3]}."
+    count = len(lines[1].partition("): ")[2].split(", "))  # it has that of the table
+    assert lines[1].startswith(f"Found by other words ({count} of 4)")
+    assert cells(one)["Found by other words"] == [f"{count} of 3"]  # the second was not tried
     said = dict(text.removesuffix(".").split("): ") for text in lines)
     named = {
         title.rpartition(" (")[0]: {ANIMALS.index(name) for name in names.split(", ")}
         for title, names in said.items()
     }
-    assert 0 in named["Recognised again under other words"]
+    assert {0, 3} <= named["Found by other words"]
     assert 2 not in named["Another class loses more than half of its images"]
     attacker = "Named first by an attacker who has the changed weights"
     expected = {

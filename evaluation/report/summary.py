@@ -23,7 +23,7 @@ COLUMNS = {
 }
 FINDINGS: dict[str, Callable[[Row], Any]] = {  # what speaks against forgetting first
     "Not forgotten": lambda row: row.fate is Fate.STAYS,
-    "Recognised again under other words": lambda row: row.back and row.fate is not Fate.STAYS,
+    "Found by other words": lambda row: row.back,
     "Another class loses more than half of its images": lambda row: any(
         not holds(one["after"]["value"], one["before"]["value"]) for one in row.harmed
     ),
@@ -86,12 +86,12 @@ def cell(method: Method, quantity: str) -> list[str]:
 
 def cells(method: Method) -> dict[str, list[str]]:
     """The line of a method, or of a method narrowed to a class: by title a value and remarks."""
-    gone = [row for row in method.rows if row.fate is Fate.GONE]
-    tried = [row for row in gone if row.worst is not None]
-    back = f"{sum(bool(row.back) for row in tried)} of {len(tried)}"
+    gone = sum(row.fate is Fate.GONE for row in method.rows)
+    tried = [row for row in method.rows if row.worst is not None]
+    found = f"{sum(bool(row.back) for row in tried)} of {len(tried)}"
     return {
-        "Gone": [f"{len(gone)} of {len(method.rows)}"],
-        "Back by other words": [back if tried else "–"],
+        "Below half": [f"{gone} of {len(method.rows)}"],
+        "Found by other words": [found if tried else "–"],
         **{title: cell(method, quantity) for quantity, title in COLUMNS.items()},
     }
 
