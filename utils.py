@@ -24,6 +24,7 @@ from evaluation.tables import FRAME, KEYS, check_columns, summarise
 from forgetting.errors import ProblemError, shown
 
 BACKBONES = ("backbone", "backbone_arch", "arch")  # what command lines call it
+LEFT_OUT = "left out, since not recognised (or not measured) before"
 Folder = str | Path
 
 
@@ -123,14 +124,18 @@ def _with_backbone(args: argparse.Namespace, logs: Logs) -> Logs:
 def compute_avg_gain(df: pd.DataFrame) -> pd.Series:
     """The paper's summary of every row of a frame of `create_results`; lower is better, 0 is
     perfect (see `evaluation.tables.average_gains`). `compute_avg_gain(df).mean()` is the number of
-    a table. Raises ProblemError without accuracies before forgetting."""
+    a table, without the classes that were not recognised before: theirs is NaN, and a warning says
+    so. Raises ProblemError without accuracies before forgetting."""
     check_columns(df, FRAME, "create_results")
     if df[["full_Noforget", "cls_Noforget"]].isna().all(axis=None):
         raise ProblemError(
             "no average gain without accuracies before forgetting: create_results(FOLDER, "
             "before=OTHER) or utils.py --before OTHER takes them from a run on the same classes"
         )
-    return tables.average_gains(df)
+    gains = tables.average_gains(df)
+    if lacking := int(gains.isna().sum()):
+        warnings.warn(f"{LEFT_OUT}: {lacking} of {len(gains)} results", stacklevel=2)
+    return gains
 
 
 def plot_results(df: pd.DataFrame, path: Folder) -> Path:
@@ -205,10 +210,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A list of one folder would have deviations, which are NaN.
         methods = {name: x if len(x) > 1 else x[0] for name, x in groups.items()}
         table = compare_results(methods, **options)
-    if args.csv:
-        tables.write_table(table, args.csv)
     if args.draw:
         plot_comparison(table, args.draw)
+    if len(groups) == 1:  # "after" is its method, and no time
+        table = table.rename(columns={"seconds after": "seconds"})
+    if args.csv:
+        tables.write_table(table, args.csv)
     print("\n".join(lines))
     seconds = {c: "{:.3f}".format for c in table if c.startswith("seconds")}
     print(table.to_string(index=False, float_format="{:.1f}".format, formatters=seconds))
@@ -219,11 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _gain(folders: Sequence[str], options: Mapping[str, Any]) -> str:
     """The average gain of the folders of one method in words, or why there is none."""
     try:
-        gains = [compute_avg_gain(create_results(each, **options)[0]).mean() for each in folders]
+        every = [compute_avg_gain(create_results(each, **options)[0]) for each in folders]
     except ProblemError as error:
         return str(error)
-    gain = f"average gain (0 is perfect, lower is better) {pd.Series(gains).mean():.4f}"
-    return f"{gain} ± {pd.Series(gains).std():.4f} over {len(gains)}" if len(gains) > 1 else gain
+    known, gains = pd.concat(every).notna(), pd.Series([each.mean() for each in every])
+    left_out = f"; {LEFT_OUT}: {(~known).sum()} of {len(known)} results"
+    gain = f"average gain (0 is perfect, lower is better) {gains.mean():.4f}"
+    gain += f" ± {gains.std():.4f} over {len(gains)}" if len(gains) > 1 else ""
+    gain = gain if known.any() else "no average gain"
+    return gain if known.all() else gain + left_out
 
 
 if __name__ == "__main__":

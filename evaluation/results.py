@@ -39,6 +39,7 @@ SUFFIX = ".safetensors"
 SHARED = {"backbone", "trainer", "precision"}  # settings that all data sets of a folder share
 MODEL = {"backbone", "weights", "template"}  # what accuracies before forgetting depend on
 PLACES = ("features", "root", "images")  # where a run finds its images
+ELSEWHERE = "another --output-dir (ATTEMPT of forget_clip.sh)"
 SEPARATOR = "|"
 LONGEST_NAME = 150  # of an escaped name; file systems end at 255 bytes
 INTERVAL = 3.0  # seconds between two versions of logs.json, at least
@@ -95,7 +96,7 @@ class Results:
         self.folder, self.logs_path = Path(folder), Path(folder) / LOGS
         self._due = 0.0
         if self.logs_path.exists() and not (self.logs_path.is_file() and self.records()):
-            where = "choose another ATTEMPT, or move it away"
+            where = f"move it away, or choose {ELSEWHERE}"
             raise ProblemError(f"{self.logs_path} was not made from adapters; {where}")
 
     def path(self, dataset: str, label: str) -> Path:
@@ -136,7 +137,7 @@ class Results:
                 if key in record.settings and record.settings[key] != settings[key]:
                     raise ProblemError(
                         f"{self.folder} holds results with {key} {shown(record.settings[key])}, "
-                        f"this run has {shown(settings[key])}; choose another ATTEMPT"
+                        f"this run has {shown(settings[key])}; choose {ELSEWHERE}"
                     )
 
     def is_done(self, dataset: str, label: str, settings: Mapping[str, Any]) -> bool:
@@ -156,7 +157,7 @@ class Results:
         if changed:
             raise ProblemError(
                 f"{label!r} of {dataset} is done with other settings: {', '.join(changed)}; use "
-                "--overwrite to replace its results, or another ATTEMPT to keep both"
+                f"--overwrite to replace its results, or {ELSEWHERE} to keep both"
             )
         return True
 
@@ -265,8 +266,9 @@ def same_kind(
         for whose, key, value in _settings(sets, model_alone):
             other_folder, other = known.setdefault((whose, key), (folder, value))
             if other != value:
-                both = f"{key} is {shown(other)} and {shown(value)}"
-                raise ProblemError(f"{other_folder} and {folder} do not belong together: {both}")
+                both = f"{other_folder} and {folder} do not belong together"
+                hint = "" if model_alone else "; a list is of seeds, compare_results takes methods"
+                raise ProblemError(f"{both}: {key} is {shown(other)} and {shown(value)}{hint}")
 
 
 def _settings(logs: Logs, model_alone: bool) -> Iterator[tuple[str, str, Any]]:

@@ -97,8 +97,9 @@ def average_gains(df: pd.DataFrame) -> pd.Series:
 
     It is the mean of: the fraction of the forgotten class's accuracy that is left, the relative
     loss on the rest of its data set, and the relative loss on each other data set, where a gain
-    counts as 0. What was not measured before (or was 0) is left out. Of several folders it is the
-    mean of their own: a loss of one is not made up for by what another gained.
+    counts as 0. It is NaN for a class that was not recognised before; a set that was not is left
+    out. Of several folders it is the mean of their own: a loss of one is not made up for by what
+    another gained.
     """
     if GAIN in df:
         return df[GAIN]
@@ -108,7 +109,7 @@ def average_gains(df: pd.DataFrame) -> pd.Series:
     for after, before in pairs:
         loss = (df[before] - df[after]) / df[before].where(df[before] > 0)
         parts.append(loss.clip(lower=0))
-    return pd.concat(parts, axis=1).mean(axis=1)
+    return pd.concat(parts, axis=1).mean(axis=1).where(parts[0].notna())
 
 
 def check_columns(df: Any, columns: Sequence[str], source: str) -> None:

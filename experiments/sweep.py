@@ -142,7 +142,7 @@ def print_table(table: pd.DataFrame) -> None:
         form = FORMATS.get(column.removeprefix("± "), "z.2f")
         texts[column] = texts[column].map(lambda x, form=form: "-" if pd.isna(x) else f"{x:{form}}")
     same = [column for column in texts if len(texts) > 1 and texts[column].nunique() == 1]
-    print("\nAfter, in percent; average gain: 0 is perfect, lower is better")
+    print("\nAfter, in percent; average gain, of classes recognised before: 0 is perfect")
     if same:
         print(", ".join(f"{column} {texts[column].iloc[0]}" for column in same))
     print("", texts.drop(columns=same).to_string(index=False), sep="\n")

@@ -80,7 +80,10 @@ def empty(e: Tensor, inputs: TargetInputs, batch: Batch) -> Tensor:
             noise = torch.randn(prompt.shape, generator=generator, dtype=torch.float32)
             candidate = prompt + inputs.noise_std * noise.to(prompt)
         else:
-            raise ProblemError(f"{MAX_DRAWS} noisy empty prompts lie near classes to forget")
+            raise ProblemError(
+                f"target empty: {MAX_DRAWS} draws of noise lie near a class to forget; use target "
+                f"opposite or, if there are other classes, noise_std above {inputs.noise_std:g}"
+            )
         goals.append(goal)
     return torch.cat(goals)[batch.of_text]
 

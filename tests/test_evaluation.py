@@ -130,8 +130,10 @@ def test_a_removed_name_is_chosen_no_more_and_nothing_else_changes():
 def test_row_screen_and_verdict_agree_on_what_became_of_a_class(before, after, fate):
     row = Row("A", "cat", "cat", 1, Change(before, after), Change(0.9, 0.9), {})
     assert row.fate is fate and row.comes_back == (fate is Fate.STAYS)
-    sides = [{"cat": {"cls_acc_test": x, "no_cls_acc": 0.9}} for x in (before, after)]
-    assert any("not forgotten" in line for line in outcomes(*sides)) == (fate is Fate.STAYS)
+    sides = [{"a_cat": {"cls_acc_test": x, "no_cls_acc": 0.9}} for x in (before, after)]
+    said = "; ".join(outcomes(*sides))
+    assert said.startswith("a cat: ") and ("not forgotten" in said) == (fate is Fate.STAYS)
+    assert ("not recognised before" in said) == (fate is Fate.NEVER)
     if before is not None:
         lines = " ".join(verdict(audit_of("cat", acc(before), acc(after))))
         assert ("was not forgotten" in lines) == (fate is Fate.STAYS)

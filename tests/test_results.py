@@ -104,11 +104,11 @@ def test_results_of_another_kind_are_refused(tmp_path, key):
     store(tmp_path, "A", "cat", entry(), kept)
     results = Results(tmp_path)
     results.check("A", kept)
-    refuses(f"{key}.*another ATTEMPT", results.check, "A", kept | {key: "other"})
+    refuses(f"{key}.*another --output-dir", results.check, "A", kept | {key: "other"})
     if key == "weights":  # a set of its own may be of others
         results.check("B", kept | {key: "other"})
     else:
-        refuses("another ATTEMPT", results.check, "B", kept | {key: "other"})
+        refuses("another --output-dir", results.check, "B", kept | {key: "other"})
 
 
 def test_done_means_an_adapter_with_the_same_settings(tmp_path):
@@ -141,7 +141,7 @@ def test_logs_that_were_not_made_from_adapters_are_left_alone(tmp_path):
     theirs = json.dumps({"A": {"cat": {"final_results": entry()["final_results"]}}})
     for text in (theirs, "[1, 2]", '{"A": 3}', "my notes", "", '{"A": {"cat"'):
         path.write_text(text)
-        refuses("another ATTEMPT", Results, tmp_path)
+        refuses("another --output-dir", Results, tmp_path)
         if text != theirs:
             refuses(r"logs\.json", read_logs, tmp_path)
         assert path.read_text() == text

@@ -123,9 +123,21 @@ def test_seeds_are_mean_and_standard_deviation(seeds, tmp_path, capsys):
     assert f"{each.mean():.4f} ± {each.std():.4f} over 3" in command(capsys, *seeds)
 
 
+def test_a_class_that_was_not_recognised_before_has_no_average_gain(tmp_path, capsys):
+    names, folder = {"cat": 0.9, "dog": 0.0}, tmp_path / "r"
+    write(folder, {"A": {x: entry(name=x, before=v, after=0) for x, v in names.items()}})
+    with pytest.warns(UserWarning, match="not recognised .*: 1 of 2"):
+        gain, none = compute_avg_gain(create_results(folder)[0])
+    assert gain == pytest.approx((0 + (0.8 - 0.7) / 0.8 + (0.6 - 0.5) / 0.6) / 3)
+    out = command(capsys, folder)
+    assert math.isnan(none) and f"{gain:.4f}; left out" in out and "1 of 2" in out
+    write(folder, {"A": {"dog": entry(name="dog", before=0.0, after=0.0)}})
+    assert "no average gain; left out" in command(capsys, folder)
+
+
 def test_what_is_no_seed_is_refused(seeds, tmp_path):
     other = results(tmp_path / "other", 0.3, trainer="ForgetExact")
-    refuses("belong together: trainer is", create_results, [seeds[0], other])
+    refuses("belong together: trainer is.*compare_results", create_results, [seeds[0], other])
     path = seeds[1] / "logs.json"
     path.write_text(path.read_text().replace('"lamb_forget": 1.3', '"lamb_forget": 1.4'))
     refuses(r"lamb_forget is 1\.3 and 1\.4", create_results, seeds)
@@ -212,6 +224,7 @@ def test_the_command_writes_what_is_named_and_nothing_else(seeds, tmp_path, caps
     folders = [f"results3/seed_{n}" for n in range(3)]
     out = command(capsys, *folders)
     assert "results3: average gain" in out and "class ± after" in out
+    assert " seconds\n" in out and "seconds after" not in out
     out = command(capsys, f"seeds={seeds[0]}", f"seeds={seeds[1]}", "a=b")
     assert "seeds: average gain" in out and "over 2" in out and "a=b: average gain" in out
     assert "class ± a=b" not in out

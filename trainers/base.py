@@ -19,6 +19,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from clip.retain import retain_set, target_inputs
+from datasets import clean_name
 from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import TERMS, check
 from engine.determinism import one_thread
@@ -36,6 +37,10 @@ from trainers.inputs import RunInputs, make_plan, read_target
 
 SHOWN = 200  # characters of names in a line on the screen
 SINK = "numbers"  # the folder of --log, beside a data set's adapters
+REMARKS = {
+    Fate.STAYS: "half of its accuracy or more is left: not forgotten",
+    Fate.NEVER: "was not recognised before: nothing to measure",
+}
 
 METHODS: dict[str, type[ForgetTrainer]] = {}  # by their names
 
@@ -265,7 +270,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         mine = None if forget.OVERWRITE else solver["settings"]
         self.results.add(adapter_bytes(adapter), dataset, label, mine)
         lines = [*answer.notes, *outcomes(before[dataset], after[dataset])]
-        logger.info("\n  ".join([f"{dataset} / {label} ({seconds:.3f} s)", *lines]))
+        title = f"{dataset} / {clean_name(label)} ({seconds:.3f} s)"
+        logger.info("\n  ".join([title, *lines]))
         if self.cfg.LOG:
             self.sink.row(label, numbers_of(dataset, entry), self.plan.requests.index(classes))
             for name, values in answer.curves.items():
@@ -294,9 +300,9 @@ def outcomes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
             f"{what} {percent(was[key])} -> {percent(after[name][key])}"
             for what, key in (("forgotten", "cls_acc_test"), ("rest", "no_cls_acc"))
         ]
-        yield f"{name}: {', '.join(sides)}"
-        if fate(was["cls_acc_test"], after[name]["cls_acc_test"]) == Fate.STAYS:
-            yield f"{name}: half of its accuracy or more is left: not forgotten"
+        yield f"{clean_name(name)}: {', '.join(sides)}"
+        if remark := REMARKS.get(fate(was["cls_acc_test"], after[name]["cls_acc_test"])):
+            yield f"{clean_name(name)}: {remark}"
 
 
 def numbers_of(dataset: str, entry: dict[str, Any]) -> dict[str, float | None]:
