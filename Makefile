@@ -54,13 +54,17 @@ demo: $(COMPLETE)
 	$(BIN)/python -m evaluation.audit results/results1/seed_0 results/results2/seed_0
 	$(BIN)/python -m evaluation.report results
 	$(BIN)/python -m experiments hide --draw results/search.png
+	@echo "open results/report.html in a browser"
 
 # OPTIONS are those of app.py, such as OPTIONS='--model hf:DIR --images FOLDER'.
 app: $(GRADIO)
 	$(BIN)/python app.py $(OPTIONS)
 
 notebook: $(DEVELOP)
-	$(BIN)/jupyter execute --inplace results.ipynb forget.ipynb
+	$(BIN)/jupyter execute --inplace forget.ipynb
+	@if test -f results/results1/seed_0/logs.json && test -f results/results2/seed_0/logs.json; then \
+		$(BIN)/jupyter execute --inplace results.ipynb; \
+	else echo "results.ipynb was not run: it shows the results of make demo"; fi
 
 test: $(DEVELOP)
 	$(BIN)/ruff check .
