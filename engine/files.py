@@ -54,13 +54,12 @@ def read_json(path: str | os.PathLike[str], what: str = "") -> Any:
         raise ProblemError(f"{what} {os.fspath(path)} is not JSON ({error})".strip()) from error
 
 
-def write_json_atomic(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> None:
+def write_json_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write `obj` as JSON in UTF-8, floats at full precision."""
     from forgetting.io import write_bytes  # who only reads files does not wait for torch
 
-    text = json.dumps(obj, indent=indent, ensure_ascii=False)
     # A byte of a file name that is no UTF-8 is a lone surrogate, which JSON spells like Python.
-    write_bytes(text.encode("utf-8", errors="backslashreplace") + b"\n", path)
+    write_bytes(f"{json.dumps(obj, ensure_ascii=False)}\n".encode(errors="backslashreplace"), path)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from sklearn.linear_model import Ridge as RidgeRegression
 from torch import Tensor
 from torch.special import entr
 
@@ -27,7 +26,7 @@ from engine.log import progress
 from engine.ray import LauncherSettings
 from evaluation.audit.case import AuditData
 from evaluation.audit.destinations import separation
-from evaluation.audit.relearning import REPEATS, class_means, held, places
+from evaluation.audit.relearning import REPEATS, class_means, places
 from evaluation.plots import COLOURS, drawing
 from evaluation.results import Results
 from evaluation.tables import write_table
@@ -57,7 +56,6 @@ ALONE, FULLS, STILL = "left out alone", "two full trainings", "gold still recogn
 KEYS = ["group", "class", "way", "measure"]
 NEAREST = 5  # classes that are its neighbours
 SHOTS = (1, 5, 10)  # images of each class, to learn it again
-PROBE_RIDGE = 0.3
 LEAST = 1e-30  # of a probability, for its logarithm
 WORDS = ["name", "held-out words", "descriptions"]
 DRAWN = {
@@ -84,19 +82,15 @@ class Training(Mini):
         return logits.masked_fill(gone, -torch.inf)
 
 
-def beside(full: Training, label: int) -> dict[str, Tensor]:
-    """Classes of the same set, (C,) bool: the nearest by evaluation prompt, and those that share a
-    word with the name, as other colours of a shape do."""
-    texts, words = full.embed(full.prompts), set(full.names[label].split())
-    others = full.set_of == full.set_of[label]
+def neighbours(full: Training, label: int) -> Tensor:
+    """The classes of the same set that are nearest by evaluation prompt, (C,) bool."""
+    texts, others = full.embed(full.prompts), full.set_of == full.set_of[label]
     others[label] = False
     nearest = (texts @ texts[label]).masked_fill(~others, -1).topk(NEAREST).indices
-    shared = torch.tensor([not words.isdisjoint(name.split()) for name in full.names])
-    is_near = torch.isin(torch.arange(len(others)), nearest)
-    return {"neighbours": is_near, "siblings": others & shared}
+    return torch.isin(torch.arange(len(others)), nearest)
 
 
-def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def profile(model: Training, label: int, near: Tensor) -> dict[str, Tensor]:
     """What is measured of a model around a class: numbers, and of many images the probabilities
     (n, C) of the names of their set."""
     name, dataset, number = model.names[label], model.sets[label], int(model.set_of[label])
@@ -105,7 +99,7 @@ def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str
     logits = model.logits([each for each in gone if each != name])
     mine, own_set = model.labels == label, model.set_of[model.labels] == number
     kept = torch.tensor([each not in gone for each in model.names])[model.labels]
-    parts = {"own": mine} | {part: classes[model.labels] for part, classes in near.items()}
+    parts = {"own": mine, "neighbours": near[model.labels]}
     parts |= {"rest": own_set & ~mine, "others": ~own_set & kept}
     found = {part: logits[rows].softmax(dim=1) for part, rows in parts.items() if rows.any()}
     found["own probability"] = found["own"][:, label].mean()
@@ -120,22 +114,14 @@ def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str
     return found | relearnt(model.data[number], bundle.classnames.index(name), cosines)
 
 
-def probe(data: AuditData, draw: int, k: int) -> Tensor:
-    """Scores (N, C) of a linear probe: a ridge regression of the held images' classes."""
-    images, classes = data.once(held, draw, k)
-    x = data.bundle.image_features
-    return torch.from_numpy(RidgeRegression(PROBE_RIDGE).fit(x[images], classes).predict(x))
-
-
 def relearnt(data: AuditData, label: int, cosines: Tensor) -> dict[str, Tensor]:
     """Accuracy of the class's other images after k images of every class, means over draws: by the
-    mean image alone, by mean image and text (of `cosines`, (N, C)), and by a linear probe."""
+    mean image alone, and by mean image and text (of `cosines`, (N, C))."""
     right: dict[str, list[Tensor]] = {}
     for k, draw in product(SHOTS, range(REPEATS)):
         tested = (data.bundle.labels == label) & (data.once(places)[draw] >= k)
         means = unit(data.images) @ unit(data.once(class_means, draw, k)).T  # (N, C)
-        ways = {"images": means, "both": cosines + means, "probe": data.once(probe, draw, k)}
-        for way, scores in ways.items():
+        for way, scores in {"images": means, "both": cosines + means}.items():
             right.setdefault(f"{way} {k}", []).append((scores.argmax(dim=1) == label)[tested])
     return {way: torch.cat(each).double().mean() for way, each in right.items()}
 
@@ -155,7 +141,7 @@ def compare(
     number), the second's, and their distance. `distinguished`: the AUC of a classifier of
     log-probabilities of other images of the set, every second of which is seen by one model, the
     rest by the other."""
-    near = beside(fulls[0], label)
+    near = neighbours(fulls[0], label)
     profiles = {each: profile(each, label, near) for each in (*golds, *fulls, *ways.values())}
     pairs = {way: [*product([model], golds)] for way, model in ways.items()}
     pairs |= {"another seed": [*product(fulls[1:], golds)], "gold": [*combinations(golds, 2)]}

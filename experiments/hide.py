@@ -10,7 +10,7 @@ those of the embedded `mini`; --draw shows one broad search of theirs. docs/sear
 import random
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -166,11 +166,11 @@ def of_embeddings(index: Index) -> Index:
 
 
 def in_both_spaces(
-    index: Index, dataset: str, classes: Sequence[str], settings: Mapping[str, Any] = {}
+    index: Index, dataset: str, classes: Sequence[str]
 ) -> Iterator[tuple[Answer, Answer]]:
     """Of each class the answer for the text projection, and that in the space of embeddings."""
     spaces = (index, {}), (of_embeddings(index), INDEX)
-    both = [answers(x, dataset, classes, ExactSettings(**how | settings)) for x, how in spaces]
+    both = [answers(x, dataset, classes, ExactSettings(**how)) for x, how in spaces]
     return zip(*both, strict=True)
 
 
@@ -201,8 +201,8 @@ def measure(index: Index, label: int, words: Tensor, search: Search) -> dict[str
     `left`: accuracy of its images; `words`, `worst word`: by other words (n, w); `rest`,
     `searches`, `worst search` (of the class `harmed`): changes of accuracy in its set, and of all
     other classes' average precision; `similar`: average precision of searches by its images;
-    `mean`: its images that are nearest to its own mean; `NAME 100`: its images among the first of
-    the search for a broader name; `NAME`: average precision of the others that this takes in.
+    `NAME 100`: its images among the first of the search for a broader name; `NAME`: average
+    precision of the others that this takes in.
     """
     mine, own_set = index.labels == label, index.set_of == index.set_of[label]
     recognised, precision = index.found(search)
@@ -221,7 +221,6 @@ def measure(index: Index, label: int, words: Tensor, search: Search) -> dict[str
         "searches": change.nanmean(),
         "worst search": change[harmed],
         "similar": similar(search, mine),
-        "mean": nearest_mean(index, label, unit(search.images)),
     }
     row = {name: 100 * float(value) for name, value in row.items()}
     for name, (hidden, takes_in) in index.broader.items():
@@ -240,18 +239,6 @@ def similar(search: Search, mine: Tensor) -> Tensor:
     itself = torch.arange(len(mine))[:, None] == rows  # (N, n_c)
     scores = search.scores(search.images[rows]).masked_fill(itself, -torch.inf)
     return average_precision(scores, mine[:, None] & ~itself).nanmean()
-
-
-def nearest_mean(index: Index, label: int, images: Tensor) -> Tensor:
-    """Which part of a class's images is nearest to its mean, of all classes of its set; every
-    second image of the index makes means, the others are judged."""
-    learnt = torch.arange(len(images)) % 2 == 0
-    judged = images[(index.labels == label) & ~learnt]
-    sums = images.new_zeros(len(index.names), images.shape[1])
-    means = unit(sums.index_add(0, index.labels[learnt], images[learnt]))  # (C, d)
-    other_set = index.set_of != index.set_of[label]
-    nearest = (judged @ means.T).masked_fill(other_set, -torch.inf).argmax(dim=1)
-    return (nearest == label).double().mean()
 
 
 def rows_of(index: Index, dataset: str, classes: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -66,13 +66,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> gold.Training:
 
 
 def test_a_profile_by_hand(toy):
-    near = gold.beside(toy, 0)
-    assert near["siblings"].nonzero()[:, 0].tolist() == [1, 2, 3]  # red, red, cat
-    assert near["neighbours"].sum() == gold.NEAREST and not near["neighbours"][0]
+    near = gold.neighbours(toy, 0)
+    assert near.sum() == gold.NEAREST and not near[0]
     projection = toy.bundles["ToyAnimals"].text_projection.double()
     before = gold.profile(toy, 0, near)
     assert before["own probability"] > 0.9
-    assert [len(before[x]) for x in ("own", "siblings", "rest", "others")] == [12, 36, 60, 36]
+    assert [len(before[x]) for x in ("own", "neighbours", "rest", "others")] == [12, 60, 60, 36]
     assert not before["others"][:, 7].any()  # left out together: neither image nor name
     assert not before["own"][:, 6:].any()  # names of the other set
     off = toy.changed(projection)

@@ -78,7 +78,6 @@ def test_measures_by_hand(monkeypatch):
         "searches": (-1 / 12 - 2 / 3 - 1 / 4) / 3,  # b: 1, 1, 3/4; c: third; d: 1, 2/4
         "worst search": -2 / 3,
         "similar": (5 / 9 + 5 / 36 + 13 / 18 + 3 / 10) / 4,
-        "mean": 1 / 2,  # the second is nearest to b's mean, the fourth to a's
         "letter": (1 / 2 + 2 / 4 + 3 / 5) / 3,
     }
     counts = {"letter 10": 3, "harmed": "c"}
