@@ -15,18 +15,22 @@ from typing import Any
 
 import pandas as pd
 import torch
+from sklearn.linear_model import Ridge as RidgeRegression
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.special import entr
 
+import datasets
 from clip import train_mini
 from datasets.mini import MINI
+from datasets.reader import read_image
 from datasets.words.lexicon import committed, halves
 from engine.cli import Parser, whole
 from engine.log import progress
 from engine.ray import LauncherSettings
 from evaluation.audit.case import AuditData
 from evaluation.audit.destinations import separation
-from evaluation.audit.relearning import REPEATS, class_means, places
+from evaluation.audit.relearning import REPEATS, class_means, held, places
 from evaluation.plots import COLOURS, drawing
 from evaluation.results import Results
 from evaluation.tables import write_table
@@ -56,6 +60,8 @@ ALONE, FULLS, STILL = "left out alone", "two full trainings", "gold still recogn
 KEYS = ["group", "class", "way", "measure"]
 NEAREST = 5  # classes that are its neighbours
 SHOTS = (1, 5, 10)  # images of each class, to learn it again
+DRAWS, NOISE = 10, 8.0  # small perturbations of an image; their standard deviation, of 255
+PROBE_RIDGE = 0.3
 LEAST = 1e-30  # of a probability, for its logarithm
 WORDS = ["name", "held-out words", "descriptions"]
 DRAWN = {
@@ -73,33 +79,45 @@ class Training(Mini):
         super().__init__(weights)
         self.scale = self.source.model.logit_scale.exp()
         self.data = [AuditData(bundle) for bundle in self.bundles.values()]
+        items = [item for name in MINI for item in datasets.load(name, "data").test]
+        rows = [row for row, item in enumerate(items) if item.classname in LEFT_OUT]
+        images = [self.source.preprocess(read_image(items[row].impath)) for row in rows]
+        pictures = torch.stack(images * DRAWS)  # (DRAWS n, 3, s, s)
+        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+        noisy = (pictures + NOISE * noise).round().clamp(0, 255).byte()
+        self.noisy = unit(self.source.encode_images(noisy))
+        self.noisy_labels = self.labels[rows].repeat(DRAWS)
 
-    def logits(self, without: Sequence[str] = ()) -> Tensor:
-        """(N, C) of the images with the names of their set; -inf for others, and `without`."""
+    def logits(self, images: Tensor, labels: Tensor, without: Sequence[str] = ()) -> Tensor:
+        """(n, C) of images (n, d) with the names of their set; -inf for others, and `without`."""
         gone = torch.tensor([name in (*self.removed, *without) for name in self.names])
-        gone = gone | (self.set_of[self.labels][:, None] != self.set_of)  # (N, C)
-        logits = self.scale * self.images @ self.embed(self.prompts).T
+        gone = gone | (self.set_of[labels][:, None] != self.set_of)  # (n, C)
+        logits = self.scale * images @ self.embed(self.prompts).T
         return logits.masked_fill(gone, -torch.inf)
 
 
-def neighbours(full: Training, label: int) -> Tensor:
-    """The classes of the same set that are nearest by evaluation prompt, (C,) bool."""
-    texts, others = full.embed(full.prompts), full.set_of == full.set_of[label]
+def beside(full: Training, label: int) -> dict[str, Tensor]:
+    """Classes of the same set, (C,) bool: the nearest by evaluation prompt, and those that share a
+    word with the name, as other colours of a shape do."""
+    texts, words = full.embed(full.prompts), set(full.names[label].split())
+    others = full.set_of == full.set_of[label]
     others[label] = False
     nearest = (texts @ texts[label]).masked_fill(~others, -1).topk(NEAREST).indices
-    return torch.isin(torch.arange(len(others)), nearest)
+    shared = torch.tensor([not words.isdisjoint(name.split()) for name in full.names])
+    is_near = torch.isin(torch.arange(len(others)), nearest)
+    return {"neighbours": is_near, "siblings": others & shared}
 
 
-def profile(model: Training, label: int, near: Tensor) -> dict[str, Tensor]:
-    """What is measured of a model around a class: numbers, and of many images the probabilities
-    (n, C) of the names of their set."""
+def profile(model: Training, label: int, near: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is measured of a model around a class: numbers; of many images the probabilities (n, C)
+    of the names of their set; and predictions (n,)."""
     name, dataset, number = model.names[label], model.sets[label], int(model.set_of[label])
     bundle = model.bundles[dataset]
     gone = next(names for names in GROUPS.values() if name in names)
-    logits = model.logits([each for each in gone if each != name])
+    logits = model.logits(model.images, model.labels, [each for each in gone if each != name])
     mine, own_set = model.labels == label, model.set_of[model.labels] == number
     kept = torch.tensor([each not in gone for each in model.names])[model.labels]
-    parts = {"own": mine, "neighbours": near[model.labels]}
+    parts = {"own": mine} | {part: classes[model.labels] for part, classes in near.items()}
     parts |= {"rest": own_set & ~mine, "others": ~own_set & kept}
     found = {part: logits[rows].softmax(dim=1) for part, rows in parts.items() if rows.any()}
     found["own probability"] = found["own"][:, label].mean()
@@ -110,28 +128,39 @@ def profile(model: Training, label: int, near: Tensor) -> dict[str, Tensor]:
     words = (texts @ model.images[mine].mean(dim=0)).split([1, len(held_out), len(described)])
     found |= zip(WORDS, words, strict=True)
 
+    noisy = model.noisy_labels == label
+    found["perturbed"] = model.logits(model.noisy[noisy], model.noisy_labels[noisy]).argmax(dim=1)
+    found["perturbed accuracy"] = (found["perturbed"] == label).double().mean()
     cosines = logits[own_set][:, model.set_of == number].nan_to_num(neginf=0.0) / model.scale
     return found | relearnt(model.data[number], bundle.classnames.index(name), cosines)
 
 
+def probe(data: AuditData, draw: int, k: int) -> Tensor:
+    """Scores (N, C) of a linear probe: a ridge regression of the held images' classes."""
+    images, classes = data.once(held, draw, k)
+    x = data.bundle.image_features
+    return torch.from_numpy(RidgeRegression(PROBE_RIDGE).fit(x[images], classes).predict(x))
+
+
 def relearnt(data: AuditData, label: int, cosines: Tensor) -> dict[str, Tensor]:
     """Accuracy of the class's other images after k images of every class, means over draws: by the
-    mean image alone, and by mean image and text (of `cosines`, (N, C))."""
+    mean image alone, by mean image and text (of `cosines`, (N, C)), and by a linear probe."""
     right: dict[str, list[Tensor]] = {}
     for k, draw in product(SHOTS, range(REPEATS)):
         tested = (data.bundle.labels == label) & (data.once(places)[draw] >= k)
         means = unit(data.images) @ unit(data.once(class_means, draw, k)).T  # (N, C)
-        for way, scores in {"images": means, "both": cosines + means}.items():
+        ways = {"images": means, "both": cosines + means, "probe": data.once(probe, draw, k)}
+        for way, scores in ways.items():
             right.setdefault(f"{way} {k}", []).append((scores.argmax(dim=1) == label)[tested])
     return {way: torch.cat(each).double().mean() for way, each in right.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Between entries of two profiles: of probabilities the mean Jensen-Shannon divergence (nats),
-    of numbers the mean absolute difference."""
+    of predictions the part that differs, of numbers the mean absolute difference."""
     if a.ndim == 2:
         return float((entr((a + b) / 2) - (entr(a) + entr(b)) / 2).sum(dim=1).mean())
-    return float((a - b).abs().mean())
+    return float((a - b).abs().mean() if a.is_floating_point() else (a != b).double().mean())
 
 
 def compare(
@@ -141,7 +170,7 @@ def compare(
     number), the second's, and their distance. `distinguished`: the AUC of a classifier of
     log-probabilities of other images of the set, every second of which is seen by one model, the
     rest by the other."""
-    near = neighbours(fulls[0], label)
+    near = beside(fulls[0], label)
     profiles = {each: profile(each, label, near) for each in (*golds, *fulls, *ways.values())}
     pairs = {way: [*product([model], golds)] for way, model in ways.items()}
     pairs |= {"another seed": [*product(fulls[1:], golds)], "gold": [*combinations(golds, 2)]}
@@ -154,7 +183,7 @@ def compare(
             for measure, x in a.items():
                 far = distance(x, b[measure])
                 row = {"way": way, "measure": measure, "value": far, "distance": far}
-                if x.ndim < 2:
+                if x.ndim < 2 and x.is_floating_point():
                     row |= {"value": float(x.mean()), "gold": float(b[measure].mean())}
                 yield row
 
@@ -192,9 +221,31 @@ def forgotten(out: Path, methods: Sequence[str], full: Training) -> dict[str, di
     return found
 
 
-def report_all(table: pd.DataFrame) -> None:
-    """Print values and distances in units of two golds'. Below, above: how often the cosine of a
-    name, or of held-out words, differs from gold's by more than a unit."""
+def from_text(full: Training, truth: Mapping[str, float]) -> pd.DataFrame:
+    """How far each class name that there is a gold of is the sum of its parts, by text alone: the
+    cosine with what other retained names with its words share. `truth`, `gold`: the probability
+    that gold gives to the name for its images."""
+    retained: dict[str, Tensor] = {}
+    for bundle in full.bundles.values():
+        retained |= zip(bundle.retain_names, bundle.retain_hidden.double(), strict=True)
+    found = []
+    for name, gold in truth.items():
+        same = datasets.same_meaning([name], full.sets[full.names.index(name)])
+        others = {key: row for key, row in retained.items() if datasets.key(key) not in same}
+        x = torch.stack(list(others.values()))  # (m, w)
+        centre, parts = x.mean(dim=0), torch.zeros(x.shape[1])
+        for word in name.split():
+            if any(rows := [word in key.split() for key in others]):
+                parts = parts + x[rows].mean(dim=0) - centre
+        cosine = float(torch.cosine_similarity(parts, retained[name] - centre, dim=0))
+        found.append({"class": name, "gold": gold, "sum of its parts": cosine})
+    return pd.DataFrame(found)
+
+
+def report_all(table: pd.DataFrame, names: pd.DataFrame) -> None:
+    """Print values, distances in units of two golds', and what text tells of names. Below, above:
+    how often the cosine of a name, or of held-out words, differs from gold's by more than a unit.
+    """
     for part in ("value", "ratio"):
         cells = table.pivot_table(part, KEYS[:3], "measure", sort=False).reset_index()
         print(f"\n{part.upper()}")
@@ -203,6 +254,10 @@ def report_all(table: pd.DataFrame) -> None:
     off = (words["value"] - words["gold"]) / words["unit"]
     counts = words.assign(below=off < -1, above=off > 1).groupby(["group", "way"], sort=False)
     print(f"\n{counts[['below', 'above']].sum().to_string()}")
+    print(f"\n{names.round(2).to_string(index=False)}")
+    truth = names["gold"] > 0.5
+    area = roc_auc_score(truth, names["sum of its parts"]) if truth.nunique() == 2 else torch.nan
+    print(f"sum of its parts: AUC {area:.2f} ({truth.sum()} of {len(names)} names with a gold)")
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -250,6 +305,6 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     table["unit"] = table["measure"].map(units.where(units > 0))
     table["ratio"] = table["distance"] / table["unit"]
     write_table(table, args.out / "gold.csv")
-    report_all(table)
+    report_all(table, from_text(full, truth))
     draw(table, args.out / "truth.png")
     return table

@@ -10,7 +10,7 @@ those of the embedded `mini`; --draw shows one broad search of theirs. docs/sear
 import random
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -166,20 +166,29 @@ def of_embeddings(index: Index) -> Index:
 
 
 def in_both_spaces(
-    index: Index, dataset: str, classes: Sequence[str]
+    index: Index, dataset: str, classes: Sequence[str], settings: Mapping[str, Any] = {}
 ) -> Iterator[tuple[Answer, Answer]]:
     """Of each class the answer for the text projection, and that in the space of embeddings."""
     spaces = (index, {}), (of_embeddings(index), INDEX)
-    both = [answers(x, dataset, classes, ExactSettings(**how)) for x, how in spaces]
+    both = [answers(x, dataset, classes, ExactSettings(**how | settings)) for x, how in spaces]
     return zip(*both, strict=True)
 
 
 def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> dict[str, Search]:
     """The ways to hide a class whose edits are given."""
-    x, name = index.images, index.embed(index.bare[[label]])  # (N, d), (1, d)
+    x, plain = index.images, index.embed
     w = index.bundles[index.sets[label]].text_projection.double()  # (w, d)
-    edited = index.changed(w + text.delta).embed
-    hidden = x + (x @ vectors.right.T) @ vectors.left.T  # (N, d) @ (d, r) @ (r, d)
+    name = plain(index.bare[[label]])  # (1, d)
+    mean = unit(x[index.labels == label].mean(dim=0, keepdim=True))  # (1, d)
+
+    def moved(left: Tensor, right: Tensor) -> Tensor:
+        return x + (x @ right.T) @ left.T  # (N, d) @ (d, r) @ (r, d)
+
+    def without(direction: Tensor) -> Tensor:
+        return unit(x - (x @ direction.T) @ direction)
+
+    edited, hidden = index.changed(w + text.delta).embed, moved(vectors.left, vectors.right)
+    inverse = torch.linalg.pinv(w) @ text.left  # (d, r)
     common = index.vocabulary[(index.vocabulary @ name.T)[:, 0] < SAME]
     with warnings.catch_warnings(action="ignore"):  # of a rate that is measured here
         flags = flag(x, name[0], common, FALSE_ALARMS)[1]
@@ -190,7 +199,10 @@ def ways(index: Index, label: int, text: LowRankEdit, vectors: LowRankEdit) -> d
         "index edit, dot product": {"images": hidden},
         "text and index edit": {"images": unit(hidden), "query": edited},
         "flag as a filter": {"flagged": flags},
-        "projected off the name": {"images": unit(x - (x @ name.T) @ name)},
+        "query 3q - 2n": {"query": lambda hidden: unit(3 * plain(hidden) - 2 * name)},
+        "projected off the name": {"images": without(name)},
+        "projected off its images": {"images": without(mean)},
+        "index edit by W^+": {"images": unit(moved(inverse, text.right))},
     }
     return {way: index.plain._replace(**change) for way, change in changes.items()}
 
@@ -201,8 +213,8 @@ def measure(index: Index, label: int, words: Tensor, search: Search) -> dict[str
     `left`: accuracy of its images; `words`, `worst word`: by other words (n, w); `rest`,
     `searches`, `worst search` (of the class `harmed`): changes of accuracy in its set, and of all
     other classes' average precision; `similar`: average precision of searches by its images;
-    `NAME 100`: its images among the first of the search for a broader name; `NAME`: average
-    precision of the others that this takes in.
+    `mean`: its images that are nearest to its own mean; `NAME 100`: its images among the first of
+    the search for a broader name; `NAME`: average precision of the others that this takes in.
     """
     mine, own_set = index.labels == label, index.set_of == index.set_of[label]
     recognised, precision = index.found(search)
@@ -221,6 +233,7 @@ def measure(index: Index, label: int, words: Tensor, search: Search) -> dict[str
         "searches": change.nanmean(),
         "worst search": change[harmed],
         "similar": similar(search, mine),
+        "mean": nearest_mean(index, label, unit(search.images)),
     }
     row = {name: 100 * float(value) for name, value in row.items()}
     for name, (hidden, takes_in) in index.broader.items():
@@ -239,6 +252,18 @@ def similar(search: Search, mine: Tensor) -> Tensor:
     itself = torch.arange(len(mine))[:, None] == rows  # (N, n_c)
     scores = search.scores(search.images[rows]).masked_fill(itself, -torch.inf)
     return average_precision(scores, mine[:, None] & ~itself).nanmean()
+
+
+def nearest_mean(index: Index, label: int, images: Tensor) -> Tensor:
+    """Which part of a class's images is nearest to its mean, of all classes of its set; every
+    second image of the index makes means, the others are judged."""
+    learnt = torch.arange(len(images)) % 2 == 0
+    judged = images[(index.labels == label) & ~learnt]
+    sums = images.new_zeros(len(index.names), images.shape[1])
+    means = unit(sums.index_add(0, index.labels[learnt], images[learnt]))  # (C, d)
+    other_set = index.set_of != index.set_of[label]
+    nearest = (judged @ means.T).masked_fill(other_set, -torch.inf).argmax(dim=1)
+    return (nearest == label).double().mean()
 
 
 def rows_of(index: Index, dataset: str, classes: Sequence[str]) -> Iterator[dict[str, Any]]:

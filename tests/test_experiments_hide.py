@@ -29,7 +29,7 @@ def test_a_table_by_the_command_line(index, capsys):
     assert cli(["hide", "--features", "features", "--classes", "2"]) == 0
     assert "min of each group" in capsys.readouterr().out
     table = pd.read_csv("hide/hide.csv").set_index(["data set", "class", "way"])
-    assert len(table) == 2 * 2 * 7
+    assert len(table) == 2 * 2 * 10
     for (dataset, name), rows in table.groupby(level=[0, 1]):
         bundle, rows = index.bundles[dataset], rows.droplevel([0, 1])
         own = ZeroShot(bundle).correct_before[bundle.labels == bundle.classnames.index(name)]
@@ -37,6 +37,7 @@ def test_a_table_by_the_command_line(index, capsys):
         assert not rows.loc["nothing", ["rest", "searches", "worst search"]].any()
         for way in ("text edit", "index edit", "index edit, dot product"):
             assert rows.loc[way, "left"] == 0
+        assert rows.loc["query 3q - 2n", "left"] > 90  # 3n - 2n is the name itself
 
 
 def test_ways_are_what_they_are_called(index):
@@ -51,6 +52,8 @@ def test_ways_are_what_they_are_called(index):
     assert torch.allclose(ways["index edit, dot product"].scores(queries), scores)
     assert not torch.allclose(index.plain.scores(queries), scores, atol=0.1)
     name = index.embed(index.bundles["ToyAnimals"].forget_hidden[:1])
+    expected = hide.unit(3 * queries - 2 * name)
+    assert torch.allclose(ways["query 3q - 2n"].query(index.prompts), expected)
     assert (ways["projected off the name"].images @ name.T).abs().max() < 1e-9
 
 
@@ -78,6 +81,7 @@ def test_measures_by_hand(monkeypatch):
         "searches": (-1 / 12 - 2 / 3 - 1 / 4) / 3,  # b: 1, 1, 3/4; c: third; d: 1, 2/4
         "worst search": -2 / 3,
         "similar": (5 / 9 + 5 / 36 + 13 / 18 + 3 / 10) / 4,
+        "mean": 1 / 2,  # the second is nearest to b's mean, the fourth to a's
         "letter": (1 / 2 + 2 / 4 + 3 / 5) / 3,
     }
     counts = {"letter 10": 3, "harmed": "c"}
