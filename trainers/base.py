@@ -24,12 +24,12 @@ from engine import TRAINER_REGISTRY, SimpleTrainer
 from engine.config import TERMS, check
 from engine.determinism import one_thread
 from engine.log import logger, progress
-from engine.sink import Sink, require
+from engine.sink import TENSORBOARD, Sink
 from evaluation.results import LOGS, Results, join_label, place
 from evaluation.rules import Fate, fate
 from forgetting.adapter import Adapter, Recipe, adapter_bytes, projection_sha256
 from forgetting.errors import ProblemError
-from forgetting.io import finite, remove_stale
+from forgetting.io import finite, need, remove_stale
 from forgetting.problem import Batch, LowRankEdit, Request
 from forgetting.retain import RetainSet
 from forgetting.targets import check_target, takes, targets
@@ -85,7 +85,8 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         nothing is written or encoded."""
         check(cfg)
         if cfg.LOG:
-            require(cfg.LOG)
+            need(TENSORBOARD, "tensorboard")
+            need(cfg.LOG)
         kind, name = cfg.FORGET.TARGET, type(self).__name__
         has_target = "FORGET.TARGET" in self.defaults
         if kind and not has_target:
@@ -209,12 +210,10 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         dataset, folder, pending = self.plan.dataset, self.results.folder, self.pending
         remove_stale(folder)
         self.results.compile()
-        self.sink: Any = nullcontext()
-        if self.cfg.LOG:
-            self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK)
+        self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK) if self.cfg.LOG else None
         self.bar = progress(desc=dataset, total=len(pending))
         try:
-            with self.sink, self.bar:
+            with self.sink.writer if self.sink else nullcontext(), self.bar:
                 for start in range(0, len(pending), self.batch_size):
                     self.forget(pending[start : start + self.batch_size])
         finally:  # what is done is done, also on Ctrl-C
@@ -272,7 +271,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         lines = [*answer.notes, *outcomes(before[dataset], after[dataset])]
         title = f"{dataset} / {clean_name(label)} ({seconds:.3f} s)"
         logger.info("\n  ".join([title, *lines]))
-        if self.cfg.LOG:
+        if self.sink:
             self.sink.row(label, numbers_of(dataset, entry), self.plan.requests.index(classes))
             for name, values in answer.curves.items():
                 self.sink.curve(f"{name}/{label}", values)
