@@ -9,18 +9,11 @@ and Delta exactly if W (w, d) has full row rank, `rank W = w <= d`. Then `W W^+ 
 A positive factor passes through M, so `e' = normalise(e M)` is exact for unit-norm embeddings. With
 a bias `x' = (x - b) M + b`, so embeddings can only be patched before they are normalised.
 
-Rounding an embedding by `u` (half the machine epsilon of its dtype) moves x' by at most `u |M|`.
-The arithmetic is float64; its error grows with the condition of W, and is what counts where M is
-nearly 0.
-
 **Images.** The score of a text x with an image y is `x M y^T` after the change, so it is that of
 the unchanged text with the image `y M^T`: an index of images can be changed in place of the text
-encoder, and the certificate holds for it. Where the index is of unit norm, `y M^T` is normalised
-again: images of what was forgotten have grown long, and lose the rest of their scores too.
-
-M stretches images, which lie where no text does. Under OpenAI's own W the condition of M is 4e5,
-and normalising again ruins the other images' scores. So an adapter for an index is made in the
-space of embeddings (`TextEmbeddings`): W is the identity, and the condition of M is about 20.
+encoder, and the certificate holds for it. Where the index is of unit norm, so is the result. Under
+OpenAI's own W the condition of M is 4e5, which ruins other images' scores; so an adapter for an
+index is made in the space of embeddings (`TextEmbeddings`): W = I, and the condition is about 20.
 """
 
 from __future__ import annotations
