@@ -4,10 +4,9 @@ How much more an image x agrees with a text t than with common names v, all of u
 
     s = log( exp(scale x t) / mean over v of exp(scale x v) )
 
-By texts alone, s of images of other things is about logistic(-SPREAD, SPREAD). The images at hand
-tell it better: those below the 1 % point of that are taken for other things, PRIOR scores of that
-are put beside them, and an exponential tail goes through their 80 and 95 % points. SPREAD and PRIOR
-were fitted to OpenAI's ViT-B/32; docs/search.md has what was measured.
+By texts alone, s of other things is about logistic(-SPREAD, SPREAD). Images at hand that are below
+its 1 % point are taken for other things, beside PRIOR scores of it, and an exponential tail goes
+through their 80 and 95 % points. SPREAD and PRIOR were fitted to OpenAI's ViT-B/32.
 """
 
 import math

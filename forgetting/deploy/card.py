@@ -153,10 +153,8 @@ def _how(adapter: Adapter) -> Iterable[str]:
     yield f"settings: {', '.join(code(f'{k}={v}') for k, v in sorted(short.items()))}"
     proof = adapter.solver.get("certificate") or {}
     if proof.get("gap") is not None:
-        best = (
-            f"no change that reaches the targets is better by {proof['gap']:.1e} of the objective"
-        )
-        yield f"certificate: {best}, which weighs how far retained names move; images are not in it"
+        best = f"proved best for its targets, to {proof['gap']:.1e} of the objective"
+        yield f"certificate: {best} (how far retained names move); it says nothing of images"
     yield f"made for the projection with SHA-256 {code(adapter.projection_sha256)}"
     yield from map(code, adapter.solver.get("notes", ()))
 

@@ -174,8 +174,7 @@ def _new_file(path: str, run: Pass, out: str | None, overwrite: bool) -> Iterato
         raise ProblemError(f"no such file {line(path)}")
     marks, known = _marks(path)
     if not run.hide and not known:
-        why = "if this adapter hid it, put that file back, or use restore_index"
-        raise ProblemError(f"{line(marks)} is missing: {why}")
+        raise ProblemError(f"{line(marks)} is missing: put it back, or use restore_index")
     opened = nullcontext(Path(os.devnull))
     if not run.dry:
         if out is None or Path(out).suffix != Path(path).suffix:
