@@ -183,4 +183,4 @@ def test_training_is_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     known = train_mini.TextSampler(32, np.random.default_rng(3)).known
     moved = (first["token_embedding.weight"] != untrained).any(dim=1)
     assert moved.sum() > 50 and set(moved.nonzero()[:, 0].tolist()) <= set(known.tolist())
-    refuses("not overwritten", train_mini.main, ["--out", str(tmp_path / "a.safetensors")])
+    refuses("exists; choose", train_mini.main, ["--out", str(tmp_path / "a.safetensors")])
