@@ -433,6 +433,8 @@ IMAGES = {
 def test_impossible_preprocessing_is_one_line(kind, tmp_path) -> None:
     """Before any work."""
     folder, file = made(tmp_path / "m", kind)
+    mode = preprocessing(architecture(f"hf:{folder}"))["resize_mode"]
+    assert mode == ("squash" if kind == "ViT" else "shortest")  # what is made can be read
     file = file if kind == "ViT" else folder / "preprocessor_config.json"
     good = file.read_text()
     for change in IMAGES[kind]:

@@ -225,6 +225,8 @@ def test_a_model_stands_in_for_rows() -> None:
     bundle = replace(four_animals(), template="ensemble")
     texts = [entry.text for entry in other_words(bundle, "newt")]
     assert "a photo of newts." in texts and "a photo of a NEWT." not in texts
+    own = other_words(replace(bundle, template="a drawing of a {}."), "newt")
+    assert "a drawing of newts." in [entry.text for entry in own]
     assert prompts_for(AuditData(bundle), "newt", set())[1].text == "ensemble"
 
 
