@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from PIL import Image
 
 import utils
@@ -249,3 +250,13 @@ def test_of_many_rows_the_worst_are_drawn_in_their_order(tmp_path, figures):
     assert everything == [f"A: class {n}" for n in range(60)]
     titles = [figure.get_suptitle() for figure in figures]
     assert titles[0].startswith("the 60 of 2,500 rows") and not titles[1]
+
+
+def test_equal_methods_do_not_hide_each_other(tmp_path, figures):
+    table = compare_results({name: results(tmp_path / name, 0.1) for name in ("one", "other")})
+    assert (table["class one"] == table["class other"]).all()
+    plot_comparison(table, tmp_path / "picture.png")
+    for axis, count in zip(figures[0].axes, (3, 2, 2), strict=True):  # before, and each method
+        dots = [c for c in axis.collections if isinstance(c, PathCollection)]
+        places = [tuple(place) for each in dots for place in each.get_offsets()]
+        assert len(places) == len({*places}) == 2 * count
