@@ -159,6 +159,15 @@ def test_a_run_needs_nothing_that_windows_lacks(toy_args):
     subprocess.run(run, cwd=REPOSITORY, check=True)
 
 
+def test_the_seed_is_torchs_too(toy_args, monkeypatch, tmp_path):
+    """For a method of one's own, which may draw from it."""
+    drawn, build = [], train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", lambda x: drawn.append(torch.rand(9)) or build(x))
+    for run, seed in enumerate("001"):
+        train.main([*toy_args, "--forget=cat", "--seed", seed, f"--output-dir={tmp_path}/{run}"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
 def test_forgotten_names_leave_the_retain_set_and_the_adapter_gives_what_is_logged(toy_args):
     """Forgotten names and their spellings are not retained."""
     folder = train.main([*toy_args, "--forget", "sea_horse"])
