@@ -1,6 +1,7 @@
 """Numbers of a run for TensorBoard or Weights & Biases: what logs.json gets, as it comes."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 
@@ -12,16 +13,18 @@ TENSORBOARD = "torch.utils.tensorboard"
 POINTS = 200  # of a curve
 
 
-class Sink:
-    """Takes the numbers of a run in a new file of `folder`. ProblemError if Weights & Biases does
-    not let the run in."""
+class Sink(ExitStack):
+    """Takes the numbers of a run while it is open, in a new file of `folder`. ProblemError if
+    Weights & Biases does not let the run in."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        if kind == "wandb":  # it takes what TensorBoard is given, until the process ends
+        super().__init__()
+        if kind == "wandb":  # it takes what TensorBoard is given
             folder.mkdir(parents=True, exist_ok=True)
             with foreign("no run of wandb begins (`wandb login` first, or WANDB_MODE=offline)"):
-                need(kind).init(project="class-forgetting", dir=folder, sync_tensorboard=True)
-        self.writer = import_module(TENSORBOARD).SummaryWriter(str(folder))
+                options = {"project": "class-forgetting", "dir": folder, "sync_tensorboard": True}
+                self.callback(need(kind).init(**options).finish)
+        self.writer = self.enter_context(import_module(TENSORBOARD).SummaryWriter(str(folder)))
 
     def row(self, name: str, numbers: Mapping[str, float | None], step: int) -> None:
         """What was found for `name`, number `step` of its kind; None is left out."""

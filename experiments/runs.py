@@ -158,7 +158,7 @@ def _run(run: Run, captured: bool) -> tuple[int, str, str]:
             logger.info(f"== {run.title}")
         try:
             status = train.cli(run.argv)
-        except Exception:
+        except Exception:  # a bug of any kind, in a method of your own say: the others still run
             traceback.print_exc()
             status = 1
     # Of a progress bar the last state is enough.

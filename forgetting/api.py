@@ -64,7 +64,7 @@ def forget(
             is. None: for a name, a SentenceTransformer or `TextEmbeddings`.
         names: what to forget, all at once.
         also: other words for a name, which are forgotten with it.
-        retain: names that stay what they are, such as the other classes of a list.
+        retain: names to keep as near as possible, such as the other classes of a list.
         protect: names that must not be harmed; they weigh more.
         generic: whether 8,850 common names are retained too. Without them `retain` names all.
         templates: texts with {} for a name. Names are forgotten by the first one. The others are

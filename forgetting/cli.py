@@ -199,10 +199,12 @@ def _words(given: Sequence[str], names: Sequence[str] = ()) -> dict[str, list[st
     """NAME=WORD, of which the NAME may be missing where there is but one."""
     words: dict[str, list[str]] = {}
     for text in given:
-        name, equals, word = text.rpartition("=")
-        if not word.strip() or (not equals and len(names) != 1):
+        name, equals, word = text.partition("=")
+        if not equals and len(names) == 1:
+            name, word = names[0], text
+        if not word.strip():
             raise ProblemError(f"{line(text)!r}: write NAME=WORD")
-        words.setdefault(name.strip() if equals else names[0], []).append(word)
+        words.setdefault(name.strip(), []).append(word)
     return words
 
 

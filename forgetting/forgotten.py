@@ -258,9 +258,7 @@ class Forgotten:
         """W (w, d) as it was before; ProblemError if that is not known."""
         known = encoder.projection if self._is_original(encoder) else self.original
         if known is None:
-            raise ProblemError(
-                "the original W is not known: Forgotten.load(path, model, original=W)"
-            )
+            raise ProblemError("the original W is not known: load(path, model, original=W)")
         return known
 
     def _reads_as_original(self, texts: TextEmbeddings) -> bool:

@@ -130,9 +130,7 @@ def refuse_outside(file: Path, folder: Path) -> None:
 def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
     """ProblemError if there is anything at `path`: a file, a folder, or a link to nowhere."""
     if not overwrite and os.path.lexists(path):
-        raise ProblemError(
-            f"{line(path)} exists; choose another name, or overwrite it (--overwrite)"
-        )
+        raise ProblemError(f"{line(path)} exists; choose another name, or --overwrite")
 
 
 @contextmanager

@@ -213,7 +213,7 @@ class ForgetTrainer(RunInputs, SimpleTrainer):
         self.sink = Sink(self.cfg.LOG, folder / place(dataset) / SINK) if self.cfg.LOG else None
         self.bar = progress(desc=dataset, total=len(pending))
         try:
-            with self.sink.writer if self.sink else nullcontext(), self.bar:
+            with self.sink or nullcontext(), self.bar:
                 for start in range(0, len(pending), self.batch_size):
                     self.forget(pending[start : start + self.batch_size])
         finally:  # what is done is done, also on Ctrl-C

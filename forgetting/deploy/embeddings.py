@@ -58,6 +58,7 @@ PATCHED = "clip-forget-patched"  # the metadata entry of a patched file: by whic
 NOT_UNIT = (
     "is not of length 1: say so if they are not normalised (normalised=False, --unnormalised)"
 )
+ENCODE_AGAIN = "encode the texts again with the changed model"
 OF_EMBEDDINGS = "make an adapter of embeddings for an index (TextEmbeddings, --embeddings)"
 
 
@@ -114,7 +115,7 @@ def patch(
         )
     if normalised:
         _refuse(far, NOT_UNIT)
-    basis, left, worst = _inverse(projection, left)
+    basis, left, worst = _inverse(projection, left, ENCODE_AGAIN)
     b = 0 if bias is None else tensor("bias", bias, FLOATS, (d,)).double().cpu()
     x = rows - b
     outside = (x - x @ basis @ basis.T).norm(dim=1)
@@ -137,13 +138,13 @@ def patch(
     return x.to(given), max(error.tolist(), default=0.0)
 
 
-def _inverse(projection: Tensor, left: Tensor) -> tuple[Tensor, Tensor, float]:
+def _inverse(projection: Tensor, left: Tensor, instead: str) -> tuple[Tensor, Tensor, float]:
     """An orthonormal basis of the rows of W, (d, w), `W^+ left`, (d, r), and the condition of W:
-    W^T = Q R, so that W^+ left = Q R^-T left. ProblemError for a W without full row rank."""
+    W^T = Q R, so that W^+ left = Q R^-T left. Without full row rank do `instead`."""
     if math.isinf(worst := condition(projection)):
         raise ProblemError(
             f"the projection {tuple(projection.shape)} has no full row rank, so embeddings do not "
-            "tell how they change: encode the texts again with the changed model"
+            f"tell how they change: {instead}"
         )
     basis, triangle = torch.linalg.qr(projection.detach().double().cpu().T)
     return basis, basis @ torch.linalg.solve_triangular(triangle.T, left, upper=False), worst
@@ -231,22 +232,20 @@ def index_edit(
         if bias is not None or (adapter.model is not None and adapter.model.bias is not None):
             raise ProblemError(f"the projection has a bias, which an index lacks: {OF_EMBEDDINGS}")
         adapter.apply(projection)  # refuses another projection
-        if math.isinf(condition(projection)):
-            raise ProblemError(f"the projection has no full row rank: {OF_EMBEDDINGS}")
-        left = _inverse(projection, left)[1]
+        left = _inverse(projection, left, OF_EMBEDDINGS)[1]
     both = torch.linalg.qr(torch.cat([left, right.T], dim=1))[0]  # M is the identity beside these
     change = (both.T @ left) @ (right @ both)  # (2r, 2r)
     values = torch.linalg.svdvals(torch.eye(len(change)).double() + change)
-    stretch = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
-    if stretch > limit:
+    condition = max(1.0, float(values[0])) / min(1.0, float(values[-1]) or math.ulp(0.0))
+    if condition > limit:
         raise ProblemError(
-            f"this change stretches images {stretch:.3g} times as much in one direction as in "
+            f"this change stretches images {condition:.3g} times as much in one direction as in "
             f"another, and would ruin an index: {instead}"
         )
     u, sizes, v = torch.linalg.svd(change)  # factors of one size round least
     rank = left.shape[1]
     scale = sizes[:rank].sqrt()
-    return IndexEdit(both @ v[:rank].T * scale, (both @ u[:, :rank] * scale).T, stretch)
+    return IndexEdit(both @ v[:rank].T * scale, (both @ u[:, :rank] * scale).T, condition)
 
 
 def hide_in_index(
