@@ -116,12 +116,12 @@ def forget(
     call = _Call(encoder, settings, names, also, retain, templates, protect)
     if settings.generic > 0:
         call.common = generic_hidden(encoder, cache, progress)
-    with _one_thread():
+    with one_thread():
         return call.forgotten()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Work on one CPU thread: the matrices are small, and a second thread mostly waits for them.
     The number is torch's for the whole process, so that calls take turns."""
     with _lock:

@@ -36,6 +36,7 @@ NUMBERS = {  # of ExactSettings, as options of `forget`; None: what the setting 
     "min_margin": None,
     "min_displacement": None,
 }
+ORIGINAL = "the original checkpoint, file or folder; none for an adapter of embeddings"
 LOCAL = {"type": lambda text: text.removeprefix("hf:")}  # a file or folder
 SHOWN = 5  # paraphrases that an audit shows, those that move least
 
@@ -311,8 +312,7 @@ def _patch(option: Option, parse: Parse) -> None:
 
     option("adapter", metavar="ADAPTER")
     option("embeddings", metavar="FILE", help="cached texts: .npy or .safetensors")
-    about = "the original checkpoint, file or folder; none for an adapter of embeddings"
-    option("--base", **LOCAL, help=about)
+    option("--base", **LOCAL, help=ORIGINAL)
     option("--key", help="tensor, where the file holds several")
     about = "the embeddings are as the projection gave them, not of length 1"
     option("--unnormalised", action="store_true", help=about)
@@ -369,8 +369,7 @@ def _index(option: Option, parse: Parse) -> None:
     option("store", metavar="STORE", help=about)
     for name, about in places.items():
         option(f"--{name}", help=about)
-    about = "the original checkpoint, of an adapter that changes a text encoder"
-    option("--base", **LOCAL, help=about)
+    option("--base", **LOCAL, help=ORIGINAL)
     option("--unnormalised", action="store_true", help="the vectors are not of length 1")
     option("--dry-run", action="store_true", help="read and compute, and change nothing")
     option("--batch", type=int, metavar="ROWS", help="how many rows to change at once")

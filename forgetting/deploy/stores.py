@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from forgetting.adapter import Adapter
+from forgetting.api import one_thread
 from forgetting.deploy.databases import INSTALL, postgres, qdrant
 from forgetting.deploy.embeddings import ARRAYS, IndexEdit, index_edit
 from forgetting.errors import ProblemError, line, number, unknown
@@ -149,7 +150,7 @@ def change_store(
     mark = digest({"projection": adapter.projection_sha256}, factors)[:32]
     mark += "" if normalised else "-unnormalised"
     mark += f" ({shorten(', '.join(adapter.classes), 60)})"
-    with tqdm(unit="row", disable=not progress, leave=False, delay=0.5) as bar:
+    with one_thread(), tqdm(unit="row", disable=not progress, leave=False, delay=0.5) as bar:
         run = Pass(edit if hide else edit.inverse, hide, normalised, dry_run, batch, mark, bar)
         STORES[kind](store, run, **given)
     run.error += run.length
